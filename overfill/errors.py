@@ -1,0 +1,88 @@
+"""Every error a user of the library, the SDK or a service can meet.
+
+::
+
+    OverfillError
+    ├── InvalidRequest        the request is wrong; ``field`` names the part          INVALID_ARGUMENT
+    │   └── PromptTooLong     prompt and answer do not fit the context                INVALID_ARGUMENT
+    ├── ModelNotFound         no such model here                                      NOT_FOUND
+    ├── Overloaded            no capacity now; ``retry_after`` seconds, if known      RESOURCE_EXHAUSTED
+    ├── Incompatible          the two ends do not fit; ``fields`` differ              FAILED_PRECONDITION
+    ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
+    │   └── UnsupportedModel  an architecture or option that the engine does not run  FAILED_PRECONDITION
+    ├── TransferFailed        KV did not arrive whole and right                       DATA_LOSS
+    ├── DeadlineExceeded      the request's deadline passed                           DEADLINE_EXCEEDED
+    ├── RequestCancelled      the caller gave up                                      CANCELLED
+    ├── Unavailable           a peer cannot be reached, is draining or was lost       UNAVAILABLE
+    └── InternalError         a fault of ours                                         INTERNAL
+
+``overfill.rpc.status`` maps them to gRPC status codes and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OverfillError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InvalidRequest(OverfillError):
+    """The request is wrong. ``field`` is its path in the request, such as ``sampling.top_p``."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt, or the prompt with its answer, does not fit; the message gives both numbers."""
+
+
+class ModelNotFound(OverfillError):
+    """The requested model is not served here."""
+
+
+class Overloaded(OverfillError):
+    """No capacity now. ``retry_after`` is in seconds, or None when it is not known."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Incompatible(OverfillError):
+    """Two processes hold different models or speak different versions; ``fields`` lists what differs."""
+
+    def __init__(self, message: str, fields: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
+
+
+class InvalidPair(OverfillError):
+    """A pair folder lacks a file, has a wrong digest, or its halves do not fit."""
+
+
+class UnsupportedModel(InvalidPair):
+    """A checkpoint uses an architecture or option that the engine does not run; the message names it."""
+
+
+class TransferFailed(OverfillError):
+    """A KV transfer brought a wrong, missing or damaged chunk, or was too slow."""
+
+
+class DeadlineExceeded(OverfillError):
+    """The deadline of the request passed."""
+
+
+class RequestCancelled(OverfillError):
+    """The caller cancelled, or vanished."""
+
+
+class Unavailable(OverfillError):
+    """A peer cannot be reached, is draining, or was lost on the way."""
+
+
+class InternalError(OverfillError):
+    """A fault inside a worker; the request failed, the worker lives."""

@@ -1,0 +1,34 @@
+"""Do these two workers fit? Compared once per connection, before any tensor moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from overfill.errors import Incompatible
+from overfill.kv.spec import KvSpec
+
+
+@dataclass(frozen=True, slots=True)
+class KvIdentity:
+    """What decides whether one worker's KV means the same to another."""
+
+    wire_version: int
+    full_digest: str
+    tokenizer_digest: str
+    kv: KvSpec
+
+    def flat(self) -> dict[str, object]:
+        return {
+            "wire_version": self.wire_version,
+            "full_digest": self.full_digest,
+            "tokenizer_digest": self.tokenizer_digest,
+        } | self.kv.flat()
+
+
+def check_compatible(mine: KvIdentity, theirs: KvIdentity, peer: str) -> None:
+    """Raises Incompatible listing every differing field with both values; ``peer`` is named in the message."""
+    ours, other = mine.flat(), theirs.flat()
+    differing = [name for name in ours if ours[name] != other[name]]
+    if differing:
+        lines = ", ".join(f"{name} (here {ours[name]!r}, there {other[name]!r})" for name in differing)
+        raise Incompatible(f"{peer} serves KV that does not fit this worker; differing fields: {lines}", differing)

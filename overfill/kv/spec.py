@@ -1,0 +1,89 @@
+"""Geometry of a KV cache: what two processes must agree on before keys and values may travel. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from overfill.v1 import common_pb2
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
+    "float32": common_pb2.DTYPE_FLOAT32,
+    "bfloat16": common_pb2.DTYPE_BFLOAT16,
+    "float16": common_pb2.DTYPE_FLOAT16,
+}
+DTYPE_FROM_PROTO: dict[int, DTypeName] = {v: k for k, v in DTYPE_TO_PROTO.items()}  # type: ignore[misc]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Everything that decides the rotation of a key. Fields as in ``RopeSpec`` of common.proto."""
+
+    type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_max_positions: int = 0
+    beta_fast: float = 0.0
+    beta_slow: float = 0.0
+    attention_factor: float = 1.0
+    truncate: bool = False
+
+    def to_proto(self) -> common_pb2.RopeSpec:
+        return common_pb2.RopeSpec(**asdict(self))
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.RopeSpec) -> RopeSpec:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """Shape and element type of the KV cache that a full model produces.
+
+    One token takes ``2 * num_layers * num_kv_heads * head_dim`` elements of ``dtype``.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: DTypeName
+    rope: RopeSpec
+
+    @property
+    def token_layer_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.num_layers * self.token_layer_bytes
+
+    def to_proto(self) -> common_pb2.KvSpec:
+        return common_pb2.KvSpec(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=DTYPE_TO_PROTO[self.dtype],
+            rope=self.rope.to_proto(),
+        )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.KvSpec) -> KvSpec:
+        return cls(
+            num_layers=message.num_layers,
+            num_kv_heads=message.num_kv_heads,
+            head_dim=message.head_dim,
+            dtype=DTYPE_FROM_PROTO[message.dtype],
+            rope=RopeSpec.from_proto(message.rope),
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its dotted name, for comparison and messages."""
+        own: dict[str, Any] = {f"kv.{f.name}": getattr(self, f.name) for f in fields(self) if f.name != "rope"}
+        return own | {f"kv.rope.{f.name}": getattr(self.rope, f.name) for f in fields(self.rope)}

@@ -1,0 +1,37 @@
+"""What one forward pass computes: new tokens of several sequences, packed without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """New tokens of ``S`` sequences, ``T`` in total, in sequence order.
+
+    Attributes:
+        token_ids: [T] int64.
+        positions: [T] int64, absolute; RoPE uses them.
+        slots: [T] int64, where each token's keys and values are written in the KV cache.
+        query_lens: new tokens per sequence, on the host; all 1 in a decode step.
+        context_lens: tokens per sequence after this pass (cached + new), on the host.
+        block_tables: [S, max_blocks] int64, rows padded with 0; covers ``context_lens``.
+        context_lens_device: [S] int64, the same as ``context_lens``, on the device.
+        logits_indices: [N] int64, rows of the T tokens whose logits are wanted.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables: torch.Tensor
+    context_lens_device: torch.Tensor
+    logits_indices: torch.Tensor
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence brings exactly one new token."""
+        return all(n == 1 for n in self.query_lens)

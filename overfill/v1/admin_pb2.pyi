@@ -1,0 +1,74 @@
+from overfill.v1 import common_pb2 as _common_pb2
+from overfill.v1 import decode_pb2 as _decode_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("process", "workers", "complete", "http_address")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    process: ProcessStatus
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    complete: bool
+    http_address: str
+    def __init__(self, process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., complete: bool = ..., http_address: _Optional[str] = ...) -> None: ...
+
+class ProcessStatus(_message.Message):
+    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    stage: _common_pb2.Stage
+    pid: int
+    address: str
+    ready: bool
+    draining: bool
+    load: _decode_pb2.WorkerLoad
+    software_version: str
+    incarnation: int
+    model: _common_pb2.ModelIdentity
+    kv: _common_pb2.KvSpec
+    codec: _common_pb2.KvCodec
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("id", "stage", "address", "process")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    stage: _common_pb2.Stage
+    address: str
+    process: ProcessStatus
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,140 @@
+from overfill.v1 import common_pb2 as _common_pb2
+from overfill.v1 import kv_pb2 as _kv_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribePrefillRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribePrefillResponse(_message.Message):
+    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    software_version: str
+    worker_id: str
+    incarnation: int
+    model: _common_pb2.ModelIdentity
+    kv: _common_pb2.KvSpec
+    max_model_len: int
+    codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.KvCodec]
+    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("start", "ack")
+    START_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    start: StartPrefill
+    ack: AckKv
+    def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ...) -> None: ...
+
+class StartPrefill(_message.Message):
+    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "tenant_salt", "trace", "sample_index")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    transfer_id: bytes
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: _common_pb2.SamplingParams
+    sample_first_token: bool
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    already_held_tokens: int
+    codec: _common_pb2.KvCodec
+    expected_incarnation: int
+    tenant_salt: str
+    trace: bool
+    sample_index: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., tenant_salt: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ...) -> None: ...
+
+class AckKv(_message.Message):
+    __slots__ = ("ranges",)
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    ranges: _containers.RepeatedCompositeFieldContainer[_kv_pb2.KvRange]
+    def __init__(self, ranges: _Optional[_Iterable[_Union[_kv_pb2.KvRange, _Mapping]]] = ...) -> None: ...
+
+class PrefillResponse(_message.Message):
+    __slots__ = ("queued", "scheduled", "first_token", "ready", "done")
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    queued: PrefillQueued
+    scheduled: PrefillScheduled
+    first_token: FirstToken
+    ready: RangesReady
+    done: PrefillDone
+    def __init__(self, queued: _Optional[_Union[PrefillQueued, _Mapping]] = ..., scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
+
+class PrefillQueued(_message.Message):
+    __slots__ = ("waiting", "cached_tokens")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    waiting: int
+    cached_tokens: int
+    def __init__(self, waiting: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
+class PrefillScheduled(_message.Message):
+    __slots__ = ("queue_ns",)
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    queue_ns: int
+    def __init__(self, queue_ns: _Optional[int] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("token_id", "logprobs", "compute_ns", "return_ns")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_NS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprobs: _common_pb2.TokenLogprobs
+    compute_ns: int
+    return_ns: int
+    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ...) -> None: ...
+
+class RangesReady(_message.Message):
+    __slots__ = ("token_start", "token_end")
+    TOKEN_START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_END_FIELD_NUMBER: _ClassVar[int]
+    token_start: int
+    token_end: int
+    def __init__(self, token_start: _Optional[int] = ..., token_end: _Optional[int] = ...) -> None: ...
+
+class PrefillDone(_message.Message):
+    __slots__ = ("trace",)
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    trace: _kv_pb2.PrefillTrace
+    def __init__(self, trace: _Optional[_Union[_kv_pb2.PrefillTrace, _Mapping]] = ...) -> None: ...
+
+class PullKvRequest(_message.Message):
+    __slots__ = ("transfer_id", "attempt", "ranges")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: bytes
+    attempt: int
+    ranges: _containers.RepeatedCompositeFieldContainer[_kv_pb2.KvRange]
+    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[_kv_pb2.KvRange, _Mapping]]] = ...) -> None: ...

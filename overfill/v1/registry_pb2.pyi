@@ -1,0 +1,86 @@
+from overfill.v1 import common_pb2 as _common_pb2
+from overfill.v1 import decode_pb2 as _decode_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class JoinRequest(_message.Message):
+    __slots__ = ("hello", "report")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    report: Report
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "stage", "address", "data_address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: int
+    stage: _common_pb2.Stage
+    address: str
+    data_address: str
+    wire_version: int
+    software_version: str
+    model: _common_pb2.ModelIdentity
+    kv: _common_pb2.KvSpec
+    max_model_len: int
+    vocab_size: int
+    pid: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("load", "credits", "ready", "draining", "prefix")
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    load: _decode_pb2.WorkerLoad
+    credits: int
+    ready: bool
+    draining: bool
+    prefix: PrefixDelta
+    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ...) -> None: ...
+
+class PrefixDelta(_message.Message):
+    __slots__ = ("added", "removed")
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    added: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class JoinResponse(_message.Message):
+    __slots__ = ("welcome", "recall")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    recall: RecallCredits
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., recall: _Optional[_Union[RecallCredits, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("router_id",)
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    def __init__(self, router_id: _Optional[str] = ...) -> None: ...
+
+class RecallCredits(_message.Message):
+    __slots__ = ("keep",)
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    keep: int
+    def __init__(self, keep: _Optional[int] = ...) -> None: ...
