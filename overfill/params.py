@@ -93,7 +93,7 @@ class SamplingParams:
         """Absent fields take the defaults above; a present zero is a zero."""
 
         def get(name: str, default: float | int | None) -> float | int | None:
-            return getattr(message, name) if message.HasField(name) else default  # type: ignore[arg-type]
+            return getattr(message, name) if message.HasField(name) else default
 
         return cls(
             temperature=get("temperature", 1.0),  # type: ignore[arg-type]

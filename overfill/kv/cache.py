@@ -7,6 +7,7 @@ Token ``t`` of a sequence with block table ``table`` lives in slot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -19,8 +20,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+# A mark in a device's work; None on the CPU, where work is done when the call returns.
+DeviceEvent = torch.cuda.Event
+
+
 class KvCache:
     """Keys and values of all blocks.
+
+    ``read`` and ``write`` may be called from any thread, beside a running step: they use a stream of their own.
 
     Attributes:
         k, v: [num_layers, num_blocks, block_size, num_kv_heads, head_dim], ``spec.dtype``. Keys are post-RoPE.
@@ -33,6 +40,7 @@ class KvCache:
         shape = (spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         self.k = torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
         self.v = torch.zeros_like(self.k)
+        self._io_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def block_bytes(self) -> int:
@@ -49,3 +57,94 @@ class KvCache:
         """Keys and values of one layer, each [num_slots, num_kv_heads, head_dim], as views."""
         shape = (self.num_blocks * self.block_size, self.spec.num_kv_heads, self.spec.head_dim)
         return self.k[index].view(shape), self.v[index].view(shape)
+
+    def read(
+        self,
+        block_table: Sequence[int],
+        layers: Sequence[int],
+        tokens: tuple[int, int],
+        heads: tuple[int, int],
+        after: DeviceEvent | None = None,
+    ) -> bytes:
+        """Keys then values of one sequence, each [layers, tokens, heads, head_dim]; ranges are half-open.
+
+        ``after`` marks the moment from which the cells hold what is wanted.
+        """
+        with self._io():
+            if self._io_stream is not None and after is not None:
+                self._io_stream.wait_event(after)
+            return self._read(block_table, layers, tokens, heads)
+
+    def _read(
+        self,
+        block_table: Sequence[int],
+        layers: Sequence[int],
+        tokens: tuple[int, int],
+        heads: tuple[int, int],
+    ) -> bytes:
+        slots = self.slots(block_table, *tokens)
+        shape = (2, len(layers), slots.numel(), heads[1] - heads[0], self.spec.head_dim)
+        out = torch.empty(shape, dtype=self.k.dtype, device=self.k.device)
+        for i, layer in enumerate(layers):
+            for half, flat in enumerate(self.layer(layer)):
+                torch.index_select(flat[:, heads[0] : heads[1]], 0, slots, out=out[half, i])
+        # Through a byte view, since numpy knows no bfloat16.
+        return out.view(torch.uint8).cpu().numpy().tobytes()
+
+    def write(
+        self,
+        block_table: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        tokens: tuple[int, int],
+        heads: tuple[int, int],
+        payload: bytes,
+    ) -> None:
+        """Writes keys then values, each [len(rows), tokens, heads, head_dim], as ``read`` gave them.
+
+        Args:
+            rows: for each layer of the payload, the layers of this cache that take it.
+            heads: half-open range of KV heads that the payload covers.
+        """
+        with self._io():
+            self._write(block_table, rows, tokens, heads, payload)
+        if self._io_stream is not None:
+            self._io_stream.synchronize()
+
+    def _write(
+        self,
+        block_table: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        tokens: tuple[int, int],
+        heads: tuple[int, int],
+        payload: bytes,
+    ) -> None:
+        slots = self.slots(block_table, *tokens)
+        shape = (2, len(rows), slots.numel(), heads[1] - heads[0], self.spec.head_dim)
+        # A copy: torch refuses to look at a read-only buffer without a warning.
+        data = torch.frombuffer(bytearray(payload), dtype=self.k.dtype).view(shape).to(self.k.device)
+        for i, targets in enumerate(rows):
+            for row in targets:
+                for half, flat in enumerate(self.layer(row)):
+                    flat[:, heads[0] : heads[1]].index_copy_(0, slots, data[half, i])
+
+    def _io(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._io_stream is None else torch.cuda.stream(self._io_stream)
+
+
+def copy_sequence(
+    source: KvCache,
+    source_blocks: Sequence[int],
+    target: KvCache,
+    target_blocks: Sequence[int],
+    layer_map: Sequence[int],
+    num_tokens: int,
+) -> None:
+    """Copies a sequence's first ``num_tokens`` tokens between caches of one process.
+
+    ``layer_map[i]`` is the source layer that target layer i takes.
+    """
+    taken = source.slots(source_blocks, 0, num_tokens)
+    placed = target.slots(target_blocks, 0, num_tokens)
+    for row, layer in enumerate(layer_map):
+        for source_half, target_half in zip(source.layer(layer), target.layer(row), strict=True):
+            target_half.index_copy_(0, placed, source_half.index_select(0, taken))

@@ -1,0 +1,53 @@
+# One verb per target; `make help` lists them. Everything runs inside .venv, which `setup` makes.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(sort $(wildcard proto/overfill/v1/*.proto))
+PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
+# One thread per process: thread pools that together exceed the cores slow each other many times over.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo check test test-all bench proto
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed  ## Make .venv and install the project with its tools; does nothing when up to date
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is not: name one, as in  make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup  ## Start a stack, ask one question, show where the time went
+	$(BIN)/overfill demo
+
+check: setup  ## Lint, format, types, import arrows, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(PROTOC) --python_out="$$fresh" --grpc_python_out="$$fresh" --pyi_out="$$fresh" $(PROTOS); \
+	diff --recursive --exclude=__init__.py --exclude=__pycache__ overfill/v1 "$$fresh/overfill/v1" || { \
+	  echo "overfill/v1 is not what proto/ gives; run  make proto" >&2; exit 1; }
+
+test: setup check  ## check, then the tests without the slow ones
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: setup check  ## check, then every test that this machine can run
+	$(PYTEST)
+
+bench: setup  ## Measure the hand-off on this machine
+	$(BIN)/overfill bench timeline
+
+proto: setup  ## Regenerate overfill/v1 from proto/
+	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)

@@ -1,0 +1,76 @@
+"""Token ids to text while they arrive: each piece is final, and the pieces join to the text of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from overfill.api.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+
+# A character has at most 4 bytes, so 4 tokens; more held ones are bytes that never become a character.
+_MAX_HELD = 8
+_MAX_CHARACTER_TOKENS = 4
+_MAX_CONTEXT = 8
+
+
+class StreamDetokenizer:
+    """Decodes one answer in time linear in its length.
+
+    Only a short window is decoded per token: tokens whose text is out already (context, which decides about
+    leading spaces and continued bytes) and the *held* ones, which end within a character.
+
+    Args:
+        prompt_ids: what the answer continues; given for plain text prompts, so that a first word keeps its
+            leading space. Without it the answer is decoded as a text of its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._context = [i for i in prompt_ids[-_MAX_CONTEXT:] if tokenizer.has_text(i)]
+        self._context_text = tokenizer.decode(self._context)
+        self._held: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that ``ids`` make final; never half a character. Special tokens have no text."""
+        return "".join(self._push_one(token) for token in ids if self._tokenizer.has_text(token))
+
+    def finish(self) -> str:
+        """What was held back. An incomplete character becomes U+FFFD."""
+        return self._release(len(self._held), self._held_text())
+
+    def _push_one(self, token: int) -> str:
+        self._held.append(token)
+        text = self._held_text()
+        if text and not text.endswith(_REPLACEMENT):
+            return self._release(len(self._held), text)
+        if len(self._held) > _MAX_HELD:
+            return self._release_invalid(text)
+        return ""
+
+    def _release_invalid(self, text: str) -> str:
+        """Lets go of bytes that can never become a character; keeps the last ones, which may."""
+        for keep in range(1, _MAX_CHARACTER_TOKENS):
+            cut = len(self._held) - keep
+            head = self._text_after_context(self._held[:cut])
+            if head + self._tokenizer.decode(self._held[cut:]) == text:
+                return self._release(cut, head)
+        return self._release(len(self._held), text)
+
+    def _release(self, count: int, text: str) -> str:
+        released = self._held[:count]
+        if released:
+            del self._held[:count]
+            self._context = released
+            self._context_text = self._tokenizer.decode(released)
+        return text
+
+    def _held_text(self) -> str:
+        return self._text_after_context(self._held)
+
+    def _text_after_context(self, ids: list[int]) -> str:
+        whole = self._tokenizer.decode(self._context + ids)
+        if whole.startswith(self._context_text):
+            return whole[len(self._context_text) :]
+        # The new tokens spoil bytes of the context that are out already: they are text of their own then.
+        return self._tokenizer.decode(ids)

@@ -1,0 +1,141 @@
+"""A client's request, checked and tokenized: everything that can be refused is refused here, by field."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.params import SamplingParams, check_token_ids
+from overfill.v1 import inference_pb2
+
+ROLES = ("system", "user", "assistant")
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_REQUEST_ID_LENGTH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A request that can be run.
+
+    Attributes:
+        request_id: the client's, or a random one.
+        model: as asked for; empty means the only one.
+        prompt_token_ids: at least one.
+        sampling: ``seed`` and ``max_tokens`` are set; prompt and ``max_tokens`` fit the context together.
+        stop: non-empty strings.
+        resume_token_ids: fewer than ``sampling.max_tokens``.
+        trace: whether the client wants the handoff's trace.
+    """
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    resume_token_ids: tuple[int, ...]
+    trace: bool
+
+
+def validate_generate(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int
+) -> GenerationRequest:
+    """Checks ``request``, tokenizes its prompt and fills in what it leaves open.
+
+    Args:
+        max_model_len: most tokens of prompt and answer together.
+        vocab_size: token ids are below it.
+
+    Raises:
+        PromptTooLong: the prompt leaves no room for an answer, or not for ``max_tokens``.
+        InvalidRequest: anything else is wrong; ``field`` is its path in the proto.
+    """
+    if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
+        raise InvalidRequest("request_id", f"is longer than {MAX_REQUEST_ID_LENGTH} characters")
+    stop = _check_stop(request.stop)
+    sampling = SamplingParams.from_proto(request.sampling)
+    sampling.check_vocab(vocab_size)
+    prompt = _prompt_token_ids(request, tokenizer, vocab_size)
+    max_tokens = _resolve_max_tokens(sampling.max_tokens, len(prompt), max_model_len)
+    resume = tuple(request.resume_token_ids)
+    _check_resume(resume, sampling, max_tokens, vocab_size)
+    seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+    return GenerationRequest(
+        request_id=request.request_id or secrets.token_hex(16),
+        model=request.model,
+        prompt_token_ids=tuple(prompt),
+        sampling=replace(sampling, max_tokens=max_tokens, seed=seed),
+        stop=stop,
+        resume_token_ids=resume,
+        trace=request.trace,
+    )
+
+
+def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("prompt", "is missing: give text, token_ids or chat")
+    if kind == "token_ids":
+        ids: Sequence[int] = request.token_ids.ids
+        check_token_ids("token_ids.ids", ids, vocab_size)
+    elif kind == "text":
+        # An empty text may still get special tokens.
+        ids = tokenizer.encode(request.text) if request.text else ()
+    else:
+        messages = request.chat.messages
+        _check_roles(messages)
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        ids = tokenizer.encode_chat(chat) if chat else ()
+    if not ids:
+        raise InvalidRequest("prompt", f"is empty ({kind})")
+    return ids
+
+
+def _check_roles(messages: Iterable[inference_pb2.ChatMessage]) -> None:
+    for index, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InvalidRequest(
+                f"chat.messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {message.role!r}"
+            )
+
+
+def _resolve_max_tokens(asked: int | None, prompt_tokens: int, max_model_len: int) -> int:
+    room = max_model_len - prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            "prompt",
+            f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must hold it and an answer",
+        )
+    if asked is None:
+        return room
+    if asked > room:
+        raise PromptTooLong(
+            "sampling.max_tokens",
+            f"{asked} tokens after a prompt of {prompt_tokens} do not fit the context of {max_model_len} "
+            f"tokens; {room} do",
+        )
+    return asked
+
+
+def _check_stop(stops: Sequence[str]) -> tuple[str, ...]:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest("stop", f"holds {len(stops)} strings; at most {MAX_STOPS} are allowed")
+    for index, stop in enumerate(stops):
+        if not stop:
+            raise InvalidRequest(f"stop[{index}]", "is empty")
+        if len(stop) > MAX_STOP_LENGTH:
+            raise InvalidRequest(f"stop[{index}]", f"is longer than {MAX_STOP_LENGTH} characters")
+    return tuple(stops)
+
+
+def _check_resume(resume: Sequence[int], sampling: SamplingParams, max_tokens: int, vocab_size: int) -> None:
+    if not resume:
+        return
+    check_token_ids("resume_token_ids", resume, vocab_size)
+    if len(resume) >= max_tokens:
+        raise InvalidRequest("resume_token_ids", f"holds {len(resume)} tokens; the answer has at most {max_tokens}")
+    if sampling.seed is None and not sampling.greedy:
+        raise InvalidRequest("sampling.seed", "resuming a sampled answer needs the first attempt's seed")

@@ -1,0 +1,41 @@
+"""Stop strings in streamed text: holds back what may become one and cuts exactly. Knows no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Looks for the first of ``stops`` to be complete, however the text is cut into pieces.
+
+    Of several that are complete at the same character the longest counts. After a match nothing more is pushed.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest_prefix = max((len(stop) for stop in stops), default=1) - 1
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that is safe to show, and the stop string that ended the answer, which is not in it."""
+        buffer = self._held + text
+        matches = [(start + len(s), start, s) for s in self._stops if (start := buffer.find(s)) >= 0]
+        if matches:
+            _, start, stop = min(matches)
+            self._held = ""
+            return buffer[:start], stop
+        safe = len(buffer) - self._held_length(buffer)
+        self._held = buffer[safe:]
+        return buffer[:safe], None
+
+    def finish(self) -> str:
+        """What was held back and did not become a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _held_length(self, buffer: str) -> int:
+        for length in range(min(self._longest_prefix, len(buffer)), 0, -1):
+            tail = buffer[-length:]
+            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

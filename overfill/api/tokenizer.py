@@ -1,0 +1,165 @@
+"""A checkpoint's tokenizer, read from its folder. Needs the ``tokenizers`` library only; loads no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+
+from overfill.api.chat_template import ChatTemplate
+from overfill.errors import InvalidPair, InvalidRequest
+
+_SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """Text to token ids and back. Made with ``load``; safe to share between threads.
+
+    Attributes:
+        digest: lower-case hex SHA-256 of tokenizer.json.
+        eos_token_ids: end-of-sequence ids, from generation_config.json or else config.json.
+        vocab_size: rows of the model's embedding; ids below it are valid, even if no text belongs to them.
+        special_tokens: such as ``{"bos_token": "<s>"}``.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        digest: str,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        special_tokens: Mapping[str, str],
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        # tokenizer.json may carry settings from training, which would cut prompts short.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self._skipped_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.digest = digest
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.vocab_size = vocab_size
+        self.special_tokens = dict(special_tokens)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads tokenizer.json, tokenizer_config.json, the chat template, config.json, generation_config.json.
+
+        Raises:
+            InvalidPair: tokenizer.json or config.json is missing, or a file is damaged.
+        """
+        folder = Path(folder)
+        data = _read(folder / "tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises nothing narrower
+            raise InvalidPair(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+        config = _read_json(folder / "config.json", required=True)
+        vocab_size = config.get("vocab_size")
+        if not isinstance(vocab_size, int):
+            raise InvalidPair(f"{folder / 'config.json'} has no vocab_size")
+        tokenizer_config = _read_json(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(tokenizer_config)
+        template = _chat_template_source(folder, tokenizer_config)
+        generation_config = _read_json(folder / "generation_config.json")
+        return cls(
+            backend,
+            digest=hashlib.sha256(data).hexdigest(),
+            eos_token_ids=_eos_token_ids(generation_config) or _eos_token_ids(config),
+            vocab_size=vocab_size,
+            special_tokens=special_tokens,
+            chat_template=ChatTemplate(template, special_tokens) if template is not None else None,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens that the tokenizer adds by itself."""
+        return self._encode(text, add_special_tokens=True)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A chat as text, up to where the assistant's answer starts.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+
+        Raises:
+            InvalidRequest: there is no chat template, or it refuses these messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest("chat", "this model has no chat template; send text or token ids")
+        return self._chat_template.render(messages)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a chat. The template writes all special tokens itself; none is added. Raises as ``render``."""
+        return self._encode(self.render(messages), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens; U+FFFD stands for bytes that are no character."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether decoding looks at this id: special tokens and ids without a token are skipped."""
+        return token_id not in self._skipped_ids and self._backend.id_to_token(token_id) is not None
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return _read(path).decode()
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        value = tokenizer_config.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if value is not None:
+            tokens[name] = str(value)
+    return tokens
+
+
+def _eos_token_ids(config: Mapping[str, Any]) -> list[int]:
+    value = config.get("eos_token_id")
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidPair(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    if not required and not path.exists():
+        return {}
+    try:
+        value = json.loads(_read(path))
+    except ValueError as error:
+        raise InvalidPair(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidPair(f"{path} does not hold a JSON object")
+    return value

@@ -1,0 +1,106 @@
+"""``overfill chat``: a conversation. On a terminal with a prompt; from a pipe, one turn per line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from overfill.cli.options import connect, connection_options, sampling, sampling_options
+from overfill.errors import OverfillError
+
+if TYPE_CHECKING:
+    from overfill.client import Client, Message
+    from overfill.params import SamplingParams
+
+
+@click.command("chat")
+@sampling_options
+@click.option("--system", help="Instruction before the first turn.")
+@click.option("--model", default="", help="Which model, when the stack serves several.")
+@click.option("-v", "--verbose", is_flag=True, help="Speed and workers after every answer, on stderr.")
+@connection_options
+def chat_command(
+    system: str | None,
+    model: str,
+    verbose: bool,
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    **sampling_flags: Any,
+) -> int:
+    """Talk to the model, turn by turn.
+
+    /new starts over; ctrl-C stops an answer; ctrl-D or /exit ends. Piped input is read as one turn per line.
+    """
+    params = sampling(**sampling_flags)
+    interactive = sys.stdin.isatty()
+    with connect(address, tls_ca, tls_cert, tls_key) as client:
+        chat = Chat(client, params, model, system, verbose)
+        for line in _typed_lines() if interactive else sys.stdin:
+            turn = line.strip()
+            if turn == "/exit":
+                break
+            if turn == "/new":
+                chat.reset()
+            elif turn:
+                try:
+                    chat.say(turn)
+                except OverfillError as error:
+                    if not interactive:
+                        raise
+                    click.echo(f"overfill: {error}\n(that turn is dropped; /new starts over)", err=True)
+                except KeyboardInterrupt:
+                    if not interactive:
+                        raise
+                    click.echo("\n(stopped; that turn is dropped)", err=True)
+    return 0
+
+
+class Chat:
+    """The turns so far. A turn that fails or is interrupted leaves no trace in them."""
+
+    def __init__(self, client: Client, sampling: SamplingParams, model: str, system: str | None, verbose: bool) -> None:
+        self._client = client
+        self._sampling = sampling
+        self._model = model
+        self._system = system
+        self._verbose = verbose
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything but the system instruction."""
+        from overfill.client import Message
+
+        self._messages: list[Message] = [Message("system", self._system)] if self._system is not None else []
+
+    def say(self, text: str) -> None:
+        """Sends a user's turn and streams the answer to stdout, ending the line."""
+        from overfill.client import Message
+
+        messages = [*self._messages, Message("user", text)]
+        with self._client.stream(messages, model=self._model, sampling=self._sampling) as stream:
+            for delta in stream:
+                click.echo(delta.text, nl=False)
+                sys.stdout.flush()
+        click.echo()
+        self._messages = [*messages, Message("assistant", stream.answer.text)]
+        if self._verbose:
+            from overfill.cli.output import answer_details, console
+
+            console(stderr=True).print(answer_details(stream.answer))
+
+
+def _typed_lines() -> Iterator[str]:
+    import readline  # noqa: F401  (gives input() line editing and history)
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            click.echo()
+            return

@@ -1,0 +1,84 @@
+"""``overfill demo``: a real stack, one question, and where its time went."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+
+import click
+from rich.console import Console
+
+from overfill.cli.output import answer_details, console, print_json, tokens_per_second
+from overfill.cli.stack import Stack
+from overfill.cli.up import make_plan
+from overfill.client import Answer, Client, Message, SamplingParams
+
+WARM_UP = """Write one sentence about a lighthouse."""
+
+QUESTION = """Read this passage, then answer the question below it.
+
+The tidal mill at Carrow stands where the river meets the estuary. Twice a day the rising sea pushes through a wooden \
+gate and fills a pond of about three hectares behind the mill. When the tide turns, the weight of the trapped water \
+swings the gate shut, and the miller waits. Only after the sea outside has fallen by two metres does he open the small \
+sluice under the building, and the pond empties through it, turning the wheel for five hours or so. Because high water \
+comes some fifty minutes later every day, the miller's working hours wander around the clock: in one week he grinds \
+before dawn, in the next after supper. The mill made flour until 1957, when the gate broke in a storm and nobody had \
+the money to mend it. A group of neighbours bought the ruin in 1984, rebuilt the gate from oak, and has ground wheat \
+there again on summer weekends ever since.
+
+Question: Why did the miller have to work at different hours each week, and what made the mill stop in 1957?"""
+
+_MAX_TOKENS = 96
+
+
+@click.command("demo")
+@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or a folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def demo_command(pair: str, as_json: bool) -> int:
+    """Start a stack, ask one question, show where the time went.
+
+    One prefill and one decode worker on free local ports; all of it is stopped at the end.
+    """
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    notes = Console(stderr=True, highlight=False)
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+    settings = {"dtype": "bfloat16", "log_level": "warning", "grace_period": 5}
+    plan = make_plan(folder, prefill=1, decode=1, routers=1, port=0, threads=None, settings=settings)
+    stack = Stack(plan, sink=lambda name, line: notes.print(f"{name} | {line}", style="dim", markup=False))
+    try:
+        with notes.status("Starting a router, a prefill worker and a decode worker"):
+            stack.start()
+            stack.wait_ready(threading.Event())
+        with Client(plan.addresses[0]) as client:
+            with notes.status("A warm-up request first: the first one also pays for connections"):
+                client.generate([Message("user", WARM_UP)], sampling=SamplingParams(temperature=0, max_tokens=8))
+            answer = _ask(client, quiet=as_json)
+    finally:
+        stack.stop()
+    if as_json:
+        details = dataclasses.asdict(answer)
+        print_json({"question": QUESTION, "tokens_per_second": tokens_per_second(answer), "answer": details})
+    else:
+        out = console()
+        out.print(answer_details(answer))
+        out.print("\nMeasured on the second request, with connections open. Yours: overfill up", style="dim")
+    return 0
+
+
+def _ask(client: Client, quiet: bool) -> Answer:
+    """Asks the question; unless ``quiet``, question and answer go to stdout as they come."""
+    greedy = SamplingParams(temperature=0, max_tokens=_MAX_TOKENS)
+    if not quiet:
+        click.echo(f"{click.style(QUESTION, dim=True)}\n")
+    with client.stream([Message("user", QUESTION)], sampling=greedy) as stream:
+        for delta in stream:
+            if not quiet:
+                click.echo(delta.text, nl=False)
+                sys.stdout.flush()
+    if not quiet:
+        click.echo("\n")
+    return stream.answer

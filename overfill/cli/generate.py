@@ -1,0 +1,75 @@
+"""``overfill generate``: one prompt, one answer: the answer alone on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from overfill.cli.options import connect, connection_options, sampling, sampling_options
+
+
+@click.command("generate")
+@click.argument("prompt")
+@sampling_options
+@click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
+@click.option("--system", help="Instruction before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@click.option("--model", default="", help="Which model, when the stack serves several.")
+@click.option("--timeout", type=float, help="Seconds that the whole answer may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
+@click.option("-v", "--verbose", is_flag=True, help="Speed, time to first token and workers, on stderr.")
+@connection_options
+def generate_command(
+    prompt: str,
+    stop: tuple[str, ...],
+    system: str | None,
+    raw: bool,
+    model: str,
+    timeout: float | None,
+    as_json: bool,
+    verbose: bool,
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    **sampling_flags: Any,
+) -> int:
+    """Answer one prompt; the answer streams to stdout.
+
+    PROMPT is sent as a user's turn of a chat; `-` reads it from stdin.
+    """
+    if raw and system is not None:
+        raise click.UsageError("--system is part of the chat template, which --raw leaves out")
+    from overfill.client import Message
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    turns = [Message("system", system)] if system is not None else []
+    params = sampling(**sampling_flags)
+    with (
+        connect(address, tls_ca, tls_cert, tls_key) as client,
+        client.stream(
+            text if raw else [*turns, Message("user", text)],
+            model=model,
+            sampling=params,
+            stop=stop,
+            timeout=timeout,
+        ) as stream,
+    ):
+        for delta in stream:
+            if not as_json:
+                click.echo(delta.text, nl=False)
+                sys.stdout.flush()
+    answer = stream.answer
+    from overfill.cli.output import answer_details, console, print_json
+
+    if as_json:
+        print_json(dataclasses.asdict(answer))
+    elif sys.stdout.isatty():
+        click.echo()
+    if verbose:
+        console(stderr=True).print(answer_details(answer))
+    return 0

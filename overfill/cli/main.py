@@ -1,0 +1,92 @@
+"""The ``overfill`` command: finds the subcommand, turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. A subcommand's module is imported only when it
+runs, so that the client commands start fast and load no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+import overfill
+from overfill.errors import OverfillError, Overloaded, Unavailable
+
+# Name -> where the click command is, and its line in `overfill --help`.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("overfill.cli.up:up_command", "Run a stack on this machine: router, prefill and decode workers."),
+    "generate": (
+        "overfill.cli.generate:generate_command",
+        "Answer one prompt; the answer streams to stdout.",
+    ),
+    "chat": ("overfill.cli.chat:chat_command", "Talk to the model, turn by turn."),
+    "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
+    "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
+    "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
+    "bench": ("overfill.cli.bench:bench_group", "Measure a stack."),
+    "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, not when they are listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(overfill.__version__, prog_name="overfill")
+def cli() -> None:
+    """Two-stage LLM serving: a full model reads the prompt, a pruned decoder answers on its KV cache.
+
+    Start with `overfill up`, then, in another terminal, `overfill generate "Why is the sky blue?"`.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``argv`` (``sys.argv[1:]`` when None) and returns the exit code."""
+    try:
+        result = cli.main(args=argv, prog_name="overfill", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except OverfillError as error:
+        click.echo(f"overfill: {_one_line(error)}", err=True)
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        # The reader has left, as in `overfill generate … | head -1`; no complaint at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _one_line(error: OverfillError) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, Unavailable):
+        return f"{message} (start a stack with `overfill up`, or say where one is with --address)"
+    if isinstance(error, Overloaded) and error.retry_after is not None:
+        return f"{message} (try again in {error.retry_after:.0f} s)"
+    return message
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Options that several client commands share: where the stack is, and how to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from overfill.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from overfill.client import Client
+    from overfill.params import SamplingParams
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def connection_options(command: _F) -> _F:
+    """Adds ``address``, ``tls_ca``, ``tls_cert`` and ``tls_key``, which ``connect`` takes."""
+    for option in (
+        click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert."),
+        click.option("--tls-cert", type=_FILE, help="PEM certificate to show, when the stack asks for one."),
+        click.option("--tls-ca", type=_FILE, help="PEM certificates to trust; turns TLS on."),
+        click.option(
+            "--address",
+            default="127.0.0.1:7600",
+            envvar="OVERFILL_ADDRESS",
+            show_default=True,
+            show_envvar=True,
+            help="The stack's router, or several separated by commas.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: _F) -> _F:
+    """Adds what ``sampling`` takes."""
+    for option in (
+        click.option("--seed", type=int, help="Draw the same tokens again.  [default: another every time]"),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
+        click.option("--top-p", type=float, help="Keep the smallest set of tokens with this much mass."),
+        click.option("--top-k", type=int, help="Keep the k most likely tokens."),
+        click.option("--temperature", type=float, help="Divide the logits; 0 is greedy.  [default: 1]"),
+        click.option("--greedy", is_flag=True, help="Always take the most likely token."),
+        click.option("--max-tokens", type=int, help="Longest answer.  [default: what the context leaves]"),
+    ):
+        command = option(command)
+    return command
+
+
+def connect(address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> Client:
+    """A client for the stack at ``address``. Raises click.UsageError when the TLS files do not fit."""
+    from overfill.client import Client
+    from overfill.rpc.tls import ClientTls, TlsError
+
+    try:
+        tls = ClientTls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
+        return Client(address, tls=tls)
+    except (TlsError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def sampling(
+    max_tokens: int | None,
+    greedy: bool,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | None,
+) -> SamplingParams:
+    """Sampling parameters from flags. Raises click.UsageError when one is out of range or contradictory."""
+    from overfill.params import SamplingParams
+
+    if greedy and temperature:
+        raise click.UsageError("--greedy contradicts --temperature; leave one out")
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": 0.0 if greedy else temperature}
+    try:
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            seed=seed,
+            max_tokens=max_tokens,
+        )
+    except InvalidRequest as error:
+        name = error.field.removeprefix("sampling.")
+        message = str(error).removeprefix(f"{error.field}: ")
+        raise click.UsageError(f"--{name.replace('_', '-')}: {message}") from error

@@ -1,0 +1,149 @@
+"""What commands print: where an answer's time went, the workers of a stack, JSON. Asks nobody."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from overfill.client import TTFT_PARTS, Answer, StackStatus, WorkerStatus
+
+_BAR_WIDTH = 30
+_PIPE_WIDTH = 200
+# Eighths of a character cell, so that a bar of 30 cells shows 0.4 % steps.
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+_PART_NAMES = {
+    "router_queue": "router queue",
+    "decode_reservation": "decode reservation",
+    "prefill_queue": "prefill queue",
+    "prefill_compute": "prefill compute",
+    "return_path": "return path",
+}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console for tables. They wrap to fit a terminal, never in a pipe or file."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPE_WIDTH)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def bar(share: float, width: int = _BAR_WIDTH) -> str:
+    """A horizontal bar for a share of 1, ``width`` cells at full length."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (_EIGHTHS[rest] if rest else "")
+
+
+def answer_details(answer: Answer) -> RenderableType:
+    """Speed, time to first token in its parts, and who did the work."""
+    return Group(_summary(answer), ttft_table(answer))
+
+
+def tokens_per_second(answer: Answer) -> float | None:
+    """Rate of the tokens after the first; None when there are none or their time is not known."""
+    timing, count = answer.timing, answer.usage.completion_tokens - 1
+    if timing.total is None or timing.ttft is None or count < 1 or timing.total <= timing.ttft:
+        return None
+    return count / (timing.total - timing.ttft)
+
+
+def ttft_table(answer: Answer) -> Table:
+    """The parts of the time to first token as bars; what no part covers is shown as ``unattributed``."""
+    timing = answer.timing
+    total = timing.ttft
+    title = "time to first token" if total is None else f"time to first token: {_milliseconds(total)}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column("part")
+    table.add_column("ms", justify="right")
+    table.add_column("%", justify="right")
+    table.add_column("", min_width=_BAR_WIDTH, no_wrap=True)
+    rows = [(_PART_NAMES[name], getattr(timing, name)) for name in TTFT_PARTS]
+    for name, seconds in [*rows, ("unattributed", timing.unattributed)]:
+        if seconds is None or not total:
+            table.add_row(name, "?" if seconds is None else _milliseconds(seconds, unit=""), "", "")
+        else:
+            share = seconds / total
+            table.add_row(name, _milliseconds(seconds, unit=""), f"{100 * share:.1f}", bar(share))
+    return table
+
+
+def status_table(status: StackStatus) -> Table:
+    """One line per worker."""
+    state = "complete" if status.complete else "not all workers have been ready yet"
+    table = Table(title=f"{status.process.address}: {state}", title_justify="left", box=None, padding=(0, 1))
+    for column in ("worker", "stage", "state", "address"):
+        table.add_column(column)
+    for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total"):
+        table.add_column(column, justify="right")
+    for worker in status.workers:
+        row = worker_json(worker)
+        numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
+        table.add_row(worker.id, worker.stage, _state(worker), worker.address, *numbers)
+    return table
+
+
+def status_json(status: StackStatus) -> dict[str, Any]:
+    """The stack as ``overfill status --json`` prints it; what a silent worker does not tell is null."""
+    return {
+        "grpc": status.process.address,
+        "openai_url": f"http://{status.http_address}/v1" if status.http_address else None,
+        "workers": [worker_json(worker) for worker in status.workers],
+    }
+
+
+_WORKER_NUMBERS = ("pid", "running", "waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")
+
+
+def worker_json(worker: WorkerStatus) -> dict[str, Any]:
+    process = worker.process
+    load = process.load if process is not None else None
+    return {
+        "id": worker.id,
+        "stage": worker.stage,
+        "pid": process.pid if process is not None else None,
+        "address": worker.address,
+        "kv_blocks_used": load.kv_blocks_used if load is not None else None,
+        "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
+        "kv_blocks_total": load.kv_blocks_total if load is not None else None,
+        "running": load.running if load is not None else None,
+        "waiting": load.waiting if load is not None else None,
+    }
+
+
+def _summary(answer: Answer) -> Table:
+    usage, timing = answer.usage, answer.timing
+    table = Table.grid(padding=(0, 2))
+    rate = tokens_per_second(answer)
+    table.add_row("speed", "?" if rate is None else f"{rate:.1f} tokens/s after the first token")
+    cached = f" ({usage.cached_tokens} from the prefix cache)" if usage.cached_tokens else ""
+    table.add_row("tokens", f"{usage.prompt_tokens} in{cached}, {usage.completion_tokens} out")
+    table.add_row("ended by", f"{answer.finish_reason}{f' string {answer.stop!r}' if answer.stop else ''}")
+    table.add_row("total", _milliseconds(timing.total))
+    table.add_row("second token", f"waited {_milliseconds(timing.handoff_exposed)} for the handoff")
+    table.add_row("seen here", f"first token after {_milliseconds(answer.client_ttft)}")
+    moved = f", moved {answer.migrations} times" if answer.migrations else ""
+    table.add_row("workers", f"{answer.prefill_worker} → {answer.decode_worker}{moved}")
+    table.add_row("request", f"{answer.request_id}, seed {answer.seed}")
+    return table
+
+
+def _state(worker: WorkerStatus) -> str:
+    if worker.process is None:
+        return "silent"
+    if worker.process.draining:
+        return "draining"
+    return "ready" if worker.process.ready else "starting"
+
+
+def _milliseconds(seconds: float | None, unit: str = " ms") -> str:
+    return "?" if seconds is None else f"{1000 * seconds:.2f}{unit}"

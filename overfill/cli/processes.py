@@ -1,0 +1,121 @@
+"""Child processes that cannot outlive their parent, with their output line by line.
+
+Knows nothing of models or gRPC.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+TAIL_LINES = 20
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """One running process in its own process group.
+
+    Args:
+        name: how it is called in messages.
+        command: program and arguments.
+        env: its whole environment.
+        sink: gets ``(name, line)`` for every line of stdout and stderr, from a thread of this child.
+
+    Must be created on the main thread: Linux ties the child's life to the thread that forked it.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], sink: Callable[[str, str], None]
+    ) -> None:
+        self.name = name
+        self._sink = sink
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,
+            preexec_fn=_die_with_parent(),
+        )
+        self._pump = threading.Thread(target=self._read, name=f"output-{name}", daemon=True)
+        self._pump.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative for a signal; None while the process runs."""
+        return self._process.poll()
+
+    def last_lines(self) -> list[str]:
+        """The end of what an exited process wrote."""
+        self._pump.join(timeout=5)
+        return list(self._tail)
+
+    def describe_exit(self) -> str:
+        """How an exited process ended, in words."""
+        code = self._process.wait()
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._tail.append(line.rstrip("\n"))
+                self._sink(self.name, line.rstrip("\n"))
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            os.killpg(self.pid, number)
+
+    def _wait(self, timeout: float) -> bool:
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def stop(children: Iterable[Child], grace: float) -> list[Child]:
+    """SIGTERM to all of them, ``grace`` seconds to exit, SIGKILL to the rest, which are returned."""
+    children = list(children)
+    stragglers = []
+    try:
+        for child in children:
+            child._signal_group(signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        stragglers = [c for c in children if not c._wait(max(0.0, deadline - time.monotonic()))]
+    finally:
+        for child in children:
+            child._signal_group(signal.SIGKILL)
+            child._wait(timeout=10)
+            child._pump.join(timeout=5)
+    return stragglers
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before exec so that the kernel kills it when its parent dies, even by SIGKILL."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return before_exec

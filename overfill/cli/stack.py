@@ -1,0 +1,181 @@
+"""A whole stack on this machine: which processes it has, when it is ready, in which order it stops.
+
+Starts the services by module name and never imports them; asks the routers, through the SDK, whether all
+is well.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from overfill.cli import processes
+from overfill.cli.processes import Child
+from overfill.client import Client, ClientTls
+from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.errors import OverfillError
+
+_POLL_SECONDS = 0.2
+_MARGIN_SECONDS = 2  # beyond the grace period, for a process to leave by itself
+_SETTINGS = ("OVERFILL_ROUTER_", "OVERFILL_PREFILL_", "OVERFILL_DECODE_")
+
+
+class StartFailed(OverfillError):
+    """The stack did not come up; the message holds the last lines of the process that died."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes of a stack, each with its complete configuration. Every router has a fixed port."""
+
+    routers: tuple[RouterConfig, ...]
+    prefill: tuple[PrefillConfig, ...]
+    decode: tuple[DecodeConfig, ...]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where clients and workers on this machine reach the routers."""
+        return tuple(f"{reachable(router.host)}:{router.port}" for router in self.routers)
+
+    @property
+    def client_tls(self) -> ClientTls | None:
+        """How processes on this machine talk to the routers."""
+        return self.routers[0].client_tls()
+
+
+class Stack:
+    """The running processes of a plan. ``sink`` gets ``(process, line)`` for each line they write."""
+
+    def __init__(self, plan: Plan, sink: Callable[[str, str], None]) -> None:
+        self.plan = plan
+        self._sink = sink
+        self._routers: list[Child] = []
+        self._workers: list[Child] = []
+        self._reported: set[str] = set()
+
+    def start(self) -> None:
+        """Starts every process, routers first. Raises StartFailed when a router's port is taken."""
+        for config in self.plan.routers:
+            check_port_free(config.host, config.port)
+        for index, config in enumerate(self.plan.routers):
+            self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
+        for stage, configs in (("prefill", self.plan.prefill), ("decode", self.plan.decode)):
+            for worker in configs:
+                child = self._spawn(worker.worker_id, f"services.{stage}.main", worker, worker.threads)
+                self._workers.append(child)
+
+    def wait_ready(self, cancelled: threading.Event) -> None:
+        """Returns when every router has seen all its workers ready, or when ``cancelled`` is set.
+
+        Raises:
+            StartFailed: a process died first.
+        """
+        waiting = list(zip(self._routers, self.plan.addresses, strict=True))
+        while waiting and not cancelled.is_set():
+            for child in self.exited():
+                raise StartFailed(_last_words(child))
+            router, address = waiting[0]
+            if self._complete(router, address):
+                waiting.pop(0)
+            else:
+                cancelled.wait(_POLL_SECONDS)
+
+    def exited(self) -> list[Child]:
+        """Processes found dead since the last call."""
+        new = [
+            child
+            for child in [*self._routers, *self._workers]
+            if child.name not in self._reported and child.returncode is not None
+        ]
+        self._reported.update(child.name for child in new)
+        return new
+
+    @property
+    def reachable(self) -> bool:
+        """Whether a router lives."""
+        return any(router.returncode is None for router in self._routers)
+
+    def stop(self) -> list[Child]:
+        """Drains the routers, which finish what runs, then ends the workers. Returns those it had to kill."""
+        grace = self.plan.routers[0].grace_period
+        try:
+            stragglers = processes.stop(self._routers, grace + _MARGIN_SECONDS)
+            return stragglers + processes.stop(self._workers, grace + _MARGIN_SECONDS)
+        except BaseException:  # the user will not wait
+            processes.stop(self._workers, 0)
+            raise
+
+    def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
+        command = [sys.executable, "-m", module, *config.to_argv()]
+        return Child(name, command, child_environment(os.environ, threads), self._sink)
+
+    def _complete(self, router: Child, address: str) -> bool:
+        try:
+            with Client(address, tls=self.plan.client_tls) as client:
+                status = client.status()
+        except OverfillError:
+            return False
+        return status.complete and status.process.pid == router.pid
+
+
+def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """``environ`` without the settings that flags already carry, every thread pool at ``threads``."""
+    kept = {key: value for key, value in environ.items() if not key.startswith(_SETTINGS)}
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+    return kept | dict.fromkeys(pools, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+
+
+def threads_per_worker(workers: int) -> int:
+    """An equal share of this machine's cores: pools that together exceed them slow each other down."""
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = []
+    try:
+        for _ in range(count):
+            sockets.append(_bind(host, 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises StartFailed, naming the port, when somebody listens on it."""
+    try:
+        _bind(host, port).close()
+    except OSError as error:
+        raise StartFailed(
+            f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or give another port"
+        ) from error
+
+
+def reachable(host: str) -> str:
+    """The address that a process on this machine connects to when a server listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    s = socket.socket(family)
+    try:
+        # Like the server itself: a connection that lingers from an earlier run is no obstacle.
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((host, port))
+    except OSError:
+        s.close()
+        raise
+    return s
+
+
+def _last_words(child: Child) -> str:
+    lines = child.last_lines()
+    said = "".join(f"\n  {child.name} | {line}" for line in lines) or " without a word"
+    return f"{child.name} {child.describe_exit()} during start-up:{said}"

@@ -1,0 +1,34 @@
+"""``overfill status``: what a running stack says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from overfill.cli.options import connect, connection_options
+
+_ANSWER_SECONDS = 5.0
+
+
+@click.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@connection_options
+def status_command(
+    as_json: bool, address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None
+) -> int:
+    """Show the workers of a running stack, as they answer now.
+
+    Exits 1 when no stack answers, and until all the workers that it was started with have been ready.
+    """
+    from overfill.cli.output import console, print_json, status_json, status_table
+
+    with connect(address, tls_ca, tls_cert, tls_key) as client:
+        status = client.status(timeout=_ANSWER_SECONDS)
+    if as_json:
+        print_json(status_json(status))
+    else:
+        console().print(status_table(status))
+    if not status.complete:
+        click.echo("overfill: the stack is starting: not all workers have been ready yet", err=True)
+    return 0 if status.complete else 1

@@ -1,0 +1,210 @@
+"""``overfill up``: a stack on this machine in the foreground.
+
+Plans the processes and minds them; the work is theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from overfill.cli.output import console
+from overfill.cli.processes import Child
+from overfill.cli.stack import Plan, Stack, free_ports, reachable, threads_per_worker
+from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+
+_WATCH_SECONDS = 0.5
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_Config = TypeVar("_Config", bound=ServiceConfig)
+
+
+@click.command("up")
+@click.option("--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
+@click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Routers.")
+@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: bfloat16]")
+@click.option(
+    "--grpc", "port", type=click.IntRange(0, 65535), default=7600, show_default=True,
+    help="Port of the first router, the others follow; 0 picks free ones.",
+)  # fmt: skip
+@click.option("--http", "http", type=click.IntRange(0, 65535), help="OpenAI endpoint: not in this version.")
+@click.option("--host", help="Address to listen on; all but loopback need TLS.  [default: 127.0.0.1]")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads per worker.  [default: an equal share]")
+@click.option("--kv-memory", help="KV cache per worker, such as 512MiB.")
+@click.option("--max-model-len", help="Longest prompt with its answer, tokens.")
+@click.option("--max-num-seqs", help="Most sequences in one step.")
+@click.option("--token-budget", help="Most prompt tokens a prefill worker computes in one step.")
+@click.option("--data-streams", help="Parallel connections that carry a request's KV.")
+@click.option("--grace-period", help="Seconds for running requests to finish at shutdown.  [default: 30]")
+@click.option("--tls-cert", type=_FILE, help="PEM certificate of every process.")
+@click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
+@click.option("--tls-ca", type=_FILE, help="PEM certificates that peers are checked against.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+@click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="A log file per process here.")
+def up_command(
+    prefill: int,
+    decode: int,
+    routers: int,
+    pair: str,
+    port: int,
+    http: int | None,
+    threads: int | None,
+    log_dir: Path | None,
+    **settings: Any,
+) -> int:
+    """Run a stack on this machine: router, prefill and decode workers.
+
+    Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops everything. Other
+    settings of the workers can be given as variables, such as OVERFILL_PREFILL_BLOCK_SIZE.
+    """
+    if http is not None:
+        raise click.UsageError("--http: this version has no OpenAI endpoint yet; use gRPC (--grpc) and the SDK")
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    # Wrong settings are told before a pair is prepared, which can take minutes.
+    make_plan(Path(pair), prefill, decode, routers, port, threads, settings)
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+    plan = make_plan(folder, prefill, decode, routers, port, threads, settings)
+    with _stop_signals() as stopping, _log_sink(log_dir) as sink:
+        return run(Stack(plan, sink), stopping, console())
+
+
+def make_plan(
+    pair: Path,
+    prefill: int,
+    decode: int,
+    routers: int,
+    port: int,
+    threads: int | None,
+    settings: dict[str, Any],
+) -> Plan:
+    """Configurations for all processes.
+
+    ``settings`` are fields of the configuration classes, each handed to those that have it; None leaves a
+    field to its environment variable or default. Exits 2 when a value is wrong, as the services do.
+    """
+    settings = settings | {"pair": pair.resolve()}
+    host = settings.get("host") or "127.0.0.1"
+    ports = range(port, port + routers) if port else free_ports(host, routers)
+    expected = {"expect_prefill": prefill, "expect_decode": decode}
+    router_configs = [_configure(RouterConfig, settings | expected | {"port": p}) for p in ports]
+    workers = settings | {
+        "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
+        "threads": threads or threads_per_worker(prefill + decode),
+    }
+    return Plan(
+        tuple(router_configs),
+        tuple(_configure(PrefillConfig, workers | {"worker_id": f"prefill-{i}"}) for i in range(prefill)),
+        tuple(_configure(DecodeConfig, workers | {"worker_id": f"decode-{i}"}) for i in range(decode)),
+    )
+
+
+def run(stack: Stack, stopping: threading.Event, out: Console) -> int:
+    """Starts the stack, says so on ``out``, minds it until ``stopping``, stops it. Returns exit code."""
+    try:
+        stack.start()
+        stack.wait_ready(stopping)
+        if not stopping.is_set():
+            out.print(_welcome(stack.plan))
+        while not stopping.wait(_WATCH_SECONDS):
+            for child in stack.exited():
+                click.echo(_obituary(child), err=True)
+            if not stack.reachable:
+                click.echo("overfill: no router is left; stopping", err=True)
+                return 1
+        click.echo("overfill: stopping; running requests finish first (ctrl-C again to kill)", err=True)
+        return 0
+    finally:
+        for child in stack.stop():
+            click.echo(f"overfill: {child.name} did not stop in time and was killed", err=True)
+
+
+def _configure(kind: type[_Config], settings: dict[str, Any]) -> _Config:
+    return kind.parse(
+        [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in settings.items()
+            if value is not None and name in kind.model_fields
+        ]
+    )
+
+
+def _welcome(plan: Plan) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    first = plan.addresses[0]
+    option = "" if first == "127.0.0.1:7600" else f" --address {first}"
+    if plan.client_tls is not None:
+        option += f" --tls-ca {plan.client_tls.ca or 'CA.pem'}"
+    table.add_row("gRPC", ", ".join(plan.addresses))
+    table.add_row("pair", str(plan.routers[0].pair))
+    for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
+        names = ", ".join(worker.worker_id for worker in workers)
+        table.add_row(stage, f"{names} ({workers[0].dtype}, {workers[0].threads} threads each)")
+    table.add_row("try", f'overfill generate{option} "Why is the sky blue?"')
+    table.add_row("", f"overfill chat{option}")
+    table.add_row("", f"overfill status{option}")
+    table.add_row("stop", "ctrl-C")
+    return Panel(table, title="OverFill is up", title_align="left", expand=False)
+
+
+def _obituary(child: Child) -> str:
+    said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
+    return (
+        f"overfill: {child.name} (pid {child.pid}) {child.describe_exit()}; the stack goes on without it, "
+        f"and it is not restarted. Its last lines:{said}"
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that the first ctrl-C, SIGTERM or hangup sets; the second one raises KeyboardInterrupt."""
+    stopping = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _log_sink(folder: Path | None) -> Iterator[Callable[[str, str], None]]:
+    """Where the processes' lines go: prefixed to stderr, or to ``folder/PROCESS.log``."""
+    if folder is None:
+        yield lambda name, line: print(f"{name} | {line}", file=sys.stderr, flush=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, IO[str]] = {}
+
+    def write(name: str, line: str) -> None:
+        if name not in files:
+            files[name] = (folder / f"{name}.log").open("a", encoding="utf-8")
+        print(line, file=files[name], flush=True)
+
+    try:
+        yield write
+    finally:
+        for file in files.values():
+            file.close()

@@ -1,0 +1,224 @@
+"""``overfill verify``: hold a running stack's greedy answers against plain transformers.
+
+Prompts are tokenized here with the checkpoint's own tokenizer and judged by ``overfill.pair.reference``, so
+that nothing of the serving path vouches for itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from overfill.cli.options import connect, connection_options
+from overfill.errors import OverfillError
+
+if TYPE_CHECKING:
+    from overfill.client import Answer, Client, StackStatus
+    from overfill.pair.manifest import Pair
+    from overfill.pair.progress import Report
+    from overfill.pair.reference import Judged, TwoStageReference
+
+Tokenize = Callable[[str], list[int]]
+
+
+class CannotVerify(click.ClickException):
+    """The stack is not one whose answers can be compared; the message says how to start one that is."""
+
+    exit_code = 2
+
+
+@click.command("verify")
+@click.option(
+    "--questions",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON lines with a `prompt`, or `turns` as in MT-bench, of which the first is asked.",
+)
+@click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--pair", default="default", show_default=True, help="The pair that the stack serves.")
+@click.option("--limit", type=click.IntRange(min=1), help="Ask only this many questions.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Questions at a time.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@connection_options
+def verify_command(
+    questions: Path,
+    max_tokens: int,
+    pair: str,
+    limit: int | None,
+    concurrency: int,
+    as_json: bool,
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+) -> int:
+    """Ask a running stack questions, greedily, and judge every token with plain transformers.
+
+    The last line says how many answers are correct. Exits 1 when one is not or never came, or when more than
+    one token in a thousand is a tie, and 2 when the stack does not compute in float32 with the raw codec.
+    """
+    from overfill.cli.output import print_json
+    from overfill.pair.manifest import Pair
+    from overfill.pair.plain import chat_token_ids, load_tokenizer
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.reference import TwoStageReference, summarise
+    from overfill.pair.store import resolve_pair
+
+    prompts = read_questions(questions)[:limit]
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+        with connect(address, tls_ca, tls_cert, tls_key) as client:
+            check_stack(client.status(), Pair.load(folder))
+            answers = ask(client, prompts, max_tokens, concurrency, report)
+        reference = TwoStageReference(folder)
+        tokenizer = load_tokenizer(reference.pair.full_path)
+
+        def tokenize(prompt: str) -> list[int]:
+            return chat_token_ids(tokenizer, prompt)
+
+        judged = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            judged.append(judge_answer(reference, tokenize, prompt, answer, max_tokens))
+            report("Judging", len(judged), len(answers))
+    summary = summarise(judged)
+    rows = failures(judged, tokenizer.decode)
+    if as_json:
+        print_json(
+            {
+                "passed": summary.passed,
+                "answers": summary.answers,
+                "correct": summary.correct,
+                "identical": summary.identical,
+                "ties": summary.ties,
+                "tokens": summary.tokens,
+                "failures": rows,
+            }
+        )
+    else:
+        if rows:
+            _print_table(rows)
+        click.echo(str(summary))
+    return 0 if summary.passed else 1
+
+
+def read_questions(file: Path) -> list[str]:
+    """The prompts of a JSON-lines file. Raises click.UsageError naming the line that is not a question."""
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["turns"][0]
+        except (ValueError, KeyError, IndexError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise click.UsageError(f"{file}, line {number}: expected a JSON object with a `prompt` or `turns`")
+        prompts.append(prompt)
+    if not prompts:
+        raise click.UsageError(f"{file} has no questions")
+    return prompts
+
+
+def check_stack(status: StackStatus, pair: Pair) -> None:
+    """Raises CannotVerify unless every worker runs ``pair`` in float32 and decode workers pull raw KV."""
+    processes = [w.process for w in status.workers if w.process is not None]
+    if not any(p.stage == "decode" for p in processes):
+        raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
+    for process in processes:
+        if process.kv is None or process.model is None:
+            raise CannotVerify(f"{process.id} does not say what it runs")
+        is_decode = process.stage == "decode"
+        if process.kv.dtype != "float32" or (is_decode and process.codec != "raw"):
+            codec = f", {process.codec} codec" if is_decode else ""
+            raise CannotVerify(
+                f"{process.id} runs in {process.kv.dtype}{codec}; answers can be compared only in float32 with the "
+                "raw codec: start the stack with `overfill up --dtype float32`"
+            )
+        expected = {"full model": pair.full_digest, "tokenizer": pair.tokenizer_digest}
+        found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}
+        if is_decode:
+            expected["decoder"], found["decoder"] = pair.decoder_digest, process.model.decoder_digest
+        if different := [part for part in expected if expected[part] != found[part]]:
+            raise CannotVerify(
+                f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); "
+                "name the one that the stack serves with --pair"
+            )
+
+
+def ask(
+    client: Client, prompts: Sequence[str], max_tokens: int, concurrency: int, report: Report
+) -> list[Answer | OverfillError]:
+    """Greedy answers to ``prompts`` in their order, or why one did not come."""
+    from overfill.client import Message, SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+
+    def answer(prompt: str) -> Answer | OverfillError:
+        try:
+            return client.generate([Message("user", prompt)], sampling=sampling)
+        except OverfillError as error:
+            return error
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        futures = [pool.submit(answer, prompt) for prompt in prompts]
+        for done, _ in enumerate(as_completed(futures), 1):
+            report("Asking", done, len(prompts))
+    return [future.result() for future in futures]
+
+
+def judge_answer(
+    reference: TwoStageReference, tokenize: Tokenize, prompt: str, answer: Answer | OverfillError, max_tokens: int
+) -> Judged:
+    """Judges one served answer, or counts one that never came."""
+    from overfill.pair.reference import Judged, judge
+
+    if isinstance(answer, OverfillError):
+        return Judged((), f"no answer: {answer}")
+    prompt_ids = tokenize(prompt)
+    if answer.usage.prompt_tokens != len(prompt_ids):
+        return Judged((), f"prompt has {answer.usage.prompt_tokens} tokens there and {len(prompt_ids)} here")
+    return judge(reference, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
+
+
+def failures(judged: Sequence[Judged], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
+    """One row per answer that is not correct, with its first wrong token; questions count from 1."""
+    rows: list[dict[str, Any]] = []
+    for number, answer in enumerate(judged, 1):
+        if answer.problem is not None:
+            rows.append({"question": number, "problem": answer.problem})
+        elif (error := answer.first_error) is not None:
+            rows.append(
+                {
+                    "question": number,
+                    "problem": "wrong token",
+                    "index": error.index,
+                    "token_id": error.token_id,
+                    "token": decode([error.token_id]),
+                    "reference_id": error.reference_id,
+                    "reference": decode([error.reference_id]),
+                    "margin": error.margin,
+                }
+            )
+    return rows
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("question", "problem", "index", "token", "reference", "margin", box=None)
+    for row in rows:
+        cells = [str(row["question"]), row["problem"]]
+        if "index" in row:
+            cells += [str(row["index"]), f"{row['token_id']} {row['token']!r}"]
+            cells += [f"{row['reference_id']} {row['reference']!r}", f"{row['margin']:.4f}"]
+        # Text, since brackets in tokens are not markup.
+        table.add_row(*map(Text, cells))
+    Console().print(table)

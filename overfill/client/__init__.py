@@ -1,0 +1,93 @@
+"""SDK for a running stack, sync and asyncio. Loads neither torch nor transformers.
+
+::
+
+    from overfill.client import Client, Message
+
+    with Client("127.0.0.1:7600") as client:
+        print(client.generate([Message("user", "Hello!")]).text)
+        with client.stream("Once upon a time") as stream:
+            for delta in stream:
+                print(delta.text, end="")
+
+``AsyncClient`` has the same methods, awaited.
+"""
+
+from __future__ import annotations
+
+from overfill.client.aio import AsyncClient, AsyncStream
+from overfill.client.answers import (
+    TTFT_PARTS,
+    Accepted,
+    Answer,
+    Delta,
+    PrefillTrace,
+    Timing,
+    TokenLogprobs,
+    Trace,
+    Usage,
+)
+from overfill.client.requests import Message, Prompt
+from overfill.client.status import (
+    KvShape,
+    Model,
+    ModelIdentity,
+    ProcessStatus,
+    StackStatus,
+    WorkerLoad,
+    WorkerStatus,
+)
+from overfill.client.sync import Client, Stream
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    OverfillError,
+    Overloaded,
+    PromptTooLong,
+    RequestCancelled,
+    TransferFailed,
+    Unavailable,
+)
+from overfill.params import SamplingParams
+from overfill.rpc.tls import ClientTls
+
+__all__ = [
+    "TTFT_PARTS",
+    "Accepted",
+    "Answer",
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "ClientTls",
+    "DeadlineExceeded",
+    "Delta",
+    "Incompatible",
+    "InternalError",
+    "InvalidRequest",
+    "KvShape",
+    "Message",
+    "Model",
+    "ModelIdentity",
+    "ModelNotFound",
+    "OverfillError",
+    "Overloaded",
+    "PrefillTrace",
+    "ProcessStatus",
+    "Prompt",
+    "PromptTooLong",
+    "RequestCancelled",
+    "SamplingParams",
+    "StackStatus",
+    "Stream",
+    "Timing",
+    "TokenLogprobs",
+    "Trace",
+    "TransferFailed",
+    "Unavailable",
+    "Usage",
+    "WorkerLoad",
+    "WorkerStatus",
+]

@@ -1,0 +1,213 @@
+"""The SDK for asyncio: ``overfill.client.sync`` with awaits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+
+from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
+from overfill.client.attempts import Attempts
+from overfill.client.requests import Prompt, build_request, check_timeout, split_addresses
+from overfill.client.status import Model, StackStatus
+from overfill.errors import RequestCancelled
+from overfill.params import SamplingParams
+from overfill.rpc.channel import open_channel
+from overfill.rpc.tls import ClientTls
+from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+StartCall = Callable[[str, float | None], Any]
+
+
+class AsyncStream(AsyncIterator[Delta]):
+    """An answer as it is written; iterate for deltas. Leaving it as a context manager cancels the rest."""
+
+    def __init__(self, start: StartCall, attempts: Attempts, builder: AnswerBuilder) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._builder = builder
+        self._answered = False
+        self._cancelled = False
+        self._call = start(attempts.address, attempts.timeout())
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """Request id and seed, once the router has taken the request."""
+        return self._builder.accepted
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, after the last delta. Raises InternalError before that."""
+        return self._builder.answer()
+
+    async def __anext__(self) -> Delta:
+        """Raises any OverfillError."""
+        while True:
+            try:
+                response = await self._call.read()
+            except asyncio.CancelledError:
+                # gRPC raises this for its own cancelled call as well as for the awaiting task's cancellation.
+                if self._cancelled and not _task_is_cancelled():
+                    raise RequestCancelled("the request was cancelled") from None
+                raise
+            except grpc.RpcError as error:
+                failure = self._attempts.failed(error, self._answered or self._cancelled)
+                if failure is not None:
+                    raise failure from None
+                self._call = self._start(self._attempts.address, self._attempts.timeout())
+                continue
+            if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+                self._builder.answer()
+                raise StopAsyncIteration
+            self._answered = True
+            try:
+                delta = self._builder.add(response)
+            except BaseException:
+                self.cancel()
+                raise
+            if delta is not None:
+                return delta
+
+    def cancel(self) -> None:
+        """Gives the request up; iterating further raises RequestCancelled. Does nothing after the end."""
+        self._cancelled = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class AsyncClient:
+    """Talks to a router from one event loop; close it, or use it as an async context manager.
+
+    Args:
+        address: ``host:port`` or ``unix:path``, or several separated by commas: a new request goes to the
+            first that can be reached.
+        tls: certificates; None talks in the clear.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:7600", *, tls: ClientTls | None = None) -> None:
+        self._addresses = split_addresses(address)
+        self._tls = tls
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+        request_id: str = "",
+        resume_token_ids: Sequence[int] = (),
+        trace: bool = False,
+    ) -> Answer:
+        """A whole answer; arguments and errors as in ``Client.generate``."""
+        stream = self.stream(
+            prompt,
+            model=model,
+            sampling=sampling,
+            stop=stop,
+            timeout=timeout,
+            request_id=request_id,
+            resume_token_ids=resume_token_ids,
+            trace=trace,
+        )
+        async with stream:
+            async for _ in stream:
+                pass
+            return stream.answer
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+        request_id: str = "",
+        resume_token_ids: Sequence[int] = (),
+        trace: bool = False,
+    ) -> AsyncStream:
+        """As ``generate``, but token by token."""
+        check_timeout(timeout)
+        request = build_request(
+            prompt,
+            model=model,
+            sampling=sampling,
+            stop=stop,
+            request_id=request_id,
+            resume_token_ids=resume_token_ids,
+            trace=trace,
+        )
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = inference_pb2_grpc.InferenceStub(self._channel(address))  # type: ignore[no-untyped-call]
+            return stub.Generate(request, timeout=timeout)
+
+        builder = AnswerBuilder(request)
+        return AsyncStream(start, Attempts(self._addresses, timeout), builder)
+
+    async def models(self, *, timeout: float | None = 10.0) -> list[Model]:
+        """The models that the router serves."""
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = inference_pb2_grpc.InferenceStub(self._channel(address))  # type: ignore[no-untyped-call]
+            return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout)
+
+        return [Model.from_proto(model) for model in (await self._unary(start, timeout)).models]
+
+    async def status(self, *, timeout: float | None = 10.0) -> StackStatus:
+        """The router and every worker it knows; a worker's own address answers for itself."""
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = admin_pb2_grpc.AdminStub(self._channel(address))  # type: ignore[no-untyped-call]
+            return stub.Status(admin_pb2.StatusRequest(), timeout=timeout)
+
+        return StackStatus.from_proto(await self._unary(start, timeout))
+
+    async def close(self) -> None:
+        """Cancels what runs and closes the connections."""
+        for channel in self._channels.values():
+            await channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        # Not in the constructor: a channel belongs to the event loop that is running when it is made.
+        if address not in self._channels:
+            self._channels[address] = open_channel(address, self._tls)
+        return self._channels[address]
+
+    async def _unary(self, start: StartCall, timeout: float | None) -> Any:
+        check_timeout(timeout)
+        attempts = Attempts(self._addresses, timeout)
+        while True:
+            try:
+                return await start(attempts.address, attempts.timeout())
+            except grpc.RpcError as error:
+                failure = attempts.failed(error, answered=False)
+                if failure is not None:
+                    raise failure from None
+
+
+def _task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,277 @@
+"""From the events of a stream to deltas and an answer. No I/O; every token is accounted for by its index."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from overfill.errors import InternalError
+from overfill.v1 import common_pb2, inference_pb2, kv_pb2
+
+TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
+"""Fields of ``Timing`` that make up its ``ttft``, in the order they happen."""
+
+_FINISH_REASONS: dict[int, Literal["stop", "length"]] = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities under softmax(logits), before temperature and filters.
+
+    Attributes:
+        logprob: of the chosen token.
+        top: (token id, log-probability) of the most likely tokens, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the router said when it took the request. ``seed`` is the one in use."""
+
+    request_id: str
+    prompt_tokens: int
+    seed: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of an answer.
+
+    Attributes:
+        first_index: index in the answer of ``token_ids[0]``.
+        token_ids: may be empty, when only text that was held back comes.
+        text: new text; may be empty while a character or a possible stop string is incomplete.
+        logprobs: one per token, or None when they were not asked for.
+    """
+
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts; ``cached_tokens`` are those of the prompt whose KV a prefix cache had."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one request went, in seconds; None where it is not known.
+
+    Each is measured on one host's monotonic clock, none as a remainder. ``ttft`` runs from the request's
+    arrival at the router to the hand-over of the first token to the client's stream; ``handoff_exposed`` from
+    the first token to the first decode step.
+    """
+
+    ttft: float | None = None
+    router_queue: float | None = None
+    decode_reservation: float | None = None
+    prefill_queue: float | None = None
+    prefill_compute: float | None = None
+    return_path: float | None = None
+    handoff_exposed: float | None = None
+    decode: float | None = None
+    total: float | None = None
+
+    @property
+    def unattributed(self) -> float | None:
+        """``ttft`` less the parts in ``TTFT_PARTS`` that are known; transit is in it."""
+        if self.ttft is None:
+            return None
+        return self.ttft - sum(getattr(self, part) or 0.0 for part in TTFT_PARTS)
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.Timing) -> Timing:
+        def seconds(name: Any) -> float | None:
+            return getattr(message, name) / 1e9 if message.HasField(name) else None
+
+        return cls(**{f.name: seconds(f"{f.name}_ns") for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTrace:
+    """The prefill worker's side of a handoff: seconds since it scheduled the first chunk, on its clock.
+
+    ``layer_start`` and ``layer_end`` have one entry per full-model layer.
+    """
+
+    layer_start: tuple[float, ...]
+    layer_end: tuple[float, ...]
+    first_kv_sent: float
+    last_kv_sent: float
+    first_token_sent: float
+    last_ack: float
+
+    @classmethod
+    def from_proto(cls, message: kv_pb2.PrefillTrace) -> PrefillTrace:
+        return cls(
+            layer_start=tuple(ns / 1e9 for ns in message.layer_start_ns),
+            layer_end=tuple(ns / 1e9 for ns in message.layer_end_ns),
+            first_kv_sent=message.first_kv_sent_ns / 1e9,
+            last_kv_sent=message.last_kv_sent_ns / 1e9,
+            first_token_sent=message.first_token_sent_ns / 1e9,
+            last_ack=message.last_ack_ns / 1e9,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One handoff: seconds since the decode worker asked for it, on its clock, and what it received."""
+
+    first_token_received: float
+    first_kv_received: float
+    last_kv_received: float
+    kv_bytes: int
+    kv_chunks: int
+    prefill: PrefillTrace
+
+    @classmethod
+    def from_proto(cls, message: kv_pb2.HandoffTrace) -> Trace:
+        return cls(
+            first_token_received=message.first_token_received_ns / 1e9,
+            first_kv_received=message.first_kv_received_ns / 1e9,
+            last_kv_received=message.last_kv_received_ns / 1e9,
+            kv_bytes=message.kv_bytes,
+            kv_chunks=message.kv_chunks,
+            prefill=PrefillTrace.from_proto(message.prefill),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. Tokens given as ``resume_token_ids`` are not repeated in it.
+
+    Attributes:
+        finish_reason: "stop" (a stop token or string) or "length" (``max_tokens``, or the context is full).
+        seed: that the router used; with the tokens it resumes or repeats the answer.
+        migrations: times the sequence moved to another decode worker.
+        stop: the stop string that ended the answer; None when none did.
+        trace: None unless asked for.
+        client_ttft: seconds from the call to the first token, on this side; None without tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    timing: Timing
+    request_id: str
+    model: str
+    seed: int
+    prefill_worker: str
+    decode_worker: str
+    migrations: int
+    stop: str | None
+    trace: Trace | None
+    client_ttft: float | None
+
+
+class AnswerBuilder:
+    """Takes the messages of one ``Inference.Generate`` in order.
+
+    Args:
+        request: that was sent.
+        clock: seconds; read when the builder is made, at the call, and at the first token.
+    """
+
+    def __init__(
+        self, request: inference_pb2.GenerateRequest, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.accepted: Accepted | None = None
+        self.started = clock()
+        self._clock = clock
+        self._wants_logprobs = request.sampling.HasField("logprobs")
+        self._next_index = len(request.resume_token_ids)
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._client_ttft: float | None = None
+        self._answer: Answer | None = None
+
+    def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
+        """The delta in ``response``, if it is one.
+
+        Raises:
+            InternalError: tokens are missing, repeated or without their log-probabilities, or events are out
+                of order.
+        """
+        if self._answer is not None:
+            raise InternalError("the server sent more after the end of the answer")
+        kind = response.WhichOneof("message")
+        if kind == "accepted":
+            accepted = response.accepted
+            self.accepted = Accepted(
+                accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model
+            )
+        elif self.accepted is None:
+            raise InternalError("the server answered without having accepted the request")
+        elif kind == "delta":
+            return self._add_delta(response.delta)
+        elif kind == "finished":
+            self._answer = self._finish(self.accepted, response.finished)
+        return None
+
+    def answer(self) -> Answer:
+        """The whole answer, once the stream has ended. Raises InternalError when it is incomplete."""
+        if self._answer is None:
+            raise InternalError("the stream ended before the answer did")
+        return self._answer
+
+    def _add_delta(self, message: inference_pb2.Delta) -> Delta:
+        ids = tuple(message.token_ids)
+        if ids and message.first_index != self._next_index:
+            raise InternalError(
+                f"tokens are missing or repeated: index {message.first_index} came, not {self._next_index}"
+            )
+        if len(message.logprobs) != (len(ids) if self._wants_logprobs else 0):
+            raise InternalError(f"{len(message.logprobs)} log-probabilities came for {len(ids)} tokens")
+        if ids and self._client_ttft is None:
+            self._client_ttft = self._clock() - self.started
+        logprobs = tuple(
+            TokenLogprobs(entry.logprob, tuple(zip(entry.top_ids, entry.top_logprobs, strict=False)))
+            for entry in message.logprobs
+        )
+        delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None)
+        self._next_index += len(ids)
+        self._token_ids += ids
+        self._text.append(message.text)
+        self._logprobs += logprobs
+        return delta
+
+    def _finish(self, accepted: Accepted, message: inference_pb2.Finished) -> Answer:
+        if message.reason not in _FINISH_REASONS:
+            raise InternalError(f"the answer ended for an unknown reason ({message.reason})")
+        return Answer(
+            text="".join(self._text),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
+            finish_reason=_FINISH_REASONS[message.reason],
+            usage=Usage(
+                message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens
+            ),
+            timing=Timing.from_proto(message.timing),
+            request_id=accepted.request_id,
+            model=accepted.model,
+            seed=accepted.seed,
+            prefill_worker=message.prefill_worker,
+            decode_worker=message.decode_worker,
+            migrations=message.migrations,
+            stop=message.stop or None,
+            trace=Trace.from_proto(message.trace) if message.HasField("trace") else None,
+            client_ttft=self._client_ttft,
+        )

@@ -1,0 +1,165 @@
+"""What a stack serves and how it is doing, as plain dataclasses. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
+
+Stage = Literal["router", "prefill", "decode", "unspecified"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that a router serves; ``dtype`` is that of its KV cache, ``max_model_len`` counts tokens."""
+
+    name: str
+    max_model_len: int
+    full_digest: str
+    decoder_digest: str
+    dtype: str
+
+    @classmethod
+    def from_proto(cls, message: inference_pb2.Model) -> Model:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """One worker's load. Blocks hold ``block_size`` tokens each; used and cached ones do not overlap."""
+
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    running: int
+    waiting: int
+    block_size: int
+    queued_tokens: int
+
+    @classmethod
+    def from_proto(cls, message: decode_pb2.WorkerLoad) -> WorkerLoad:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which pair a worker holds. ``decoder_digest`` is empty on prefill workers."""
+
+    name: str
+    full_digest: str
+    decoder_digest: str
+    tokenizer_digest: str
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.ModelIdentity) -> ModelIdentity:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """The full model's KV cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    rope_type: str
+    rope_theta: float
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.KvSpec) -> KvShape:
+        return cls(
+            num_layers=message.num_layers,
+            num_kv_heads=message.num_kv_heads,
+            head_dim=message.head_dim,
+            dtype=_name(common_pb2.DType, message.dtype, "DTYPE_"),
+            rope_type=message.rope.type,
+            rope_theta=message.rope.theta,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """One process about itself. Routers have no load, model or kv; only decode workers have a codec."""
+
+    id: str
+    stage: Stage
+    pid: int
+    address: str
+    ready: bool
+    draining: bool
+    load: WorkerLoad | None
+    software_version: str
+    incarnation: int
+    model: ModelIdentity | None
+    kv: KvShape | None
+    codec: str | None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
+        return cls(
+            id=message.id,
+            stage=_stage(message.stage),
+            pid=message.pid,
+            address=message.address,
+            ready=message.ready,
+            draining=message.draining,
+            load=WorkerLoad.from_proto(message.load) if message.HasField("load") else None,
+            software_version=message.software_version,
+            incarnation=message.incarnation,
+            model=ModelIdentity.from_proto(message.model) if message.HasField("model") else None,
+            kv=KvShape.from_proto(message.kv) if message.HasField("kv") else None,
+            codec=_name(common_pb2.KvCodec, message.codec, "KV_CODEC_") if message.codec else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker as the router knows it; ``process`` is None when it did not answer."""
+
+    id: str
+    stage: Stage
+    address: str
+    process: ProcessStatus | None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
+        process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
+        return cls(message.id, _stage(message.stage), message.address, process)
+
+
+@dataclass(frozen=True, slots=True)
+class StackStatus:
+    """A router and its workers, or a worker alone.
+
+    Attributes:
+        process: the process that was asked.
+        workers: of a router, ordered by stage and id.
+        complete: of a router: every worker the stack was started with has been ready at least once.
+        http_address: of a router: host:port of the OpenAI endpoint; None when there is none.
+    """
+
+    process: ProcessStatus
+    workers: tuple[WorkerStatus, ...]
+    complete: bool
+    http_address: str | None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
+        return cls(
+            process=ProcessStatus.from_proto(message.process),
+            workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
+            complete=message.complete,
+            http_address=message.http_address or None,
+        )
+
+
+def _stage(value: int) -> Stage:
+    return _name(common_pb2.Stage, value, "STAGE_")  # type: ignore[return-value]
+
+
+def _name(enum: Any, value: int, prefix: str) -> str:
+    """Lower-case name without ``prefix``; a newer peer's unknown value is "unspecified"."""
+    name: str = enum.Name(value if value in enum.values() else 0)
+    return name.removeprefix(prefix).lower()

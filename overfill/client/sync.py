@@ -1,0 +1,206 @@
+"""The SDK for threads. It only calls and waits; its neighbours know requests, answers and addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
+from overfill.client.attempts import Attempts
+from overfill.client.requests import Prompt, build_request, check_timeout, split_addresses
+from overfill.client.status import Model, StackStatus
+from overfill.params import SamplingParams
+from overfill.rpc.channel import open_sync_channel
+from overfill.rpc.tls import ClientTls
+from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+StartCall = Callable[[str, float | None], Any]
+
+
+class Stream(Iterator[Delta]):
+    """An answer as it is written; iterate for deltas. Leaving it as a context manager cancels the rest."""
+
+    def __init__(self, start: StartCall, attempts: Attempts, builder: AnswerBuilder) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._builder = builder
+        self._answered = False
+        self._cancelled = False
+        self._call = start(attempts.address, attempts.timeout())
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """Request id and seed, once the router has taken the request."""
+        return self._builder.accepted
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, after the last delta. Raises InternalError before that."""
+        return self._builder.answer()
+
+    def __next__(self) -> Delta:
+        """Raises any OverfillError."""
+        while True:
+            try:
+                response = next(self._call)
+            except StopIteration:
+                self._builder.answer()
+                raise
+            except grpc.RpcError as error:
+                failure = self._attempts.failed(error, self._answered or self._cancelled)
+                if failure is not None:
+                    raise failure from None
+                self._call = self._start(self._attempts.address, self._attempts.timeout())
+                continue
+            self._answered = True
+            try:
+                delta = self._builder.add(response)
+            except BaseException:
+                self.cancel()
+                raise
+            if delta is not None:
+                return delta
+
+    def cancel(self) -> None:
+        """Gives the request up; iterating further raises RequestCancelled. Does nothing after the end."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class Client:
+    """Talks to a router. Safe to share between threads; close it, or use it as a context manager.
+
+    Args:
+        address: ``host:port`` or ``unix:path``, or several separated by commas: a new request goes to the
+            first that can be reached.
+        tls: certificates; None talks in the clear.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:7600", *, tls: ClientTls | None = None) -> None:
+        self._addresses = split_addresses(address)
+        self._channels = {a: open_sync_channel(a, tls) for a in self._addresses}
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+        request_id: str = "",
+        resume_token_ids: Sequence[int] = (),
+        trace: bool = False,
+    ) -> Answer:
+        """A whole answer to ``prompt``: text, token ids, or a chat as a list of messages.
+
+        Args:
+            model: empty means the only one served.
+            sampling: None means the defaults of SamplingParams.
+            stop: strings that end the answer; not part of it.
+            timeout: seconds for the whole request; None means no limit.
+            request_id: empty lets the router make one.
+            resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
+            trace: ask for ``Answer.trace``.
+
+        Raises:
+            OverfillError: any of its kinds.
+        """
+        stream = self.stream(
+            prompt,
+            model=model,
+            sampling=sampling,
+            stop=stop,
+            timeout=timeout,
+            request_id=request_id,
+            resume_token_ids=resume_token_ids,
+            trace=trace,
+        )
+        with stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+        request_id: str = "",
+        resume_token_ids: Sequence[int] = (),
+        trace: bool = False,
+    ) -> Stream:
+        """As ``generate``, but token by token."""
+        check_timeout(timeout)
+        request = build_request(
+            prompt,
+            model=model,
+            sampling=sampling,
+            stop=stop,
+            request_id=request_id,
+            resume_token_ids=resume_token_ids,
+            trace=trace,
+        )
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])  # type: ignore[no-untyped-call]
+            return stub.Generate(request, timeout=timeout)
+
+        builder = AnswerBuilder(request)
+        return Stream(start, Attempts(self._addresses, timeout), builder)
+
+    def models(self, *, timeout: float | None = 10.0) -> list[Model]:
+        """The models that the router serves."""
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])  # type: ignore[no-untyped-call]
+            return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout)
+
+        return [Model.from_proto(model) for model in self._unary(start, timeout).models]
+
+    def status(self, *, timeout: float | None = 10.0) -> StackStatus:
+        """The router and every worker it knows; a worker's own address answers for itself."""
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])  # type: ignore[no-untyped-call]
+            return stub.Status(admin_pb2.StatusRequest(), timeout=timeout)
+
+        return StackStatus.from_proto(self._unary(start, timeout))
+
+    def close(self) -> None:
+        """Cancels what runs and closes the connections."""
+        for channel in self._channels.values():
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _unary(self, start: StartCall, timeout: float | None) -> Any:
+        check_timeout(timeout)
+        attempts = Attempts(self._addresses, timeout)
+        while True:
+            try:
+                return start(attempts.address, attempts.timeout())
+            except grpc.RpcError as error:
+                failure = attempts.failed(error, answered=False)
+                if failure is not None:
+                    raise failure from None

@@ -1,0 +1,189 @@
+"""Configuration of the three services: one frozen class each, from flags and the environment. No torch.
+
+A flag ``--kv-memory 512MiB`` of the prefill worker is also ``OVERFILL_PREFILL_KV_MEMORY``; the flag wins.
+Everything is checked once, here, with a message that names the flag; services read values, never the
+environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NoReturn, Self
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from overfill.rpc.server import is_loopback
+from overfill.rpc.tls import ClientTls, ServerTls
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _check_address(address: str) -> str:
+    port = address.rpartition(":")[2]
+    if address.startswith("unix:") or (":" in address and port.isdecimal() and int(port) < 65536):
+        return address
+    raise ValueError("expected HOST:PORT, or several separated by commas")
+
+
+def _check_positive(size: ByteSize) -> ByteSize:
+    if size <= 0:
+        raise ValueError("must be more than 0, such as 512MiB or 2GiB")
+    return size
+
+
+Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
+Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ServiceConfig(BaseSettings):
+    """What every service has. A subclass adds its program name and the prefix of its variables."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        env_ignore_empty=True,
+    )
+    program: ClassVar[str]
+
+    pair: Path = Field(description="folder of the pair: pair.json, full/ and decoder/")
+    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback needs TLS")
+    port: Port = Field(0, description="port to listen on; 0 picks a free one")
+    grace_period: float = Field(30.0, ge=0, description="seconds for running requests to finish at shutdown")
+    tls_cert: Path | None = Field(None, description="PEM certificate of this process")
+    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
+    tls_ca: Path | None = Field(None, description="PEM certificates that peers are checked against")
+    log_level: LogLevel = Field("info", description="how much is logged to stderr")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
+        if self.tls_cert is None and not is_loopback(self.host):
+            raise ValueError(
+                f"--host {self.host} is open to other machines, and without TLS to anyone there: "
+                "give --tls-cert and --tls-key, or keep --host 127.0.0.1"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None) -> Self:
+        """Reads flags (``sys.argv[1:]`` when None) over environment variables over defaults.
+
+        Prints what to change to stderr and exits 2 when a flag or variable is unknown or has a bad value.
+        """
+        prefix = cls.model_config["env_prefix"]
+        known = {f"{prefix}{name}".upper() for name in cls.model_fields}
+        unknown = sorted(key for key in os.environ if key.startswith(prefix) and key not in known)
+        if unknown:
+            cls._exit(f"{', '.join(unknown)}: no such setting; see {cls.program} --help for those there are")
+        args = list(sys.argv[1:] if argv is None else argv)
+        try:
+            return cls(_cli_parse_args=args, _cli_prog_name=cls.program)  # type: ignore[call-arg]
+        except ValidationError as error:
+            cls._exit("; ".join(cls._explain(error)))
+
+    def server_tls(self) -> ServerTls | None:
+        """Certificates to serve with; with ``tls_ca``, clients must show one that it signed. None: in the clear."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return ServerTls(self.tls_cert, self.tls_key, self.tls_ca)
+
+    def client_tls(self) -> ClientTls | None:
+        """Certificates for talking to the other processes of the stack; None: in the clear."""
+        if self.tls_cert is None and self.tls_ca is None:
+            return None
+        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key)
+
+    def to_argv(self) -> list[str]:
+        """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""
+        argv = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.is_required() or value != field.default:
+                text = ",".join(value) if isinstance(value, tuple) else str(value)
+                argv.append(f"--{name.replace('_', '-')}={text}")
+        return argv
+
+    @classmethod
+    def _explain(cls, error: ValidationError) -> Iterator[str]:
+        for item in error.errors():
+            message = item["msg"].removeprefix("Value error, ")
+            if not item["loc"]:
+                yield message
+                continue
+            name = str(item["loc"][0])
+            flag = f"--{name.replace('_', '-')}"
+            variable = f"{cls.model_config['env_prefix']}{name}".upper()
+            if item["type"] == "missing":
+                yield f"{flag} (or {variable}) is required: {cls.model_fields[name].description}"
+            else:
+                yield f"{flag} (or {variable}): {message}, got {item['input']!r}"
+
+    @classmethod
+    def _exit(cls, message: str) -> NoReturn:
+        print(f"{cls.program}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class WorkerConfig(ServiceConfig):
+    """What both kinds of worker have."""
+
+    routers: Addresses = Field((), description="routers to join, HOST:PORT, separated by commas")
+    worker_id: str = Field("", description="name of this worker; empty makes one")
+    dtype: DTypeName = Field("bfloat16", description="element type of weights, activations and KV cache")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    threads: int = Field(1, ge=1, description="CPU threads; all workers of a machine share its cores")
+    block_size: int = Field(16, ge=1, description="tokens per KV block")
+    kv_memory: Bytes | None = Field(None, description="memory of the KV cache, such as 512MiB; by default sized to fit")
+    max_model_len: int | None = Field(
+        None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
+
+
+class PrefillConfig(WorkerConfig):
+    """A prefill worker: the full model. Flags are also variables: OVERFILL_PREFILL_KV_MEMORY and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="OVERFILL_PREFILL_")
+    program = "overfill-prefill"
+
+    token_budget: int = Field(2048, ge=1, description="most prompt tokens computed in one step")
+
+
+class DecodeConfig(WorkerConfig):
+    """A decode worker: the decoder. Flags are also variables: OVERFILL_DECODE_KV_MEMORY and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="OVERFILL_DECODE_")
+    program = "overfill-decode"
+
+    data_streams: int = Field(2, ge=1, le=64, description="parallel connections that carry a request's KV")
+
+
+class RouterConfig(ServiceConfig):
+    """The router: text, queue, placement. Flags are also variables: OVERFILL_ROUTER_MAX_QUEUE and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="OVERFILL_ROUTER_")
+    program = "overfill-router"
+
+    port: Port = Field(7600, description="port to listen on; 0 picks a free one")
+    model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
+    expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
+    expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
+    max_queue: int = Field(1024, ge=1, description="most waiting requests; more are refused")
+    max_attempts: int = Field(4, ge=1, description="most workers tried for one request when workers are lost")

@@ -1,0 +1,210 @@
+"""Decode scheduling: continuous batching of sequences whose prompt KV came from elsewhere. No sockets, no text.
+
+Every step computes one token of every running sequence. Sequences that come with emitted tokens (migrated or
+preempted) first replay them through the decoder in one pass, in a step of their own. When blocks run out, the youngest
+sequence loses its own; it comes back, before anything new is reserved, when blocks are free again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.sequence import (
+    DecodeEvent,
+    DecodeSequence,
+    DecodeState,
+    EngineLoad,
+    Preempted,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    SequenceFailed,
+    Start,
+    TokenSampled,
+    Yielded,
+)
+from overfill.kv.blocks import BlockPool
+from overfill.model.sampling import sample
+
+log = logging.getLogger(__name__)
+
+
+class DecodeEngine:
+    """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` in one list per call.
+
+    Args:
+        max_num_seqs: most sequences that hold or wait for blocks at once.
+        replay_budget: most replayed tokens in one step, so that a replay does not hold up the others for long.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: BlockPool,
+        max_num_seqs: int,
+        replay_budget: int,
+        emit: Callable[[list[DecodeEvent]], None],
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
+        self._replay_budget = replay_budget
+        self._emit = emit
+        self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival: oldest first
+        self._replayed_last = False
+
+    def load(self) -> EngineLoad:
+        """``waiting`` counts sequences whose KV or blocks are not there yet."""
+        running = sum(s.state is DecodeState.RUNNING for s in self._sequences.values())
+        waiting = len(self._sequences) - running
+        return EngineLoad(self._pool.num_used, self._pool.num_blocks, running, waiting)
+
+    def handle(self, message: Reserve | Start | Yielded | Release) -> None:
+        events: list[DecodeEvent] = []
+        match message:
+            case Reserve(sequence):
+                events.append(self._reserve(sequence))
+            case Start(id, first):
+                if started := self._sequences.get(id):
+                    self._start(started, first)
+            case Yielded(id):
+                if (yielding := self._sequences.get(id)) and yielding.state is DecodeState.YIELDING:
+                    self._free(yielding)
+                    yielding.state = DecodeState.PREEMPTED
+            case Release(id):
+                if released := self._sequences.pop(id, None):
+                    self._free(released)
+        if events:
+            self._emit(events)
+
+    def step(self) -> bool:
+        """Computes one token of every running sequence, or one replay. False when nothing runs."""
+        events: list[DecodeEvent] = []
+        ready, starved = self._with_room()
+        if starved:
+            self._preempt_youngest(events)
+        else:  # what is free may go to those that lost theirs
+            self._resume_preempted(events)
+        ready = [s for s in ready if s.state is DecodeState.RUNNING]
+        replays = [s for s in ready if len(s.pending()) > 1]
+        decodes = [s for s in ready if len(s.pending()) == 1]
+        # Replays and normal steps take turns while there are both.
+        if replays and (not decodes or not self._replayed_last):
+            self._replayed_last = True
+            chosen = self._within_budget(replays)
+        else:
+            self._replayed_last = False
+            chosen = decodes
+        if chosen:
+            events.extend(self._compute(chosen))
+        if events:
+            self._emit(events)
+        return bool(chosen)
+
+    def _reserve(self, sequence: DecodeSequence) -> DecodeEvent:
+        if len(self._sequences) >= self._max_num_seqs:
+            return Refused(sequence.id, f"{len(self._sequences)} sequences, the most this worker takes")
+        if any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values()):
+            return Refused(sequence.id, "preempted sequences come first")
+        wanted = self._pool.blocks_for(sequence.num_tokens + 1)
+        blocks = self._pool.acquire(sequence.id, wanted)
+        if blocks is None:
+            return Refused(sequence.id, f"{wanted} KV blocks wanted, {self._pool.num_free} free")
+        sequence.blocks = blocks
+        sequence.state = DecodeState.RECEIVING
+        self._sequences[sequence.id] = sequence
+        return Reserved(sequence.id, blocks)
+
+    def _start(self, sequence: DecodeSequence, first: int | None) -> None:
+        if first is not None and not sequence.emitted:
+            sequence.emitted.append(first)
+        # A start may cross a preemption on its way here; the KV is then fetched again.
+        if sequence.state is DecodeState.RECEIVING:
+            sequence.computed = len(sequence.prompt)
+            sequence.state = DecodeState.RUNNING
+
+    def _resume_preempted(self, events: list[DecodeEvent]) -> None:
+        """Gives free blocks to preempted sequences, oldest first; none overtakes another."""
+        for sequence in self._sequences.values():
+            if sequence.state is not DecodeState.PREEMPTED:
+                continue
+            blocks = self._pool.acquire(sequence.id, self._pool.blocks_for(sequence.num_tokens + 1))
+            if blocks is None:
+                return
+            sequence.blocks = blocks
+            sequence.computed = 0
+            sequence.state = DecodeState.RECEIVING
+            events.append(Reserved(sequence.id, blocks))
+
+    def _with_room(self) -> tuple[list[DecodeSequence], bool]:
+        """Running sequences that have blocks for their pending tokens, oldest first; and whether others lack them."""
+        ready: list[DecodeSequence] = []
+        starved = False
+        for sequence in self._sequences.values():
+            if sequence.state is not DecodeState.RUNNING or sequence.failed:
+                continue
+            lacking = self._pool.blocks_for(sequence.num_tokens) - len(sequence.blocks)
+            if lacking > 0:
+                blocks = self._pool.acquire(sequence.id, lacking)
+                if blocks is None:
+                    starved = True
+                    continue
+                sequence.blocks += blocks
+            ready.append(sequence)
+        return ready, starved
+
+    def _preempt_youngest(self, events: list[DecodeEvent]) -> None:
+        """One at a time: while a sequence is giving its blocks back, nobody else has to."""
+        if any(s.state is DecodeState.YIELDING for s in self._sequences.values()):
+            return
+        victims = (DecodeState.RUNNING, DecodeState.RECEIVING)
+        youngest = next(s for s in reversed(self._sequences.values()) if s.state in victims)
+        youngest.state = DecodeState.YIELDING
+        events.append(Preempted(youngest.id))
+
+    def _within_budget(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
+        chosen: list[DecodeSequence] = []
+        budget = self._replay_budget
+        for sequence in replays:
+            budget -= len(sequence.pending())
+            if chosen and budget < 0:
+                break
+            chosen.append(sequence)
+        return chosen
+
+    def _compute(self, sequences: list[DecodeSequence]) -> list[DecodeEvent]:
+        started = time.monotonic_ns()
+        try:
+            works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
+            sampled = sample(
+                self._runner.run(works),
+                [s.sampling for s in sequences],
+                [s.num_tokens for s in sequences],
+                [s.sample_index for s in sequences],
+            )
+        except Exception as error:
+            log.exception("decode step failed")
+            for sequence in sequences:
+                sequence.failed = True  # not scheduled again; its Release is on the way
+            return [SequenceFailed(s.id, error) for s in sequences]
+        events: list[DecodeEvent] = []
+        for sequence, token in zip(sequences, sampled, strict=True):
+            sequence.computed = sequence.num_tokens
+            index = len(sequence.emitted)
+            emitted, finish = sequence.stop.judge(token.token_id, index)
+            if emitted:
+                sequence.emitted.append(token.token_id)
+            if finish is not None:
+                # Nothing touches the blocks any more; they are free before the router hears of it.
+                self._free(sequence)
+                del self._sequences[sequence.id]
+            events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started))
+        return events
+
+    def _free(self, sequence: DecodeSequence) -> None:
+        self._pool.release(sequence.id, sequence.blocks)
+        sequence.blocks = []

@@ -1,0 +1,78 @@
+"""What both kinds of worker process do around their engine: threads, logging, exit codes, self-description."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import torch
+
+from overfill import __version__
+from overfill.engine.build import EngineParts, Half
+from overfill.engine.sequence import EngineLoad
+from overfill.errors import OverfillError
+from overfill.model.sampling import SampledToken
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+
+log = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def new_hello(stage: common_pb2.Stage, worker_id: str, parts: EngineParts, half: Half) -> registry_pb2.Hello:
+    """A worker's introduction; its addresses are filled in once it listens. The incarnation is new each time."""
+    kind = "prefill" if stage == common_pb2.STAGE_PREFILL else "decode"
+    return registry_pb2.Hello(
+        worker_id=worker_id or f"{kind}-{socket.gethostname()}-{secrets.token_hex(2)}",
+        incarnation=secrets.randbits(63),
+        stage=stage,
+        wire_version=WIRE_VERSION,
+        software_version=__version__,
+        model=parts.model_identity(half),
+        kv=parts.kv.to_proto(),
+        max_model_len=parts.max_model_len,
+        vocab_size=parts.config.vocab_size,
+        pid=os.getpid(),
+    )
+
+
+def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
+    return decode_pb2.WorkerLoad(
+        kv_blocks_used=load.blocks_used,
+        kv_blocks_total=load.blocks_total,
+        running=load.running,
+        waiting=load.waiting,
+        block_size=block_size,
+        queued_tokens=load.queued_tokens,
+    )
+
+
+def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level: str) -> int:
+    """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1."""
+    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    try:
+        return asyncio.run(serve)
+    except OverfillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:
+    """None unless log-probabilities were asked for."""
+    if token.logprob is None:
+        return None
+    top = token.top or []
+    return common_pb2.TokenLogprobs(
+        logprob=token.logprob,
+        top_ids=[id for id, _ in top],
+        top_logprobs=[value for _, value in top],
+    )

@@ -1,0 +1,179 @@
+"""Prefill scheduling: prompts through the full model in chunks, under a token budget. No sockets, no text.
+
+Policy: first come, first served. A step takes running prompts in order of arrival and then waiting ones until the
+token budget is spent; only the last prompt taken is cut. A prompt starts when all its blocks are free.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.sequence import (
+    ChunkComputed,
+    EngineLoad,
+    KvWritten,
+    LayerStarted,
+    PrefillEvent,
+    PrefillScheduled,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+    SequenceFailed,
+    Submit,
+)
+from overfill.kv.blocks import BlockPool
+from overfill.model.sampling import SampledToken, sample
+
+log = logging.getLogger(__name__)
+
+
+class _Abandoned(Exception):
+    """Raised between two layers when nobody wants the step's result any more."""
+
+
+class PrefillEngine:
+    """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` from inside both.
+
+    Args:
+        token_budget: most prompt tokens in one step.
+        max_num_seqs: most prompts that hold blocks at once.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: BlockPool,
+        token_budget: int,
+        max_num_seqs: int,
+        emit: Callable[[PrefillEvent], None],
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._token_budget = token_budget
+        self._max_num_seqs = max_num_seqs
+        self._emit = emit
+        self._waiting: deque[PrefillSequence] = deque()
+        self._running: dict[str, PrefillSequence] = {}  # in order of arrival
+        self._holding: dict[str, PrefillSequence] = {}  # computed; KV leased to the decode worker
+
+    def load(self) -> EngineLoad:
+        """``running`` counts prompts that hold blocks: being computed, or computed and handed over."""
+        uncomputed = sum(len(s.prompt) - s.computed for s in (*self._waiting, *self._running.values()))
+        return EngineLoad(
+            self._pool.num_used, self._pool.num_blocks, self._num_admitted, len(self._waiting), uncomputed
+        )
+
+    @property
+    def _num_admitted(self) -> int:
+        return len(self._running) + len(self._holding)
+
+    def handle(self, message: Submit | Release) -> None:
+        match message:
+            case Submit(sequence):
+                self._waiting.append(sequence)
+            case Release(id):
+                self._release(id)
+
+    def step(self) -> bool:
+        """Computes one chunk of one or more prompts. False when there is nothing to do."""
+        scheduled = self._schedule()
+        if not scheduled:
+            return False
+        try:
+            self._compute(scheduled)
+        except _Abandoned:
+            # Their Release messages are on the way; until then they must not be scheduled again.
+            self._set_aside([s for s, _ in scheduled])
+        except Exception as error:
+            log.exception("prefill step failed")
+            self._set_aside([s for s, _ in scheduled])
+            for sequence, _ in scheduled:
+                self._emit(SequenceFailed(sequence.id, error))
+        return True
+
+    def _schedule(self) -> list[tuple[PrefillSequence, int]]:
+        budget = self._token_budget
+        scheduled: list[tuple[PrefillSequence, int]] = []
+        for sequence in self._running.values():
+            if budget and not sequence.cancelled:
+                count = min(budget, len(sequence.prompt) - sequence.computed)
+                scheduled.append((sequence, count))
+                budget -= count
+        while budget and self._waiting and self._num_admitted < self._max_num_seqs:
+            sequence = self._waiting[0]
+            if sequence.cancelled:  # its Release is on the way
+                break
+            blocks = self._pool.acquire(sequence.id, self._pool.blocks_for(len(sequence.prompt)))
+            if blocks is None:
+                break
+            self._waiting.popleft()
+            sequence.blocks = blocks
+            self._running[sequence.id] = sequence
+            self._emit(PrefillScheduled(sequence.id, blocks, time.monotonic_ns()))
+            count = min(budget, len(sequence.prompt))
+            scheduled.append((sequence, count))
+            budget -= count
+        return scheduled
+
+    def _compute(self, scheduled: list[tuple[PrefillSequence, int]]) -> None:
+        ends = [sequence.computed + count for sequence, count in scheduled]
+        finishing = [s for (s, _), end in zip(scheduled, ends, strict=True) if end == len(s.prompt)]
+        sampling = [s for s in finishing if s.sample_first_token]
+        works = [
+            Work(s.prompt[s.computed : end], s.computed, s.blocks, wants_logits=s in sampling)
+            for (s, _), end in zip(scheduled, ends, strict=True)
+        ]
+
+        def layer_start(layer: int) -> None:
+            if all(s.cancelled for s, _ in scheduled):
+                raise _Abandoned
+            now = time.monotonic_ns()
+            for sequence, _ in scheduled:
+                self._emit(LayerStarted(sequence.id, layer, now))
+
+        def kv_written(layer: int) -> None:
+            event = None
+            if self._runner.device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record()
+            now = time.monotonic_ns()
+            for (sequence, _), end in zip(scheduled, ends, strict=True):
+                self._emit(KvWritten(sequence.id, layer, end, event, now))
+
+        logits = self._runner.run(works, layer_start, kv_written)
+        tokens: dict[str, SampledToken] = {}
+        if sampling:
+            sampled = sample(
+                logits,
+                [s.sampling for s in sampling],
+                [len(s.prompt) for s in sampling],
+                [s.sample_index for s in sampling],
+            )
+            tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
+        now = time.monotonic_ns()
+        for (sequence, count), end in zip(scheduled, ends, strict=True):
+            sequence.computed = end
+            self._emit(ChunkComputed(sequence.id, end - count, end))
+        for sequence in finishing:
+            del self._running[sequence.id]
+            self._holding[sequence.id] = sequence
+            self._emit(PromptComputed(sequence.id, tokens.get(sequence.id), now))
+
+    def _set_aside(self, sequences: list[PrefillSequence]) -> None:
+        for sequence in sequences:
+            if self._running.pop(sequence.id, None):
+                self._holding[sequence.id] = sequence
+
+    def _release(self, id: str) -> None:
+        sequence = self._running.pop(id, None) or self._holding.pop(id, None)
+        if sequence is not None:
+            self._pool.release(id, sequence.blocks)
+            sequence.blocks = []
+        else:
+            self._waiting = deque(s for s in self._waiting if s.id != id)

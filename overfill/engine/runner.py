@@ -1,0 +1,74 @@
+"""Turns scheduled sequences into one forward pass. The only place where token lists become tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from overfill.kv.cache import KvCache
+from overfill.model.batch import ForwardBatch
+from overfill.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """New tokens of one sequence: ``tokens`` at positions ``start..``; KV below ``start`` is in ``blocks``."""
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    wants_logits: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class ModelRunner:
+    """A model with the cache it reads and writes."""
+
+    def __init__(self, model: Transformer, cache: KvCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = cache.k.device
+
+    def run(
+        self,
+        works: Sequence[Work],
+        on_layer_start: Callable[[int], None] | None = None,
+        on_kv_written: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Logits [number of works that want them, vocab_size], float32; the last token's of each such work."""
+        return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
+
+    def _batch(self, works: Sequence[Work]) -> ForwardBatch:
+        size = self.cache.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last: list[int] = []
+        for work in works:
+            tokens.extend(work.tokens)
+            positions.extend(range(work.start, work.end))
+            slots.extend(work.blocks[p // size] * size + p % size for p in range(work.start, work.end))
+            if work.wants_logits:
+                last.append(len(tokens) - 1)
+        context = [work.end for work in works]
+        width = -(-max(context) // size)
+        tables = [[*work.blocks[:width], *[0] * (width - len(work.blocks))] for work in works]
+        return ForwardBatch(
+            token_ids=self._tensor(tokens),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            query_lens=[len(work.tokens) for work in works],
+            context_lens=context,
+            block_tables=self._tensor(tables),
+            context_lens_device=self._tensor(context),
+            logits_indices=self._tensor(last),
+        )
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
+        host = torch.tensor(values, dtype=torch.int64)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,81 @@
+"""Runs an engine core on a thread of its own. The core is reached by messages only."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import Any, Protocol
+
+import torch
+
+from overfill.engine.sequence import EngineLoad
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore(Protocol):
+    """What a thread can drive: ``PrefillEngine`` and ``DecodeEngine``."""
+
+    def handle(self, message: Any) -> None: ...
+
+    def step(self) -> bool: ...
+
+    def load(self) -> EngineLoad: ...
+
+
+class EngineThread:
+    """Delivers messages to a core between its steps, and steps it while there is work.
+
+    Args:
+        threads: intra-op threads of torch for this engine's steps.
+
+    Attributes:
+        load: snapshot after the last message or step.
+        failure: what ended the thread, if a broken invariant did.
+    """
+
+    def __init__(self, core: EngineCore, name: str, threads: int) -> None:
+        self._core = core
+        self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.load = core.load()
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, message: object) -> None:
+        """Hands a message to the core; never blocks. Callable from any thread."""
+        self._mailbox.put(message)
+
+    def stop(self) -> None:
+        """Ends the thread after the running step and joins it."""
+        self._mailbox.put(None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        try:
+            busy = False
+            while True:
+                try:
+                    message = self._mailbox.get(block=not busy)
+                except queue.Empty:
+                    busy = self._core.step()
+                    self.load = self._core.load()
+                    continue
+                if message is None:
+                    return
+                self._core.handle(message)
+                self.load = self._core.load()
+                busy = True
+        except BaseException as error:
+            # A core handles its steps' failures itself; what arrives here is a broken invariant.
+            log.critical("engine thread died", exc_info=True)
+            self.failure = error

@@ -1,0 +1,91 @@
+"""One KV chunk: sealed by the sender, checked by the receiver. Bytes only; no sockets, no tensors."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from overfill.errors import TransferFailed
+from overfill.kv.ranges import KvRange
+from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, KvSpec
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+from overfill.v1 import common_pb2, kv_pb2
+
+TRANSFER_ID_BYTES = 16
+
+# transfer_id, attempt, the six numbers of the range, dtype, codec, length of scales, length of payload.
+_HEADER = struct.Struct("<16sI6I2I2I")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSpec:
+    """What both ends know about a transfer before its first chunk."""
+
+    transfer_id: bytes
+    attempt: int
+    kv: KvSpec
+    layers: tuple[int, ...]
+    tokens: tuple[int, int]
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW
+
+    def payload_bytes(self, box: KvRange) -> int:
+        """Length of a RAW payload that covers ``box``."""
+        return 2 * box.cells * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]
+
+
+def checksum(chunk: kv_pb2.KvChunk) -> int:
+    """XXH3-64 over the header struct, the scales and the payload (see ``KvChunk.checksum``)."""
+    header = _HEADER.pack(
+        chunk.transfer_id,
+        chunk.attempt,
+        *KvRange.from_proto(chunk.range).as_tuple(),
+        chunk.dtype,
+        chunk.codec,
+        len(chunk.scales),
+        len(chunk.payload),
+    )
+    digest = xxhash.xxh3_64(header)
+    digest.update(chunk.scales)
+    digest.update(chunk.payload)
+    return digest.intdigest()
+
+
+def seal(spec: TransferSpec, box: KvRange, payload: bytes) -> kv_pb2.KvChunk:
+    """A RAW chunk with its checksum."""
+    chunk = kv_pb2.KvChunk(
+        transfer_id=spec.transfer_id,
+        attempt=spec.attempt,
+        range=box.to_proto(),
+        dtype=DTYPE_TO_PROTO[spec.kv.dtype],
+        codec=spec.codec,
+        payload=payload,
+    )
+    chunk.checksum = checksum(chunk)
+    return chunk
+
+
+def check(spec: TransferSpec, chunk: kv_pb2.KvChunk) -> KvRange:
+    """The range of a chunk that is right in every respect but its place in the transfer (``Coverage`` knows that).
+
+    Raises:
+        TransferFailed: naming what is wrong: transfer, attempt, dtype, codec, length or checksum.
+    """
+    box = KvRange.from_proto(chunk.range)
+    if chunk.transfer_id != spec.transfer_id:
+        raise TransferFailed("chunk belongs to another transfer")
+    if chunk.attempt != spec.attempt:
+        raise TransferFailed(f"chunk belongs to attempt {chunk.attempt}, this is attempt {spec.attempt}")
+    if chunk.dtype != DTYPE_TO_PROTO[spec.kv.dtype]:
+        raise TransferFailed(f"chunk of {box} has dtype {chunk.dtype}, expected {spec.kv.dtype}")
+    if chunk.codec != spec.codec or chunk.scales:
+        raise TransferFailed(f"chunk of {box} has codec {chunk.codec}, expected {spec.codec} without scales")
+    if len(chunk.payload) > MAX_CHUNK_PAYLOAD:
+        raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, the limit is {MAX_CHUNK_PAYLOAD}")
+    expected = spec.payload_bytes(box)
+    if len(chunk.payload) != expected:
+        raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, its shape needs {expected}")
+    if chunk.checksum != checksum(chunk):
+        raise TransferFailed(f"chunk of {box} has a wrong checksum")
+    return box

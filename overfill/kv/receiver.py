@@ -1,0 +1,295 @@
+"""The receiving half of a handoff: one prompt prefilled elsewhere, its KV written into our blocks.
+
+``PrefillPeer`` is a decode worker's connection to one prefill worker: a control channel and ``streams`` data
+channels, each its own connection, checked once by the handshake. ``PromptPull`` is one prompt on it. Token ids
+and bytes only; sampling and scheduling are the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import grpc
+
+from overfill.errors import Incompatible, OverfillError, TransferFailed, Unavailable
+from overfill.kv.cache import KvCache
+from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check
+from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.pace import PullPace
+from overfill.kv.ranges import Coverage, KvRange, share_out
+from overfill.kv.spec import KvSpec
+from overfill.rpc.channel import open_channel
+from overfill.rpc.status import from_rpc_error
+from overfill.rpc.tls import ClientTls
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+_PACE_INTERVAL = 0.5  # seconds between looks at the transfer's pace
+_DESCRIBE_TIMEOUT = 5.0  # seconds
+
+
+def write_chunk(
+    cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: bytes
+) -> None:
+    """Writes a checked chunk into the blocks of a sequence; ``rows`` are the cache's layers per payload layer."""
+    cache.write(blocks, rows, (box.token_start, box.token_end), (box.head_start, box.head_end), payload)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """What a prefill worker needs to know to compute one prompt for us."""
+
+    request_id: str
+    attempt: int
+    prompt_token_ids: Sequence[int]
+    sampling: common_pb2.SamplingParams
+    sample_index: int
+    sample_first_token: bool
+    tenant_salt: str = ""
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenArrived:
+    """The full model's token, with what the prefill worker measured, in nanoseconds."""
+
+    token: prefill_pb2.FirstToken
+    queue_ns: int
+    received_ns: int  # our monotonic clock
+
+
+@dataclass(slots=True)
+class PullStats:
+    """A handoff in numbers; times are nanoseconds since the request was sent."""
+
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    first_token_ns: int = 0
+    first_kv_ns: int = 0
+    last_kv_ns: int = 0
+    kv_bytes: int = 0
+    kv_chunks: int = 0
+    prefill: kv_pb2.PrefillTrace | None = None
+
+    def to_proto(self) -> kv_pb2.HandoffTrace:
+        return kv_pb2.HandoffTrace(
+            first_token_received_ns=self.first_token_ns,
+            first_kv_received_ns=self.first_kv_ns,
+            last_kv_received_ns=self.last_kv_ns,
+            kv_bytes=self.kv_bytes,
+            kv_chunks=self.kv_chunks,
+            prefill=self.prefill,
+        )
+
+
+class PrefillPeer:
+    """A checked connection to one incarnation of one prefill worker."""
+
+    def __init__(self, target: decode_pb2.AssignPrefill, streams: int, tls: ClientTls | None) -> None:
+        self.target = target
+        self._control = open_channel(target.address, tls)
+        self._data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
+        self.control = prefill_pb2_grpc.PrefillStub(self._control)
+        self.data = [prefill_pb2_grpc.PrefillStub(channel) for channel in self._data]
+
+    async def handshake(self, mine: KvIdentity) -> None:
+        """Raises Incompatible with the list of differing fields, or Unavailable when the worker is not there."""
+        name = self.target.worker_id
+        try:
+            described: prefill_pb2.DescribePrefillResponse = await self.control.Describe(
+                prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT
+            )
+        except grpc.RpcError as error:
+            raise Unavailable(f"prefill worker {name} did not answer: {from_rpc_error(error, name)}") from error
+        if described.incarnation != self.target.incarnation:
+            raise Unavailable(f"prefill worker {name} was restarted")
+        theirs = KvIdentity(
+            described.wire_version,
+            described.model.full_digest,
+            described.model.tokenizer_digest,
+            KvSpec.from_proto(described.kv),
+        )
+        check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
+        if common_pb2.KV_CODEC_RAW not in described.codecs:
+            raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close(None) for channel in (self._control, *self._data)))
+
+
+class PromptPull:
+    """One prompt on its way from a prefill worker into ``blocks``.
+
+    Every task and thread that may touch the blocks has ended when ``run`` ends, however it ends.
+
+    Args:
+        kv: geometry of the full model's KV.
+        layer_map: ``layer_map[i]`` is the full-model layer whose KV cache layer i takes.
+        held_tokens: leading prompt tokens whose KV is in ``blocks`` already.
+
+    Raises (from ``run``):
+        TransferFailed: a chunk was wrong, a range is missing, or the pace fell below the minimum.
+        Unavailable, Overloaded, DeadlineExceeded, ...: as the prefill worker answered.
+    """
+
+    def __init__(
+        self,
+        peer: PrefillPeer,
+        request: PromptRequest,
+        kv: KvSpec,
+        layer_map: Sequence[int],
+        cache: KvCache,
+        blocks: Sequence[int],
+        executor: Executor,
+        held_tokens: int = 0,
+    ) -> None:
+        layers = tuple(sorted(set(layer_map)))
+        self._peer = peer
+        self._request = request
+        self._cache = cache
+        self._blocks = blocks
+        self._executor = executor
+        self._rows = {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
+        self._spec = TransferSpec(
+            secrets.token_bytes(TRANSFER_ID_BYTES),
+            request.attempt,
+            kv,
+            layers,
+            (held_tokens, len(request.prompt_token_ids)),
+        )
+        self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
+        self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
+        self._ready_bytes = 0
+        self.stats = PullStats()
+
+    async def run(self, timeout: float | None, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
+        """Runs the prefill RPC and the data streams; returns when every range is in place and acknowledged.
+
+        Args:
+            timeout: seconds left of the request's deadline.
+            on_first_token: called on the event loop, before the KV is complete.
+        """
+        self._outgoing.put_nowait(self._start_message())
+        control = self._peer.control.Prefill(self._outgoing_messages(), timeout=timeout)
+        try:
+            async with asyncio.TaskGroup() as group:
+                pace = group.create_task(self._watch_pace())
+                queue_ns = 0
+                async for message in control:
+                    match message.WhichOneof("message"):
+                        case "queued":
+                            # Only now does the worker know the transfer by its id.
+                            for stub, ranges in zip(self._peer.data, self._shares(), strict=False):
+                                group.create_task(self._pull(stub, ranges, timeout))
+                        case "scheduled":
+                            queue_ns = message.scheduled.queue_ns
+                        case "first_token":
+                            now = time.monotonic_ns()
+                            self.stats.first_token_ns = now - self.stats.started_ns
+                            on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
+                        case "ready":
+                            tokens = message.ready.token_end - message.ready.token_start
+                            self._ready_bytes += tokens * len(self._spec.layers) * self._spec.kv.token_layer_bytes
+                        case "done":
+                            self.stats.prefill = message.done.trace
+                pace.cancel()
+        except BaseExceptionGroup as errors:
+            first_token_known = self.stats.first_token_ns > 0 or not self._request.sample_first_token
+            if not (self._coverage.complete and first_token_known):
+                raise _first_cause(errors, self._peer.target.worker_id) from errors
+            # All we need is here; how the worker ends no longer matters.
+        finally:
+            # TaskGroup has joined its tasks; the worker frees its side when the RPC ends.
+            control.cancel()
+        if not self._coverage.complete:
+            raise TransferFailed(f"prefill ended with {self._coverage.missing_cells} KV cells missing")
+
+    def _start_message(self) -> prefill_pb2.PrefillRequest:
+        request = self._request
+        return prefill_pb2.PrefillRequest(
+            start=prefill_pb2.StartPrefill(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                transfer_id=self._spec.transfer_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling=request.sampling,
+                sample_first_token=request.sample_first_token,
+                layers=self._spec.layers,
+                already_held_tokens=self._spec.tokens[0],
+                codec=self._spec.codec,
+                expected_incarnation=self._peer.target.incarnation,
+                tenant_salt=request.tenant_salt,
+                trace=request.trace,
+                sample_index=request.sample_index,
+            )
+        )
+
+    async def _outgoing_messages(self) -> AsyncIterator[prefill_pb2.PrefillRequest]:
+        while True:
+            yield await self._outgoing.get()
+
+    def _shares(self) -> list[list[KvRange]]:
+        return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))
+
+    async def _pull(self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        call = stub.PullKv(
+            prefill_pb2.PullKvRequest(
+                transfer_id=self._spec.transfer_id,
+                attempt=self._spec.attempt,
+                ranges=[box.to_proto() for box in ranges],
+            ),
+            timeout=timeout,
+        )
+        try:
+            async for chunk in call:
+                writing = loop.run_in_executor(self._executor, self._take, chunk)
+                try:
+                    box = await asyncio.shield(writing)
+                except asyncio.CancelledError:
+                    await asyncio.wait([writing])  # the thread writes into our blocks; they may not be freed under it
+                    raise
+                now = time.monotonic_ns() - self.stats.started_ns
+                self.stats.first_kv_ns = self.stats.first_kv_ns or now
+                self.stats.last_kv_ns = now
+                self.stats.kv_bytes += len(chunk.payload)
+                self.stats.kv_chunks += 1
+                self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=prefill_pb2.AckKv(ranges=[box.to_proto()])))
+        finally:
+            call.cancel()
+
+    def _take(self, chunk: kv_pb2.KvChunk) -> KvRange:
+        box = check(self._spec, chunk)
+        self._coverage.add(box)
+        rows = [self._rows[layer] for layer in range(box.layer_start, box.layer_end)]
+        write_chunk(self._cache, self._blocks, rows, box, chunk.payload)
+        return box
+
+    async def _watch_pace(self) -> None:
+        pace = PullPace(time.monotonic())
+        while True:
+            await asyncio.sleep(_PACE_INTERVAL)
+            if pace.too_slow(time.monotonic(), self._ready_bytes, self.stats.kv_bytes):
+                raise TransferFailed(f"KV came too slowly: {self.stats.kv_bytes} of {self._ready_bytes} bytes ready")
+
+
+def _first_cause(errors: BaseExceptionGroup[BaseException], worker: str) -> BaseException:
+    """The error that broke a transfer: our own finding if there is one, else what the RPC said."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [errors]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    for leaf in leaves:
+        if isinstance(leaf, OverfillError):
+            return leaf
+    for leaf in leaves:
+        if isinstance(leaf, grpc.RpcError):
+            return from_rpc_error(leaf, f"prefill worker {worker}")
+    return leaves[0]

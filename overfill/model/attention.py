@@ -1,0 +1,132 @@
+"""Grouped-query attention over the paged KV cache: one form for decode steps, one for everything else.
+
+What does not change from layer to layer (slots to read, masks) is worked out once per step, by
+``plan_attention``; the plan is then called for every layer, once the new tokens' keys and values are in the
+cache. Both forms go through ``scaled_dot_product_attention`` (softmax in float32), and neither waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from overfill.model.batch import ForwardBatch
+
+
+class AttentionPlan(Protocol):
+    """Attention of one step, ready for every layer."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """
+        Args:
+            q: [T, num_heads, D], rotated.
+            k, v: [T, num_kv_heads, D], of the new tokens; the cache holds the same.
+            k_cache, v_cache: [num_slots, num_kv_heads, D], one layer.
+
+        Returns:
+            [T, num_heads * D] in ``q``'s dtype.
+        """
+
+
+def plan_attention(batch: ForwardBatch, block_size: int) -> AttentionPlan:
+    """Chooses the form that fits ``batch`` and prepares it."""
+    return _Decode.of(batch, block_size) if batch.is_decode else _Varlen.of(batch, block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """One new token per sequence.
+
+    Contexts are gathered into one padded batch; the query heads that share a KV head become the rows of one
+    product.
+    """
+
+    slots: Tensor  # [S * L] int64
+    mask: Tensor  # [S, 1, 1, L] bool, true where the context is
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, block_size: int) -> _Decode:
+        positions = torch.arange(max(batch.context_lens), device=batch.block_tables.device)
+        mask = positions < batch.context_lens_device.unsqueeze(1)  # [S, L]
+        # Padding reads the sequence's own first token: a zero weight would not stop another's NaN.
+        positions = torch.where(mask, positions, 0)
+        blocks = batch.block_tables.gather(1, positions // block_size)
+        return cls((blocks * block_size + positions % block_size).flatten(), mask[:, None, None, :])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        num_seqs, _, head_dim = q.shape
+        num_kv_heads = k.shape[1]
+        context = (num_seqs, -1, num_kv_heads, head_dim)
+        out = scaled_dot_product_attention(
+            q.reshape(num_seqs, num_kv_heads, -1, head_dim),  # [S, kv_heads, group, D]
+            k_cache.index_select(0, self.slots).view(context).transpose(1, 2),  # [S, kv_heads, L, D]
+            v_cache.index_select(0, self.slots).view(context).transpose(1, 2),
+            attn_mask=self.mask,
+        )
+        return out.reshape(num_seqs, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """New tokens ``rows`` of one sequence, and what they attend to."""
+
+    rows: slice
+    slots: Tensor | None  # [context] int64; None: nothing but the new tokens themselves
+    mask: Tensor | None  # [new, context] bool; None: causal without cached tokens, or a single new token
+
+
+@dataclass(frozen=True, slots=True)
+class _Varlen:
+    """Any number of new tokens per sequence, one sequence at a time, without padding."""
+
+    segments: list[_Segment]
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, block_size: int) -> _Varlen:
+        segments = []
+        start = 0
+        for table, new, context in zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True):
+            slots = mask = None
+            if new < context:
+                positions = torch.arange(context, device=table.device)
+                slots = table[positions // block_size] * block_size + positions % block_size
+                if new > 1:
+                    mask = positions <= positions[context - new :].unsqueeze(1)
+            segments.append(_Segment(slice(start, start + new), slots, mask))
+            start += new
+        return cls(segments)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        num_tokens, num_heads, head_dim = q.shape
+        out = q.new_empty(num_tokens, num_heads * head_dim)
+        for segment in self.segments:
+            rows, slots = segment.rows, segment.slots
+            out[rows] = _attend(
+                q[rows],
+                k[rows] if slots is None else k_cache.index_select(0, slots),
+                v[rows] if slots is None else v_cache.index_select(0, slots),
+                segment.mask,
+                is_causal=slots is None,
+            )
+        return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """q: [new, heads, D]; k, v: [context, kv_heads, D]; returns [new, heads * D]."""
+    new, _, head_dim = q.shape
+    context, num_kv_heads, _ = k.shape
+    grouped = q.reshape(new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, new, D]
+    shared = (num_kv_heads, grouped.shape[1], context, head_dim)
+    out = scaled_dot_product_attention(
+        grouped,
+        k.transpose(0, 1).unsqueeze(1).expand(shared),  # a view: the group reads the same memory
+        v.transpose(0, 1).unsqueeze(1).expand(shared),
+        attn_mask=mask,
+        is_causal=is_causal,
+    )
+    return out.permute(2, 0, 1, 3).reshape(new, -1)

@@ -1,0 +1,138 @@
+"""The forward pass of a Llama-family model over a paged KV cache.
+
+Tokens in, logits out. Knows neither requests nor sampling; whoever builds the batch decides what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from overfill.kv.cache import KvCache
+from overfill.model.attention import plan_attention
+from overfill.model.batch import ForwardBatch
+from overfill.model.config import ModelConfig
+from overfill.model.loading import LayerWeights, Weights, load_weights
+from overfill.model.rope import apply_rope, rope_tables
+
+LayerHook = Callable[[int], None]
+
+
+class Transformer:
+    """One model, ready to run.
+
+    Args:
+        max_positions: positions the RoPE tables cover; tokens beyond cannot be computed.
+
+    Raises:
+        ValueError: ``max_positions`` is beyond what the checkpoint's config allows.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
+        if not 0 < max_positions <= config.max_positions:
+            raise ValueError(f"max_positions={max_positions}; this checkpoint allows 1..{config.max_positions}")
+        self.config = config
+        self.weights = weights
+        self.max_positions = max_positions
+        self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_positions, self.device)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Transformer:
+        """Loads a Hugging Face checkpoint folder. ``max_positions``: the config's unless given.
+
+        ``progress`` and the errors raised are those of ``ModelConfig.load`` and ``load_weights``.
+        """
+        config = ModelConfig.load(folder)
+        weights = load_weights(folder, config, dtype, device, progress)
+        return cls(config, weights, max_positions or config.max_positions)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        cache: KvCache,
+        on_layer_start: LayerHook | None = None,
+        on_kv_written: LayerHook | None = None,
+    ) -> Tensor:
+        """Writes the new tokens' keys and values into ``cache`` and computes the logits that are asked for.
+
+        Args:
+            cache: layer ``i`` of the model uses layer ``i`` of the cache; same dtype and device as the model.
+            on_layer_start: called with ``i`` before layer ``i``.
+            on_kv_written: called with ``i`` before layer ``i``'s attention, once its keys and values are in
+                the cache (on CUDA: once their writes are queued on the current stream). A hook that raises
+                aborts the step.
+
+        Returns:
+            Logits, [N, vocab] float32, for the N rows of ``batch.logits_indices``.
+
+        Raises:
+            ValueError: the cache has another shape or dtype than the model's.
+        """
+        self._check_cache(cache)
+        with torch.inference_mode():
+            hidden = self.weights.embedding[batch.token_ids]  # [T, hidden]
+            cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+            attend = plan_attention(batch, cache.block_size)
+            for index, layer in enumerate(self.weights.layers):
+                if on_layer_start is not None:
+                    on_layer_start(index)
+                q, k, v = self._project(layer, self._norm(hidden, layer.input_norm), cos, sin)
+                k_cache, v_cache = cache.layer(index)
+                k_cache.index_copy_(0, batch.slots, k)
+                v_cache.index_copy_(0, batch.slots, v)
+                if on_kv_written is not None:
+                    on_kv_written(index)
+                hidden = hidden + linear(attend(q, k, v, k_cache, v_cache), layer.o, layer.o_bias)
+                hidden = hidden + _mlp(layer, self._norm(hidden, layer.post_norm))
+            if len(batch.logits_indices) == 0:
+                return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
+            wanted = self._norm(hidden[batch.logits_indices], self.weights.norm)
+            return linear(wanted, self.weights.head).float()
+
+    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, hidden] -> q [T, heads, D] and k [T, kv_heads, D], rotated, and v [T, kv_heads, D]."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            normed = self._norm(qk[:, :heads], layer.q_norm), self._norm(qk[:, heads:], layer.k_norm)
+            qk = torch.cat(normed, dim=1)
+        qk = apply_rope(qk, cos, sin)
+        return qk[:, :heads], qk[:, heads:], v
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension, in float32, cast before the weight as in Hugging Face."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return (wide * scale).to(x.dtype) * weight
+
+    def _check_cache(self, cache: KvCache) -> None:
+        spec, config = cache.spec, self.config
+        ours = (config.num_layers, config.num_kv_heads, config.head_dim, self.dtype)
+        theirs = (spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.k.dtype)
+        if ours != theirs:
+            raise ValueError(f"the cache's (layers, KV heads, head_dim, dtype) are {theirs}; the model's are {ours}")
+
+
+def _mlp(layer: LayerWeights, x: Tensor) -> Tensor:
+    gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+    return linear(silu(gate) * up, layer.down, layer.down_bias)

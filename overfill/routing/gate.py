@@ -1,0 +1,92 @@
+"""The dispatcher for coroutines: a placement is the result of a future. All calls on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+from overfill.errors import InternalError
+from overfill.routing.dispatcher import Dispatcher, Job, Placement
+from overfill.routing.pool import Worker
+
+TICK = 0.5
+"""Seconds between looks at the clock while a job waits."""
+
+Grant = asyncio.Future[Worker]
+"""Resolves to the worker that the job may use, or to the error with which its wait ended."""
+
+
+class Gate:
+    """Lets jobs wait. Its methods are the dispatcher's, each followed by a ``poll``.
+
+    The time is the event loop's (seconds, monotonic).
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._grants: dict[Job, Grant] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, job: Job) -> Grant:
+        """Grants a decode worker. Raises PromptTooLong or Overloaded at once."""
+        self._dispatcher.submit(job, self._now())
+        return self._grant(job)
+
+    def refused(self, job: Job) -> Grant:
+        """Grants a decode worker, after the last one would not take the job."""
+        self._dispatcher.refused(job)
+        return self._grant(job)
+
+    def lost(self, job: Job, *, gone: bool) -> Grant:
+        """Grants a decode worker, after the last one failed the job or is ``gone``."""
+        self._dispatcher.lost(job, self._now(), gone=gone)
+        return self._grant(job)
+
+    def reserved(self, job: Job) -> Grant:
+        """Grants a prefill slot."""
+        self._dispatcher.reserved(job)
+        return self._grant(job)
+
+    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, closed: bool) -> Grant:
+        """Grants a prefill slot again; see ``Dispatcher.need_prefill``."""
+        self._dispatcher.need_prefill(job, tried, failed=failed, closed=closed)
+        return self._grant(job)
+
+    def prefill_done(self, job: Job) -> None:
+        self._dispatcher.prefill_done(job)
+        self.poll()
+
+    def finish(self, job: Job) -> None:
+        """Frees what the job holds and ends its wait."""
+        self._dispatcher.finish(job)
+        if (grant := self._grants.pop(job, None)) is not None:
+            grant.cancel()
+        self.poll()
+
+    def poll(self) -> None:
+        """Looks for placements; call it when a worker joined, reported or left."""
+        for outcome in self._dispatcher.poll(self._now()):
+            grant = self._grants.pop(outcome.job, None)
+            # A cancelled wait is followed by finish(), which frees what was granted too late.
+            if grant is None or grant.done():
+                continue
+            if isinstance(outcome, Placement):
+                grant.set_result(outcome.worker)
+            else:
+                grant.set_exception(outcome.error)
+        if self._timer is None and self._dispatcher.num_waiting:
+            self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.poll()
+
+    def _grant(self, job: Job) -> Grant:
+        if job in self._grants:
+            raise InternalError(f"request {job.id} waits twice")
+        grant: Grant = asyncio.get_running_loop().create_future()
+        self._grants[job] = grant
+        self.poll()
+        return grant
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

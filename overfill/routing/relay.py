@@ -1,0 +1,203 @@
+"""The life of one request across its attempts, from decode worker to decode worker until the answer is there.
+
+Token ids in, token ids out; text, stop strings and clients are someone else's. Emitted tokens are facts: a
+later attempt is told them and goes on behind them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InternalError,
+    OverfillError,
+    Overloaded,
+    TransferFailed,
+    Unavailable,
+)
+from overfill.routing.answer import Answer, Finish, TokenBatch
+from overfill.routing.attempt import Attempt, GaveUp
+from overfill.routing.dispatcher import Job
+from overfill.routing.gate import Gate, Grant
+from overfill.routing.pool import Worker
+from overfill.routing.stream import DecodeConnector
+from overfill.v1 import common_pb2, decode_pb2
+
+logger = logging.getLogger(__name__)
+
+RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)
+"""Errors of a worker, after which another may succeed. All others are the request's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayRequest:
+    """What a decode worker needs to know.
+
+    Args:
+        sampling: with ``seed`` and ``max_tokens`` set.
+        emitted_token_ids: tokens of the answer that the client already has; fewer than ``max_tokens``.
+        received: when the router received the request, seconds on the event loop's clock.
+        deadline: on the same clock, or None.
+        trace: ask for ``Finish.trace``.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: common_pb2.SamplingParams
+    eos_token_ids: tuple[int, ...]
+    received: float
+    deadline: float | None = None
+    emitted_token_ids: tuple[int, ...] = ()
+    trace: bool = False
+
+
+class Relay:
+    """Runs one request in a task of its own; the reader may be as slow as it likes.
+
+    ::
+
+        relay.start()
+        try:
+            while not isinstance(event := await relay.next(), Finish): ...
+        finally:
+            await relay.close()
+
+    Attributes:
+        answer: what is known of the answer.
+        decode_worker: id of the latest one; empty before there is one.
+    """
+
+    def __init__(self, request: RelayRequest, gate: Gate, connector: DecodeConnector, *, max_attempts: int = 4) -> None:
+        self._request = request
+        self._gate = gate
+        self._connector = connector
+        self._max_attempts = max_attempts
+        self._task: asyncio.Task[None] | None = None
+        self._opened = 0
+        self._job = Job(
+            id=request.id,
+            prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=request.sampling.max_tokens,
+            resumed=bool(request.emitted_token_ids),
+            emitted=len(request.emitted_token_ids),
+        )
+        self.answer = Answer(request.emitted_token_ids, request.sampling.max_tokens, request.received)
+        self.decode_worker = ""
+
+    def start(self) -> None:
+        """Queues the request.
+
+        Raises:
+            PromptTooLong: no worker could ever hold it.
+            Overloaded: the queue is full.
+        """
+        grant = self._gate.submit(self._job)
+        self._task = asyncio.create_task(self._run(grant), name=f"relay {self._request.id}")
+
+    async def next(self) -> TokenBatch | Finish:
+        """The tokens that came since the last call, waiting for some; in the end, the Finish.
+
+        Raises:
+            DeadlineExceeded: the deadline passed.
+            Unavailable: too many workers were lost; the message says how many tokens had been produced.
+            OverfillError: a worker's answer that no other worker would change.
+        """
+        return await self.answer.next()
+
+    def abort(self, error: OverfillError) -> None:
+        """Ends the request with ``error``."""
+        self.answer.end(error)
+        if self._task is not None:
+            self._task.cancel()
+
+    async def close(self) -> None:
+        """Cancels what still runs, on the decode worker too, and frees every slot."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self, grant: Grant) -> None:
+        try:
+            async with asyncio.timeout_at(self._request.deadline):
+                self.answer.end(await self._answer(grant))
+        except TimeoutError:
+            self.answer.end(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
+        except GaveUp as gave_up:
+            self.answer.end(gave_up.error)
+        except OverfillError as error:
+            self.answer.end(error)
+        except Exception as error:
+            logger.exception("request %s failed in the router", self._request.id)
+            self.answer.end(InternalError(f"the router failed: {error}"))
+        finally:
+            self._gate.finish(self._job)
+
+    async def _answer(self, grant: Grant) -> Finish:
+        failures = 0
+        while True:
+            worker = await grant
+            try:
+                done = await self._attempt(worker)
+            except RETRIED as error:
+                logger.warning("request %s: decode worker %s failed: %s", self._request.id, worker.id, error)
+                failures += 1
+                if self.answer.full:
+                    return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
+                if failures >= self._max_attempts:
+                    raise GaveUp(
+                        Unavailable(f"gave up after {failures} attempts; {self.answer.progress}; the last: {error}")
+                    ) from error
+                self._job.emitted = len(self.answer.emitted)
+                grant = self._gate.lost(self._job, gone=isinstance(error, Unavailable))
+            else:
+                if done is not None:
+                    return self._finish(done)
+                grant = self._gate.refused(self._job)
+
+    async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | None:
+        """One stream with one worker, to its end; None when the worker refused."""
+        deadline = self._request.deadline
+        left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
+        start = self._start(worker)
+        self._opened += 1
+        self.decode_worker = worker.id
+        attempt = Attempt(
+            self._connector.open(worker.info, left),
+            self._gate,
+            self._job,
+            self.answer,
+            max_prefill_failures=self._max_attempts,
+        )
+        try:
+            return await attempt.run(start)
+        finally:
+            await attempt.close()
+
+    def _start(self, worker: Worker) -> decode_pb2.StartDecode:
+        return decode_pb2.StartDecode(
+            request_id=self._request.id,
+            attempt=self._opened,
+            expected_incarnation=worker.info.incarnation,
+            prompt_token_ids=self._request.prompt_token_ids,
+            emitted_token_ids=self.answer.emitted,
+            sampling=self._request.sampling,
+            eos_token_ids=self._request.eos_token_ids,
+            trace=self._request.trace,
+        )
+
+    def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
+        timing = self.answer.timing
+        if done.HasField("handoff_exposed_ns"):
+            timing.handoff_exposed_ns = done.handoff_exposed_ns
+        if done.HasField("decode_ns"):
+            timing.decode_ns = done.decode_ns
+        usage = common_pb2.Usage(
+            prompt_tokens=self._job.prompt_tokens,
+            completion_tokens=len(self.answer.emitted),
+            cached_tokens=done.usage.cached_tokens,
+        )
+        return Finish(done.reason, usage, done.trace if done.HasField("trace") else None)

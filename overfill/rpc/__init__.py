@@ -1,0 +1,1 @@
+"""gRPC as this system uses it: channels, TLS, servers, and errors to status and back. No torch."""

@@ -1,0 +1,36 @@
+"""Reads and writes of an asyncio call, with every failure as an OverfillError."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import grpc
+
+from overfill.errors import RequestCancelled, Unavailable
+from overfill.rpc.status import from_rpc_error
+
+T = TypeVar("T")
+
+
+async def outcome(operation: Awaitable[T], peer: str) -> T:
+    """Awaits ``call.read()``, ``call.write(...)`` or a whole call to ``peer``.
+
+    Raises:
+        RequestCancelled: the peer answered CANCELLED, which gRPC otherwise raises as asyncio.CancelledError, as
+            if this task had been cancelled.
+        Unavailable: written to a call that has ended; a read tells how it ended.
+        OverfillError: the peer's error, or the connection's.
+    """
+    try:
+        return await operation
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, peer) from error
+    except asyncio.InvalidStateError as error:
+        raise Unavailable(f"{peer}: the call has ended") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RequestCancelled(f"{peer} cancelled the call") from error

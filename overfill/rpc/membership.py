@@ -1,0 +1,245 @@
+"""A worker's place in every router's list: Registry.Join kept open, with reports on it.
+
+A broken stream is opened again, for ever; only a router that says that the worker does not fit ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc.aio
+
+from overfill.errors import Incompatible, OverfillError, Unavailable
+from overfill.rpc.calls import outcome
+from overfill.rpc.channel import open_channel
+from overfill.rpc.server import split_address
+from overfill.rpc.tls import ClientTls
+from overfill.v1 import registry_pb2, registry_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL = 1.0
+"""Seconds between reports when nothing changes."""
+
+REPORT_GAP = 0.02
+"""Seconds between reports at least; changes in between travel together."""
+
+RESOLVE_INTERVAL = 5.0
+"""Seconds between look-ups of a ``dns:///`` name."""
+
+BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
+"""Seconds before the first retry, and the most; doubled each time, with jitter."""
+
+_DNS = "dns:///"
+
+
+class Membership:
+    """Joins routers and keeps them informed. Use it from one event loop.
+
+    Args:
+        hello: what the worker says about itself; read when a stream opens.
+        routers: ``host:port`` or ``unix:path`` of one router, or ``dns:///name:port`` for one at each of the
+            name's addresses, looked up again and again.
+        report: given the number of joined routers, the report for each of them, credits divided already.
+        on_refused: called when a router refuses the worker for good; other routers are kept.
+
+    Attributes:
+        joined: set while at least one router has welcomed the worker.
+    """
+
+    def __init__(
+        self,
+        hello: registry_pb2.Hello,
+        routers: Sequence[str],
+        report: Callable[[int], registry_pb2.Report],
+        tls: ClientTls | None = None,
+        on_refused: Callable[[Incompatible], None] | None = None,
+    ) -> None:
+        self.joined = asyncio.Event()
+        self._hello = hello
+        self._routers = tuple(dict.fromkeys(routers))
+        self._report = report
+        self._tls = tls
+        self._on_refused = on_refused
+        self._links: dict[str, _Link] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._resolvers: list[asyncio.Task[None]] = []
+
+    @property
+    def num_joined(self) -> int:
+        """Routers that have welcomed the worker and are still connected."""
+        return sum(link.joined for link in self._links.values())
+
+    async def start(self) -> None:
+        """Begins to join; does not wait for any router. ``joined`` tells."""
+        for router in self._routers:
+            if router.startswith(_DNS):
+                self._resolvers.append(asyncio.create_task(self._follow(router)))
+            else:
+                self._add(router)
+
+    def notify(self) -> None:
+        """Something in the report has changed: it is sent soon."""
+        for link in self._links.values():
+            link.changed.set()
+
+    async def stop(self) -> None:
+        """Leaves every router."""
+        tasks = [*self._resolvers, *self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._resolvers.clear()
+        self._tasks.clear()
+        self._links.clear()
+        self.joined.clear()
+
+    def _add(self, address: str) -> None:
+        link = _Link(address, self._hello, self._report_for, self._membership_changed, self._tls)
+        self._links[address] = link
+        self._tasks[address] = asyncio.create_task(self._keep(link))
+
+    async def _remove(self, address: str) -> None:
+        task = self._tasks.pop(address)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._links.pop(address, None)
+        self._membership_changed()
+
+    async def _follow(self, router: str) -> None:
+        """Holds one link to each address that a name has at the moment."""
+        mine: set[str] = set()
+        while True:
+            try:
+                found = await resolve(router.removeprefix(_DNS))
+            except OSError as error:
+                logger.warning("cannot resolve %s: %s", router, error)
+                found = mine
+            for address in found - self._links.keys():
+                self._add(address)
+            for address in mine - found:
+                await self._remove(address)
+            mine = found
+            await asyncio.sleep(RESOLVE_INTERVAL)
+
+    async def _keep(self, link: _Link) -> None:
+        try:
+            await link.keep_open()
+        except Incompatible as error:
+            logger.error("router %s refused this worker: %s", link.address, error)
+            if self._on_refused is not None:
+                self._on_refused(error)
+
+    def _report_for(self) -> registry_pb2.Report:
+        return self._report(self.num_joined)
+
+    def _membership_changed(self) -> None:
+        if self.num_joined:
+            self.joined.set()
+        else:
+            self.joined.clear()
+        self.notify()
+
+
+class _Link:
+    """The stream to one router."""
+
+    def __init__(
+        self,
+        address: str,
+        hello: registry_pb2.Hello,
+        report: Callable[[], registry_pb2.Report],
+        on_change: Callable[[], None],
+        tls: ClientTls | None,
+    ) -> None:
+        self.address = address
+        self.joined = False
+        self.changed = asyncio.Event()
+        self._hello = hello
+        self._report = report
+        self._on_change = on_change
+        self._tls = tls
+        self._keep_credits: int | None = None
+
+    async def keep_open(self) -> None:
+        """Opens the stream whenever there is none. Raises Incompatible when the router refuses the worker."""
+        delay = BACKOFF_FIRST
+        while True:
+            try:
+                await self._session()
+            except Incompatible:
+                raise
+            except OverfillError as error:
+                level = logging.WARNING if self.joined else logging.DEBUG
+                logger.log(level, "router %s: %s", self.address, error)
+            finally:
+                was_joined, self.joined, self._keep_credits = self.joined, False, None
+                if was_joined:
+                    self._on_change()
+            delay = BACKOFF_FIRST if was_joined else min(BACKOFF_CAP, 2 * delay)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+
+    async def _session(self) -> None:
+        # A new channel each time: a kept one would add its own back-off to ours.
+        channel = open_channel(self.address, self._tls)
+        try:
+            call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
+            with suppress(OverfillError):  # of an ended call; the read says how it ended
+                await outcome(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
+            welcome = await self._read(call)
+            logger.info("joined router %s at %s", welcome.welcome.router_id, self.address)
+            self.joined = True
+            self._on_change()
+            tasks = [asyncio.create_task(self._listen(call)), asyncio.create_task(self._tell(call))]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+            for task in tasks:
+                if not task.cancelled():
+                    task.result()
+        finally:
+            await channel.close(None)
+
+    async def _listen(self, call: Any) -> None:
+        while True:
+            message = await self._read(call)
+            if message.HasField("recall"):
+                self._keep_credits = message.recall.keep
+                self.changed.set()
+
+    async def _tell(self, call: Any) -> None:
+        while True:
+            self.changed.clear()
+            report = registry_pb2.Report()
+            report.CopyFrom(self._report())
+            if self._keep_credits is not None:
+                report.credits = min(report.credits, self._keep_credits)
+            await outcome(call.write(registry_pb2.JoinRequest(report=report)), self.address)
+            await asyncio.sleep(REPORT_GAP)
+            try:
+                await asyncio.wait_for(self.changed.wait(), REPORT_INTERVAL - REPORT_GAP)
+            except TimeoutError:
+                continue
+
+    async def _read(self, call: Any) -> registry_pb2.JoinResponse:
+        message = await outcome(call.read(), self.address)
+        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
+            raise Unavailable(f"{self.address}: the router closed the stream")
+        assert isinstance(message, registry_pb2.JoinResponse)
+        return message
+
+
+async def resolve(target: str) -> set[str]:
+    """The addresses ``ip:port`` that ``name:port`` stands for now. Raises OSError."""
+    name, port = split_address(target)
+    infos = await asyncio.get_running_loop().getaddrinfo(name.strip("[]"), port)
+    hosts = {str(sockaddr[0]) for *_, sockaddr in infos}
+    return {f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts}

@@ -1,0 +1,194 @@
+"""Errors to gRPC status and back. The class, its fields and its message survive the trip.
+
+What the code alone cannot say travels in ``grpc-status-details-bin`` as a ``google.rpc.Status``: ErrorInfo
+(class and ``fields``), BadRequest (``field``), RetryInfo (``retry_after``).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InternalError,
+    InvalidPair,
+    InvalidRequest,
+    ModelNotFound,
+    OverfillError,
+    Overloaded,
+    PromptTooLong,
+    RequestCancelled,
+    TransferFailed,
+    Unavailable,
+    UnsupportedModel,
+)
+
+M = TypeVar("M", bound=Message)
+
+logger = logging.getLogger(__name__)
+
+DETAILS_KEY = "grpc-status-details-bin"
+_DOMAIN = "overfill"
+_MAX_MESSAGE_BYTES = 2048
+
+_CODES: dict[type[OverfillError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    PromptTooLong: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Incompatible: grpc.StatusCode.FAILED_PRECONDITION,
+    InvalidPair: grpc.StatusCode.FAILED_PRECONDITION,
+    UnsupportedModel: grpc.StatusCode.FAILED_PRECONDITION,
+    TransferFailed: grpc.StatusCode.DATA_LOSS,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    RequestCancelled: grpc.StatusCode.CANCELLED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+_BY_NAME = {cls.__name__: cls for cls in _CODES}
+
+# For statuses that some other program, or gRPC itself, made up.
+_BY_CODE: dict[grpc.StatusCode, type[OverfillError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: ModelNotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
+    grpc.StatusCode.UNIMPLEMENTED: Incompatible,
+    grpc.StatusCode.DATA_LOSS: TransferFailed,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: RequestCancelled,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+}
+
+
+class StatusDetails(NamedTuple):
+    """What ``context.abort`` takes."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, bytes], ...]
+
+
+def to_status(exc: BaseException) -> StatusDetails:
+    """The status that tells a client about ``exc``.
+
+    A failed call to another server passes its own status on. Of an exception group the least expected member
+    counts. An exception nobody foresaw becomes INTERNAL with an incident id; the log has its traceback.
+
+    Raises:
+        BaseException: ``exc`` itself when it is no error, such as asyncio.CancelledError.
+    """
+    if isinstance(exc, BaseExceptionGroup):
+        leaves = list(_leaves(exc))
+        exc = next((e for e in leaves if not isinstance(e, OverfillError | grpc.RpcError)), leaves[0])
+    if isinstance(exc, grpc.RpcError):
+        exc = from_rpc_error(exc)
+    if isinstance(exc, OverfillError):
+        return _encode(exc)
+    if not isinstance(exc, Exception):
+        raise exc
+    incident = secrets.token_hex(4)
+    logger.error("incident %s: unexpected %s", incident, type(exc).__name__, exc_info=exc)
+    return _encode(InternalError(f"internal error; incident {incident} in the server's log"))
+
+
+def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
+    """The error that ``err`` stands for; ``peer`` names the other end in messages that gRPC itself wrote."""
+    code, message = err.code(), err.details() or err.code().name
+    status = _attached_status(err)
+    info = _unpack(status, error_details_pb2.ErrorInfo())
+    bad_request = _unpack(status, error_details_pb2.BadRequest())
+    field = bad_request.field_violations[0].field if bad_request.field_violations else ""
+
+    if info.domain == _DOMAIN and info.reason in _BY_NAME:
+        cls = _BY_NAME[info.reason]
+        message = status.message
+        if field:
+            message = message.removeprefix(f"{field}: ")
+    else:
+        cls = _BY_CODE.get(code, InternalError)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
+            cls = InvalidRequest  # gRPC's limit on one message, not a lack of capacity
+        if peer:
+            message = f"{peer}: {message}"
+
+    if issubclass(cls, InvalidRequest):
+        return cls(field, message)
+    if cls is Overloaded:
+        retry = _unpack(status, error_details_pb2.RetryInfo())
+        delay = retry.retry_delay
+        return Overloaded(
+            message, delay.seconds + delay.nanos / 1e9 if retry.HasField("retry_delay") else None
+        )
+    if cls is Incompatible:
+        fields = info.metadata.get("fields", "")
+        return Incompatible(message, fields.split(",") if fields else ())
+    return cls(message)
+
+
+def _encode(error: OverfillError) -> StatusDetails:
+    cls = next(c for c in type(error).__mro__ if c in _CODES or c is OverfillError)
+    if cls is OverfillError:
+        cls = InternalError
+    code = _CODES[cls]
+    message = _clean(str(error))
+    info = error_details_pb2.ErrorInfo(reason=cls.__name__, domain=_DOMAIN)
+    if isinstance(error, Incompatible):
+        info.metadata["fields"] = ",".join(error.fields)
+    number, _ = code.value
+    status = status_pb2.Status(code=number, message=message)
+    status.details.add().Pack(info)
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_clean(error.field), description=message.removeprefix(f"{error.field}: ")
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, Overloaded) and error.retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(error.retry_after * 1e9))
+        status.details.add().Pack(retry)
+    return StatusDetails(code, message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+def _attached_status(err: grpc.RpcError) -> status_pb2.Status:
+    trailers = cast(Iterable[tuple[str, bytes]], err.trailing_metadata() or ())
+    try:
+        return status_pb2.Status.FromString(dict(trailers).get(DETAILS_KEY, b""))
+    except DecodeError:
+        return status_pb2.Status()
+
+
+def _unpack(status: status_pb2.Status, into: M) -> M:
+    """``into``, filled from the first detail of its type, or empty."""
+    for detail in status.details:
+        if detail.Is(into.DESCRIPTOR):
+            try:
+                detail.Unpack(into)
+            except DecodeError:
+                into.Clear()
+            break
+    return into
+
+
+def _clean(text: str) -> str:
+    """Valid, short UTF-8: trailers have a size limit, and a status must never fail to be sent."""
+    data = text.encode("utf-8", errors="replace")
+    if len(data) <= _MAX_MESSAGE_BYTES:
+        return data.decode()
+    return data[:_MAX_MESSAGE_BYTES].decode(errors="ignore") + "…"
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc

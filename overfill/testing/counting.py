@@ -1,0 +1,52 @@
+"""A runner without a model, for tests of the engines' scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from overfill.engine.runner import Work
+
+VOCAB_SIZE = 64
+
+
+class CountingRunner:
+    """Stands in for ``ModelRunner``: the next token is always the last one plus 1, modulo ``VOCAB_SIZE``.
+
+    Attributes:
+        steps: for each step, the new tokens and their first position, per sequence.
+        fail_next: raised by the next step.
+    """
+
+    def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
+        self.device = torch.device("cpu")
+        self.steps: list[list[tuple[list[int], int]]] = []
+        self.fail_next: Exception | None = None
+        self._num_layers = num_layers
+        self._block_size = block_size
+
+    def run(
+        self,
+        works: Sequence[Work],
+        on_layer_start: Callable[[int], None] | None = None,
+        on_kv_written: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Logits [number of works that want them, VOCAB_SIZE]."""
+        self.steps.append([(list(work.tokens), work.start) for work in works])
+        for work in works:
+            if work.end > len(work.blocks) * self._block_size:
+                raise AssertionError(f"{work} computes past its blocks")
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        for layer in range(self._num_layers):
+            if on_layer_start is not None:
+                on_layer_start(layer)
+            if on_kv_written is not None:
+                on_kv_written(layer)
+        last = [work.tokens[-1] for work in works if work.wants_logits]
+        logits = torch.zeros(len(last), VOCAB_SIZE)
+        for row, token in enumerate(last):
+            logits[row, (token + 1) % VOCAB_SIZE] = 10.0
+        return logits

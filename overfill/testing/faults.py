@@ -1,0 +1,90 @@
+"""Runs a service with one fault in it: ``python -m overfill.testing.faults FAULT MODULE [ARGS...]``.
+
+Faults strike after every check that the service makes has passed, so that only a judge of the answers
+(``overfill verify``) can notice. They are installed in memory and named on stderr.
+
+=====================  ==============================================================================
+negate-weight-row      one row of the down projection of the middle layer changes its sign after loading
+overwrite-kv-chunk     received KV that starts at token 0 of layer 0 is overwritten with zeros (decode)
+shift-positions        every forward pass is given positions that are one too large; for one stage only, since
+                       RoPE is relative
+=====================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import overfill.kv.receiver
+from overfill.kv.cache import KvCache
+from overfill.kv.ranges import KvRange
+from overfill.model.batch import ForwardBatch
+from overfill.model.transformer import Transformer
+
+
+def negate_weight_row() -> None:
+    load = Transformer.load
+
+    def load_and_damage(folder: Path, *args: Any, **kwargs: Any) -> Transformer:
+        model = load(folder, *args, **kwargs)
+        down = model.weights.layers[len(model.weights.layers) // 2].down
+        with torch.inference_mode():
+            # The row that adds most to the residual stream: one of an unused channel would change no answer.
+            down[down.norm(dim=1).argmax()].neg_()
+        return model
+
+    Transformer.load = load_and_damage  # type: ignore[method-assign]
+
+
+def overwrite_kv_chunk() -> None:
+    write = overfill.kv.receiver.write_chunk
+
+    def write_then_overwrite(
+        cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: bytes
+    ) -> None:
+        write(cache, blocks, rows, box, payload)
+        if box.layer_start == 0 and box.token_start == 0:
+            write(cache, blocks, rows, box, bytes(len(payload)))
+
+    overfill.kv.receiver.write_chunk = write_then_overwrite
+
+
+def shift_positions() -> None:
+    forward = Transformer.forward
+
+    def forward_shifted(self: Transformer, batch: ForwardBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The last position has no successor in the tables.
+        positions = (batch.positions + 1).clamp(max=self.max_positions - 1)
+        return forward(self, dataclasses.replace(batch, positions=positions), *args, **kwargs)
+
+    Transformer.forward = forward_shifted  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "negate-weight-row": negate_weight_row,
+    "overwrite-kv-chunk": overwrite_kv_chunk,
+    "shift-positions": shift_positions,
+}
+
+
+def main() -> None:
+    """Installs ``sys.argv[1]`` and runs the module ``sys.argv[2]`` as ``__main__`` with the rest."""
+    if len(sys.argv) < 3 or sys.argv[1] not in FAULTS:
+        print(f"usage: python -m overfill.testing.faults {{{','.join(FAULTS)}}} MODULE [ARGS...]", file=sys.stderr)
+        raise SystemExit(2)
+    fault, module = sys.argv[1:3]
+    FAULTS[fault]()
+    print(f"fault installed: {fault}", file=sys.stderr)
+    sys.argv = [module, *sys.argv[3:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

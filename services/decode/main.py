@@ -1,0 +1,79 @@
+"""``overfill-decode``: a decode worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from overfill.config import DecodeConfig
+from overfill.engine.build import build_engine_parts, resolve_device
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.hosting import new_hello, run_worker_process, worker_load
+from overfill.engine.sequence import DecodeEvent
+from overfill.engine.thread import EngineThread
+from overfill.kv.peers import PeerPool
+from overfill.pair.manifest import Pair
+from overfill.rpc.server import RpcServer
+from overfill.rpc.worker import WorkerHandle, WorkerHost
+from overfill.v1 import common_pb2, decode_pb2_grpc
+from services.decode.servicer import DecodeServicer
+
+SERVICE = "overfill.v1.Decode"
+_WRITERS = 2  # threads that check and write received KV beside the engine
+_REPLAY_BUDGET = 512  # tokens replayed in one step
+
+
+async def serve(config: DecodeConfig) -> int:
+    """Loads the decoder, serves until drained, and returns the exit code."""
+    loop = asyncio.get_running_loop()
+    parts = await asyncio.to_thread(
+        lambda: build_engine_parts(
+            Pair.load(config.pair, check_digests=True),
+            "decoder",
+            dtype=config.dtype,
+            device=resolve_device(config.device),
+            block_size=config.block_size,
+            kv_memory=config.kv_memory,
+            max_model_len=config.max_model_len,
+            warm_tokens=max(config.max_num_seqs, _REPLAY_BUDGET),
+        )
+    )
+    hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
+    peers = PeerPool(parts.kv_identity(), config.data_streams, config.client_tls())
+    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"))
+
+    def emit(events: list[DecodeEvent]) -> None:
+        loop.call_soon_threadsafe(servicer.on_events, events)
+
+    core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit)
+    engine = EngineThread(core, "decode-engine", config.threads)
+    servicer.engine = engine
+    server = RpcServer(config.server_tls())
+    server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, SERVICE)
+    worker = WorkerHandle(
+        load=lambda: worker_load(engine.load, config.block_size),
+        active=lambda: servicer.active,
+        capacity=config.max_num_seqs,
+        healthy=lambda: engine.alive,
+        codec=common_pb2.KV_CODEC_RAW,
+    )
+    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period)
+    servicer.host = host
+    engine.start()
+    try:
+        return await host.run(f"{config.host}:{config.port}")
+    finally:
+        await peers.close()
+        engine.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    config = DecodeConfig.parse(argv)
+    return run_worker_process(serve(config), config.threads, config.log_level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The Decode service: one RPC is one attempt at one sequence. Token ids only; no text, no routing."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+
+from overfill import __version__
+from overfill.engine.build import EngineParts
+from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
+from overfill.engine.thread import EngineThread
+from overfill.errors import InvalidRequest, PromptTooLong, Unavailable
+from overfill.kv.peers import PeerPool
+from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.params import SamplingParams, check_token_ids
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.interceptors import Context
+from overfill.rpc.worker import WorkerHost
+from overfill.v1 import decode_pb2, decode_pb2_grpc, registry_pb2
+from services.decode.session import Session
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServicer):
+    """Serves Generate and Describe. ``engine`` and ``host`` are set before the server starts."""
+
+    engine: EngineThread
+    host: WorkerHost
+
+    def __init__(self, parts: EngineParts, hello: registry_pb2.Hello, peers: PeerPool, executor: Executor) -> None:
+        self._parts = parts
+        self._hello = hello
+        self._peers = peers
+        self._executor = executor
+        self._sessions: dict[str, Session] = {}
+
+    @property
+    def active(self) -> int:
+        return len(self._sessions)
+
+    def on_events(self, events: list[DecodeEvent]) -> None:
+        """Hands engine events to their sessions; called on the event loop."""
+        for event in events:
+            if session := self._sessions.get(event.id):
+                session.inbox.put_nowait(event)
+
+    async def Describe(
+        self, request: decode_pb2.DescribeDecodeRequest, context: Context
+    ) -> decode_pb2.DescribeDecodeResponse:
+        return decode_pb2.DescribeDecodeResponse(
+            wire_version=WIRE_VERSION,
+            software_version=__version__,
+            worker_id=self._hello.worker_id,
+            incarnation=self._hello.incarnation,
+            model=self._hello.model,
+            kv=self._hello.kv,
+            layer_map=self._parts.pair.layer_map,
+            max_model_len=self._parts.max_model_len,
+        )
+
+    async def Generate(
+        self,
+        request_iterator: AsyncIterator[decode_pb2.DecodeRequest],
+        context: Context,
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidRequest("start", "the first message of Generate is StartDecode")
+        session = self._accept(first.start, context)
+        running = asyncio.ensure_future(session.run())
+        running.add_done_callback(lambda _: self._forget(session))
+        reading = asyncio.ensure_future(_read_requests(session, request_iterator))
+        try:
+            async for response in session.outbox:
+                yield response
+        finally:
+            reading.cancel()
+            running.cancel()  # goes on until the blocks may be freed; the engine then forgets the sequence
+
+    def _accept(self, start: decode_pb2.StartDecode, context: Context) -> Session:
+        if self.host.draining:
+            raise Unavailable(f"{self._hello.worker_id} is draining")
+        if start.expected_incarnation != self._hello.incarnation:
+            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+        sampling = SamplingParams.from_proto(start.sampling)
+        self._check(start, sampling)
+        room = self._parts.max_model_len - len(start.prompt_token_ids)
+        sequence = DecodeSequence(
+            id=secrets.token_hex(8),
+            prompt=list(start.prompt_token_ids),
+            emitted=list(start.emitted_token_ids),
+            sampling=sampling,
+            stop=StopRule.of(sampling, start.eos_token_ids, room),
+            sample_index=start.sample_index,
+        )
+        session = Session(start, sequence, self.engine.send, self._peers.use, self._new_pull, context.time_remaining)
+        self._sessions[sequence.id] = session
+        self.host.notify()
+        return session
+
+    def _forget(self, session: Session) -> None:
+        del self._sessions[session.sequence.id]
+        self.host.notify()
+
+    def _check(self, start: decode_pb2.StartDecode, sampling: SamplingParams) -> None:
+        vocab, longest = self._parts.config.vocab_size, self._parts.max_model_len
+        prompt, emitted = len(start.prompt_token_ids), len(start.emitted_token_ids)
+        if prompt == 0:
+            raise InvalidRequest("prompt_token_ids", "is empty")
+        if prompt + max(1, emitted) > longest:
+            raise PromptTooLong(
+                "prompt_token_ids",
+                f"{prompt} tokens and {emitted} of the answer leave no room in a context of {longest}",
+            )
+        check_token_ids("prompt_token_ids", start.prompt_token_ids, vocab)
+        check_token_ids("emitted_token_ids", start.emitted_token_ids, vocab)
+        sampling.check_vocab(vocab)
+        if sampling.max_tokens is None:
+            raise InvalidRequest("sampling.max_tokens", "is required between router and worker")
+        if sampling.max_tokens <= emitted:
+            raise InvalidRequest(
+                "emitted_token_ids", f"{emitted} tokens already reach max_tokens {sampling.max_tokens}"
+            )
+        if sampling.seed is None and not sampling.greedy:
+            raise InvalidRequest("sampling.seed", "is required between router and worker")
+
+    def _new_pull(self, peer: PrefillPeer, session: Session) -> PromptPull:
+        start = session.start
+        request = PromptRequest(
+            request_id=start.request_id,
+            attempt=start.attempt,
+            prompt_token_ids=session.sequence.prompt,
+            sampling=start.sampling,
+            sample_index=start.sample_index,
+            sample_first_token=session.wants_first_token,
+            tenant_salt=start.tenant_salt,
+            trace=start.trace,
+        )
+        cache = self._parts.runner.cache
+        layer_map = self._parts.pair.layer_map
+        return PromptPull(peer, request, self._parts.kv, layer_map, cache, session.blocks, self._executor)
+
+
+async def _read_requests(session: Session, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
+    try:
+        async for request in requests:
+            match request.WhichOneof("message"):
+                case "assign_prefill":
+                    session.inbox.put_nowait(request.assign_prefill)
+                case "evict":
+                    session.inbox.put_nowait(request.evict)
+                case other:
+                    raise InvalidRequest(other or "message", "only AssignPrefill and Evict may follow StartDecode")
+    except InvalidRequest as error:
+        session.inbox.put_nowait(error)

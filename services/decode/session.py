@@ -1,0 +1,305 @@
+"""One attempt at one sequence: an actor between router, engine and prefill worker.
+
+Everything that happens to the sequence arrives in one inbox and is handled in order, on the event loop. What the router
+is to hear goes into the outbox, where tokens merge while nobody reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import assert_never
+
+from overfill.engine.hosting import logprobs_to_proto
+from overfill.engine.sequence import (
+    DecodeEvent,
+    DecodeSequence,
+    FinishReason,
+    Preempted,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    SequenceFailed,
+    Start,
+    TokenSampled,
+    Yielded,
+)
+from overfill.errors import (
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    OverfillError,
+    Overloaded,
+    Unavailable,
+)
+from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
+from overfill.v1 import common_pb2, decode_pb2
+
+_Need = decode_pb2.NeedPrefill
+
+
+class Outbox:
+    """Responses for the router, in order. Tokens that follow each other unread become one message."""
+
+    def __init__(self) -> None:
+        self._items: deque[decode_pb2.DecodeResponse] = deque()
+        self._changed = asyncio.Event()
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def put(self, response: decode_pb2.DecodeResponse) -> None:
+        last = self._items[-1] if self._items else None
+        if last is not None and last.HasField("tokens") and response.HasField("tokens"):
+            last.tokens.ids.extend(response.tokens.ids)
+            last.tokens.logprobs.extend(response.tokens.logprobs)
+        else:
+            self._items.append(response)
+        self._changed.set()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the stream after what is in the box; with ``error``, if there is one."""
+        self._closed, self._error = True, error
+        self._changed.set()
+
+    def __aiter__(self) -> Outbox:
+        return self
+
+    async def __anext__(self) -> decode_pb2.DecodeResponse:
+        while not self._items:
+            if self._closed:
+                if self._error is not None:
+                    raise self._error
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        return self._items.popleft()
+
+
+@dataclass(frozen=True, slots=True)
+class PullEnded:
+    """The prompt's KV is in place, or is not because of ``error``."""
+
+    worker_id: str
+    error: OverfillError | None
+
+
+Inbox = asyncio.Queue[
+    DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception
+]
+UsePeer = Callable[[decode_pb2.AssignPrefill], AbstractAsyncContextManager[PrefillPeer]]
+NewPull = Callable[[PrefillPeer, "Session"], PromptPull]
+
+
+class Session:
+    """The life of one attempt. ``run`` returns when the outbox has been closed.
+
+    Args:
+        send: hands a message to the engine.
+        use_peer: connects to a prefill worker.
+        new_pull: prepares the handoff of the prompt into ``blocks``.
+        time_left: seconds until the request's deadline, None without one.
+    """
+
+    def __init__(
+        self,
+        start: decode_pb2.StartDecode,
+        sequence: DecodeSequence,
+        send: Callable[[object], None],
+        use_peer: UsePeer,
+        new_pull: NewPull,
+        time_left: Callable[[], float | None],
+    ) -> None:
+        self.start = start
+        self.sequence = sequence
+        self.inbox: Inbox = asyncio.Queue()
+        self.outbox = Outbox()
+        self.blocks: list[int] = []  # as last reserved
+        self._send = send
+        self._use_peer = use_peer
+        self._new_pull = new_pull
+        self._time_left = time_left
+        self._received_ns = time.monotonic_ns()
+        self._emitted = len(start.emitted_token_ids)
+        self._first_token: int | None = None
+        self._pull: asyncio.Task[None] | None = None
+        self._prefill_worker = ""
+        self._handoff: PromptPull | None = None
+        self._reserved = False
+        self._wants_kv = False
+        self._first_known_ns: int | None = None
+        self._first_step_ns: int | None = None
+
+    @property
+    def wants_first_token(self) -> bool:
+        """Whether no token of the answer is known yet, so that the full model has to sample one."""
+        return self._emitted == 0
+
+    async def run(self) -> None:
+        """Handles what happens until the sequence ends, here or for good; the engine forgets it last."""
+        self._send(Reserve(self.sequence))
+        try:
+            while not await self._handle(await self.inbox.get()):
+                pass
+            self.outbox.close()
+        except Exception as error:
+            self.outbox.close(error)
+        finally:
+            await _to_the_end(self._join_pull())
+            self._send(Release(self.sequence.id))
+
+    async def _handle(
+        self,
+        item: DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception,
+    ) -> bool:
+        """True when the session is over."""
+        match item:
+            case Reserved(blocks=blocks):
+                self.blocks = blocks
+                self._wants_kv = True
+                self._announce_reservation()
+            case Refused(reason=reason):
+                self.outbox.put(decode_pb2.DecodeResponse(refused=decode_pb2.Refused(reason=reason)))
+                return True
+            case decode_pb2.AssignPrefill():
+                # Stale when the sequence lost its blocks in the meantime; it will ask again.
+                if self._wants_kv and self._pull is None:
+                    self._pull = asyncio.ensure_future(self._fetch(item))
+            case FirstTokenArrived():
+                return self._on_first_token(item)
+            case PullEnded(worker_id=worker, error=None):
+                self._pull = None
+                self._prefill_worker = worker
+                self._wants_kv = False
+                self._send(Start(self.sequence.id, self._first_token))
+            case PullEnded(worker_id=worker, error=error):
+                self._pull = None
+                assert error is not None
+                self._need_prefill(_reason_for(error), str(error), worker)
+            case Preempted():
+                self._wants_kv = False
+                await self._join_pull()
+                self._send(Yielded(self.sequence.id))
+            case TokenSampled():
+                return self._on_token(item)
+            case SequenceFailed(error=failure):
+                raise InternalError(f"decode failed: {failure}") from failure
+            case decode_pb2.Evict():
+                raise Unavailable(f"evicted by the router: {item.reason}")
+            case Exception():
+                raise item
+            case _:
+                assert_never(item)
+        return False
+
+    def _announce_reservation(self) -> None:
+        if self._reserved:
+            self._need_prefill(_Need.REASON_PREEMPTED, "the sequence had lost its blocks to an older one", "")
+            return
+        self._reserved = True
+        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=time.monotonic_ns() - self._received_ns)
+        self.outbox.put(decode_pb2.DecodeResponse(reserved=reserved))
+
+    def _need_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
+        need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)
+        self.outbox.put(decode_pb2.DecodeResponse(need_prefill=need))
+
+    async def _fetch(self, target: decode_pb2.AssignPrefill) -> None:
+        """Has the prompt prefilled by ``target`` and its KV written into our blocks; reports to the inbox."""
+        error: OverfillError | None = None
+        try:
+            async with self._use_peer(target) as peer:
+                self._handoff = self._new_pull(peer, self)
+                await self._handoff.run(self._time_left(), self.inbox.put_nowait)
+        except OverfillError as failure:
+            error = failure
+        except Exception as failure:
+            self.inbox.put_nowait(failure)
+            return
+        self.inbox.put_nowait(PullEnded(target.worker_id, error))
+
+    async def _join_pull(self) -> None:
+        if self._pull is not None:
+            self._pull.cancel()
+            await asyncio.wait([self._pull])
+            self._pull = None
+
+    def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
+        if not self.wants_first_token:  # known from an earlier prefill of this session
+            return False
+        token = arrived.token
+        emitted, finish = self.sequence.stop.judge(token.token_id, 0)
+        self._first_known_ns = arrived.received_ns
+        self._first_token = token.token_id
+        if emitted:
+            self._emitted = 1
+            tokens = decode_pb2.Tokens(
+                first_index=0,
+                ids=[token.token_id],
+                logprobs=[token.logprobs] if token.HasField("logprobs") else [],
+                prefill_queue_ns=arrived.queue_ns,
+                prefill_compute_ns=token.compute_ns,
+                return_ns=token.return_ns + time.monotonic_ns() - arrived.received_ns,
+            )
+            self.outbox.put(decode_pb2.DecodeResponse(tokens=tokens))
+        if finish is not None:
+            self._finish(finish)
+        return finish is not None
+
+    def _on_token(self, event: TokenSampled) -> bool:
+        self._first_step_ns = self._first_step_ns or event.step_started_ns
+        if event.token is not None:
+            self._emitted = event.index + 1
+            logprobs = logprobs_to_proto(event.token)
+            tokens = decode_pb2.Tokens(
+                first_index=event.index,
+                ids=[event.token.token_id],
+                logprobs=[] if logprobs is None else [logprobs],
+            )
+            self.outbox.put(decode_pb2.DecodeResponse(tokens=tokens))
+        if event.finish is not None:
+            self._finish(event.finish)
+        return event.finish is not None
+
+    def _finish(self, reason: FinishReason) -> None:
+        done = decode_pb2.DecodeDone(
+            reason=reason.value,
+            usage=common_pb2.Usage(prompt_tokens=len(self.sequence.prompt), completion_tokens=self._emitted),
+            prefill_worker_id=self._prefill_worker,
+        )
+        if self._first_step_ns is not None:
+            done.decode_ns = time.monotonic_ns() - self._first_step_ns
+            if self._first_known_ns is not None:
+                done.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
+        if self.start.trace and self._handoff is not None:
+            done.trace.CopyFrom(self._handoff.stats.to_proto())
+        self.outbox.put(decode_pb2.DecodeResponse(done=done))
+
+
+def _reason_for(error: OverfillError) -> decode_pb2.NeedPrefill.Reason:
+    match error:
+        case InvalidRequest():
+            raise error  # another prefill worker would say the same
+        case Incompatible():
+            return _Need.REASON_INCOMPATIBLE
+        case Overloaded():
+            return _Need.REASON_PREFILL_REFUSED
+        case _:
+            return _Need.REASON_PREFILL_FAILED
+
+
+async def _to_the_end(work: Awaitable[None]) -> None:
+    """Awaits ``work`` even while this task is being cancelled: blocks may only be freed after it."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+            continue
+    task.result()

@@ -1,0 +1,307 @@
+"""The Prefill service: one RPC is one lease on one prompt's KV. Token ids only; no text, no routing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import Executor
+from typing import assert_never
+
+from overfill import __version__
+from overfill.engine.build import EngineParts
+from overfill.engine.hosting import logprobs_to_proto
+from overfill.engine.sequence import (
+    ChunkComputed,
+    KvWritten,
+    LayerStarted,
+    PrefillEvent,
+    PrefillScheduled,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+    SequenceFailed,
+    Submit,
+)
+from overfill.engine.thread import EngineThread
+from overfill.errors import (
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    PromptTooLong,
+    TransferFailed,
+    Unavailable,
+)
+from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
+from overfill.kv.pace import PullPace
+from overfill.kv.ranges import KvRange
+from overfill.kv.sender import KvSender
+from overfill.params import SamplingParams, check_token_ids
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.interceptors import Context
+from overfill.rpc.worker import WorkerHost
+from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
+
+_PACE_INTERVAL = 0.5  # seconds between looks at the pace of a transfer
+
+
+class Lease:
+    """One prompt from acceptance to release: its sequence, its KV on the way out, and who still reads it."""
+
+    def __init__(self, start: prefill_pb2.StartPrefill, parts: EngineParts, executor: Executor) -> None:
+        self.spec = TransferSpec(
+            start.transfer_id,
+            start.attempt,
+            parts.kv,
+            tuple(start.layers),
+            (start.already_held_tokens, len(start.prompt_token_ids)),
+            start.codec,
+        )
+        self.sequence = PrefillSequence(
+            id=start.transfer_id.hex(),
+            prompt=list(start.prompt_token_ids),
+            sampling=SamplingParams.from_proto(start.sampling),
+            sample_index=start.sample_index,
+            sample_first_token=start.sample_first_token,
+        )
+        self.received_ns = time.monotonic_ns()
+        # What the RPC has to act on: engine events, an error that ends it, or None for "look again".
+        self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
+        self.sender = KvSender(self.spec, parts.runner.cache, executor)
+        self.readers: set[asyncio.Task[object]] = set()
+        self.scheduled_ns = 0
+        self.trace = kv_pb2.PrefillTrace()
+
+    def on_event(self, event: PrefillEvent) -> None:
+        """Takes an engine event, on the event loop."""
+        match event:
+            case PrefillScheduled(blocks=blocks, time_ns=now):
+                self.scheduled_ns = now
+                self.sender.block_table = blocks
+            case LayerStarted(layer=layer, time_ns=now):
+                if layer == 0:
+                    del self.trace.layer_start_ns[:]
+                    del self.trace.layer_end_ns[:]
+                else:
+                    self.trace.layer_end_ns.append(now - self.scheduled_ns)
+                self.trace.layer_start_ns.append(now - self.scheduled_ns)
+                return
+            case KvWritten(layer=layer, token_end=end, event=mark):
+                self.sender.written(layer, end, mark)
+                return
+            case PromptComputed(time_ns=now):
+                self.trace.layer_end_ns.append(now - self.scheduled_ns)
+            case ChunkComputed() | SequenceFailed():
+                pass
+            case _:
+                assert_never(event)
+        self.events.put_nowait(event)
+
+    async def guard(self, work: Coroutine[object, object, None]) -> None:
+        """Runs ``work`` beside the RPC; its end wakes the RPC, its failure ends the RPC."""
+        try:
+            await work
+        except Exception as error:
+            self.events.put_nowait(error)
+        else:
+            self.events.put_nowait(None)
+
+    async def join_readers(self) -> None:
+        """Ends every stream that reads the blocks and waits for it."""
+        for task in self.readers:
+            task.cancel()
+        if self.readers:
+            await asyncio.wait(self.readers)
+
+    def finished_trace(self) -> kv_pb2.PrefillTrace:
+        now = time.monotonic_ns()
+        self.trace.first_kv_sent_ns = (self.sender.first_sent_ns or now) - self.scheduled_ns
+        self.trace.last_kv_sent_ns = (self.sender.last_sent_ns or now) - self.scheduled_ns
+        self.trace.last_ack_ns = now - self.scheduled_ns
+        return self.trace
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+    """Serves Prefill, PullKv and Describe.
+
+    ``engine`` and ``host`` are set before the server starts. Engine events arrive through ``on_event``.
+    """
+
+    engine: EngineThread
+    host: WorkerHost
+
+    def __init__(self, parts: EngineParts, hello: registry_pb2.Hello, executor: Executor) -> None:
+        self._parts = parts
+        self._hello = hello
+        self._executor = executor
+        self._leases: dict[bytes, Lease] = {}
+        self._by_id: dict[str, Lease] = {}
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @property
+    def active(self) -> int:
+        return len(self._leases)
+
+    def on_event(self, event: PrefillEvent) -> None:
+        """Called on the event loop."""
+        if lease := self._by_id.get(event.id):
+            lease.on_event(event)
+
+    async def Describe(
+        self, request: prefill_pb2.DescribePrefillRequest, context: Context
+    ) -> prefill_pb2.DescribePrefillResponse:
+        return prefill_pb2.DescribePrefillResponse(
+            wire_version=WIRE_VERSION,
+            software_version=__version__,
+            worker_id=self._hello.worker_id,
+            incarnation=self._hello.incarnation,
+            model=self._hello.model,
+            kv=self._hello.kv,
+            max_model_len=self._parts.max_model_len,
+            codecs=[common_pb2.KV_CODEC_RAW],
+        )
+
+    async def Prefill(
+        self,
+        request_iterator: AsyncIterator[prefill_pb2.PrefillRequest],
+        context: Context,
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
+        lease = self._accept(first.start)
+        guards = [
+            asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
+            asyncio.ensure_future(lease.guard(self._watch_pace(lease))),
+        ]
+        try:
+            async for response in self._serve(lease, first.start.trace):
+                yield response
+        finally:
+            for guard in guards:
+                guard.cancel()
+            self._end(lease)
+
+    async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[kv_pb2.KvChunk]:
+        lease = self._leases.get(request.transfer_id)
+        if lease is None or lease.spec.attempt != request.attempt:
+            raise TransferFailed("no such transfer here: it has ended or never began")
+        task = asyncio.current_task()
+        assert task is not None
+        lease.readers.add(task)
+        try:
+            async for chunk in lease.sender.chunks([KvRange.from_proto(r) for r in request.ranges]):
+                yield chunk
+        finally:
+            lease.readers.discard(task)
+
+    def _accept(self, start: prefill_pb2.StartPrefill) -> Lease:
+        """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
+        if self.host.draining:
+            raise Unavailable(f"{self._hello.worker_id} is draining")
+        if start.expected_incarnation != self._hello.incarnation:
+            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+        _check_start(start, self._parts)
+        if start.transfer_id in self._leases:
+            raise InvalidRequest("transfer_id", "a transfer of this id is running")
+        lease = Lease(start, self._parts, self._executor)
+        self._leases[start.transfer_id] = lease
+        self._by_id[lease.sequence.id] = lease
+        self.engine.send(Submit(lease.sequence))
+        self.host.notify()
+        return lease
+
+    def _end(self, lease: Lease) -> None:
+        """Frees the lease: at once for the engine, and for the pool when the last reader has ended."""
+        lease.sequence.cancelled = True
+        # A task of its own: the RPC's task may be cancelled again while the readers are being joined.
+        task = asyncio.ensure_future(self._release(lease))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _release(self, lease: Lease) -> None:
+        await lease.join_readers()
+        del self._leases[lease.spec.transfer_id]
+        del self._by_id[lease.sequence.id]
+        self.engine.send(Release(lease.sequence.id))
+        self.host.notify()
+
+    async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued(waiting=self.engine.load.waiting))
+        computed = False
+        while not (computed and lease.sender.complete):
+            event = await lease.events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                continue
+            response = self._response(lease, event)
+            if response is not None:
+                yield response
+            if isinstance(event, PromptComputed):
+                computed = True
+                lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
+        done = prefill_pb2.PrefillDone(trace=lease.finished_trace() if trace else None)
+        yield prefill_pb2.PrefillResponse(done=done)
+
+    def _response(self, lease: Lease, event: PrefillEvent) -> prefill_pb2.PrefillResponse | None:
+        match event:
+            case PrefillScheduled(time_ns=now):
+                scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns)
+                return prefill_pb2.PrefillResponse(scheduled=scheduled)
+            case ChunkComputed(token_start=start, token_end=end):
+                start = max(start, lease.spec.tokens[0])
+                if end <= start:
+                    return None
+                return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
+            case PromptComputed(first=first, time_ns=now) if first is not None:
+                token = prefill_pb2.FirstToken(
+                    token_id=first.token_id,
+                    logprobs=logprobs_to_proto(first),
+                    compute_ns=now - lease.scheduled_ns,
+                    return_ns=time.monotonic_ns() - now,
+                )
+                return prefill_pb2.PrefillResponse(first_token=token)
+            case SequenceFailed(error=error):
+                raise InternalError(f"prefill failed: {error}") from error
+            case _:
+                return None
+
+    async def _take_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
+        async for request in requests:
+            if request.WhichOneof("message") != "ack":
+                raise InvalidRequest("message", "after StartPrefill only AckKv may follow")
+            for box in request.ack.ranges:
+                lease.sender.acknowledge(KvRange.from_proto(box))
+            if lease.sender.complete:
+                return
+        raise Unavailable("the decode worker stopped acknowledging")
+
+    async def _watch_pace(self, lease: Lease) -> None:
+        pace = PullPace(time.monotonic())
+        while not lease.sender.complete:
+            await asyncio.sleep(_PACE_INTERVAL)
+            if pace.too_slow(time.monotonic(), lease.sender.ready_bytes, lease.sender.acknowledged_bytes):
+                raise TransferFailed("the decode worker takes the KV too slowly")
+
+
+def _check_start(start: prefill_pb2.StartPrefill, parts: EngineParts) -> None:
+    """Raises InvalidRequest or Incompatible, naming the field, unless the request can be served."""
+    if len(start.transfer_id) != TRANSFER_ID_BYTES:
+        raise InvalidRequest("transfer_id", f"has {len(start.transfer_id)} bytes, {TRANSFER_ID_BYTES} are needed")
+    length = len(start.prompt_token_ids)
+    if length == 0:
+        raise InvalidRequest("prompt_token_ids", "is empty")
+    if length > parts.max_model_len:
+        raise PromptTooLong("prompt_token_ids", f"has {length} tokens, this worker takes {parts.max_model_len}")
+    check_token_ids("prompt_token_ids", start.prompt_token_ids, parts.config.vocab_size)
+    if start.already_held_tokens >= length:
+        raise InvalidRequest("already_held_tokens", f"is {start.already_held_tokens} of a prompt of {length} tokens")
+    layers = list(start.layers)
+    if not layers or layers != sorted(set(layers)) or layers[-1] >= parts.config.num_layers:
+        raise InvalidRequest("layers", f"must be ascending, distinct and below {parts.config.num_layers}")
+    if start.codec != common_pb2.KV_CODEC_RAW:
+        raise Incompatible(f"KV codec {start.codec} is not offered here", ["codec"])
+    sampling = SamplingParams.from_proto(start.sampling)
+    if start.sample_first_token and sampling.seed is None and not sampling.greedy:
+        raise InvalidRequest("sampling.seed", "is required between workers")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from overfill.api.requests import GenerationRequest, validate_generate
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.v1.common_pb2 import SamplingParams
+from overfill.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds
+
+MAX_MODEL_LEN = 32
+VOCAB = 300
+
+
+@pytest.fixture
+def validate(byte_level_tokenizer: Tokenizer) -> Any:
+    def validate(**fields: Any) -> GenerationRequest:
+        if not {"text", "token_ids", "chat", "no_prompt"} & set(fields):
+            fields["token_ids"] = TokenIds(ids=[5, 6, 7])
+        fields.pop("no_prompt", None)
+        return validate_generate(GenerateRequest(**fields), byte_level_tokenizer, MAX_MODEL_LEN, VOCAB)
+
+    return validate
+
+
+def test_defaults(validate: Any) -> None:
+    request = validate()
+    assert request.prompt_token_ids == (5, 6, 7)
+    assert request.sampling.max_tokens == MAX_MODEL_LEN - 3
+    assert request.sampling.temperature == 1
+    assert request.stop == request.resume_token_ids == ()
+    assert request.request_id
+    assert not request.trace
+
+
+def test_open_ids_and_seeds_are_drawn_anew_each_time(validate: Any) -> None:
+    requests = [validate() for _ in range(8)]
+    assert len({r.request_id for r in requests}) == 8
+    assert len({r.sampling.seed for r in requests}) == 8
+
+
+def test_what_the_client_says_is_kept(validate: Any) -> None:
+    request = validate(
+        model="m",
+        request_id="r",
+        stop=["\n"],
+        trace=True,
+        resume_token_ids=[9],
+        sampling=SamplingParams(seed=0, max_tokens=4, temperature=0.5),
+    )
+    assert (request.model, request.request_id, request.stop, request.trace) == ("m", "r", ("\n",), True)
+    assert request.resume_token_ids == (9,)
+    assert (request.sampling.seed, request.sampling.max_tokens) == (0, 4)
+
+
+def test_text_and_chat_are_tokenized(validate: Any, byte_level_tokenizer: Tokenizer) -> None:
+    assert list(validate(text="Hello").prompt_token_ids) == byte_level_tokenizer.encode("Hello")
+    message = {"role": "user", "content": "H"}
+    chat = Chat(messages=[ChatMessage(**message)])
+    assert list(validate(chat=chat).prompt_token_ids) == byte_level_tokenizer.encode_chat([message])
+
+
+BAD = [
+    ("prompt", {"no_prompt": True}),
+    ("prompt", {"text": ""}),
+    ("prompt", {"token_ids": TokenIds()}),
+    ("prompt", {"chat": Chat()}),
+    ("token_ids.ids", {"token_ids": TokenIds(ids=[1, VOCAB])}),
+    ("chat.messages[1].role", {"chat": Chat(messages=[{"role": "user"}, {"role": "tool"}])}),
+    ("stop[1]", {"stop": ["a", ""]}),
+    ("stop[0]", {"stop": ["a" * 1000]}),
+    ("stop", {"stop": ["a"] * 100}),
+    ("request_id", {"request_id": "x" * 1000}),
+    ("sampling.temperature", {"sampling": SamplingParams(temperature=-1)}),
+    ("sampling.temperature", {"sampling": SamplingParams(temperature=math.nan)}),
+    ("sampling.temperature", {"sampling": SamplingParams(temperature=math.inf)}),
+    ("sampling.temperature", {"sampling": SamplingParams(temperature=0, top_p=0.5)}),
+    ("sampling.top_k", {"sampling": SamplingParams(top_k=0)}),
+    ("sampling.top_p", {"sampling": SamplingParams(top_p=0)}),
+    ("sampling.top_p", {"sampling": SamplingParams(top_p=math.nan)}),
+    ("sampling.min_p", {"sampling": SamplingParams(min_p=1.5)}),
+    ("sampling.max_tokens", {"sampling": SamplingParams(max_tokens=0)}),
+    ("sampling.logprobs", {"sampling": SamplingParams(logprobs=21)}),
+    ("sampling.stop_token_ids", {"sampling": SamplingParams(stop_token_ids=[VOCAB])}),
+    ("sampling.seed", {"resume_token_ids": [1]}),
+    ("resume_token_ids", {"resume_token_ids": [VOCAB], "sampling": SamplingParams(seed=1)}),
+    ("resume_token_ids", {"resume_token_ids": [1, 2], "sampling": SamplingParams(seed=1, max_tokens=2)}),
+    ("resume_token_ids", {"resume_token_ids": [1] * (MAX_MODEL_LEN - 3), "sampling": SamplingParams(seed=1)}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), BAD, ids=lambda value: str(value)[:40])
+def test_each_mistake_names_its_field(validate: Any, field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validate(**fields)
+    assert caught.value.field == field
+
+
+def test_resuming_a_greedy_answer_needs_no_seed(validate: Any) -> None:
+    assert validate(resume_token_ids=[1], sampling=SamplingParams(temperature=0)).resume_token_ids == (1,)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(validate: Any) -> None:
+    fits = validate(token_ids=TokenIds(ids=[1] * (MAX_MODEL_LEN - 1)))
+    assert fits.sampling.max_tokens == 1
+    with pytest.raises(PromptTooLong, match=r"32 tokens.* 32 tokens") as caught:
+        validate(token_ids=TokenIds(ids=[1] * MAX_MODEL_LEN))
+    assert caught.value.field == "prompt"
+
+
+def test_an_answer_that_does_not_fit_is_refused_with_both_numbers(validate: Any) -> None:
+    fits = validate(sampling=SamplingParams(max_tokens=MAX_MODEL_LEN - 3))
+    assert fits.sampling.max_tokens == MAX_MODEL_LEN - 3
+    with pytest.raises(PromptTooLong, match=r"30 tokens after a prompt of 3 .* 32 tokens") as caught:
+        validate(sampling=SamplingParams(max_tokens=30))
+    assert caught.value.field == "sampling.max_tokens"

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overfill.api.stop import StopStrings
+
+short = st.text(alphabet="ab", max_size=12)
+stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3)
+
+
+def run(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
+    matcher = StopStrings(stops)
+    shown = ""
+    for piece in pieces:
+        safe, matched = matcher.push(piece)
+        shown += safe
+        if matched is not None:
+            return shown, matched
+    return shown + matcher.finish(), None
+
+
+def cut(stops: list[str], text: str) -> tuple[str, str | None]:
+    """What is meant, one character after the other."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@given(stops=stop_lists, pieces=st.lists(short, max_size=6))
+def test_cuts_exactly_however_the_text_arrives(stops: list[str], pieces: list[str]) -> None:
+    assert run(stops, pieces) == cut(stops, "".join(pieces))
+
+
+@given(stops=stop_lists, text=short)
+def test_holds_back_only_what_may_become_a_stop(stops: list[str], text: str) -> None:
+    matcher = StopStrings(stops)
+    safe, matched = matcher.push(text)
+    if matched is None and safe != text:
+        held = text[len(safe) :]
+        assert any(stop.startswith(held) and stop != held for stop in stops)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected"),
+    [
+        ([], ["abc"], ("abc", None)),
+        (["\n\n"], ["a\n", "\nb"], ("a", "\n\n")),
+        (["END"], ["EN", "Do"], ("", "END")),
+        (["END"], ["EEN", "D"], ("E", "END")),
+        (["END"], ["EN", "C"], ("ENC", None)),
+        (["END"], ["EN"], ("EN", None)),
+        (["abcd", "bc"], ["xab", "c"], ("xa", "bc")),
+        (["bc", "abc"], ["xabc"], ("x", "abc")),
+        (["👋🏽"], ["hi👋", "🏽"], ("hi", "👋🏽")),
+    ],
+)
+def test_examples(stops: list[str], pieces: list[str], expected: tuple[str, str | None]) -> None:
+    assert run(stops, pieces) == expected
+
+
+def test_other_text_passes_at_once() -> None:
+    matcher = StopStrings(["</answer>"])
+    assert matcher.push("hello < world") == ("hello < world", None)
+    assert matcher.push(" </ans") == (" ", None)
+    assert matcher.push("wers>") == ("</answers>", None)

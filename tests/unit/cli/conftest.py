@@ -1,0 +1,109 @@
+"""A client that answers without a stack, for tests of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import pytest
+
+from overfill.client import Answer, Delta, StackStatus, Timing, Usage
+from overfill.errors import OverfillError
+
+TIMING = Timing(
+    ttft=0.100,
+    router_queue=0.010,
+    decode_reservation=0.001,
+    prefill_queue=0.004,
+    prefill_compute=0.080,
+    return_path=0.003,
+    handoff_exposed=0.005,
+    decode=0.9,
+    total=1.1,
+)
+
+
+def make_answer(text: str = "It scatters.", **changes: Any) -> Answer:
+    values: dict[str, Any] = {
+        "text": text,
+        "token_ids": tuple(range(11)),
+        "logprobs": None,
+        "finish_reason": "stop",
+        "usage": Usage(prompt_tokens=20, completion_tokens=11, cached_tokens=0),
+        "timing": TIMING,
+        "request_id": "r1",
+        "model": "m",
+        "seed": 7,
+        "prefill_worker": "prefill-0",
+        "decode_worker": "decode-0",
+        "migrations": 0,
+        "stop": None,
+        "trace": None,
+        "client_ttft": 0.11,
+    }
+    return Answer(**values | changes)
+
+
+class FakeStream:
+    def __init__(self, pieces: Sequence[str], error: BaseException | None) -> None:
+        self._pieces = pieces
+        self._error = error
+
+    @property
+    def answer(self) -> Answer:
+        return make_answer("".join(self._pieces))
+
+    def __iter__(self) -> Iterator[Delta]:
+        for index, piece in enumerate(self._pieces):
+            yield Delta(index, (index,), piece, None)
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@dataclass
+class FakeClient:
+    """Answers every request with ``pieces``; ``requests`` keeps (prompt, arguments)."""
+
+    pieces: Sequence[str] = ("It ", "scatters.")
+    stack: StackStatus | None = None
+    errors: list[OverfillError] = field(default_factory=list)
+    requests: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+
+    def stream(self, prompt: Any, **arguments: Any) -> FakeStream:
+        self.requests.append((prompt, arguments))
+        return FakeStream(self.pieces, self.errors.pop(0) if self.errors else None)
+
+    def status(self, *, timeout: float | None = None) -> StackStatus:
+        if self.errors:
+            raise self.errors.pop(0)
+        assert self.stack is not None
+        return self.stack
+
+    def connect(self) -> Callable[..., FakeClient]:
+        return lambda *address_and_tls: self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@pytest.fixture
+def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    """What ``connect`` gives in every client command."""
+    client = FakeClient()
+    for module in ("generate", "chat", "status"):
+        monkeypatch.setattr(f"overfill.cli.{module}.connect", client.connect())
+    return client
+
+
+@pytest.fixture
+def answer() -> Callable[..., Answer]:
+    """Makes an answer of 11 tokens, with changes."""
+    return make_answer

@@ -1,0 +1,204 @@
+"""``generate``, ``chat`` and ``status``, over a client that needs no stack."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from overfill.cli.main import main
+from overfill.client import Message, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
+
+
+def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_stdout_has_the_answer_and_nothing_else(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-v", "Why is the sky blue?"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "It scatters."
+    for detail in ("10.0 tokens/s", "prefill compute", "unattributed", "prefill-0", "decode-0"):
+        assert detail in captured.err
+
+
+def test_without_v_stderr_is_silent(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "hello"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_prompt_is_a_chat_turn_and_raw_sends_it_as_it_is(fake_client: Any) -> None:
+    main(["generate", "hello"])
+    main(["generate", "--system", "Be brief.", "hello"])
+    main(["generate", "--raw", "hello"])
+    assert [prompt for prompt, _ in fake_client.requests] == [
+        [Message("user", "hello")],
+        [Message("system", "Be brief."), Message("user", "hello")],
+        "hello",
+    ]
+
+
+def test_flags_reach_the_request(fake_client: Any) -> None:
+    flags = ["--max-tokens", "5", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--min-p", "0.1"]
+    assert main(["generate", *flags, "--seed", "4", "--stop", "a", "--stop", "b", "--timeout", "9", "hi"]) == 0
+    _, arguments = fake_client.requests[0]
+    sampling = arguments["sampling"]
+    assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (5, 0.5, 4)
+    assert (sampling.top_k, sampling.top_p, sampling.min_p) == (3, 0.9, 0.1)
+    assert (arguments["stop"], arguments["timeout"]) == (("a", "b"), 9.0)
+
+
+def test_greedy_is_temperature_0(fake_client: Any) -> None:
+    assert main(["generate", "--greedy", "hi"]) == 0
+    assert fake_client.requests[0][1]["sampling"].greedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--greedy", "--temperature", "1"], "--temperature"),
+        (["--greedy", "--top-k", "5"], "top_k"),
+        (["--top-p", "2"], "--top-p"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--seed", "-1"], "--seed"),
+        (["--raw", "--system", "x"], "--system"),
+    ],
+)
+def test_contradictory_flags_are_bad_usage(
+    flags: list[str], says: str, fake_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", *flags, "hi"]) == 2
+    assert says in capsys.readouterr().err
+    assert fake_client.requests == []
+
+
+def test_a_dash_reads_the_prompt_from_stdin(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe_in(monkeypatch, "two\nlines\n")
+    assert main(["generate", "--raw", "-"]) == 0
+    assert fake_client.requests[0][0] == "two\nlines\n"
+
+
+def test_json_is_one_object(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--json", "hi"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == "It scatters."
+    assert answer["timing"]["ttft"] == 0.1
+    assert answer["finish_reason"] == "stop"
+
+
+def test_an_error_in_the_middle_is_exit_1_after_what_came(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.errors.append(Unavailable("lost every worker"))
+    assert main(["generate", "hi"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "It scatters."
+    assert "lost every worker" in captured.err
+
+
+def test_an_argument_that_is_not_utf_8_is_an_error_naming_the_field(capsys: pytest.CaptureFixture[str]) -> None:
+    # What Python makes of the byte 0xff on the command line.
+    assert main(["generate", "caf\udcff"]) == 1
+    assert "content" in capsys.readouterr().err
+
+
+def test_chat_keeps_the_turns(
+    fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(monkeypatch, "one\n\ntwo\n/new\nthree\n/exit\nfour\n")
+    assert main(["chat", "--system", "S", "--greedy"]) == 0
+    system, said = Message("system", "S"), Message("assistant", "It scatters.")
+    assert [prompt for prompt, _ in fake_client.requests] == [
+        [system, Message("user", "one")],
+        [system, Message("user", "one"), said, Message("user", "two")],
+        [system, Message("user", "three")],
+    ]
+    assert capsys.readouterr().out == "It scatters.\n" * 3
+
+
+def test_piped_chat_stops_at_an_error(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_client.errors.append(Unavailable("gone"))
+    pipe_in(monkeypatch, "one\ntwo\n")
+    assert main(["chat"]) == 1
+    assert len(fake_client.requests) == 1
+
+
+def test_typed_chat_goes_on_after_an_error_without_that_turn(
+    fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_client.errors.append(Unavailable("gone"))
+    monkeypatch.setattr("overfill.cli.chat._typed_lines", lambda: iter(["one", "two"]))
+    stdin = io.StringIO()
+    stdin.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["chat"]) == 0
+    assert fake_client.requests[1][0] == [Message("user", "two")]
+    assert "gone" in capsys.readouterr().err
+
+
+def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatus:
+    return ProcessStatus(
+        id=worker_id, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
+        software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None,
+    )  # fmt: skip
+
+
+def stack(complete: bool) -> StackStatus:
+    load = WorkerLoad(
+        kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0
+    )
+    return StackStatus(
+        process=process("router", "router", None),
+        workers=(
+            WorkerStatus("prefill-0", "prefill", "127.0.0.1:2", process("prefill-0", "prefill", load)),
+            WorkerStatus("decode-0", "decode", "127.0.0.1:3", None),
+        ),
+        complete=complete,
+        http_address=None,
+    )
+
+
+def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = stack(complete=True)
+    assert main(["status", "--json"]) == 0
+    silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
+    assert json.loads(capsys.readouterr().out) == {
+        "grpc": "127.0.0.1:1",
+        "openai_url": None,
+        "workers": [
+            {
+                "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
+                "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
+            },
+            {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
+        ],
+    }  # fmt: skip
+
+
+def test_status_prints_a_line_per_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = stack(complete=True)
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "silent" in next(line for line in out.splitlines() if "decode-0" in line)
+    assert "ready" in next(line for line in out.splitlines() if "prefill-0" in line)
+
+
+def test_status_is_1_until_the_stack_is_complete(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = stack(complete=False)
+    assert main(["status", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["workers"]) == 2
+    assert "starting" in captured.err
+
+
+def test_status_is_1_when_nobody_answers(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.errors.append(Unavailable("127.0.0.1:7600 does not answer"))
+    assert main(["status"]) == 1
+    assert "overfill up" in capsys.readouterr().err
+
+
+def test_an_address_that_is_none_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--address", "a:1,,b:2"]) == 2
+    assert main(["status", "--tls-ca", "/no/such/file"]) == 2

@@ -1,0 +1,105 @@
+"""The command itself: what it loads, how errors end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+from overfill import errors
+from overfill.cli import main as cli_main
+from overfill.cli.main import COMMANDS, cli, main
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    @click.command()
+    def failing() -> None:
+        raise error
+
+    monkeypatch.setattr(cli_main.LazyGroup, "get_command", lambda self, ctx, name: failing)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["chat", "--help"], ["status", "--help"]])
+def test_client_commands_load_no_torch(argv: list[str]) -> None:
+    code = (
+        "import sys; from overfill.cli.main import main\n"
+        f"code = main({argv!r})\n"
+        "heavy = {'torch', 'transformers', 'ray', 'grpc'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: overfill" in done.stdout
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("overfill, version ")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (errors.InvalidRequest("sampling.top_p", "must be\nin (0, 1]"), "sampling.top_p: must be in (0, 1]"),
+        (errors.Unavailable("127.0.0.1:7600 does not answer"), "overfill up"),
+        (errors.Overloaded("the queue is full", retry_after=3.0), "try again in 3 s"),
+        (errors.InvalidPair("pair.json: no such file"), "pair.json"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_1(
+    error: errors.OverfillError, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(monkeypatch, error)
+    assert main(["anything"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert main(["anything"]) == 130
+
+
+def test_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["no-such-command"]) == 2
+    assert main(["generate"]) == 2
+    assert "PROMPT" in capsys.readouterr().err
+
+
+def test_a_commands_exit_code_is_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cli_main.LazyGroup, "get_command", lambda self, ctx, name: click.Command("x", callback=lambda: 1)
+    )
+    assert main(["x"]) == 1
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    code = (
+        "import sys, click; from overfill.cli import main as m\n"
+        "many = click.Command('x', callback=lambda: [print('line') for _ in range(100000)] and None)\n"
+        "m.LazyGroup.get_command = lambda *a: many\n"
+        "sys.exit(m.main(['x']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
+
+
+def test_an_unknown_command_is_not_imported() -> None:
+    assert cli.get_command(click.Context(cli), "../main") is None

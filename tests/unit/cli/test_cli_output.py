@@ -1,0 +1,53 @@
+"""How results are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from overfill.cli.output import answer_details, bar, tokens_per_second
+from overfill.client import Answer, Timing, Usage
+
+
+def shown(answer: Answer) -> str:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(answer_details(answer))
+    return capture.get()
+
+
+@pytest.mark.parametrize(
+    ("share", "cells"), [(0, ""), (0.5, "█████"), (0.55, "█████▌"), (1, "█" * 10), (1.5, "█" * 10), (-0.1, "")]
+)
+def test_bars_are_proportional(share: float, cells: str) -> None:
+    assert bar(share, width=10) == cells
+
+
+def test_every_part_has_a_row_and_the_rest_is_unattributed(answer: Callable[..., Answer]) -> None:
+    rows = {line.split("  ")[0].strip(): line for line in shown(answer()).splitlines()}
+    assert "80.00" in rows["prefill compute"]
+    assert "80.0" in rows["prefill compute"]
+    assert "2.00" in rows["unattributed"], "100 ms less 10 + 1 + 4 + 80 + 3"
+    assert {"router queue", "decode reservation", "prefill queue", "return path"} <= set(rows)
+
+
+def test_unknown_times_are_question_marks_not_zeros(answer: Callable[..., Answer]) -> None:
+    text = shown(answer(timing=Timing(), client_ttft=None))
+    assert "0.00" not in text
+    assert "?" in text
+
+
+def test_speed_counts_the_tokens_after_the_first(answer: Callable[..., Answer]) -> None:
+    whole = answer()
+    assert tokens_per_second(whole) == pytest.approx(10.0)  # 10 tokens in 1.1 s - 0.1 s
+    assert tokens_per_second(replace(whole, usage=Usage(20, 1, 0))) is None
+    assert tokens_per_second(replace(whole, timing=Timing())) is None
+
+
+def test_migrations_and_cache_hits_are_told(answer: Callable[..., Answer]) -> None:
+    text = shown(answer(migrations=2, usage=Usage(20, 11, 16)))
+    assert "moved 2 times" in text
+    assert "16 from the prefix cache" in text

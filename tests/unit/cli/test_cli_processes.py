@@ -1,0 +1,105 @@
+"""Children of ``overfill up``: none is left, whatever happens to the parent."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+
+from overfill.cli.processes import Child, stop
+
+POLITE = "import signal; print('up', flush=True); signal.pause()"
+STUBBORN = (
+    "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\nwhile True: signal.pause()"
+)
+
+
+class Sink:
+    """Collects lines, and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self._read, self._write = os.pipe()
+
+    def __call__(self, name: str, line: str) -> None:
+        self.lines.append((name, line))
+        os.write(self._write, b".")
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert os.read(self._read, 1) == b"."
+
+
+@pytest.fixture
+def sink() -> Sink:
+    return Sink()
+
+
+def start(code: str, sink: Sink, name: str = "child") -> Child:
+    return Child(name, [sys.executable, "-c", code], dict(os.environ), sink)
+
+
+def test_lines_of_both_streams_carry_the_name(sink: Sink) -> None:
+    child = start("import sys; print('out', flush=True); print('err', file=sys.stderr)", sink, "prefill-0")
+    sink.wait_for(2)
+    assert sink.lines == [("prefill-0", "out"), ("prefill-0", "err")]
+    assert child.last_lines() == ["out", "err"]
+    assert stop([child], grace=60) == []
+
+
+def test_only_the_last_lines_are_kept(sink: Sink) -> None:
+    child = start("print('\\n'.join(map(str, range(1000)))); raise SystemExit(3)", sink)
+    sink.wait_for(1000)
+    assert child.last_lines() == [str(n) for n in range(980, 1000)]
+    assert child.describe_exit() == "exited with status 3"
+    assert child.returncode == 3
+
+
+def test_stop_asks_first(sink: Sink) -> None:
+    child = start(POLITE, sink)
+    sink.wait_for(1)
+    assert stop([child], grace=60) == []
+    assert child.returncode == -signal.SIGTERM
+    assert "SIGTERM" in child.describe_exit()
+
+
+def test_stop_kills_who_does_not_listen_and_says_so(sink: Sink) -> None:
+    polite, stubborn = start(POLITE, sink), start(STUBBORN, sink)
+    sink.wait_for(2)
+    assert stop([stubborn, polite], grace=0.5) == [stubborn]
+    assert stubborn.returncode == -signal.SIGKILL
+    assert polite.returncode == -signal.SIGTERM
+
+
+def test_a_child_is_its_own_group_so_ctrl_c_does_not_reach_it(sink: Sink) -> None:
+    child = start(POLITE, sink)
+    assert os.getpgid(child.pid) == child.pid
+    stop([child], grace=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_no_child_outlives_a_parent_that_is_killed() -> None:
+    code = textwrap.dedent(f"""
+        import os, signal, sys
+        from overfill.cli.processes import Child
+        sink = lambda name, line: print(child.pid, flush=True)
+        child = Child("c", [sys.executable, "-c", {STUBBORN!r}], dict(os.environ), sink)
+        signal.pause()
+    """)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        watch = os.pidfd_open(child.pid)
+        parent.kill()
+    try:
+        assert select.select([watch], [], [], 30)[0], "the child lives on"
+    finally:
+        os.close(watch)
+        if child.is_running():
+            child.kill()

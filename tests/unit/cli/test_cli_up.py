@@ -1,0 +1,272 @@
+"""``up``: what is started with which settings, when it counts as ready, how it ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import pytest
+from rich.console import Console
+
+from overfill.cli import stack as stack_module
+from overfill.cli import up
+from overfill.cli.main import main
+from overfill.cli.processes import Child
+from overfill.cli.stack import Plan, Stack, StartFailed, child_environment, free_ports, threads_per_worker
+from overfill.config import DecodeConfig, PrefillConfig
+from overfill.errors import Unavailable
+
+PATIENT = "import signal; print('up', flush=True); signal.pause()"
+
+
+def plan(**settings: Any) -> Plan:
+    values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None}
+    own = {name: settings.pop(name) for name in list(settings) if name in values}
+    return up.make_plan(Path("pair"), **(values | own), settings=settings)
+
+
+class Gathering(Stack):
+    """A stack whose processes run the given code, by name; the default waits for a signal."""
+
+    def __init__(self, code: dict[str, str] | None = None, **settings: Any) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.started: list[Child] = []
+        self._code = code or {}
+        super().__init__(plan(**settings), lambda name, line: self.lines.append((name, line)))
+
+    def _spawn(self, name: str, module: str, config: Any, threads: int) -> Child:
+        command = [sys.executable, "-c", self._code.get(name, PATIENT)]
+        child = Child(name, command, dict(os.environ), self._sink)
+        self.started.append(child)
+        return child
+
+    def pid(self, name: str) -> int:
+        return next(child.pid for child in self.started if child.name == name)
+
+
+class Routers:
+    """Stands in for the SDK: each router answers what its script says, call by call; the last stays."""
+
+    def __init__(self, answers: Callable[[], Any]) -> None:
+        self._answers = answers
+        self.asked: list[str] = []
+
+    def __call__(self, address: str, tls: object) -> Routers:
+        self.asked.append(address)
+        return self
+
+    def status(self) -> Any:
+        answer = self._answers()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def status(complete: bool, pid: int) -> Any:
+    return SimpleNamespace(complete=complete, process=SimpleNamespace(pid=pid))
+
+
+@pytest.fixture
+def routers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Routers]:
+    def install(answers: Callable[[], Any]) -> Routers:
+        fake = Routers(answers)
+        monkeypatch.setattr(stack_module, "Client", fake)
+        return fake
+
+    return install
+
+
+@pytest.fixture
+def gather() -> Iterator[Callable[..., Gathering]]:
+    made: list[Gathering] = []
+
+    def make(*args: Any, **settings: Any) -> Gathering:
+        made.append(Gathering(*args, **settings))
+        return made[-1]
+
+    yield make
+    for stack in made:
+        stack.stop()
+
+
+def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> None:
+    made = plan(prefill=2, decode=3, routers=2, port=7600)
+    assert [router.port for router in made.routers] == [7600, 7601]
+    assert made.addresses == ("127.0.0.1:7600", "127.0.0.1:7601")
+    assert all((router.expect_prefill, router.expect_decode) == (2, 3) for router in made.routers)
+    assert [w.worker_id for w in made.prefill] == ["prefill-0", "prefill-1"]
+    assert [w.worker_id for w in made.decode] == ["decode-0", "decode-1", "decode-2"]
+    assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.addresses}
+
+
+def test_settings_go_to_those_that_have_them() -> None:
+    made = plan(token_budget="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
+    assert made.prefill[0].token_budget == 512
+    assert made.decode[0].data_streams == 3
+    assert made.prefill[0].kv_memory == made.decode[0].kv_memory == 64 * 2**20
+    assert made.prefill[0].dtype == made.decode[0].dtype == "float32"
+    assert made.routers[0].grace_period == 3
+
+
+def test_the_pair_is_found_from_any_folder() -> None:
+    assert plan().decode[0].pair == Path.cwd() / "pair"
+
+
+def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert [threads_per_worker(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    assert plan(prefill=1, decode=3).decode[2].threads == 2
+    assert plan(threads=5).prefill[0].threads == 5
+
+
+def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_PREFILL_BLOCK_SIZE", "32")
+    config = plan().prefill[0]
+    environment = child_environment(os.environ, threads=3)
+    assert "OVERFILL_PREFILL_BLOCK_SIZE" not in environment
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OVERFILL_PREFILL_BLOCK_SIZE")
+    assert PrefillConfig.parse(config.to_argv()) == config
+    assert config.block_size == 32
+    assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size == 16
+
+
+def test_free_ports_are_different() -> None:
+    assert len(set(free_ports("127.0.0.1", 5))) == 5
+
+
+def test_wrong_settings_are_told_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["up", "--pair", "/no/such/pair", "--host", "0.0.0.0"])
+    assert caught.value.code == 2
+    assert "--tls-cert" in capsys.readouterr().err
+
+
+def test_the_openai_endpoint_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--http", "8000"]) == 2
+    assert "--http" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_named_and_nothing_starts(gather: Callable[..., Gathering]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        stack = gather(port=port)
+        with pytest.raises(StartFailed, match=str(port)):
+            stack.start()
+    assert stack.started == []
+
+
+def test_ready_means_complete_and_our_own_router(
+    gather: Callable[..., Gathering], routers: Callable[..., Routers]
+) -> None:
+    stack = gather()
+    stack.start()
+    own = stack.pid("router-0")
+    script = [Unavailable("not yet"), status(True, own + 1), status(False, own), status(True, own)]
+    fake = routers(lambda: script.pop(0))
+    stack.wait_ready(threading.Event())
+    assert script == []
+    assert fake.asked == [stack.plan.addresses[0]] * 4
+
+
+def test_every_router_must_be_ready(gather: Callable[..., Gathering], routers: Callable[..., Routers]) -> None:
+    stack = gather(routers=2)
+    stack.start()
+    script = [status(True, stack.pid("router-0")), status(True, stack.pid("router-1"))]
+    fake = routers(lambda: script.pop(0))
+    stack.wait_ready(threading.Event())
+    assert fake.asked == list(stack.plan.addresses)
+
+
+def test_a_worker_that_dies_at_start_stops_everything_and_its_last_words_are_shown(
+    gather: Callable[..., Gathering], routers: Callable[..., Routers]
+) -> None:
+    routers(lambda: Unavailable("not yet"))
+    stack = gather({"decode-0": "raise SystemExit('the pair does not fit')"})
+    with pytest.raises(StartFailed, match=r"(?s)decode-0 exited with status 1.*the pair does not fit"):
+        up.run(stack, threading.Event(), Console(file=io.StringIO()))
+    assert all(child.returncode is not None for child in stack.started)
+
+
+def test_a_worker_that_dies_later_is_reported_once_and_the_stack_goes_on(
+    gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = gather({"prefill-0": "import signal, sys; print('oh no', flush=True); signal.pause()"})
+    routers(lambda: status(True, stack.pid("router-0")))
+    stopping = Steps(
+        [
+            lambda: os.kill(stack.pid("prefill-0"), 9),
+            lambda: os.waitid(os.P_PID, stack.pid("prefill-0"), os.WEXITED | os.WNOWAIT),
+            lambda: None,
+            lambda: None,
+        ]
+    )
+    panel = io.StringIO()
+    assert up.run(stack, stopping, Console(file=panel, width=100)) == 0
+    assert f"--address {stack.plan.addresses[0]}" in panel.getvalue()
+    err = capsys.readouterr().err
+    assert err.count("prefill-0 (pid") == 1
+    assert "SIGKILL" in err
+    assert "goes on" in err
+    assert all(child.returncode is not None for child in stack.started)
+
+
+def test_without_a_router_the_stack_ends(
+    gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = gather()
+    routers(lambda: status(True, stack.pid("router-0")))
+    stopping = Steps(
+        [
+            lambda: os.kill(stack.pid("router-0"), 9),
+            lambda: os.waitid(os.P_PID, stack.pid("router-0"), os.WEXITED | os.WNOWAIT),
+            lambda: None,
+        ]
+    )
+    assert up.run(stack, stopping, Console(file=io.StringIO())) == 1
+    assert "no router" in capsys.readouterr().err
+
+
+def test_routers_drain_before_the_workers_are_asked_to_stop(gather: Callable[..., Gathering]) -> None:
+    tell = (
+        "import signal, sys, time\n"
+        "def bye(*_):\n    print(time.monotonic_ns(), flush=True)\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, bye); print('up', flush=True)\nwhile True: signal.pause()"
+    )
+    names = ("router-0", "prefill-0", "decode-0")
+    stack = gather(dict.fromkeys(names, tell))
+    ready = threading.Semaphore(0)
+    stack._sink = lambda name, line: (stack.lines.append((name, line)), ready.release())  # type: ignore[assignment]
+    stack.start()
+    for _ in names:
+        assert ready.acquire(timeout=60)
+    assert stack.stop() == []
+    times = {name: int(line) for name, line in stack.lines if line != "up"}
+    assert times["router-0"] < min(times["prefill-0"], times["decode-0"])
+
+
+class Steps(threading.Event):
+    """An event that does one step at each wait and is set after the last."""
+
+    def __init__(self, steps: list[Callable[[], Any]]) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._steps:
+            self.set()
+            return True
+        self._steps.pop(0)()
+        return False

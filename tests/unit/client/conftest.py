@@ -1,0 +1,127 @@
+"""A router that says what a test tells it to say, on loopback, in its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from overfill.rpc.server import RpcServer
+from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
+
+Response = inference_pb2.GenerateResponse
+
+
+def accepted(seed: int = 7) -> Response:
+    return Response(accepted=inference_pb2.Accepted(request_id="r1", prompt_tokens=3, seed=seed, model="tiny"))
+
+
+def delta(first_index: int, ids: list[int], text: str = "", **fields: Any) -> Response:
+    return Response(delta=inference_pb2.Delta(first_index=first_index, token_ids=ids, text=text, **fields))
+
+
+def finished(reason: int = common_pb2.FINISH_REASON_STOP, **fields: Any) -> Response:
+    return Response(finished=inference_pb2.Finished(reason=reason, **fields))
+
+
+GOOD = [accepted(), delta(0, [10], "Hel"), delta(1, [11, 12], "lo"), finished()]
+
+
+class FakeRouter:
+    """Plays ``script``: responses are sent, exceptions raised, "hang" waits until the client goes away."""
+
+    def __init__(self) -> None:
+        self.script: list[Response | Exception | str] = list(GOOD)
+        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.time_remaining: list[float | None] = []
+        self.abandoned = threading.Event()
+        self.address = ""
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
+        self.requests.append(request)
+        self.time_remaining.append(context.time_remaining())
+        for step in self.script:
+            if isinstance(step, Exception):
+                raise step
+            if step == "hang":
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.abandoned.set()
+            yield step
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        model = inference_pb2.Model(name="tiny", max_model_len=64, full_digest="f", decoder_digest="d", dtype="float32")
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    async def Status(self, request: Any, context: Any) -> Any:
+        process = admin_pb2.ProcessStatus(id="d0", stage=common_pb2.STAGE_DECODE, pid=5, ready=True)
+        process.load.kv_blocks_total = 8
+        process.kv.dtype = common_pb2.DTYPE_BFLOAT16
+        process.codec = common_pb2.KV_CODEC_RAW
+        return admin_pb2.StatusResponse(
+            process=admin_pb2.ProcessStatus(id="router", stage=common_pb2.STAGE_ROUTER),
+            workers=[
+                admin_pb2.WorkerStatus(id="d0", stage=common_pb2.STAGE_DECODE, address="a", process=process),
+                admin_pb2.WorkerStatus(id="d1", stage=common_pb2.STAGE_DECODE, address="b"),
+            ],
+            complete=True,
+        )
+
+
+@contextmanager
+def serve(router: FakeRouter) -> Iterator[FakeRouter]:
+    """Serves ``router`` until the block is left; ``address`` is set then."""
+    started: list[Any] = []
+    running = threading.Event()
+
+    async def main() -> None:
+        server = RpcServer()
+        server.add(inference_pb2_grpc.add_InferenceServicer_to_server, router, "overfill.v1.Inference")
+        server.add(admin_pb2_grpc.add_AdminServicer_to_server, router, "overfill.v1.Admin")
+        router.address = await server.start("127.0.0.1:0")
+        stop = asyncio.Event()
+        started.extend([asyncio.get_running_loop(), stop])
+        running.set()
+        await stop.wait()
+        await server.stop()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    running.wait()
+    loop, stop = started
+    try:
+        yield router
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    with serve(FakeRouter()) as router:
+        yield router
+
+
+@pytest.fixture
+def another_router() -> Iterator[FakeRouter]:
+    with serve(FakeRouter()) as router:
+        yield router
+
+
+@pytest.fixture
+def closed_address() -> str:
+    """Where nobody listens any more."""
+    with serve(FakeRouter()) as router:
+        return router.address
+
+
+@pytest.fixture(scope="session")
+def say() -> SimpleNamespace:
+    """Builders of the events of a stream."""
+    return SimpleNamespace(accepted=accepted, delta=delta, finished=finished, good=GOOD)

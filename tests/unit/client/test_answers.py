@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from overfill.client.answers import TTFT_PARTS, Answer, AnswerBuilder, Delta, Timing, TokenLogprobs
+from overfill.errors import InternalError
+from overfill.v1 import common_pb2, inference_pb2, kv_pb2
+
+REQUEST = inference_pb2.GenerateRequest(text="x")
+WITH_LOGPROBS = inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(logprobs=2))
+LOGPROBS = common_pb2.TokenLogprobs(logprob=-0.5, top_ids=[4, 5], top_logprobs=[-0.5, -1.0])
+
+
+def fold(
+    events: list[inference_pb2.GenerateResponse], request: inference_pb2.GenerateRequest = REQUEST
+) -> tuple[list[Delta], Answer]:
+    builder = AnswerBuilder(request, clock=iter(range(100)).__next__)
+    deltas = [delta for event in events if (delta := builder.add(event)) is not None]
+    return deltas, builder.answer()
+
+
+def test_deltas_add_up_to_the_answer(say: SimpleNamespace) -> None:
+    usage = common_pb2.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=2)
+    end = say.finished(usage=usage, prefill_worker="p0", decode_worker="d1", migrations=2, stop="\n", reason=1)
+    deltas, answer = fold([*say.good[:-1], end])
+    assert [(d.first_index, d.token_ids, d.text) for d in deltas] == [(0, (10,), "Hel"), (1, (11, 12), "lo")]
+    assert (answer.text, answer.token_ids, answer.logprobs) == ("Hello", (10, 11, 12), None)
+    assert (answer.finish_reason, answer.stop, answer.migrations) == ("stop", "\n", 2)
+    assert (answer.request_id, answer.seed, answer.model) == ("r1", 7, "tiny")
+    assert (answer.prefill_worker, answer.decode_worker) == ("p0", "d1")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.cached_tokens) == (3, 3, 2)
+    assert answer.client_ttft == 1
+    assert answer.trace is None
+
+
+def test_an_answer_may_have_no_tokens(say: SimpleNamespace) -> None:
+    _, answer = fold([say.accepted(), say.finished(reason=common_pb2.FINISH_REASON_LENGTH)])
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", (), "length")
+    assert answer.client_ttft is None
+    assert answer.stop is None
+
+
+def test_text_that_was_held_back_may_come_without_tokens(say: SimpleNamespace) -> None:
+    deltas, answer = fold([*say.good[:-1], say.delta(0, [], "!"), say.finished()])
+    assert deltas[-1] == Delta(3, (), "!", None)
+    assert answer.text == "Hello!"
+
+
+@pytest.mark.parametrize("first_index", [0, 2, 4, 5])
+def test_missing_or_repeated_tokens_are_an_error(say: SimpleNamespace, first_index: int) -> None:
+    with pytest.raises(InternalError, match="missing or repeated"):
+        fold([*say.good[:-1], say.delta(first_index, [13])])
+
+
+def test_a_resumed_answer_continues_after_its_tokens(say: SimpleNamespace) -> None:
+    request = inference_pb2.GenerateRequest(resume_token_ids=[1, 2])
+    _, answer = fold([say.accepted(), say.delta(2, [3]), say.finished()], request)
+    assert answer.token_ids == (3,)
+    with pytest.raises(InternalError, match="missing or repeated"):
+        fold([say.accepted(), say.delta(0, [1])], request)
+
+
+def test_events_out_of_order_are_an_error(say: SimpleNamespace) -> None:
+    for events in (
+        say.good[1:],
+        say.good[:-1],
+        [*say.good, say.delta(3, [13])],
+        [say.accepted(), say.finished(reason=0)],
+        [],
+    ):
+        with pytest.raises(InternalError):
+            fold(events)
+
+
+def test_logprobs(say: SimpleNamespace) -> None:
+    expected = TokenLogprobs(-0.5, ((4, -0.5), (5, -1.0)))
+    deltas, answer = fold(
+        [say.accepted(), say.delta(0, [4, 5], logprobs=[LOGPROBS] * 2), say.finished()], WITH_LOGPROBS
+    )
+    assert deltas[0].logprobs == answer.logprobs == (expected, expected)
+
+
+def test_tokens_without_their_logprobs_are_an_error(say: SimpleNamespace) -> None:
+    with pytest.raises(InternalError, match="1 log-probabilities came for 2 tokens"):
+        fold([say.accepted(), say.delta(0, [4, 5], logprobs=[LOGPROBS])], WITH_LOGPROBS)
+
+
+def test_timing_is_in_seconds_and_absent_is_none() -> None:
+    timing = Timing.from_proto(common_pb2.Timing(ttft_ns=2_000_000_000, prefill_queue_ns=0, total_ns=5))
+    assert (timing.ttft, timing.prefill_queue, timing.total) == (2.0, 0.0, 5e-9)
+    assert timing.decode is None
+
+
+def test_every_field_of_the_wire_timing_is_there() -> None:
+    assert {f"{name}_ns" for name in Timing.__slots__} == set(common_pb2.Timing.DESCRIPTOR.fields_by_name)
+    assert set(TTFT_PARTS) < set(Timing.__slots__)
+
+
+def test_unattributed_is_what_no_part_covers() -> None:
+    timing = Timing(
+        ttft=1.0, router_queue=0.1, decode_reservation=0.2, prefill_queue=0.1, prefill_compute=0.3, return_path=0.1
+    )
+    assert timing.unattributed == pytest.approx(0.2)
+    assert Timing(ttft=1.0).unattributed == 1.0
+    assert Timing(router_queue=1.0).unattributed is None
+
+
+def test_trace_is_in_seconds(say: SimpleNamespace) -> None:
+    trace = kv_pb2.HandoffTrace(first_kv_received_ns=10**9, kv_bytes=8, kv_chunks=2)
+    trace.prefill.layer_end_ns.extend([10**9, 2 * 10**9])
+    _, answer = fold([say.accepted(), say.finished(trace=trace)])
+    assert answer.trace is not None
+    assert (answer.trace.first_kv_received, answer.trace.kv_bytes, answer.trace.kv_chunks) == (1.0, 8, 2)
+    assert answer.trace.prefill.layer_end == (1.0, 2.0)

@@ -1,0 +1,244 @@
+"""Both clients against a scripted router, by the same tests."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from overfill.client import Answer, AsyncClient, Client, Delta, Message, SamplingParams
+from overfill.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    RequestCancelled,
+    Unavailable,
+)
+
+
+class SyncSdk:
+    """One call with a fresh client."""
+
+    def run(self, address: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        with Client(address) as client:
+            return getattr(client, method)(*args, **kwargs)
+
+    def stream(
+        self, address: str, on_delta: Callable[[Any], None] = lambda stream: None, **kwargs: Any
+    ) -> tuple[list[Delta], Any]:
+        deltas = []
+        with Client(address) as client, client.stream("x", **kwargs) as stream:
+            for delta in stream:
+                deltas.append(delta)
+                on_delta(stream)
+            return deltas, stream
+
+
+class AsyncSdk:
+    """The same, with awaits."""
+
+    def run(self, address: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        async def main() -> Any:
+            async with AsyncClient(address) as client:
+                return await getattr(client, method)(*args, **kwargs)
+
+        return asyncio.run(main())
+
+    def stream(
+        self, address: str, on_delta: Callable[[Any], None] = lambda stream: None, **kwargs: Any
+    ) -> tuple[list[Delta], Any]:
+        async def main() -> tuple[list[Delta], Any]:
+            deltas = []
+            async with AsyncClient(address) as client, client.stream("x", **kwargs) as stream:
+                async for delta in stream:
+                    deltas.append(delta)
+                    on_delta(stream)
+                return deltas, stream
+
+        return asyncio.run(main())
+
+
+Sdk = SyncSdk | AsyncSdk
+
+
+@pytest.fixture(params=[SyncSdk, AsyncSdk])
+def sdk(request: pytest.FixtureRequest) -> Sdk:
+    made: Sdk = request.param()
+    return made
+
+
+def test_generate(sdk: Sdk, router: Any) -> None:
+    answer = sdk.run(
+        router.address,
+        "generate",
+        [Message("user", "Hi")],
+        sampling=SamplingParams(max_tokens=5),
+        stop=["\n"],
+        timeout=60,
+    )
+    assert isinstance(answer, Answer)
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("Hello", (10, 11, 12), "stop")
+    assert answer.client_ttft is not None
+    assert answer.client_ttft > 0
+    (request,) = router.requests
+    assert request.chat.messages[0].content == "Hi"
+    assert (request.sampling.max_tokens, list(request.stop)) == (5, ["\n"])
+    assert 0 < router.time_remaining[0] <= 60
+
+
+def test_no_timeout_is_no_deadline(sdk: Sdk, router: Any) -> None:
+    sdk.run(router.address, "generate", "x")
+    assert router.time_remaining[0] is None or router.time_remaining[0] > 1e6
+
+
+def test_stream(sdk: Sdk, router: Any) -> None:
+    seeds = []
+    deltas, stream = sdk.stream(router.address, on_delta=lambda s: seeds.append(s.accepted.seed))
+    assert [d.text for d in deltas] == ["Hel", "lo"]
+    assert seeds == [7, 7]
+    assert stream.answer.text == "Hello"
+
+
+def test_the_answer_is_not_there_before_the_end(sdk: Sdk, router: Any) -> None:
+    def look(stream: Any) -> None:
+        with pytest.raises(InternalError):
+            _ = stream.answer
+
+    sdk.stream(router.address, on_delta=look)
+
+
+def test_errors_arrive_typed(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
+    router.script = [InvalidRequest("sampling.top_p", "too much")]
+    with pytest.raises(InvalidRequest, match="too much") as caught:
+        sdk.run(router.address, "generate", "x")
+    assert caught.value.field == "sampling.top_p"
+    router.script = [say.accepted(), Overloaded("full", retry_after=3)]
+    with pytest.raises(Overloaded, match="full") as overloaded:
+        sdk.run(router.address, "generate", "x")
+    assert overloaded.value.retry_after == 3
+
+
+def test_mistakes_are_not_sent(sdk: Sdk, router: Any) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        sdk.run(router.address, "generate", "a\ud800")
+    with pytest.raises(InvalidRequest, match="timeout"):
+        sdk.run(router.address, "generate", "a", timeout=-1)
+    assert router.requests == []
+
+
+def test_a_passed_deadline_is_told_and_frees_the_server(sdk: Sdk, router: Any) -> None:
+    router.script = ["hang"]
+    with pytest.raises(DeadlineExceeded):
+        sdk.run(router.address, "generate", "x", timeout=0.2)
+    router.abandoned.wait()
+
+
+def test_cancelling_ends_the_stream_and_frees_the_server(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:-1], "hang"]
+    with pytest.raises(RequestCancelled):
+        sdk.stream(router.address, on_delta=lambda s: s.cancel() if s.accepted else None)
+    router.abandoned.wait()
+
+
+def test_leaving_the_block_cancels(router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:2], "hang"]
+    with Client(router.address) as client:
+        with client.stream("x") as stream:
+            assert next(stream).text == "Hel"
+        router.abandoned.wait()
+
+
+async def test_leaving_the_async_block_cancels(router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:2], "hang"]
+    async with AsyncClient(router.address) as client:
+        async with client.stream("x") as stream:
+            assert (await anext(stream)).text == "Hel"
+        await asyncio.to_thread(router.abandoned.wait)
+
+
+async def test_cancelling_the_task_cancels_the_request(router: Any, say: SimpleNamespace) -> None:
+    router.script = [say.accepted(), "hang"]
+    async with AsyncClient(router.address) as client:
+        stream = client.stream("x")
+        waiting = asyncio.ensure_future(_first(stream.__anext__))
+        while stream.accepted is None:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.to_thread(router.abandoned.wait)
+
+
+async def _first(step: Callable[[], Awaitable[Delta]]) -> Delta:
+    return await step()
+
+
+@pytest.mark.parametrize("events", ["gap", "repeat", "no end", "nothing"])
+def test_a_broken_stream_is_an_error_and_never_a_wrong_answer(
+    sdk: Sdk, router: Any, say: SimpleNamespace, events: str
+) -> None:
+    router.script = {
+        "gap": [*say.good[:2], say.delta(2, [12]), say.finished()],
+        "repeat": [*say.good[:2], say.delta(0, [10]), say.finished()],
+        "no end": say.good[:-1],
+        "nothing": [],
+    }[events]
+    with pytest.raises(InternalError):
+        sdk.run(router.address, "generate", "x")
+
+
+def test_an_address_without_listener_is_unavailable_and_named(sdk: Sdk, closed_address: str) -> None:
+    for method, args in (("generate", ["x"]), ("models", []), ("status", [])):
+        with pytest.raises(Unavailable, match=closed_address):
+            sdk.run(closed_address, method, *args)
+
+
+def test_the_first_reachable_address_serves(sdk: Sdk, closed_address: str, router: Any, another_router: Any) -> None:
+    addresses = f"{closed_address},{router.address},{another_router.address}"
+    assert sdk.run(addresses, "generate", "x", timeout=60).text == "Hello"
+    assert sdk.run(addresses, "models")[0].name == "tiny"
+    assert (len(router.requests), len(another_router.requests)) == (1, 0)
+    router.script = [Unavailable("draining")]
+    assert sdk.run(addresses, "generate", "x").text == "Hello"
+    assert len(another_router.requests) == 1
+
+
+def test_a_request_that_was_begun_goes_to_nobody_else(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script = [*say.good[:2], Unavailable("workers lost")]
+    with pytest.raises(Unavailable, match="workers lost"):
+        sdk.run(f"{router.address},{another_router.address}", "generate", "x")
+    assert another_router.requests == []
+
+
+def test_other_errors_go_to_nobody_else(sdk: Sdk, router: Any, another_router: Any) -> None:
+    router.script = [Overloaded("full")]
+    with pytest.raises(Overloaded):
+        sdk.run(f"{router.address},{another_router.address}", "generate", "x")
+    assert another_router.requests == []
+
+
+def test_models_and_status(sdk: Sdk, router: Any) -> None:
+    (model,) = sdk.run(router.address, "models")
+    assert (model.name, model.max_model_len, model.dtype) == ("tiny", 64, "float32")
+    status = sdk.run(router.address, "status")
+    assert (status.process.stage, status.process.load, status.process.codec) == ("router", None, None)
+    assert (status.complete, status.http_address) == (True, None)
+    answering, silent = status.workers
+    assert (answering.id, answering.stage, silent.process) == ("d0", "decode", None)
+    assert answering.process.load.kv_blocks_total == 8
+    assert (answering.process.kv.dtype, answering.process.codec) == ("bfloat16", "raw")
+
+
+def test_importing_the_sdk_loads_nothing_heavy() -> None:
+    code = "import sys, overfill.client; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "overfill.client.sync" in loaded.split()
+    assert {"torch", "transformers", "ray", "numpy", "tokenizers"}.isdisjoint(loaded.split())

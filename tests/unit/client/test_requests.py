@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from overfill.client.requests import Message, build_request, check_timeout, split_addresses
+from overfill.errors import InvalidRequest
+from overfill.params import SamplingParams
+from overfill.v1 import inference_pb2
+
+
+def build(prompt: Any = "x", **fields: Any) -> inference_pb2.GenerateRequest:
+    defaults: dict[str, Any] = {
+        "model": "",
+        "sampling": None,
+        "stop": (),
+        "request_id": "",
+        "resume_token_ids": (),
+        "trace": False,
+    }
+    return build_request(prompt, **(defaults | fields))
+
+
+def test_three_kinds_of_prompt() -> None:
+    assert build("Hello").text == "Hello"
+    assert list(build([1, 2]).token_ids.ids) == [1, 2]
+    assert list(build((1, 2)).token_ids.ids) == [1, 2]
+    chat = build([Message("system", "s"), {"role": "user", "content": "u"}]).chat
+    assert [(m.role, m.content) for m in chat.messages] == [("system", "s"), ("user", "u")]
+
+
+def test_everything_else_is_passed_on() -> None:
+    sampling = SamplingParams(temperature=0.5, seed=3)
+    request = build(model="m", sampling=sampling, stop=["a", "b"], request_id="r", resume_token_ids=[9], trace=True)
+    assert (request.model, list(request.stop), request.request_id) == ("m", ["a", "b"], "r")
+    assert (list(request.resume_token_ids), request.trace) == ([9], True)
+    assert SamplingParams.from_proto(request.sampling) == sampling
+    assert not build().HasField("sampling")
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("text", {"prompt": "a\ud800"}),
+        ("prompt", {"prompt": []}),
+        ("prompt", {"prompt": 5}),
+        ("prompt", {"prompt": None}),
+        ("token_ids.ids", {"prompt": [1, -1]}),
+        ("token_ids.ids", {"prompt": [1, 1 << 32]}),
+        ("token_ids.ids", {"prompt": [1, 1.5]}),
+        ("token_ids.ids", {"prompt": [1, Message("user", "u")]}),
+        ("chat.messages[1]", {"prompt": [Message("user", "u"), 1]}),
+        ("chat.messages[0]", {"prompt": [{"role": "user"}]}),
+        ("chat.messages[0]", {"prompt": [{"role": "user", "content": "u", "name": "n"}]}),
+        ("chat.messages[0].content", {"prompt": [{"role": "user", "content": None}]}),
+        ("chat.messages[0].content", {"prompt": [Message("user", "\udfff")]}),
+        ("stop", {"stop": "one string"}),
+        ("stop", {"stop": ["\ud800"]}),
+        ("model", {"model": "\ud800"}),
+        ("request_id", {"request_id": 5}),
+        ("resume_token_ids", {"resume_token_ids": [-1]}),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_sent(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        build(**fields)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
+def test_timeouts_are_positive_and_finite(timeout: float) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_timeout(timeout)
+    assert caught.value.field == "timeout"
+    check_timeout(None)
+    check_timeout(0.5)
+
+
+def test_addresses() -> None:
+    assert split_addresses("a:1, unix:/s") == ["a:1", "unix:/s"]
+    for bad in ("", "a:1,,b:2", ","):
+        with pytest.raises(ValueError, match="host:port"):
+            split_addresses(bad)

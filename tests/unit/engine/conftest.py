@@ -1,0 +1,8 @@
+import pytest
+
+from overfill.testing.counting import CountingRunner
+
+
+@pytest.fixture
+def runner():
+    return CountingRunner()

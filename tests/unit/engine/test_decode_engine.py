@@ -1,0 +1,286 @@
+"""Sequences advance together, lose blocks and get them back, and leave nothing behind."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.sequence import (
+    DecodeSequence,
+    FinishReason,
+    Preempted,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    SequenceFailed,
+    Start,
+    StopRule,
+    TokenSampled,
+    Yielded,
+)
+from overfill.kv.blocks import BlockPool
+from overfill.params import SamplingParams
+from overfill.testing.counting import CountingRunner
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def pool():
+    pool = BlockPool(8, 4)
+    yield pool
+    pool.check_integrity()
+    assert pool.num_used == 0, "the test leaked blocks"
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+def new_engine(runner, pool, events, max_num_seqs=8, replay_budget=16):
+    return DecodeEngine(runner, pool, max_num_seqs, replay_budget, events.extend)
+
+
+def sequence(name, prompt=4, emitted=(), max_tokens=4, stop=()):
+    return DecodeSequence(name, [0] * prompt, list(emitted), GREEDY, StopRule(frozenset(stop), max_tokens))
+
+
+def tokens(events, name):
+    return [e.token.token_id for e in events if isinstance(e, TokenSampled) and e.id == name and e.token]
+
+
+def kinds(events):
+    return [type(e) for e in events]
+
+
+def test_an_answer_goes_on_after_the_first_token_until_max_tokens(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a", max_tokens=4)))
+    engine.handle(Start("a", 10))
+    while engine.step():
+        pass
+    assert tokens(events, "a") == [11, 12, 13]
+    assert events[-1].finish is FinishReason.LENGTH
+    assert [e.index for e in events if isinstance(e, TokenSampled)] == [1, 2, 3]
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a", max_tokens=9, stop=[12])))
+    engine.handle(Start("a", 10))
+    while engine.step():
+        pass
+    assert tokens(events, "a") == [11]
+    assert events[-1].token is None
+    assert events[-1].finish is FinishReason.STOP
+
+
+def test_sequences_join_and_leave_the_running_batch(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a", max_tokens=4)))
+    engine.handle(Start("a", 10))
+    engine.step()
+    engine.handle(Reserve(sequence("b", max_tokens=3)))
+    engine.handle(Start("b", 20))
+    while engine.step():
+        pass
+    assert [len(step) for step in runner.steps] == [1, 2, 2]
+    assert tokens(events, "a") == [11, 12, 13]
+    assert tokens(events, "b") == [21, 22]
+
+
+def test_emitted_tokens_are_replayed_in_one_pass_and_not_sent_again(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a", emitted=[10, 11, 12], max_tokens=5)))
+    engine.handle(Start("a", None))
+    while engine.step():
+        pass
+    assert runner.steps[0] == [([10, 11, 12], 4)]
+    assert tokens(events, "a") == [13, 14]
+    assert [e.index for e in events if isinstance(e, TokenSampled)] == [3, 4]
+
+
+def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a", prompt=24)))
+    engine.handle(Reserve(sequence("b", prompt=8)))
+    assert kinds(events) == [Reserved, Refused]
+    assert "3 KV blocks wanted, 1 free" in events[1].reason
+    engine.handle(Release("a"))
+
+
+def test_refusal_when_the_worker_is_full(runner, pool, events):
+    engine = new_engine(runner, pool, events, max_num_seqs=1)
+    engine.handle(Reserve(sequence("a")))
+    engine.handle(Reserve(sequence("b")))
+    assert kinds(events) == [Reserved, Refused]
+    engine.handle(Release("a"))
+
+
+def run_until_preempted(engine, events):
+    for _ in range(50):
+        engine.step()
+        if Preempted in kinds(events):
+            return
+    raise AssertionError("nothing was preempted")
+
+
+def test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_tokens(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    for name, first in (("old", 10), ("young", 30)):
+        engine.handle(Reserve(sequence(name, prompt=14, max_tokens=6)))
+        engine.handle(Start(name, first))
+    run_until_preempted(engine, events)
+    assert [e.id for e in events if isinstance(e, Preempted)] == ["young"]
+    before = tokens(events, "young")
+    assert not engine.step() or tokens(events, "young") == before, "a yielding sequence is not computed"
+    engine.handle(Yielded("young"))
+    while engine.step():
+        pass
+    assert tokens(events, "old") == [11, 12, 13, 14, 15]
+    assert [e.id for e in events if isinstance(e, Reserved)] == ["old", "young", "young"]
+    engine.handle(Start("young", None))
+    while engine.step():
+        pass
+    assert tokens(events, "young") == [31, 32, 33, 34, 35]
+
+
+def test_preempted_sequences_come_before_new_ones(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    for name, first in (("old", 10), ("young", 30)):
+        engine.handle(Reserve(sequence(name, prompt=14, max_tokens=6)))
+        engine.handle(Start(name, first))
+    run_until_preempted(engine, events)
+    engine.handle(Yielded("young"))
+    engine.handle(Reserve(sequence("new", prompt=1)))
+    assert isinstance(events[-1], Refused)
+    for name in ("old", "young"):
+        engine.handle(Release(name))
+
+
+def test_a_sequence_that_still_receives_its_kv_can_be_preempted(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("old", prompt=15, max_tokens=9)))
+    engine.handle(Reserve(sequence("receiving", prompt=15)))
+    engine.handle(Start("old", 10))
+    run_until_preempted(engine, events)
+    assert [e.id for e in events if isinstance(e, Preempted)] == ["receiving"]
+    engine.handle(Start("receiving", 30))  # crosses the preemption
+    assert pool.num_used == 8, "blocks stay until the receiver has let go of them"
+    engine.handle(Yielded("receiving"))
+    while engine.step():
+        pass
+    engine.handle(Start("receiving", 30))
+    while engine.step():
+        pass
+    assert tokens(events, "receiving") == [31, 32, 33]
+
+
+def test_a_failed_step_fails_its_sequences_only(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a")))
+    engine.handle(Start("a", 10))
+    runner.fail_next = MemoryError("no room")
+    engine.step()
+    assert kinds(events)[-1] is SequenceFailed
+    assert not engine.step()
+    engine.handle(Release("a"))
+    engine.handle(Reserve(sequence("b")))
+    engine.handle(Start("b", 20))
+    while engine.step():
+        pass
+    assert tokens(events, "b") == [21, 22, 23]
+
+
+class DecodeMachine(RuleBasedStateMachine):
+    """Arrivals, steps, late answers and cancellations in any order: right tokens, no lost block."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = BlockPool(10, 4)
+        self.events = []
+        self.engine = DecodeEngine(CountingRunner(), self.pool, 4, 16, self.take)
+        self.first: dict[str, int] = {}
+        self.answer: dict[str, list[int]] = {}
+        self.receiving: set[str] = set()
+        self.must_yield: set[str] = set()
+        self.names = 0
+
+    def take(self, events):
+        for event in events:
+            match event:
+                case Reserved(id=id):
+                    self.receiving.add(id)
+                case Refused(id=id):
+                    self.forget(id)
+                case Preempted(id=id):
+                    self.receiving.discard(id)
+                    self.must_yield.add(id)
+                case TokenSampled(id=id, index=index, token=token, finish=finish):
+                    assert index == len(self.answer[id])
+                    assert token.token_id == self.answer[id][-1] + 1
+                    self.answer[id].append(token.token_id)
+                    if finish is not None:
+                        self.forget(id)
+
+    def forget(self, id):
+        self.answer.pop(id, None)
+        self.receiving.discard(id)
+        self.must_yield.discard(id)
+
+    @rule(prompt=st.integers(1, 20), max_tokens=st.integers(2, 12))
+    def arrive(self, prompt, max_tokens):
+        self.names += 1
+        name = f"s{self.names}"
+        self.answer[name] = [self.names % 20]
+        self.engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=max_tokens)))
+
+    @precondition(lambda self: self.receiving)
+    @rule(data=st.data())
+    def kv_arrives(self, data):
+        name = data.draw(st.sampled_from(sorted(self.receiving)))
+        self.receiving.discard(name)
+        self.engine.handle(Start(name, self.answer[name][0]))
+
+    @precondition(lambda self: self.must_yield)
+    @rule(data=st.data())
+    def yields(self, data):
+        name = data.draw(st.sampled_from(sorted(self.must_yield)))
+        self.must_yield.discard(name)
+        self.engine.handle(Yielded(name))
+
+    @precondition(lambda self: self.answer)
+    @rule(data=st.data())
+    def cancelled(self, data):
+        name = data.draw(st.sampled_from(sorted(self.answer)))
+        self.forget(name)
+        self.engine.handle(Release(name))
+
+    @rule()
+    def step(self):
+        self.engine.step()
+
+    @invariant()
+    def no_block_is_lost(self):
+        self.pool.check_integrity()
+
+    def teardown(self):
+        for _ in range(2000):
+            if not self.answer:
+                break
+            for name in sorted(self.must_yield):
+                self.must_yield.discard(name)
+                self.engine.handle(Yielded(name))
+            for name in sorted(self.receiving):
+                self.receiving.discard(name)
+                self.engine.handle(Start(name, self.answer[name][0]))
+            self.engine.step()
+        assert not self.answer, "a sequence never ended"
+        assert self.pool.num_used == 0
+
+
+TestDecodeMachine = DecodeMachine.TestCase
+TestDecodeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,152 @@
+"""Prompts go through the full model in chunks under a budget, and their blocks come back."""
+
+import pytest
+
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.sequence import (
+    ChunkComputed,
+    KvWritten,
+    PrefillScheduled,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+    SequenceFailed,
+    Submit,
+)
+from overfill.kv.blocks import BlockPool
+from overfill.params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def pool():
+    pool = BlockPool(8, 4)
+    yield pool
+    pool.check_integrity()
+    assert pool.num_used == 0, "the test leaked blocks"
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+def new_engine(runner, pool, events, token_budget=8, max_num_seqs=4):
+    return PrefillEngine(runner, pool, token_budget, max_num_seqs, events.append)
+
+
+def prompt(name, length, **options):
+    return PrefillSequence(name, list(range(length)), GREEDY, **options)
+
+
+def of(kind, events):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_a_long_prompt_is_computed_in_chunks_within_the_budget(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("a", 19)))
+    while engine.step():
+        pass
+    assert [[len(t) for t, _ in step] for step in runner.steps] == [[8], [8], [3]]
+    assert [(e.token_start, e.token_end) for e in of(ChunkComputed, events)] == [(0, 8), (8, 16), (16, 19)]
+    (done,) = of(PromptComputed, events)
+    assert done.first.token_id == 19
+    engine.handle(Release("a"))
+
+
+def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("a", 5)))
+    engine.step()
+    assert [(e.layer, e.token_end) for e in of(KvWritten, events)] == [(0, 5), (1, 5)]
+    assert events.index(of(KvWritten, events)[-1]) < events.index(of(PromptComputed, events)[0])
+    engine.handle(Release("a"))
+
+
+def test_several_prompts_share_a_step_in_order_of_arrival(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    for name in "abc":
+        engine.handle(Submit(prompt(name, 5)))
+    engine.step()
+    assert [len(t) for t, _ in runner.steps[0]] == [5, 3]
+    engine.step()
+    assert [(len(t), start) for t, start in runner.steps[1]] == [(2, 3), (5, 0)]
+    for name in "abc":
+        engine.handle(Release(name))
+
+
+def test_a_prompt_waits_until_all_its_blocks_are_free(runner, pool, events):
+    engine = new_engine(runner, pool, events, token_budget=64)
+    engine.handle(Submit(prompt("a", 20)))
+    engine.handle(Submit(prompt("b", 16)))
+    engine.step()
+    assert [e.id for e in of(PrefillScheduled, events)] == ["a"]
+    assert engine.load().waiting == 1
+    assert not engine.step()
+    engine.handle(Release("a"))
+    assert engine.step()
+    assert [e.id for e in of(PromptComputed, events)] == ["a", "b"]
+    engine.handle(Release("b"))
+
+
+def test_kv_stays_until_released(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("a", 6)))
+    engine.step()
+    assert engine.load().blocks_used == 2
+    engine.handle(Release("a"))
+    assert engine.load().blocks_used == 0
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_before):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("a", 16)))
+    for _ in range(steps_before):
+        engine.step()
+    engine.handle(Release("a"))
+    engine.handle(Release("a"))
+    assert not engine.step()
+    assert engine.load().blocks_used == engine.load().waiting == engine.load().queued_tokens == 0
+
+
+def test_a_step_that_nobody_wants_is_abandoned_between_layers(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    sequence = prompt("a", 6)
+
+    def cancel_at_first_layer(event):
+        events.append(event)
+        if isinstance(event, KvWritten):
+            sequence.cancelled = True
+
+    engine._emit = cancel_at_first_layer
+    engine.handle(Submit(sequence))
+    engine.step()
+    assert [e.layer for e in of(KvWritten, events)] == [0]
+    assert not of(PromptComputed, events)
+    assert not engine.step()
+    engine.handle(Release("a"))
+
+
+def test_a_failed_step_fails_its_prompts_only(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    runner.fail_next = MemoryError("no room")
+    engine.handle(Submit(prompt("a", 6)))
+    engine.step()
+    assert [e.id for e in of(SequenceFailed, events)] == ["a"]
+    assert not engine.step()
+    engine.handle(Release("a"))
+    engine.handle(Submit(prompt("b", 6)))
+    engine.step()
+    assert [e.id for e in of(PromptComputed, events)] == ["b"]
+    engine.handle(Release("b"))
+
+
+def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("a", 6, sample_first_token=False)))
+    engine.step()
+    assert of(PromptComputed, events)[0].first is None
+    engine.handle(Release("a"))

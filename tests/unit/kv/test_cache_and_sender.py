@@ -1,0 +1,135 @@
+"""KV leaves as soon as it is computed and arrives where the decoder reads it."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from overfill.errors import TransferFailed
+from overfill.kv.cache import KvCache, copy_sequence
+from overfill.kv.chunks import TransferSpec, check
+from overfill.kv.ranges import Coverage, KvRange, share_out
+from overfill.kv.sender import KvSender
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+
+CPU = torch.device("cpu")
+
+
+def make_cache(dtype="float32", layers=4, heads=2, blocks=8, block_size=4, head_dim=8, seed=0):
+    cache = KvCache(KvSpec(layers, heads, head_dim, dtype, RopeSpec()), blocks, block_size, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    cache.k.copy_(torch.randn(cache.k.shape, generator=generator))
+    cache.v.copy_(torch.randn(cache.v.shape, generator=generator))
+    return cache
+
+
+@pytest.fixture
+def executor():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_read_can_be_written_elsewhere(dtype):
+    source, target = make_cache(dtype), make_cache(dtype, layers=3, seed=1)
+    table, other = [5, 0, 3], [1, 7, 2]
+    payload = source.read(table, [1, 3], (2, 11), (0, 2))
+    target.write(other, [[0], [1, 2]], (2, 11), (0, 2), payload)
+    taken, placed = source.slots(table, 2, 11), target.slots(other, 2, 11)
+    for row, layer in ((0, 1), (1, 3), (2, 3)):
+        for half in (0, 1):
+            assert torch.equal(target.layer(row)[half][placed], source.layer(layer)[half][taken])
+
+
+def test_a_head_range_leaves_the_other_heads_alone():
+    source, target = make_cache(), make_cache(seed=1)
+    before = target.k.clone()
+    target.write([0], [[0]], (0, 4), (1, 2), source.read([2], [0], (0, 4), (1, 2)))
+    assert torch.equal(target.k[0, 0, :, 1], source.k[0, 2, :, 1])
+    assert torch.equal(target.k[0, 0, :, 0], before[0, 0, :, 0])
+    assert torch.equal(target.k[1:], before[1:])
+
+
+def test_copy_within_a_process_follows_the_layer_map():
+    source, target = make_cache(), make_cache(layers=2, seed=1)
+    copy_sequence(source, [4, 1], target, [0, 6], [3, 1], 7)
+    taken, placed = source.slots([4, 1], 0, 7), target.slots([0, 6], 0, 7)
+    assert torch.equal(target.layer(0)[1][placed], source.layer(3)[1][taken])
+    assert torch.equal(target.layer(1)[0][placed], source.layer(1)[0][taken])
+
+
+def new_sender(cache, executor, tokens=(0, 10), layers=(0, 1, 2, 3)):
+    sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, layers, tokens), cache, executor)
+    sender.block_table = [5, 0, 3]
+    return sender
+
+
+async def test_every_stream_together_sends_everything_once(executor):
+    cache = make_cache()
+    sender = new_sender(cache, executor, tokens=(3, 10), layers=(0, 2, 3))
+    coverage = Coverage((0, 2, 3), (3, 10), 2)
+
+    async def pull(ranges):
+        async for chunk in sender.chunks(ranges):
+            box = check(sender.spec, chunk)
+            coverage.add(box)
+            layers = range(box.layer_start, box.layer_end)
+            heads = (box.head_start, box.head_end)
+            assert chunk.payload == cache.read([5, 0, 3], layers, (box.token_start, box.token_end), heads)
+            sender.acknowledge(box)
+
+    pulls = [asyncio.ensure_future(pull(r)) for r in share_out((0, 2, 3), (3, 10), 2, 2)]
+    for end in (4, 10):  # two chunks of the prompt
+        for layer in range(4):
+            sender.written(layer, end, None)
+            await asyncio.sleep(0)
+    await asyncio.gather(*pulls)
+    assert coverage.complete
+    assert sender.complete
+    assert sender.acknowledged_bytes == sender.ready_bytes == 3 * 7 * cache.spec.token_layer_bytes
+
+
+async def test_a_layer_leaves_before_the_next_one_is_computed(executor):
+    sender = new_sender(make_cache(), executor)
+    chunks = sender.chunks([KvRange(0, 4, 0, 10, 0, 2)])
+    for layer in range(4):
+        sender.written(layer, 10, None)
+        chunk = await anext(chunks)
+        assert (chunk.range.layer_start, chunk.range.layer_end) == (layer, layer + 1)
+    with pytest.raises(StopAsyncIteration):
+        await anext(chunks)
+
+
+async def test_layers_that_wait_together_travel_together(executor):
+    sender = new_sender(make_cache(), executor)
+    for layer in range(4):
+        sender.written(layer, 10, None)
+    sent = [chunk async for chunk in sender.chunks([KvRange(0, 4, 0, 10, 0, 2)])]
+    assert len(sent) == 1
+
+
+async def test_no_chunk_exceeds_the_payload_limit(executor):
+    cache = KvCache(KvSpec(2, 8, 64, "float32", RopeSpec()), 64, 16, CPU)
+    sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, (0, 1), (0, 1000)), cache, executor)
+    sender.block_table = range(64)
+    sender.written(0, 1000, None)
+    sender.written(1, 1000, None)
+    sizes = [len(c.payload) async for c in sender.chunks([KvRange(0, 2, 0, 1000, 0, 8)])]
+    assert sum(sizes) == 2 * 1000 * cache.spec.token_layer_bytes
+    assert max(sizes) <= MAX_CHUNK_PAYLOAD
+    assert len(sizes) == 2 * -(-1000 // (MAX_CHUNK_PAYLOAD // cache.spec.token_layer_bytes))
+
+
+async def test_a_range_outside_the_transfer_is_refused(executor):
+    sender = new_sender(make_cache(), executor, tokens=(2, 10))
+    with pytest.raises(TransferFailed, match="outside"):
+        await anext(sender.chunks([KvRange(0, 4, 0, 10, 0, 2)]))
+
+
+async def test_a_range_is_acknowledged_once(executor):
+    sender = new_sender(make_cache(), executor)
+    sender.acknowledge(KvRange(0, 1, 0, 10, 0, 2))
+    with pytest.raises(TransferFailed, match="overlaps"):
+        sender.acknowledge(KvRange(0, 1, 0, 10, 0, 2))

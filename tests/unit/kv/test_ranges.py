@@ -1,0 +1,62 @@
+"""A transfer is complete when every cell has come exactly once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overfill.errors import TransferFailed
+from overfill.kv.ranges import Coverage, KvRange, layer_runs, share_out
+
+
+def test_complete_after_all_cells_in_any_order():
+    coverage = Coverage([0, 2], (4, 8), num_heads=2)
+    for box in (KvRange(2, 3, 4, 8, 0, 2), KvRange(0, 1, 6, 8, 0, 2), KvRange(0, 1, 4, 6, 1, 2)):
+        coverage.add(box)
+        assert not coverage.complete
+    coverage.add(KvRange(0, 1, 4, 6, 0, 1))
+    assert coverage.complete
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        KvRange(1, 2, 4, 8, 0, 2),  # a layer that does not travel
+        KvRange(0, 1, 3, 8, 0, 2),  # tokens the receiver holds
+        KvRange(0, 1, 4, 9, 0, 2),
+        KvRange(0, 1, 4, 8, 0, 3),
+        KvRange(0, 1, 6, 6, 0, 2),
+        KvRange(0, 0, 4, 8, 0, 2),
+        KvRange(0, 3, 4, 8, 0, 2),  # runs over the layer that does not travel
+    ],
+)
+def test_a_range_outside_the_transfer_is_refused(box):
+    coverage = Coverage([0, 2], (4, 8), num_heads=2)
+    with pytest.raises(TransferFailed, match="outside"):
+        coverage.add(box)
+    assert coverage.missing_cells == 16
+
+
+def test_a_duplicate_or_overlap_is_refused_and_changes_nothing():
+    coverage = Coverage([0], (0, 8), num_heads=1)
+    coverage.add(KvRange(0, 1, 2, 6, 0, 1))
+    for box in (KvRange(0, 1, 2, 6, 0, 1), KvRange(0, 1, 5, 8, 0, 1)):
+        with pytest.raises(TransferFailed, match="overlaps"):
+            coverage.add(box)
+    assert coverage.missing_cells == 4
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.integers(1, 8), st.integers(0, 5), st.integers(1, 6))
+def test_shares_of_all_streams_cover_the_transfer_once(layers, streams, start, length):
+    ordered = sorted(layers)
+    tokens = (start, start + length)
+    coverage = Coverage(ordered, tokens, num_heads=2)
+    for share in share_out(ordered, tokens, 2, streams):
+        assert share
+        for box in share:
+            coverage.add(box)
+    assert coverage.complete
+
+
+def test_layer_runs():
+    assert list(layer_runs([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
+    assert list(layer_runs([])) == []

@@ -1,0 +1,87 @@
+"""Tiny random checkpoints written by transformers, and a paged runner that drives our model over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from overfill.kv.blocks import BlockPool
+from overfill.kv.cache import KvCache
+from overfill.model.batch import ForwardBatch
+from overfill.model.transformer import Transformer
+
+BLOCK_SIZE = 4
+SaveModel = Callable[[PretrainedConfig], PreTrainedModel]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> SaveModel:
+    """Writes a checkpoint to ``tmp_path`` with no parameter left at a value that hides a mistake."""
+
+    def save(config: PretrainedConfig) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+        model.save_pretrained(tmp_path)
+        return model
+
+    return save
+
+
+class PagedRunner:
+    """Runs sequences on one model and cache, each in blocks scattered over the pool."""
+
+    def __init__(self, model: Transformer, num_blocks: int = 64, block_size: int = BLOCK_SIZE) -> None:
+        self.model = model
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.cache = KvCache(model.config.kv_spec(dtype), num_blocks, block_size, model.device)
+        # Whatever was there before must not be read: poison it.
+        self.cache.k.fill_(float("nan"))
+        self.cache.v.fill_(float("nan"))
+        self._pool = BlockPool(num_blocks, block_size)
+        self._shuffled = torch.randperm(num_blocks).tolist()
+        self._tables: dict[str, list[int]] = {}
+        self._lengths: dict[str, int] = {}
+
+    def step(self, new: dict[str, Sequence[int]], logits: Sequence[int] | None = None, **hooks) -> Tensor:
+        """Feeds each sequence its new tokens; logits of all new tokens, or of the given rows."""
+        starts = [self._lengths.get(name, 0) for name in new]
+        ends = [start + len(tokens) for start, tokens in zip(starts, new.values(), strict=True)]
+        for name, end in zip(new, ends, strict=True):
+            table = self._tables.setdefault(name, [])
+            blocks = self._pool.acquire(name, self._pool.blocks_for(end) - len(table))
+            assert blocks is not None
+            table += [self._shuffled[block] for block in blocks]
+            self._lengths[name] = end
+        tables = [self._tables[name] for name in new]
+        width = max(map(len, tables))
+        spans = list(zip(tables, starts, ends, strict=True))
+        total = sum(map(len, new.values()))
+        batch = ForwardBatch(
+            token_ids=torch.tensor([t for tokens in new.values() for t in tokens]),
+            positions=torch.cat([torch.arange(start, end) for _, start, end in spans]),
+            slots=torch.cat([self.cache.slots(table, start, end) for table, start, end in spans]),
+            query_lens=[end - start for _, start, end in spans],
+            context_lens=ends,
+            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+            context_lens_device=torch.tensor(ends),
+            logits_indices=torch.arange(total) if logits is None else torch.tensor(logits, dtype=torch.int64),
+        )
+        return self.model.forward(batch, self.cache, **hooks)
+
+
+@pytest.fixture
+def runner() -> type[PagedRunner]:
+    return PagedRunner

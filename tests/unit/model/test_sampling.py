@@ -1,0 +1,209 @@
+"""Tokens are drawn from the distribution that was asked for, reproducibly, row by row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from overfill.errors import InternalError
+from overfill.model.philox import uniform
+from overfill.model.sampling import filtered_weights, sample
+from overfill.params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def draw(logits: torch.Tensor, params: SamplingParams, n: int) -> list[int]:
+    """``n`` draws from one row, at positions 0 to n - 1."""
+    tokens = sample(logits.expand(n, -1), [params] * n, range(n), [0] * n)
+    return [token.token_id for token in tokens]
+
+
+def hugging_face(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The distribution that *generate* draws from."""
+    warpers = [TemperatureLogitsWarper(params.temperature)]
+    if params.top_k is not None:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    for warper in warpers:
+        logits = warper(torch.empty(0), logits)
+    return logits.double().softmax(-1)
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10_000},
+    {"top_p": 0.9},
+    {"top_p": 0.05},
+    {"top_p": 0.999},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.05},
+    {"temperature": 1.8, "top_k": 3, "top_p": 0.95},
+    {"temperature": 1.8, "top_p": 0.95, "min_p": 0.2},
+]
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_the_filtered_distribution_is_that_of_transformers(options: dict, spread: float) -> None:
+    logits = torch.randn(4, 300) * spread
+    params = SamplingParams(**options)
+    weights = filtered_weights(logits, [params] * 4)
+    want = hugging_face(logits, params)
+    assert torch.equal(weights > 0, want > 0)
+    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), want, rtol=1e-4, atol=1e-9)
+
+
+def test_each_row_is_filtered_by_its_own_parameters() -> None:
+    logits = torch.randn(len(FILTERS), 300) * 3
+    params = [SamplingParams(**options) for options in FILTERS]
+    together = filtered_weights(logits, params)
+    for row, own in enumerate(params):
+        assert torch.equal(together[row : row + 1], filtered_weights(logits[row : row + 1], [own]))
+
+
+def test_tokens_that_tie_with_the_kth_stay() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
+    assert filtered_weights(logits, [SamplingParams(top_k=2)])[0].gt(0).tolist() == [
+        False, True, True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_top_p_keeps_the_smallest_set_and_of_equal_tokens_the_first() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.2, 0.2, 0.3]]).log()
+    assert filtered_weights(logits, [SamplingParams(top_p=0.6)])[0].gt(0).tolist() == [
+        False, True, True, False, True,
+    ]  # fmt: skip
+    even = torch.zeros(1, 8)
+    assert filtered_weights(even, [SamplingParams(top_p=0.5)])[0].gt(0).tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}])
+def test_frequencies_follow_the_distribution(options: dict) -> None:
+    n = 40_000
+    logits = torch.tensor([[0.5, -1.0, 2.0, 1.5, 0.0, -3.0]])
+    params = SamplingParams(**options, seed=1234)
+    counts = np.bincount(draw(logits, params, n), minlength=6)
+    expected = hugging_face(logits, params)[0].numpy() * n
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_square = ((counts[possible] - expected[possible]) ** 2 / expected[possible]).sum()
+    assert chi_square < 27.9  # 5 degrees of freedom: p < 4e-5 beyond
+
+
+def test_the_token_is_the_first_beyond_u_in_id_order() -> None:
+    probabilities = [0.1, 0.4, 0.0, 0.3, 0.2]
+    logits = torch.tensor([probabilities]).log()  # a -inf is a token that cannot come
+    for position, u in enumerate(uniform([9] * 50, [3] * 50, range(50))):
+        want = int(np.searchsorted(np.cumsum(probabilities), u, side="right"))
+        assert sample(logits, [SamplingParams(seed=9)], [position], [3])[0].token_id == want
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.25, 3), (1 - 2**-53, 3)])
+def test_a_token_without_weight_never_comes(u: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfill.model.sampling.uniform", lambda *_: np.array([u]))
+    logits = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
+    assert sample(logits, [SamplingParams(seed=0)], [0], [0])[0].token_id == token
+
+
+def test_a_draw_is_decided_by_seed_position_and_sample_index() -> None:
+    logits = torch.zeros(1, 1000)
+
+    def tokens(seed: int, sample_index: int) -> list[int]:
+        rows = sample(logits.expand(8, -1), [SamplingParams(seed=seed)] * 8, range(8), [sample_index] * 8)
+        return [row.token_id for row in rows]
+
+    assert tokens(1, 0) == tokens(1, 0)
+    assert len(set(tokens(1, 0))) > 4
+    assert tokens(1, 0) != tokens(2, 0)
+    assert tokens(1, 0) != tokens(1, 1)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    n = 60
+    options = [
+        {"temperature": 0},
+        {"seed": 5},
+        {"seed": 6, "top_k": 5, "logprobs": 2},
+        {"seed": 7, "top_p": 0.9, "temperature": 1.5},
+        {"seed": 8, "min_p": 0.1, "top_p": 0.4, "logprobs": 20},
+        {"temperature": 0, "logprobs": 0},
+    ]
+    params = [SamplingParams(**options[row % len(options)]) for row in range(n)]
+    logits = torch.randn(n, 500) * 4
+    together = sample(logits, params, range(n), [0] * n)
+    alone = [sample(logits[row : row + 1], [params[row]], [row], [0])[0] for row in range(n)]
+    assert together == alone
+    order = torch.randperm(n).tolist()
+    shuffled = sample(logits[order], [params[row] for row in order], order, [0] * n)
+    assert shuffled == [together[row] for row in order]
+
+
+def test_greedy_takes_the_most_likely_and_looks_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 700)
+
+    def forbidden(*_args: object, **_options: object) -> None:
+        raise AssertionError("a greedy batch needs the argmax only")
+
+    monkeypatch.setattr("overfill.model.sampling.filtered_weights", forbidden)
+    monkeypatch.setattr(torch.Tensor, "log_softmax", forbidden)
+    tokens = sample(logits, [GREEDY] * 5, range(5), [0] * 5)
+    assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
+    assert all(token.logprob is None and token.top is None for token in tokens)
+
+
+def test_an_extreme_temperature_is_no_more_than_greedy_or_uniform() -> None:
+    logits = torch.tensor([[1.0, 90.0, 89.0]])
+    assert set(draw(logits, SamplingParams(temperature=1e-300, seed=1), 20)) == {1}
+    assert set(draw(logits, SamplingParams(temperature=1e30, seed=1), 60)) == {0, 1, 2}
+
+
+def test_logprobs_are_those_of_the_model_before_temperature_and_filters() -> None:
+    logits = torch.randn(3, 50) * 2
+    params = [
+        SamplingParams(temperature=3.0, top_k=5, seed=1, logprobs=4),
+        SamplingParams(temperature=0, logprobs=0),
+        SamplingParams(temperature=0, logprobs=20),
+    ]
+    want = logits.log_softmax(-1)
+    for row, token in enumerate(sample(logits, params, [0] * 3, [0] * 3)):
+        assert token.logprob == pytest.approx(want[row, token.token_id].item(), abs=1e-6)
+        best = want[row].sort(descending=True)
+        count = params[row].logprobs
+        assert [i for i, _ in token.top] == best.indices[:count].tolist()
+        assert [p for _, p in token.top] == pytest.approx(best.values[:count].tolist(), abs=1e-6)
+
+
+def test_more_logprobs_than_tokens() -> None:
+    (token,) = sample(torch.zeros(1, 3), [SamplingParams(temperature=0, logprobs=20)], [0], [0])
+    assert [p for _, p in token.top] == pytest.approx([-math.log(3)] * 3)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=1, top_k=3, top_p=0.5)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
+def test_broken_logits_never_yield_a_token(row: list[float], params: SamplingParams) -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], row])
+    with pytest.raises(InternalError, match=r"rows \[1\] are not finite"):
+        sample(logits, [GREEDY, params], [0, 0], [0, 0])
+
+
+def test_a_row_to_be_drawn_needs_a_seed() -> None:
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        sample(torch.zeros(2, 3), [GREEDY, SamplingParams()], [0, 0], [0, 0])

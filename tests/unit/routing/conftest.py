@@ -1,0 +1,75 @@
+from collections.abc import Callable
+
+import pytest
+
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.pool import DECODE, Roster, Worker, WorkerInfo
+from overfill.v1 import decode_pb2, registry_pb2
+
+KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
+
+
+@pytest.fixture
+def make_info() -> Callable[..., WorkerInfo]:
+    def make(worker_id: str, stage: int = DECODE, *, incarnation: int = 1, **identity: object) -> WorkerInfo:
+        fields = {"wire_version": 1, "full_digest": "aa", "tokenizer_digest": "bb", "kv": KV} | identity
+        return WorkerInfo(
+            id=worker_id,
+            incarnation=incarnation,
+            stage=stage,
+            address=f"{worker_id}:1",
+            data_address=f"{worker_id}:2",
+            identity=KvIdentity(**fields),
+            decoder_digest="cc",
+            max_model_len=0,
+            vocab_size=512,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_report() -> Callable[..., registry_pb2.Report]:
+    def make(
+        *,
+        credits: int = 4,
+        ready: bool = True,
+        draining: bool = False,
+        used: int = 0,
+        total: int = 100,
+        running: int = 0,
+        queued_tokens: int = 0,
+    ) -> registry_pb2.Report:
+        load = decode_pb2.WorkerLoad(
+            kv_blocks_used=used,
+            kv_blocks_total=total,
+            block_size=16,
+            running=running,
+            queued_tokens=queued_tokens,
+        )
+        return registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
+
+    return make
+
+
+@pytest.fixture
+def add_worker(
+    make_info: Callable[..., WorkerInfo], make_report: Callable[..., registry_pb2.Report]
+) -> Callable[..., Worker]:
+    """Joins a worker that reports at once."""
+
+    def add(
+        roster: Roster,
+        worker_id: str,
+        stage: int = DECODE,
+        *,
+        now: float = 0.0,
+        incarnation: int = 1,
+        **report: object,
+    ) -> Worker:
+        worker = roster.join(make_info(worker_id, stage, incarnation=incarnation))
+        roster.pool(stage).report(worker, make_report(**report), now)
+        return worker
+
+    return add

@@ -1,0 +1,80 @@
+import asyncio
+
+import pytest
+
+from overfill.errors import InternalError, Unavailable
+from overfill.routing.answer import Answer, Finish
+from overfill.v1 import common_pb2, decode_pb2
+
+DONE = Finish(common_pb2.FINISH_REASON_STOP, common_pb2.Usage())
+
+
+def tokens(first, *ids, logprobs=()):
+    return decode_pb2.Tokens(first_index=first, ids=ids, logprobs=logprobs)
+
+
+async def test_unread_tokens_merge_into_one_batch():
+    answer = Answer((), 10, 0.0)
+    answer.accept(tokens(0, 7), 1.0)
+    answer.accept(tokens(1, 8, 9), 2.0)
+    batch = await answer.next()
+    assert (batch.first_index, batch.ids, batch.received_at) == (0, [7, 8, 9], 1.0)
+    answer.accept(tokens(3, 5), 3.0)
+    batch = await answer.next()
+    assert (batch.first_index, batch.ids, batch.received_at) == (3, [5], 3.0)
+
+
+async def test_a_reader_waits_for_tokens():
+    answer = Answer((), 10, 0.0)
+    reading = asyncio.ensure_future(answer.next())
+    await asyncio.sleep(0)
+    assert not reading.done()
+    answer.accept(tokens(0, 7), 1.0)
+    assert (await reading).ids == [7]
+
+
+async def test_all_tokens_come_before_the_end():
+    answer = Answer((), 10, 0.0)
+    answer.accept(tokens(0, 7), 1.0)
+    answer.end(Unavailable("lost"))
+    answer.end(DONE)
+    assert (await answer.next()).ids == [7]
+    with pytest.raises(Unavailable):
+        await answer.next()
+
+
+async def test_tokens_go_on_behind_those_the_client_has():
+    answer = Answer((1, 2), 10, 0.0)
+    answer.accept(tokens(2, 3), 1.0)
+    batch = await answer.next()
+    assert (batch.first_index, batch.ids) == (2, [3])
+    assert answer.emitted == [1, 2, 3]
+
+
+async def test_an_identical_repeat_is_dropped():
+    answer = Answer((), 10, 0.0)
+    lp = [common_pb2.TokenLogprobs(logprob=-x) for x in (1.0, 2.0, 3.0)]
+    answer.accept(tokens(0, 7, 8, logprobs=lp[:2]), 1.0)
+    await answer.next()
+    answer.accept(tokens(0, 7), 1.0)
+    answer.accept(tokens(1, 8, 9, logprobs=lp[1:]), 2.0)
+    batch = await answer.next()
+    assert (batch.first_index, batch.ids, batch.logprobs) == (2, [9], lp[2:])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (tokens(3, 9), "2..2 of the answer are missing"),
+        (tokens(1, 9), "differ"),
+        (tokens(0, 7, 9), "differ"),
+        (tokens(2, 1, 1, 1), "more than 4"),
+        (tokens(2, 1, 1, logprobs=[common_pb2.TokenLogprobs()]), "1 log-probabilities for 2 tokens"),
+    ],
+)
+def test_gaps_contradictions_and_surplus_are_errors_that_add_nothing(bad, message):
+    answer = Answer((), 4, 0.0)
+    answer.accept(tokens(0, 7, 8), 1.0)
+    with pytest.raises(InternalError, match=message):
+        answer.accept(bad, 2.0)
+    assert answer.emitted == [7, 8]

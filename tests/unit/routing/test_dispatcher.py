@@ -1,0 +1,422 @@
+import itertools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from overfill.errors import Overloaded, PromptTooLong, Unavailable
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.v1 import decode_pb2, registry_pb2
+
+
+@pytest.fixture
+def roster():
+    return Roster()
+
+
+@pytest.fixture
+def dispatcher(roster):
+    return Dispatcher(roster, LeastLoad(), max_queue=3, reserve_after=5.0, absent_after=10.0)
+
+
+def job(name, prompt=10, answer=10, **more):
+    return Job(id=name, prompt_tokens=prompt, max_tokens=answer, **more)
+
+
+def placed(outcomes):
+    return [(o.job.id, o.worker.id) for o in outcomes if isinstance(o, Placement)]
+
+
+def test_a_request_takes_a_decode_worker_then_a_prefill_slot(roster, dispatcher, add_worker):
+    decode, prefill = add_worker(roster, "d0"), add_worker(roster, "p0", PREFILL)
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0")]
+    assert (decode.in_flight, prefill.in_flight) == (1, 0), "no prefill slot is held while blocks are reserved"
+    dispatcher.reserved(a)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+    dispatcher.prefill_done(a)
+    assert (decode.in_flight, prefill.in_flight) == (1, 0)
+    dispatcher.finish(a)
+    assert (decode.in_flight, prefill.in_flight, dispatcher.num_jobs) == (0, 0, 0)
+
+
+def test_no_decode_worker_is_taken_while_no_prefill_slot_would_be_there(roster, dispatcher, add_worker):
+    decode = add_worker(roster, "d0")
+    prefill = add_worker(roster, "p0", PREFILL, credits=1)
+    a, b = job("a"), job("b")
+    dispatcher.submit(a, 0.0)
+    dispatcher.submit(b, 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0")], "the only slot is spoken for"
+    dispatcher.reserved(a)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+    assert (decode.in_flight, prefill.in_flight) == (1, 1)
+    dispatcher.prefill_done(a)
+    assert placed(dispatcher.poll(0.0)) == [("b", "d0")]
+
+
+def test_waiting_requests_are_served_in_order(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    for name in "abc":
+        dispatcher.submit(job(name), 0.0)
+    assert dispatcher.poll(0.0) == []
+    add_worker(roster, "d0")
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0"), ("b", "d0"), ("c", "d0")]
+
+
+def test_resumed_work_goes_before_new_work(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    dispatcher.submit(job("new"), 0.0)
+    dispatcher.submit(job("resumed", resumed=True), 1.0)
+    add_worker(roster, "d0", credits=1)
+    assert placed(dispatcher.poll(1.0)) == [("resumed", "d0")]
+
+
+def test_a_refused_request_goes_to_the_front_and_the_worker_is_left_alone_until_it_reports(
+    roster, dispatcher, add_worker, make_report
+):
+    add_worker(roster, "p0", PREFILL)
+    worker = add_worker(roster, "d0", credits=1)
+    a, b = job("a"), job("b")
+    dispatcher.submit(a, 0.0)
+    dispatcher.submit(b, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.refused(a)
+    assert dispatcher.poll(0.1) == []
+    assert worker.in_flight == 0
+    roster.decode.report(worker, make_report(credits=1), 0.2)
+    assert placed(dispatcher.poll(0.2)) == [("a", "d0")]
+
+
+def test_a_refused_request_goes_to_another_worker_at_once(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0")
+    add_worker(roster, "d1", running=1)
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0")]
+    dispatcher.refused(a)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d1")]
+
+
+def test_a_lost_request_resumes_elsewhere_and_before_new_work(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    d0 = add_worker(roster, "d0")
+    add_worker(roster, "d1", running=1, credits=1)
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.reserved(a)
+    dispatcher.poll(0.0)
+    dispatcher.lost(a, 1.0, gone=False)
+    dispatcher.submit(job("b"), 1.0)
+    assert d0.in_flight == 0
+    assert placed(dispatcher.poll(1.0)) == [("a", "d1"), ("b", "d0")]
+
+
+def test_the_worker_that_failed_is_tried_again_when_there_is_no_other(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0")
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.lost(a, 0.0, gone=False)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0")]
+
+
+def test_a_vanished_worker_gets_nothing_until_it_reports(roster, dispatcher, add_worker, make_report):
+    add_worker(roster, "p0", PREFILL)
+    worker = add_worker(roster, "d0")
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.lost(a, 0.0, gone=True)
+    dispatcher.submit(job("b"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    roster.decode.report(worker, make_report(), 1.0)
+    assert placed(dispatcher.poll(1.0)) == [("a", "d0"), ("b", "d0")]
+
+
+def test_a_failed_prefill_goes_to_another_worker_before_new_requests(roster, dispatcher, add_worker, make_report):
+    add_worker(roster, "d0")
+    p0 = add_worker(roster, "p0", PREFILL, credits=1)
+    p1 = add_worker(roster, "p1", PREFILL, credits=1, queued_tokens=5)
+    a, b = job("a"), job("b")
+    dispatcher.submit(a, 0.0)
+    dispatcher.submit(b, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.reserved(a)
+    dispatcher.reserved(b)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0"), ("b", "p1")]
+    dispatcher.need_prefill(a, p0, failed=True, closed=False)
+    assert dispatcher.poll(0.0) == [], "p1 is alive, so a waits for it rather than try p0 again"
+    dispatcher.prefill_done(b)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p1")]
+    dispatcher.need_prefill(a, p1, failed=True, closed=True)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")], "every worker has failed it: any will do"
+
+
+def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatcher, add_worker):
+    add_worker(roster, "d0")
+    p0 = add_worker(roster, "p0", PREFILL, credits=2)
+    a, b = job("a"), job("b")
+    dispatcher.submit(a, 0.0)
+    dispatcher.submit(b, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.reserved(a)
+    dispatcher.poll(0.0)
+    dispatcher.prefill_done(a)
+    p0.in_flight += 2  # no slot for now
+    dispatcher.reserved(b)
+    dispatcher.need_prefill(a, p0, failed=False, closed=False)
+    assert dispatcher.poll(0.0) == []
+    p0.in_flight -= 1
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+
+
+def test_a_full_queue_refuses_new_requests_but_takes_resumed_ones_back(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0", credits=1)
+    running = job("running")
+    dispatcher.submit(running, 0.0)
+    dispatcher.poll(0.0)
+    for name in "abc":
+        dispatcher.submit(job(name), 0.0)
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        dispatcher.submit(job("d"), 0.0)
+    dispatcher.lost(running, 0.0, gone=True)
+    assert running.state is JobState.WAITING
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "field"),
+    [(200, 10, "prompt"), (100, 61, "sampling.max_tokens")],
+)
+def test_a_request_larger_than_every_worker_is_refused_at_once(roster, dispatcher, add_worker, prompt, answer, field):
+    add_worker(roster, "p0", PREFILL, total=1000)
+    add_worker(roster, "d0", total=10)
+    with pytest.raises(PromptTooLong) as caught:
+        dispatcher.submit(job("a", prompt=prompt, answer=answer), 0.0)
+    assert caught.value.field == field
+    assert str(prompt + answer) in str(caught.value)
+    assert "160" in str(caught.value)
+
+
+def test_a_request_that_fits_only_one_worker_waits_for_that_one(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "small", total=2)
+    large = add_worker(roster, "large", total=100, used=99)
+    dispatcher.submit(job("a", prompt=60), 0.0)
+    assert dispatcher.poll(0.0) == []
+    large.report.load.kv_blocks_used = 0
+    assert placed(dispatcher.poll(0.0)) == [("a", "large")]
+
+
+def test_small_requests_pass_a_blocked_one_until_it_has_waited_too_long(roster, dispatcher, add_worker, make_report):
+    add_worker(roster, "p0", PREFILL)
+    worker = add_worker(roster, "d0", used=95, total=100)
+    add_worker(roster, "tiny", total=3)
+    dispatcher.submit(job("large", prompt=500, answer=500), 0.0)
+    dispatcher.submit(job("b", prompt=40), 1.0)
+    assert placed(dispatcher.poll(1.0)) == [("b", "d0")]
+    roster.decode.report(worker, make_report(used=90, total=100), 5.0)
+    roster.decode.report(roster.decode.get("tiny"), make_report(total=3), 5.0)
+    roster.prefill.report(roster.prefill.get("p0"), make_report(), 5.0)
+    dispatcher.submit(job("c", prompt=40), 5.0)
+    dispatcher.submit(job("d", prompt=8), 5.0)
+    assert placed(dispatcher.poll(5.0)) == [("d", "tiny")], "d0 is kept for the large one; tiny would not fit it"
+    roster.decode.report(worker, make_report(used=10, total=100), 6.0)
+    assert placed(dispatcher.poll(6.0)) == [("large", "d0"), ("c", "d0")]
+
+
+def test_requests_are_rejected_when_a_stage_stays_empty(roster, dispatcher, add_worker):
+    add_worker(roster, "d0", now=0.0)
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    assert dispatcher.poll(0.0) == []
+    assert dispatcher.poll(9.9) == []
+    [rejection] = dispatcher.poll(10.0)
+    assert isinstance(rejection, Rejection)
+    assert isinstance(rejection.error, Unavailable)
+    assert "prefill" in str(rejection.error)
+    assert dispatcher.num_jobs == 0
+
+
+def test_a_worker_that_is_still_warming_up_is_waited_for(roster, dispatcher, add_worker):
+    add_worker(roster, "d0", ready=False)
+    add_worker(roster, "p0", PREFILL)
+    dispatcher.submit(job("a"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    assert dispatcher.poll(100.0) == []
+
+
+def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispatcher, add_worker):
+    workers = [add_worker(roster, "d0"), add_worker(roster, "p0", PREFILL)]
+    for steps in range(4):
+        a = job("a")
+        dispatcher.submit(a, 0.0)
+        if steps > 0:
+            dispatcher.poll(0.0)
+        if steps > 1:
+            dispatcher.reserved(a)
+        if steps > 2:
+            dispatcher.poll(0.0)
+        dispatcher.finish(a)
+        dispatcher.finish(a)
+        assert [w.in_flight for w in workers] == [0, 0]
+        assert (dispatcher.num_jobs, dispatcher.num_waiting) == (0, 0)
+        dispatcher.check(0.0)
+
+
+class Dispatching(RuleBasedStateMachine):
+    """Workers come, go, report and refuse while requests run; in the end every request has its answer."""
+
+    BLOCK = 16
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.roster = Roster()
+        self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.ids = itertools.count()
+        self.open: list[Job] = []
+        self.ended: list[Job] = []
+
+    def poll(self):
+        for outcome in self.dispatcher.poll(self.now):
+            if isinstance(outcome, Rejection):
+                self.open.remove(outcome.job)
+                self.ended.append(outcome.job)
+        self.dispatcher.check(self.now)
+
+    def join(self, name, stage, incarnation):
+        spec = KvSpec(1, 1, 2, "float32", RopeSpec())
+        identity = KvIdentity(1, "a", "b", spec)
+        return self.roster.join(WorkerInfo(name, incarnation, stage, name, name, identity, "", 0, 9))
+
+    def report(self, worker, total, credits, *, ready=True, draining=False):
+        load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=self.BLOCK, running=worker.in_flight)
+        report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
+        self.roster.pool(worker.info.stage).report(worker, report, self.now)
+
+    def pick(self, data, *states):
+        jobs = [j for j in self.open if j.state in states]
+        return data.draw(st.sampled_from(jobs)) if jobs else None
+
+    @initialize()
+    def start(self):
+        for name, stage in (("d0", DECODE), ("p0", PREFILL)):
+            self.report(self.join(name, stage, 0), 20, 2)
+
+    @rule(
+        name=st.sampled_from(["d0", "d1", "d2", "p0", "p1"]),
+        incarnation=st.integers(0, 2),
+        total=st.sampled_from([4, 20, 60]),
+        credits=st.integers(0, 3),
+        ready=st.booleans(),
+        draining=st.booleans(),
+    )
+    def worker_reports(self, name, incarnation, total, credits, ready, draining):
+        pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
+        worker = pool.get(name)
+        if worker is None or worker.info.incarnation != incarnation:
+            worker = self.join(name, pool.stage, incarnation)
+        self.report(worker, total, credits, ready=ready, draining=draining)
+        self.poll()
+
+    @rule(name=st.sampled_from(["d0", "d1", "d2", "p0", "p1"]))
+    def worker_leaves(self, name):
+        pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
+        if (worker := pool.get(name)) is not None:
+            pool.leave(worker)
+        self.poll()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.poll()
+
+    @rule(prompt=st.integers(1, 400), answer=st.integers(1, 200), resumed=st.booleans())
+    def submit(self, prompt, answer, resumed):
+        job = Job(str(next(self.ids)), prompt, answer, resumed=resumed)
+        try:
+            self.dispatcher.submit(job, self.now)
+        except (Overloaded, PromptTooLong):
+            self.ended.append(job)
+        else:
+            self.open.append(job)
+        self.poll()
+
+    @rule(data=st.data())
+    def decode_reserves(self, data):
+        if job := self.pick(data, JobState.PLACED):
+            self.dispatcher.reserved(job)
+            self.poll()
+
+    @rule(data=st.data())
+    def decode_refuses(self, data):
+        if job := self.pick(data, JobState.PLACED):
+            self.dispatcher.refused(job)
+            self.poll()
+
+    @rule(data=st.data(), gone=st.booleans())
+    def decode_is_lost(self, data, gone):
+        if job := self.pick(data, JobState.PLACED, JobState.WANTS_PREFILL, JobState.RUNNING):
+            self.dispatcher.lost(job, self.now, gone=gone)
+            self.poll()
+
+    @rule(data=st.data(), failed=st.booleans(), closed=st.booleans())
+    def prefill_is_needed_again(self, data, failed, closed):
+        if job := self.pick(data, JobState.RUNNING):
+            self.dispatcher.need_prefill(job, job.prefill, failed=failed, closed=closed)
+            self.poll()
+
+    @rule(data=st.data())
+    def tokens_come(self, data):
+        if job := self.pick(data, JobState.RUNNING):
+            self.dispatcher.prefill_done(job)
+            self.poll()
+
+    @rule(data=st.data())
+    def request_ends(self, data):
+        if job := self.pick(data, *JobState):
+            self.dispatcher.finish(job)
+            self.open.remove(job)
+            self.ended.append(job)
+            self.poll()
+
+    @precondition(lambda self: self.open)
+    @invariant()
+    def nobody_is_forgotten(self):
+        assert self.dispatcher.num_jobs == len(self.open)
+
+    def teardown(self):
+        """With healthy workers and nobody failing any more, everything is answered or refused."""
+        for name in ("d0", "d1", "d2", "p0", "p1"):
+            pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
+            worker = self.join(name, pool.stage, 99)
+            self.report(worker, 60, 3)
+        for _ in range(200):
+            self.poll()
+            for job in list(self.open):
+                if job.state is JobState.PLACED:
+                    self.dispatcher.reserved(job)
+                elif job.state is JobState.RUNNING:
+                    self.dispatcher.finish(job)
+                    self.open.remove(job)
+            for worker in self.roster.workers():
+                self.report(worker, 60, 3)
+            if not self.open:
+                break
+        assert not self.open
+        assert self.dispatcher.num_jobs == self.dispatcher.num_waiting == 0
+        assert all(w.in_flight == 0 for w in self.roster.workers())
+
+
+Dispatching.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestDispatching = Dispatching.TestCase

@@ -1,0 +1,170 @@
+import dataclasses
+
+import pytest
+
+from overfill.errors import Incompatible, InvalidRequest
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.pool import DECODE, PREFILL, STALE_AFTER, Pool, Roster, WorkerInfo
+from overfill.v1 import common_pb2, registry_pb2
+
+
+def test_a_worker_takes_work_only_once_it_is_ready(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    assert not worker.admissible(0.0)
+    pool.report(worker, make_report(ready=False), 0.0)
+    assert not worker.admissible(0.0)
+    pool.report(worker, make_report(), 0.0)
+    assert worker.admissible(0.0)
+
+
+def test_a_draining_worker_takes_nothing_new(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(draining=True), 0.0)
+    assert not worker.admissible(0.0)
+    assert not worker.staying
+
+
+def test_credits_bound_what_is_in_flight(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(credits=2), 0.0)
+    pool.place(worker, 10)
+    assert worker.admissible(0.0)
+    pool.place(worker, 10)
+    assert not worker.admissible(0.0)
+    pool.release(worker)
+    assert worker.admissible(0.0)
+
+
+def test_a_worker_that_stopped_reporting_takes_nothing_new(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(), 0.0)
+    assert worker.admissible(STALE_AFTER)
+    assert not worker.admissible(STALE_AFTER + 0.1)
+
+
+def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, make_report):
+    pool = Pool(DECODE)
+    old = pool.join(make_info("d0", incarnation=1))
+    pool.report(old, make_report(), 0.0)
+    pool.place(old, 10)
+    new = pool.join(make_info("d0", incarnation=2))
+    assert list(pool) == [new]
+    assert new.in_flight == 0
+    pool.release(old)  # the old one's request ends later and touches only the old one
+    assert (old.in_flight, new.in_flight) == (0, 0)
+    pool.leave(old)
+    assert list(pool) == [new]
+
+
+def test_the_same_incarnation_that_joins_again_still_has_its_requests(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(credits=1), 0.0)
+    pool.place(worker, 10)
+    pool.leave(worker)
+    assert len(pool) == 0
+    back = pool.join(make_info("d0"))
+    assert back is worker
+    assert not back.admissible(0.0), "must report first"
+    pool.report(back, make_report(credits=1), 1.0)
+    assert not back.admissible(1.0), "its only credit is in use"
+
+
+def test_room_counts_what_was_placed_since_the_report(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(used=90, total=100), 0.0)
+    assert worker.has_room(160)
+    assert not worker.has_room(161)
+    pool.place(worker, 80)
+    assert worker.has_room(80)
+    assert not worker.has_room(81)
+    pool.report(worker, make_report(used=95, total=100), 0.0)
+    assert worker.has_room(80)
+
+
+def test_capacity_is_that_of_the_blocks_or_of_the_model(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(dataclasses.replace(make_info("d0"), max_model_len=1000))
+    assert worker.could_hold(10**9), "nothing is known yet"
+    pool.report(worker, make_report(total=10), 0.0)
+    assert worker.could_hold(160)
+    assert not worker.could_hold(161)
+    pool.report(worker, make_report(total=10_000), 0.0)
+    assert worker.could_hold(1000)
+    assert not worker.could_hold(1001)
+
+
+@pytest.mark.parametrize(
+    ("identity", "fields"),
+    [
+        ({"full_digest": "other"}, ("full_digest",)),
+        ({"kv": KvSpec(4, 2, 16, "bfloat16", RopeSpec(theta=5.0))}, ("kv.dtype", "kv.rope.theta")),
+    ],
+)
+def test_a_worker_of_another_model_is_refused_with_the_differing_fields(make_info, identity, fields):
+    roster = Roster()
+    roster.join(make_info("d0"))
+    with pytest.raises(Incompatible) as caught:
+        roster.join(make_info("p0", PREFILL, **identity))
+    assert caught.value.fields == fields
+    assert "p0" in str(caught.value)
+    assert [w.id for w in roster.workers()] == ["d0"]
+
+
+def test_what_is_expected_holds_for_the_first_worker_too(make_info):
+    roster = Roster({"full_digest": "expected"})
+    with pytest.raises(Incompatible, match="'expected'"):
+        roster.join(make_info("d0"))
+
+
+def test_a_lone_worker_may_come_back_with_another_element_type(make_info):
+    roster = Roster()
+    roster.join(make_info("d0"))
+    kv = KvSpec(4, 2, 16, "bfloat16", RopeSpec())
+    assert roster.join(make_info("d0", incarnation=2, kv=kv)).info.identity.kv == kv
+
+
+def test_decoders_of_the_same_full_model_may_differ(make_info):
+    roster = Roster()
+    roster.join(make_info("d0"))
+    roster.join(dataclasses.replace(make_info("d1"), decoder_digest="another decoder"))
+    assert len(roster.decode) == 2
+
+
+def test_hello_becomes_what_it_says():
+    kv = KvSpec(4, 2, 16, "float32", RopeSpec())
+    hello = registry_pb2.Hello(
+        worker_id="p0",
+        incarnation=7,
+        stage=PREFILL,
+        address="h:1",
+        wire_version=1,
+        model=common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb"),
+        kv=kv.to_proto(),
+        max_model_len=100,
+    )
+    info = WorkerInfo.from_hello(hello)
+    assert (info.id, info.incarnation, info.address, info.data_address) == ("p0", 7, "h:1", "h:1")
+    assert info.identity.kv == kv
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"worker_id": ""}, "hello.worker_id"),
+        ({"address": ""}, "hello.address"),
+        ({"stage": common_pb2.STAGE_ROUTER}, "hello.stage"),
+        ({"kv": common_pb2.KvSpec()}, "hello.kv.dtype"),
+    ],
+)
+def test_a_hello_that_describes_no_worker_names_the_field(change, field):
+    kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
+    good = {"worker_id": "p0", "stage": PREFILL, "address": "h:1", "kv": kv}
+    with pytest.raises(InvalidRequest) as caught:
+        WorkerInfo.from_hello(registry_pb2.Hello(**good | change))
+    assert caught.value.field == field

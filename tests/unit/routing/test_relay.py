@@ -1,0 +1,459 @@
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    RequestCancelled,
+    TransferFailed,
+    Unavailable,
+)
+from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.gate import Gate
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import PREFILL, Roster
+from overfill.routing.relay import Relay, RelayRequest
+from overfill.v1 import common_pb2, decode_pb2
+
+NEED = decode_pb2.NeedPrefill
+STOP = common_pb2.FINISH_REASON_STOP
+LENGTH = common_pb2.FINISH_REASON_LENGTH
+
+
+@dataclass
+class FakeStream:
+    """A decode worker's side, played by the test."""
+
+    worker: str
+    timeout: float | None
+    sent: asyncio.Queue = field(default_factory=asyncio.Queue)
+    answers: asyncio.Queue = field(default_factory=asyncio.Queue)
+    closed: bool = False
+
+    async def send(self, message):
+        self.sent.put_nowait(message)
+
+    async def receive(self):
+        message = await self.answers.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def close(self):
+        self.closed = True
+
+    def say(self, **message):
+        self.answers.put_nowait(decode_pb2.DecodeResponse(**message))
+
+    def tokens(self, first, *ids, **more):
+        self.say(tokens=decode_pb2.Tokens(first_index=first, ids=ids, **more))
+
+    def done(self, reason=STOP, **more):
+        self.say(done=decode_pb2.DecodeDone(reason=reason, **more))
+
+    def fail(self, error):
+        self.answers.put_nowait(error)
+
+    async def start(self):
+        return (await self.sent.get()).start
+
+    async def assigned(self):
+        return (await self.sent.get()).assign_prefill
+
+    async def accept(self):
+        """Reserves, and returns Start and the assigned prefill worker's id."""
+        start = await self.start()
+        self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=5))
+        return start, (await self.assigned()).worker_id
+
+
+class Stack:
+    """Two decode and two prefill workers, and a request or more."""
+
+    def __init__(self, roster, report):
+        self.roster = roster
+        self.dispatcher = Dispatcher(roster, LeastLoad(), max_queue=4, absent_after=0.0)
+        self.gate = Gate(self.dispatcher)
+        self.streams = asyncio.Queue()
+        self._report = report
+
+    def open(self, worker, timeout):
+        stream = FakeStream(worker.id, timeout)
+        self.streams.put_nowait(stream)
+        return stream
+
+    async def stream(self):
+        return await self.streams.get()
+
+    def report(self, worker_id, **report):
+        pool = self.roster.decode if worker_id.startswith("d") else self.roster.prefill
+        pool.report(pool.get(worker_id), self._report(**report), asyncio.get_running_loop().time())
+        self.gate.poll()
+
+    def assert_nothing_in_flight(self):
+        assert [w.in_flight for w in self.roster.workers()] == [0] * len(self.roster.workers())
+        assert self.dispatcher.num_jobs == self.dispatcher.num_waiting == 0
+
+    @asynccontextmanager
+    async def request(self, *, emitted=(), max_tokens=4, timeout=None, max_attempts=3):
+        now = asyncio.get_running_loop().time()
+        request = RelayRequest(
+            id="r",
+            prompt_token_ids=(1, 2, 3),
+            sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens),
+            eos_token_ids=(0,),
+            received=now,
+            deadline=None if timeout is None else now + timeout,
+            emitted_token_ids=emitted,
+        )
+        relay = Relay(request, self.gate, self, max_attempts=max_attempts)
+        relay.start()
+        try:
+            yield relay
+        finally:
+            await relay.close()
+            self.assert_nothing_in_flight()
+
+
+@pytest.fixture
+async def stack(add_worker, make_report):
+    roster = Roster()
+    now = asyncio.get_running_loop().time()
+    for name in ("d0", "d1"):
+        add_worker(roster, name, now=now)
+    for name in ("p0", "p1"):
+        add_worker(roster, name, PREFILL, now=now)
+    return Stack(roster, make_report)
+
+
+async def read_all(relay):
+    """Tokens with their first index, and the Finish."""
+    batches = []
+    while isinstance(event := await relay.next(), TokenBatch):
+        batches.append((event.first_index, event.ids))
+    return batches, event
+
+
+async def test_an_answer_comes_from_one_worker(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        start, prefill = await stream.accept()
+        assert start.request_id == "r"
+        assert start.attempt == 0
+        assert list(start.prompt_token_ids) == [1, 2, 3]
+        assert list(start.emitted_token_ids) == []
+        assert start.expected_incarnation == 1
+        assert (start.sampling.seed, start.sampling.max_tokens) == (1, 4)
+        assert list(start.eos_token_ids) == [0]
+        stream.tokens(0, 7, prefill_queue_ns=1, prefill_compute_ns=2, return_ns=3)
+        assert (await relay.next()).ids == [7]
+        stream.tokens(1, 8)
+        stream.done(usage=common_pb2.Usage(cached_tokens=2), handoff_exposed_ns=4, decode_ns=6)
+        batches, finish = await read_all(relay)
+        assert batches == [(1, [8])]
+        assert finish.reason == STOP
+        assert finish.usage == common_pb2.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=2)
+        assert (relay.decode_worker, relay.answer.prefill_worker) == (stream.worker, prefill)
+        assert relay.answer.migrations == 0
+        timing = relay.answer.timing
+        assert timing.HasField("router_queue_ns")
+        assert timing.decode_reservation_ns == 5
+        assert (timing.prefill_queue_ns, timing.prefill_compute_ns, timing.return_path_ns) == (1, 2, 3)
+        assert (timing.handoff_exposed_ns, timing.decode_ns) == (4, 6)
+
+
+async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        _, prefill = await stream.accept()
+        assert stack.roster.prefill.get(prefill).in_flight == 1
+        stream.tokens(0, 7)
+        await relay.next()
+        assert stack.roster.prefill.get(prefill).in_flight == 0
+        assert stack.roster.decode.get(stream.worker).in_flight == 1
+
+
+async def test_no_prefill_slot_is_held_before_the_worker_has_reserved(stack):
+    async with stack.request():
+        stream = await stack.stream()
+        await stream.start()
+        assert all(w.in_flight == 0 for w in stack.roster.prefill)
+
+
+async def test_a_refusal_moves_the_request_to_another_worker(stack):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.start()
+        first.say(refused=decode_pb2.Refused(reason="full"))
+        second = await stack.stream()
+        assert first.closed
+        start, _ = await second.accept()
+        assert second.worker != first.worker
+        assert start.attempt == 1
+        second.tokens(0, 7)
+        second.done()
+        assert (await read_all(relay))[0] == [(0, [7])]
+        assert relay.answer.migrations == 0
+
+
+async def test_refusals_do_not_count_as_lost_workers(stack):
+    async with stack.request(max_attempts=1) as relay:
+        for _ in range(3):
+            stream = await stack.stream()
+            await stream.start()
+            stream.fail(Overloaded("full"))
+            stack.report("d0")
+            stack.report("d1")
+        stream = await stack.stream()
+        await stream.accept()
+        stream.done()
+        assert (await read_all(relay))[1].reason == STOP
+
+
+@pytest.mark.parametrize("error", [Unavailable("gone"), InternalError("bug"), TransferFailed("bad"), None])
+async def test_a_lost_worker_is_followed_by_another_that_knows_the_tokens(stack, error):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.accept()
+        first.tokens(0, 7, 8)
+        first.fail(error)
+        second = await stack.stream()
+        start, _ = await second.accept()
+        assert second.worker != first.worker
+        assert (start.attempt, list(start.emitted_token_ids)) == (1, [7, 8])
+        second.tokens(2, 9)
+        second.done()
+        batches, finish = await read_all(relay)
+        assert sum((ids for _, ids in batches), []) == [7, 8, 9]
+        assert finish.usage.completion_tokens == 3
+        assert relay.answer.migrations == 1
+
+
+@pytest.mark.parametrize("bad", [(1, 9), (0, 8)])
+async def test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer(stack, bad):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.accept()
+        if bad[0] == 0:
+            first.tokens(0, 7)
+        first.tokens(*bad)
+        second = await stack.stream()
+        start, _ = await second.accept()
+        second.tokens(len(start.emitted_token_ids), 5)
+        second.done()
+        batches, _ = await read_all(relay)
+        assert sum((ids for _, ids in batches), []) == [*start.emitted_token_ids, 5]
+
+
+async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack):
+    async with stack.request(max_attempts=2) as relay:
+        for attempt in range(2):
+            stream = await stack.stream()
+            await stream.accept()
+            stream.tokens(attempt, 7)
+            stream.fail(InternalError("bug"))
+        with pytest.raises(Unavailable, match=r"2 attempts; 2 tokens had been produced; the last: bug"):
+            await read_all(relay)
+
+
+async def test_a_worker_lost_after_the_last_token_changes_nothing(stack):
+    async with stack.request(max_tokens=2) as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.tokens(0, 7, 8)
+        stream.fail(Unavailable("gone"))
+        batches, finish = await read_all(relay)
+        assert batches == [(0, [7, 8])]
+        assert (finish.reason, finish.usage.completion_tokens) == (LENGTH, 2)
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("f", "bad"), DeadlineExceeded("late"), RequestCancelled("no")])
+async def test_the_requests_own_errors_are_not_retried(stack, error):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.start()
+        stream.fail(error)
+        with pytest.raises(type(error)):
+            await relay.next()
+        assert stack.streams.empty()
+
+
+@pytest.mark.parametrize("reason", [NEED.REASON_PREFILL_FAILED, NEED.REASON_INCOMPATIBLE])
+async def test_a_failed_prefill_is_tried_on_another_worker(stack, reason):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        _, first = await stream.accept()
+        stream.say(need_prefill=NEED(reason=reason, worker_id=first))
+        target = await stream.assigned()
+        assert target.worker_id != first
+        assert target.address == f"{target.worker_id}:1"
+        assert target.data_address == f"{target.worker_id}:2"
+        assert stack.roster.prefill.get(first).in_flight == 0
+        stream.tokens(0, 7)
+        stream.done()
+        await read_all(relay)
+        assert relay.answer.prefill_worker == target.worker_id
+
+
+async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.tokens(0, 7)
+        assert (await relay.next()).ids == [7]
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
+        await stream.assigned()
+        assert sum(w.in_flight for w in stack.roster.prefill) == 1
+        stream.tokens(1, 8)
+        assert (await relay.next()).ids == [8]
+        assert sum(w.in_flight for w in stack.roster.prefill) == 0
+
+
+async def test_prefill_that_keeps_failing_ends_the_request(stack):
+    async with stack.request(max_attempts=2) as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="slow"))
+        await stream.assigned()
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="too slow"))
+        with pytest.raises(Unavailable, match="2 failed prefills; 0 tokens had been produced; the last: too slow"):
+            await relay.next()
+
+
+async def test_prefill_that_fits_nowhere_is_told_as_what_it_is(stack):
+    async with stack.request(max_attempts=1) as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.say(need_prefill=NEED(reason=NEED.REASON_INCOMPATIBLE, detail="kv.dtype"))
+        with pytest.raises(Incompatible, match=r"kv\.dtype"):
+            await relay.next()
+
+
+async def test_a_worker_lost_while_a_prefill_slot_is_awaited_is_noticed(stack):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.start()
+        stack.report("p0", credits=0)
+        stack.report("p1", credits=0)
+        first.say(reserved=decode_pb2.Reserved(blocks=1))
+        first.fail(Unavailable("gone"))
+        while stack.roster.decode.get(first.worker).in_flight:
+            await asyncio.sleep(0)
+        stack.report("p0")
+        second = await stack.stream()
+        assert second.worker != first.worker
+        await second.accept()
+        second.done()
+        await read_all(relay)
+
+
+async def test_the_deadline_ends_a_request_that_waits(stack):
+    stack.report("d0", credits=0)
+    stack.report("d1", credits=0)
+    async with stack.request(timeout=0.01) as relay:
+        with pytest.raises(DeadlineExceeded, match="0 tokens"):
+            await relay.next()
+
+
+async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
+    async with stack.request(timeout=0.05) as relay:
+        stream = await stack.stream()
+        assert 0 < stream.timeout <= 0.05
+        await stream.accept()
+        stream.tokens(0, 7)
+        assert (await relay.next()).ids == [7]
+        with pytest.raises(DeadlineExceeded, match="1 token had been produced"):
+            await relay.next()
+        assert stream.closed
+
+
+async def test_no_deadline_means_none(stack):
+    async with stack.request():
+        assert (await stack.stream()).timeout is None
+
+
+@pytest.mark.parametrize("phase", ["queued", "started", "waiting for prefill", "assigned", "running"])
+async def test_closing_frees_everything_in_every_phase(stack, phase):
+    if phase == "queued":
+        stack.report("d0", credits=0)
+        stack.report("d1", credits=0)
+    async with stack.request() as relay:
+        if phase == "queued":
+            return
+        stream = await stack.stream()
+        await stream.start()
+        if phase == "waiting for prefill":
+            stack.report("p0", credits=0)
+            stack.report("p1", credits=0)
+        if phase != "started":
+            stream.say(reserved=decode_pb2.Reserved(blocks=1))
+        if phase in ("assigned", "running"):
+            await stream.assigned()
+        if phase == "running":
+            stream.tokens(0, 7)
+            await relay.next()
+    assert stream.closed
+
+
+async def test_a_reader_that_reads_nothing_does_not_hold_the_worker_up(stack):
+    async with stack.request(max_tokens=1000) as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        for index in range(1000):
+            stream.tokens(index, index)
+        stream.done(LENGTH)
+        while stack.dispatcher.num_jobs:
+            await asyncio.sleep(0)
+        assert stream.closed
+        batches, _ = await read_all(relay)
+        assert batches == [(0, list(range(1000)))]
+
+
+async def test_a_resubmitted_request_goes_on_behind_its_tokens(stack):
+    async with stack.request(emitted=(7, 8)) as relay:
+        stream = await stack.stream()
+        start, _ = await stream.accept()
+        assert list(start.emitted_token_ids) == [7, 8]
+        stream.tokens(2, 9)
+        stream.done()
+        batches, finish = await read_all(relay)
+        assert batches == [(2, [9])]
+        assert finish.usage.completion_tokens == 3
+
+
+async def test_a_stage_without_workers_ends_the_wait(stack):
+    stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
+    stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
+    async with stack.request() as relay:
+        with pytest.raises(Unavailable, match="no prefill worker"):
+            await relay.next()
+
+
+async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.start()
+        first.tokens(0, 7)
+        second = await stack.stream()
+        await second.accept()
+        second.say(reserved=decode_pb2.Reserved())
+        third = await stack.stream()
+        await third.accept()
+        third.done()
+        assert await read_all(relay) == ([], Finish(STOP, common_pb2.Usage(prompt_tokens=3)))
+
+
+async def test_an_aborted_request_ends_with_the_given_error(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        relay.abort(Unavailable("shutting down"))
+        with pytest.raises(Unavailable, match="shutting down"):
+            await relay.next()
