@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except OverfillError as error:
-        click.echo(f"overfill: {_one_line(error)}", err=True)
+        click.echo("\n".join([f"overfill: {_one_line(error)}", *getattr(error, "__notes__", ())]), err=True)
         return 1
     except (click.Abort, KeyboardInterrupt):
         return 130

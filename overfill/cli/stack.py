@@ -25,7 +25,7 @@ _SETTINGS = ("OVERFILL_ROUTER_", "OVERFILL_PREFILL_", "OVERFILL_DECODE_")
 
 
 class StartFailed(OverfillError):
-    """The stack did not come up; the message holds the last lines of the process that died."""
+    """The stack did not come up; the last lines of the process that died are notes of the exception."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Stack:
         waiting = list(zip(self._routers, self.plan.addresses, strict=True))
         while waiting and not cancelled.is_set():
             for child in self.exited():
-                raise StartFailed(_last_words(child))
+                raise _start_failed(child)
             router, address = waiting[0]
             if self._complete(router, address):
                 waiting.pop(0)
@@ -175,7 +175,10 @@ def _bind(host: str, port: int) -> socket.socket:
     return s
 
 
-def _last_words(child: Child) -> str:
+def _start_failed(child: Child) -> StartFailed:
     lines = child.last_lines()
-    said = "".join(f"\n  {child.name} | {line}" for line in lines) or " without a word"
-    return f"{child.name} {child.describe_exit()} during start-up:{said}"
+    silent = "" if lines else " and said nothing"
+    error = StartFailed(f"{child.name} {child.describe_exit()} during start-up{silent}")
+    for line in lines:
+        error.add_note(f"  {child.name} | {line}")
+    return error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 
 
@@ -33,9 +34,9 @@ class AttentionPlan(Protocol):
         """
 
 
-def plan_attention(batch: ForwardBatch, block_size: int) -> AttentionPlan:
+def plan_attention(batch: ForwardBatch, cache: KvCache) -> AttentionPlan:
     """Chooses the form that fits ``batch`` and prepares it."""
-    return _Decode.of(batch, block_size) if batch.is_decode else _Varlen.of(batch, block_size)
+    return _Decode.of(batch, cache) if batch.is_decode else _Varlen.of(batch, cache.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +49,29 @@ class _Decode:
 
     slots: Tensor  # [S * L] int64
     mask: Tensor  # [S, 1, 1, L] bool, true where the context is
+    k: Tensor  # [S * L, num_kv_heads, D]: room for the gathered context, reused by every layer,
+    v: Tensor  # because fresh memory of this size can cost more than the gather
 
     @classmethod
-    def of(cls, batch: ForwardBatch, block_size: int) -> _Decode:
+    def of(cls, batch: ForwardBatch, cache: KvCache) -> _Decode:
+        block_size = cache.block_size
         positions = torch.arange(max(batch.context_lens), device=batch.block_tables.device)
         mask = positions < batch.context_lens_device.unsqueeze(1)  # [S, L]
         # Padding reads the sequence's own first token: a zero weight would not stop another's NaN.
         positions = torch.where(mask, positions, 0)
         blocks = batch.block_tables.gather(1, positions // block_size)
-        return cls((blocks * block_size + positions % block_size).flatten(), mask[:, None, None, :])
+        slots = (blocks * block_size + positions % block_size).flatten()
+        room = (len(slots), cache.spec.num_kv_heads, cache.spec.head_dim)
+        return cls(slots, mask[:, None, None, :], cache.k.new_empty(room), cache.v.new_empty(room))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         num_seqs, _, head_dim = q.shape
         num_kv_heads = k.shape[1]
-        context = (num_seqs, -1, num_kv_heads, head_dim)
+        context = (num_seqs, -1, num_kv_heads, head_dim)  # transposed below to [S, kv_heads, L, D]
         out = scaled_dot_product_attention(
             q.reshape(num_seqs, num_kv_heads, -1, head_dim),  # [S, kv_heads, group, D]
-            k_cache.index_select(0, self.slots).view(context).transpose(1, 2),  # [S, kv_heads, L, D]
-            v_cache.index_select(0, self.slots).view(context).transpose(1, 2),
+            torch.index_select(k_cache, 0, self.slots, out=self.k).view(context).transpose(1, 2),
+            torch.index_select(v_cache, 0, self.slots, out=self.v).view(context).transpose(1, 2),
             attn_mask=self.mask,
         )
         return out.reshape(num_seqs, -1)

@@ -91,7 +91,7 @@ class Transformer:
         with torch.inference_mode():
             hidden = self.weights.embedding[batch.token_ids]  # [T, hidden]
             cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-            attend = plan_attention(batch, cache.block_size)
+            attend = plan_attention(batch, cache)
             for index, layer in enumerate(self.weights.layers):
                 if on_layer_start is not None:
                     on_layer_start(index)

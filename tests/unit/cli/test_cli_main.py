@@ -65,6 +65,14 @@ def test_an_error_is_one_line_and_exit_1(
     assert says in captured.err
 
 
+def test_notes_follow_on_their_own_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    error = errors.OverfillError("decode-0 died")
+    error.add_note("  decode-0 | out of memory")
+    fail_with(monkeypatch, error)
+    assert main(["anything"]) == 1
+    assert capsys.readouterr().err == "overfill: decode-0 died\n  decode-0 | out of memory\n"
+
+
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, KeyboardInterrupt())
     assert main(["anything"]) == 130

@@ -195,8 +195,9 @@ def test_a_worker_that_dies_at_start_stops_everything_and_its_last_words_are_sho
 ) -> None:
     routers(lambda: Unavailable("not yet"))
     stack = gather({"decode-0": "raise SystemExit('the pair does not fit')"})
-    with pytest.raises(StartFailed, match=r"(?s)decode-0 exited with status 1.*the pair does not fit"):
+    with pytest.raises(StartFailed, match="decode-0 exited with status 1") as caught:
         up.run(stack, threading.Event(), Console(file=io.StringIO()))
+    assert caught.value.__notes__ == ["  decode-0 | the pair does not fit"]
     assert all(child.returncode is not None for child in stack.started)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ def finished(reason: int = common_pb2.FINISH_REASON_STOP, **fields: Any) -> Resp
 GOOD = [accepted(), delta(0, [10], "Hel"), delta(1, [11, 12], "lo"), finished()]
 
 
-class FakeRouter:
+class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
     """Plays ``script``: responses are sent, exceptions raised, "hang" waits until the client goes away."""
 
     def __init__(self) -> None:
@@ -77,28 +78,30 @@ class FakeRouter:
 @contextmanager
 def serve(router: FakeRouter) -> Iterator[FakeRouter]:
     """Serves ``router`` until the block is left; ``address`` is set then."""
-    started: list[Any] = []
-    running = threading.Event()
+    started: Future[Callable[[], None]] = Future()
 
     async def main() -> None:
-        server = RpcServer()
+        server, stop, loop = RpcServer(), asyncio.Event(), asyncio.get_running_loop()
         server.add(inference_pb2_grpc.add_InferenceServicer_to_server, router, "overfill.v1.Inference")
         server.add(admin_pb2_grpc.add_AdminServicer_to_server, router, "overfill.v1.Admin")
         router.address = await server.start("127.0.0.1:0")
-        stop = asyncio.Event()
-        started.extend([asyncio.get_running_loop(), stop])
-        running.set()
+        started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
         await stop.wait()
         await server.stop()
 
-    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    running.wait()
-    loop, stop = started
+    stop = started.result()
     try:
         yield router
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        stop()
         thread.join()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,20 +163,20 @@ async def test_leaving_the_async_block_cancels(router: Any, say: SimpleNamespace
 
 
 async def test_cancelling_the_task_cancels_the_request(router: Any, say: SimpleNamespace) -> None:
-    router.script = [say.accepted(), "hang"]
+    router.script = [*say.good[:2], "hang"]
+    started = asyncio.Event()
+
+    async def read() -> None:
+        async for _ in client.stream("x"):
+            started.set()
+
     async with AsyncClient(router.address) as client:
-        stream = client.stream("x")
-        waiting = asyncio.ensure_future(_first(stream.__anext__))
-        while stream.accepted is None:
-            await asyncio.sleep(0)
-        waiting.cancel()
+        reading = asyncio.create_task(read())
+        await started.wait()
+        reading.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await waiting
+            await reading
         await asyncio.to_thread(router.abandoned.wait)
-
-
-async def _first(step: Callable[[], Awaitable[Delta]]) -> Delta:
-    return await step()
 
 
 @pytest.mark.parametrize("events", ["gap", "repeat", "no end", "nothing"])

@@ -1,0 +1,92 @@
+"""``overfill bench``: measurements, each printed as a table or as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from overfill.cli.output import console, print_json
+
+
+@click.group("bench")
+def bench_group() -> None:
+    """Measure what a pair does on this machine."""
+
+
+@bench_group.command("timeline")
+@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
+@click.option("--tokens", type=click.IntRange(1), default=2000, show_default=True, help="Length of the prompt.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of the worker.")
+@click.option("--streams", type=click.IntRange(1), default=2, show_default=True, help="Data connections.")
+@click.option("--limit", "limit", type=click.FloatRange(min=0, min_open=True), help="MB/s of each data connection.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timeline to this file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def timeline_command(
+    pair: str,
+    tokens: int,
+    dtype: str,
+    threads: int,
+    streams: int,
+    limit: float | None,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Watch one handoff: when layers run, when their KV leaves, when the first token arrives.
+
+    Exit code 1 when KV waited for the last layer or, with --limit, when the first token waited for the KV.
+    """
+    from overfill.bench.timeline import record_timeline, save_plot
+    from overfill.pair.manifest import Pair
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+
+    def log(name: str, line: str) -> None:
+        click.echo(f"{name} | {line}", err=True)
+
+    timeline = asyncio.run(
+        record_timeline(
+            Pair.load(folder),
+            tokens,
+            dtype=dtype,  # type: ignore[arg-type]  # click has checked it
+            threads=threads,
+            streams=streams,
+            rate=None if limit is None else limit * 1e6,
+            log=log,
+        )
+    )
+    if plot is not None:
+        save_plot(timeline, plot)
+    good = timeline.overlaps and (limit is None or timeline.token_before_kv)
+    if as_json:
+        print_json(asdict(timeline) | {"overlaps": timeline.overlaps, "token_before_kv": timeline.token_before_kv})
+        return 0 if good else 1
+    table = Table(title=f"one prefill of {tokens} tokens, {timeline.kv_bytes / 1e6:.1f} MB of KV", title_justify="left")
+    table.add_column("event")
+    table.add_column("ms", justify="right")
+    rows = [
+        ("first layer starts", timeline.layers[0][0]),
+        ("first KV leaves", timeline.first_kv_sent),
+        ("last layer starts", timeline.layers[-1][0]),
+        ("last layer ends", timeline.layers[-1][1]),
+        ("first token leaves", timeline.first_token_sent),
+        ("last KV has left", timeline.last_kv_sent),
+    ]
+    for name, seconds in sorted(rows, key=lambda row: row[1]):
+        table.add_row(name, f"{1e3 * seconds:.1f}")
+    table.add_section()
+    for name, seconds in (
+        ("received: first KV", timeline.first_kv_received),
+        ("received: first token", timeline.first_token_received),
+        ("received: last KV", timeline.last_kv_received),
+    ):
+        table.add_row(name, f"{1e3 * seconds:.1f}")
+    console().print(table)
+    return 0 if good else 1

@@ -1,0 +1,222 @@
+"""A prefill worker that sends wrong KV: the attempt fails with a reason, and no block is written to afterwards.
+
+The real receiver, over real gRPC, against a scripted prefill worker.
+"""
+
+import asyncio
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from overfill import __version__
+from overfill.errors import Incompatible, Overloaded, TransferFailed, Unavailable
+from overfill.kv.cache import KvCache
+from overfill.kv.chunks import TransferSpec, checksum, seal
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.peers import PeerPool
+from overfill.kv.ranges import KvRange
+from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.params import SamplingParams
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.server import RpcServer
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+
+KV = KvSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32", rope=RopeSpec())
+IDENTITY = KvIdentity(WIRE_VERSION, "full", "tokenizer", KV)
+PROMPT = [1, 2, 3, 4, 5, 6]
+
+
+class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
+    """Sends the right KV (all ones), unless ``spoil`` changes the list of chunks."""
+
+    def __init__(self):
+        self.identity = IDENTITY
+        self.incarnation = 7
+        self.spoil = lambda chunks: chunks
+        self.refuse = None
+        self.silent_after_queued = False
+        self.ended = asyncio.Event()
+        self.acknowledged = 0
+        self.specs = {}
+
+    async def Describe(self, request, context):
+        return prefill_pb2.DescribePrefillResponse(
+            wire_version=self.identity.wire_version,
+            software_version=__version__,
+            worker_id="scripted",
+            incarnation=self.incarnation,
+            model=common_pb2.ModelIdentity(
+                full_digest=self.identity.full_digest, tokenizer_digest=self.identity.tokenizer_digest
+            ),
+            kv=self.identity.kv.to_proto(),
+            codecs=[common_pb2.KV_CODEC_RAW],
+        )
+
+    async def Prefill(self, request_iterator, context):
+        try:
+            start = (await anext(aiter(request_iterator))).start
+            if self.refuse:
+                raise self.refuse
+            self.specs[start.transfer_id] = TransferSpec(
+                start.transfer_id, start.attempt, KV, tuple(start.layers), (0, len(start.prompt_token_ids))
+            )
+            yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
+            if self.silent_after_queued:
+                await asyncio.Event().wait()
+            yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
+            yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
+            yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
+            cells = 2 * 6 * 2
+            async for request in request_iterator:
+                self.acknowledged += sum(KvRange.from_proto(r).cells for r in request.ack.ranges)
+                if self.acknowledged == cells:
+                    break
+            yield prefill_pb2.PrefillResponse(done=prefill_pb2.PrefillDone())
+        finally:
+            self.ended.set()
+
+    async def PullKv(self, request, context):
+        spec = self.specs[request.transfer_id]
+        chunks = []
+        for box in map(KvRange.from_proto, request.ranges):
+            for start in (box.token_start, box.token_start + 3):
+                piece = dataclasses.replace(box, token_start=start, token_end=start + 3)
+                ones = torch.ones(spec.payload_bytes(piece) // 4)
+                chunks.append(seal(spec, piece, ones.numpy().tobytes()))
+        for chunk in self.spoil(chunks):
+            yield chunk
+
+
+@pytest.fixture
+async def worker():
+    servicer = ScriptedPrefill()
+    server = RpcServer()
+    server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")
+    servicer.address = await server.start("127.0.0.1:0")
+    yield servicer
+    await server.stop()
+
+
+@pytest.fixture
+async def pull(worker):
+    """Runs one handoff; returns the cache it wrote into and the first token."""
+    pool = PeerPool(IDENTITY, streams=2, tls=None)
+    with ThreadPoolExecutor(2) as executor:
+
+        async def run(timeout=10.0):
+            cache = KvCache(KV, 4, 4, torch.device("cpu"))
+            tokens = []
+            request = PromptRequest("r", 3, PROMPT, SamplingParams(temperature=0).to_proto(), 0, True)
+            target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
+            async with pool.use(target) as peer:
+                handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)
+                await handoff.run(timeout, tokens.append)
+            return cache, tokens
+
+        yield run
+    await pool.close()
+
+
+async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
+    cache, tokens = await pull()
+    used = cache.slots([2, 0], 0, 6)
+    for layer in (0, 1):
+        for half in cache.layer(layer):
+            assert torch.equal(half[used], torch.ones(6, 2, 4))
+            assert half.sum() == 6 * 2 * 4
+    assert tokens[0].token.token_id == 9
+    assert worker.acknowledged == 24
+
+
+async def test_chunks_in_reverse_order_are_as_good(pull, worker):
+    worker.spoil = lambda chunks: reversed(chunks)
+    cache, _ = await pull()
+    assert cache.k.sum() == 2 * 6 * 2 * 4
+
+
+def resealed(chunk, **fields):
+    for name, value in fields.items():
+        setattr(chunk, name, value)
+    chunk.checksum = checksum(chunk)
+    return chunk
+
+
+def flipped(chunk):
+    chunk.payload = bytes([chunk.payload[0] ^ 1]) + chunk.payload[1:]
+    return chunk
+
+
+def moved(chunk):
+    chunk.range.token_start += 1
+    chunk.range.token_end += 1
+    chunk.checksum = checksum(chunk)
+    return chunk
+
+
+BAD = {
+    "truncated": (lambda c: [resealed(c[0], payload=c[0].payload[:-4]), *c[1:]], "its shape needs"),
+    "bad checksum": (lambda c: [flipped(c[0]), *c[1:]], "checksum"),
+    "duplicated": (lambda c: [c[0], c[0], *c[1:]], "overlaps"),
+    "overlapping": (lambda c: [c[0], moved(c[0]), *c[1:]], "overlaps"),
+    "outside": (lambda c: [moved(c[1])], "outside"),
+    "wrong dtype": (lambda c: [resealed(c[0], dtype=common_pb2.DTYPE_BFLOAT16)], "dtype"),
+    "wrong attempt": (lambda c: [resealed(c[0], attempt=2)], "attempt"),
+    "another transfer": (lambda c: [resealed(c[0], transfer_id=b"\0" * 16)], "another transfer"),
+    "missing": (lambda c: c[:-1], "came too slowly"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+async def test_wrong_kv_fails_the_attempt_and_says_why(pull, worker, kind):
+    worker.spoil, reason = BAD[kind]
+    with pytest.raises(TransferFailed, match=reason):
+        await pull()
+    await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is told, and may free its side
+
+
+async def test_the_deadline_ends_a_transfer_that_waits(pull, worker):
+    from overfill.errors import DeadlineExceeded
+
+    worker.silent_after_queued = True
+    with pytest.raises(DeadlineExceeded):
+        await pull(timeout=0.3)
+    await asyncio.wait_for(worker.ended.wait(), 5)
+
+
+async def test_cancelling_the_transfer_ends_it_on_the_worker_too(pull, worker):
+    worker.silent_after_queued = True
+    task = asyncio.ensure_future(pull())
+    while not worker.specs:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    await asyncio.wait_for(worker.ended.wait(), 5)
+
+
+async def test_a_refusal_keeps_its_meaning(pull, worker):
+    worker.refuse = Overloaded("full")
+    with pytest.raises(Overloaded, match="full"):
+        await pull()
+
+
+async def test_another_full_model_is_refused_with_the_differing_fields(pull, worker):
+    worker.identity = dataclasses.replace(IDENTITY, full_digest="other", kv=dataclasses.replace(KV, head_dim=8))
+    with pytest.raises(Incompatible) as caught:
+        await pull()
+    assert caught.value.fields == ("full_digest", "kv.head_dim")
+
+
+async def test_a_restarted_worker_is_not_the_one_that_was_chosen(pull, worker):
+    worker.incarnation = 8
+    with pytest.raises(Unavailable, match="restarted"):
+        await pull()
+
+
+async def test_a_worker_that_is_gone_is_unavailable(pull, worker):
+    worker.address = "127.0.0.1:1"
+    with pytest.raises(Unavailable, match="did not answer"):
+        await pull()

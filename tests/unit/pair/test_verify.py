@@ -1,0 +1,209 @@
+"""``overfill verify`` and ``overfill pair`` without a stack: a stand-in client answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from overfill.cli import verify
+from overfill.cli.pair import pair_group
+from overfill.errors import Unavailable
+from overfill.pair.manifest import Pair
+from overfill.pair.plain import chat_token_ids, load_tokenizer
+from overfill.pair.reference import TwoStageReference
+
+QUESTIONS = ["What is a bridge?", "Explain rivers.", "Count to 10."]
+MAX_TOKENS = 6
+
+
+class Stack:
+    """Answers as the reference does, unless ``tamper`` changes an answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reference = TwoStageReference(folder)
+        self.tokenizer = load_tokenizer(folder / "full")
+        self.tamper: Callable[[int, SimpleNamespace], SimpleNamespace] = lambda index, answer: answer
+        self.processes = [self.process("prefill", None), self.process("decode", "raw")]
+
+    def process(self, stage: str, codec: str | None) -> SimpleNamespace:
+        pair = self.reference.pair
+        model = SimpleNamespace(
+            full_digest=pair.full_digest,
+            tokenizer_digest=pair.tokenizer_digest,
+            decoder_digest=pair.decoder_digest if stage == "decode" else "",
+        )
+        kv = SimpleNamespace(dtype="float32")
+        return SimpleNamespace(id=f"{stage}-0", stage=stage, kv=kv, model=model, codec=codec)
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(workers=[SimpleNamespace(process=p) for p in self.processes])
+
+    def generate(self, messages: list[Any], sampling: Any) -> SimpleNamespace:
+        assert sampling.greedy
+        prompt = messages[0].content
+        ids = chat_token_ids(self.tokenizer, prompt)
+        token_ids = self.reference.generate(ids, sampling.max_tokens)
+        answer = SimpleNamespace(
+            token_ids=tuple(token_ids),
+            finish_reason="length" if len(token_ids) == sampling.max_tokens else "stop",
+            usage=SimpleNamespace(prompt_tokens=len(ids)),
+        )
+        return self.tamper(QUESTIONS.index(prompt), answer)
+
+
+@pytest.fixture
+def stack(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    stack = Stack(tiny)
+
+    @contextmanager
+    def connect(*args: object) -> Iterator[Stack]:
+        yield stack
+
+    monkeypatch.setattr(verify, "connect", connect)
+    return stack
+
+
+@pytest.fixture
+def run(stack: Stack, tiny: Path, tmp_path: Path) -> Callable[..., Any]:
+    file = tmp_path / "questions.jsonl"
+    rows = [{"prompt": QUESTIONS[0]}, {"question_id": 81, "turns": [QUESTIONS[1], "More."]}, {"prompt": QUESTIONS[2]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    def run(*arguments: str) -> Any:
+        command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), "--pair", str(tiny), *arguments]
+        return CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
+
+    return run
+
+
+def last_line(result: Any) -> str:
+    return str(result.stdout.splitlines()[-1])
+
+
+def test_right_answers_pass(run: Callable[..., Any]) -> None:
+    result = run()
+    assert result.return_value == 0, result.output
+    assert result.stdout == "3/3 correct (3 identical, 0 ties)\n"
+    assert last_line(run("--limit", "2", "--concurrency", "1")) == "2/2 correct (2 identical, 0 ties)"
+
+
+def changed_token(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 1:
+        answer.token_ids = (*answer.token_ids[:2], (answer.token_ids[2] + 1) % 512, *answer.token_ids[3:])
+    return answer
+
+
+def test_a_changed_token_fails_and_is_shown(stack: Stack, run: Callable[..., Any]) -> None:
+    stack.tamper = changed_token
+    result = run()
+    assert result.return_value == 1
+    assert last_line(result) == "2/3 correct (2 identical, 0 ties)"
+    assert "wrong token" in result.stdout
+    report = json.loads(run("--json").stdout)
+    assert (report["passed"], report["correct"]) == (False, 2)
+    (failure,) = report["failures"]
+    assert (failure["question"], failure["index"]) == (2, 2)
+    assert failure["margin"] > 1e-3
+
+
+def lost(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 0:
+        raise Unavailable("the router is gone")
+    return answer
+
+
+def cut_short(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 0:
+        answer.token_ids = answer.token_ids[:-1]
+    return answer
+
+
+def other_prompt(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 0:
+        answer.usage.prompt_tokens += 1
+    return answer
+
+
+@pytest.mark.parametrize("tamper", [lost, cut_short, other_prompt])
+def test_an_answer_that_is_missing_or_not_to_this_prompt_fails(
+    tamper: Callable[..., Any], stack: Stack, run: Callable[..., Any]
+) -> None:
+    stack.tamper = tamper
+    result = run()
+    assert result.return_value == 1
+    assert last_line(result) == "2/3 correct (2 identical, 0 ties)"
+
+
+STACKS: dict[str, tuple[Callable[[Stack], object], str]] = {
+    "bfloat16": (lambda s: setattr(s.processes[1].kv, "dtype", "bfloat16"), "--dtype float32"),
+    "bfloat16 prefill": (lambda s: setattr(s.processes[0].kv, "dtype", "bfloat16"), "--dtype float32"),
+    "codec": (lambda s: setattr(s.processes[1], "codec", "int8"), "raw codec"),
+    "no decode worker": (lambda s: s.processes.pop(), "no decode worker"),
+    "other full model": (lambda s: setattr(s.processes[0].model, "full_digest", "0"), "full model differ"),
+    "other decoder": (lambda s: setattr(s.processes[1].model, "decoder_digest", "0"), "decoder differ"),
+    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not say"),
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_a_stack_that_cannot_be_judged_is_bad_usage(case: str, stack: Stack, run: Callable[..., Any]) -> None:
+    change, message = STACKS[case]
+    change(stack)
+    result = run()
+    assert isinstance(result.exception, click.ClickException)
+    assert result.exception.exit_code == 2
+    assert message in result.exception.message
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "{}\n", '{"prompt": 3}\n', '{"turns": []}\n', "not json\n"])
+def test_a_file_without_questions_is_bad_usage(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(content)
+    with pytest.raises(click.UsageError, match="questions"):
+        verify.read_questions(file)
+
+
+def invoke_pair(*arguments: str) -> Any:
+    return CliRunner().invoke(pair_group, arguments)
+
+
+def test_pair_path_prints_only_the_folder(tiny: Path) -> None:
+    result = invoke_pair("path", str(tiny))
+    assert result.stdout == f"{tiny}\n"
+
+
+def test_pair_show_describes_both_halves(tiny: Path) -> None:
+    facts = json.loads(invoke_pair("show", str(tiny), "--json").stdout)
+    assert facts["decoder"]["intermediate_size"] == 64
+    assert facts["full"]["digest"] == Pair.load(tiny).full_digest
+    assert facts["full"]["parameters"] > facts["decoder"]["parameters"]
+    assert Pair.load(tiny).decoder_digest in invoke_pair("show", str(tiny)).stdout
+
+
+@pytest.mark.parametrize(("size", "expected"), [("0.5", 64), ("0.3", 32), ("48", 48), ("1.0", 128)])
+def test_pair_build_takes_neurons_or_a_share(size: str, expected: int, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "built"
+    result = invoke_pair("build", "--full", str(tiny / "full"), "--intermediate-size", size, "--out", str(out))
+    assert result.stdout == f"{out}\n", result.output
+    assert Pair.load(out, check_digests=True).decoder_config.intermediate_size == expected
+
+
+@pytest.mark.parametrize("size", ["0", "1.5", "-3", "many"])
+def test_pair_build_refuses_other_sizes(size: str, tiny: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "built")
+    result = invoke_pair("build", "--full", str(tiny / "full"), "--intermediate-size", size, "--out", out)
+    assert result.exit_code == 2
+
+
+def test_pair_build_does_not_overwrite(tiny: Path, tmp_path: Path) -> None:
+    result = invoke_pair("build", "--full", str(tiny / "full"), "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "exists already" in result.stderr
