@@ -10,6 +10,7 @@
     ├── Incompatible          the two ends do not fit; ``fields`` differ              FAILED_PRECONDITION
     ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
     │   └── UnsupportedModel  an architecture or option that the engine does not run  FAILED_PRECONDITION
+    ├── SourceUnavailable     a model cannot be fetched from where it was asked for   (local)
     ├── TransferFailed        KV did not arrive whole and right                       DATA_LOSS
     ├── DeadlineExceeded      the request's deadline passed                           DEADLINE_EXCEEDED
     ├── RequestCancelled      the caller gave up                                      CANCELLED

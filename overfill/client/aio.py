@@ -153,7 +153,7 @@ class AsyncClient:
         )
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channel(address))  # type: ignore[no-untyped-call]
+            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
             return stub.Generate(request, timeout=timeout)
 
         builder = AnswerBuilder(request)
@@ -163,7 +163,7 @@ class AsyncClient:
         """The models that the router serves."""
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channel(address))  # type: ignore[no-untyped-call]
+            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
             return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout)
 
         return [Model.from_proto(model) for model in (await self._unary(start, timeout)).models]
@@ -172,7 +172,7 @@ class AsyncClient:
         """The router and every worker it knows; a worker's own address answers for itself."""
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = admin_pb2_grpc.AdminStub(self._channel(address))  # type: ignore[no-untyped-call]
+            stub = admin_pb2_grpc.AdminStub(self._channel(address))
             return stub.Status(admin_pb2.StatusRequest(), timeout=timeout)
 
         return StackStatus.from_proto(await self._unary(start, timeout))

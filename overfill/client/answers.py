@@ -189,9 +189,7 @@ class AnswerBuilder:
         clock: seconds; read when the builder is made, at the call, and at the first token.
     """
 
-    def __init__(
-        self, request: inference_pb2.GenerateRequest, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, request: inference_pb2.GenerateRequest, clock: Callable[[], float] = time.monotonic) -> None:
         self.accepted: Accepted | None = None
         self.started = clock()
         self._clock = clock
@@ -215,9 +213,7 @@ class AnswerBuilder:
         kind = response.WhichOneof("message")
         if kind == "accepted":
             accepted = response.accepted
-            self.accepted = Accepted(
-                accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model
-            )
+            self.accepted = Accepted(accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model)
         elif self.accepted is None:
             raise InternalError("the server answered without having accepted the request")
         elif kind == "delta":
@@ -261,9 +257,7 @@ class AnswerBuilder:
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
             finish_reason=_FINISH_REASONS[message.reason],
-            usage=Usage(
-                message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens
-            ),
+            usage=Usage(message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens),
             timing=Timing.from_proto(message.timing),
             request_id=accepted.request_id,
             model=accepted.model,

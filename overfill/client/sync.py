@@ -157,7 +157,7 @@ class Client:
         )
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channels[address])  # type: ignore[no-untyped-call]
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.Generate(request, timeout=timeout)
 
         builder = AnswerBuilder(request)
@@ -167,7 +167,7 @@ class Client:
         """The models that the router serves."""
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channels[address])  # type: ignore[no-untyped-call]
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout)
 
         return [Model.from_proto(model) for model in self._unary(start, timeout).models]
@@ -176,7 +176,7 @@ class Client:
         """The router and every worker it knows; a worker's own address answers for itself."""
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = admin_pb2_grpc.AdminStub(self._channels[address])  # type: ignore[no-untyped-call]
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
             return stub.Status(admin_pb2.StatusRequest(), timeout=timeout)
 
         return StackStatus.from_proto(self._unary(start, timeout))

@@ -325,6 +325,7 @@ class Dispatcher:
         for pool in (self._roster.prefill, self._roster.decode):
             if any(w.staying for w in pool):
                 self._last_present[pool.stage] = now
+                continue
             absent = now - self._last_present.setdefault(pool.stage, now)
             if absent < self._absent_after:
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from overfill.errors import InternalError
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.pool import Worker
 
@@ -38,6 +37,7 @@ class Gate:
 
     def lost(self, job: Job, *, gone: bool) -> Grant:
         """Grants a decode worker, after the last one failed the job or is ``gone``."""
+        self._end_wait(job)
         self._dispatcher.lost(job, self._now(), gone=gone)
         return self._grant(job)
 
@@ -58,8 +58,7 @@ class Gate:
     def finish(self, job: Job) -> None:
         """Frees what the job holds and ends its wait."""
         self._dispatcher.finish(job)
-        if (grant := self._grants.pop(job, None)) is not None:
-            grant.cancel()
+        self._end_wait(job)
         self.poll()
 
     def poll(self) -> None:
@@ -81,12 +80,14 @@ class Gate:
         self.poll()
 
     def _grant(self, job: Job) -> Grant:
-        if job in self._grants:
-            raise InternalError(f"request {job.id} waits twice")
         grant: Grant = asyncio.get_running_loop().create_future()
         self._grants[job] = grant
         self.poll()
         return grant
+
+    def _end_wait(self, job: Job) -> None:
+        if (grant := self._grants.pop(job, None)) is not None:
+            grant.cancel()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

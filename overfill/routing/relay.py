@@ -119,6 +119,8 @@ class Relay:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            # A task that is cancelled before its first step never comes to its own finally.
+            self._gate.finish(self._job)
 
     async def _run(self, grant: Grant) -> None:
         try:

@@ -79,9 +79,7 @@ class RpcServer:
             else:
                 port = server.add_secure_port(address, self._tls.credentials())
         except RuntimeError as error:
-            raise Unavailable(
-                f"cannot listen on {address}: the address is taken or not this machine's"
-            ) from error
+            raise Unavailable(f"cannot listen on {address}: the address is taken or not this machine's") from error
         await server.start()
         self._server = server
         return address if is_unix else f"{host}:{port}"

@@ -125,9 +125,7 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
     if cls is Overloaded:
         retry = _unpack(status, error_details_pb2.RetryInfo())
         delay = retry.retry_delay
-        return Overloaded(
-            message, delay.seconds + delay.nanos / 1e9 if retry.HasField("retry_delay") else None
-        )
+        return Overloaded(message, delay.seconds + delay.nanos / 1e9 if retry.HasField("retry_delay") else None)
     if cls is Incompatible:
         fields = info.metadata.get("fields", "")
         return Incompatible(message, fields.split(",") if fields else ())

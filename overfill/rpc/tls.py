@@ -31,9 +31,7 @@ class ClientTls:
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
-            raise TlsError(
-                "a TLS client certificate needs both a certificate and a key; give both or neither"
-            )
+            raise TlsError("a TLS client certificate needs both a certificate and a key; give both or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Reads the files. Raises TlsError naming the one that cannot be read."""

@@ -46,15 +46,17 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
         self.requests.append(request)
         self.time_remaining.append(context.time_remaining())
-        for step in self.script:
-            if isinstance(step, Exception):
-                raise step
-            if step == "hang":
-                try:
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, str):
                     await asyncio.Event().wait()
-                finally:
-                    self.abandoned.set()
-            yield step
+                else:
+                    yield step
+        except (asyncio.CancelledError, GeneratorExit):
+            self.abandoned.set()
+            raise
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         model = inference_pb2.Model(name="tiny", max_model_len=64, full_digest="f", decoder_digest="d", dtype="float32")

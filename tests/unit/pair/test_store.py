@@ -111,10 +111,11 @@ def test_asking_for_another_source_makes_the_pair_again(downloads: Downloads) ->
 def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
     waiting = threading.Event()
     results: list[Path] = []
+    steps: list[str] = []
 
     def report(step: str, done: int, total: int) -> None:
-        if step.startswith("Waiting"):
-            waiting.set()
+        steps.append(step)
+        waiting.set()
 
     second = threading.Thread(target=lambda: results.append(store.resolve_pair("default", report)))
     with store._locked(silent):
@@ -123,6 +124,8 @@ def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
         store._prepare("default", "wheel", silent)
     second.join(60)
     assert results == [store.resolve_pair("default")]
+    # It waited and did nothing else.
+    assert {step.split()[0] for step in steps} == {"Waiting"}
     assert downloads.sources == ["wheel"]
 
 

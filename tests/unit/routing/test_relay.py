@@ -141,6 +141,16 @@ async def read_all(relay):
     return batches, event
 
 
+def flat(batches):
+    return [token for _, ids in batches for token in ids]
+
+
+async def until(condition):
+    """Lets the event loop run until ``condition`` holds."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
 async def test_an_answer_comes_from_one_worker(stack):
     async with stack.request() as relay:
         stream = await stack.stream()
@@ -231,7 +241,7 @@ async def test_a_lost_worker_is_followed_by_another_that_knows_the_tokens(stack,
         second.tokens(2, 9)
         second.done()
         batches, finish = await read_all(relay)
-        assert sum((ids for _, ids in batches), []) == [7, 8, 9]
+        assert flat(batches) == [7, 8, 9]
         assert finish.usage.completion_tokens == 3
         assert relay.answer.migrations == 1
 
@@ -249,7 +259,7 @@ async def test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer(stack, b
         second.tokens(len(start.emitted_token_ids), 5)
         second.done()
         batches, _ = await read_all(relay)
-        assert sum((ids for _, ids in batches), []) == [*start.emitted_token_ids, 5]
+        assert flat(batches) == [*start.emitted_token_ids, 5]
 
 
 async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack):
@@ -344,8 +354,7 @@ async def test_a_worker_lost_while_a_prefill_slot_is_awaited_is_noticed(stack):
         stack.report("p1", credits=0)
         first.say(reserved=decode_pb2.Reserved(blocks=1))
         first.fail(Unavailable("gone"))
-        while stack.roster.decode.get(first.worker).in_flight:
-            await asyncio.sleep(0)
+        await until(lambda: not stack.roster.decode.get(first.worker).in_flight)
         stack.report("p0")
         second = await stack.stream()
         assert second.worker != first.worker
@@ -409,8 +418,7 @@ async def test_a_reader_that_reads_nothing_does_not_hold_the_worker_up(stack):
         for index in range(1000):
             stream.tokens(index, index)
         stream.done(LENGTH)
-        while stack.dispatcher.num_jobs:
-            await asyncio.sleep(0)
+        await until(lambda: not stack.dispatcher.num_jobs)
         assert stream.closed
         batches, _ = await read_all(relay)
         assert batches == [(0, list(range(1000)))]

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from overfill import errors
 from overfill.rpc.channel import open_channel
+from overfill.rpc.constants import MAX_MESSAGE_BYTES
 from overfill.rpc.server import RpcServer, is_loopback, split_address
 from overfill.rpc.status import from_rpc_error
 from overfill.rpc.tls import TlsError
@@ -47,6 +48,8 @@ class Echo:
     async def unary_unary(self, request: Message, context: Any) -> Message:
         if request.name == "abort":
             await context.abort(grpc.StatusCode.ABORTED, "by hand")
+        if request.name == "peer":
+            return Message(name=context.peer())
         await self.check(request)
         return request
 
@@ -153,12 +156,15 @@ async def test_a_later_bad_message_of_a_stream_too(channel: grpc.aio.Channel, ki
         await call(channel, kind, Message(name="a"), BAD_UTF8)
 
 
-async def test_an_abort_by_the_servicer_stays_what_it_is(channel: grpc.aio.Channel) -> None:
+async def test_an_abort_by_the_servicer_stays_what_it_is(
+    channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
     method = channel.unary_unary(f"/{SERVICE}/unary_unary", Message.SerializeToString, Message.FromString)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await method(Message(name="abort"))
     assert caught.value.code() is grpc.StatusCode.ABORTED
     assert caught.value.details() == "by hand"
+    assert "incident" not in caplog.text
 
 
 async def test_an_unknown_method_names_an_incompatible_peer(channel: grpc.aio.Channel) -> None:
@@ -168,9 +174,7 @@ async def test_an_unknown_method_names_an_incompatible_peer(channel: grpc.aio.Ch
 
 
 @pytest.mark.parametrize("name", ["hang", "flood"])
-async def test_a_cancelled_call_runs_the_servicers_cleanup(
-    channel: grpc.aio.Channel, echo: Echo, name: str
-) -> None:
+async def test_a_cancelled_call_runs_the_servicers_cleanup(channel: grpc.aio.Channel, echo: Echo, name: str) -> None:
     method = channel.unary_stream(f"/{SERVICE}/unary_stream", Message.SerializeToString, Message.FromString)
     rpc = method(Message(name=name))
     await rpc.read()
@@ -217,12 +221,24 @@ async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
     assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
-async def test_a_taken_port_is_refused(server: RpcServer, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_a_taken_port_is_refused(server: RpcServer) -> None:
     address = await server.start("127.0.0.1:0")
     second = RpcServer()
     with pytest.raises(errors.Unavailable, match=address):
         await second.start(address)
     await second.stop()
+
+
+async def test_every_channel_has_its_own_connection(server: RpcServer) -> None:
+    address = await server.start("127.0.0.1:0")
+    async with open_channel(address) as one, open_channel(address) as two:
+        peers = {(await call(channel, "unary_unary", Message(name="peer")))[0].name for channel in (one, two)}
+    assert len(peers) == 2
+
+
+async def test_a_message_over_the_limit_is_the_senders_fault(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(errors.InvalidRequest, match="larger than max"):
+        await call(channel, "unary_unary", Message(name="x" * MAX_MESSAGE_BYTES))
 
 
 async def test_a_unix_socket_serves(server: RpcServer, tmp_path: Path) -> None:
@@ -251,9 +267,7 @@ async def test_more_rpcs_than_allowed_are_refused_as_overload(echo: Echo) -> Non
 
 async def test_running_calls_are_let_finish_within_the_grace(server: RpcServer, echo: Echo) -> None:
     async with open_channel(await server.start("127.0.0.1:0")) as channel:
-        method = channel.stream_stream(
-            f"/{SERVICE}/stream_stream", Message.SerializeToString, Message.FromString
-        )
+        method = channel.stream_stream(f"/{SERVICE}/stream_stream", Message.SerializeToString, Message.FromString)
         rpc = method()
         await rpc.write(Message(name="a"))
         assert (await rpc.read()).name == "a"

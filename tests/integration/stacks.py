@@ -1,0 +1,79 @@
+"""Whole stacks of real processes for tests: started, asked, damaged, stopped."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+from overfill.cli.processes import Child
+from overfill.cli.stack import Stack, child_environment
+from overfill.cli.up import make_plan
+from overfill.client import Client
+
+BASE = {
+    "dtype": "float32",
+    "kv_memory": "4MiB",
+    "max_model_len": "512",
+    "grace_period": "10",
+}
+
+
+class FaultyStack(Stack):
+    """A stack in which the workers named in ``faults`` run with one fault each (overfill.testing.faults)."""
+
+    def __init__(self, plan, sink, faults):
+        super().__init__(plan, sink)
+        self._faults = faults
+
+    def _spawn(self, name, module, config, threads):
+        fault = self._faults.get(name)
+        if fault is None:
+            return super()._spawn(name, module, config, threads)
+        command = [sys.executable, "-m", "overfill.testing.faults", fault, module, *config.to_argv()]
+        return Child(name, command, child_environment(os.environ, threads), self._sink)
+
+
+@contextmanager
+def running_stack(pair, prefill=1, decode=1, routers=1, faults=None, **settings):
+    """Yields ``(stack, address)`` when every worker is ready; drains it at the end."""
+    plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings)
+    lines = []
+    stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
+    try:
+        stack.start()
+        stack.wait_ready(threading.Event())
+        yield stack, plan.addresses[0]
+    except BaseException:
+        print("\n".join(lines))
+        raise
+    finally:
+        stack.stop()
+
+
+def children(stack, stage):
+    """Processes of one stage: "router", "prefill" or "decode"."""
+    return [c for c in [*stack._routers, *stack._workers] if c.name.startswith(stage)]
+
+
+def wait_until(condition, timeout, what):
+    """Polls ``condition`` until it is true; AssertionError after ``timeout`` seconds. Returns the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > timeout:
+            raise AssertionError(f"not within {timeout} s: {what}")
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def loads(address):
+    """Load of every worker that answers, by id."""
+    with Client(address) as client:
+        return {w.id: w.process.load for w in client.status().workers if w.process is not None}
+
+
+def idle(address):
+    """Whether no worker owns a block or runs anything."""
+    return all(load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address).values())

@@ -1,0 +1,345 @@
+"""A stack of real processes: right answers, clear refusals, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from stacks import children, idle, loads, running_stack, wait_until
+
+from overfill.client import (
+    Client,
+    DeadlineExceeded,
+    InvalidRequest,
+    Message,
+    ModelNotFound,
+    PromptTooLong,
+    SamplingParams,
+)
+from overfill.pair.reference import TwoStageReference
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+def prompt(seed, length=60):
+    return [(seed * 31 + 7 * i * (seed + 3)) % 470 + 20 for i in range(length)]
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with running_stack(tiny_pair, prefill=1, decode=2) as running:
+        yield running
+
+
+@pytest.fixture
+def address(stack):
+    yield stack[1]
+    wait_until(lambda: idle(stack[1]), 5, "all blocks free after the test")
+
+
+@pytest.fixture
+def client(address):
+    with Client(address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_pair):
+    return TwoStageReference(tiny_pair)
+
+
+def test_answers_are_the_reference_s_whatever_runs_beside_them(client, reference):
+    prompts = [prompt(seed, 5 + 17 * seed) for seed in range(20)]
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda p: client.generate(p, sampling=GREEDY), prompts))
+    assert [list(a.token_ids) for a in answers] == [reference.generate(p, 24) for p in prompts]
+    assert {a.decode_worker for a in answers} == {"decode-0", "decode-1"}
+
+
+def test_streaming_gives_the_same_tokens_and_text(client):
+    whole = client.generate(prompt(1), sampling=GREEDY)
+    with client.stream(prompt(1), sampling=GREEDY) as stream:
+        deltas = list(stream)
+    assert [t for d in deltas for t in d.token_ids] == list(whole.token_ids)
+    assert "".join(d.text for d in deltas) == whole.text == stream.answer.text
+    assert len(deltas) > 1
+
+
+def test_a_seed_repeats_a_sampled_answer_on_any_worker(client):
+    sampling = SamplingParams(temperature=1.5, top_p=0.95, seed=11, max_tokens=24)
+    answers = [client.generate(prompt(2), sampling=sampling) for _ in range(6)]
+    assert len({a.token_ids for a in answers}) == 1
+    other = client.generate(prompt(2), sampling=SamplingParams(temperature=1.5, top_p=0.95, seed=12, max_tokens=24))
+    assert other.token_ids != answers[0].token_ids
+
+
+def test_an_answer_can_be_resumed_with_its_tokens_and_seed(client):
+    sampling = SamplingParams(temperature=1.5, seed=5, max_tokens=24, ignore_eos=True)
+    whole = client.generate(prompt(3), sampling=sampling)
+    rest = client.generate(prompt(3), sampling=sampling, resume_token_ids=whole.token_ids[:9])
+    assert rest.token_ids[-15:] == whole.token_ids[9:]
+
+
+def test_stop_ids_and_limits_hold_from_the_first_token_on(client, reference):
+    expected = reference.generate(prompt(4), 24)
+    first = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(expected[0],))
+    answer = client.generate(prompt(4), sampling=first)
+    assert (answer.token_ids, answer.finish_reason) == ((), "stop")
+    one = client.generate(prompt(4), sampling=SamplingParams(temperature=0, max_tokens=1))
+    assert (list(one.token_ids), one.finish_reason) == (expected[:1], "length")
+    fifth = next(i for i, t in enumerate(expected) if i >= 4 and t not in expected[:i])
+    later = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(expected[fifth],))
+    assert list(client.generate(prompt(4), sampling=later).token_ids) == expected[:fifth]
+
+
+def test_a_stop_string_cuts_exactly(client):
+    whole = client.generate(prompt(5), sampling=GREEDY).text
+    middle = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    answer = client.generate(prompt(5), sampling=GREEDY, stop=[middle])
+    assert answer.text == whole[: whole.index(middle)]
+    assert (answer.finish_reason, answer.stop) == ("stop", middle)
+
+
+def test_logprobs_of_both_stages(client):
+    answer = client.generate(prompt(6), sampling=SamplingParams(temperature=0, max_tokens=5, logprobs=3))
+    assert len(answer.logprobs) == len(answer.token_ids)
+    for token, logprobs in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert logprobs.top[0] == (token, pytest.approx(logprobs.logprob))
+        assert len(logprobs.top) == 3
+
+
+def test_chat_uses_the_template(client, tiny_pair):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "full")
+    messages = [{"role": "user", "content": "Hello?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    chat = client.generate([Message("user", "Hello?")], sampling=GREEDY)
+    assert chat.token_ids == client.generate(list(ids), sampling=GREEDY).token_ids
+
+
+def test_the_time_to_first_token_has_all_its_parts(client):
+    timing = client.generate(prompt(7, 400), sampling=GREEDY).timing
+    parts = [
+        timing.router_queue,
+        timing.decode_reservation,
+        timing.prefill_queue,
+        timing.prefill_compute,
+        timing.return_path,
+    ]
+    assert all(part is not None and part >= 0 for part in parts)
+    assert sum(parts) <= timing.ttft
+    assert timing.unattributed == pytest.approx(timing.ttft - sum(parts))
+    assert timing.handoff_exposed is not None
+    assert timing.total >= timing.ttft
+
+
+def test_the_trace_shows_both_sides_of_the_handoff(client):
+    trace = client.generate(prompt(7, 400), sampling=GREEDY, trace=True).trace
+    assert trace.kv_bytes == 400 * 4 * 2 * 2 * 16 * 4
+    assert len(trace.prefill.layer_start) == 4
+    assert trace.prefill.first_kv_sent > trace.prefill.layer_start[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"prompt": ""}, InvalidRequest, "prompt"),
+        ({"prompt": []}, InvalidRequest, "empty"),
+        ({"prompt": [5] * 600}, PromptTooLong, "600.*512"),
+        ({"prompt": [5] * 500, "sampling": SamplingParams(max_tokens=100)}, PromptTooLong, "512"),
+        ({"prompt": [5, 512]}, InvalidRequest, "512"),
+        ({"prompt": "hi", "model": "unknown-model"}, ModelNotFound, "unknown-model"),
+        ({"prompt": "hi \udcff"}, InvalidRequest, "text"),
+        ({"prompt": "hi", "sampling": SamplingParams(stop_token_ids=(9999,))}, InvalidRequest, "stop_token_ids"),
+        ({"prompt": [Message("robot", "hi")]}, InvalidRequest, "role"),
+    ],
+)
+def test_bad_input_is_refused_with_the_field(client, arguments, error, text):
+    with pytest.raises(error, match=text):
+        client.generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"temperature": float("nan")}, "sampling.temperature"),
+        ({"temperature": -1.0}, "sampling.temperature"),
+        ({"top_p": 0.0}, "sampling.top_p"),
+        ({"temperature": 0.0, "top_k": 5}, "sampling.temperature"),
+        ({"max_tokens": 0}, "sampling.max_tokens"),
+    ],
+)
+def test_bad_sampling_from_another_client_is_refused_too(address, values, field):
+    from overfill.v1 import inference_pb2, inference_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        request = inference_pb2.GenerateRequest(text="hi")
+        for name, value in values.items():
+            setattr(request.sampling, name, value)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(inference_pb2_grpc.InferenceStub(channel).Generate(request))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in caught.value.details()
+
+
+def test_invalid_utf8_on_the_wire_is_the_sender_s_fault(address):
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_stream("/overfill.v1.Inference/Generate")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(b"\x12\x02\xff\xfe"))  # field 2 (text), two bytes that are not UTF-8
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_deadline_ends_a_request_and_frees_its_blocks(client):
+    with pytest.raises(DeadlineExceeded):
+        client.generate(prompt(8), sampling=SamplingParams(max_tokens=450, ignore_eos=True), timeout=0.15)
+
+
+def test_leaving_a_stream_frees_its_blocks(client):
+    with client.stream(prompt(9), sampling=SamplingParams(max_tokens=450, ignore_eos=True)) as stream:
+        next(stream)
+
+
+CLIENT = """
+import sys
+from overfill.client import Client, SamplingParams
+with Client(sys.argv[1]) as client:
+    with client.stream([int(sys.argv[2])] * 60, sampling=SamplingParams(max_tokens=440, ignore_eos=True)) as stream:
+        for delta in stream:
+            print(delta.first_index, flush=True)
+"""
+
+
+def spawn_clients(address, count):
+    clients = [
+        subprocess.Popen([sys.executable, "-c", CLIENT, address, str(20 + i)], stdout=subprocess.PIPE)
+        for i in range(count)
+    ]
+    return clients
+
+
+def test_clients_killed_with_kill_9_leave_no_blocks(tiny_pair):
+    with running_stack(tiny_pair, decode=2, kv_memory="32MiB") as (_, address):
+        clients = spawn_clients(address, 8)
+        for client in clients:
+            assert client.stdout.readline(), "the answer streams"
+        assert sum(load.running for load in loads(address).values()) > 0
+        for client in clients:
+            client.kill()
+            client.wait()
+            client.stdout.close()
+        wait_until(lambda: all(v.kv_blocks_used == 0 for v in loads(address).values()), 5, "all blocks free")
+
+
+def test_a_frozen_client_stalls_nobody(address):
+    (frozen,) = spawn_clients(address, 1)
+    try:
+        frozen.stdout.readline()
+        frozen.send_signal(signal.SIGSTOP)
+        with Client(address) as client:
+            for seed in range(8):
+                answer = client.generate(prompt(seed), sampling=GREEDY, timeout=20)
+                assert len(answer.token_ids) > 0
+    finally:
+        frozen.kill()
+        frozen.wait()
+        frozen.stdout.close()
+
+
+def test_status_comes_from_the_workers(address):
+    shown = subprocess.run(
+        [sys.executable, "-m", "overfill.cli.main", "status", "--json", "--address", address],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    status = json.loads(shown.stdout)
+    assert status["grpc"] == address
+    assert status["openai_url"] is None
+    assert [(w["id"], w["stage"]) for w in status["workers"]] == [
+        ("prefill-0", "prefill"),
+        ("decode-0", "decode"),
+        ("decode-1", "decode"),
+    ]
+    for worker in status["workers"]:
+        os.kill(worker["pid"], 0)
+        assert worker["kv_blocks_used"] == 0 < worker["kv_blocks_total"]
+
+
+def test_a_silent_worker_is_shown_with_nulls(stack, address):
+    (worker,) = [c for c in children(stack[0], "decode") if c.name == "decode-1"]
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        with Client(address) as client:
+            started = time.monotonic()
+            by_id = {w.id: w for w in client.status().workers}
+            assert time.monotonic() - started < 5
+        assert by_id["decode-1"].process is None
+        assert by_id["decode-0"].process is not None
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+
+
+def test_status_without_a_stack_fails():
+    shown = subprocess.run(
+        [sys.executable, "-m", "overfill.cli.main", "status", "--json", "--address", "127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 1
+    assert "overfill up" in shown.stderr
+
+
+def test_a_killed_decode_worker_is_replaced_by_another_within_the_same_stream(tiny_pair, reference):
+    sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    with running_stack(tiny_pair, decode=2) as (stack, address), Client(address) as client:
+        expected = client.generate(prompt(1), sampling=sampling).token_ids
+        with client.stream(prompt(1), sampling=sampling) as stream:
+            ids = list(next(stream).token_ids)
+            busy = next(id for id, load in loads(address).items() if id.startswith("decode") and load.kv_blocks_used)
+            (victim,) = [c for c in children(stack, "decode") if c.name == busy]
+            os.kill(victim.pid, signal.SIGKILL)
+            for delta in stream:
+                ids.extend(delta.token_ids)
+        assert tuple(ids) == expected
+        assert stream.answer.migrations == 1
+        wait_until(lambda: idle(address), 5, "all blocks free")
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode", "router"])
+def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair, stage):
+    sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    with running_stack(tiny_pair) as (stack, address), Client(address) as client:
+        with client.stream(prompt(1), sampling=sampling) as stream:
+            next(stream)
+            (process,) = children(stack, stage)
+            os.kill(process.pid, signal.SIGTERM)
+            rest = list(stream)
+        assert stream.answer.usage.completion_tokens == 300
+        assert rest
+        wait_until(lambda: process.returncode is not None, 10, "the process has left")
+        assert process.returncode == 0
+
+
+def test_a_prefill_worker_of_another_full_model_is_refused(tiny_pair, tmp_path):
+    from overfill.testing.tiny import make_tiny_pair
+
+    other = make_tiny_pair(tmp_path / "other", seed=1)
+    with running_stack(tiny_pair) as (_, address):
+        refused = subprocess.run(
+            [sys.executable, "-m", "services.prefill.main", f"--pair={other}", f"--routers={address}"]
+            + ["--dtype=float32", "--kv-memory=4MiB", "--max-model-len=512"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert refused.returncode == 1
+    assert "full_digest" in refused.stderr
