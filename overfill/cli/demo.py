@@ -27,7 +27,7 @@ before dawn, in the next after supper. The mill made flour until 1957, when the 
 the money to mend it. A group of neighbours bought the ruin in 1984, rebuilt the gate from oak, and has ground wheat \
 there again on summer weekends ever since.
 
-Question: Why did the miller have to work at different hours each week, and what made the mill stop in 1957?"""
+Question: Summarise this passage in one sentence."""
 
 _MAX_TOKENS = 96
 
@@ -48,7 +48,9 @@ def demo_command(pair: str, as_json: bool) -> int:
         folder = resolve_pair(pair, report)
     settings = {"dtype": "bfloat16", "log_level": "warning", "grace_period": 5}
     plan = make_plan(folder, prefill=1, decode=1, routers=1, port=0, threads=None, settings=settings)
-    stack = Stack(plan, sink=lambda name, line: notes.print(f"{name} | {line}", style="dim", markup=False))
+    stack = Stack(
+        plan, sink=lambda name, line: notes.print(f"{name} | {line}", style="dim", markup=False, soft_wrap=True)
+    )
     try:
         with notes.status("Starting a router, a prefill worker and a decode worker"):
             stack.start()

@@ -154,7 +154,7 @@ def _welcome(plan: Plan) -> Panel:
     table.add_row("pair", str(plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         names = ", ".join(worker.worker_id for worker in workers)
-        table.add_row(stage, f"{names} ({workers[0].dtype}, {workers[0].threads} threads each)")
+        table.add_row(stage, f"{names} ({workers[0].dtype}, CPU threads each: {workers[0].threads})")
     table.add_row("try", f'overfill generate{option} "Why is the sky blue?"')
     table.add_row("", f"overfill chat{option}")
     table.add_row("", f"overfill status{option}")

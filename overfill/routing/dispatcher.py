@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from overfill.errors import OverfillError, Overloaded, PromptTooLong, Unavailable
 from overfill.routing.policy import Policy
 from overfill.routing.pool import DECODE, PREFILL, Pool, Roster, Worker
-from overfill.v1 import common_pb2
+from overfill.v1 import common_pb2, registry_pb2
 
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
@@ -93,7 +93,7 @@ class Dispatcher:
     """Places jobs on the workers of a roster.
 
     Args:
-        roster: the workers; joined and reported elsewhere. ``poll`` after every change.
+        roster: the workers; they join and leave it elsewhere, and ``poll`` follows.
         policy: picks one of several admissible workers.
         max_queue: most jobs waiting for a decode worker before new ones are refused.
         reserve_after: seconds after which the oldest blocked job reserves capacity: none after it in the
@@ -200,6 +200,10 @@ class Dispatcher:
         self._detach(job)
         job.state = JobState.FINISHED
         self._jobs.discard(job)
+
+    def report(self, worker: Worker, report: registry_pb2.Report, now: float) -> None:
+        """Takes a worker's report."""
+        self._roster.pool(worker.info.stage).report(worker, report, now)
 
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now and rejects what waits in vain."""

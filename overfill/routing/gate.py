@@ -6,6 +6,7 @@ import asyncio
 
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.pool import Worker
+from overfill.v1 import registry_pb2
 
 TICK = 0.5
 """Seconds between looks at the clock while a job waits."""
@@ -61,8 +62,13 @@ class Gate:
         self._end_wait(job)
         self.poll()
 
+    def report(self, worker: Worker, report: registry_pb2.Report) -> None:
+        """Takes a worker's report."""
+        self._dispatcher.report(worker, report, self._now())
+        self.poll()
+
     def poll(self) -> None:
-        """Looks for placements; call it when a worker joined, reported or left."""
+        """Looks for placements; call it when a worker left."""
         for outcome in self._dispatcher.poll(self._now()):
             grant = self._grants.pop(outcome.job, None)
             # A cancelled wait is followed by finish(), which frees what was granted too late.

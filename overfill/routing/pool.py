@@ -243,6 +243,10 @@ class Roster:
     def pool(self, stage: common_pb2.Stage) -> Pool:
         return self.prefill if stage == PREFILL else self.decode
 
+    def find(self, worker_id: str) -> Worker | None:
+        """The joined worker of that id, of either stage."""
+        return self.prefill.get(worker_id) or self.decode.get(worker_id)
+
     def workers(self) -> list[Worker]:
         """Every joined worker, ordered by stage and id."""
         return sorted([*self.prefill, *self.decode], key=lambda w: (w.info.stage, w.id))

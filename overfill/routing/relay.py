@@ -88,6 +88,11 @@ class Relay:
         self.answer = Answer(request.emitted_token_ids, request.sampling.max_tokens, request.received)
         self.decode_worker = ""
 
+    @property
+    def usage(self) -> common_pb2.Usage:
+        """Tokens so far; ``cached_tokens`` is known only at the end, from ``Finish.usage``."""
+        return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
+
     def start(self) -> None:
         """Queues the request.
 
@@ -197,9 +202,6 @@ class Relay:
             timing.handoff_exposed_ns = done.handoff_exposed_ns
         if done.HasField("decode_ns"):
             timing.decode_ns = done.decode_ns
-        usage = common_pb2.Usage(
-            prompt_tokens=self._job.prompt_tokens,
-            completion_tokens=len(self.answer.emitted),
-            cached_tokens=done.usage.cached_tokens,
-        )
+        usage = self.usage
+        usage.cached_tokens = done.usage.cached_tokens
         return Finish(done.reason, usage, done.trace if done.HasField("trace") else None)

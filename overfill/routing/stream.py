@@ -38,28 +38,35 @@ class DecodeConnector(Protocol):
 
 
 class GrpcConnector:
-    """Keeps one channel to every worker that has joined or still runs something."""
+    """Keeps one channel to every worker that is a member, and to every other one while something runs there."""
 
     def __init__(self, tls: ClientTls | None = None) -> None:
         self._tls = tls
         self._connections: dict[tuple[str, int], _Connection] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def channel(self, worker: WorkerInfo) -> grpc.aio.Channel:
-        """The channel to ``worker``, for other services of it."""
-        return self._connection(worker).channel
-
-    def open(self, worker: WorkerInfo, timeout: float | None) -> DecodeStream:
-        connection = self._connection(worker)
-        connection.streams += 1
-        return GrpcDecodeStream(connection, self, worker, timeout)
+    def add(self, worker: WorkerInfo) -> None:
+        """Opens a channel; a worker that joins again gets a new one."""
+        self.forget(worker)
+        self._connections[worker.id, worker.incarnation] = _Connection(open_channel(worker.address, self._tls))
 
     def forget(self, worker: WorkerInfo) -> None:
-        """Closes the channel once nothing runs on it; a worker that comes back gets a new one."""
+        """Closes the channel once nothing runs on it."""
         connection = self._connections.pop((worker.id, worker.incarnation), None)
         if connection is not None:
             connection.forgotten = True
             self._close_idle(connection)
+
+    def channel(self, worker: WorkerInfo) -> grpc.aio.Channel:
+        """The channel to a member, for its other services."""
+        return self._connections[worker.id, worker.incarnation].channel
+
+    def open(self, worker: WorkerInfo, timeout: float | None) -> DecodeStream:
+        connection = self._connections.get((worker.id, worker.incarnation))
+        if connection is None:  # it left a moment ago
+            connection = _Connection(open_channel(worker.address, self._tls), forgotten=True)
+        connection.streams += 1
+        return GrpcDecodeStream(connection, self, worker, timeout)
 
     async def close(self) -> None:
         """Closes every channel; what still runs on one is cancelled."""
@@ -71,12 +78,6 @@ class GrpcConnector:
     def stream_closed(self, connection: _Connection) -> None:
         connection.streams -= 1
         self._close_idle(connection)
-
-    def _connection(self, worker: WorkerInfo) -> _Connection:
-        key = (worker.id, worker.incarnation)
-        if key not in self._connections:
-            self._connections[key] = _Connection(open_channel(worker.address, self._tls))
-        return self._connections[key]
 
     def _close_idle(self, connection: _Connection) -> None:
         if connection.forgotten and not connection.streams:

@@ -1,0 +1,78 @@
+"""Status of the whole stack, asked from the workers themselves, and draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.routing.pool import Roster, Worker
+from overfill.routing.stream import GrpcConnector
+from overfill.rpc.calls import outcome
+from overfill.v1 import admin_pb2, admin_pb2_grpc
+from services.router.registry import Expected
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+STATUS_TIMEOUT = 1.0
+"""Seconds after which a worker counts as silent."""
+
+DRAIN_TIMEOUT = 5.0
+"""Seconds for a worker to say that it drains."""
+
+
+class AdminServicer(admin_pb2_grpc.AdminServicer):
+    """Answers for the router.
+
+    Args:
+        process: the router's own status.
+        drain: drains the router.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        connector: GrpcConnector,
+        expected: Expected,
+        process: Callable[[], admin_pb2.ProcessStatus],
+        drain: Callable[[], None],
+    ) -> None:
+        self._roster = roster
+        self._connector = connector
+        self._expected = expected
+        self._process = process
+        self._drain = drain
+
+    async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
+        return admin_pb2.StatusResponse(
+            process=self._process(),
+            workers=await asyncio.gather(*map(self._ask, self._roster.workers())),
+            complete=self._expected.complete,
+        )
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        if not request.worker_id:
+            self._drain()
+            return admin_pb2.DrainResponse()
+        worker = self._roster.find(request.worker_id)
+        if worker is None:
+            known = ", ".join(w.id for w in self._roster.workers()) or "none"
+            raise InvalidRequest("worker_id", f"no worker {request.worker_id!r} has joined; joined: {known}")
+        stub = admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
+        await outcome(stub.Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT), f"worker {worker.id}")
+        return admin_pb2.DrainResponse()
+
+    async def _ask(self, worker: Worker) -> admin_pb2.WorkerStatus:
+        status = admin_pb2.WorkerStatus(id=worker.id, stage=worker.info.stage, address=worker.info.address)
+        stub = admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
+        try:
+            answer = await outcome(
+                stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT), f"worker {worker.id}"
+            )
+        except OverfillError:
+            return status
+        status.process.CopyFrom(answer.process)
+        return status

@@ -1,0 +1,140 @@
+"""A router, put together: what ``main`` runs, and what tests start in their own process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+
+from overfill import __version__
+from overfill.api.tokenizer import Tokenizer
+from overfill.config import RouterConfig
+from overfill.errors import Unavailable
+from overfill.pair.manifest import Pair
+from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.gate import Gate
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import Roster
+from overfill.routing.stream import GrpcConnector
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.server import RpcServer
+from overfill.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    common_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+)
+from services.router.admin import AdminServicer
+from services.router.inference import InferenceServicer
+from services.router.registry import Expected, RegistryServicer
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE = 0.5
+"""Seconds for last messages to leave once no request runs any more."""
+
+
+class Router:
+    """Serves Inference, Registry and Admin on one port.
+
+    Args:
+        config: checked already.
+
+    Raises:
+        InvalidPair: the pair folder is damaged.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        pair = Pair.load(config.pair)
+        tokenizer = Tokenizer.load(pair.full_path)
+        self._id = f"router-{secrets.token_hex(2)}"
+        self._incarnation = secrets.randbits(64)
+        self._address = ""
+        self._stopping = asyncio.Event()
+        self._connector = GrpcConnector(config.client_tls())
+        roster = Roster(
+            {
+                "wire_version": WIRE_VERSION,
+                "full_digest": pair.full_digest,
+                "tokenizer_digest": pair.tokenizer_digest,
+            }
+        )
+        self.dispatcher = Dispatcher(roster, LeastLoad(), max_queue=config.max_queue)
+        gate = Gate(self.dispatcher)
+        expected = Expected(config.expect_prefill, config.expect_decode)
+        self._inference = InferenceServicer(
+            config.model_name or pair.name,
+            pair,
+            tokenizer,
+            roster,
+            gate,
+            self._connector,
+            max_attempts=config.max_attempts,
+        )
+        self._server = RpcServer(config.server_tls())
+        self._server.add(
+            inference_pb2_grpc.add_InferenceServicer_to_server,
+            self._inference,
+            inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+        )
+        self._server.add(
+            registry_pb2_grpc.add_RegistryServicer_to_server,
+            RegistryServicer(self._id, roster, gate, self._connector, expected),
+            registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
+        )
+        self._server.add(
+            admin_pb2_grpc.add_AdminServicer_to_server,
+            AdminServicer(roster, self._connector, expected, self._status, self.drain),
+            admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+        )
+
+    async def start(self) -> str:
+        """Listens; returns the address in use.
+
+        Raises:
+            Unavailable: the address is taken.
+            TlsError: the host is open to other machines and there is no TLS.
+        """
+        self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
+        self._server.set_ready(True)
+        logger.info("%s listens on %s", self._id, self._address)
+        return self._address
+
+    def drain(self) -> None:
+        """Takes nothing new from now on; ``run`` returns when what runs is done, or the grace period over."""
+        if not self._stopping.is_set():
+            logger.info("%s drains", self._id)
+            self._server.set_ready(False)
+            self._inference.drain()
+            self._stopping.set()
+
+    async def run(self) -> None:
+        """Serves until drained, then stops."""
+        await self._stopping.wait()
+        try:
+            async with asyncio.timeout(self._config.grace_period):
+                await self._inference.wait_idle()
+        except TimeoutError:
+            self._inference.abort_all(
+                Unavailable("the router shut down before the answer was complete; send the request again")
+            )
+        await self._server.stop(STOP_GRACE)
+        await self._connector.close()
+
+    def _status(self) -> admin_pb2.ProcessStatus:
+        draining = self._stopping.is_set()
+        return admin_pb2.ProcessStatus(
+            id=self._id,
+            stage=common_pb2.STAGE_ROUTER,
+            pid=os.getpid(),
+            address=self._address,
+            ready=not draining,
+            draining=draining,
+            software_version=__version__,
+            incarnation=self._incarnation,
+        )
