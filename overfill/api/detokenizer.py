@@ -8,9 +8,10 @@ from overfill.api.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 
-# A character has at most 4 bytes, so 4 tokens; more held ones are bytes that never become a character.
+# A character has at most 4 bytes, so at most 3 tokens lack the rest of theirs. When more are held, they are bytes
+# that never become a character, or U+FFFD itself.
+_MAX_INCOMPLETE = 3
 _MAX_HELD = 8
-_MAX_CHARACTER_TOKENS = 4
 _MAX_CONTEXT = 8
 
 
@@ -45,17 +46,20 @@ class StreamDetokenizer:
         if text and not text.endswith(_REPLACEMENT):
             return self._release(len(self._held), text)
         if len(self._held) > _MAX_HELD:
-            return self._release_invalid(text)
+            return self._release_most()
         return ""
 
-    def _release_invalid(self, text: str) -> str:
-        """Lets go of bytes that can never become a character; keeps the last ones, which may."""
-        for keep in range(1, _MAX_CHARACTER_TOKENS):
-            cut = len(self._held) - keep
-            head = self._text_after_context(self._held[:cut])
-            if head + self._tokenizer.decode(self._held[cut:]) == text:
-                return self._release(cut, head)
-        return self._release(len(self._held), text)
+    def _release_most(self) -> str:
+        """Lets go of all but the last tokens, which may still become a character."""
+
+        def damage(cut: int) -> int:
+            # A cut within a character shows as more replacements than one between characters.
+            head, tail = self._text_after_context(self._held[:cut]), self._tokenizer.decode(self._held[cut:])
+            return head.count(_REPLACEMENT) + tail.count(_REPLACEMENT)
+
+        last = len(self._held)
+        cut = min(range(last - _MAX_INCOMPLETE, last), key=damage)
+        return self._release(cut, self._text_after_context(self._held[:cut]))
 
     def _release(self, count: int, text: str) -> str:
         released = self._held[:count]

@@ -149,7 +149,9 @@ def _welcome(plan: Plan) -> Panel:
     first = plan.addresses[0]
     option = "" if first == "127.0.0.1:7600" else f" --address {first}"
     if plan.client_tls is not None:
-        option += f" --tls-ca {plan.client_tls.ca or 'CA.pem'}"
+        # A stack with a CA of its own also wants to see the client's certificate.
+        ca = plan.client_tls.ca
+        option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
     table.add_row("gRPC", ", ".join(plan.addresses))
     table.add_row("pair", str(plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):

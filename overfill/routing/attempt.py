@@ -64,7 +64,7 @@ class Attempt:
         self._on_reserved(first)
         while True:
             message = await self._next()
-            kind = message.WhichOneof("message") if message is not None else None
+            kind = message.WhichOneof("message")
             if kind == "tokens":
                 self._on_tokens(message.tokens)
             elif kind == "need_prefill":
@@ -148,10 +148,11 @@ class Attempt:
             self._answer.prefill_failures += 1
             if self._answer.prefill_failures >= self._max_prefill_failures:
                 raise GaveUp(self._prefill_error(need))
+        tried = self._prefill if self._prefill and need.worker_id in ("", self._prefill.id) else None
         self._wanted_since = _now()
         self._grant = self._gate.need_prefill(
             self._job,
-            self._prefill,
+            tried,
             failed=failed,
             closed=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
         )

@@ -38,7 +38,6 @@ class Gate:
 
     def lost(self, job: Job, *, gone: bool) -> Grant:
         """Grants a decode worker, after the last one failed the job or is ``gone``."""
-        self._end_wait(job)
         self._dispatcher.lost(job, self._now(), gone=gone)
         return self._grant(job)
 
@@ -53,13 +52,16 @@ class Gate:
         return self._grant(job)
 
     def prefill_done(self, job: Job) -> None:
-        self._dispatcher.prefill_done(job)
-        self.poll()
+        """Gives the prefill slot back, if the job holds one."""
+        if job.prefill is not None:
+            self._dispatcher.prefill_done(job)
+            self.poll()
 
     def finish(self, job: Job) -> None:
         """Frees what the job holds and ends its wait."""
         self._dispatcher.finish(job)
-        self._end_wait(job)
+        if (grant := self._grants.pop(job, None)) is not None:
+            grant.cancel()
         self.poll()
 
     def report(self, worker: Worker, report: registry_pb2.Report) -> None:
@@ -90,10 +92,6 @@ class Gate:
         self._grants[job] = grant
         self.poll()
         return grant
-
-    def _end_wait(self, job: Job) -> None:
-        if (grant := self._grants.pop(job, None)) is not None:
-            grant.cancel()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -202,6 +202,8 @@ class Relay:
             timing.handoff_exposed_ns = done.handoff_exposed_ns
         if done.HasField("decode_ns"):
             timing.decode_ns = done.decode_ns
+        # Of two assignments that crossed a NeedPrefill, only the worker knows which one it took.
+        self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
         usage = self.usage
         usage.cached_tokens = done.usage.cached_tokens
         return Finish(done.reason, usage, done.trace if done.HasField("trace") else None)

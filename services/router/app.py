@@ -44,6 +44,9 @@ class Router:
     Args:
         config: checked already.
 
+    Attributes:
+        roster, dispatcher: who is there, and what runs.
+
     Raises:
         InvalidPair: the pair folder is damaged.
     """
@@ -57,21 +60,21 @@ class Router:
         self._address = ""
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.client_tls())
-        roster = Roster(
+        self.roster = Roster(
             {
                 "wire_version": WIRE_VERSION,
                 "full_digest": pair.full_digest,
                 "tokenizer_digest": pair.tokenizer_digest,
             }
         )
-        self.dispatcher = Dispatcher(roster, LeastLoad(), max_queue=config.max_queue)
+        self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=config.max_queue)
         gate = Gate(self.dispatcher)
         expected = Expected(config.expect_prefill, config.expect_decode)
         self._inference = InferenceServicer(
             config.model_name or pair.name,
             pair,
             tokenizer,
-            roster,
+            self.roster,
             gate,
             self._connector,
             max_attempts=config.max_attempts,
@@ -84,12 +87,12 @@ class Router:
         )
         self._server.add(
             registry_pb2_grpc.add_RegistryServicer_to_server,
-            RegistryServicer(self._id, roster, gate, self._connector, expected),
+            RegistryServicer(self._id, self.roster, gate, self._connector, expected),
             registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
         )
         self._server.add(
             admin_pb2_grpc.add_AdminServicer_to_server,
-            AdminServicer(roster, self._connector, expected, self._status, self.drain),
+            AdminServicer(self.roster, self._connector, expected, self._status, self.drain),
             admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
         )
 

@@ -21,8 +21,8 @@ from overfill.engine.prefill import PrefillEngine
 from overfill.engine.thread import EngineThread
 from overfill.kv.peers import PeerPool
 from overfill.pair.manifest import Pair
-from overfill.params import SamplingParams
 from overfill.pair.reference import TwoStageReference
+from overfill.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
 from overfill.testing.proxy import ThrottlingProxy
@@ -178,12 +178,7 @@ class Workers:
     async def until_empty(self):
         """Both pools are empty within two seconds, and so are the tables of requests."""
         async with asyncio.timeout(2):
-            while (
-                self.full.pool.num_used
-                or self.decoder.pool.num_used
-                or self.prefill.active
-                or self.decode.active
-            ):
+            while self.full.pool.num_used or self.decoder.pool.num_used or self.prefill.active or self.decode.active:
                 await asyncio.sleep(0.01)
         self.full.pool.check_integrity()
         self.decoder.pool.check_integrity()

@@ -334,8 +334,10 @@ def test_a_prefill_worker_of_another_full_model_is_refused(tiny_pair, tmp_path):
     other = make_tiny_pair(tmp_path / "other", seed=1)
     with running_stack(tiny_pair) as (_, address):
         refused = subprocess.run(
-            [sys.executable, "-m", "services.prefill.main", f"--pair={other}", f"--routers={address}"]
-            + ["--dtype=float32", "--kv-memory=4MiB", "--max-model-len=512"],
+            [
+                *(sys.executable, "-m", "services.prefill.main", f"--pair={other}", f"--routers={address}"),
+                *("--dtype=float32", "--kv-memory=4MiB", "--max-model-len=512"),
+            ],
             capture_output=True,
             text=True,
             timeout=60,

@@ -19,8 +19,10 @@ def questions(tmp_path_factory):
 
 def verify(address, pair, questions):
     return subprocess.run(
-        [sys.executable, "-m", "overfill.cli.main", "verify", f"--questions={questions}", "--max-tokens=24"]
-        + [f"--address={address}", f"--pair={pair}"],
+        [
+            *(sys.executable, "-m", "overfill.cli.main", "verify", f"--questions={questions}", "--max-tokens=24"),
+            *(f"--address={address}", f"--pair={pair}"),
+        ],
         capture_output=True,
         text=True,
         timeout=120,

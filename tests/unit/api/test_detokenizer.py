@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from overfill.api.detokenizer import StreamDetokenizer
@@ -26,6 +26,7 @@ def singly(ids: Sequence[int]) -> list[list[int]]:
 
 
 @given(text=texts)
+@example(text="\ufffd\ufffd👨‍👩‍👧")
 @settings(max_examples=300)
 def test_pieces_join_to_the_whole(any_tokenizer: Tokenizer, text: str) -> None:
     ids = any_tokenizer.encode(text)

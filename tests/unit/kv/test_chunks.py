@@ -17,7 +17,6 @@ SPEC = TransferSpec(b"0123456789abcdef", 1, KV, (0, 1, 2, 3), (0, 8))
 BOX = KvRange(1, 3, 2, 5, 0, 2)
 
 
-
 def sealed(payload=None):
     payload = bytes(i % 251 for i in range(SPEC.payload_bytes(BOX))) if payload is None else payload
     return seal(SPEC, BOX, payload)

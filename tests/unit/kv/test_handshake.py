@@ -16,9 +16,7 @@ def test_equal_identities_fit():
 
 
 def test_every_differing_field_is_listed_with_both_values():
-    theirs = dataclasses.replace(
-        MINE, full_digest="cc", kv=KvSpec(30, 3, 64, "float32", RopeSpec(theta=500000.0))
-    )
+    theirs = dataclasses.replace(MINE, full_digest="cc", kv=KvSpec(30, 3, 64, "float32", RopeSpec(theta=500000.0)))
     with pytest.raises(Incompatible) as caught:
         check_compatible(MINE, theirs, "prefill-0")
     assert caught.value.fields == ("full_digest", "kv.dtype", "kv.rope.theta")

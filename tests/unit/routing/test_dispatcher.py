@@ -418,5 +418,5 @@ class Dispatching(RuleBasedStateMachine):
         assert all(w.in_flight == 0 for w in self.roster.workers())
 
 
-Dispatching.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Dispatching.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestDispatching = Dispatching.TestCase

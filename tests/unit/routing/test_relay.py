@@ -147,7 +147,7 @@ def flat(batches):
 
 async def until(condition):
     """Lets the event loop run until ``condition`` holds."""
-    while not condition():  # noqa: ASYNC110
+    while not condition():
         await asyncio.sleep(0)
 
 
@@ -324,6 +324,15 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         stream.tokens(1, 8)
         assert (await relay.next()).ids == [8]
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
+
+
+async def test_the_decode_worker_knows_best_whose_kv_it_used(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.done(prefill_worker_id="p9")
+        await read_all(relay)
+        assert relay.answer.prefill_worker == "p9"
 
 
 async def test_prefill_that_keeps_failing_ends_the_request(stack):

@@ -1,0 +1,557 @@
+"""The real router on loopback, with decode workers that the test plays."""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import grpc
+import pytest
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.client import AsyncClient
+from overfill.config import RouterConfig
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    PromptTooLong,
+    Unavailable,
+)
+from overfill.pair.manifest import Pair
+from overfill.params import SamplingParams
+from overfill.rpc.channel import open_channel
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.membership import Membership
+from overfill.rpc.server import RpcServer
+from overfill.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    registry_pb2,
+)
+from services.router.app import Router
+
+STOP = common_pb2.FINISH_REASON_STOP
+LENGTH = common_pb2.FINISH_REASON_LENGTH
+PROMPT = [10, 11, 12]
+
+
+async def until(condition):
+    """Polls, since what a router knows about others has no event to wait for."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+class Call:
+    """One Decode.Generate, seen from the worker."""
+
+    def __init__(self, start, requests, context):
+        self.start = start
+        self.context = context
+        self.ended = asyncio.Event()
+        self.outbox = asyncio.Queue()
+        self._requests = requests
+
+    def say(self, **message):
+        self.outbox.put_nowait(decode_pb2.DecodeResponse(**message))
+
+    def tokens(self, first, ids, **more):
+        self.say(tokens=decode_pb2.Tokens(first_index=first, ids=ids, **more))
+
+    def done(self, reason=STOP, **more):
+        self.say(done=decode_pb2.DecodeDone(reason=reason, **more))
+        self.outbox.put_nowait(None)
+
+    def refuse(self):
+        self.say(refused=decode_pb2.Refused(reason="full"))
+        self.outbox.put_nowait(None)
+
+    async def reserve(self):
+        """Answers Reserved; returns the assigned prefill worker."""
+        self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=1000))
+        return (await anext(self._requests)).assign_prefill
+
+    async def answer(self, ids, reason=STOP):
+        await self.reserve()
+        self.tokens(len(self.start.emitted_token_ids), ids)
+        self.done(reason)
+
+
+class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
+    """A worker process without an engine: the test takes its calls and answers them."""
+
+    def __init__(self, name, pair, stage, *, wire_version=WIRE_VERSION, total=128):
+        config = pair.full_config
+        self.calls = asyncio.Queue()
+        self.silent = False
+        self.drained = asyncio.Event()
+        self.refusal = asyncio.Queue()
+        self.credits = 8
+        self.hello = registry_pb2.Hello(
+            worker_id=name,
+            incarnation=int.from_bytes(os.urandom(4), "big"),
+            stage=stage,
+            wire_version=wire_version,
+            software_version="9.9.9",
+            model=common_pb2.ModelIdentity(full_digest=pair.full_digest, tokenizer_digest=pair.tokenizer_digest),
+            kv=config.kv_spec("float32").to_proto(),
+            max_model_len=config.max_positions,
+            vocab_size=config.vocab_size,
+        )
+        self.load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=16)
+
+    async def Generate(self, requests, context):
+        call = Call((await anext(requests)).start, requests, context)
+        self.calls.put_nowait(call)
+        try:
+            while (item := await call.outbox.get()) is not None:
+                await context.write(item)
+        finally:
+            call.ended.set()
+
+    async def Status(self, request, context):
+        if self.silent:
+            await asyncio.Event().wait()
+        process = admin_pb2.ProcessStatus(id=self.hello.worker_id, pid=42, load=self.load)
+        return admin_pb2.StatusResponse(process=process)
+
+    async def Drain(self, request, context):
+        self.drained.set()
+        return admin_pb2.DrainResponse()
+
+    async def serve(self, router):
+        self._server = RpcServer()
+        self._server.add(decode_pb2_grpc.add_DecodeServicer_to_server, self, "overfill.v1.Decode")
+        self._server.add(admin_pb2_grpc.add_AdminServicer_to_server, self, "overfill.v1.Admin")
+        self.hello.address = await self._server.start("127.0.0.1:0")
+        self.membership = Membership(self.hello, [router], self._report, on_refused=self.refusal.put_nowait)
+        await self.membership.start()
+
+    async def kill(self):
+        """As if the process died: streams break, nothing is said."""
+        await self._server.stop(0)
+        await self.membership.stop()
+
+    def _report(self, routers):
+        return registry_pb2.Report(load=self.load, credits=self.credits, ready=True)
+
+
+class Stack:
+    """A router and its workers."""
+
+    def __init__(self, router, address, pair, exits):
+        self.router = router
+        self.address = address
+        self.pair = pair
+        self._exits = exits
+
+    async def add(self, name, stage=common_pb2.STAGE_DECODE, **arguments):
+        worker = Worker(name, self.pair, stage, **arguments)
+        await worker.serve(self.address)
+        self._exits.push_async_callback(worker.kill)
+        return worker
+
+    async def joined(self, *names):
+        """Returns once exactly these workers can be given work."""
+        await until(lambda: {w.id for w in self.router.roster.workers() if w.credits_left} == set(names))
+
+    async def idle(self):
+        """Returns once nothing is in flight."""
+        await until(lambda: not self.router.dispatcher.num_jobs)
+        assert all(w.in_flight == 0 for w in self.router.roster.workers())
+
+
+@asynccontextmanager
+async def running(pair_folder, **config):
+    async with AsyncExitStack() as exits:
+        router = Router(RouterConfig(pair=pair_folder, port=0, grace_period=5, **config))
+        address = await router.start()
+        serving = asyncio.create_task(router.run())
+        try:
+            yield Stack(router, address, Pair.load(pair_folder), exits)
+        finally:
+            router.drain()
+            await serving
+
+
+@pytest.fixture
+async def stack(tiny_pair):
+    """One prefill and two decode workers."""
+    async with running(tiny_pair, max_attempts=3) as stack:
+        stack.prefill = await stack.add("p0", common_pb2.STAGE_PREFILL)
+        stack.first = await stack.add("d0")
+        await stack.joined("p0", "d0")
+        yield stack
+        await stack.idle()
+
+
+@pytest.fixture
+async def client(stack):
+    async with AsyncClient(stack.address) as client:
+        yield client
+
+
+@pytest.fixture
+async def stub(stack):
+    """For tests that are closer to the wire than the SDK."""
+    channel = open_channel(stack.address)
+    yield inference_pb2_grpc.InferenceStub(channel)
+    await channel.close(None)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_pair):
+    return Tokenizer.load(tiny_pair / "full")
+
+
+def greedy(max_tokens=16):
+    return SamplingParams(temperature=0, max_tokens=max_tokens)
+
+
+def request(**more):
+    return inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        sampling=common_pb2.SamplingParams(temperature=0, max_tokens=16),
+        **more,
+    )
+
+
+async def test_an_answer_with_everything_the_client_is_told(stack, client, tokenizer):
+    ids = tokenizer.encode("an answer")
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), request_id="mine"))
+    call = await stack.first.calls.get()
+    assert list(call.start.prompt_token_ids) == PROMPT
+    assert call.start.request_id == "mine"
+    assert tuple(call.start.eos_token_ids) == tokenizer.eos_token_ids
+    assert call.start.sampling.HasField("seed")
+    assert call.start.sampling.max_tokens == 16
+    target = await call.reserve()
+    assert target.worker_id == "p0"
+    assert target.address == stack.prefill.hello.address
+    call.tokens(0, ids[:1], prefill_queue_ns=1, prefill_compute_ns=2, return_ns=3)
+    call.tokens(1, ids[1:])
+    call.done(prefill_worker_id="p0", handoff_exposed_ns=5, decode_ns=6)
+    answer = await asking
+    assert answer.text == "an answer"
+    assert list(answer.token_ids) == ids
+    assert answer.finish_reason == "stop"
+    assert (answer.request_id, answer.prefill_worker, answer.decode_worker) == ("mine", "p0", "d0")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, len(ids))
+    assert answer.migrations == 0
+    timing = answer.timing
+    assert timing.decode_reservation == pytest.approx(1e-6)
+    assert (timing.prefill_queue, timing.prefill_compute) == (pytest.approx(1e-9), pytest.approx(2e-9))
+    assert timing.return_path > 3e-9
+    assert 0 < timing.router_queue < timing.ttft <= timing.total
+    assert (timing.handoff_exposed, timing.decode) == (pytest.approx(5e-9), pytest.approx(6e-9))
+
+
+async def test_a_chat_is_rendered_with_the_template_of_the_checkpoint(stack, client, tokenizer):
+    messages = [{"role": "user", "content": "hi"}]
+    asking = asyncio.create_task(client.generate(messages, sampling=greedy()))
+    call = await stack.first.calls.get()
+    assert list(call.start.prompt_token_ids) == tokenizer.encode_chat(messages)
+    await call.answer(tokenizer.encode("hello"))
+    assert (await asking).text == "hello"
+
+
+async def test_a_stop_string_cuts_the_answer_and_cancels_the_worker(stack, client, tokenizer):
+    ids = tokenizer.encode("one two END three")
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(64), stop=["END"]))
+    call = await stack.first.calls.get()
+    await call.reserve()
+    call.tokens(0, ids)  # and no Done: the worker would go on
+    answer = await asking
+    await call.ended.wait()
+    assert answer.text == "one two "
+    assert (answer.finish_reason, answer.stop) == ("stop", "END")
+    assert answer.usage.completion_tokens == len(answer.token_ids) < len(ids)
+
+
+async def test_a_refused_request_goes_to_another_worker(stack, client):
+    second = await stack.add("d1")
+    await stack.joined("p0", "d0", "d1")
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+    (await stack.first.calls.get()).refuse()
+    await (await second.calls.get()).answer([20, 21])
+    answer = await asking
+    assert (answer.decode_worker, answer.migrations) == ("d1", 0)
+
+
+async def test_a_refused_request_comes_back_to_a_lone_worker_after_its_report(stack, client):
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+    (await stack.first.calls.get()).refuse()
+    await (await stack.first.calls.get()).answer([20])
+    assert list((await asking).token_ids) == [20]
+
+
+async def test_another_worker_goes_on_when_one_dies_in_the_middle(stack, client):
+    second = await stack.add("d1")
+    await stack.joined("p0", "d0", "d1")
+    seen = []
+    async with client.stream(PROMPT, sampling=greedy()) as stream:
+        call = await stack.first.calls.get()
+        await call.reserve()
+        call.tokens(0, [20, 21])
+        seen += (await anext(stream)).token_ids
+        await stack.first.kill()
+        again = await second.calls.get()
+        assert list(again.start.emitted_token_ids) == [20, 21]
+        assert again.start.attempt == 1
+        await again.answer([22, 23])
+        async for delta in stream:
+            seen += delta.token_ids
+        assert seen == [20, 21, 22, 23]
+        assert (stream.answer.migrations, stream.answer.decode_worker) == (1, "d1")
+
+
+async def test_a_request_that_every_worker_drops_ends_with_what_had_been_produced(stack, client):
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+    for index in range(3):
+        call = await stack.first.calls.get()
+        await call.reserve()
+        call.tokens(index, [20 + index])
+        call.outbox.put_nowait(None)  # ends the stream without Done
+    with pytest.raises(Unavailable, match="3 attempts; 3 tokens had been produced"):
+        await asking
+
+
+@pytest.mark.parametrize("phase", ["started", "reserved", "running"])
+async def test_a_client_that_gives_up_cancels_the_worker(stack, stub, phase):
+    answering = stub.Generate(request())
+    call = await stack.first.calls.get()
+    if phase != "started":
+        await call.reserve()
+    if phase == "running":
+        call.tokens(0, [20])
+        assert (await answering.read()).HasField("accepted")
+        assert (await answering.read()).HasField("delta")
+    answering.cancel()
+    await call.ended.wait()
+    await stack.idle()
+
+
+async def test_a_client_that_gives_up_while_waiting_leaves_nothing_behind(stack, stub):
+    stack.first.credits = 0
+    stack.first.membership.notify()
+    await stack.joined("p0")
+    answering = stub.Generate(request())
+    assert (await answering.read()).HasField("accepted")
+    answering.cancel()
+    await stack.idle()
+    assert stack.first.calls.empty()
+
+
+async def test_a_client_that_stops_reading_stalls_nobody(stack, client):
+    count = 1900
+    # A connection that takes little, so that writes to it wait.
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    channel = grpc.aio.insecure_channel(stack.address, options=narrow)
+    stub = inference_pb2_grpc.InferenceStub(channel)
+    top = common_pb2.TokenLogprobs(top_ids=range(20), top_logprobs=[-1.0] * 20)
+    asked = request()
+    asked.sampling.max_tokens = count
+    asked.sampling.logprobs = 20
+    slow = stub.Generate(asked)
+    call = await stack.first.calls.get()
+    await call.reserve()
+    for index in range(count):  # some 250 kB
+        call.tokens(index, [index % 500], logprobs=[top])
+    call.done(LENGTH)
+    await call.ended.wait()
+
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+    await (await stack.first.calls.get()).answer([20])
+    assert list((await asking).token_ids) == [20]
+
+    ids, messages = [], 0
+    async for response in slow:
+        if response.HasField("delta"):
+            assert response.delta.first_index == len(ids)
+            ids += response.delta.token_ids
+            messages += 1
+    assert ids == [index % 500 for index in range(count)]
+    assert messages < count, "what was not read has merged"
+    await channel.close(None)
+
+
+async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), timeout=0.3))
+    call = await stack.first.calls.get()
+    assert 0 < call.context.time_remaining() <= 0.3
+    with pytest.raises(DeadlineExceeded):
+        await asking
+    await call.ended.wait()
+
+
+async def test_a_resubmitted_request_goes_on_behind_the_clients_tokens(stack, client):
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20, 21]))
+    call = await stack.first.calls.get()
+    assert list(call.start.emitted_token_ids) == [20, 21]
+    await call.answer([22])
+    answer = await asking
+    assert list(answer.token_ids)[-1] == 22
+    assert answer.usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"prompt": PROMPT, "model": "another"}, ModelNotFound),
+        ({"prompt": []}, InvalidRequest),
+        ({"prompt": [10**6]}, InvalidRequest),
+        ({"prompt": list(range(100)) * 30}, PromptTooLong),
+        ({"prompt": PROMPT, "sampling": SamplingParams(max_tokens=2040)}, None),
+        ({"prompt": PROMPT, "sampling": SamplingParams(max_tokens=2046)}, PromptTooLong),
+    ],
+)
+async def test_bad_requests_are_refused_before_any_worker_hears_of_them(stack, client, arguments, error):
+    asking = asyncio.create_task(client.generate(**arguments))
+    if error is None:
+        await (await stack.first.calls.get()).answer([20])
+        await asking
+        return
+    with pytest.raises(error):
+        await asking
+    assert stack.first.calls.empty()
+
+
+async def test_a_full_queue_refuses(tiny_pair):
+    async with running(tiny_pair, max_queue=1) as stack, AsyncClient(stack.address) as client:
+        waiting = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+        await until(lambda: stack.router.dispatcher.num_waiting)
+        with pytest.raises(Overloaded):
+            await client.generate(PROMPT, sampling=greedy())
+        waiting.cancel()
+        await stack.idle()
+
+
+async def test_a_request_waits_for_the_first_workers(tiny_pair):
+    async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
+        asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+        await stack.add("p0", common_pb2.STAGE_PREFILL)
+        decode = await stack.add("d0")
+        await (await decode.calls.get()).answer([20])
+        assert list((await asking).token_ids) == [20]
+        await stack.idle()
+
+
+async def test_status_asks_the_workers_and_shows_a_silent_one(stack, client):
+    stack.first.load.running = 3
+    stack.prefill.silent = True
+    status = await client.status()
+    by_id = {w.id: w for w in status.workers}
+    assert list(by_id) == ["p0", "d0"]
+    assert by_id["d0"].process.load.running == 3
+    assert by_id["d0"].process.pid == 42
+    assert by_id["p0"].process is None
+    assert by_id["p0"].address == stack.prefill.hello.address
+    assert status.process.pid == os.getpid()
+    assert status.process.address == stack.address
+
+
+async def test_a_stack_is_complete_once_all_were_ready_and_stays_so(tiny_pair):
+    async with running(tiny_pair, expect_prefill=1, expect_decode=1) as stack, AsyncClient(stack.address) as client:
+        prefill = await stack.add("p0", common_pb2.STAGE_PREFILL)
+        await stack.joined("p0")
+        assert not (await client.status()).complete
+        await stack.add("d0")
+        await stack.joined("p0", "d0")
+        assert (await client.status()).complete
+        await prefill.kill()
+        await stack.joined("d0")
+        assert (await client.status()).complete
+
+
+async def test_models_are_listed(stack, client, tiny_pair):
+    [model] = await client.models()
+    assert model.name == tiny_pair.name
+    assert model.max_model_len == 2048
+    assert model.dtype == "float32"
+
+
+async def test_a_worker_of_another_wire_version_is_refused_naming_both(stack):
+    worker = await stack.add("old", wire_version=WIRE_VERSION + 1)
+    error = await worker.refusal.get()
+    assert isinstance(error, Incompatible)
+    assert f"wire version {WIRE_VERSION + 1} (software 9.9.9); this router speaks {WIRE_VERSION}" in str(error)
+
+
+async def test_a_worker_of_another_model_is_refused(stack, tiny_pair):
+    worker = Worker("other", stack.pair, common_pb2.STAGE_DECODE)
+    worker.hello.model.full_digest = "another"
+    await worker.serve(stack.address)
+    try:
+        assert (await worker.refusal.get()).fields == ("full_digest",)
+    finally:
+        await worker.kill()
+
+
+async def test_drain_is_passed_on_to_a_worker(stack):
+    channel = open_channel(stack.address)
+    stub = admin_pb2_grpc.AdminStub(channel)
+    await stub.Drain(admin_pb2.DrainRequest(worker_id="d0"))
+    assert stack.first.drained.is_set()
+    with pytest.raises(grpc.RpcError) as caught:
+        await stub.Drain(admin_pb2.DrainRequest(worker_id="d9"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await channel.close(None)
+
+
+async def test_a_draining_router_finishes_what_runs_and_takes_nothing_new(tiny_pair):
+    async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
+        await stack.add("p0", common_pb2.STAGE_PREFILL)
+        worker = await stack.add("d0")
+        await stack.joined("p0", "d0")
+        asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+        call = await worker.calls.get()
+        stack.router.drain()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await client.generate(PROMPT, sampling=greedy())
+        await call.answer([20])
+        assert list((await asking).token_ids) == [20]
+
+
+async def test_a_request_that_outlives_the_grace_period_gets_a_clean_error(tiny_pair):
+    async with AsyncExitStack() as exits:
+        router = Router(RouterConfig(pair=tiny_pair, port=0, grace_period=0))
+        stack = Stack(router, await router.start(), Pair.load(tiny_pair), exits)
+        serving = asyncio.create_task(router.run())
+        await stack.add("p0", common_pb2.STAGE_PREFILL)
+        worker = await stack.add("d0")
+        await stack.joined("p0", "d0")
+        client = await exits.enter_async_context(AsyncClient(stack.address))
+        asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+        call = await worker.calls.get()
+        await call.reserve()
+        call.tokens(0, [20])
+        router.drain()
+        with pytest.raises(Unavailable, match="shut down before the answer was complete"):
+            await asking
+        await serving
+        await call.ended.wait()
+
+
+async def test_the_process_drains_on_sigterm_and_exits_0(tiny_pair):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "services.router.main",
+        f"--pair={tiny_pair}",
+        "--port=0",
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async for line in process.stderr:
+        if b"listens on" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    await process.stderr.read()
+    assert await process.wait() == 0

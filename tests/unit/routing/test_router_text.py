@@ -1,0 +1,77 @@
+import pytest
+
+from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.tokenizer import Tokenizer
+from overfill.routing.answer import TokenBatch
+from overfill.testing.tiny import make_tiny_pair
+from overfill.v1 import common_pb2
+from services.router.text import AnswerText
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.load(make_tiny_pair(tmp_path_factory.mktemp("pair") / "tiny") / "full")
+
+
+def write(tokenizer, ids, cuts, stops=(), replayed=()):
+    """Pushes ``ids`` cut into batches of ``cuts`` tokens; returns the text, the token ids and the state."""
+    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed)
+    pieces, tokens, first = [], [], len(replayed)
+    for start in range(0, len(ids), cuts):
+        if text.stop is not None:
+            break
+        logprobs = [common_pb2.TokenLogprobs(logprob=-1.0) for _ in ids[start : start + cuts]]
+        delta = text.push(TokenBatch(first + start, 0.0, list(ids[start : start + cuts]), logprobs))
+        assert delta.first_index == first + start
+        assert len(delta.logprobs) == len(delta.token_ids)
+        pieces.append(delta.text)
+        tokens += delta.token_ids
+    if text.stop is None and (rest := text.finish()) is not None:
+        pieces.append(rest.text)
+        assert not rest.token_ids
+    return "".join(pieces), tokens, text
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+def test_text_does_not_depend_on_how_batches_are_cut(tokenizer, cuts):
+    ids = tokenizer.encode("Grüße, 世界 🎉 and the rest of it")
+    text, tokens, state = write(tokenizer, ids, cuts)
+    assert text == "Grüße, 世界 🎉 and the rest of it"
+    assert tokens == ids
+    assert state.num_tokens == len(ids)
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+def test_a_stop_string_cuts_text_exactly_and_tokens_behind_it(tokenizer, cuts):
+    ids = tokenizer.encode("one two END three four")
+    text, tokens, state = write(tokenizer, ids, cuts, stops=["END", "four"])
+    assert text == "one two "
+    assert state.stop == "END"
+    assert tokens == ids[: len(tokens)]
+    assert "END" in tokenizer.decode(tokens)
+    assert "END" not in tokenizer.decode(tokens[:-1])
+    assert state.num_tokens == len(tokens)
+
+
+def test_what_may_become_a_stop_string_is_held_back_and_released_at_the_end(tokenizer):
+    text, _, state = write(tokenizer, tokenizer.encode("one EN"), 1, stops=["END"])
+    assert text == "one EN"
+    assert state.stop is None
+
+
+def test_replayed_tokens_are_not_said_again_but_count_for_stop_strings(tokenizer):
+    ids = tokenizer.encode("one two END three")
+    cut = next(i for i in range(len(ids)) if "E" in tokenizer.decode(ids[:i]))
+    before, _, _ = write(tokenizer, ids[:cut], 1, stops=["END"])
+    said = AnswerText(StreamDetokenizer(tokenizer), ["END"])
+    held_back = said.push(TokenBatch(0, 0.0, list(ids[:cut]))).text
+    assert held_back != before, "the E is held back"
+    text, tokens, state = write(tokenizer, ids[cut:], 1, stops=["END"], replayed=ids[:cut])
+    assert held_back + text == "one two "
+    assert state.stop == "END"
+    assert state.num_tokens == cut + len(tokens)
+
+
+def test_a_stop_string_within_replayed_tokens_ends_the_answer_at_once(tokenizer):
+    ids = tokenizer.encode("one END")
+    assert AnswerText(StreamDetokenizer(tokenizer), ["END"], ids).stop == "END"

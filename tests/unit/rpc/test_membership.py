@@ -1,0 +1,221 @@
+"""A worker's membership against registries that the test plays, on loopback."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from overfill.errors import Incompatible, Unavailable
+from overfill.rpc import membership as membership_module
+from overfill.rpc.membership import Membership
+from overfill.rpc.server import RpcServer
+from overfill.v1 import registry_pb2, registry_pb2_grpc
+
+SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
+
+
+class Registry(registry_pb2_grpc.RegistryServicer):
+    """Records what workers say; ``outbox`` goes to them; ``error`` refuses them."""
+
+    def __init__(self):
+        self.hellos = asyncio.Queue()
+        self.reports = asyncio.Queue()
+        self.outbox = asyncio.Queue()
+        self.errors = []
+
+    async def Join(self, requests, context):
+        first = await anext(requests)
+        await self.hellos.put(first.hello)
+        if self.errors:
+            raise self.errors.pop(0)
+        await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id="r")))
+        sending = asyncio.create_task(self._send(context))
+        try:
+            async for message in requests:
+                await self.reports.put(message.report)
+        finally:
+            sending.cancel()
+
+    async def _send(self, context):
+        while True:
+            message = await self.outbox.get()
+            if message is None:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+            await context.write(message)
+
+    async def report_with(self, credits):
+        while (await self.reports.get()).credits != credits:
+            pass
+
+
+@asynccontextmanager
+async def registry(address="127.0.0.1:0"):
+    server, servicer = RpcServer(), Registry()
+    server.add(registry_pb2_grpc.add_RegistryServicer_to_server, servicer, SERVICE)
+    bound = await server.start(address)
+    try:
+        yield servicer, bound
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def member(*routers, report=None, **arguments):
+    hello = registry_pb2.Hello(worker_id="w", incarnation=5)
+    report = report or (lambda routers: registry_pb2.Report(credits=12 // max(1, routers), ready=True))
+    membership = Membership(hello, routers, report, **arguments)
+    await membership.start()
+    try:
+        yield membership
+    finally:
+        await membership.stop()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(membership_module, "BACKOFF_FIRST", 0.01)
+    monkeypatch.setattr(membership_module, "BACKOFF_CAP", 0.02)
+    monkeypatch.setattr(membership_module, "RESOLVE_INTERVAL", 0.01)
+
+
+async def test_a_worker_says_hello_and_reports():
+    async with registry() as (router, address), member(address) as worker:
+        hello = await router.hellos.get()
+        assert (hello.worker_id, hello.incarnation) == ("w", 5)
+        report = await router.reports.get()
+        assert (report.credits, report.ready) == (12, True)
+        await worker.joined.wait()
+
+
+async def test_reports_come_again_without_any_change(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
+    async with registry() as (router, address), member(address):
+        for _ in range(3):
+            await router.reports.get()
+
+
+async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 3600.0)
+    credits = [1]
+    async with (
+        registry() as (router, address),
+        member(address, report=lambda _: registry_pb2.Report(credits=credits[0])) as worker,
+    ):
+        await router.report_with(1)
+        credits[0] = 2
+        for _ in range(50):
+            worker.notify()
+        await router.report_with(2)
+
+
+async def test_credits_are_divided_among_the_routers_that_are_there():
+    async with registry() as (first, one), registry() as (second, two), member(one, two):
+        await first.report_with(6)
+        await second.report_with(6)
+
+
+async def test_credits_are_not_divided_with_a_router_that_is_away():
+    async with registry() as (first, one), registry() as (second, two), member(one, two):
+        await second.report_with(6)
+        second.errors.append(Unavailable("restarting"))
+        second.outbox.put_nowait(None)
+        await first.report_with(12)
+
+
+async def test_a_broken_stream_is_opened_again():
+    async with registry() as (router, address), member(address):
+        await router.reports.get()
+        router.outbox.put_nowait(None)
+        await router.hellos.get()
+        assert (await router.hellos.get()).incarnation == 5
+        await router.reports.get()
+
+
+async def test_a_router_that_starts_later_is_joined():
+    async with registry() as (_, address):
+        pass
+    async with member(address) as worker:
+        assert not worker.joined.is_set()
+        async with registry(address) as (router, _):
+            await router.reports.get()
+            await worker.joined.wait()
+
+
+async def test_recalled_credits_are_given_back_to_that_router_only(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.05)
+    async with registry() as (first, one), registry() as (second, two), member(one, two):
+        await first.report_with(6)
+        await second.report_with(6)
+        first.outbox.put_nowait(registry_pb2.JoinResponse(recall=registry_pb2.RecallCredits(keep=2)))
+        await first.report_with(2)
+        assert (await second.reports.get()).credits == 6
+
+
+async def test_a_refusal_for_good_is_told_and_not_repeated():
+    refusals = asyncio.Queue()
+    async with registry() as (router, address):
+        router.errors.append(Incompatible("wire version 1, not 2", ["wire_version"]))
+        async with member(address, on_refused=refusals.put_nowait) as worker:
+            error = await refusals.get()
+            assert error.fields == ("wire_version",)
+            assert "wire version 1, not 2" in str(error)
+            assert not worker.joined.is_set()
+            assert router.hellos.qsize() == 1
+
+
+async def test_another_error_is_retried():
+    async with registry() as (router, address):
+        router.errors += [Unavailable("draining"), Unavailable("draining")]
+        async with member(address):
+            await router.reports.get()
+            assert router.hellos.qsize() == 3
+
+
+async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
+    async with registry() as (first, one), registry() as (second, two):
+        found = {one}
+
+        async def resolve(target):
+            assert target == "routers.internal:7600"
+            return set(found)
+
+        monkeypatch.setattr(membership_module, "resolve", resolve)
+        async with member("dns:///routers.internal:7600") as worker:
+            await first.report_with(12)
+            found.add(two)
+            await second.report_with(6)
+            assert worker.num_joined == 2
+            found.discard(one)
+            await second.report_with(12)
+
+
+async def test_a_name_that_cannot_be_resolved_keeps_the_streams_there_are(monkeypatch):
+    async with registry() as (router, address):
+        failures = asyncio.Queue()
+        answers = [{address}]
+
+        async def resolve(target):
+            if answers:
+                return answers.pop()
+            failures.put_nowait(None)
+            raise OSError("no such name")
+
+        monkeypatch.setattr(membership_module, "resolve", resolve)
+        async with member("dns:///routers.internal:7600") as worker:
+            await router.reports.get()
+            await failures.get()
+            await failures.get()
+            assert worker.num_joined == 1
+
+
+async def test_a_name_resolves_to_addresses_with_its_port():
+    assert "127.0.0.1:7600" in await membership_module.resolve("127.0.0.1:7600")
+
+
+async def test_a_worker_that_stops_leaves():
+    async with registry() as (_, address):
+        async with member(address) as worker:
+            await worker.joined.wait()
+        assert not worker.joined.is_set()
+        assert worker.num_joined == 0
