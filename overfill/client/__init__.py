@@ -5,7 +5,7 @@
     from overfill.client import Client, Message
 
     with Client("127.0.0.1:7600") as client:
-        print(client.generate([Message("user", "Hello!")]).text)
+        print(client.chat([Message("user", "Hello!")]).text)
         with client.stream("Once upon a time") as stream:
             for delta in stream:
                 print(delta.text, end="")
@@ -27,7 +27,7 @@ from overfill.client.answers import (
     Trace,
     Usage,
 )
-from overfill.client.requests import Message, Prompt
+from overfill.client.requests import Message, Options, Prompt
 from overfill.client.status import (
     KvShape,
     Model,
@@ -72,6 +72,7 @@ __all__ = [
     "Model",
     "ModelIdentity",
     "ModelNotFound",
+    "Options",
     "OverfillError",
     "Overloaded",
     "PrefillTrace",

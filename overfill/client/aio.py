@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
 
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
 from overfill.client.attempts import Attempts
-from overfill.client.requests import Prompt, build_request, check_timeout, split_addresses
+from overfill.client.requests import (
+    Message,
+    Options,
+    Prompt,
+    build_request,
+    check_timeout,
+    split_addresses,
+)
 from overfill.client.status import Model, StackStatus
 from overfill.errors import RequestCancelled
-from overfill.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -100,57 +106,23 @@ class AsyncClient:
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        *,
-        model: str = "",
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        timeout: float | None = None,
-        request_id: str = "",
-        resume_token_ids: Sequence[int] = (),
-        trace: bool = False,
-    ) -> Answer:
+    async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """A whole answer; arguments and errors as in ``Client.generate``."""
-        stream = self.stream(
-            prompt,
-            model=model,
-            sampling=sampling,
-            stop=stop,
-            timeout=timeout,
-            request_id=request_id,
-            resume_token_ids=resume_token_ids,
-            trace=trace,
-        )
+        stream = self.stream(prompt, **options)
         async with stream:
             async for _ in stream:
                 pass
             return stream.answer
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        model: str = "",
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        timeout: float | None = None,
-        request_id: str = "",
-        resume_token_ids: Sequence[int] = (),
-        trace: bool = False,
-    ) -> AsyncStream:
+    async def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Unpack[Options]) -> Answer:
+        """The whole next turn of a conversation; as ``generate`` with a list of messages."""
+        return await self.generate(messages, **options)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """As ``generate``, but token by token."""
+        timeout = options.get("timeout")
         check_timeout(timeout)
-        request = build_request(
-            prompt,
-            model=model,
-            sampling=sampling,
-            stop=stop,
-            request_id=request_id,
-            resume_token_ids=resume_token_ids,
-            trace=trace,
-        )
+        request = build_request(prompt, options)
 
         def start(address: str, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channel(address))

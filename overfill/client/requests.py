@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 from overfill.errors import InvalidRequest
 from overfill.params import SamplingParams, check_token_ids
@@ -28,26 +28,43 @@ A chat message may also be a mapping with ``role`` and ``content``.
 """
 
 
-def build_request(
-    prompt: Prompt,
-    *,
-    model: str,
-    sampling: SamplingParams | None,
-    stop: Sequence[str],
-    request_id: str,
-    resume_token_ids: Sequence[int],
-    trace: bool,
-) -> inference_pb2.GenerateRequest:
-    """The request, checked as far as can be without the model. Raises InvalidRequest naming the field."""
+class Options(TypedDict, total=False):
+    """What may go with every prompt; all by keyword, all optional.
+
+    Keys:
+        model: empty means the only one served.
+        sampling: None means the defaults of SamplingParams.
+        stop: strings that end the answer; not part of it.
+        timeout: seconds for the whole request; None means no limit.
+        request_id: empty lets the router make one.
+        resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
+        trace: ask for ``Answer.trace``.
+    """
+
+    model: str
+    sampling: SamplingParams | None
+    stop: Sequence[str]
+    timeout: float | None
+    request_id: str
+    resume_token_ids: Sequence[int]
+    trace: bool
+
+
+def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
+    """The request, checked as far as can be without the model. Raises InvalidRequest naming the field.
+
+    ``timeout`` is not part of it: it travels as the RPC's deadline.
+    """
+    stop, sampling = options.get("stop", ()), options.get("sampling")
     if isinstance(stop, str):
         raise InvalidRequest("stop", "give a sequence of strings, not one string")
     request = inference_pb2.GenerateRequest(
-        model=_text("model", model),
+        model=_text("model", options.get("model", "")),
         sampling=sampling.to_proto() if sampling is not None else None,
         stop=[_text("stop", s) for s in stop],
-        resume_token_ids=_ids("resume_token_ids", resume_token_ids),
-        request_id=_text("request_id", request_id),
-        trace=trace,
+        resume_token_ids=_ids("resume_token_ids", options.get("resume_token_ids", ())),
+        request_id=_text("request_id", options.get("request_id", "")),
+        trace=options.get("trace", False),
     )
     if isinstance(prompt, str):
         request.text = _text("text", prompt)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
 from overfill.client.attempts import Attempts
-from overfill.client.requests import Prompt, build_request, check_timeout, split_addresses
+from overfill.client.requests import (
+    Message,
+    Options,
+    Prompt,
+    build_request,
+    check_timeout,
+    split_addresses,
+)
 from overfill.client.status import Model, StackStatus
-from overfill.params import SamplingParams
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -91,70 +97,29 @@ class Client:
         self._addresses = split_addresses(address)
         self._channels = {a: open_sync_channel(a, tls) for a in self._addresses}
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        model: str = "",
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        timeout: float | None = None,
-        request_id: str = "",
-        resume_token_ids: Sequence[int] = (),
-        trace: bool = False,
-    ) -> Answer:
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """A whole answer to ``prompt``: text, token ids, or a chat as a list of messages.
 
-        Args:
-            model: empty means the only one served.
-            sampling: None means the defaults of SamplingParams.
-            stop: strings that end the answer; not part of it.
-            timeout: seconds for the whole request; None means no limit.
-            request_id: empty lets the router make one.
-            resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
-            trace: ask for ``Answer.trace``.
+        ``options`` are those of ``Options``.
 
         Raises:
             OverfillError: any of its kinds.
         """
-        stream = self.stream(
-            prompt,
-            model=model,
-            sampling=sampling,
-            stop=stop,
-            timeout=timeout,
-            request_id=request_id,
-            resume_token_ids=resume_token_ids,
-            trace=trace,
-        )
+        stream = self.stream(prompt, **options)
         with stream:
             for _ in stream:
                 pass
             return stream.answer
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        model: str = "",
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        timeout: float | None = None,
-        request_id: str = "",
-        resume_token_ids: Sequence[int] = (),
-        trace: bool = False,
-    ) -> Stream:
+    def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Unpack[Options]) -> Answer:
+        """The whole next turn of a conversation; as ``generate`` with a list of messages."""
+        return self.generate(messages, **options)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """As ``generate``, but token by token."""
+        timeout = options.get("timeout")
         check_timeout(timeout)
-        request = build_request(
-            prompt,
-            model=model,
-            sampling=sampling,
-            stop=stop,
-            request_id=request_id,
-            resume_token_ids=resume_token_ids,
-            trace=trace,
-        )
+        request = build_request(prompt, options)
 
         def start(address: str, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])

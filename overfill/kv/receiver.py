@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from overfill.errors import Incompatible, OverfillError, TransferFailed, Unavailable
+from overfill.errors import Incompatible, RequestCancelled, TransferFailed, Unavailable
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.pace import PullPace
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.spec import KvSpec
+from overfill.rpc.calls import responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.status import from_rpc_error
 from overfill.rpc.tls import ClientTls
@@ -148,6 +149,7 @@ class PromptPull:
     ) -> None:
         layers = tuple(sorted(set(layer_map)))
         self._peer = peer
+        self._worker = f"prefill worker {peer.target.worker_id}"
         self._request = request
         self._cache = cache
         self._blocks = blocks
@@ -178,7 +180,7 @@ class PromptPull:
             async with asyncio.TaskGroup() as group:
                 pace = group.create_task(self._watch_pace())
                 queue_ns = 0
-                async for message in control:
+                async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
                         case "queued":
                             # Only now does the worker know the transfer by its id.
@@ -199,7 +201,7 @@ class PromptPull:
         except BaseExceptionGroup as errors:
             first_token_known = self.stats.first_token_ns > 0 or not self._request.sample_first_token
             if not (self._coverage.complete and first_token_known):
-                raise _first_cause(errors, self._peer.target.worker_id) from errors
+                raise _cause(errors) from errors
             # All we need is here; how the worker ends no longer matters.
         finally:
             # TaskGroup has joined its tasks; the worker frees its side when the RPC ends.
@@ -245,7 +247,7 @@ class PromptPull:
             timeout=timeout,
         )
         try:
-            async for chunk in call:
+            async for chunk in responses(call, self._worker):
                 writing = loop.run_in_executor(self._executor, self._take, chunk)
                 try:
                     box = await asyncio.shield(writing)
@@ -276,20 +278,8 @@ class PromptPull:
                 raise TransferFailed(f"KV came too slowly: {self.stats.kv_bytes} of {self._ready_bytes} bytes ready")
 
 
-def _first_cause(errors: BaseExceptionGroup[BaseException], worker: str) -> BaseException:
-    """The error that broke a transfer: our own finding if there is one, else what the RPC said."""
-    leaves: list[BaseException] = []
-    pending: list[BaseException] = [errors]
-    while pending:
-        error = pending.pop(0)
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(error.exceptions)
-        else:
-            leaves.append(error)
-    for leaf in leaves:
-        if isinstance(leaf, OverfillError):
-            return leaf
-    for leaf in leaves:
-        if isinstance(leaf, grpc.RpcError):
-            return from_rpc_error(leaf, f"prefill worker {worker}")
-    return leaves[0]
+def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that broke a transfer: our own finding first, a stream that was merely cancelled last."""
+    found = [*errors.exceptions]
+    found.sort(key=lambda error: (isinstance(error, RequestCancelled), not isinstance(error, TransferFailed)))
+    return found[0]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
 
 import grpc
+import grpc.aio
 
 from overfill.errors import RequestCancelled, Unavailable
 from overfill.rpc.status import from_rpc_error
@@ -34,3 +35,9 @@ async def outcome(operation: Awaitable[T], peer: str) -> T:
         if task is None or task.cancelling():
             raise
         raise RequestCancelled(f"{peer} cancelled the call") from error
+
+
+async def responses(call: Any, peer: str) -> AsyncIterator[Any]:
+    """The messages of a streaming ``call`` to ``peer``, to its end; raises as ``outcome`` does."""
+    while (message := await outcome(call.read(), peer)) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+        yield message

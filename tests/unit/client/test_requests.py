@@ -1,26 +1,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from overfill.client.requests import Message, build_request, check_timeout, split_addresses
+from overfill.client.requests import Message, Options, build_request, check_timeout, split_addresses
 from overfill.errors import InvalidRequest
 from overfill.params import SamplingParams
 from overfill.v1 import inference_pb2
 
 
 def build(prompt: Any = "x", **fields: Any) -> inference_pb2.GenerateRequest:
-    defaults: dict[str, Any] = {
-        "model": "",
-        "sampling": None,
-        "stop": (),
-        "request_id": "",
-        "resume_token_ids": (),
-        "trace": False,
-    }
-    return build_request(prompt, **(defaults | fields))
+    return build_request(prompt, cast(Options, fields))
 
 
 def test_three_kinds_of_prompt() -> None:
