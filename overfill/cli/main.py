@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 import overfill
+from overfill.cli.processes import QUIET_GRPC
 from overfill.errors import OverfillError, Overloaded, Unavailable
 
 # Name -> where the click command is, and its line in `overfill --help`.
@@ -61,6 +62,7 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``argv`` (``sys.argv[1:]`` when None) and returns the exit code."""
+    os.environ.update(QUIET_GRPC | os.environ)
     try:
         result = cli.main(args=argv, prog_name="overfill", standalone_mode=False)
         sys.stdout.flush()

@@ -16,6 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 TAIL_LINES = 20
+
+QUIET_GRPC = {
+    "GRPC_VERBOSITY": "ERROR",  # not a line for every peer that goes away; our own log says what matters
+    "GRPC_ENABLE_FORK_SUPPORT": "0",  # we fork only to exec
+}
+"""Environment of every process of ours, unless the user's says otherwise. gRPC reads it when it is imported."""
+
 _PR_SET_PDEATHSIG = 1
 
 

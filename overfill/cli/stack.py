@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from overfill.cli import processes
-from overfill.cli.processes import Child
+from overfill.cli.processes import QUIET_GRPC, Child
 from overfill.client import Client, ClientTls
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.errors import OverfillError
@@ -126,7 +126,7 @@ def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str
     """``environ`` without the settings that flags already carry, every thread pool at ``threads``."""
     kept = {key: value for key, value in environ.items() if not key.startswith(_SETTINGS)}
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    return kept | dict.fromkeys(pools, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+    return QUIET_GRPC | kept | dict.fromkeys(pools, str(threads)) | {"PYTHONUNBUFFERED": "1"}
 
 
 def threads_per_worker(workers: int) -> int:

@@ -14,16 +14,36 @@ from typing import Any
 import torch
 
 from overfill import __version__
-from overfill.engine.build import EngineParts, Half
+from overfill.config import WorkerConfig
+from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.sequence import EngineLoad
 from overfill.errors import OverfillError
 from overfill.model.sampling import SampledToken
+from overfill.pair.manifest import Pair
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 log = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
+    """The half of ``config.pair`` that a worker runs, digests checked, warm; loaded beside the event loop."""
+
+    def load() -> EngineParts:
+        return build_engine_parts(
+            Pair.load(config.pair, check_digests=True),
+            half,
+            dtype=config.dtype,
+            device=resolve_device(config.device),
+            block_size=config.block_size,
+            kv_memory=config.kv_memory,
+            max_model_len=config.max_model_len,
+            warm_tokens=warm_tokens,
+        )
+
+    return await asyncio.to_thread(load)
 
 
 def new_hello(stage: common_pb2.Stage, worker_id: str, parts: EngineParts, half: Half) -> registry_pb2.Hello:

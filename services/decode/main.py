@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from overfill.config import DecodeConfig
-from overfill.engine.build import build_engine_parts, resolve_device
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.hosting import new_hello, run_worker_process, worker_load
+from overfill.engine.hosting import load_parts, new_hello, run_worker_process, worker_load
 from overfill.engine.sequence import DecodeEvent
 from overfill.engine.thread import EngineThread
 from overfill.kv.peers import PeerPool
-from overfill.pair.manifest import Pair
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2_grpc
@@ -28,18 +26,7 @@ _REPLAY_BUDGET = 512  # tokens replayed in one step
 async def serve(config: DecodeConfig) -> int:
     """Loads the decoder, serves until drained, and returns the exit code."""
     loop = asyncio.get_running_loop()
-    parts = await asyncio.to_thread(
-        lambda: build_engine_parts(
-            Pair.load(config.pair, check_digests=True),
-            "decoder",
-            dtype=config.dtype,
-            device=resolve_device(config.device),
-            block_size=config.block_size,
-            kv_memory=config.kv_memory,
-            max_model_len=config.max_model_len,
-            warm_tokens=max(config.max_num_seqs, _REPLAY_BUDGET),
-        )
-    )
+    parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.client_tls())
     servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"))

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from overfill.config import PrefillConfig
-from overfill.engine.build import build_engine_parts, resolve_device
-from overfill.engine.hosting import new_hello, run_worker_process, worker_load
+from overfill.engine.hosting import load_parts, new_hello, run_worker_process, worker_load
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.engine.thread import EngineThread
-from overfill.pair.manifest import Pair
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, prefill_pb2_grpc
@@ -26,18 +24,7 @@ _READERS = 2  # threads that copy KV out of the cache beside the engine
 async def serve(config: PrefillConfig) -> int:
     """Loads the full model, serves until drained, and returns the exit code."""
     loop = asyncio.get_running_loop()
-    parts = await asyncio.to_thread(
-        lambda: build_engine_parts(
-            Pair.load(config.pair, check_digests=True),
-            "full",
-            dtype=config.dtype,
-            device=resolve_device(config.device),
-            block_size=config.block_size,
-            kv_memory=config.kv_memory,
-            max_model_len=config.max_model_len,
-            warm_tokens=config.token_budget,
-        )
-    )
+    parts = await load_parts(config, "full", config.token_budget)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
     servicer = PrefillServicer(parts, hello, ThreadPoolExecutor(_READERS, "kv-out"))
 

@@ -1,0 +1,50 @@
+"""The same promises on a CUDA device. Skipped where there is none."""
+
+import pytest
+import torch
+
+from overfill import LLM
+from overfill.pair.reference import TwoStageReference
+from overfill.params import SamplingParams
+from overfill.testing.tiny import make_tiny_pair
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
+
+
+@pytest.fixture
+def exact_float32():
+    """TF32 would make float32 products too coarse to compare."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_answers_on_the_device_are_the_reference_s(pair, exact_float32):
+    prompts = [[(7 * i * (seed + 3)) % 470 + 20 for i in range(10 + 40 * seed)] for seed in range(8)]
+    llm = LLM(pair, dtype="float32", device="cuda", kv_memory=16 * 2**20, token_budget=64)
+    reference = TwoStageReference(pair)
+    answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
+    assert [a.token_ids for a in answers] == [reference.generate(p, 24) for p in prompts]
+
+
+def test_kv_read_beside_a_running_step_is_what_was_written(pair):
+    from overfill.kv.cache import KvCache
+    from overfill.kv.spec import KvSpec, RopeSpec
+
+    device = torch.device("cuda")
+    source = KvCache(KvSpec(2, 2, 8, "bfloat16", RopeSpec()), 8, 4, device)
+    target = KvCache(source.spec, 8, 4, device)
+    source.k.normal_()
+    source.v.normal_()
+    written = torch.cuda.Event()
+    written.record()
+    payload = source.read([5, 0, 3], [0, 1], (2, 11), (0, 2), after=written)
+    target.write([1, 7, 2], [[0], [1]], (2, 11), (0, 2), payload)
+    taken, placed = source.slots([5, 0, 3], 2, 11), target.slots([1, 7, 2], 2, 11)
+    assert torch.equal(target.layer(1)[1][placed], source.layer(1)[1][taken])
