@@ -5,7 +5,6 @@ Knows nothing of models or gRPC.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -23,7 +22,16 @@ QUIET_GRPC = {
 }
 """Environment of every process of ours, unless the user's says otherwise. gRPC reads it when it is imported."""
 
-_PR_SET_PDEATHSIG = 1
+
+# Runs before the command, in its process: asks the kernel to kill it when its parent (argv 1) dies, even by SIGKILL.
+# A step of its own and not a preexec_fn, which would run Python in a fork of a process with gRPC's threads.
+_TIED_TO_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG; survives exec
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)  # it died before the line above
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Child:
@@ -45,7 +53,7 @@ class Child:
         self._sink = sink
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = subprocess.Popen(
-            command,
+            [*_tied_to_parent(), *command],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -53,7 +61,6 @@ class Child:
             text=True,
             errors="replace",
             process_group=0,
-            preexec_fn=_die_with_parent(),
         )
         self._pump = threading.Thread(target=self._read, name=f"output-{name}", daemon=True)
         self._pump.start()
@@ -113,16 +120,8 @@ def stop(children: Iterable[Child], grace: float) -> list[Child]:
     return stragglers
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before exec so that the kernel kills it when its parent dies, even by SIGKILL."""
+def _tied_to_parent() -> list[str]:
+    """What goes before a command so that it cannot outlive this process."""
     if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return before_exec
+        return []
+    return [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -201,6 +202,11 @@ def test_a_worker_that_dies_at_start_stops_everything_and_its_last_words_are_sho
     assert all(child.returncode is not None for child in stack.started)
 
 
+def wait_for_exit(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # it has been reaped already
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
 def test_a_worker_that_dies_later_is_reported_once_and_the_stack_goes_on(
     gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,7 +215,7 @@ def test_a_worker_that_dies_later_is_reported_once_and_the_stack_goes_on(
     stopping = Steps(
         [
             lambda: os.kill(stack.pid("prefill-0"), 9),
-            lambda: os.waitid(os.P_PID, stack.pid("prefill-0"), os.WEXITED | os.WNOWAIT),
+            lambda: wait_for_exit(stack.pid("prefill-0")),
             lambda: None,
             lambda: None,
         ]
