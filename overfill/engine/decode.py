@@ -188,6 +188,7 @@ class DecodeEngine:
             )
         except Exception as error:
             log.exception("decode step failed")
+            self._runner.synchronize()
             for sequence in sequences:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]

@@ -88,10 +88,12 @@ class PrefillEngine:
         try:
             self._compute(scheduled)
         except _Abandoned:
+            self._runner.synchronize()
             # Their Release messages are on the way; until then they must not be scheduled again.
             self._set_aside([s for s, _ in scheduled])
         except Exception as error:
             log.exception("prefill step failed")
+            self._runner.synchronize()
             self._set_aside([s for s, _ in scheduled])
             for sequence, _ in scheduled:
                 self._emit(SequenceFailed(sequence.id, error))

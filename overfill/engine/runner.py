@@ -43,6 +43,11 @@ class ModelRunner:
         """Logits [number of works that want them, vocab_size], float32; the last token's of each such work."""
         return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
 
+    def synchronize(self) -> None:
+        """Returns when nothing launched before touches the cache any more; also after a failed step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _batch(self, works: Sequence[Work]) -> ForwardBatch:
         size = self.cache.block_size
         tokens: list[int] = []

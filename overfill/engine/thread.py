@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -29,16 +30,20 @@ class EngineThread:
 
     Args:
         threads: intra-op threads of torch for this engine's steps.
+        on_load_change: called on the engine's thread after ``load`` has changed.
 
     Attributes:
         load: snapshot after the last message or step.
         failure: what ended the thread, if a broken invariant did.
     """
 
-    def __init__(self, core: EngineCore, name: str, threads: int) -> None:
+    def __init__(
+        self, core: EngineCore, name: str, threads: int, on_load_change: Callable[[], object] = lambda: None
+    ) -> None:
         self._core = core
         self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
         self._threads = threads
+        self._on_load_change = on_load_change
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.load = core.load()
         self.failure: BaseException | None = None
@@ -68,14 +73,20 @@ class EngineThread:
                     message = self._mailbox.get(block=not busy)
                 except queue.Empty:
                     busy = self._core.step()
-                    self.load = self._core.load()
+                    self._publish_load()
                     continue
                 if message is None:
                     return
                 self._core.handle(message)
-                self.load = self._core.load()
+                self._publish_load()
                 busy = True
         except BaseException as error:
             # A core handles its steps' failures itself; what arrives here is a broken invariant.
             log.critical("engine thread died", exc_info=True)
             self.failure = error
+
+    def _publish_load(self) -> None:
+        load = self._core.load()
+        if load != self.load:
+            self.load = load
+            self._on_load_change()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Callable
+
+from overfill.errors import TransferFailed
 from overfill.rpc.constants import MIN_PULL_GRACE, MIN_PULL_RATE
+
+_INTERVAL = 0.5  # seconds between looks at a transfer
 
 
 class PullPace:
@@ -35,3 +42,16 @@ class PullPace:
 
     def _restart(self, now: float, ready: int, moved: int) -> None:
         self._start, self._ready, self._moved = now, ready, moved
+
+
+async def watch_pace(peer: str, ready: Callable[[], int], moved: Callable[[], int]) -> None:
+    """Looks on until cancelled. ``ready`` and ``moved`` give bytes since the transfer began.
+
+    Raises:
+        TransferFailed: the minimum rate is broken; ``peer`` is named.
+    """
+    pace = PullPace(time.monotonic())
+    while True:
+        await asyncio.sleep(_INTERVAL)
+        if pace.too_slow(time.monotonic(), ready(), moved()):
+            raise TransferFailed(f"KV moves too slowly to or from {peer}: {moved()} of {ready()} bytes ready")

@@ -48,23 +48,38 @@ class PeerPool:
         """
         key = (target.worker_id, target.incarnation)
         entry = self._entries.get(key)
+        retired: list[PrefillPeer] = []
         if entry is None:
+            retired = self._retire(target.worker_id)
             peer = PrefillPeer(target, self._streams, self._tls)
             entry = _Entry(peer, asyncio.ensure_future(peer.handshake(self._identity)))
             self._entries[key] = entry
         entry.users += 1
         try:
+            await asyncio.gather(*(old.close() for old in retired))
             await asyncio.shield(entry.checked)
             yield entry.peer
         except (Incompatible, Unavailable):
-            entry.broken = True
-            if self._entries.get(key) is entry:
-                del self._entries[key]
+            self._forget(key, entry)
             raise
         finally:
+            if entry.checked.done() and (entry.checked.cancelled() or entry.checked.exception() is not None):
+                self._forget(key, entry)
             entry.users -= 1
             if entry.broken and entry.users == 0:
                 await entry.peer.close()
+
+    def _forget(self, key: tuple[str, int], entry: _Entry) -> None:
+        entry.broken = True
+        if self._entries.get(key) is entry:
+            del self._entries[key]
+
+    def _retire(self, worker_id: str) -> list[PrefillPeer]:
+        """Forgets other incarnations of a worker; returns those to close now, the rest end with their last user."""
+        old = [(key, entry) for key, entry in self._entries.items() if key[0] == worker_id]
+        for key, entry in old:
+            self._forget(key, entry)
+        return [entry.peer for _, entry in old if entry.users == 0]
 
     async def close(self) -> None:
         """Closes every connection; nothing may be in use."""

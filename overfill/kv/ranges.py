@@ -87,12 +87,15 @@ def layer_runs(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def share_out(layers: Sequence[int], tokens: tuple[int, int], num_heads: int, streams: int) -> list[list[KvRange]]:
-    """Divides a transfer among ``streams``: layers in turn, so that all streams have work while layers appear.
+    """Divides a transfer among ``streams``: small groups of layers in turn, so that all have work as layers appear.
 
     Returns one list of ranges per stream; fewer lists when there are fewer layers than streams.
     """
-    shares = [layers[i::streams] for i in range(min(streams, len(layers)))]
-    return [[KvRange(a, b, *tokens, 0, num_heads) for a, b in layer_runs(share)] for share in shares]
+    # Neighbours in a group can share a chunk when the prompt is short.
+    size = max(1, len(layers) // (4 * streams))
+    groups = [layers[i : i + size] for i in range(0, len(layers), size)]
+    shares = [groups[i::streams] for i in range(min(streams, len(groups)))]
+    return [[KvRange(a, b, *tokens, 0, num_heads) for group in share for a, b in layer_runs(group)] for share in shares]
 
 
 class Coverage:

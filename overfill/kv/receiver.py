@@ -14,22 +14,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
-import grpc
-
-from overfill.errors import Incompatible, RequestCancelled, TransferFailed, Unavailable
+from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, TransferFailed, Unavailable
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
-from overfill.kv.pace import PullPace
+from overfill.kv.joining import to_the_end
+from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.spec import KvSpec
-from overfill.rpc.calls import responses
+from overfill.rpc.calls import outcome, responses
 from overfill.rpc.channel import open_channel
-from overfill.rpc.status import from_rpc_error
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
-_PACE_INTERVAL = 0.5  # seconds between looks at the transfer's pace
 _DESCRIBE_TIMEOUT = 5.0  # seconds
 
 
@@ -99,12 +96,11 @@ class PrefillPeer:
     async def handshake(self, mine: KvIdentity) -> None:
         """Raises Incompatible with the list of differing fields, or Unavailable when the worker is not there."""
         name = self.target.worker_id
+        call = self.control.Describe(prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT)
         try:
-            described: prefill_pb2.DescribePrefillResponse = await self.control.Describe(
-                prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT
-            )
-        except grpc.RpcError as error:
-            raise Unavailable(f"prefill worker {name} did not answer: {from_rpc_error(error, name)}") from error
+            described: prefill_pb2.DescribePrefillResponse = await outcome(call, name)
+        except (DeadlineExceeded, RequestCancelled, Unavailable) as error:
+            raise Unavailable(f"prefill worker {name} did not answer: {error}") from error
         if described.incarnation != self.target.incarnation:
             raise Unavailable(f"prefill worker {name} was restarted")
         theirs = KvIdentity(
@@ -164,6 +160,7 @@ class PromptPull:
         )
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
+        self._unwritten = self._coverage.missing_cells  # claimed by a checked chunk is not yet written
         self._ready_bytes = 0
         self.stats = PullStats()
 
@@ -178,7 +175,9 @@ class PromptPull:
         control = self._peer.control.Prefill(self._outgoing_messages(), timeout=timeout)
         try:
             async with asyncio.TaskGroup() as group:
-                pace = group.create_task(self._watch_pace())
+                pace = group.create_task(
+                    watch_pace(self._worker, lambda: self._ready_bytes, lambda: self.stats.kv_bytes)
+                )
                 queue_ns = 0
                 async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
@@ -200,14 +199,15 @@ class PromptPull:
                 pace.cancel()
         except BaseExceptionGroup as errors:
             first_token_known = self.stats.first_token_ns > 0 or not self._request.sample_first_token
-            if not (self._coverage.complete and first_token_known):
+            lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
+            if self._unwritten or not first_token_known or not lost_peer:
                 raise _cause(errors) from errors
-            # All we need is here; how the worker ends no longer matters.
+            # All that was asked for is in place; a worker that leaves now does no harm.
         finally:
             # TaskGroup has joined its tasks; the worker frees its side when the RPC ends.
             control.cancel()
-        if not self._coverage.complete:
-            raise TransferFailed(f"prefill ended with {self._coverage.missing_cells} KV cells missing")
+        if self._unwritten:
+            raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
 
     def _start_message(self) -> prefill_pb2.PrefillRequest:
         request = self._request
@@ -248,12 +248,8 @@ class PromptPull:
         )
         try:
             async for chunk in responses(call, self._worker):
-                writing = loop.run_in_executor(self._executor, self._take, chunk)
-                try:
-                    box = await asyncio.shield(writing)
-                except asyncio.CancelledError:
-                    await asyncio.wait([writing])  # the thread writes into our blocks; they may not be freed under it
-                    raise
+                box = await to_the_end(loop.run_in_executor(self._executor, self._take, chunk))
+                self._unwritten -= box.cells
                 now = time.monotonic_ns() - self.stats.started_ns
                 self.stats.first_kv_ns = self.stats.first_kv_ns or now
                 self.stats.last_kv_ns = now
@@ -269,13 +265,6 @@ class PromptPull:
         rows = [self._rows[layer] for layer in range(box.layer_start, box.layer_end)]
         write_chunk(self._cache, self._blocks, rows, box, chunk.payload)
         return box
-
-    async def _watch_pace(self) -> None:
-        pace = PullPace(time.monotonic())
-        while True:
-            await asyncio.sleep(_PACE_INTERVAL)
-            if pace.too_slow(time.monotonic(), self._ready_bytes, self.stats.kv_bytes):
-                raise TransferFailed(f"KV came too slowly: {self.stats.kv_bytes} of {self._ready_bytes} bytes ready")
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 
 from overfill.kv.cache import DeviceEvent, KvCache
 from overfill.kv.chunks import TransferSpec, seal
+from overfill.kv.joining import to_the_end
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.v1 import kv_pb2
@@ -69,14 +70,17 @@ class KvSender:
         """Raises TransferFailed when ``box`` is not part of the transfer or was acknowledged before."""
         self._acknowledged.add(box)
 
+    def check_ranges(self, ranges: Sequence[KvRange]) -> None:
+        """Raises TransferFailed when a range lies outside the transfer or overlaps another one."""
+        asked = Coverage(self.spec.layers, self.spec.tokens, self.spec.kv.num_kv_heads)
+        for box in ranges:
+            asked.add(box)
+
     async def chunks(self, ranges: Sequence[KvRange]) -> AsyncIterator[kv_pb2.KvChunk]:
         """Chunks that cover ``ranges``, each as soon as it is computed; at most 1 MiB of payload.
 
-        Raises:
-            TransferFailed: a range lies outside the transfer.
+        ``ranges`` have passed ``check_ranges``.
         """
-        for box in ranges:
-            self._acknowledged.check_inside(box)
         loop = asyncio.get_running_loop()
         sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
         while any(sent):
@@ -85,12 +89,7 @@ class KvSender:
                 await self._progress.wait()
                 continue
             index, box = piece
-            reading = loop.run_in_executor(self._executor, self._read, box)
-            try:
-                chunk = await asyncio.shield(reading)
-            except asyncio.CancelledError:
-                await asyncio.wait([reading])  # the thread reads our blocks; they may not be freed under it
-                raise
+            chunk = await to_the_end(loop.run_in_executor(self._executor, self._read, box))
             if self.first_sent_ns is None:
                 self.first_sent_ns = time.monotonic_ns()
             yield chunk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from overfill.v1 import common_pb2
 
@@ -79,7 +79,8 @@ class KvSpec:
             num_layers=message.num_layers,
             num_kv_heads=message.num_kv_heads,
             head_dim=message.head_dim,
-            dtype=DTYPE_FROM_PROTO[message.dtype],
+            # A type we do not know is a difference for the handshake to name, not a failure to read.
+            dtype=DTYPE_FROM_PROTO.get(message.dtype, cast(DTypeName, f"unknown ({message.dtype})")),
             rope=RopeSpec.from_proto(message.rope),
         )
 

@@ -26,6 +26,9 @@ class CountingRunner:
         self._num_layers = num_layers
         self._block_size = block_size
 
+    def synchronize(self) -> None:
+        """Everything is done when ``run`` returns."""
+
     def run(
         self,
         works: Sequence[Work],

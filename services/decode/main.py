@@ -35,7 +35,12 @@ async def serve(config: DecodeConfig) -> int:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
     core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit)
-    engine = EngineThread(core, "decode-engine", config.threads)
+    engine = EngineThread(
+        core,
+        "decode-engine",
+        config.threads,
+        on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
+    )
     servicer.engine = engine
     server = RpcServer(config.server_tls())
     server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, SERVICE)

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 
 from overfill import __version__
 from overfill.engine.build import EngineParts
+from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, PromptTooLong, Unavailable
@@ -69,7 +70,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             raise InvalidRequest("start", "the first message of Generate is StartDecode")
         session = self._accept(first.start, context)
         running = asyncio.ensure_future(session.run())
-        running.add_done_callback(lambda _: self._forget(session))
+        running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
         reading = asyncio.ensure_future(_read_requests(session, request_iterator))
         try:
             async for response in session.outbox:
@@ -94,14 +95,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
         )
-        session = Session(start, sequence, self.engine.send, self._peers.use, self._new_pull, context.time_remaining)
+        session = Session(
+            start,
+            sequence,
+            self.engine.send,
+            self._peers.use,
+            self._new_pull,
+            context.time_remaining,
+            lambda: worker_load(self.engine.load, self._parts.pool.block_size),
+        )
         self._sessions[sequence.id] = session
-        self.host.notify()
         return session
-
-    def _forget(self, session: Session) -> None:
-        del self._sessions[session.sequence.id]
-        self.host.notify()
 
     def _check(self, start: decode_pb2.StartDecode, sampling: SamplingParams) -> None:
         vocab, longest = self._parts.config.vocab_size, self._parts.max_model_len

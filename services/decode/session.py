@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import assert_never
@@ -37,6 +37,7 @@ from overfill.errors import (
     Overloaded,
     Unavailable,
 )
+from overfill.kv.joining import to_the_end
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
 from overfill.v1 import common_pb2, decode_pb2
 
@@ -84,6 +85,7 @@ class Outbox:
 class PullEnded:
     """The prompt's KV is in place, or is not because of ``error``."""
 
+    pull: int  # which pull of the session; the end of one that was given up means nothing
     worker_id: str
     error: OverfillError | None
 
@@ -103,6 +105,7 @@ class Session:
         use_peer: connects to a prefill worker.
         new_pull: prepares the handoff of the prompt into ``blocks``.
         time_left: seconds until the request's deadline, None without one.
+        load: of the worker, for a refusal.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Session:
         use_peer: UsePeer,
         new_pull: NewPull,
         time_left: Callable[[], float | None],
+        load: Callable[[], decode_pb2.WorkerLoad],
     ) -> None:
         self.start = start
         self.sequence = sequence
@@ -123,10 +127,12 @@ class Session:
         self._use_peer = use_peer
         self._new_pull = new_pull
         self._time_left = time_left
+        self._load = load
         self._received_ns = time.monotonic_ns()
         self._emitted = len(start.emitted_token_ids)
         self._first_token: int | None = None
         self._pull: asyncio.Task[None] | None = None
+        self._pulls = 0
         self._prefill_worker = ""
         self._handoff: PromptPull | None = None
         self._reserved = False
@@ -149,8 +155,10 @@ class Session:
         except Exception as error:
             self.outbox.close(error)
         finally:
-            await _to_the_end(self._join_pull())
-            self._send(Release(self.sequence.id))
+            try:
+                await to_the_end(self._join_pull())
+            finally:
+                self._send(Release(self.sequence.id))
 
     async def _handle(
         self,
@@ -163,14 +171,18 @@ class Session:
                 self._wants_kv = True
                 self._announce_reservation()
             case Refused(reason=reason):
-                self.outbox.put(decode_pb2.DecodeResponse(refused=decode_pb2.Refused(reason=reason)))
+                refused = decode_pb2.Refused(load=self._load(), reason=reason)
+                self.outbox.put(decode_pb2.DecodeResponse(refused=refused))
                 return True
             case decode_pb2.AssignPrefill():
                 # Stale when the sequence lost its blocks in the meantime; it will ask again.
                 if self._wants_kv and self._pull is None:
-                    self._pull = asyncio.ensure_future(self._fetch(item))
+                    self._pulls += 1
+                    self._pull = asyncio.ensure_future(self._fetch(item, self._pulls))
             case FirstTokenArrived():
                 return self._on_first_token(item)
+            case PullEnded() if item.pull != self._pulls or self._pull is None:
+                pass
             case PullEnded(worker_id=worker, error=None):
                 self._pull = None
                 self._prefill_worker = worker
@@ -208,7 +220,7 @@ class Session:
         need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)
         self.outbox.put(decode_pb2.DecodeResponse(need_prefill=need))
 
-    async def _fetch(self, target: decode_pb2.AssignPrefill) -> None:
+    async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:
         """Has the prompt prefilled by ``target`` and its KV written into our blocks; reports to the inbox."""
         error: OverfillError | None = None
         try:
@@ -220,7 +232,7 @@ class Session:
         except Exception as failure:
             self.inbox.put_nowait(failure)
             return
-        self.inbox.put_nowait(PullEnded(target.worker_id, error))
+        self.inbox.put_nowait(PullEnded(pull, target.worker_id, error))
 
     async def _join_pull(self) -> None:
         if self._pull is not None:
@@ -290,16 +302,3 @@ def _reason_for(error: OverfillError) -> decode_pb2.NeedPrefill.Reason:
             return _Need.REASON_PREFILL_REFUSED
         case _:
             return _Need.REASON_PREFILL_FAILED
-
-
-async def _to_the_end(work: Awaitable[None]) -> None:
-    """Awaits ``work`` even while this task is being cancelled: blocks may only be freed after it."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-            continue
-    task.result()

@@ -26,13 +26,18 @@ async def serve(config: PrefillConfig) -> int:
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "full", config.token_budget)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
-    servicer = PrefillServicer(parts, hello, ThreadPoolExecutor(_READERS, "kv-out"))
+    servicer = PrefillServicer(parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs)
 
     def emit(event: PrefillEvent) -> None:
         loop.call_soon_threadsafe(servicer.on_event, event)
 
     core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit)
-    engine = EngineThread(core, "prefill-engine", config.threads)
+    engine = EngineThread(
+        core,
+        "prefill-engine",
+        config.threads,
+        on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
+    )
     servicer.engine = engine
     server = RpcServer(config.server_tls())
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, SERVICE)

@@ -28,12 +28,13 @@ from overfill.errors import (
     Incompatible,
     InternalError,
     InvalidRequest,
+    Overloaded,
     PromptTooLong,
     TransferFailed,
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
-from overfill.kv.pace import PullPace
+from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.params import SamplingParams, check_token_ids
@@ -41,8 +42,6 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
-
-_PACE_INTERVAL = 0.5  # seconds between looks at the pace of a transfer
 
 
 class Lease:
@@ -69,6 +68,7 @@ class Lease:
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
         self.sender = KvSender(self.spec, parts.runner.cache, executor)
         self.readers: set[asyncio.Task[object]] = set()
+        self.ended = False  # nobody may begin to read
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
 
@@ -106,11 +106,16 @@ class Lease:
         else:
             self.events.put_nowait(None)
 
+    async def watch_pace(self) -> None:
+        """Raises TransferFailed when the decode worker does not take what is ready."""
+        await watch_pace("the decode worker", lambda: self.sender.ready_bytes, lambda: self.sender.acknowledged_bytes)
+
     async def join_readers(self) -> None:
         """Ends every stream that reads the blocks and waits for it."""
-        for task in self.readers:
-            task.cancel()
-        if self.readers:
+        self.ended = True
+        while self.readers:
+            for task in self.readers:
+                task.cancel()
             await asyncio.wait(self.readers)
 
     def finished_trace(self) -> kv_pb2.PrefillTrace:
@@ -124,14 +129,16 @@ class Lease:
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill, PullKv and Describe.
 
-    ``engine`` and ``host`` are set before the server starts. Engine events arrive through ``on_event``.
+    Takes ``max_leases`` prompts at once, waiting ones included. ``engine`` and ``host`` are set before the server
+    starts. Engine events arrive through ``on_event``.
     """
 
     engine: EngineThread
     host: WorkerHost
 
-    def __init__(self, parts: EngineParts, hello: registry_pb2.Hello, executor: Executor) -> None:
+    def __init__(self, parts: EngineParts, hello: registry_pb2.Hello, executor: Executor, max_leases: int) -> None:
         self._parts = parts
+        self._max_leases = max_leases
         self._hello = hello
         self._executor = executor
         self._leases: dict[bytes, Lease] = {}
@@ -172,7 +179,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         lease = self._accept(first.start)
         guards = [
             asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
-            asyncio.ensure_future(lease.guard(self._watch_pace(lease))),
+            asyncio.ensure_future(lease.guard(lease.watch_pace())),
         ]
         try:
             async for response in self._serve(lease, first.start.trace):
@@ -184,13 +191,18 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[kv_pb2.KvChunk]:
         lease = self._leases.get(request.transfer_id)
-        if lease is None or lease.spec.attempt != request.attempt:
+        if lease is None or lease.ended or lease.spec.attempt != request.attempt:
             raise TransferFailed("no such transfer here: it has ended or never began")
+        ranges = [KvRange.from_proto(box) for box in request.ranges]
+        try:
+            lease.sender.check_ranges(ranges)
+        except TransferFailed as error:
+            raise InvalidRequest("ranges", str(error)) from error
         task = asyncio.current_task()
         assert task is not None
         lease.readers.add(task)
         try:
-            async for chunk in lease.sender.chunks([KvRange.from_proto(r) for r in request.ranges]):
+            async for chunk in lease.sender.chunks(ranges):
                 yield chunk
         finally:
             lease.readers.discard(task)
@@ -201,6 +213,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise Unavailable(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+        if len(self._leases) >= self._max_leases:
+            raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, the most it takes")
         _check_start(start, self._parts)
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "a transfer of this id is running")
@@ -208,12 +222,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._leases[start.transfer_id] = lease
         self._by_id[lease.sequence.id] = lease
         self.engine.send(Submit(lease.sequence))
-        self.host.notify()
         return lease
 
     def _end(self, lease: Lease) -> None:
         """Frees the lease: at once for the engine, and for the pool when the last reader has ended."""
-        lease.sequence.cancelled = True
+        lease.sequence.cancelled = lease.ended = True
         # A task of its own: the RPC's task may be cancelled again while the readers are being joined.
         task = asyncio.ensure_future(self._release(lease))
         self._releases.add(task)
@@ -224,7 +237,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         del self._leases[lease.spec.transfer_id]
         del self._by_id[lease.sequence.id]
         self.engine.send(Release(lease.sequence.id))
-        self.host.notify()
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued(waiting=self.engine.load.waiting))
@@ -276,13 +288,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             if lease.sender.complete:
                 return
         raise Unavailable("the decode worker stopped acknowledging")
-
-    async def _watch_pace(self, lease: Lease) -> None:
-        pace = PullPace(time.monotonic())
-        while not lease.sender.complete:
-            await asyncio.sleep(_PACE_INTERVAL)
-            if pace.too_slow(time.monotonic(), lease.sender.ready_bytes, lease.sender.acknowledged_bytes):
-                raise TransferFailed("the decode worker takes the KV too slowly")
 
 
 def _check_start(start: prefill_pb2.StartPrefill, parts: EngineParts) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from overfill import __version__
 from overfill.errors import Incompatible, Overloaded, TransferFailed, Unavailable
+from overfill.kv import receiver
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec, checksum, seal
 from overfill.kv.handshake import KvIdentity
@@ -38,11 +39,16 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.spoil = lambda chunks: chunks
         self.refuse = None
         self.silent_after_queued = False
+        self.hold_done = False
+        self.leave_after_acks = False
+        self.kv_dtype = None
         self.ended = asyncio.Event()
         self.acknowledged = 0
         self.specs = {}
 
     async def Describe(self, request, context):
+        kv = self.identity.kv.to_proto()
+        kv.dtype = self.kv_dtype or kv.dtype
         return prefill_pb2.DescribePrefillResponse(
             wire_version=self.identity.wire_version,
             software_version=__version__,
@@ -51,7 +57,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             model=common_pb2.ModelIdentity(
                 full_digest=self.identity.full_digest, tokenizer_digest=self.identity.tokenizer_digest
             ),
-            kv=self.identity.kv.to_proto(),
+            kv=kv,
             codecs=[common_pb2.KV_CODEC_RAW],
         )
 
@@ -74,6 +80,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                 self.acknowledged += sum(KvRange.from_proto(r).cells for r in request.ack.ranges)
                 if self.acknowledged == cells:
                     break
+            if self.hold_done:
+                await asyncio.Event().wait()
+            if self.leave_after_acks:
+                raise Unavailable("leaving")
             yield prefill_pb2.PrefillResponse(done=prefill_pb2.PrefillDone())
         finally:
             self.ended.set()
@@ -165,7 +175,7 @@ BAD = {
     "wrong dtype": (lambda c: [resealed(c[0], dtype=common_pb2.DTYPE_BFLOAT16)], "dtype"),
     "wrong attempt": (lambda c: [resealed(c[0], attempt=2)], "attempt"),
     "another transfer": (lambda c: [resealed(c[0], transfer_id=b"\0" * 16)], "another transfer"),
-    "missing": (lambda c: c[:-1], "came too slowly"),
+    "missing": (lambda c: c[:-1], "moves too slowly"),
 }
 
 
@@ -175,6 +185,44 @@ async def test_wrong_kv_fails_the_attempt_and_says_why(pull, worker, kind):
     with pytest.raises(TransferFailed, match=reason):
         await pull()
     await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is told, and may free its side
+
+
+async def test_a_duplicate_after_everything_has_come_fails_the_attempt_too(pull, worker):
+    worker.hold_done = True
+    worker.spoil = lambda chunks: [*chunks, chunks[-1]]
+    with pytest.raises(TransferFailed, match="overlaps"):
+        await pull()
+
+
+async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
+    write, count = receiver.write_chunk, 0
+
+    def fail_last(*args):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise MemoryError("no room")
+        write(*args)
+
+    monkeypatch.setattr(receiver, "write_chunk", fail_last)
+    with pytest.raises(MemoryError):
+        await pull()
+
+
+async def test_a_worker_that_leaves_after_everything_has_come_does_no_harm(pull, worker):
+    worker.leave_after_acks = True
+    cache, tokens = await pull()
+    assert cache.k.sum() == 2 * 6 * 2 * 4
+    assert tokens[0].token.token_id == 9
+
+
+async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worker):
+    worker.kv_dtype = 99
+    with pytest.raises(Incompatible) as caught:
+        await pull()
+    assert caught.value.fields == ("kv.dtype",)
+    worker.kv_dtype = None
+    await pull()  # the connection is tried afresh
 
 
 async def test_the_deadline_ends_a_transfer_that_waits(pull, worker):

@@ -50,7 +50,7 @@ class Gate:
 class GatedRunner:
     def __init__(self, runner, gate):
         self._runner, self._gate = runner, gate
-        self.device, self.cache = runner.device, runner.cache
+        self.device, self.cache, self.synchronize = runner.device, runner.cache, runner.synchronize
 
     def run(self, works, on_layer_start=None, on_kv_written=None):
         def start(layer):
@@ -88,7 +88,7 @@ class Workers:
         self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
 
         hello = new_hello(common_pb2.STAGE_PREFILL, "p", self.full, "full")
-        self.prefill = PrefillServicer(self.full, hello, executor)
+        self.prefill = PrefillServicer(self.full, hello, executor, max_leases=8)
         self.prefill.host = HOST
         core = PrefillEngine(
             GatedRunner(self.full.runner, self.prefill_gate),

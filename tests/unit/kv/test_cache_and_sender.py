@@ -122,10 +122,19 @@ async def test_no_chunk_exceeds_the_payload_limit(executor):
     assert len(sizes) == 2 * -(-1000 // (MAX_CHUNK_PAYLOAD // cache.spec.token_layer_bytes))
 
 
-async def test_a_range_outside_the_transfer_is_refused(executor):
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [KvRange(0, 4, 0, 10, 0, 2)],
+        [KvRange(0, 2, 2, 10, 0, 2), KvRange(1, 3, 2, 10, 0, 2)],
+    ],
+    ids=["outside", "overlapping"],
+)
+def test_ranges_that_are_not_part_of_the_transfer_or_overlap_are_refused(executor, ranges):
     sender = new_sender(make_cache(), executor, tokens=(2, 10))
-    with pytest.raises(TransferFailed, match="outside"):
-        await anext(sender.chunks([KvRange(0, 4, 0, 10, 0, 2)]))
+    with pytest.raises(TransferFailed):
+        sender.check_ranges(ranges)
+    sender.check_ranges([KvRange(0, 2, 2, 10, 0, 2), KvRange(2, 4, 2, 10, 0, 2)])
 
 
 async def test_a_range_is_acknowledged_once(executor):

@@ -1,0 +1,130 @@
+"""A lease ends only when nothing reads its blocks; a full worker says so."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from overfill.engine.sequence import KvWritten, PrefillScheduled, Release
+from overfill.errors import InvalidRequest, Overloaded, TransferFailed
+from overfill.kv.cache import KvCache
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
+from services.prefill.servicer import PrefillServicer
+
+KV = KvSpec(2, 1, 4, "float32", RopeSpec())
+
+
+class SlowCache(KvCache):
+    """Reads wait until they may go on."""
+
+    def __init__(self):
+        super().__init__(KV, 4, 4, torch.device("cpu"))
+        self.reading = threading.Event()
+        self.go_on = threading.Event()
+        self.busy = 0
+
+    def read(self, *args, **kwargs):
+        self.busy += 1
+        self.reading.set()
+        self.go_on.wait(10)
+        self.busy -= 1
+        return super().read(*args, **kwargs)
+
+
+@pytest.fixture
+async def bench():
+    cache = SlowCache()
+    parts = SimpleNamespace(
+        runner=SimpleNamespace(cache=cache),
+        kv=KV,
+        max_model_len=64,
+        config=SimpleNamespace(vocab_size=64, num_layers=2),
+    )
+    released_while_busy = []
+
+    def send(message):
+        if isinstance(message, Release):
+            released_while_busy.append(cache.busy)
+
+    with ThreadPoolExecutor(2) as executor:
+        servicer = PrefillServicer(parts, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
+        servicer.engine = SimpleNamespace(send=send, load=SimpleNamespace(waiting=0))
+        servicer.host = SimpleNamespace(draining=False)
+        yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy)
+        cache.go_on.set()
+
+
+def start(transfer_id=b"t" * 16, **options):
+    return prefill_pb2.StartPrefill(
+        transfer_id=transfer_id,
+        prompt_token_ids=[1, 2, 3, 4],
+        layers=[0, 1],
+        codec=common_pb2.KV_CODEC_RAW,
+        sampling=common_pb2.SamplingParams(temperature=0),
+        **options,
+    )
+
+
+def computed(servicer):
+    lease = servicer._accept(start())
+    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0))
+    for layer in (0, 1):
+        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None, 0))
+    return lease
+
+
+def pull(servicer, *layers):
+    ranges = [kv_pb2.KvRange(layer_start=n, layer_end=n + 1, token_end=4, head_end=1) for n in layers]
+
+    async def run():
+        request = prefill_pb2.PullKvRequest(transfer_id=b"t" * 16, ranges=ranges)
+        return [chunk async for chunk in servicer.PullKv(request, None)]
+
+    return asyncio.ensure_future(run())
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_blocks_are_released_after_the_last_read(bench):
+    lease = computed(bench.servicer)
+    reader = pull(bench.servicer, 0)
+    await asyncio.to_thread(bench.cache.reading.wait, 5)
+    reader.cancel()  # as gRPC does when the peer has gone
+    bench.servicer._end(lease)  # which cancels it again
+    late = pull(bench.servicer, 1)  # a stream that was still connecting
+    with pytest.raises(TransferFailed, match="has ended"):
+        await late
+    assert not bench.releases
+    bench.cache.go_on.set()
+    await until(lambda: bench.releases)
+    assert bench.releases == [0]
+    assert bench.servicer.active == 0
+
+
+@pytest.mark.parametrize("layers", [(0, 0), (2,)], ids=["overlapping", "outside"])
+async def test_ranges_that_make_no_sense_are_the_caller_s_fault(bench, layers):
+    bench.cache.go_on.set()
+    lease = computed(bench.servicer)
+    with pytest.raises(InvalidRequest, match="ranges"):
+        await pull(bench.servicer, *layers)
+    bench.servicer._end(lease)
+    await until(lambda: bench.releases)
+
+
+async def test_a_full_worker_refuses(bench):
+    leases = [bench.servicer._accept(start(bytes([n]) * 16)) for n in (1, 2)]
+    with pytest.raises(Overloaded, match="2 prompts"):
+        bench.servicer._accept(start(b"3" * 16))
+    for lease in leases:
+        bench.servicer._end(lease)
+    await until(lambda: len(bench.releases) == 2)
+    bench.servicer._end(bench.servicer._accept(start(b"3" * 16)))
+    await until(lambda: len(bench.releases) == 3)
