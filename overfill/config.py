@@ -7,6 +7,7 @@ environment.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, ServerTls
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of every service's log."""
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -34,6 +38,13 @@ def _check_address(address: str) -> str:
     if address.startswith("unix:") or (":" in address and port.isdecimal() and int(port) < 65536):
         return address
     raise ValueError("expected HOST:PORT, or several separated by commas")
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
 
 
 def _check_positive(size: ByteSize) -> ByteSize:
@@ -146,6 +157,7 @@ class WorkerConfig(ServiceConfig):
 
     routers: Addresses = Field((), description="routers to join, HOST:PORT, separated by commas")
     worker_id: str = Field("", description="name of this worker; empty makes one")
+    advertise: str = Field("", description="host that other processes reach this worker at; empty takes --host")
     dtype: DTypeName = Field("bfloat16", description="element type of weights, activations and KV cache")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="CPU threads; all workers of a machine share its cores")
@@ -155,6 +167,15 @@ class WorkerConfig(ServiceConfig):
         None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
+
+    @model_validator(mode="after")
+    def _check_advertise(self) -> Self:
+        if _is_wildcard(self.advertise or self.host):
+            raise ValueError(
+                f"{self.advertise or self.host} is no address that others can connect to: "
+                "give the host that they reach this worker at with --advertise"
+            )
+        return self
 
 
 class PrefillConfig(WorkerConfig):

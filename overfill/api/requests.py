@@ -86,7 +86,7 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
         ids = tokenizer.encode(request.text) if request.text else ()
     else:
         messages = request.chat.messages
-        _check_roles(messages)
+        _check_messages(messages)
         chat = [{"role": m.role, "content": m.content} for m in messages]
         ids = tokenizer.encode_chat(chat) if chat else ()
     if not ids:
@@ -94,12 +94,14 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
     return ids
 
 
-def _check_roles(messages: Iterable[inference_pb2.ChatMessage]) -> None:
+def _check_messages(messages: Iterable[inference_pb2.ChatMessage]) -> None:
     for index, message in enumerate(messages):
         if message.role not in ROLES:
             raise InvalidRequest(
                 f"chat.messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {message.role!r}"
             )
+        if not message.content:
+            raise InvalidRequest(f"chat.messages[{index}].content", "is empty")
 
 
 def _resolve_max_tokens(asked: int | None, prompt_tokens: int, max_model_len: int) -> int:

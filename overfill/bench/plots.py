@@ -24,7 +24,7 @@ def save_timeline(path: Path, title: str, layers: Sequence[tuple[float, float]],
         axes.axvline(1e3 * time, color=colour, linewidth=1.5, label=f"{name} ({1e3 * time:.0f} ms)")
     axes.set(title=title, xlabel="milliseconds since the first layer started", ylabel="layer")
     axes.invert_yaxis()
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")  # the bars run from upper left to lower right
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

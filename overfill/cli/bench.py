@@ -68,7 +68,7 @@ def timeline_command(
     if as_json:
         print_json(asdict(timeline) | {"overlaps": timeline.overlaps, "token_before_kv": timeline.token_before_kv})
         return 0 if good else 1
-    table = Table(title=f"one prefill of {tokens} tokens, {timeline.kv_bytes / 1e6:.1f} MB of KV", title_justify="left")
+    table = Table()
     table.add_column("event")
     table.add_column("ms", justify="right")
     rows = [
@@ -88,5 +88,7 @@ def timeline_command(
         ("received: last KV", timeline.last_kv_received),
     ):
         table.add_row(name, f"{1e3 * seconds:.1f}")
+    # Not the table's title, which is wrapped to the width of the columns.
+    console().print(f"one prefill of {tokens} tokens, {timeline.kv_bytes / 1e6:.1f} MB of KV")
     console().print(table)
     return 0 if good else 1

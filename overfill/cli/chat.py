@@ -62,7 +62,7 @@ def chat_command(
 
 
 class Chat:
-    """The turns so far. A turn that fails or is interrupted leaves no trace in them."""
+    """The turns so far. A turn that fails, is interrupted or gets an empty answer leaves no trace in them."""
 
     def __init__(self, client: Client, sampling: SamplingParams, model: str, system: str | None, verbose: bool) -> None:
         self._client = client
@@ -88,7 +88,8 @@ class Chat:
                 click.echo(delta.text, nl=False)
                 sys.stdout.flush()
         click.echo()
-        self._messages = [*messages, Message("assistant", stream.answer.text)]
+        if stream.answer.text:
+            self._messages = [*messages, Message("assistant", stream.answer.text)]
         if self._verbose:
             from overfill.cli.output import answer_details, console
 

@@ -65,7 +65,7 @@ def connect(address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: P
 
 
 def sampling(
-    max_tokens: int | None,
+    max_tokens: int,
     greedy: bool,
     temperature: float | None,
     top_k: int | None,

@@ -106,6 +106,7 @@ def make_plan(
     workers = settings | {
         "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
         "threads": threads or threads_per_worker(prefill + decode),
+        "advertise": None if reachable(host) == host else reachable(host),
     }
     return Plan(
         tuple(router_configs),

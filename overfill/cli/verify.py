@@ -127,6 +127,8 @@ def read_questions(file: Path) -> list[str]:
 
 def check_stack(status: StackStatus, pair: Pair) -> None:
     """Raises CannotVerify unless every worker runs ``pair`` in float32 and decode workers pull raw KV."""
+    if silent := [w.id for w in status.workers if w.process is None]:
+        raise CannotVerify(f"{', '.join(silent)} does not answer, so what it runs is not known; see `overfill status`")
     processes = [w.process for w in status.workers if w.process is not None]
     if not any(p.stage == "decode" for p in processes):
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")

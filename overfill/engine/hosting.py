@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Coroutine
@@ -14,18 +15,15 @@ from typing import Any
 import torch
 
 from overfill import __version__
-from overfill.config import WorkerConfig
+from overfill.config import LOG_FORMAT, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.sequence import EngineLoad
 from overfill.errors import OverfillError
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.tls import TlsError
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
-
-log = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
@@ -41,6 +39,7 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
             kv_memory=config.kv_memory,
             max_model_len=config.max_model_len,
             warm_tokens=warm_tokens,
+            max_num_seqs=config.max_num_seqs,
         )
 
     return await asyncio.to_thread(load)
@@ -75,15 +74,23 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
 
 
 def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level: str) -> int:
-    """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1."""
+    """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1.
+
+    Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds nothing
+    that others wait for, and a thread that loads a model cannot be interrupted.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     try:
         return asyncio.run(serve)
-    except OverfillError as error:
+    except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
+    return 1
 
 
 def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:

@@ -13,7 +13,7 @@ import torch
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
+from overfill.engine.build import MEMORY_FRACTION, EngineParts, Half, LoadedHalf, load_half, resolve_device, size_pools
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
@@ -76,7 +76,8 @@ class LLM:
         pair: folder of a pair, or one of the named pairs ("default", "fast", "identity").
         dtype: of weights, activations and KV.
         threads: CPU threads; None leaves torch's setting.
-        kv_memory: bytes of each half's KV cache; None picks.
+        kv_memory: bytes of each half's KV cache; None shares what the device leaves (on a CPU at most 1 GiB each).
+        memory_fraction: share of the free memory that is taken when ``kv_memory`` is None.
         token_budget: most prompt tokens in one prefill step.
 
     Example:
@@ -92,6 +93,7 @@ class LLM:
         device: str = "auto",
         threads: int | None = None,
         kv_memory: int | None = None,
+        memory_fraction: float = MEMORY_FRACTION,
         block_size: int = 16,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -101,19 +103,23 @@ class LLM:
             torch.set_num_threads(threads)
         loaded = Pair.load(resolve_pair(str(pair)), check_digests=True)
 
-        def build(half: Half) -> EngineParts:
-            return build_engine_parts(
+        where = resolve_device(device)
+
+        def load(half: Half) -> LoadedHalf:
+            return load_half(
                 loaded,
                 half,
                 dtype=dtype,
-                device=resolve_device(device),
+                device=where,
                 block_size=block_size,
-                kv_memory=kv_memory,
                 max_model_len=max_model_len,
                 warm_tokens=token_budget,
+                max_num_seqs=max_num_seqs,
             )
 
-        self._full, self._decoder = build("full"), build("decoder")
+        # Both halves first: what they leave is shared.
+        halves = [load("full"), load("decoder")]
+        self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction)
         self.max_model_len = min(self._full.max_model_len, self._decoder.max_model_len)
         self.tokenizer = Tokenizer.load(loaded.full_path)
         self._token_budget = token_budget

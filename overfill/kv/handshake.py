@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from overfill.errors import Incompatible
@@ -27,8 +28,12 @@ class KvIdentity:
 
 def check_compatible(mine: KvIdentity, theirs: KvIdentity, peer: str) -> None:
     """Raises Incompatible listing every differing field with both values; ``peer`` is named in the message."""
-    ours, other = mine.flat(), theirs.flat()
-    differing = [name for name in ours if ours[name] != other[name]]
+    check_same(mine.flat(), theirs.flat(), f"{peer} serves KV that does not fit this worker")
+
+
+def check_same(here: Mapping[str, object], there: Mapping[str, object], verdict: str) -> None:
+    """Raises Incompatible when a field of ``here`` differs ``there``: ``verdict``, then each with both values."""
+    differing = [name for name in here if here[name] != there[name]]
     if differing:
-        lines = ", ".join(f"{name} (here {ours[name]!r}, there {other[name]!r})" for name in differing)
-        raise Incompatible(f"{peer} serves KV that does not fit this worker; differing fields: {lines}", differing)
+        lines = ", ".join(f"{name} (here {here[name]!r}, there {there[name]!r})" for name in differing)
+        raise Incompatible(f"{verdict}; differing fields: {lines}", differing)

@@ -46,8 +46,8 @@ class Attempt:
         self._queued = 0.0  # seconds in the router, in front of either stage
         self._reservation_ns = 0
 
-    async def run(self, start: decode_pb2.StartDecode) -> decode_pb2.DecodeDone | None:
-        """The worker's Done, or None when it refused.
+    async def run(self, start: decode_pb2.StartDecode) -> decode_pb2.DecodeDone | decode_pb2.Refused:
+        """The worker's last word.
 
         Raises:
             GaveUp: no prefill worker can be had.
@@ -57,10 +57,10 @@ class Attempt:
         self._queued = _now() - self._answer.received
         try:
             first = await self._stream.receive()
-        except Overloaded:
-            return None
+        except Overloaded as error:
+            return decode_pb2.Refused(reason=str(error))
         if first is not None and first.HasField("refused"):
-            return None
+            return first.refused
         self._on_reserved(first)
         while True:
             message = await self._next()
@@ -112,7 +112,9 @@ class Attempt:
             data_address=worker.info.data_address,
         )
         await self._stream.send(decode_pb2.DecodeRequest(assign_prefill=target))
-        self._queued += _now() - self._wanted_since
+        now = _now()
+        self._queued += now - self._wanted_since
+        self._wanted_since = now
 
     def _on_reserved(self, message: decode_pb2.DecodeResponse | None) -> None:
         if message is None or not message.HasField("reserved"):
@@ -149,7 +151,9 @@ class Attempt:
             if self._answer.prefill_failures >= self._max_prefill_failures:
                 raise GaveUp(self._prefill_error(need))
         tried = self._prefill if self._prefill and need.worker_id in ("", self._prefill.id) else None
-        self._wanted_since = _now()
+        if self._answer.emitted:
+            self._wanted_since = _now()
+        # Otherwise what a failed prefill took counts as waiting for one.
         self._grant = self._gate.need_prefill(
             self._job,
             tried,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from overfill.errors import OverfillError, Overloaded, PromptTooLong, Unavailable
 from overfill.routing.policy import Policy
 from overfill.routing.pool import DECODE, PREFILL, Pool, Roster, Worker
-from overfill.v1 import common_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
@@ -151,10 +151,14 @@ class Dispatcher:
         job.state = JobState.WANTS_PREFILL
         self._prefill_line.append(job)
 
-    def refused(self, job: Job) -> None:
-        """The decode worker would not take it: back to the front. Nothing goes there until it reports."""
+    def refused(self, job: Job, load: decode_pb2.WorkerLoad | None = None) -> None:
+        """The decode worker would not take it: back to the front. Nothing goes there until it reports.
+
+        Args:
+            load: what the worker said of itself, if it did.
+        """
         if job.decode is not None:
-            job.decode.closed = True
+            self._roster.decode.refused(job.decode, load)
         self._detach(job)
         job.state = JobState.WAITING
         self._decode_line.push_front(job)

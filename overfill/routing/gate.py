@@ -6,7 +6,7 @@ import asyncio
 
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.pool import Worker
-from overfill.v1 import registry_pb2
+from overfill.v1 import decode_pb2, registry_pb2
 
 TICK = 0.5
 """Seconds between looks at the clock while a job waits."""
@@ -31,9 +31,9 @@ class Gate:
         self._dispatcher.submit(job, self._now())
         return self._grant(job)
 
-    def refused(self, job: Job) -> Grant:
-        """Grants a decode worker, after the last one would not take the job."""
-        self._dispatcher.refused(job)
+    def refused(self, job: Job, load: decode_pb2.WorkerLoad | None) -> Grant:
+        """Grants a decode worker, after the last one would not take the job; see ``Dispatcher.refused``."""
+        self._dispatcher.refused(job, load)
         return self._grant(job)
 
     def lost(self, job: Job, *, gone: bool) -> Grant:

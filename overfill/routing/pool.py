@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from overfill.errors import Incompatible, InvalidRequest
-from overfill.kv.handshake import KvIdentity
+from overfill.errors import InvalidRequest
+from overfill.kv.handshake import KvIdentity, check_same
 from overfill.kv.spec import DTYPE_FROM_PROTO, KvSpec
-from overfill.v1 import common_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
 DECODE = common_pb2.STAGE_DECODE
@@ -30,7 +30,6 @@ class WorkerInfo:
     address: str
     data_address: str
     identity: KvIdentity
-    decoder_digest: str
     max_model_len: int
     vocab_size: int
 
@@ -57,7 +56,6 @@ class WorkerInfo:
                 tokenizer_digest=hello.model.tokenizer_digest,
                 kv=KvSpec.from_proto(hello.kv),
             ),
-            decoder_digest=hello.model.decoder_digest,
             max_model_len=hello.max_model_len,
             vocab_size=hello.vocab_size,
         )
@@ -154,6 +152,10 @@ class Worker:
         reported = self.report.load.queued_tokens if self.report else 0
         return reported + (self.placed_tokens if self.info.stage == PREFILL else 0)
 
+    def forget_placed(self) -> None:
+        """What was placed is part of the load that the worker says it has."""
+        self.placed = self.placed_tokens = self.placed_blocks = 0
+
     def blocks(self, tokens: int) -> int:
         """Blocks that hold ``tokens``; 0 while the block size is not known."""
         block_size = self.report.load.block_size if self.report else 0
@@ -194,7 +196,14 @@ class Pool:
         worker.report = report
         worker.reported_at = now
         worker.closed = False
-        worker.placed = worker.placed_tokens = worker.placed_blocks = 0
+        worker.forget_placed()
+
+    def refused(self, worker: Worker, load: decode_pb2.WorkerLoad | None) -> None:
+        """Closes the worker until its next report; ``load`` is what it said of itself, if it did."""
+        worker.closed = True
+        if load is not None and worker.report is not None:
+            worker.report.load.CopyFrom(load)
+            worker.forget_placed()
 
     def leave(self, worker: Worker) -> None:
         """Stops new placements on ``worker``. What runs there judges itself and still counts."""
@@ -217,10 +226,6 @@ class Pool:
         worker.in_flight -= 1
         if not worker.in_flight:
             self._detached.pop(worker.key, None)
-
-    @property
-    def credits_left(self) -> int:
-        return sum(w.credits_left for w in self)
 
     @property
     def capacity_tokens(self) -> int | None:
@@ -257,14 +262,10 @@ class Roster:
         Raises:
             Incompatible: it differs from what is expected or from the workers here; ``fields`` says where.
         """
-        theirs = info.identity.flat()
         ours = dict(self.expected)
         for worker in self.workers():
             if worker.id != info.id:
                 ours = worker.info.identity.flat() | ours
                 break
-        differing = [name for name in ours if ours[name] != theirs[name]]
-        if differing:
-            lines = ", ".join(f"{n} (here {ours[n]!r}, there {theirs[n]!r})" for n in differing)
-            raise Incompatible(f"worker {info.id} does not fit this router's workers; differing: {lines}", differing)
+        check_same(ours, info.identity.flat(), f"worker {info.id} does not fit this router's workers")
         return self.pool(info.stage).join(info)

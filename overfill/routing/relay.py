@@ -93,6 +93,11 @@ class Relay:
         """Tokens so far; ``cached_tokens`` is known only at the end, from ``Finish.usage``."""
         return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
 
+    @property
+    def resumed(self) -> bool:
+        """Whether the answer's first token was there before the request came."""
+        return bool(self._request.emitted_token_ids)
+
     def start(self) -> None:
         """Queues the request.
 
@@ -161,12 +166,12 @@ class Relay:
                 self._job.emitted = len(self.answer.emitted)
                 grant = self._gate.lost(self._job, gone=isinstance(error, Unavailable))
             else:
-                if done is not None:
+                if isinstance(done, decode_pb2.DecodeDone):
                     return self._finish(done)
-                grant = self._gate.refused(self._job)
+                grant = self._gate.refused(self._job, done.load if done.HasField("load") else None)
 
-    async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | None:
-        """One stream with one worker, to its end; None when the worker refused."""
+    async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | decode_pb2.Refused:
+        """One stream with one worker, to its end."""
         deadline = self._request.deadline
         left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
         start = self._start(worker)

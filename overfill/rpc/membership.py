@@ -46,7 +46,7 @@ class Membership:
         routers: ``host:port`` or ``unix:path`` of one router, or ``dns:///name:port`` for one at each of the
             name's addresses, looked up again and again.
         report: given the number of joined routers, the report for each of them, credits divided already.
-        on_refused: called when a router refuses the worker for good; other routers are kept.
+        on_refused: called when every router has refused the worker for good.
 
     Attributes:
         joined: set while at least one router has welcomed the worker.
@@ -117,14 +117,16 @@ class Membership:
         while True:
             try:
                 found = await resolve(router.removeprefix(_DNS))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
                 logger.warning("cannot resolve %s: %s", router, error)
                 found = mine
-            for address in found - self._links.keys():
+            new = found - self._links.keys()
+            for address in new:
                 self._add(address)
+            # Only what this name has added: another entry of the list may own the same address.
             for address in mine - found:
                 await self._remove(address)
-            mine = found
+            mine = (mine & found) | new
             await asyncio.sleep(RESOLVE_INTERVAL)
 
     async def _keep(self, link: _Link) -> None:
@@ -132,7 +134,8 @@ class Membership:
             await link.keep_open()
         except Incompatible as error:
             logger.error("router %s refused this worker: %s", link.address, error)
-            if self._on_refused is not None:
+            link.refused = True
+            if self._on_refused is not None and all(other.refused for other in self._links.values()):
                 self._on_refused(error)
 
     def _report_for(self) -> registry_pb2.Report:
@@ -159,6 +162,7 @@ class _Link:
     ) -> None:
         self.address = address
         self.joined = False
+        self.refused = False
         self.changed = asyncio.Event()
         self._hello = hello
         self._report = report
@@ -175,8 +179,11 @@ class _Link:
             except Incompatible:
                 raise
             except OverfillError as error:
-                level = logging.WARNING if self.joined else logging.DEBUG
-                logger.log(level, "router %s: %s", self.address, error)
+                level = logging.INFO if self.joined else logging.DEBUG
+                logger.log(level, "router %s has gone: %s", self.address, error)
+            except Exception:
+                # Such as a certificate that is being replaced: the worker stays, and tries again.
+                logger.exception("router %s: joining failed", self.address)
             finally:
                 was_joined, self.joined, self._keep_credits = self.joined, False, None
                 if was_joined:

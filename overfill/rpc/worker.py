@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
-from overfill.rpc.server import RpcServer
+from overfill.rpc.server import RpcServer, split_address
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
 
@@ -53,6 +53,7 @@ class WorkerHost:
     Args:
         server: with the worker's own service added, not started.
         hello: complete but for ``address``, ``data_address``.
+        advertise: host that others reach this one at; empty is the one it listens on.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class WorkerHost:
         routers: Sequence[str],
         tls: ClientTls | None,
         grace: float,
+        advertise: str = "",
     ) -> None:
         self._server = server
         self._hello = hello
@@ -70,6 +72,7 @@ class WorkerHost:
         self._routers = routers
         self._tls = tls
         self._grace = grace
+        self._advertise = advertise
         self._stop = asyncio.Event()
         self._refusal: Incompatible | None = None
         self._membership: Membership | None = None
@@ -98,19 +101,19 @@ class WorkerHost:
 
         Raises:
             Unavailable: the address cannot be bound.
-            Incompatible: a router refused the worker for good.
+            Incompatible: every router refused the worker for good.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
         bound = await self._server.start(address)
-        self._hello.address = self._hello.data_address = bound
+        self._hello.address = self._hello.data_address = announced(bound, self._advertise)
         self._membership = Membership(
             self._hello, self._routers, self._report, tls=self._tls, on_refused=self._on_refused
         )
         await self._membership.start()
         self._server.set_ready(True)
-        log.info("%s ready on %s", self._hello.worker_id, bound)
+        log.info("%s ready on %s, announced as %s", self._hello.worker_id, bound, self._hello.address)
         try:
             await self._until_stopped()
             await self._until_idle()
@@ -168,6 +171,14 @@ class WorkerHost:
             kv=hello.kv,
             codec=self._worker.codec,
         )
+
+
+def announced(bound: str, advertise: str) -> str:
+    """The address that others are told: ``bound``, a ``host:port``, with another host unless that is empty."""
+    if not advertise:
+        return bound
+    host = f"[{advertise}]" if ":" in advertise and not advertise.startswith("[") else advertise
+    return f"{host}:{split_address(bound)[1]}"
 
 
 class _Admin(admin_pb2_grpc.AdminServicer):

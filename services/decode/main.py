@@ -51,7 +51,7 @@ async def serve(config: DecodeConfig) -> int:
         healthy=lambda: engine.alive,
         codec=common_pb2.KV_CODEC_RAW,
     )
-    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period)
+    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
     servicer.host = host
     engine.start()
     try:

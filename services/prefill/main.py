@@ -47,7 +47,7 @@ async def serve(config: PrefillConfig) -> int:
         capacity=config.max_num_seqs,
         healthy=lambda: engine.alive,
     )
-    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period)
+    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
     servicer.host = host
     engine.start()
     try:

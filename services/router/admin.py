@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, TypeAlias
-
-import grpc.aio
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.pool import Roster, Worker
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.calls import outcome
+from overfill.rpc.interceptors import Context
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 from services.router.registry import Expected
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 STATUS_TIMEOUT = 1.0
 """Seconds after which a worker counts as silent."""
@@ -49,7 +45,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         return admin_pb2.StatusResponse(
             process=self._process(),
-            workers=await asyncio.gather(*map(self._ask, self._roster.workers())),
+            # Channels are looked up before the first wait: a worker may leave while others are being asked.
+            workers=await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()]),
             complete=self._expected.complete,
         )
 
@@ -61,13 +58,15 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         if worker is None:
             known = ", ".join(w.id for w in self._roster.workers()) or "none"
             raise InvalidRequest("worker_id", f"no worker {request.worker_id!r} has joined; joined: {known}")
-        stub = admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
-        await outcome(stub.Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT), f"worker {worker.id}")
+        drained = self._stub(worker).Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT)
+        await outcome(drained, f"worker {worker.id}")
         return admin_pb2.DrainResponse()
 
-    async def _ask(self, worker: Worker) -> admin_pb2.WorkerStatus:
+    def _stub(self, worker: Worker) -> admin_pb2_grpc.AdminStub:
+        return admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
+
+    async def _ask(self, worker: Worker, stub: admin_pb2_grpc.AdminStub) -> admin_pb2.WorkerStatus:
         status = admin_pb2.WorkerStatus(id=worker.id, stage=worker.info.stage, address=worker.info.address)
-        stub = admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
         try:
             answer = await outcome(
                 stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT), f"worker {worker.id}"

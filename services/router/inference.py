@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeAlias
-
-import grpc.aio
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.requests import GenerationRequest, validate_generate
@@ -17,10 +14,9 @@ from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
 from overfill.routing.stream import DecodeConnector
+from overfill.rpc.interceptors import Context
 from overfill.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from services.router.text import AnswerText
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 LONG_REQUEST = 16 << 10
 """Bytes from which on a request is tokenized in a thread, so that the streams of others go on meanwhile."""
@@ -102,10 +98,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             finished.timing.total_ns = _nanoseconds_since(received)
             await context.write(inference_pb2.GenerateResponse(finished=finished))
         finally:
-            await relay.close()
-            self._running.discard(relay)
-            if not self._running:
-                self._idle.set()
+            # Even when this task is cancelled again meanwhile: a relay that runs on holds slots.
+            closing = asyncio.ensure_future(self._close(relay))
+            await asyncio.shield(closing)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
@@ -119,6 +114,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             dtype=worker.info.identity.kv.dtype if worker else "",
         )
         return inference_pb2.ListModelsResponse(models=[model])
+
+    async def _close(self, relay: Relay) -> None:
+        await relay.close()
+        self._running.discard(relay)
+        if not self._running:
+            self._idle.set()
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -160,7 +161,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     await context.write(inference_pb2.GenerateResponse(delta=rest))
                 continue
             await context.write(inference_pb2.GenerateResponse(delta=text.push(event)))
-            if ttft_ns is None:
+            # A resumed answer has its first token already: nothing was waited for.
+            if ttft_ns is None and not relay.resumed:
                 ttft_ns = _nanoseconds_since(relay.answer.received)
                 if relay.answer.timing.HasField("return_path_ns"):
                     relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)

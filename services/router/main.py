@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from overfill.config import RouterConfig
+from overfill.config import LOG_FORMAT, RouterConfig
 from overfill.errors import OverfillError
 from overfill.rpc.tls import TlsError
 from services.router.app import Router
@@ -17,11 +17,7 @@ from services.router.app import Router
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a router until SIGTERM or SIGINT; returns the exit code: 0 drained, 1 could not start."""
     config = RouterConfig.parse(argv)
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     try:
         asyncio.run(_serve(config))
     except (OverfillError, TlsError) as error:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
-
-import grpc.aio
 
 from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
@@ -14,9 +11,8 @@ from overfill.routing.gate import Gate
 from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.interceptors import Context
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._gate = gate
         self._connector = connector
         self._expected = expected
-        self._streams: dict[str, Context] = {}
+        self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
 
     async def Join(
         self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context
@@ -60,28 +56,38 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise InvalidRequest("hello", "must be the first message")
         check_wire_version(first.hello)
         info = WorkerInfo.from_hello(first.hello)
+        previous, _ = self._streams.get(info.id, (None, None))
+        if previous is not None and previous.stage != info.stage:
+            raise Incompatible(
+                f"{info.id!r} is the id of a worker of the other stage; give one of its own", ["worker_id"]
+            )
         worker = self._roster.join(info)
+        if previous is not None and previous.incarnation != info.incarnation:
+            self._connector.forget(previous)
         self._connector.add(info)
-        self._streams[info.id] = context
+        self._streams[info.id] = (info, context)
         logger.info("worker %s joined at %s", info.id, info.address)
         try:
             yield registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id))
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "must be all that follows the first message")
-                if self._streams.get(info.id) is not context:
+                if not self._current(info, context):
                     return  # it has joined again meanwhile
                 self._gate.report(worker, message.report)
                 if message.report.ready:
                     self._expected.ready(info)
         finally:
             # Of two streams of one worker, the older one may end later.
-            if self._streams.get(info.id) is context:
+            if self._current(info, context):
                 logger.info("worker %s left", info.id)
                 del self._streams[info.id]
                 self._connector.forget(info)
                 self._roster.pool(info.stage).leave(worker)
                 self._gate.poll()
+
+    def _current(self, info: WorkerInfo, context: Context) -> bool:
+        return self._streams.get(info.id, (None, None))[1] is context
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:

@@ -33,6 +33,13 @@ def test_answers_on_the_device_are_the_reference_s(pair, exact_float32):
     assert [a.token_ids for a in answers] == [reference.generate(p, 24) for p in prompts]
 
 
+def test_both_halves_fit_one_device_without_a_stated_cache(pair, exact_float32):
+    llm = LLM(pair, dtype="float32", device="cuda", memory_fraction=0.25)
+    prompt = list(range(20, 60))
+    answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8))[0]
+    assert answer.token_ids == TwoStageReference(pair).generate(prompt, 8)
+
+
 def test_kv_read_beside_a_running_step_is_what_was_written(pair):
     from overfill.kv.cache import KvCache
     from overfill.kv.spec import KvSpec, RopeSpec

@@ -400,6 +400,7 @@ async def test_a_resubmitted_request_goes_on_behind_the_clients_tokens(stack, cl
     answer = await asking
     assert list(answer.token_ids)[-1] == 22
     assert answer.usage.completion_tokens == 3
+    assert answer.timing.ttft is None, "the first token was there before the request"
 
 
 @pytest.mark.parametrize(
@@ -407,6 +408,7 @@ async def test_a_resubmitted_request_goes_on_behind_the_clients_tokens(stack, cl
     [
         ({"prompt": PROMPT, "model": "another"}, ModelNotFound),
         ({"prompt": []}, InvalidRequest),
+        ({"prompt": [{"role": "user", "content": ""}]}, InvalidRequest),
         ({"prompt": [10**6]}, InvalidRequest),
         ({"prompt": list(range(100)) * 30}, PromptTooLong),
         ({"prompt": PROMPT, "sampling": SamplingParams(max_tokens=2040)}, None),
@@ -493,6 +495,23 @@ async def test_a_worker_of_another_model_is_refused(stack, tiny_pair):
         assert (await worker.refusal.get()).fields == ("full_digest",)
     finally:
         await worker.kill()
+
+
+async def test_an_id_in_use_by_the_other_stage_is_refused_and_the_first_stays(stack):
+    worker = await stack.add(stack.first.hello.worker_id, stage=common_pb2.STAGE_PREFILL)
+    assert (await worker.refusal.get()).fields == ("worker_id",)
+    assert stack.router.roster.find(stack.first.hello.worker_id).info.stage == common_pb2.STAGE_DECODE
+
+
+async def test_a_restarted_worker_replaces_its_old_incarnation(stack, client):
+    name = stack.first.hello.worker_id
+    again = await stack.add(name)
+    await until(lambda: stack.router.roster.find(name).info.incarnation == again.hello.incarnation)
+    await until(lambda: stack.router.roster.find(name).credits_left)
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+    call = await again.calls.get()
+    await call.answer([20, 21])
+    assert list((await asking).token_ids) == [20, 21]
 
 
 async def test_drain_is_passed_on_to_a_worker(stack):

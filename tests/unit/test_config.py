@@ -89,6 +89,18 @@ def test_an_open_host_needs_tls(host: str, capsys: pytest.CaptureFixture[str]) -
     assert RouterConfig.parse([*argv, "--tls-cert", "c", "--tls-key", "k"]).host == host
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+@pytest.mark.parametrize("kind", [PrefillConfig, DecodeConfig])
+def test_a_worker_on_every_address_must_say_where_it_is(
+    kind: type[ServiceConfig], host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--pair", "p", "--host", host, "--tls-cert", "c", "--tls-key", "k"]
+    assert "--advertise" in refused(kind, argv, capsys)
+    assert "--advertise" in refused(kind, [*argv, "--advertise", host], capsys)
+    config = kind.parse([*argv, "--advertise", "gpu-1.internal"])
+    assert (config.host, config.advertise) == (host, "gpu-1.internal")  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1"])
 def test_loopback_needs_none(host: str) -> None:
     assert RouterConfig.parse(["--pair", "p", "--host", host]).server_tls() is None

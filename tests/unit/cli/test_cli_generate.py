@@ -11,6 +11,7 @@ import pytest
 
 from overfill.cli.main import main
 from overfill.client import Message, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
+from overfill.errors import InvalidRequest
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -49,6 +50,12 @@ def test_flags_reach_the_request(fake_client: Any) -> None:
     assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (5, 0.5, 4)
     assert (sampling.top_k, sampling.top_p, sampling.min_p) == (3, 0.9, 0.1)
     assert (arguments["stop"], arguments["timeout"]) == (("a", "b"), 9.0)
+
+
+def test_an_empty_prompt_is_exit_1_naming_what_is_empty(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.errors.append(InvalidRequest("chat.messages[0].content", "is empty"))
+    assert main(["generate", ""]) == 1
+    assert "chat.messages[0].content: is empty" in capsys.readouterr().err
 
 
 def test_greedy_is_temperature_0(fake_client: Any) -> None:
@@ -116,6 +123,13 @@ def test_chat_keeps_the_turns(
         [system, Message("user", "three")],
     ]
     assert capsys.readouterr().out == "It scatters.\n" * 3
+
+
+def test_a_chat_turn_with_an_empty_answer_leaves_no_trace(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_client.pieces = ()
+    pipe_in(monkeypatch, "one\ntwo\n")
+    assert main(["chat"]) == 0
+    assert fake_client.requests[1][0] == [Message("user", "two")]
 
 
 def test_piped_chat_stops_at_an_error(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ def make_info() -> Callable[..., WorkerInfo]:
             address=f"{worker_id}:1",
             data_address=f"{worker_id}:2",
             identity=KvIdentity(**fields),
-            decoder_digest="cc",
             max_model_len=0,
             vocab_size=512,
         )

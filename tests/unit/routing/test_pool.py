@@ -129,11 +129,38 @@ def test_a_lone_worker_may_come_back_with_another_element_type(make_info):
     assert roster.join(make_info("d0", incarnation=2, kv=kv)).info.identity.kv == kv
 
 
-def test_decoders_of_the_same_full_model_may_differ(make_info):
+def test_decoders_of_the_same_full_model_may_differ():
     roster = Roster()
-    roster.join(make_info("d0"))
-    roster.join(dataclasses.replace(make_info("d1"), decoder_digest="another decoder"))
+    for name in ("one", "another"):
+        model = common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb", decoder_digest=name)
+        kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
+        hello = registry_pb2.Hello(worker_id=name, stage=DECODE, address="h:1", model=model, kv=kv)
+        roster.join(WorkerInfo.from_hello(hello))
     assert len(roster.decode) == 2
+
+
+def test_a_refusal_closes_the_worker_and_its_load_counts_until_the_next_report(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(used=0, total=100), 0.0)
+    pool.place(worker, 160)
+    pool.refused(worker, make_report(used=95, total=100).load)
+    assert not worker.admissible(0.0)
+    assert worker.has_room(80), "what was placed is in the load that it says it has"
+    assert not worker.has_room(81)
+    pool.report(worker, make_report(used=0, total=100), 1.0)
+    assert worker.admissible(1.0)
+    assert worker.has_room(1600)
+
+
+def test_a_refusal_without_a_load_leaves_what_is_known(make_info, make_report):
+    pool = Pool(DECODE)
+    worker = pool.join(make_info("d0"))
+    pool.report(worker, make_report(used=90, total=100), 0.0)
+    pool.refused(worker, None)
+    assert not worker.admissible(0.0)
+    assert worker.capacity_tokens == 1600
+    assert not worker.has_room(161)
 
 
 def test_hello_becomes_what_it_says():

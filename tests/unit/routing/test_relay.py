@@ -14,6 +14,7 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
+from overfill.routing import attempt
 from overfill.routing.answer import Finish, TokenBatch
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.gate import Gate
@@ -213,6 +214,18 @@ async def test_a_refusal_moves_the_request_to_another_worker(stack):
         assert relay.answer.migrations == 0
 
 
+async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
+    async with stack.request():
+        stream = await stack.stream()
+        await stream.start()
+        load = decode_pb2.WorkerLoad(kv_blocks_used=99, kv_blocks_total=100, block_size=16)
+        stream.say(refused=decode_pb2.Refused(reason="full", load=load))
+        await stack.stream()
+        worker = stack.roster.decode.get(stream.worker)
+        assert worker.report.load == load
+        assert worker.closed, "opens at its next report"
+
+
 async def test_refusals_do_not_count_as_lost_workers(stack):
     async with stack.request(max_attempts=1) as relay:
         for _ in range(3):
@@ -310,6 +323,45 @@ async def test_a_failed_prefill_is_tried_on_another_worker(stack, reason):
         stream.done()
         await read_all(relay)
         assert relay.answer.prefill_worker == target.worker_id
+
+
+@pytest.fixture
+def pass_time(monkeypatch):
+    """Sets the clock by which attempts measure forward, by seconds."""
+    passed = [0.0]
+    monkeypatch.setattr(attempt, "_now", lambda: asyncio.get_running_loop().time() + passed[0])
+
+    def forward(seconds):
+        passed[0] += seconds
+
+    return forward
+
+
+async def test_time_lost_in_a_prefill_that_failed_counts_as_router_queue(stack, pass_time):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        pass_time(100)
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED))
+        await stream.assigned()
+        pass_time(1000)  # the prefill that succeeds accounts for itself
+        stream.tokens(0, 7)
+        await relay.next()
+        assert 100 <= relay.answer.timing.router_queue_ns / 1e9 < 1000
+
+
+async def test_time_lost_on_a_worker_that_failed_counts_as_router_queue(stack, pass_time):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.accept()
+        pass_time(100)
+        first.fail(Unavailable("gone"))
+        second = await stack.stream()
+        await second.accept()
+        pass_time(1000)
+        second.tokens(0, 7)
+        await relay.next()
+        assert 100 <= relay.answer.timing.router_queue_ns / 1e9 < 1000
 
 
 async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):

@@ -164,6 +164,17 @@ async def test_a_refusal_for_good_is_told_and_not_repeated():
             assert router.hellos.qsize() == 1
 
 
+async def test_a_refusal_of_one_router_keeps_the_others():
+    refusals = asyncio.Queue()
+    async with registry() as (first, one), registry() as (second, two):
+        first.errors.append(Incompatible("wire version 1, not 2", ["wire_version"]))
+        async with member(one, two, on_refused=refusals.put_nowait) as worker:
+            await second.reports.get()
+            await worker.joined.wait()
+            await first.hellos.get()
+            assert refusals.empty()
+
+
 async def test_another_error_is_retried():
     async with registry() as (router, address):
         router.errors += [Unavailable("draining"), Unavailable("draining")]
@@ -188,6 +199,36 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
             assert worker.num_joined == 2
             found.discard(one)
             await second.report_with(12)
+
+
+async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkeypatch):
+    async with registry() as (router, address):
+        answers, lookups = [{address}], asyncio.Queue()
+
+        async def resolve(target):
+            lookups.put_nowait(None)
+            return answers.pop() if answers else set()
+
+        monkeypatch.setattr(membership_module, "resolve", resolve)
+        async with member(address, "dns:///routers.internal:7600") as worker:
+            await router.reports.get()
+            for _ in range(3):
+                await lookups.get()
+            assert worker.num_joined == 1
+            assert router.hellos.qsize() == 1
+
+
+async def test_a_fault_of_its_own_does_not_end_a_worker_s_attempts_to_join():
+    faults = [ValueError("not now"), AssertionError()]
+
+    def report(routers):
+        if faults:
+            raise faults.pop()
+        return registry_pb2.Report(credits=1)
+
+    async with registry() as (router, address), member(address, report=report):
+        await router.report_with(1)
+        assert router.hellos.qsize() == 3
 
 
 async def test_a_name_that_cannot_be_resolved_keeps_the_streams_there_are(monkeypatch):

@@ -1,0 +1,27 @@
+"""``verify`` before it asks anything: is this a stack that can be judged?"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from overfill.cli.verify import CannotVerify, check_stack
+
+
+def worker(worker_id: str, stage: str, **changes: Any) -> SimpleNamespace:
+    model = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d")
+    process = SimpleNamespace(id=worker_id, stage=stage, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
+    return SimpleNamespace(**{"id": worker_id, "process": process} | changes)
+
+
+def test_a_silent_worker_is_named_since_it_may_run_anything() -> None:
+    pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", folder="p")
+    workers = [worker("prefill-0", "prefill"), worker("decode-0", "decode"), worker("decode-1", "decode")]
+    status: Any = SimpleNamespace(workers=workers)
+    check_stack(status, pair)
+    workers[2].process = None
+    with pytest.raises(CannotVerify, match=r"decode-1 does not answer") as caught:
+        check_stack(status, pair)
+    assert caught.value.exit_code == 2

@@ -1,0 +1,158 @@
+"""How memory is divided, as numbers; and how a worker process ends when it cannot start."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from overfill.engine import build
+from overfill.engine.build import CacheDemand, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
+from overfill.pair.manifest import Pair
+from overfill.testing.tiny import make_tiny_pair
+
+GIB = 2**30
+
+
+def demand(layers=16, longest=8192, max_num_seqs=64, activations=0):
+    """A model with 8 KV heads of 128 in bfloat16: 4 KiB per token and layer."""
+    return CacheDemand(16 * 4096 * layers, 16, 4096, longest, max_num_seqs, 2048, activations)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    torch.set_num_threads(1)
+    return Pair.load(make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny"))
+
+
+def load(pair, **changes):
+    arguments = {
+        "dtype": "float32",
+        "device": torch.device("cpu"),
+        "block_size": 16,
+        "kv_memory": 2**20,
+        "max_model_len": 256,
+        "warm_tokens": 16,
+        "max_num_seqs": 8,
+    }
+    return build_engine_parts(pair, "full", **(arguments | changes))
+
+
+def test_the_gather_of_a_full_decode_step_is_kept_free():
+    assert demand().step_bytes(10**6) >= 64 * 8192 * 4096  # keys and values of one layer, every sequence padded
+
+
+def test_a_step_reads_no_more_than_the_cache_holds():
+    assert demand().step_bytes(4) < 2 * 4 * 64 * 4096
+    assert demand().step_bytes(0) == 0
+
+
+@pytest.mark.parametrize("available", [0, 10**6, GIB, 20 * GIB, 80 * GIB])
+@pytest.mark.parametrize("halves", [[demand()], [demand(activations=GIB), demand(layers=8)]])
+def test_caches_and_the_largest_step_fill_what_is_available_and_no_more(available, halves):
+    blocks = fit_blocks(halves, available)
+    assert blocks == 0 or sum(memory_needed(halves, [blocks] * len(halves))) <= available
+    assert sum(memory_needed(halves, [blocks + 1] * len(halves))) > available
+
+
+def test_both_halves_of_a_process_get_a_cache():
+    halves = [demand(activations=GIB), demand()]
+    blocks = fit_blocks(halves, 20 * GIB)
+    caches, step = memory_needed(halves, [blocks, blocks])
+    assert step == max(d.step_bytes(blocks) for d in halves)  # they step in turn, so one of them at a time
+    assert caches > 15 * GIB
+
+
+def test_nothing_fits_where_activations_alone_are_too_much():
+    assert fit_blocks([demand(activations=2 * GIB)], GIB) == 0
+
+
+def test_a_stated_cache_is_what_one_gets(pair):
+    parts = load(pair, kv_memory=2**20)
+    assert parts.pool.num_blocks * parts.runner.cache.block_bytes == 2**20
+    assert parts.max_model_len == 256
+
+
+def test_without_a_stated_cache_a_cpu_gives_a_gibibyte_at_most(pair, monkeypatch):
+    monkeypatch.setattr(build, "_free_memory", lambda device: 100 * GIB)
+    parts = load(pair, kv_memory=None)
+    assert parts.pool.num_blocks * parts.runner.cache.block_bytes == GIB
+
+
+def test_without_a_stated_cache_a_share_of_what_is_free_is_taken(pair, monkeypatch):
+    monkeypatch.setattr(build, "_free_memory", lambda device: 40 * 2**20)
+    parts = load(pair, kv_memory=None, memory_fraction=0.5)
+    taken = parts.pool.num_blocks * parts.runner.cache.block_bytes
+    assert 18 * 2**20 < taken < 20 * 2**20
+
+
+def test_a_cache_that_fits_only_without_the_step_is_refused_with_both_numbers(pair, monkeypatch):
+    monkeypatch.setattr(build, "_free_memory", lambda device: 8 * 2**20)
+    with pytest.raises(
+        NotEnoughMemory, match=r"8MiB of KV cache and \d+MiB for the largest step .* 8MiB .*--kv-memory"
+    ):
+        load(pair, kv_memory=8 * 2**20, max_num_seqs=64)
+
+
+def test_a_cache_too_small_for_the_longest_request_names_what_would_do(pair):
+    with pytest.raises(NotEnoughMemory, match=r"holds 64 tokens, fewer than --max-model-len 256; .*--kv-memory 1MiB"):
+        load(pair, kv_memory=64 * 1024)
+    assert load(pair, kv_memory=64 * 1024, max_model_len=None).max_model_len == 64
+
+
+def test_a_device_that_runs_out_of_memory_says_what_to_change(pair, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build.Transformer, "load", out_of_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 80 * GIB))
+    with pytest.raises(
+        NotEnoughMemory, match=r"weights of the full model did not fit .* 1MiB of 81920MiB free; .*--device"
+    ):
+        load(pair)
+
+
+WORKER = """
+import asyncio, sys, threading, torch
+from overfill.engine.hosting import run_worker_process
+from overfill.errors import InvalidPair
+from overfill.rpc.tls import TlsError
+
+async def fails(error):
+    raise error
+
+async def loads():
+    print("loading", flush=True)
+    await asyncio.to_thread(threading.Event().wait)
+
+sys.exit(run_worker_process({}, 1, "info"))
+"""
+
+
+def worker(serve):
+    code = textwrap.dedent(WORKER).replace("{}", serve)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["TlsError('cannot read the key')", "InvalidPair('no pair.json')", "torch.OutOfMemoryError('no memory\\nstack')"],
+)
+def test_an_expected_failure_is_one_line_and_exit_code_1(error):
+    with worker(f"fails({error})") as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.startswith("error: ")
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_the_process_in_silence(number):
+    with worker("loads()") as process:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert stderr == ""

@@ -1,0 +1,151 @@
+"""``LLM``: both halves in one process give the reference's answers, whatever the batch and however small the cache."""
+
+import pytest
+import torch
+
+from overfill import LLM
+from overfill.engine import llm as llm_module
+from overfill.engine.sequence import Preempted
+from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.pair.reference import TwoStageReference
+from overfill.params import SamplingParams
+from overfill.testing.tiny import make_tiny_pair
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+PROMPTS = [[(7 * i * (seed + 3)) % 470 + 20 for i in range(20 + 13 * seed)] for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, token_budget=64)
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return TwoStageReference(folder)
+
+
+def assert_nothing_leaked(llm):
+    for parts in (llm._full, llm._decoder):
+        assert parts.pool.num_used == 0
+        parts.pool.check_integrity()
+
+
+def test_a_batch_gets_the_reference_s_answers(llm, reference):
+    answers = llm.generate(PROMPTS, GREEDY)
+    assert [a.token_ids for a in answers] == [reference.generate(p, 40) for p in PROMPTS]
+    assert [a.prompt_tokens for a in answers] == [len(p) for p in PROMPTS]
+    assert_nothing_leaked(llm)
+
+
+def test_a_prompt_alone_is_answered_as_in_a_batch(llm, reference):
+    assert llm.generate(PROMPTS[4:5], GREEDY)[0].token_ids == reference.generate(PROMPTS[4], 40)
+    assert llm.generate([], GREEDY) == []
+
+
+def test_preemption_changes_no_answer(folder, reference, monkeypatch):
+    preempted = []
+    handle = llm_module._Run._on_decode
+
+    def spy(run, event):
+        preempted.extend([event] if isinstance(event, Preempted) else [])
+        handle(run, event)
+
+    monkeypatch.setattr(llm_module._Run, "_on_decode", spy)
+    small = LLM(folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, token_budget=64)
+    answers = small.generate(PROMPTS, GREEDY)
+    assert preempted
+    assert [a.token_ids for a in answers] == [reference.generate(p, 40) for p in PROMPTS]
+    assert_nothing_leaked(small)
+
+
+def test_a_cache_is_sized_without_being_asked(folder, reference):
+    llm = LLM(folder, dtype="float32", device="cpu")
+    assert llm.max_model_len == 2048  # the model's context
+    assert llm.generate(PROMPTS[:1], GREEDY)[0].token_ids == reference.generate(PROMPTS[0], 40)
+
+
+def test_an_answer_ends_at_its_limit_or_at_a_stop_token(llm):
+    whole = llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
+    assert (len(whole.token_ids), whole.finish_reason) == (8, "length")
+    index, stop = next((i, t) for i, t in enumerate(whole.token_ids) if i and t not in whole.token_ids[:i])
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop_token_ids=(stop,))
+    cut = llm.generate(PROMPTS[:1], sampling)[0]
+    assert (cut.token_ids, cut.finish_reason) == (whole.token_ids[:index], "stop")
+    first = SamplingParams(temperature=0, stop_token_ids=(whole.token_ids[0],))
+    assert llm.generate(PROMPTS[:1], first)[0].token_ids == []  # the full model's own token ends it
+    assert_nothing_leaked(llm)
+
+
+def test_chat_is_the_template_s_prompt(llm):
+    messages = [{"role": "user", "content": "What is a block?"}]
+    rendered = "<|im_start|>user\nWhat is a block?<|im_end|>\n<|im_start|>assistant\n"
+    answer = llm.chat(messages, GREEDY)
+    assert answer == llm.generate([rendered], GREEDY)[0]
+    assert answer.text == llm.tokenizer.decode(answer.token_ids)
+
+
+def test_a_seed_repeats_an_answer_and_no_seed_does_not(llm):
+    seeded = SamplingParams(temperature=2.0, max_tokens=20, seed=5)
+    once, again = (llm.generate(PROMPTS[:2], seeded) for _ in range(2))
+    assert once == again
+    unseeded = SamplingParams(temperature=2.0, max_tokens=20)
+    assert llm.generate(PROMPTS[:1], unseeded) != llm.generate(PROMPTS[:1], unseeded)
+
+
+def test_logprobs_come_only_when_asked_for(llm):
+    answer = llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=3))[0]
+    assert [t.token_id for t in answer.logprobs] == answer.token_ids
+    for token in answer.logprobs:
+        assert len(token.top) == 3
+        assert token.top[0] == (token.token_id, token.logprob)  # greedy: the chosen one is the likeliest
+        assert token.logprob <= 0
+    assert llm.generate(PROMPTS[:1], GREEDY)[0].logprobs == []
+
+
+def test_tokens_are_told_as_they_are_sampled(llm):
+    told = [[] for _ in PROMPTS]
+    answers = llm.generate(PROMPTS, GREEDY, on_token=lambda index, token: told[index].append(token.token_id))
+    assert told == [a.token_ids for a in answers]
+
+
+def test_a_callback_that_raises_leaks_nothing(llm, reference):
+    def give_up(index, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY, on_token=give_up)
+    assert_nothing_leaked(llm)
+    assert llm.generate(PROMPTS[:1], GREEDY)[0].token_ids == reference.generate(PROMPTS[0], 40)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("one string", "pass a list of prompts"),
+        ([[]], "is empty"),
+        ([[5, 512]], "token id 512 at index 1 is outside the vocabulary of 512"),
+        ([[-1]], "token id -1 at index 0"),
+        ([[5], []], "is empty"),
+    ],
+)
+def test_bad_prompts_are_refused(llm, prompts, message):
+    with pytest.raises(InvalidRequest, match=message):
+        llm.generate(prompts, GREEDY)
+    assert_nothing_leaked(llm)
+
+
+def test_a_prompt_too_long_is_refused_with_both_numbers(llm):
+    with pytest.raises(PromptTooLong, match=r"has 300 tokens, the context 256"):
+        llm.generate([[5] * 300], GREEDY)
+
+
+def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(folder):
+    with pytest.raises(InvalidRequest, match=r"4096 is more than the model's context of 2048"):
+        LLM(folder, device="cpu", max_model_len=4096)
