@@ -17,13 +17,13 @@ from typing import Annotated, ClassVar, Literal, NoReturn, Self
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from overfill.kv.spec import DTypeName
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, ServerTls
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of every service's log."""
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 

@@ -91,21 +91,8 @@ class SamplingParams:
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
         """Absent fields take the defaults above; a present zero is a zero."""
-
-        def get(name: str, default: float | int | None) -> float | int | None:
-            return getattr(message, name) if message.HasField(name) else default
-
-        return cls(
-            temperature=get("temperature", 1.0),  # type: ignore[arg-type]
-            top_k=get("top_k", None),  # type: ignore[arg-type]
-            top_p=get("top_p", 1.0),  # type: ignore[arg-type]
-            min_p=get("min_p", 0.0),  # type: ignore[arg-type]
-            seed=get("seed", None),  # type: ignore[arg-type]
-            max_tokens=get("max_tokens", None),  # type: ignore[arg-type]
-            stop_token_ids=tuple(message.stop_token_ids),
-            ignore_eos=message.ignore_eos,
-            logprobs=get("logprobs", None),  # type: ignore[arg-type]
-        )
+        given = {field.name: value for field, value in message.ListFields()}  # those present, zeros included
+        return cls(**given | {"stop_token_ids": tuple(message.stop_token_ids)})
 
 
 def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:

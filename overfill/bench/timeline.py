@@ -19,11 +19,11 @@ import torch
 from overfill.bench.plots import save_timeline
 from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment
-from overfill.config import DTypeName, PrefillConfig
+from overfill.config import PrefillConfig
 from overfill.errors import Unavailable
 from overfill.kv.cache import KvCache
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull, PromptRequest
-from overfill.kv.spec import KvSpec
+from overfill.kv.spec import DTypeName, KvSpec
 from overfill.pair.manifest import Pair
 from overfill.params import SamplingParams
 from overfill.testing.proxy import ThrottlingProxy

@@ -9,8 +9,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 import torch
 
@@ -18,11 +18,14 @@ from overfill import __version__
 from overfill.config import LOG_FORMAT, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.sequence import EngineLoad
+from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
+from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 
@@ -91,6 +94,56 @@ def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level:
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
     return 1
+
+
+class EngineServicer(Protocol):
+    """A worker's own service, as its process sees it; ``engine`` and ``host`` are given to it before it serves."""
+
+    engine: EngineThread
+    host: WorkerHost
+
+    @property
+    def active(self) -> int: ...
+
+
+async def serve_engine(
+    config: WorkerConfig,
+    hello: registry_pb2.Hello,
+    core: EngineCore,
+    servicer: EngineServicer,
+    add_servicer: Callable[[Any, Any], None],
+    service: str,
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
+) -> int:
+    """Runs ``core`` on its thread and ``servicer`` on the network until drained; returns the exit code.
+
+    Args:
+        add_servicer, service: as ``RpcServer.add`` takes them.
+        codec: encoding in which a decode worker asks for KV.
+    """
+    loop = asyncio.get_running_loop()
+    engine = EngineThread(
+        core,
+        f"{service}-engine",
+        config.threads,
+        on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
+    )
+    server = RpcServer(config.server_tls())
+    server.add(add_servicer, servicer, service)
+    worker = WorkerHandle(
+        load=lambda: worker_load(engine.load, config.block_size),
+        active=lambda: servicer.active,
+        capacity=config.max_num_seqs,
+        healthy=lambda: engine.alive,
+        codec=codec,
+    )
+    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
+    servicer.engine, servicer.host = engine, host
+    engine.start()
+    try:
+        return await host.run(f"{config.host}:{config.port}")
+    finally:
+        engine.stop()
 
 
 def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:

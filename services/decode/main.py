@@ -9,12 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.hosting import load_parts, new_hello, run_worker_process, worker_load
+from overfill.engine.hosting import load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
-from overfill.engine.thread import EngineThread
 from overfill.kv.peers import PeerPool
-from overfill.rpc.server import RpcServer
-from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
 
@@ -35,30 +32,18 @@ async def serve(config: DecodeConfig) -> int:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
     core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit)
-    engine = EngineThread(
-        core,
-        "decode-engine",
-        config.threads,
-        on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
-    )
-    servicer.engine = engine
-    server = RpcServer(config.server_tls())
-    server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, SERVICE)
-    worker = WorkerHandle(
-        load=lambda: worker_load(engine.load, config.block_size),
-        active=lambda: servicer.active,
-        capacity=config.max_num_seqs,
-        healthy=lambda: engine.alive,
-        codec=common_pb2.KV_CODEC_RAW,
-    )
-    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
-    servicer.host = host
-    engine.start()
     try:
-        return await host.run(f"{config.host}:{config.port}")
+        return await serve_engine(
+            config,
+            hello,
+            core,
+            servicer,
+            decode_pb2_grpc.add_DecodeServicer_to_server,
+            SERVICE,
+            codec=common_pb2.KV_CODEC_RAW,
+        )
     finally:
         await peers.close()
-        engine.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

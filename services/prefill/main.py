@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from overfill.config import PrefillConfig
-from overfill.engine.hosting import load_parts, new_hello, run_worker_process, worker_load
+from overfill.engine.hosting import load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
-from overfill.engine.thread import EngineThread
-from overfill.rpc.server import RpcServer
-from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, prefill_pb2_grpc
 from services.prefill.servicer import PrefillServicer
 
@@ -32,28 +29,7 @@ async def serve(config: PrefillConfig) -> int:
         loop.call_soon_threadsafe(servicer.on_event, event)
 
     core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit)
-    engine = EngineThread(
-        core,
-        "prefill-engine",
-        config.threads,
-        on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
-    )
-    servicer.engine = engine
-    server = RpcServer(config.server_tls())
-    server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, SERVICE)
-    worker = WorkerHandle(
-        load=lambda: worker_load(engine.load, config.block_size),
-        active=lambda: servicer.active,
-        capacity=config.max_num_seqs,
-        healthy=lambda: engine.alive,
-    )
-    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
-    servicer.host = host
-    engine.start()
-    try:
-        return await host.run(f"{config.host}:{config.port}")
-    finally:
-        engine.stop()
+    return await serve_engine(config, hello, core, servicer, prefill_pb2_grpc.add_PrefillServicer_to_server, SERVICE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
