@@ -23,6 +23,8 @@ _SPECIAL_TOKENS = (
     "mask_token",
 )
 
+_ANY_TEXT = "A question that no template contains?"
+
 
 class Tokenizer:
     """Text to token ids and back. Made with ``load``; safe to share between threads.
@@ -89,6 +91,10 @@ class Tokenizer:
         """Token ids of plain text, with the special tokens that the tokenizer adds by itself."""
         return self._encode(text, add_special_tokens=True)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text in the middle of something: no special token is added."""
+        return self._encode(text, add_special_tokens=False)
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A chat as text, up to where the assistant's answer starts.
 
@@ -105,6 +111,17 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a chat. The template writes all special tokens itself; none is added. Raises as ``render``."""
         return self._encode(self.render(messages), add_special_tokens=False)
+
+    def encode_user_opening(self) -> list[int]:
+        """Token ids of a chat up to where the user's first words go: what a model continues with a user's message.
+
+        Raises:
+            InvalidRequest: there is no chat template, or it does not show messages as they are.
+        """
+        before, shown, _ = self.render([{"role": "user", "content": _ANY_TEXT}]).partition(_ANY_TEXT)
+        if not shown:
+            raise InvalidRequest("chat", "the chat template does not show a user's message as it is")
+        return self._encode(before, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; U+FFFD stands for bytes that are no character."""

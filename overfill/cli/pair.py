@@ -8,18 +8,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 if TYPE_CHECKING:
+    from overfill.model.config import ModelConfig
     from overfill.pair.manifest import Pair
 
 
-def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int | float:
-    """A number of neurons as an int, a share of the full model's as a float."""
-    try:
-        number = int(value) if value.isdecimal() else float(value)
-    except ValueError:
-        number = 0
-    if number == 0 or (isinstance(number, float) and not 0 < number <= 1):
-        raise click.BadParameter(f"{value!r} is neither a number of neurons nor a share in (0, 1]")
-    return number
+class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A whole number as an int, a share of the full model's as a float."""
+
+    name = "N_OR_SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        if isinstance(value, int | float):
+            return value
+        try:
+            number = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            number = 0
+        if number == 0 or (isinstance(number, float) and not 0 < number <= 1):
+            self.fail(f"{value!r} is neither a number nor a share in (0, 1]", param, ctx)
+        return number
+
+
+SIZE = SizeType()
 
 
 @click.group("pair")
@@ -42,14 +52,14 @@ _source_option = click.option(
 @pair_group.command("default")
 @_source_option
 def default_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the pair that everything uses unless told otherwise: MLPs of 832 neurons instead of 1536."""
+    """Prepare the pair that everything uses unless told otherwise: a decoder of three quarters of the weights."""
     click.echo(_resolve("default", source))
 
 
 @pair_group.command("fast")
 @_source_option
 def fast_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare a pair with a still smaller decoder: MLPs of 384 neurons instead of 1536."""
+    """Prepare a pair whose decoder has two fifths of the full model's weights."""
     click.echo(_resolve("fast", source))
 
 
@@ -66,32 +76,103 @@ def path_command(name: str) -> None:
 @pair_group.command("build")
 @click.option("--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the hub.")
 @click.option(
-    "--intermediate-size",
-    metavar="N_OR_SHARE",
-    callback=parse_size,
-    default="0.5",
-    show_default=True,
-    help="Neurons that each MLP of the decoder keeps; a share is rounded to a multiple of 16.",
+    "--hidden-size", type=SIZE, default=1.0, help="Residual stream's width.  [default: the full model's]"
 )
+@click.option("--intermediate-size", type=SIZE, default=1.0, help="Neurons of each MLP.  [default: the full model's]")
+@click.option("--layers", type=SIZE, default=1.0, help="Layers that stay.  [default: all]")
+@click.option(
+    "--method",
+    type=click.Choice(["channel", "rotate"]),
+    default="rotate",
+    show_default=True,
+    help="How the residual stream gets narrower: its largest channels stay, or its principal directions.",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["none", "least-squares"]),
+    default="least-squares",
+    show_default=True,
+    help="Whether the decoder is fitted to the full model, layer by layer, without gradients.",
+)
+@click.option(
+    "--calibration",
+    default="shipped",
+    show_default=True,
+    metavar="SOURCE",
+    help="Chats to score and fit on: `shipped`, `self` (the full model writes them), a file of JSON lines, or the id "
+    "of a data set on the hub.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Answer tokens to fit on."
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="How the decoder's weights are held when it is served; the checkpoint stays as it is.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-def build_command(full: str, intermediate_size: int | float, out: Path) -> None:
+def build_command(
+    full: str,
+    hidden_size: int | float,
+    intermediate_size: int | float,
+    layers: int | float,
+    method: Literal["channel", "rotate"],
+    fit: Literal["none", "least-squares"],
+    calibration: str,
+    tokens: int,
+    quantize: Literal["none", "int8"],
+    threads: int | None,
+    out: Path,
+) -> None:
     """Make a pair of any Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
 
-    The full model answers a few dozen prompts, and each MLP keeps the neurons that mattered most for those
-    answers. The pair links to the full model's folder.
+    Sizes are exact as whole numbers; as shares of the full model's (0.5) they are rounded to multiples of 64.
+    Attention heads and the KV cache always stay. The pair links to the full model's folder.
     """
-    from overfill.model.config import ModelConfig
-    from overfill.pair.build import build_pair
     from overfill.pair.progress import progress_bars
+    from overfill.pair.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
 
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new folder")
+    recipe = DecoderRecipe(hidden_size, intermediate_size, layers, method, fit, quantize, tokens)
     with progress_bars() as report:
         folder = resolve_model(full, report)
-        size = neurons(intermediate_size, ModelConfig.load(folder).intermediate_size)
-        pair = build_pair(folder, out, size, report)
+        _set_threads(threads)
+        from overfill.pair.build import build_pair
+        from overfill.pair.calibration import calibration_text
+
+        recipe.check(folder)
+        conversations = calibration_text(calibration, folder, tokens, report)
+        pair = build_pair(folder, out, recipe, conversations, report=report)
     click.echo(pair.folder)
+
+
+@pair_group.command("calibrate")
+@click.option("--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the hub.")
+@click.option("--count", type=click.IntRange(min=1), default=300, show_default=True, help="Conversations to write.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON lines to append to.")
+def calibrate_command(full: str, count: int, seed: int, threads: int | None, out: Path) -> None:
+    """Let a full model write conversations to calibrate, train or judge its decoders on.
+
+    Fed only the opening of a user's turn, an instruction-tuned model writes a question; fed that, it answers. Each
+    conversation is written as soon as it is done.
+    """
+    from overfill.pair.conversations import append_jsonl
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.selfwrite import write_conversations
+    from overfill.pair.store import resolve_model
+
+    with progress_bars() as report:
+        folder = resolve_model(full, report)
+        for conversation in write_conversations(folder, count, seed=seed, threads=threads, report=report):
+            append_jsonl(out, [conversation])
+    click.echo(out)
 
 
 @pair_group.command("show")
@@ -112,11 +193,11 @@ def show_command(name: str, as_json: bool) -> None:
         click.echo(f"{key:<{width}}  {value}")
 
 
-def neurons(size: int | float, full: int) -> int:
-    """``size`` as a number of neurons of an MLP that has ``full``; a share becomes a multiple of 16."""
-    if isinstance(size, int):
-        return size
-    return full if size == 1 else min(full, max(16, round(size * full / 16) * 16))
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def describe(pair: Pair) -> dict[str, Any]:
@@ -130,13 +211,14 @@ def describe(pair: Pair) -> dict[str, Any]:
             "path": str(pair.full_path),
             "model_type": pair.full_config.model_type,
             "parameters": count_parameters(pair.full_path),
-            "intermediate_size": pair.full_config.intermediate_size,
+            **_sizes(pair.full_config),
             "digest": pair.full_digest,
         },
         "decoder": {
             "path": str(pair.decoder_path),
             "parameters": count_parameters(pair.decoder_path),
-            "intermediate_size": pair.decoder_config.intermediate_size,
+            **_sizes(pair.decoder_config),
+            "quantize": pair.quantize,
             "digest": pair.decoder_digest,
             "recipe": dict(pair.recipe),
         },
@@ -149,6 +231,10 @@ def describe(pair: Pair) -> dict[str, Any]:
         "tokenizer_digest": pair.tokenizer_digest,
         "eval": dict(pair.eval),
     }
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_layers")}
 
 
 def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -132,6 +132,15 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def native_dtype(device: torch.device) -> DTypeName:
+    """bfloat16 where the device computes in it; on other CPUs, where it is several times slower, float32."""
+    if device.type != "cpu":
+        return "bfloat16"
+    # Older torch releases cannot tell; there float32 is the safe answer.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedHalf:
     """A warm model that has no KV cache yet."""
@@ -189,7 +198,7 @@ def load_half(
     max_num_seqs: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedHalf:
-    """Loads one half and runs its largest steps once.
+    """Loads one half and runs its largest steps once; a decoder is quantised as the pair says.
 
     Args:
         max_model_len: None takes the model's context.
@@ -207,7 +216,14 @@ def load_half(
     if longest > config.max_positions:
         raise InvalidRequest("max_model_len", f"{longest} is more than the model's context of {config.max_positions}")
     with _out_of_memory(f"the weights of the {half} model", device, "free some of it, or take another --device"):
-        model = Transformer.load(folder, TORCH_DTYPES[dtype], device, max_positions=longest, progress=progress)
+        model = Transformer.load(
+            folder,
+            TORCH_DTYPES[dtype],
+            device,
+            max_positions=longest,
+            progress=progress,
+            quantize="none" if half == "full" else pair.quantize,
+        )
     spec = config.kv_spec(dtype)
     step_tokens = min(warm_tokens, longest)
     advice = "free some of it, or give a smaller --token-budget or --max-num-seqs"

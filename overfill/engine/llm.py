@@ -128,23 +128,28 @@ class LLM:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         on_token: Callable[[int, SampledToken], None] | None = None,
     ) -> list[Completion]:
         """Answers all ``prompts``, batched; in their order.
 
         Args:
             prompts: text, tokenized as it is, or token ids.
+            sampling: one for all prompts, or one for each.
             on_token: called with the prompt's index and each token as it is sampled.
 
         Raises:
-            InvalidRequest: a prompt is empty, too long or holds ids outside the vocabulary.
+            InvalidRequest: a prompt is empty, too long or holds ids outside the vocabulary, or ``sampling`` has
+                another length than ``prompts``.
         """
         if isinstance(prompts, str):
             raise InvalidRequest("prompts", "is one string; pass a list of prompts")
-        chosen = sampling or SamplingParams()
+        each = sampling or SamplingParams()
+        choices = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
+        if len(choices) != len(prompts):
+            raise InvalidRequest("sampling", f"has {len(choices)} entries for {len(prompts)} prompts")
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        requests = [self._request(i, ids, chosen) for i, ids in enumerate(encoded)]
+        requests = [self._request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
         _Run(self._full, self._decoder, self._token_budget, self._max_num_seqs, on_token).finish(requests)
         return [self._completion(request) for request in requests]
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+Quantization = Literal["none", "int8"]
+"""What a model's matrices are turned into when they are loaded."""
+
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from overfill.kv.cache import KvCache
 from overfill.model.attention import plan_attention
 from overfill.model.batch import ForwardBatch
-from overfill.model.config import ModelConfig
-from overfill.model.loading import LayerWeights, Weights, load_weights
+from overfill.model.config import ModelConfig, Quantization
+from overfill.model.loading import LayerWeights, Weights, load_int8_weights, load_weights
+from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
 
 LayerHook = Callable[[int], None]
@@ -32,7 +33,7 @@ class Transformer:
         ValueError: ``max_positions`` is beyond what the checkpoint's config allows.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights[Matrix], max_positions: int) -> None:
         if not 0 < max_positions <= config.max_positions:
             raise ValueError(f"max_positions={max_positions}; this checkpoint allows 1..{config.max_positions}")
         self.config = config
@@ -48,13 +49,16 @@ class Transformer:
         device: torch.device,
         max_positions: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        quantize: Quantization = "none",
     ) -> Transformer:
         """Loads a Hugging Face checkpoint folder. ``max_positions``: the config's unless given.
 
+        ``quantize`` makes the matrices int8; ``dtype`` is what everything else is, and what is computed in.
         ``progress`` and the errors raised are those of ``ModelConfig.load`` and ``load_weights``.
         """
         config = ModelConfig.load(folder)
-        weights = load_weights(folder, config, dtype, device, progress)
+        load = load_int8_weights if quantize == "int8" else load_weights
+        weights = load(folder, config, dtype, device, progress)
         return cls(config, weights, max_positions or config.max_positions)
 
     @property
@@ -108,7 +112,9 @@ class Transformer:
             wanted = self._norm(hidden[batch.logits_indices], self.weights.norm)
             return linear(wanted, self.weights.head).float()
 
-    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, layer: LayerWeights[Matrix], x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, hidden] -> q [T, heads, D] and k [T, kv_heads, D], rotated, and v [T, kv_heads, D]."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
@@ -133,6 +139,6 @@ class Transformer:
             raise ValueError(f"the cache's (layers, KV heads, head_dim, dtype) are {theirs}; the model's are {ours}")
 
 
-def _mlp(layer: LayerWeights, x: Tensor) -> Tensor:
+def _mlp(layer: LayerWeights[Matrix], x: Tensor) -> Tensor:
     gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
     return linear(silu(gate) * up, layer.down, layer.down_bias)

@@ -1,70 +1,135 @@
-"""From a full model to a pair folder: calibrate, score, slice, and write the manifest, all or nothing."""
+"""From a full model to a pair folder: score, plan, cut, fit, and write the manifest, all or nothing."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest
 from overfill.model.config import ModelConfig
+from overfill.model.loading import Weights, load_weights
 from overfill.pair.atomic import atomic_folder
-from overfill.pair.calibrate import packaged_prompts, write_answers
+from overfill.pair.checkpoint import write_decoder
+from overfill.pair.conversations import Conversation, Transcript, encode
+from overfill.pair.depth import choose_layers
+from overfill.pair.fit import check_enough, fit
 from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.progress import Report, silent
-from overfill.pair.prune import Scores, check_size, score_mlp, slice_mlp
+from overfill.pair.prune import Scores, make_plan, score, slice_weights
+from overfill.pair.recipe import DecoderRecipe
 
 SCORES_FILE = "scores.safetensors"
+SCORING_TOKENS = 6_144
+LAYER_TOKENS = 512
 
 
-def score(full: Path, report: Report = silent) -> Scores:
-    """Importance of the MLP neurons of ``full``, on its own answers to the packaged prompts."""
-    return score_mlp(full, write_answers(full, packaged_prompts(), report=report), report)
-
-
-def build_pair(full: Path, out: Path, intermediate_size: int, report: Report = silent) -> Pair:
+def build_pair(
+    full: Path,
+    out: Path,
+    recipe: DecoderRecipe,
+    conversations: Sequence[Conversation],
+    *,
+    scores: Scores | None = None,
+    report: Report = silent,
+) -> Pair:
     """Makes the folder ``out`` a pair, as ``fill_pair`` does, all or nothing; replaces what is there."""
     with atomic_folder(out) as folder:
-        fill_pair(folder, full, intermediate_size, report=report)
+        fill_pair(folder, full, recipe, conversations, scores=scores, report=report)
     return Pair.load(out)
 
 
 def fill_pair(
     folder: Path,
     full: Path,
-    intermediate_size: int,
+    recipe: DecoderRecipe,
+    conversations: Sequence[Conversation],
     *,
     scores: Scores | None = None,
     report: Report = silent,
 ) -> None:
-    """Fills the empty ``folder`` with a pair of the checkpoint in ``full`` and a decoder with smaller MLPs.
+    """Fills the empty ``folder`` with a pair of the checkpoint in ``full`` and a decoder made of it.
 
-    ``full/`` is a relative link to ``full``; the scores are kept in ``scores.safetensors``. A decoder as
-    large as the full model is the full model: an identity pair.
+    ``full/`` is a relative link to ``full``; the scores are kept in ``scores.safetensors``. A decoder of the full
+    model's size is the full model itself, quantised or not: an identity pair.
 
     Args:
-        intermediate_size: neurons that each MLP of the decoder keeps.
-        scores: those of ``full``; None computes them, which takes most of the time.
+        conversations: calibration text, answered by the full model or in its style.
+        scores: those of ``full``; None measures them on the text.
 
     Raises:
-        InvalidPair: ``full`` is not a usable checkpoint, or the size is out of range.
-        UnsupportedModel: the engine does not run ``full``.
+        InvalidPair: ``full`` is not a usable checkpoint.
+        InvalidRequest: a size is out of range, or there is too little calibration text.
+        UnsupportedModel: the engine does not run ``full``, or plain transformers could not run the decoder.
     """
     config = ModelConfig.load(full)
-    check_size(config, intermediate_size)
+    sizes = recipe.sizes(config)
     # realpath: a link is resolved against the real place of the folder that holds it.
     (folder / "full").symlink_to(os.path.relpath(os.path.realpath(full), os.path.realpath(folder)))
-    if intermediate_size == config.intermediate_size:
-        write_manifest(folder, decoder="full", report=report)
+    if sizes == DecoderRecipe().sizes(config):
+        write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
         return
-    scores = score(full, report) if scores is None else scores
+    transcripts = _encode(full, config, conversations)
+    weights = _load(full, config)
+    if scores is None:
+        scores = score(weights, config, Packed.of(take(transcripts, SCORING_TOKENS)), report)
     scores.save(folder / SCORES_FILE)
+    layers = list(range(config.num_layers))
+    if sizes["layers"] < config.num_layers:
+        layers = choose_layers(weights, config, Packed.of(take(transcripts, LAYER_TOKENS)), sizes["layers"], report)
+    plan = make_plan(
+        scores,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        layers=layers,
+        method=recipe.method,
+    )
+    decoder: Weights
+    if recipe.fit == "least-squares":
+        packed = Packed.of(take(transcripts, recipe.tokens))
+        check_enough(packed, config, plan)
+        decoder = fit(weights, config, plan, packed, report)
+        used = len(packed.answers)
+    else:
+        decoder, used = slice_weights(weights, plan), 0
     (folder / "decoder").mkdir()
-    slice_mlp(full, scores, intermediate_size, folder / "decoder")
-    recipe = {
-        "mlp": {
-            "method": "activation-importance",
-            "intermediate_size": intermediate_size,
-            "full_intermediate_size": config.intermediate_size,
-            "calibration": "answers of the full model to the packaged prompts",
-        }
-    }
-    write_manifest(folder, recipe=recipe, report=report)
+    write_decoder(folder / "decoder", full, decoder)
+    write_manifest(
+        folder, recipe=recipe.as_json(**sizes, fitted_on_answer_tokens=used), layer_map=plan.layers, report=report
+    )
+
+
+def score_checkpoint(full: Path, conversations: Sequence[Conversation], report: Report = silent) -> Scores:
+    """``score`` of the checkpoint in ``full``, on the first answers of ``conversations``. Errors as ``fill_pair``."""
+    config = ModelConfig.load(full)
+    packed = Packed.of(take(_encode(full, config, conversations), SCORING_TOKENS))
+    return score(_load(full, config), config, packed, report)
+
+
+def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
+    transcripts = encode(conversations, Tokenizer.load(full), config.max_positions)
+    if not transcripts:
+        raise InvalidRequest("calibration", "holds no answers that fit the model's context")
+    return transcripts
+
+
+def _load(full: Path, config: ModelConfig) -> Weights:
+    return fold_norms(load_weights(full, config, torch.float32, torch.device("cpu")))
+
+
+def take(transcripts: Sequence[Transcript], answer_tokens: int) -> list[Transcript]:
+    """The first transcripts that together have ``answer_tokens``, or all of them; the last one is cut to fit."""
+    taken: list[Transcript] = []
+    left = answer_tokens
+    for transcript in transcripts:
+        if left <= 0:
+            break
+        answer = len(transcript.answer)
+        end = transcript.answer_start + min(answer, left)
+        taken.append(Transcript(transcript.token_ids[:end], transcript.answer_start))
+        left -= answer
+    return taken

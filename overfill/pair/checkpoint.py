@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from overfill.model.config import ModelConfig
+from overfill.model.loading import Weights, state_dict
+from overfill.pair.digest import list_tensors
+from overfill.pair.hf_config import decoder_config
+
 # What makes a checkpoint folder usable besides its weights and config.json.
 COMPANION_FILES = (
     "generation_config.json",
@@ -21,11 +26,36 @@ COMPANION_FILES = (
     "chat_template.json",
 )
 
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """``folder/model.safetensors``, which plain transformers loads."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_decoder(folder: Path, full: Path, weights: Weights) -> None:
+    """Writes to the existing ``folder`` a checkpoint of ``weights``, with everything else as in ``full``'s.
+
+    Elements have the type that the full model's have in its files.
+
+    Raises:
+        UnsupportedModel: no transformers class runs a model of these sizes.
+    """
+    full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
+    hf_config = decoder_config(
+        full_config,
+        hidden_size=weights.embedding.shape[1],
+        intermediate_size=weights.layers[0].down.shape[1],
+        num_layers=len(weights.layers),
+        tie_word_embeddings=weights.head is weights.embedding,
+    )
+    write_json(folder / "config.json", hf_config)
+    copy_companions(full, folder)
+    dtype = _TORCH_DTYPES[list_tensors(full)[0].dtype]
+    tensors = state_dict(ModelConfig.from_dict(hf_config), weights)
+    write_weights(folder, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

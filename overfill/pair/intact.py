@@ -20,6 +20,15 @@ def seal(folder: Path) -> None:
     (folder / SEAL).write_text(json.dumps(entries, indent=1) + "\n")
 
 
+def reseal(folder: Path, name: str) -> None:
+    """Records the file ``name`` of a sealed folder anew, after a change that is meant; the others stay as recorded."""
+    entries = json.loads((folder / SEAL).read_text())
+    entries[name] = _entry(folder / name)
+    temporary = folder / f"{SEAL}.tmp"
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    os.replace(temporary, folder / SEAL)
+
+
 def is_intact(folder: Path) -> bool:
     """Whether ``folder`` was sealed and every file still has the same bytes."""
     try:

@@ -12,7 +12,9 @@
     }
 
 ``layer_map[i]`` is the full-model layer whose KV decoder layer i reads. ``recipe`` says how the decoder was
-made and ``eval`` how good it is; nothing depends on them. Digests are those of ``overfill.pair.digest``.
+made and ``eval`` how good it is; nothing depends on them but for ``recipe["quantize"]``: ``"int8"`` makes the
+decoder's matrices int8 when it is loaded, absent and ``"none"`` leave them. Digests are those of
+``overfill.pair.digest``: of the checkpoints, which are never quantised.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from overfill.errors import InvalidPair
 from overfill.kv.spec import RopeSpec
-from overfill.model.config import ModelConfig
+from overfill.model.config import ModelConfig, Quantization
 from overfill.pair.digest import checkpoint_digest, list_tensors, tokenizer_digest
 from overfill.pair.progress import Report, silent
 
@@ -42,11 +44,11 @@ class Pair:
 
     Attributes:
         folder: absolute, links not followed.
-        full_path, decoder_path: folders of the checkpoints, absolute; the same for an identity pair.
+        full_path, decoder_path: folders of the checkpoints, absolute; the same where the decoder is the full model.
         full_digest, decoder_digest, tokenizer_digest: lower-case hex SHA-256.
         full_config, decoder_config: geometry of both halves.
         layer_map: full-model layer whose KV each decoder layer reads.
-        recipe, eval: how the decoder was made and how good it is; informative.
+        recipe, eval: how the decoder was made and how good it is; informative, but for ``quantize``.
     """
 
     folder: Path
@@ -68,8 +70,24 @@ class Pair:
 
     @property
     def identity(self) -> bool:
-        """Whether the decoder is the full model itself."""
-        return self.decoder_digest == self.full_digest
+        """Whether the decoder computes what the full model does: the same checkpoint, not quantised."""
+        return self.decoder_digest == self.full_digest and self.quantize == "none"
+
+    @property
+    def quantize(self) -> Quantization:
+        """What the decoder's matrices are turned into when it is loaded; the full model's stay as they are.
+
+        Raises:
+            InvalidPair: the recipe names something else.
+        """
+        found = self.recipe.get("quantize", "none")
+        for known in get_args(Quantization):
+            if found == known:
+                return cast(Quantization, known)
+        raise InvalidPair(
+            f"{self.folder / MANIFEST}: decoder.recipe.quantize is {found!r}; "
+            f"supported are {', '.join(get_args(Quantization))}"
+        )
 
     @classmethod
     def load(cls, folder: Path, check_digests: bool = False, report: Report = silent) -> Pair:
@@ -214,6 +232,7 @@ class _Section:
 
 def _check_halves(pair: Pair, manifest: _Section) -> None:
     full, decoder, layer_map = pair.full_config, pair.decoder_config, pair.layer_map
+    _ = pair.quantize  # raises for what cannot be loaded
     for name in ("num_kv_heads", "head_dim", "rope", "vocab_size"):
         if (a := getattr(full, name)) != (b := getattr(decoder, name)):
             raise InvalidPair(f"{pair.decoder_path}: {name} is {b}, but the full model has {a}; they must be equal")

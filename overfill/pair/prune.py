@@ -1,146 +1,155 @@
-"""Smaller MLPs: which neurons of each layer matter, and a checkpoint that keeps only those.
+"""Smaller decoders without training: what matters in a full model, which parts to keep, and the model of those.
 
-Scoring and slicing are apart: scores are computed once, saved, looked at, and sliced at any size. Attention
-and every width that the KV cache depends on stay as they are. Which text to score on is ``calibrate``'s.
-
-The score of neuron j is its mean absolute activation times the norm of the column of the down projection
-that it feeds: the size of what it adds to the residual stream. (As in Wanda, arXiv 2306.11695, summed over
-a whole column, so that neurons, not single weights, go.)
+Three steps, apart: ``score`` looks at the full model while it answers, ``make_plan`` chooses from the scores at any
+size, ``slice_weights`` cuts. Scores are saved beside the decoder. Attention heads and the width of the KV cache
+always stay, so that the decoder fits the full model's KV cache (OverFill, arXiv 2508.08446, section 3).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.pair.checkpoint import copy_companions, write_json, write_weights
-from overfill.pair.digest import list_tensors
-from overfill.pair.plain import load_plain
+from overfill.model.loading import LayerWeights, Weights
+from overfill.pair.packed import LayerMath, Packed, run_full_layer
 from overfill.pair.progress import Report, silent
+from overfill.pair.selection import removal_order
 
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """A prompt and the answer to it; scores count the positions that a decoder computes."""
-
-    token_ids: tuple[int, ...]
-    answer_start: int
+Method = Literal["channel", "rotate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Importance of every MLP neuron.
+    """What matters in a full model, measured on the tokens of its own answers.
 
     Attributes:
-        values: [num_layers, intermediate_size] float32, non-negative; comparable within a layer.
+        neurons: [num_layers, intermediate_size] int64; the place of every MLP neuron in the order in which the
+            layer's neurons would go (``removal_order``); the higher the longer it stays.
+        channels: [hidden_size] float32; mean absolute value in the normalised residual stream, over all norms.
+        covariance: [hidden_size, hidden_size] float32; second moment of the same.
     """
 
-    values: torch.Tensor
+    neurons: Tensor
+    channels: Tensor
+    covariance: Tensor
 
     def save(self, file: Path) -> None:
-        save_file({"mlp": self.values}, file)
+        save_file({field.name: getattr(self, field.name) for field in fields(self)}, file)
 
     @classmethod
     def load(cls, file: Path) -> Scores:
         """Raises InvalidPair when ``file`` is missing or holds something else."""
         try:
-            return cls(load_file(file)["mlp"])
-        except (OSError, KeyError, SafetensorError) as error:
-            raise InvalidPair(f"{file}: no MLP scores: {error}") from None
-
-    def kept(self, layer: int, count: int) -> torch.Tensor:
-        """The ``count`` most important neurons of ``layer``, in ascending order. [count] int64."""
-        return self.values[layer].topk(count).indices.sort().values
+            return cls(**load_file(file))
+        except (OSError, TypeError, SafetensorError) as error:
+            raise InvalidPair(f"{file}: no scores: {error}") from None
 
 
 @torch.inference_mode()
-def score_mlp(model_folder: Path, token_batches: Sequence[Sequence[Transcript]], report: Report = silent) -> Scores:
-    """Scores the MLP neurons of the checkpoint in ``model_folder`` on the answers in ``token_batches``.
+def score(full: Weights, config: ModelConfig, packed: Packed, report: Report = silent) -> Scores:
+    """Runs the full model over ``packed``, layer by layer, and scores what it does while it answers.
 
-    Transcripts of one batch run together, padded on the right. Runs in float32.
+    Args:
+        full: float32, norms folded in (``fold_norms``).
+    """
+    math = LayerMath(config, int(packed.positions.max()) + 1)
+    stream = full.embedding[packed.token_ids]  # [rows, hidden]
+    covariance = torch.zeros(config.hidden_size, config.hidden_size)
+    channels = torch.zeros(config.hidden_size)
+    places = []
+    for index, layer in enumerate(full.layers):
+        moments = torch.zeros(config.intermediate_size, config.intermediate_size)
+        for part in packed.parts:
+            done = run_full_layer(math, layer, packed, part, stream[part.rows])
+            stream[part.rows] = done.out
+            for normed in (done.normed[part.answers], done.middle_normed[part.answers]):
+                covariance += normed.T @ normed
+                channels += normed.abs().sum(0)
+            neurons = done.neurons[part.answers]
+            moments += neurons.T @ neurons
+        places.append(removal_order(moments, layer.down))
+        report("Scoring", index + 1, config.num_layers)
+    seen = 2 * config.num_layers * len(packed.answers)
+    return Scores(torch.stack(places), channels / seen, covariance / seen)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a decoder keeps of a full model.
+
+    Attributes:
+        layers: of the full model, ascending; the decoder's layer map.
+        neurons: [intermediate_size] int64 for each of ``layers``, ascending.
+        basis: [full hidden_size, hidden_size]; orthonormal columns, the directions of the residual stream that stay.
+    """
+
+    layers: tuple[int, ...]
+    neurons: tuple[Tensor, ...]
+    basis: Tensor
+
+
+def make_plan(
+    scores: Scores, *, hidden_size: int, intermediate_size: int, layers: Sequence[int], method: Method
+) -> Plan:
+    """Chooses what to keep.
+
+    Args:
+        method: ``channel`` keeps the largest channels of the residual stream, ``rotate`` its principal directions.
 
     Raises:
-        ValueError: there are no answer tokens.
+        InvalidPair: a size is out of range.
     """
-    model = load_plain(model_folder)
-    projections: list[nn.Linear] = [layer.mlp.down_proj for layer in model.model.layers]
-    sums = torch.zeros(len(projections), projections[0].in_features, dtype=torch.float64)
-    is_answer = torch.empty(0)  # [batch, tokens] bool, of the batch that is running
-
-    def recorder(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
-        def record(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            sums[layer] += inputs[0][is_answer].abs().sum(0).double()
-
-        return record
-
-    hooks = [p.register_forward_pre_hook(recorder(i)) for i, p in enumerate(projections)]
-    counted = 0
-    try:
-        for index, batch in enumerate(token_batches):
-            longest = max(len(t.token_ids) for t in batch)
-            token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-            is_token = torch.zeros(len(batch), longest, dtype=torch.int64)
-            is_answer = torch.zeros(len(batch), longest, dtype=torch.bool)
-            for row, transcript in enumerate(batch):
-                end = len(transcript.token_ids)
-                token_ids[row, :end] = torch.tensor(transcript.token_ids)
-                is_token[row, :end] = 1
-                is_answer[row, transcript.answer_start : end] = True
-            counted += int(is_answer.sum())
-            model.model(input_ids=token_ids, attention_mask=is_token, use_cache=False)
-            report("Scoring neurons", index + 1, len(token_batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not counted:
-        raise ValueError("no answer tokens to score on")
-    norms = torch.stack([p.weight.norm(dim=0) for p in projections])
-    return Scores((sums / counted).float() * norms)
+    num_layers, widest = scores.neurons.shape
+    full_hidden = len(scores.channels)
+    for name, size, most in (
+        ("hidden_size", hidden_size, full_hidden),
+        ("intermediate_size", intermediate_size, widest),
+        ("layers", len(layers), num_layers),
+    ):
+        if not 1 <= size <= most:
+            raise InvalidPair(f"{name} must be in 1..{most}, got {size}")
+    if hidden_size == full_hidden:
+        basis = torch.eye(full_hidden)
+    elif method == "channel":
+        basis = torch.eye(full_hidden)[:, scores.channels.topk(hidden_size).indices.sort().values]
+    else:
+        basis = torch.linalg.eigh(scores.covariance.double()).eigenvectors.flip(1)[:, :hidden_size].float()
+    kept = tuple(scores.neurons[layer].topk(intermediate_size).indices.sort().values for layer in layers)
+    return Plan(tuple(layers), kept, basis)
 
 
-def check_size(config: ModelConfig, intermediate_size: int) -> None:
-    """Raises InvalidPair unless an MLP of ``config`` can be cut to ``intermediate_size``."""
-    widest = config.intermediate_size
-    if not 1 <= intermediate_size <= widest:
-        raise InvalidPair(f"intermediate_size must be in 1..{widest}, got {intermediate_size}")
+def slice_weights(full: Weights, plan: Plan) -> Weights:
+    """The decoder that ``plan`` cuts out of ``full`` (norms folded in); its gains are ones, its head is untied."""
+    hidden = plan.basis.shape[1]
+    layers = (slice_layer(full.layers[i], kept, plan.basis) for i, kept in zip(plan.layers, plan.neurons, strict=True))
+    return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(hidden), full.head @ plan.basis)
 
 
-def slice_mlp(full_folder: Path, scores: Scores, intermediate_size: int, out: Path) -> None:
-    """Writes to the existing folder ``out`` the checkpoint in ``full_folder`` with smaller MLPs.
-
-    Each layer keeps its ``intermediate_size`` best neurons, in their old order; every other tensor, and the
-    element type, is as it was.
-
-    Raises:
-        InvalidPair: the scores are not of this model, or ``intermediate_size`` is out of range.
-    """
-    config = ModelConfig.load(full_folder)
-    expected = (config.num_layers, config.intermediate_size)
-    if tuple(scores.values.shape) != expected:
-        raise InvalidPair(f"scores are {tuple(scores.values.shape)}; {full_folder} needs {expected}")
-    check_size(config, intermediate_size)
-    tensors = {}
-    for stored in list_tensors(full_folder):
-        with safe_open(stored.file, framework="pt") as file:
-            tensor = file.get_tensor(stored.name)
-        if ".mlp." in stored.name:
-            layer = int(stored.name.split(".layers.")[1].split(".")[0])
-            kept = scores.kept(layer, intermediate_size)
-            if "gate_proj" in stored.name or "up_proj" in stored.name:
-                tensor = tensor[kept]
-            elif stored.name.endswith("down_proj.weight"):
-                tensor = tensor[:, kept]
-        tensors[stored.name] = tensor
-    write_weights(out, tensors)
-    hf_config = json.loads((full_folder / "config.json").read_text(encoding="utf-8"))
-    write_json(out / "config.json", hf_config | {"intermediate_size": intermediate_size})
-    copy_companions(full_folder, out)
+def slice_layer(layer: LayerWeights, neurons: Tensor, basis: Tensor) -> LayerWeights:
+    """One layer of ``slice_weights``."""
+    gate_up = torch.cat([part[neurons] for part in layer.gate_up.chunk(2)])
+    gate_up_bias = layer.gate_up_bias
+    if gate_up_bias is not None:
+        gate_up_bias = torch.cat([part[neurons] for part in gate_up_bias.chunk(2)])
+    ones = torch.ones(basis.shape[1])
+    return replace(
+        layer,
+        input_norm=ones,
+        qkv=layer.qkv @ basis,
+        o=basis.T @ layer.o,
+        o_bias=None if layer.o_bias is None else layer.o_bias @ basis,
+        post_norm=ones,
+        gate_up=gate_up @ basis,
+        gate_up_bias=gate_up_bias,
+        down=basis.T @ layer.down[:, neurons],
+        down_bias=None if layer.down_bias is None else layer.down_bias @ basis,
+    )

@@ -1,7 +1,8 @@
 """The judge: two-stage decoding with plain transformers, against which served tokens are held.
 
 It shares no code with the engine. The full model reads the prompt into a ``DynamicCache``; the decoder reads
-the answer on that cache, layer i on the keys and values of full layer ``layer_map[i]``. All in float32.
+the answer on that cache, layer i on the keys and values of full layer ``layer_map[i]``. All in float32; the weights of
+a quantised decoder are those that its int8 stands for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from overfill.pair.manifest import Pair
-from overfill.pair.plain import load_plain
+from overfill.pair.plain import load_plain, round_to_int8
 
 TIE_MARGIN = 1e-3
 """A token whose logit is this close to the largest may be chosen too: batch shapes change the last bits."""
@@ -58,6 +59,8 @@ class TwoStageReference:
         self.pair = Pair.load(pair_folder, check_digests=True)
         self._full = load_plain(self.pair.full_path)
         self._decoder = self._full if self.pair.identity else load_plain(self.pair.decoder_path)
+        if self.pair.quantize == "int8":
+            round_to_int8(self._decoder)
 
     @torch.inference_mode()
     def score(

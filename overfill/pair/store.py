@@ -5,9 +5,9 @@
     $OVERFILL_HOME/                     (default ~/.cache/overfill)
       .lock                             held while a pair is being prepared
       models/smollm2-135m-instruct-<source>/      a full model
-      models/smollm2-135m-instruct-<source>-scores/scores.safetensors
+      models/smollm2-135m-instruct-<source>-scores-v2/scores.safetensors
       models/<owner>--<name>/           another model of the hub
-      pairs/<name>/                     pair.json, full -> ../../models/…, decoder/
+      pairs/v2/<name>/                  pair.json, full -> ../../../models/…, decoder/
 
 Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
 since is made again. A pair that is ready is found without loading torch.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,15 +28,24 @@ from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.intact import is_intact, seal
 from overfill.pair.manifest import MANIFEST
 from overfill.pair.progress import Report, silent
+from overfill.pair.recipe import DecoderRecipe
 
 if TYPE_CHECKING:
+    from overfill.pair.conversations import Conversation
     from overfill.pair.prune import Scores
     from overfill.pair.sources import Source
 
 MODEL = "smollm2-135m-instruct"
 
-INTERMEDIATE_SIZES = {"default": 832, "fast": 384, "identity": 1536}
-"""The named pairs and the MLP width of their decoders; the full model has 1536, attention is never pruned."""
+NAMED: dict[str, DecoderRecipe] = {
+    "default": DecoderRecipe(intermediate_size=880, tokens=16_384),
+    "fast": DecoderRecipe(hidden_size=320, intermediate_size=832, tokens=32_768),
+    "identity": DecoderRecipe(),
+}
+"""The named pairs and how their decoders are made of SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
+
+_VERSION = "v2"
+"""Changes with what the recipes make, so that pairs in the cache are made again."""
 
 
 def home() -> Path:
@@ -58,10 +67,10 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
         InvalidPair: there is no pair at the path.
         SourceUnavailable: the full model cannot be downloaded.
     """
-    if str(name_or_path) not in INTERMEDIATE_SIZES:
+    if str(name_or_path) not in NAMED:
         folder = Path(os.path.abspath(name_or_path))
         if not (folder / MANIFEST).exists():
-            names = ", ".join(INTERMEDIATE_SIZES)
+            names = ", ".join(NAMED)
             raise InvalidPair(f"{folder} is not a pair folder (no {MANIFEST}); named pairs are {names}")
         return folder
     name = str(name_or_path)
@@ -97,6 +106,7 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
 
 def _prepare(name: str, source: Source, report: Report) -> None:
     from overfill.pair.build import fill_pair
+    from overfill.pair.conversations import shipped_conversations
     from overfill.pair.sources import fetch_default
 
     full = _model_folder(source)
@@ -105,25 +115,25 @@ def _prepare(name: str, source: Source, report: Report) -> None:
         with atomic_folder(full) as folder:
             fetch_default(source, folder, report)
             seal(folder)
-    size = INTERMEDIATE_SIZES[name]
-    scores = None if name == "identity" else _scores(full, report)
+    conversations = shipped_conversations("calibration")
+    scores = None if name == "identity" else _scores(full, conversations, report)
     out = _pair_folder(name)
     remove_leftovers(out)
     with atomic_folder(out) as folder:
-        fill_pair(folder, full, size, scores=scores, report=report)
+        fill_pair(folder, full, NAMED[name], conversations, scores=scores, report=report)
         seal(folder)
 
 
-def _scores(full: Path, report: Report) -> Scores:
+def _scores(full: Path, conversations: Sequence[Conversation], report: Report) -> Scores:
     """Scores of ``full``, computed once for all named pairs."""
-    from overfill.pair.build import SCORES_FILE, score
+    from overfill.pair.build import SCORES_FILE, score_checkpoint
     from overfill.pair.prune import Scores
 
-    target = full.with_name(f"{full.name}-scores")
+    target = full.with_name(f"{full.name}-scores-{_VERSION}")
     if not is_intact(target):
         remove_leftovers(target)
         with atomic_folder(target) as folder:
-            score(full, report).save(folder / SCORES_FILE)
+            score_checkpoint(full, conversations, report).save(folder / SCORES_FILE)
             seal(folder)
     return Scores.load(target / SCORES_FILE)
 
@@ -136,7 +146,7 @@ def _is_ready(name: str, source: Source | None) -> bool:
 
 
 def _pair_folder(name: str) -> Path:
-    return home() / "pairs" / name
+    return home() / "pairs" / _VERSION / name
 
 
 def _model_folder(source: Source) -> Path:

@@ -26,6 +26,7 @@ import overfill.kv.receiver
 from overfill.kv.cache import KvCache
 from overfill.kv.ranges import KvRange
 from overfill.model.batch import ForwardBatch
+from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 
 
@@ -37,7 +38,10 @@ def negate_weight_row() -> None:
         down = model.weights.layers[len(model.weights.layers) // 2].down
         with torch.inference_mode():
             # The row that adds most to the residual stream: one of an unused channel would change no answer.
-            down[down.norm(dim=1).argmax()].neg_()
+            if isinstance(down, Int8Matrix):
+                down.values[down.dequantised().norm(dim=1).argmax()].neg_()
+            else:
+                down[down.norm(dim=1).argmax()].neg_()
         return model
 
     Transformer.load = load_and_damage  # type: ignore[method-assign]

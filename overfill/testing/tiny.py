@@ -25,9 +25,12 @@ from transformers.models.mistral import MistralForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
-from overfill.pair.checkpoint import write_weights
+from overfill.model.config import ModelConfig
+from overfill.model.loading import load_weights
+from overfill.pair.checkpoint import write_decoder, write_weights
 from overfill.pair.manifest import write_manifest
-from overfill.pair.prune import Scores, slice_mlp
+from overfill.pair.packed import fold_norms
+from overfill.pair.prune import Plan, slice_weights
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -104,10 +107,13 @@ def make_tiny_pair(
     else:
         # The weights are random, so any choice of neurons is as good as another.
         generator = torch.Generator().manual_seed(seed)
-        scores = Scores(torch.rand(num_layers, intermediate_size, generator=generator))
+        neurons = torch.randperm(intermediate_size, generator=generator)[:decoder_intermediate_size].sort().values
+        plan = Plan(tuple(range(num_layers)), (neurons,) * num_layers, torch.eye(hidden_size))
+        full_config = ModelConfig.load(folder / "full")
+        weights = fold_norms(load_weights(folder / "full", full_config, torch.float32, torch.device("cpu")))
         (folder / "decoder").mkdir(exist_ok=True)
-        slice_mlp(folder / "full", scores, decoder_intermediate_size, folder / "decoder")
-        write_manifest(folder, recipe={"mlp": {"method": "random", "intermediate_size": decoder_intermediate_size}})
+        write_decoder(folder / "decoder", folder / "full", slice_weights(weights, plan))
+        write_manifest(folder, recipe={"method": "random", "intermediate_size": decoder_intermediate_size})
     return folder
 
 

@@ -26,7 +26,7 @@ def test_a_pair_tells_what_it_is(tiny: Path) -> None:
     assert (pair.full_path, pair.decoder_path) == (tiny / "full", tiny / "decoder")
     assert pair.full_config.intermediate_size == 128
     assert pair.decoder_config.intermediate_size == 64
-    assert pair.recipe["mlp"]["intermediate_size"] == 64
+    assert pair.recipe["intermediate_size"] == 64
 
 
 def test_the_full_model_may_be_a_link(tiny: Path, tmp_path: Path) -> None:

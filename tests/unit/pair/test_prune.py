@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,114 +8,126 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidPair
-from overfill.pair.build import build_pair
-from overfill.pair.calibrate import packaged_prompts, write_answers
-from overfill.pair.manifest import Pair
+from overfill.model.config import ModelConfig
+from overfill.model.loading import Weights, load_weights
+from overfill.pair.checkpoint import write_decoder
+from overfill.pair.conversations import Transcript
+from overfill.pair.depth import choose_layers
+from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.plain import load_plain
-from overfill.pair.prune import Scores, Transcript, score_mlp, slice_mlp
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.prune import Plan, Scores, make_plan, score, slice_weights
+from overfill.pair.selection import removal_order
+from overfill.testing.tiny import Architecture, make_tiny_pair
 
 TOKENS = torch.randint(2, 512, (2, 20), generator=torch.Generator().manual_seed(0))
+TRANSCRIPTS = [Transcript(tuple(TOKENS[0].tolist()), 5), Transcript(tuple(TOKENS[1, :12].tolist()), 9)]
 
 
-def sliced(full: Path, scores: Scores, size: int, out: Path) -> Path:
-    out.mkdir()
-    slice_mlp(full, scores, size, out)
-    return out
+def loaded(folder: Path) -> tuple[Weights, ModelConfig]:
+    config = ModelConfig.load(folder)
+    return fold_norms(load_weights(folder, config, torch.float32, torch.device("cpu"))), config
+
+
+def some_scores(layers: int = 4, neurons: int = 128, hidden: int = 64) -> Scores:
+    generator = torch.Generator().manual_seed(3)
+    order = torch.stack([torch.randperm(neurons, generator=generator) for _ in range(layers)])
+    square = torch.randn(hidden, hidden, generator=generator)
+    return Scores(order, torch.rand(hidden, generator=generator), square @ square.T)
+
+
+def plan_of(
+    scores: Scores, hidden: int = 64, neurons: int = 128, layers: Sequence[int] = range(4), method: str = "rotate"
+) -> Plan:
+    return make_plan(scores, hidden_size=hidden, intermediate_size=neurons, layers=layers, method=method)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_pruned_model_is_the_full_one_without_the_dropped_neurons(architecture: str, tmp_path: Path) -> None:
-    full = make_tiny_pair(tmp_path / "pair", architecture=architecture, identity=True) / "full"  # type: ignore[arg-type]
-    scores = Scores(torch.rand(4, 128, generator=torch.Generator().manual_seed(3)))
-    decoder = AutoModelForCausalLM.from_pretrained(sliced(full, scores, 40, tmp_path / "decoder"))
+def test_a_sliced_model_is_the_full_one_without_the_dropped_neurons_and_layers(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    full = make_tiny_pair(tmp_path / "pair", architecture=architecture, identity=True) / "full"
+    weights, _ = loaded(full)
+    plan = plan_of(some_scores(), neurons=40, layers=[0, 1, 3])
+    (tmp_path / "decoder").mkdir()
+    write_decoder(tmp_path / "decoder", full, slice_weights(weights, plan))
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+
     model = AutoModelForCausalLM.from_pretrained(full)
     with torch.inference_mode():
         unpruned = model(TOKENS).logits
-        for layer, values in zip(model.model.layers, scores.values, strict=True):
-            dropped = values.argsort(descending=True)[40:]
-            layer.mlp.down_proj.weight[:, dropped] = 0
+        model.model.layers[2].self_attn.o_proj.weight[:] = 0
+        model.model.layers[2].mlp.down_proj.weight[:] = 0
+        for index, kept in zip(plan.layers, plan.neurons, strict=True):
+            dropped = torch.ones(128, dtype=torch.bool)
+            dropped[kept] = False
+            model.model.layers[index].mlp.down_proj.weight[:, dropped] = 0
         torch.testing.assert_close(decoder(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-4)
     assert not torch.allclose(decoder(TOKENS).logits, unpruned, atol=0.1)
 
 
-def test_the_checkpoint_is_complete_and_otherwise_unchanged(tiny: Path, tmp_path: Path) -> None:
-    out = sliced(tiny / "full", Scores(torch.rand(4, 128)), 32, tmp_path / "decoder")
-    assert {f.name for f in out.iterdir()} == {f.name for f in (tiny / "full").iterdir()}
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny / "full", out))
-    assert after == before | {"intermediate_size": 32}
+def test_neurons_that_others_stand_in_for_go_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(400, 64, generator=generator)
+    down = torch.randn(16, 64, generator=generator)
+    outputs[:, 7] = outputs[:, 9] + 0.01 * torch.randn(400, generator=generator)  # one of two equals is spare
+    down[:, 30] = 0  # feeds nothing
+    down[:, 50] *= 50  # matters most
+    places = removal_order(outputs.T @ outputs, down)
+    assert sorted(places.tolist()) == list(range(64))
+    assert places[30] < 48
+    assert min(places[7], places[9]) < 48
+    assert places[50] == 63
 
 
-def test_keeping_every_neuron_changes_nothing(tiny: Path, tmp_path: Path) -> None:
-    out = sliced(tiny / "full", Scores(torch.rand(4, 128)), 128, tmp_path / "decoder")
-    assert (out / "model.safetensors").read_bytes() == (tiny / "full" / "model.safetensors").read_bytes()
-
-
-def test_scores_are_activation_times_column_norm_over_answer_positions(tiny: Path) -> None:
-    batch = [Transcript(tuple(TOKENS[0].tolist()), 5), Transcript(tuple(TOKENS[1, :12].tolist()), 9)]
-    scores = score_mlp(tiny / "full", [batch])
-
+def test_scores_are_measured_on_answer_positions(tiny: Path) -> None:
+    weights, config = loaded(tiny / "full")
+    scores = score(weights, config, Packed.of(TRANSCRIPTS, rows_at_once=20))
     model = load_plain(tiny / "full")
     seen: list[torch.Tensor] = []
-    projection = model.model.layers[2].mlp.down_proj
-    projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            gain = norm.weight
+            norm.register_forward_hook(lambda module, inputs, output, gain=gain: seen.append(output[0] / gain))
     with torch.inference_mode():
-        for transcript in batch:
+        for transcript in TRANSCRIPTS:
             model(torch.tensor([transcript.token_ids]))
-        activations = torch.cat([seen[0][5:], seen[1][9:]])
-        expected = activations.abs().mean(0) * projection.weight.norm(dim=0)
-    torch.testing.assert_close(scores.values[2], expected)
+        answers = torch.cat([seen[i][5 if i < 8 else 9 :] for i in range(16)])
+    torch.testing.assert_close(scores.channels, answers.abs().mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.covariance, answers.T @ answers / len(answers), rtol=1e-4, atol=1e-4)
+
+
+def test_methods_choose_the_directions_they_say() -> None:
+    scores = some_scores()
+    channels = plan_of(scores, hidden=16, method="channel").basis
+    assert channels.sum(0).tolist() == [1.0] * 16
+    assert set(channels.argmax(0).tolist()) == set(scores.channels.topk(16).indices.tolist())
+    rotated = plan_of(scores, hidden=16).basis
+    torch.testing.assert_close(rotated.T @ rotated, torch.eye(16), atol=1e-5, rtol=0)
+    kept = torch.trace(rotated.T @ scores.covariance @ rotated)
+    assert torch.isclose(kept, torch.linalg.eigvalsh(scores.covariance).topk(16).values.sum(), rtol=1e-4)
 
 
 def test_scores_survive_saving(tmp_path: Path) -> None:
-    scores = Scores(torch.rand(4, 128))
+    scores = some_scores()
     scores.save(tmp_path / "scores.safetensors")
-    assert torch.equal(Scores.load(tmp_path / "scores.safetensors").values, scores.values)
+    again = Scores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(again.neurons, scores.neurons)
+    assert torch.equal(again.covariance, scores.covariance)
     with pytest.raises(InvalidPair, match=r"none\.safetensors"):
         Scores.load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("size", [0, 129])
-def test_an_impossible_size_is_refused(size: int, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidPair, match=r"1\.\.128"):
-        slice_mlp(tiny / "full", Scores(torch.rand(4, 128)), size, tmp_path)
+@pytest.mark.parametrize(
+    ("field", "sizes"),
+    [("hidden_size", {"hidden": 65}), ("intermediate_size", {"neurons": 0}), ("layers", {"layers": []})],
+)
+def test_an_impossible_size_is_refused(field: str, sizes: dict[str, int]) -> None:
+    with pytest.raises(InvalidPair, match=field):
+        plan_of(some_scores(), **sizes)  # type: ignore[arg-type]
 
 
-def test_scores_of_another_model_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidPair, match="needs"):
-        slice_mlp(tiny / "full", Scores(torch.rand(4, 127)), 8, tmp_path)
-
-
-def test_calibration_answers_are_the_models_own_and_repeatable(tiny: Path) -> None:
-    prompts = packaged_prompts()[:5]
-
-    def answer(seed: int) -> list[list[Transcript]]:
-        return write_answers(tiny / "full", prompts, max_tokens=6, batch_size=2, seed=seed)
-
-    batches = answer(0)
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert all(1 <= len(t.token_ids) - t.answer_start <= 6 for batch in batches for t in batch)
-    assert answer(0) == batches
-    assert answer(1) != batches
-
-
-def test_build_makes_a_pair_with_its_scores(tiny: Path, tmp_path: Path) -> None:
-    pair = build_pair(tiny / "full", tmp_path / "built", 48)
-    assert pair.decoder_config.intermediate_size == 48
-    assert pair.full_digest == Pair.load(tiny).full_digest
-    assert (pair.folder / "full").is_symlink()
-    assert Scores.load(pair.folder / "scores.safetensors").values.shape == (4, 128)
-    assert Pair.load(pair.folder, check_digests=True) == pair
-
-
-def test_a_build_that_fails_leaves_nothing(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: Callable[[], Path]
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("overfill.pair.build.write_manifest", fail)
-    out = tmp_path / "pairs" / "built"
-    with pytest.raises(KeyboardInterrupt):
-        build_pair(tiny / "full", out, 128)
-    assert list(out.parent.iterdir()) == []
+def test_the_layer_that_does_least_goes_first(tiny: Path) -> None:
+    weights, config = loaded(tiny / "full")
+    weights.layers[2].o.zero_()
+    weights.layers[2].down.mul_(0.01)
+    assert choose_layers(weights, config, Packed.of(TRANSCRIPTS), 3) == [0, 1, 3]

@@ -15,7 +15,14 @@ from overfill.pair.atomic import atomic_folder
 from overfill.pair.intact import is_intact, seal
 from overfill.pair.manifest import Pair
 from overfill.pair.progress import silent
+from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sources import SourceUnavailable
+
+NAMED = {
+    "default": DecoderRecipe(intermediate_size=64),
+    "fast": DecoderRecipe(intermediate_size=32),
+    "identity": DecoderRecipe(),
+}
 
 
 class Downloads:
@@ -38,7 +45,7 @@ def downloads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Do
     downloads = Downloads(tiny / "full")
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("overfill.pair.sources.fetch_default", downloads.fetch)
-    monkeypatch.setattr(store, "INTERMEDIATE_SIZES", {"default": 64, "fast": 32, "identity": 128})
+    monkeypatch.setattr(store, "NAMED", NAMED)
     return downloads
 
 
@@ -75,7 +82,7 @@ def test_an_interrupted_download_leaves_nothing_that_looks_ready(
 
 def test_leftovers_of_a_killed_process_are_cleared(downloads: Downloads, tmp_path: Path) -> None:
     leftovers = [
-        tmp_path / "home" / "pairs" / ".default.tmp-00000000",
+        tmp_path / "home" / "pairs" / "v2" / ".default.tmp-00000000",
         tmp_path / "home" / "models" / f".{store.MODEL}-wheel.tmp-00000000",
     ]
     for leftover in leftovers:
@@ -146,8 +153,7 @@ def test_a_full_model_is_a_folder_or_an_id(tiny: Path, downloads: Downloads) -> 
 def test_a_ready_pair_is_found_without_torch(downloads: Downloads) -> None:
     store.resolve_pair("identity")
     code = (
-        "import sys; from overfill.pair import store; store.INTERMEDIATE_SIZES['identity'] = 128; "
-        "store.resolve_pair('identity'); assert 'torch' not in sys.modules"
+        "import sys; from overfill.pair import store; store.resolve_pair('identity'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

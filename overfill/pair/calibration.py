@@ -1,0 +1,38 @@
+"""Where calibration text comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from overfill.errors import InvalidRequest
+from overfill.pair.conversations import Conversation, read_conversations, shipped_conversations
+from overfill.pair.progress import Report, silent
+
+_ANSWER_TOKENS = 150  # of a self-written conversation, about
+
+
+def calibration_text(source: str, full: Path, tokens: int, report: Report = silent) -> list[Conversation]:
+    """Conversations to score and fit decoders of the checkpoint in ``full`` on.
+
+    Args:
+        source: ``shipped``, ``self`` (``full`` writes them), a file of JSON lines, or the id of a data set on the hub.
+        tokens: answer tokens that are wanted, about.
+
+    Raises:
+        InvalidRequest: ``source`` is none of these, or cannot be read.
+        InvalidPair: ``full`` writes almost nothing usable.
+    """
+    if source == "shipped":
+        return shipped_conversations("calibration")
+    count = max(32, tokens // _ANSWER_TOKENS)
+    if source == "self":
+        from overfill.pair.selfwrite import write_conversations
+
+        return list(write_conversations(full, count, report=report))
+    if Path(source).is_file():
+        return read_conversations(Path(source))
+    if "/" not in source or Path(source).suffix == ".jsonl":
+        raise InvalidRequest("calibration", f"{source!r} is no file here; give shipped, self, a file, or a hub id")
+    from overfill.pair.hub_data import hub_conversations
+
+    return hub_conversations(source, count)

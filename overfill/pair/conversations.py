@@ -1,0 +1,102 @@
+"""Chats as calibration, training and test data: files of them, and their tokens.
+
+A decoder only ever writes answers, so what is scored, fitted and judged are the answer tokens of a transcript, and
+the prompt is what the full model reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat that ends with an answer.
+
+    Attributes:
+        messages: each with ``role`` and ``content``; the last one is the assistant's.
+    """
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """The tokens of a prompt and of the answer to it, which starts at ``answer_start``."""
+
+    token_ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.token_ids[: self.answer_start]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return self.token_ids[self.answer_start :]
+
+
+def read_conversations(file: Path) -> list[Conversation]:
+    """Chats from JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last one an answer.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or a line is something else; the line is named.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("calibration", f"{file} cannot be read: {error}") from None
+    return [_conversation(line, f"{file}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def shipped_conversations(part: Literal["calibration", "held_out"]) -> list[Conversation]:
+    """What SmolLM2-135M-Instruct wrote for its own calibration; the two parts share no question."""
+    text = (resources.files("overfill.pair") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
+    return [_conversation(line, part) for line in text.splitlines()]
+
+
+def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
+    """Adds lines that ``read_conversations`` reads."""
+    with file.open("a", encoding="utf-8") as out:
+        for conversation in conversations:
+            out.write(json.dumps({"messages": list(conversation.messages)}, ensure_ascii=False) + "\n")
+
+
+def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int = 1024) -> list[Transcript]:
+    """Transcripts in the checkpoint's chat template; each answer ends with the end-of-sequence token.
+
+    Args:
+        max_tokens: longer transcripts lose the end of their answer; those whose prompt fills it are left out.
+
+    Raises:
+        InvalidRequest: the template refuses a conversation, or there is no template.
+    """
+    transcripts = []
+    for conversation in conversations:
+        prompt = tokenizer.encode_chat(conversation.messages[:-1])
+        answer = tokenizer.encode_continuation(conversation.messages[-1]["content"])
+        token_ids = (*prompt, *answer, *tokenizer.eos_token_ids[:1])[:max_tokens]
+        if len(token_ids) > len(prompt):
+            transcripts.append(Transcript(token_ids, len(prompt)))
+    return transcripts
+
+
+def _conversation(line: str, where: str) -> Conversation:
+    try:
+        messages = json.loads(line)["messages"]
+        texts = [(message["role"], message["content"]) for message in messages]
+    except (ValueError, KeyError, TypeError):
+        raise InvalidRequest("calibration", f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
+    if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for pair in texts for t in pair):
+        raise InvalidRequest("calibration", f"{where} must hold texts and end with a message of role assistant")
+    return Conversation(tuple({"role": role, "content": content} for role, content in texts))

@@ -1,0 +1,156 @@
+"""Fits a pruned decoder to its full model without gradients.
+
+The layers are walked in order. Each projection becomes the ridge least-squares map from what the decoder really sees
+there, with all errors made before it, to what the full model produced: the queries, keys, values, gates and ups of
+the full model; for the output and down projections, what the decoder's residual stream lacks of the full model's.
+The decoder computes answers on the full model's keys and values of the prompt, as in serving, and its own of the
+answer. In the limit of a strong ridge the sliced weights remain.
+
+Memory: the residual streams of all tokens (4 * hidden_size bytes a token for the full model and for answer tokens once
+more each for the full model, the decoder and its attention), and one layer's prompt KV; normal equations do not grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from overfill.errors import InvalidPair, InvalidRequest
+from overfill.model.config import ModelConfig
+from overfill.model.loading import LayerWeights, Weights
+from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
+from overfill.pair.progress import Report, silent
+from overfill.pair.prune import Plan, slice_layer
+from overfill.pair.regression import Ridge
+
+RIDGE = 1e-2
+_TOKENS_PER_INPUT = 2
+
+
+def check_enough(packed: Packed, config: ModelConfig, plan: Plan) -> None:
+    """Raises InvalidRequest when there are too few answer tokens to determine the widest projection."""
+    widest = max(plan.basis.shape[1], config.num_heads * config.head_dim, len(plan.neurons[0]))
+    if (tokens := len(packed.answers)) < (least := _TOKENS_PER_INPUT * widest):
+        raise InvalidRequest(
+            "calibration", f"has {tokens} answer tokens; fitting projections of {widest} inputs takes {least} or more"
+        )
+
+
+@torch.inference_mode()
+def fit(full: Weights, config: ModelConfig, plan: Plan, packed: Packed, report: Report = silent) -> Weights:
+    """The decoder that ``plan`` cuts out of ``full``, fitted on ``packed``.
+
+    Args:
+        full: float32, norms folded in (``fold_norms``).
+        config: the full model's.
+
+    Returns:
+        float32; all gains are ones, the head is untied.
+
+    Raises:
+        InvalidRequest: too little text.
+        InvalidPair: a layer's equations have no finite solution; the layer is named.
+    """
+    check_enough(packed, config, plan)
+    walk = _Walk(full, config, plan, packed)
+    layers = []
+    for done, (index, kept) in enumerate(zip(plan.layers, plan.neurons, strict=True)):
+        layers.append(walk.fit_layer(index, kept, after=(*plan.layers, config.num_layers)[done + 1]))
+        report("Fitting", done + 1, len(plan.layers))
+    return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(plan.basis.shape[1]), walk.fit_head())
+
+
+@dataclass(slots=True)
+class _Reads:
+    """What the full model's layer hands to the decoder's.
+
+    Attributes:
+        before, middle: [answer rows, hidden]; the full model's stream before and after attention.
+        prompts: the KV of every prompt.
+    """
+
+    before: Tensor
+    middle: Tensor
+    prompts: PromptKv
+
+
+class _Walk:
+    """Both models, side by side, at the same depth."""
+
+    def __init__(self, full: Weights, config: ModelConfig, plan: Plan, packed: Packed) -> None:
+        self._full = full
+        self._basis = plan.basis
+        self._packed = packed
+        self._math = LayerMath(config, int(packed.positions.max()) + 1)
+        self._full_depth = 0
+        self._full_stream = full.embedding[packed.token_ids]  # [rows, full hidden]
+        self._stream = full.embedding[packed.token_ids[packed.answers]] @ plan.basis  # [answer rows, hidden]
+
+    def fit_layer(self, index: int, neurons: Tensor, after: int) -> LayerWeights:
+        """Fits the decoder's copy of full layer ``index``; the next one that it keeps is ``after``."""
+        self._advance_full(index)
+        reads = self._run_full(index)
+        self._advance_full(after)
+        layer = slice_layer(self._full.layers[index], neurons, self._basis)
+        layer = replace(layer, qkv=self._fit_reader(reads.before, self._full.layers[index].qkv))
+        attended = attend_answers(self._math, layer, self._packed, self._stream, reads.prompts)
+        layer = replace(layer, o=self._fit_writer(attended, reads.middle, layer.o, layer.o_bias))
+        self._add(attended, layer.o, layer.o_bias)
+        wide = self._full.layers[index].gate_up
+        gate_up = torch.cat([part[neurons] for part in wide.chunk(2)])
+        layer = replace(layer, gate_up=self._fit_reader(reads.middle, gate_up))
+        outputs = torch.cat([self._math.neurons(layer, self._math.norm(x)) for x in self._pieces(self._stream)])
+        target = self._full_stream[self._packed.answers]
+        layer = replace(layer, down=self._fit_writer(outputs, target, layer.down, layer.down_bias))
+        self._add(outputs, layer.down, layer.down_bias)
+        for name in ("qkv", "o", "gate_up", "down"):
+            if not getattr(layer, name).isfinite().all():
+                raise InvalidPair(f"fitting layer {index}: {name} is not finite; the checkpoint or the text is damaged")
+        return layer
+
+    def fit_head(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._fit_reader(self._full_stream[self._packed.answers], self._full.head)
+
+    def _advance_full(self, depth: int) -> None:
+        """Runs the full model up to the input of layer ``depth``."""
+        while self._full_depth < depth:
+            self._run_full(self._full_depth)
+
+    def _run_full(self, index: int) -> _Reads:
+        packed, stream = self._packed, self._full_stream
+        reads = _Reads(stream[packed.answers], torch.empty(len(packed.answers), stream.shape[1]), [])
+        for part in packed.parts:
+            done = run_full_layer(self._math, self._full.layers[index], packed, part, stream[part.rows])
+            stream[part.rows] = done.out
+            reads.middle[part.answer_rows] = done.middle[part.answers]
+            reads.prompts.extend(prompt_kv(done, part))
+        self._full_depth = index + 1
+        return reads
+
+    def _fit_reader(self, full_stream: Tensor, matrix: Tensor) -> Tensor:
+        """A projection of the normalised stream. As what it shall produce is linear in the full model's normalised
+        stream, one map from the decoder's to that serves all outputs. [out, full hidden] -> [out, hidden]"""
+        ridge = Ridge(self._basis.shape[1], full_stream.shape[1])
+        for ours, theirs in zip(self._pieces(self._stream), self._pieces(full_stream), strict=True):
+            ridge.add(self._math.norm(ours), self._math.norm(theirs))
+        return matrix @ ridge.solve(self._basis, RIDGE)
+
+    def _fit_writer(self, inputs: Tensor, full_stream: Tensor, start: Tensor, bias: Tensor | None) -> Tensor:
+        """A projection into the stream, towards what the decoder's stream lacks of the full model's."""
+        ridge = Ridge(inputs.shape[1], self._basis.shape[1])
+        for x, ours, theirs in zip(*map(self._pieces, (inputs, self._stream, full_stream)), strict=True):
+            lacking = theirs @ self._basis - ours
+            ridge.add(x, lacking if bias is None else lacking - bias)
+        return ridge.solve(start, RIDGE)
+
+    def _add(self, inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
+        for rows, x in zip(self._pieces(self._stream), self._pieces(inputs), strict=True):
+            rows += linear(x, matrix, bias)
+
+    def _pieces(self, answers: Tensor) -> list[Tensor]:
+        """Views of rows of answers, part by part."""
+        return [answers[part.answer_rows] for part in self._packed.parts]

@@ -1,0 +1,76 @@
+"""Configs that plain transformers loads, for decoders of any hidden size.
+
+transformers refuses a Llama whose hidden size is not a multiple of its number of heads, although nothing in its
+forward pass needs that: head_dim is a field of its own. The Mistral class has the same tensors and, without a sliding
+window, the same forward pass, and takes any hidden size, as the Qwen2 and Qwen3 classes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from overfill.errors import UnsupportedModel
+from overfill.model.config import ModelConfig
+
+_LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types")
+
+
+def decoder_config(
+    full_config: Mapping[str, Any],
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    tie_word_embeddings: bool,
+) -> dict[str, Any]:
+    """``config.json`` of a decoder: the full model's, with other sizes and the same attention heads.
+
+    Args:
+        full_config: the full model's ``config.json``.
+
+    Raises:
+        InvalidPair: a size is not positive, or ``full_config`` is damaged.
+        UnsupportedModel: no transformers class runs a decoder of this hidden size.
+    """
+    full = ModelConfig.from_dict(full_config)
+    config = dict(full_config) | {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "tie_word_embeddings": tie_word_embeddings,
+        "head_dim": full.head_dim,  # its default follows from the hidden size
+    }
+    if config.get("layer_types"):
+        config["layer_types"] = ["full_attention"] * num_layers  # no other is supported
+    config = loadable_config(config)
+    ModelConfig.from_dict(config)
+    return config
+
+
+def loadable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config``, as the equal Mistral where it is a Llama that transformers refuses.
+
+    Raises:
+        InvalidPair: ``config`` is damaged.
+        UnsupportedModel: there is no equal Mistral, or the engine does not run ``config``.
+    """
+    parsed = ModelConfig.from_dict(config)
+    if parsed.model_type != "llama" or parsed.hidden_size % parsed.num_heads == 0:
+        return dict(config)
+    if parsed.qkv_bias or parsed.mlp_bias:
+        raise UnsupportedModel(
+            f"hidden_size={parsed.hidden_size} is not supported: a Llama with biases needs a multiple of its "
+            f"{parsed.num_heads} attention heads in transformers"
+        )
+    return {key: value for key, value in config.items() if key not in _LLAMA_ONLY} | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+        # Stated, because the defaults of the two classes differ.
+        "head_dim": parsed.head_dim,
+        "num_key_value_heads": parsed.num_kv_heads,
+        # Of Mistrals that releases before 5 wrote, transformers thinks that their tokenizers are damaged.
+        "transformers_version": metadata.version("transformers"),
+    }

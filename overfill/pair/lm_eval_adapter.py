@@ -1,0 +1,215 @@
+"""A pair as a model of the lm-evaluation-harness: the full model reads the context, the decoder continues it.
+
+Contexts and continuations are tokenized, truncated and cut as the harness's own ``hf`` model does, so that the numbers
+of an identity pair are those of the full model there. Needs the extra ``eval``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from overfill.engine.build import native_dtype, resolve_device
+from overfill.engine.llm import LLM
+from overfill.errors import InvalidRequest
+from overfill.kv.spec import DTypeName
+from overfill.model.transformer import Transformer
+from overfill.pair.conversations import Transcript
+from overfill.pair.evaluate.evaluation import load_model
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.manifest import Pair
+from overfill.pair.plain import load_tokenizer
+from overfill.params import SamplingParams
+
+MAX_TOKENS = 256  # of a generated answer, unless the task says otherwise
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
+_ENGINE_MEMORY = 0.5  # of what is free: the models that score may have to fit beside it
+
+
+class OverfillLM(TemplateLM):  # type: ignore[misc]
+    """The pair in ``pair_folder``.
+
+    The first token of every continuation is predicted by the full model, the rest by the decoder on the full model's KV
+    of the context.
+
+    Args:
+        dtype: of weights and activations; None takes what the device computes in.
+        threads: CPU threads; None leaves torch's setting.
+
+    Raises:
+        InvalidPair: as ``Pair.load`` with digests.
+    """
+
+    def __init__(
+        self,
+        pair_folder: Path,
+        *,
+        dtype: DTypeName | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.pair = Pair.load(pair_folder, check_digests=True)
+        self.tokenizer: Any = load_tokenizer(self.pair.full_path)
+        self.max_length = min(self.pair.full_config.max_positions, self.pair.decoder_config.max_positions)
+        self._device = resolve_device(device)
+        self._dtype: DTypeName = dtype or native_dtype(self._device)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context becomes."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.pair.tokenizer_digest
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; None adds what the tokenizer adds by itself, unless the text brings its own prefix token."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log likelihood of whole texts, in windows of the context's length that share no predicted token."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            for context, continuation in map(make_disjoint_window, rolling):
+                windows.append((None, context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (key, context, continuation): the log likelihood, and whether every token is the most likely one."""
+        transcripts = [self._transcript(context, continuation) for _, context, continuation in requests]
+        order = sorted(range(len(transcripts)), key=lambda i: len(transcripts[i].token_ids), reverse=True)
+        longest_first = [transcripts[i] for i in order]
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        room = cache_tokens(longest_first)
+        full, decoder = (BatchModel(model, room) for model in self._models)
+        places = iter(order)
+        for batch in batches(longest_first):
+            first = _judge(full.prompts(batch), torch.tensor([t.answer[0] for t in batch]))
+            rest = _judge(decoder.answer(batch, full, self.pair.layer_map), targets(batch, 1))
+            start = 0
+            for row, transcript in enumerate(batch):
+                rows = slice(start, start + len(transcript.answer) - 1)
+                value = float(first[0][row] + rest[0][rows].sum())
+                results[next(places)] = value, bool(first[1][row] and rest[1][rows].all())
+                start = rows.stop
+        for (key, _context, _continuation), result in zip(requests, results, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, result)
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continues contexts. Answers run to their end or limit; text from a stop string on is cut off afterwards.
+
+        Raises:
+            InvalidRequest: the task asks for a generation option that is not supported.
+        """
+        if not requests:
+            return []
+        prompts, choices, stops = [], [], []
+        for request in requests:
+            context, options = request.args
+            sampling, until = _generation(options)
+            if (room := self.max_length - (sampling.max_tokens or 0)) <= 0:
+                raise InvalidRequest("max_gen_toks", f"must be less than the context of {self.max_length} tokens")
+            prompts.append(self.tok_encode(context)[-room:])
+            choices.append(sampling)
+            stops.append(until)
+        answers = [
+            cut(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True), until)
+            for completion, until in zip(self._engine.generate(prompts, choices), stops, strict=True)
+        ]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+        return answers
+
+    def _transcript(self, context: list[int], continuation: list[int]) -> Transcript:
+        """The last ``max_length + 1`` tokens: the very last one is only predicted."""
+        if not 0 < len(continuation) <= self.max_length or not context:
+            raise InvalidRequest(
+                "task", f"has a continuation of {len(continuation)} tokens; the context is {self.max_length}"
+            )
+        tokens = (*context, *continuation)[-(self.max_length + 1) :]
+        return Transcript(tokens, len(tokens) - len(continuation))
+
+    @cached_property
+    def _models(self) -> tuple[Transformer, Transformer]:
+        """The full model and the decoder, for scoring."""
+        return (
+            load_model(self.pair, "full", self._dtype, self._device, self.max_length),
+            load_model(self.pair, "decoder", self._dtype, self._device, self.max_length),
+        )
+
+    @cached_property
+    def _engine(self) -> LLM:
+        """Both of them again, for writing."""
+        return LLM(self.pair.folder, dtype=self._dtype, device=str(self._device), memory_fraction=_ENGINE_MEMORY)
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """``text`` up to the first stop string."""
+    for stop in until:
+        if stop:
+            text = text.split(stop)[0]
+    return text
+
+
+def _generation(options: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
+    """Sampling parameters and stop strings of a request's options; greedy unless it asks for something else."""
+    known = {"until", "do_sample", *_LENGTH_NAMES, *_SAMPLING_NAMES}
+    if other := sorted(set(options) - known):
+        raise InvalidRequest("generation_kwargs", f"{', '.join(other)} is not supported; supported: {sorted(known)}")
+    until = options.get("until") or []
+    stops = [until] if isinstance(until, str) else list(until)
+    limit = next((int(options[name]) for name in _LENGTH_NAMES if options.get(name) is not None), MAX_TOKENS)
+    temperature = float(options.get("temperature") or 0.0)
+    if not options.get("do_sample", temperature > 0) or temperature == 0:
+        return SamplingParams(temperature=0.0, max_tokens=limit), stops
+    chosen = {name: options[name] for name in _SAMPLING_NAMES if options.get(name) is not None}
+    return SamplingParams(**chosen, max_tokens=limit), stops
+
+
+def _judge(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log likelihood of ``wanted`` [N] and whether it is the most likely token; logits are [N, vocab]; on the CPU."""
+    wanted = wanted.to(logits.device)
+    values = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    return values.cpu(), (logits.argmax(-1) == wanted).cpu()

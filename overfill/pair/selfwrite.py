@@ -1,0 +1,91 @@
+"""Conversations that a full model writes itself, for fitting, distilling and judging its decoders without any data.
+
+Fed nothing but the opening of a user turn, an instruction-tuned model writes a user's message; fed that, it answers
+(Magpie, arXiv 2406.08464). Both run through our own engine, in batches.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from overfill.engine.build import native_dtype, resolve_device
+from overfill.engine.llm import LLM, Completion
+from overfill.errors import InvalidPair
+from overfill.pair.conversations import Conversation
+from overfill.pair.manifest import write_manifest
+from overfill.pair.progress import Report, silent
+from overfill.params import SamplingParams
+
+QUESTION = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
+ANSWER = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
+BATCH = 64
+KV_MEMORY = 4 << 30  # bytes, more than any batch takes
+_SHORTEST_QUESTION = 12  # characters
+_SHORTEST_ANSWER = 16  # tokens
+
+
+def write_conversations(
+    full: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    question: SamplingParams = QUESTION,
+    answer: SamplingParams = ANSWER,
+    threads: int | None = None,
+    report: Report = silent,
+) -> Iterator[Conversation]:
+    """Lets the checkpoint in ``full`` write ``count`` conversations of one question and one answer.
+
+    Questions that are cut off, very short or already there are dropped, and so are answers that are very short, cut
+    off within their first tokens or hold no text. Equal seeds give equal conversations on one machine and dtype.
+
+    Args:
+        question, answer: how tokens are drawn; ``max_tokens`` bounds the length.
+        threads: CPU threads; None leaves torch's setting.
+
+    Raises:
+        InvalidPair: the checkpoint writes almost nothing usable.
+        InvalidRequest: it has no chat template.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "full").symlink_to(os.path.abspath(full))
+        write_manifest(Path(folder), decoder="full", report=report)
+        dtype = native_dtype(resolve_device("auto"))
+        llm = LLM(folder, dtype=dtype, threads=threads, kv_memory=KV_MEMORY, max_model_len=1024, max_num_seqs=BATCH)
+        opening = llm.tokenizer.encode_user_opening()
+        seen: set[str] = set()
+        done = drawn = 0
+        while done < count:
+            if drawn > 8 * (count + BATCH):
+                raise InvalidPair(f"{full}: only {done} of {drawn} conversations that it wrote are usable")
+            seeds = [(seed << 32) + drawn + i for i in range(BATCH)]
+            drawn += BATCH
+            asked = [c.text.strip() for c in llm.generate([opening] * BATCH, _each(question, seeds)) if _ended(c)]
+            questions = [q for q in dict.fromkeys(asked) if len(q) >= _SHORTEST_QUESTION and q not in seen]
+            seen.update(questions)
+            prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
+            answers = llm.generate(prompts, _each(answer, seeds[: len(prompts)]))
+            for q, a in zip(questions, answers, strict=True):
+                if done < count and len(a.token_ids) >= _SHORTEST_ANSWER and _is_text(a.text):
+                    yield Conversation(
+                        ({"role": "user", "content": q}, {"role": "assistant", "content": a.text.strip()})
+                    )
+                    done += 1
+            report("Writing conversations", done, count)
+
+
+def _ended(completion: Completion) -> bool:
+    """Whether the message is whole."""
+    return completion.finish_reason == "stop" and _is_text(completion.text)
+
+
+def _is_text(text: str) -> bool:
+    return bool(text.strip()) and "\N{REPLACEMENT CHARACTER}" not in text
+
+
+def _each(sampling: SamplingParams, seeds: Sequence[int]) -> list[SamplingParams]:
+    return [replace(sampling, seed=seed) for seed in seeds]

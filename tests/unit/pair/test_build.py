@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from overfill.errors import InvalidRequest
+from overfill.model.config import ModelConfig
+from overfill.pair.build import SCORES_FILE, build_pair, take
+from overfill.pair.conversations import Conversation, Transcript
+from overfill.pair.manifest import Pair
+from overfill.pair.prune import Scores
+from overfill.pair.recipe import DecoderRecipe, resolve_size
+from overfill.testing.tiny import Architecture, make_tiny_pair
+
+CHATS = [
+    Conversation(
+        (
+            {"role": "user", "content": f"What is {n} + {n}?"},
+            {
+                "role": "assistant",
+                "content": f"The answer to your question, {n} + {n}, is {2 * n}. Please write it.",
+            },
+        )
+    )
+    for n in range(40)
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_built_decoder_runs_in_plain_transformers(architecture: Architecture, tmp_path: Path) -> None:
+    full = make_tiny_pair(tmp_path / "tiny", architecture=architecture, identity=True) / "full"
+    recipe = DecoderRecipe(hidden_size=50, intermediate_size=0.5, layers=3)
+    pair = build_pair(full, tmp_path / "built", recipe, CHATS)
+    config = pair.decoder_config
+    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (50, 64, 3)
+    assert len(pair.layer_map) == 3
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
+    assert pair.recipe["fit"] == "least-squares"
+    assert pair.recipe["fitted_on_answer_tokens"] > 500
+    decoder = AutoModelForCausalLM.from_pretrained(pair.decoder_path)
+    assert decoder(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    assert Scores.load(pair.folder / SCORES_FILE).neurons.shape == (4, 128)
+    Pair.load(pair.folder, check_digests=True)
+
+
+def test_building_twice_gives_the_same_decoder(tiny: Path, tmp_path: Path) -> None:
+    recipe = DecoderRecipe(intermediate_size=64)
+    one, two = (build_pair(tiny / "full", tmp_path / name, recipe, CHATS) for name in ("one", "two"))
+    assert one.decoder_digest == two.decoder_digest
+
+
+def test_the_type_of_the_elements_stays(tmp_path: Path, tiny: Path) -> None:
+    full = tmp_path / "bf16"
+    model = AutoModelForCausalLM.from_pretrained(tiny / "full", dtype=torch.bfloat16)
+    model.save_pretrained(full)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (tiny / "full" / name).exists():
+            (full / name).write_bytes((tiny / "full" / name).read_bytes())
+    pair = build_pair(full, tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
+    assert AutoModelForCausalLM.from_pretrained(pair.decoder_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_decoder_of_full_size_is_the_full_model(tiny: Path, tmp_path: Path) -> None:
+    assert build_pair(tiny / "full", tmp_path / "plain", DecoderRecipe(), []).identity
+    quantised = build_pair(tiny / "full", tmp_path / "int8", DecoderRecipe(quantize="int8"), [])
+    assert quantised.quantize == "int8"
+    assert quantised.decoder_path == quantised.full_path
+
+
+def test_a_failed_build_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "built"
+    for recipe, chats, message in (
+        (DecoderRecipe(intermediate_size=129), CHATS, r"intermediate_size: must be in 1\.\.128"),
+        (DecoderRecipe(intermediate_size=64), [], "calibration: holds no answers"),
+        (DecoderRecipe(intermediate_size=64), CHATS[:2], "calibration: has .* answer tokens"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            build_pair(tiny / "full", out, recipe, chats)
+    assert [f.name for f in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(100, 100), (1.0, 1536), (0.5, 768), (0.55, 832), (0.001, 64), (0.99, 1536)]
+)
+def test_shares_become_multiples_of_64_and_numbers_stay(size: int | float, expected: int) -> None:
+    assert resolve_size("intermediate_size", size, 1536) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1537, 0.0, 1.5, -1])
+def test_sizes_that_do_not_fit_are_refused(size: int | float) -> None:
+    with pytest.raises(InvalidRequest, match="hidden_size"):
+        resolve_size("hidden_size", size, 1536)
+
+
+def test_calibration_text_is_cut_to_the_tokens_asked_for() -> None:
+    text = [Transcript(tuple(range(30)), 10), Transcript(tuple(range(40)), 10)]
+    assert [len(t.answer) for t in take(text, 25)] == [20, 5]
+    assert take(text, 20) == text[:1]
+    assert take(text, 1000) == text
+
+
+def test_the_config_says_what_changed_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
+    pair = build_pair(tiny / "full", tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (pair.full_path, pair.decoder_path))
+    assert after == before | {"intermediate_size": 64}
+    assert ModelConfig.load(pair.decoder_path).eos_token_ids == pair.full_config.eos_token_ids

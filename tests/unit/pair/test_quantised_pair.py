@@ -1,0 +1,95 @@
+"""A pair whose recipe says int8: its decoder is quantised when it is loaded, and judged as such."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overfill.engine.build import Half, load_half
+from overfill.engine.llm import LLM
+from overfill.errors import InvalidPair
+from overfill.model.quantize import Int8Matrix
+from overfill.model.transformer import Transformer
+from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.reference import TwoStageReference
+from overfill.params import SamplingParams
+from overfill.testing.faults import negate_weight_row
+from overfill.testing.tiny import make_tiny_pair
+
+PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()
+INT8 = {"quantize": "int8"}
+
+
+def load(pair: Pair, half: Half) -> Any:
+    options = {"block_size": 16, "max_model_len": 128, "warm_tokens": 16, "max_num_seqs": 2}
+    return load_half(pair, half, dtype="float32", device=torch.device("cpu"), **options).model
+
+
+def test_the_recipe_says_whether_the_decoder_is_quantised(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    assert Pair.load(folder).quantize == "none"
+    assert write_manifest(folder, recipe={"quantize": "none"}).quantize == "none"
+    assert write_manifest(folder, recipe=INT8).quantize == "int8"
+
+
+@pytest.mark.parametrize("value", ["int3", None, 8, ["int8"]])
+def test_another_quantisation_is_refused(value: object, fresh: Callable[[], Path]) -> None:
+    with pytest.raises(InvalidPair, match=r"pair\.json: decoder\.recipe\.quantize is .*; supported are none, int8"):
+        write_manifest(fresh(), recipe={"quantize": value})
+
+
+def test_only_the_decoder_is_quantised(fresh: Callable[[], Path]) -> None:
+    pair = write_manifest(fresh(), recipe=INT8)
+    full, decoder = load(pair, "full").weights, load(pair, "decoder").weights
+    assert isinstance(decoder.head, Int8Matrix)
+    assert isinstance(full.head, torch.Tensor)
+    assert decoder.bytes_read < load(write_manifest(pair.folder), "decoder").weights.bytes_read / 3
+
+
+def test_a_quantised_full_model_is_no_identity_pair(tmp_path: Path) -> None:
+    folder = make_tiny_pair(tmp_path / "pair", identity=True)
+    plain, quantised = Pair.load(folder), write_manifest(folder, decoder="full", recipe=INT8)
+    assert (plain.identity, quantised.identity) == (True, False)
+    assert quantised.decoder_digest == plain.decoder_digest  # of the checkpoint, which is the same
+    assert isinstance(load(quantised, "decoder").weights.head, Int8Matrix)
+    assert isinstance(load(quantised, "full").weights.head, torch.Tensor)
+
+
+@pytest.mark.parametrize("identity", [False, True], ids=["pruned", "full-model"])
+def test_the_reference_rounds_as_the_engine_does(identity: bool, tmp_path: Path) -> None:
+    folder = make_tiny_pair(tmp_path / "pair", identity=identity)
+    decoder = "full" if identity else "decoder"
+    unquantised = TwoStageReference(folder)
+    write_manifest(folder, decoder=decoder, recipe=INT8)
+    reference = TwoStageReference(folder)
+
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    answers = LLM(folder, dtype="float32").generate(PROMPTS, sampling)
+
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert all(v.kind == "identical" for v in reference.score(prompt, answer.token_ids))
+    differing = [
+        v
+        for prompt, answer in zip(PROMPTS, answers, strict=True)
+        for v in unquantised.score(prompt, answer.token_ids)
+        if v.kind == "error"
+    ]
+    assert differing  # the rounding shows in the answers, so that a reference without it would notice
+
+
+def test_the_fault_in_a_weight_reaches_a_quantised_decoder(
+    fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = write_manifest(fresh(), recipe=INT8)
+    monkeypatch.setattr(Transformer, "load", Transformer.load)  # so that it is restored
+    right = load(pair, "decoder").weights.layers
+    negate_weight_row()
+    wrong = load(pair, "decoder").weights.layers
+    changed = [(a.down.values != b.down.values).any(1) for a, b in zip(right, wrong, strict=True)]
+    assert [int(rows.sum()) for rows in changed] == [0, 0, 1, 0]
+    row = changed[2]
+    assert torch.equal(wrong[2].down.values[row], -right[2].down.values[row])
