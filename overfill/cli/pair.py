@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from overfill.cli.distill import distill_command, distill_plot_command
+from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
+
 if TYPE_CHECKING:
     from overfill.model.config import ModelConfig
     from overfill.pair.manifest import Pair
@@ -40,6 +43,9 @@ def pair_group() -> None:
     (~/.cache/overfill).
     """
 
+
+for _command in (eval_command, compare_command, lm_eval_command, distill_command, distill_plot_command):
+    pair_group.add_command(_command)
 
 _source_option = click.option(
     "--source",
@@ -75,9 +81,7 @@ def path_command(name: str) -> None:
 
 @pair_group.command("build")
 @click.option("--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the hub.")
-@click.option(
-    "--hidden-size", type=SIZE, default=1.0, help="Residual stream's width.  [default: the full model's]"
-)
+@click.option("--hidden-size", type=SIZE, default=1.0, help="Residual stream's width.  [default: the full model's]")
 @click.option("--intermediate-size", type=SIZE, default=1.0, help="Neurons of each MLP.  [default: the full model's]")
 @click.option("--layers", type=SIZE, default=1.0, help="Layers that stay.  [default: all]")
 @click.option(

@@ -19,18 +19,20 @@ class Ridge:
     def __init__(self, num_inputs: int, num_targets: int) -> None:
         self._moments = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
         self._cross = torch.zeros(num_inputs, num_targets, dtype=torch.float64)
+        self._rows = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """[rows, num_inputs] and [rows, num_targets] float32."""
+        self._rows += len(inputs)
         self._moments += inputs.T @ inputs
         self._cross += inputs.T @ targets
 
-    def solve(self, start: Tensor, strength: float) -> Tensor:
-        """Minimises ``|inputs W' - targets|^2 + strength * mean(diag) * |W - start|^2``. Leaves the sums as they are.
+    def solve(self, start: Tensor, prior_rows: float) -> Tensor:
+        """Minimises ``|inputs W' - targets|^2 + prior_rows * s * |W - start|^2``, s being the mean square of an input.
 
         Args:
-            start: [num_targets, num_inputs]; where W goes as ``strength`` grows.
-            strength: relative to the mean square of an input.
+            start: [num_targets, num_inputs]; what W is without any rows.
+            prior_rows: how many rows of independent inputs ``start`` weighs as much as.
 
         Returns:
             W, [num_targets, num_inputs] float32; not finite when the rows were not.
@@ -38,7 +40,7 @@ class Ridge:
         residual = self._cross - self._moments @ start.T.double()
         damped = self._moments.clone()
         diagonal = damped.diagonal()
-        diagonal += max(strength * float(diagonal.mean()), torch.finfo(torch.float64).tiny)
+        diagonal += max(prior_rows / self._rows * float(diagonal.mean()), torch.finfo(torch.float64).tiny)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             return torch.full_like(start, torch.nan)

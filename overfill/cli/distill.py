@@ -1,0 +1,208 @@
+"""``overfill pair distill``: train a decoder on its full model's answers; ``distill-plot`` draws runs side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from overfill.pair.distill.recipe import Data, Recipe
+    from overfill.pair.progress import Report
+
+DEFAULT_RECIPE = "smollm2-fast"
+
+# Of mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+_HYPERPARAMETERS = (
+    "steps",
+    "minutes",
+    "epochs",
+    "learning_rate",
+    "batch_transcripts",
+    "cross_entropy",
+    "kl",
+    "temperature",
+    "top_tokens",
+    "sampled_tokens",
+    "seed",
+    "recompute_activations",
+    "eval_steps",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "cache_gib",
+)
+
+
+@click.command("distill")
+@click.argument("pair", required=False)
+@click.option("--data", metavar="SOURCE", help="`shipped`, a file of JSON lines, or a hub data set's id.  [recipe]")
+@click.option("--held-out", metavar="SOURCE", help="What to judge on: `shipped` or a file.  [recipe]")
+@click.option("--out", type=click.Path(path_type=Path), help="Pair folder to write; must not exist.")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    metavar="NAME_OR_FILE",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help="Models, data and hyperparameters. The other options override it.",
+)
+@click.option("--steps", type=int, help="How long to train, in steps …")
+@click.option("--minutes", type=float, help="… or in minutes of training (the learning rate follows the clock) …")
+@click.option("--epochs", type=float, help="… or in passes over the data.")
+@click.option("--learning-rate", type=float)
+@click.option("--batch-transcripts", type=int, help="Transcripts per step, over all processes.")
+@click.option("--cross-entropy", type=float, help="Weight of the answers' own tokens in the loss.")
+@click.option("--kl", type=float, help="Weight of the full model's distribution in the loss.")
+@click.option("--temperature", type=float, help="Of the KL term.")
+@click.option("--top-tokens", type=int, help="Most likely tokens of the full model that KL looks at; 0: all.")
+@click.option("--sampled-tokens", type=int, help="Tokens drawn to stand for the rest of the vocabulary; 0: all.")
+@click.option("--seed", type=int, help="Of the data's order and of what is drawn.")
+@click.option("--recompute-activations", is_flag=True, default=None, help="Less memory, a third more computing.")
+@click.option("--max-tokens", type=int, help="Longer transcripts lose the end of their answer.")
+@click.option("--eval-steps", type=int, help="Steps between evaluations.")
+@click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.")
+@click.option("--checkpoint-minutes", type=float, help="Minutes between checkpoints.")
+@click.option("--cache-gib", type=float, help="Room for what the full model computed; later epochs need not.")
+@click.option("--standalone", is_flag=True, help="A fair baseline: the decoder reads the prompts itself.")
+@click.option("--resume", is_flag=True, help="Go on exactly where an interrupted run stopped.")
+@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--dry-run", is_flag=True, help="Try the recipe's widths with random weights: two layers, two steps.")
+def distill_command(
+    pair: str | None,
+    data: str | None,
+    held_out: str | None,
+    out: Path | None,
+    recipe_name: str,
+    max_tokens: int | None,
+    standalone: bool,
+    resume: bool,
+    threads: int | None,
+    dry_run: bool,
+    **hyperparameters: Any,
+) -> None:
+    """Train the decoder of PAIR (a name or folder) to answer as its full model would.
+
+    The frozen full model reads each prompt; the decoder learns the answer on the full model's KV cache. Any pair is
+    a starting point. Without PAIR, it is made as the recipe says. Checkpoints, metrics, TensorBoard events and
+    the learning curve are in OUT.run while it trains and after; OUT appears when it is done.
+
+    With several GPUs: accelerate launch -m overfill.cli.main pair distill …
+    """
+    from overfill.pair.distill.recipe import changed, read_recipe
+
+    recipe = read_recipe(recipe_name)
+    _prepare_process(threads)
+    if dry_run:
+        _dry_run(recipe)
+        return
+    if out is None:
+        raise click.UsageError("--out is missing: the folder that the pair shall be written to")
+    if out.exists():
+        raise click.UsageError(f"--out: {out} exists already; name a new folder")
+    training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
+    sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
+    if data is not None and held_out is None:
+        sources["held_out"] = recipe.data.held_out or "shipped"
+    overridden = recipe.data.model_copy(update={key: value for key, value in sources.items() if value is not None})
+    _train(pair, recipe, overridden, out, training, standalone=standalone, resume=resume)
+
+
+@click.command("distill-plot")
+@click.argument("runs", nargs=-1, required=True, metavar="LABEL=FOLDER…")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Picture to write; .png, .svg or .pdf.")
+def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
+    """Draw the learning curves of several runs (distilled pairs, or .run folders) in one picture."""
+    from overfill.pair.distill.plot import metrics_file, plot_runs
+
+    named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
+    if not all(label and str(folder) != "." for label, folder in named):
+        raise click.UsageError("name each run as LABEL=FOLDER")
+    plot_runs([(label, metrics_file(folder)) for label, folder in named], out)
+    click.echo(out)
+
+
+def _train(
+    name: str | None, recipe: Recipe, data: Data, out: Path, training: Any, *, standalone: bool, resume: bool
+) -> None:
+    from overfill.api.tokenizer import Tokenizer
+    from overfill.pair.distill.data import load_data
+    from overfill.pair.distill.train import Run
+    from overfill.pair.manifest import Pair
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    with progress_bars() as report:
+        pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))
+        transcripts, held_out = load_data(data, Tokenizer.load(pair.full_path))
+        run = Run(
+            pair,
+            out,
+            transcripts,
+            held_out,
+            training,
+            standalone=standalone,
+            resume=resume,
+            report=report,
+            tell=lambda line: click.echo(line, err=True),
+        )
+        run.train()
+    click.echo(out)
+
+
+def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
+    """The pair that the recipe describes, built in the run's folder by the first process unless it is there."""
+    from overfill.errors import InvalidRequest
+    from overfill.pair.build import build_pair
+    from overfill.pair.calibration import calibration_text
+    from overfill.pair.distill.train import make_accelerator, run_folder
+    from overfill.pair.recipe import DecoderRecipe
+    from overfill.pair.store import resolve_model
+
+    if recipe.full is None or recipe.decoder is None:
+        raise InvalidRequest("pair", "this recipe is for any pair: name one, such as `fast`, or a folder")
+    start, sizes = run_folder(out) / "start", recipe.decoder
+    with make_accelerator().main_process_first():
+        if not start.exists():
+            decoder = DecoderRecipe(sizes.hidden_size, sizes.intermediate_size, method=sizes.method, fit=sizes.fit)
+            full = resolve_model(recipe.full.id, report)
+            decoder.check(full)
+            conversations = calibration_text(sizes.calibration, full, decoder.tokens, report)
+            build_pair(full, start, decoder, conversations, report=report)
+    return start
+
+
+def _prepare_process(threads: int | None) -> None:
+    """Sets the number of threads, and lets the allocator keep what is freed.
+
+    glibc returns every large tensor to the system at once, and the system clears its pages when they are asked for
+    again: a sixth of a small model's training time on a CPU.
+    """
+    import ctypes
+
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _dry_run(recipe: Recipe) -> None:
+    from overfill.pair.distill.dry_run import dry_run
+    from overfill.pair.progress import progress_bars
+
+    with tempfile.TemporaryDirectory(prefix="overfill-") as folder, progress_bars() as report:
+        tried = dry_run(recipe, Path(folder), report=report)
+    for name, shape in tried.shapes.items():
+        click.echo(f"{name}  {' x '.join(map(str, shape))}")
+    click.echo(
+        f"OK: {tried.parameters:,} parameters trained for two steps, saved, and reloaded in transformers; "
+        f"logits differ by {tried.difference:.1g} at most"
+    )

@@ -1,0 +1,231 @@
+"""``overfill pair eval``, ``compare`` and ``lm-eval``: how good pairs are. Results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from overfill.kv.spec import DTypeName
+    from overfill.pair.conversations import Transcript
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _device_options(command: _F) -> _F:
+    for option in (
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own choice]"),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Of weights and activations.  [default: what the device computes in]",
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto."),
+    ):
+        command = option(command)
+    return command
+
+
+def _data_options(command: _F) -> _F:
+    for option in (
+        click.option("--max-transcripts", type=click.IntRange(min=1), help="Judge the first N conversations only."),
+        click.option(
+            "--data",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Conversations as JSON lines with `messages`.  [default: the held-out ones of the package]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command("eval")
+@click.argument("pair")
+@_data_options
+@click.option("--no-free-running", is_flag=True, help="Leave out the answers that each variant writes by itself.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of such an answer.")
+@_device_options
+@_json_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
+@click.option("--save", is_flag=True, help="Keep the main figures in the pair's pair.json.")
+def eval_command(
+    pair: str,
+    data: Path | None,
+    max_transcripts: int | None,
+    no_free_running: bool,
+    max_tokens: int,
+    device: str,
+    dtype: DTypeName | None,
+    threads: int | None,
+    as_json: bool,
+    out: Path | None,
+    save: bool,
+) -> None:
+    """Judge PAIR on held-out conversations: the full model, both halves together, the decoder alone.
+
+    Given the answers: their likelihood, the distance from the full model and the agreement with it. Free-running:
+    how likely the full model finds what each variant writes by itself, and how much of it is repetition.
+    """
+    from overfill.cli.output import console, print_json
+    from overfill.pair.evaluate.evaluation import evaluate
+    from overfill.pair.evaluate.report import cost_line, evaluation_rows, save_summary, write_evaluation
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+        result = evaluate(
+            folder,
+            _transcripts(folder, data, max_transcripts),
+            free_running=not no_free_running,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            report=report,
+        )
+    if out is not None:
+        write_evaluation(out, result)
+    if save:
+        save_summary(folder, result)
+    if as_json:
+        print_json(result.to_json())
+        return
+    console().print(_table(evaluation_rows(result)))
+    click.echo(cost_line(result.full, result.decoder))
+
+
+@click.command("compare")
+@click.argument("pairs", nargs=-1, required=True)
+@_data_options
+@_device_options
+@_json_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with a plot.")
+def compare_command(
+    pairs: tuple[str, ...],
+    data: Path | None,
+    max_transcripts: int | None,
+    device: str,
+    dtype: DTypeName | None,
+    threads: int | None,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Hold the decoders of PAIRS, which share a full model, against plain quantisation of that model.
+
+    Each is judged with weights of 16, 8 and 4 bits, beside the bytes that a decode step then reads and the operations
+    that it takes. --json prints a line of JSON for each as soon as it is known.
+    """
+    from overfill.cli.output import console
+    from overfill.pair.evaluate.compare import NOTE, compare
+    from overfill.pair.evaluate.report import point_rows, write_comparison
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    points = []
+    with progress_bars() as report:
+        folders = [resolve_pair(pair, report) for pair in pairs]
+        transcripts = _transcripts(folders[0], data, max_transcripts)
+        for point in compare(folders, transcripts, dtype=dtype, device=device, threads=threads, report=report):
+            points.append(point)
+            if as_json:
+                click.echo(json.dumps(point.to_json()))
+    if out is not None:
+        write_comparison(out, points)
+    if not as_json:
+        console().print(_table(point_rows(points)))
+        click.echo(NOTE)
+
+
+@click.command("lm-eval")
+@click.argument("pair")
+@click.option("--tasks", required=True, metavar="TASK[,TASK…]", help="Tasks of the lm-evaluation-harness.")
+@click.option(
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with more task files.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Take the first N documents of each task only.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before the question.  [default: the task's]")
+@click.option("--chat", is_flag=True, help="Put questions into the checkpoint's chat template.")
+@_device_options
+@_json_option
+def lm_eval_command(
+    pair: str,
+    tasks: str,
+    include_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    chat: bool,
+    device: str,
+    dtype: DTypeName | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads, the decoder answers.
+
+    Needs the harness: pip install 'overfill[eval]'.
+    """
+    from overfill.cli.output import console, print_json
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    try:
+        from overfill.pair.evaluate.harness import run_tasks
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}; install the harness: pip install 'overfill[eval]'") from None
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+    results = run_tasks(
+        folder,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        chat=chat,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+    if as_json:
+        print_json(results)
+        return
+    rows = [["task", "metric", "value", "± stderr"]]
+    for task, figures in results.items():
+        for metric, value in figures.items():
+            rows.append([task, metric, f"{value['value']:.4f}", _optional(value["stderr"])])
+    console().print(_table(rows))
+
+
+def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
+    """The first ``count`` conversations of ``data``, as the pair's tokens."""
+    from overfill.api.tokenizer import Tokenizer
+    from overfill.pair.conversations import encode, read_conversations, shipped_conversations
+    from overfill.pair.manifest import Pair
+
+    conversations = shipped_conversations("held_out") if data is None else read_conversations(data)
+    return encode(conversations[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
+
+
+def _table(rows: list[list[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for index, title in enumerate(rows[0]):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,115 @@
+"""Whole checkpoints of a run, and the pair that comes out of it. Each appears at once or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from overfill.pair.atomic import atomic_folder, remove_leftovers
+from overfill.pair.checkpoint import copy_companions, write_json, write_weights
+from overfill.pair.digest import list_tensors
+from overfill.pair.distill.model import PackedModel
+from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.progress import Report, silent
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: steps done, answer tokens learnt, seconds of training (without evaluation and saving)."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """``step-<number>/`` folders with the decoder in float32, the optimiser's moments and the progress.
+
+    The data's position, the learning rate and the seeds of what is drawn follow from the progress, so this is all
+    that a run needs to go on exactly.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def latest(self) -> Path | None:
+        """The last whole one."""
+        return max(self._folder.glob("step-*"), default=None)
+
+    def save(self, decoder: PackedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Writes a checkpoint, then removes older ones."""
+        target = self._folder / f"step-{progress.step:08d}"
+        if target.exists():
+            return
+        remove_leftovers(target)
+        with atomic_folder(target) as folder:
+            save_file(_parameters(decoder), folder / "decoder.safetensors")
+            save_file(_moments(decoder, optimizer), folder / "optimizer.safetensors")
+            write_json(folder / "progress.json", asdict(progress))
+        for old in self._folder.glob("step-*"):
+            if old != target:
+                shutil.rmtree(old)
+
+    @torch.no_grad()
+    def load(self, folder: Path, decoder: PackedModel, optimizer: torch.optim.Optimizer) -> Progress:
+        """Restores the checkpoint in ``folder`` into ``decoder`` and ``optimizer``."""
+        stored = load_file(folder / "decoder.safetensors")
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(stored[name])
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(folder / "optimizer.safetensors").items():
+            key, _, index = name.rpartition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return Progress(**json.loads((folder / "progress.json").read_text()))
+
+
+def _parameters(decoder: PackedModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in decoder.named_parameters()}
+
+
+def _moments(decoder: PackedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state as flat tensors, ``<what>.<number of the parameter>``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{key}.{index}": value.cpu() for index, values in state.items() for key, value in values.items()}
+
+
+def write_pair(
+    out: Path,
+    source: Pair,
+    decoder: PackedModel,
+    distilled: Mapping[str, Any],
+    extras: Sequence[Path],
+    report: Report = silent,
+) -> Pair:
+    """Writes ``out``: the full model of ``source`` (a link) and ``decoder``, in the dtype that the source's has.
+
+    Args:
+        distilled: goes into the manifest's recipe under ``distill``.
+        extras: files that are copied to ``distill/``.
+    """
+    dtype = _DTYPES[list_tensors(source.decoder_path)[0].dtype]
+    recipe = dict(source.recipe)
+    if "distill" in recipe:
+        distilled = {**distilled, "after": recipe["distill"]}
+    with atomic_folder(out) as folder:
+        (folder / "full").symlink_to(os.path.relpath(os.path.realpath(source.full_path), os.path.realpath(folder)))
+        (folder / "decoder").mkdir()
+        write_weights(folder / "decoder", {name: t.to(dtype) for name, t in _parameters(decoder).items()})
+        shutil.copyfile(source.decoder_path / "config.json", folder / "decoder" / "config.json")
+        copy_companions(source.decoder_path, folder / "decoder")
+        (folder / "distill").mkdir()
+        for file in extras:
+            shutil.copyfile(file, folder / "distill" / file.name)
+        write_manifest(folder, layer_map=source.layer_map, recipe={**recipe, "distill": dict(distilled)}, report=report)
+    return Pair.load(out)

@@ -1,0 +1,255 @@
+"""Cross-entropy and forward KL over a large vocabulary, without ever holding all logits.
+
+Rows go through the heads a chunk at a time. The gradients with respect to the decoder's hidden states and head are
+known in closed form, so they are computed in the same sweep and only scaled in the backward pass: logits are made
+once, and a few buffers of one chunk are all the memory that they take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from overfill.pair.distill.shortlist import Shortlist
+
+_CHUNK = {"cpu": 128, "cuda": 1024}  # rows; buffers that stay in a CPU's cache, enough work for a GPU
+_LEAST = 1e-7  # a probability; what float32 leaves of 1 minus a sum
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """``cross_entropy`` on the answer's tokens, ``kl`` of the decoder from the full model at ``temperature``.
+
+    KL is multiplied by the temperature's square, which keeps its gradient's size (arXiv 1503.02531, section 2).
+    """
+
+    cross_entropy: float
+    kl: float
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Sums over rows.
+
+    Attributes:
+        loss: the weighted loss, which gradients flow through; a scalar.
+        cross_entropy, kl: its parts, unweighted, in nats; scalars. ``kl`` is 0 without a full model.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherView:
+    """What the full model says of the same rows: hidden states [N, full hidden] and its head [vocab, full hidden]."""
+
+    hidden: Tensor
+    head: Tensor
+
+
+def distillation_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView | None, weights: LossWeights
+) -> LossSums:
+    """
+    Args:
+        hidden: [N, hidden], after the last norm.
+        head: [vocab, hidden]; may be wider than ``hidden``'s dtype, in which the products are.
+        targets: [N] int64.
+        teacher: None leaves KL out.
+    """
+    return _swept(hidden, head, _FullSweep(targets, teacher, weights), weights)
+
+
+def shortlist_loss(
+    hidden: Tensor, head: Tensor, shortlist: Shortlist, top_probabilities: Tensor, weights: LossWeights
+) -> LossSums:
+    """As ``distillation_loss``, from the full model's most likely tokens alone; the rest count as one token.
+
+    That makes KL a lower bound of the whole one, as exact as the most likely tokens are all. With a sampled
+    shortlist, both parts are estimates. The temperature must be 1.
+
+    Args:
+        top_probabilities: [N, k] float32, of the tokens in ``shortlist.top``.
+    """
+    chosen = head if shortlist.ids is None else head.index_select(0, shortlist.ids)
+    return _swept(hidden, chosen, _ShortSweep(shortlist, top_probabilities, weights), weights)
+
+
+def _swept(hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> LossSums:
+    loss, parts = _Fused.apply(hidden, head, sweep, weights)  # type: ignore[no-untyped-call]
+    return LossSums(loss, parts[0], parts[1])
+
+
+class _Sweep(Protocol):
+    def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
+        """Adds cross-entropy and KL of the rows to ``parts`` ([2] float64).
+
+        ``logits`` ([rows, vocab] float32) may be overwritten. Returns the weighted loss's gradient for them, in a
+        buffer that the next call uses again.
+        """
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        narrow_head = head.to(hidden.dtype)
+        hidden_grad = torch.empty_like(hidden) if needs_grad else None
+        head_grad = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_grad else None
+        parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        chunk = min(_CHUNK.get(hidden.device.type, 1024), len(hidden))
+        buffer = torch.empty(chunk, len(head), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), max(chunk, 1)):
+            rows = slice(start, min(start + chunk, len(hidden)))
+            logits = buffer[: rows.stop - rows.start]
+            _product(hidden[rows], narrow_head, logits)
+            logits_grad = sweep(rows, logits, parts)
+            if hidden_grad is not None and head_grad is not None:
+                logits_grad = logits_grad.to(hidden.dtype)
+                torch.mm(logits_grad, narrow_head, out=hidden_grad[rows])
+                _add_product(head_grad, logits_grad.T, hidden[rows])
+        ctx.save_for_backward(hidden_grad, head_grad)
+        ctx.mark_non_differentiable(parts)
+        loss = weights.cross_entropy * parts[0] + weights.kl * parts[1]
+        return loss.float(), parts
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, head_grad = ctx.saved_tensors
+        return hidden_grad * loss_grad.to(hidden_grad.dtype), head_grad.mul_(loss_grad), None, None
+
+
+class _Buffers:
+    """Tensors of one chunk's shape that are made once: fresh memory of this size costs as much as filling it."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Tensor] = {}
+
+    def like(self, logits: Tensor, name: str) -> Tensor:
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = torch.empty_like(logits)
+        return made[: len(logits)]
+
+
+class _FullSweep:
+    """Over the whole vocabulary, with the full model's logits."""
+
+    def __init__(self, targets: Tensor, teacher: TeacherView | None, weights: LossWeights) -> None:
+        self._targets, self._teacher, self._weights = targets, teacher, weights
+        self._buffers = _Buffers()
+
+    def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
+        weights = self._weights
+        probabilities = self._buffers.like(logits, "probabilities")
+        log_sum = _softmax(logits, probabilities)
+        columns = self._targets[rows, None]
+        parts[0] += (log_sum - logits.gather(1, columns)).sum()
+        if self._teacher is None:
+            gradient = probabilities.mul_(weights.cross_entropy)
+        elif weights.temperature == 1:
+            kl, theirs = self._kl(self._teacher, rows, logits, log_sum)
+            parts[1] += kl
+            gradient = probabilities.mul_(weights.cross_entropy + weights.kl).sub_(theirs, alpha=weights.kl)
+        else:
+            softened = self._buffers.like(logits, "softened")
+            log_sum = _softmax(logits.div_(weights.temperature), softened)
+            kl, theirs = self._kl(self._teacher, rows, logits, log_sum)
+            parts[1] += kl * weights.temperature**2
+            factor = weights.kl * weights.temperature
+            gradient = probabilities.mul_(weights.cross_entropy).add_(softened, alpha=factor).sub_(theirs, alpha=factor)
+        return gradient.scatter_add_(1, columns, _constant(columns, -weights.cross_entropy))
+
+    def _kl(self, teacher: TeacherView, rows: slice, logits: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of KL(full model || decoder) over the rows, and the full model's probabilities."""
+        theirs, scratch = self._buffers.like(logits, "theirs"), self._buffers.like(logits, "their logits")
+        _product(teacher.hidden[rows], teacher.head, scratch)
+        if self._weights.temperature != 1:
+            scratch.div_(self._weights.temperature)
+        their_log_sum = _softmax(scratch, theirs)
+        return scratch.sub_(logits).mul_(theirs).sum() + (log_sum - their_log_sum).sum(), theirs
+
+
+class _ShortSweep:
+    """Over a shortlist, with the full model's most likely tokens and one token for the rest."""
+
+    def __init__(self, shortlist: Shortlist, top_probabilities: Tensor, weights: LossWeights) -> None:
+        self._shortlist, self._theirs, self._weights = shortlist, top_probabilities, weights
+        self._buffers = _Buffers()
+
+    def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
+        weights, shortlist = self._weights, self._shortlist
+        if shortlist.log_weights is not None:
+            logits.add_(shortlist.log_weights)
+        probabilities = self._buffers.like(logits, "probabilities")
+        log_sum = _softmax(logits, probabilities)
+        columns, top, theirs = shortlist.targets[rows, None], shortlist.top[rows], self._theirs[rows]
+        parts[0] += (log_sum - logits.gather(1, columns)).sum()
+        ours = probabilities.gather(1, top)
+        rest = (1 - ours.sum(1, keepdim=True)).clamp(min=_LEAST)
+        their_rest = (1 - theirs.sum(1, keepdim=True)).clamp(min=0)
+        parts[1] += (theirs * (theirs.clamp(min=_LEAST).log() - logits.gather(1, top) + log_sum)).sum()
+        parts[1] += (their_rest * (their_rest.clamp(min=_LEAST).log() - rest.log())).sum()
+        # Of the rest as one token: each of its members takes its share of the pull.
+        ratio = their_rest / rest
+        gradient = probabilities.mul_(weights.cross_entropy + weights.kl * (1 - ratio))
+        gradient.scatter_add_(1, top, weights.kl * (ours * ratio - theirs))
+        return gradient.scatter_add_(1, columns, _constant(columns, -weights.cross_entropy))
+
+
+def _constant(like: Tensor, value: float) -> Tensor:
+    return torch.full(like.shape, value, dtype=torch.float32, device=like.device)
+
+
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Probabilities into ``out``; returns the logarithm of the sum of exponentials, [rows, 1]."""
+    torch.softmax(logits, -1, out=out)
+    # Several times faster on a CPU than logsumexp: the largest logit's probability says what the sum was.
+    return logits.amax(-1, keepdim=True) - out.amax(-1, keepdim=True).log()
+
+
+def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """``hidden @ head.T`` into the float32 ``out``, in the dtype of ``hidden``."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, head.T, out=out)
+    else:
+        out.copy_(hidden @ head.T)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Sums over rows, as numbers: negative log-likelihood and KL in nats, and rows with the same most likely token."""
+
+    nll: float
+    kl: float
+    agreed: int
+
+
+@torch.no_grad()
+def compare(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView) -> Comparison:
+    """The decoder held against the full model, on rows as in ``distillation_loss``."""
+    parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    agreed = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    head = head.to(hidden.dtype)
+    chunk = _CHUNK.get(hidden.device.type, 1024)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits, theirs = (hidden[rows] @ head.T).float(), (teacher.hidden[rows] @ teacher.head.T).float()
+        agreed += (logits.argmax(-1) == theirs.argmax(-1)).sum()
+        logits, theirs = logits.log_softmax(-1), theirs.log_softmax(-1)
+        parts[0] -= logits.gather(1, targets[rows, None]).sum()
+        parts[1] += (theirs.exp() * (theirs - logits)).sum()
+    return Comparison(float(parts[0]), float(parts[1]), int(agreed))

@@ -1,0 +1,194 @@
+"""A Llama-family model that can be trained: the engine's arithmetic, differentiable, over packed rows.
+
+Parameters are named as in Hugging Face checkpoints, so that loading and saving are copies. Shared by the decoder
+and by the frozen full model. Knows no loss and no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+from torch.utils.checkpoint import checkpoint
+
+from overfill.errors import InvalidPair
+from overfill.model.config import ModelConfig
+from overfill.model.rope import apply_rope, rope_tables
+from overfill.pair.digest import list_tensors
+from overfill.pair.distill.attention import Attention, plan_attention
+from overfill.pair.distill.rows import Rows
+
+KvHook = Callable[[int, Tensor, Tensor], None]
+"""Called with (layer, keys, values), each [T, kv_heads, D], keys rotated."""
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, hidden] -> q [T, heads, D] and k [T, kv_heads, D], rotated, and v [T, kv_heads, D]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attention,
+        prefix: Tensor | None,
+        on_kv: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]"""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        if on_kv is not None:
+            on_kv(k, v)
+        attended = attend(q, k, v, None if prefix is None else prefix.to(k.dtype))
+        x = x + self.self_attn.o_proj(attended)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Body(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+
+
+class PackedModel(nn.Module):
+    """Made with ``load``.
+
+    Attributes:
+        remember_activations: False computes a layer's activations again in the backward pass (gradient checkpointing).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.remember_activations = True
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self.model = Body(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> PackedModel:
+        """The checkpoint in ``folder``.
+
+        Raises:
+            InvalidPair: a tensor is missing, unknown or has another shape; it is named.
+            UnsupportedModel: as ``ModelConfig.load``.
+        """
+        config = ModelConfig.load(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device).to(dtype)
+        read_parameters(model, folder)
+        return model
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab, hidden]"""
+        tied = self.config.tie_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(self, rows: Rows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
+        """
+        Args:
+            prefix: [layers, 2, sum of prefixes, kv_heads, D], the keys (rotated) and values that each layer finds in
+                place; None when ``rows`` start at their transcripts' beginning.
+            on_kv: sees each layer's own keys and values.
+
+        Returns:
+            [T, hidden], after the last norm: logits are its product with ``head``.
+        """
+        cos, sin = self._rotations(rows)
+        attend = plan_attention(rows)
+        x = self.model.embed_tokens(rows.token_ids)
+        for index, layer in enumerate(self.model.layers):
+            here = None if prefix is None else prefix[index]
+            if on_kv is not None:
+                x = layer(x, cos, sin, attend, here, lambda k, v, i=index: on_kv(i, k, v))
+            elif self.remember_activations or not torch.is_grad_enabled():
+                x = layer(x, cos, sin, attend, here)
+            else:
+                x = checkpoint(layer, x, cos, sin, attend, here, use_reentrant=False)
+        normed: Tensor = self.model.norm(x)
+        return normed
+
+    def _rotations(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at the rows' positions, each [T, head_dim / 2]. The tables grow when a longer row comes."""
+        longest = max(n + p for n, p in zip(rows.lengths, rows.prefixes, strict=True))
+        if self._tables is None or len(self._tables[0]) < longest:
+            self._tables = rope_tables(self.config.rope, self.config.head_dim, longest, rows.token_ids.device)
+        return self._tables[0][rows.positions], self._tables[1][rows.positions]
+
+
+@torch.no_grad()
+def read_parameters(model: PackedModel, folder: Path) -> None:
+    """Copies the checkpoint in ``folder`` into ``model``; a tied head and RoPE's frequencies are passed over."""
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
+    for stored in list_tensors(folder):
+        if stored.name.endswith("rotary_emb.inv_freq") or (
+            stored.name == "lm_head.weight" and model.config.tie_embeddings
+        ):
+            continue
+        target = parameters.get(stored.name)
+        if target is None or tuple(target.shape) != stored.shape:
+            expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
+            raise InvalidPair(f"{stored.file}: {stored.name} has shape {stored.shape}; the config implies {expected}")
+        with safe_open(stored.file, framework="pt") as file:
+            target.copy_(file.get_tensor(stored.name))
+        missing.remove(stored.name)
+    if missing:
+        raise InvalidPair(f"{folder}: tensor {min(missing)} is missing")

@@ -1,0 +1,31 @@
+"""What decides a run's results, kept in its folder, so that only the same run goes on there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from overfill.errors import InvalidRequest
+from overfill.pair.checkpoint import write_json
+
+SETTINGS = "settings.json"
+
+
+def claim_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Makes ``folder`` a run's own, or checks that the run in it may go on.
+
+    Raises:
+        InvalidRequest: there is a run and ``resume`` is false, or its settings are others; they are named.
+    """
+    file = folder / SETTINGS
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if not resume:
+        raise InvalidRequest("out", f"{folder} holds a run already; go on with --resume, or remove it")
+    if changed := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
+        values = ", ".join(f"{key} ({before.get(key)} before, {settings.get(key)} now)" for key in changed)
+        raise InvalidRequest("resume", f"the run in {folder} had other settings: {values}")

@@ -1,0 +1,131 @@
+"""The frozen full model's side: keys and values of prompts, and what it would have said on answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from overfill.pair.conversations import Transcript
+from overfill.pair.distill.cache import Column, TeacherCache
+from overfill.pair.distill.model import PackedModel
+from overfill.pair.distill.rows import Rows
+
+_CHUNK = 128  # rows of logits at a time
+
+Opinion = Literal["none", "hidden", "top"]
+"""What is wanted of the full model on answers: nothing, hidden states that give all its logits, or top tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """What the full model gives for some transcripts, in their order; None for what is not wanted.
+
+    Attributes:
+        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values.
+        hidden: [learnt tokens, full hidden], whose product with the full model's head are its logits.
+        top_ids, top_probabilities: [learnt tokens, k] int64 and float32, its most likely tokens.
+    """
+
+    prefix: Tensor | None = None
+    hidden: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_probabilities: Tensor | None = None
+
+
+class Teacher:
+    """Computes, or remembers, what the full model gives.
+
+    Args:
+        layer_map: full-model layer whose keys and values each decoder layer reads.
+        wants_prefix: whether the decoder finds the prompt's keys and values in place.
+        top_tokens: how many most likely tokens, if those are wanted.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        layer_map: Sequence[int],
+        *,
+        wants_prefix: bool,
+        opinion: Opinion,
+        top_tokens: int = 0,
+    ) -> None:
+        self.model = model.requires_grad_(False)
+        self._layer_map = tuple(layer_map)
+        self._wants_prefix = wants_prefix
+        self._opinion = opinion
+        self._top_tokens = top_tokens
+        self._cache: TeacherCache | None = None
+
+    @property
+    def columns(self) -> list[Column]:
+        """What is to be remembered."""
+        return list(self._columns())
+
+    def _columns(self) -> Iterator[Column]:
+        # float16 is finer than bfloat16, and none of this comes near its limit.
+        config = self.model.config
+        if self._wants_prefix:
+            shape = (len(self._layer_map), 2, -1, config.num_kv_heads, config.head_dim)
+            yield Column("prefix", "prompt", shape, torch.float16)
+        if self._opinion == "hidden":
+            yield Column("hidden", "learnt", (-1, config.hidden_size), torch.float16)
+        elif self._opinion == "top":
+            yield Column("top_ids", "learnt", (-1, self._top_tokens), torch.int32)
+            yield Column("top_probabilities", "learnt", (-1, self._top_tokens), torch.float16)
+
+    def use_cache(self, cache: TeacherCache) -> None:
+        self._cache = cache
+
+    def __call__(self, transcripts: Mapping[int, Transcript]) -> Taught:
+        """For ``transcripts``, in their order; the keys are their numbers in the cache."""
+        if not self.columns:
+            return Taught()
+        if self._cache is None:
+            return self._taught(self._compute(list(transcripts.values())))
+        missing = {number: t for number, t in transcripts.items() if number not in self._cache}
+        if missing:
+            self._cache.write(missing, self._compute(list(missing.values())))
+        # Read even what was just computed: rounding must not depend on whether a run was interrupted.
+        return self._taught(self._cache.read(list(transcripts)))
+
+    def _taught(self, computed: Mapping[str, Tensor]) -> Taught:
+        head = self.model.head
+        dtypes = {"top_ids": torch.int64, "top_probabilities": torch.float32}
+        return Taught(**{name: t.to(head.device).to(dtypes.get(name, head.dtype)) for name, t in computed.items()})
+
+    @torch.no_grad()
+    def _compute(self, transcripts: Sequence[Transcript]) -> dict[str, Tensor]:
+        """By column."""
+        whole = self._opinion != "none"
+        rows = (Rows.of_whole(transcripts) if whole else Rows.of_prompts(transcripts)).to(self.model.head.device)
+        starts = list(accumulate(rows.lengths, initial=0))[:-1]
+        parts = [torch.arange(s, s + t.answer_start) for s, t in zip(starts, transcripts, strict=True)]
+        prompt = torch.cat(parts).to(self.model.head.device)
+        kept: dict[int, Tensor] = {}
+        wanted = set(self._layer_map) if self._wants_prefix else set()
+
+        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
+            if layer in wanted:
+                kept[layer] = torch.stack([keys[prompt], values[prompt]])
+
+        hidden = self.model(rows, on_kv=keep)[rows.predicting]
+        computed = {"prefix": torch.stack([kept[layer] for layer in self._layer_map])} if wanted else {}
+        if self._opinion == "hidden":
+            computed["hidden"] = hidden
+        elif self._opinion == "top":
+            computed["top_probabilities"], computed["top_ids"] = self._top(hidden)
+        return computed
+
+    def _top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The most likely tokens' probabilities and ids, each [rows, k]."""
+        found = []
+        for chunk in hidden.split(_CHUNK):
+            probabilities = (chunk @ self.model.head.T).float().softmax(-1)
+            found.append(probabilities.topk(self._top_tokens, dim=-1))
+        return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])

@@ -1,0 +1,301 @@
+"""The training run: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from overfill.engine.build import native_dtype
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.kv.cache import TORCH_DTYPES
+from overfill.pair.conversations import Transcript
+from overfill.pair.distill.cache import TeacherCache
+from overfill.pair.distill.checkpoint import Checkpoints, Progress, write_pair
+from overfill.pair.distill.data import Transcripts, batches, digest
+from overfill.pair.distill.loss import LossWeights
+from overfill.pair.distill.metrics import METRICS, Metrics
+from overfill.pair.distill.model import PackedModel
+from overfill.pair.distill.plot import plot_runs
+from overfill.pair.distill.recipe import Training
+from overfill.pair.distill.rows import in_packs, learnt_tokens
+from overfill.pair.distill.schedule import learning_rate
+from overfill.pair.distill.settings import SETTINGS, claim_folder
+from overfill.pair.distill.student import HeldOut, Student, evaluate
+from overfill.pair.distill.teacher import Opinion, Teacher
+from overfill.pair.manifest import Pair
+from overfill.pair.progress import Report, silent
+
+# Settings that a resumed run may change: they decide when things are written, not what is computed.
+_FREE = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
+
+Tell = Callable[[str], None]
+
+
+class Diverged(OverfillError):
+    """Training produced a number that is not finite; the last good checkpoint is kept."""
+
+
+def run_folder(out: Path) -> Path:
+    """Where the run that makes the pair ``out`` keeps checkpoints, metrics and what the full model computed."""
+    return out.with_name(f"{out.name}.run")
+
+
+class Run:
+    """One training run of the decoder of ``pair`` on ``transcripts``, judged on ``held_out``.
+
+    Args:
+        out: the pair to write; the run's own folder is beside it (``run_folder``).
+        standalone: train the decoder to read prompts itself, as a baseline. The pair that is written is then an
+            ordinary pair whose decoder was trained so.
+        resume: go on from the last checkpoint of a run with the same settings, exactly.
+        tell: gets a line for people at every evaluation.
+
+    Raises:
+        InvalidRequest: there is a run already, or the one to go on with has other settings; they are named.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        out: Path,
+        transcripts: Transcripts,
+        held_out: list[Transcript],
+        training: Training,
+        *,
+        standalone: bool = False,
+        resume: bool = False,
+        report: Report = silent,
+        tell: Tell = lambda line: None,
+    ) -> None:
+        self._accelerator = accelerator = make_accelerator()
+        self._pair, self._out, self._training = pair, out, training
+        self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
+        self._report, self._tell = report, tell
+        self.folder = run_folder(out)
+        if training.batch_transcripts < accelerator.num_processes:
+            raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
+        dtype = TORCH_DTYPES[native_dtype(accelerator.device)]
+        identity = self._identity(standalone, str(dtype))
+        if accelerator.is_main_process:
+            claim_folder(self.folder, identity, resume)
+        report("Loading models", 0, 2)
+        full = PackedModel.load(pair.full_path, dtype, accelerator.device)
+        report("Loading models", 1, 2)
+        decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
+        decoder.remember_activations = not training.recompute_activations
+        report("Loading models", 2, 2)
+        weights = LossWeights(training.cross_entropy, training.kl, training.temperature)
+        self._student = Student(decoder, full.head, weights, standalone, dtype)
+        opinion: Opinion = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
+        self._teacher = Teacher(
+            full, pair.layer_map, wants_prefix=not standalone, opinion=opinion, top_tokens=training.top_tokens
+        )
+        self._judge = Teacher(full, pair.layer_map, wants_prefix=not standalone, opinion="hidden")
+        self._cache(self._teacher, transcripts, "training", identity["data"])
+        self._cache(self._judge, held_out, "held-out", identity["held_out"])
+        optimizer = torch.optim.AdamW(
+            decoder.parameters(),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self._model, self._optimizer = accelerator.prepare(self._student, optimizer)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints")
+        latest = self._checkpoints.latest() if resume else None
+        self._progress = self._checkpoints.load(latest, decoder, optimizer) if latest else Progress()
+        self._metrics = Metrics(self.folder, self._progress) if accelerator.is_main_process else None
+
+    def train(self) -> Pair:
+        """Trains to the end and writes the pair.
+
+        Raises:
+            Diverged: the loss or its gradient is not finite.
+        """
+        try:
+            self._run()
+            result = self._evaluate()
+            self._save()
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+        return self._finish(result)
+
+    def _run(self) -> None:
+        training = self._training
+        saved_at = time.monotonic()
+        if self._progress.step == 0:
+            self._evaluate()
+        order = batches(len(self._transcripts), training.batch_transcripts, training.seed, self._progress.step)
+        while (done := self._share_done()) < 1:
+            self._step(next(order), done)
+            self._report("Distilling", round(1000 * min(1.0, self._share_done())), 1000)
+            step = self._progress.step
+            if step % training.eval_steps == 0:
+                self._evaluate()
+            overdue = time.monotonic() - saved_at > 60 * training.checkpoint_minutes
+            if overdue or (training.checkpoint_steps and step % training.checkpoint_steps == 0):
+                self._save()
+                saved_at = time.monotonic()
+
+    def _share_done(self) -> float:
+        """Share of the run that is done, the same on all processes."""
+        training, progress = self._training, self._progress
+        if training.minutes is not None:
+            return progress.seconds / (60 * training.minutes)
+        return progress.step / self._steps
+
+    @property
+    def _steps(self) -> int:
+        training = self._training
+        if training.steps is not None:
+            return training.steps
+        return math.ceil(len(self._transcripts) * (training.epochs or 0) / training.batch_transcripts)
+
+    def _step(self, batch: list[int], done: float) -> None:
+        started = time.monotonic()
+        accelerator, training = self._accelerator, self._training
+        everyone = {i: t for i in batch if (t := self._transcripts[i]) is not None}
+        tokens = sum(map(learnt_tokens, everyone.values()))
+        share = sorted(everyone)[accelerator.process_index :: accelerator.num_processes]
+        packs = list(in_packs(share, lambda i: len(everyone[i].token_ids), training.pack_rows))
+        # The schedule's value for the middle of the step: neither the first nor the last step is lost to a rate of 0.
+        half = 0.5 / self._steps if training.minutes is None else 0.0
+        rate = learning_rate(training, done + half) or training.learning_rate / 1000
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        for index, pack in enumerate(packs):
+            last = index == len(packs) - 1
+            with nullcontext() if last else accelerator.no_sync(self._model):
+                sums += self._backward({i: everyone[i] for i in pack}, tokens, index)
+        sums = accelerator.reduce(sums, "sum") / max(tokens, 1)
+        norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
+        self._check_finite(float(sums[0]), float(norm))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        seconds = self._agree(time.monotonic() - started)
+        before = self._progress
+        self._progress = Progress(before.step + 1, before.tokens + tokens, before.seconds + seconds)
+        if self._metrics is not None:
+            loss, cross_entropy, kl = sums.tolist()
+            values = {"loss": loss, "ce": cross_entropy, "kl": kl, "lr": rate, "grad_norm": float(norm)}
+            self._metrics.step(self._progress, values | {"tokens_per_second": tokens / seconds})
+
+    def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int) -> Tensor:
+        """Adds the gradients of a pack; returns sums of loss, cross-entropy and KL, [3] float64."""
+        taught = self._teacher(transcripts)
+        rows = self._student.rows(list(transcripts.values()))
+        draws = np.random.SeedSequence(
+            [self._training.seed, self._progress.step, self._accelerator.process_index, pack]
+        ).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
+        shortlist = self._student.shortlist(rows, taught, self._training.sampled_tokens, generator)
+        loss, cross_entropy, kl = self._model(rows, taught, shortlist)
+        # Processes' gradients are averaged, but the mean is over all their tokens.
+        self._accelerator.backward(loss * (self._accelerator.num_processes / tokens))
+        return torch.stack([loss.detach().double(), cross_entropy, kl])
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        latest = self._checkpoints.latest()
+        kept = f"the last good checkpoint is {latest}" if latest else "there was no checkpoint yet"
+        raise Diverged(
+            f"step {self._progress.step + 1}: the loss is {loss} and its gradient's norm {norm}; {kept}. Try a lower "
+            "learning rate (--learning-rate), or look for damage in the models and the data"
+        )
+
+    def _agree(self, seconds: float) -> float:
+        """The main process's time, so that all processes stop together."""
+        from accelerate.utils import broadcast_object_list
+
+        shared = [seconds]
+        broadcast_object_list(shared)
+        return shared[0]
+
+    def _evaluate(self) -> HeldOut | None:
+        """Judges the decoder, on the main process; None on the others."""
+        if self._metrics is None:
+            self._accelerator.wait_for_everyone()
+            return None
+        result = evaluate(self._student, self._judge, self._held_out, self._training.pack_rows)
+        progress = self._progress
+        if progress.step not in self._metrics.evaluated:
+            self._metrics.held_out(progress, result)
+            rate = f", {progress.tokens / progress.seconds:.0f} tokens/s" if progress.seconds else ""
+            self._tell(
+                f"step {progress.step}, {progress.tokens:,} tokens{rate}: held-out NLL {result.nll:.3f}, "
+                f"KL {result.kl:.3f}, agreement {100 * result.agreement:.1f} %"
+            )
+        self._accelerator.wait_for_everyone()
+        return result
+
+    def _save(self) -> None:
+        if self._accelerator.is_main_process:
+            self._checkpoints.save(self._student.decoder, self._optimizer, self._progress)
+        self._accelerator.wait_for_everyone()
+
+    def _finish(self, result: HeldOut | None) -> Pair:
+        if self._metrics is not None and result is not None:
+            facts = {
+                **self._training.model_dump(exclude_none=True),
+                "standalone": self._student.standalone,
+                "steps_done": self._progress.step,
+                "tokens": self._progress.tokens,
+                "seconds": round(self._progress.seconds, 1),
+                "held_out": result.as_dict(),
+            }
+            plot_runs([(self._out.name, self.folder / METRICS)], self.folder / "curve.png")
+            files = [self.folder / name for name in (METRICS, "curve.png", SETTINGS)]
+            write_pair(self._out, self._pair, self._student.decoder, facts, files, self._report)
+        self._accelerator.wait_for_everyone()
+        return Pair.load(self._out)
+
+    def _identity(self, standalone: bool, dtype: str) -> dict[str, Any]:
+        """All that decides what is computed."""
+        return {
+            **self._training.model_dump(exclude=_FREE),
+            "standalone": standalone,
+            "dtype": dtype,
+            "processes": self._accelerator.num_processes,
+            "full": self._pair.full_digest,
+            "decoder": self._pair.decoder_digest,
+            "layer_map": list(self._pair.layer_map),
+            "data": digest(self._transcripts),
+            "held_out": digest(list(self._held_out.values())),
+        }
+
+    def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str, data: str) -> None:
+        """Lets ``teacher`` remember what it computed, if that fits; hub data sets never do."""
+        if not isinstance(transcripts, list) or not teacher.columns:
+            return
+        size = sum(column.bytes(transcripts) for column in teacher.columns)
+        if size > self._training.cache_gib * 2**30:
+            self._tell(f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib; not caching")
+            return
+        identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
+        with self._accelerator.main_process_first():
+            teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))
+
+
+def make_accelerator() -> Any:
+    """What knows the devices and the processes.
+
+    Raises:
+        InvalidRequest: the package is missing.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise InvalidRequest("", "training needs the package accelerate: pip install 'overfill[train]'") from None
+    return Accelerator(mixed_precision="no")

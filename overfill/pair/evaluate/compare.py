@@ -1,0 +1,128 @@
+"""Pruning against its honest rival, plain quantisation: quality for the bytes and operations of a decode step.
+
+Every decoder, and the full model itself, is judged at every one of ``PRECISIONS``. Pruning saves operations as well as
+bytes and composes with quantisation; quantisation alone saves bytes. Where a checkpoint was published in 4 bits, as the
+default one was, a 4-bit copy of it loses nothing, which no other checkpoint would show: compare points of equal
+precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overfill.engine.build import native_dtype, resolve_device
+from overfill.errors import InvalidRequest
+from overfill.kv.cache import TORCH_DTYPES
+from overfill.kv.spec import DTypeName
+from overfill.model.config import ModelConfig
+from overfill.model.loading import Weights, load_weights
+from overfill.model.transformer import Transformer
+from overfill.pair.conversations import Transcript
+from overfill.pair.evaluate.costs import PRECISIONS, DecodeCost, Precision
+from overfill.pair.evaluate.evaluation import check_lengths
+from overfill.pair.evaluate.forward import cache_tokens
+from overfill.pair.evaluate.rivals import quantised
+from overfill.pair.evaluate.tally import Estimate
+from overfill.pair.evaluate.teacher_forced import Candidate, Judgement, scorable, teacher_forced
+from overfill.pair.manifest import Pair
+from overfill.pair.progress import Report, silent
+
+FULL = "full model"
+NOTE = (
+    "The default full model was published with 4-bit layers and a wider head: int4 leaves the weights of its layers "
+    "as they are, and only what is done to the head costs quality. That is not so for models in general, nor for "
+    "pruned ones: compare pruned and unpruned decoders at equal precision."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One decoder at one precision, as the second stage behind the full model, and alone.
+
+    ``name`` is the pair's, or ``full model``.
+    """
+
+    name: str
+    precision: Precision
+    cost: DecodeCost
+    agreement: Estimate
+    nll: Estimate
+    kl: Estimate
+    agreement_alone: Estimate
+    nll_alone: Estimate
+
+    @classmethod
+    def of(cls, name: str, precision: Precision, cost: DecodeCost, judged: Judgement) -> Point:
+        two_stage, alone = judged.two_stage, judged.alone
+        return cls(
+            name=name,
+            precision=precision,
+            cost=cost,
+            agreement=two_stage.agreement.overall,
+            nll=two_stage.nll.overall,
+            kl=two_stage.kl.overall,
+            agreement_alone=alone.agreement.overall,
+            nll_alone=alone.nll.overall,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    pair_folders: Sequence[Path],
+    transcripts: Sequence[Transcript],
+    *,
+    dtype: DTypeName | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    report: Report = silent,
+) -> Iterator[Point]:
+    """Judges the full model and each pair's decoder at every precision, one after the other.
+
+    A pair's own quantisation does not matter here. Arguments and errors are those of ``evaluate``.
+
+    Raises:
+        InvalidRequest: the pairs have different full models, or two have the same name.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = resolve_device(device)
+    torch_dtype = TORCH_DTYPES[dtype or native_dtype(where)]
+    pairs = [Pair.load(folder, check_digests=True, report=report) for folder in pair_folders]
+    kept = scorable(transcripts)
+    for pair in pairs:
+        check_lengths(pair, kept)
+    _check_comparable(pairs)
+    positions = min(cache_tokens(kept), *(p.full_config.max_positions for p in pairs))
+    config = pairs[0].full_config
+    weights = load_weights(pairs[0].full_path, config, torch_dtype, where)
+    full = Transformer(config, weights, positions)
+
+    def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[Point]:
+        # All precisions together: the full model then reads every transcript once for them.
+        limit = min(positions, config.max_positions)
+        models = {precision: quantised(config, weights, precision, limit) for precision in PRECISIONS}
+        candidates: dict[str, Candidate] = {name: Candidate(model, layer_map) for name, model in models.items()}
+        _, judged = teacher_forced(full, candidates, kept, step=f"Judging: {name}", report=report)
+        for precision in PRECISIONS:
+            yield Point.of(name, precision, DecodeCost.of(config, precision), judged[precision])
+
+    yield from judge(FULL, config, weights, range(config.num_layers))
+    for pair in pairs:
+        if pair.decoder_digest != pair.full_digest:
+            decoder = load_weights(pair.decoder_path, pair.decoder_config, torch_dtype, where)
+            yield from judge(pair.name, pair.decoder_config, decoder, pair.layer_map)
+
+
+def _check_comparable(pairs: Sequence[Pair]) -> None:
+    if len({p.full_digest for p in pairs}) != 1:
+        names = ", ".join(p.name for p in pairs)
+        raise InvalidRequest("pairs", f"{names} must have the same full model; compare them in groups that do")
+    if len({p.name for p in pairs}) != len(pairs):
+        raise InvalidRequest("pairs", "two have the same name; rename the folder of one")

@@ -1,0 +1,64 @@
+"""What one decode step costs, from a model's geometry: weights, bytes and floating-point operations per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from overfill.model.config import ModelConfig
+
+Rounding = Literal["bf16", "int8", "int4"]
+Precision = Literal["bf16", "int8", "int4+int8 head", "int4"]
+PRECISIONS: dict[Precision, tuple[Rounding, Rounding]] = {
+    "bf16": ("bf16", "bf16"),
+    "int8": ("int8", "int8"),
+    "int4+int8 head": ("int4", "int8"),
+    "int4": ("int4", "int4"),
+}
+"""What each makes of the layers' matrices, and of the head, which 4-bit formats usually keep wider."""
+
+INT4_GROUP = 32
+_INT4_GROUP_BYTES = INT4_GROUP // 2 + 4  # 32 numbers of 4 bits, a scale and an offset of 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """What a model reads and computes to write one token, KV aside.
+
+    Attributes:
+        weights: elements of all matrices, head included; of the embedding one row is read, which is not counted.
+        bytes: of these weights with their scales.
+        flops: a multiplication and an addition per weight.
+    """
+
+    weights: int
+    bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, precision: Precision) -> DecodeCost:
+        layers, head = PRECISIONS[precision]
+        matrices = [(*shape, layers) for shape in _layer_matrices(config)] * config.num_layers
+        matrices.append((config.vocab_size, config.hidden_size, head))
+        weights = sum(rows * columns for rows, columns, _ in matrices)
+        size = sum(rows * _row_bytes(columns, rounding) for rows, columns, rounding in matrices)
+        return cls(weights, size, 2 * weights)
+
+
+def _layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of qkv, o, gate with up, and down."""
+    attention = config.num_heads * config.head_dim
+    return [
+        (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
+        (config.hidden_size, attention),
+        (2 * config.intermediate_size, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+    ]
+
+
+def _row_bytes(columns: int, rounding: Rounding) -> int:
+    if rounding == "bf16":
+        return 2 * columns
+    if rounding == "int8":
+        return columns + 4  # one float32 scale
+    return -(-columns // INT4_GROUP) * _INT4_GROUP_BYTES

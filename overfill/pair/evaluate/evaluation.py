@@ -1,0 +1,179 @@
+"""A pair, judged on held-out conversations: the full model, both halves together, and the decoder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from overfill.engine.build import Half, load_half, native_dtype, resolve_device
+from overfill.engine.llm import Completion
+from overfill.errors import InvalidRequest
+from overfill.kv.spec import DTypeName
+from overfill.model.transformer import Transformer
+from overfill.pair.conversations import Transcript
+from overfill.pair.evaluate.costs import DecodeCost
+from overfill.pair.evaluate.forward import cache_tokens
+from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, alone, judge_answers, write_answers
+from overfill.pair.evaluate.tally import finite
+from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
+from overfill.pair.manifest import Pair
+from overfill.pair.progress import Report, silent
+
+Variant = Literal["full", "two_stage", "decoder_alone"]
+TITLES: dict[Variant, str] = {"full": "full model", "two_stage": "two-stage", "decoder_alone": "decoder alone"}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a pair costs and how good it is.
+
+    Attributes:
+        pair: its name.
+        dtype, device: what it was computed in.
+        transcripts: that were judged.
+        full, decoder: cost of one decode step; the full model's in bf16.
+        teacher_forced, free_running: by variant; the latter is empty when it was not asked for.
+    """
+
+    pair: str
+    recipe: Mapping[str, Any]
+    dtype: DTypeName
+    device: str
+    transcripts: int
+    full: DecodeCost
+    decoder: DecodeCost
+    teacher_forced: Mapping[Variant, TeacherForced]
+    free_running: Mapping[Variant, FreeRunning]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "pair": self.pair,
+            "recipe": dict(self.recipe),
+            "dtype": self.dtype,
+            "device": self.device,
+            "transcripts": self.transcripts,
+            "full": asdict(self.full),
+            "decoder": asdict(self.decoder),
+            "teacher_forced": {name: figures.to_json() for name, figures in self.teacher_forced.items()},
+            "free_running": {name: figures.to_json() for name, figures in self.free_running.items()},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The few figures that ``pair.json`` keeps, by variant."""
+        figures: dict[str, Any] = {"dtype": self.dtype, "transcripts": self.transcripts}
+        for name, forced in self.teacher_forced.items():
+            values = {"nll": forced.nll, "kl": forced.kl, "agreement": forced.agreement}
+            figures[name] = {key: round(metric.overall.mean, 4) for key, metric in values.items()}
+            if name in self.free_running:
+                written = self.free_running[name]
+                figures[name]["teacher_perplexity"] = finite(round(written.perplexity, 4))
+                figures[name]["repeated_4grams"] = finite(round(written.repeated.overall.mean, 4))
+        figures["tokens"] = self.teacher_forced["full"].nll.overall.count
+        return figures
+
+
+def evaluate(
+    pair_folder: Path,
+    transcripts: Sequence[Transcript],
+    *,
+    free_running: bool = True,
+    max_tokens: int = MAX_TOKENS,
+    dtype: DTypeName | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    report: Report = silent,
+) -> Evaluation:
+    """Judges the pair in ``pair_folder`` on ``transcripts``; those with fewer than two answer tokens are left out.
+
+    Args:
+        free_running: also let each variant answer the prompts by itself.
+        max_tokens: most tokens of such an answer.
+        dtype: of weights and activations; None takes what the device computes in.
+        threads: CPU threads; None leaves torch's setting.
+
+    Raises:
+        InvalidRequest: there is nothing to judge.
+        InvalidPair: as ``Pair.load`` with digests.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    pair = Pair.load(pair_folder, check_digests=True, report=report)
+    where = resolve_device(device)
+    dtype = dtype or native_dtype(where)
+    kept = scorable(transcripts)
+    check_lengths(pair, kept)
+    prompts = [t.prompt for t in kept]
+    answers = _write_all(pair, prompts, max_tokens, dtype, device, report) if free_running else {}
+    longest = max([cache_tokens(kept), *(len(p) + max_tokens for p in prompts)])
+    full = load_model(pair, "full", dtype, where, longest)
+    decoder = load_model(pair, "decoder", dtype, where, longest)
+    candidates = {"decoder": Candidate(decoder, pair.layer_map)}
+    full_figures, judged = teacher_forced(full, candidates, kept, report=report)
+    figures = judged["decoder"]
+    return Evaluation(
+        pair=pair.name,
+        recipe=pair.recipe,
+        dtype=dtype,
+        device=where.type,
+        transcripts=len(kept),
+        full=DecodeCost.of(pair.full_config, "bf16"),
+        decoder=DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16"),
+        teacher_forced={"full": full_figures, "two_stage": figures.two_stage, "decoder_alone": figures.alone},
+        free_running={
+            name: judge_answers(full, prompts, written, step=f"Scoring: {TITLES[name]}", report=report)
+            for name, written in answers.items()
+        },
+    )
+
+
+def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
+    """Raises InvalidRequest when a transcript does not fit the pair's context."""
+    context = min(pair.full_config.max_positions, pair.decoder_config.max_positions)
+    longest = max(len(t.token_ids) for t in transcripts)
+    if longest > context:
+        raise InvalidRequest("data", f"holds a conversation of {longest} tokens; the pair's context is {context}")
+
+
+def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> Transformer:
+    """One half as it is served, for sequences of up to ``longest`` tokens, or what its context allows."""
+    config = pair.full_config if half == "full" else pair.decoder_config
+    return load_half(
+        pair,
+        half,
+        dtype=dtype,
+        device=device,
+        block_size=1,
+        max_model_len=min(longest, config.max_positions),
+        warm_tokens=1,
+        max_num_seqs=1,
+    ).model
+
+
+def _write_all(
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    dtype: DTypeName,
+    device: str,
+    report: Report,
+) -> dict[Variant, list[Completion]]:
+    """Each variant's answers. One engine is in memory at a time."""
+    answers: dict[Variant, list[Completion]] = {}
+
+    def write(name: Variant, folder: Path) -> None:
+        step = f"Writing: {TITLES[name]}"
+        answers[name] = write_answers(
+            folder, prompts, max_tokens=max_tokens, dtype=dtype, device=device, step=step, report=report
+        )
+
+    with alone(pair.full_path) as folder:
+        write("full", folder)
+    write("two_stage", pair.folder)
+    with alone(pair.decoder_path, pair.recipe) as folder:
+        write("decoder_alone", folder)
+    return answers

@@ -1,0 +1,153 @@
+"""Whole transcripts through both halves of a pair, in the forward pass that is served.
+
+The engine's ``Transformer`` over a KV cache that holds one batch of sequences; no scheduling, no padding. A token's
+slot is its sequence's first slot plus its position, so blocks are single tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overfill.kv.cache import TORCH_DTYPES, KvCache, copy_sequence
+from overfill.kv.spec import DTypeName
+from overfill.model.batch import ForwardBatch
+from overfill.model.transformer import Transformer
+from overfill.pair.conversations import Transcript
+
+BATCH_TOKENS = 1024
+"""Tokens of a batch, unless one transcript is longer. Logits of all of them may be held for two models at once."""
+
+
+def batches(transcripts: Sequence[Transcript], tokens: int = BATCH_TOKENS) -> Iterator[list[Transcript]]:
+    """Consecutive transcripts of at most ``tokens`` together; a longer one comes alone."""
+    batch: list[Transcript] = []
+    size = 0
+    for transcript in transcripts:
+        if batch and size + len(transcript.token_ids) > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(transcript)
+        size += len(transcript.token_ids)
+    if batch:
+        yield batch
+
+
+def cache_tokens(transcripts: Sequence[Transcript]) -> int:
+    """Tokens that a cache must hold for the largest of the ``batches``."""
+    return max([BATCH_TOKENS, *(len(t.token_ids) for t in transcripts)])
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """New tokens of one sequence, from position ``start``; logits are wanted for the last ``wanted`` of them."""
+
+    tokens: Sequence[int]
+    start: int
+    slot: int  # of position 0
+    wanted: int
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class BatchModel:
+    """A model with a cache for one batch of ``max_tokens`` tokens.
+
+    Raises:
+        ValueError: on use, when a batch is larger.
+    """
+
+    def __init__(self, model: Transformer, max_tokens: int) -> None:
+        self.model = model
+        spec = model.config.kv_spec(_dtype_name(model.dtype))
+        self.cache = KvCache(spec, max_tokens, 1, model.device)
+
+    def prefill(self, batch: Sequence[Transcript], skip: int) -> Tensor:
+        """Reads prompts and answers, and predicts the answers' tokens from the one with index ``skip``.
+
+        Prompts have a token at least, and answers ``skip`` or more.
+
+        Returns:
+            [N, vocab] float32, the batch's answer tokens but the first ``skip`` of each, in order.
+        """
+        slots = _slots(batch)
+        return self._forward(
+            [_New(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
+        )
+
+    def prompts(self, batch: Sequence[Transcript]) -> Tensor:
+        """Reads the prompts only, and predicts each answer's first token. [len(batch), vocab] float32"""
+        return self._forward([_New(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
+
+    def answer(self, batch: Sequence[Transcript], full: BatchModel, layer_map: Sequence[int]) -> Tensor:
+        """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
+
+        Returns:
+            [N, vocab] float32, for all answer tokens but the first of each answer, in order.
+        """
+        new = []
+        for transcript, slot in zip(batch, _slots(batch), strict=True):
+            start, inputs = transcript.answer_start, transcript.answer[:-1]
+            blocks = range(slot, slot + start)
+            copy_sequence(full.cache, blocks, self.cache, blocks, layer_map, start)
+            if inputs:
+                new.append(_New(inputs, start, slot, len(inputs)))
+        return self._forward(new)
+
+    def _forward(self, sequences: Sequence[_New]) -> Tensor:
+        device = self.model.device
+        if not sequences:
+            return torch.empty(0, self.model.config.vocab_size, device=device)
+        ends = [s.end for s in sequences]
+        if sequences[-1].slot + ends[-1] > self.cache.num_blocks:
+            needed = sequences[-1].slot + ends[-1]
+            raise ValueError(f"a batch of {needed} tokens; there is room for {self.cache.num_blocks}")
+        tables = torch.zeros(len(sequences), max(ends), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tables[row, : sequence.end] = torch.arange(sequence.slot, sequence.slot + sequence.end)
+        positions = torch.cat([torch.arange(s.start, s.end) for s in sequences])
+        slots = torch.cat([torch.arange(s.slot + s.start, s.slot + s.end) for s in sequences])
+        return self.model.forward(
+            ForwardBatch(
+                token_ids=torch.tensor([token for s in sequences for token in s.tokens]).to(device),
+                positions=positions.to(device),
+                slots=slots.to(device),
+                query_lens=[len(s.tokens) for s in sequences],
+                context_lens=ends,
+                block_tables=tables.to(device),
+                context_lens_device=torch.tensor(ends).to(device),
+                logits_indices=_wanted_rows(sequences).to(device),
+            ),
+            self.cache,
+        )
+
+
+def targets(batch: Sequence[Transcript], skip: int) -> Tensor:
+    """The answers' tokens but the first ``skip`` of each. [N] int64"""
+    return torch.tensor([token for t in batch for token in t.answer[skip:]], dtype=torch.int64)
+
+
+def _slots(batch: Sequence[Transcript]) -> list[int]:
+    slots, total = [], 0
+    for transcript in batch:
+        slots.append(total)
+        total += len(transcript.token_ids)
+    return slots
+
+
+def _wanted_rows(sequences: Sequence[_New]) -> Tensor:
+    rows, end = [], 0
+    for sequence in sequences:
+        end += len(sequence.tokens)
+        rows.append(torch.arange(end - sequence.wanted, end))
+    return torch.cat(rows)
+
+
+def _dtype_name(dtype: torch.dtype) -> DTypeName:
+    names: dict[torch.dtype, DTypeName] = {TORCH_DTYPES[name]: name for name in ("float32", "bfloat16", "float16")}
+    return names[dtype]

@@ -1,0 +1,152 @@
+"""How good the answers are that a decoder writes by itself: likely to the full model, and not going round in circles.
+
+Answers are greedy and come from the serving engine, so that errors feed back as they would for a user.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overfill.engine.llm import LLM, Completion
+from overfill.kv.spec import DTypeName
+from overfill.model.transformer import Transformer
+from overfill.pair.conversations import Transcript
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.evaluate.tally import Metric, Tally, finite
+from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.progress import Report, silent
+from overfill.params import SamplingParams
+
+MAX_TOKENS = 128
+SEQUENCES = 32  # written at once
+_BLOCK_SIZE = 16
+_ROWS = 128
+_GRAM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FreeRunning:
+    """Figures over answers that one variant wrote, their end-of-sequence tokens left out.
+
+    Attributes:
+        nll: of the answers' tokens under the full model, in nats.
+        repeated: share of 4-grams that stood in the same answer before, by the position of their last token.
+        mean_tokens: length of an answer.
+        finished: share of answers that ended before the limit.
+    """
+
+    nll: Metric
+    repeated: Metric
+    mean_tokens: float
+    finished: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the answers under the full model."""
+        return math.exp(self.nll.overall.mean)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "teacher_perplexity": finite(self.perplexity),
+            "teacher_nll": self.nll.to_json(),
+            "repeated_4grams": self.repeated.to_json(),
+            "mean_tokens": self.mean_tokens,
+            "finished": self.finished,
+        }
+
+
+@contextmanager
+def alone(checkpoint: Path, recipe: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """The checkpoint as an identity pair in a temporary folder: a model on its own, for the same engine."""
+    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:
+        (Path(folder) / "full").symlink_to(os.path.abspath(checkpoint))
+        write_manifest(Path(folder), decoder="full", recipe=recipe)
+        yield Path(folder)
+
+
+def write_answers(
+    pair_folder: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    dtype: DTypeName,
+    device: str = "auto",
+    step: str = "Writing answers",
+    report: Report = silent,
+) -> list[Completion]:
+    """Greedy answers of the pair, in the order of ``prompts``.
+
+    Raises:
+        PromptTooLong: a prompt fills the context.
+    """
+    config = Pair.load(pair_folder).full_config
+    longest = min(config.max_positions, max(map(len, prompts)) + max_tokens)
+    llm = LLM(
+        pair_folder,
+        dtype=dtype,
+        device=device,
+        block_size=_BLOCK_SIZE,
+        max_model_len=longest,
+        max_num_seqs=SEQUENCES,
+        kv_memory=SEQUENCES * (longest + _BLOCK_SIZE) * config.kv_spec(dtype).token_bytes,
+    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    completions: list[Completion] = []
+    for start in range(0, len(prompts), SEQUENCES):
+        completions += llm.generate([list(p) for p in prompts[start : start + SEQUENCES]], greedy)
+        report(step, len(completions), len(prompts))
+    return completions
+
+
+def judge_answers(
+    full: Transformer,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Completion],
+    *,
+    step: str = "Scoring answers",
+    report: Report = silent,
+) -> FreeRunning:
+    """Lets the full model read the answers to ``prompts``. Empty answers count for length only."""
+    written = [
+        Transcript((*prompt, *answer.token_ids), len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer.token_ids
+    ]
+    reader = BatchModel(full, cache_tokens(written))
+    nll, repeated = Tally(), Tally()
+    done = 0
+    for batch in batches(written):
+        logits, wanted = reader.prefill(batch, 0), targets(batch, 0).to(full.device)
+        chunks = zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True)
+        values = torch.cat([torch.nn.functional.cross_entropy(x, y, reduction="none") for x, y in chunks])
+        for transcript, own in zip(batch, values.split([len(t.answer) for t in batch]), strict=True):
+            nll.add(own, 0)
+            repeated.add(repeats(transcript.answer), _GRAM - 1)
+        done += len(batch)
+        report(step, done, len(written))
+    return FreeRunning(
+        nll=nll.metric(),
+        repeated=repeated.metric(),
+        mean_tokens=sum(len(a.token_ids) for a in answers) / len(answers),
+        finished=sum(a.finish_reason == "stop" for a in answers) / len(answers),
+    )
+
+
+def repeats(answer: Sequence[int], gram: int = _GRAM) -> list[float]:
+    """For each run of ``gram`` tokens, 1 if the same run started earlier in ``answer``, else 0."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for start in range(len(answer) - gram + 1):
+        run = tuple(answer[start : start + gram])
+        found.append(float(run in seen))
+        seen.add(run)
+    return found

@@ -1,0 +1,54 @@
+"""Weight-only quantisation, simulated: the weights a quantised model would compute with, in the original dtype.
+
+What is judged is the loss of precision; sizes are those of ``costs``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from overfill.model.config import ModelConfig
+from overfill.model.loading import Weights
+from overfill.model.quantize import Int8Matrix
+from overfill.model.transformer import Transformer
+from overfill.pair.evaluate.costs import INT4_GROUP, PRECISIONS, Precision, Rounding
+
+_MATRICES = ("qkv", "o", "gate_up", "down")
+
+
+def quantised(config: ModelConfig, weights: Weights, precision: Precision, max_positions: int) -> Transformer:
+    """A model with every matrix that a decode step reads rounded; norms, biases and the embedding stay."""
+    of_layers, of_head = PRECISIONS[precision]
+    layers = tuple(
+        replace(layer, **{name: round_to(getattr(layer, name), of_layers) for name in _MATRICES})
+        for layer in weights.layers
+    )
+    head = round_to(weights.head, of_head)
+    return Transformer(config, Weights(weights.embedding, layers, weights.norm, head), max_positions)
+
+
+def round_to(matrix: Tensor, rounding: Rounding) -> Tensor:
+    """``matrix`` [out, in] as it is after quantisation, in its own dtype.
+
+    bf16 rounds each element. int8 is what int8 decoders are served with. int4 is asymmetric with a scale and an offset,
+    both float16, for every 32 elements of a row, like llama.cpp's Q4_1.
+    """
+    if rounding == "bf16":
+        return matrix.bfloat16().to(matrix.dtype)
+    rounded = Int8Matrix.of(matrix).dequantised() if rounding == "int8" else _int4(matrix.float())
+    return rounded.to(matrix.dtype)
+
+
+def _int4(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    # The last group of a row may be short; its last element, repeated, changes neither minimum nor maximum.
+    padded = pad(matrix, (0, -columns % INT4_GROUP), mode="replicate").view(rows, -1, INT4_GROUP)
+    low = padded.amin(-1, keepdim=True)
+    scale = ((padded.amax(-1, keepdim=True) - low) / 15).half().float()
+    low = low.half().float()
+    steps = ((padded - low) / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 15)
+    return (steps * scale + low).view(rows, -1)[:, :columns]

@@ -1,0 +1,105 @@
+"""Means of per-token numbers over many answers: overall and by position, with their standard errors. No models.
+
+Positions count from 0 and fall into buckets 0, 1, 2-3, 4-7, 8-15 and so on: what drifts as an answer grows shows on a
+logarithmic scale, and every bucket has many tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BUCKETS = 32  # answers of up to 2^31 tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over ``count`` tokens.
+
+    Attributes:
+        standard_error: over answers, since tokens of one answer are not independent; 0 where there is only one.
+    """
+
+    mean: float
+    standard_error: float
+    count: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """As plain values; without tokens, the mean is None."""
+        return {"mean": finite(self.mean), "standard_error": self.standard_error, "count": self.count}
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The estimate for positions ``first`` to ``last`` of the answers, both included."""
+
+    first: int
+    last: int
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number per token, averaged. ``by_position`` leaves out buckets without tokens."""
+
+    overall: Estimate
+    by_position: tuple[Bucket, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"mean", "standard_error", "count", "by_position": [{"first", "last", "mean", …}]}``"""
+        buckets = [{"first": b.first, "last": b.last, **b.estimate.to_json()} for b in self.by_position]
+        return {**self.overall.to_json(), "by_position": buckets}
+
+
+class Tally:
+    """Collects a number per token, answer by answer. Keeps one sum and count per answer and bucket."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._counts: list[Tensor] = []
+
+    def add(self, values: Tensor | Sequence[float], first: int) -> None:
+        """``values`` [n] belong to the tokens at positions ``first`` and up of one answer."""
+        values = torch.as_tensor(values, dtype=torch.float64).cpu()
+        buckets = torch.tensor([p.bit_length() for p in range(first, first + len(values))], dtype=torch.int64)
+        self._sums.append(torch.zeros(_BUCKETS, dtype=torch.float64).index_add_(0, buckets, values))
+        self._counts.append(torch.bincount(buckets, minlength=_BUCKETS))
+
+    def metric(self) -> Metric:
+        """The means so far; NaN without any token."""
+        if not self._sums:
+            return Metric(Estimate(math.nan, 0.0, 0), ())
+        sums, counts = torch.stack(self._sums), torch.stack(self._counts)
+        buckets = [
+            Bucket(_first(i), (1 << i) - 1, _estimate(sums[:, i], counts[:, i]))
+            for i in range(_BUCKETS)
+            if counts[:, i].any()
+        ]
+        return Metric(_estimate(sums.sum(1), counts.sum(1)), tuple(buckets))
+
+
+def finite(value: float) -> float | None:
+    """``value``, or None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
+def _first(bucket: int) -> int:
+    return (1 << bucket) >> 1
+
+
+def _estimate(sums: Tensor, counts: Tensor) -> Estimate:
+    """The ratio estimator: sums and counts are [answers]; its error is that of the answers' residuals."""
+    present = counts > 0
+    sums, counts = sums[present], counts[present]
+    total, answers = int(counts.sum()), len(counts)
+    if not total:
+        return Estimate(math.nan, 0.0, 0)
+    mean = float(sums.sum()) / total
+    residuals = float((sums - mean * counts).square().sum())
+    error = math.sqrt(residuals * answers / (answers - 1)) / total if answers > 1 else 0.0
+    return Estimate(mean, error, total)

@@ -1,0 +1,133 @@
+"""How a decoder predicts answers that are given: likelihood, distance from the full model, agreement with it.
+
+The first answer token is the full model's in every case, so all figures are over the tokens after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overfill.errors import InvalidRequest
+from overfill.model.transformer import Transformer
+from overfill.pair.conversations import Transcript
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.evaluate.tally import Metric, Tally
+from overfill.pair.progress import Report, silent
+
+_ROWS = 128  # whose softmax is computed at once: memory of a few times [rows, vocab]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherForced:
+    """Figures over answer tokens 1 and up, in nats.
+
+    Attributes:
+        nll: negative log likelihood of the answer's own tokens.
+        kl: forward KL divergence, from the full model's distribution to this one's.
+        agreement: share of tokens where both find the same token most likely.
+    """
+
+    nll: Metric
+    kl: Metric
+    agreement: Metric
+
+    def to_json(self) -> dict[str, Any]:
+        return {"nll": self.nll.to_json(), "kl": self.kl.to_json(), "agreement": self.agreement.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A decoder to judge; ``layer_map`` says which full layer's KV each of its layers reads."""
+
+    model: Transformer
+    layer_map: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A candidate's figures on the full model's KV of the prompt, and as a model that reads the prompt itself."""
+
+    two_stage: TeacherForced
+    alone: TeacherForced
+
+
+def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
+    """Those with a prompt and at least two answer tokens: the first one is not judged.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    kept = [t for t in transcripts if t.answer_start > 0 and len(t.answer) > 1]
+    if not kept:
+        raise InvalidRequest("data", "holds no answer of two tokens or more; give conversations with longer answers")
+    return kept
+
+
+def teacher_forced(
+    full: Transformer,
+    candidates: Mapping[str, Candidate],
+    transcripts: Sequence[Transcript],
+    *,
+    step: str = "Teacher forcing",
+    report: Report = silent,
+) -> tuple[TeacherForced, dict[str, Judgement]]:
+    """Figures of the full model and of every candidate; the full model reads each transcript once.
+
+    All models are on one device and of one dtype.
+
+    Raises:
+        InvalidRequest: as ``scorable``.
+    """
+    transcripts = scorable(transcripts)
+    room = cache_tokens(transcripts)
+    reader = BatchModel(full, room)
+    halves = {name: BatchModel(candidate.model, room) for name, candidate in candidates.items()}
+    full_tally = _Tallies()
+    two_stage = {name: _Tallies() for name in candidates}
+    alone = {name: _Tallies() for name in candidates}
+    done = 0
+    for batch in batches(transcripts):
+        wanted = targets(batch, 1).to(full.device)
+        truth = reader.prefill(batch, 1)
+        full_tally.add(batch, truth, truth, wanted)
+        for name, half in halves.items():
+            two_stage[name].add(batch, truth, half.answer(batch, reader, candidates[name].layer_map), wanted)
+            alone[name].add(batch, truth, half.prefill(batch, 1), wanted)
+        done += len(batch)
+        report(step, done, len(transcripts))
+    judgements = {name: Judgement(two_stage[name].result(), alone[name].result()) for name in candidates}
+    return full_tally.result(), judgements
+
+
+class _Tallies:
+    """What one variant's logits say, collected batch by batch."""
+
+    def __init__(self) -> None:
+        self._nll, self._kl, self._agreement = Tally(), Tally(), Tally()
+
+    def add(self, batch: Sequence[Transcript], truth: Tensor, logits: Tensor, wanted: Tensor) -> None:
+        """truth, logits: [N, vocab]; wanted: [N]; rows are the answer tokens 1 and up of ``batch``."""
+        nll, kl, agreement = (torch.cat(parts).cpu() for parts in zip(*_compare(truth, logits, wanted), strict=True))
+        start = 0
+        for transcript in batch:
+            rows = slice(start, start + len(transcript.answer) - 1)
+            for tally, values in ((self._nll, nll), (self._kl, kl), (self._agreement, agreement)):
+                tally.add(values[rows], 1)
+            start = rows.stop
+
+    def result(self) -> TeacherForced:
+        return TeacherForced(self._nll.metric(), self._kl.metric(), self._agreement.metric())
+
+
+def _compare(truth: Tensor, logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(NLL of ``wanted``, KL(truth || logits), same argmax), each [rows] float32, a few rows at a time."""
+    for p_logits, q_logits, tokens in zip(truth.split(_ROWS), logits.split(_ROWS), wanted.split(_ROWS), strict=True):
+        p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+        nll = -q.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        yield nll, kl, (p_logits.argmax(-1) == q_logits.argmax(-1)).float()

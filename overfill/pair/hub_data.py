@@ -1,0 +1,63 @@
+"""Chats in data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from overfill.errors import InvalidRequest
+from overfill.pair.conversations import Conversation
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+_COLUMNS = ("messages", "conversations")
+
+
+def hub_conversations(dataset: str, count: int) -> list[Conversation]:
+    """The first ``count`` chats of the split ``train`` of ``dataset``. Raises InvalidRequest as ``load_hub``."""
+    rows = load_hub(dataset, "train", *_COLUMNS)
+    column = next(name for name in _COLUMNS if name in rows.column_names)
+    found: list[Conversation] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        if (conversation := as_conversation(row[column])) is not None:
+            found.append(conversation)
+    return found
+
+
+def as_conversation(messages: Sequence[dict[str, Any]]) -> Conversation | None:
+    """Messages of ``role`` and ``content``, or of ``from`` and ``value``, up to the last answer.
+
+    None when there is none, or a text is missing.
+    """
+    turns = []
+    for message in messages:
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        turns.append({"role": _ROLES.get(role, role), "content": content})
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    return Conversation(tuple(turns)) if len(turns) > 1 else None
+
+
+def load_hub(dataset: str, split: str, *columns: str) -> Any:
+    """Rows of the data set ``dataset``, which has one of ``columns``.
+
+    Raises:
+        InvalidRequest: it cannot be loaded; the message says what to do.
+    """
+    try:
+        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise InvalidRequest(
+            "data", f"reading {dataset} from the hub needs the package datasets: pip install 'overfill[train]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(dataset, split=split)
+    except Exception as error:  # the library raises what its many back ends raise
+        raise InvalidRequest("data", f"cannot load {dataset}, split {split}: {str(error).splitlines()[0]}") from error
+    if not set(columns) & set(rows.column_names):
+        there, wanted = ", ".join(rows.column_names), " or ".join(columns)
+        raise InvalidRequest("data", f"{dataset} has the columns {there}, not {wanted}")
+    return rows

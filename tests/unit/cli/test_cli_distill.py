@@ -1,0 +1,72 @@
+"""``overfill pair distill`` and ``distill-plot``, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from overfill.cli import distill
+from overfill.cli.distill import distill_command, distill_plot_command
+from overfill.pair.manifest import Pair
+from overfill.testing.tiny import make_tiny_pair
+
+
+@pytest.fixture(autouse=True)
+def allocator_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "_prepare_process", lambda threads: None)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> str:
+    file = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a river, a bridge."}]
+    file.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    return str(file)
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(distill_command, [str(a) for a in arguments])
+
+
+def test_a_pair_is_distilled_and_drawn(tmp_path: Path, chats: str) -> None:
+    pair, out = make_tiny_pair(tmp_path / "pair"), tmp_path / "out"
+    options = ["--data", chats, "--held-out", chats, "--steps", "3", "--batch-transcripts", "2", "--eval-steps", "2"]
+    result = call(pair, "--out", out, *options, "--sampled-tokens", "64")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(out)
+    assert "step 3, " in result.stderr
+    assert Pair.load(out).recipe["distill"]["steps"] == 3
+
+    alone = call(pair, "--out", tmp_path / "alone", *options, "--standalone")
+    assert alone.exit_code == 0, alone.output
+    runs = [f"two-stage={out}", f"alone={tmp_path / 'alone.run'}"]
+    drawn = CliRunner().invoke(distill_plot_command, [*runs, "--out", str(tmp_path / "both.png")])
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "both.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["somewhere"], "--out is missing"),
+        (["somewhere", "--out", "."], "exists already"),
+        (["--out", "new"], "this recipe is for any pair: name one"),
+        (["somewhere", "--out", "new", "--learning-rate", "-1"], "learning_rate"),
+        (["--dry-run"], "needs the sizes of both models"),
+    ],
+)
+def test_bad_usage_is_explained(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code != 0
+    assert message in f"{result.output}{result.exception}"
+
+
+def test_a_run_without_a_label_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(distill_plot_command, [str(tmp_path), "--out", str(tmp_path / "x.png")])
+    assert "LABEL=FOLDER" in result.output
