@@ -87,6 +87,12 @@ class Tokenizer:
             chat_template=ChatTemplate(template, special_tokens) if template is not None else None,
         )
 
+    @property
+    def end_of_answer(self) -> int | None:
+        """What the model ends an answer with: of several end-of-sequence ids, the tokenizer's own; None without any."""
+        own = self._backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        return own if own in self.eos_token_ids else next(iter(self.eos_token_ids), None)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens that the tokenizer adds by itself."""
         return self._encode(text, add_special_tokens=True)

@@ -108,7 +108,9 @@ def distill_command(
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
     if data is not None and held_out is None:
         sources["held_out"] = recipe.data.held_out or "shipped"
-    overridden = recipe.data.model_copy(update={key: value for key, value in sources.items() if value is not None})
+    overridden = recipe.data.model_validate(
+        recipe.data.model_dump() | {key: value for key, value in sources.items() if value is not None}
+    )
     _train(pair, recipe, overridden, out, training, standalone=standalone, resume=resume)
 
 
@@ -172,7 +174,7 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
             full = resolve_model(recipe.full.id, report)
             decoder.check(full)
             conversations = calibration_text(sizes.calibration, full, decoder.tokens, report)
-            build_pair(full, start, decoder, conversations, report=report)
+            build_pair(full, start, decoder, conversations, calibration=sizes.calibration, report=report)
     return start
 
 

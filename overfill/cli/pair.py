@@ -151,7 +151,7 @@ def build_command(
 
         recipe.check(folder)
         conversations = calibration_text(calibration, folder, tokens, report)
-        pair = build_pair(folder, out, recipe, conversations, report=report)
+        pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
     click.echo(pair.folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from overfill.pair.checkpoint import write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
 from overfill.pair.depth import choose_layers
 from overfill.pair.fit import check_enough, fit
+from overfill.pair.hf_config import decoder_config
 from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.progress import Report, silent
@@ -34,12 +36,13 @@ def build_pair(
     recipe: DecoderRecipe,
     conversations: Sequence[Conversation],
     *,
+    calibration: str = "shipped",
     scores: Scores | None = None,
     report: Report = silent,
 ) -> Pair:
     """Makes the folder ``out`` a pair, as ``fill_pair`` does, all or nothing; replaces what is there."""
     with atomic_folder(out) as folder:
-        fill_pair(folder, full, recipe, conversations, scores=scores, report=report)
+        fill_pair(folder, full, recipe, conversations, calibration=calibration, scores=scores, report=report)
     return Pair.load(out)
 
 
@@ -49,6 +52,7 @@ def fill_pair(
     recipe: DecoderRecipe,
     conversations: Sequence[Conversation],
     *,
+    calibration: str = "shipped",
     scores: Scores | None = None,
     report: Report = silent,
 ) -> None:
@@ -59,6 +63,7 @@ def fill_pair(
 
     Args:
         conversations: calibration text, answered by the full model or in its style.
+        calibration: where that is from; recorded.
         scores: those of ``full``; None measures them on the text.
 
     Raises:
@@ -74,6 +79,19 @@ def fill_pair(
         write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
         return
     transcripts = _encode(full, config, conversations)
+    fits = recipe.fit == "least-squares"
+    packed = Packed.of(take(transcripts, recipe.tokens))
+    if fits:
+        check_enough(packed, config, sizes)
+    # Refuses what transformers could not run, before anything long starts.
+    full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
+    decoder_config(
+        full_config,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["layers"],
+        tie_word_embeddings=False,
+    )
     weights = _load(full, config)
     if scores is None:
         scores = score(weights, config, Packed.of(take(transcripts, SCORING_TOKENS)), report)
@@ -88,18 +106,16 @@ def fill_pair(
         layers=layers,
         method=recipe.method,
     )
-    decoder: Weights
-    if recipe.fit == "least-squares":
-        packed = Packed.of(take(transcripts, recipe.tokens))
-        check_enough(packed, config, plan)
-        decoder = fit(weights, config, plan, packed, report)
-        used = len(packed.answers)
-    else:
-        decoder, used = slice_weights(weights, plan), 0
+    decoder = fit(weights, config, plan, packed, report) if fits else slice_weights(weights, plan)
     (folder / "decoder").mkdir()
     write_decoder(folder / "decoder", full, decoder)
     write_manifest(
-        folder, recipe=recipe.as_json(**sizes, fitted_on_answer_tokens=used), layer_map=plan.layers, report=report
+        folder,
+        recipe=recipe.as_json(
+            **sizes, calibration=calibration, fitted_on_answer_tokens=len(packed.answers) if fits else 0
+        ),
+        layer_map=plan.layers,
+        report=report,
     )
 
 

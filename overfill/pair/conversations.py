@@ -25,9 +25,11 @@ class Conversation:
 
     Attributes:
         messages: each with ``role`` and ``content``; the last one is the assistant's.
+        finished: whether that answer is whole, and not cut off at some length.
     """
 
     messages: tuple[Message, ...]
+    finished: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Transcript:
 def read_conversations(file: Path) -> list[Conversation]:
     """Chats from JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last one an answer.
 
+    ``"finished": false`` beside the messages marks an answer that is cut off.
+
     Raises:
         InvalidRequest: the file cannot be read, or a line is something else; the line is named.
     """
@@ -69,11 +73,12 @@ def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
     """Adds lines that ``read_conversations`` reads."""
     with file.open("a", encoding="utf-8") as out:
         for conversation in conversations:
-            out.write(json.dumps({"messages": list(conversation.messages)}, ensure_ascii=False) + "\n")
+            cut = {} if conversation.finished else {"finished": False}
+            out.write(json.dumps({"messages": list(conversation.messages)} | cut, ensure_ascii=False) + "\n")
 
 
 def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int = 1024) -> list[Transcript]:
-    """Transcripts in the checkpoint's chat template; each answer ends with the end-of-sequence token.
+    """Transcripts in the checkpoint's chat template; a finished answer ends with the end-of-sequence token.
 
     Args:
         max_tokens: longer transcripts lose the end of their answer; those whose prompt fills it are left out.
@@ -85,7 +90,8 @@ def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_toke
     for conversation in conversations:
         prompt = tokenizer.encode_chat(conversation.messages[:-1])
         answer = tokenizer.encode_continuation(conversation.messages[-1]["content"])
-        token_ids = (*prompt, *answer, *tokenizer.eos_token_ids[:1])[:max_tokens]
+        end = [tokenizer.end_of_answer] if conversation.finished and tokenizer.end_of_answer is not None else []
+        token_ids = (*prompt, *answer, *end)[:max_tokens]
         if len(token_ids) > len(prompt):
             transcripts.append(Transcript(token_ids, len(prompt)))
     return transcripts
@@ -93,10 +99,11 @@ def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_toke
 
 def _conversation(line: str, where: str) -> Conversation:
     try:
-        messages = json.loads(line)["messages"]
+        row = json.loads(line)
+        messages, finished = row["messages"], row.get("finished", True)
         texts = [(message["role"], message["content"]) for message in messages]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidRequest("calibration", f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
     if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for pair in texts for t in pair):
         raise InvalidRequest("calibration", f"{where} must hold texts and end with a message of role assistant")
-    return Conversation(tuple({"role": role, "content": content} for role, content in texts))
+    return Conversation(tuple({"role": role, "content": content} for role, content in texts), finished is not False)

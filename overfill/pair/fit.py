@@ -12,6 +12,7 @@ more each for the full model, the decoder and its attention), and one layer's pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,9 +33,14 @@ PRIOR_ROWS = 3_000
 _TOKENS_PER_INPUT = 2
 
 
-def check_enough(packed: Packed, config: ModelConfig, plan: Plan) -> None:
-    """Raises InvalidRequest when there are too few answer tokens to determine the widest projection."""
-    widest = max(plan.basis.shape[1], config.num_heads * config.head_dim, len(plan.neurons[0]))
+def check_enough(packed: Packed, config: ModelConfig, sizes: Mapping[str, int]) -> None:
+    """Raises InvalidRequest when there are too few answer tokens to determine the widest projection.
+
+    Args:
+        config: the full model's.
+        sizes: ``hidden_size`` and ``intermediate_size`` of the decoder.
+    """
+    widest = max(sizes["hidden_size"], config.num_heads * config.head_dim, sizes["intermediate_size"])
     if (tokens := len(packed.answers)) < (least := _TOKENS_PER_INPUT * widest):
         raise InvalidRequest(
             "calibration", f"has {tokens} answer tokens; fitting projections of {widest} inputs takes {least} or more"
@@ -53,10 +59,8 @@ def fit(full: Weights, config: ModelConfig, plan: Plan, packed: Packed, report: 
         float32; all gains are ones, the head is untied.
 
     Raises:
-        InvalidRequest: too little text.
         InvalidPair: a layer's equations have no finite solution; the layer is named.
     """
-    check_enough(packed, config, plan)
     walk = _Walk(full, config, plan, packed)
     layers = []
     for done, (index, kept) in enumerate(zip(plan.layers, plan.neurons, strict=True)):
@@ -84,6 +88,7 @@ class _Walk:
 
     def __init__(self, full: Weights, config: ModelConfig, plan: Plan, packed: Packed) -> None:
         self._full = full
+        self._plan = plan
         self._basis = plan.basis
         # In a stream of full width, fitting what only reads it changed nothing on unseen text.
         self._narrow = plan.basis.shape[1] < plan.basis.shape[0]
@@ -98,7 +103,7 @@ class _Walk:
         self._advance_full(index)
         reads = self._run_full(index)
         self._advance_full(after)
-        layer = slice_layer(self._full.layers[index], neurons, self._basis)
+        layer = slice_layer(self._full.layers[index], neurons, self._plan)
         if self._narrow:
             layer = replace(layer, qkv=self._fit_reader(reads.before, self._full.layers[index].qkv))
         attended = attend_answers(self._math, layer, self._packed, self._stream, reads.prompts)
@@ -142,7 +147,7 @@ class _Walk:
         ridge = Ridge(self._basis.shape[1], full_stream.shape[1])
         for ours, theirs in zip(self._pieces(self._stream), self._pieces(full_stream), strict=True):
             ridge.add(self._math.norm(ours), self._math.norm(theirs))
-        return matrix @ ridge.solve(self._basis, PRIOR_ROWS)
+        return matrix @ ridge.solve(self._plan.reader_basis, PRIOR_ROWS)
 
     def _fit_writer(self, inputs: Tensor, full_stream: Tensor, start: Tensor, bias: Tensor | None) -> Tensor:
         """A projection into the stream, towards what the decoder's stream lacks of the full model's."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +21,8 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
 from overfill.pair.progress import Report, silent
+from overfill.pair.recipe import Method
 from overfill.pair.selection import removal_order
-
-Method = Literal["channel", "rotate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,9 @@ def score(full: Weights, config: ModelConfig, packed: Packed, report: Report = s
 
     Args:
         full: float32, norms folded in (``fold_norms``).
+
+    Raises:
+        InvalidPair: a layer computes what is not finite; it is named.
     """
     math = LayerMath(config, int(packed.positions.max()) + 1)
     stream = full.embedding[packed.token_ids]  # [rows, hidden]
@@ -76,6 +77,8 @@ def score(full: Weights, config: ModelConfig, packed: Packed, report: Report = s
                 channels += normed.abs().sum(0)
             neurons = done.neurons[part.answers]
             moments += neurons.T @ neurons
+        if not moments.isfinite().all():
+            raise InvalidPair(f"scoring layer {index}: its neurons' outputs are not finite; the checkpoint is damaged")
         places.append(removal_order(moments, layer.down))
         report("Scoring", index + 1, config.num_layers)
     seen = 2 * config.num_layers * len(packed.answers)
@@ -90,11 +93,19 @@ class Plan:
         layers: of the full model, ascending; the decoder's layer map.
         neurons: [intermediate_size] int64 for each of ``layers``, ascending.
         basis: [full hidden_size, hidden_size]; orthonormal columns, the directions of the residual stream that stay.
+        scale: what the normalised stream, cut to ``basis`` and normalised again, must be multiplied by to be as large
+            as it was in those directions: RMSNorm divides by the mean square over fewer, larger elements.
     """
 
     layers: tuple[int, ...]
     neurons: tuple[Tensor, ...]
     basis: Tensor
+    scale: float = 1.0
+
+    @property
+    def reader_basis(self) -> Tensor:
+        """What a projection that reads the normalised stream is multiplied by. [full hidden_size, hidden_size]"""
+        return self.basis * self.scale
 
 
 def make_plan(
@@ -124,18 +135,21 @@ def make_plan(
     else:
         basis = torch.linalg.eigh(scores.covariance.double()).eigenvectors.flip(1)[:, :hidden_size].float()
     kept = tuple(scores.neurons[layer].topk(intermediate_size).indices.sort().values for layer in layers)
-    return Plan(tuple(layers), kept, basis)
+    captured = torch.trace(basis.T @ scores.covariance @ basis) / torch.trace(scores.covariance)
+    scale = 1.0 if hidden_size == full_hidden else float((captured * full_hidden / hidden_size).sqrt())
+    return Plan(tuple(layers), kept, basis, scale)
 
 
 def slice_weights(full: Weights, plan: Plan) -> Weights:
     """The decoder that ``plan`` cuts out of ``full`` (norms folded in); its gains are ones, its head is untied."""
     hidden = plan.basis.shape[1]
-    layers = (slice_layer(full.layers[i], kept, plan.basis) for i, kept in zip(plan.layers, plan.neurons, strict=True))
-    return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(hidden), full.head @ plan.basis)
+    layers = tuple(slice_layer(full.layers[i], kept, plan) for i, kept in zip(plan.layers, plan.neurons, strict=True))
+    return Weights(full.embedding @ plan.basis, layers, torch.ones(hidden), full.head @ plan.reader_basis)
 
 
-def slice_layer(layer: LayerWeights, neurons: Tensor, basis: Tensor) -> LayerWeights:
+def slice_layer(layer: LayerWeights, neurons: Tensor, plan: Plan) -> LayerWeights:
     """One layer of ``slice_weights``."""
+    basis = plan.basis
     gate_up = torch.cat([part[neurons] for part in layer.gate_up.chunk(2)])
     gate_up_bias = layer.gate_up_bias
     if gate_up_bias is not None:
@@ -144,11 +158,11 @@ def slice_layer(layer: LayerWeights, neurons: Tensor, basis: Tensor) -> LayerWei
     return replace(
         layer,
         input_norm=ones,
-        qkv=layer.qkv @ basis,
+        qkv=layer.qkv @ plan.reader_basis,
         o=basis.T @ layer.o,
         o_bias=None if layer.o_bias is None else layer.o_bias @ basis,
         post_norm=ones,
-        gate_up=gate_up @ basis,
+        gate_up=gate_up @ plan.reader_basis,
         gate_up_bias=gate_up_bias,
         down=basis.T @ layer.down[:, neurons],
         down_bias=None if layer.down_bias is None else layer.down_bias @ basis,

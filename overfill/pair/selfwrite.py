@@ -15,6 +15,7 @@ from pathlib import Path
 from overfill.engine.build import native_dtype, resolve_device
 from overfill.engine.llm import LLM, Completion
 from overfill.errors import InvalidPair
+from overfill.model.config import ModelConfig
 from overfill.pair.conversations import Conversation
 from overfill.pair.manifest import write_manifest
 from overfill.pair.progress import Report, silent
@@ -23,7 +24,6 @@ from overfill.params import SamplingParams
 QUESTION = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
 ANSWER = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
 BATCH = 64
-KV_MEMORY = 4 << 30  # bytes, more than any batch takes
 _SHORTEST_QUESTION = 12  # characters
 _SHORTEST_ANSWER = 16  # tokens
 
@@ -40,8 +40,8 @@ def write_conversations(
 ) -> Iterator[Conversation]:
     """Lets the checkpoint in ``full`` write ``count`` conversations of one question and one answer.
 
-    Questions that are cut off, very short or already there are dropped, and so are answers that are very short, cut
-    off within their first tokens or hold no text. Equal seeds give equal conversations on one machine and dtype.
+    Questions that are cut off, very short or already there are dropped, and so are answers that are very short or hold
+    no text. Equal seeds give equal conversations on one machine and dtype.
 
     Args:
         question, answer: how tokens are drawn; ``max_tokens`` bounds the length.
@@ -55,7 +55,9 @@ def write_conversations(
         (Path(folder) / "full").symlink_to(os.path.abspath(full))
         write_manifest(Path(folder), decoder="full", report=report)
         dtype = native_dtype(resolve_device("auto"))
-        llm = LLM(folder, dtype=dtype, threads=threads, kv_memory=KV_MEMORY, max_model_len=1024, max_num_seqs=BATCH)
+        longest = 2 * ((question.max_tokens or 0) + (answer.max_tokens or 0))  # the template's own tokens come on top
+        kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH
+        llm = LLM(folder, dtype=dtype, threads=threads, kv_memory=kv_memory, max_model_len=longest, max_num_seqs=BATCH)
         opening = llm.tokenizer.encode_user_opening()
         seen: set[str] = set()
         done = drawn = 0
@@ -71,9 +73,8 @@ def write_conversations(
             answers = llm.generate(prompts, _each(answer, seeds[: len(prompts)]))
             for q, a in zip(questions, answers, strict=True):
                 if done < count and len(a.token_ids) >= _SHORTEST_ANSWER and _is_text(a.text):
-                    yield Conversation(
-                        ({"role": "user", "content": q}, {"role": "assistant", "content": a.text.strip()})
-                    )
+                    messages = {"role": "user", "content": q}, {"role": "assistant", "content": a.text.strip()}
+                    yield Conversation(messages, finished=a.finish_reason == "stop")
                     done += 1
             report("Writing conversations", done, count)
 

@@ -167,6 +167,9 @@ class Run:
         everyone = {i: t for i in batch if (t := self._transcripts[i]) is not None}
         tokens = sum(map(learnt_tokens, everyone.values()))
         share = sorted(everyone)[accelerator.process_index :: accelerator.num_processes]
+        idle = not share and bool(everyone)
+        if idle:  # fewer transcripts than processes: the others wait for this one's part of the gradient, which is 0
+            share = sorted(everyone)[:1]
         packs = list(in_packs(share, lambda i: len(everyone[i].token_ids), training.pack_rows))
         # The schedule's value for the middle of the step: neither the first nor the last step is lost to a rate of 0.
         half = 0.5 / self._steps if training.minutes is None else 0.0
@@ -177,7 +180,7 @@ class Run:
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
-                sums += self._backward({i: everyone[i] for i in pack}, tokens, index)
+                sums += self._backward({i: everyone[i] for i in pack}, tokens, index, weight=0.0 if idle else 1.0)
         sums = accelerator.reduce(sums, "sum") / max(tokens, 1)
         norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
         self._check_finite(float(sums[0]), float(norm))
@@ -191,8 +194,8 @@ class Run:
             values = {"loss": loss, "ce": cross_entropy, "kl": kl, "lr": rate, "grad_norm": float(norm)}
             self._metrics.step(self._progress, values | {"tokens_per_second": tokens / seconds})
 
-    def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int) -> Tensor:
-        """Adds the gradients of a pack; returns sums of loss, cross-entropy and KL, [3] float64."""
+    def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int, weight: float) -> Tensor:
+        """Adds ``weight`` times a pack's gradients; returns as much of its loss, cross-entropy and KL, [3] float64."""
         taught = self._teacher(transcripts)
         rows = self._student.rows(list(transcripts.values()))
         draws = np.random.SeedSequence(
@@ -202,8 +205,8 @@ class Run:
         shortlist = self._student.shortlist(rows, taught, self._training.sampled_tokens, generator)
         loss, cross_entropy, kl = self._model(rows, taught, shortlist)
         # Processes' gradients are averaged, but the mean is over all their tokens.
-        self._accelerator.backward(loss * (self._accelerator.num_processes / tokens))
-        return torch.stack([loss.detach().double(), cross_entropy, kl])
+        self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
+        return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):

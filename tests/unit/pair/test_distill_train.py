@@ -167,8 +167,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     out = tmp_path / "out"
     original = Run._backward
 
-    def poisoned(self: Run, *args: Any) -> torch.Tensor:
-        return original(self, *args) * (float("nan") if self._progress.step == 6 else 1)
+    def poisoned(self: Run, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(self, *args, **kwargs) * (float("nan") if self._progress.step == 6 else 1)
 
     monkeypatch.setattr(Run, "_backward", poisoned)
     with pytest.raises(Diverged, match=r"step 7: the loss is nan .*step-00000005"):

@@ -10,7 +10,7 @@ from overfill.errors import InvalidPair, InvalidRequest
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.pair.conversations import Transcript
-from overfill.pair.fit import fit
+from overfill.pair.fit import check_enough, fit
 from overfill.pair.packed import LayerMath, Packed, attend_answers, fold_norms, prompt_kv, run_full_layer
 from overfill.pair.prune import Plan, make_plan, score, slice_weights
 from overfill.pair.regression import Ridge
@@ -90,7 +90,7 @@ def test_layers_that_are_left_out_are_made_up_for(full: tuple[Weights, ModelConf
 def test_too_little_text_is_refused(full: tuple[Weights, ModelConfig]) -> None:
     packed = Packed.of(transcripts(2))
     with pytest.raises(InvalidRequest, match=r"calibration: has 100 answer tokens.* 256 or more"):
-        fit(*full, plan(full, packed), packed)
+        check_enough(packed, full[1], {"hidden_size": 64, "intermediate_size": 128})
 
 
 def test_a_layer_that_cannot_be_fitted_is_named(full: tuple[Weights, ModelConfig]) -> None:
