@@ -48,10 +48,13 @@ class Transcript:
         return self.token_ids[self.answer_start :]
 
 
-def read_conversations(file: Path) -> list[Conversation]:
+def read_conversations(file: Path, field: str = "calibration") -> list[Conversation]:
     """Chats from JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last one an answer.
 
     ``"finished": false`` beside the messages marks an answer that is cut off.
+
+    Args:
+        field: what errors call the text.
 
     Raises:
         InvalidRequest: the file cannot be read, or a line is something else; the line is named.
@@ -59,14 +62,18 @@ def read_conversations(file: Path) -> list[Conversation]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("calibration", f"{file} cannot be read: {error}") from None
-    return [_conversation(line, f"{file}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        raise InvalidRequest(field, f"{file} cannot be read: {error}") from None
+    return [
+        _conversation(line, f"{file}:{number}", field)
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
 
 
 def shipped_conversations(part: Literal["calibration", "held_out"]) -> list[Conversation]:
     """What SmolLM2-135M-Instruct wrote for its own calibration; the two parts share no question."""
     text = (resources.files("overfill.pair") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
-    return [_conversation(line, part) for line in text.splitlines()]
+    return [_conversation(line, part, part) for line in text.splitlines()]
 
 
 def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
@@ -97,13 +104,13 @@ def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_toke
     return transcripts
 
 
-def _conversation(line: str, where: str) -> Conversation:
+def _conversation(line: str, where: str, field: str) -> Conversation:
     try:
         row = json.loads(line)
         messages, finished = row["messages"], row.get("finished", True)
         texts = [(message["role"], message["content"]) for message in messages]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InvalidRequest("calibration", f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
+        raise InvalidRequest(field, f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
     if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for pair in texts for t in pair):
-        raise InvalidRequest("calibration", f"{where} must hold texts and end with a message of role assistant")
+        raise InvalidRequest(field, f"{where} must hold texts and end with a message of role assistant")
     return Conversation(tuple({"role": role, "content": content} for role, content in texts), finished is not False)

@@ -6,8 +6,6 @@ Fed nothing but the opening of a user turn, an instruction-tuned model writes a 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,8 @@ from overfill.engine.build import native_dtype, resolve_device
 from overfill.engine.llm import LLM, Completion
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
+from overfill.pair.alone import alone
 from overfill.pair.conversations import Conversation
-from overfill.pair.manifest import write_manifest
 from overfill.pair.progress import Report, silent
 from overfill.params import SamplingParams
 
@@ -51,9 +49,7 @@ def write_conversations(
         InvalidPair: the checkpoint writes almost nothing usable.
         InvalidRequest: it has no chat template.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "full").symlink_to(os.path.abspath(full))
-        write_manifest(Path(folder), decoder="full", report=report)
+    with alone(full, report=report) as folder:
         dtype = native_dtype(resolve_device("auto"))
         longest = 2 * ((question.max_tokens or 0) + (answer.max_tokens or 0))  # the template's own tokens come on top
         kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH

@@ -51,7 +51,7 @@ def _load(
     if source == "shipped":
         conversations = shipped_conversations(part)
     elif Path(source).exists():
-        conversations = read_conversations(Path(source))
+        conversations = read_conversations(Path(source), "data")
     elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):
         return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:

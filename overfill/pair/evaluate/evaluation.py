@@ -14,10 +14,11 @@ from overfill.engine.llm import Completion
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.model.transformer import Transformer
+from overfill.pair.alone import alone
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.forward import cache_tokens
-from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, alone, judge_answers, write_answers
+from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
 from overfill.pair.evaluate.tally import finite
 from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
 from overfill.pair.manifest import Pair

@@ -6,10 +6,7 @@ Answers are greedy and come from the serving engine, so that errors feed back as
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from overfill.model.transformer import Transformer
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally, finite
-from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.manifest import Pair
 from overfill.pair.progress import Report, silent
 from overfill.params import SamplingParams
 
@@ -62,15 +59,6 @@ class FreeRunning:
             "mean_tokens": self.mean_tokens,
             "finished": self.finished,
         }
-
-
-@contextmanager
-def alone(checkpoint: Path, recipe: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """The checkpoint as an identity pair in a temporary folder: a model on its own, for the same engine."""
-    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:
-        (Path(folder) / "full").symlink_to(os.path.abspath(checkpoint))
-        write_manifest(Path(folder), decoder="full", recipe=recipe)
-        yield Path(folder)
 
 
 def write_answers(

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
-from overfill.pair.lm_eval_adapter import OverfillLM
+from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
 
 def run_tasks(

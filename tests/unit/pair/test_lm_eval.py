@@ -118,7 +118,7 @@ def two_stage(folder: Path, context: str, continuation: str) -> tuple[float, boo
 def test_an_identity_pair_scores_as_the_harness_own_model(identity: Path, tasks: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from overfill.pair.lm_eval_adapter import OverfillLM
+    from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
     theirs = HFLM(pretrained=str(identity / "full"), dtype="float32", device="cpu", batch_size=3)
     expected, expected_answers = harness(theirs, tasks)
@@ -132,7 +132,7 @@ def test_an_identity_pair_scores_as_the_harness_own_model(identity: Path, tasks:
 
 
 def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny: Path) -> None:
-    from overfill.pair.lm_eval_adapter import OverfillLM
+    from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
     pairs = [(f"Question: {q['question']}?", f" {choice}") for q in QUESTIONS for choice in q["choices"]]
     found = OverfillLM(tiny, dtype="float32").loglikelihood(instances(*pairs), disable_tqdm=True)
@@ -144,7 +144,7 @@ def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny: Path
 
 def test_greedy_answers_are_greedy(tiny: Path) -> None:
     """What the pair writes itself is what it finds most likely, token by token."""
-    from overfill.pair.lm_eval_adapter import OverfillLM
+    from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
     model = OverfillLM(tiny, dtype="float32")
     contexts = ["Numbers such as 0", "Write a short story", "x"]
@@ -155,7 +155,7 @@ def test_greedy_answers_are_greedy(tiny: Path) -> None:
 
 
 def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from overfill.pair import lm_eval_adapter
+    from overfill.pair.evaluate import lm_eval_adapter
 
     model = lm_eval_adapter.OverfillLM(identity, dtype="float32")
     monkeypatch.setattr(model, "max_length", 8)
@@ -174,7 +174,7 @@ def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.Monk
 
 
 def test_batches_of_any_size_give_the_same(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from overfill.pair import lm_eval_adapter
+    from overfill.pair.evaluate import lm_eval_adapter
 
     model = lm_eval_adapter.OverfillLM(tiny, dtype="float32")
     requests = instances(*((q["question"], " " + choice) for q in QUESTIONS for choice in q["choices"]))
@@ -184,7 +184,7 @@ def test_batches_of_any_size_give_the_same(tiny: Path, monkeypatch: pytest.Monke
 
 
 def test_options_that_nothing_reads_are_refused(tiny: Path) -> None:
-    from overfill.pair.lm_eval_adapter import OverfillLM
+    from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
     model = OverfillLM(tiny, dtype="float32")
     with pytest.raises(InvalidRequest, match="num_beams is not supported"):
