@@ -212,7 +212,7 @@ def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> lis
     from overfill.pair.conversations import encode, read_conversations, shipped_conversations
     from overfill.pair.manifest import Pair
 
-    conversations = shipped_conversations("held_out") if data is None else read_conversations(data)
+    conversations = shipped_conversations("held_out") if data is None else read_conversations(data, "data")
     return encode(conversations[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
 
 
