@@ -146,6 +146,7 @@ def check_stack(status: StackStatus, pair: Pair) -> None:
         found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}
         if is_decode:
             expected["decoder"], found["decoder"] = pair.decoder_digest, process.model.decoder_digest
+            expected["quantisation"], found["quantisation"] = pair.quantize, process.model.decoder_quantize or "none"
         if different := [part for part in expected if expected[part] != found[part]]:
             raise CannotVerify(
                 f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); "

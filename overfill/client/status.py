@@ -44,12 +44,16 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which pair a worker holds. ``decoder_digest`` is empty on prefill workers."""
+    """Which pair a worker holds.
+
+    ``decoder_digest`` is empty on prefill workers, and ``decoder_quantize`` unless weights are rounded on load.
+    """
 
     name: str
     full_digest: str
     decoder_digest: str
     tokenizer_digest: str
+    decoder_quantize: str
 
     @classmethod
     def from_proto(cls, message: common_pb2.ModelIdentity) -> ModelIdentity:

@@ -117,6 +117,7 @@ class EngineParts:
             full_digest=self.pair.full_digest,
             decoder_digest=self.pair.decoder_digest if half == "decoder" else "",
             tokenizer_digest=self.pair.tokenizer_digest,
+            decoder_quantize=self.pair.quantize if half == "decoder" and self.pair.quantize != "none" else "",
         )
 
     def kv_identity(self) -> KvIdentity:

@@ -83,16 +83,18 @@ class KvSpec(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., rope: _Optional[_Union[RopeSpec, _Mapping]] = ...) -> None: ...
 
 class ModelIdentity(_message.Message):
-    __slots__ = ("name", "full_digest", "decoder_digest", "tokenizer_digest")
+    __slots__ = ("name", "full_digest", "decoder_digest", "tokenizer_digest", "decoder_quantize")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FULL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DECODER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DECODER_QUANTIZE_FIELD_NUMBER: _ClassVar[int]
     name: str
     full_digest: str
     decoder_digest: str
     tokenizer_digest: str
-    def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ...) -> None: ...
+    decoder_quantize: str
+    def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop_token_ids", "ignore_eos", "logprobs")

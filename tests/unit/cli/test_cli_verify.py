@@ -11,13 +11,13 @@ from overfill.cli.verify import CannotVerify, check_stack
 
 
 def worker(worker_id: str, stage: str, **changes: Any) -> SimpleNamespace:
-    model = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d")
+    model = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", decoder_quantize="")
     process = SimpleNamespace(id=worker_id, stage=stage, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
     return SimpleNamespace(**{"id": worker_id, "process": process} | changes)
 
 
 def test_a_silent_worker_is_named_since_it_may_run_anything() -> None:
-    pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", folder="p")
+    pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", quantize="none", folder="p")
     workers = [worker("prefill-0", "prefill"), worker("decode-0", "decode"), worker("decode-1", "decode")]
     status: Any = SimpleNamespace(workers=workers)
     check_stack(status, pair)
@@ -25,3 +25,12 @@ def test_a_silent_worker_is_named_since_it_may_run_anything() -> None:
     with pytest.raises(CannotVerify, match=r"decode-1 does not answer") as caught:
         check_stack(status, pair)
     assert caught.value.exit_code == 2
+
+
+def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:
+    pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", quantize="int8", folder="p")
+    workers = [worker("prefill-0", "prefill"), worker("decode-0", "decode")]
+    with pytest.raises(CannotVerify, match=r"decode-0 runs another pair .*quantisation differ"):
+        check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]
+    workers[1].process.model.decoder_quantize = "int8"
+    check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]
