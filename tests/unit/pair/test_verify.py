@@ -39,6 +39,7 @@ class Stack:
             full_digest=pair.full_digest,
             tokenizer_digest=pair.tokenizer_digest,
             decoder_digest=pair.decoder_digest if stage == "decode" else "",
+            decoder_quantize="",
         )
         kv = SimpleNamespace(dtype="float32")
         return SimpleNamespace(id=f"{stage}-0", stage=stage, kv=kv, model=model, codec=codec)
