@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from overfill.errors import InvalidRequest
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.pair.atomic import atomic_folder
-from overfill.pair.checkpoint import write_decoder
+from overfill.pair.checkpoint import link_full, write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
 from overfill.pair.depth import choose_layers
 from overfill.pair.fit import check_enough, fit
@@ -37,12 +36,11 @@ def build_pair(
     conversations: Sequence[Conversation],
     *,
     calibration: str = "shipped",
-    scores: Scores | None = None,
     report: Report = silent,
 ) -> Pair:
     """Makes the folder ``out`` a pair, as ``fill_pair`` does, all or nothing; replaces what is there."""
     with atomic_folder(out) as folder:
-        fill_pair(folder, full, recipe, conversations, calibration=calibration, scores=scores, report=report)
+        fill_pair(folder, full, recipe, conversations, calibration=calibration, report=report)
     return Pair.load(out)
 
 
@@ -73,8 +71,7 @@ def fill_pair(
     """
     config = ModelConfig.load(full)
     sizes = recipe.sizes(config)
-    # realpath: a link is resolved against the real place of the folder that holds it.
-    (folder / "full").symlink_to(os.path.relpath(os.path.realpath(full), os.path.realpath(folder)))
+    link_full(folder, full)
     if sizes == DecoderRecipe().sizes(config):
         write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,17 @@ COMPANION_FILES = (
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the elements of the checkpoint in ``folder`` are in its files."""
+    return _TORCH_DTYPES[list_tensors(folder)[0].dtype]
+
+
+def link_full(folder: Path, full: Path) -> None:
+    """Makes ``folder/full`` a relative link to the checkpoint in ``full``, so that both can be moved together."""
+    # realpath: a link is resolved against the real place of the folder that holds it.
+    (folder / "full").symlink_to(os.path.relpath(os.path.realpath(full), os.path.realpath(folder)))
+
+
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """``folder/model.safetensors``, which plain transformers loads."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -53,7 +65,7 @@ def write_decoder(folder: Path, full: Path, weights: Weights) -> None:
     )
     write_json(folder / "config.json", hf_config)
     copy_companions(full, folder)
-    dtype = _TORCH_DTYPES[list_tensors(full)[0].dtype]
+    dtype = stored_dtype(full)
     tensors = state_dict(ModelConfig.from_dict(hf_config), weights)
     write_weights(folder, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
 

@@ -24,7 +24,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
 from overfill.pair.progress import Report, silent
-from overfill.pair.prune import Plan, slice_layer
+from overfill.pair.prune import Plan, keep_neurons, slice_layer
 from overfill.pair.regression import Ridge
 
 PRIOR_ROWS = 3_000
@@ -110,7 +110,7 @@ class _Walk:
         layer = replace(layer, o=self._fit_writer(attended, reads.middle, layer.o, layer.o_bias))
         self._add(attended, layer.o, layer.o_bias)
         if self._narrow:
-            gate_up = torch.cat([part[neurons] for part in self._full.layers[index].gate_up.chunk(2)])
+            gate_up = keep_neurons(self._full.layers[index].gate_up, neurons)
             layer = replace(layer, gate_up=self._fit_reader(reads.middle, gate_up))
         outputs = torch.cat([self._math.neurons(layer, self._math.norm(x)) for x in self._pieces(self._stream)])
         target = self._full_stream[self._packed.answers]

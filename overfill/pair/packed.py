@@ -163,7 +163,6 @@ class FullLayer:
 
     Attributes:
         keys, values: [rows, kv_heads, D]; keys rotated.
-        attended: [rows, heads * D].
         middle, out: [rows, hidden]; the residual stream after attention and after the MLP.
         normed, middle_normed: [rows, hidden]; what the projections read.
         neurons: [rows, intermediate].
@@ -171,7 +170,6 @@ class FullLayer:
 
     keys: Tensor
     values: Tensor
-    attended: Tensor
     normed: Tensor
     middle: Tensor
     middle_normed: Tensor
@@ -196,7 +194,6 @@ def run_full_layer(math: LayerMath, layer: LayerWeights, packed: Packed, part: P
     return FullLayer(
         keys=k,
         values=v,
-        attended=attended,
         normed=normed,
         middle=middle,
         middle_normed=middle_normed,

@@ -147,13 +147,14 @@ def slice_weights(full: Weights, plan: Plan) -> Weights:
     return Weights(full.embedding @ plan.basis, layers, torch.ones(hidden), full.head @ plan.reader_basis)
 
 
+def keep_neurons(gate_up: Tensor, neurons: Tensor) -> Tensor:
+    """The rows, or elements, of ``neurons`` in both halves of a fused gate and up projection, or of its bias."""
+    return torch.cat([part[neurons] for part in gate_up.chunk(2)])
+
+
 def slice_layer(layer: LayerWeights, neurons: Tensor, plan: Plan) -> LayerWeights:
     """One layer of ``slice_weights``."""
     basis = plan.basis
-    gate_up = torch.cat([part[neurons] for part in layer.gate_up.chunk(2)])
-    gate_up_bias = layer.gate_up_bias
-    if gate_up_bias is not None:
-        gate_up_bias = torch.cat([part[neurons] for part in gate_up_bias.chunk(2)])
     ones = torch.ones(basis.shape[1])
     return replace(
         layer,
@@ -162,8 +163,8 @@ def slice_layer(layer: LayerWeights, neurons: Tensor, plan: Plan) -> LayerWeight
         o=basis.T @ layer.o,
         o_bias=None if layer.o_bias is None else layer.o_bias @ basis,
         post_norm=ones,
-        gate_up=gate_up @ plan.reader_basis,
-        gate_up_bias=gate_up_bias,
+        gate_up=keep_neurons(layer.gate_up, neurons) @ plan.reader_basis,
+        gate_up_bias=None if layer.gate_up_bias is None else keep_neurons(layer.gate_up_bias, neurons),
         down=basis.T @ layer.down[:, neurons],
         down_bias=None if layer.down_bias is None else layer.down_bias @ basis,
     )

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from overfill.errors import InvalidRequest
-from overfill.model.config import ModelConfig
+from overfill.model.config import ModelConfig, Quantization
 
 Size = int | float
 """A number, or a share of the full model's."""
 
 Method = Literal["channel", "rotate"]
 Fit = Literal["none", "least-squares"]
-Quantize = Literal["none", "int8"]
 
 MULTIPLE = 64
 """Shares are rounded to a multiple of this, which matrix products run fastest on."""
@@ -37,7 +36,7 @@ class DecoderRecipe:
     layers: Size = 1.0
     method: Method = "rotate"
     fit: Fit = "least-squares"
-    quantize: Quantize = "none"
+    quantize: Quantization = "none"
     tokens: int = 32_768
 
     def check(self, full: Path) -> None:

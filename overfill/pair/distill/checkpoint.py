@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from overfill.pair.atomic import atomic_folder, remove_leftovers
-from overfill.pair.checkpoint import copy_companions, write_json, write_weights
-from overfill.pair.digest import list_tensors
+from overfill.pair.checkpoint import copy_companions, link_full, stored_dtype, write_json, write_weights
 from overfill.pair.distill.model import PackedModel
 from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.progress import Report, silent
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +94,12 @@ def write_pair(
         distilled: goes into the manifest's recipe under ``distill``.
         extras: files that are copied to ``distill/``.
     """
-    dtype = _DTYPES[list_tensors(source.decoder_path)[0].dtype]
+    dtype = stored_dtype(source.decoder_path)
     recipe = dict(source.recipe)
     if "distill" in recipe:
         distilled = {**distilled, "after": recipe["distill"]}
     with atomic_folder(out) as folder:
-        (folder / "full").symlink_to(os.path.relpath(os.path.realpath(source.full_path), os.path.realpath(folder)))
+        link_full(folder, source.full_path)
         (folder / "decoder").mkdir()
         write_weights(folder / "decoder", {name: t.to(dtype) for name, t in _parameters(decoder).items()})
         shutil.copyfile(source.decoder_path / "config.json", folder / "decoder" / "config.json")
