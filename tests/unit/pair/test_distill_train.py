@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,7 +210,10 @@ def test_the_layer_map_is_kept(tiny: Path, tmp_path: Path, fresh: Any) -> None:
     assert set(pair.recipe) == {"depth", "distill"}
 
 
-def test_minutes_bound_the_run(tiny: Path, tmp_path: Path) -> None:
+def test_minutes_bound_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every look at the clock is 0.02 s after the last one: on a busy machine real steps take any time.
+    clock = itertools.count()
+    monkeypatch.setattr("overfill.pair.distill.train.time", SimpleNamespace(monotonic=lambda: 0.02 * next(clock)))
     training = TRAINING.model_copy(update={"steps": None, "minutes": 0.01, "eval_steps": 10_000})
     pair = run(tiny, tmp_path / "out", training).train()
     entries = [e for e in read_metrics(run_folder(tmp_path / "out") / METRICS) if "loss" in e]
