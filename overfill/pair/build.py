@@ -16,6 +16,7 @@ from overfill.pair.atomic import atomic_folder
 from overfill.pair.checkpoint import link_full, write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
 from overfill.pair.depth import choose_layers
+from overfill.pair.digest import checkpoint_digest
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.hf_config import decoder_config
 from overfill.pair.manifest import Pair, write_manifest
@@ -23,9 +24,14 @@ from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.progress import Report, silent
 from overfill.pair.prune import Scores, make_plan, score, slice_weights
 from overfill.pair.recipe import DecoderRecipe
+from overfill.pair.sensitivity import measure_sensitivity
 
 SCORES_FILE = "scores.safetensors"
+SHIPPED_SCORES = Path(__file__).parent / "data" / SCORES_FILE
+"""Of the named pairs' full model, measured as any other's (CONTRIBUTING.md): saves every first start a minute."""
 SCORING_TOKENS = 6_144
+SENSITIVITY_TOKENS = 3_072
+SENSITIVITY_ROWS = 512  # all activations of so many tokens are held
 LAYER_TOKENS = 512
 
 
@@ -51,7 +57,6 @@ def fill_pair(
     conversations: Sequence[Conversation],
     *,
     calibration: str = "shipped",
-    scores: Scores | None = None,
     report: Report = silent,
 ) -> None:
     """Fills the empty ``folder`` with a pair of the checkpoint in ``full`` and a decoder made of it.
@@ -62,7 +67,6 @@ def fill_pair(
     Args:
         conversations: calibration text, answered by the full model or in its style.
         calibration: where that is from; recorded.
-        scores: those of ``full``; None measures them on the text.
 
     Raises:
         InvalidPair: ``full`` is not a usable checkpoint.
@@ -90,9 +94,10 @@ def fill_pair(
         tie_word_embeddings=False,
     )
     weights = _load(full, config)
-    if scores is None:
-        scores = score(weights, config, Packed.of(take(transcripts, SCORING_TOKENS)), report)
-    scores.save(folder / SCORES_FILE)
+    digest = checkpoint_digest(full)
+    shipped = Scores.load(SHIPPED_SCORES, digest) if SHIPPED_SCORES.exists() else None
+    scores = shipped or _score(weights, config, transcripts, report)
+    scores.save(folder / SCORES_FILE, digest)
     layers = list(range(config.num_layers))
     if sizes["layers"] < config.num_layers:
         layers = choose_layers(weights, config, Packed.of(take(transcripts, LAYER_TOKENS)), sizes["layers"], report)
@@ -116,11 +121,10 @@ def fill_pair(
     )
 
 
-def score_checkpoint(full: Path, conversations: Sequence[Conversation], report: Report = silent) -> Scores:
-    """``score`` of the checkpoint in ``full``, on the first answers of ``conversations``. Errors as ``fill_pair``."""
-    config = ModelConfig.load(full)
-    packed = Packed.of(take(_encode(full, config, conversations), SCORING_TOKENS))
-    return score(_load(full, config), config, packed, report)
+def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:
+    few = Packed.of(take(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
+    sensitivity = measure_sensitivity(weights, config, few, report)
+    return score(weights, config, Packed.of(take(transcripts, SCORING_TOKENS)), sensitivity, report)
 
 
 def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from overfill.errors import InvalidPair
@@ -23,6 +23,10 @@ from overfill.pair.packed import LayerMath, Packed, run_full_layer
 from overfill.pair.progress import Report, silent
 from overfill.pair.recipe import Method
 from overfill.pair.selection import removal_order
+from overfill.pair.sensitivity import Sensitivity, root
+
+
+_DIGEST = "full_digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +37,46 @@ class Scores:
         neurons: [num_layers, intermediate_size] int64; the place of every MLP neuron in the order in which the
             layer's neurons would go (``removal_order``); the higher the longer it stays.
         channels: [hidden_size] float32; mean absolute value in the normalised residual stream, over all norms.
-        covariance: [hidden_size, hidden_size] float32; second moment of the same.
+        channel_shares: [hidden_size] float32; share of that stream's mean square that is in each channel.
+        directions: [hidden_size, hidden_size] float32; orthonormal columns. The first k span what a stream of k
+            elements should keep of the normalised residual stream, whatever k is (``leading_directions``).
+        direction_shares: [hidden_size] float32; share of the mean square along each of them.
     """
 
     neurons: Tensor
     channels: Tensor
-    covariance: Tensor
+    channel_shares: Tensor
+    directions: Tensor
+    direction_shares: Tensor
 
-    def save(self, file: Path) -> None:
-        save_file({field.name: getattr(self, field.name) for field in fields(self)}, file)
+    def save(self, file: Path, full_digest: str) -> None:
+        """``full_digest``: of the checkpoint that they are of (``checkpoint_digest``)."""
+        tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+        tensors["neurons"] = self.neurons.to(torch.int32)
+        save_file(tensors, file, metadata={_DIGEST: full_digest})
 
     @classmethod
-    def load(cls, file: Path) -> Scores:
-        """Raises InvalidPair when ``file`` is missing or holds something else."""
+    def load(cls, file: Path, full_digest: str) -> Scores | None:
+        """Those in ``file``; None when they are of another checkpoint. Raises InvalidPair when it holds no scores."""
         try:
-            return cls(**load_file(file))
-        except (OSError, TypeError, SafetensorError) as error:
+            with safe_open(file, "pt") as stored:
+                if (stored.metadata() or {}).get(_DIGEST) != full_digest:
+                    return None
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return cls(**(tensors | {"neurons": tensors["neurons"].long()}))
+        except (OSError, KeyError, TypeError, SafetensorError) as error:
             raise InvalidPair(f"{file}: no scores: {error}") from None
 
 
 @torch.inference_mode()
-def score(full: Weights, config: ModelConfig, packed: Packed, report: Report = silent) -> Scores:
+def score(
+    full: Weights, config: ModelConfig, packed: Packed, sensitivity: Sensitivity, report: Report = silent
+) -> Scores:
     """Runs the full model over ``packed``, layer by layer, and scores what it does while it answers.
 
     Args:
         full: float32, norms folded in (``fold_norms``).
+        sensitivity: what its answers depend on.
 
     Raises:
         InvalidPair: a layer computes what is not finite; it is named.
@@ -79,10 +98,37 @@ def score(full: Weights, config: ModelConfig, packed: Packed, report: Report = s
             moments += neurons.T @ neurons
         if not moments.isfinite().all():
             raise InvalidPair(f"scoring layer {index}: its neurons' outputs are not finite; the checkpoint is damaged")
-        places.append(removal_order(moments, layer.down))
+        places.append(removal_order(moments, root(sensitivity.streams[index]).float() @ layer.down))
         report("Scoring", index + 1, config.num_layers)
     seen = 2 * config.num_layers * len(packed.answers)
-    return Scores(torch.stack(places), channels / seen, covariance / seen)
+    covariance /= seen
+    directions = leading_directions(covariance, sensitivity.readers)
+    whole = torch.trace(covariance)
+    return Scores(
+        neurons=torch.stack(places),
+        channels=channels / seen,
+        channel_shares=covariance.diagonal() / whole,
+        directions=directions,
+        direction_shares=(covariance @ directions * directions).sum(0) / whole,
+    )
+
+
+def leading_directions(covariance: Tensor, sensitivity: Tensor) -> Tensor:
+    """An orthonormal basis whose first k columns are, for every k, the best k linear measurements of a vector x.
+
+    Best means that the least-squares reconstruction of x from them has the least mean of e' S e, e being its error
+    and S the sensitivity: the measurements are the leading left singular vectors of S^1/2 C^1/2, times S^1/2, C being
+    x's second moment. Where S is the identity they are C's principal directions.
+
+    Args:
+        covariance, sensitivity: [n, n], symmetric; the sensitivity positive definite.
+
+    Returns:
+        [n, n] float32
+    """
+    weight = root(sensitivity)
+    leading = torch.linalg.svd(weight @ root(covariance)).U
+    return torch.linalg.qr(weight @ leading).Q.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +160,7 @@ def make_plan(
     """Chooses what to keep.
 
     Args:
-        method: ``channel`` keeps the largest channels of the residual stream, ``rotate`` its principal directions.
+        method: ``channel`` keeps the largest channels of the residual stream, ``rotate`` its leading directions.
 
     Raises:
         InvalidPair: a size is out of range.
@@ -128,16 +174,23 @@ def make_plan(
     ):
         if not 1 <= size <= most:
             raise InvalidPair(f"{name} must be in 1..{most}, got {size}")
+    scale = 1.0
     if hidden_size == full_hidden:
         basis = torch.eye(full_hidden)
     elif method == "channel":
-        basis = torch.eye(full_hidden)[:, scores.channels.topk(hidden_size).indices.sort().values]
+        channels = scores.channels.topk(hidden_size).indices.sort().values
+        basis = torch.eye(full_hidden)[:, channels]
+        scale = _scale(scores.channel_shares[channels], full_hidden)
     else:
-        basis = torch.linalg.eigh(scores.covariance.double()).eigenvectors.flip(1)[:, :hidden_size].float()
+        basis = scores.directions[:, :hidden_size]
+        scale = _scale(scores.direction_shares[:hidden_size], full_hidden)
     kept = tuple(scores.neurons[layer].topk(intermediate_size).indices.sort().values for layer in layers)
-    captured = torch.trace(basis.T @ scores.covariance @ basis) / torch.trace(scores.covariance)
-    scale = 1.0 if hidden_size == full_hidden else float((captured * full_hidden / hidden_size).sqrt())
     return Plan(tuple(layers), kept, basis, scale)
+
+
+def _scale(shares: Tensor, full_hidden: int) -> float:
+    """``Plan.scale`` where what stays has these shares of the mean square."""
+    return float((shares.sum() * full_hidden / len(shares)).sqrt())
 
 
 def slice_weights(full: Weights, plan: Plan) -> Weights:

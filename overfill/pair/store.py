@@ -5,9 +5,8 @@
     $OVERFILL_HOME/                     (default ~/.cache/overfill)
       .lock                             held while a pair is being prepared
       models/smollm2-135m-instruct-<source>/      a full model
-      models/smollm2-135m-instruct-<source>-scores-v2/scores.safetensors
       models/<owner>--<name>/           another model of the hub
-      pairs/v2/<name>/                  pair.json, full -> ../../../models/…, decoder/
+      pairs/v3/<name>/                  pair.json, full -> ../../../models/…, decoder/
 
 Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
 since is made again. A pair that is ready is found without loading torch.
@@ -18,7 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,20 +30,18 @@ from overfill.pair.progress import Report, silent
 from overfill.pair.recipe import DecoderRecipe
 
 if TYPE_CHECKING:
-    from overfill.pair.conversations import Conversation
-    from overfill.pair.prune import Scores
     from overfill.pair.sources import Source
 
 MODEL = "smollm2-135m-instruct"
 
 NAMED: dict[str, DecoderRecipe] = {
-    "default": DecoderRecipe(intermediate_size=880, tokens=16_384),
-    "fast": DecoderRecipe(hidden_size=320, intermediate_size=832, tokens=32_768),
+    "default": DecoderRecipe(hidden_size=544, intermediate_size=1000, tokens=24_576),
+    "fast": DecoderRecipe(hidden_size=384, intermediate_size=536, tokens=65_536),
     "identity": DecoderRecipe(),
 }
 """The named pairs and how their decoders are made of SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
 
-_VERSION = "v2"
+_VERSION = "v3"
 """Changes with what the recipes make, so that pairs in the cache are made again."""
 
 
@@ -115,27 +112,11 @@ def _prepare(name: str, source: Source, report: Report) -> None:
         with atomic_folder(full) as folder:
             fetch_default(source, folder, report)
             seal(folder)
-    conversations = shipped_conversations("calibration")
-    scores = None if name == "identity" else _scores(full, conversations, report)
     out = _pair_folder(name)
     remove_leftovers(out)
     with atomic_folder(out) as folder:
-        fill_pair(folder, full, NAMED[name], conversations, scores=scores, report=report)
+        fill_pair(folder, full, NAMED[name], shipped_conversations("calibration"), report=report)
         seal(folder)
-
-
-def _scores(full: Path, conversations: Sequence[Conversation], report: Report) -> Scores:
-    """Scores of ``full``, computed once for all named pairs."""
-    from overfill.pair.build import SCORES_FILE, score_checkpoint
-    from overfill.pair.prune import Scores
-
-    target = full.with_name(f"{full.name}-scores-{_VERSION}")
-    if not is_intact(target):
-        remove_leftovers(target)
-        with atomic_folder(target) as folder:
-            score_checkpoint(full, conversations, report).save(folder / SCORES_FILE)
-            seal(folder)
-    return Scores.load(target / SCORES_FILE)
 
 
 def _is_ready(name: str, source: Source | None) -> bool:

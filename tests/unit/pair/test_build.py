@@ -11,6 +11,7 @@ from overfill.errors import InvalidRequest
 from overfill.model.config import ModelConfig
 from overfill.pair.build import SCORES_FILE, build_pair, take
 from overfill.pair.conversations import Conversation, Transcript
+from overfill.pair.digest import checkpoint_digest
 from overfill.pair.manifest import Pair
 from overfill.pair.prune import Scores
 from overfill.pair.recipe import DecoderRecipe, resolve_size
@@ -43,7 +44,9 @@ def test_a_built_decoder_runs_in_plain_transformers(architecture: Architecture, 
     assert pair.recipe["fitted_on_answer_tokens"] > 500
     decoder = AutoModelForCausalLM.from_pretrained(pair.decoder_path)
     assert decoder(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
-    assert Scores.load(pair.folder / SCORES_FILE).neurons.shape == (4, 128)
+    scores = Scores.load(pair.folder / SCORES_FILE, checkpoint_digest(full))
+    assert scores is not None
+    assert scores.neurons.shape == (4, 128)
     Pair.load(pair.folder, check_digests=True)
 
 

@@ -12,8 +12,9 @@ from overfill.model.loading import Weights, load_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.packed import LayerMath, Packed, attend_answers, fold_norms, prompt_kv, run_full_layer
-from overfill.pair.prune import Plan, make_plan, score, slice_weights
+from overfill.pair.prune import Plan, Scores, make_plan, score, slice_weights
 from overfill.pair.regression import Ridge
+from overfill.pair.sensitivity import measure_sensitivity
 from overfill.testing.tiny import Architecture, make_tiny_pair
 
 
@@ -30,7 +31,11 @@ def full(tiny: Path) -> tuple[Weights, ModelConfig]:
 
 def plan(full: tuple[Weights, ModelConfig], packed: Packed, **sizes: int) -> Plan:
     chosen = {"hidden_size": 64, "intermediate_size": 128} | sizes
-    return make_plan(score(*full, packed), **chosen, layers=range(full[1].num_layers), method="rotate")
+    return make_plan(scores(full, packed), **chosen, layers=range(full[1].num_layers), method="rotate")
+
+
+def scores(full: tuple[Weights, ModelConfig], packed: Packed) -> Scores:
+    return score(*full, packed, measure_sensitivity(*full, packed))
 
 
 def stream_error(full: tuple[Weights, ModelConfig], decoder: Weights, basis: torch.Tensor, packed: Packed) -> float:
@@ -79,7 +84,7 @@ def test_how_transcripts_are_packed_changes_nothing(full: tuple[Weights, ModelCo
 
 def test_layers_that_are_left_out_are_made_up_for(full: tuple[Weights, ModelConfig]) -> None:
     packed = Packed.of(transcripts(60))
-    kept = make_plan(score(*full, packed), hidden_size=64, intermediate_size=128, layers=[0, 1, 3], method="rotate")
+    kept = make_plan(scores(full, packed), hidden_size=64, intermediate_size=128, layers=[0, 1, 3], method="rotate")
     decoder = fit(*full, kept, packed)
     assert len(decoder.layers) == 3
     # The layer before the gap writes more than it did: it stands in for the missing one.

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidPair
@@ -15,8 +17,9 @@ from overfill.pair.conversations import Transcript
 from overfill.pair.depth import choose_layers
 from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.plain import load_plain
-from overfill.pair.prune import Plan, Scores, make_plan, score, slice_weights
+from overfill.pair.prune import Plan, Scores, leading_directions, make_plan, score, slice_weights
 from overfill.pair.selection import removal_order
+from overfill.pair.sensitivity import measure_sensitivity
 from overfill.testing.tiny import Architecture, make_tiny_pair
 
 TOKENS = torch.randint(2, 512, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -31,8 +34,15 @@ def loaded(folder: Path) -> tuple[Weights, ModelConfig]:
 def some_scores(layers: int = 4, neurons: int = 128, hidden: int = 64) -> Scores:
     generator = torch.Generator().manual_seed(3)
     order = torch.stack([torch.randperm(neurons, generator=generator) for _ in range(layers)])
-    square = torch.randn(hidden, hidden, generator=generator)
-    return Scores(order, torch.rand(hidden, generator=generator), square @ square.T)
+    directions = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator)).Q
+    channels, channel_shares, direction_shares = torch.rand(3, hidden, generator=generator)
+    return Scores(
+        neurons=order,
+        channels=channels,
+        channel_shares=channel_shares / channel_shares.sum(),
+        directions=directions,
+        direction_shares=direction_shares / direction_shares.sum(),
+    )
 
 
 def plan_of(
@@ -81,7 +91,8 @@ def test_neurons_that_others_stand_in_for_go_first() -> None:
 
 def test_scores_are_measured_on_answer_positions(tiny: Path) -> None:
     weights, config = loaded(tiny / "full")
-    scores = score(weights, config, Packed.of(TRANSCRIPTS, rows_at_once=20))
+    packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
+    scores = score(weights, config, packed, measure_sensitivity(weights, config, packed))
     model = load_plain(tiny / "full")
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
@@ -93,7 +104,10 @@ def test_scores_are_measured_on_answer_positions(tiny: Path) -> None:
             model(torch.tensor([transcript.token_ids]))
         answers = torch.cat([seen[i][5 if i < 8 else 9 :] for i in range(16)])
     torch.testing.assert_close(scores.channels, answers.abs().mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(scores.covariance, answers.T @ answers / len(answers), rtol=1e-4, atol=1e-4)
+    squares = answers.square().sum(0)
+    torch.testing.assert_close(scores.channel_shares, squares / squares.sum(), rtol=1e-4, atol=1e-5)
+    along = (answers @ scores.directions).square().sum(0)
+    torch.testing.assert_close(scores.direction_shares, along / squares.sum(), rtol=1e-4, atol=1e-5)
 
 
 def test_methods_choose_the_directions_they_say() -> None:
@@ -101,20 +115,71 @@ def test_methods_choose_the_directions_they_say() -> None:
     channels = plan_of(scores, hidden=16, method="channel").basis
     assert channels.sum(0).tolist() == [1.0] * 16
     assert set(channels.argmax(0).tolist()) == set(scores.channels.topk(16).indices.tolist())
-    rotated = plan_of(scores, hidden=16).basis
-    torch.testing.assert_close(rotated.T @ rotated, torch.eye(16), atol=1e-5, rtol=0)
-    kept = torch.trace(rotated.T @ scores.covariance @ rotated)
-    assert torch.isclose(kept, torch.linalg.eigvalsh(scores.covariance).topk(16).values.sum(), rtol=1e-4)
+    assert torch.equal(plan_of(scores, hidden=16).basis, scores.directions[:, :16])
 
 
-def test_scores_survive_saving(tmp_path: Path) -> None:
+def test_a_cut_stream_is_scaled_to_its_size_before_it_was_normalised_again() -> None:
+    stream = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 64)
+    normed = stream / stream.square().mean(1, keepdim=True).sqrt()
+    covariance = normed.T @ normed / len(normed)
+    shares = covariance.diagonal() / covariance.trace()
+    scores = replace(some_scores(), channels=shares, channel_shares=shares)
+    plan = plan_of(scores, hidden=40, method="channel")
+    cut = stream @ plan.basis
+    again = cut / cut.square().mean(1, keepdim=True).sqrt() * plan.scale
+    assert float((again - normed @ plan.basis).square().mean()) < 0.01
+
+
+def reconstruction_error(basis: Tensor, covariance: Tensor, sensitivity: Tensor) -> float:
+    """Of x from its measurements, weighed by the sensitivity."""
+    solved = torch.linalg.solve(basis.T @ covariance @ basis, basis.T @ covariance)
+    return float(torch.trace(sensitivity @ (covariance - covariance @ basis @ solved)))
+
+
+def test_leading_directions_are_the_best_measurements_at_every_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 24, 24, generator=generator)
+    covariance, sensitivity = first @ first.T, second @ second.T
+    leading = leading_directions(covariance, sensitivity)
+    torch.testing.assert_close(leading.T @ leading, torch.eye(24), atol=1e-4, rtol=0)
+    principal = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+    for width in (2, 8, 20):
+        best = reconstruction_error(leading[:, :width], covariance, sensitivity)
+        assert best < reconstruction_error(principal[:, :width], covariance, sensitivity)
+        for _ in range(20):
+            other = leading[:, :width] + 0.05 * torch.randn(24, width, generator=generator)
+            assert best <= reconstruction_error(other, covariance, sensitivity) * 1.0001
+    plain = leading_directions(covariance, torch.eye(24))[:, :8]
+    torch.testing.assert_close(plain @ plain.T, principal[:, :8] @ principal[:, :8].T, atol=1e-3, rtol=0)
+
+
+def test_sensitivity_tells_what_the_answers_depend_on(tiny: Path) -> None:
+    weights, config = loaded(tiny / "full")
+    packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
+    direction = torch.zeros(64)
+    direction[5] = 1
+    for layer in weights.layers[2:]:
+        layer.qkv[:, 5] = 0
+        layer.gate_up[:, 5] = 0
+    weights.head[:, 5] = 0
+    blind = measure_sensitivity(weights, config, packed)
+    # Only through the size of the stream does what nothing reads still matter.
+    assert float(blind.streams[3, 5, 5]) < 0.2
+    assert float(blind.streams[3].diagonal().mean()) == pytest.approx(1, abs=0.01)
+    again = measure_sensitivity(weights, config, Packed.of(TRANSCRIPTS))
+    torch.testing.assert_close(again.streams.diagonal(dim1=1, dim2=2).mean(1), torch.full((4,), 1.001), rtol=1e-3, atol=0)
+
+
+def test_scores_survive_saving_and_know_their_checkpoint(tmp_path: Path) -> None:
     scores = some_scores()
-    scores.save(tmp_path / "scores.safetensors")
-    again = Scores.load(tmp_path / "scores.safetensors")
-    assert torch.equal(again.neurons, scores.neurons)
-    assert torch.equal(again.covariance, scores.covariance)
+    scores.save(tmp_path / "scores.safetensors", "abc")
+    again = Scores.load(tmp_path / "scores.safetensors", "abc")
+    assert again is not None
+    for field in fields(Scores):
+        assert torch.equal(getattr(again, field.name), getattr(scores, field.name))
+    assert Scores.load(tmp_path / "scores.safetensors", "other") is None
     with pytest.raises(InvalidPair, match=r"none\.safetensors"):
-        Scores.load(tmp_path / "none.safetensors")
+        Scores.load(tmp_path / "none.safetensors", "abc")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_an_interrupted_download_leaves_nothing_that_looks_ready(
 
 def test_leftovers_of_a_killed_process_are_cleared(downloads: Downloads, tmp_path: Path) -> None:
     leftovers = [
-        tmp_path / "home" / "pairs" / "v2" / ".default.tmp-00000000",
+        tmp_path / "home" / "pairs" / store._VERSION / ".default.tmp-00000000",
         tmp_path / "home" / "models" / f".{store.MODEL}-wheel.tmp-00000000",
     ]
     for leftover in leftovers:

@@ -1,0 +1,82 @@
+"""How much a full model's answers depend on what flows through it, by one backward pass. Nothing is trained.
+
+The Fisher information of the answers' distributions: with g the gradient of the log-likelihood of a token drawn from
+the model's own distribution, moving a vector by d changes the distribution by a KL divergence of d' E[g g'] d / 2.
+What is cut off a model can so be weighed by the damage to its answers rather than by its size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from overfill.model.config import ModelConfig
+from overfill.model.loading import Weights
+from overfill.pair.packed import LayerMath, Packed, run_full_layer
+from overfill.pair.progress import Report, silent
+
+_DAMPING = 1e-3  # of the mean of the diagonal: directions that few tokens do not show are not free
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Second moments of gradients at the positions of answers, each scaled to a mean diagonal of one.
+
+    Attributes:
+        streams: [num_layers, hidden, hidden] float32; of the residual stream after each layer.
+        readers: [hidden, hidden] float32; of the normalised residual stream, mean over all norms.
+    """
+
+    streams: Tensor
+    readers: Tensor
+
+
+def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, report: Report = silent) -> Sensitivity:
+    """Runs the full model over ``packed``, forwards and back.
+
+    Args:
+        full: float32, norms folded in (``fold_norms``).
+        packed: its parts must be small: all activations of one are held at a time.
+    """
+    math = LayerMath(config, int(packed.positions.max()) + 1)
+    hidden = config.hidden_size
+    streams = torch.zeros(config.num_layers, hidden, hidden)
+    reads = torch.zeros(2 * config.num_layers + 1, hidden, hidden)
+    generator = torch.Generator().manual_seed(0)
+    for number, part in enumerate(packed.parts):
+        x = full.embedding[packed.token_ids[part.rows]].clone().requires_grad_()
+        outs: list[Tensor] = []
+        normed: list[Tensor] = []
+        for layer in full.layers:
+            done = run_full_layer(math, layer, packed, part, x)
+            x = done.out
+            outs.append(x)
+            normed += [done.normed, done.middle_normed]
+        normed.append(math.norm(x))
+        for kept in (*outs, *normed):
+            kept.retain_grad()
+        logits = normed[-1][part.answers] @ full.head.T
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        for sums, tensors in ((streams, outs), (reads, normed)):
+            for total, tensor in zip(sums, tensors, strict=True):
+                assert tensor.grad is not None
+                gradient = tensor.grad[part.answers]
+                total += gradient.T @ gradient
+        report("Sensitivity", number + 1, len(packed.parts))
+    return Sensitivity(_scaled(streams), _scaled(_scaled(reads).mean(0, keepdim=True))[0])
+
+
+def root(moments: Tensor) -> Tensor:
+    """The symmetric square root of a symmetric positive semidefinite matrix, float64."""
+    values, vectors = torch.linalg.eigh(moments.double())
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _scaled(moments: Tensor) -> Tensor:
+    """[..., n, n], each with a mean diagonal of one, damped."""
+    means = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
+    return moments / means + _DAMPING * torch.eye(moments.shape[-1])
