@@ -158,7 +158,11 @@ class WorkerConfig(ServiceConfig):
     routers: Addresses = Field((), description="routers to join, HOST:PORT, separated by commas")
     worker_id: str = Field("", description="name of this worker; empty makes one")
     advertise: str = Field("", description="host that other processes reach this worker at; empty takes --host")
-    dtype: DTypeName = Field("bfloat16", description="element type of weights, activations and KV cache")
+    dtype: DTypeName | None = Field(
+        None,
+        description="element type of weights, activations and KV cache, the same on all workers; by default what the "
+        "device computes in: bfloat16, or float32 on a CPU without it",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="CPU threads; all workers of a machine share its cores")
     block_size: int = Field(16, ge=1, description="tokens per KV block")

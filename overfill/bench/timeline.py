@@ -86,7 +86,7 @@ async def record_timeline(
     pair: Pair,
     tokens: int,
     *,
-    dtype: DTypeName,
+    dtype: DTypeName | None,
     threads: int,
     streams: int,
     rate: float | None,
@@ -110,7 +110,7 @@ async def record_timeline(
             [
                 f"--pair={pair.folder}",
                 f"--routers={router}",
-                f"--dtype={dtype}",
+                *([] if dtype is None else [f"--dtype={dtype}"]),
                 f"--threads={threads}",
                 f"--token-budget={tokens}",
                 "--grace-period=1",

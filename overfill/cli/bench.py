@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
+from overfill.cli.options import dtype_option
 from overfill.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from overfill.kv.spec import DTypeName
 
 
 @click.group("bench")
@@ -20,7 +25,7 @@ def bench_group() -> None:
 @bench_group.command("timeline")
 @click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
 @click.option("--tokens", type=click.IntRange(1), default=2000, show_default=True, help="Length of the prompt.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of the worker.")
 @click.option("--streams", type=click.IntRange(1), default=2, show_default=True, help="Data connections.")
 @click.option("--limit", "limit", type=click.FloatRange(min=0, min_open=True), help="MB/s of each data connection.")
@@ -29,7 +34,7 @@ def bench_group() -> None:
 def timeline_command(
     pair: str,
     tokens: int,
-    dtype: str,
+    dtype: DTypeName | None,
     threads: int,
     streams: int,
     limit: float | None,
@@ -55,7 +60,7 @@ def timeline_command(
         record_timeline(
             Pair.load(folder),
             tokens,
-            dtype=dtype,  # type: ignore[arg-type]  # click has checked it
+            dtype=dtype,
             threads=threads,
             streams=streams,
             rate=None if limit is None else limit * 1e6,

@@ -46,7 +46,7 @@ def demo_command(pair: str, as_json: bool) -> int:
     notes = Console(stderr=True, highlight=False)
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
-    settings = {"dtype": "bfloat16", "log_level": "error", "grace_period": 5}
+    settings = {"log_level": "error", "grace_period": 5}
     plan = make_plan(folder, prefill=1, decode=1, routers=1, port=0, threads=None, settings=settings)
     stack = Stack(
         plan, sink=lambda name, line: notes.print(f"{name} | {line}", style="dim", markup=False, soft_wrap=True)

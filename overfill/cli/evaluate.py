@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from overfill.cli.options import dtype_option
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,11 +23,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def _device_options(command: _F) -> _F:
     for option in (
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own choice]"),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
-            help="Of weights and activations.  [default: what the device computes in]",
-        ),
+        dtype_option,
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto."),
     ):
         command = option(command)

@@ -52,6 +52,15 @@ def sampling_options(command: _F) -> _F:
     return command
 
 
+def dtype_option(command: _F) -> _F:
+    """Adds ``dtype``; None is what the device computes in."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Of weights, activations and KV.  [default: what the device computes in]",
+    )(command)
+
+
 def connect(address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> Client:
     """A client for the stack at ``address``. Raises click.UsageError when the TLS files do not fit."""
     from overfill.client import Client

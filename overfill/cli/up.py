@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from overfill.cli.options import dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.stack import Plan, Stack, free_ports, reachable, threads_per_worker
@@ -34,7 +35,7 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
 @click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Routers.")
 @click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: bfloat16]")
+@dtype_option
 @click.option(
     "--grpc", "port", type=click.IntRange(0, 65535), default=7600, show_default=True,
     help="Port of the first router, the others follow; 0 picks free ones.",
@@ -157,7 +158,8 @@ def _welcome(plan: Plan) -> Panel:
     table.add_row("pair", str(plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         names = ", ".join(worker.worker_id for worker in workers)
-        table.add_row(stage, f"{names} ({workers[0].dtype}, CPU threads each: {workers[0].threads})")
+        dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
+        table.add_row(stage, f"{names} ({dtype}CPU threads each: {workers[0].threads})")
     table.add_row("try", f'overfill generate{option} "Why is the sky blue?"')
     table.add_row("", f"overfill chat{option}")
     table.add_row("", f"overfill status{option}")

@@ -158,7 +158,7 @@ def build_engine_parts(
     pair: Pair,
     half: Half,
     *,
-    dtype: DTypeName,
+    dtype: DTypeName | None,
     device: torch.device,
     block_size: int,
     kv_memory: int | None,
@@ -191,7 +191,7 @@ def load_half(
     pair: Pair,
     half: Half,
     *,
-    dtype: DTypeName,
+    dtype: DTypeName | None,
     device: torch.device,
     block_size: int,
     max_model_len: int | None,
@@ -202,6 +202,7 @@ def load_half(
     """Loads one half and runs its largest steps once; a decoder is quantised as the pair says.
 
     Args:
+        dtype: None takes ``native_dtype``.
         max_model_len: None takes the model's context.
         warm_tokens: most tokens in one step of several per sequence.
         max_num_seqs: most sequences in one step.
@@ -211,6 +212,7 @@ def load_half(
         NotEnoughMemory: weights or activations do not fit the device.
         InvalidPair: the checkpoint is damaged or not supported.
     """
+    dtype = dtype or native_dtype(device)
     folder = pair.full_path if half == "full" else pair.decoder_path
     config = ModelConfig.load(folder)
     longest = config.max_positions if max_model_len is None else max_model_len

@@ -74,7 +74,7 @@ class LLM:
 
     Args:
         pair: folder of a pair, or one of the named pairs ("default", "fast", "identity").
-        dtype: of weights, activations and KV.
+        dtype: of weights, activations and KV; None takes bfloat16, or float32 on a CPU that does not compute in it.
         threads: CPU threads; None leaves torch's setting.
         kv_memory: bytes of each half's KV cache; None shares what the device leaves (on a CPU at most 1 GiB each).
         memory_fraction: share of the free memory that is taken when ``kv_memory`` is None.
@@ -89,7 +89,7 @@ class LLM:
         self,
         pair: str | Path = "default",
         *,
-        dtype: DTypeName = "bfloat16",
+        dtype: DTypeName | None = None,
         device: str = "auto",
         threads: int | None = None,
         kv_memory: int | None = None,

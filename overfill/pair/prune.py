@@ -25,7 +25,6 @@ from overfill.pair.recipe import Method
 from overfill.pair.selection import removal_order
 from overfill.pair.sensitivity import Sensitivity, root
 
-
 _DIGEST = "full_digest"
 
 
@@ -128,7 +127,8 @@ def leading_directions(covariance: Tensor, sensitivity: Tensor) -> Tensor:
     """
     weight = root(sensitivity)
     leading = torch.linalg.svd(weight @ root(covariance)).U
-    return torch.linalg.qr(weight @ leading).Q.float()
+    basis: Tensor = torch.linalg.qr(weight @ leading).Q
+    return basis.float()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
             kept.retain_grad()
         logits = normed[-1][part.answers] @ full.head.T
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        cross_entropy(logits, drawn, reduction="sum").backward()
         for sums, tensors in ((streams, outs), (reads, normed)):
             for total, tensor in zip(sums, tensors, strict=True):
                 assert tensor.grad is not None
@@ -73,7 +73,8 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
 def root(moments: Tensor) -> Tensor:
     """The symmetric square root of a symmetric positive semidefinite matrix, float64."""
     values, vectors = torch.linalg.eigh(moments.double())
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    half: Tensor = vectors * values.clamp(min=0).sqrt()
+    return half @ vectors.T
 
 
 def _scaled(moments: Tensor) -> Tensor:

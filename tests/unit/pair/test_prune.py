@@ -167,7 +167,9 @@ def test_sensitivity_tells_what_the_answers_depend_on(tiny: Path) -> None:
     assert float(blind.streams[3, 5, 5]) < 0.2
     assert float(blind.streams[3].diagonal().mean()) == pytest.approx(1, abs=0.01)
     again = measure_sensitivity(weights, config, Packed.of(TRANSCRIPTS))
-    torch.testing.assert_close(again.streams.diagonal(dim1=1, dim2=2).mean(1), torch.full((4,), 1.001), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        again.streams.diagonal(dim1=1, dim2=2).mean(1), torch.full((4,), 1.001), rtol=1e-3, atol=0
+    )
 
 
 def test_scores_survive_saving_and_know_their_checkpoint(tmp_path: Path) -> None:
