@@ -73,8 +73,8 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
 def root(moments: Tensor) -> Tensor:
     """The symmetric square root of a symmetric positive semidefinite matrix, float64."""
     values, vectors = torch.linalg.eigh(moments.double())
-    half: Tensor = vectors * values.clamp(min=0).sqrt()
-    return half @ vectors.T
+    result: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return result
 
 
 def _scaled(moments: Tensor) -> Tensor:

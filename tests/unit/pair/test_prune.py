@@ -156,8 +156,6 @@ def test_leading_directions_are_the_best_measurements_at_every_width() -> None:
 def test_sensitivity_tells_what_the_answers_depend_on(tiny: Path) -> None:
     weights, config = loaded(tiny / "full")
     packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
-    direction = torch.zeros(64)
-    direction[5] = 1
     for layer in weights.layers[2:]:
         layer.qkv[:, 5] = 0
         layer.gate_up[:, 5] = 0
@@ -166,10 +164,6 @@ def test_sensitivity_tells_what_the_answers_depend_on(tiny: Path) -> None:
     # Only through the size of the stream does what nothing reads still matter.
     assert float(blind.streams[3, 5, 5]) < 0.2
     assert float(blind.streams[3].diagonal().mean()) == pytest.approx(1, abs=0.01)
-    again = measure_sensitivity(weights, config, Packed.of(TRANSCRIPTS))
-    torch.testing.assert_close(
-        again.streams.diagonal(dim1=1, dim2=2).mean(1), torch.full((4,), 1.001), rtol=1e-3, atol=0
-    )
 
 
 def test_scores_survive_saving_and_know_their_checkpoint(tmp_path: Path) -> None:
