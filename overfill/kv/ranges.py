@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
@@ -72,16 +72,16 @@ class KvRange:
         )
 
 
-def layer_runs(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive numbers in ascending ``layers``, half-open."""
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive numbers in ascending ``numbers``, half-open."""
     start = previous = None
-    for layer in layers:
+    for number in numbers:
         if start is None or previous is None:
-            start = layer
-        elif layer != previous + 1:
+            start = number
+        elif number != previous + 1:
             yield start, previous + 1
-            start = layer
-        previous = layer
+            start = number
+        previous = number
     if start is not None and previous is not None:
         yield start, previous + 1
 
@@ -95,7 +95,7 @@ def share_out(layers: Sequence[int], tokens: tuple[int, int], num_heads: int, st
     size = max(1, len(layers) // (4 * streams))
     groups = [layers[i : i + size] for i in range(0, len(layers), size)]
     shares = [groups[i::streams] for i in range(min(streams, len(groups)))]
-    return [[KvRange(a, b, *tokens, 0, num_heads) for group in share for a, b in layer_runs(group)] for share in shares]
+    return [[KvRange(a, b, *tokens, 0, num_heads) for group in share for a, b in runs(group)] for share in shares]
 
 
 class Coverage:
@@ -133,6 +133,27 @@ class Coverage:
         )
         if not inside:
             raise TransferFailed(f"range {box} lies outside the transfer or is empty")
+
+    def missing(self, ranges: Sequence[KvRange]) -> list[KvRange]:
+        """What of ``ranges``, which lie inside, has not been marked, in boxes that overlap nothing that has."""
+        boxes: list[KvRange] = []
+        for box in ranges:
+            tokens = slice(box.token_start - self._tokens[0], box.token_end - self._tokens[0])
+            for layer in range(box.layer_start, box.layer_end):
+                with self._lock:
+                    lacks = ~self._done[self._row[layer], tokens, box.head_start : box.head_end]
+                together = np.array_equal(lacks.any(axis=1), lacks.all(axis=1))
+                heads = [(0, box.num_heads)] if together else [(i, i + 1) for i in range(box.num_heads)]
+                for first, last in heads:
+                    positions = (np.flatnonzero(lacks[:, first]) + box.token_start).tolist()
+                    for start, end in runs(positions):
+                        piece = KvRange(layer, layer + 1, start, end, box.head_start + first, box.head_start + last)
+                        above = boxes[-1] if boxes and boxes[-1].layer_end == layer else None
+                        if above and replace(above, layer_start=layer, layer_end=layer + 1) == piece:
+                            boxes[-1] = replace(above, layer_end=layer + 1)
+                        else:
+                            boxes.append(piece)
+        return boxes
 
     def add(self, box: KvRange) -> None:
         """Marks ``box``; raises TransferFailed, changing nothing, when it lies outside or overlaps what is marked."""

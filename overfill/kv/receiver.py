@@ -8,13 +8,22 @@ and bytes only; sampling and scheduling are the engine's.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
-from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, TransferFailed, Unavailable
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InternalError,
+    OverfillError,
+    RequestCancelled,
+    TransferFailed,
+    Unavailable,
+)
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
@@ -28,6 +37,15 @@ from overfill.rpc.tls import ClientTls
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 _DESCRIBE_TIMEOUT = 5.0  # seconds
+
+MAX_REPEATS = 3
+"""Times a data stream is begun anew for what is missing of its ranges, before the transfer is given up."""
+
+
+_REPEAT_DELAY = 0.02  # seconds before the first repeat, twice as long before each further one
+_REPEATABLE = (TransferFailed, Unavailable, InternalError)
+
+logger = logging.getLogger(__name__)
 
 
 def write_chunk(
@@ -70,6 +88,7 @@ class PullStats:
     last_kv_ns: int = 0
     kv_bytes: int = 0
     kv_chunks: int = 0
+    broken_streams: int = 0  # data streams that ended with a wrong chunk, too little or an error
     prefill: kv_pb2.PrefillTrace | None = None
 
     def to_proto(self) -> kv_pb2.HandoffTrace:
@@ -237,6 +256,28 @@ class PromptPull:
         return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))
 
     async def _pull(self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None) -> None:
+        """Pulls ``ranges``. What a wrong chunk or a broken stream leaves out is asked for again: it is computed."""
+        for repeats in range(MAX_REPEATS + 1):
+            try:
+                await self._pull_once(stub, ranges, timeout)
+                error: OverfillError | None = None
+            except _REPEATABLE as failure:
+                error = failure
+            ranges = self._coverage.missing(ranges)
+            if error is None and not ranges:
+                return
+            self.stats.broken_streams += 1
+            error = error or TransferFailed(f"{self._worker} left out {ranges[0]}")
+            logger.warning("%s: a data stream broke with %d ranges missing: %s", self._worker, len(ranges), error)
+            if not ranges:
+                return
+            await asyncio.sleep(_REPEAT_DELAY * 2**repeats)
+        assert error is not None
+        raise error
+
+    async def _pull_once(
+        self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         call = stub.PullKv(
             prefill_pb2.PullKvRequest(

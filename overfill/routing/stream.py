@@ -11,7 +11,7 @@ import grpc.aio
 
 from overfill.errors import OverfillError
 from overfill.routing.pool import WorkerInfo
-from overfill.rpc.calls import outcome
+from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import decode_pb2, decode_pb2_grpc
@@ -100,7 +100,7 @@ class GrpcDecodeStream:
 
     async def send(self, message: decode_pb2.DecodeRequest) -> None:
         with suppress(OverfillError):
-            await outcome(self._call.write(message), self._peer)
+            await written(self._call.write(message), self._peer)
 
     async def receive(self) -> decode_pb2.DecodeResponse | None:
         message = await outcome(self._call.read(), self._peer)

@@ -9,14 +9,27 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from overfill.errors import RequestCancelled, Unavailable
+from overfill.errors import InternalError, RequestCancelled, Unavailable
 from overfill.rpc.status import from_rpc_error
 
 T = TypeVar("T")
 
 
 async def outcome(operation: Awaitable[T], peer: str) -> T:
-    """Awaits ``call.read()``, ``call.write(...)`` or a whole call to ``peer``.
+    """Awaits ``call.read()`` or a whole call to ``peer``.
+
+    Raises:
+        InternalError: what came is no message of its type; gRPC gives None then and only logs it.
+        OverfillError: as ``written``.
+    """
+    message = await written(operation, peer)
+    if message is None:
+        raise InternalError(f"{peer} sent what is no message of its type")
+    return message
+
+
+async def written(operation: Awaitable[T], peer: str) -> T:
+    """Awaits ``call.write(...)`` to ``peer``.
 
     Raises:
         RequestCancelled: the peer answered CANCELLED, which gRPC otherwise raises as asyncio.CancelledError, as

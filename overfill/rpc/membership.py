@@ -15,7 +15,7 @@ from typing import Any
 import grpc.aio
 
 from overfill.errors import Incompatible, OverfillError, Unavailable
-from overfill.rpc.calls import outcome
+from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import split_address
 from overfill.rpc.tls import ClientTls
@@ -197,7 +197,7 @@ class _Link:
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
             with suppress(OverfillError):  # of an ended call; the read says how it ended
-                await outcome(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
+                await written(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
             welcome = await self._read(call)
             logger.info("joined router %s at %s", welcome.welcome.router_id, self.address)
             self.joined = True
@@ -229,7 +229,7 @@ class _Link:
             report.CopyFrom(self._report())
             if self._keep_credits is not None:
                 report.credits = min(report.credits, self._keep_credits)
-            await outcome(call.write(registry_pb2.JoinRequest(report=report)), self.address)
+            await written(call.write(registry_pb2.JoinRequest(report=report)), self.address)
             await asyncio.sleep(REPORT_GAP)
             try:
                 await asyncio.wait_for(self.changed.wait(), REPORT_INTERVAL - REPORT_GAP)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
-from overfill.kv.ranges import Coverage, KvRange, layer_runs, share_out
+from overfill.kv.ranges import Coverage, KvRange, runs, share_out
 
 
 def test_complete_after_all_cells_in_any_order():
@@ -57,6 +57,22 @@ def test_shares_of_all_streams_cover_the_transfer_once(layers, streams, start, l
     assert coverage.complete
 
 
-def test_layer_runs():
-    assert list(layer_runs([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
-    assert list(layer_runs([])) == []
+def test_runs_of_consecutive_numbers():
+    assert list(runs([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
+    assert list(runs([])) == []
+
+
+def test_what_is_missing_is_told_in_boxes_that_can_be_asked_for_again():
+    coverage = Coverage([0, 1, 2, 5], (10, 20), 2)
+    whole = [KvRange(0, 3, 10, 20, 0, 2), KvRange(5, 6, 10, 20, 0, 2)]
+    assert coverage.missing(whole) == whole
+    coverage.add(KvRange(0, 2, 12, 15, 0, 2))
+    coverage.add(KvRange(2, 3, 10, 20, 0, 1))
+    missing = coverage.missing(whole)
+    assert KvRange(2, 3, 10, 20, 1, 2) in missing
+    assert KvRange(5, 6, 10, 20, 0, 2) in missing
+    assert len(missing) <= 6
+    assert coverage.missing([KvRange(0, 2, 12, 15, 0, 2)]) == []
+    for box in missing:  # none overlaps another or what was there
+        coverage.add(box)
+    assert coverage.complete

@@ -1,0 +1,297 @@
+"""A gRPC proxy that damages, holds up or reorders messages. Seeded; knows no message types.
+
+``overfill.testing.proxy`` works below it, on bytes: keepalive pings pass through that one, and not through this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import grpc
+import grpc.aio
+
+from overfill.rpc.channel import open_channel, server_options
+
+Direction = Literal["request", "response"]
+
+
+class Filter(Protocol):
+    """What happens to the messages of one direction of one call."""
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        """What goes on in place of ``message``, in order; anything may take its time."""
+
+    def end(self) -> list[bytes]:
+        """What was held back, when the sender has ended."""
+
+
+class Fault(Protocol):
+    """A way to misbehave."""
+
+    def begin(self, rng: random.Random) -> Filter:
+        """A filter for one call."""
+
+
+@dataclass(slots=True)
+class Rule:
+    """Which calls a fault befalls.
+
+    Args:
+        method: end of the full method name, such as ``Prefill/PullKv``; empty for all.
+        share: of these calls, chosen at random.
+        remaining: calls that are still to be befallen; None is no limit.
+
+    Attributes:
+        hits: calls so far.
+    """
+
+    fault: Fault
+    method: str = ""
+    direction: Direction = "response"
+    share: float = 1.0
+    remaining: int | None = None
+    hits: int = 0
+
+
+class MessageProxy:
+    """Forwards every RPC to ``target``, message by message, through the rules that fit it.
+
+    Statuses, metadata, deadlines and cancellation pass unchanged, in both directions.
+    """
+
+    def __init__(self, target: str, rules: Sequence[Rule] = (), seed: int = 0) -> None:
+        self.rules = list(rules)
+        self._rng = random.Random(seed)
+        self._channel = open_channel(target)
+        self._server = grpc.aio.server(options=server_options())
+        self._server.add_generic_rpc_handlers((_AnyMethod(self),))
+        self.address = ""
+
+    async def __aenter__(self) -> MessageProxy:
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.stop(0)
+        await self._channel.close(None)
+
+    async def forward(self, method: str, requests: AsyncIterator[bytes], context: Any) -> AsyncGenerator[bytes, None]:
+        """One call. Every gRPC call is a stream both ways on the wire, one with a single message included."""
+        to_server, to_client = self._filters(method)
+        channel: Any = self._channel
+        call = channel.stream_stream(method)(
+            timeout=context.time_remaining(), metadata=_without_transport(context.invocation_metadata())
+        )
+        sending = asyncio.ensure_future(self._send(call, requests, to_server))
+        try:
+            await context.send_initial_metadata(await call.initial_metadata())
+            while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                for out in await _through(to_client, message):
+                    yield out
+            for out in _rest(to_client):
+                yield out
+            context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+        finally:
+            sending.cancel()
+            call.cancel()
+
+    async def _send(self, call: Any, requests: AsyncIterator[bytes], filters: Sequence[Filter]) -> None:
+        try:
+            async for message in requests:
+                for out in await _through(filters, message):
+                    await call.write(out)
+            for out in _rest(filters):
+                await call.write(out)
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the call has ended, which the reading side tells
+
+    def _filters(self, method: str) -> tuple[list[Filter], list[Filter]]:
+        chosen: dict[Direction, list[Filter]] = {"request": [], "response": []}
+        for rule in self.rules:
+            if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.share:
+                continue
+            rule.hits += 1
+            if rule.remaining is not None:
+                rule.remaining -= 1
+            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64))))
+        return chosen["request"], chosen["response"]
+
+
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    def __init__(self, proxy: MessageProxy) -> None:
+        self._proxy = proxy
+
+    def service(self, handler_call_details: Any) -> Any:
+        method = handler_call_details.method
+
+        # gRPC looks at the function to tell an asynchronous handler.
+        async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            async with aclosing(self._proxy.forward(method, requests, context)) as messages:
+                async for message in messages:
+                    yield message
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+
+async def _through(filters: Sequence[Filter], message: bytes) -> list[bytes]:
+    messages = [message]
+    for filter_ in filters:
+        messages = [out for item in messages for out in await filter_.pass_on(item)]
+    return messages
+
+
+def _rest(filters: Sequence[Filter]) -> list[bytes]:
+    return [out for filter_ in filters for out in filter_.end()]
+
+
+def _without_transport(metadata: Any) -> list[tuple[str, str | bytes]]:
+    """Metadata that a new call may carry; gRPC sets its own."""
+    return [(key, value) for key, value in metadata or () if not key.startswith((":", "grpc-")) and key != "user-agent"]
+
+
+@dataclass(slots=True)
+class _Mapped:
+    """A filter without a memory: ``change`` befalls message number ``at`` of the call."""
+
+    change: Callable[[bytes], list[bytes]]
+    at: int
+    seen: int = 0
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        self.seen += 1
+        return self.change(message) if self.seen - 1 == self.at else [message]
+
+    def end(self) -> list[bytes]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """Flips one bit of one of the first ``within`` messages."""
+
+    within: int = 1
+
+    def begin(self, rng: random.Random) -> Filter:
+        def change(message: bytes) -> list[bytes]:
+            if not message:
+                return [message]
+            damaged = bytearray(message)
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            return [bytes(damaged)]
+
+        return _Mapped(change, rng.randrange(self.within))
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Cuts off the end of one of the first ``within`` messages."""
+
+    within: int = 1
+
+    def begin(self, rng: random.Random) -> Filter:
+        return _Mapped(lambda message: [message[: rng.randrange(max(1, len(message)))]], rng.randrange(self.within))
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Sends one of the first ``within`` messages twice."""
+
+    within: int = 1
+
+    def begin(self, rng: random.Random) -> Filter:
+        return _Mapped(lambda message: [message, message], rng.randrange(self.within))
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Loses one of the first ``within`` messages."""
+
+    within: int = 1
+
+    def begin(self, rng: random.Random) -> Filter:
+        return _Mapped(lambda _: [], rng.randrange(self.within))
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """Holds every message up for up to ``seconds``."""
+
+    seconds: float
+
+    def begin(self, rng: random.Random) -> Filter:
+        return _Delaying(self.seconds, rng)
+
+
+@dataclass(slots=True)
+class _Delaying:
+    seconds: float
+    rng: random.Random
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        await asyncio.sleep(self.rng.random() * self.seconds)
+        return [message]
+
+    def end(self) -> list[bytes]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Lets ``after`` messages pass and then nothing more: a peer that is half open."""
+
+    after: int = 0
+
+    def begin(self, rng: random.Random) -> Filter:
+        return _Stalling(self.after)
+
+
+@dataclass(slots=True)
+class _Stalling:
+    left: int
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        if self.left == 0:
+            await asyncio.Event().wait()
+        self.left -= 1
+        return [message]
+
+    def end(self) -> list[bytes]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Reorder:
+    """Keeps up to ``window`` messages and lets them go in random order."""
+
+    window: int = 4
+
+    def begin(self, rng: random.Random) -> Filter:
+        return _Reordering(self.window, rng)
+
+
+@dataclass(slots=True)
+class _Reordering:
+    window: int
+    rng: random.Random
+    held: list[bytes] = field(default_factory=list)
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        self.held.append(message)
+        return [self._take()] if len(self.held) > self.window else []
+
+    def end(self) -> list[bytes]:
+        self.rng.shuffle(self.held)
+        rest, self.held = self.held, []
+        return rest
+
+    def _take(self) -> bytes:
+        return self.held.pop(self.rng.randrange(len(self.held)))
