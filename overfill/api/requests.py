@@ -27,7 +27,7 @@ class GenerationRequest:
         prompt_token_ids: at least one.
         sampling: ``seed`` and ``max_tokens`` are set; prompt and ``max_tokens`` fit the context together.
         stop: non-empty strings.
-        resume_token_ids: fewer than ``sampling.max_tokens``.
+        resume_token_ids: at most ``sampling.max_tokens``; as many are a whole answer whose end was not heard.
         trace: whether the client wants the handoff's trace.
     """
 
@@ -137,7 +137,7 @@ def _check_resume(resume: Sequence[int], sampling: SamplingParams, max_tokens: i
     if not resume:
         return
     check_token_ids("resume_token_ids", resume, vocab_size)
-    if len(resume) >= max_tokens:
+    if len(resume) > max_tokens:
         raise InvalidRequest("resume_token_ids", f"holds {len(resume)} tokens; the answer has at most {max_tokens}")
     if sampling.seed is None and not sampling.greedy:
         raise InvalidRequest("sampling.seed", "resuming a sampled answer needs the first attempt's seed")

@@ -27,18 +27,18 @@ from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 StartCall = Callable[[str, float | None], Any]
+StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any]
 
 
 class AsyncStream(AsyncIterator[Delta]):
     """An answer as it is written; iterate for deltas. Leaving it as a context manager cancels the rest."""
 
-    def __init__(self, start: StartCall, attempts: Attempts, builder: AnswerBuilder) -> None:
+    def __init__(self, start: StartGenerate, attempts: Attempts, builder: AnswerBuilder) -> None:
         self._start = start
         self._attempts = attempts
         self._builder = builder
-        self._answered = False
         self._cancelled = False
-        self._call = start(attempts.address, attempts.timeout())
+        self._call = self._begin()
 
     @property
     def accepted(self) -> Accepted | None:
@@ -61,22 +61,26 @@ class AsyncStream(AsyncIterator[Delta]):
                     raise RequestCancelled("the request was cancelled") from None
                 raise
             except grpc.RpcError as error:
-                failure = self._attempts.failed(error, self._answered or self._cancelled)
-                if failure is not None:
-                    raise failure from None
-                self._call = self._start(self._attempts.address, self._attempts.timeout())
+                failure = self._attempts.failed(error)
+                if failure is not None or self._cancelled:
+                    raise failure or RequestCancelled("the request was cancelled") from None
+                self._call = self._begin()
                 continue
             if response is grpc.aio.EOF:  # type: ignore[attr-defined]
                 self._builder.answer()
                 raise StopAsyncIteration
-            self._answered = True
             try:
                 delta = self._builder.add(response)
             except BaseException:
                 self.cancel()
                 raise
             if delta is not None:
+                self._attempts.progressed()
                 return delta
+
+    def _begin(self) -> Any:
+        """The call that asks for the answer, or for what is missing of it after a router was lost."""
+        return self._start(self._attempts.address, self._builder.request(), self._attempts.timeout())
 
     def cancel(self) -> None:
         """Gives the request up; iterating further raises RequestCancelled. Does nothing after the end."""
@@ -96,8 +100,8 @@ class AsyncClient:
     """Talks to a router from one event loop; close it, or use it as an async context manager.
 
     Args:
-        address: ``host:port`` or ``unix:path``, or several separated by commas: a new request goes to the
-            first that can be reached.
+        address: ``host:port`` or ``unix:path``, or several separated by commas: a request goes to the first
+            that can be reached, and goes on at the next, token by token, when that one is lost.
         tls: certificates; None talks in the clear.
     """
 
@@ -122,13 +126,12 @@ class AsyncClient:
         """As ``generate``, but token by token."""
         timeout = options.get("timeout")
         check_timeout(timeout)
-        request = build_request(prompt, options)
 
-        def start(address: str, timeout: float | None) -> Any:
+        def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channel(address))
             return stub.Generate(request, timeout=timeout)
 
-        builder = AnswerBuilder(request)
+        builder = AnswerBuilder(build_request(prompt, options))
         return AsyncStream(start, Attempts(self._addresses, timeout), builder)
 
     async def models(self, *, timeout: float | None = 10.0) -> list[Model]:
@@ -175,7 +178,7 @@ class AsyncClient:
             try:
                 return await start(attempts.address, attempts.timeout())
             except grpc.RpcError as error:
-                failure = attempts.failed(error, answered=False)
+                failure = attempts.failed(error)
                 if failure is not None:
                     raise failure from None
 

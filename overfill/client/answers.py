@@ -158,7 +158,7 @@ class Answer:
     Attributes:
         finish_reason: "stop" (a stop token or string) or "length" (``max_tokens``, or the context is full).
         seed: that the router used; with the tokens it resumes or repeats the answer.
-        migrations: times the sequence moved to another decode worker.
+        migrations: times the sequence moved to another decode worker, as the last router knows.
         stop: the stop string that ended the answer; None when none did.
         trace: None unless asked for.
         client_ttft: seconds from the call to the first token, on this side; None without tokens.
@@ -182,7 +182,7 @@ class Answer:
 
 
 class AnswerBuilder:
-    """Takes the messages of one ``Inference.Generate`` in order.
+    """Takes the messages of one ``Inference.Generate`` in order, or of several that go on where one was lost.
 
     Args:
         request: that was sent.
@@ -192,6 +192,7 @@ class AnswerBuilder:
     def __init__(self, request: inference_pb2.GenerateRequest, clock: Callable[[], float] = time.monotonic) -> None:
         self.accepted: Accepted | None = None
         self.started = clock()
+        self._request = request
         self._clock = clock
         self._wants_logprobs = request.sampling.HasField("logprobs")
         self._next_index = len(request.resume_token_ids)
@@ -200,6 +201,17 @@ class AnswerBuilder:
         self._logprobs: list[TokenLogprobs] = []
         self._client_ttft: float | None = None
         self._answer: Answer | None = None
+
+    def request(self) -> inference_pb2.GenerateRequest:
+        """What to send for the rest of the answer, now or after its router was lost: at first, the whole request."""
+        if self.accepted is None:
+            return self._request
+        rest = inference_pb2.GenerateRequest()
+        rest.CopyFrom(self._request)
+        rest.request_id = self.accepted.request_id
+        rest.sampling.seed = self.accepted.seed
+        rest.resume_token_ids.extend(self._token_ids)
+        return rest
 
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
         """The delta in ``response``, if it is one.

@@ -1,8 +1,9 @@
-"""Which address serves a new request: the first one that can be reached. No I/O."""
+"""Which address serves a request: the first one that can be reached, then the next. No I/O."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -12,7 +13,9 @@ from overfill.rpc.status import from_rpc_error
 
 
 class Attempts:
-    """Walks through ``addresses`` until one answers, within one deadline for all.
+    """Goes round ``addresses`` while their routers are lost, within one deadline for all.
+
+    Gives up once every address has failed since the last part of the answer came.
 
     Args:
         timeout: seconds for the whole request, or None.
@@ -21,21 +24,29 @@ class Attempts:
     def __init__(
         self, addresses: Sequence[str], timeout: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.address, *self._others = addresses
+        self._addresses = deque(addresses)
+        self._failures = 0
         self._clock = clock
         self._deadline = None if timeout is None else clock() + timeout
+
+    @property
+    def address(self) -> str:
+        """The one to call now."""
+        return self._addresses[0]
 
     def timeout(self) -> float | None:
         """Seconds left for the next call."""
         return None if self._deadline is None else max(self._deadline - self._clock(), 0.0)
 
-    def failed(self, error: grpc.RpcError, answered: bool) -> OverfillError | None:
-        """What to raise after a call failed; None when ``address`` is now another one to try instead.
+    def progressed(self) -> None:
+        """Part of the answer came from ``address``."""
+        self._failures = 0
 
-        ``answered``: the server had sent something, so it has begun the request and nobody else may take it.
-        """
+    def failed(self, error: grpc.RpcError) -> OverfillError | None:
+        """What to raise after a call failed; None when ``address`` is now another one to try instead."""
         failure = from_rpc_error(error, self.address)
-        if isinstance(failure, Unavailable) and not answered and self._others:
-            self.address, *self._others = self._others
-            return None
-        return failure
+        self._failures += 1
+        if not isinstance(failure, Unavailable) or self._failures >= len(self._addresses):
+            return failure
+        self._addresses.rotate(-1)
+        return None

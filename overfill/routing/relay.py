@@ -39,7 +39,7 @@ class RelayRequest:
 
     Args:
         sampling: with ``seed`` and ``max_tokens`` set.
-        emitted_token_ids: tokens of the answer that the client already has; fewer than ``max_tokens``.
+        emitted_token_ids: tokens of the answer that the client already has; at most ``max_tokens``.
         received: when the router received the request, seconds on the event loop's clock.
         deadline: on the same clock, or None.
         trace: ask for ``Finish.trace``.
@@ -105,6 +105,9 @@ class Relay:
             PromptTooLong: no worker could ever hold it.
             Overloaded: the queue is full.
         """
+        if self.answer.full:
+            self.answer.end(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
+            return
         grant = self._gate.submit(self._job)
         self._task = asyncio.create_task(self._run(grant), name=f"relay {self._request.id}")
 

@@ -313,6 +313,27 @@ def test_a_killed_decode_worker_is_replaced_by_another_within_the_same_stream(ti
         wait_until(lambda: idle(address), 5, "all blocks free")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_streams_go_on_at_another_router_when_theirs_is_lost(tiny_pair, number):
+    greedy = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    sampled = SamplingParams(temperature=1, seed=5, max_tokens=300, ignore_eos=True)
+    with running_stack(tiny_pair, routers=2, grace_period="0") as (stack, _):
+        addresses = list(stack.plan.addresses)
+        with Client(",".join(addresses)) as client:
+            expected = [client.generate(prompt(1), sampling=sampling) for sampling in (greedy, sampled)]
+            with client.stream(prompt(1), sampling=greedy) as one, client.stream(prompt(1), sampling=sampled) as other:
+                for stream in (one, other):
+                    next(stream)
+                os.kill(children(stack, "router")[0].pid, number)
+                for stream, whole in zip((one, other), expected, strict=True):
+                    for _ in stream:
+                        pass
+                    assert stream.answer.token_ids == whole.token_ids
+                    assert stream.answer.text == whole.text
+                    assert stream.answer.usage == whole.usage
+        wait_until(lambda: idle(addresses[1]), 5, "all blocks free")
+
+
 @pytest.mark.parametrize("stage", ["prefill", "decode", "router"])
 def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair, stage):
     sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)

@@ -88,8 +88,8 @@ BAD = [
     ("sampling.stop_token_ids", {"sampling": SamplingParams(stop_token_ids=[VOCAB])}),
     ("sampling.seed", {"resume_token_ids": [1]}),
     ("resume_token_ids", {"resume_token_ids": [VOCAB], "sampling": SamplingParams(seed=1)}),
-    ("resume_token_ids", {"resume_token_ids": [1, 2], "sampling": SamplingParams(seed=1, max_tokens=2)}),
-    ("resume_token_ids", {"resume_token_ids": [1] * (MAX_MODEL_LEN - 3), "sampling": SamplingParams(seed=1)}),
+    ("resume_token_ids", {"resume_token_ids": [1, 2, 3], "sampling": SamplingParams(seed=1, max_tokens=2)}),
+    ("resume_token_ids", {"resume_token_ids": [1] * (MAX_MODEL_LEN - 2), "sampling": SamplingParams(seed=1)}),
 ]
 
 

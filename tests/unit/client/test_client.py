@@ -208,13 +208,33 @@ def test_the_first_reachable_address_serves(sdk: Sdk, closed_address: str, route
     assert len(another_router.requests) == 1
 
 
-def test_a_request_that_was_begun_goes_to_nobody_else(
+def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
+    router.script = [*say.good[:2], Unavailable("leaving")]
+    another_router.script = [say.accepted(), *say.good[2:]]
+    answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x", resume_token_ids=[], stop=["."])
+    assert (answer.text, answer.token_ids) == ("Hello", (10, 11, 12))
+    (first,), (rest,) = router.requests, another_router.requests
+    assert (rest.text, list(rest.stop), rest.request_id) == (first.text, ["."], "r1")
+    assert (list(rest.resume_token_ids), rest.sampling.seed) == ([10], 7)
+    assert not first.sampling.HasField("seed")
+
+
+def test_a_lone_router_that_is_lost_is_an_error(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
     router.script = [*say.good[:2], Unavailable("workers lost")]
     with pytest.raises(Unavailable, match="workers lost"):
+        sdk.run(router.address, "generate", "x")
+    assert len(router.requests) == 1
+
+
+def test_routers_that_only_accept_are_not_asked_forever(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script = another_router.script = [say.accepted(), Unavailable("no workers")]
+    with pytest.raises(Unavailable, match="no workers"):
         sdk.run(f"{router.address},{another_router.address}", "generate", "x")
-    assert another_router.requests == []
+    assert (len(router.requests), len(another_router.requests)) == (1, 1)
 
 
 def test_other_errors_go_to_nobody_else(sdk: Sdk, router: Any, another_router: Any) -> None:

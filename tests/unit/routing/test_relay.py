@@ -497,6 +497,13 @@ async def test_a_resubmitted_request_goes_on_behind_its_tokens(stack):
         assert finish.usage.completion_tokens == 3
 
 
+async def test_a_resubmitted_answer_that_was_whole_needs_no_worker(stack):
+    async with stack.request(emitted=(7, 8, 9, 10)) as relay:
+        batches, finish = await read_all(relay)
+        assert (batches, finish.reason, finish.usage.completion_tokens) == ([], LENGTH, 4)
+        assert stack.streams.empty()
+
+
 async def test_a_stage_without_workers_ends_the_wait(stack):
     stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
     stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
