@@ -171,6 +171,11 @@ class WorkerConfig(ServiceConfig):
         None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
+    step_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="seconds after which a step counts as stuck and the worker leaves, its requests going on elsewhere",
+    )
 
     @model_validator(mode="after")
     def _check_advertise(self) -> Self:

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "chat": ("overfill.cli.chat:chat_command", "Talk to the model, turn by turn."),
     "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
+    "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack, losing no request."),
     "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
     "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
     "bench": ("overfill.cli.bench:bench_group", "Measure a stack."),

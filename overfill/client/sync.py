@@ -150,6 +150,22 @@ class Client:
 
         return StackStatus.from_proto(self._unary(start, timeout))
 
+    def drain(self, worker_id: str, *, timeout: float | None = 10.0) -> None:
+        """Has a worker take nothing new and leave once its requests have finished or moved to another.
+
+        Returns when the worker has begun; ``status`` lists it until it has left.
+
+        Raises:
+            InvalidRequest: the router knows no such worker; those that it knows are named.
+            Unavailable: the worker does not answer.
+        """
+        request = admin_pb2.DrainRequest(worker_id=worker_id)
+
+        def start(address: str, timeout: float | None) -> Any:
+            return admin_pb2_grpc.AdminStub(self._channels[address]).Drain(request, timeout=timeout)
+
+        self._unary(start, timeout)
+
     def close(self) -> None:
         """Cancels what runs and closes the connections."""
         for channel in self._channels.values():

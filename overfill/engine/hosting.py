@@ -28,6 +28,8 @@ from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
+log = logging.getLogger(__name__)
+
 
 async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
     """The half of ``config.pair`` that a worker runs, digests checked, warm; loaded beside the event loop."""
@@ -126,6 +128,7 @@ async def serve_engine(
         core,
         f"{service}-engine",
         config.threads,
+        config.step_timeout,
         on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
     )
     server = RpcServer(config.server_tls())
@@ -134,7 +137,7 @@ async def serve_engine(
         load=lambda: worker_load(engine.load, config.block_size),
         active=lambda: servicer.active,
         capacity=config.max_num_seqs,
-        healthy=lambda: engine.alive,
+        healthy=lambda: engine.alive and not engine.stuck,
         codec=codec,
     )
     host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
@@ -143,6 +146,10 @@ async def serve_engine(
     try:
         return await host.run(f"{config.host}:{config.port}")
     finally:
+        if engine.stuck:
+            # Its thread cannot be joined, nor can the interpreter end while that thread holds the device.
+            log.critical("a step has taken more than %g s: leaving at once", config.step_timeout)
+            os._exit(1)
         engine.stop()
 
 

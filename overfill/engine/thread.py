@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -30,6 +32,7 @@ class EngineThread:
 
     Args:
         threads: intra-op threads of torch for this engine's steps.
+        step_timeout: seconds after which a step counts as stuck, in a driver or a device that does not answer.
         on_load_change: called on the engine's thread after ``load`` has changed.
 
     Attributes:
@@ -38,9 +41,16 @@ class EngineThread:
     """
 
     def __init__(
-        self, core: EngineCore, name: str, threads: int, on_load_change: Callable[[], object] = lambda: None
+        self,
+        core: EngineCore,
+        name: str,
+        threads: int,
+        step_timeout: float = math.inf,
+        on_load_change: Callable[[], object] = lambda: None,
     ) -> None:
         self._core = core
+        self._step_timeout = step_timeout
+        self._step_began: float | None = None
         self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
         self._threads = threads
         self._on_load_change = on_load_change
@@ -64,6 +74,12 @@ class EngineThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the running step takes too long. Nothing can end it but the end of the process."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > self._step_timeout
+
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         try:
@@ -72,7 +88,9 @@ class EngineThread:
                 try:
                     message = self._mailbox.get(block=not busy)
                 except queue.Empty:
+                    self._step_began = time.monotonic()
                     busy = self._core.step()
+                    self._step_began = None
                     self._publish_load()
                     continue
                 if message is None:

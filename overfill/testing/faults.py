@@ -1,6 +1,6 @@
 """Runs a service with one fault in it: ``python -m overfill.testing.faults FAULT MODULE [ARGS...]``.
 
-Faults strike after every check that the service makes has passed, so that only a judge of the answers
+All but the last strike after every check that the service makes has passed, so that only a judge of the answers
 (``overfill verify``) can notice. They are installed in memory and named on stderr.
 
 =====================  ==============================================================================
@@ -8,14 +8,17 @@ negate-weight-row      one row of the down projection of the middle layer change
 overwrite-kv-chunk     received KV that starts at token 0 of layer 0 is overwritten with zeros (decode)
 shift-positions        every forward pass is given positions that are one too large; for one stage only, since
                        RoPE is relative
+hang-step              the twentieth step of the engine never ends
 =====================  ==============================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import runpy
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 
 import overfill.kv.receiver
+from overfill.engine.runner import ModelRunner
 from overfill.kv.cache import KvCache
 from overfill.kv.ranges import KvRange
 from overfill.model.batch import ForwardBatch
@@ -71,10 +75,23 @@ def shift_positions() -> None:
     Transformer.forward = forward_shifted  # type: ignore[method-assign]
 
 
+def hang_step() -> None:
+    run = ModelRunner.run
+    steps = itertools.count(1)
+
+    def run_or_hang(self: ModelRunner, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(steps) >= 20:
+            threading.Event().wait()
+        return run(self, *args, **kwargs)
+
+    ModelRunner.run = run_or_hang  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "negate-weight-row": negate_weight_row,
     "overwrite-kv-chunk": overwrite_kv_chunk,
     "shift-positions": shift_positions,
+    "hang-step": hang_step,
 }
 
 

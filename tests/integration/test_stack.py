@@ -349,6 +349,47 @@ def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair, stage):
         assert process.returncode == 0
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere(tiny_pair, stage):
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    faults = {f"{stage}-0": "hang-step"}
+    with running_stack(tiny_pair, prefill=2, decode=2, faults=faults, step_timeout="1") as (stack, address):
+        (stuck,) = [c for c in children(stack, stage) if c.name == f"{stage}-0"]
+        with Client(address) as client:
+            expected = client.generate(prompt(1), sampling=sampling).token_ids
+            while stuck.returncode is None:
+                assert client.generate(prompt(1), sampling=sampling, timeout=30).token_ids == expected
+        assert stuck.returncode == 1
+        assert any("a step has taken more than 1 s" in line for line in stuck.last_lines())
+        wait_until(lambda: idle(address), 5, "all blocks free")
+
+
+def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
+    sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    with running_stack(tiny_pair, decode=2, grace_period="1") as (stack, address), Client(address) as client:
+        expected = client.generate(prompt(1), sampling=sampling).token_ids
+        with client.stream(prompt(1), sampling=sampling) as stream:
+            next(stream)
+            busy = next(id for id, load in loads(address).items() if id.startswith("decode") and load.kv_blocks_used)
+            drained = overfill("drain", busy, "--address", address)
+            rest = list(stream)
+        assert rest
+        assert stream.answer.token_ids == expected
+        assert (drained.returncode, drained.stdout) == (0, f"{busy} has left\n")
+        (process,) = [c for c in children(stack, "decode") if c.name == busy]
+        wait_until(lambda: process.returncode is not None, 10, "the process has left")
+        assert process.returncode == 0
+        assert client.generate(prompt(1), sampling=sampling).token_ids == expected
+        unknown = overfill("drain", "nobody", "--address", address)
+        assert unknown.returncode == 1
+        assert "no worker 'nobody' has joined; joined: " in unknown.stderr
+
+
+def overfill(*arguments):
+    command = [sys.executable, "-m", "overfill.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
 def test_a_prefill_worker_of_another_full_model_is_refused(tiny_pair, tmp_path):
     from overfill.testing.tiny import make_tiny_pair
 

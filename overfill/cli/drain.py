@@ -1,0 +1,46 @@
+"""``overfill drain``: take a worker out of a running stack without losing a request."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from overfill.cli.options import connect, connection_options
+
+_POLL = 0.5  # seconds between looks at the worker
+
+
+@click.command("drain")
+@click.argument("worker")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds to wait; 0: do not wait."
+)
+@connection_options
+def drain_command(
+    worker: str, timeout: float, address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None
+) -> int:
+    """Take WORKER out of a running stack: it accepts nothing new and leaves when it is idle.
+
+    Requests that still run after its --grace-period go on at another worker. Exits 1 when WORKER is still there
+    after the timeout. `overfill status` lists the workers.
+    """
+    from rich.console import Console
+
+    with connect(address, tls_ca, tls_cert, tls_key) as client:
+        client.drain(worker)
+        deadline = time.monotonic() + timeout
+        with Console(stderr=True, highlight=False).status(f"{worker} drains") as line:
+            while time.monotonic() < deadline:
+                found = next((w for w in client.status().workers if w.id == worker), None)
+                if found is None:
+                    click.echo(f"{worker} has left")
+                    return 0
+                if found.process is not None and found.process.load is not None:
+                    line.update(f"{worker} drains: {found.process.load.running + found.process.load.waiting} requests")
+                time.sleep(_POLL)
+    if timeout == 0:
+        click.echo(f"{worker} drains")
+        return 0
+    raise click.ClickException(f"{worker} still drains after {timeout:g} s; see `overfill status`")
