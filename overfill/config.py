@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ class WorkerConfig(ServiceConfig):
 
     routers: Addresses = Field((), description="routers to join, HOST:PORT, separated by commas")
     worker_id: str = Field("", description="name of this worker; empty makes one")
-    advertise: str = Field("", description="host that other processes reach this worker at; empty takes --host")
+    advertise: str = Field("", description="HOST or HOST:PORT that others reach this worker at; empty takes --host")
     dtype: DTypeName | None = Field(
         None,
         description="element type of weights, activations and KV cache, the same on all workers; by default what the "
@@ -179,7 +180,7 @@ class WorkerConfig(ServiceConfig):
 
     @model_validator(mode="after")
     def _check_advertise(self) -> Self:
-        if _is_wildcard(self.advertise or self.host):
+        if _is_wildcard(re.sub(r"(?<=[^:]):\d+$", "", self.advertise) or self.host):
             raise ValueError(
                 f"{self.advertise or self.host} is no address that others can connect to: "
                 "give the host that they reach this worker at with --advertise"

@@ -26,7 +26,7 @@ from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull, Pro
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.pair.manifest import Pair
 from overfill.params import SamplingParams
-from overfill.testing.proxy import ThrottlingProxy
+from overfill.testing.proxy import TcpProxy
 from overfill.testing.registry import ListeningRegistry
 from overfill.v1 import decode_pb2, kv_pb2, registry_pb2
 
@@ -122,7 +122,7 @@ async def record_timeline(
         hello = await _joined(registry, worker)
         data_address = hello.data_address
         if rate is not None:
-            data_address = (await stack.enter_async_context(ThrottlingProxy(data_address, rate))).address
+            data_address = (await stack.enter_async_context(TcpProxy(data_address, rate))).address
         target = decode_pb2.AssignPrefill(
             worker_id=hello.worker_id,
             incarnation=hello.incarnation,

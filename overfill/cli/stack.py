@@ -41,6 +41,10 @@ class Plan:
         """Where clients and workers on this machine reach the routers."""
         return tuple(f"{reachable(router.host)}:{router.port}" for router in self.routers)
 
+    def workers(self) -> list[tuple[str, PrefillConfig | DecodeConfig]]:
+        """Every worker with its stage."""
+        return [*(("prefill", worker) for worker in self.prefill), *(("decode", worker) for worker in self.decode)]
+
     @property
     def client_tls(self) -> ClientTls | None:
         """How processes on this machine talk to the routers."""
@@ -63,10 +67,7 @@ class Stack:
             check_port_free(config.host, config.port)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
-        for stage, configs in (("prefill", self.plan.prefill), ("decode", self.plan.decode)):
-            for worker in configs:
-                child = self._spawn(worker.worker_id, f"services.{stage}.main", worker, worker.threads)
-                self._workers.append(child)
+        self._workers += [self._spawn_worker(stage, worker) for stage, worker in self.plan.workers()]
 
     def wait_ready(self, cancelled: threading.Event) -> None:
         """Returns when every router has seen all its workers ready, or when ``cancelled`` is set.
@@ -83,6 +84,17 @@ class Stack:
                 waiting.pop(0)
             else:
                 cancelled.wait(_POLL_SECONDS)
+
+    def worker(self, name: str) -> Child:
+        """The process that now runs the worker of that id."""
+        return next(child for child in self._workers if child.name == name)
+
+    def restart(self, name: str) -> None:
+        """Starts a dead worker again, as it was. On the main thread, like ``start``."""
+        old = self.worker(name)
+        stage, config = next((s, w) for s, w in self.plan.workers() if w.worker_id == name)
+        self._reported.discard(name)
+        self._workers[self._workers.index(old)] = self._spawn_worker(stage, config)
 
     def exited(self) -> list[Child]:
         """Processes found dead since the last call."""
@@ -108,6 +120,9 @@ class Stack:
         except BaseException:  # the user will not wait
             processes.stop(self._workers, 0)
             raise
+
+    def _spawn_worker(self, stage: str, config: PrefillConfig | DecodeConfig) -> Child:
+        return self._spawn(config.worker_id, f"services.{stage}.main", config, config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
         command = [sys.executable, "-m", module, *config.to_argv()]

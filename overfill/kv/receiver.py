@@ -11,9 +11,11 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from overfill.errors import (
     DeadlineExceeded,
@@ -31,7 +33,7 @@ from overfill.kv.joining import to_the_end
 from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.spec import KvSpec
-from overfill.rpc.calls import outcome, responses
+from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
@@ -191,9 +193,10 @@ class PromptPull:
             on_first_token: called on the event loop, before the KV is complete.
         """
         self._outgoing.put_nowait(self._start_message())
-        control = self._peer.control.Prefill(self._outgoing_messages(), timeout=timeout)
+        control = self._peer.control.Prefill(timeout=timeout)
         try:
             async with asyncio.TaskGroup() as group:
+                sending = group.create_task(self._send(control))
                 pace = group.create_task(
                     watch_pace(self._worker, lambda: self._ready_bytes, lambda: self.stats.kv_bytes)
                 )
@@ -216,6 +219,7 @@ class PromptPull:
                         case "done":
                             self.stats.prefill = message.done.trace
                 pace.cancel()
+                sending.cancel()
         except BaseExceptionGroup as errors:
             first_token_known = self.stats.first_token_ns > 0 or not self._request.sample_first_token
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
@@ -248,9 +252,11 @@ class PromptPull:
             )
         )
 
-    async def _outgoing_messages(self) -> AsyncIterator[prefill_pb2.PrefillRequest]:
-        while True:
-            yield await self._outgoing.get()
+    async def _send(self, control: Any) -> None:
+        # Not as an iterator of requests: gRPC would wait for the next one in a task that outlives the call.
+        with suppress(OverfillError):  # the call has ended; reading it tells how
+            while True:
+                await written(control.write(await self._outgoing.get()), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
         return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))

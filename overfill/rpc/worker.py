@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class WorkerHost:
     Args:
         server: with the worker's own service added, not started.
         hello: complete but for ``address``, ``data_address``.
-        advertise: host that others reach this one at; empty is the one it listens on.
+        advertise: host, or host:port, that others reach this one at; empty is what it listens on.
     """
 
     def __init__(
@@ -174,9 +175,11 @@ class WorkerHost:
 
 
 def announced(bound: str, advertise: str) -> str:
-    """The address that others are told: ``bound``, a ``host:port``, with another host unless that is empty."""
+    """The address that others are told: ``bound``, a ``host:port``, with the host or host:port of ``advertise``."""
     if not advertise:
         return bound
+    if re.fullmatch(r"(\[.*\]|[^:]+):\d+", advertise):
+        return advertise
     host = f"[{advertise}]" if ":" in advertise and not advertise.startswith("[") else advertise
     return f"{host}:{split_address(bound)[1]}"
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -81,7 +80,7 @@ class MessageProxy:
         await self._server.stop(0)
         await self._channel.close(None)
 
-    async def forward(self, method: str, requests: AsyncIterator[bytes], context: Any) -> AsyncGenerator[bytes, None]:
+    async def forward(self, method: str, requests: AsyncIterator[bytes], context: Any) -> None:
         """One call. Every gRPC call is a stream both ways on the wire, one with a single message included."""
         to_server, to_client = self._filters(method)
         channel: Any = self._channel
@@ -93,9 +92,9 @@ class MessageProxy:
             await context.send_initial_metadata(await call.initial_metadata())
             while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 for out in await _through(to_client, message):
-                    yield out
+                    await context.write(out)
             for out in _rest(to_client):
-                yield out
+                await context.write(out)
             context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
@@ -134,10 +133,8 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         method = handler_call_details.method
 
         # gRPC looks at the function to tell an asynchronous handler.
-        async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-            async with aclosing(self._proxy.forward(method, requests, context)) as messages:
-                async for message in messages:
-                    yield message
+        async def handle(requests: AsyncIterator[bytes], context: Any) -> None:
+            await self._proxy.forward(method, requests, context)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 

@@ -25,7 +25,7 @@ from overfill.pair.reference import TwoStageReference
 from overfill.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
-from overfill.testing.proxy import ThrottlingProxy
+from overfill.testing.proxy import TcpProxy
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.decode.servicer import DecodeServicer
 from services.prefill.servicer import PrefillServicer
@@ -219,7 +219,7 @@ async def in_phase(workers, phase, timeout=None):
         if phase == "decoding":
             workers.decode_gate.open.clear()
         if phase == "KV on its way":
-            proxy = await stack.enter_async_context(ThrottlingProxy(workers.target.address, 10_000))
+            proxy = await stack.enter_async_context(TcpProxy(workers.target.address, 10_000))
             await workers.assign(call, proxy.address)
             assert (await call.read()).HasField("tokens"), "the first token comes before the KV"
         elif phase != "reserved":
@@ -291,7 +291,7 @@ async def test_a_resumed_answer_goes_on_where_it_was(workers, reference):
 
 
 async def test_max_tokens_of_one_needs_no_kv(workers, reference):
-    async with ThrottlingProxy(workers.target.address, 10_000) as proxy:
+    async with TcpProxy(workers.target.address, 10_000) as proxy:
         call = await workers.reserve(max_tokens=1)
         await workers.assign(call, proxy.address)
         ids, done = await workers.answer(call)

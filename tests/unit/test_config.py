@@ -97,6 +97,7 @@ def test_a_worker_on_every_address_must_say_where_it_is(
     argv = ["--pair", "p", "--host", host, "--tls-cert", "c", "--tls-key", "k"]
     assert "--advertise" in refused(kind, argv, capsys)
     assert "--advertise" in refused(kind, [*argv, "--advertise", host], capsys)
+    assert "--advertise" in refused(kind, [*argv, "--advertise", f"{host}:7601"], capsys) or host == "::"
     config = kind.parse([*argv, "--advertise", "gpu-1.internal"])
     assert (config.host, config.advertise) == (host, "gpu-1.internal")  # type: ignore[attr-defined]
 
