@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from overfill.errors import TransferFailed
 from overfill.kv.ranges import Coverage, KvRange, runs, share_out
@@ -76,3 +77,59 @@ def test_what_is_missing_is_told_in_boxes_that_can_be_asked_for_again():
     for box in missing:  # none overlaps another or what was there
         coverage.add(box)
     assert coverage.complete
+
+
+def cells(boxes):
+    return {
+        (layer, token, head)
+        for box in boxes
+        for layer in range(box.layer_start, box.layer_end)
+        for token in range(box.token_start, box.token_end)
+        for head in range(box.head_start, box.head_end)
+    }
+
+
+class Receiving(RuleBasedStateMachine):
+    """Chunks arrive in any order and shape, twice, or outside; what is missing is asked for again."""
+
+    LAYERS = (0, 1, 2, 5)
+    WHOLE = (KvRange(0, 3, 10, 16, 0, 2), KvRange(5, 6, 10, 16, 0, 2))
+
+    def __init__(self):
+        super().__init__()
+        self.coverage = Coverage(self.LAYERS, (10, 16), 2)
+        self.arrived = set()
+
+    @rule(
+        layers=st.tuples(st.integers(0, 6), st.integers(0, 3)),
+        tokens=st.tuples(st.integers(9, 16), st.integers(0, 4)),
+        heads=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    )
+    def a_chunk_arrives(self, layers, tokens, heads):
+        (layer, more_layers), (token, more_tokens), (head, more_heads) = layers, tokens, heads
+        box = KvRange(layer, layer + more_layers, token, token + more_tokens, head, head + more_heads)
+        new = cells([box])
+        if new and new <= cells(self.WHOLE) and not new & self.arrived:
+            self.coverage.add(box)
+            self.arrived |= new
+        else:
+            with pytest.raises(TransferFailed):
+                self.coverage.add(box)
+
+    @rule(data=st.data())
+    def what_is_missing_is_sent_again(self, data):
+        if missing := self.coverage.missing(self.WHOLE):
+            box = data.draw(st.sampled_from(missing))
+            self.coverage.add(box)
+            self.arrived |= cells([box])
+
+    @invariant()
+    def what_is_missing_is_what_has_not_arrived(self):
+        missing = self.coverage.missing(self.WHOLE)
+        assert sum(box.cells for box in missing) == len(cells(missing))  # no two overlap
+        assert cells(missing) == cells(self.WHOLE) - self.arrived
+        assert self.coverage.missing_cells == len(cells(missing))
+        assert self.coverage.complete == (not missing)
+
+
+TestReceiving = Receiving.TestCase
