@@ -1,8 +1,9 @@
 """Decode scheduling: continuous batching of sequences whose prompt KV came from elsewhere. No sockets, no text.
 
 Every step computes one token of every running sequence. Sequences that come with emitted tokens (migrated or
-preempted) first replay them through the decoder in one pass, in a step of their own. When blocks run out, the youngest
-sequence loses its own; it comes back, before anything new is reserved, when blocks are free again.
+preempted) first replay them through the decoder in one pass, in a step of their own, or in several when they are many.
+When blocks run out, the youngest sequence loses its own; it comes back, before anything new is reserved, when blocks
+are free again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class DecodeEngine:
 
     Args:
         max_num_seqs: most sequences that hold or wait for blocks at once.
-        replay_budget: most replayed tokens in one step, so that a replay does not hold up the others for long.
+        replay_budget: most replayed tokens in one step, so that a replay neither holds up the others for long nor takes
+            more memory than was set aside for a step.
     """
 
     def __init__(
@@ -170,31 +172,34 @@ class DecodeEngine:
         chosen: list[DecodeSequence] = []
         budget = self._replay_budget
         for sequence in replays:
-            budget -= len(sequence.pending())
-            if chosen and budget < 0:
+            budget -= min(len(sequence.pending()), self._replay_budget)
+            if budget < 0:
                 break
             chosen.append(sequence)
         return chosen
 
     def _compute(self, sequences: list[DecodeSequence]) -> list[DecodeEvent]:
         started = time.monotonic_ns()
+        chunks = {s.id: s.pending()[: self._replay_budget] for s in sequences}
+        whole = [s for s in sequences if len(chunks[s.id]) == len(s.pending())]
         try:
-            works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            sampled = sample(
-                self._runner.run(works),
-                [s.sampling for s in sequences],
-                [s.num_tokens for s in sequences],
-                [s.sample_index for s in sequences],
-            )
+            works = [Work(chunks[s.id], s.computed, s.blocks, wants_logits=s in whole) for s in sequences]
+            logits = self._runner.run(works)
+            sampled = []
+            if whole:
+                sampled = sample(
+                    logits, [s.sampling for s in whole], [s.num_tokens for s in whole], [s.sample_index for s in whole]
+                )
         except Exception as error:
             log.exception("decode step failed")
             self._runner.synchronize()
             for sequence in sequences:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]
+        for sequence in sequences:
+            sequence.computed += len(chunks[sequence.id])
         events: list[DecodeEvent] = []
-        for sequence, token in zip(sequences, sampled, strict=True):
-            sequence.computed = sequence.num_tokens
+        for sequence, token in zip(whole, sampled, strict=True):
             index = len(sequence.emitted)
             emitted, finish = sequence.stop.judge(token.token_id, index)
             if emitted:

@@ -103,6 +103,21 @@ def test_emitted_tokens_are_replayed_in_one_pass_and_not_sent_again(runner, pool
     assert [e.index for e in events if isinstance(e, TokenSampled)] == [3, 4]
 
 
+def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
+    engine = new_engine(runner, pool, events, replay_budget=4)
+    engine.handle(Reserve(sequence("a", emitted=range(10, 20), max_tokens=12)))
+    engine.handle(Start("a", None))
+    engine.handle(Reserve(sequence("b", max_tokens=3)))
+    engine.handle(Start("b", 50))
+    while engine.step():
+        pass
+    replayed = [step[0] for step in runner.steps if step[0][1] < 14 and step[0][0][0] < 50]
+    assert replayed == [([10, 11, 12, 13], 4), ([14, 15, 16, 17], 8), ([18, 19], 12)]
+    assert tokens(events, "a") == [20, 21]
+    assert tokens(events, "b") == [51, 52]
+    assert ([50], 4) in runner.steps[1]  # a normal step went between two parts of the replay
+
+
 def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
     engine = new_engine(runner, pool, events)
     engine.handle(Reserve(sequence("a", prompt=24)))
