@@ -172,10 +172,11 @@ class WorkerConfig(ServiceConfig):
         None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
-    step_timeout: float = Field(
-        60.0,
+    step_timeout: float | None = Field(
+        None,
         gt=0,
-        description="seconds after which a step counts as stuck and the worker leaves, its requests going on elsewhere",
+        description="seconds after which a step counts as stuck and the worker exits, its requests going on elsewhere; "
+        "by default 60 on a GPU, and no limit on a CPU",
     )
 
     @model_validator(mode="after")

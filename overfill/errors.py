@@ -14,7 +14,8 @@
     ├── TransferFailed        KV did not arrive whole and right                       DATA_LOSS
     ├── DeadlineExceeded      the request's deadline passed                           DEADLINE_EXCEEDED
     ├── RequestCancelled      the caller gave up                                      CANCELLED
-    ├── Unavailable           a peer cannot be reached, is draining or was lost       UNAVAILABLE
+    ├── Unavailable           a peer cannot be reached or was lost                    UNAVAILABLE
+    │   └── ShuttingDown      a process is leaving; another one may take the request  UNAVAILABLE
     └── InternalError         a fault of ours                                         INTERNAL
 
 ``overfill.rpc.status`` maps them to gRPC status codes and back.
@@ -82,7 +83,11 @@ class RequestCancelled(OverfillError):
 
 
 class Unavailable(OverfillError):
-    """A peer cannot be reached, is draining, or was lost on the way."""
+    """A peer cannot be reached, or was lost on the way."""
+
+
+class ShuttingDown(Unavailable):
+    """A process is leaving, and takes or finishes nothing any more; another one may."""
 
 
 class InternalError(OverfillError):

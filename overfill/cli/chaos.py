@@ -52,7 +52,8 @@ def chaos_command(
     """Start a stack on this machine, keep it busy, break its workers, and judge every answer.
 
     A fault befalls a random worker whenever both stages have a spare. Exits 1 unless every answer came and is
-    right, and every KV block was free within two seconds of the last answer.
+    right, faults hit as many workers at work as asked for, and every KV block was free within two seconds of the
+    last answer.
     """
     from overfill.cli.up import make_plan
     from overfill.pair.conversations import shipped_conversations
@@ -79,8 +80,9 @@ def chaos_command(
         print_json(_as_json(result, summary))
     else:
         _print(result, summary)
+    struck = result.hits >= result.trial.hits
     freed = result.freed_after is not None and result.freed_after <= 2.0
-    return 0 if summary.passed and freed and not result.leaked and not result.unclean_exits else 1
+    return 0 if summary.passed and struck and freed and not result.leaked and not result.unclean_exits else 1
 
 
 def _tiny(exits: ExitStack) -> Path:

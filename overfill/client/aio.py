@@ -21,7 +21,7 @@ from overfill.client.requests import (
     split_addresses,
 )
 from overfill.client.status import Model, StackStatus
-from overfill.errors import RequestCancelled
+from overfill.errors import InvalidRequest, RequestCancelled
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -161,6 +161,8 @@ class AsyncClient:
             InvalidRequest: the router knows no such worker; those that it knows are named.
             Unavailable: the worker does not answer.
         """
+        if not worker_id:
+            raise InvalidRequest("worker_id", "is empty")
         request = admin_pb2.DrainRequest(worker_id=worker_id)
 
         def start(address: str, timeout: float | None) -> Any:

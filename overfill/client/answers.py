@@ -34,12 +34,13 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What the router said when it took the request. ``seed`` is the one in use."""
+    """What the router said when it took the request. ``seed`` and ``max_tokens`` are those in use."""
 
     request_id: str
     prompt_tokens: int
     seed: int
     model: str
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,7 @@ class AnswerBuilder:
         rest.CopyFrom(self._request)
         rest.request_id = self.accepted.request_id
         rest.sampling.seed = self.accepted.seed
+        rest.sampling.max_tokens = self.accepted.max_tokens
         rest.resume_token_ids.extend(self._token_ids)
         return rest
 
@@ -225,7 +227,9 @@ class AnswerBuilder:
         kind = response.WhichOneof("message")
         if kind == "accepted":
             accepted = response.accepted
-            self.accepted = Accepted(accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model)
+            self.accepted = Accepted(
+                accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model, accepted.max_tokens
+            )
         elif self.accepted is None:
             raise InternalError("the server answered without having accepted the request")
         elif kind == "delta":

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from overfill.errors import OverfillError, Unavailable
-from overfill.rpc.status import from_rpc_error
+from overfill.errors import OverfillError, ShuttingDown, Unavailable
+from overfill.rpc.status import from_rpc_error, is_word_of_peer
 
 
 class Attempts:
@@ -45,8 +45,11 @@ class Attempts:
     def failed(self, error: grpc.RpcError) -> OverfillError | None:
         """What to raise after a call failed; None when ``address`` is now another one to try instead."""
         failure = from_rpc_error(error, self.address)
+        lost = isinstance(failure, ShuttingDown) or (
+            isinstance(failure, Unavailable) and not is_word_of_peer(error)  # else the router lives and has given up
+        )
         self._failures += 1
-        if not isinstance(failure, Unavailable) or self._failures >= len(self._addresses):
+        if not lost or self._failures >= len(self._addresses):
             return failure
         self._addresses.rotate(-1)
         return None

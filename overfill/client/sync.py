@@ -19,7 +19,7 @@ from overfill.client.requests import (
     split_addresses,
 )
 from overfill.client.status import Model, StackStatus
-from overfill.errors import RequestCancelled
+from overfill.errors import InvalidRequest, RequestCancelled
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -58,9 +58,13 @@ class Stream(Iterator[Delta]):
                 raise
             except grpc.RpcError as error:
                 failure = self._attempts.failed(error)
-                if failure is not None or self._cancelled:
-                    raise failure or RequestCancelled("the request was cancelled") from None
-                self._call = self._begin()
+                if failure is None:
+                    self._call = self._begin()
+                if self._cancelled:  # perhaps just now, by another thread
+                    self._call.cancel()
+                    raise RequestCancelled("the request was cancelled") from None
+                if failure is not None:
+                    raise failure from None
                 continue
             try:
                 delta = self._builder.add(response)
@@ -159,6 +163,8 @@ class Client:
             InvalidRequest: the router knows no such worker; those that it knows are named.
             Unavailable: the worker does not answer.
         """
+        if not worker_id:
+            raise InvalidRequest("worker_id", "is empty")
         request = admin_pb2.DrainRequest(worker_id=worker_id)
 
         def start(address: str, timeout: float | None) -> Any:

@@ -180,26 +180,26 @@ class DecodeEngine:
 
     def _compute(self, sequences: list[DecodeSequence]) -> list[DecodeEvent]:
         started = time.monotonic_ns()
-        chunks = {s.id: s.pending()[: self._replay_budget] for s in sequences}
-        whole = [s for s in sequences if len(chunks[s.id]) == len(s.pending())]
         try:
-            works = [Work(chunks[s.id], s.computed, s.blocks, wants_logits=s in whole) for s in sequences]
-            logits = self._runner.run(works)
-            sampled = []
-            if whole:
-                sampled = sample(
-                    logits, [s.sampling for s in whole], [s.num_tokens for s in whole], [s.sample_index for s in whole]
-                )
+            if len(sequences[0].pending()) > self._replay_budget:
+                self._replay_part(sequences[0])
+                return []
+            works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
+            sampled = sample(
+                self._runner.run(works),
+                [s.sampling for s in sequences],
+                [s.num_tokens for s in sequences],
+                [s.sample_index for s in sequences],
+            )
         except Exception as error:
             log.exception("decode step failed")
             self._runner.synchronize()
             for sequence in sequences:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]
-        for sequence in sequences:
-            sequence.computed += len(chunks[sequence.id])
         events: list[DecodeEvent] = []
-        for sequence, token in zip(whole, sampled, strict=True):
+        for sequence, token in zip(sequences, sampled, strict=True):
+            sequence.computed = sequence.num_tokens
             index = len(sequence.emitted)
             emitted, finish = sequence.stop.judge(token.token_id, index)
             if emitted:
@@ -210,6 +210,14 @@ class DecodeEngine:
                 del self._sequences[sequence.id]
             events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started))
         return events
+
+    def _replay_part(self, sequence: DecodeSequence) -> None:
+        """The first tokens of a replay that is longer than the budget and therefore alone in its step."""
+        part = sequence.pending()[: self._replay_budget]
+        self._runner.run([Work(part, sequence.computed, sequence.blocks, wants_logits=False)])
+        # No token is read from the device, which would wait for it; the blocks may be freed before the next step.
+        self._runner.synchronize()
+        sequence.computed += len(part)
 
     def _free(self, sequence: DecodeSequence) -> None:
         self._pool.release(sequence.id, sequence.blocks)

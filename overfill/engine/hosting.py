@@ -28,7 +28,8 @@ from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
-log = logging.getLogger(__name__)
+_CUDA_STEP_TIMEOUT = 60.0
+"""Seconds, unless ``step_timeout`` is given. A CPU cannot hang, and its steps may be long."""
 
 
 async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
@@ -128,7 +129,9 @@ async def serve_engine(
         core,
         f"{service}-engine",
         config.threads,
-        config.step_timeout,
+        config.step_timeout or (_CUDA_STEP_TIMEOUT if resolve_device(config.device).type == "cuda" else None),
+        # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
+        on_stuck=lambda: os._exit(1),
         on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
     )
     server = RpcServer(config.server_tls())
@@ -137,7 +140,7 @@ async def serve_engine(
         load=lambda: worker_load(engine.load, config.block_size),
         active=lambda: servicer.active,
         capacity=config.max_num_seqs,
-        healthy=lambda: engine.alive and not engine.stuck,
+        healthy=lambda: engine.alive,
         codec=codec,
     )
     host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
@@ -146,10 +149,6 @@ async def serve_engine(
     try:
         return await host.run(f"{config.host}:{config.port}")
     finally:
-        if engine.stuck:
-            # Its thread cannot be joined, nor can the interpreter end while that thread holds the device.
-            log.critical("a step has taken more than %g s: leaving at once", config.step_timeout)
-            os._exit(1)
         engine.stop()
 
 

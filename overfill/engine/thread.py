@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -32,7 +31,9 @@ class EngineThread:
 
     Args:
         threads: intra-op threads of torch for this engine's steps.
-        step_timeout: seconds after which a step counts as stuck, in a driver or a device that does not answer.
+        step_timeout: seconds after which a step counts as stuck, in a driver or a device that does not answer; None
+            lets steps take their time.
+        on_stuck: called once, on a thread of its own: the engine's cannot be ended but with the process.
         on_load_change: called on the engine's thread after ``load`` has changed.
 
     Attributes:
@@ -45,11 +46,13 @@ class EngineThread:
         core: EngineCore,
         name: str,
         threads: int,
-        step_timeout: float = math.inf,
+        step_timeout: float | None = None,
+        on_stuck: Callable[[], object] = lambda: None,
         on_load_change: Callable[[], object] = lambda: None,
     ) -> None:
         self._core = core
         self._step_timeout = step_timeout
+        self._on_stuck = on_stuck
         self._step_began: float | None = None
         self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
         self._threads = threads
@@ -60,6 +63,9 @@ class EngineThread:
 
     def start(self) -> None:
         self._thread.start()
+        if self._step_timeout is not None:
+            watching = threading.Thread(target=self._watch, args=(self._step_timeout,), name="watchdog", daemon=True)
+            watching.start()
 
     def send(self, message: object) -> None:
         """Hands a message to the core; never blocks. Callable from any thread."""
@@ -74,11 +80,14 @@ class EngineThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    @property
-    def stuck(self) -> bool:
-        """Whether the running step takes too long. Nothing can end it but the end of the process."""
-        began = self._step_began
-        return began is not None and time.monotonic() - began > self._step_timeout
+    def _watch(self, timeout: float) -> None:
+        while self.alive:
+            time.sleep(min(1.0, timeout / 4))
+            began = self._step_began
+            if began is not None and time.monotonic() - began > timeout:
+                log.critical("a step has taken more than %g s", timeout)
+                self._on_stuck()
+                return
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)

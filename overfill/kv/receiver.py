@@ -8,6 +8,7 @@ and bytes only; sampling and scheduling are the engine's.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import time
@@ -21,6 +22,7 @@ from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
     InternalError,
+    InvalidRequest,
     OverfillError,
     RequestCancelled,
     TransferFailed,
@@ -263,23 +265,24 @@ class PromptPull:
 
     async def _pull(self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None) -> None:
         """Pulls ``ranges``. What a wrong chunk or a broken stream leaves out is asked for again: it is computed."""
-        for repeats in range(MAX_REPEATS + 1):
+        for repeats in itertools.count():
+            error: OverfillError | None = None
             try:
                 await self._pull_once(stub, ranges, timeout)
-                error: OverfillError | None = None
             except _REPEATABLE as failure:
                 error = failure
             ranges = self._coverage.missing(ranges)
-            if error is None and not ranges:
+            if ranges and error is None:
+                error = TransferFailed(f"{self._worker} left out {ranges[0]}")
+            if error is None:
                 return
             self.stats.broken_streams += 1
-            error = error or TransferFailed(f"{self._worker} left out {ranges[0]}")
             logger.warning("%s: a data stream broke with %d ranges missing: %s", self._worker, len(ranges), error)
             if not ranges:
                 return
+            if repeats == MAX_REPEATS:
+                raise error
             await asyncio.sleep(_REPEAT_DELAY * 2**repeats)
-        assert error is not None
-        raise error
 
     async def _pull_once(
         self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None
@@ -303,6 +306,8 @@ class PromptPull:
                 self.stats.kv_bytes += len(chunk.payload)
                 self.stats.kv_chunks += 1
                 self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=prefill_pb2.AckKv(ranges=[box.to_proto()])))
+        except InvalidRequest as error:  # of the ranges, which are ours and not the user's
+            raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
         finally:
             call.cancel()
 

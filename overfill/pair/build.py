@@ -95,7 +95,9 @@ def fill_pair(
     )
     weights = _load(full, config)
     digest = checkpoint_digest(full)
-    shipped = Scores.load(SHIPPED_SCORES, digest) if SHIPPED_SCORES.exists() else None
+    shipped = None
+    if calibration == "shipped" and SHIPPED_SCORES.exists():
+        shipped = Scores.load(SHIPPED_SCORES, digest)
     scores = shipped or _score(weights, config, transcripts, report)
     scores.save(folder / SCORES_FILE, digest)
     layers = list(range(config.num_layers))

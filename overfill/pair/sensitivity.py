@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
@@ -40,6 +41,9 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
     Args:
         full: float32, norms folded in (``fold_norms``).
         packed: its parts must be small: all activations of one are held at a time.
+
+    Raises:
+        InvalidPair: a layer computes what is not finite; it is named.
     """
     math = LayerMath(config, int(packed.positions.max()) + 1)
     hidden = config.hidden_size
@@ -50,9 +54,11 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
         x = full.embedding[packed.token_ids[part.rows]].clone().requires_grad_()
         outs: list[Tensor] = []
         normed: list[Tensor] = []
-        for layer in full.layers:
+        for index, layer in enumerate(full.layers):
             done = run_full_layer(math, layer, packed, part, x)
             x = done.out
+            if not x.isfinite().all():
+                raise InvalidPair(f"scoring layer {index}: its output is not finite; the checkpoint is damaged")
             outs.append(x)
             normed += [done.normed, done.middle_normed]
         normed.append(math.norm(x))

@@ -136,11 +136,12 @@ class Dispatcher:
 
         Raises:
             PromptTooLong: no worker here could ever hold it.
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and the job is a new one.
         """
         if error := self._too_large(job):
             raise error
-        if len(self._decode_line) >= self._max_queue:
+        # An answer that another router has begun is not to end here because of a full queue.
+        if not job.resumed and len(self._decode_line) >= self._max_queue:
             raise Overloaded(f"{len(self._decode_line)} requests are waiting, which is the most this router queues")
         self._jobs.add(job)
         self._wait(job, now)

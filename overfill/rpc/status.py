@@ -26,6 +26,7 @@ from overfill.errors import (
     Overloaded,
     PromptTooLong,
     RequestCancelled,
+    ShuttingDown,
     TransferFailed,
     Unavailable,
     UnsupportedModel,
@@ -51,6 +52,7 @@ _CODES: dict[type[OverfillError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelled: grpc.StatusCode.CANCELLED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     InternalError: grpc.StatusCode.INTERNAL,
 }
 _BY_NAME = {cls.__name__: cls for cls in _CODES}
@@ -130,6 +132,11 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
         fields = info.metadata.get("fields", "")
         return Incompatible(message, fields.split(",") if fields else ())
     return cls(message)
+
+
+def is_word_of_peer(err: grpc.RpcError) -> bool:
+    """Whether one of our processes wrote ``err``; otherwise gRPC did, about a connection."""
+    return bool(_unpack(_attached_status(err), error_details_pb2.ErrorInfo()).domain == _DOMAIN)
 
 
 def _encode(error: OverfillError) -> StatusDetails:

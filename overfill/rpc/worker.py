@@ -34,7 +34,7 @@ class WorkerHandle:
         load: a snapshot of the engine.
         active: requests being served.
         capacity: most requests at once; divided among the routers as credits.
-        healthy: False once the engine can serve nothing any more: it has died or is stuck in a step.
+        healthy: False once the engine can serve nothing any more.
         codec: encoding in which a decode worker asks for KV.
     """
 
@@ -128,7 +128,7 @@ class WorkerHost:
     async def _until_stopped(self) -> None:
         while not self._stop.is_set():
             if not self._worker.healthy():
-                log.critical("the engine has died or is stuck; leaving")
+                log.critical("the engine has died; leaving")
                 self.drain()
             try:
                 await asyncio.wait_for(self._stop.wait(), timeout=1.0)

@@ -65,7 +65,7 @@ class Outcome:
 
     Attributes:
         error: None when there is an answer.
-        longest_pause: seconds between two of its tokens.
+        longest_pause: seconds without a new token, the wait for the first one included.
     """
 
     prompt: Sequence[int]
@@ -85,7 +85,7 @@ class Result:
         freed_after: seconds from the last answer until no worker, other than those a fault held, had a used block;
             None: some still had.
         leaked: workers with used blocks, or missing, in the end, when every fault was over.
-        unclean_exits: drained workers that did not exit with 0 in time.
+        unclean_exits: drained workers that did not exit with 0 in time, and frozen ones that died of it.
     """
 
     trial: Trial
@@ -155,21 +155,19 @@ class _Run:
         self._result = Result(trial)
         self._numbers = itertools.count()
         self._down: set[str] = set()  # workers that a fault holds
-        self._mending: set[asyncio.Task[None]] = set()
         self._deadline = time.monotonic() + trial.limit
 
     async def run(self) -> Result:
         started = time.monotonic()
-        striking = asyncio.create_task(self._strike_on())
-        await asyncio.gather(*(self._ask_on() for _ in range(self._trial.streams)))
-        answered = time.monotonic()
-        striking.cancel()
-        await asyncio.wait([striking])
-        if not striking.cancelled() and (error := striking.exception()) is not None:
-            raise error
-        self._result.freed_after = await self._freed(answered)
-        self._result.seconds = time.monotonic() - started
-        await asyncio.gather(*self._mending)
+        # A failure of the trial itself ends all of it, at once and with its cause.
+        async with asyncio.TaskGroup() as mending:
+            async with asyncio.TaskGroup() as group:
+                striking = group.create_task(self._strike_on(mending))
+                asking = [group.create_task(self._ask_on()) for _ in range(self._trial.streams)]
+                await asyncio.wait(asking)
+                striking.cancel()
+            self._result.freed_after = await self._freed(time.monotonic())
+            self._result.seconds = time.monotonic() - started
         self._result.leaked = await self._leaked()
         return self._result
 
@@ -188,14 +186,14 @@ class _Run:
     async def _ask(self, prompt: Sequence[int]) -> Outcome:
         outcome = Outcome(prompt)
         sampling = SamplingParams(temperature=0, max_tokens=self._trial.max_tokens)
-        last: float | None = None
+        last = time.monotonic()
         try:
             async with self._client.stream(prompt, sampling=sampling) as stream:
                 async for delta in stream:
-                    now = time.monotonic()
-                    if last is not None:
+                    if delta.token_ids:
+                        now = time.monotonic()
                         outcome.longest_pause = max(outcome.longest_pause, now - last)
-                    last = now if delta.token_ids else last
+                        last = now
                 answer = stream.answer
         except OverfillError as error:
             outcome.error = f"{type(error).__name__}: {error}"
@@ -204,20 +202,17 @@ class _Run:
             outcome.migrations = answer.migrations
         return outcome
 
-    async def _strike_on(self) -> None:
+    async def _strike_on(self, mending: asyncio.TaskGroup) -> None:
         while not self._enough:
             await asyncio.sleep(self._rng.uniform(0.3, 1.7) * self._trial.pause)
-            status = await self._client.status()
-            victim = self._victim(status)
+            victim = self._victim(await self._client.status())
             if victim is None:
                 continue
             name, stage, busy = victim
             self._result.strikes[stage] += 1
             self._result.hits += busy
             self._down.add(name)
-            mending = asyncio.create_task(self._befall(name))
-            self._mending.add(mending)
-            mending.add_done_callback(self._mending.discard)
+            mending.create_task(self._befall(name))
 
     def _victim(self, status: StackStatus) -> tuple[str, str, bool] | None:
         """A random worker, its stage, and whether it has requests; None while a stage has no spare."""
@@ -254,6 +249,9 @@ class _Run:
                     await asyncio.sleep(self._trial.down)
                 finally:
                     os.kill(child.pid, signal.SIGCONT)
+                if child.returncode is not None:
+                    self._result.unclean_exits += 1
+                    self._stack.restart(name)
             case "partition":
                 for link in self._links[name]:
                     link.partition()

@@ -29,11 +29,14 @@ class Filter(Protocol):
         """What was held back, when the sender has ended."""
 
 
+Strike = Callable[[], None]
+
+
 class Fault(Protocol):
     """A way to misbehave."""
 
-    def begin(self, rng: random.Random) -> Filter:
-        """A filter for one call."""
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        """A filter for one call; it calls ``strike`` whenever it does its worst."""
 
 
 @dataclass(slots=True)
@@ -46,7 +49,7 @@ class Rule:
         remaining: calls that are still to be befallen; None is no limit.
 
     Attributes:
-        hits: calls so far.
+        hits: times that the fault has struck so far.
     """
 
     fault: Fault
@@ -55,6 +58,9 @@ class Rule:
     share: float = 1.0
     remaining: int | None = None
     hits: int = 0
+
+    def strike(self) -> None:
+        self.hits += 1
 
 
 class MessageProxy:
@@ -118,10 +124,9 @@ class MessageProxy:
         for rule in self.rules:
             if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.share:
                 continue
-            rule.hits += 1
             if rule.remaining is not None:
                 rule.remaining -= 1
-            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64))))
+            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64)), rule.strike))
         return chosen["request"], chosen["response"]
 
 
@@ -156,16 +161,20 @@ def _without_transport(metadata: Any) -> list[tuple[str, str | bytes]]:
 
 
 @dataclass(slots=True)
-class _Mapped:
-    """A filter without a memory: ``change`` befalls message number ``at`` of the call."""
+class _Once:
+    """A filter that ``change``s message number ``at`` of the call."""
 
     change: Callable[[bytes], list[bytes]]
     at: int
+    strike: Strike
     seen: int = 0
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         self.seen += 1
-        return self.change(message) if self.seen - 1 == self.at else [message]
+        if self.seen - 1 != self.at:
+            return [message]
+        self.strike()
+        return self.change(message)
 
     def end(self) -> list[bytes]:
         return []
@@ -177,15 +186,14 @@ class Corrupt:
 
     within: int = 1
 
-    def begin(self, rng: random.Random) -> Filter:
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
         def change(message: bytes) -> list[bytes]:
-            if not message:
-                return [message]
             damaged = bytearray(message)
-            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            if damaged:
+                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
             return [bytes(damaged)]
 
-        return _Mapped(change, rng.randrange(self.within))
+        return _Once(change, rng.randrange(self.within), strike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +202,11 @@ class Truncate:
 
     within: int = 1
 
-    def begin(self, rng: random.Random) -> Filter:
-        return _Mapped(lambda message: [message[: rng.randrange(max(1, len(message)))]], rng.randrange(self.within))
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        def change(message: bytes) -> list[bytes]:
+            return [message[: rng.randrange(max(1, len(message)))]]
+
+        return _Once(change, rng.randrange(self.within), strike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +215,8 @@ class Duplicate:
 
     within: int = 1
 
-    def begin(self, rng: random.Random) -> Filter:
-        return _Mapped(lambda message: [message, message], rng.randrange(self.within))
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Once(lambda message: [message, message], rng.randrange(self.within), strike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,26 +225,28 @@ class Drop:
 
     within: int = 1
 
-    def begin(self, rng: random.Random) -> Filter:
-        return _Mapped(lambda _: [], rng.randrange(self.within))
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Once(lambda _: [], rng.randrange(self.within), strike)
 
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Holds every message up for up to ``seconds``."""
+    """Holds every message up for up to ``seconds``; each counts."""
 
     seconds: float
 
-    def begin(self, rng: random.Random) -> Filter:
-        return _Delaying(self.seconds, rng)
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Delaying(self.seconds, rng, strike)
 
 
 @dataclass(slots=True)
 class _Delaying:
     seconds: float
     rng: random.Random
+    strike: Strike
 
     async def pass_on(self, message: bytes) -> list[bytes]:
+        self.strike()
         await asyncio.sleep(self.rng.random() * self.seconds)
         return [message]
 
@@ -247,16 +260,18 @@ class Stall:
 
     after: int = 0
 
-    def begin(self, rng: random.Random) -> Filter:
-        return _Stalling(self.after)
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Stalling(self.after, strike)
 
 
 @dataclass(slots=True)
 class _Stalling:
     left: int
+    strike: Strike
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         if self.left == 0:
+            self.strike()
             await asyncio.Event().wait()
         self.left -= 1
         return [message]
@@ -267,18 +282,19 @@ class _Stalling:
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Keeps up to ``window`` messages and lets them go in random order."""
+    """Keeps up to ``window`` messages and lets them go in random order; each that overtakes another counts."""
 
     window: int = 4
 
-    def begin(self, rng: random.Random) -> Filter:
-        return _Reordering(self.window, rng)
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Reordering(self.window, rng, strike)
 
 
 @dataclass(slots=True)
 class _Reordering:
     window: int
     rng: random.Random
+    strike: Strike
     held: list[bytes] = field(default_factory=list)
 
     async def pass_on(self, message: bytes) -> list[bytes]:
@@ -286,9 +302,10 @@ class _Reordering:
         return [self._take()] if len(self.held) > self.window else []
 
     def end(self) -> list[bytes]:
-        self.rng.shuffle(self.held)
-        rest, self.held = self.held, []
-        return rest
+        return [self._take() for _ in range(len(self.held))]
 
     def _take(self) -> bytes:
-        return self.held.pop(self.rng.randrange(len(self.held)))
+        chosen = self.rng.randrange(len(self.held))
+        if chosen:
+            self.strike()
+        return self.held.pop(chosen)

@@ -26,7 +26,7 @@ from overfill.v1 import common_pb2 as overfill_dot_v1_dot_common__pb2
 from overfill.v1 import kv_pb2 as overfill_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boverfill/v1/inference.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x14overfill/v1/kv.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.overfill.v1.ChatMessage\"\x83\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.overfill.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.overfill.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x18\n\x10resume_token_ids\x18\x07 \x03(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\r\n\x05trace\x18\t \x01(\x08\x42\x08\n\x06prompt\"\x98\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.overfill.v1.AcceptedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.overfill.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.overfill.v1.FinishedH\x00\x42\t\n\x07message\"R\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\"k\n\x05\x44\x65lta\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.overfill.v1.TokenLogprobs\"\xf8\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.overfill.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.overfill.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.overfill.v1.Timing\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x12\n\nmigrations\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x01(\t\x12(\n\x05trace\x18\x08 \x01(\x0b\x32\x19.overfill.v1.HandoffTrace\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.overfill.v1.Model\"h\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x13\n\x0b\x66ull_digest\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x65\x63oder_digest\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t2\xa5\x01\n\tInference\x12I\n\x08Generate\x12\x1c.overfill.v1.GenerateRequest\x1a\x1d.overfill.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.overfill.v1.ListModelsRequest\x1a\x1f.overfill.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boverfill/v1/inference.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x14overfill/v1/kv.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.overfill.v1.ChatMessage\"\x83\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.overfill.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.overfill.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x18\n\x10resume_token_ids\x18\x07 \x03(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\r\n\x05trace\x18\t \x01(\x08\x42\x08\n\x06prompt\"\x98\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.overfill.v1.AcceptedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.overfill.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.overfill.v1.FinishedH\x00\x42\t\n\x07message\"f\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\"k\n\x05\x44\x65lta\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.overfill.v1.TokenLogprobs\"\xf8\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.overfill.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.overfill.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.overfill.v1.Timing\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x12\n\nmigrations\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x01(\t\x12(\n\x05trace\x18\x08 \x01(\x0b\x32\x19.overfill.v1.HandoffTrace\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.overfill.v1.Model\"h\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x13\n\x0b\x66ull_digest\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x65\x63oder_digest\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t2\xa5\x01\n\tInference\x12I\n\x08Generate\x12\x1c.overfill.v1.GenerateRequest\x1a\x1d.overfill.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.overfill.v1.ListModelsRequest\x1a\x1f.overfill.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,17 +44,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=478
   _globals['_GENERATERESPONSE']._serialized_end=630
   _globals['_ACCEPTED']._serialized_start=632
-  _globals['_ACCEPTED']._serialized_end=714
-  _globals['_DELTA']._serialized_start=716
-  _globals['_DELTA']._serialized_end=823
-  _globals['_FINISHED']._serialized_start=826
-  _globals['_FINISHED']._serialized_end=1074
-  _globals['_LISTMODELSREQUEST']._serialized_start=1076
-  _globals['_LISTMODELSREQUEST']._serialized_end=1095
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1097
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1153
-  _globals['_MODEL']._serialized_start=1155
-  _globals['_MODEL']._serialized_end=1259
-  _globals['_INFERENCE']._serialized_start=1262
-  _globals['_INFERENCE']._serialized_end=1427
+  _globals['_ACCEPTED']._serialized_end=734
+  _globals['_DELTA']._serialized_start=736
+  _globals['_DELTA']._serialized_end=843
+  _globals['_FINISHED']._serialized_start=846
+  _globals['_FINISHED']._serialized_end=1094
+  _globals['_LISTMODELSREQUEST']._serialized_start=1096
+  _globals['_LISTMODELSREQUEST']._serialized_end=1115
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1117
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1173
+  _globals['_MODEL']._serialized_start=1175
+  _globals['_MODEL']._serialized_end=1279
+  _globals['_INFERENCE']._serialized_start=1282
+  _globals['_INFERENCE']._serialized_end=1447
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,7 @@ from overfill.engine.build import EngineParts
 from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
-from overfill.errors import InvalidRequest, PromptTooLong, Unavailable
+from overfill.errors import InvalidRequest, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.params import SamplingParams, check_token_ids
@@ -81,7 +81,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     def _accept(self, start: decode_pb2.StartDecode, context: Context) -> Session:
         if self.host.draining:
-            raise Unavailable(f"{self._hello.worker_id} is draining")
+            raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
         sampling = SamplingParams.from_proto(start.sampling)

@@ -30,6 +30,7 @@ from overfill.errors import (
     InvalidRequest,
     Overloaded,
     PromptTooLong,
+    ShuttingDown,
     TransferFailed,
     Unavailable,
 )
@@ -210,7 +211,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def _accept(self, start: prefill_pb2.StartPrefill) -> Lease:
         """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
         if self.host.draining:
-            raise Unavailable(f"{self._hello.worker_id} is draining")
+            raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
         if len(self._leases) >= self._max_leases:

@@ -10,7 +10,7 @@ import secrets
 from overfill import __version__
 from overfill.api.tokenizer import Tokenizer
 from overfill.config import RouterConfig
-from overfill.errors import Unavailable
+from overfill.errors import ShuttingDown
 from overfill.pair.manifest import Pair
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.gate import Gate
@@ -124,7 +124,7 @@ class Router:
                 await self._inference.wait_idle()
         except TimeoutError:
             self._inference.abort_all(
-                Unavailable("the router shut down before the answer was complete; send the request again")
+                ShuttingDown("the router shut down before the answer was complete; send the request again")
             )
         await self._server.stop(STOP_GRACE)
         await self._connector.close()

@@ -7,7 +7,7 @@ import asyncio
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import ModelNotFound, OverfillError, Unavailable
+from overfill.errors import ModelNotFound, OverfillError, ShuttingDown
 from overfill.pair.manifest import Pair
 from overfill.routing.answer import Finish
 from overfill.routing.gate import Gate
@@ -63,7 +63,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
         if self._draining:
-            raise Unavailable("this router is shutting down")
+            raise ShuttingDown("this router is shutting down")
         if request.model not in ("", self._model):
             raise ModelNotFound(f"there is no model {request.model!r} here; this router serves {self._model!r}")
         checked = await self._validate(request)
@@ -145,6 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             request_id=checked.request_id,
             prompt_tokens=len(checked.prompt_token_ids),
             seed=checked.sampling.seed,
+            max_tokens=checked.sampling.max_tokens,
             model=self._model,
         )
         return inference_pb2.GenerateResponse(accepted=accepted)

@@ -33,6 +33,7 @@ from overfill.testing.message_proxy import (
     MessageProxy,
     Reorder,
     Rule,
+    Strike,
     Truncate,
 )
 from overfill.testing.registry import ListeningRegistry
@@ -47,8 +48,8 @@ class OneOf:
 
     faults: Sequence[Fault]
 
-    def begin(self, rng: random.Random) -> Filter:
-        return rng.choice(self.faults).begin(rng)
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return rng.choice(self.faults).begin(rng, strike)
 
 
 @dataclass(slots=True)
@@ -126,7 +127,7 @@ def same(one: Received, other: Received) -> bool:
 
 @pytest.mark.parametrize("faults", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(handoffs: Handoffs, faults: int) -> None:
-    rule = Rule(OneOf((Corrupt(), Truncate(), Duplicate(), Drop())), "Prefill/PullKv", share=0.3)
+    rule = Rule(OneOf((Corrupt(3), Truncate(3), Duplicate(3), Drop(3))), "Prefill/PullKv", share=0.5)
     handoffs.rules.append(rule)
     seed = failed = 0
     while rule.hits < faults:
@@ -150,4 +151,4 @@ async def test_chunks_in_any_order_are_right(handoffs: Handoffs, transfers: int)
         received = await handoffs.faulty(seed)
         assert received.stats.broken_streams == 0
         assert same(received, await handoffs.clean(seed))
-    assert handoffs.rules[0].hits >= transfers
+    assert handoffs.rules[0].hits > transfers / 2

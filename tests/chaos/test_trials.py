@@ -36,6 +36,8 @@ def test_every_answer_is_right_whatever_befalls_the_workers(tiny_pair: Path, fau
     assert result.errors == []
     assert summary.passed, str(summary)
     assert result.hits >= 2
+    if fault != "drain":  # where answers may finish first
+        assert result.migrations > 0 or result.strikes["decode"] == 0
     assert result.freed_after is not None
     assert result.freed_after < 2.0
     assert result.leaked == []

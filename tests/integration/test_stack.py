@@ -366,23 +366,28 @@ def test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere(tiny_p
 
 def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
-    with running_stack(tiny_pair, decode=2, grace_period="1") as (stack, address), Client(address) as client:
+    with running_stack(tiny_pair, decode=2, grace_period="0") as (stack, address), Client(address) as client:
         expected = client.generate(prompt(1), sampling=sampling).token_ids
         with client.stream(prompt(1), sampling=sampling) as stream:
             next(stream)
             busy = next(id for id, load in loads(address).items() if id.startswith("decode") and load.kv_blocks_used)
-            drained = overfill("drain", busy, "--address", address)
+            client.drain(busy)
             rest = list(stream)
         assert rest
         assert stream.answer.token_ids == expected
-        assert (drained.returncode, drained.stdout) == (0, f"{busy} has left\n")
+        assert stream.answer.migrations == 1
         (process,) = [c for c in children(stack, "decode") if c.name == busy]
         wait_until(lambda: process.returncode is not None, 10, "the process has left")
         assert process.returncode == 0
         assert client.generate(prompt(1), sampling=sampling).token_ids == expected
+        with pytest.raises(InvalidRequest, match="worker_id"):
+            client.drain("")
         unknown = overfill("drain", "nobody", "--address", address)
         assert unknown.returncode == 1
         assert "no worker 'nobody' has joined; joined: " in unknown.stderr
+        other = next(c.name for c in children(stack, "decode") if c.returncode is None)
+        drained = overfill("drain", other, "--address", address)
+        assert (drained.returncode, drained.stdout) == (0, f"{other} has left\n")
 
 
 def overfill(*arguments):

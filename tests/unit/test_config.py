@@ -97,7 +97,8 @@ def test_a_worker_on_every_address_must_say_where_it_is(
     argv = ["--pair", "p", "--host", host, "--tls-cert", "c", "--tls-key", "k"]
     assert "--advertise" in refused(kind, argv, capsys)
     assert "--advertise" in refused(kind, [*argv, "--advertise", host], capsys)
-    assert "--advertise" in refused(kind, [*argv, "--advertise", f"{host}:7601"], capsys) or host == "::"
+    if host != "::":  # "::" with a port is another address
+        assert "--advertise" in refused(kind, [*argv, "--advertise", f"{host}:7601"], capsys)
     config = kind.parse([*argv, "--advertise", "gpu-1.internal"])
     assert (config.host, config.advertise) == (host, "gpu-1.internal")  # type: ignore[attr-defined]
 

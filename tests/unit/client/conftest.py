@@ -19,7 +19,9 @@ Response = inference_pb2.GenerateResponse
 
 
 def accepted(seed: int = 7) -> Response:
-    return Response(accepted=inference_pb2.Accepted(request_id="r1", prompt_tokens=3, seed=seed, model="tiny"))
+    return Response(
+        accepted=inference_pb2.Accepted(request_id="r1", prompt_tokens=3, seed=seed, model="tiny", max_tokens=40)
+    )
 
 
 def delta(first_index: int, ids: list[int], text: str = "", **fields: Any) -> Response:

@@ -18,6 +18,7 @@ from overfill.errors import (
     InvalidRequest,
     Overloaded,
     RequestCancelled,
+    ShuttingDown,
     Unavailable,
 )
 
@@ -203,7 +204,7 @@ def test_the_first_reachable_address_serves(sdk: Sdk, closed_address: str, route
     assert sdk.run(addresses, "generate", "x", timeout=60).text == "Hello"
     assert sdk.run(addresses, "models")[0].name == "tiny"
     assert (len(router.requests), len(another_router.requests)) == (1, 0)
-    router.script = [Unavailable("draining")]
+    router.script = [ShuttingDown("draining")]
     assert sdk.run(addresses, "generate", "x").text == "Hello"
     assert len(another_router.requests) == 1
 
@@ -211,13 +212,13 @@ def test_the_first_reachable_address_serves(sdk: Sdk, closed_address: str, route
 def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
-    router.script = [*say.good[:2], Unavailable("leaving")]
+    router.script = [*say.good[:2], ShuttingDown("leaving")]
     another_router.script = [say.accepted(), *say.good[2:]]
     answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x", resume_token_ids=[], stop=["."])
     assert (answer.text, answer.token_ids) == ("Hello", (10, 11, 12))
     (first,), (rest,) = router.requests, another_router.requests
     assert (rest.text, list(rest.stop), rest.request_id) == (first.text, ["."], "r1")
-    assert (list(rest.resume_token_ids), rest.sampling.seed) == ([10], 7)
+    assert (list(rest.resume_token_ids), rest.sampling.seed, rest.sampling.max_tokens) == ([10], 7, 40)
     assert not first.sampling.HasField("seed")
 
 
@@ -231,15 +232,16 @@ def test_a_lone_router_that_is_lost_is_an_error(sdk: Sdk, router: Any, say: Simp
 def test_routers_that_only_accept_are_not_asked_forever(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
-    router.script = another_router.script = [say.accepted(), Unavailable("no workers")]
-    with pytest.raises(Unavailable, match="no workers"):
+    router.script = another_router.script = [say.accepted(), ShuttingDown("leaving")]
+    with pytest.raises(ShuttingDown, match="leaving"):
         sdk.run(f"{router.address},{another_router.address}", "generate", "x")
     assert (len(router.requests), len(another_router.requests)) == (1, 1)
 
 
-def test_other_errors_go_to_nobody_else(sdk: Sdk, router: Any, another_router: Any) -> None:
-    router.script = [Overloaded("full")]
-    with pytest.raises(Overloaded):
+@pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gave up after 4 attempts")])
+def test_what_a_living_router_says_is_final(sdk: Sdk, router: Any, another_router: Any, error: Exception) -> None:
+    router.script = [error]
+    with pytest.raises(type(error)):
         sdk.run(f"{router.address},{another_router.address}", "generate", "x")
     assert another_router.requests == []
 

@@ -24,7 +24,8 @@ ERRORS = [
     errors.TransferFailed("bad checksum"),
     errors.DeadlineExceeded("too late"),
     errors.RequestCancelled("gone"),
-    errors.Unavailable("draining"),
+    errors.Unavailable("gone"),
+    errors.ShuttingDown("draining"),
     errors.InternalError("oops: ünïcode"),
 ]
 
