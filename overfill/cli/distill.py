@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from overfill.cli.options import set_threads
+
 if TYPE_CHECKING:
     from overfill.pair.distill.recipe import Data, Recipe
     from overfill.pair.progress import Report
 
 DEFAULT_RECIPE = "smollm2-fast"
-
-# Of mallopt(3).
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
 
 _HYPERPARAMETERS = (
     "steps",
@@ -96,7 +94,7 @@ def distill_command(
     from overfill.pair.distill.recipe import changed, read_recipe
 
     recipe = read_recipe(recipe_name)
-    _prepare_process(threads)
+    set_threads(threads)
     if dry_run:
         _dry_run(recipe)
         return
@@ -135,6 +133,7 @@ def _train(
     from overfill.pair.distill.data import load_data
     from overfill.pair.distill.train import Run
     from overfill.pair.manifest import Pair
+    from overfill.pair.memory import freed_memory_kept
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
@@ -152,7 +151,8 @@ def _train(
             report=report,
             tell=lambda line: click.echo(line, err=True),
         )
-        run.train()
+        with freed_memory_kept():
+            run.train()
     click.echo(out)
 
 
@@ -176,24 +176,6 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
             conversations = calibration_text(sizes.calibration, full, decoder.tokens, report)
             build_pair(full, start, decoder, conversations, calibration=sizes.calibration, report=report)
     return start
-
-
-def _prepare_process(threads: int | None) -> None:
-    """Sets the number of threads, and lets the allocator keep what is freed.
-
-    glibc returns every large tensor to the system at once, and the system clears its pages when they are asked for
-    again: a sixth of a small model's training time on a CPU.
-    """
-    import ctypes
-
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _dry_run(recipe: Recipe) -> None:

@@ -52,6 +52,14 @@ def sampling_options(command: _F) -> _F:
     return command
 
 
+def set_threads(threads: int | None) -> None:
+    """Of torch in this process; None leaves it alone."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
 def dtype_option(command: _F) -> _F:
     """Adds ``dtype``; None is what the device computes in."""
     return click.option(

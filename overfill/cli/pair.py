@@ -9,6 +9,7 @@ import click
 
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
+from overfill.cli.options import set_threads
 
 if TYPE_CHECKING:
     from overfill.model.config import ModelConfig
@@ -145,7 +146,7 @@ def build_command(
     recipe = DecoderRecipe(hidden_size, intermediate_size, layers, method, fit, quantize, tokens)
     with progress_bars() as report:
         folder = resolve_model(full, report)
-        _set_threads(threads)
+        set_threads(threads)
         from overfill.pair.build import build_pair
         from overfill.pair.calibration import calibration_text
 
@@ -195,13 +196,6 @@ def show_command(name: str, as_json: bool) -> None:
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
         click.echo(f"{key:<{width}}  {value}")
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def describe(pair: Pair) -> dict[str, Any]:

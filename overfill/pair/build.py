@@ -20,6 +20,7 @@ from overfill.pair.digest import checkpoint_digest
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.hf_config import decoder_config
 from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.memory import freed_memory_kept
 from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.progress import Report, silent
 from overfill.pair.prune import Scores, make_plan, score, slice_weights
@@ -50,6 +51,7 @@ def build_pair(
     return Pair.load(out)
 
 
+@freed_memory_kept()
 def fill_pair(
     folder: Path,
     full: Path,

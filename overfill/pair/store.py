@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m-instruct"
 
 NAMED: dict[str, DecoderRecipe] = {
-    "default": DecoderRecipe(hidden_size=544, intermediate_size=1000, tokens=24_576),
+    "default": DecoderRecipe(hidden_size=544, intermediate_size=1000, tokens=20_480),
     "fast": DecoderRecipe(hidden_size=384, intermediate_size=536, tokens=65_536),
     "identity": DecoderRecipe(),
 }

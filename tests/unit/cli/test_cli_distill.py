@@ -16,7 +16,7 @@ from overfill.testing.tiny import make_tiny_pair
 
 @pytest.fixture(autouse=True)
 def allocator_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "_prepare_process", lambda threads: None)
+    monkeypatch.setattr(distill, "set_threads", lambda threads: None)
 
 
 @pytest.fixture
