@@ -65,7 +65,7 @@ def test_every_packaged_recipe_is_valid() -> None:
         full, decoder = recipe.full, recipe.decoder
         assert (full.hidden_size, full.intermediate_size, decoder.hidden_size, decoder.intermediate_size) == sizes
         assert decoder.hidden_size % 128 == 0 if "aligned" in name else decoder.hidden_size % 128
-    assert read_recipe("smollm2-fast").training.learning_rate == 2e-4
+    assert read_recipe("smollm2-fast").training.learning_rate == 3e-4
 
 
 @pytest.mark.parametrize(
