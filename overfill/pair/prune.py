@@ -61,7 +61,7 @@ class Scores:
             with safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}).get(_DIGEST) != full_digest:
                     return None
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no mapping)
             return cls(**(tensors | {"neurons": tensors["neurons"].long()}))
         except (OSError, KeyError, TypeError, SafetensorError) as error:
             raise InvalidPair(f"{file}: no scores: {error}") from None

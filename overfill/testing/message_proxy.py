@@ -160,8 +160,17 @@ def _without_transport(metadata: Any) -> list[tuple[str, str | bytes]]:
     return [(key, value) for key, value in metadata or () if not key.startswith((":", "grpc-")) and key != "user-agent"]
 
 
+class _Unbuffered:
+    """Part of a filter that holds nothing back."""
+
+    __slots__ = ()
+
+    def end(self) -> list[bytes]:
+        return []
+
+
 @dataclass(slots=True)
-class _Once:
+class _Once(_Unbuffered):
     """A filter that ``change``s message number ``at`` of the call."""
 
     change: Callable[[bytes], list[bytes]]
@@ -176,57 +185,49 @@ class _Once:
         self.strike()
         return self.change(message)
 
-    def end(self) -> list[bytes]:
-        return []
-
 
 @dataclass(frozen=True, slots=True)
-class Corrupt:
+class _OneMessage:
+    """A fault that befalls one of the first ``within`` messages of a call."""
+
+    within: int = 1
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Once(lambda message: self._change(message, rng), rng.randrange(self.within), strike)
+
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        raise NotImplementedError
+
+
+class Corrupt(_OneMessage):
     """Flips one bit of one of the first ``within`` messages."""
 
-    within: int = 1
-
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        def change(message: bytes) -> list[bytes]:
-            damaged = bytearray(message)
-            if damaged:
-                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-            return [bytes(damaged)]
-
-        return _Once(change, rng.randrange(self.within), strike)
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        damaged = bytearray(message)
+        if damaged:
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        return [bytes(damaged)]
 
 
-@dataclass(frozen=True, slots=True)
-class Truncate:
+class Truncate(_OneMessage):
     """Cuts off the end of one of the first ``within`` messages."""
 
-    within: int = 1
-
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        def change(message: bytes) -> list[bytes]:
-            return [message[: rng.randrange(max(1, len(message)))]]
-
-        return _Once(change, rng.randrange(self.within), strike)
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        return [message[: rng.randrange(max(1, len(message)))]]
 
 
-@dataclass(frozen=True, slots=True)
-class Duplicate:
+class Duplicate(_OneMessage):
     """Sends one of the first ``within`` messages twice."""
 
-    within: int = 1
-
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Once(lambda message: [message, message], rng.randrange(self.within), strike)
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        return [message, message]
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(_OneMessage):
     """Loses one of the first ``within`` messages."""
 
-    within: int = 1
-
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Once(lambda _: [], rng.randrange(self.within), strike)
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,7 @@ class Delay:
 
 
 @dataclass(slots=True)
-class _Delaying:
+class _Delaying(_Unbuffered):
     seconds: float
     rng: random.Random
     strike: Strike
@@ -249,9 +250,6 @@ class _Delaying:
         self.strike()
         await asyncio.sleep(self.rng.random() * self.seconds)
         return [message]
-
-    def end(self) -> list[bytes]:
-        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +263,7 @@ class Stall:
 
 
 @dataclass(slots=True)
-class _Stalling:
+class _Stalling(_Unbuffered):
     left: int
     strike: Strike
 
@@ -275,9 +273,6 @@ class _Stalling:
             await asyncio.Event().wait()
         self.left -= 1
         return [message]
-
-    def end(self) -> list[bytes]:
-        return []
 
 
 @dataclass(frozen=True, slots=True)
