@@ -96,7 +96,7 @@ def fill_pair(
         tie_word_embeddings=False,
     )
     weights = _load(full, config)
-    digest = checkpoint_digest(full)
+    digest = checkpoint_digest(full, report)
     shipped = None
     if calibration == "shipped" and SHIPPED_SCORES.exists():
         shipped = Scores.load(SHIPPED_SCORES, digest)
@@ -120,6 +120,7 @@ def fill_pair(
         recipe=recipe.as_json(
             **sizes, calibration=calibration, fitted_on_answer_tokens=len(packed.answers) if fits else 0
         ),
+        full_digest=digest,
         layer_map=plan.layers,
         report=report,
     )

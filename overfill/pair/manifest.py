@@ -138,6 +138,7 @@ def write_manifest(
     *,
     full: str = "full",
     decoder: str = "decoder",
+    full_digest: str | None = None,
     layer_map: Sequence[int] | None = None,
     recipe: Mapping[str, Any] | None = None,
     eval: Mapping[str, Any] | None = None,
@@ -147,13 +148,14 @@ def write_manifest(
 
     Args:
         full, decoder: paths relative to ``folder``; equal for an identity pair.
+        full_digest: the full model's, where it is known already; None reads the checkpoint.
         layer_map: one full-model layer per decoder layer; None maps each layer to itself.
 
     Raises:
         InvalidPair: as ``Pair.load``.
     """
     full_config = ModelConfig.load(folder / full)
-    full_digest = checkpoint_digest(folder / full, report)
+    full_digest = full_digest or checkpoint_digest(folder / full, report)
     manifest = {
         "format": FORMAT,
         "full": {"path": full, "digest": full_digest},
