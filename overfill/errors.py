@@ -24,10 +24,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """What there is of an answer that could not be finished.
+
+    To go on with it, ask again with ``resume_token_ids=token_ids`` and ``sampling.seed=seed``.
+
+    Attributes:
+        text: less than ``token_ids`` when a character, or what may become a stop string, was incomplete.
+        token_ids: without those that were given as ``resume_token_ids``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    request_id: str
+    seed: int
 
 
 class OverfillError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        produced: what the SDK had received of the answer; None when the request was not taken, and for errors of
+            something else than a request.
+    """
+
+    produced: Produced | None = None
 
 
 class InvalidRequest(OverfillError):

@@ -21,7 +21,7 @@ from overfill.client.requests import (
     split_addresses,
 )
 from overfill.client.status import Model, StackStatus
-from overfill.errors import InvalidRequest, RequestCancelled
+from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -51,19 +51,22 @@ class AsyncStream(AsyncIterator[Delta]):
         return self._builder.answer()
 
     async def __anext__(self) -> Delta:
-        """Raises any OverfillError."""
+        """Raises any OverfillError; its ``produced`` is what there is of the answer."""
         while True:
             try:
                 response = await self._call.read()
             except asyncio.CancelledError:
                 # gRPC raises this for its own cancelled call as well as for the awaiting task's cancellation.
                 if self._cancelled and not _task_is_cancelled():
-                    raise RequestCancelled("the request was cancelled") from None
+                    raise self._builder.failed(RequestCancelled("the request was cancelled")) from None
                 raise
             except grpc.RpcError as error:
+                if self._builder.complete:  # lost after its last word
+                    raise StopAsyncIteration from None
                 failure = self._attempts.failed(error)
                 if failure is not None or self._cancelled:
-                    raise failure or RequestCancelled("the request was cancelled") from None
+                    failure = failure or RequestCancelled("the request was cancelled")
+                    raise self._builder.failed(failure) from None
                 self._call = self._begin()
                 continue
             if response is grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -71,9 +74,9 @@ class AsyncStream(AsyncIterator[Delta]):
                 raise StopAsyncIteration
             try:
                 delta = self._builder.add(response)
-            except BaseException:
+            except OverfillError as error:
                 self.cancel()
-                raise
+                raise self._builder.failed(error) from None
             if delta is not None:
                 self._attempts.progressed()
                 return delta

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from overfill.errors import InternalError
+from overfill.errors import InternalError, OverfillError, Produced
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
+
+E = TypeVar("E", bound=OverfillError)
 
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 """Fields of ``Timing`` that make up its ``ttft``, in the order they happen."""
@@ -131,13 +133,17 @@ class PrefillTrace:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One handoff: seconds since the decode worker asked for it, on its clock, and what it received."""
+    """One handoff: seconds since the decode worker asked for it, on its clock, and what it received.
+
+    ``broken_streams``: data streams that brought a wrong chunk or too little, and were begun anew.
+    """
 
     first_token_received: float
     first_kv_received: float
     last_kv_received: float
     kv_bytes: int
     kv_chunks: int
+    broken_streams: int
     prefill: PrefillTrace
 
     @classmethod
@@ -148,6 +154,7 @@ class Trace:
             last_kv_received=message.last_kv_received_ns / 1e9,
             kv_bytes=message.kv_bytes,
             kv_chunks=message.kv_chunks,
+            broken_streams=message.broken_streams,
             prefill=PrefillTrace.from_proto(message.prefill),
         )
 
@@ -215,8 +222,20 @@ class AnswerBuilder:
         rest.resume_token_ids.extend(self._token_ids)
         return rest
 
+    @property
+    def complete(self) -> bool:
+        """Whether the whole answer is there, however its stream ends."""
+        return self._answer is not None
+
+    def failed(self, error: E) -> E:
+        """``error``, with what there is of the answer."""
+        if self.accepted is not None:
+            accepted = self.accepted
+            error.produced = Produced("".join(self._text), tuple(self._token_ids), accepted.request_id, accepted.seed)
+        return error
+
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
-        """The delta in ``response``, if it is one.
+        """The delta in ``response``, if there is one.
 
         Raises:
             InternalError: tokens are missing, repeated or without their log-probabilities, or events are out
@@ -235,7 +254,9 @@ class AnswerBuilder:
         elif kind == "delta":
             return self._add_delta(response.delta)
         elif kind == "finished":
+            rest = self._add_delta(inference_pb2.Delta(text=response.finished.text))
             self._answer = self._finish(self.accepted, response.finished)
+            return rest if rest.text else None
         return None
 
     def answer(self) -> Answer:

@@ -19,7 +19,7 @@ from overfill.client.requests import (
     split_addresses,
 )
 from overfill.client.status import Model, StackStatus
-from overfill.errors import InvalidRequest, RequestCancelled
+from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -49,7 +49,7 @@ class Stream(Iterator[Delta]):
         return self._builder.answer()
 
     def __next__(self) -> Delta:
-        """Raises any OverfillError."""
+        """Raises any OverfillError; its ``produced`` is what there is of the answer."""
         while True:
             try:
                 response = next(self._call)
@@ -57,20 +57,22 @@ class Stream(Iterator[Delta]):
                 self._builder.answer()
                 raise
             except grpc.RpcError as error:
+                if self._builder.complete:  # lost after its last word
+                    raise StopIteration from None
                 failure = self._attempts.failed(error)
                 if failure is None:
                     self._call = self._begin()
                 if self._cancelled:  # perhaps just now, by another thread
                     self._call.cancel()
-                    raise RequestCancelled("the request was cancelled") from None
+                    failure = RequestCancelled("the request was cancelled")
                 if failure is not None:
-                    raise failure from None
+                    raise self._builder.failed(failure) from None
                 continue
             try:
                 delta = self._builder.add(response)
-            except BaseException:
+            except OverfillError as error:
                 self.cancel()
-                raise
+                raise self._builder.failed(error) from None
             if delta is not None:
                 self._attempts.progressed()
                 return delta

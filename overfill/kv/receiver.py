@@ -102,6 +102,7 @@ class PullStats:
             last_kv_received_ns=self.last_kv_ns,
             kv_bytes=self.kv_bytes,
             kv_chunks=self.kv_chunks,
+            broken_streams=self.broken_streams,
             prefill=self.prefill,
         )
 

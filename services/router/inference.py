@@ -154,12 +154,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Writes deltas until the answer is complete or a stop string cuts it."""
         ttft_ns: int | None = None
         finish: Finish | None = None
+        rest = ""
         while finish is None and text.stop is None:
             event = await relay.next()
             if isinstance(event, Finish):
-                finish = event
-                if (rest := text.finish()) is not None:
-                    await context.write(inference_pb2.GenerateResponse(delta=rest))
+                finish, rest = event, text.finish()
                 continue
             await context.write(inference_pb2.GenerateResponse(delta=text.push(event)))
             # A resumed answer has its first token already: nothing was waited for.
@@ -167,10 +166,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 ttft_ns = _nanoseconds_since(relay.answer.received)
                 if relay.answer.timing.HasField("return_path_ns"):
                     relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)
-        return _finished(relay, text, finish, ttft_ns)
+        return _finished(relay, text, rest, finish, ttft_ns)
 
 
-def _finished(relay: Relay, text: AnswerText, finish: Finish | None, ttft_ns: int | None) -> inference_pb2.Finished:
+def _finished(
+    relay: Relay, text: AnswerText, rest: str, finish: Finish | None, ttft_ns: int | None
+) -> inference_pb2.Finished:
     if finish is None:  # cut by a stop string before the worker was done
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
     timing = common_pb2.Timing()
@@ -188,6 +189,7 @@ def _finished(relay: Relay, text: AnswerText, finish: Finish | None, ttft_ns: in
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
         stop=text.stop or "",
+        text=rest,
         trace=finish.trace,
     )
 

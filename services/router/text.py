@@ -40,12 +40,10 @@ class AnswerText:
             logprobs=batch.logprobs[:taken],
         )
 
-    def finish(self) -> inference_pb2.Delta | None:
-        """What was held back, if anything; it may still hold a stop string."""
+    def finish(self) -> str:
+        """The text that was held back, often none; it may still hold a stop string."""
         text, self.stop = self._stops.push(self._detokenizer.finish())
-        if self.stop is None:
-            text += self._stops.finish()
-        return inference_pb2.Delta(first_index=self.num_tokens, text=text) if text else None
+        return text if self.stop is not None else text + self._stops.finish()
 
     def _take(self, ids: Iterable[int]) -> str:
         pieces = []

@@ -107,10 +107,17 @@ def test_unattributed_is_what_no_part_covers() -> None:
     assert Timing(router_queue=1.0).unattributed is None
 
 
+def test_text_that_comes_with_the_end_is_a_last_delta(say: SimpleNamespace) -> None:
+    deltas, answer = fold([say.accepted(), say.delta(0, [1]), say.finished(text="?")])
+    assert deltas[-1] == Delta(1, (), "?", None)
+    assert answer.text == "?"
+
+
 def test_trace_is_in_seconds(say: SimpleNamespace) -> None:
-    trace = kv_pb2.HandoffTrace(first_kv_received_ns=10**9, kv_bytes=8, kv_chunks=2)
+    trace = kv_pb2.HandoffTrace(first_kv_received_ns=10**9, kv_bytes=8, kv_chunks=2, broken_streams=3)
     trace.prefill.layer_end_ns.extend([10**9, 2 * 10**9])
     _, answer = fold([say.accepted(), say.finished(trace=trace)])
     assert answer.trace is not None
     assert (answer.trace.first_kv_received, answer.trace.kv_bytes, answer.trace.kv_chunks) == (1.0, 8, 2)
+    assert answer.trace.broken_streams == 3
     assert answer.trace.prefill.layer_end == (1.0, 2.0)

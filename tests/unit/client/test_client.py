@@ -17,6 +17,7 @@ from overfill.errors import (
     InternalError,
     InvalidRequest,
     Overloaded,
+    Produced,
     RequestCancelled,
     ShuttingDown,
     Unavailable,
@@ -220,6 +221,40 @@ def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     assert (rest.text, list(rest.stop), rest.request_id) == (first.text, ["."], "r1")
     assert (list(rest.resume_token_ids), rest.sampling.seed, rest.sampling.max_tokens) == ([10], 7, 40)
     assert not first.sampling.HasField("seed")
+
+
+def test_held_back_text_comes_once_when_the_router_is_lost_before_the_end(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script = [*say.good[:3], ShuttingDown("leaving")]  # all tokens are there; the end, with its text, is not
+    another_router.script = [say.accepted(), say.finished(text="!")]
+    answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x")
+    assert (answer.text, answer.token_ids) == ("Hello!", (10, 11, 12))
+
+
+def test_a_router_that_is_lost_after_its_last_word_changes_nothing(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script = [*say.good, ShuttingDown("leaving")]
+    deltas, stream = sdk.stream(f"{router.address},{another_router.address}")
+    assert len(deltas) == 2
+    assert stream.answer.text == "Hello"
+    assert another_router.requests == []
+
+
+def test_an_error_carries_what_had_been_produced(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:2], Unavailable("gave up after 4 attempts")]
+    with pytest.raises(Unavailable, match="gave up") as caught:
+        sdk.run(router.address, "generate", "x")
+    assert caught.value.produced == Produced("Hel", (10,), "r1", 7)
+    router.script = [*say.good[:2], say.delta(5, [12])]
+    with pytest.raises(InternalError) as wrong:
+        sdk.run(router.address, "generate", "x")
+    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7)
+    router.script = [Overloaded("full")]
+    with pytest.raises(Overloaded) as refused:
+        sdk.run(router.address, "generate", "x")
+    assert refused.value.produced is None
 
 
 def test_a_lone_router_that_is_lost_is_an_error(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:

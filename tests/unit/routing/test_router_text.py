@@ -26,9 +26,8 @@ def write(tokenizer, ids, cuts, stops=(), replayed=()):
         assert len(delta.logprobs) == len(delta.token_ids)
         pieces.append(delta.text)
         tokens += delta.token_ids
-    if text.stop is None and (rest := text.finish()) is not None:
-        pieces.append(rest.text)
-        assert not rest.token_ids
+    if text.stop is None:
+        pieces.append(text.finish())
     return "".join(pieces), tokens, text
 
 
