@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from overfill.kv.blocks import BlockPool
+
+_POOLS: weakref.WeakSet[BlockPool] = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _remember_pools() -> Iterator[None]:
+    make = BlockPool.__init__
+
+    def make_and_remember(self: BlockPool, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        _POOLS.add(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockPool, "__init__", make_and_remember)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_free_or_owned_once() -> Iterator[None]:
+    """Whatever a test does: no block of this process is lost or has two owners in the end."""
+    yield
+    for pool in list(_POOLS):
+        pool.check_integrity()
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,10 @@ class DecodeEngine:
         waiting = len(self._sequences) - running
         return EngineLoad(self._pool.num_used, self._pool.num_blocks, running, waiting)
 
+    def check(self) -> None:
+        """Raises AssertionError when a block is lost or owned twice."""
+        self._pool.check_owned(sum(len(s.blocks) for s in self._sequences.values()))
+
     def handle(self, message: Reserve | Start | Yielded | Release) -> None:
         events: list[DecodeEvent] = []
         match message:
@@ -193,7 +197,7 @@ class DecodeEngine:
             )
         except Exception as error:
             log.exception("decode step failed")
-            self._runner.synchronize()
+            self._runner.clean_up(error)
             for sequence in sequences:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]

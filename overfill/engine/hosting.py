@@ -108,6 +108,8 @@ class EngineServicer(Protocol):
     @property
     def active(self) -> int: ...
 
+    def end_all(self, error: OverfillError) -> None: ...
+
 
 async def serve_engine(
     config: WorkerConfig,
@@ -139,6 +141,7 @@ async def serve_engine(
     worker = WorkerHandle(
         load=lambda: worker_load(engine.load, config.block_size),
         active=lambda: servicer.active,
+        end_all=servicer.end_all,
         capacity=config.max_num_seqs,
         healthy=lambda: engine.alive,
         codec=codec,
@@ -147,9 +150,10 @@ async def serve_engine(
     servicer.engine, servicer.host = engine, host
     engine.start()
     try:
-        return await host.run(f"{config.host}:{config.port}")
+        code = await host.run(f"{config.host}:{config.port}")
     finally:
         engine.stop()
+    return code if engine.failure is None else 1
 
 
 def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:

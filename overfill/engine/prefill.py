@@ -73,6 +73,11 @@ class PrefillEngine:
     def _num_admitted(self) -> int:
         return len(self._running) + len(self._holding)
 
+    def check(self) -> None:
+        """Raises AssertionError when a block is lost or owned twice."""
+        holders = (*self._running.values(), *self._holding.values())
+        self._pool.check_owned(sum(len(s.blocks) for s in holders))
+
     def handle(self, message: Submit | Release) -> None:
         match message:
             case Submit(sequence):
@@ -93,7 +98,7 @@ class PrefillEngine:
             self._set_aside([s for s, _ in scheduled])
         except Exception as error:
             log.exception("prefill step failed")
-            self._runner.synchronize()
+            self._runner.clean_up(error)
             self._set_aside([s for s, _ in scheduled])
             for sequence, _ in scheduled:
                 self._emit(SequenceFailed(sequence.id, error))

@@ -44,9 +44,19 @@ class ModelRunner:
         return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
 
     def synchronize(self) -> None:
-        """Returns when nothing launched before touches the cache any more; also after a failed step."""
+        """Returns when nothing launched before touches the cache any more."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def clean_up(self, error: Exception) -> None:
+        """After a step that failed with ``error``: nothing touches the cache, and its memory can be used again.
+
+        Tensors of the step would live as long as the traceback that leads to them.
+        """
+        self.synchronize()
+        error.__traceback__ = None
+        if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
 
     def _batch(self, works: Sequence[Work]) -> ForwardBatch:
         size = self.cache.block_size

@@ -15,6 +15,9 @@ from overfill.engine.sequence import EngineLoad
 
 log = logging.getLogger(__name__)
 
+_IDLE = 1.0
+"""Seconds without work after which a core is checked."""
+
 
 class EngineCore(Protocol):
     """What a thread can drive: ``PrefillEngine`` and ``DecodeEngine``."""
@@ -25,9 +28,14 @@ class EngineCore(Protocol):
 
     def load(self) -> EngineLoad: ...
 
+    def check(self) -> None: ...
+
 
 class EngineThread:
     """Delivers messages to a core between its steps, and steps it while there is work.
+
+    A core that has had nothing to do for a moment, or is stopped, is asked to ``check`` itself: a block that is lost
+    ends the thread, and so the worker, as every broken invariant does.
 
     Args:
         threads: intra-op threads of torch for this engine's steps.
@@ -92,21 +100,26 @@ class EngineThread:
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         try:
-            busy = False
+            busy, checked = False, True
             while True:
                 try:
-                    message = self._mailbox.get(block=not busy)
+                    message = self._mailbox.get(block=not busy, timeout=None if checked else _IDLE)
                 except queue.Empty:
+                    if not busy:
+                        self._core.check()
+                        checked = True
+                        continue
                     self._step_began = time.monotonic()
                     busy = self._core.step()
                     self._step_began = None
                     self._publish_load()
                     continue
                 if message is None:
+                    self._core.check()
                     return
                 self._core.handle(message)
                 self._publish_load()
-                busy = True
+                busy, checked = True, False
         except BaseException as error:
             # A core handles its steps' failures itself; what arrives here is a broken invariant.
             log.critical("engine thread died", exc_info=True)

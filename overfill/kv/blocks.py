@@ -56,6 +56,12 @@ class BlockPool:
             self._owner[block] = None
         self._free.extend(blocks)
 
+    def check_owned(self, count: int) -> None:
+        """Raises AssertionError unless ``count`` blocks, which is what the owners have, are owned, each by one."""
+        self.check_integrity()
+        if self.num_used != count:
+            raise AssertionError(f"{self.num_used} blocks are owned, and their owners know of {count}")
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless every block is either free once or owned once."""
         free = set(self._free)

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from overfill.errors import Incompatible, InvalidRequest
+from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer, split_address
@@ -33,6 +33,7 @@ class WorkerHandle:
     Attributes:
         load: a snapshot of the engine.
         active: requests being served.
+        end_all: ends every request with an error after which it goes on elsewhere.
         capacity: most requests at once; divided among the routers as credits.
         healthy: False once the engine can serve nothing any more.
         codec: encoding in which a decode worker asks for KV.
@@ -40,6 +41,7 @@ class WorkerHandle:
 
     load: Callable[[], decode_pb2.WorkerLoad]
     active: Callable[[], int]
+    end_all: Callable[[OverfillError], None]
     capacity: int
     healthy: Callable[[], bool]
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
@@ -48,8 +50,8 @@ class WorkerHandle:
 class WorkerHost:
     """Runs a worker until it is told to stop.
 
-    SIGTERM, SIGINT and ``Admin.Drain`` drain it: readiness off at once, nothing new is taken, running requests finish
-    within ``grace`` seconds.
+    SIGTERM, SIGINT and ``Admin.Drain`` drain it: readiness off at once, nothing new is taken, running requests have
+    ``grace`` seconds to finish; those that do not are told, and go on elsewhere.
 
     Args:
         server: with the worker's own service added, not started.
@@ -143,6 +145,7 @@ class WorkerHost:
             await asyncio.sleep(_POLL)
         if self._worker.active():
             log.warning("leaving with %d requests unfinished", self._worker.active())
+            self._worker.end_all(ShuttingDown(f"{self._hello.worker_id} leaves before the request is finished"))
 
     def _report(self, num_routers: int) -> registry_pb2.Report:
         return registry_pb2.Report(

@@ -29,6 +29,9 @@ class CountingRunner:
     def synchronize(self) -> None:
         """Everything is done when ``run`` returns."""
 
+    def clean_up(self, error: Exception) -> None:
+        """A failed step leaves nothing behind."""
+
     def run(
         self,
         works: Sequence[Work],

@@ -1,6 +1,6 @@
 """Runs a service with one fault in it: ``python -m overfill.testing.faults FAULT MODULE [ARGS...]``.
 
-All but the last strike after every check that the service makes has passed, so that only a judge of the answers
+The first three strike after every check that the service makes has passed, so that only a judge of the answers
 (``overfill verify``) can notice. They are installed in memory and named on stderr.
 
 =====================  ==============================================================================
@@ -9,6 +9,8 @@ overwrite-kv-chunk     received KV that starts at token 0 of layer 0 is overwrit
 shift-positions        every forward pass is given positions that are one too large; for one stage only, since
                        RoPE is relative
 hang-step              the twentieth step of the engine never ends
+out-of-memory          every fifth step of the engine fails for want of memory
+lose-block             a released sequence's last block is not given back to the pool
 =====================  ==============================================================================
 """
 
@@ -19,7 +21,7 @@ import itertools
 import runpy
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 
 import overfill.kv.receiver
 from overfill.engine.runner import ModelRunner
+from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.ranges import KvRange
 from overfill.model.batch import ForwardBatch
@@ -87,11 +90,35 @@ def hang_step() -> None:
     ModelRunner.run = run_or_hang  # type: ignore[method-assign]
 
 
+def run_out_of_memory() -> None:
+    run = ModelRunner.run
+    steps = itertools.count(1)
+
+    def run_or_fail(self: ModelRunner, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = next(steps)
+        if step > 10 and step % 5 == 0:  # what a worker runs to warm up is spared
+            raise torch.OutOfMemoryError("no room for this step")
+        return run(self, *args, **kwargs)
+
+    ModelRunner.run = run_or_fail  # type: ignore[method-assign]
+
+
+def lose_block() -> None:
+    release = BlockPool.release
+
+    def release_most(self: BlockPool, owner: str, blocks: Iterable[int]) -> None:
+        release(self, owner, list(blocks)[:-1])
+
+    BlockPool.release = release_most  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "negate-weight-row": negate_weight_row,
     "overwrite-kv-chunk": overwrite_kv_chunk,
     "shift-positions": shift_positions,
     "hang-step": hang_step,
+    "out-of-memory": run_out_of_memory,
+    "lose-block": lose_block,
 }
 
 

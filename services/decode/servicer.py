@@ -12,7 +12,7 @@ from overfill.engine.build import EngineParts
 from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
-from overfill.errors import InvalidRequest, PromptTooLong, ShuttingDown, Unavailable
+from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.params import SamplingParams, check_token_ids
@@ -39,6 +39,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     @property
     def active(self) -> int:
         return len(self._sessions)
+
+    def end_all(self, error: OverfillError) -> None:
+        """Ends every sequence; their routers go on elsewhere."""
+        for session in self._sessions.values():
+            session.inbox.put_nowait(error)
 
     def on_events(self, events: list[DecodeEvent]) -> None:
         """Hands engine events to their sessions; called on the event loop."""

@@ -28,6 +28,7 @@ from overfill.errors import (
     Incompatible,
     InternalError,
     InvalidRequest,
+    OverfillError,
     Overloaded,
     PromptTooLong,
     ShuttingDown,
@@ -149,6 +150,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     @property
     def active(self) -> int:
         return len(self._leases)
+
+    def end_all(self, error: OverfillError) -> None:
+        """Ends every lease; the decode workers ask for another prefill worker."""
+        for lease in self._leases.values():
+            lease.events.put_nowait(error)
 
     def on_event(self, event: PrefillEvent) -> None:
         """Called on the event loop."""

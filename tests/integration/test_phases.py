@@ -18,6 +18,7 @@ from overfill.engine.build import build_engine_parts
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.hosting import new_hello
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.kv.peers import PeerPool
 from overfill.pair.manifest import Pair
@@ -50,7 +51,8 @@ class Gate:
 class GatedRunner:
     def __init__(self, runner, gate):
         self._runner, self._gate = runner, gate
-        self.device, self.cache, self.synchronize = runner.device, runner.cache, runner.synchronize
+        self.device, self.cache = runner.device, runner.cache
+        self.synchronize, self.clean_up = runner.synchronize, runner.clean_up
 
     def run(self, works, on_layer_start=None, on_kv_written=None):
         def start(layer):
@@ -97,6 +99,7 @@ class Workers:
             8,
             lambda event: loop.call_soon_threadsafe(self.prefill.on_event, event),
         )
+        self.prefill_core = core
         self.prefill.engine = EngineThread(core, "p", 1)
         prefill_address = await self._serve(
             stack, prefill_pb2_grpc.add_PrefillServicer_to_server, self.prefill, "overfill.v1.Prefill"
@@ -129,6 +132,12 @@ class Workers:
         channel = open_channel(address)
         stack.push_async_callback(channel.close)
         self.stub = decode_pb2_grpc.DecodeStub(channel)
+
+    def hold_every_prefill_block(self):
+        pool = self.full.pool
+        blocker = PrefillSequence("blocker", [0], SamplingParams())
+        self.prefill_core._holding["blocker"] = blocker
+        blocker.blocks = pool.acquire("blocker", pool.num_free)
 
     async def _serve(self, stack, add, servicer, name):
         server = RpcServer()
@@ -212,8 +221,8 @@ async def in_phase(workers, phase, timeout=None):
     async with AsyncExitStack() as stack:
         call = await workers.reserve(timeout)
         if phase == "prefill queued":
-            blocker = workers.full.pool.acquire("blocker", workers.full.pool.num_free)
-            stack.callback(workers.full.pool.release, "blocker", blocker)
+            workers.hold_every_prefill_block()
+            stack.callback(workers.prefill.engine.send, Release("blocker"))
         if phase == "prefill running":
             workers.prefill_gate.open.clear()
         if phase == "decoding":

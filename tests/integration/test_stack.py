@@ -364,6 +364,35 @@ def test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere(tiny_p
         wait_until(lambda: idle(address), 5, "all blocks free")
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_steps_that_find_no_memory_cost_no_answer_and_no_worker(tiny_pair, stage):
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    faults = {f"{stage}-0": "out-of-memory"}
+    with running_stack(tiny_pair, prefill=2, decode=2, faults=faults, max_attempts="40") as (stack, address):
+        with Client(address) as client:
+            answers = [client.generate(prompt(1), sampling=sampling) for _ in range(30)]
+        assert len({answer.token_ids for answer in answers}) == 1
+        if stage == "decode":
+            assert sum(answer.migrations for answer in answers) > 0
+        assert all(child.returncode is None for child in children(stack, ""))
+        wait_until(lambda: idle(address), 5, "all blocks free")
+    assert any("no room for this step" in line for line in stack.worker(f"{stage}-0").last_lines())
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_that_loses_a_block_notices_when_idle_and_leaves(tiny_pair, stage):
+    sampling = SamplingParams(temperature=0, max_tokens=12)
+    faults = {f"{stage}-0": "lose-block"}
+    with running_stack(tiny_pair, prefill=2, decode=2, faults=faults) as (stack, address), Client(address) as client:
+        leaking = stack.worker(f"{stage}-0")
+        answers = [client.generate(prompt(1), sampling=sampling).token_ids for _ in range(4)]  # of both workers
+        wait_until(lambda: leaking.returncode is not None, 30, "the worker has left")
+        assert leaking.returncode == 1
+        assert client.generate(prompt(1), sampling=sampling).token_ids == answers[0]
+        assert len(set(answers)) == 1
+        assert any("blocks are owned, and their owners know of 0" in line for line in leaking.last_lines())
+
+
 def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
     with running_stack(tiny_pair, decode=2, grace_period="0") as (stack, address), Client(address) as client:

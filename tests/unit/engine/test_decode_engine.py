@@ -1,6 +1,7 @@
 """Sequences advance together, lose blocks and get them back, and leave nothing behind."""
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -217,11 +218,13 @@ class DecodeMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(10, 4)
         self.events = []
-        self.engine = DecodeEngine(CountingRunner(), self.pool, 4, 16, self.take)
+        self.runner = CountingRunner()
+        self.engine = DecodeEngine(self.runner, self.pool, 4, 16, self.take)
         self.first: dict[str, int] = {}
         self.answer: dict[str, list[int]] = {}
         self.receiving: set[str] = set()
         self.must_yield: set[str] = set()
+        self.must_release: set[str] = set()
         self.names = 0
 
     def take(self, events):
@@ -234,6 +237,8 @@ class DecodeMachine(RuleBasedStateMachine):
                 case Preempted(id=id):
                     self.receiving.discard(id)
                     self.must_yield.add(id)
+                case SequenceFailed(id=id):
+                    self.must_release.add(id)
                 case TokenSampled(id=id, index=index, token=token, finish=finish):
                     assert index == len(self.answer[id])
                     assert token.token_id == self.answer[id][-1] + 1
@@ -245,13 +250,15 @@ class DecodeMachine(RuleBasedStateMachine):
         self.answer.pop(id, None)
         self.receiving.discard(id)
         self.must_yield.discard(id)
+        self.must_release.discard(id)
 
-    @rule(prompt=st.integers(1, 20), max_tokens=st.integers(2, 12))
-    def arrive(self, prompt, max_tokens):
+    @rule(prompt=st.integers(1, 20), emitted=st.integers(0, 20), more=st.integers(2, 12))
+    def arrive(self, prompt, emitted, more):
         self.names += 1
         name = f"s{self.names}"
-        self.answer[name] = [self.names % 20]
-        self.engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=max_tokens)))
+        said = [self.names % 20 + i for i in range(emitted)]
+        self.answer[name] = said or [self.names % 20]
+        self.engine.handle(Reserve(sequence(name, prompt=prompt, emitted=said, max_tokens=emitted + more)))
 
     @precondition(lambda self: self.receiving)
     @rule(data=st.data())
@@ -267,10 +274,17 @@ class DecodeMachine(RuleBasedStateMachine):
         self.must_yield.discard(name)
         self.engine.handle(Yielded(name))
 
+    @precondition(lambda self: self.must_release)
+    @rule(data=st.data())
+    def a_failed_one_is_released(self, data):
+        self.release(data.draw(st.sampled_from(sorted(self.must_release))))
+
     @precondition(lambda self: self.answer)
     @rule(data=st.data())
     def cancelled(self, data):
-        name = data.draw(st.sampled_from(sorted(self.answer)))
+        self.release(data.draw(st.sampled_from(sorted(self.answer))))
+
+    def release(self, name):
         self.forget(name)
         self.engine.handle(Release(name))
 
@@ -278,9 +292,15 @@ class DecodeMachine(RuleBasedStateMachine):
     def step(self):
         self.engine.step()
 
+    @rule()
+    def step_without_memory(self):
+        self.runner.fail_next = torch.OutOfMemoryError("no room")
+        self.engine.step()
+        self.runner.fail_next = None
+
     @invariant()
     def no_block_is_lost(self):
-        self.pool.check_integrity()
+        self.engine.check()
 
     def teardown(self):
         for _ in range(2000):
@@ -289,6 +309,8 @@ class DecodeMachine(RuleBasedStateMachine):
             for name in sorted(self.must_yield):
                 self.must_yield.discard(name)
                 self.engine.handle(Yielded(name))
+            for name in sorted(self.must_release):
+                self.release(name)
             for name in sorted(self.receiving):
                 self.receiving.discard(name)
                 self.engine.handle(Start(name, self.answer[name][0]))

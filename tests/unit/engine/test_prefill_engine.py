@@ -1,6 +1,9 @@
 """Prompts go through the full model in chunks under a budget, and their blocks come back."""
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
@@ -15,6 +18,7 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.blocks import BlockPool
 from overfill.params import SamplingParams
+from overfill.testing.counting import CountingRunner
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -150,3 +154,80 @@ def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
     engine.step()
     assert of(PromptComputed, events)[0].first is None
     engine.handle(Release("a"))
+
+
+class PrefillMachine(RuleBasedStateMachine):
+    """Prompts, steps, failures and releases in any order: every prompt is computed whole, no block is lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = BlockPool(10, 4)
+        self.runner = CountingRunner()
+        self.engine = PrefillEngine(self.runner, self.pool, 7, 3, self.take)
+        self.sequences: dict[str, PrefillSequence] = {}
+        self.computed: dict[str, int] = {}
+        self.ended: set[str] = set()
+        self.names = 0
+
+    def take(self, event):
+        match event:
+            case ChunkComputed(id=id, token_start=start, token_end=end):
+                assert start == self.computed[id]
+                self.computed[id] = end
+            case PromptComputed(id=id, first=first):
+                assert self.computed[id] == len(self.sequences[id].prompt)
+                assert first.token_id == self.sequences[id].prompt[-1] + 1
+                self.ended.add(id)
+            case SequenceFailed(id=id):
+                self.ended.add(id)
+
+    @rule(length=st.integers(1, 40))
+    def arrive(self, length):
+        self.names += 1
+        name = f"p{self.names}"
+        self.sequences[name] = prompt(name, length)
+        self.computed[name] = 0
+        self.engine.handle(Submit(self.sequences[name]))
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.sequences[data.draw(st.sampled_from(sorted(self.sequences)))].cancelled = True
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def release(self, data):
+        self.forget(data.draw(st.sampled_from(sorted(self.sequences))))
+
+    def forget(self, name):
+        self.sequences.pop(name).cancelled = True
+        self.ended.discard(name)
+        self.engine.handle(Release(name))
+
+    @rule()
+    def step(self):
+        self.engine.step()
+
+    @rule()
+    def step_without_memory(self):
+        self.runner.fail_next = MemoryError("no room")
+        self.engine.step()
+        self.runner.fail_next = None
+
+    @invariant()
+    def no_block_is_lost(self):
+        self.engine.check()
+
+    def teardown(self):
+        for _ in range(1000):
+            if not self.sequences:
+                break
+            for name in [n for n, s in self.sequences.items() if n in self.ended or s.cancelled]:
+                self.forget(name)
+            self.engine.step()
+        assert not self.sequences, "a prompt was never computed"
+        assert self.pool.num_used == 0
+
+
+TestPrefillMachine = PrefillMachine.TestCase
+TestPrefillMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,60 @@
+"""An engine that is idle, or stopped, has lost no block; one that has ends."""
+
+import threading
+
+import pytest
+
+from overfill.engine import thread
+from overfill.engine.sequence import EngineLoad
+from overfill.engine.thread import EngineThread
+
+
+class Core:
+    """Counts what it is asked; ``fault`` is raised by the next check."""
+
+    def __init__(self):
+        self.checked = threading.Semaphore(0)
+        self.fault = None
+
+    def handle(self, message):
+        pass
+
+    def step(self):
+        return False
+
+    def load(self):
+        return EngineLoad(0, 8, 0, 0)
+
+    def check(self):
+        self.checked.release()
+        if self.fault is not None:
+            raise self.fault
+
+
+@pytest.fixture
+def core(monkeypatch):
+    monkeypatch.setattr(thread, "_IDLE", 0.01)
+    return Core()
+
+
+def test_a_core_is_checked_once_each_time_it_falls_idle(core):
+    engine = EngineThread(core, "e", 1)
+    engine.start()
+    for _ in range(2):
+        engine.send("work")
+        assert core.checked.acquire(timeout=10)
+    engine.stop()
+    assert core.checked.acquire(timeout=10), "and when it is stopped"
+    assert not core.checked.acquire(blocking=False)
+    assert engine.failure is None
+
+
+def test_a_lost_block_ends_the_engine(core):
+    engine = EngineThread(core, "e", 1)
+    core.fault = AssertionError("block 3 is lost")
+    engine.start()
+    engine.send("work")
+    assert core.checked.acquire(timeout=10)
+    engine.stop()
+    assert engine.failure is core.fault
+    assert not engine.alive

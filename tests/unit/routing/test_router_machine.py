@@ -1,0 +1,442 @@
+"""The router's requests as a state machine: workers fail, refuse, drain and come back, readers are slow or leave.
+
+Real ``Relay``, ``Attempt``, ``Gate`` and ``Dispatcher`` on an event loop with a clock of its own; decode workers are
+played. In the end every request is answered, to the last token, or has failed for a reason that it was given; no slot
+is taken, no stream is open, and no worker holds blocks.
+"""
+
+import asyncio
+import itertools
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from overfill.errors import (
+    DeadlineExceeded,
+    InternalError,
+    OverfillError,
+    Overloaded,
+    PromptTooLong,
+    ShuttingDown,
+    TransferFailed,
+    Unavailable,
+)
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.gate import Gate
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.routing.relay import Relay, RelayRequest
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+
+NEED = decode_pb2.NeedPrefill
+BLOCK = 16
+MAX_ATTEMPTS = 3
+NAMES = ("d0", "d1", "d2", "p0", "p1")
+STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
+
+
+class ManualLoop(asyncio.SelectorEventLoop):
+    """Time stands still unless it is told to pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+
+    def time(self):
+        return self.now
+
+    def settle(self):
+        """Runs everything that need not wait for time to pass."""
+        self.run_until_complete(self._rounds())
+
+    async def _rounds(self):
+        for _ in range(40):
+            await asyncio.sleep(0)
+
+
+class Stream:
+    """One attempt on a played decode worker, which holds blocks from Reserved until the stream ends."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.start = None
+        self.reserved = self.assigned = self.closed = self.ended = False
+        self.said = 0  # tokens of the answer, those of earlier attempts included
+        self._answers = asyncio.Queue()
+
+    async def send(self, message):
+        if message.HasField("start"):
+            self.start = message.start
+            self.said = len(message.start.emitted_token_ids)
+        else:
+            self.assigned = True
+
+    async def receive(self):
+        message = await self._answers.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def close(self):
+        self.closed = self.ended = True
+
+    def say(self, **message):
+        self._answers.put_nowait(decode_pb2.DecodeResponse(**message))
+
+    def end(self, error):
+        """The stream breaks with ``error``; None ends it in silence."""
+        self.ended = True
+        self._answers.put_nowait(error)
+
+    @property
+    def holds_blocks(self):
+        return self.reserved and not self.ended
+
+
+class Request:
+    """A request, what its answer has to be, and what was done to it."""
+
+    def __init__(self, number, length, max_tokens, known, deadline):
+        self.id = f"r{number}"
+        self.truth = [(31 * number + 7 * i) % 50 for i in range(min(length, max_tokens))]
+        self.reason = STOP if length < max_tokens else LENGTH
+        self.max_tokens = max_tokens
+        self.known = min(known, len(self.truth))  # tokens that the client brings
+        self.deadline = deadline
+        self.read = self.truth[: self.known]
+        self.broken = self.failed_prefills = 0
+        self.aborted = False
+        self.reading = None
+        self.end = None
+
+    def finish(self):
+        return self.truth, self.reason
+
+
+class Routing(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.loop = ManualLoop()
+        self.roster = Roster()
+        self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.gate = Gate(self.dispatcher)
+        self.numbers = itertools.count()
+        self.workers = []
+        self.streams = []
+        self.requests = {}
+        self.relays = {}
+
+    # What the relay sees of a worker.
+    def open(self, worker, timeout):
+        stream = Stream((worker.id, worker.incarnation))
+        self.streams.append(stream)
+        return stream
+
+    def act(self, function, *args, **kwargs):
+        """Calls ``function`` on the event loop, then lets everything follow from it."""
+
+        async def call():
+            return function(*args, **kwargs)
+
+        result = self.loop.run_until_complete(call())
+        self.loop.settle()
+        self.look()
+        return result
+
+    def look(self):
+        """Notes how requests have ended whose reader was waiting for that."""
+        for request in self.requests.values():
+            if request.reading is not None and request.reading.done():
+                reading, request.reading = request.reading, None
+                try:
+                    event = reading.result()
+                except OverfillError as error:
+                    request.end = error
+                else:
+                    if isinstance(event, TokenBatch):
+                        assert event.first_index == len(request.read)
+                        request.read += event.ids
+                    else:
+                        request.end = event
+
+    def join(self, name, incarnation):
+        stage = DECODE if name.startswith("d") else PREFILL
+        identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
+        worker = self.roster.join(WorkerInfo(name, incarnation, stage, name, name, identity, 0, 99))
+        self.workers.append(worker)
+        return worker
+
+    def report(self, worker, credits=3, *, ready=True, draining=False):
+        load = decode_pb2.WorkerLoad(kv_blocks_total=40, block_size=BLOCK, running=worker.in_flight)
+        report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
+        self.gate.report(worker, report)
+
+    def pool(self, name):
+        return self.roster.decode if name.startswith("d") else self.roster.prefill
+
+    def break_streams(self, key, error):
+        for stream in self.streams:
+            if stream.worker == key and not stream.ended:
+                self.broke(stream)
+                stream.end(error)
+
+    def broke(self, stream):
+        if stream.start is not None:
+            self.requests[stream.start.request_id].broken += 1
+
+    def pick(self, data, condition):
+        streams = [s for s in self.streams if s.start is not None and not s.ended and condition(s)]
+        return data.draw(st.sampled_from(streams)) if streams else None
+
+    @initialize()
+    def begin(self):
+        for name in ("d0", "d1", "p0"):
+            self.act(lambda name=name: self.report(self.join(name, 0)))
+
+    # Workers -------------------------------------------------------------------------------------------------------
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        restarted=st.booleans(),
+        credits=st.integers(0, 3),
+        ready=st.booleans(),
+        draining=st.booleans(),
+    )
+    def worker_reports(self, name, restarted, credits, ready, draining):
+        worker = self.pool(name).get(name)
+        if worker is None or restarted:
+            if worker is not None:
+                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+            worker = self.act(self.join, name, next(self.numbers) + 1)
+        self.act(self.report, worker, credits, ready=ready, draining=draining)
+
+    @rule(name=st.sampled_from(NAMES), dies=st.booleans())
+    def worker_leaves(self, name, dies):
+        if (worker := self.pool(name).get(name)) is not None:
+            if dies:
+                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+            self.pool(name).leave(worker)
+            self.act(self.gate.poll)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
+    def time_passes(self, seconds):
+        self.loop.now += seconds
+        self.act(self.gate.poll)
+
+    # Requests ------------------------------------------------------------------------------------------------------
+
+    @rule(
+        prompt=st.integers(1, 700),
+        length=st.integers(0, 12),
+        max_tokens=st.integers(1, 12),
+        known=st.integers(0, 3),
+        seconds=st.sampled_from([None, None, 5.0]),
+    )
+    def submit(self, prompt, length, max_tokens, known, seconds):
+        number = next(self.numbers)
+        now = self.loop.now
+        request = Request(number, length, max_tokens, known, None if seconds is None else now + seconds)
+        relay_request = RelayRequest(
+            id=request.id,
+            prompt_token_ids=(1,) * prompt,
+            sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens),
+            eos_token_ids=(0,),
+            received=now,
+            deadline=request.deadline,
+            emitted_token_ids=tuple(request.read),
+        )
+        relay = self.act(Relay, relay_request, self.gate, self, max_attempts=MAX_ATTEMPTS)
+        try:
+            self.act(relay.start)
+        except (Overloaded, PromptTooLong):
+            return
+        self.requests[request.id], self.relays[request.id] = request, relay
+
+    def unread(self):
+        return sorted(id for id, r in self.requests.items() if r.end is None and r.reading is None)
+
+    @precondition(lambda self: self.unread())
+    @rule(data=st.data())
+    def reader_asks(self, data):
+        id = data.draw(st.sampled_from(self.unread()))
+        self.requests[id].reading = self.act(lambda: asyncio.ensure_future(self.relays[id].next()))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def client_leaves(self, data):
+        self.leave(data.draw(st.sampled_from(sorted(self.requests))))
+
+    def leave(self, id):
+        request, relay = self.requests[id], self.relays.pop(id)
+        if request.reading is not None:
+            request.reading.cancel()
+        self.loop.run_until_complete(relay.close())
+        del self.requests[id]
+        self.loop.settle()
+        open_ = [s for s in self.streams if s.start is not None and s.start.request_id == id and not s.closed]
+        assert not open_, "the worker still computes for a client that has left"
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def router_gives_a_request_up(self, data):
+        id = data.draw(st.sampled_from(sorted(self.requests)))
+        self.requests[id].aborted = True
+        self.act(self.relays[id].abort, ShuttingDown("leaving"))
+
+    # What decode workers say ---------------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def reserves(self, data):
+        if stream := self.pick(data, lambda s: not s.reserved):
+            self.reserve(stream)
+
+    def reserve(self, stream):
+        stream.reserved = True
+        self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1))
+
+    @rule(data=st.data(), how=st.sampled_from(["message", "with load", "status"]))
+    def refuses(self, data, how):
+        if stream := self.pick(data, lambda s: not s.reserved):
+            stream.ended = True
+            if how == "status":
+                self.act(stream.end, Overloaded("full"))
+            else:
+                load = decode_pb2.WorkerLoad(kv_blocks_used=40, kv_blocks_total=40, block_size=BLOCK)
+                refused = decode_pb2.Refused(reason="full", load=load if how == "with load" else None)
+                self.act(stream.say, refused=refused)
+
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def computes(self, data, count):
+        if stream := self.pick(data, lambda s: s.assigned):
+            self.compute(stream, count)
+
+    def compute(self, stream, count):
+        """Some tokens, or the end, when there are none left."""
+        request = self.requests[stream.start.request_id]
+        ids = request.truth[stream.said : stream.said + count]
+        if ids:
+            self.act(stream.say, tokens=decode_pb2.Tokens(first_index=stream.said, ids=ids))
+            stream.said += len(ids)
+        else:
+            stream.ended = True
+            self.act(stream.say, done=decode_pb2.DecodeDone(reason=request.reason))
+
+    @rule(
+        data=st.data(),
+        error=st.sampled_from(
+            [Unavailable("gone"), ShuttingDown("draining"), InternalError("bug"), TransferFailed("bad"), None]
+        ),
+    )
+    def breaks(self, data, error):
+        if stream := self.pick(data, lambda s: True):
+            self.broke(stream)
+            self.act(stream.end, error)
+
+    @rule(data=st.data(), what=st.sampled_from(["gap", "contradiction", "nonsense", "too many"]))
+    def says_what_cannot_be(self, data, what):
+        if stream := self.pick(data, lambda s: s.assigned and s.said):
+            request = self.requests[stream.start.request_id]
+            self.broke(stream)
+            stream.ended = True
+            if what == "gap":
+                self.act(stream.say, tokens=decode_pb2.Tokens(first_index=stream.said + 1, ids=[1]))
+            elif what == "contradiction":
+                self.act(stream.say, tokens=decode_pb2.Tokens(first_index=0, ids=[request.truth[0] + 1]))
+            elif what == "too many":
+                ids = [*request.truth[stream.said :], *[1] * request.max_tokens]
+                self.act(stream.say, tokens=decode_pb2.Tokens(first_index=stream.said, ids=ids))
+            else:
+                self.act(stream.say, reserved=decode_pb2.Reserved())
+
+    @rule(
+        data=st.data(),
+        reason=st.sampled_from(
+            [NEED.REASON_PREEMPTED, NEED.REASON_PREFILL_FAILED, NEED.REASON_PREFILL_REFUSED, NEED.REASON_INCOMPATIBLE]
+        ),
+    )
+    def needs_prefill_again(self, data, reason):
+        if stream := self.pick(data, lambda s: s.assigned):
+            stream.assigned = False
+            if reason in (NEED.REASON_PREFILL_FAILED, NEED.REASON_INCOMPATIBLE):
+                self.requests[stream.start.request_id].failed_prefills += 1
+            self.act(stream.say, need_prefill=NEED(reason=reason))
+
+    # What must always hold -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def no_wrong_token_is_read(self):
+        for request in self.requests.values():
+            assert request.read == request.truth[: len(request.read)]
+
+    @invariant()
+    def the_books_balance(self):
+        self.act(self.gate.poll)
+        self.dispatcher.check(self.loop.now)
+
+    @invariant()
+    def what_ended_holds_nothing(self):
+        for request in self.requests.values():
+            self.check_end(request)
+
+    def check_end(self, request):
+        """An answer is whole; a failure has its cause."""
+        match request.end:
+            case None:
+                return
+            case Finish(reason=reason, usage=usage):
+                assert (request.read, reason) == (request.truth, request.reason)
+                assert usage.completion_tokens == len(request.truth)
+            case DeadlineExceeded():
+                assert request.deadline is not None
+                assert self.loop.now >= request.deadline
+            case ShuttingDown():
+                assert request.aborted
+            case error if "gave up after" in str(error) or "no prefill worker fits" in str(error):
+                assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
+            case PromptTooLong():
+                pass  # the workers that could have held it have left
+            case error:
+                assert "worker has been here for" in str(error)
+        streams = [s for s in self.streams if s.start is not None and s.start.request_id == request.id]
+        assert all(s.closed for s in streams)
+
+    def teardown(self):
+        """With healthy workers and nobody failing any more, whatever is left is answered."""
+        for name in NAMES:
+            if (worker := self.pool(name).get(name)) is not None:
+                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+            self.act(lambda name=name: self.report(self.join(name, 10**6)))
+        for _ in range(400):
+            if all(request.end is not None for request in self.requests.values()):
+                break
+            for id in self.unread():
+                self.requests[id].reading = self.act(lambda id=id: asyncio.ensure_future(self.relays[id].next()))
+            for stream in list(self.streams):
+                if stream.ended or stream.start is None:
+                    continue
+                if not stream.reserved:
+                    self.reserve(stream)
+                elif stream.assigned:
+                    self.compute(stream, 5)
+            for name in NAMES:
+                self.act(self.report, self.pool(name).get(name))
+        for request in self.requests.values():
+            assert request.end is not None, f"{request.id} was forgotten"
+            self.check_end(request)
+        for id in list(self.requests):
+            self.leave(id)
+        assert not any(stream.holds_blocks for stream in self.streams)
+        assert all(stream.closed for stream in self.streams)
+        assert self.dispatcher.num_jobs == self.dispatcher.num_waiting == 0
+        assert all(worker.in_flight == 0 for worker in self.workers)
+        self.loop.now += 10.0  # the last tick
+        self.loop.settle()
+        self.loop.close()
+
+
+Routing.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestRouting = Routing.TestCase
