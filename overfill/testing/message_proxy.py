@@ -19,11 +19,15 @@ from overfill.rpc.channel import open_channel, server_options
 Direction = Literal["request", "response"]
 
 
+class Vanished(Exception):
+    """Raised by a filter: the call ends for the sender, and the receiver does not hear of it."""
+
+
 class Filter(Protocol):
     """What happens to the messages of one direction of one call."""
 
     async def pass_on(self, message: bytes) -> list[bytes]:
-        """What goes on in place of ``message``, in order; anything may take its time."""
+        """What goes on in place of ``message``, in order; anything may take its time. May raise Vanished."""
 
     def end(self) -> list[bytes]:
         """What was held back, when the sender has ended."""
@@ -75,6 +79,7 @@ class MessageProxy:
         self._channel = open_channel(target)
         self._server = grpc.aio.server(options=server_options())
         self._server.add_generic_rpc_handlers((_AnyMethod(self),))
+        self._half_open: list[Any] = []
         self.address = ""
 
     async def __aenter__(self) -> MessageProxy:
@@ -94,19 +99,40 @@ class MessageProxy:
             timeout=context.time_remaining(), metadata=_without_transport(context.invocation_metadata())
         )
         sending = asyncio.ensure_future(self._send(call, requests, to_server))
+        writing = asyncio.Lock()  # towards the client: gRPC takes one operation at a time
+        receiving = asyncio.ensure_future(self._receive(call, context, writing, to_client))
+        ends = {receiving, sending}
         try:
-            await context.send_initial_metadata(await call.initial_metadata())
-            while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-                for out in await _through(to_client, message):
-                    await context.write(out)
-            for out in _rest(to_client):
-                await context.write(out)
-            context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
+            while not receiving.done():
+                done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if sending in done and isinstance(sending.exception(), Vanished):
+                    self._half_open.append(call)  # to the server the client is still there
+                    async with writing:
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+            receiving.result()
+        except Vanished:
+            call.cancel()
+            await asyncio.Event().wait()  # until the client gives up
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
         finally:
             sending.cancel()
-            call.cancel()
+            receiving.cancel()
+            if call not in self._half_open:
+                call.cancel()
+
+    async def _receive(self, call: Any, context: Any, writing: asyncio.Lock, filters: Sequence[Filter]) -> None:
+        metadata = await call.initial_metadata()
+        async with writing:
+            await context.send_initial_metadata(metadata)
+        while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            for out in await _through(filters, message):
+                async with writing:
+                    await context.write(out)
+        for out in _rest(filters):
+            async with writing:
+                await context.write(out)
+        context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
 
     async def _send(self, call: Any, requests: AsyncIterator[bytes], filters: Sequence[Filter]) -> None:
         try:
@@ -253,8 +279,55 @@ class _Delaying(_Unbuffered):
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """Lets ``bytes_per_second`` pass; each message that is held up counts."""
+
+    bytes_per_second: float
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Limiting(self.bytes_per_second, strike)
+
+
+@dataclass(slots=True)
+class _Limiting(_Unbuffered):
+    rate: float
+    strike: Strike
+    free_at: float = 0.0
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        now = asyncio.get_running_loop().time()
+        self.free_at = max(self.free_at, now) + len(message) / self.rate
+        self.strike()
+        await asyncio.sleep(self.free_at - now)
+        return [message]
+
+
+@dataclass(frozen=True, slots=True)
+class HalfOpen:
+    """After ``after`` messages the call has ended for the sender, and is open for the receiver, who hears nothing."""
+
+    after: int = 0
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _HalfOpening(self.after, strike)
+
+
+@dataclass(slots=True)
+class _HalfOpening(_Unbuffered):
+    left: int
+    strike: Strike
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        if self.left == 0:
+            self.strike()
+            raise Vanished
+        self.left -= 1
+        return [message]
+
+
+@dataclass(frozen=True, slots=True)
 class Stall:
-    """Lets ``after`` messages pass and then nothing more: a peer that is half open."""
+    """Lets ``after`` messages pass and then nothing more, while both ends stay."""
 
     after: int = 0
 

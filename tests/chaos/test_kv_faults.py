@@ -5,11 +5,14 @@ Whatever arrives, the KV in the blocks is that of an undisturbed transfer, or th
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +33,20 @@ from overfill.testing.message_proxy import (
     Duplicate,
     Fault,
     Filter,
+    HalfOpen,
+    Limit,
     MessageProxy,
     Reorder,
     Rule,
+    Stall,
     Strike,
     Truncate,
 )
 from overfill.testing.registry import ListeningRegistry
-from overfill.v1 import decode_pb2
+from overfill.v1 import decode_pb2, registry_pb2
 
 BLOCK = 16
+LANES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +66,23 @@ class Received:
 
 
 class Handoffs:
-    """Pulls prompts from a prefill worker, past a proxy and straight."""
+    """Pulls prompts from a prefill worker, past a proxy of its own and straight; one at a time."""
 
     def __init__(
-        self, pair: Pair, spec: KvSpec, straight: PrefillPeer, proxied: PrefillPeer, rules: list[Rule]
+        self,
+        pair: Pair,
+        spec: KvSpec,
+        straight: PrefillPeer,
+        proxied: PrefillPeer,
+        rules: list[Rule],
+        executor: Executor,
     ) -> None:
         self.rules = rules
         self._pair = pair
         self._spec = spec
         self._straight = straight
         self._proxied = proxied
-        self._executor = ThreadPoolExecutor(2)
+        self._executor = executor
 
     async def clean(self, seed: int) -> Received:
         return await self._pull(self._straight, seed)
@@ -88,37 +101,49 @@ class Handoffs:
         return Received(cache, pull.stats)
 
 
-@pytest.fixture
-async def handoffs(tiny_pair: Path) -> AsyncIterator[Handoffs]:
-    registry = ListeningRegistry()
-    router = await registry.start()
-    arguments = [
-        f"--pair={tiny_pair}",
-        f"--routers={router}",
-        "--dtype=float32",
-        "--kv-memory=4MiB",
-        "--grace-period=1",
-    ]
-    command = [sys.executable, "-m", "services.prefill.main", *arguments]
-    worker = Child("prefill", command, child_environment(os.environ, 1), lambda name, line: None)
-    try:
+@pytest.fixture(scope="module")
+def prefill_worker(tiny_pair: Path) -> Iterator[registry_pb2.Hello]:
+    """What a real prefill worker says of itself; it serves although its router has gone."""
+    arguments = [f"--pair={tiny_pair}", "--dtype=float32", "--kv-memory=4MiB", "--grace-period=1"]
+
+    async def start() -> tuple[Child, registry_pb2.Hello]:
+        registry = ListeningRegistry()
+        command = [sys.executable, "-m", "services.prefill.main", f"--routers={await registry.start()}", *arguments]
+        worker = Child("prefill", command, child_environment(os.environ, 1), lambda name, line: None)
         hello = await registry.next_worker(60)
-        async with MessageProxy(hello.data_address, seed=1) as proxy:
-            peers = []
-            for data_address in (hello.data_address, proxy.address):
-                target = decode_pb2.AssignPrefill(
-                    worker_id=hello.worker_id,
-                    incarnation=hello.incarnation,
-                    address=hello.address,
-                    data_address=data_address,
-                )
-                peers.append(PrefillPeer(target, 2, None))
-            yield Handoffs(Pair.load(tiny_pair), KvSpec.from_proto(hello.kv), *peers, proxy.rules)
-            for peer in peers:
-                await peer.close()
-    finally:
-        stop([worker], 5)
         await registry.stop()
+        return worker, hello
+
+    worker, hello = asyncio.run(start())
+    yield hello
+    stop([worker], 5)
+
+
+@pytest.fixture
+async def lanes(tiny_pair: Path, prefill_worker: registry_pb2.Hello) -> AsyncIterator[list[Handoffs]]:
+    """Several at a time, since a damaged transfer mostly waits before it asks again."""
+    pair, spec = Pair.load(tiny_pair), KvSpec.from_proto(prefill_worker.kv)
+    async with AsyncExitStack() as exits:
+        executor = exits.enter_context(ThreadPoolExecutor(2))
+
+        def peer(data_address: str) -> PrefillPeer:
+            target = decode_pb2.AssignPrefill(
+                worker_id=prefill_worker.worker_id,
+                incarnation=prefill_worker.incarnation,
+                address=prefill_worker.address,
+                data_address=data_address,
+            )
+            opened = PrefillPeer(target, 2, None)
+            exits.push_async_callback(opened.close)
+            return opened
+
+        made = []
+        for seed in range(LANES):
+            proxy = await exits.enter_async_context(MessageProxy(prefill_worker.data_address, seed=seed))
+            made.append(
+                Handoffs(pair, spec, peer(prefill_worker.data_address), peer(proxy.address), proxy.rules, executor)
+            )
+        yield made
 
 
 def same(one: Received, other: Received) -> bool:
@@ -126,29 +151,57 @@ def same(one: Received, other: Received) -> bool:
 
 
 @pytest.mark.parametrize("faults", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(handoffs: Handoffs, faults: int) -> None:
-    rule = Rule(OneOf((Corrupt(3), Truncate(3), Duplicate(3), Drop(3))), "Prefill/PullKv", share=0.5)
-    handoffs.rules.append(rule)
-    seed = failed = 0
-    while rule.hits < faults:
-        seed += 1
-        before = rule.hits
-        try:
-            received = await handoffs.faulty(seed)
-        except (TransferFailed, InternalError):  # struck again at every repeat
-            failed += 1
-            assert rule.hits > before
-        else:
-            assert received.stats.broken_streams == rule.hits - before
-            assert same(received, await handoffs.clean(seed))
-    assert failed < seed / 10
+async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(lanes: list[Handoffs], faults: int) -> None:
+    seeds = itertools.count(1)
+    rules = [Rule(OneOf((Corrupt(2), Truncate(2), Duplicate(2), Drop(2))), "Prefill/PullKv", share=0.7) for _ in lanes]
+
+    async def work(lane: Handoffs, rule: Rule) -> int:
+        """Transfers until there are enough faults; returns how many failed."""
+        lane.rules.append(rule)
+        failed = 0
+        while sum(r.hits for r in rules) < faults:
+            seed, before = next(seeds), rule.hits
+            try:
+                received = await lane.faulty(seed)
+            except (TransferFailed, InternalError):  # struck again at every repeat
+                failed += 1
+                assert rule.hits > before
+            else:
+                assert received.stats.broken_streams == rule.hits - before
+                assert same(received, await lane.clean(seed))
+        return failed
+
+    failed = sum(await asyncio.gather(*map(work, lanes, rules)))
+    hits, transfers = sum(rule.hits for rule in rules), next(seeds) - 1
+    print(f"{hits} damaged chunks in {transfers} transfers, {failed} of which were given up")
+    assert failed < transfers / 2
 
 
 @pytest.mark.parametrize("transfers", [30, pytest.param(1_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-async def test_chunks_in_any_order_are_right(handoffs: Handoffs, transfers: int) -> None:
-    handoffs.rules.append(Rule(Reorder(window=3), "Prefill/PullKv"))
-    for seed in range(transfers):
-        received = await handoffs.faulty(seed)
-        assert received.stats.broken_streams == 0
-        assert same(received, await handoffs.clean(seed))
-    assert handoffs.rules[0].hits > transfers / 2
+async def test_chunks_in_any_order_are_right(lanes: list[Handoffs], transfers: int) -> None:
+    seeds = iter(range(transfers))
+
+    async def work(lane: Handoffs) -> int:
+        lane.rules.append(Rule(Reorder(window=3), "Prefill/PullKv"))
+        for seed in seeds:
+            received = await lane.faulty(seed)
+            assert received.stats.broken_streams == 0
+            assert same(received, await lane.clean(seed))
+        return lane.rules[0].hits
+
+    overtaken = sum(await asyncio.gather(*map(work, lanes)))
+    print(f"{overtaken} chunks overtook others in {transfers} transfers")
+    assert overtaken > transfers / 2
+
+
+async def test_a_slow_link_delivers_the_same(lanes: list[Handoffs]) -> None:
+    lanes[0].rules.append(Rule(Limit(256 * 1024), "Prefill/PullKv"))
+    assert same(await lanes[0].faulty(1), await lanes[0].clean(1))
+
+
+@pytest.mark.parametrize("fault", [HalfOpen(), Stall()])
+async def test_a_silent_data_stream_is_given_up(lanes: list[Handoffs], fault: Fault) -> None:
+    lanes[0].rules.append(Rule(fault, "Prefill/PullKv", remaining=1))
+    with pytest.raises(TransferFailed, match="KV moves too slowly"):
+        await lanes[0].faulty(1)
+    assert same(await lanes[0].faulty(1), await lanes[0].clean(1))

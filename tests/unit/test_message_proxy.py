@@ -21,6 +21,8 @@ from overfill.testing.message_proxy import (
     Drop,
     Duplicate,
     Fault,
+    HalfOpen,
+    Limit,
     MessageProxy,
     Reorder,
     Rule,
@@ -35,6 +37,17 @@ SENT = [kv_pb2.KvChunk(payload=bytes([i]) * 100) for i in range(10)]
 class Sender(prefill_pb2_grpc.PrefillServicer):
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.heard = asyncio.Event()
+
+    async def Prefill(
+        self, request_iterator: AsyncIterator[prefill_pb2.PrefillRequest], context: object
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        try:
+            async for _ in request_iterator:
+                self.heard.set()
+                yield prefill_pb2.PrefillResponse()
+        finally:
+            self.ended.set()
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: object) -> AsyncIterator[kv_pb2.KvChunk]:
         if request.attempt:
@@ -132,6 +145,42 @@ async def test_a_stalled_call_stays_open(sender: tuple[Sender, str]) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(call.read(), 0.3)
         await channel.close(None)
+
+
+async def test_a_half_open_call_has_ended_for_the_server_only(sender: tuple[Sender, str]) -> None:
+    async with proxied(sender[1], HalfOpen(after=3)) as proxy:
+        channel = open_channel(proxy.address)
+        call = prefill_pb2_grpc.PrefillStub(channel).PullKv(prefill_pb2.PullKvRequest(transfer_id=b"x"), timeout=10)
+        assert [(await call.read()).payload for _ in range(3)] == PAYLOADS[:3]
+        await asyncio.wait_for(sender[0].ended.wait(), 5)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(call.read())), 0.3)
+        assert not call.done()
+        await channel.close(None)
+
+
+async def test_a_half_open_call_has_ended_for_the_client_only(sender: tuple[Sender, str]) -> None:
+    async with MessageProxy(sender[1], [Rule(HalfOpen(after=1), "Prefill/Prefill", "request")]) as proxy:
+        channel = open_channel(proxy.address)
+        call = prefill_pb2_grpc.PrefillStub(channel).Prefill(timeout=10)
+        await call.write(prefill_pb2.PrefillRequest())
+        await asyncio.wait_for(sender[0].heard.wait(), 5)
+        await call.write(prefill_pb2.PrefillRequest())
+        with pytest.raises(grpc.aio.AioRpcError, match="the connection broke"):
+            await call.read()
+        assert not sender[0].ended.is_set()
+        await channel.close(None)
+    await asyncio.wait_for(sender[0].ended.wait(), 5)
+
+
+async def test_a_limit_takes_its_time(sender: tuple[Sender, str]) -> None:
+    loop = asyncio.get_running_loop()
+    size = sum(chunk.ByteSize() for chunk in SENT)
+    async with proxied(sender[1], Limit(4 * size)) as proxy:
+        before = loop.time()
+        assert await received(proxy.address) == PAYLOADS
+        assert loop.time() - before >= 0.25
+        assert proxy.rules[0].hits == 10
 
 
 async def test_rules_choose_calls(sender: tuple[Sender, str]) -> None:

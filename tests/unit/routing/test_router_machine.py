@@ -203,8 +203,8 @@ class Routing(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         restarted=st.booleans(),
         credits=st.integers(0, 3),
-        ready=st.booleans(),
-        draining=st.booleans(),
+        ready=st.sampled_from([True, True, True, False]),
+        draining=st.sampled_from([False, False, False, True]),
     )
     def worker_reports(self, name, restarted, credits, ready, draining):
         worker = self.pool(name).get(name)
@@ -266,9 +266,14 @@ class Routing(RuleBasedStateMachine):
         self.requests[id].reading = self.act(lambda: asyncio.ensure_future(self.relays[id].next()))
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def client_leaves(self, data):
-        self.leave(data.draw(st.sampled_from(sorted(self.requests))))
+    @rule(data=st.data(), gives_up=st.sampled_from(["client", "router"]))
+    def gives_up(self, data, gives_up):
+        id = data.draw(st.sampled_from(sorted(self.requests)))
+        if gives_up == "client":
+            self.leave(id)
+        else:
+            self.requests[id].aborted = True
+            self.act(self.relays[id].abort, ShuttingDown("leaving"))
 
     def leave(self, id):
         request, relay = self.requests[id], self.relays.pop(id)
@@ -280,42 +285,25 @@ class Routing(RuleBasedStateMachine):
         open_ = [s for s in self.streams if s.start is not None and s.start.request_id == id and not s.closed]
         assert not open_, "the worker still computes for a client that has left"
 
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def router_gives_a_request_up(self, data):
-        id = data.draw(st.sampled_from(sorted(self.requests)))
-        self.requests[id].aborted = True
-        self.act(self.relays[id].abort, ShuttingDown("leaving"))
-
     # What decode workers say ---------------------------------------------------------------------------------------
 
     @rule(data=st.data())
-    def reserves(self, data):
-        if stream := self.pick(data, lambda s: not s.reserved):
-            self.reserve(stream)
+    def one_advances(self, data):
+        if stream := self.pick(data, lambda s: not s.reserved or s.assigned):
+            self.advance(stream, data.draw(st.integers(1, 4)))
 
-    def reserve(self, stream):
-        stream.reserved = True
-        self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1))
+    @rule(count=st.integers(1, 3))
+    def all_advance(self, count):
+        for stream in list(self.streams):
+            if stream.start is not None and not stream.ended and (not stream.reserved or stream.assigned):
+                self.advance(stream, count)
 
-    @rule(data=st.data(), how=st.sampled_from(["message", "with load", "status"]))
-    def refuses(self, data, how):
-        if stream := self.pick(data, lambda s: not s.reserved):
-            stream.ended = True
-            if how == "status":
-                self.act(stream.end, Overloaded("full"))
-            else:
-                load = decode_pb2.WorkerLoad(kv_blocks_used=40, kv_blocks_total=40, block_size=BLOCK)
-                refused = decode_pb2.Refused(reason="full", load=load if how == "with load" else None)
-                self.act(stream.say, refused=refused)
-
-    @rule(data=st.data(), count=st.integers(1, 4))
-    def computes(self, data, count):
-        if stream := self.pick(data, lambda s: s.assigned):
-            self.compute(stream, count)
-
-    def compute(self, stream, count):
-        """Some tokens, or the end, when there are none left."""
+    def advance(self, stream, count):
+        """Reserves; then some tokens; then the end, when there are none left."""
+        if not stream.reserved:
+            stream.reserved = True
+            self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1))
+            return
         request = self.requests[stream.start.request_id]
         ids = request.truth[stream.said : stream.said + count]
         if ids:
@@ -324,6 +312,17 @@ class Routing(RuleBasedStateMachine):
         else:
             stream.ended = True
             self.act(stream.say, done=decode_pb2.DecodeDone(reason=request.reason))
+
+    @rule(data=st.data(), how=st.sampled_from(["message", "with load", "status"]))
+    def refuses(self, data, how):
+        if stream := self.pick(data, lambda s: not s.reserved):
+            if how == "status":
+                self.act(stream.end, Overloaded("full"))
+            else:
+                stream.ended = True
+                load = decode_pb2.WorkerLoad(kv_blocks_used=40, kv_blocks_total=40, block_size=BLOCK)
+                refused = decode_pb2.Refused(reason="full", load=load if how == "with load" else None)
+                self.act(stream.say, refused=refused)
 
     @rule(
         data=st.data(),
@@ -338,19 +337,22 @@ class Routing(RuleBasedStateMachine):
 
     @rule(data=st.data(), what=st.sampled_from(["gap", "contradiction", "nonsense", "too many"]))
     def says_what_cannot_be(self, data, what):
-        if stream := self.pick(data, lambda s: s.assigned and s.said):
+        if stream := self.pick(data, lambda s: s.assigned and (s.said or what != "contradiction")):
             request = self.requests[stream.start.request_id]
             self.broke(stream)
             stream.ended = True
-            if what == "gap":
-                self.act(stream.say, tokens=decode_pb2.Tokens(first_index=stream.said + 1, ids=[1]))
-            elif what == "contradiction":
-                self.act(stream.say, tokens=decode_pb2.Tokens(first_index=0, ids=[request.truth[0] + 1]))
-            elif what == "too many":
-                ids = [*request.truth[stream.said :], *[1] * request.max_tokens]
-                self.act(stream.say, tokens=decode_pb2.Tokens(first_index=stream.said, ids=ids))
-            else:
-                self.act(stream.say, reserved=decode_pb2.Reserved())
+            match what:
+                case "gap":
+                    said = decode_pb2.Tokens(first_index=stream.said + 1, ids=[1])
+                case "contradiction":
+                    said = decode_pb2.Tokens(first_index=0, ids=[request.truth[0] + 1])
+                case "too many":
+                    ids = [*request.truth[stream.said :], *[1] * request.max_tokens]
+                    said = decode_pb2.Tokens(first_index=stream.said, ids=ids)
+                case _:
+                    self.act(stream.say, reserved=decode_pb2.Reserved())
+                    return
+            self.act(stream.say, tokens=said)
 
     @rule(
         data=st.data(),
@@ -416,12 +418,8 @@ class Routing(RuleBasedStateMachine):
             for id in self.unread():
                 self.requests[id].reading = self.act(lambda id=id: asyncio.ensure_future(self.relays[id].next()))
             for stream in list(self.streams):
-                if stream.ended or stream.start is None:
-                    continue
-                if not stream.reserved:
-                    self.reserve(stream)
-                elif stream.assigned:
-                    self.compute(stream, 5)
+                if stream.start is not None and not stream.ended and (not stream.reserved or stream.assigned):
+                    self.advance(stream, 5)
             for name in NAMES:
                 self.act(self.report, self.pool(name).get(name))
         for request in self.requests.values():
@@ -438,5 +436,5 @@ class Routing(RuleBasedStateMachine):
         self.loop.close()
 
 
-Routing.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+Routing.TestCase.settings = settings(max_examples=100, stateful_step_count=80, deadline=None)
 TestRouting = Routing.TestCase
