@@ -347,7 +347,7 @@ class Routing(RuleBasedStateMachine):
                 case "contradiction":
                     said = decode_pb2.Tokens(first_index=0, ids=[request.truth[0] + 1])
                 case "too many":
-                    ids = [*request.truth[stream.said :], *[1] * request.max_tokens]
+                    ids = [*request.truth[stream.said :], *[1] * (request.max_tokens + 1)]
                     said = decode_pb2.Tokens(first_index=stream.said, ids=ids)
                 case _:
                     self.act(stream.say, reserved=decode_pb2.Reserved())
