@@ -218,4 +218,6 @@ class RouterConfig(ServiceConfig):
     expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
     expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
     max_queue: int = Field(1024, ge=1, description="most waiting requests; more are refused")
-    max_attempts: int = Field(4, ge=1, description="most workers tried for one request when workers are lost")
+    max_attempts: int = Field(
+        4, ge=1, description="workers lost in a row, without a new token, after which a request fails"
+    )

@@ -13,6 +13,8 @@ import click
 from overfill.cli.output import console, print_json
 
 if TYPE_CHECKING:
+    from overfill.cli.stack import Plan
+    from overfill.pair.progress import Report
     from overfill.pair.reference import Summary
     from overfill.testing.chaos import FaultName, Result
 
@@ -37,6 +39,7 @@ _FAULTS = ("kill", "freeze", "partition", "drain")
 )
 @click.option("--limit", type=click.FloatRange(0), default=1800.0, show_default=True, help="Seconds to wait for hits.")
 @click.option("--grace-period", default=5.0, show_default=True, help="Seconds that a drained worker has.")
+@click.option("--kv-memory", help="KV cache per worker, such as 512MiB; by default 8MiB for tiny, else sized to fit.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of victims and moments.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def chaos_command(
@@ -46,6 +49,7 @@ def chaos_command(
     decode: int,
     routers: int,
     grace_period: float,
+    kv_memory: str | None,
     as_json: bool,
     **trial: Any,
 ) -> int:
@@ -55,25 +59,15 @@ def chaos_command(
     right, faults hit as many workers at work as asked for, and every KV block was free within two seconds of the
     last answer.
     """
-    from overfill.cli.up import make_plan
-    from overfill.pair.conversations import shipped_conversations
-    from overfill.pair.plain import chat_token_ids, load_tokenizer
     from overfill.pair.progress import progress_bars
     from overfill.pair.reference import TwoStageReference
-    from overfill.pair.store import resolve_pair
     from overfill.testing.chaos import Trial, run_trial
 
     with ExitStack() as exits:
         report = exits.enter_context(progress_bars())
-        folder = _tiny(exits) if pair == "tiny" else resolve_pair(pair, report)
-        tokenizer = load_tokenizer(folder / "full")
-        questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
-        settings = {"dtype": "float32", "grace_period": grace_period, "log_level": "error"}
-        if pair == "tiny":
-            settings["kv_memory"] = "8MiB"
-        plan = make_plan(folder, prefill, decode, routers, 0, 1, settings)
-        limit = plan.prefill[0].max_model_len or 512
-        prompts = [chat_token_ids(tokenizer, question)[:limit] for question in questions]
+        plan, prompts, folder = prepare(
+            pair, prefill, decode, routers, exits, report, {"grace_period": grace_period, "kv_memory": kv_memory}
+        )
         result = asyncio.run(run_trial(plan, Trial(fault=fault, prompts=prompts, **trial), report))
         summary = result.judge(TwoStageReference(folder), report)
     if as_json:
@@ -85,10 +79,28 @@ def chaos_command(
     return 0 if summary.passed and struck and freed and not result.leaked and not result.unclean_exits else 1
 
 
-def _tiny(exits: ExitStack) -> Path:
+def prepare(
+    pair: str, prefill: int, decode: int, routers: int, exits: ExitStack, report: Report, settings: dict[str, Any]
+) -> tuple[Plan, list[list[int]], Path]:
+    """A float32 stack of ``pair``, what to ask it, and the pair's folder; that of a tiny pair goes with ``exits``."""
+    from overfill.cli.up import make_plan
+    from overfill.pair.conversations import shipped_conversations
+    from overfill.pair.plain import chat_token_ids, load_tokenizer
+    from overfill.pair.store import resolve_pair
     from overfill.testing.tiny import make_tiny_pair
 
-    return make_tiny_pair(Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-"))) / "tiny")
+    settings = {"dtype": "float32", "log_level": "error"} | settings
+    if pair == "tiny":
+        parent = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-"))
+        folder = make_tiny_pair(Path(parent) / "tiny")
+        settings["kv_memory"] = settings.get("kv_memory") or "8MiB"
+    else:
+        folder = resolve_pair(pair, report)
+    tokenizer = load_tokenizer(folder / "full")
+    plan = make_plan(folder, prefill, decode, routers, 0, 1, settings)
+    limit = plan.prefill[0].max_model_len or 512
+    questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
+    return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions], folder
 
 
 def _as_json(result: Result, summary: Summary) -> dict[str, Any]:

@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack, losing no request."),
     "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
     "chaos": ("overfill.cli.chaos:chaos_command", "Break the workers of a stack under load; judge every answer."),
+    "chaos-clients": (
+        "overfill.cli.chaos_clients:chaos_clients_command",
+        "Kill clients at random moments; time how soon their KV is free.",
+    ),
     "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
     "bench": ("overfill.cli.bench:bench_group", "Measure a stack."),
     "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),

@@ -48,7 +48,7 @@ class Answer:
             part.
         reservations: decode workers that have reserved blocks for it, one after the other.
         prefill_worker: id of the latest one; empty before there is one.
-        prefill_failures: times a prefill worker failed it.
+        prefill_failures: times a prefill worker failed it since the last new token.
     """
 
     def __init__(self, emitted: Iterable[int], max_tokens: int, received: float) -> None:
@@ -79,8 +79,8 @@ class Answer:
         """Times the sequence moved to another decode worker."""
         return max(0, self.reservations - 1)
 
-    def accept(self, tokens: decode_pb2.Tokens, now: float) -> None:
-        """Adds a worker's tokens; those already known are dropped when they are the same.
+    def accept(self, tokens: decode_pb2.Tokens, now: float) -> bool:
+        """Adds a worker's tokens; those already known are dropped when they are the same. Whether any was new.
 
         Raises:
             InternalError: a gap, a repeat that differs, more than ``max_tokens``, or log-probabilities that
@@ -98,13 +98,14 @@ class Answer:
             raise InternalError(f"{len(tokens.logprobs)} log-probabilities for {len(tokens.ids)} tokens")
         fresh = tokens.ids[len(repeated) :]
         if not fresh:
-            return
+            return False
         self.emitted.extend(fresh)
         if self._unread is None:
             self._unread = TokenBatch(known, now)
         self._unread.ids.extend(fresh)
         self._unread.logprobs.extend(tokens.logprobs[len(repeated) :])
         self._changed.set()
+        return True
 
     def end(self, end: Finish | OverfillError) -> None:
         """Says how it ended; the first word counts."""

@@ -128,7 +128,8 @@ class Attempt:
         now = _now()
         if tokens.first_index == 0 and not self._answer.emitted:
             self._note_first_token(tokens)
-        self._answer.accept(tokens, now)
+        if self._answer.accept(tokens, now):
+            self._answer.prefill_failures = 0
         self._gate.prefill_done(self._job)
 
     def _note_first_token(self, tokens: decode_pb2.Tokens) -> None:

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)
 """Errors of a worker, after which another may succeed. All others are the request's own."""
 
+_MOST_LOSSES = 8
+"""Times ``max_attempts``: workers that one request may lose altogether, in case that it is the cause."""
+
 
 @dataclass(frozen=True, slots=True)
 class RelayRequest:
@@ -65,6 +68,10 @@ class Relay:
             while not isinstance(event := await relay.next(), Finish): ...
         finally:
             await relay.close()
+
+    Args:
+        max_attempts: decode workers that may be lost, and prefill workers that may fail, one after the other without
+            a new token in between, before the request is given up.
 
     Attributes:
         answer: what is known of the answer.
@@ -152,19 +159,22 @@ class Relay:
             self._gate.finish(self._job)
 
     async def _answer(self, grant: Grant) -> Finish:
-        failures = 0
+        losses, in_vain = 0, 0  # in all, and since the last new token
+        known = len(self.answer.emitted)
         while True:
             worker = await grant
             try:
                 done = await self._attempt(worker)
             except RETRIED as error:
                 logger.warning("request %s: decode worker %s failed: %s", self._request.id, worker.id, error)
-                failures += 1
+                losses += 1
+                in_vain = 1 if len(self.answer.emitted) > known else in_vain + 1
+                known = len(self.answer.emitted)
                 if self.answer.full:
                     return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
-                if failures >= self._max_attempts:
+                if in_vain >= self._max_attempts or losses >= _MOST_LOSSES * self._max_attempts:
                     raise GaveUp(
-                        Unavailable(f"gave up after {failures} attempts; {self.answer.progress}; the last: {error}")
+                        Unavailable(f"gave up after {losses} attempts; {self.answer.progress}; the last: {error}")
                     ) from error
                 self._job.emitted = len(self.answer.emitted)
                 grant = self._gate.lost(self._job, gone=isinstance(error, Unavailable))

@@ -27,7 +27,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     Args:
         model: the name that clients ask for.
-        max_attempts: decode workers tried for one request when workers are lost.
+        max_attempts: workers lost in a row, without a new token, after which a request is given up.
     """
 
     def __init__(

@@ -277,12 +277,24 @@ async def test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer(stack, b
 
 async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack):
     async with stack.request(max_attempts=2) as relay:
-        for attempt in range(2):
+        for attempt in range(3):
+            stream = await stack.stream()
+            await stream.accept()
+            if attempt < 2:  # what gets on is not given up
+                stream.tokens(attempt, 7)
+            stream.fail(InternalError("bug"))
+        with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last: bug"):
+            await read_all(relay)
+
+
+async def test_a_request_that_loses_worker_after_worker_is_given_up_though_it_gets_on(stack):
+    async with stack.request(max_attempts=2, max_tokens=100) as relay:
+        for attempt in range(16):
             stream = await stack.stream()
             await stream.accept()
             stream.tokens(attempt, 7)
             stream.fail(InternalError("bug"))
-        with pytest.raises(Unavailable, match=r"2 attempts; 2 tokens had been produced; the last: bug"):
+        with pytest.raises(Unavailable, match=r"16 attempts; 16 tokens"):
             await read_all(relay)
 
 
