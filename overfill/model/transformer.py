@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,26 @@ from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
 
 LayerHook = Callable[[int], None]
+
+
+class Model(Protocol):
+    """What can run steps: ``Transformer``, which is the reference, and what is faster than it somewhere."""
+
+    config: ModelConfig
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        cache: KvCache,
+        on_layer_start: LayerHook | None = None,
+        on_kv_written: LayerHook | None = None,
+    ) -> Tensor: ...
 
 
 class Transformer:

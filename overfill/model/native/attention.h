@@ -118,11 +118,10 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
         for (size_t t = 0; t < round_up(n, 16) + 16; ++t)
             rows[t] = kv.at(table, start + t < last ? start + t : last - 1);
         for (size_t t = 0; t < n; t += 16) {
-            for (size_t i = t; i < t + 16; ++i)
-                for (size_t line = 0; line < kv.row; line += 32) {
-                    _mm_prefetch(reinterpret_cast<const char*>(kv.v + rows[i] + line), _MM_HINT_T1);
-                    _mm_prefetch(reinterpret_cast<const char*>(kv.k + rows[i + 16] + line), _MM_HINT_T0);
-                }
+            // Fetched while the heads are computed, a few lines after each: these tokens' values, the next ones' keys.
+            const size_t row_lines = kv.row * sizeof(bf16) / 64, lines = 16 * row_lines;
+            const size_t each = (lines + s.heads - 1) / s.heads;
+            size_t fetched = 0;
             for (size_t h = 0; h < s.heads; ++h) {
                 __m512bh query[VECTORS];
 #pragma GCC unroll 8
@@ -139,6 +138,11 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
                     dots[j] = sum;
                 }
                 _mm512_storeu_ps(scores + h * CHUNK + t, sums_of_16(dots));
+                for (size_t i = 0; i < each && fetched < lines; ++i, ++fetched) {
+                    const size_t token = fetched / row_lines, element = fetched % row_lines * 32;
+                    _mm_prefetch(reinterpret_cast<const char*>(kv.v + rows[t + token] + element), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(kv.k + rows[t + token + 16] + element), _MM_HINT_T0);
+                }
             }
         }
         constexpr int COUNT = VECTORS <= 3 ? 4 : VECTORS == 4 ? 3 : 1;

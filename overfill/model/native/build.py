@@ -23,9 +23,9 @@ from overfill.home import home
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    "-O3 -std=c++20 -fPIC -shared -pthread -mtune=native -mfma -mf16c -mbmi2 "
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16"
-).split()
+    *("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native", "-mfma", "-mf16c", "-mbmi2"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
+)
 _LIBRARY, _DIGEST = "kernels.so", "sha256"
 _TIMEOUT = 300  # seconds; it takes about five
 

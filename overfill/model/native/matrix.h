@@ -61,6 +61,14 @@ inline void store_operand(const float* x, size_t n, bool as_int16, uint16_t* out
     }
 }
 
+// sums += both products of every pair. In assembly, because compilers copy the sums around the intrinsic, until there
+// are no registers left.
+template <bool INT8>
+inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x, __m512i w) {
+    if constexpr (INT8) asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    else asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+}
+
 // A tile: TILE activation rows times one panel -> out [TILE][32] float32; for int8 without the scales.
 // `ahead` is fetched into the cache meanwhile, `step` bytes per pair of columns.
 template <int TILE, bool INT8>
@@ -89,13 +97,8 @@ void tile(const uint16_t* a, size_t stride, const char* panel, size_t pairs, con
             int pair;
             memcpy(&pair, base[r / 3] + (r % 3) * stride + 2 * k, 4);
             const __m512i x = _mm512_set1_epi32(pair);
-            if constexpr (INT8) {
-                low[r] = _mm512_dpwssd_epi32(low[r], x, w0);
-                high[r] = _mm512_dpwssd_epi32(high[r], x, w1);
-            } else {
-                low[r] = (__m512i)_mm512_dpbf16_ps((__m512)low[r], (__m512bh)x, (__m512bh)w0);
-                high[r] = (__m512i)_mm512_dpbf16_ps((__m512)high[r], (__m512bh)x, (__m512bh)w1);
-            }
+            add_products<INT8>(low[r], x, w0);
+            add_products<INT8>(high[r], x, w1);
         }
     }
 #pragma GCC unroll 12

@@ -6,7 +6,6 @@ operations everything is float32; operands of products and the KV cache are bflo
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable
 from ctypes import byref
@@ -21,7 +20,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
-from overfill.model.transformer import LayerHook, Transformer, check_cache
+from overfill.model.transformer import LayerHook, Model, Transformer, check_cache
 
 _PARTS = ("qkv", "o", "gate_up", "down")  # the order of `Part` in overfill.cpp; then the head
 _VECTORS = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "gate_up_bias", "down_bias")
@@ -36,10 +35,18 @@ def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     return device.type == "cpu" and dtype == torch.bfloat16 and fits and heads
 
 
-class NativeTransformer:
-    """One model, ready to run. Made with ``take_over``.
+def fastest(model: Transformer) -> Model:
+    """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
+    if supported(model.config, model.dtype, model.device) and library.load() is not None:
+        return NativeTransformer(model)
+    return model
 
-    Several threads may call ``forward``; one waits for the other.
+
+class NativeTransformer:
+    """Takes ``model`` over, which cannot run any more. Several threads may call ``forward``; one waits for the other.
+
+    Raises:
+        InternalError: the kernels do not run here; ``fastest`` asks first.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -165,9 +172,8 @@ class _Hooks:
     def __init__(self, on_layer_start: LayerHook | None, on_kv_written: LayerHook | None) -> None:
         self.raised: BaseException | None = None
         self._hooks = (on_layer_start, on_kv_written)
-        self.pointer: ctypes._CFuncPtr = (
-            library.NO_HOOK if on_layer_start is None and on_kv_written is None else library.Hook(self._call)
-        )
+        absent = on_layer_start is None and on_kv_written is None
+        self.pointer = library.NO_HOOK if absent else library.Hook(self._call)
 
     def _call(self, layer: int, written: int) -> int:
         hook: Callable[[int], None] | None = self._hooks[written]
