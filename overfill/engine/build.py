@@ -23,8 +23,9 @@ from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.model.config import ModelConfig
+from overfill.model.native.transformer import fastest
 from overfill.model.sampling import sample
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model, Transformer
 from overfill.pair.manifest import Pair
 from overfill.params import MAX_LOGPROBS, SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
@@ -148,7 +149,7 @@ class LoadedHalf:
 
     half: Half
     pair: Pair
-    model: Transformer
+    model: Model
     spec: KvSpec
     full_spec: KvSpec
     demand: CacheDemand
@@ -219,7 +220,7 @@ def load_half(
     if longest > config.max_positions:
         raise InvalidRequest("max_model_len", f"{longest} is more than the model's context of {config.max_positions}")
     with _out_of_memory(f"the weights of the {half} model", device, "free some of it, or take another --device"):
-        model = Transformer.load(
+        loaded = Transformer.load(
             folder,
             TORCH_DTYPES[dtype],
             device,
@@ -227,6 +228,7 @@ def load_half(
             progress=progress,
             quantize="none" if half == "full" else pair.quantize,
         )
+        model = fastest(loaded)
     spec = config.kv_spec(dtype)
     step_tokens = min(warm_tokens, longest)
     advice = "free some of it, or give a smaller --token-budget or --max-num-seqs"
@@ -301,7 +303,7 @@ def _longest(demand: CacheDemand, num_blocks: int, max_model_len: int | None) ->
     return longest
 
 
-def _profile(model: Transformer, spec: KvSpec, block_size: int, tokens: int, max_num_seqs: int) -> tuple[int, int]:
+def _profile(model: Model, spec: KvSpec, block_size: int, tokens: int, max_num_seqs: int) -> tuple[int, int]:
     """Runs the largest steps on a scratch cache. Bytes of a KV block and, measured on CUDA only, of activations."""
     device = model.device
     on_cuda = device.type == "cuda"

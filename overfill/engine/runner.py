@@ -9,7 +9,7 @@ import torch
 
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Work:
 class ModelRunner:
     """A model with the cache it reads and writes."""
 
-    def __init__(self, model: Transformer, cache: KvCache) -> None:
+    def __init__(self, model: Model, cache: KvCache) -> None:
         self.model = model
         self.cache = cache
         self.device = cache.k.device

@@ -6,7 +6,9 @@ Tokens in, logits out. Knows neither requests nor sampling; whoever builds the b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +23,26 @@ from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
 
 LayerHook = Callable[[int], None]
+
+
+class Model(Protocol):
+    """What can run steps: ``Transformer``, which is the reference, and what is faster than it somewhere."""
+
+    config: ModelConfig
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        cache: KvCache,
+        on_layer_start: LayerHook | None = None,
+        on_kv_written: LayerHook | None = None,
+    ) -> Tensor: ...
 
 
 class Transformer:
@@ -62,6 +84,17 @@ class Transformer:
         return cls(config, weights, max_positions or config.max_positions)
 
     @property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position, as ``rope_tables`` gives them."""
+        return self._cos, self._sin
+
+    def release_layers(self) -> list[LayerWeights[Matrix]]:
+        """Gives the layers away, to be freed one by one; the model cannot run any more."""
+        layers = list(self.weights.layers)
+        self.weights = replace(self.weights, layers=())
+        return layers
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
 
@@ -91,7 +124,7 @@ class Transformer:
         Raises:
             ValueError: the cache has another shape or dtype than the model's.
         """
-        self._check_cache(cache)
+        check_cache(cache, self.config, self.dtype)
         with torch.inference_mode():
             hidden = self.weights.embedding[batch.token_ids]  # [T, hidden]
             cos, sin = self._cos[batch.positions], self._sin[batch.positions]
@@ -131,12 +164,14 @@ class Transformer:
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return (wide * scale).to(x.dtype) * weight
 
-    def _check_cache(self, cache: KvCache) -> None:
-        spec, config = cache.spec, self.config
-        ours = (config.num_layers, config.num_kv_heads, config.head_dim, self.dtype)
-        theirs = (spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.k.dtype)
-        if ours != theirs:
-            raise ValueError(f"the cache's (layers, KV heads, head_dim, dtype) are {theirs}; the model's are {ours}")
+
+def check_cache(cache: KvCache, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises ValueError unless ``cache`` has the shape and dtype of such a model's."""
+    spec = cache.spec
+    ours = (config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+    theirs = (spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.k.dtype)
+    if ours != theirs:
+        raise ValueError(f"the cache's (layers, KV heads, head_dim, dtype) are {theirs}; the model's are {ours}")
 
 
 def _mlp(layer: LayerWeights[Matrix], x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidPair
+from overfill.home import home
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.intact import is_intact, seal
 from overfill.pair.manifest import MANIFEST
@@ -43,11 +44,6 @@ NAMED: dict[str, DecoderRecipe] = {
 
 _VERSION = "v3"
 """Changes with what the recipes make, so that pairs in the cache are made again."""
-
-
-def home() -> Path:
-    """The folder of the cache, absolute."""
-    return Path(os.path.abspath(os.environ.get("OVERFILL_HOME") or Path.home() / ".cache" / "overfill"))
 
 
 def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Source | None = None) -> Path:

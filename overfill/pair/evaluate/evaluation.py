@@ -13,7 +13,7 @@ from overfill.engine.build import Half, load_half, native_dtype, resolve_device
 from overfill.engine.llm import Completion
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model
 from overfill.pair.alone import alone
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
@@ -140,7 +140,7 @@ def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
         raise InvalidRequest("data", f"holds a conversation of {longest} tokens; the pair's context is {context}")
 
 
-def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> Transformer:
+def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> Model:
     """One half as it is served, for sequences of up to ``longest`` tokens, or what its context allows."""
     config = pair.full_config if half == "full" else pair.decoder_config
     return load_half(

@@ -15,7 +15,7 @@ from torch import Tensor
 from overfill.kv.cache import TORCH_DTYPES, KvCache, copy_sequence
 from overfill.kv.spec import DTypeName
 from overfill.model.batch import ForwardBatch
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 
 BATCH_TOKENS = 1024
@@ -62,7 +62,7 @@ class BatchModel:
         ValueError: on use, when a batch is larger.
     """
 
-    def __init__(self, model: Transformer, max_tokens: int) -> None:
+    def __init__(self, model: Model, max_tokens: int) -> None:
         self.model = model
         spec = model.config.kv_spec(_dtype_name(model.dtype))
         self.cache = KvCache(spec, max_tokens, 1, model.device)

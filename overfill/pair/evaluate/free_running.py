@@ -15,7 +15,7 @@ import torch
 
 from overfill.engine.llm import LLM, Completion
 from overfill.kv.spec import DTypeName
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally, finite
@@ -96,7 +96,7 @@ def write_answers(
 
 
 def judge_answers(
-    full: Transformer,
+    full: Model,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Completion],
     *,

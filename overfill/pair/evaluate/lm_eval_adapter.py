@@ -20,7 +20,7 @@ from overfill.engine.build import native_dtype, resolve_device
 from overfill.engine.llm import LLM
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.evaluation import load_model
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
@@ -172,7 +172,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         return Transcript(tokens, len(tokens) - len(continuation))
 
     @cached_property
-    def _models(self) -> tuple[Transformer, Transformer]:
+    def _models(self) -> tuple[Model, Model]:
         """The full model and the decoder, for scoring."""
         return (
             load_model(self.pair, "full", self._dtype, self._device, self.max_length),

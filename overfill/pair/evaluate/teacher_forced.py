@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally
@@ -44,7 +44,7 @@ class TeacherForced:
 class Candidate:
     """A decoder to judge; ``layer_map`` says which full layer's KV each of its layers reads."""
 
-    model: Transformer
+    model: Model
     layer_map: Sequence[int]
 
 
@@ -69,7 +69,7 @@ def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
 
 
 def teacher_forced(
-    full: Transformer,
+    full: Model,
     candidates: Mapping[str, Candidate],
     transcripts: Sequence[Transcript],
     *,

@@ -1,0 +1,299 @@
+// Attention over the paged cache, bfloat16, grouped queries. Two forms, as in model/attention.py: `attend_span` reads a
+// stretch of one new token's context straight from the cache; `attend_tile` is for many new tokens, on keys and values
+// that were packed into panels once for all of them.
+#pragma once
+#include "matrix.h"
+
+namespace ovf {
+
+constexpr size_t MAX_HEADS = 64;
+constexpr size_t CHUNK = 128;      // tokens whose scores are held at once, for one new token
+constexpr size_t TILE_ROWS = 48;   // (new token, head) rows of a tile
+constexpr size_t TILE_KEYS = 256;  // tokens whose scores are held at once, for a tile
+
+struct AttentionShape {
+    size_t heads, kv_heads, dim;  // dim: even, up to 128, or 256
+    size_t group() const { return heads / kv_heads; }
+    size_t vectors() const { return (dim + 31) / 32; }
+    size_t padded() const { return vectors() * 32; }  // a head's elements in `q`, zeros at the end
+    size_t partial() const { return padded() + 2; }   // a head's sums, and before them the maximum and the total weight
+    float log2_scale() const { return 1.44269504f / __builtin_sqrtf(static_cast<float>(dim)); }
+};
+
+// One layer of the cache, each [slots][kv_heads][dim].
+struct KvLayer {
+    bf16 *k, *v;
+    size_t block_size, row;  // row: elements from one slot to the next
+
+    size_t at(const int64_t* table, size_t token) const {
+        return (table[token / block_size] * block_size + token % block_size) * row;
+    }
+};
+
+// Adds COUNT heads' weighted values of a chunk to their sums: out[i] = out[i] * keep[i] + p[i] @ v.
+template <int VECTORS, int COUNT>
+void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, const bf16* p, const float* keep,
+                float* out, size_t out_stride) {
+    __m512 sums[COUNT][2 * VECTORS];
+#pragma GCC unroll 8
+    for (int g = 0; g < COUNT; ++g)
+#pragma GCC unroll 16
+        for (int i = 0; i < 2 * VECTORS; ++i) sums[g][i] = _mm512_setzero_ps();
+    for (size_t t = 0; t < n; t += 2) {
+        __m512i pair[2 * VECTORS];
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) {
+            const __mmask32 mask = i == VECTORS - 1 ? tail : ~0u;
+            const __m512i a = _mm512_maskz_loadu_epi16(mask, v + rows[t] + 32 * i);
+            const __m512i b =
+                t + 1 < n ? _mm512_maskz_loadu_epi16(mask, v + rows[t + 1] + 32 * i) : _mm512_setzero_si512();
+            pair[2 * i] = _mm512_unpacklo_epi16(a, b);
+            pair[2 * i + 1] = _mm512_unpackhi_epi16(a, b);
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < COUNT; ++g) {
+            int weights;
+            memcpy(&weights, p + g * CHUNK + t, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(weights);
+#pragma GCC unroll 16
+            for (int i = 0; i < 2 * VECTORS; ++i)
+                sums[g][i] = _mm512_dpbf16_ps(sums[g][i], both, (__m512bh)pair[i]);
+        }
+    }
+    // Each 128-bit lane of the first vector of two holds four elements, that of the second the next four.
+    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 8
+    for (int g = 0; g < COUNT; ++g)
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) {
+            float* o = out + g * out_stride + 32 * i;
+            const __m512 factor = _mm512_set1_ps(keep[g]);
+            const __m512 a = _mm512_permutex2var_ps(sums[g][2 * i], front, sums[g][2 * i + 1]);
+            const __m512 b = _mm512_permutex2var_ps(sums[g][2 * i], back, sums[g][2 * i + 1]);
+            _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_loadu_ps(o), factor, a));
+            _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(_mm512_loadu_ps(o + 16), factor, b));
+        }
+}
+
+// Softmax weights of one row of scores, in place of the running maximum and total: p = 2^(s * scale - maximum).
+// Returns what the sums so far must be multiplied with. `n` scores, `p` is filled up to a multiple of 16 with zeros.
+inline float weigh(const float* scores, size_t n, float scale, float& maximum, float& total, bf16* p) {
+    __m512 top = _mm512_set1_ps(-__builtin_inff());
+    for (size_t i = 0; i < n; i += 16)
+        top = _mm512_mask_max_ps(top, lanes(n - i), top, _mm512_loadu_ps(scores + i));
+    const float highest = __builtin_fmaxf(maximum, _mm512_reduce_max_ps(top) * scale);
+    const __m512 offset = _mm512_set1_ps(-highest), factor = _mm512_set1_ps(scale);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i), factor, offset);
+        const __m512 weight = _mm512_maskz_mov_ps(lanes(n - i), exp2_coarse(x));
+        sum = _mm512_add_ps(sum, weight);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), narrow(weight));
+    }
+    const float keep = maximum == highest ? 1.0f : __builtin_exp2f(maximum - highest);
+    total = total * keep + _mm512_reduce_add_ps(sum);
+    maximum = highest;
+    return keep;
+}
+
+// One new token's attention to tokens first..last of its context.
+// q: [heads][padded]; partial: [heads][partial()], written.
+template <int VECTORS>
+void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* table, const bf16* q, size_t first,
+                 size_t last, float* partial) {
+    const size_t group = s.group(), padded = s.padded();
+    const __mmask32 tail = s.dim % 32 ? (1u << s.dim % 32) - 1 : ~0u;
+    __m512 dots[16];
+    size_t rows[CHUNK + 32];
+    alignas(64) float scores[MAX_HEADS * CHUNK];
+    alignas(64) bf16 p[8 * CHUNK];
+    for (size_t h = 0; h < s.heads; ++h) {
+        float* own = partial + h * s.partial();
+        own[0] = -__builtin_inff(), own[1] = 0;
+        memset(own + 2, 0, padded * sizeof(float));
+    }
+    for (size_t start = first; start < last; start += CHUNK) {
+        const size_t n = last - start < CHUNK ? last - start : CHUNK;
+        for (size_t t = 0; t < round_up(n, 16) + 16; ++t)
+            rows[t] = kv.at(table, start + t < last ? start + t : last - 1);
+        for (size_t t = 0; t < n; t += 16) {
+            // Fetched while the heads are computed, a few lines after each: these tokens' values, the next ones' keys.
+            const size_t row_lines = kv.row * sizeof(bf16) / 64, lines = 16 * row_lines;
+            const size_t each = (lines + s.heads - 1) / s.heads;
+            size_t fetched = 0;
+            for (size_t h = 0; h < s.heads; ++h) {
+                __m512bh query[VECTORS];
+#pragma GCC unroll 8
+                for (int i = 0; i < VECTORS; ++i) query[i] = (__m512bh)_mm512_loadu_si512(q + h * padded + 32 * i);
+                const bf16* k = kv.k + h / group * s.dim;
+#pragma GCC unroll 16
+                for (int j = 0; j < 16; ++j) {
+                    __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+                    for (int i = 0; i < VECTORS; ++i)
+                        sum = _mm512_dpbf16_ps(sum, query[i],
+                                               (__m512bh)_mm512_maskz_loadu_epi16(i == VECTORS - 1 ? tail : ~0u,
+                                                                                  k + rows[t + j] + 32 * i));
+                    dots[j] = sum;
+                }
+                _mm512_storeu_ps(scores + h * CHUNK + t, sums_of_16(dots));
+                for (size_t i = 0; i < each && fetched < lines; ++i, ++fetched) {
+                    const size_t token = fetched / row_lines, element = fetched % row_lines * 32;
+                    _mm_prefetch(reinterpret_cast<const char*>(kv.v + rows[t + token] + element), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(kv.k + rows[t + token + 16] + element), _MM_HINT_T0);
+                }
+            }
+        }
+        constexpr int COUNT = VECTORS <= 3 ? 4 : VECTORS == 4 ? 3 : 1;
+        for (size_t kv_head = 0; kv_head < s.kv_heads; ++kv_head)
+            for (size_t g = 0; g < group; g += COUNT) {
+                const size_t h = kv_head * group + g, count = group - g < COUNT ? group - g : COUNT;
+                float keep[COUNT], *own = partial + h * s.partial();
+                for (size_t i = 0; i < count; ++i)
+                    keep[i] = weigh(scores + (h + i) * CHUNK, n, s.log2_scale(), own[i * s.partial()],
+                                    own[i * s.partial() + 1], p + i * CHUNK);
+                const bf16* v = kv.v + kv_head * s.dim;
+                if (COUNT >= 4 && count == 4)
+                    add_values<VECTORS, COUNT>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                else if (COUNT >= 3 && count == 3)
+                    add_values<VECTORS, COUNT < 3 ? COUNT : 3>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                else if (COUNT >= 2 && count == 2)
+                    add_values<VECTORS, COUNT < 2 ? COUNT : 2>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                else
+                    add_values<VECTORS, 1>(v, rows, n, tail, p, keep, own + 2, s.partial());
+            }
+    }
+}
+
+using SpanFunction = void (*)(const AttentionShape&, const KvLayer&, const int64_t*, const bf16*, size_t, size_t, float*);
+
+inline SpanFunction span_function(const AttentionShape& s) {
+    switch (s.vectors()) {
+        case 1: return attend_span<1>;
+        case 2: return attend_span<2>;
+        case 3: return attend_span<3>;
+        case 4: return attend_span<4>;
+        default: return attend_span<8>;
+    }
+}
+
+// Joins `count` spans' partial results of one token -> out [heads][dim].
+inline void join_spans(const AttentionShape& s, const float* partials, size_t count, float* out) {
+    const size_t stride = s.heads * s.partial();
+    for (size_t h = 0; h < s.heads; ++h) {
+        const float* own = partials + h * s.partial();
+        float top = own[0], total = 0;
+        for (size_t i = 1; i < count; ++i) top = __builtin_fmaxf(top, own[i * stride]);
+        for (size_t i = 0; i < count; ++i) total += own[i * stride + 1] * __builtin_exp2f(own[i * stride] - top);
+        for (size_t d = 0; d < s.dim; d += 16) {
+            __m512 sum = _mm512_setzero_ps();
+            for (size_t i = 0; i < count; ++i)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + i * stride + 2 + d),
+                                      _mm512_set1_ps(__builtin_exp2f(own[i * stride] - top) / total), sum);
+            _mm512_mask_storeu_ps(out + h * s.dim + d, lanes(s.dim - d), sum);
+        }
+    }
+}
+
+// Room for one sequence's packed keys and values of one KV head, in elements. `tokens`: a multiple of 32.
+inline size_t packed_keys(const AttentionShape& s, size_t tokens) { return tokens * s.dim; }
+inline size_t packed_values(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
+
+// Packs tokens start..start + 32 of one KV head: keys as [tokens / 32][dim / 2][32][2] and values as
+// [padded / 32][tokens / 2][32][2]. What is beyond the context becomes zero.
+inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const int64_t* table, size_t kv_head,
+                             size_t start, size_t context, size_t tokens, bf16* keys, bf16* values) {
+    const size_t n = context - start < 32 ? context - start : 32;
+    uint32_t* k = reinterpret_cast<uint32_t*>(keys + start * s.dim);
+    for (size_t t = 0; t < 32; ++t) {
+        const bf16* row = kv.k + kv.at(table, t < n ? start + t : start) + kv_head * s.dim;
+        for (size_t d = 0; d < s.dim / 2; ++d) {
+            uint32_t pair = 0;
+            if (t < n) memcpy(&pair, row + 2 * d, 4);
+            k[d * 32 + t] = pair;
+        }
+    }
+    for (size_t t = 0; t < 32; t += 2)
+        for (size_t d = 0; d < s.padded(); d += 16) {
+            const __mmask16 mask = d < s.dim ? lanes(s.dim - d) : 0;
+            const auto load = [&](size_t token) {
+                return token < n ? _mm256_maskz_loadu_epi16(
+                                       mask, kv.v + kv.at(table, start + token) + kv_head * s.dim + d)
+                                 : _mm256_setzero_si256();
+            };
+            const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(load(t)),
+                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(load(t + 1)), 16));
+            bf16* panel = values + d / 32 * tokens * 32 + (start + t) * 32;
+            _mm512_storeu_si512(panel + d % 32 * 2, both);
+        }
+}
+
+struct TileScratch {
+    alignas(64) bf16 q[TILE_ROWS * 256];
+    alignas(64) bf16 p[TILE_ROWS * TILE_KEYS];
+    alignas(64) float scores[TILE_ROWS * TILE_KEYS];  // [keys / 32][rows][32]
+    alignas(64) float row[TILE_KEYS];
+    alignas(64) float out[TILE_ROWS * 256], products[MAX_TILE * PANEL];
+    float maximum[TILE_ROWS], total[TILE_ROWS], keep[TILE_ROWS];
+};
+
+// Attention of `count` new tokens and one KV head's group of query heads, causal.
+// q: [tokens][heads][padded] from the first of them; seen: tokens that the first one attends to, itself included;
+// out: [tokens][heads * dim] float32 from the first of them.
+inline void attend_tile(const AttentionShape& s, const bf16* q, size_t count, size_t kv_head, size_t seen,
+                        const bf16* keys, const bf16* values, size_t tokens, TileScratch& scratch, float* out) {
+    const size_t group = s.group(), rows = count * group, padded = s.padded(), tiles = tiles_over(rows);
+    const float scale = s.log2_scale();
+    for (size_t r = 0; r < rows; ++r) {
+        const bf16* source = q + (r / group * s.heads + kv_head * group + r % group) * padded;
+        memcpy(scratch.q + r * padded, source, padded * sizeof(bf16));
+        scratch.maximum[r] = -__builtin_inff(), scratch.total[r] = 0;
+    }
+    memset(scratch.out, 0, rows * padded * sizeof(float));
+    const size_t end = seen + count - 1;  // what the last token attends to
+    for (size_t start = 0; start < end; start += TILE_KEYS) {
+        const size_t n = end - start < TILE_KEYS ? end - start : TILE_KEYS, panels = (n + 31) / 32;
+        for (size_t j = 0; j < panels; ++j)
+            for (size_t t = 0; t < tiles; ++t) {
+                const size_t first = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - first;
+                const char* panel = reinterpret_cast<const char*>(keys + (start + 32 * j) * s.dim);
+                tile_of<false>(height)(scratch.q + first * padded, padded, panel, s.dim / 2, panel + 64 * s.dim, 64,
+                                       scratch.scores + (j * rows + first) * PANEL);
+            }
+        for (size_t r = 0; r < rows; ++r) {
+            const size_t limit = seen + r / group, visible = limit <= start ? 0 : limit - start < n ? limit - start : n;
+            for (size_t j = 0; j < panels; ++j)
+                memcpy(scratch.row + 32 * j, scratch.scores + (j * rows + r) * PANEL, PANEL * sizeof(float));
+            bf16* p = scratch.p + r * TILE_KEYS;
+            scratch.keep[r] = 1;
+            if (visible)
+                scratch.keep[r] = weigh(scratch.row, visible, scale, scratch.maximum[r], scratch.total[r], p);
+            const size_t filled = round_up(visible, 16);
+            memset(p + filled, 0, (32 * panels - filled) * sizeof(bf16));
+        }
+        for (size_t d = 0; d < padded; d += 32)
+            for (size_t t = 0; t < tiles; ++t) {
+                const size_t first = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - first;
+                const char* panel = reinterpret_cast<const char*>(values + d * tokens + start * 32);
+                tile_of<false>(height)(scratch.p + first * TILE_KEYS, TILE_KEYS, panel, 16 * panels, panel, 64,
+                                       scratch.products);
+                for (size_t r = 0; r < height; ++r) {
+                    float* o = scratch.out + (first + r) * padded + d;
+                    const __m512 keep = _mm512_set1_ps(scratch.keep[first + r]);
+                    for (size_t i = 0; i < 32; i += 16)
+                        _mm512_store_ps(o + i, _mm512_fmadd_ps(_mm512_load_ps(o + i), keep,
+                                                               _mm512_load_ps(scratch.products + r * PANEL + i)));
+                }
+            }
+    }
+    for (size_t r = 0; r < rows; ++r) {
+        const __m512 factor = _mm512_set1_ps(1.0f / scratch.total[r]);
+        float* target = out + (r / group * s.heads + kv_head * group + r % group) * s.dim;
+        for (size_t d = 0; d < s.dim; d += 16)
+            _mm512_mask_storeu_ps(target + d, lanes(s.dim - d),
+                                  _mm512_mul_ps(_mm512_load_ps(scratch.out + r * padded + d), factor));
+    }
+}
+
+}  // namespace ovf

@@ -1,0 +1,88 @@
+"""The native library as Python sees it: its functions, and whether this machine can run them.
+
+Mirrors the structures of ``model.h``. Plain pointers and integers; what they mean is the caller's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
+
+import torch
+
+from overfill.model.native.build import CannotBuild, compiled_library
+
+log = logging.getLogger(__name__)
+
+_NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16")
+
+Hook = ctypes.CFUNCTYPE(c_int, c_int64, c_int64)
+"""(layer, 0) before a layer, (layer, 1) once its keys and values are in the cache; not 0 gives the step up."""
+
+NO_HOOK = Hook()
+
+
+class Shape(Structure):
+    """``OvfShape``."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
+        ("max_positions", c_int64),
+        ("quantised", c_int64),
+        ("norm_eps", c_double),
+    ]
+
+
+class Batch(Structure):
+    """``OvfBatch``."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "sequences", "table_width", "wanted", "block_size", "slots_in_cache")),
+        ("threads", c_int64),
+        *((name, c_void_p) for name in ("token_ids", "positions", "slots", "query_lens", "context_lens")),
+        *((name, c_void_p) for name in ("block_tables", "wanted_rows", "k_cache", "v_cache", "logits", "best")),
+    ]
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, compiled if need be; None where it cannot run. The reason is logged, once."""
+    reason = why_not()
+    if reason is not None:
+        log.warning("native kernels are not used, and steps on this CPU are slower: %s", reason)
+        return None
+    return _library()
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the library cannot run here; None when it can, in which case it has been compiled."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    lacking = [name for name in _NEEDED if not capabilities.get(name)]
+    if lacking:
+        return f"the CPU lacks {', '.join(lacking)}"
+    try:
+        _library()
+    except CannotBuild as error:
+        return str(error)
+    except OSError as error:
+        return f"the compiled library does not load: {error}"
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(compiled_library()))
+    library.ovf_create.restype = c_void_p
+    library.ovf_create.argtypes = [POINTER(Shape), c_void_p, c_void_p, c_void_p]
+    library.ovf_destroy.restype = None
+    library.ovf_destroy.argtypes = [c_void_p]
+    library.ovf_set_matrix.restype = None
+    library.ovf_set_matrix.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_void_p]
+    library.ovf_set_vector.restype = None
+    library.ovf_set_vector.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_int64]
+    library.ovf_forward.restype = c_char_p
+    library.ovf_forward.argtypes = [c_void_p, POINTER(Batch), Hook]
+    return library

@@ -1,0 +1,131 @@
+// The C interface of the native forward pass; see native/library.py for the other side. One translation unit.
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "plan.h"
+
+using namespace ovf;
+
+namespace {
+
+enum Part { QKV, O, GATE_UP, DOWN, HEAD };
+enum Vector { INPUT_NORM, POST_NORM, QKV_BIAS, Q_NORM, K_NORM, O_BIAS, GATE_UP_BIAS, DOWN_BIAS, NORM };
+
+size_t gate_up_rows(const OvfShape& s) { return (s.intermediate + 15) / 16 * PANEL; }
+
+// Row of the checkpoint's [gate; up] that lies in row i of the packed matrix; -1 for none.
+ptrdiff_t gate_up_row(const OvfShape& s, size_t i) {
+    const size_t row = i / PANEL * 16 + i % 16;
+    if (row >= static_cast<size_t>(s.intermediate)) return -1;
+    return i % PANEL < 16 ? row : s.intermediate + row;
+}
+
+size_t matrix_bytes(const Matrix& m, bool int8) {
+    return Arena::rounded(m.panels() * m.pairs() * PANEL * 2 * (int8 ? 1 : 2)) +
+           (int8 ? Arena::rounded(m.panels() * PANEL * sizeof(float)) : 0);
+}
+
+void place(Matrix& m, Arena& arena, bool int8) {
+    const size_t elements = m.panels() * m.pairs() * PANEL * 2;
+    m.data = int8 ? static_cast<void*>(arena.take<int8_t>(elements)) : arena.take<bf16>(elements);
+    m.scales = int8 ? arena.take<float>(m.panels() * PANEL) : nullptr;
+}
+
+template <class Visit>
+void each_matrix(Model& m, Visit visit) {
+    for (Layer& layer : m.layers)
+        for (Matrix* matrix : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) visit(*matrix);
+    visit(m.head);
+}
+
+}  // namespace
+
+extern "C" {
+
+// A model without weights, or null where memory is short. `embedding` [vocab, hidden], `cos` and `sin`
+// [max_positions, head_dim / 2] stay the caller's; without `embedding`, the head is read.
+void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* cos, const float* sin) {
+    auto m = std::make_unique<Model>();
+    m->shape = *shape;
+    const auto& s = m->shape;
+    m->attention = {static_cast<size_t>(s.heads), static_cast<size_t>(s.kv_heads), static_cast<size_t>(s.head_dim)};
+    m->embedding = embedding, m->cos = cos, m->sin = sin;
+    m->layers.resize(s.layers);
+    const size_t hidden = s.hidden, attended = s.heads * s.head_dim, qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
+    for (Layer& layer : m->layers) {
+        layer.qkv.rows = qkv, layer.qkv.cols = hidden;
+        layer.o.rows = hidden, layer.o.cols = attended;
+        layer.gate_up.rows = gate_up_rows(s), layer.gate_up.cols = hidden;
+        layer.down.rows = hidden, layer.down.cols = s.intermediate;
+    }
+    m->head.rows = s.vocab, m->head.cols = hidden;
+    size_t bytes = 0;
+    each_matrix(*m, [&](Matrix& matrix) { bytes += matrix_bytes(matrix, m->quantised()); });
+    const size_t vectors = 5 * round_up(hidden, PANEL) + round_up(qkv, PANEL) + 2 * round_up(s.head_dim, 16) +
+                           gate_up_rows(s);  // of a layer, whichever it has
+    bytes += (s.layers + 1) * (vectors * sizeof(float) + 8 * 64);
+    try {
+        m->arena = std::make_unique<Arena>(bytes);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+    each_matrix(*m, [&](Matrix& matrix) { place(matrix, *m->arena, m->quantised()); });
+    return m.release();
+}
+
+void ovf_destroy(void* handle) { delete static_cast<Model*>(handle); }
+
+// Copies a matrix, [rows, cols] bf16 or int8 as in LayerWeights, into the model. scales: [rows], int8 only.
+void ovf_set_matrix(void* handle, int64_t index, int part, const void* data, const float* scales) {
+    Model& m = *static_cast<Model*>(handle);
+    Layer* layer = part == HEAD ? nullptr : &m.layers[index];
+    Matrix& matrix = part == QKV ? layer->qkv : part == O ? layer->o : part == GATE_UP ? layer->gate_up
+                   : part == DOWN ? layer->down : m.head;
+    const auto row_of = [&](size_t i) -> ptrdiff_t {
+        if (part == GATE_UP) return gate_up_row(m.shape, i);
+        return i < matrix.rows ? static_cast<ptrdiff_t>(i) : -1;
+    };
+    if (!m.quantised()) return pack(matrix, static_cast<const uint16_t*>(data), row_of);
+    pack(matrix, static_cast<const int8_t*>(data), row_of);
+    float* own = const_cast<float*>(matrix.scales);
+    for (size_t i = 0; i < matrix.panels() * PANEL; ++i) own[i] = row_of(i) >= 0 ? scales[row_of(i)] : 0.0f;
+}
+
+// Copies a norm's weights or a bias, float32, into the model.
+void ovf_set_vector(void* handle, int64_t index, int kind, const float* data, int64_t count) {
+    Model& m = *static_cast<Model*>(handle);
+    const bool interleaved = kind == GATE_UP_BIAS;
+    const size_t room = interleaved ? gate_up_rows(m.shape) : round_up(count, PANEL);
+    float* out = m.arena->take<float>(room);
+    for (size_t i = 0; i < room; ++i) {
+        const ptrdiff_t from = interleaved ? gate_up_row(m.shape, i) : i < static_cast<size_t>(count) ? i : -1;
+        out[i] = from >= 0 ? data[from] : 0.0f;
+    }
+    if (kind == NORM) {
+        m.norm = out;
+        return;
+    }
+    Layer& l = m.layers[index];
+    float** const fields[] = {&l.input_norm, &l.post_norm, &l.qkv_bias, &l.q_norm, &l.k_norm, &l.o_bias, &l.gate_up_bias, &l.down_bias};
+    *fields[kind] = out;
+}
+
+// One forward pass. Null when it is done; "" when the hook gave it up; otherwise what is wrong with the batch.
+const char* ovf_forward(void* handle, const OvfBatch* batch, OvfHook hook) {
+    Model& m = *static_cast<Model*>(handle);
+    std::lock_guard<std::mutex> alone(m.busy);
+    if (const char* fault = fault_of(m, *batch)) return fault;
+    if (batch->tokens == 0) return nullptr;
+    const int threads = static_cast<int>(batch->threads);
+    try {
+        make_room(m, batch->tokens, batch->wanted, threads);
+        plan_attention(m, *batch, threads);
+        Step step(m, *batch, hook);
+        m.pool.run(threads, step);
+        return step.aborted() ? "" : nullptr;
+    } catch (const std::bad_alloc&) {
+        return "there is not enough memory for it";
+    }
+}
+}

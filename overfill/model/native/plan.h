@@ -1,0 +1,121 @@
+// Before a step: checks that it touches nothing outside its arrays, makes room, and divides attention into items.
+#pragma once
+#include "step.h"
+
+namespace ovf {
+
+constexpr size_t FEW_NEW = 8;       // new tokens of a sequence up to which each reads the cache by itself
+constexpr size_t SHORTEST_SPAN = 128;  // tokens; below, joining costs more than sharing gains
+constexpr size_t PACK_ITEM = 256;   // tokens that are packed by one thread in one go
+
+// What is wrong with a batch, or null.
+inline const char* fault_of(const Model& m, const OvfBatch& b) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < b.sequences; ++i) {
+        const int64_t context = b.context_lens[i], blocks = (context + b.block_size - 1) / b.block_size;
+        if (b.query_lens[i] < 1 || b.query_lens[i] > context) return "a sequence has more new tokens than context";
+        if (blocks > b.table_width) return "a block table is shorter than its context";
+        for (int64_t j = 0; j < blocks; ++j) {
+            const int64_t block = b.block_tables[i * b.table_width + j];
+            if (block < 0 || (block + 1) * b.block_size > b.slots_in_cache) return "a block is not in the cache";
+        }
+        total += b.query_lens[i];
+    }
+    if (total != b.tokens) return "query lengths and token ids differ";
+    for (int64_t i = 0; i < b.tokens; ++i) {
+        if (b.token_ids[i] < 0 || b.token_ids[i] >= m.shape.vocab) return "a token id is outside the vocabulary";
+        if (b.positions[i] < 0 || b.positions[i] >= m.shape.max_positions) return "a position is beyond the context";
+        if (b.slots[i] < 0 || b.slots[i] >= b.slots_in_cache) return "a slot is not in the cache";
+    }
+    for (int64_t i = 0; i < b.wanted; ++i)
+        if (b.wanted_rows[i] < 0 || b.wanted_rows[i] >= b.tokens) return "logits of a token that is not in the batch";
+    return nullptr;
+}
+
+// Which thread reads what. A decode step's contexts are cut so that every thread has about as much to read.
+inline void plan_attention(Model& m, const OvfBatch& b, int threads) {
+    Workspace& w = m.work;
+    const AttentionShape& s = m.attention;
+    w.spans.clear(), w.packs.clear(), w.tiles_todo.clear();
+    w.span_start.assign(1, 0);
+    w.packed_at.assign(b.sequences, 0);
+    size_t to_read = 0;
+    for (int64_t i = 0; i < b.sequences; ++i)
+        if (b.query_lens[i] <= static_cast<int64_t>(FEW_NEW)) to_read += b.query_lens[i] * b.context_lens[i];
+    const size_t share = threads == 1 ? to_read : to_read / (2 * threads);
+    const size_t longest = round_up(share < SHORTEST_SPAN ? SHORTEST_SPAN : share, 16);
+    size_t row = 0, partials = 0, packed = 0;
+    for (int64_t i = 0; i < b.sequences; ++i) {
+        const size_t count = b.query_lens[i], context = b.context_lens[i], before = context - count;
+        if (count <= FEW_NEW) {
+            for (size_t j = 0; j < count; ++j, ++row) {
+                const size_t seen = before + j + 1, parts = (seen + longest - 1) / longest;
+                for (size_t part = 0; part < parts; ++part)
+                    w.spans.push_back({row, static_cast<size_t>(i), seen * part / parts, seen * (part + 1) / parts, partials++});
+                w.span_start.push_back(partials);
+            }
+            continue;
+        }
+        const size_t tokens = round_up(context, 32), height = TILE_ROWS / s.group();
+        w.packed_at[i] = packed;
+        packed += s.kv_heads * (packed_keys(s, tokens) + packed_values(s, tokens));
+        for (size_t h = 0; h < s.kv_heads; ++h) {
+            for (size_t t = 0; t < tokens; t += PACK_ITEM)
+                w.packs.push_back({row, static_cast<size_t>(i), h, t, tokens - t < PACK_ITEM ? tokens - t : PACK_ITEM, 0});
+            for (size_t t = 0; t < count; t += height)
+                w.tiles_todo.push_back({row + t, static_cast<size_t>(i), h, t, count - t < height ? count - t : height, before + t + 1});
+        }
+        for (size_t j = 0; j < count; ++j) w.span_start.push_back(partials);
+        row += count;
+    }
+    // Longest first, so that no thread is left with a long one at the end.
+    std::sort(w.tiles_todo.begin(), w.tiles_todo.end(), [](const TileItem& a, const TileItem& b) { return a.seen > b.seen; });
+    if (packed > w.packed_elements || partials > w.partial_count) {
+        w.packed_elements = std::max(packed, w.packed_elements), w.partial_count = std::max(partials, w.partial_count);
+        w.attention_room.reset();
+        const size_t partial_floats = w.partial_count * s.heads * s.partial();
+        w.attention_room = std::make_unique<Arena>(w.packed_elements * sizeof(bf16) + partial_floats * sizeof(float) + 256);
+        w.packed = w.attention_room->take<bf16>(w.packed_elements);
+        w.partials = w.attention_room->take<float>(partial_floats + 16);
+    }
+}
+
+// Room for a step of so many tokens; what is there is kept.
+inline void make_room(Model& m, size_t tokens, size_t wanted, int threads) {
+    Workspace& w = m.work;
+    if (tokens <= w.tokens && wanted <= w.wanted && threads <= w.threads) return;
+    w.tokens = tokens = std::max({tokens, wanted, w.tokens}), w.wanted = wanted = std::max(wanted, w.wanted);
+    w.threads = threads = std::max(threads, w.threads);
+    const AttentionShape& s = m.attention;
+    const size_t attended = s.heads * s.dim, gated = m.shape.intermediate;
+    w.hidden_stride = round_up(m.shape.hidden, PANEL);
+    w.normed_stride = round_up(m.shape.hidden, PANEL), w.attended_stride = round_up(attended, PANEL);
+    w.gated_stride = round_up(gated, PANEL);
+    w.qkv_stride = round_up(std::max(attended + 2 * s.kv_heads * s.dim, w.normed_stride), 16);
+    for (int pass = 0; pass < 2; ++pass) {  // the first one counts
+        size_t bytes = 0;
+        Arena* arena = nullptr;
+        if (pass) {
+            w.room.reset();
+            w.room = std::make_unique<Arena>(w.room_bytes);
+            arena = w.room.get();
+        }
+        const auto take = [&]<class T>(T*& where, size_t count) {
+            bytes += round_up(count * sizeof(T), 64);
+            if (arena) where = arena->take<T>(count);
+        };
+        take(w.hidden, tokens * w.hidden_stride);
+        take(w.qkv, tokens * w.qkv_stride);
+        take(w.attention, tokens * attended + 16);
+        if (m.quantised()) take(w.gated_wide, tokens * gated + 16);
+        take(w.scales, tokens), take(w.logit_scales, wanted);
+        take(w.normed, tokens * w.normed_stride), take(w.attended, tokens * w.attended_stride);
+        take(w.gated, tokens * w.gated_stride), take(w.last, wanted * w.normed_stride);
+        take(w.q, tokens * s.heads * s.padded());
+        take(w.tiles, threads);
+        take(w.best, threads * wanted), take(w.best_ids, threads * wanted), take(w.broken, threads * wanted);
+        w.room_bytes = bytes;
+    }
+}
+
+}  // namespace ovf

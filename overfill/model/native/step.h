@@ -1,0 +1,294 @@
+// One forward pass, in phases that all threads go through together. Between two barriers a thread works on its own
+// rows (tokens), its own panels of a matrix, or whatever item of attention is next.
+#pragma once
+#include "model.h"
+
+namespace ovf {
+
+class Step {
+  public:
+    Step(Model& model, const OvfBatch& batch, OvfHook hook)
+        : m_(model), b_(batch), hook_(hook), w_(model.work), span_(span_function(model.attention)) {}
+
+    bool aborted() const { return aborted_; }
+
+    void operator()(int thread, int threads) {
+        const size_t first = b_.tokens * thread / threads, last = b_.tokens * (thread + 1) / threads;
+        for (size_t row = first; row < last; ++row) embed(row);
+        for (size_t i = 0; i < m_.layers.size(); ++i) {
+            const Layer& layer = m_.layers[i];
+            if (thread == 0) call_hook(i, 0);
+            for (size_t row = first; row < last; ++row) normalise(row, row, layer.input_norm, w_.normed, w_.scales);
+            m_.pool.barrier.wait();
+            if (aborted_) return;
+            project(layer, thread, threads);
+            m_.pool.barrier.wait();
+            const KvLayer kv = cache(i);
+            for (size_t row = first; row < last; ++row) rotate(layer, kv, row);
+            if (thread == 0) next_pack_ = 0, next_tile_ = 0, next_span_ = 0;
+            m_.pool.barrier.wait();
+            if (thread == 0) call_hook(i, 1);
+            attend(kv, thread);
+            m_.pool.barrier.wait();
+            if (aborted_) return;
+            for (size_t row = first; row < last; ++row) collect(row);
+            m_.pool.barrier.wait();
+            add_to_hidden(layer.o, layer.o_bias, w_.attended, w_.attended_stride, thread, threads);
+            m_.pool.barrier.wait();
+            for (size_t row = first; row < last; ++row) normalise(row, row, layer.post_norm, w_.normed, w_.scales);
+            m_.pool.barrier.wait();
+            gate(layer, thread, threads);
+            m_.pool.barrier.wait();
+            if (m_.quantised()) {
+                for (size_t row = first; row < last; ++row)
+                    store_operand(w_.gated_wide + row * m_.shape.intermediate, m_.shape.intermediate, true,
+                                  w_.gated + row * w_.gated_stride, w_.scales + row);
+                m_.pool.barrier.wait();
+            }
+            add_to_hidden(layer.down, layer.down_bias, w_.gated, w_.gated_stride, thread, threads);
+            m_.pool.barrier.wait();
+        }
+        if (b_.wanted) predict(thread, threads);
+    }
+
+  private:
+    void call_hook(size_t layer, int64_t written) {
+        if (hook_ && !aborted_ && hook_(layer, written)) aborted_ = true;
+    }
+
+    KvLayer cache(size_t layer) const {
+        const size_t row = m_.attention.kv_heads * m_.attention.dim, offset = layer * b_.slots_in_cache * row;
+        return {b_.k_cache + offset, b_.v_cache + offset, static_cast<size_t>(b_.block_size), row};
+    }
+
+    void embed(size_t row) {
+        const int64_t token = b_.token_ids[row];
+        float* out = w_.hidden + row * w_.hidden_stride;
+        const size_t hidden = m_.shape.hidden;
+        if (m_.embedding) {
+            for (size_t i = 0; i < hidden; ++i) out[i] = to_float(m_.embedding[token * hidden + i]);
+            return;
+        }
+        const bf16* panel = reinterpret_cast<const bf16*>(m_.head.panel(token / PANEL)) + token % PANEL * 2;
+        for (size_t i = 0; i < hidden; ++i) out[i] = to_float(panel[i / 2 * 2 * PANEL + i % 2]);
+    }
+
+    // RMSNorm of a token's hidden state, as row `to` of an operand.
+    void normalise(size_t row, size_t to, const float* weight, uint16_t* out, float* scales) {
+        const float* x = w_.hidden + row * w_.hidden_stride;
+        const size_t n = m_.shape.hidden;
+        __m512 squares = _mm512_setzero_ps();
+        for (size_t i = 0; i < n; i += 16) {
+            const __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
+        const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + static_cast<float>(m_.shape.norm_eps)));
+        float* normed = w_.qkv + to * w_.qkv_stride;  // which is free whenever this runs
+        for (size_t i = 0; i < n; i += 16) {
+            const __mmask16 mask = lanes(n - i);
+            const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
+            _mm512_mask_storeu_ps(normed + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+        }
+        store_operand(normed, n, m_.quantised(), out + to * w_.normed_stride, scales + to);
+    }
+
+    void project(const Layer& layer, int thread, int threads) {
+        const size_t rows = layer.qkv.rows;
+        const float* bias = layer.qkv_bias;
+        multiply(layer.qkv, {w_.normed, w_.scales, w_.normed_stride}, b_.tokens, thread, threads,
+                 [&](size_t row, size_t p, __m512 low, __m512 high) {
+                     if (bias) {
+                         low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
+                         high = _mm512_add_ps(high, _mm512_loadu_ps(bias + p * PANEL + 16));
+                     }
+                     store(w_.qkv + row * w_.qkv_stride, rows, p, low, high);
+                 });
+    }
+
+    static void store(float* row, size_t n, size_t p, __m512 low, __m512 high) {
+        const size_t start = p * PANEL;
+        _mm512_mask_storeu_ps(row + start, lanes(n - start), low);
+        if (n > start + 16) _mm512_mask_storeu_ps(row + start + 16, lanes(n - start - 16), high);
+    }
+
+    // Queries and keys of a row are normed and rotated; keys and values go into the cache.
+    void rotate(const Layer& layer, const KvLayer& kv, size_t row) {
+        const AttentionShape& s = m_.attention;
+        const size_t dim = s.dim, half = dim / 2;
+        float* x = w_.qkv + row * w_.qkv_stride;
+        const float *cos = m_.cos + b_.positions[row] * half, *sin = m_.sin + b_.positions[row] * half;
+        const size_t slot = b_.slots[row] * kv.row;
+        for (size_t h = 0; h < s.heads + s.kv_heads; ++h) {
+            const bool query = h < s.heads;
+            float* head = x + h * dim;
+            if (const float* weight = query ? layer.q_norm : layer.k_norm) norm_head(head, weight);
+            bf16* out = query ? w_.q + (row * s.heads + h) * s.padded() : kv.k + slot + (h - s.heads) * dim;
+            for (size_t i = 0; i < half; i += 16) {
+                const __mmask16 mask = lanes(half - i);
+                const __m512 a = _mm512_maskz_loadu_ps(mask, head + i), b = _mm512_maskz_loadu_ps(mask, head + half + i);
+                const __m512 c = _mm512_maskz_loadu_ps(mask, cos + i), d = _mm512_maskz_loadu_ps(mask, sin + i);
+                const __m512 first = _mm512_fnmadd_ps(b, d, _mm512_mul_ps(a, c));
+                const __m512 second = _mm512_fmadd_ps(a, d, _mm512_mul_ps(b, c));
+                _mm256_mask_storeu_epi16(out + i, mask, narrow(first));
+                _mm256_mask_storeu_epi16(out + half + i, mask, narrow(second));
+            }
+        }
+        const float* v = x + (s.heads + s.kv_heads) * dim;
+        for (size_t i = 0; i < kv.row; i += 16) {
+            const __mmask16 mask = lanes(kv.row - i);
+            _mm256_mask_storeu_epi16(kv.v + slot + i, mask, narrow(_mm512_maskz_loadu_ps(mask, v + i)));
+        }
+    }
+
+    void norm_head(float* x, const float* weight) {
+        const size_t n = m_.attention.dim;
+        float squares = 0;
+        for (size_t i = 0; i < n; ++i) squares += x[i] * x[i];
+        const float factor = 1.0f / __builtin_sqrtf(squares / n + static_cast<float>(m_.shape.norm_eps));
+        for (size_t i = 0; i < n; ++i) x[i] *= factor * weight[i];
+    }
+
+    void attend(const KvLayer& kv, int thread) {
+        const AttentionShape& s = m_.attention;
+        for (size_t i; (i = next_span_++) < w_.spans.size();) {
+            const SpanItem& item = w_.spans[i];
+            span_(s, kv, table(item.sequence), w_.q + item.row * s.heads * s.padded(), item.first, item.last,
+                  w_.partials + item.partial * s.heads * s.partial());
+        }
+        if (w_.tiles_todo.empty()) return;
+        for (size_t i; (i = next_pack_++) < w_.packs.size();) {
+            const TileItem& item = w_.packs[i];
+            const size_t context = b_.context_lens[item.sequence], tokens = round_up(context, 32);
+            bf16 *keys, *values;
+            packed(item, tokens, &keys, &values);
+            for (size_t t = item.first; t < item.first + item.count; t += 32)
+                pack_keys_values(s, kv, table(item.sequence), item.kv_head, t, context, tokens, keys, values);
+        }
+        m_.pool.barrier.wait();
+        for (size_t i; (i = next_tile_++) < w_.tiles_todo.size();) {
+            const TileItem& item = w_.tiles_todo[i];
+            const size_t tokens = round_up(b_.context_lens[item.sequence], 32);
+            bf16 *keys, *values;
+            packed(item, tokens, &keys, &values);
+            attend_tile(s, w_.q + item.row * s.heads * s.padded(), item.count, item.kv_head, item.seen, keys, values,
+                        tokens, w_.tiles[thread], w_.attention + item.row * s.heads * s.dim);
+        }
+    }
+
+    const int64_t* table(size_t sequence) const { return b_.block_tables + sequence * b_.table_width; }
+
+    void packed(const TileItem& item, size_t tokens, bf16** keys, bf16** values) {
+        const AttentionShape& s = m_.attention;
+        const size_t both = packed_keys(s, tokens) + packed_values(s, tokens);
+        *keys = w_.packed + w_.packed_at[item.sequence] + item.kv_head * both;
+        *values = *keys + packed_keys(s, tokens);
+    }
+
+    // A row's attention, wherever it was computed, as the operand of the output projection.
+    void collect(size_t row) {
+        const AttentionShape& s = m_.attention;
+        const size_t n = s.heads * s.dim, start = w_.span_start[row], count = w_.span_start[row + 1] - start;
+        float* x = w_.attention + row * n;
+        if (count) join_spans(s, w_.partials + start * s.heads * s.partial(), count, x);
+        store_operand(x, n, m_.quantised(), w_.attended + row * w_.attended_stride, w_.scales + row);
+    }
+
+    void add_to_hidden(const Matrix& matrix, const float* bias, const uint16_t* data, size_t stride, int thread,
+                       int threads) {
+        multiply(matrix, {data, w_.scales, stride}, b_.tokens, thread, threads,
+                 [&](size_t row, size_t p, __m512 low, __m512 high) {
+                     float* out = w_.hidden + row * w_.hidden_stride + p * PANEL;  // whole panels fit a row
+                     if (bias) {
+                         low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
+                         high = _mm512_add_ps(high, _mm512_loadu_ps(bias + p * PANEL + 16));
+                     }
+                     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), low));
+                     _mm512_storeu_ps(out + 16, _mm512_add_ps(_mm512_loadu_ps(out + 16), high));
+                 });
+    }
+
+    // silu(gate) * up: a panel holds sixteen rows of either.
+    void gate(const Layer& layer, int thread, int threads) {
+        const size_t n = m_.shape.intermediate;
+        const float* bias = layer.gate_up_bias;
+        const bool wide = m_.quantised();
+        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride}, b_.tokens, thread, threads,
+                 [&](size_t row, size_t p, __m512 gate, __m512 up) {
+                     if (bias) {
+                         gate = _mm512_add_ps(gate, _mm512_loadu_ps(bias + p * PANEL));
+                         up = _mm512_add_ps(up, _mm512_loadu_ps(bias + p * PANEL + 16));
+                     }
+                     const __m512 one = _mm512_set1_ps(1.0f);
+                     const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+                     const __m512 x = _mm512_div_ps(_mm512_mul_ps(gate, up), _mm512_add_ps(one, e));
+                     if (wide)
+                         _mm512_mask_storeu_ps(w_.gated_wide + row * n + p * 16, lanes(n - p * 16), x);
+                     else  // an odd row's last pair takes the zero that is next
+                         _mm256_mask_storeu_epi16(w_.gated + row * w_.gated_stride + p * 16,
+                                                  lanes(round_up(n - p * 16, 2)), narrow(x));
+                 });
+    }
+
+    void predict(int thread, int threads) {
+        const size_t wanted = b_.wanted, first = wanted * thread / threads, last = wanted * (thread + 1) / threads;
+        m_.pool.barrier.wait();
+        for (size_t i = first; i < last; ++i) normalise(b_.wanted_rows[i], i, m_.norm, w_.last, w_.logit_scales);
+        __m512* best = w_.best + thread * wanted;
+        __m512i* ids = w_.best_ids + thread * wanted;
+        uint8_t* broken = w_.broken + thread * wanted;
+        for (size_t i = 0; i < wanted; ++i) {
+            best[i] = _mm512_set1_ps(-__builtin_inff()), ids[i] = _mm512_setzero_si512(), broken[i] = 0;
+        }
+        m_.pool.barrier.wait();
+        const size_t vocab = m_.shape.vocab;
+        const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        multiply(m_.head, {w_.last, w_.logit_scales, w_.normed_stride}, wanted, thread, threads,
+                 [&](size_t i, size_t p, __m512 low, __m512 high) {
+                     if (b_.logits) store(b_.logits + i * vocab, vocab, p, low, high);
+                     if (!b_.best) return;
+                     for (size_t half = 0; half < 2; ++half) {
+                         const size_t start = p * PANEL + 16 * half;
+                         if (start >= vocab) break;
+                         const __m512 x = half ? high : low;
+                         const __mmask16 real = lanes(vocab - start);
+                         broken[i] |= _mm512_mask_cmp_ps_mask(real, x, x, _CMP_UNORD_Q) != 0;
+                         const __mmask16 more = _mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_GT_OQ);
+                         best[i] = _mm512_mask_mov_ps(best[i], more, x);
+                         ids[i] = _mm512_mask_add_epi32(ids[i], more, counting, _mm512_set1_epi32(start));
+                     }
+                 });
+        if (!b_.best) return;
+        m_.pool.barrier.wait();
+        for (size_t i = first; i < last; ++i) b_.best[i] = choose(i, threads);
+    }
+
+    // The most likely token of a row, the first of equals; -1 if a logit is NaN or the largest is infinite.
+    int64_t choose(size_t i, int threads) const {
+        const size_t wanted = b_.wanted;
+        float top = -__builtin_inff();
+        int64_t id = -1;
+        for (int t = 0; t < threads; ++t) {
+            if (w_.broken[t * wanted + i]) return -1;
+            alignas(64) float values[16];
+            alignas(64) int32_t ids[16];
+            _mm512_store_ps(values, w_.best[t * wanted + i]);
+            _mm512_store_si512(ids, w_.best_ids[t * wanted + i]);
+            for (int j = 0; j < 16; ++j)
+                if (values[j] > top || (values[j] == top && id >= 0 && ids[j] < id)) top = values[j], id = ids[j];
+        }
+        return top < __builtin_inff() ? id : -1;
+    }
+
+    Model& m_;
+    const OvfBatch& b_;
+    OvfHook hook_;
+    Workspace& w_;
+    SpanFunction span_;
+    std::atomic<bool> aborted_{false};
+    alignas(64) std::atomic<size_t> next_span_{0};
+    alignas(64) std::atomic<size_t> next_pack_{0};
+    alignas(64) std::atomic<size_t> next_tile_{0};
+};
+
+}  // namespace ovf

@@ -1,0 +1,203 @@
+"""The native forward pass computes what the reference does, for every shape that the engine gives it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from overfill.model.native import library
+from overfill.model.native.transformer import NativeTransformer, fastest, supported
+from overfill.model.transformer import Transformer
+
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 197,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "head_dim": 64,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "mistral-no-groups": MistralConfig(**SHAPE | {"num_key_value_heads": 6}, sliding_window=None),
+    "qwen2-odd-sizes": Qwen2Config(
+        **SHAPE | {"hidden_size": 51, "intermediate_size": 77, "vocab_size": 193, "head_dim": 10},
+        tie_word_embeddings=True,
+    ),
+    "qwen3-dim-128": Qwen3Config(**SHAPE | {"head_dim": 128}),
+    "dim-80": LlamaConfig(**SHAPE | {"head_dim": 80}),
+    "dim-256-one-kv-head": LlamaConfig(**SHAPE | {"head_dim": 256, "num_key_value_heads": 1}),
+}
+PROMPT = torch.randint(0, 193, (400,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def load(folder: Path, quantize: str = "none") -> NativeTransformer:
+    model = fastest(Transformer.load(folder, torch.bfloat16, CPU, quantize=quantize))
+    assert isinstance(model, NativeTransformer)
+    return model
+
+
+def through(run) -> torch.Tensor:
+    """Every way in which tokens enter: a prompt, a chunk, several new tokens, a single one; beside a neighbour."""
+    logits = [run.step({"a": PROMPT[:200]}), run.step({"a": PROMPT[200:330], "b": PROMPT[:37]})]
+    logits += [run.step({"b": PROMPT[37:39], "a": PROMPT[330:333]})]
+    logits += [run.step({"a": [PROMPT[333 + i]], "b": [PROMPT[39 + i]]}) for i in range(5)]
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_nearer_to_float32_than_those_of_the_reference(
+    name: str, threads: int, save_model, runner, tmp_path: Path
+) -> None:
+    """Both round to bfloat16, at different places, so neither is the other's to the last bit."""
+    save_model(CONFIGS[name])
+    exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU), 256))
+    eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU), 256))
+    torch.set_num_threads(threads)
+    native = through(runner(load(tmp_path), 256))
+
+    error = (native - exact).abs()
+    assert error.mean() <= 1.05 * (eager - exact).abs().mean()
+    assert error.max() <= 0.15 * exact.std()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_int8_weights_add_no_error_of_their_own(name: str, save_model, runner, tmp_path: Path) -> None:
+    """Held against the same rounded weights in float32."""
+    save_model(CONFIGS[name])
+    exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU, quantize="int8"), 256))
+    eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU, quantize="int8"), 256))
+    native = through(runner(load(tmp_path, "int8"), 256))
+
+    error = (native - exact).abs()
+    assert error.mean() <= 1.05 * (eager - exact).abs().mean()
+    assert error.max() <= 0.15 * exact.std()
+
+
+def test_a_sequence_of_nan_keeps_to_itself(save_model, runner, tmp_path: Path) -> None:
+    """As a failed neighbour leaves it behind; blocks that nobody owns are NaN anyway (see the runner)."""
+    save_model(CONFIGS["llama"])
+    run = runner(load(tmp_path), 256)
+    run.step({"a": PROMPT[:50], "b": PROMPT[:60]})
+    alone = runner(load(tmp_path), 256)
+    alone.step({"a": PROMPT[:50]})
+    bad = torch.tensor(run._tables["b"])
+    run.cache.k[:, bad] = run.cache.v[:, bad] = float("nan")
+    for new in ([1], PROMPT[50:70]):
+        got = run.step({"a": new, "b": new})
+        want = alone.step({"a": new})
+        torch.testing.assert_close(got[: len(new)], want, atol=2e-2, rtol=0)
+        assert got[len(new) :].isnan().all()
+
+
+def test_hooks_run_in_order_and_may_give_up(save_model, runner, tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"])
+    torch.set_num_threads(2)
+    run = runner(load(tmp_path), 256)
+    calls: list[tuple[str, int]] = []
+    run.step(
+        {"a": PROMPT[:20]},
+        on_layer_start=lambda layer: calls.append(("start", layer)),
+        on_kv_written=lambda layer: calls.append(("written", layer)),
+    )
+    assert calls == [(kind, layer) for layer in range(3) for kind in ("start", "written")]
+    for hook in ("on_layer_start", "on_kv_written"):
+
+        def give_up(layer: int) -> None:
+            if layer == 1:
+                raise KeyError("enough")
+
+        with pytest.raises(KeyError, match="enough"):
+            run.step({"b": PROMPT[:20]}, **{hook: give_up})
+    assert run.step({"c": PROMPT[:20]}).isfinite().all()
+
+
+def test_what_a_hook_sees_is_in_the_cache(save_model, runner, tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"])
+    run = runner(load(tmp_path), 256)
+    seen: list[bool] = []
+
+    def written(layer: int) -> None:
+        slots = run.cache.slots(run._tables["a"], 0, 20)
+        k, v = run.cache.layer(layer)
+        seen.append(bool(k[slots].isfinite().all() and v[slots].isfinite().all()))
+
+    run.step({"a": PROMPT[:20]}, on_kv_written=written)
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"token_ids": [500]}, "vocabulary"),
+        ({"token_ids": [-1]}, "vocabulary"),
+        ({"positions": [5000]}, "beyond the context"),
+        ({"slots": [10**6]}, "slot"),
+        ({"block_tables": [[99]]}, "block"),
+        ({"logits_indices": [3]}, "not in the batch"),
+    ],
+)
+def test_nothing_is_read_or_written_out_of_bounds(change: dict, words: str, save_model, runner, tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"])
+    model = load(tmp_path)
+    run = runner(model, 8)
+    batches = []
+    forward, model.forward = model.forward, lambda batch, *args, **hooks: batches.append(batch)
+    run.step({"a": [1]})
+    batch = replace(batches[0], **{name: torch.tensor(value) for name, value in change.items()})
+    with pytest.raises(ValueError, match=words):
+        forward(batch, run.cache)
+
+
+def test_two_engines_of_one_process_compute_at_once(save_model, runner, tmp_path: Path) -> None:
+    """Each on a thread of its own, as prefill and decode workers in one process would, with two threads each."""
+    save_model(CONFIGS["llama"])
+    want = through(runner(load(tmp_path), 256))
+    shared = load(tmp_path)
+    runners = [runner(shared, 256), runner(shared, 256), runner(load(tmp_path), 256)]
+    results: dict[int, list[torch.Tensor]] = {}
+
+    def work(index: int) -> None:
+        torch.set_num_threads(2)
+        results[index] = []
+        for _ in range(3):
+            runners[index]._lengths.clear()
+            results[index].append(through(runners[index]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got in (logits for each in results.values() for logits in each):
+        torch.testing.assert_close(got, want, atol=5e-2, rtol=0)
+    assert len(results[2]) == 3
+
+
+def test_what_the_kernels_do_not_cover_runs_on_the_reference(save_model, tmp_path: Path) -> None:
+    save_model(LlamaConfig(**SHAPE | {"head_dim": 160}))
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        assert type(fastest(Transformer.load(tmp_path, dtype, CPU))) is Transformer
+    config = Transformer.load(tmp_path, torch.bfloat16, CPU).config
+    assert not supported(config, torch.bfloat16, CPU)
+
+
+def test_the_weights_are_held_once(save_model, tmp_path: Path) -> None:
+    save_model(CONFIGS["tied"])
+    loaded = Transformer.load(tmp_path, torch.bfloat16, CPU)
+    model = NativeTransformer(loaded)
+    assert loaded.weights.layers == ()
+    assert model._embedding is None
