@@ -46,8 +46,10 @@ test: setup check  ## check, then the tests without the slow ones
 test-all: setup check  ## check, then every test that this machine can run
 	$(PYTEST)
 
-bench: setup  ## Measure the hand-off on this machine
+bench: setup  ## Measure the hand-off and the engine on this machine, in short
 	$(BIN)/overfill bench timeline
+	$(BIN)/overfill bench decode --batch 1,8 --rounds 3 --steps 8
+	$(BIN)/overfill bench prefill --context 512 --rounds 3
 
 proto: setup  ## Regenerate overfill/v1 from proto/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
@@ -11,7 +12,10 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-_COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a")
+if TYPE_CHECKING:
+    from overfill.bench.rows import Row
+
+_COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
 
 
 def save_timeline(path: Path, title: str, layers: Sequence[tuple[float, float]], events: Mapping[str, float]) -> None:
@@ -25,6 +29,40 @@ def save_timeline(path: Path, title: str, layers: Sequence[tuple[float, float]],
     axes.set(title=title, xlabel="milliseconds since the first layer started", ylabel="layer")
     axes.invert_yaxis()
     axes.legend(loc="upper right")  # the bars run from upper left to lower right
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_speeds(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A group of bars per batch and context: ours, with its bound as a line above, and the peers; log scale."""
+    rows = [row for row in rows if row.unit != "x"]
+    groups = list(dict.fromkeys((row.batch, row.context) for row in rows))
+    ours = list(dict.fromkeys(row.name for row in rows))
+    peers = list(dict.fromkeys(row.peer for row in rows if row.peer is not None and row.peer_value is not None))
+    labels = [*ours, *peers]
+    width = 0.8 / len(labels)
+    figure, axes = plt.subplots(figsize=(9, 4.6))
+    for index, (label, colour) in enumerate(zip(labels, _COLOURS, strict=False)):
+        for place, group in enumerate(groups):
+            same = [row for row in rows if (row.batch, row.context) == group]
+            own = next((row for row in same if row.name == label), None)
+            value = own.value if own else next((row.peer_value for row in same if row.peer == label), None)
+            if value is None:
+                continue
+            x = place + (index - (len(labels) - 1) / 2) * width
+            axes.bar(x, value, width, color=colour, label=label if place == 0 else None)
+            axes.text(x, value, f"{value:,.0f}", ha="center", va="bottom", fontsize=7)
+            if own:
+                ends = x - width / 2, x + width / 2
+                first = place == 0 and label == ours[0]
+                axes.hlines(own.bound, *ends, color="black", linewidth=1.5, label="bound" if first else "_")
+    several = len({context for _, context in groups}) > 1
+    names = [f"batch {batch}" + (f"\n{context} tokens" if several else "") for batch, context in groups]
+    axes.set_xticks(range(len(groups)), names)
+    axes.set(title=title, ylabel="tokens/s", yscale="log")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from overfill.cli.bench_engine import decode_command, peers_group, prefill_command
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console, print_json
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 @click.group("bench")
 def bench_group() -> None:
     """Measure what a pair does on this machine."""
+
+
+for command in (decode_command, prefill_command, peers_group):
+    bench_group.add_command(command)
 
 
 @bench_group.command("timeline")

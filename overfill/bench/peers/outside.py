@@ -1,0 +1,196 @@
+"""Runs in a peer's own environment, as a script: another engine behind JSON lines on stdin and stdout.
+
+Knows nothing of overfill, which is not installed there. Each line in is a request, each line out its answer::
+
+    {"op": "load", "vocab_size", ...}                   -> {"version"}
+    {"op": "begin", "batch", "prompt_tokens", "steps"}  -> {}
+    {"op": "steps", "count"}                            -> {"seconds": [...]}
+    {"op": "end"}                                       -> {}
+    {"op": "prefill", "lengths"}                        -> {"seconds"}
+
+or ``{"error": ...}``. Whatever the engine prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class OpenVino:
+    """OpenVINO GenAI's continuous batching pipeline on a GGUF file."""
+
+    def __init__(self, model: str, threads: int, max_num_seqs: int, token_budget: int, kv_bytes: int, **_: Any) -> None:
+        import numpy
+        import openvino
+        import openvino_genai
+
+        self._tensor: Callable[[list[int]], Any] = lambda ids: openvino.Tensor(numpy.array([ids], dtype=numpy.int64))
+        self._genai = openvino_genai
+        self.version = openvino_genai.get_version()
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_seqs = max_num_seqs
+        scheduler.max_num_batched_tokens = token_budget
+        scheduler.cache_size = max(1, -(-kv_bytes // 2**30))  # GiB
+        scheduler.enable_prefix_caching = False
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+            model, scheduler_config=scheduler, device="CPU", properties={"INFERENCE_NUM_THREADS": threads}
+        )
+        self._handles: list[Any] = []
+        self._next_id = 0
+
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = max_tokens
+        config.ignore_eos = True
+        config.do_sample = False
+        self._handles.append(self._pipeline.add_request(self._next_id, self._tensor(prompt), config))
+        self._next_id += 1
+
+    def step(self) -> int:
+        """Tokens that came."""
+        self._pipeline.step()
+        count = 0
+        for handle in self._handles:
+            while handle.can_read():
+                count += sum(len(output.generated_ids) for output in handle.read().values())
+        return count
+
+    def drop(self) -> None:
+        for handle in self._handles:
+            handle.cancel()
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        self._handles = []
+
+
+class Vllm:
+    """vLLM's engine in this process, on a checkpoint folder."""
+
+    def __init__(
+        self, model: str, threads: int, max_num_seqs: int, token_budget: int, kv_bytes: int, dtype: str, context: int
+    ) -> None:
+        os.environ.update(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_CPU_KVCACHE_SPACE=str(max(1, -(-kv_bytes // 2**30))),
+            VLLM_LOGGING_LEVEL="ERROR",
+            VLLM_NO_USAGE_STATS="1",
+        )
+        import vllm
+
+        self._vllm = vllm
+        self.version = vllm.__version__
+        self._engine = vllm.LLM(
+            model,
+            dtype=dtype,
+            max_model_len=context,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(token_budget, context),
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        ).llm_engine
+        self._seen: dict[str, int] = {}
+        self._next_id = 0
+
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        from vllm.inputs import TokensPrompt
+
+        id = str(self._next_id)
+        self._next_id += 1
+        sampling = self._vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        self._engine.add_request(id, TokensPrompt(prompt_token_ids=prompt), sampling)
+        self._seen[id] = 0
+
+    def step(self) -> int:
+        """Tokens that came."""
+        count = 0
+        for output in self._engine.step():
+            length = len(output.outputs[0].token_ids)
+            count += length - self._seen[output.request_id]
+            self._seen[output.request_id] = length
+        return count
+
+    def drop(self) -> None:
+        self._engine.abort_request(list(self._seen))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        self._seen = {}
+
+
+ENGINES: dict[str, Callable[..., Any]] = {"openvino": OpenVino, "vllm": Vllm}
+
+
+class Peer:
+    """Answers requests with one engine."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._engine: Any = None
+        self._vocab_size = 0
+        self._batch = 0
+
+    def load(self, vocab_size: int, **options: Any) -> dict[str, Any]:
+        self._vocab_size = vocab_size
+        self._engine = ENGINES[self._kind](**options)
+        return {"version": self._engine.version}
+
+    def begin(self, batch: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
+        self._batch = batch
+        self._add([prompt_tokens] * batch, steps + 8)  # ends after the measurement, not in it
+        self._until(batch)
+        return {}
+
+    def steps(self, count: int) -> dict[str, Any]:
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self._until(self._batch)
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def end(self) -> dict[str, Any]:
+        self._engine.drop()
+        return {}
+
+    def prefill(self, lengths: list[int]) -> dict[str, Any]:
+        start = time.perf_counter()
+        self._add(lengths, 1)
+        self._until(len(lengths))
+        seconds = time.perf_counter() - start
+        self._engine.drop()
+        return {"seconds": seconds}
+
+    def _add(self, lengths: list[int], max_tokens: int) -> None:
+        for length in lengths:
+            # Each its own, so that nothing can be read from another's KV.
+            self._engine.add([random.randrange(self._vocab_size) for _ in range(length)], max_tokens)
+
+    def _until(self, tokens: int) -> None:
+        while tokens > 0:
+            tokens -= self._engine.step()
+
+
+def main() -> None:
+    # Engines print to stdout; only answers may.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    peer = Peer(sys.argv[1])
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(peer, request.pop("op"))(**request)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        with contextlib.suppress(BrokenPipeError):
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""One figure per row: what was measured, the bound that it is held against, and a peer. JSON and table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure, beside one peer's; a figure with several peers has several rows.
+
+    Attributes:
+        name: what was measured, such as ``decode_full``.
+        batch: sequences at once.
+        value, unit: what came out.
+        bound: what this machine allows, measured in the same run; ``ratio`` is value / bound.
+        spread: distance of the quartiles as a share of the median.
+        peer, peer_value: another engine doing the same in the same run, turn by turn; None: it is missing.
+        hint: what to do about a missing peer.
+        context: tokens per sequence: a decode step's mean context, or a prompt's length.
+        weights: what the model's matrices are made of; ``dtype`` is what is computed in.
+        bandwidth, matrix_rate: bytes and floating-point operations per second of this machine, in this run.
+    """
+
+    name: str
+    batch: int
+    value: float
+    unit: str
+    bound: float
+    spread: float
+    pair: str
+    context: int
+    dtype: str
+    weights: str
+    threads: int
+    device: str
+    bandwidth: float
+    matrix_rate: float
+    peer: str | None = None
+    peer_value: float | None = None
+    peer_spread: float | None = None
+    hint: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.value / self.bound
+
+    @property
+    def peer_ratio(self) -> float | None:
+        """How many times the peer's value ours is."""
+        return None if self.peer_value is None else self.value / self.peer_value
+
+    def to_json(self) -> str:
+        """One line; numbers with four digits."""
+        given: dict[str, object] = dict.fromkeys(
+            ("name", "batch", "value", "unit", "bound", "ratio", "peer", "peer_value")
+        )
+        given |= asdict(self) | {"ratio": self.ratio, "peer_ratio": self.peer_ratio}
+        return json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in given.items()})
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """A line per figure; peers stand beside it, with how many times their value ours is."""
+    peers = list(dict.fromkeys(row.peer for row in rows if row.peer is not None))
+    table = Table()
+    for column in ("", "batch", "context", "ours", "± %", "bound", "of bound", *peers):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    figures: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        figures.setdefault((row.name, row.batch, row.context), []).append(row)
+    for (name, batch, context), same in figures.items():
+        row = same[0]
+        table.add_row(
+            f"{name}, {row.weights}" if row.unit != "x" else name,
+            str(batch),
+            str(context),
+            _number(row.value, row.unit),
+            f"{50 * row.spread:.0f}",
+            _number(row.bound, row.unit),
+            f"{row.ratio:.2f}",
+            *(_beside({r.peer: r for r in same}.get(peer)) for peer in peers),
+        )
+    return table
+
+
+def hints(rows: Sequence[Row]) -> list[str]:
+    """A line per missing peer."""
+    return list(dict.fromkeys(f"{row.peer}: {row.hint}" for row in rows if row.hint is not None))
+
+
+def _beside(row: Row | None) -> str:
+    if row is None or row.peer_value is None or row.peer_ratio is None:
+        return "–"
+    return f"{_number(row.peer_value, row.unit)} ({row.peer_ratio:.2f}×)"
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.2f}×" if unit == "x" else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
