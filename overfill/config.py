@@ -218,6 +218,14 @@ class RouterConfig(ServiceConfig):
     expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
     expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
     max_queue: int = Field(1024, ge=1, description="most waiting requests; more are refused")
+    http: Port | None = Field(
+        None, description="port of the OpenAI endpoint; 0 picks a free one; by default there is none"
+    )
+    api_keys: Path | None = Field(
+        None, description="file of API keys (`overfill keys create`) that clients must show; by default none is wanted"
+    )
+    max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="most bytes of one request")
+    max_connections: int = Field(4096, ge=1, description="most HTTP connections at once")
     max_attempts: int = Field(
         4, ge=1, description="workers lost in a row, without a new token, after which a request fails"
     )

@@ -6,6 +6,7 @@
     ├── InvalidRequest        the request is wrong; ``field`` names the part          INVALID_ARGUMENT
     │   └── PromptTooLong     prompt and answer do not fit the context                INVALID_ARGUMENT
     ├── ModelNotFound         no such model here                                      NOT_FOUND
+    ├── Unauthenticated       no API key, or a wrong one                              UNAUTHENTICATED
     ├── Overloaded            no capacity now; ``retry_after`` seconds, if known      RESOURCE_EXHAUSTED
     ├── Incompatible          the two ends do not fit; ``fields`` differ              FAILED_PRECONDITION
     ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
@@ -69,6 +70,10 @@ class PromptTooLong(InvalidRequest):
 
 class ModelNotFound(OverfillError):
     """The requested model is not served here."""
+
+
+class Unauthenticated(OverfillError):
+    """The request comes without an API key, or with one that nobody holds."""
 
 
 class Overloaded(OverfillError):

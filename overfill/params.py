@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from overfill.errors import InvalidRequest
 from overfill.v1 import common_pb2
 
 MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 1024
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a whole answer must look like.
+
+    Args:
+        kind: "json_object" (any JSON object; ``text`` is empty), "json_schema" (``text`` is a schema as JSON text),
+            "regex" or "lark" (llguidance's dialect).
+
+    Raises:
+        InvalidRequest: ``text`` is missing or, of a schema, not JSON. Whether the grammar can be obeyed is checked
+            where it is compiled (``overfill.grammar``).
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise _invalid("grammar", f"is of kind {self.kind!r}; there are {', '.join(get_args(GrammarKind))}")
+        if (self.kind == "json_object") != (not self.text):
+            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "takes no text")
+        if self.kind == "json_schema":
+            _check_schema("grammar.json_schema", self.text)
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
+        """Answers are JSON texts that ``schema`` accepts."""
+        return cls("json_schema", json.dumps(schema))
+
+    def to_proto(self) -> common_pb2.Grammar:
+        if self.kind == "json_object":
+            return common_pb2.Grammar(json_object=True)
+        message = common_pb2.Grammar()
+        setattr(message, self.kind, self.text)
+        return message
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.Grammar) -> Grammar:
+        kind = message.WhichOneof("kind")
+        if kind is None:
+            raise _invalid("grammar", "is empty: give json_object, json_schema, regex or lark")
+        if kind == "json_object":
+            if not message.json_object:
+                raise _invalid("grammar.json_object", "must be true; leave grammar out for free answers")
+            return cls("json_object")
+        return cls(kind, getattr(message, kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +83,14 @@ class SamplingParams:
         stop_token_ids: end the answer, besides the model's end-of-sequence ids; not part of the text.
         ignore_eos: run on past the model's own end-of-sequence ids.
         logprobs: None, or how many most likely tokens to report beside the chosen one (0 to 20).
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that are in the prompt or
+            in the answer so far (as in Hugging Face *generate*); more than 0, 1 does nothing.
+        presence_penalty: subtracted from the logit of every token that is in the answer so far, in [-2, 2].
+        frequency_penalty: subtracted once for each time that the token is in the answer so far, in [-2, 2].
+        logit_bias: token id to what is added to its logit, in [-100, 100].
+        grammar: what the whole answer must look like.
+
+    Penalties, bias and grammar change the logits before temperature and filters, in the order above.
 
     Raises:
         InvalidRequest: a value is out of range or contradicts another; ``field`` names it.
@@ -42,6 +105,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_finite("temperature", self.temperature)
@@ -65,15 +133,35 @@ class SamplingParams:
             raise _invalid("logprobs", f"must be in 0..{MAX_LOGPROBS}, got {self.logprobs}")
         if self.greedy and (self.top_k not in (None, 1) or self.top_p != 1 or self.min_p != 0):
             raise _invalid("temperature", "0 (greedy) contradicts top_k, top_p and min_p; leave those out")
+        _check_finite("repetition_penalty", self.repetition_penalty)
+        if self.repetition_penalty <= 0:
+            raise _invalid("repetition_penalty", f"must be more than 0, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not abs(value) <= MAX_PENALTY:
+                raise _invalid(name, f"must be in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], got {value}")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise _invalid("logit_bias", f"has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIASES} are allowed")
+        for token, bias in self.logit_bias.items():
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise _invalid("logit_bias", f"must be in [-100, 100], got {bias} for token {token}")
+        if self.grammar is not None and self.ignore_eos:
+            raise _invalid("grammar", "contradicts ignore_eos: an answer ends where the grammar does")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
 
+    @property
+    def penalised(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises InvalidRequest when a stop token id is outside the vocabulary."""
+        """Raises InvalidRequest when a stop or biased token id is outside the vocabulary."""
         check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
+        check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
 
     def to_proto(self) -> common_pb2.SamplingParams:
         return common_pb2.SamplingParams(
@@ -86,13 +174,21 @@ class SamplingParams:
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            grammar=None if self.grammar is None else self.grammar.to_proto(),
         )
 
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
         """Absent fields take the defaults above; a present zero is a zero."""
         given = {field.name: value for field, value in message.ListFields()}  # those present, zeros included
-        return cls(**given | {"stop_token_ids": tuple(message.stop_token_ids)})
+        given |= {"stop_token_ids": tuple(message.stop_token_ids), "logit_bias": dict(message.logit_bias)}
+        if message.HasField("grammar"):
+            given["grammar"] = Grammar.from_proto(message.grammar)
+        return cls(**given)
 
 
 def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -100,6 +196,15 @@ def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise InvalidRequest(field, f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")
+
+
+def _check_schema(field: str, text: str) -> None:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(field, f"is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise _invalid(field, "is not a JSON object")
 
 
 def _check_finite(field: str, value: float) -> None:

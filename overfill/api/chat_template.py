@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -23,19 +24,27 @@ class ChatTemplate:
         source: Jinja source.
         special_tokens: such as ``{"bos_token": "<s>"}``; visible to the template.
 
+    Attributes:
+        knows_tools: whether it shows tools to the model by itself.
+
     Raises:
         InvalidPair: the source is not a Jinja template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise InvalidPair(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The conversation up to where the assistant's next turn starts.
+
+        Args:
+            tools: in OpenAI's form; of use only where ``knows_tools``.
 
         Raises:
             InvalidRequest: the template refuses these messages; the message is the template's own.
@@ -43,7 +52,7 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=[dict(tool) for tool in tools] if tools else None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
-from overfill.params import SamplingParams, check_token_ids
+from overfill.grammar import check_grammar
+from overfill.params import Grammar, SamplingParams, check_token_ids
 from overfill.v1 import inference_pb2
 
-ROLES = ("system", "user", "assistant")
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
@@ -29,6 +30,9 @@ class GenerationRequest:
         stop: non-empty strings.
         resume_token_ids: at most ``sampling.max_tokens``; as many are a whole answer whose end was not heard.
         trace: whether the client wants the handoff's trace.
+        sample_index: which of several answers to the same prompt.
+        continues_text: the answer goes on with the prompt's text, so that its first word keeps its space.
+        calls_tools: the answer may hold tool calls.
     """
 
     request_id: str
@@ -38,6 +42,9 @@ class GenerationRequest:
     stop: tuple[str, ...]
     resume_token_ids: tuple[int, ...]
     trace: bool
+    sample_index: int
+    continues_text: bool
+    calls_tools: bool
 
 
 def validate_generate(
@@ -58,6 +65,13 @@ def validate_generate(
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.check_vocab(vocab_size)
+    tools = chat_grammar(request.chat) if request.HasField("chat") else None
+    if tools is not None:
+        if sampling.grammar is not None:
+            raise InvalidRequest("sampling.grammar", "contradicts tools, whose calls follow a grammar of their own")
+        sampling = replace(sampling, grammar=Grammar("lark", tools))
+    if sampling.grammar is not None:
+        _check_grammar(sampling.grammar, tools is not None)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
     max_tokens = _resolve_max_tokens(sampling.max_tokens, len(prompt), max_model_len)
     resume = tuple(request.resume_token_ids)
@@ -71,7 +85,20 @@ def validate_generate(
         stop=stop,
         resume_token_ids=resume,
         trace=request.trace,
+        sample_index=request.sample_index,
+        continues_text=request.WhichOneof("prompt") == "text",
+        calls_tools=tools is not None,
     )
+
+
+def _check_grammar(grammar: Grammar, of_tools: bool) -> None:
+    try:
+        check_grammar(grammar)
+    except InvalidRequest as error:
+        if not of_tools:
+            raise
+        reason = str(error).removeprefix(f"{error.field}: ")
+        raise InvalidRequest("chat.tools", f"cannot be obeyed: {reason}") from error
 
 
 def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:
@@ -85,23 +112,10 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
         # An empty text may still get special tokens.
         ids = tokenizer.encode(request.text) if request.text else ()
     else:
-        messages = request.chat.messages
-        _check_messages(messages)
-        chat = [{"role": m.role, "content": m.content} for m in messages]
-        ids = tokenizer.encode_chat(chat) if chat else ()
+        ids = encode_chat(request.chat, tokenizer)
     if not ids:
         raise InvalidRequest("prompt", f"is empty ({kind})")
     return ids
-
-
-def _check_messages(messages: Iterable[inference_pb2.ChatMessage]) -> None:
-    for index, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise InvalidRequest(
-                f"chat.messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {message.role!r}"
-            )
-        if not message.content:
-            raise InvalidRequest(f"chat.messages[{index}].content", "is empty")
 
 
 def _resolve_max_tokens(asked: int | None, prompt_tokens: int, max_model_len: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,18 @@ _SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level BPE: printable ones for themselves, then from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 _ANY_TEXT = "A question that no template contains?"
 
@@ -51,7 +64,10 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._chat_template = chat_template
-        self._skipped_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self._skipped_ids = frozenset(i for i, t in added.items() if t.special)
+        self._byte_level = "ByteLevel" in str(backend.decoder)
         self.digest = digest
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
@@ -101,22 +117,30 @@ class Tokenizer:
         """Token ids of text in the middle of something: no special token is added."""
         return self._encode(text, add_special_tokens=False)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template shows tools to the model by itself."""
+        return self._chat_template is not None and self._chat_template.knows_tools
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """A chat as text, up to where the assistant's answer starts.
 
         Args:
-            messages: each with ``role`` and ``content``.
+            messages: each with ``role`` and ``content``; what else they may hold depends on the template.
+            tools: in OpenAI's form; only for a template that knows tools.
 
         Raises:
             InvalidRequest: there is no chat template, or it refuses these messages.
         """
         if self._chat_template is None:
             raise InvalidRequest("chat", "this model has no chat template; send text or token ids")
-        return self._chat_template.render(messages)
+        return self._chat_template.render(messages, tools)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a chat. The template writes all special tokens itself; none is added. Raises as ``render``."""
-        return self._encode(self.render(messages), add_special_tokens=False)
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a chat. The template writes all special tokens itself; none is added. As ``render``."""
+        return self._encode(self.render(messages, tools), add_special_tokens=False)
 
     def encode_user_opening(self) -> list[int]:
         """Token ids of a chat up to where the user's first words go: what a model continues with a user's message.
@@ -132,6 +156,19 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; U+FFFD stands for bytes that are no character."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token stands for: part of a character, perhaps; a special token's name; empty for no token."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_ids:
+            return token.encode()
+        if self._byte_level:
+            return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace("▁", " ").encode()
 
     def has_text(self, token_id: int) -> bool:
         """Whether decoding looks at this id: special tokens and ids without a token are skipped."""

@@ -108,13 +108,13 @@ class OurEngine:
     def cost(self) -> ModelCost:
         """Of the model that decodes."""
         model = self._parts.runner.model
-        return ModelCost.of(model.config, model.weights.bytes_read, self._parts.runner.cache.spec.token_bytes)
+        return ModelCost.of(model.config, model.bytes_read, self._parts.runner.cache.spec.token_bytes)
 
     @property
     def weights(self) -> str:
         """What the matrices of the model that decodes are made of: "bfloat16", "int8" and so on."""
-        head = self._parts.runner.model.weights.head
-        return str(head.dtype).removeprefix("torch.") if isinstance(head, torch.Tensor) else "int8"
+        model = self._parts.runner.model
+        return str(model.dtype).removeprefix("torch.") if model.quantize == "none" else model.quantize
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)

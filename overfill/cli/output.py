@@ -77,10 +77,12 @@ def ttft_table(answer: Answer) -> Table:
     return table
 
 
-def status_table(status: StackStatus) -> Table:
+def status_table(status: StackStatus, tls: bool = False) -> Table:
     """One line per worker."""
     state = "complete" if status.complete else "not all workers have been ready yet"
-    table = Table(title=f"{status.process.address}: {state}", title_justify="left", box=None, padding=(0, 1))
+    url = openai_url(status, tls)
+    title = f"{status.process.address}: {state}{f'; OpenAI API at {url}' if url else ''}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("worker", "stage", "state", "address"):
         table.add_column(column)
     for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total"):
@@ -92,11 +94,16 @@ def status_table(status: StackStatus) -> Table:
     return table
 
 
-def status_json(status: StackStatus) -> dict[str, Any]:
+def openai_url(status: StackStatus, tls: bool) -> str | None:
+    """Where OpenAI's clients go; None when there is no such endpoint. ``tls``: whether the stack uses it."""
+    return f"http{'s' if tls else ''}://{status.http_address}/v1" if status.http_address else None
+
+
+def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
     """The stack as ``overfill status --json`` prints it; what a silent worker does not tell is null."""
     return {
         "grpc": status.process.address,
-        "openai_url": f"http://{status.http_address}/v1" if status.http_address else None,
+        "openai_url": openai_url(status, tls),
         "workers": [worker_json(worker) for worker in status.workers],
     }
 

@@ -41,6 +41,12 @@ class Plan:
         """Where clients and workers on this machine reach the routers."""
         return tuple(f"{reachable(router.host)}:{router.port}" for router in self.routers)
 
+    @property
+    def openai_urls(self) -> tuple[str, ...]:
+        """Base URLs of the OpenAI endpoints, if there are any."""
+        scheme = "http" if self.routers[0].tls_cert is None else "https"
+        return tuple(f"{scheme}://{reachable(r.host)}:{r.http}/v1" for r in self.routers if r.http is not None)
+
     def workers(self) -> list[tuple[str, PrefillConfig | DecodeConfig]]:
         """Every worker with its stage."""
         return [*(("prefill", worker) for worker in self.prefill), *(("decode", worker) for worker in self.decode)]
@@ -65,6 +71,8 @@ class Stack:
         """Starts every process, routers first. Raises StartFailed when a router's port is taken."""
         for config in self.plan.routers:
             check_port_free(config.host, config.port)
+            if config.http is not None:
+                check_port_free(config.host, config.http)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += [self._spawn_worker(stage, worker) for stage, worker in self.plan.workers()]

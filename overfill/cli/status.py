@@ -25,10 +25,11 @@ def status_command(
 
     with connect(address, tls_ca, tls_cert, tls_key) as client:
         status = client.status(timeout=_ANSWER_SECONDS)
+    tls = any((tls_ca, tls_cert, tls_key))
     if as_json:
-        print_json(status_json(status))
+        print_json(status_json(status, tls))
     else:
-        console().print(status_table(status))
+        console().print(status_table(status, tls))
     if not status.complete:
         click.echo("overfill: the stack is starting: not all workers have been ready yet", err=True)
     return 0 if status.complete else 1

@@ -9,7 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
@@ -40,7 +40,11 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
     "--grpc", "port", type=click.IntRange(0, 65535), default=7600, show_default=True,
     help="Port of the first router, the others follow; 0 picks free ones.",
 )  # fmt: skip
-@click.option("--http", "http", type=click.IntRange(0, 65535), help="OpenAI endpoint: not in this version.")
+@click.option(
+    "--http", "http", type=click.IntRange(0, 65535),
+    help="Port of the OpenAI endpoint (other routers take the following ones); 0 picks free ones.  [default: none]",
+)  # fmt: skip
+@click.option("--api-keys", type=_FILE, help="Keys that clients must show; see `overfill keys`.")
 @click.option("--host", help="Address to listen on; all but loopback need TLS.  [default: 127.0.0.1]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads per worker.  [default: an equal share]")
@@ -71,16 +75,14 @@ def up_command(
     Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops everything. Other
     settings of the workers can be given as variables, such as OVERFILL_PREFILL_BLOCK_SIZE.
     """
-    if http is not None:
-        raise click.UsageError("--http: this version has no OpenAI endpoint yet; use gRPC (--grpc) and the SDK")
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
     # Wrong settings are told before a pair is prepared, which can take minutes.
-    make_plan(Path(pair), prefill, decode, routers, port, threads, settings)
+    make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http)
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
-    plan = make_plan(folder, prefill, decode, routers, port, threads, settings)
+    plan = make_plan(folder, prefill, decode, routers, port, threads, settings, http)
     with _stop_signals() as stopping, _log_sink(log_dir) as sink:
         return run(Stack(plan, sink), stopping, console())
 
@@ -93,17 +95,25 @@ def make_plan(
     port: int,
     threads: int | None,
     settings: dict[str, Any],
+    http: int | None = None,
 ) -> Plan:
     """Configurations for all processes.
 
-    ``settings`` are fields of the configuration classes, each handed to those that have it; None leaves a
-    field to its environment variable or default. Exits 2 when a value is wrong, as the services do.
+    ``http`` is the port of the first OpenAI endpoint: 0 for any, None for no endpoint. ``settings`` are fields of the
+    configuration classes, each handed to those that have it; None leaves a field to its environment variable or
+    default. Exits 2 when a value is wrong, as the services do.
     """
     settings = settings | {"pair": pair.resolve()}
     host = settings.get("host") or "127.0.0.1"
     ports = range(port, port + routers) if port else free_ports(host, routers)
+    https: Iterable[int | None] = [None] * routers
+    if http is not None:
+        https = range(http, http + routers) if http else free_ports(host, routers)
     expected = {"expect_prefill": prefill, "expect_decode": decode}
-    router_configs = [_configure(RouterConfig, settings | expected | {"port": p}) for p in ports]
+    router_configs = [
+        _configure(RouterConfig, settings | expected | {"port": p, "http": h})
+        for p, h in zip(ports, https, strict=True)
+    ]
     workers = settings | {
         "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
         "threads": threads or threads_per_worker(prefill + decode),
@@ -155,6 +165,8 @@ def _welcome(plan: Plan) -> Panel:
         ca = plan.client_tls.ca
         option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
     table.add_row("gRPC", ", ".join(plan.addresses))
+    if plan.openai_urls:
+        table.add_row("OpenAI", ", ".join(plan.openai_urls))
     table.add_row("pair", str(plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         names = ", ".join(worker.worker_id for worker in workers)
@@ -163,6 +175,8 @@ def _welcome(plan: Plan) -> Panel:
     table.add_row("try", f'overfill generate{option} "Why is the sky blue?"')
     table.add_row("", f"overfill chat{option}")
     table.add_row("", f"overfill status{option}")
+    if plan.openai_urls and plan.client_tls is None and plan.routers[0].api_keys is None:
+        table.add_row("", f"curl {plan.openai_urls[0]}/models")
     table.add_row("stop", "ctrl-C")
     return Panel(table, title="OverFill is up", title_align="left", expand=False)
 

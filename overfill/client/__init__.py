@@ -24,10 +24,11 @@ from overfill.client.answers import (
     PrefillTrace,
     Timing,
     TokenLogprobs,
+    ToolCallDelta,
     Trace,
     Usage,
 )
-from overfill.client.requests import Message, Options, Prompt
+from overfill.client.requests import Message, Options, Prompt, Tool, ToolCall
 from overfill.client.status import (
     KvShape,
     Model,
@@ -50,9 +51,10 @@ from overfill.errors import (
     PromptTooLong,
     RequestCancelled,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
 )
-from overfill.params import SamplingParams
+from overfill.params import Grammar, SamplingParams
 from overfill.rpc.tls import ClientTls
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "ClientTls",
     "DeadlineExceeded",
     "Delta",
+    "Grammar",
     "Incompatible",
     "InternalError",
     "InvalidRequest",
@@ -87,8 +90,12 @@ __all__ = [
     "Stream",
     "Timing",
     "TokenLogprobs",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
     "Trace",
     "TransferFailed",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "WorkerLoad",

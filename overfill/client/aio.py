@@ -16,8 +16,11 @@ from overfill.client.requests import (
     Message,
     Options,
     Prompt,
+    authorization,
+    build_chat,
     build_request,
     check_timeout,
+    sample_options,
     split_addresses,
 )
 from overfill.client.status import Model, StackStatus
@@ -106,10 +109,14 @@ class AsyncClient:
         address: ``host:port`` or ``unix:path``, or several separated by commas: a request goes to the first
             that can be reached, and goes on at the next, token by token, when that one is lost.
         tls: certificates; None talks in the clear.
+        api_key: shown to the router; None shows none.
     """
 
-    def __init__(self, address: str = "127.0.0.1:7600", *, tls: ClientTls | None = None) -> None:
+    def __init__(
+        self, address: str = "127.0.0.1:7600", *, tls: ClientTls | None = None, api_key: str | None = None
+    ) -> None:
         self._addresses = split_addresses(address)
+        self._metadata = authorization(api_key)
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -121,7 +128,7 @@ class AsyncClient:
                 pass
             return stream.answer
 
-    async def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Unpack[Options]) -> Answer:
+    async def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """The whole next turn of a conversation; as ``generate`` with a list of messages."""
         return await self.generate(messages, **options)
 
@@ -132,17 +139,56 @@ class AsyncClient:
 
         def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channel(address))
-            return stub.Generate(request, timeout=timeout)
+            return stub.Generate(request, timeout=timeout, metadata=self._metadata)
 
         builder = AnswerBuilder(build_request(prompt, options))
         return AsyncStream(start, Attempts(self._addresses, timeout), builder)
+
+    async def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
+        """``n`` answers to one prompt, computed at the same time; with one seed, the same ``n`` every time.
+
+        Raises:
+            OverfillError: any of its kinds.
+        """
+        each = sample_options(n, options)
+        return list(await asyncio.gather(*[self.generate(prompt, **one) for one in each]))
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Message | Mapping[str, Any]],
+        *,
+        special_tokens: bool = True,
+        timeout: float | None = 10.0,
+    ) -> list[int]:
+        """Token ids of text, with the special tokens that the tokenizer adds by itself, or of a chat."""
+        request = inference_pb2.TokenizeRequest(no_special_tokens=not special_tokens)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.chat.CopyFrom(build_chat(prompt))
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
+            return stub.Tokenize(request, timeout=timeout, metadata=self._metadata)
+
+        return list((await self._unary(start, timeout)).ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = 10.0) -> str:
+        """Text of token ids; special tokens have none."""
+        request = inference_pb2.DetokenizeRequest(ids=token_ids)
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
+            return stub.Detokenize(request, timeout=timeout, metadata=self._metadata)
+
+        return str((await self._unary(start, timeout)).text)
 
     async def models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """The models that the router serves."""
 
         def start(address: str, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channel(address))
-            return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout)
+            return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout, metadata=self._metadata)
 
         return [Model.from_proto(model) for model in (await self._unary(start, timeout)).models]
 
@@ -169,7 +215,9 @@ class AsyncClient:
         request = admin_pb2.DrainRequest(worker_id=worker_id)
 
         def start(address: str, timeout: float | None) -> Any:
-            return admin_pb2_grpc.AdminStub(self._channel(address)).Drain(request, timeout=timeout)
+            return admin_pb2_grpc.AdminStub(self._channel(address)).Drain(
+                request, timeout=timeout, metadata=self._metadata
+            )
 
         await self._unary(start, timeout)
 

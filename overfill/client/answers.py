@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
+from overfill.client.requests import ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
@@ -15,9 +16,12 @@ E = TypeVar("E", bound=OverfillError)
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 """Fields of ``Timing`` that make up its ``ttft``, in the order they happen."""
 
-_FINISH_REASONS: dict[int, Literal["stop", "length"]] = {
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+_FINISH_REASONS: dict[int, FinishReason] = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 
 
@@ -46,6 +50,16 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What tokens add to the ``index``-th tool call of an answer; ``id`` and ``name`` come with its first part."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of an answer.
 
@@ -54,12 +68,14 @@ class Delta:
         token_ids: may be empty, when only text that was held back comes.
         text: new text; may be empty while a character or a possible stop string is incomplete.
         logprobs: one per token, or None when they were not asked for.
+        tool_calls: what the tokens add to tool calls; none of it is in ``text``.
     """
 
     first_index: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,18 +180,21 @@ class Answer:
     """A whole answer. Tokens given as ``resume_token_ids`` are not repeated in it.
 
     Attributes:
-        finish_reason: "stop" (a stop token or string) or "length" (``max_tokens``, or the context is full).
+        finish_reason: "stop" (a stop token or string), "length" (``max_tokens``, or the context is
+            full) or "tool_calls".
         seed: that the router used; with the tokens it resumes or repeats the answer.
         migrations: times the sequence moved to another decode worker, as the last router knows.
         stop: the stop string that ended the answer; None when none did.
         trace: None unless asked for.
         client_ttft: seconds from the call to the first token, on this side; None without tokens.
+        tool_calls: that the answer makes; their text is not in ``text``.
+        codec: in which the prompt's KV travelled, such as "raw"; None when it did not.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     usage: Usage
     timing: Timing
     request_id: str
@@ -187,6 +206,8 @@ class Answer:
     stop: str | None
     trace: Trace | None
     client_ttft: float | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    codec: str | None = None
 
 
 class AnswerBuilder:
@@ -207,6 +228,7 @@ class AnswerBuilder:
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._calls: list[ToolCall] = []
         self._client_ttft: float | None = None
         self._answer: Answer | None = None
 
@@ -254,9 +276,10 @@ class AnswerBuilder:
         elif kind == "delta":
             return self._add_delta(response.delta)
         elif kind == "finished":
-            rest = self._add_delta(inference_pb2.Delta(text=response.finished.text))
-            self._answer = self._finish(self.accepted, response.finished)
-            return rest if rest.text else None
+            finished = response.finished
+            rest = self._add_delta(finished.rest) if finished.HasField("rest") else None
+            self._answer = self._finish(self.accepted, finished)
+            return rest
         return None
 
     def answer(self) -> Answer:
@@ -279,12 +302,23 @@ class AnswerBuilder:
             TokenLogprobs(entry.logprob, tuple(zip(entry.top_ids, entry.top_logprobs, strict=False)))
             for entry in message.logprobs
         )
-        delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None)
+        calls = tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in message.tool_calls)
+        delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None, calls)
+        for part in calls:
+            self._add_call(part)
         self._next_index += len(ids)
         self._token_ids += ids
         self._text.append(message.text)
         self._logprobs += logprobs
         return delta
+
+    def _add_call(self, part: ToolCallDelta) -> None:
+        if part.name:
+            self._calls.append(ToolCall(part.id, part.name, ""))
+        if part.index != len(self._calls) - 1:
+            raise InternalError(f"part of tool call {part.index} came, with {len(self._calls)} begun")
+        last = self._calls[-1]
+        self._calls[-1] = replace(last, arguments=last.arguments + part.arguments)
 
     def _finish(self, accepted: Accepted, message: inference_pb2.Finished) -> Answer:
         if message.reason not in _FINISH_REASONS:
@@ -305,4 +339,6 @@ class AnswerBuilder:
             stop=message.stop or None,
             trace=Trace.from_proto(message.trace) if message.HasField("trace") else None,
             client_ttft=self._client_ttft,
+            tool_calls=tuple(self._calls),
+            codec=common_pb2.KvCodec.Name(message.codec).removeprefix("KV_CODEC_").lower() if message.codec else None,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypedDict
 
 from overfill.errors import InvalidRequest
@@ -14,17 +16,49 @@ from overfill.v1 import inference_pb2
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool in an answer; ``arguments`` is the JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat; ``role`` is "system", "user" or "assistant"."""
+    """One turn of a chat.
+
+    Args:
+        role: "system", "user", "assistant" or "tool".
+        tool_calls: of an assistant's message, those that it made.
+        tool_call_id: of a tool's message, the call that ``content`` answers.
+    """
 
     role: str
-    content: str
+    content: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str = ""
 
 
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, str]]"
+_MODES = {
+    "auto": inference_pb2.ToolChoice.MODE_AUTO,
+    "none": inference_pb2.ToolChoice.MODE_NONE,
+    "required": inference_pb2.ToolChoice.MODE_REQUIRED,
+}
+
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, Any]]"
 """Text (tokenized as it is), token ids (used as they are), or a chat (rendered with the chat template).
 
-A chat message may also be a mapping with ``role`` and ``content``.
+A chat message may also be a mapping with the fields of ``Message``.
 """
 
 
@@ -39,6 +73,11 @@ class Options(TypedDict, total=False):
         request_id: empty lets the router make one.
         resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
         trace: ask for ``Answer.trace``.
+        sample_index: which of several answers to the prompt; with one seed, each index has an answer of its own.
+        tools: that the model may call; only with a chat.
+        tool_choice: "auto" (text, calls or both; the default with tools), "none", "required" (calls only), or the name
+            of the tool to call.
+        single_tool_call: at most one call in the answer.
     """
 
     model: str
@@ -48,6 +87,10 @@ class Options(TypedDict, total=False):
     request_id: str
     resume_token_ids: Sequence[int]
     trace: bool
+    sample_index: int
+    tools: Sequence[Tool]
+    tool_choice: str
+    single_tool_call: bool
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
@@ -65,6 +108,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         resume_token_ids=_ids("resume_token_ids", options.get("resume_token_ids", ())),
         request_id=_text("request_id", options.get("request_id", "")),
         trace=options.get("trace", False),
+        sample_index=_count("sample_index", options.get("sample_index", 0)),
     )
     if isinstance(prompt, str):
         request.text = _text("text", prompt)
@@ -73,10 +117,38 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
     elif not prompt:
         raise InvalidRequest("prompt", "is empty")
     elif isinstance(prompt[0], Message | Mapping):
-        request.chat.messages.extend(_message(i, message) for i, message in enumerate(prompt))
+        request.chat.CopyFrom(build_chat(prompt))
     else:
         request.token_ids.ids.extend(_ids("token_ids.ids", prompt))
+    _add_tools(request, options)
     return request
+
+
+def build_chat(messages: Sequence[Any]) -> inference_pb2.Chat:
+    """Raises InvalidRequest naming the field."""
+    return inference_pb2.Chat(messages=[_message(index, message) for index, message in enumerate(messages)])
+
+
+def authorization(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """Metadata of every call."""
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def sample_options(n: int, options: Options) -> list[Options]:
+    """Options of ``n`` requests for different answers to one prompt."""
+    if n < 1:
+        raise InvalidRequest("n", f"must be at least 1, got {n}")
+    sampling = options.get("sampling") or SamplingParams()
+    if sampling.seed is None:  # one for all, so that no two draw the same
+        sampling = replace(sampling, seed=secrets.randbits(64))
+    first = _count("sample_index", options.get("sample_index", 0))
+    each: list[Options] = []
+    for index in range(first, first + n):
+        one: Options = {**options, "sampling": sampling, "sample_index": index}
+        if options.get("request_id"):
+            one["request_id"] = f"{options['request_id']}-{index}"
+        each.append(one)
+    return each
 
 
 def check_timeout(timeout: float | None) -> None:
@@ -96,14 +168,47 @@ def split_addresses(address: str) -> list[str]:
 def _message(index: int, message: Any) -> inference_pb2.ChatMessage:
     field = f"chat.messages[{index}]"
     if isinstance(message, Mapping):
-        if set(message) != {"role", "content"}:
-            raise InvalidRequest(field, f"needs exactly role and content, got {sorted(map(str, message))}")
+        if unknown := set(message) - {f.name for f in fields(Message)}:
+            raise InvalidRequest(field, f"has unknown fields: {sorted(map(str, unknown))}")
+        if "role" not in message:
+            raise InvalidRequest(field, "needs a role")
         message = Message(**message)
     if not isinstance(message, Message):
         raise InvalidRequest(field, f"is not a message but {type(message).__name__}")
     return inference_pb2.ChatMessage(
-        role=_text(f"{field}.role", message.role), content=_text(f"{field}.content", message.content)
+        role=_text(f"{field}.role", message.role),
+        content=_text(f"{field}.content", message.content),
+        tool_calls=[
+            inference_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
+        ],
+        tool_call_id=_text(f"{field}.tool_call_id", message.tool_call_id),
     )
+
+
+def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None:
+    tools, choice = options.get("tools", ()), options.get("tool_choice", "")
+    if not tools and not choice:
+        return
+    if not request.HasField("chat"):
+        raise InvalidRequest("tools", "are only for chats")
+    for tool in tools:
+        request.chat.tools.add(
+            name=_text("tools.name", tool.name),
+            description=_text("tools.description", tool.description),
+            parameters="" if tool.parameters is None else json.dumps(tool.parameters),
+        )
+    kind = inference_pb2.ToolChoice
+    if choice in _MODES:
+        request.chat.tool_choice.mode = _MODES[choice]
+    elif choice:
+        request.chat.tool_choice.mode, request.chat.tool_choice.name = kind.MODE_REQUIRED, choice
+    request.chat.single_tool_call = options.get("single_tool_call", False)
+
+
+def _count(field: str, value: int) -> int:
+    if not 0 <= value < 1 << 32:
+        raise InvalidRequest(field, f"must be 0 or more, got {value}")
+    return value
 
 
 def _text(field: str, value: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from overfill.engine.runner import ModelRunner, Work
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.grammar import Grammars
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.kv.handshake import KvIdentity
@@ -103,6 +104,7 @@ class EngineParts:
     Attributes:
         kv: geometry of the **full** model's KV in this stack's dtype; what travels.
         max_model_len: most tokens of prompt and answer together.
+        grammars: compiles what answers must look like.
     """
 
     runner: ModelRunner
@@ -111,6 +113,7 @@ class EngineParts:
     kv: KvSpec
     pair: Pair
     max_model_len: int
+    grammars: Grammars
 
     def model_identity(self, half: Half) -> common_pb2.ModelIdentity:
         return common_pb2.ModelIdentity(
@@ -285,8 +288,13 @@ def size_pools(
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
         )
         runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
-        parts.append(EngineParts(runner, pool, half.model.config, half.full_spec, half.pair, longest))
+        parts.append(EngineParts(runner, pool, half.model.config, half.full_spec, half.pair, longest, _grammars(half)))
     return parts
+
+
+def _grammars(half: LoadedHalf) -> Grammars:
+    config = half.model.config
+    return Grammars(half.pair.full_path / "tokenizer.json", config.vocab_size, config.eos_token_ids)
 
 
 def _longest(demand: CacheDemand, num_blocks: int, max_model_len: int | None) -> int:

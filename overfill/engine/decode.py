@@ -29,6 +29,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.kv.blocks import BlockPool
+from overfill.model.processors import process
 from overfill.model.sampling import sample
 
 log = logging.getLogger(__name__)
@@ -189,8 +190,10 @@ class DecodeEngine:
                 self._replay_part(sequences[0])
                 return []
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
+            logits = self._runner.run(works)
+            refused = process(logits, [s.processor for s in sequences], [s.emitted for s in sequences])
             sampled = sample(
-                self._runner.run(works),
+                logits,
                 [s.sampling for s in sequences],
                 [s.num_tokens for s in sequences],
                 [s.sample_index for s in sequences],
@@ -202,7 +205,11 @@ class DecodeEngine:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]
         events: list[DecodeEvent] = []
-        for sequence, token in zip(sequences, sampled, strict=True):
+        for row, (sequence, token) in enumerate(zip(sequences, sampled, strict=True)):
+            if row in refused:
+                sequence.failed = True
+                events.append(SequenceFailed(sequence.id, refused[row]))
+                continue
             sequence.computed = sequence.num_tokens
             index = len(sequence.emitted)
             emitted, finish = sequence.stop.judge(token.token_id, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import signal
@@ -160,7 +161,8 @@ def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:
     """None unless log-probabilities were asked for."""
     if token.logprob is None:
         return None
-    top = token.top or []
+    # What a grammar rules out has no probability.
+    top = [(id, value) for id, value in token.top or [] if value != -math.inf]
     return common_pb2.TokenLogprobs(
         logprob=token.logprob,
         top_ids=[id for id, _ in top],

@@ -38,6 +38,7 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError, InvalidRequest, Overloaded, PromptTooLong
 from overfill.kv.cache import copy_sequence
 from overfill.kv.spec import DTypeName
+from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.pair.store import resolve_pair
@@ -167,7 +168,9 @@ class LLM:
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
         stop = StopRule.of(sampling, self._full.config.eos_token_ids, self.max_model_len - len(prompt))
-        return _Request(index, DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop))
+        processor = new_processor(sampling, prompt, self._full.grammars)
+        sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
+        return _Request(index, sequence)
 
     def _completion(self, request: _Request) -> Completion:
         detokenizer = StreamDetokenizer(self.tokenizer)
@@ -196,6 +199,7 @@ class _Run:
         self._full_cache = full.runner.cache
         self._decoder_cache = decoder.runner.cache
         self._layer_map = decoder.pair.layer_map
+        self._grammars = full.grammars
         self._on_token = on_token
         self._prefill_events: deque[PrefillEvent] = deque()
         self._decode_events: deque[DecodeEvent] = deque()
@@ -242,6 +246,8 @@ class _Run:
         match event:
             case PromptComputed(id=id, first=first):
                 self._hand_over(self._requests[id], first)
+            case SequenceFailed(error=InvalidRequest() as error):
+                raise error
             case SequenceFailed(error=error):
                 raise InternalError(f"prefill failed: {error}") from error
             case _:
@@ -255,8 +261,13 @@ class _Run:
                     self._waiting.popleft()
                 decode = request.decode
                 request.blocks = blocks
+                first = not request.answer
                 request.prefill = PrefillSequence(
-                    decode.id, decode.prompt, decode.sampling, sample_first_token=not request.answer
+                    decode.id,
+                    decode.prompt,
+                    decode.sampling,
+                    sample_first_token=first,
+                    processor=new_processor(decode.sampling, decode.prompt, self._grammars) if first else None,
                 )
                 self._prefill.handle(Submit(request.prefill))
             case Preempted(id=id):
@@ -264,6 +275,8 @@ class _Run:
                 self._decode.handle(Yielded(id))
             case TokenSampled(token=token, finish=finish):
                 self._accept(request, token, finish)
+            case SequenceFailed(error=InvalidRequest() as error):
+                raise error
             case SequenceFailed(error=error):
                 raise InternalError(f"decode failed: {error}") from error
             case Refused():

@@ -28,6 +28,7 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
+from overfill.model.processors import process
 from overfill.model.sampling import SampledToken, sample
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,10 @@ class PrefillEngine:
 
         logits = self._runner.run(works, layer_start, kv_written)
         tokens: dict[str, SampledToken] = {}
+        refused: dict[str, Exception] = {}
         if sampling:
+            failed = process(logits, [s.processor for s in sampling], [()] * len(sampling))
+            refused = {sampling[row].id: error for row, error in failed.items()}
             sampled = sample(
                 logits,
                 [s.sampling for s in sampling],
@@ -170,6 +174,9 @@ class PrefillEngine:
         for sequence in finishing:
             del self._running[sequence.id]
             self._holding[sequence.id] = sequence
+            if sequence.id in refused:
+                self._emit(SequenceFailed(sequence.id, refused[sequence.id]))
+                continue
             self._emit(PromptComputed(sequence.id, tokens.get(sequence.id), now))
 
     def _set_aside(self, sequences: list[PrefillSequence]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from overfill.kv.cache import DeviceEvent
+from overfill.model.processors import LogitProcessor
 from overfill.model.sampling import SampledToken
 from overfill.params import SamplingParams
 from overfill.v1 import common_pb2
@@ -72,6 +73,7 @@ class PrefillSequence:
     sampling: SamplingParams
     sample_index: int = 0
     sample_first_token: bool = True
+    processor: LogitProcessor | None = None
     cancelled: bool = False
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -172,6 +174,7 @@ class DecodeSequence:
     sampling: SamplingParams
     stop: StopRule
     sample_index: int = 0
+    processor: LogitProcessor | None = None
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False
     computed: int = 0

@@ -36,6 +36,14 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def bytes_read(self) -> int:
+        """Of weights, by a step of one token."""
+
+    @property
+    def quantize(self) -> Quantization:
+        """How the matrices are held."""
+
     def forward(
         self,
         batch: ForwardBatch,
@@ -97,6 +105,14 @@ class Transformer:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
+
+    @property
+    def bytes_read(self) -> int:
+        return self.weights.bytes_read
+
+    @property
+    def quantize(self) -> Quantization:
+        return "none" if isinstance(self.weights.head, Tensor) else "int8"
 
     @property
     def device(self) -> torch.device:

@@ -152,7 +152,7 @@ def judge(
     reference: TwoStageReference,
     prompt_ids: Sequence[int],
     answer_ids: Sequence[int],
-    finish_reason: Literal["stop", "length"],
+    finish_reason: Literal["stop", "length", "tool_calls"],
     max_tokens: int,
 ) -> Judged:
     """Judges a served greedy answer, its end included.

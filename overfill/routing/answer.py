@@ -36,6 +36,7 @@ class Finish:
     reason: common_pb2.FinishReason
     usage: common_pb2.Usage
     trace: kv_pb2.HandoffTrace | None = None
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
 
 
 class Answer:

@@ -46,6 +46,7 @@ class RelayRequest:
         received: when the router received the request, seconds on the event loop's clock.
         deadline: on the same clock, or None.
         trace: ask for ``Finish.trace``.
+        sample_index: which of several answers to the same prompt.
     """
 
     id: str
@@ -56,6 +57,7 @@ class RelayRequest:
     deadline: float | None = None
     emitted_token_ids: tuple[int, ...] = ()
     trace: bool = False
+    sample_index: int = 0
 
 
 class Relay:
@@ -212,6 +214,7 @@ class Relay:
             sampling=self._request.sampling,
             eos_token_ids=self._request.eos_token_ids,
             trace=self._request.trace,
+            sample_index=self._request.sample_index,
         )
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
@@ -224,4 +227,4 @@ class Relay:
         self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
         usage = self.usage
         usage.cached_tokens = done.usage.cached_tokens
-        return Finish(done.reason, usage, done.trace if done.HasField("trace") else None)
+        return Finish(done.reason, usage, done.trace if done.HasField("trace") else None, done.codec)

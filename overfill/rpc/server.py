@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc.aio
@@ -26,11 +26,18 @@ class RpcServer:
     Args:
         tls: certificate and key; None serves in the clear, on loopback only.
         max_concurrent_rpcs: more than these are refused with RESOURCE_EXHAUSTED; None means no limit.
+        interceptors: see every RPC; what they raise, or have a method raise, is mapped as usual.
     """
 
-    def __init__(self, tls: ServerTls | None = None, max_concurrent_rpcs: int | None = None) -> None:
+    def __init__(
+        self,
+        tls: ServerTls | None = None,
+        max_concurrent_rpcs: int | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+    ) -> None:
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
+        self._interceptors = tuple(interceptors)
         self._health = Health()
         self._servicers: list[tuple[_AddServicer, Any, str]] = []
         self._server: grpc.aio.Server | None = None
@@ -65,7 +72,7 @@ class RpcServer:
                 "configure a TLS certificate and key, or listen on 127.0.0.1"
             )
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(), *self._interceptors],
             options=server_options(),
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )

@@ -28,6 +28,7 @@ from overfill.errors import (
     RequestCancelled,
     ShuttingDown,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
     UnsupportedModel,
 )
@@ -44,6 +45,7 @@ _CODES: dict[type[OverfillError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PromptTooLong: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Incompatible: grpc.StatusCode.FAILED_PRECONDITION,
     InvalidPair: grpc.StatusCode.FAILED_PRECONDITION,
@@ -61,6 +63,7 @@ _BY_NAME = {cls.__name__: cls for cls in _CODES}
 _BY_CODE: dict[grpc.StatusCode, type[OverfillError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
     grpc.StatusCode.UNIMPLEMENTED: Incompatible,
@@ -88,18 +91,23 @@ def to_status(exc: BaseException) -> StatusDetails:
     Raises:
         BaseException: ``exc`` itself when it is no error, such as asyncio.CancelledError.
     """
+    return _encode(as_overfill_error(exc))
+
+
+def as_overfill_error(exc: BaseException) -> OverfillError:
+    """The error that a client is told about, whatever was raised; see ``to_status``."""
     if isinstance(exc, BaseExceptionGroup):
         leaves = list(_leaves(exc))
         exc = next((e for e in leaves if not isinstance(e, OverfillError | grpc.RpcError)), leaves[0])
     if isinstance(exc, grpc.RpcError):
         exc = from_rpc_error(exc)
     if isinstance(exc, OverfillError):
-        return _encode(exc)
+        return exc
     if not isinstance(exc, Exception):
         raise exc
     incident = secrets.token_hex(4)
     logger.error("incident %s: unexpected %s", incident, type(exc).__name__, exc_info=exc)
-    return _encode(InternalError(f"internal error; incident {incident} in the server's log"))
+    return InternalError(f"internal error; incident {incident} in the server's log")
 
 
 def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:

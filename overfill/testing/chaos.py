@@ -71,7 +71,7 @@ class Outcome:
     prompt: Sequence[int]
     error: str | None = None
     token_ids: tuple[int, ...] = ()
-    finish_reason: Literal["stop", "length"] = "length"
+    finish_reason: Literal["stop", "length", "tool_calls"] = "length"
     migrations: int = 0
     longest_pause: float = 0.0
 

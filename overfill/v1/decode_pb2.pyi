@@ -171,17 +171,19 @@ class WorkerLoad(_message.Message):
     def __init__(self, kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_size: _Optional[int] = ..., queued_tokens: _Optional[int] = ...) -> None: ...
 
 class DecodeDone(_message.Message):
-    __slots__ = ("reason", "usage", "handoff_exposed_ns", "decode_ns", "prefill_worker_id", "trace")
+    __slots__ = ("reason", "usage", "handoff_exposed_ns", "decode_ns", "prefill_worker_id", "trace", "codec")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_EXPOSED_NS_FIELD_NUMBER: _ClassVar[int]
     DECODE_NS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     reason: _common_pb2.FinishReason
     usage: _common_pb2.Usage
     handoff_exposed_ns: int
     decode_ns: int
     prefill_worker_id: str
     trace: _kv_pb2.HandoffTrace
-    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., handoff_exposed_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., trace: _Optional[_Union[_kv_pb2.HandoffTrace, _Mapping]] = ...) -> None: ...
+    codec: _common_pb2.KvCodec
+    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., handoff_exposed_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., trace: _Optional[_Union[_kv_pb2.HandoffTrace, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...

@@ -15,6 +15,7 @@ from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.model.processors import LogitProcessor, new_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -73,7 +74,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidRequest("start", "the first message of Generate is StartDecode")
-        session = self._accept(first.start, context)
+        processor = await self._processor(first.start)
+        session = self._accept(first.start, processor, context)
         running = asyncio.ensure_future(session.run())
         running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
         reading = asyncio.ensure_future(_read_requests(session, request_iterator))
@@ -84,7 +86,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             reading.cancel()
             running.cancel()  # goes on until the blocks may be freed; the engine then forgets the sequence
 
-    def _accept(self, start: decode_pb2.StartDecode, context: Context) -> Session:
+    async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
+        """What changes the sequence's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
+        arguments = (SamplingParams.from_proto(start.sampling), list(start.prompt_token_ids), self._parts.grammars)
+        if start.sampling.HasField("grammar"):  # takes milliseconds, and a second the first time
+            return await asyncio.to_thread(new_processor, *arguments)
+        return new_processor(*arguments)
+
+    def _accept(self, start: decode_pb2.StartDecode, processor: LogitProcessor | None, context: Context) -> Session:
         if self.host.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
@@ -99,6 +108,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             sampling=sampling,
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
+            processor=processor,
         )
         session = Session(
             start,

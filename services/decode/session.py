@@ -198,6 +198,8 @@ class Session:
                 self._send(Yielded(self.sequence.id))
             case TokenSampled():
                 return self._on_token(item)
+            case SequenceFailed(error=InvalidRequest() as failure):
+                raise failure  # the request's own fault; no other worker would do better
             case SequenceFailed(error=failure):
                 raise InternalError(f"decode failed: {failure}") from failure
             case decode_pb2.Evict():
@@ -282,6 +284,7 @@ class Session:
             reason=reason.value,
             usage=common_pb2.Usage(prompt_tokens=len(self.sequence.prompt), completion_tokens=self._emitted),
             prefill_worker_id=self._prefill_worker,
+            codec=common_pb2.KV_CODEC_RAW if self._prefill_worker else common_pb2.KV_CODEC_UNSPECIFIED,
         )
         if self._first_step_ns is not None:
             done.decode_ns = time.monotonic_ns() - self._first_step_ns

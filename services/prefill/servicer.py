@@ -39,6 +39,7 @@ from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
 from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
+from overfill.model.processors import LogitProcessor, new_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -49,7 +50,13 @@ from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc, regis
 class Lease:
     """One prompt from acceptance to release: its sequence, its KV on the way out, and who still reads it."""
 
-    def __init__(self, start: prefill_pb2.StartPrefill, parts: EngineParts, executor: Executor) -> None:
+    def __init__(
+        self,
+        start: prefill_pb2.StartPrefill,
+        parts: EngineParts,
+        executor: Executor,
+        processor: LogitProcessor | None,
+    ) -> None:
         self.spec = TransferSpec(
             start.transfer_id,
             start.attempt,
@@ -64,6 +71,7 @@ class Lease:
             sampling=SamplingParams.from_proto(start.sampling),
             sample_index=start.sample_index,
             sample_first_token=start.sample_first_token,
+            processor=processor,
         )
         self.received_ns = time.monotonic_ns()
         # What the RPC has to act on: engine events, an error that ends it, or None for "look again".
@@ -183,7 +191,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
-        lease = self._accept(first.start)
+        processor = await self._processor(first.start)
+        lease = self._accept(first.start, processor)
         guards = [
             asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
             asyncio.ensure_future(lease.guard(lease.watch_pace())),
@@ -214,7 +223,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         finally:
             lease.readers.discard(task)
 
-    def _accept(self, start: prefill_pb2.StartPrefill) -> Lease:
+    async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
+        """What changes the first token's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
+        if not start.sample_first_token:
+            return None
+        arguments = (SamplingParams.from_proto(start.sampling), list(start.prompt_token_ids), self._parts.grammars)
+        if start.sampling.HasField("grammar"):  # takes milliseconds, and a second the first time
+            return await asyncio.to_thread(new_processor, *arguments)
+        return new_processor(*arguments)
+
+    def _accept(self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None) -> Lease:
         """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
         if self.host.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
@@ -225,7 +243,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         _check_start(start, self._parts)
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "a transfer of this id is running")
-        lease = Lease(start, self._parts, self._executor)
+        lease = Lease(start, self._parts, self._executor, processor)
         self._leases[start.transfer_id] = lease
         self._by_id[lease.sequence.id] = lease
         self.engine.send(Submit(lease.sequence))
@@ -281,6 +299,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     return_ns=time.monotonic_ns() - now,
                 )
                 return prefill_pb2.PrefillResponse(first_token=token)
+            case SequenceFailed(error=InvalidRequest() as error):
+                raise error
             case SequenceFailed(error=error):
                 raise InternalError(f"prefill failed: {error}") from error
             case _:
@@ -315,5 +335,6 @@ def _check_start(start: prefill_pb2.StartPrefill, parts: EngineParts) -> None:
     if start.codec != common_pb2.KV_CODEC_RAW:
         raise Incompatible(f"KV codec {start.codec} is not offered here", ["codec"])
     sampling = SamplingParams.from_proto(start.sampling)
+    sampling.check_vocab(parts.config.vocab_size)
     if start.sample_first_token and sampling.seed is None and not sampling.greedy:
         raise InvalidRequest("sampling.seed", "is required between workers")

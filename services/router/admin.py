@@ -26,6 +26,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     Args:
         process: the router's own status.
         drain: drains the router.
+        http_address: where the OpenAI endpoint is; empty when there is none.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         expected: Expected,
         process: Callable[[], admin_pb2.ProcessStatus],
         drain: Callable[[], None],
+        http_address: Callable[[], str] = lambda: "",
     ) -> None:
         self._roster = roster
         self._connector = connector
         self._expected = expected
         self._process = process
         self._drain = drain
+        self._http_address = http_address
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         return admin_pb2.StatusResponse(
@@ -48,6 +51,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             # Channels are looked up before the first wait: a worker may leave while others are being asked.
             workers=await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()]),
             complete=self._expected.complete,
+            http_address=self._http_address(),
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:

@@ -6,11 +6,14 @@ import asyncio
 import logging
 import os
 import secrets
+from typing import TYPE_CHECKING
 
 from overfill import __version__
+from overfill.api.keys import KeyRing
 from overfill.api.tokenizer import Tokenizer
 from overfill.config import RouterConfig
 from overfill.errors import ShuttingDown
+from overfill.metrics import RouterMetrics
 from overfill.pair.manifest import Pair
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.gate import Gate
@@ -29,8 +32,14 @@ from overfill.v1 import (
     registry_pb2_grpc,
 )
 from services.router.admin import AdminServicer
+from services.router.gate import KeyInterceptor
+from services.router.generation import Generator
 from services.router.inference import InferenceServicer
 from services.router.registry import Expected, RegistryServicer
+
+if TYPE_CHECKING:
+    from services.router.http.app import HttpApi
+    from services.router.http.server import HttpServer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +48,7 @@ STOP_GRACE = 0.5
 
 
 class Router:
-    """Serves Inference, Registry and Admin on one port.
+    """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if asked to.
 
     Args:
         config: checked already.
@@ -49,6 +58,7 @@ class Router:
 
     Raises:
         InvalidPair: the pair folder is damaged.
+        BadKeyFile: the API keys cannot be read.
     """
 
     def __init__(self, config: RouterConfig) -> None:
@@ -58,6 +68,7 @@ class Router:
         self._id = f"router-{secrets.token_hex(2)}"
         self._incarnation = secrets.randbits(64)
         self._address = ""
+        self._http_address = ""
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.client_tls())
         self.roster = Roster(
@@ -70,19 +81,24 @@ class Router:
         self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=config.max_queue)
         gate = Gate(self.dispatcher)
         expected = Expected(config.expect_prefill, config.expect_decode)
-        self._inference = InferenceServicer(
+        self._generator = Generator(
             config.model_name or pair.name,
             pair,
             tokenizer,
             self.roster,
             gate,
             self._connector,
+            RouterMetrics(),
             max_attempts=config.max_attempts,
+            max_request_bytes=config.max_request_bytes,
         )
-        self._server = RpcServer(config.server_tls())
+        keys = None if config.api_keys is None else KeyRing(config.api_keys)
+        self._http_api: HttpApi | None = None
+        self._http = None if config.http is None else self._http_server(keys)
+        self._server = RpcServer(config.server_tls(), interceptors=[] if keys is None else [KeyInterceptor(keys)])
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
-            self._inference,
+            InferenceServicer(self._generator),
             inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
         )
         self._server.add(
@@ -92,7 +108,7 @@ class Router:
         )
         self._server.add(
             admin_pb2_grpc.add_AdminServicer_to_server,
-            AdminServicer(self.roster, self._connector, expected, self._status, self.drain),
+            AdminServicer(self.roster, self._connector, expected, self._status, self.drain, lambda: self._http_address),
             admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
         )
 
@@ -104,16 +120,25 @@ class Router:
             TlsError: the host is open to other machines and there is no TLS.
         """
         self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
+        if self._http is not None:
+            assert self._config.http is not None
+            self._http_address = await self._http.start(self._config.host, self._config.http)
+            logger.info("%s serves HTTP on %s", self._id, self._http_address)
         self._server.set_ready(True)
         logger.info("%s listens on %s", self._id, self._address)
         return self._address
+
+    @property
+    def http_address(self) -> str:
+        """host:port of the OpenAI endpoint; empty when there is none, and before ``start``."""
+        return self._http_address
 
     def drain(self) -> None:
         """Takes nothing new from now on; ``run`` returns when what runs is done, or the grace period over."""
         if not self._stopping.is_set():
             logger.info("%s drains", self._id)
             self._server.set_ready(False)
-            self._inference.drain()
+            self._generator.drain()
             self._stopping.set()
 
     async def run(self) -> None:
@@ -121,13 +146,30 @@ class Router:
         await self._stopping.wait()
         try:
             async with asyncio.timeout(self._config.grace_period):
-                await self._inference.wait_idle()
+                await self._generator.wait_idle()
         except TimeoutError:
-            self._inference.abort_all(
+            self._generator.abort_all(
                 ShuttingDown("the router shut down before the answer was complete; send the request again")
             )
+        if self._http is not None:
+            await self._http.stop()
         await self._server.stop(STOP_GRACE)
         await self._connector.close()
+
+    def _http_server(self, keys: KeyRing | None) -> HttpServer:
+        # Here, so that a router without the endpoint does not import its libraries.
+        from services.router.http.app import HttpApi
+        from services.router.http.server import HttpServer
+
+        self._http_api = HttpApi(
+            self._generator, keys, self._config.max_request_bytes, lambda: not self._stopping.is_set()
+        )
+        return HttpServer(
+            self._http_api.asgi,
+            self._config.max_connections,
+            self._config.server_tls(),
+            client_certificates=keys is None,  # a key is proof enough, and more than most clients can do
+        )
 
     def _status(self) -> admin_pb2.ProcessStatus:
         draining = self._stopping.is_set()

@@ -1,11 +1,13 @@
-"""An answer's text while its tokens arrive: decoded, searched for stop strings, cut exactly."""
+"""An answer's text while its tokens arrive: decoded, searched for stop strings, cut exactly, tool calls taken out."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.stop import StopStrings
+from overfill.api.tools import ToolCallPart, ToolCallReader
 from overfill.routing.answer import TokenBatch
 from overfill.v1 import inference_pb2
 
@@ -15,35 +17,58 @@ class AnswerText:
 
     Args:
         replayed: tokens whose text the client already has.
+        calls_of: id of the request, when the answer may call tools; the ids of calls are made from it, so that they
+            are the same when another router goes on with the answer.
 
     Attributes:
         num_tokens: tokens of the answer, the replayed ones and the last one of a stop string included.
         stop: the stop string that ended the answer; None while none did.
     """
 
-    def __init__(self, detokenizer: StreamDetokenizer, stops: Sequence[str], replayed: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        detokenizer: StreamDetokenizer,
+        stops: Sequence[str],
+        replayed: Iterable[int] = (),
+        calls_of: str | None = None,
+    ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
+        self._calls_of = calls_of
+        self._reader = None if calls_of is None else ToolCallReader()
         self.num_tokens = 0
         self.stop: str | None = None
-        self._take(replayed)
+        self._read(self._take(replayed))
+
+    @property
+    def called_tools(self) -> bool:
+        """Whether the answer holds a complete tool call."""
+        return self._reader is not None and self._reader.calls > 0
 
     def push(self, batch: TokenBatch) -> inference_pb2.Delta:
         """The delta for ``batch``; when ``stop`` is set then, tokens behind the stop string are left out."""
         before = self.num_tokens
-        text = self._take(batch.ids)
+        text, calls = self._read(self._take(batch.ids))
         taken = self.num_tokens - before
         return inference_pb2.Delta(
             first_index=batch.first_index,
             token_ids=batch.ids[:taken],
             text=text,
             logprobs=batch.logprobs[:taken],
+            tool_calls=calls,
         )
 
-    def finish(self) -> str:
-        """The text that was held back, often none; it may still hold a stop string."""
+    def finish(self) -> inference_pb2.Delta | None:
+        """What was held back, if anything; it may still hold a stop string."""
         text, self.stop = self._stops.push(self._detokenizer.finish())
-        return text if self.stop is not None else text + self._stops.finish()
+        if self.stop is None:
+            text += self._stops.finish()
+        text, calls = self._read(text)
+        if self._reader is not None:
+            text += self._reader.finish()
+        if not text and not calls:
+            return None
+        return inference_pb2.Delta(first_index=self.num_tokens, text=text, tool_calls=calls)
 
     def _take(self, ids: Iterable[int]) -> str:
         pieces = []
@@ -54,3 +79,16 @@ class AnswerText:
             pieces.append(piece)
             self.num_tokens += 1
         return "".join(pieces)
+
+    def _read(self, text: str) -> tuple[str, list[inference_pb2.ToolCallDelta]]:
+        if self._reader is None:
+            return text, []
+        text, parts = self._reader.push(text)
+        return text, [self._delta(part) for part in parts]
+
+    def _delta(self, part: ToolCallPart) -> inference_pb2.ToolCallDelta:
+        delta = inference_pb2.ToolCallDelta(index=part.index, name=part.name, arguments=part.arguments)
+        if part.name:
+            seed = f"{self._calls_of}/{part.index}".encode()
+            delta.id = f"call_{hashlib.sha256(seed).hexdigest()[:24]}"
+        return delta

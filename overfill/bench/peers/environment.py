@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overfill.errors import OverfillError
+from overfill.home import home
 from overfill.pair.progress import Report, silent
-from overfill.pair.store import home
 
 _READY = "ready"
 

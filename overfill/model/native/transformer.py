@@ -58,7 +58,8 @@ class NativeTransformer:
         self.max_positions = model.max_positions
         self.dtype = model.dtype
         self.device = model.device
-        self.bytes_read = model.weights.bytes_read
+        self.bytes_read = model.bytes_read
+        self.quantize = model.quantize
         weights = model.weights
         # A bfloat16 head that is tied holds the embedding as well.
         tied = weights.head is weights.embedding

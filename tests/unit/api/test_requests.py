@@ -69,7 +69,7 @@ BAD = [
     ("prompt", {"token_ids": TokenIds()}),
     ("prompt", {"chat": Chat()}),
     ("token_ids.ids", {"token_ids": TokenIds(ids=[1, VOCAB])}),
-    ("chat.messages[1].role", {"chat": Chat(messages=[{"role": "user", "content": "a"}, {"role": "tool"}])}),
+    ("chat.messages[1].role", {"chat": Chat(messages=[{"role": "user", "content": "a"}, {"role": "robot"}])}),
     ("chat.messages[0].content", {"chat": Chat(messages=[{"role": "user", "content": ""}])}),
     ("stop[1]", {"stop": ["a", ""]}),
     ("stop[0]", {"stop": ["a" * 1000]}),

@@ -155,11 +155,6 @@ def test_wrong_settings_are_told_before_the_pair_is_looked_for(capsys: pytest.Ca
     assert "--tls-cert" in capsys.readouterr().err
 
 
-def test_the_openai_endpoint_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--http", "8000"]) == 2
-    assert "--http" in capsys.readouterr().err
-
-
 def test_a_taken_port_is_named_and_nothing_starts(gather: Callable[..., Gathering]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -108,7 +108,7 @@ def test_unattributed_is_what_no_part_covers() -> None:
 
 
 def test_text_that_comes_with_the_end_is_a_last_delta(say: SimpleNamespace) -> None:
-    deltas, answer = fold([say.accepted(), say.delta(0, [1]), say.finished(text="?")])
+    deltas, answer = fold([say.accepted(), say.delta(0, [1]), say.finished(rest=inference_pb2.Delta(text="?"))])
     assert deltas[-1] == Delta(1, (), "?", None)
     assert answer.text == "?"
 

@@ -22,6 +22,7 @@ from overfill.errors import (
     ShuttingDown,
     Unavailable,
 )
+from overfill.v1 import inference_pb2
 
 
 class SyncSdk:
@@ -227,7 +228,7 @@ def test_held_back_text_comes_once_when_the_router_is_lost_before_the_end(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
     router.script = [*say.good[:3], ShuttingDown("leaving")]  # all tokens are there; the end, with its text, is not
-    another_router.script = [say.accepted(), say.finished(text="!")]
+    another_router.script = [say.accepted(), say.finished(rest=inference_pb2.Delta(text="!"))]
     answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x")
     assert (answer.text, answer.token_ids) == ("Hello!", (10, 11, 12))
 

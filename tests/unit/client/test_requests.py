@@ -44,7 +44,7 @@ def test_everything_else_is_passed_on() -> None:
         ("token_ids.ids", {"prompt": [1, 1.5]}),
         ("token_ids.ids", {"prompt": [1, Message("user", "u")]}),
         ("chat.messages[1]", {"prompt": [Message("user", "u"), 1]}),
-        ("chat.messages[0]", {"prompt": [{"role": "user"}]}),
+        ("chat.messages[0]", {"prompt": [{"content": "u"}]}),
         ("chat.messages[0]", {"prompt": [{"role": "user", "content": "u", "name": "n"}]}),
         ("chat.messages[0].content", {"prompt": [{"role": "user", "content": None}]}),
         ("chat.messages[0].content", {"prompt": [Message("user", "\udfff")]}),

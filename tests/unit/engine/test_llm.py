@@ -1,14 +1,17 @@
 """``LLM``: both halves in one process give the reference's answers, whatever the batch and however small the cache."""
 
+import json
+
 import pytest
 import torch
 
+import overfill.grammar
 from overfill import LLM
 from overfill.engine import llm as llm_module
 from overfill.engine.sequence import Preempted
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.pair.reference import TwoStageReference
-from overfill.params import SamplingParams
+from overfill.params import Grammar, SamplingParams
 from overfill.testing.tiny import make_tiny_pair
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
@@ -149,3 +152,58 @@ def test_a_prompt_too_long_is_refused_with_both_numbers(llm):
 def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(folder):
     with pytest.raises(InvalidRequest, match=r"4096 is more than the model's context of 2048"):
         LLM(folder, device="cpu", max_model_len=4096)
+
+
+SCHEMA = Grammar.json_schema(
+    {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "s": {"enum": ["a", "bc"]}},
+        "required": ["n", "s"],
+        "additionalProperties": False,
+    }
+)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_answers_obey_their_grammar_from_the_first_token_on(llm, temperature):
+    sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=60, grammar=SCHEMA)
+    for answer in llm.generate(PROMPTS, sampling):
+        assert answer.finish_reason == "stop"
+        assert set(json.loads(answer.text)) == {"n", "s"}
+    assert_nothing_leaked(llm)
+
+
+def test_bias_and_penalties_reach_both_stages(llm):
+    biased = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={77: 100.0})
+    assert llm.generate(PROMPTS[:1], biased)[0].token_ids == [77] * 6
+    # Every token is worth 100 once and 2 less each time: 77 gives way to 78 and back.
+    both = SamplingParams(
+        temperature=0, max_tokens=6, ignore_eos=True, logit_bias={77: 100.0, 78: 99.0}, frequency_penalty=2.0
+    )
+    tokens = llm.generate(PROMPTS[:1], both)[0].token_ids
+    assert set(tokens) == {77, 78}
+    assert tokens.count(77) == 3
+
+
+def test_preemption_keeps_penalties_and_grammar(folder, llm):
+    small = LLM(folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, token_budget=64)
+    penalised = SamplingParams(temperature=0, max_tokens=40, presence_penalty=2.0, repetition_penalty=1.5)
+    for sampling in (penalised, SamplingParams(temperature=0, max_tokens=40, grammar=SCHEMA)):
+        expected = [a.token_ids for a in llm.generate(PROMPTS, sampling)]
+        assert [a.token_ids for a in small.generate(PROMPTS, sampling)] == expected
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_request_only_with_its_reason(llm, monkeypatch):
+    fill = overfill.grammar.Matcher.fill
+    calls = []
+
+    def fail_third(matcher, row):
+        calls.append(matcher)
+        if len(calls) == 3:
+            raise overfill.grammar.GrammarFailed("sampling.grammar", "too complex")
+        fill(matcher, row)
+
+    monkeypatch.setattr(overfill.grammar.Matcher, "fill", fail_third)
+    with pytest.raises(InvalidRequest, match="too complex"):
+        llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=40, grammar=SCHEMA))
+    assert_nothing_leaked(llm)

@@ -27,7 +27,8 @@ def write(tokenizer, ids, cuts, stops=(), replayed=()):
         pieces.append(delta.text)
         tokens += delta.token_ids
     if text.stop is None:
-        pieces.append(text.finish())
+        rest = text.finish()
+        pieces.append("" if rest is None else rest.text)
     return "".join(pieces), tokens, text
 
 

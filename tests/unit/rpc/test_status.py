@@ -13,6 +13,7 @@ ERRORS = [
     errors.InvalidRequest("sampling.top_p", "must be in (0, 1], got 2"),
     errors.InvalidRequest("", "no prompt"),
     errors.PromptTooLong("prompt", "9 tokens do not fit the context of 8"),
+    errors.Unauthenticated("no key"),
     errors.ModelNotFound("no model 'x'; served: 'y'"),
     errors.Overloaded("queue full", retry_after=1.5),
     errors.Overloaded("queue full", retry_after=0.0),

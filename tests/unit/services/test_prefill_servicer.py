@@ -70,7 +70,7 @@ def start(transfer_id=b"t" * 16, **options):
 
 
 def computed(servicer):
-    lease = servicer._accept(start())
+    lease = servicer._accept(start(), None)
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0))
     for layer in (0, 1):
         lease.on_event(KvWritten(lease.sequence.id, layer, 4, None, 0))
@@ -120,11 +120,11 @@ async def test_ranges_that_make_no_sense_are_the_caller_s_fault(bench, layers):
 
 
 async def test_a_full_worker_refuses(bench):
-    leases = [bench.servicer._accept(start(bytes([n]) * 16)) for n in (1, 2)]
+    leases = [bench.servicer._accept(start(bytes([n]) * 16), None) for n in (1, 2)]
     with pytest.raises(Overloaded, match="2 prompts"):
-        bench.servicer._accept(start(b"3" * 16))
+        bench.servicer._accept(start(b"3" * 16), None)
     for lease in leases:
         bench.servicer._end(lease)
     await until(lambda: len(bench.releases) == 2)
-    bench.servicer._end(bench.servicer._accept(start(b"3" * 16)))
+    bench.servicer._end(bench.servicer._accept(start(b"3" * 16), None))
     await until(lambda: len(bench.releases) == 3)

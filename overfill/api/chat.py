@@ -1,0 +1,126 @@
+"""A chat with tools as messages that a chat template takes. Text only; no tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.api.tools import Mode, Tool, as_openai, check_tools, describe_tools, tools_grammar, write_calls
+from overfill.errors import InvalidRequest
+from overfill.v1 import inference_pb2
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_Choice = inference_pb2.ToolChoice
+
+
+def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of ``chat``, up to where the answer starts; none for a chat without messages.
+
+    Raises:
+        InvalidRequest: a message or tool is wrong; the field is named.
+    """
+    _check_messages(chat.messages)
+    tools = read_tools(chat)
+    mode, _ = tool_choice(chat)
+    if not chat.messages:
+        return []
+    shown = tools if mode != "none" else []
+    if tokenizer.template_knows_tools:
+        return tokenizer.encode_chat([_native(m) for m in chat.messages], [as_openai(t) for t in shown] or None)
+    messages = [_plain(m) for m in chat.messages]
+    if shown:
+        text = describe_tools(shown)
+        if messages[0]["role"] == "system":
+            messages[0] = {"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}
+        else:
+            messages.insert(0, {"role": "system", "content": text})
+    return tokenizer.encode_chat(messages)
+
+
+def read_tools(chat: inference_pb2.Chat) -> list[Tool]:
+    """The tools of ``chat``, checked. Raises InvalidRequest."""
+    tools = []
+    for index, tool in enumerate(chat.tools):
+        parameters: Any = _json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
+        if parameters is not None and not isinstance(parameters, dict):
+            raise InvalidRequest(f"chat.tools[{index}].parameters", "is not a JSON object")
+        known = Tool(tool.name, tool.description)
+        tools.append(Tool(tool.name, tool.description, parameters) if parameters else known)
+    check_tools(tools)
+    return tools
+
+
+def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
+    """How tools are chosen, and the name of the only one that may be. Raises InvalidRequest."""
+    choice = chat.tool_choice
+    if choice.name and choice.mode != _Choice.MODE_REQUIRED:
+        raise InvalidRequest("chat.tool_choice.name", "needs mode REQUIRED")
+    if choice.mode == _Choice.MODE_NONE or (not chat.tools and choice.mode != _Choice.MODE_REQUIRED):
+        return "none", ""
+    if not chat.tools:
+        raise InvalidRequest("chat.tool_choice", "wants a tool to be called, and no tools are given")
+    if choice.name and choice.name not in {tool.name for tool in chat.tools}:
+        raise InvalidRequest("chat.tool_choice", f"names {choice.name!r}, which is not among the tools")
+    return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
+
+
+def chat_grammar(chat: inference_pb2.Chat) -> str | None:
+    """A Lark grammar of answers to ``chat``; None when it asks for no tool calls. Raises InvalidRequest."""
+    mode, name = tool_choice(chat)
+    if mode == "none":
+        return None
+    tools = [tool for tool in read_tools(chat) if name in ("", tool.name)]
+    return tools_grammar(tools, mode, single=chat.single_tool_call)
+
+
+def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    """As templates that know tools expect it: arguments are an object."""
+    result: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments or "{}")},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        result["tool_call_id"] = message.tool_call_id
+    return result
+
+
+def _plain(message: inference_pb2.ChatMessage) -> dict[str, str]:
+    """With nothing but role and content: calls and their results are text."""
+    if message.role == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
+    content = message.content
+    if message.tool_calls:
+        calls = write_calls([(call.name, call.arguments or "{}") for call in message.tool_calls])
+        content = f"{content}\n{calls}" if content else calls
+    return {"role": message.role, "content": content}
+
+
+def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
+    for index, message in enumerate(messages):
+        place = f"chat.messages[{index}]"
+        if message.role not in ROLES:
+            raise InvalidRequest(f"{place}.role", f"must be one of {', '.join(ROLES)}; got {message.role[:80]!r}")
+        if message.tool_calls and message.role != "assistant":
+            raise InvalidRequest(f"{place}.tool_calls", "only an assistant calls tools")
+        if not message.content and not message.tool_calls and message.role != "tool":
+            raise InvalidRequest(f"{place}.content", "is empty")
+        for number, call in enumerate(message.tool_calls):
+            arguments = _json(f"{place}.tool_calls[{number}].arguments", call.arguments or "{}")
+            if not isinstance(arguments, dict):
+                raise InvalidRequest(f"{place}.tool_calls[{number}].arguments", "is not a JSON object")
+
+
+def _json(field: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(field, f"is not JSON: {error}") from error

@@ -1,0 +1,157 @@
+"""API keys: a file of their hashes, and who holds the key that a client shows. No sockets.
+
+The file is JSON and holds no key, only SHA-256 hashes; keys are 32 random bytes, so a plain hash cannot be searched::
+
+    {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z"}]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from overfill.errors import InvalidRequest, OverfillError
+
+log = logging.getLogger(__name__)
+
+FORMAT = "overfill-keys/1"
+PREFIX = "ofk-"
+MAX_KEY_LENGTH = 512
+
+_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_RELOAD_SECONDS = 1.0
+
+
+class BadKeyFile(OverfillError):
+    """The file of API keys cannot be read or is damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as the file has it; ``created`` is ISO 8601."""
+
+    name: str
+    sha256: str
+    created: str
+
+
+class KeyRing:
+    """The keys of a file, read again when it changes; a damaged new version leaves the old one in force.
+
+    Raises:
+        BadKeyFile: the file cannot be read at first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._keys = load(path)
+        self._version = _version(path)
+        self._looked = time.monotonic()
+
+    def find(self, key: str) -> ApiKey | None:
+        """Who holds ``key``; None when nobody does. Takes the same time whatever part of a key is right."""
+        self._refresh()
+        shown = hash_key(key) if len(key) <= MAX_KEY_LENGTH else ""
+        found = None
+        for known in self._keys:
+            if hmac.compare_digest(known.sha256, shown):
+                found = known
+        return found
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _RELOAD_SECONDS:
+            return
+        self._looked = now
+        try:
+            version = _version(self._path)
+            if version != self._version:
+                self._version = version
+                self._keys = load(self._path)
+                log.info("read %d API keys from %s", len(self._keys), self._path)
+        except BadKeyFile as error:
+            log.error("%s; the keys read before stay in force", error)
+
+
+def hash_key(key: str) -> str:
+    """As it is in the file."""
+    return hashlib.sha256(key.encode("utf-8", errors="replace")).hexdigest()
+
+
+def bearer(header: str) -> str | None:
+    """The key in the value of an ``Authorization`` header; None when there is none."""
+    scheme, _, key = header.partition(" ")
+    return key.strip() or None if scheme.lower() == "bearer" else None
+
+
+def load(path: Path) -> list[ApiKey]:
+    """Raises BadKeyFile."""
+    try:
+        data = json.loads(path.read_bytes())
+        if data["format"] != FORMAT:
+            raise BadKeyFile(f"{path}: is of format {data['format']!r}, not {FORMAT}")
+        keys = [ApiKey(entry["name"], entry["sha256"], entry["created"]) for entry in data["keys"]]
+        bad = next((key for key in keys if not _HASH.fullmatch(key.sha256)), None)
+    except OSError as error:
+        raise BadKeyFile(f"cannot read the API keys in {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadKeyFile(f"{path} is not a file of API keys; make one with `overfill keys create`") from error
+    if bad is not None:
+        raise BadKeyFile(f"{path}: the hash of key {bad.name!r} is no SHA-256")
+    return keys
+
+
+def create(path: Path, name: str) -> str:
+    """Adds a key to the file, which is made when there is none; returns the key, which is kept nowhere.
+
+    Raises:
+        InvalidRequest: the name is bad or taken.
+        BadKeyFile: the file is damaged or cannot be written.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest("name", "has 1 to 64 letters, digits and the characters _ . @ -")
+    keys = load(path) if path.exists() else []
+    if any(key.name == name for key in keys):
+        raise InvalidRequest("name", f"{name!r} is taken; revoke that key first")
+    key = PREFIX + secrets.token_urlsafe(32)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    _save(path, [*keys, ApiKey(name, hash_key(key), now)])
+    return key
+
+
+def revoke(path: Path, name: str) -> None:
+    """Removes a key. Raises InvalidRequest when there is none of that name, and BadKeyFile."""
+    keys = load(path)
+    left = [key for key in keys if key.name != name]
+    if len(left) == len(keys):
+        raise InvalidRequest("name", f"there is no key {name!r}")
+    _save(path, left)
+
+
+def _save(path: Path, keys: list[ApiKey]) -> None:
+    text = json.dumps({"format": FORMAT, "keys": [asdict(key) for key in keys]}, indent=2)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        new.replace(path)
+    except OSError as error:
+        raise BadKeyFile(f"cannot write {path}: {error.strerror}") from error
+
+
+def _version(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise BadKeyFile(f"cannot read the API keys in {path}: {error.strerror}") from error
+    return status.st_mtime_ns, status.st_ino

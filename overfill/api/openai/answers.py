@@ -1,0 +1,242 @@
+"""Answers as OpenAI's API writes them, whole or in chunks. From our own messages; no sockets."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.v1 import common_pb2, inference_pb2
+
+_RULED_OUT = -9999.0
+"""What OpenAI writes for a probability of zero; JSON has no infinity."""
+
+_REASONS = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
+_PARTS = (
+    "ttft",
+    "router_queue",
+    "decode_reservation",
+    "prefill_queue",
+    "prefill_compute",
+    "return_path",
+    "handoff_exposed",
+    "decode",
+    "total",
+)
+
+Kind = Literal["chat", "completion"]
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What all messages of one response share.
+
+    Attributes:
+        id: of the response.
+        pair: description of the served pair, for the ``overfill`` object.
+        fingerprint: changes when the weights do.
+    """
+
+    kind: Kind
+    id: str
+    model: str
+    pair: dict[str, Any]
+    fingerprint: str
+    tokenizer: Tokenizer
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def wrap(self, choices: list[dict[str, Any]], *, chunk: bool, **more: Any) -> dict[str, Any]:
+        """``choices`` in a response or chunk."""
+        name = {"chat": "chat.completion", "completion": "text_completion"}[self.kind]
+        if chunk and self.kind == "chat":
+            name += ".chunk"
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+            **more,
+        }
+
+    def extension(self, ends: Sequence[tuple[int, int, inference_pb2.Finished]]) -> dict[str, Any]:
+        """The ``overfill`` object: what no other server has to tell. ``ends``: (choice, seed, its end)."""
+        return {"pair": self.pair, "choices": [_end(index, seed, finished) for index, seed, finished in ends]}
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer while it comes.
+
+    Attributes:
+        echo: text that goes before the answer.
+        logprobs: whether log-probabilities were asked for.
+    """
+
+    index: int
+    envelope: Envelope
+    seed: int
+    prompt_tokens: int
+    logprobs: bool
+    echo: str = ""
+    finished: inference_pb2.Finished | None = None
+    completion_tokens: int = 0
+    _text: list[str] = field(default_factory=list)
+    _scores: list[dict[str, Any]] = field(default_factory=list)
+    _offset: int = 0
+    _calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, delta: inference_pb2.Delta) -> None:
+        """Adds ``delta`` to the whole answer."""
+        self.completion_tokens += len(delta.token_ids)
+        self._text.append(delta.text)
+        for part in delta.tool_calls:
+            if part.name:
+                self._calls.append(_call(part.id, part.name))
+            self._calls[-1]["function"]["arguments"] += part.arguments
+        if self.logprobs:
+            self._scores += self._score(delta)
+
+    def whole(self) -> dict[str, Any]:
+        """The choice of a response that is not streamed."""
+        text = "".join(self._text)
+        if self.envelope.kind == "completion":
+            scores = _legacy(self._scores) if self.logprobs else None
+            return {"index": self.index, "text": self.echo + text, "logprobs": scores, "finish_reason": self.reason}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls:
+            message["tool_calls"] = self._calls
+            message["content"] = text or None
+        scores = {"content": self._scores, "refusal": None} if self.logprobs else None
+        return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.reason}
+
+    def first(self) -> dict[str, Any] | None:
+        """What a stream's choice begins with, before any token; None when with nothing."""
+        if self.envelope.kind == "chat":
+            return self._chunk({"role": "assistant", "content": "", "refusal": None}, None)
+        return self._chunk(self.echo, None) if self.echo else None
+
+    def chunk(self, delta: inference_pb2.Delta) -> dict[str, Any] | None:
+        """``delta`` as a chunk's choice; None when it would be empty, as within a character."""
+        self.completion_tokens += len(delta.token_ids)
+        scores = self._score(delta) if self.logprobs else None
+        if self.envelope.kind == "completion":
+            if not delta.text and not scores:
+                return None
+            return self._chunk(delta.text, _legacy(scores) if scores is not None else None)
+        if not delta.text and not delta.tool_calls and not scores:
+            return None
+        content: dict[str, Any] = {"content": delta.text} if delta.text or not delta.tool_calls else {}
+        if delta.tool_calls:
+            content["tool_calls"] = [_call_delta(part) for part in delta.tool_calls]
+        return self._chunk(content, None if scores is None else {"content": scores, "refusal": None})
+
+    def last(self) -> dict[str, Any]:
+        """The choice of the chunk that says why the answer ended."""
+        empty: Any = "" if self.envelope.kind == "completion" else {}
+        return {**self._chunk(empty, None), "finish_reason": self.reason}
+
+    @property
+    def reason(self) -> str:
+        """Why the answer ended."""
+        assert self.finished is not None
+        return _REASONS[self.finished.reason]
+
+    def _chunk(self, content: Any, scores: Any) -> dict[str, Any]:
+        key = "text" if self.envelope.kind == "completion" else "delta"
+        return {"index": self.index, key: content, "logprobs": scores, "finish_reason": None}
+
+    def _score(self, delta: inference_pb2.Delta) -> list[dict[str, Any]]:
+        scores = []
+        for token, entry in zip(delta.token_ids, delta.logprobs, strict=False):
+            scored = self._scored(token, entry.logprob)
+            scored["top_logprobs"] = [
+                self._scored(other, value) for other, value in zip(entry.top_ids, entry.top_logprobs, strict=False)
+            ]
+            scored["_offset"] = self._offset
+            self._offset += len(scored["token"])
+            scores.append(scored)
+        if self.envelope.kind == "chat":
+            for scored in scores:
+                del scored["_offset"]
+        return scores
+
+    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.envelope.tokenizer.token_bytes(token)
+        value = logprob if math.isfinite(logprob) else _RULED_OUT
+        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+
+
+def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """Of all choices together; a prompt that ``n`` of them answer is counted once."""
+    prompt = sum(choice.prompt_tokens for choice in choices[::n])
+    completion = sum(choice.completion_tokens for choice in choices)
+    cached = sum(choice.finished.usage.cached_tokens for choice in choices[::n] if choice.finished is not None)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+    }
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """JSON, as short as can be."""
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def event(message: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode(message) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def _call(id: str, name: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def _call_delta(part: inference_pb2.ToolCallDelta) -> dict[str, Any]:
+    if part.name:
+        return {"index": part.index, **_call(part.id, part.name)}
+    return {"index": part.index, "function": {"arguments": part.arguments}}
+
+
+def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Log-probabilities as ``/v1/completions`` has them; of tokens with the same text, the likelier one."""
+    return {
+        "tokens": [s["token"] for s in scores],
+        "token_logprobs": [s["logprob"] for s in scores],
+        "top_logprobs": [{t["token"]: t["logprob"] for t in reversed(s["top_logprobs"])} for s in scores],
+        "text_offset": [s["_offset"] for s in scores],
+    }
+
+
+def _end(index: int, seed: int, finished: inference_pb2.Finished) -> dict[str, Any]:
+    timing = finished.timing
+    parts = {
+        f"{name}_ms": round(getattr(timing, f"{name}_ns") / 1e6, 3) if timing.HasField(f"{name}_ns") else None
+        for name in _PARTS
+    }
+    codec = common_pb2.KvCodec.Name(finished.codec).removeprefix("KV_CODEC_").lower() if finished.codec else None
+    return {
+        "index": index,
+        "prefill_worker": finished.prefill_worker,
+        "decode_worker": finished.decode_worker,
+        "migrations": finished.migrations,
+        "codec": codec,
+        "seed": seed,
+        "stop": finished.stop or None,
+        "timing": parts,
+    }

@@ -1,0 +1,125 @@
+"""Errors as OpenAI's API writes them: a status, and a body that its clients turn into their own exceptions."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from overfill.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    OverfillError,
+    Overloaded,
+    PromptTooLong,
+    Unavailable,
+)
+
+_INVALID = "invalid_request_error"
+
+# Of our messages: where they keep what OpenAI has at the top of a request.
+_PARAMS = (
+    (re.compile(r"^sampling\.grammar\..*|^sampling\.grammar$"), "response_format"),
+    (re.compile(r"^sampling\.max_tokens$"), "max_tokens"),
+    (re.compile(r"^(sampling|chat)\."), ""),
+    (re.compile(r"^(token_ids\.ids|text|prompt)$"), "prompt"),
+    (re.compile(r"^chat$"), "messages"),
+    (re.compile(r"(tools\[\d+\])\.(\w+)$"), r"\1.function.\2"),
+    (re.compile(r"(tool_calls\[\d+\])\.(arguments)$"), r"\1.function.\2"),
+)
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """What a client is told instead of an answer.
+
+    Attributes:
+        status: of HTTP.
+        type, param, code: as in OpenAI's reference; ``param`` is the part of the request that is wrong.
+        retry_after: seconds, when it is known that trying again may help.
+    """
+
+    status: int
+    message: str
+    type: str = _INVALID
+    param: str | None = None
+    code: str | None = None
+    retry_after: int | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
+
+def unauthorized(message: str) -> ApiError:
+    """No key, or a wrong one."""
+    return ApiError(401, message, code="invalid_api_key")
+
+
+def unknown_url(method: str, path: str) -> ApiError:
+    return ApiError(404, f"Invalid URL ({method} {path[:200]})", code="unknown_url")
+
+
+def wrong_method(method: str, path: str) -> ApiError:
+    return ApiError(405, f"Not allowed to {method} on {path[:200]}", code="method_not_supported")
+
+
+def too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the request is larger than {limit} bytes, the most that is taken", code="request_too_large")
+
+
+def not_json(content_type: str) -> ApiError:
+    return ApiError(
+        415,
+        f"content type {content_type[:100]!r} is not supported; send application/json",
+        code="unsupported_content_type",
+    )
+
+
+def too_slow() -> ApiError:
+    return ApiError(408, "the request did not arrive in time", code="request_timeout")
+
+
+def too_many_connections() -> ApiError:
+    return ApiError(
+        503, "too many connections", "service_unavailable_error", code="too_many_connections", retry_after=1
+    )
+
+
+def from_error(error: OverfillError) -> ApiError:
+    """What a client is told about ``error``."""
+    match error:
+        case PromptTooLong():
+            return ApiError(400, _message(error), param=_param(error.field), code="context_length_exceeded")
+        case InvalidRequest():
+            return ApiError(400, _message(error), param=_param(error.field), code="invalid_value")
+        case ModelNotFound():
+            return ApiError(404, str(error), param="model", code="model_not_found")
+        case Overloaded():
+            wait = max(1, math.ceil(error.retry_after or 1))
+            return ApiError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
+        case DeadlineExceeded():
+            return ApiError(504, str(error), "timeout_error", code="deadline_exceeded")
+        case Unavailable():
+            return ApiError(503, str(error), "service_unavailable_error", code="service_unavailable", retry_after=1)
+        case _:
+            return ApiError(500, str(error), "server_error", code="internal_error")
+
+
+def _message(error: InvalidRequest) -> str:
+    """The message with the parameter as the client knows it."""
+    reason = str(error).removeprefix(f"{error.field}: ")
+    param = _param(error.field)
+    return f"'{param}' {reason}" if param else reason
+
+
+def _param(field: str) -> str | None:
+    for pattern, replacement in _PARAMS:
+        field = pattern.sub(replacement, field)
+    return field or None

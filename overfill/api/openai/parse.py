@@ -1,0 +1,88 @@
+"""A request's bytes to a checked request of ``schema``; what is wrong with them, as OpenAI says it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from overfill.api.openai.errors import ApiError
+from overfill.api.openai.schema import CompletionRequest, Message, Sampling
+
+R = TypeVar("R", bound=BaseModel)
+
+_BAD_JSON = "We could not parse the JSON body of your request"
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """Raises ApiError, naming the field that is wrong."""
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error, body) from None
+    except RecursionError:
+        raise ApiError(400, f"{_BAD_JSON}: it is nested too deeply", code="invalid_json") from None
+    for holder, place in _holders(request):
+        _check_refused(holder, place)
+    return request
+
+
+def _holders(request: BaseModel) -> list[tuple[BaseModel, str]]:
+    messages: Sequence[Message] = getattr(request, "messages", None) or ()
+    return [(request, ""), *((message, f"messages[{i}].") for i, message in enumerate(messages))]
+
+
+def _check_refused(holder: BaseModel, place: str) -> None:
+    if not isinstance(holder, Sampling | Message):
+        return
+    for name, neutral in holder.refused.items():
+        value = getattr(holder, name)
+        allowed = (*neutral, holder.n) if isinstance(holder, CompletionRequest) and name == "best_of" else neutral
+        if value not in allowed:
+            param = f"{place}{name}"
+            raise ApiError(
+                400, f"'{param}' is not supported here; leave it out", param=param, code="unsupported_parameter"
+            )
+
+
+def _explain(error: ValidationError, body: bytes) -> ApiError:
+    problems = error.errors(include_url=False, include_context=False)
+    if problems[0]["type"] == "json_invalid":
+        reason = problems[0]["msg"].removeprefix("Invalid JSON: ")
+        return ApiError(400, f"{_BAD_JSON}: {reason}", code="invalid_json")
+    value = json.loads(body, strict=False)
+    # Of a union, every branch complains; the one that came furthest into the request knows best.
+    depths = [len(_path(problem["loc"], value)) for problem in problems]
+    problem = problems[depths.index(max(depths))]
+    path = _path(problem["loc"], value)
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".") or None
+    if problem["type"] == "extra_forbidden":
+        return ApiError(
+            400, f"Unrecognized request argument supplied: {str(param)[:200]}", param=param, code="unknown_parameter"
+        )
+    if problem["type"] == "missing":
+        name = str(problem["loc"][-1])
+        param = f"{param}.{name}" if param else name
+        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    same = [p["msg"] for p in problems if _path(p["loc"], value) == path]
+    reasons = "; or ".join(dict.fromkeys(m[:1].lower() + m[1:] for m in same))
+    where = f"'{param}'" if param else "the request"
+    return ApiError(400, f"Invalid value for {where}: {reasons}"[:1000], param=param, code=_code(problem["type"]))
+
+
+def _code(kind: str) -> str:
+    return "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+
+
+def _path(loc: Sequence[int | str], value: Any) -> list[int | str]:
+    """The steps of ``loc`` that lead through ``value``; pydantic puts names of types between them."""
+    path: list[int | str] = []
+    for step in loc:
+        in_dict = isinstance(value, dict) and step in value
+        in_list = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if in_dict or in_list:
+            value = value[step]
+            path.append(step)
+    return path

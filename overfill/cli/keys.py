@@ -1,0 +1,61 @@
+"""``overfill keys``: the API keys of a stack, in a file of hashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from overfill.errors import InvalidRequest
+
+_FILE_OPTION = click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="api-keys.json",
+    show_default=True,
+    help="The file; `overfill up --api-keys FILE` reads it, again whenever it changes.",
+)
+
+
+@click.group("keys")
+def keys_group() -> None:
+    """Make, list and revoke the API keys of a stack."""
+
+
+@keys_group.command("create")
+@click.argument("name")
+@_FILE_OPTION
+def create_command(name: str, path: Path) -> None:
+    """Make a key for NAME and print it. It is shown this once; the file keeps only its hash."""
+    from overfill.api.keys import create
+
+    try:
+        key = create(path, name)
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(f"{name}: send this key as 'Authorization: Bearer KEY'; it is not shown again", err=True)
+    click.echo(key)
+
+
+@keys_group.command("list")
+@_FILE_OPTION
+def list_command(path: Path) -> None:
+    """List who has a key, and since when."""
+    from overfill.api.keys import load
+
+    for key in load(path):
+        click.echo(f"{key.name}\t{key.created}\tsha256:{key.sha256[:12]}…")
+
+
+@keys_group.command("revoke")
+@click.argument("name")
+@_FILE_OPTION
+def revoke_command(name: str, path: Path) -> None:
+    """Remove the key of NAME; running routers refuse it within a second or two."""
+    from overfill.api.keys import revoke
+
+    try:
+        revoke(path, name)
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from error

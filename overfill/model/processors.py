@@ -1,0 +1,172 @@
+"""What changes logits before a token is chosen: penalties, logit bias, grammar. Costs nothing where unused.
+
+Each row is changed by its own parameters and tokens only, element by element, so that what ``sample`` promises still
+holds: a choice does not depend on the other rows. State is caught up from the tokens whenever a row is due; a
+sequence that moves, or is replayed, needs nothing but its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from overfill.grammar import Grammars, Matcher
+from overfill.params import SamplingParams
+
+_WORD_BITS = 32
+
+
+class LogitProcessor:
+    """One sequence's penalties, bias and place in its grammar. Made with ``new_processor``.
+
+    Args:
+        matcher: at the start of the answer; None without a grammar.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None) -> None:
+        self.params = params
+        self.matcher = matcher
+        self._seen = 0
+        self._biased = np.fromiter(params.logit_bias, np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        # Every token that a penalty touches has a place in the arrays below.
+        self._places: dict[int, int] = {}
+        self._ids = np.empty(64, np.int64)
+        self._counts = np.zeros(64, np.float32)
+        if params.repetition_penalty != 1:
+            for token in prompt:
+                self._place(token)
+
+    def catch_up(self, emitted: Sequence[int]) -> None:
+        """Takes the tokens of the answer that are new. Raises GrammarFailed."""
+        new = emitted[self._seen :]
+        self._seen = len(emitted)
+        if self.params.penalised:
+            for token in new:
+                place = self._place(token)  # first: it may replace the array
+                self._counts[place] += 1
+        if self.matcher is not None:
+            self.matcher.accept(new)
+
+    @property
+    def penalised(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Tokens that a penalty touches, and how often each is in the answer (0: in the prompt only)."""
+        return self._ids[: len(self._places)], self._counts[: len(self._places)]
+
+    @property
+    def biased(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Token ids, and what is added to their logits."""
+        return self._biased, self._bias
+
+    def _place(self, token: int) -> int:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[place] = token
+        return place
+
+
+def new_processor(params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None) -> LogitProcessor | None:
+    """What ``params`` ask for; None when they leave logits as they are. Compiling a grammar takes milliseconds.
+
+    Raises:
+        InvalidRequest: the grammar cannot be obeyed here.
+    """
+    if params.grammar is None and not params.penalised and not params.logit_bias:
+        return None
+    matcher = None
+    if params.grammar is not None:
+        assert grammars is not None
+        matcher = grammars.matcher(params.grammar)
+    return LogitProcessor(params, prompt, matcher)
+
+
+@torch.inference_mode()
+def process(
+    logits: Tensor, processors: Sequence[LogitProcessor | None], emitted: Sequence[Sequence[int]]
+) -> dict[int, Exception]:
+    """Changes ``logits`` in place.
+
+    Args:
+        logits: [N, vocab] float32.
+        processors: one per row; None leaves the row alone.
+        emitted: one per row; the answer so far.
+
+    Returns:
+        Row -> error, of rows that cannot go on; their logits mean nothing.
+    """
+    failed: dict[int, Exception] = {}
+    if not any(processors):
+        return failed
+    rows: list[tuple[int, LogitProcessor]] = []
+    for row, processor in enumerate(processors):
+        if processor is None:
+            continue
+        try:
+            processor.catch_up(emitted[row])
+        except Exception as error:
+            failed[row] = error
+        else:
+            rows.append((row, processor))
+    _penalise(logits, [(row, p) for row, p in rows if p.params.penalised])
+    _add_bias(logits, [(row, p) for row, p in rows if p.params.logit_bias])
+    _mask(logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
+    return failed
+
+
+def _penalise(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+    parts = [p.penalised for _, p in rows]
+    sizes = [len(ids) for ids, _ in parts]
+    if not sum(sizes):
+        return
+    ids = _tensor(np.concatenate([ids for ids, _ in parts]), logits)
+    counts = _tensor(np.concatenate([counts for _, counts in parts]), logits)
+    index = _tensor(np.repeat(np.array([row for row, _ in rows]), sizes), logits)
+
+    def spread(values: Sequence[float]) -> Tensor:
+        return _tensor(np.repeat(np.array(values, np.float32), sizes), logits)
+
+    values = logits[index, ids]  # [penalised tokens of all rows]
+    repetition = spread([p.params.repetition_penalty for _, p in rows])
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= counts * spread([p.params.frequency_penalty for _, p in rows])
+    values -= (counts > 0) * spread([p.params.presence_penalty for _, p in rows])
+    logits[index, ids] = values
+
+
+def _add_bias(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+    if not rows:
+        return
+    parts = [p.biased for _, p in rows]
+    ids = _tensor(np.concatenate([ids for ids, _ in parts]), logits)
+    bias = _tensor(np.concatenate([bias for _, bias in parts]), logits)
+    index = _tensor(np.repeat(np.array([row for row, _ in rows]), [len(ids) for ids, _ in parts]), logits)
+    logits[index, ids] += bias  # no token twice in a row
+
+
+def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: dict[int, Exception]) -> None:
+    if not rows:
+        return
+    vocab = logits.shape[1]
+    words = np.zeros((len(rows), -(-vocab // _WORD_BITS)), np.int32)
+    for line, (row, processor) in enumerate(rows):
+        assert processor.matcher is not None
+        try:
+            processor.matcher.fill(words[line])
+        except Exception as error:
+            failed[row] = error
+            words[line] = -1
+    shifts = torch.arange(_WORD_BITS, dtype=torch.int32, device=logits.device)
+    bits = (_tensor(words, logits).unsqueeze(-1) >> shifts) & 1  # [rows, words, 32]
+    forbidden = bits.view(len(rows), -1)[:, :vocab] == 0
+    index = torch.tensor([row for row, _ in rows], device=logits.device)
+    logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
+
+
+def _tensor(array: NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device)

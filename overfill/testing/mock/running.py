@@ -1,0 +1,40 @@
+"""Mock workers in a running event loop, one by one or with a router's address to join."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.grammar import Grammars
+from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
+from overfill.testing.mock.decode import MockDecode
+from overfill.testing.mock.prefill import MockPrefill
+from overfill.testing.mock.tokens import Script
+from overfill.testing.mock.worker import MockWorker
+from overfill.v1 import common_pb2, decode_pb2_grpc, prefill_pb2_grpc
+
+
+@asynccontextmanager
+async def mock_worker(config: MockPrefillConfig | MockDecodeConfig) -> AsyncIterator[MockWorker]:
+    """A worker that serves and has begun to join its routers; it is cut off at the end."""
+    is_prefill = isinstance(config, MockPrefillConfig)
+    worker = MockWorker(config, common_pb2.STAGE_PREFILL if is_prefill else common_pb2.STAGE_DECODE)
+    folder = worker.pair.full_path
+    tokenizer = Tokenizer.load(folder)
+    vocab = worker.pair.full_config.vocab_size
+    grammars = Grammars(folder / "tokenizer.json", vocab, tokenizer.eos_token_ids)
+    script = Script(tokenizer, config.mock_answer, config.mock_answer_tokens, grammars)
+    decode: MockDecode | None = None
+    try:
+        if isinstance(config, MockPrefillConfig):
+            prefill = MockPrefill(config, script)
+            await worker.start(prefill, prefill_pb2_grpc.add_PrefillServicer_to_server, "overfill.v1.Prefill")
+        else:
+            decode = MockDecode(config, script)
+            await worker.start(decode, decode_pb2_grpc.add_DecodeServicer_to_server, "overfill.v1.Decode")
+        yield worker
+    finally:
+        await worker.stop()
+        if decode is not None:
+            await decode.close()

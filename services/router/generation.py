@@ -1,0 +1,304 @@
+"""Running requests, whatever protocol they came by: checked, relayed, turned into text. One relay per answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from overfill.api.chat import encode_chat
+from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.requests import GenerationRequest, validate_generate
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, ShuttingDown
+from overfill.metrics import RouterMetrics
+from overfill.pair.manifest import Pair
+from overfill.params import check_token_ids
+from overfill.routing.answer import Finish
+from overfill.routing.gate import Gate
+from overfill.routing.pool import Roster
+from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.stream import DecodeConnector
+from overfill.v1 import common_pb2, inference_pb2
+from services.router.text import AnswerText
+
+LONG_REQUEST = 16 << 10
+"""Bytes from which on a request is tokenized in a thread, so that the streams of others go on meanwhile."""
+
+
+class Generator:
+    """Serves one pair.
+
+    Args:
+        model: the name that clients ask for.
+        max_attempts: workers lost in a row, without a new token, after which a request is given up.
+        max_request_bytes: most bytes of a request.
+
+    Attributes:
+        pair, tokenizer, model: what is served.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pair: Pair,
+        tokenizer: Tokenizer,
+        roster: Roster,
+        gate: Gate,
+        connector: DecodeConnector,
+        metrics: RouterMetrics,
+        *,
+        max_attempts: int,
+        max_request_bytes: int,
+    ) -> None:
+        self.model = model
+        self.pair = pair
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self._roster = roster
+        self._gate = gate
+        self._connector = connector
+        self._max_attempts = max_attempts
+        self._max_request_bytes = max_request_bytes
+        self._running: set[Relay] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together: what the model takes and some decode worker holds."""
+        capacity = self._roster.decode.capacity_tokens
+        limit = self.pair.full_config.max_positions
+        return limit if capacity is None else min(limit, capacity)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    def describe(self) -> inference_pb2.Model:
+        """The model that is served."""
+        worker = next(iter(self._roster.workers()), None)
+        return inference_pb2.Model(
+            name=self.model,
+            max_model_len=self.max_model_len,
+            full_digest=self.pair.full_digest,
+            decoder_digest=self.pair.decoder_digest,
+            dtype=worker.info.identity.kv.dtype if worker else "",
+        )
+
+    async def check(self, request: inference_pb2.GenerateRequest) -> GenerationRequest:
+        """``request``, ready to be started.
+
+        Raises:
+            ShuttingDown, ModelNotFound, InvalidRequest: it is not taken.
+        """
+        self._check_open(request.model)
+        self._check_size(request.ByteSize())
+        arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
+        # Grammars, those of tools included, may take long to check.
+        slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
+        return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
+
+    def start(self, checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
+        """Queues a request.
+
+        Args:
+            received: when it came, seconds on the event loop's clock.
+            time_left: seconds until its deadline; None without one.
+
+        Raises:
+            PromptTooLong, Overloaded: it cannot be queued.
+        """
+        now = asyncio.get_running_loop().time()
+        relay = Relay(
+            RelayRequest(
+                id=checked.request_id,
+                prompt_token_ids=checked.prompt_token_ids,
+                sampling=checked.sampling.to_proto(),
+                eos_token_ids=self.tokenizer.eos_token_ids,
+                received=received,
+                deadline=None if time_left is None else now + time_left,
+                emitted_token_ids=checked.resume_token_ids,
+                trace=checked.trace,
+                sample_index=checked.sample_index,
+            ),
+            self._gate,
+            self._connector,
+            max_attempts=self._max_attempts,
+        )
+        text = AnswerText(
+            StreamDetokenizer(self.tokenizer, checked.prompt_token_ids if checked.continues_text else ()),
+            checked.stop,
+            replayed=checked.resume_token_ids,
+            calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
+        )
+        relay.start()
+        self._running.add(relay)
+        self._idle.clear()
+        return Generation(self, relay, text, self._accepted(checked))
+
+    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
+        """Token ids of a prompt. Raises as ``check``."""
+        self._check_open(request.model)
+        self._check_size(request.ByteSize())
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidRequest("prompt", "is missing: give text or chat")
+        if kind == "chat":
+            return await asyncio.to_thread(encode_chat, request.chat, self.tokenizer)
+        encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
+        return await asyncio.to_thread(encode, request.text)
+
+    async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
+        """Text of token ids. Raises as ``check``."""
+        self._check_open(request.model)
+        self._check_size(request.ByteSize())
+        check_token_ids("ids", request.ids, self.pair.full_config.vocab_size)
+        return await asyncio.to_thread(self.tokenizer.decode, request.ids)
+
+    def drain(self) -> None:
+        """Refuses new requests from now on."""
+        self._draining = True
+
+    async def wait_idle(self) -> None:
+        """Returns once no request runs."""
+        await self._idle.wait()
+
+    def abort_all(self, error: OverfillError) -> None:
+        """Ends every running request with ``error``."""
+        for relay in self._running:
+            relay.abort(error)
+
+    async def close(self, relay: Relay) -> None:
+        """Ends ``relay`` and forgets it."""
+        await relay.close()
+        self._running.discard(relay)
+        if not self._running:
+            self._idle.set()
+
+    def _check_open(self, model: str) -> None:
+        if self._draining:
+            raise ShuttingDown("this router is shutting down")
+        if model not in ("", self.model):
+            raise ModelNotFound(f"there is no model {model[:200]!r} here; this router serves {self.model!r}")
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_request_bytes:
+            raise InvalidRequest("", f"the request has {size} bytes; at most {self._max_request_bytes} are taken")
+
+    def _accepted(self, checked: GenerationRequest) -> inference_pb2.Accepted:
+        return inference_pb2.Accepted(
+            request_id=checked.request_id,
+            prompt_tokens=len(checked.prompt_token_ids),
+            seed=checked.sampling.seed,
+            max_tokens=checked.sampling.max_tokens,
+            model=self.model,
+        )
+
+
+class Generation:
+    """One running answer: iterate once for deltas, within ``async with``; ``finished`` is there behind the last one.
+
+    What was held back of the text until the end is in ``finished.rest``; ``to_the_end`` gives it as one more delta.
+
+    Attributes:
+        accepted: what the client is told at once.
+    """
+
+    def __init__(self, generator: Generator, relay: Relay, text: AnswerText, accepted: inference_pb2.Accepted) -> None:
+        self.accepted = accepted
+        self._generator = generator
+        self._relay = relay
+        self._text = text
+        self._finished: inference_pb2.Finished | None = None
+
+    @property
+    def finished(self) -> inference_pb2.Finished:
+        """How the answer ended."""
+        assert self._finished is not None
+        return self._finished
+
+    async def __aiter__(self) -> AsyncIterator[inference_pb2.Delta]:
+        """Deltas, until the answer is complete or a stop string cuts it. Raises OverfillError."""
+        relay, text, metrics = self._relay, self._text, self._generator.metrics
+        ttft_ns: int | None = None
+        finish: Finish | None = None
+        rest: inference_pb2.Delta | None = None
+        while finish is None and text.stop is None:
+            event = await relay.next()
+            if isinstance(event, Finish):
+                finish, rest = event, text.finish()
+                continue
+            yield text.push(event)
+            # A resumed answer has its first token already: nothing was waited for.
+            if ttft_ns is None and not relay.resumed:
+                ttft_ns = _nanoseconds_since(relay.answer.received)
+                if relay.answer.timing.HasField("return_path_ns"):
+                    relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)
+        # The worker stops now, not when the client has read everything.
+        await relay.close()
+        self._finished = _finished(relay, text, rest, finish, ttft_ns)
+        metrics.answered(self._finished)
+
+    async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
+        """All of the answer's text as deltas. Raises OverfillError."""
+        async for delta in self:
+            yield delta
+        if self.finished.HasField("rest"):
+            yield self.finished.rest
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Even when this task is cancelled again meanwhile: a relay that runs on holds slots.
+        closing = asyncio.ensure_future(self._generator.close(self._relay))
+        await asyncio.shield(closing)
+
+
+def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """``count`` requests for different answers to one prompt, under the same seed."""
+    return [
+        replace(checked, request_id=checked.request_id if not i else f"{checked.request_id}-{i}", sample_index=i)
+        for i in range(count)
+    ]
+
+
+def _finished(
+    relay: Relay, text: AnswerText, rest: inference_pb2.Delta | None, finish: Finish | None, ttft_ns: int | None
+) -> inference_pb2.Finished:
+    if finish is None:  # cut by a stop string before the worker was done
+        finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
+    timing = common_pb2.Timing()
+    timing.CopyFrom(relay.answer.timing)
+    if ttft_ns is not None:
+        timing.ttft_ns = ttft_ns
+    timing.total_ns = _nanoseconds_since(relay.answer.received)
+    usage = common_pb2.Usage()
+    usage.CopyFrom(finish.usage)
+    usage.completion_tokens = text.num_tokens
+    reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
+    if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
+        reason = common_pb2.FINISH_REASON_TOOL_CALLS
+    return inference_pb2.Finished(
+        reason=reason,
+        usage=usage,
+        timing=timing,
+        prefill_worker=relay.answer.prefill_worker,
+        decode_worker=relay.decode_worker,
+        migrations=relay.answer.migrations,
+        stop=text.stop or "",
+        rest=rest,
+        trace=finish.trace,
+        codec=finish.codec,
+    )
+
+
+def _nanoseconds_since(then: float) -> int:
+    return round((asyncio.get_running_loop().time() - then) * 1e9)

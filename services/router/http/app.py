@@ -1,0 +1,223 @@
+"""The routes of the HTTP endpoint: OpenAI's API, and a few of our own. One place for keys, errors and counting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from overfill import __version__
+from overfill.api.keys import KeyRing, bearer
+from overfill.api.openai import schema, wire
+from overfill.api.openai.answers import Envelope, Kind, encode
+from overfill.api.openai.errors import ApiError, from_error, unauthorized, unknown_url, wrong_method
+from overfill.api.openai.wire import Asked
+from overfill.errors import ModelNotFound, OverfillError
+from overfill.metrics import CONTENT_TYPE
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.status import as_overfill_error
+from services.router.generation import Generator
+from services.router.http.body import read
+from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
+
+OPEN_ROUTES = frozenset({"/health"})
+"""Those that need no key."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
+_CLIENT_GONE = 499  # nobody reads it; it is counted
+
+
+class HttpApi:
+    """The application. ``asgi`` is what a server runs.
+
+    Args:
+        keys: who may come in; None lets everybody.
+        max_body: most bytes of a request's body.
+        ready: whether requests can be served.
+    """
+
+    def __init__(self, generator: Generator, keys: KeyRing | None, max_body: int, ready: Callable[[], bool]) -> None:
+        self._generator = generator
+        self._max_body = max_body
+        self._ready = ready
+        self._started = int(time.time())
+        pair = generator.pair
+        self._pair = {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
+        self._fingerprint = f"fp_{pair.decoder_digest[:12]}"
+        routes = [
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+            Route("/version", self._version, methods=["GET"]),
+        ]
+        handlers: dict[Any, Any] = {
+            ApiError: _on_api_error,
+            HTTPException: _on_http_error,
+            OverfillError: _on_error,
+            ClientGone: _on_gone,
+            ClientDisconnect: _on_gone,
+            Exception: _on_error,
+        }
+        inner = Starlette(routes=routes, exception_handlers=handlers)
+        self.routes = tuple(route.path for route in routes)
+        self.asgi: ASGIApp = _Gate(inner, keys, generator)
+
+    async def _models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [self._model_json()]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name != self._generator.model:
+            raise from_error(ModelNotFound(f"there is no model {name[:200]!r} here"))
+        return _json(self._model_json())
+
+    async def _chat(self, request: Request) -> Response:
+        received = asyncio.get_running_loop().time()
+        body = await read(request, schema.ChatRequest, self._max_body)
+        id = _request_id(request, "chatcmpl")
+        return await self._generate(request, "chat", id, wire.chat(body, id), received)
+
+    async def _completions(self, request: Request) -> Response:
+        received = asyncio.get_running_loop().time()
+        body = await read(request, schema.CompletionRequest, self._max_body)
+        id = _request_id(request, "cmpl")
+        return await self._generate(request, "completion", id, wire.completion(body, id), received)
+
+    async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
+        envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
+        answers = Answers(self._generator, asked, envelope)
+        await answers.start(received)
+        try:
+            if asked.stream:
+                stream = EventStream(answers, id)
+                await stream.begin(request)
+                return stream
+            whole = await while_connected(request.receive, answers.whole())
+        except BaseException:
+            await answers.close()
+            raise
+        await answers.close()
+        return _json(whole, headers={"x-request-id": id})
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await read(request, schema.TokenizeRequest, self._max_body)
+        ids = await self._generator.tokenize(wire.tokenize(body))
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": self._generator.max_model_len})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = await read(request, schema.DetokenizeRequest, self._max_body)
+        return _json({"prompt": await self._generator.detokenize(wire.detokenize(body))})
+
+    async def _health(self, request: Request) -> Response:
+        ready = self._ready()
+        return _json({"status": "ok" if ready else "unavailable"}, status=200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self._generator.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def _version(self, request: Request) -> Response:
+        return _json({"version": __version__, "wire_version": WIRE_VERSION})
+
+    def _model_json(self) -> dict[str, Any]:
+        model = self._generator.describe()
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "overfill",
+            "max_model_len": model.max_model_len,
+            "overfill": {"pair": self._pair, "dtype": model.dtype or None},
+        }
+
+
+class _Gate:
+    """In front of every route: the key is checked, the request is counted."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, generator: Generator) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = generator.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = _CLIENT_GONE
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._admit(scope)
+        except ApiError as error:
+            await _error(error)(scope, receive, noting)
+        else:
+            # What Starlette has answered and logged as an error of ours, it raises all the same.
+            with contextlib.suppress(Exception):
+                await self._app(scope, receive, noting)
+        finally:
+            route = scope.get("route")
+            self._metrics.http(route.path if isinstance(route, Route) else "unknown", status)
+
+    async def _admit(self, scope: Scope) -> None:
+        if self._keys is None or scope["path"] in OPEN_ROUTES:
+            return
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        key = bearer(header.decode("latin-1"))
+        if key is None:
+            raise unauthorized("You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'.")
+        scope["api_key"] = self._keys.find(key)
+        if scope["api_key"] is None:
+            raise unauthorized("Incorrect API key provided.")
+
+
+def _request_id(request: Request, prefix: str) -> str:
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"{prefix}-{secrets.token_hex(16)}"
+
+
+def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(content), status, headers, media_type="application/json")
+
+
+def _error(error: ApiError) -> Response:
+    headers = dict(error.headers)
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # what is left of the body is not read
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return _json(error.body, error.status, headers)
+
+
+async def _on_api_error(request: Request, error: ApiError) -> Response:
+    return _error(error)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 405:
+        return _error(wrong_method(request.method, request.url.path))
+    return _error(unknown_url(request.method, request.url.path))
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_GONE)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return _error(from_error(as_overfill_error(error)))

@@ -1,0 +1,205 @@
+"""The HTTP server's shell: a guarded bind, TLS, and limits on connections that uvicorn does not have."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from overfill.api.openai.answers import encode
+from overfill.api.openai.errors import ApiError, too_many_connections
+from overfill.errors import Unavailable
+from overfill.rpc.server import is_loopback
+from overfill.rpc.tls import ServerTls, TlsError
+
+HEAD_TIMEOUT = 10.0
+"""Seconds for the head of a request to arrive, from the connection or the first byte on."""
+
+MAX_HEAD = 64 << 10
+"""Bytes of a request's head."""
+
+IDLE_TIMEOUT = 75
+"""Seconds that a connection may stay open without a request."""
+
+STALLED_TIMEOUT = 60.0
+"""Seconds after which a client that does not read its answer is dropped."""
+
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """Serves ``app`` in the running event loop.
+
+    Args:
+        max_connections: more than these are told so and closed.
+        tls: certificate and key; None serves in the clear, on loopback only.
+        client_certificates: clients must show one that ``tls.client_ca`` signed.
+    """
+
+    def __init__(self, app: ASGIApp, max_connections: int, tls: ServerTls | None, *, client_certificates: bool) -> None:
+        self._tls = tls
+        protocol = type("Protocol", (_LimitedProtocol,), {"max_connections": max_connections})
+
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=IDLE_TIMEOUT,
+            timeout_graceful_shutdown=1,
+            backlog=_BACKLOG,
+        )
+        config.load()
+        if tls is not None:
+            config.ssl = _ssl_context(tls, client_certificates)
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens (port 0: any free one); returns the ``host:port`` in use.
+
+        Raises:
+            Unavailable: the address is taken or not this machine's.
+            TlsError: the host is open to other machines and there is no TLS.
+        """
+        if self._tls is None and not is_loopback(host):
+            raise TlsError(f"refusing to serve HTTP on {host} in the clear: configure a TLS certificate and key")
+        bare = host.strip("[]")
+        try:
+            listener = socket.create_server(
+                (bare, port), family=socket.AF_INET6 if ":" in bare else socket.AF_INET, backlog=_BACKLOG
+            )
+        except OSError as error:
+            raise Unavailable(f"cannot serve HTTP on {host}:{port}: {error.strerror}") from error
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:  # uvicorn has no event for it; it takes one turn of the loop
+            if self._serving.done():
+                self._serving.result()
+                raise Unavailable(f"the HTTP server on {host}:{port} did not start")
+            await asyncio.sleep(0)
+        return f"{host}:{listener.getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """Takes no new connections and closes those there are once their answers are out."""
+        if self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+
+
+class _Server(uvicorn.Server):
+    """The process has its own signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _LimitedProtocol(HttpToolsProtocol):
+    """One connection. Slow or endless heads, readers that stall, and too many connections are cut off."""
+
+    max_connections = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_head()
+        if len(self.connections) > self.max_connections:
+            self._reject(too_many_connections())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_done()
+        self._reading_again()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        between = self.cycle is None or self.cycle.response_complete
+        if between and self._head_timer is None:
+            self._await_head()
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # Still no complete head: only its own bytes have been counted.
+        if self._head_timer is not None and self._head_bytes > MAX_HEAD:
+            self._reject(ApiError(431, f"the head of the request is larger than {MAX_HEAD} bytes"))
+
+    def on_headers_complete(self) -> None:
+        self._head_done()
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALLED_TIMEOUT, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reading_again()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn says to bytes that are not HTTP."""
+        self._reject(ApiError(400, "the request is not valid HTTP"))
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._head_missing)
+
+    def _head_done(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_missing(self) -> None:
+        self._head_timer = None
+        self._reject(ApiError(408, "the head of the request did not arrive in time"))
+
+    def _reading_again(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _reject(self, error: ApiError) -> None:
+        if self.transport.is_closing():
+            return
+        body = encode(error.body)
+        head = (
+            f"HTTP/1.1 {error.status} {_PHRASES[error.status]}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+_PHRASES = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}
+
+
+def _ssl_context(tls: ServerTls, client_certificates: bool) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.cert, tls.key)
+        if client_certificates and tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise TlsError(f"cannot read {tls.cert}, {tls.key} or {tls.client_ca}: {error}") from error
+    return context

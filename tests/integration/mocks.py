@@ -1,0 +1,84 @@
+"""A real router with mock workers, all in a thread of their own: fast, without torch, for tests of what is in front."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+
+from overfill.config import RouterConfig
+from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
+from overfill.testing.mock.running import mock_worker
+from services.router.app import Router
+
+
+@dataclass
+class MockStack:
+    """Addresses of a running stack: ``grpc`` is host:port, ``url`` the base of the HTTP endpoint."""
+
+    grpc: str
+    url: str
+    router: Router
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, coroutine, timeout=30):
+        """The result of ``coroutine``, run in the stack's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+
+
+def _flags(settings):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+
+
+@contextmanager
+def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, **router):
+    """Yields a MockStack that can answer; ``router`` are flags of the router, ``workers`` of all mock workers."""
+    started = Future()
+
+    async def main():
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        flags = {
+            "pair": pair,
+            "port": 0,
+            "http": 0,
+            "grace_period": 0,
+            "expect_prefill": prefill,
+            "expect_decode": decode,
+        }
+        app = Router(RouterConfig.parse(_flags(flags | router)))
+        address = await app.start()
+        serving = asyncio.create_task(app.run())
+        async with AsyncExitStack() as stack:
+            common = {"pair": pair, "routers": address} | (workers or {})
+            for index in range(prefill):
+                settings = common | {"worker_id": f"prefill-{index}"} | (prefill_settings or {})
+                await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(_flags(settings))))
+            for index in range(decode):
+                settings = common | {"worker_id": f"decode-{index}"} | (decode_settings or {})
+                await stack.enter_async_context(mock_worker(MockDecodeConfig.parse(_flags(settings))))
+            while sum(worker.report is not None for worker in app.roster.workers()) < prefill + decode:
+                await asyncio.sleep(0.01)
+            handle = MockStack(address, f"http://{app.http_address}", app, loop)
+            started.set_result((handle, lambda: loop.call_soon_threadsafe(stop.set)))
+            await stop.wait()
+            app.drain()
+            await serving
+
+    def run():
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    handle, stop = started.result(60)
+    try:
+        yield handle
+    finally:
+        stop()
+        thread.join(30)

@@ -1,0 +1,308 @@
+"""The OpenAI endpoint of a real router, asked by OpenAI's own client and by clients that misbehave."""
+
+import concurrent.futures
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+from mocks import mock_stack
+
+from overfill.api import keys
+from overfill.client import Client, SamplingParams, Unauthenticated
+
+HI = [{"role": "user", "content": "Hi"}]
+TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with mock_stack(tiny_pair, max_request_bytes=1 << 20) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def client(stack):
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(client):
+    return client.models.list().data[0].id
+
+
+def get(url, headers=None, data=None):
+    """Status, headers and body, whatever the status."""
+    request = urllib.request.Request(url, data, headers or {})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, dict(response.headers), response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), error.read()
+
+
+def post(url, body, headers=None):
+    return get(url, {"content-type": "application/json"} | (headers or {}), body)
+
+
+def idle(stack):
+    """Returns once nothing is in flight."""
+    deadline = time.monotonic() + 20
+    while stack.router.dispatcher.num_jobs:
+        assert time.monotonic() < deadline, "a request is still in flight"
+        time.sleep(0.01)
+
+
+def test_streaming_gives_the_same_answer_as_not_streaming(client, model):
+    fixed = {"model": model, "messages": HI, "seed": 7, "max_tokens": 30, "n": 3}
+    whole = client.chat.completions.create(**fixed)
+    texts, reasons = ["", "", ""], [None, None, None]
+    with client.chat.completions.create(**fixed, stream=True, stream_options={"include_usage": True}) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+            usage = chunk.usage
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3, "each of the n answers is its own"
+    assert reasons == [choice.finish_reason for choice in whole.choices] == ["length"] * 3
+    assert usage == whole.usage
+    assert usage.completion_tokens == 90
+
+
+def test_http_and_grpc_give_the_same_answers(stack, client, model):
+    whole = client.chat.completions.create(model=model, messages=HI, seed=7, max_tokens=30, n=2)
+    with Client(stack.grpc) as ours:
+        answers = ours.samples(HI, 2, sampling=SamplingParams(seed=7, max_tokens=30))
+    assert [a.text for a in answers] == [choice.message.content for choice in whole.choices]
+    assert [a.usage.prompt_tokens for a in answers] == [whole.usage.prompt_tokens] * 2
+
+
+def test_completions_take_text_and_ids_and_many_of_them(stack, client, model):
+    text = client.completions.create(model=model, prompt="A text", seed=1, max_tokens=5, echo=True)
+    assert text.choices[0].text.startswith("A text")
+    with Client(stack.grpc) as ours:
+        ids = ours.tokenize("A text")
+        assert ours.detokenize(ids) == "A text"
+    same = client.completions.create(model=model, prompt=ids, seed=1, max_tokens=5, echo=True)
+    assert same.choices[0].text == text.choices[0].text
+    many = client.completions.create(model=model, prompt=["one", "two"], n=2, seed=1, max_tokens=5)
+    assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
+    assert many.usage.completion_tokens == 20
+    assert client.completions.create(model=model, prompt="x").usage.completion_tokens == 16, "OpenAI's default"
+
+
+def test_stop_strings_are_left_out_and_end_the_answer(client, model):
+    answer = client.completions.create(model=model, prompt="x", temperature=0, max_tokens=40, stop=["prompt"])
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text.rstrip().endswith("whole")
+
+
+def test_logprobs_of_both_endpoints(client, model):
+    chat = client.chat.completions.create(model=model, messages=HI, max_tokens=4, logprobs=True, top_logprobs=2)
+    scores = chat.choices[0].logprobs.content
+    assert "".join(score.token for score in scores) == chat.choices[0].message.content
+    assert b"".join(bytes(score.bytes) for score in scores).decode() == chat.choices[0].message.content
+    assert all(len(score.top_logprobs) == 2 and score.logprob <= 0 for score in scores)
+    old = client.completions.create(model=model, prompt="x", max_tokens=4, logprobs=2).choices[0]
+    assert "".join(old.logprobs.tokens) == old.text
+    assert old.logprobs.text_offset == [len("".join(old.logprobs.tokens[:i])) for i in range(4)]
+    assert len(old.logprobs.token_logprobs) == len(old.logprobs.top_logprobs) == 4
+
+
+def test_the_overfill_object_says_where_the_time_went(client, model):
+    whole = client.chat.completions.create(model=model, messages=HI, max_tokens=4, n=2)
+    for index, choice in enumerate(whole.overfill["choices"]):
+        assert choice["index"] == index
+        assert (choice["prefill_worker"], choice["decode_worker"]) == ("prefill-0", "decode-0")
+        assert (choice["migrations"], choice["codec"]) == (0, "raw")
+        timing = choice["timing"]
+        assert sum(timing[f"{part}_ms"] for part in TTFT_PARTS) <= timing["ttft_ms"] <= timing["total_ms"]
+    assert whole.overfill["pair"]["name"] == model
+    with client.chat.completions.create(model=model, messages=HI, max_tokens=4, stream=True) as stream:
+        last = list(stream)[-1]
+    assert last.overfill["choices"][0]["timing"]["ttft_ms"] > 0
+
+
+def test_request_ids_are_taken_over(stack, model):
+    body = json.dumps({"model": model, "messages": HI, "max_tokens": 2}).encode()
+    _, headers, answer = post(f"{stack.url}/v1/chat/completions", body, {"x-request-id": "mine-1"})
+    assert headers["x-request-id"] == json.loads(answer)["id"] == "mine-1"
+
+
+def test_the_other_routes(stack, model):
+    status, _, body = post(f"{stack.url}/tokenize", json.dumps({"model": model, "prompt": "Hello there"}).encode())
+    tokens = json.loads(body)
+    assert (status, tokens["count"]) == (200, len(tokens["tokens"]))
+    status, _, body = post(f"{stack.url}/detokenize", json.dumps({"tokens": tokens["tokens"]}).encode())
+    assert (status, json.loads(body)) == (200, {"prompt": "Hello there"})
+    status, _, body = post(f"{stack.url}/tokenize", json.dumps({"messages": HI}).encode())
+    assert (status, json.loads(body)["count"]) == (200, 13)
+    assert json.loads(get(f"{stack.url}/health")[2]) == {"status": "ok"}
+    assert json.loads(get(f"{stack.url}/version")[2])["wire_version"] == 1
+    metrics = get(f"{stack.url}/metrics")[2].decode()
+    assert 'overfill_router_http_requests_total{route="/v1/chat/completions",status="200"}' in metrics
+    assert json.loads(get(f"{stack.url}/v1/models/{model}")[2])["id"] == model
+    assert get(f"{stack.url}/v1/models/other")[0] == 404
+
+
+ERRORS = [
+    (404, "model", "model_not_found", {"model": "gpt-4"}),
+    (400, "temperature", "invalid_type", {"temperature": "hot"}),
+    (400, "temperature", "invalid_value", {"temperature": 2.5}),
+    (400, "max_tokens", "context_length_exceeded", {"max_tokens": 100_000}),
+    (400, "magic", "unknown_parameter", {"magic": 1}),
+    (400, "functions", "unsupported_parameter", {"functions": []}),
+    (400, "messages", "missing_required_parameter", {"messages": ...}),
+    (400, "messages[0].role", "invalid_value", {"messages": [{"role": "robot", "content": "x"}]}),
+    (400, "stream_options", "invalid_value", {"stream_options": {"include_usage": True}}),
+    (400, "logit_bias", "invalid_value", {"logit_bias": {"Paris": 1}}),
+    (400, "logit_bias", "invalid_value", {"logit_bias": {"999999": 1}}),
+    (400, "logit_bias.5", "invalid_value", {"logit_bias": {"5": 101}}),
+    (400, "n", "invalid_value", {"n": 0}),
+    (400, "tool_choice", "invalid_value", {"tool_choice": "auto"}),
+    (400, "top_logprobs", "invalid_value", {"top_logprobs": 3}),
+    (
+        400,
+        "response_format",
+        "invalid_value",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "circle"}}}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("status", "param", "code", "fields"), ERRORS, ids=lambda value: str(value)[:60])
+def test_errors_name_the_field_as_openai_does(client, model, status, param, code, fields):
+    body = {"model": model, "messages": HI} | fields
+    body = {name: value for name, value in body.items() if value is not ...}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", body=body, cast_to=object)
+    error = caught.value
+    assert (error.status_code, error.param, error.code, error.type) == (status, param, code, "invalid_request_error")
+
+
+def test_paths_methods_and_content_types(stack):
+    url = f"{stack.url}/v1/chat/completions"
+    assert get(f"{stack.url}/v1/chat")[0] == 404
+    assert get(url)[0] == 405
+    assert get(url, {"content-type": "text/plain"}, b"{}")[0] == 415
+    for status, _, body in (get(f"{stack.url}/v1/chat"), get(url), get(url, {"content-type": "a/b"}, b"{}")):
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, status
+
+
+def test_large_bodies_are_refused_and_the_connection_is_closed(stack):
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * (2 << 20)}]}).encode()
+    status, headers, answer = post(f"{stack.url}/v1/chat/completions", body)
+    assert (status, headers["connection"]) == (413, "close")
+    assert json.loads(answer)["error"]["code"] == "request_too_large"
+
+
+def test_a_client_that_leaves_frees_everything(stack, model):
+    host, _, port = stack.url.removeprefix("http://").partition(":")
+    for stream in (True, False):
+        body = json.dumps({"model": model, "messages": HI, "max_tokens": 2000, "ignore_eos": True, "stream": stream})
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
+            if stream:
+                connection.recv(100)
+        idle(stack)
+
+
+def test_a_draining_router_says_so(tiny_pair):
+    with (
+        mock_stack(tiny_pair) as stack,
+        openai.OpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        model = client.models.list().data[0].id
+        stack.router._generator.drain()
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model=model, messages=HI)
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["retry-after"]
+
+
+def test_a_full_queue_is_429_with_retry_after(tiny_pair):
+    slow = {"mock_step": 0.05, "max_num_seqs": 1}
+    with mock_stack(tiny_pair, decode_settings=slow, max_queue=1) as stack:
+        with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client:
+            model = client.models.list().data[0].id
+
+            def ask(_):
+                return client.chat.completions.create(model=model, messages=HI, max_tokens=20)
+
+            with concurrent.futures.ThreadPoolExecutor(6) as pool:
+                outcomes = [future.exception() for future in [pool.submit(ask, i) for i in range(6)]]
+        refused = [error for error in outcomes if error is not None]
+        assert refused
+        assert len(refused) < 6
+        assert {type(error) for error in refused} == {openai.RateLimitError}
+        assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
+
+
+def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path):
+    file = tmp_path / "keys.json"
+    key = keys.create(file, "ci")
+    with mock_stack(tiny_pair, api_keys=file) as stack:
+        routes = stack.router._http_api.routes
+        assert "/v1/chat/completions" in routes
+        for path in (*routes, "/nothing"):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {key}"}):
+                status, _, body = get(f"{stack.url}{path}", headers)
+                assert status == (200 if path == "/health" else 401), (path, headers)
+                if status == 401:
+                    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+        with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key) as client:
+            assert client.models.list().data
+        with Client(stack.grpc, api_key=key) as ours:
+            assert ours.generate("x", sampling=SamplingParams(max_tokens=2)).usage.completion_tokens == 2
+        for wrong in (None, "wrong"):
+            with Client(stack.grpc, api_key=wrong) as ours:
+                for call in (
+                    lambda: ours.generate("x"),
+                    ours.models,
+                    lambda: ours.tokenize("x"),
+                    lambda: ours.detokenize([1]),
+                ):
+                    with pytest.raises(Unauthenticated):
+                        call()
+        keys.revoke(file, "ci")
+        deadline = time.monotonic() + 20
+        while get(f"{stack.url}/version", {"authorization": f"Bearer {key}"})[0] == 200:
+            assert time.monotonic() < deadline, "a revoked key still works"
+            time.sleep(0.1)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
+def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+    command = f"openssl req -x509 -nodes -days 2 {subject} -keyout {key} -out {cert}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    with mock_stack(tiny_pair, prefill=0, decode=0, tls_cert=cert, tls_key=key) as stack:
+        url = stack.url.replace("http:", "https:")
+        context = ssl.create_default_context(cafile=cert)
+        with urllib.request.urlopen(f"{url}/health", context=context) as response:
+            assert response.status == 200
+        with pytest.raises(OSError, match=r"."):
+            urllib.request.urlopen(f"{stack.url}/health")
+
+
+def test_too_many_connections_are_told_so(tiny_pair):
+    with mock_stack(tiny_pair, max_connections=2) as stack:
+        host, _, port = stack.url.removeprefix("http://").partition(":")
+        held = [socket.create_connection((host, int(port))) for _ in range(2)]
+        try:
+            with socket.create_connection((host, int(port))) as third:
+                assert b" 503 " in third.recv(1000).partition(b"\r\n")[0]
+        finally:
+            for connection in held:
+                connection.close()

@@ -1,0 +1,88 @@
+"""API keys: what the file holds, who is let in, what a damaged file does."""
+
+import json
+import stat
+
+import pytest
+
+from overfill.api import keys
+from overfill.api.keys import BadKeyFile, KeyRing, bearer
+from overfill.cli.main import main
+from overfill.errors import InvalidRequest
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "keys.json"
+
+
+def test_a_key_is_known_by_its_hash_only(file):
+    key = keys.create(file, "ci")
+    other = keys.create(file, "dev")
+    assert key != other
+    assert key not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    ring = KeyRing(file)
+    assert ring.find(key).name == "ci"
+    assert ring.find(other).name == "dev"
+    for wrong in ("", key[:-1], key + "x", key.lower(), "ü" * 100, "x" * 100_000, keys.hash_key(key)):
+        assert ring.find(wrong) is None
+
+
+def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
+    monkeypatch.setattr(keys, "_RELOAD_SECONDS", 0.0)
+    key = keys.create(file, "ci")
+    ring = KeyRing(file)
+    later = keys.create(file, "later")
+    assert ring.find(later).name == "later"
+    keys.revoke(file, "ci")
+    assert ring.find(key) is None
+    file.write_text("{")
+    assert ring.find(later).name == "later", "the last good version stays in force"
+    file.unlink()
+    assert ring.find(later).name == "later"
+
+
+def test_names_are_checked_and_taken_once(file):
+    keys.create(file, "ci")
+    for name in ("ci", "", "a b", "x" * 65, "ü"):
+        with pytest.raises(InvalidRequest):
+            keys.create(file, name)
+    with pytest.raises(InvalidRequest):
+        keys.revoke(file, "nobody")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": "x", "keys": []}', '{"format": "overfill-keys/1", "keys": [{"name": "a"}]}'],
+)
+def test_a_file_that_holds_no_keys_is_refused(file, text):
+    file.write_text(text)
+    with pytest.raises(BadKeyFile):
+        KeyRing(file)
+
+
+def test_a_short_hash_is_refused(file):
+    entry = {"name": "a", "sha256": "abc", "created": ""}
+    file.write_text(json.dumps({"format": keys.FORMAT, "keys": [entry]}))
+    with pytest.raises(BadKeyFile, match="'a'"):
+        KeyRing(file)
+
+
+def test_bearer():
+    assert bearer("Bearer x") == bearer("bearer  x ") == "x"
+    assert bearer("") is bearer("Basic x") is bearer("Bearer ") is bearer("x") is None
+
+
+def test_the_command_line(file, capsys):
+    assert main(["keys", "create", "ci", "--file", str(file)]) == 0
+    key = capsys.readouterr().out.strip()
+    assert KeyRing(file).find(key).name == "ci"
+    assert main(["keys", "list", "--file", str(file)]) == 0
+    listed = capsys.readouterr().out
+    assert "ci" in listed
+    assert key not in listed
+    assert main(["keys", "create", "ci", "--file", str(file)]) == 2
+    assert main(["keys", "revoke", "ci", "--file", str(file)]) == 0
+    assert KeyRing(file).find(key) is None
+    assert main(["keys", "list", "--file", str(file) + "x"]) == 1

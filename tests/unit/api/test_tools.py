@@ -1,0 +1,172 @@
+"""Tools: what models are told, what they may write, and how it is read back."""
+
+import json
+
+import pytest
+
+from overfill.api.chat import chat_grammar, encode_chat
+from overfill.api.chat_template import ChatTemplate
+from overfill.api.tools import Tool, ToolCallReader, check_tools, describe_tools, tools_grammar, write_calls
+from overfill.errors import InvalidRequest
+from overfill.grammar import Grammars
+from overfill.params import Grammar
+from overfill.v1 import inference_pb2
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [Tool("weather", "Tells the weather.", SCHEMA), Tool("now")]
+CALLS = [("weather", '{"city": "Köln }{ \\" ]", "days": 3}'), ("now", "{}")]
+
+
+def read(text, cut):
+    """Pushes ``text`` in pieces of ``cut`` characters; returns the text outside and the calls."""
+    reader, outside, calls = ToolCallReader(), [], []
+    for start in range(0, len(text), cut):
+        said, parts = reader.push(text[start : start + cut])
+        outside.append(said)
+        for part in parts:
+            if part.name:
+                assert part.index == len(calls)
+                calls.append((part.name, ""))
+            name, arguments = calls[part.index]
+            calls[part.index] = (name, arguments + part.arguments)
+    outside.append(reader.finish())
+    return "".join(outside), calls
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("before", ["", "Let me look.", "<tool_call> is no call", "a\n\n"])
+def test_calls_are_read_back_however_the_text_is_cut(cut, before):
+    text = f"{before}\n{write_calls(CALLS)}" if before else write_calls(CALLS)
+    assert read(text, cut) == (before.rstrip(), CALLS)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    "text", ["", " ", "plain  \n", "ends in <tool_ca", "<tool_call>\n{", "a <b> c\n\nd", "<tool_call>{}"]
+)
+def test_text_without_calls_stays_as_it_is(cut, text):
+    assert read(text, cut) == (text, [])
+
+
+def test_text_is_given_out_as_soon_as_it_is_certain():
+    reader = ToolCallReader()
+    assert reader.push("Hello wor")[0] == "Hello wor"
+    assert reader.push("ld <tool")[0] == "ld"
+    assert reader.push("box>")[0] == " <toolbox>"
+
+
+def test_arguments_are_given_out_while_they_come():
+    reader = ToolCallReader()
+    parts = reader.push('<tool_call>\n{"name": "weather", "arguments": {"city": "K')[1]
+    assert [(part.name, part.arguments) for part in parts] == [("weather", ""), ("", '{"city": "K')]
+    assert reader.calls == 0, "the call is not complete"
+
+
+def test_a_call_that_was_cut_short_leaves_no_text():
+    assert read('Look: <tool_call>\n{"name": "weather", "arguments": {"ci', 4) == ("Look:", [("weather", '{"ci')])
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_pair):
+    return Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1])
+
+
+def accepts(grammars, grammar, text):
+    """Whether the whole text follows the grammar; 1 ends an answer."""
+    import tokenizers
+
+    matcher = grammars.matcher(Grammar("lark", grammar))
+    ids = tokenizers.Tokenizer.from_file(str(grammars._path)).encode(text, add_special_tokens=False).ids
+    try:
+        matcher.accept([*ids, 1])
+    except InvalidRequest:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+@pytest.mark.parametrize("single", [True, False])
+def test_the_grammar_takes_what_write_calls_writes(grammars, mode, single):
+    grammar = tools_grammar(TOOLS, mode, single=single)
+    one, two = write_calls(CALLS[:1]), write_calls(CALLS)
+    assert accepts(grammars, grammar, one)
+    assert accepts(grammars, grammar, two) == (not single)
+    assert accepts(grammars, grammar, "Just text.") == (mode == "auto")
+    assert accepts(grammars, grammar, f"First text.\n{one}") == (mode == "auto")
+    for wrong in ('{"city": 5}', '{"days": 1}', '{"city": "x", "other": 1}', '{"city": "x"'):
+        assert not accepts(grammars, grammar, write_calls([("weather", wrong)])), wrong
+    assert not accepts(grammars, grammar, write_calls([("unknown", "{}")]))
+
+
+@pytest.mark.parametrize(
+    ("field", "tools"),
+    [
+        ("chat.tools[0].name", [Tool("")]),
+        ("chat.tools[0].name", [Tool("a b")]),
+        ("chat.tools[1].name", [Tool("a"), Tool("a")]),
+        ("chat.tools[0].parameters", [Tool("a", "", {"type": "string"})]),
+        ("chat.tools", [Tool(f"t{i}") for i in range(129)]),
+    ],
+)
+def test_bad_tools_are_named(field, tools):
+    with pytest.raises(InvalidRequest) as caught:
+        check_tools(tools)
+    assert caught.value.field == field
+
+
+def chat(**fields):
+    messages = [{"role": "user", "content": "Hi"}]
+    return inference_pb2.Chat(**({"messages": messages} | fields))
+
+
+def test_a_template_that_knows_no_tools_gets_them_in_the_system_message(byte_level_tokenizer):
+    tool = inference_pb2.Tool(name="weather", description="Tells.", parameters=json.dumps(SCHEMA))
+    text = byte_level_tokenizer.decode(encode_chat(chat(tools=[tool]), byte_level_tokenizer))
+    assert describe_tools([Tool("weather", "Tells.", SCHEMA)]) in text
+    system = {"role": "system", "content": "Be brief."}
+    text = byte_level_tokenizer.decode(
+        encode_chat(chat(tools=[tool], messages=[system, {"role": "user", "content": "Hi"}]), byte_level_tokenizer)
+    )
+    assert text.index("Be brief.") < text.index("<tools>") < text.index("Hi")
+    none = inference_pb2.ToolChoice(mode=inference_pb2.ToolChoice.MODE_NONE)
+    text = byte_level_tokenizer.decode(encode_chat(chat(tools=[tool], tool_choice=none), byte_level_tokenizer))
+    assert "<tools>" not in text
+
+
+def test_calls_and_their_results_go_back_to_the_model(byte_level_tokenizer):
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [{"id": "c1", "name": "weather", "arguments": '{"city": "Rome"}'}]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+    ]
+    text = byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
+    assert write_calls([("weather", '{"city": "Rome"}')]) in text
+    assert "<tool_response>\nsunny\n</tool_response>" in text
+
+
+def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
+    template = ChatTemplate("{% for t in tools %}{{ t.function.name }};{% endfor %}", {})
+    assert template.knows_tools
+    assert template.render([], [{"type": "function", "function": {"name": "weather"}}]) == "weather;"
+    assert not ChatTemplate("{{ messages }}", {}).knows_tools
+
+
+def test_only_a_chat_with_tools_has_a_grammar():
+    kind = inference_pb2.ToolChoice
+    tool = inference_pb2.Tool(name="weather")
+    assert chat_grammar(chat()) is None
+    assert chat_grammar(chat(tools=[tool], tool_choice=kind(mode=kind.MODE_NONE))) is None
+    assert "TEXT" in chat_grammar(chat(tools=[tool]))
+    named = kind(mode=kind.MODE_REQUIRED, name="weather")
+    other = inference_pb2.Tool(name="other")
+    assert "other" not in chat_grammar(chat(tools=[tool, other], tool_choice=named))
+    for wrong in (kind(mode=kind.MODE_REQUIRED, name="none"), kind(name="weather")):
+        with pytest.raises(InvalidRequest, match="tool_choice"):
+            chat_grammar(chat(tools=[tool], tool_choice=wrong))
+    with pytest.raises(InvalidRequest, match="no tools"):
+        chat_grammar(chat(tool_choice=kind(mode=kind.MODE_REQUIRED)))

@@ -1,0 +1,190 @@
+"""Penalties, bias and grammar: the formulas that others use, row by row, and no state that tokens do not tell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+import overfill.grammar
+from overfill.errors import InvalidRequest
+from overfill.grammar import GrammarFailed, Grammars
+from overfill.model.processors import LogitProcessor, new_processor, process
+from overfill.model.sampling import sample
+from overfill.params import Grammar, SamplingParams
+
+VOCAB = 512
+END = 1
+DIGITS = Grammar("regex", "[0-9]{3,5}")
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_pair: Path) -> Grammars:
+    return Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])
+
+
+def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_nothing_is_made_for_requests_that_need_nothing(grammars: Grammars) -> None:
+    plain = SamplingParams(temperature=0.5, top_p=0.9, logprobs=3, stop_token_ids=(5,))
+    assert new_processor(plain, [1, 2], grammars) is None
+    logits = random_logits(2)
+    before = logits.clone()
+    assert process(logits, [None, None], [[3], []]) == {}
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
+def test_repetition_penalty_is_hugging_face_s(penalty: float) -> None:
+    prompt, emitted = [3, 4, 4, 7], [9, 3, 9]
+    logits = random_logits(1)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + emitted]), logits.clone())
+    processor = new_processor(SamplingParams(repetition_penalty=penalty), prompt, None)
+    process(logits, [processor], [emitted])
+    assert torch.allclose(logits, expected)
+
+
+def test_presence_and_frequency_penalties_are_openai_s() -> None:
+    emitted = [9, 3, 9, 9, *range(100, 300)]
+    logits = random_logits(1)
+    expected = logits.clone()
+    for token in range(VOCAB):
+        count = emitted.count(token)
+        expected[0, token] -= 0.5 * count + 1.5 * (count > 0)  # the formula of OpenAI's reference
+    params = SamplingParams(frequency_penalty=0.5, presence_penalty=1.5)
+    process(logits, [new_processor(params, [3, 4, 5], None)], [emitted])
+    assert torch.allclose(logits, expected)
+
+
+def test_bias_is_added_to_its_tokens_only() -> None:
+    logits = random_logits(2)
+    before = logits.clone()
+    process(logits, [new_processor(SamplingParams(logit_bias={5: 4.0, 500: -100.0}), [], None), None], [[], []])
+    assert torch.allclose(logits[0, [5, 500]], before[0, [5, 500]] + torch.tensor([4.0, -100.0]))
+    before[0, [5, 500]] = logits[0, [5, 500]]
+    assert torch.equal(logits, before)
+
+
+MIXED = [
+    SamplingParams(),
+    SamplingParams(repetition_penalty=1.2, presence_penalty=0.4),
+    SamplingParams(frequency_penalty=-1.0, logit_bias={7: 3.0}),
+    SamplingParams(grammar=DIGITS, repetition_penalty=1.4),
+    SamplingParams(logit_bias={8: -2.0}),
+    SamplingParams(grammar=Grammar("json_object")),
+]
+
+
+def test_a_row_does_not_depend_on_the_others(grammars: Grammars) -> None:
+    logits = random_logits(len(MIXED))
+    emitted = [[3] * row if params.grammar is None else [] for row, params in enumerate(MIXED)]
+    together = logits.clone()
+    process(together, [new_processor(p, [2, 3], grammars) for p in MIXED], emitted)
+    for row, params in enumerate(MIXED):
+        alone = logits[row : row + 1].clone()
+        process(alone, [new_processor(params, [2, 3], grammars)], [emitted[row]])
+        assert torch.equal(alone[0], together[row]), params
+
+
+@pytest.mark.parametrize("params", MIXED[1:], ids=str)
+def test_state_is_rebuilt_from_the_tokens_alone(params: SamplingParams, grammars: Grammars) -> None:
+    """One that saw every step, one that begins in the middle, and one that catches up do the same."""
+    seeing = new_processor(params, [2, 3], grammars)
+    emitted: list[int] = []
+    for step in range(6):
+        logits, fresh = random_logits(1, step), random_logits(1, step)
+        process(logits, [seeing], [emitted])
+        process(fresh, [new_processor(params, [2, 3], grammars)], [emitted])
+        assert torch.equal(logits, fresh), step
+        token = int(logits.argmax())
+        if token == END:
+            break
+        emitted.append(token)
+
+
+def run(params: SamplingParams, grammars: Grammars, seed: int) -> list[int]:
+    """Tokens drawn until the end."""
+    processor = new_processor(params, [2, 3], grammars)
+    emitted: list[int] = []
+    for step in range(200):
+        logits = random_logits(1, 1000 * seed + step)
+        assert process(logits, [processor], [emitted]) == {}
+        token = sample(logits, [params], [step], [0])[0].token_id
+        if token == END:
+            return emitted
+        emitted.append(token)
+    raise AssertionError("the answer did not end")
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_every_answer_follows_the_grammar(grammars: Grammars, tiny_pair: Path, greedy: bool) -> None:
+    from overfill.api.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tiny_pair / "full")
+    params = SamplingParams(temperature=0 if greedy else 2.0, seed=5, grammar=DIGITS)
+    answers = {tokenizer.decode(run(params, grammars, seed)) for seed in range(8)}
+    assert len(answers) > 4
+    assert all(re.fullmatch("[0-9]{3,5}", answer) for answer in answers)
+
+
+class _Broken:
+    def accept(self, tokens: list[int]) -> None:
+        raise GrammarFailed("sampling.grammar", "too complex")
+
+
+def test_a_row_that_fails_leaves_the_others_alone(grammars: Grammars) -> None:
+    broken = LogitProcessor(SamplingParams(), [], _Broken())  # type: ignore[arg-type]
+    good = new_processor(SamplingParams(grammar=DIGITS), [], grammars)
+    logits = random_logits(2)
+    alone = logits[1:].clone()
+    failed = process(logits, [broken, good], [[], []])
+    assert list(failed) == [0]
+    assert isinstance(failed[0], InvalidRequest)
+    process(alone, [new_processor(SamplingParams(grammar=DIGITS), [], grammars)], [[]])
+    assert torch.equal(logits[1], alone[0])
+
+
+def test_tokens_that_break_the_grammar_are_an_error(grammars: Grammars) -> None:
+    processor = new_processor(SamplingParams(grammar=DIGITS), [], grammars)
+    letter = 40  # some letter or sign; no digit
+    assert list(process(random_logits(1), [processor], [[letter, letter]])) == [0]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar("json_schema", '{"type": "circle"}'), "circle"),
+        (Grammar("json_schema", '{"type": "object", "not": {}}'), "not"),
+        (Grammar("regex", "[a-"), "."),
+        (Grammar("lark", "start: missing"), "missing"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused_with_the_reason(grammars: Grammars, grammar: Grammar, message: str) -> None:
+    for attempt in (lambda: grammars.matcher(grammar), lambda: overfill.grammar.check_grammar(grammar)):
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            attempt()
+        assert caught.value.field == f"sampling.grammar.{grammar.kind}"
+
+
+def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overfill.grammar, "llguidance", None)
+    with pytest.raises(InvalidRequest, match="pip install llguidance"):
+        new_processor(SamplingParams(grammar=DIGITS), [], grammars)
+    assert new_processor(SamplingParams(presence_penalty=1), [], grammars) is not None
+    overfill.grammar.check_grammar(DIGITS)  # a router without it leaves that to the workers
+
+
+def test_logprobs_are_those_of_the_changed_logits(grammars: Grammars) -> None:
+    params = SamplingParams(temperature=0, logprobs=20, grammar=DIGITS)
+    logits = random_logits(1)
+    process(logits, [new_processor(params, [], grammars)], [[]])
+    token = sample(logits, [params], [0], [0])[0]
+    assert token.top is not None
+    listed = [value for _, value in token.top if value != float("-inf")]
+    assert sum(torch.tensor(listed).exp()) <= 1.001
+    assert token.logprob == pytest.approx(max(listed))
