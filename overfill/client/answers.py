@@ -131,13 +131,19 @@ class PrefillTrace:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One handoff: seconds since the decode worker asked for it, on its clock, and what it received."""
+    """One handoff: seconds since the decode worker asked for it, on its clock, and what it received.
+
+    Of the prompt's tokens, the prefill worker's prefix cache had ``cached_tokens``, and ``held_tokens`` did not travel:
+    the decode worker had their KV from an earlier prompt.
+    """
 
     first_token_received: float
     first_kv_received: float
     last_kv_received: float
     kv_bytes: int
     kv_chunks: int
+    cached_tokens: int
+    held_tokens: int
     prefill: PrefillTrace
 
     @classmethod
@@ -148,6 +154,8 @@ class Trace:
             last_kv_received=message.last_kv_received_ns / 1e9,
             kv_bytes=message.kv_bytes,
             kv_chunks=message.kv_chunks,
+            cached_tokens=message.cached_tokens,
+            held_tokens=message.held_tokens,
             prefill=PrefillTrace.from_proto(message.prefill),
         )
 
