@@ -85,12 +85,14 @@ def status_table(status: StackStatus, tls: bool = False) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("worker", "stage", "state", "address"):
         table.add_column(column)
-    for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total"):
+    for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total", "prefix hits"):
         table.add_column(column, justify="right")
     for worker in status.workers:
         row = worker_json(worker)
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
-        table.add_row(worker.id, worker.stage, _state(worker), worker.address, *numbers)
+        rate = row["prefix_hit_rate"]
+        hits = "?" if rate is None else f"{100 * rate:.1f} %"
+        table.add_row(worker.id, worker.stage, _state(worker), worker.address, *numbers, hits)
     return table
 
 
@@ -124,6 +126,9 @@ def worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "kv_blocks_total": load.kv_blocks_total if load is not None else None,
         "running": load.running if load is not None else None,
         "waiting": load.waiting if load is not None else None,
+        "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
+        "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
+        "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
     }
 
 

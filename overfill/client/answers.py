@@ -151,7 +151,9 @@ class PrefillTrace:
 class Trace:
     """One handoff: seconds since the decode worker asked for it, on its clock, and what it received.
 
-    ``broken_streams``: data streams that brought a wrong chunk or too little, and were begun anew.
+    Of the prompt's tokens, the prefill worker's prefix cache had ``cached_tokens``, and ``held_tokens`` did not travel:
+    the decode worker had their KV from an earlier prompt. ``broken_streams``: data streams that brought a wrong chunk
+    or too little, and were begun anew.
     """
 
     first_token_received: float
@@ -160,6 +162,8 @@ class Trace:
     kv_bytes: int
     kv_chunks: int
     broken_streams: int
+    cached_tokens: int
+    held_tokens: int
     prefill: PrefillTrace
 
     @classmethod
@@ -171,6 +175,8 @@ class Trace:
             kv_bytes=message.kv_bytes,
             kv_chunks=message.kv_chunks,
             broken_streams=message.broken_streams,
+            cached_tokens=message.cached_tokens,
+            held_tokens=message.held_tokens,
             prefill=PrefillTrace.from_proto(message.prefill),
         )
 

@@ -27,7 +27,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """One worker's load. Blocks hold ``block_size`` tokens each; used and cached ones do not overlap."""
+    """One worker's load. Blocks hold ``block_size`` tokens each; used and cached ones do not overlap.
+
+    Of the ``prefix_tokens_looked_up`` prompt tokens that were given blocks since the worker started, the KV of
+    ``prefix_tokens_found`` was in its prefix cache.
+    """
 
     kv_blocks_used: int
     kv_blocks_cached: int
@@ -36,6 +40,13 @@ class WorkerLoad:
     waiting: int
     block_size: int
     queued_tokens: int
+    prefix_tokens_looked_up: int = 0
+    prefix_tokens_found: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of prompt tokens found; None before there were any."""
+        return self.prefix_tokens_found / self.prefix_tokens_looked_up if self.prefix_tokens_looked_up else None
 
     @classmethod
     def from_proto(cls, message: decode_pb2.WorkerLoad) -> WorkerLoad:

@@ -22,6 +22,7 @@ from overfill.grammar import Grammars
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.kv.handshake import KvIdentity
+from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.model.config import ModelConfig
 from overfill.model.native.transformer import fastest
@@ -122,6 +123,15 @@ class EngineParts:
             decoder_digest=self.pair.decoder_digest if half == "decoder" else "",
             tokenizer_digest=self.pair.tokenizer_digest,
             decoder_quantize=self.pair.quantize if half == "decoder" and self.pair.quantize != "none" else "",
+        )
+
+    def prefix_cache(self, enabled: bool) -> PrefixCache:
+        """A prefix cache on ``pool``, told what computing KV again costs in this model."""
+        return PrefixCache(
+            self.pool,
+            (self.pair.full_digest, self.kv.dtype),
+            enabled=enabled,
+            attention_tokens=self.pair.full_config.attention_tokens,
         )
 
     def kv_identity(self) -> KvIdentity:

@@ -29,6 +29,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.kv.blocks import BlockPool
+from overfill.kv.prefix import PrefixCache
 from overfill.model.processors import process
 from overfill.model.sampling import sample
 
@@ -42,6 +43,7 @@ class DecodeEngine:
         max_num_seqs: most sequences that hold or wait for blocks at once.
         replay_budget: most replayed tokens in one step, so that a replay neither holds up the others for long nor takes
             more memory than was set aside for a step.
+        prefix: cache on ``pool`` of prompts received before, never of what the decoder wrote; None keeps nothing.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class DecodeEngine:
         max_num_seqs: int,
         replay_budget: int,
         emit: Callable[[list[DecodeEvent]], None],
+        prefix: PrefixCache | None = None,
     ) -> None:
         self._runner = runner
         self._pool = pool
+        self._prefix = prefix or PrefixCache(pool, enabled=False)
         self._max_num_seqs = max_num_seqs
         self._replay_budget = replay_budget
         self._emit = emit
@@ -64,11 +68,19 @@ class DecodeEngine:
         """``waiting`` counts sequences whose KV or blocks are not there yet."""
         running = sum(s.state is DecodeState.RUNNING for s in self._sequences.values())
         waiting = len(self._sequences) - running
-        return EngineLoad(self._pool.num_used, self._pool.num_blocks, running, waiting)
+        return EngineLoad(
+            self._prefix.num_used,
+            self._pool.num_blocks,
+            running,
+            waiting,
+            blocks_cached=self._prefix.num_cached,
+            prefix_tokens_looked_up=self._prefix.tokens_looked_up,
+            prefix_tokens_found=self._prefix.tokens_found,
+        )
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
-        self._pool.check_owned(sum(len(s.blocks) for s in self._sequences.values()))
+        self._prefix.check_owners(s.id for s in self._sequences.values() if s.blocks)
 
     def handle(self, message: Reserve | Start | Yielded | Release) -> None:
         events: list[DecodeEvent] = []
@@ -117,14 +129,23 @@ class DecodeEngine:
             return Refused(sequence.id, f"{len(self._sequences)} sequences, the most this worker takes")
         if any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values()):
             return Refused(sequence.id, "preempted sequences come first")
-        wanted = self._pool.blocks_for(sequence.num_tokens + 1)
-        blocks = self._pool.acquire(sequence.id, wanted)
-        if blocks is None:
-            return Refused(sequence.id, f"{wanted} KV blocks wanted, {self._pool.num_free} free")
-        sequence.blocks = blocks
-        sequence.state = DecodeState.RECEIVING
+        reserved = self._acquire(sequence)
+        if reserved is None:
+            wanted = self._pool.blocks_for(sequence.num_tokens + 1)
+            return Refused(sequence.id, f"{wanted} KV blocks wanted, {self._prefix.num_available} free")
         self._sequences[sequence.id] = sequence
-        return Reserved(sequence.id, blocks)
+        return reserved
+
+    def _acquire(self, sequence: DecodeSequence) -> Reserved | None:
+        """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
+        wanted = self._pool.blocks_for(sequence.num_tokens + 1)
+        grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt)
+        if grant is None:
+            return None
+        sequence.blocks = grant.blocks
+        sequence.computed = 0
+        sequence.state = DecodeState.RECEIVING
+        return Reserved(sequence.id, grant.blocks, grant.cached_tokens)
 
     def _start(self, sequence: DecodeSequence, first: int | None) -> None:
         if first is not None and not sequence.emitted:
@@ -133,19 +154,17 @@ class DecodeEngine:
         if sequence.state is DecodeState.RECEIVING:
             sequence.computed = len(sequence.prompt)
             sequence.state = DecodeState.RUNNING
+            self._prefix.publish(sequence.id, len(sequence.prompt))
 
     def _resume_preempted(self, events: list[DecodeEvent]) -> None:
         """Gives free blocks to preempted sequences, oldest first; none overtakes another."""
         for sequence in self._sequences.values():
             if sequence.state is not DecodeState.PREEMPTED:
                 continue
-            blocks = self._pool.acquire(sequence.id, self._pool.blocks_for(sequence.num_tokens + 1))
-            if blocks is None:
+            reserved = self._acquire(sequence)
+            if reserved is None:
                 return
-            sequence.blocks = blocks
-            sequence.computed = 0
-            sequence.state = DecodeState.RECEIVING
-            events.append(Reserved(sequence.id, blocks))
+            events.append(reserved)
 
     def _with_room(self) -> tuple[list[DecodeSequence], bool]:
         """Running sequences that have blocks for their pending tokens, oldest first; and whether others lack them."""
@@ -156,7 +175,7 @@ class DecodeEngine:
                 continue
             lacking = self._pool.blocks_for(sequence.num_tokens) - len(sequence.blocks)
             if lacking > 0:
-                blocks = self._pool.acquire(sequence.id, lacking)
+                blocks = self._prefix.extend(sequence.id, lacking)
                 if blocks is None:
                     starved = True
                     continue
@@ -231,5 +250,5 @@ class DecodeEngine:
         sequence.computed += len(part)
 
     def _free(self, sequence: DecodeSequence) -> None:
-        self._pool.release(sequence.id, sequence.blocks)
+        self._prefix.release(sequence.id)
         sequence.blocks = []

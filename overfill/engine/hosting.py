@@ -21,6 +21,7 @@ from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
+from overfill.kv.journal import KeyJournal
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.rpc.constants import WIRE_VERSION
@@ -77,6 +78,9 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
         waiting=load.waiting,
         block_size=block_size,
         queued_tokens=load.queued_tokens,
+        kv_blocks_cached=load.blocks_cached,
+        prefix_tokens_looked_up=load.prefix_tokens_looked_up,
+        prefix_tokens_found=load.prefix_tokens_found,
     )
 
 
@@ -120,12 +124,14 @@ async def serve_engine(
     add_servicer: Callable[[Any, Any], None],
     service: str,
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
+    prefix_keys: KeyJournal | None = None,
 ) -> int:
     """Runs ``core`` on its thread and ``servicer`` on the network until drained; returns the exit code.
 
     Args:
         add_servicer, service: as ``RpcServer.add`` takes them.
         codec: encoding in which a decode worker asks for KV.
+        prefix_keys: what a prefill worker's prefix cache holds.
     """
     loop = asyncio.get_running_loop()
     engine = EngineThread(
@@ -146,6 +152,7 @@ async def serve_engine(
         capacity=config.max_num_seqs,
         healthy=lambda: engine.alive,
         codec=codec,
+        prefix_keys=prefix_keys,
     )
     host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
     servicer.engine, servicer.host = engine, host

@@ -1,7 +1,8 @@
 """Prefill scheduling: prompts through the full model in chunks, under a token budget. No sockets, no text.
 
 Policy: first come, first served. A step takes running prompts in order of arrival and then waiting ones until the
-token budget is spent; only the last prompt taken is cut. A prompt starts when all its blocks are free.
+token budget is spent; only the last prompt taken is cut. A prompt starts when all its blocks are free, behind the part
+of it that the prefix cache has.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
+from overfill.kv.cache import DeviceEvent
+from overfill.kv.prefix import PrefixCache
 from overfill.model.processors import process
 from overfill.model.sampling import SampledToken, sample
 
@@ -44,6 +47,7 @@ class PrefillEngine:
     Args:
         token_budget: most prompt tokens in one step.
         max_num_seqs: most prompts that hold blocks at once.
+        prefix: cache on ``pool``; None keeps nothing of a prompt that has been released.
     """
 
     def __init__(
@@ -53,9 +57,11 @@ class PrefillEngine:
         token_budget: int,
         max_num_seqs: int,
         emit: Callable[[PrefillEvent], None],
+        prefix: PrefixCache | None = None,
     ) -> None:
         self._runner = runner
         self._pool = pool
+        self._prefix = prefix or PrefixCache(pool, enabled=False)
         self._token_budget = token_budget
         self._max_num_seqs = max_num_seqs
         self._emit = emit
@@ -67,7 +73,14 @@ class PrefillEngine:
         """``running`` counts prompts that hold blocks: being computed, or computed and handed over."""
         uncomputed = sum(len(s.prompt) - s.computed for s in (*self._waiting, *self._running.values()))
         return EngineLoad(
-            self._pool.num_used, self._pool.num_blocks, self._num_admitted, len(self._waiting), uncomputed
+            self._prefix.num_used,
+            self._pool.num_blocks,
+            self._num_admitted,
+            len(self._waiting),
+            uncomputed,
+            self._prefix.num_cached,
+            self._prefix.tokens_looked_up,
+            self._prefix.tokens_found,
         )
 
     @property
@@ -77,7 +90,7 @@ class PrefillEngine:
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
         holders = (*self._running.values(), *self._holding.values())
-        self._pool.check_owned(sum(len(s.blocks) for s in holders))
+        self._prefix.check_owners(s.id for s in holders if s.blocks)
 
     def handle(self, message: Submit | Release) -> None:
         match message:
@@ -117,14 +130,17 @@ class PrefillEngine:
             sequence = self._waiting[0]
             if sequence.cancelled:  # its Release is on the way
                 break
-            blocks = self._pool.acquire(sequence.id, self._pool.blocks_for(len(sequence.prompt)))
-            if blocks is None:
+            wanted = self._pool.blocks_for(len(sequence.prompt))
+            grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt)
+            if grant is None:
                 break
             self._waiting.popleft()
-            sequence.blocks = blocks
+            sequence.blocks, sequence.computed = grant.blocks, grant.cached_tokens
             self._running[sequence.id] = sequence
-            self._emit(PrefillScheduled(sequence.id, blocks, time.monotonic_ns()))
-            count = min(budget, len(sequence.prompt))
+            # Steps that computed the cached part may still be running on the device.
+            mark = self._mark() if grant.cached_tokens else None
+            self._emit(PrefillScheduled(sequence.id, grant.blocks, grant.cached_tokens, mark, time.monotonic_ns()))
+            count = min(budget, len(sequence.prompt) - sequence.computed)
             scheduled.append((sequence, count))
             budget -= count
         return scheduled
@@ -146,10 +162,7 @@ class PrefillEngine:
                 self._emit(LayerStarted(sequence.id, layer, now))
 
         def kv_written(layer: int) -> None:
-            event = None
-            if self._runner.device.type == "cuda":
-                event = torch.cuda.Event()
-                event.record()
+            event = self._mark()
             now = time.monotonic_ns()
             for (sequence, _), end in zip(scheduled, ends, strict=True):
                 self._emit(KvWritten(sequence.id, layer, end, event, now))
@@ -170,6 +183,7 @@ class PrefillEngine:
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             sequence.computed = end
+            self._prefix.publish(sequence.id, end)
             self._emit(ChunkComputed(sequence.id, end - count, end))
         for sequence in finishing:
             del self._running[sequence.id]
@@ -179,6 +193,14 @@ class PrefillEngine:
                 continue
             self._emit(PromptComputed(sequence.id, tokens.get(sequence.id), now))
 
+    def _mark(self) -> DeviceEvent | None:
+        """A mark after all that has been launched so far; None where nothing is left running."""
+        if self._runner.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
     def _set_aside(self, sequences: list[PrefillSequence]) -> None:
         for sequence in sequences:
             if self._running.pop(sequence.id, None):
@@ -187,7 +209,7 @@ class PrefillEngine:
     def _release(self, id: str) -> None:
         sequence = self._running.pop(id, None) or self._holding.pop(id, None)
         if sequence is not None:
-            self._pool.release(id, sequence.blocks)
+            self._prefix.release(id)
             sequence.blocks = []
         else:
             self._waiting = deque(s for s in self._waiting if s.id != id)

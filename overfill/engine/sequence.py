@@ -59,6 +59,9 @@ class EngineLoad:
     running: int
     waiting: int
     queued_tokens: int = 0
+    blocks_cached: int = 0
+    prefix_tokens_looked_up: int = 0
+    prefix_tokens_found: int = 0
 
 
 # Messages to a prefill engine ------------------------------------------------------------------------------------
@@ -66,7 +69,11 @@ class EngineLoad:
 
 @dataclass(slots=True, eq=False)
 class PrefillSequence:
-    """A prompt in a prefill engine. ``cancelled`` may be set from any thread; everything else is the engine's."""
+    """A prompt in a prefill engine. ``cancelled`` may be set from any thread; everything else is the engine's.
+
+    Attributes:
+        salt: tenant whose prefixes it may share.
+    """
 
     id: str
     prompt: list[int]
@@ -74,6 +81,7 @@ class PrefillSequence:
     sample_index: int = 0
     sample_first_token: bool = True
     processor: LogitProcessor | None = None
+    salt: str = ""
     cancelled: bool = False
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -98,10 +106,15 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class PrefillScheduled:
-    """The prompt has its blocks and the first chunk starts now."""
+    """The prompt has its blocks and the first chunk starts now.
+
+    The KV of its first ``cached_tokens`` tokens is in them once ``event`` has passed.
+    """
 
     id: str
     blocks: list[int]
+    cached_tokens: int
+    event: DeviceEvent | None
     time_ns: int
 
 
@@ -166,7 +179,11 @@ class DecodeState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class DecodeSequence:
-    """A sequence in a decode engine. ``computed`` counts tokens (prompt and answer) whose KV is in our blocks."""
+    """A sequence in a decode engine. ``computed`` counts tokens (prompt and answer) whose KV is in our blocks.
+
+    Attributes:
+        salt: whose prefixes it may share, and how their KV came here.
+    """
 
     id: str
     prompt: list[int]
@@ -175,6 +192,7 @@ class DecodeSequence:
     stop: StopRule
     sample_index: int = 0
     processor: LogitProcessor | None = None
+    salt: str = ""
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False
     computed: int = 0
@@ -219,10 +237,11 @@ class Yielded:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """The sequence has blocks (again); its prompt's KV is wanted in them."""
+    """The sequence has blocks (again); its prompt's KV is wanted in them, but for the first ``held_tokens`` tokens."""
 
     id: str
     blocks: list[int]
+    held_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

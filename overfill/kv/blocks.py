@@ -56,11 +56,15 @@ class BlockPool:
             self._owner[block] = None
         self._free.extend(blocks)
 
-    def check_owned(self, count: int) -> None:
-        """Raises AssertionError unless ``count`` blocks, which is what the owners have, are owned, each by one."""
-        self.check_integrity()
-        if self.num_used != count:
-            raise AssertionError(f"{self.num_used} blocks are owned, and their owners know of {count}")
+    def owner(self, block: int) -> str | None:
+        """Who owns ``block``; None when it is free."""
+        return self._owner[block]
+
+    def give(self, owner: str, block: int, to: str) -> None:
+        """Makes ``owner``'s block one of ``to``. Raises ValueError when it is not ``owner``'s."""
+        if self._owner[block] != owner:
+            raise ValueError(f"{owner!r} gave block {block} away, which it does not own")
+        self._owner[block] = to
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every block is either free once or owned once."""

@@ -92,6 +92,8 @@ class PullStats:
     last_kv_ns: int = 0
     kv_bytes: int = 0
     kv_chunks: int = 0
+    cached_tokens: int = 0  # of the prompt, in the prefill worker's prefix cache
+    held_tokens: int = 0  # of the prompt, in our blocks before
     broken_streams: int = 0  # data streams that ended with a wrong chunk, too little or an error
     prefill: kv_pb2.PrefillTrace | None = None
 
@@ -104,6 +106,8 @@ class PullStats:
             kv_chunks=self.kv_chunks,
             broken_streams=self.broken_streams,
             prefill=self.prefill,
+            cached_tokens=self.cached_tokens,
+            held_tokens=self.held_tokens,
         )
 
 
@@ -186,7 +190,7 @@ class PromptPull:
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
         self._unwritten = self._coverage.missing_cells  # claimed by a checked chunk is not yet written
         self._ready_bytes = 0
-        self.stats = PullStats()
+        self.stats = PullStats(held_tokens=held_tokens)
 
     async def run(self, timeout: float | None, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
         """Runs the prefill RPC and the data streams; returns when every range is in place and acknowledged.
@@ -212,13 +216,14 @@ class PromptPull:
                                 group.create_task(self._pull(stub, ranges, timeout))
                         case "scheduled":
                             queue_ns = message.scheduled.queue_ns
+                            self.stats.cached_tokens = message.scheduled.cached_tokens
+                            self._note_ready(0, message.scheduled.cached_tokens)
                         case "first_token":
                             now = time.monotonic_ns()
                             self.stats.first_token_ns = now - self.stats.started_ns
                             on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
                         case "ready":
-                            tokens = message.ready.token_end - message.ready.token_start
-                            self._ready_bytes += tokens * len(self._spec.layers) * self._spec.kv.token_layer_bytes
+                            self._note_ready(message.ready.token_start, message.ready.token_end)
                         case "done":
                             self.stats.prefill = message.done.trace
                 pace.cancel()
@@ -234,6 +239,10 @@ class PromptPull:
             control.cancel()
         if self._unwritten:
             raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
+
+    def _note_ready(self, token_start: int, token_end: int) -> None:
+        tokens = max(0, token_end - max(token_start, self._spec.tokens[0]))
+        self._ready_bytes += tokens * len(self._spec.layers) * self._spec.kv.token_layer_bytes
 
     def _start_message(self) -> prefill_pb2.PrefillRequest:
         request = self._request

@@ -22,18 +22,17 @@ from overfill.v1 import kv_pb2
 class KvSender:
     """One prompt's KV on its way out.
 
-    ``written`` is called as layers are computed; ``chunks`` serves one data stream; ``acknowledge`` records
-    what has arrived. Blocks must stay put until every ``chunks`` iterator has been closed.
+    ``begin`` is called once, then ``written`` as layers are computed; ``chunks`` serves one data stream;
+    ``acknowledge`` records what has arrived. Blocks must stay put until every ``chunks`` iterator has been closed.
 
     Attributes:
-        block_table: the prompt's blocks; set before the first ``written``.
         ready_bytes: KV bytes computed so far, of the layers that travel.
     """
 
     def __init__(self, spec: TransferSpec, cache: KvCache, executor: Executor) -> None:
         self.spec = spec
         self._cache = cache
-        self.block_table: Sequence[int] = ()
+        self._block_table: Sequence[int] = ()
         self._executor = executor
         self._acknowledged = Coverage(spec.layers, spec.tokens, spec.kv.num_kv_heads)
         # Per full-model layer: positions below this are in the cache.
@@ -54,6 +53,13 @@ class KvSender:
     def complete(self) -> bool:
         """Whether every range has been acknowledged."""
         return self._acknowledged.complete
+
+    def begin(self, block_table: Sequence[int], cached_tokens: int, event: DeviceEvent | None) -> None:
+        """The prompt's blocks; all layers of its first ``cached_tokens`` are in them once ``event`` has passed."""
+        self._block_table = block_table
+        if cached_tokens:
+            for layer in self.spec.layers:
+                self.written(layer, cached_tokens, event)
 
     def written(self, layer: int, token_end: int, event: DeviceEvent | None) -> None:
         """Positions below ``token_end`` of ``layer`` are in the cache once ``event`` has passed."""
@@ -121,7 +127,7 @@ class KvSender:
 
     def _read(self, box: KvRange) -> kv_pb2.KvChunk:
         payload = self._cache.read(
-            self.block_table,
+            self._block_table,
             range(box.layer_start, box.layer_end),
             (box.token_start, box.token_end),
             (box.head_start, box.head_end),

@@ -112,6 +112,13 @@ class ModelConfig:
             raise _unsupported("head_dim", config.head_dim, "RoPE needs an even number")
         return config
 
+    @property
+    def attention_tokens(self) -> float:
+        """Context at which attending to it takes as many operations per token as all matrices of a layer."""
+        attended = self.num_heads * self.head_dim
+        projections = self.hidden_size * (2 * attended + 2 * self.num_kv_heads * self.head_dim)
+        return (projections + 3 * self.hidden_size * self.intermediate_size) / (2 * attended)
+
     def kv_spec(self, dtype: DTypeName) -> KvSpec:
         """Geometry of this model's KV cache when its elements are ``dtype``."""
         return KvSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype, self.rope)

@@ -73,6 +73,7 @@ class Worker:
         placed: requests placed since the latest report, which does not count them yet.
         placed_tokens, placed_blocks: what those take.
         last_placed: ordinal of the latest placement in the pool; 0 for none.
+        prefix_keys: keys of the blocks in its prefix cache (``kv.prefix.block_key``), as last reported.
     """
 
     info: WorkerInfo
@@ -84,6 +85,7 @@ class Worker:
     placed_tokens: int = 0
     placed_blocks: int = 0
     last_placed: int = 0
+    prefix_keys: set[int] = field(default_factory=set)
 
     @property
     def id(self) -> str:
@@ -197,6 +199,11 @@ class Pool:
         worker.reported_at = now
         worker.closed = False
         worker.forget_placed()
+        if report.HasField("prefix"):
+            if report.prefix.replaces:
+                worker.prefix_keys.clear()
+            worker.prefix_keys.update(report.prefix.added)
+            worker.prefix_keys.difference_update(report.prefix.removed)
 
     def refused(self, worker: Worker, load: decode_pb2.WorkerLoad | None) -> None:
         """Closes the worker until its next report; ``load`` is what it said of itself, if it did."""

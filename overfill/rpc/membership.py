@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import grpc.aio
 
@@ -38,6 +38,20 @@ BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
 _DNS = "dns:///"
 
 
+class PrefixFeed(Protocol):
+    """What one router has not been told yet of a prefix cache's keys."""
+
+    def take(self) -> registry_pb2.PrefixDelta | None: ...
+
+    def close(self) -> None: ...
+
+
+class PrefixKeys(Protocol):
+    """The keys of a prefix cache; each feed begins with all there are."""
+
+    def feed(self) -> PrefixFeed: ...
+
+
 class Membership:
     """Joins routers and keeps them informed. Use it from one event loop.
 
@@ -47,6 +61,7 @@ class Membership:
             name's addresses, looked up again and again.
         report: given the number of joined routers, the report for each of them, credits divided already.
         on_refused: called when every router has refused the worker for good.
+        prefix_keys: whose changes each report carries; None: no prefix cache.
 
     Attributes:
         joined: set while at least one router has welcomed the worker.
@@ -59,6 +74,7 @@ class Membership:
         report: Callable[[int], registry_pb2.Report],
         tls: ClientTls | None = None,
         on_refused: Callable[[Incompatible], None] | None = None,
+        prefix_keys: PrefixKeys | None = None,
     ) -> None:
         self.joined = asyncio.Event()
         self._hello = hello
@@ -66,6 +82,7 @@ class Membership:
         self._report = report
         self._tls = tls
         self._on_refused = on_refused
+        self._prefix_keys = prefix_keys
         self._links: dict[str, _Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._resolvers: list[asyncio.Task[None]] = []
@@ -100,7 +117,7 @@ class Membership:
         self.joined.clear()
 
     def _add(self, address: str) -> None:
-        link = _Link(address, self._hello, self._report_for, self._membership_changed, self._tls)
+        link = _Link(address, self._hello, self._report_for, self._membership_changed, self._tls, self._prefix_keys)
         self._links[address] = link
         self._tasks[address] = asyncio.create_task(self._keep(link))
 
@@ -159,6 +176,7 @@ class _Link:
         report: Callable[[], registry_pb2.Report],
         on_change: Callable[[], None],
         tls: ClientTls | None,
+        prefix_keys: PrefixKeys | None,
     ) -> None:
         self.address = address
         self.joined = False
@@ -168,6 +186,7 @@ class _Link:
         self._report = report
         self._on_change = on_change
         self._tls = tls
+        self._prefix_keys = prefix_keys
         self._keep_credits: int | None = None
 
     async def keep_open(self) -> None:
@@ -223,10 +242,20 @@ class _Link:
                 self.changed.set()
 
     async def _tell(self, call: Any) -> None:
+        feed = self._prefix_keys.feed() if self._prefix_keys is not None else None
+        try:
+            await self._tell_reports(call, feed)
+        finally:
+            if feed is not None:
+                feed.close()
+
+    async def _tell_reports(self, call: Any, feed: PrefixFeed | None) -> None:
         while True:
             self.changed.clear()
             report = registry_pb2.Report()
             report.CopyFrom(self._report())
+            if feed is not None and (delta := feed.take()) is not None:
+                report.prefix.CopyFrom(delta)
             if self._keep_credits is not None:
                 report.credits = min(report.credits, self._keep_credits)
             await written(call.write(registry_pb2.JoinRequest(report=report)), self.address)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
 from overfill.rpc.interceptors import Context
-from overfill.rpc.membership import Membership
+from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer, split_address
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
@@ -37,6 +37,7 @@ class WorkerHandle:
         capacity: most requests at once; divided among the routers as credits.
         healthy: False once the engine can serve nothing any more.
         codec: encoding in which a decode worker asks for KV.
+        prefix_keys: the changes of a prefill worker's prefix cache, for one router each.
     """
 
     load: Callable[[], decode_pb2.WorkerLoad]
@@ -45,6 +46,7 @@ class WorkerHandle:
     capacity: int
     healthy: Callable[[], bool]
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
+    prefix_keys: PrefixKeys | None = None
 
 
 class WorkerHost:
@@ -112,7 +114,12 @@ class WorkerHost:
         bound = await self._server.start(address)
         self._hello.address = self._hello.data_address = announced(bound, self._advertise)
         self._membership = Membership(
-            self._hello, self._routers, self._report, tls=self._tls, on_refused=self._on_refused
+            self._hello,
+            self._routers,
+            self._report,
+            tls=self._tls,
+            on_refused=self._on_refused,
+            prefix_keys=self._worker.prefix_keys,
         )
         await self._membership.start()
         self._server.set_ready(True)

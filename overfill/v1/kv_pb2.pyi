@@ -59,7 +59,7 @@ class PrefillTrace(_message.Message):
     def __init__(self, layer_start_ns: _Optional[_Iterable[int]] = ..., layer_end_ns: _Optional[_Iterable[int]] = ..., first_kv_sent_ns: _Optional[int] = ..., last_kv_sent_ns: _Optional[int] = ..., first_token_sent_ns: _Optional[int] = ..., last_ack_ns: _Optional[int] = ...) -> None: ...
 
 class HandoffTrace(_message.Message):
-    __slots__ = ("first_token_received_ns", "first_kv_received_ns", "last_kv_received_ns", "kv_bytes", "kv_chunks", "prefill", "broken_streams")
+    __slots__ = ("first_token_received_ns", "first_kv_received_ns", "last_kv_received_ns", "kv_bytes", "kv_chunks", "prefill", "broken_streams", "cached_tokens", "held_tokens")
     FIRST_TOKEN_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     FIRST_KV_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     LAST_KV_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,8 @@ class HandoffTrace(_message.Message):
     KV_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     BROKEN_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     first_token_received_ns: int
     first_kv_received_ns: int
     last_kv_received_ns: int
@@ -74,4 +76,6 @@ class HandoffTrace(_message.Message):
     kv_chunks: int
     prefill: PrefillTrace
     broken_streams: int
-    def __init__(self, first_token_received_ns: _Optional[int] = ..., first_kv_received_ns: _Optional[int] = ..., last_kv_received_ns: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_chunks: _Optional[int] = ..., prefill: _Optional[_Union[PrefillTrace, _Mapping]] = ..., broken_streams: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    held_tokens: int
+    def __init__(self, first_token_received_ns: _Optional[int] = ..., first_kv_received_ns: _Optional[int] = ..., last_kv_received_ns: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_chunks: _Optional[int] = ..., prefill: _Optional[_Union[PrefillTrace, _Mapping]] = ..., broken_streams: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ...) -> None: ...

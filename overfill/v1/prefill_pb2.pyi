@@ -90,18 +90,18 @@ class PrefillResponse(_message.Message):
     def __init__(self, queued: _Optional[_Union[PrefillQueued, _Mapping]] = ..., scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
 
 class PrefillQueued(_message.Message):
-    __slots__ = ("waiting", "cached_tokens")
+    __slots__ = ("waiting",)
     WAITING_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     waiting: int
-    cached_tokens: int
-    def __init__(self, waiting: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, waiting: _Optional[int] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
-    __slots__ = ("queue_ns",)
+    __slots__ = ("queue_ns", "cached_tokens")
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_ns: int
-    def __init__(self, queue_ns: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, queue_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token_id", "logprobs", "compute_ns", "return_ns")

@@ -58,12 +58,14 @@ class Report(_message.Message):
     def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ...) -> None: ...
 
 class PrefixDelta(_message.Message):
-    __slots__ = ("added", "removed")
+    __slots__ = ("added", "removed", "replaces")
     ADDED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    REPLACES_FIELD_NUMBER: _ClassVar[int]
     added: _containers.RepeatedScalarFieldContainer[int]
     removed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
+    replaces: bool
+    def __init__(self, added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., replaces: bool = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("welcome", "recall")

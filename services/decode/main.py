@@ -31,7 +31,8 @@ async def serve(config: DecodeConfig) -> int:
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit)
+    prefix = parts.prefix_cache(config.prefix_cache == "on")
+    core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit, prefix)
     try:
         return await serve_engine(
             config,

@@ -109,6 +109,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
             processor=processor,
+            salt=start.tenant_salt,
         )
         session = Session(
             start,
@@ -158,7 +159,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
         cache = self._parts.runner.cache
         layer_map = self._parts.pair.layer_map
-        return PromptPull(peer, request, self._parts.kv, layer_map, cache, session.blocks, self._executor)
+        return PromptPull(
+            peer, request, self._parts.kv, layer_map, cache, session.blocks, self._executor, session.held_tokens
+        )
 
 
 async def _read_requests(session: Session, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:

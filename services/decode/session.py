@@ -123,6 +123,7 @@ class Session:
         self.inbox: Inbox = asyncio.Queue()
         self.outbox = Outbox()
         self.blocks: list[int] = []  # as last reserved
+        self.held_tokens = 0  # leading prompt tokens whose KV is in them
         self._send = send
         self._use_peer = use_peer
         self._new_pull = new_pull
@@ -135,6 +136,7 @@ class Session:
         self._pulls = 0
         self._prefill_worker = ""
         self._handoff: PromptPull | None = None
+        self._cached_tokens: int | None = None
         self._reserved = False
         self._wants_kv = False
         self._first_known_ns: int | None = None
@@ -166,8 +168,8 @@ class Session:
     ) -> bool:
         """True when the session is over."""
         match item:
-            case Reserved(blocks=blocks):
-                self.blocks = blocks
+            case Reserved(blocks=blocks, held_tokens=held):
+                self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
                 self._announce_reservation()
             case Refused(reason=reason):
@@ -185,6 +187,7 @@ class Session:
                 pass
             case PullEnded(worker_id=worker, error=None):
                 self._pull = None
+                self._note_cached_tokens()
                 self._prefill_worker = worker
                 self._wants_kv = False
                 self._send(Start(self.sequence.id, self._first_token))
@@ -242,9 +245,15 @@ class Session:
             await asyncio.wait([self._pull])
             self._pull = None
 
+    def _note_cached_tokens(self) -> None:
+        """What the first prefill found counts; a later one finds what that one left."""
+        if self._cached_tokens is None and self._handoff is not None:
+            self._cached_tokens = self._handoff.stats.cached_tokens
+
     def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
         if not self.wants_first_token:  # known from an earlier prefill of this session
             return False
+        self._note_cached_tokens()
         token = arrived.token
         emitted, finish = self.sequence.stop.judge(token.token_id, 0)
         self._first_known_ns = arrived.received_ns
@@ -282,7 +291,11 @@ class Session:
     def _finish(self, reason: FinishReason) -> None:
         done = decode_pb2.DecodeDone(
             reason=reason.value,
-            usage=common_pb2.Usage(prompt_tokens=len(self.sequence.prompt), completion_tokens=self._emitted),
+            usage=common_pb2.Usage(
+                prompt_tokens=len(self.sequence.prompt),
+                completion_tokens=self._emitted,
+                cached_tokens=self._cached_tokens or 0,
+            ),
             prefill_worker_id=self._prefill_worker,
             codec=common_pb2.KV_CODEC_RAW if self._prefill_worker else common_pb2.KV_CODEC_UNSPECIFIED,
         )

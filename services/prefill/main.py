@@ -28,8 +28,17 @@ async def serve(config: PrefillConfig) -> int:
     def emit(event: PrefillEvent) -> None:
         loop.call_soon_threadsafe(servicer.on_event, event)
 
-    core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit)
-    return await serve_engine(config, hello, core, servicer, prefill_pb2_grpc.add_PrefillServicer_to_server, SERVICE)
+    prefix = parts.prefix_cache(config.prefix_cache == "on")
+    core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix)
+    return await serve_engine(
+        config,
+        hello,
+        core,
+        servicer,
+        prefill_pb2_grpc.add_PrefillServicer_to_server,
+        SERVICE,
+        prefix_keys=prefix.journal,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

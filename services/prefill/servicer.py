@@ -72,6 +72,7 @@ class Lease:
             sample_index=start.sample_index,
             sample_first_token=start.sample_first_token,
             processor=processor,
+            salt=start.tenant_salt,
         )
         self.received_ns = time.monotonic_ns()
         # What the RPC has to act on: engine events, an error that ends it, or None for "look again".
@@ -85,9 +86,9 @@ class Lease:
     def on_event(self, event: PrefillEvent) -> None:
         """Takes an engine event, on the event loop."""
         match event:
-            case PrefillScheduled(blocks=blocks, time_ns=now):
+            case PrefillScheduled(blocks=blocks, cached_tokens=cached, event=mark, time_ns=now):
                 self.scheduled_ns = now
-                self.sender.block_table = blocks
+                self.sender.begin(blocks, cached, mark)
             case LayerStarted(layer=layer, time_ns=now):
                 if layer == 0:
                     del self.trace.layer_start_ns[:]
@@ -283,8 +284,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def _response(self, lease: Lease, event: PrefillEvent) -> prefill_pb2.PrefillResponse | None:
         match event:
-            case PrefillScheduled(time_ns=now):
-                scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns)
+            case PrefillScheduled(cached_tokens=cached, time_ns=now):
+                scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns, cached_tokens=cached)
                 return prefill_pb2.PrefillResponse(scheduled=scheduled)
             case ChunkComputed(token_start=start, token_end=end):
                 start = max(start, lease.spec.tokens[0])

@@ -1,5 +1,6 @@
 """A stack of real processes: right answers, clear refusals, nothing left behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -140,7 +141,7 @@ def test_the_time_to_first_token_has_all_its_parts(client):
 
 
 def test_the_trace_shows_both_sides_of_the_handoff(client):
-    trace = client.generate(prompt(7, 400), sampling=GREEDY, trace=True).trace
+    trace = client.generate(prompt(77, 400), sampling=GREEDY, trace=True).trace
     assert trace.kv_bytes == 400 * 4 * 2 * 2 * 16 * 4
     assert len(trace.prefill.layer_start) == 4
     assert trace.prefill.first_kv_sent > trace.prefill.layer_start[0]
@@ -330,7 +331,9 @@ def test_streams_go_on_at_another_router_when_theirs_is_lost(tiny_pair, number):
                         pass
                     assert stream.answer.token_ids == whole.token_ids
                     assert stream.answer.text == whole.text
-                    assert stream.answer.usage == whole.usage
+                    # What a prefix cache has differs from time to time.
+                    found = whole.usage.cached_tokens
+                    assert dataclasses.replace(stream.answer.usage, cached_tokens=found) == whole.usage
         wait_until(lambda: idle(addresses[1]), 5, "all blocks free")
 
 
@@ -394,7 +397,8 @@ def test_a_worker_that_loses_a_block_notices_when_idle_and_leaves(tiny_pair, sta
 
 
 def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
-    sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    # Longer than a server takes to stop.
+    sampling = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
     with running_stack(tiny_pair, decode=2, grace_period="0") as (stack, address), Client(address) as client:
         expected = client.generate(prompt(1), sampling=sampling).token_ids
         with client.stream(prompt(1), sampling=sampling) as stream:

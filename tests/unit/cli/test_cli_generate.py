@@ -161,8 +161,9 @@ def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatu
 
 def stack(complete: bool) -> StackStatus:
     load = WorkerLoad(
-        kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0
-    )
+        kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0,
+        prefix_tokens_looked_up=200, prefix_tokens_found=50,
+    )  # fmt: skip
     return StackStatus(
         process=process("router", "router", None),
         workers=(
@@ -178,6 +179,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     fake_client.stack = stack(complete=True)
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
+    silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate"])
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
@@ -185,6 +187,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
             {
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
+                "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],

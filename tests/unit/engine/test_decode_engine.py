@@ -22,6 +22,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.kv.blocks import BlockPool
+from overfill.kv.prefix import PrefixCache
 from overfill.params import SamplingParams
 from overfill.testing.counting import CountingRunner
 
@@ -211,15 +212,62 @@ def test_a_failed_step_fails_its_sequences_only(runner, pool, events):
     assert tokens(events, "b") == [21, 22, 23]
 
 
+def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
+    turn = sequence("one", prompt=6, max_tokens=8)
+    engine.handle(Reserve(turn))
+    engine.handle(Start("one", 10))
+    while engine.step():
+        pass
+    assert tokens(events, "one") == [11, 12, 13, 14, 15, 16, 17]
+    assert engine.load().blocks_used == 0
+    assert engine.load().blocks_cached == 1  # tokens 0..3; the block with the answer's start is gone
+    again = sequence("two", max_tokens=2)
+    again.prompt = [*turn.prompt, *turn.emitted, 5, 5, 5]
+    engine.handle(Reserve(again))
+    assert events[-1] == Reserved("two", again.blocks, held_tokens=4)
+    engine.handle(Release("two"))
+    prefix.check_integrity()
+    prefix.acquire("everything", [63], 8)  # evicts, so that the pool can be seen to be whole
+    prefix.release("everything")
+
+
+def test_kv_that_never_came_is_never_held(runner, pool, events):
+    engine = DecodeEngine(runner, pool, 8, 16, events.extend, PrefixCache(pool))
+    engine.handle(Reserve(sequence("a", prompt=9)))
+    engine.handle(Release("a"))  # the handoff failed
+    engine.handle(Reserve(sequence("b", prompt=9)))
+    assert events[-1].held_tokens == 0
+    engine.handle(Release("b"))
+
+
+def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
+    for name, salt, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):
+        arriving = sequence(name, prompt=9)
+        arriving.salt = salt
+        engine.handle(Reserve(arriving))
+        assert events[-1].held_tokens == held
+        engine.handle(Start(name, 10))
+        engine.handle(Release(name))
+    prefix.acquire("everything", [63], 8)
+    prefix.release("everything")
+
+
 class DecodeMachine(RuleBasedStateMachine):
     """Arrivals, steps, late answers and cancellations in any order: right tokens, no lost block."""
+
+    caches = False
 
     def __init__(self):
         super().__init__()
         self.pool = BlockPool(10, 4)
         self.events = []
         self.runner = CountingRunner()
-        self.engine = DecodeEngine(self.runner, self.pool, 4, 16, self.take)
+        self.prefix = PrefixCache(self.pool, enabled=self.caches)
+        self.engine = DecodeEngine(self.runner, self.pool, 4, 16, self.take, self.prefix)
         self.first: dict[str, int] = {}
         self.answer: dict[str, list[int]] = {}
         self.receiving: set[str] = set()
@@ -301,6 +349,7 @@ class DecodeMachine(RuleBasedStateMachine):
     @invariant()
     def no_block_is_lost(self):
         self.engine.check()
+        self.prefix.check_integrity()
 
     def teardown(self):
         for _ in range(2000):
@@ -316,8 +365,15 @@ class DecodeMachine(RuleBasedStateMachine):
                 self.engine.handle(Start(name, self.answer[name][0]))
             self.engine.step()
         assert not self.answer, "a sequence never ended"
-        assert self.pool.num_used == 0
+        assert self.prefix.num_used == 0
+
+
+class CachingDecodeMachine(DecodeMachine):
+    """All prompts begin the same."""
+
+    caches = True
 
 
 TestDecodeMachine = DecodeMachine.TestCase
+TestCachingDecodeMachine = CachingDecodeMachine.TestCase
 TestDecodeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -17,6 +17,7 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
+from overfill.kv.prefix import PrefixCache
 from overfill.params import SamplingParams
 from overfill.testing.counting import CountingRunner
 
@@ -154,6 +155,48 @@ def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
     engine.step()
     assert of(PromptComputed, events)[0].first is None
     engine.handle(Release("a"))
+
+
+def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = PrefillEngine(runner, pool, 64, 4, events.append, prefix)
+    engine.handle(Submit(prompt("a", 10)))
+    engine.step()
+    engine.handle(Release("a"))
+    assert (engine.load().blocks_used, engine.load().blocks_cached) == (0, 2)
+    engine.handle(Submit(prompt("b", 13)))
+    engine.step()
+    assert runner.steps[1] == [(list(range(8, 13)), 8)]
+    first, second = of(PrefillScheduled, events)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 8)
+    assert second.blocks[:2] == first.blocks[:2]
+    assert of(ChunkComputed, events)[-1] == ChunkComputed("b", 8, 13)
+    assert (engine.load().prefix_tokens_looked_up, engine.load().prefix_tokens_found) == (23, 8)
+    engine.handle(Release("b"))
+    engine.handle(Submit(prompt("all", 32)))  # the cache gives way
+    engine.step()
+    assert engine.load().blocks_used == 8
+    engine.handle(Release("all"))
+    prefix.check_integrity()
+    make_room(prefix)
+
+
+def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = PrefillEngine(runner, pool, 8, 4, events.append, prefix)
+    engine.handle(Submit(prompt("a", 16)))
+    engine.step()
+    runner.fail_next = MemoryError("no room")
+    engine.step()
+    engine.handle(Release("a"))
+    assert engine.load().blocks_cached == 2  # of the step before
+    make_room(prefix)
+
+
+def make_room(prefix):
+    """Evicts everything, so that the pool can be seen to be whole."""
+    assert prefix.acquire("everything", [63], prefix.pool.num_blocks) is not None
+    prefix.release("everything")
 
 
 class PrefillMachine(RuleBasedStateMachine):

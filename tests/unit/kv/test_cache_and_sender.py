@@ -62,7 +62,7 @@ def test_copy_within_a_process_follows_the_layer_map():
 
 def new_sender(cache, executor, tokens=(0, 10), layers=(0, 1, 2, 3)):
     sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, layers, tokens), cache, executor)
-    sender.block_table = [5, 0, 3]
+    sender.begin([5, 0, 3], 0, None)
     return sender
 
 
@@ -113,7 +113,7 @@ async def test_layers_that_wait_together_travel_together(executor):
 async def test_no_chunk_exceeds_the_payload_limit(executor):
     cache = KvCache(KvSpec(2, 8, 64, "float32", RopeSpec()), 64, 16, CPU)
     sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, (0, 1), (0, 1000)), cache, executor)
-    sender.block_table = range(64)
+    sender.begin(range(64), 0, None)
     sender.written(0, 1000, None)
     sender.written(1, 1000, None)
     sizes = [len(c.payload) async for c in sender.chunks([KvRange(0, 2, 0, 1000, 0, 8)])]

@@ -195,3 +195,19 @@ def test_a_hello_that_describes_no_worker_names_the_field(change, field):
     with pytest.raises(InvalidRequest) as caught:
         WorkerInfo.from_hello(registry_pb2.Hello(**good | change))
     assert caught.value.field == field
+
+
+def test_the_keys_of_a_prefix_cache_are_mirrored(make_info, make_report):
+    pool = Pool(PREFILL)
+    worker = pool.join(make_info("p0"))
+    for delta, keys in (
+        (registry_pb2.PrefixDelta(added=[1, 2], replaces=True), {1, 2}),
+        (None, {1, 2}),
+        (registry_pb2.PrefixDelta(added=[3], removed=[1]), {2, 3}),
+        (registry_pb2.PrefixDelta(added=[9], replaces=True), {9}),  # it has joined again
+    ):
+        report = make_report()
+        if delta is not None:
+            report.prefix.CopyFrom(delta)
+        pool.report(worker, report, 0.0)
+        assert worker.prefix_keys == keys

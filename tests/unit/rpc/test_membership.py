@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from overfill.errors import Incompatible, Unavailable
+from overfill.kv.journal import KeyJournal
 from overfill.rpc import membership as membership_module
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
@@ -260,3 +261,21 @@ async def test_a_worker_that_stops_leaves():
             await worker.joined.wait()
         assert not worker.joined.is_set()
         assert worker.num_joined == 0
+
+
+async def test_every_router_is_told_what_the_prefix_cache_holds_and_then_what_changes(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
+    journal = KeyJournal()
+    journal.add(1)
+    async with registry() as (router, address), member(address, prefix_keys=journal):
+        first = (await router.reports.get()).prefix
+        assert (list(first.added), first.replaces) == ([1], True)
+        journal.add(2)
+        journal.remove(1)
+        while not (report := await router.reports.get()).HasField("prefix"):
+            pass
+        assert (list(report.prefix.added), list(report.prefix.removed), report.prefix.replaces) == ([2], [1], False)
+        router.outbox.put_nowait(None)  # the stream breaks
+        while not (report := await router.reports.get()).prefix.replaces:
+            pass
+        assert list(report.prefix.added) == [2]

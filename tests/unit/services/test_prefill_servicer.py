@@ -71,7 +71,7 @@ def start(transfer_id=b"t" * 16, **options):
 
 def computed(servicer):
     lease = servicer._accept(start(), None)
-    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0))
+    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
         lease.on_event(KvWritten(lease.sequence.id, layer, 4, None, 0))
     return lease

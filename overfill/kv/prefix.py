@@ -1,0 +1,305 @@
+"""The prefix cache: blocks that hold the start of some prompt, shared while in use and kept afterwards.
+
+Only full blocks of a prompt, computed by the full model, are in it. They form a trie: a block is found under its
+parent by its tokens, compared one by one, so that no collision of hashes can ever serve another prompt's KV. Integers
+only; the tensors are in ``kv.cache``. The 64-bit keys that chain along a path serve as names for the router.
+
+Eviction is GreedyDual (Young 1994; Cao and Irani 1997): a block is worth what computing it again costs, which grows
+with its position, on top of a level that rises with every eviction; the least worthy leaf goes first, among equals the
+least recently used one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from overfill.kv.blocks import BlockPool
+from overfill.kv.journal import KeyJournal
+
+_CACHE = "prefix cache"  # owner, in the pool, of every block that is in the trie
+
+
+def root_key(full_digest: str, dtype: str, salt: str) -> int:
+    """Where the chain of keys begins: other models, element types and tenants share nothing."""
+    return _hash64(f"{full_digest}\0{dtype}\0{salt}".encode())
+
+
+def block_key(parent: int, tokens: Sequence[int]) -> int:
+    """64-bit key of a full block of ``tokens`` after the block, or root, of key ``parent``."""
+    return _hash64(parent.to_bytes(8, "little") + b"".join(token.to_bytes(4, "little") for token in tokens))
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """One cached block, or the root of a tenant's trie.
+
+    Attributes:
+        refs: owners that hold it; all of them hold its ancestors too.
+        worth: what eviction goes by; ``stamp`` orders equals, and tells outdated entries of the heap.
+    """
+
+    block: int
+    tokens: tuple[int, ...]
+    parent: _Node | None
+    key: int
+    depth: int
+    children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
+    refs: int = 0
+    worth: float = 0.0
+    stamp: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Holder:
+    """What one owner has.
+
+    Attributes:
+        table: the blocks of its prompt, in order.
+        own: blocks that nobody else may read.
+        path: nodes that it holds, from the root down; not all need be in ``table``, since another owner may have
+            published the same tokens first.
+    """
+
+    tokens: Sequence[int]
+    salt: str
+    table: list[int]
+    own: set[int]
+    path: list[_Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Blocks for a sequence; the KV of its first ``cached_tokens`` tokens is in them."""
+
+    blocks: list[int]
+    cached_tokens: int
+
+
+class PrefixCache:
+    """Hands out the blocks of ``pool``, those that hold a prompt's prefix first. Not thread-safe, as the pool.
+
+    Args:
+        identity: full-model digest and KV element type; part of every key.
+        enabled: False finds and keeps nothing.
+        attention_tokens: context at which attention costs as much as all else that is computed for a token.
+        journal: told the keys that come and go.
+
+    Attributes:
+        tokens_looked_up, tokens_found: prompt tokens of all grants so far, and those that were cached.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        identity: tuple[str, str] = ("", ""),
+        *,
+        enabled: bool = True,
+        attention_tokens: float = 4096.0,
+        journal: KeyJournal | None = None,
+    ) -> None:
+        self.pool = pool
+        self.journal = journal if journal is not None else KeyJournal()
+        self.tokens_looked_up = 0
+        self.tokens_found = 0
+        self._identity = identity
+        self._enabled = enabled
+        self._attention_tokens = attention_tokens
+        self._roots: dict[str, _Node] = {}
+        self._holders: dict[str, _Holder] = {}
+        self._leaves: list[tuple[float, int, _Node]] = []  # heap; entries may be outdated
+        self._stamps = itertools.count(1)
+        self._level = 0.0
+        self._num_nodes = 0
+        self._num_idle = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that hold prefixes and that nobody references; all of them can be evicted."""
+        return self._num_idle
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody references."""
+        return self.pool.num_used - self._num_idle
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out now."""
+        return self.pool.num_free + self._num_idle
+
+    def acquire(self, owner: str, tokens: Sequence[int], num_blocks: int, salt: str = "") -> Grant | None:
+        """``num_blocks`` blocks for ``owner``, the first of them those that hold the start of its prompt ``tokens``.
+
+        At least one token of the prompt is never taken from the cache, so that there is something to compute.
+
+        Returns:
+            None, changing nothing, when there are not that many blocks.
+        """
+        path = list(self._walk(tokens, salt, (len(tokens) - 1) // self.pool.block_size))
+        lacking = num_blocks - len(path)
+        if lacking > self.num_available - sum(node.refs == 0 for node in path):
+            return None
+        for node in path:
+            self._reference(node)
+        own = self._take(owner, lacking)
+        blocks = [*(node.block for node in path), *own]
+        self._holders[owner] = _Holder(tokens, salt, list(blocks), set(own), path)
+        cached = len(path) * self.pool.block_size
+        self.tokens_looked_up += len(tokens)
+        self.tokens_found += cached
+        return Grant(blocks, cached)
+
+    def extend(self, owner: str, count: int) -> list[int] | None:
+        """``count`` more blocks for ``owner``, or None, changing nothing, when there are not that many."""
+        if count > self.num_available:
+            return None
+        blocks = self._take(owner, count)
+        self._holders[owner].own.update(blocks)
+        return blocks
+
+    def publish(self, owner: str, num_tokens: int) -> None:
+        """The KV of the first ``num_tokens`` tokens of ``owner``'s prompt is complete: others may share it."""
+        holder = self._holders[owner]
+        size = self.pool.block_size
+        if not self._enabled:
+            return
+        for index in range(len(holder.path), min(num_tokens, len(holder.tokens)) // size):
+            tokens = tuple(holder.tokens[index * size : (index + 1) * size])
+            parent = holder.path[-1] if holder.path else self._root(holder.salt)
+            node = parent.children.get(tokens)
+            if node is None:
+                block = holder.table[index]
+                self.pool.give(owner, block, _CACHE)
+                holder.own.discard(block)
+                node = _Node(block, tokens, parent, block_key(parent.key, tokens), index)
+                parent.children[tokens] = node
+                node.refs = 1
+                self._num_nodes += 1
+                self.journal.add(node.key)
+            else:  # computed by two at once; this one stays private, and its owner vouches for the other's ancestors
+                self._reference(node)
+            holder.path.append(node)
+
+    def release(self, owner: str) -> None:
+        """Takes everything back that ``owner`` has; what is published stays, until its room is wanted."""
+        holder = self._holders.pop(owner, None)
+        if holder is None:
+            return
+        self.pool.release(owner, holder.own)
+        for node in reversed(holder.path):
+            node.refs -= 1
+            if node.refs == 0:
+                self._num_idle += 1
+                self._rest(node)
+
+    def check_owners(self, owners: Iterable[str]) -> None:
+        """Raises AssertionError unless every block is free, cached or one of ``owners``' own. Quick: walks no trie."""
+        self.pool.check_integrity()
+        _require(self._holders.keys() == set(owners), "blocks are held for another than those that have some")
+        self._check_count()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless counts, references and owners agree."""
+        self.pool.check_integrity()
+        refs: dict[int, int] = {}
+        for name, holder in self._holders.items():
+            for block in holder.own:
+                _require(self.pool.owner(block) == name, f"block {block} is not {name}'s")
+            for node in holder.path:
+                refs[node.block] = refs.get(node.block, 0) + 1
+        nodes = list(self._nodes())
+        _require(len({node.block for node in nodes}) == len(nodes) == self._num_nodes, "a block is cached twice")
+        for node in nodes:
+            _require(self.pool.owner(node.block) == _CACHE, f"block {node.block} is cached and not the cache's")
+            _require(node.refs == refs.pop(node.block, 0), f"block {node.block} counts {node.refs} references")
+            _require(node.parent is None or node.parent.refs >= node.refs or not node.parent.tokens, "lonely child")
+        _require(not refs, "a holder references what is not cached")
+        _require(sum(node.refs == 0 for node in nodes) == self._num_idle, "idle blocks are miscounted")
+        self._check_count()
+
+    def _check_count(self) -> None:
+        owned = sum(len(holder.own) for holder in self._holders.values())
+        _require(self.pool.num_used == owned + self._num_nodes, "a block is lost")
+
+    def _walk(self, tokens: Sequence[int], salt: str, most: int) -> Iterator[_Node]:
+        node = self._roots.get(salt)
+        size = self.pool.block_size
+        for index in range(most if node is not None else 0):
+            assert node is not None
+            node = node.children.get(tuple(tokens[index * size : (index + 1) * size]))
+            if node is None:
+                return
+            yield node
+
+    def _root(self, salt: str) -> _Node:
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = _Node(-1, (), None, root_key(*self._identity, salt), -1)
+        return root
+
+    def _reference(self, node: _Node) -> None:
+        if node.refs == 0:
+            self._num_idle -= 1
+        node.refs += 1
+        node.stamp = 0  # its entry in the heap, if any, is outdated
+
+    def _rest(self, node: _Node) -> None:
+        """Nobody references ``node`` any more; a leaf may be evicted from now on."""
+        position = (node.depth + 1) * self.pool.block_size
+        node.worth = self._level + 1.0 + position / self._attention_tokens
+        self._offer(node)
+
+    def _offer(self, node: _Node) -> None:
+        if not node.children:
+            node.stamp = next(self._stamps)
+            heapq.heappush(self._leaves, (node.worth, node.stamp, node))
+            if len(self._leaves) > 2 * self._num_nodes + 64:
+                self._leaves = [entry for entry in self._leaves if entry[1] == entry[2].stamp]
+                heapq.heapify(self._leaves)
+
+    def _take(self, owner: str, count: int) -> list[int]:
+        while self.pool.num_free < count:
+            self._evict()
+        blocks = self.pool.acquire(owner, count)
+        assert blocks is not None
+        return blocks
+
+    def _evict(self) -> None:
+        while True:
+            worth, stamp, node = heapq.heappop(self._leaves)
+            if stamp == node.stamp:
+                break
+        self._level = max(self._level, worth)
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.tokens]
+        node.stamp = 0
+        self._num_nodes -= 1
+        self._num_idle -= 1
+        self.pool.release(_CACHE, [node.block])
+        self.journal.remove(node.key)
+        if parent.parent is not None:
+            if parent.refs == 0:
+                self._offer(parent)
+        elif not parent.children:
+            self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
+
+    def _nodes(self) -> Iterator[_Node]:
+        stack = [child for root in self._roots.values() for child in root.children.values()]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)

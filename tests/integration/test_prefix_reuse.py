@@ -1,0 +1,188 @@
+"""Chats of several turns on real stacks: KV is reused where the full model computed it, and nowhere else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from stacks import children, idle, loads, running_stack, wait_until
+
+from overfill.cli.processes import Child, stop
+from overfill.cli.stack import child_environment
+from overfill.client import Client, SamplingParams
+from overfill.kv.cache import KvCache
+from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.spec import KvSpec
+from overfill.pair.manifest import Pair
+from overfill.pair.reference import TwoStageReference, judge, summarise
+from overfill.testing.registry import ListeningRegistry
+from overfill.v1 import decode_pb2
+
+BLOCK = 16
+TURNS = 8
+MAX_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+
+
+def full_blocks(tokens):
+    return tokens // BLOCK * BLOCK
+
+
+def chat(client, seed):
+    """A chat of token ids: every prompt is all that went before and a new turn. [(prompt, answer)]"""
+    rng = random.Random(seed)
+    prompt, turns = [], []
+    for _ in range(TURNS):
+        prompt = [*prompt, *(rng.randrange(20, 490) for _ in range(rng.randrange(5, 40)))]
+        answer = client.generate(prompt, sampling=GREEDY, trace=True)
+        turns.append((prompt, answer))
+        prompt = [*prompt, *answer.token_ids]
+    return turns
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_pair):
+    return TwoStageReference(tiny_pair)
+
+
+def judged(reference, chats):
+    return summarise(
+        [
+            judge(reference, prompt, answer.token_ids, answer.finish_reason, MAX_TOKENS)
+            for turns in chats
+            for prompt, answer in turns
+        ]
+    )
+
+
+def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(tiny_pair, reference):
+    with running_stack(tiny_pair) as (_, address), Client(address) as client, ThreadPoolExecutor(3) as pool:
+        chats = list(pool.map(lambda seed: chat(client, seed), range(3)))
+        for turns in chats:
+            assert turns[0][1].usage.cached_tokens == turns[0][1].trace.held_tokens == 0
+            for (before, answer), (prompt, now) in itertools.pairwise(turns):
+                # The full model has read the whole earlier prompt, so its blocks are found on both sides; it has not
+                # read the answer, however long, though the decode worker had its KV when the turn ended.
+                assert now.usage.cached_tokens == now.trace.cached_tokens == full_blocks(len(before))
+                assert now.trace.held_tokens == full_blocks(len(before))
+                assert full_blocks(len(before) + len(answer.token_ids)) > full_blocks(len(before))
+                assert len(prompt) > len(before) + len(answer.token_ids)
+        wait_until(lambda: idle(address), 5, "all blocks free")
+        load = loads(address)
+        assert load["prefill-0"].kv_blocks_cached > 0
+        assert load["decode-0"].kv_blocks_cached > 0
+        assert load["prefill-0"].prefix_hit_rate > 0.5
+    summary = judged(reference, chats)
+    assert summary.passed, str(summary)
+
+
+def test_without_caches_the_answers_are_the_same(tiny_pair, reference):
+    chats = []
+    for setting in ("on", "off"):
+        with running_stack(tiny_pair, prefix_cache=setting) as (_, address), Client(address) as client:
+            chats.append(chat(client, 7))
+            if setting == "off":
+                assert all(load.kv_blocks_cached == 0 for load in loads(address).values())
+                assert loads(address)["prefill-0"].prefix_hit_rate == 0
+    assert all(answer.usage.cached_tokens == 0 for _, answer in chats[1])
+    assert [answer.token_ids for _, answer in chats[0]] == [answer.token_ids for _, answer in chats[1]]
+    assert judged(reference, chats).passed
+
+
+def test_a_small_cache_evicts_under_load_and_stays_right(tiny_pair, reference):
+    # 64 blocks: three chats of up to 20 blocks each do not fit beside what is cached of the others.
+    with running_stack(tiny_pair, kv_memory="1MiB") as (_, address), Client(address) as client:
+        with ThreadPoolExecutor(3) as pool:
+            chats = list(pool.map(lambda seed: chat(client, seed), range(20, 26)))
+        wait_until(lambda: idle(address), 5, "all blocks free")
+    summary = judged(reference, chats)
+    assert summary.passed, str(summary)
+
+
+def test_another_worker_serves_a_chat_whose_worker_was_killed(tiny_pair, reference):
+    with running_stack(tiny_pair, prefill=2, decode=2) as (stack, address), Client(address) as client:
+        turns = chat(client, 30)
+        name = turns[-1][1].decode_worker
+        os.kill(next(c for c in children(stack, "decode") if c.name == name).pid, signal.SIGKILL)
+        turns += chat(client, 30)
+    assert judged(reference, [turns]).passed
+
+
+@pytest.fixture
+async def worker(tiny_pair):
+    registry = ListeningRegistry()
+    router = await registry.start()
+    arguments = [
+        f"--pair={tiny_pair}",
+        f"--routers={router}",
+        "--dtype=float32",
+        "--kv-memory=4MiB",
+        "--grace-period=1",
+    ]
+    command = [sys.executable, "-m", "services.prefill.main", *arguments]
+    child = Child("prefill", command, child_environment({}, 1), lambda name, line: None)
+    hello = await registry.next_worker(60)
+    target = decode_pb2.AssignPrefill(
+        worker_id=hello.worker_id, incarnation=hello.incarnation, address=hello.address, data_address=hello.data_address
+    )
+    peer = PrefillPeer(target, 2, None)
+    spec = KvSpec.from_proto(hello.kv)
+    layer_map = Pair.load(tiny_pair).layer_map
+    with ThreadPoolExecutor(2) as executor:
+
+        async def pull(prompt, salt="", held=0):
+            cache = KvCache(spec, 8, BLOCK, torch.device("cpu"))
+            request = PromptRequest("r", 0, prompt, SamplingParams(temperature=0).to_proto(), 0, True, tenant_salt=salt)
+            handoff = PromptPull(peer, request, spec, layer_map, cache, list(range(8)), executor, held)
+            await handoff.run(20.0, lambda token: None)
+            return cache, handoff.stats
+
+        yield pull
+    await peer.close()
+    stop([child], 5)
+    await registry.stop()
+
+
+async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
+    prompt = list(range(100, 170))
+    cold, stats = await worker(prompt, salt="one")
+    assert stats.cached_tokens == 0
+    warm, stats = await worker(prompt, salt="one")
+    assert stats.cached_tokens == 64
+    assert torch.equal(cold.k[:, :4], warm.k[:, :4])  # the same cells
+    assert torch.allclose(cold.k, warm.k, atol=1e-4)
+    _, stats = await worker(prompt, salt="two")
+    assert stats.cached_tokens == 0
+
+
+async def test_what_is_held_does_not_travel(worker):
+    prompt = list(range(100, 170))
+    whole, everything = await worker(prompt)
+    rest, stats = await worker(prompt, held=48)
+    assert stats.kv_bytes == everything.kv_bytes * (70 - 48) // 70
+    assert rest.k[:, :3].count_nonzero() == 0
+    assert torch.allclose(rest.k[:, 3:], whole.k[:, 3:], atol=1e-4)
+
+
+def test_status_shows_the_hit_rate(tiny_pair):
+    import subprocess
+
+    with running_stack(tiny_pair) as (_, address), Client(address) as client:
+        for _ in range(2):
+            client.generate(list(range(100, 170)), sampling=GREEDY)
+        done = subprocess.run(
+            [sys.executable, "-m", "overfill.cli.main", "status", "--json", f"--address={address}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    workers = {worker["id"]: worker for worker in json.loads(done.stdout)["workers"]}
+    assert workers["prefill-0"]["prefix_hit_rate"] == pytest.approx(64 / 140)

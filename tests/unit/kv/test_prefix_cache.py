@@ -1,0 +1,263 @@
+"""The prefix cache finds what was computed for the same tokens, and nothing else; no block is lost or taken away."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from overfill.kv import prefix as prefix_module
+from overfill.kv.blocks import BlockPool
+from overfill.kv.journal import KeyJournal
+from overfill.kv.prefix import PrefixCache, block_key, root_key
+
+BLOCK = 4
+
+
+def new_cache(num_blocks=8, **options):
+    return PrefixCache(BlockPool(num_blocks, BLOCK), ("digest", "float32"), **options)
+
+
+def compute(cache, owner, tokens, salt="", num_blocks=None):
+    """A whole prompt, computed and released; the tokens that were found."""
+    grant = cache.acquire(owner, tokens, num_blocks or cache.pool.blocks_for(len(tokens)), salt)
+    cache.publish(owner, len(tokens))
+    cache.release(owner)
+    cache.check_integrity()
+    return grant.cached_tokens
+
+
+def test_a_prompt_that_begins_the_same_gets_the_same_blocks():
+    cache = new_cache()
+    first = cache.acquire("a", range(10), 3)
+    cache.publish("a", 10)
+    second = cache.acquire("b", [*range(8), 99], 3)
+    assert second.cached_tokens == 8
+    assert second.blocks[:2] == first.blocks[:2]
+    assert second.blocks[2] not in first.blocks
+    cache.release("a")
+    cache.release("b")
+    assert (cache.num_used, cache.num_cached) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        (list(range(9)), 8),
+        (list(range(8)), 4),  # a token is left to compute
+        ([0, 1, 2, 3, 4, 5, 6, 99, 8], 4),
+        ([99, 1, 2, 3, 4, 5, 6, 7, 8], 0),
+        ([4, 5, 6, 7, 8], 0),  # the same block after another one
+    ],
+)
+def test_only_whole_blocks_after_the_same_tokens_are_found(prompt, found):
+    cache = new_cache()
+    compute(cache, "a", list(range(12)))
+    assert compute(cache, "b", prompt) == found
+
+
+def test_tenants_share_nothing():
+    cache = new_cache()
+    compute(cache, "a", list(range(9)), salt="one")
+    assert compute(cache, "b", list(range(9)), salt="two") == 0
+    assert compute(cache, "c", list(range(9)), salt="") == 0
+    assert compute(cache, "d", list(range(9)), salt="one") == 8
+
+
+def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
+    monkeypatch.setattr(prefix_module, "block_key", lambda parent, tokens: 1)
+    cache = new_cache()
+    compute(cache, "a", list(range(9)))
+    assert compute(cache, "b", [7] * 9) == 0
+    assert compute(cache, "c", list(range(9))) == 8
+
+
+def test_what_is_not_computed_yet_is_not_shared():
+    cache = new_cache()
+    cache.acquire("a", range(12), 3)
+    assert cache.acquire("b", range(12), 3).cached_tokens == 0
+    cache.publish("a", 7)
+    cache.release("b")
+    assert cache.acquire("c", range(12), 3).cached_tokens == 4
+
+
+def test_of_two_that_compute_the_same_one_is_kept_and_both_go_on():
+    cache = new_cache(num_blocks=8)
+    one = cache.acquire("a", [*range(8), 50, 51, 52, 53], 3)
+    other = cache.acquire("b", [*range(8), 60, 61, 62, 63], 3)
+    assert not set(one.blocks) & set(other.blocks)
+    cache.publish("a", 12)
+    cache.publish("b", 12)
+    cache.check_integrity()
+    cache.release("a")
+    cache.check_integrity()
+    cache.release("b")
+    assert cache.num_cached == 4  # two shared, one more of each
+    assert compute(cache, "c", [*range(8), 60, 61, 62, 63, 1]) == 12
+
+
+def test_a_grant_that_does_not_fit_changes_nothing():
+    cache = new_cache(num_blocks=4)
+    compute(cache, "a", list(range(9)))
+    cache.acquire("b", [90] * 5, 2)
+    assert cache.acquire("c", [*range(8), *range(20, 29)], 5) is None
+    cache.check_integrity()
+    assert (cache.num_used, cache.num_cached) == (2, 2)
+
+
+def test_blocks_in_use_are_never_evicted_and_the_rest_is():
+    cache = new_cache(num_blocks=4)
+    compute(cache, "a", list(range(9)))
+    held = cache.acquire("b", list(range(9)), 3)
+    assert cache.extend("b", 2) is None
+    more = cache.extend("b", 1)
+    assert not set(more) & set(held.blocks)
+    cache.release("b")
+    assert cache.acquire("c", [1] * 16, 4) is not None
+    assert cache.num_cached == 0
+
+
+def test_the_least_recently_used_of_equals_goes_first():
+    cache = new_cache(num_blocks=3)
+    for owner, token in (("a", 1), ("b", 2), ("c", 3)):
+        compute(cache, owner, [token] * 4 + [9], num_blocks=2 if cache.num_cached < 2 else None)
+        compute(cache, owner, [1] * 4 + [9])  # is used again and again
+    assert compute(cache, "d", [1] * 4 + [9]) == 4
+    assert compute(cache, "e", [2] * 4 + [9]) == 0
+
+
+def test_a_block_that_costs_more_to_compute_again_stays_longer():
+    cache = new_cache(num_blocks=8, attention_tokens=1)  # attention is all the cost
+    compute(cache, "long", list(range(16)))
+    compute(cache, "short", [77] * 4 + [78])
+    cache.acquire("big", [55] * 16, 4)  # one more than are free
+    cache.release("big")
+    assert compute(cache, "again", [*range(16), 1]) == 16
+    assert compute(cache, "other", [77] * 4 + [78]) == 0
+
+
+def test_a_cache_that_is_off_keeps_nothing():
+    cache = new_cache(enabled=False)
+    compute(cache, "a", list(range(9)))
+    assert compute(cache, "b", list(range(9))) == 0
+    assert cache.num_cached == 0
+
+
+def test_the_share_of_found_tokens_is_counted():
+    cache = new_cache()
+    compute(cache, "a", list(range(9)))
+    compute(cache, "b", list(range(9)))
+    assert (cache.tokens_looked_up, cache.tokens_found) == (18, 8)
+
+
+def test_keys_chain_and_differ_by_model_dtype_and_tenant():
+    root = root_key("digest", "float32", "")
+    keys = {
+        root,
+        root_key("other", "float32", ""),
+        root_key("digest", "bfloat16", ""),
+        root_key("digest", "float32", "t"),
+    }
+    assert len(keys) == 4
+    first = block_key(root, [1, 2, 3, 4])
+    assert block_key(first, [5, 6, 7, 8]) != block_key(root, [5, 6, 7, 8])
+
+
+def test_the_journal_tells_every_reader_all_and_then_what_changes():
+    journal = KeyJournal()
+    cache = new_cache(num_blocks=2, journal=journal)
+    compute(cache, "a", list(range(8)))
+    early = journal.feed()
+    told = early.take()
+    assert told.replaces
+    key = block_key(root_key("digest", "float32", ""), [0, 1, 2, 3])
+    assert key in told.added
+    assert len(told.added) == 2
+    assert early.take() is None
+    compute(cache, "b", [9] * 8)  # evicts both
+    change = early.take()
+    assert not change.replaces
+    assert set(change.removed) == set(told.added)
+    assert len(change.added) == 2
+    late = journal.feed().take()
+    assert late.replaces
+    assert set(late.added) == set(change.added)
+    early.close()
+    compute(cache, "c", [8] * 8)
+    assert early.take() is None
+
+
+class Machine(RuleBasedStateMachine):
+    """Sequences come, are computed in part or whole, grow and go. Blocks are modelled by what was written to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = new_cache(num_blocks=10, attention_tokens=8)
+        self.written = {}  # block -> (salt, every token up to its end)
+        self.live = {}  # owner -> [salt, tokens, computed, blocks]
+        self.number = 0
+
+    # Few tokens and lengths, so that prompts often begin the same.
+    @rule(
+        tokens=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20),
+        salt=st.sampled_from(["", "t"]),
+        more=st.integers(0, 2),
+    )
+    def acquire(self, tokens, salt, more):
+        self.number += 1
+        owner = str(self.number)
+        wanted = self.cache.pool.blocks_for(len(tokens)) + more
+        before = self.cache.num_available
+        grant = self.cache.acquire(owner, tokens, wanted, salt)
+        if grant is None:
+            assert wanted > before
+            return
+        assert len(grant.blocks) == len(set(grant.blocks)) == wanted
+        assert grant.cached_tokens < len(tokens)
+        for index in range(grant.cached_tokens // BLOCK):
+            assert self.written[grant.blocks[index]] == (salt, tuple(tokens[: (index + 1) * BLOCK]))
+        fresh = grant.blocks[grant.cached_tokens // BLOCK :]
+        for _, _, _, blocks in self.live.values():
+            assert not set(fresh) & set(blocks), "a block that is in use was handed out"
+        for block in fresh:
+            self.written.pop(block, None)
+        self.live[owner] = [salt, tokens, grant.cached_tokens, grant.blocks]
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def compute(self, data):
+        owner = data.draw(st.sampled_from(sorted(self.live)))
+        salt, tokens, computed, blocks = self.live[owner]
+        end = data.draw(st.integers(computed, len(tokens)))
+        for index in range(computed // BLOCK, end // BLOCK):
+            self.written[blocks[index]] = (salt, tuple(tokens[: (index + 1) * BLOCK]))
+        self.live[owner][2] = end
+        self.cache.publish(owner, end)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def extend(self, data):
+        owner = data.draw(st.sampled_from(sorted(self.live)))
+        blocks = self.cache.extend(owner, 1)
+        if blocks is not None:
+            assert not any(set(blocks) & set(v[3]) for v in self.live.values())
+            self.written.pop(blocks[0], None)
+            self.live[owner][3].extend(blocks)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data):
+        owner = data.draw(st.sampled_from(sorted(self.live)))
+        del self.live[owner]
+        self.cache.release(owner)
+
+    @invariant()
+    def nothing_is_lost(self):
+        self.cache.check_integrity()
+        assert self.cache.num_used >= len({b for v in self.live.values() for b in v[3]})
+        if not self.live:
+            assert self.cache.num_used == 0
+            assert self.cache.num_available == 10
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
