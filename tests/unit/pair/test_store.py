@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from overfill.errors import InvalidPair
 from overfill.pair import store
 from overfill.pair.atomic import atomic_folder
-from overfill.pair.intact import is_intact, seal
+from overfill.pair.intact import SEAL, is_intact, seal
 from overfill.pair.manifest import Pair
 from overfill.pair.progress import silent
 from overfill.pair.recipe import DecoderRecipe
@@ -105,6 +106,22 @@ def test_a_damaged_file_is_made_again(half: str, damage: str, downloads: Downloa
     Pair.load(store.resolve_pair("default"), check_digests=True)
     assert file.read_bytes() == good
     assert len(downloads.sources) == (2 if half == "full" else 1)
+
+
+def test_a_copy_that_was_interrupted_at_any_byte_is_noticed(downloads: Downloads) -> None:
+    folder = store.resolve_pair("default")
+    rng = random.Random(0)
+    for half in (folder, folder / "full"):
+        for file in [file for file in half.rglob("*") if file.is_file() and half.resolve() in file.resolve().parents]:
+            whole, times = file.read_bytes(), file.stat()
+            lengths = range(len(whole)) if len(whole) < 2000 else sorted(rng.sample(range(len(whole)), 100))
+            for length in lengths:
+                os.truncate(file, length)
+                # A seal without its last newline still says everything.
+                assert is_intact(half) == (file.name == SEAL and length == len(whole) - 1), f"{file} at byte {length}"
+                file.write_bytes(whole)
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+            assert is_intact(half)
 
 
 def test_asking_for_another_source_makes_the_pair_again(downloads: Downloads) -> None:

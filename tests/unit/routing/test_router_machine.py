@@ -108,7 +108,8 @@ class Request:
         self.known = min(known, len(self.truth))  # tokens that the client brings
         self.deadline = deadline
         self.read = self.truth[: self.known]
-        self.broken = self.failed_prefills = 0
+        self.known_when_broken = self.most_known = self.known
+        self.broken = self.failed_prefills = 0  # in a row, without a new token in between
         self.aborted = False
         self.reading = None
         self.end = None
@@ -186,7 +187,9 @@ class Routing(RuleBasedStateMachine):
 
     def broke(self, stream):
         if stream.start is not None:
-            self.requests[stream.start.request_id].broken += 1
+            request = self.requests[stream.start.request_id]
+            request.broken = 1 if request.most_known > request.known_when_broken else request.broken + 1
+            request.known_when_broken = request.most_known
 
     def pick(self, data, condition):
         streams = [s for s in self.streams if s.start is not None and not s.ended and condition(s)]
@@ -196,6 +199,10 @@ class Routing(RuleBasedStateMachine):
     def begin(self):
         for name in ("d0", "d1", "p0"):
             self.act(lambda name=name: self.report(self.join(name, 0)))
+        for _ in range(2):  # something runs already: it takes rules many steps to come that far
+            self.take(Request(next(self.numbers), 10, 12, 0, None), 20)
+        self.advance_all(1)
+        self.advance_all(1)
 
     # Workers -------------------------------------------------------------------------------------------------------
 
@@ -237,15 +244,16 @@ class Routing(RuleBasedStateMachine):
         seconds=st.sampled_from([None, None, 5.0]),
     )
     def submit(self, prompt, length, max_tokens, known, seconds):
-        number = next(self.numbers)
-        now = self.loop.now
-        request = Request(number, length, max_tokens, known, None if seconds is None else now + seconds)
+        deadline = None if seconds is None else self.loop.now + seconds
+        self.take(Request(next(self.numbers), length, max_tokens, known, deadline), prompt)
+
+    def take(self, request, prompt):
         relay_request = RelayRequest(
             id=request.id,
             prompt_token_ids=(1,) * prompt,
-            sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens),
+            sampling=common_pb2.SamplingParams(seed=1, max_tokens=request.max_tokens),
             eos_token_ids=(0,),
-            received=now,
+            received=self.loop.now,
             deadline=request.deadline,
             emitted_token_ids=tuple(request.read),
         )
@@ -294,6 +302,9 @@ class Routing(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def all_advance(self, count):
+        self.advance_all(count)
+
+    def advance_all(self, count):
         for stream in list(self.streams):
             if stream.start is not None and not stream.ended and (not stream.reserved or stream.assigned):
                 self.advance(stream, count)
@@ -309,6 +320,8 @@ class Routing(RuleBasedStateMachine):
         if ids:
             self.act(stream.say, tokens=decode_pb2.Tokens(first_index=stream.said, ids=ids))
             stream.said += len(ids)
+            if stream.said > request.most_known:
+                request.most_known, request.failed_prefills = stream.said, 0
         else:
             stream.ended = True
             self.act(stream.say, done=decode_pb2.DecodeDone(reason=request.reason))
