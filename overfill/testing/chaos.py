@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
+from overfill.cli.processes import Child
 from overfill.cli.stack import Plan, Stack, free_ports
 from overfill.client import AsyncClient, SamplingParams
 from overfill.client.status import StackStatus, WorkerStatus
@@ -31,6 +32,7 @@ FaultName = Literal["kill", "freeze", "partition", "drain"]
 
 _SETTLE = 20.0  # seconds for all blocks to be free after the last answer, before the trial says that they are not
 _POLL = 0.05
+_LEAVE = 5.0  # seconds that a drained worker has beyond its grace period, to end its process
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Result:
     hits: int = 0
     freed_after: float | None = None
     leaked: list[str] = field(default_factory=list)
-    unclean_exits: int = 0
+    unclean_exits: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -240,8 +242,12 @@ class _Run:
             case "drain":
                 os.kill(child.pid, signal.SIGTERM)
                 grace = self._stack.plan.routers[0].grace_period
-                if not await self._exit_of(name, grace + 5) or child.returncode != 0:
-                    self._result.unclean_exits += 1
+                if not await self._exit_of(name, grace + _LEAVE):
+                    self._result.unclean_exits.append(f"{name} still ran {grace + _LEAVE:g} s after SIGTERM")
+                    os.kill(child.pid, signal.SIGKILL)
+                    await self._exit_of(name, 10)
+                elif child.returncode != 0:
+                    self._result.unclean_exits.append(_how_it_ended(child))
                 self._stack.restart(name)
             case "freeze":
                 os.kill(child.pid, signal.SIGSTOP)
@@ -250,7 +256,7 @@ class _Run:
                 finally:
                     os.kill(child.pid, signal.SIGCONT)
                 if child.returncode is not None:
-                    self._result.unclean_exits += 1
+                    self._result.unclean_exits.append(_how_it_ended(child))
                     self._stack.restart(name)
             case "partition":
                 for link in self._links[name]:
@@ -284,6 +290,10 @@ class _Run:
             if not leaked or time.monotonic() > deadline:
                 return leaked
             await asyncio.sleep(_POLL)
+
+
+def _how_it_ended(child: Child) -> str:
+    return f"{child.name} {child.describe_exit()}: {' | '.join(child.last_lines()[-3:])}"
 
 
 def _is_empty(worker: WorkerStatus) -> bool:
