@@ -32,7 +32,7 @@ FaultName = Literal["kill", "freeze", "partition", "drain"]
 
 _SETTLE = 20.0  # seconds for all blocks to be free after the last answer, before the trial says that they are not
 _POLL = 0.05
-_LEAVE = 5.0  # seconds that a drained worker has beyond its grace period, to end its process
+_LEAVE = 10.0  # seconds that a drained worker has beyond its grace period, to end its process
 
 
 @dataclass(frozen=True, slots=True)
