@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import Choice, ModelRunner, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -28,8 +28,6 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
-from overfill.model.processors import process
-from overfill.model.sampling import SampledToken, sample
 
 log = logging.getLogger(__name__)
 
@@ -154,19 +152,10 @@ class PrefillEngine:
             for (sequence, _), end in zip(scheduled, ends, strict=True):
                 self._emit(KvWritten(sequence.id, layer, end, event, now))
 
-        logits = self._runner.run(works, layer_start, kv_written)
-        tokens: dict[str, SampledToken] = {}
-        refused: dict[str, Exception] = {}
-        if sampling:
-            failed = process(logits, [s.processor for s in sampling], [()] * len(sampling))
-            refused = {sampling[row].id: error for row, error in failed.items()}
-            sampled = sample(
-                logits,
-                [s.sampling for s in sampling],
-                [len(s.prompt) for s in sampling],
-                [s.sample_index for s in sampling],
-            )
-            tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
+        choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
+        sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
+        tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
+        refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             sequence.computed = end
