@@ -1,7 +1,9 @@
 """Prefill scheduling: prompts through the full model in chunks, under a token budget. No sockets, no text.
 
-Policy: first come, first served. A step takes running prompts in order of arrival and then waiting ones until the
-token budget is spent; only the last prompt taken is cut. A prompt starts when all its blocks are free.
+Policy: blocks are given in order of arrival, a prompt's all at once. Of a step's token budget the oldest prompt takes
+what it needs, or half when it needs more than all; the rest goes to the others, those with the fewest tokens left
+first, and what they leave to the oldest. So a long prompt never keeps a short one waiting for more than the steps that
+shorter ones take, and whatever arrives, the oldest advances by half a budget with every step.
 """
 
 from __future__ import annotations
@@ -104,14 +106,30 @@ class PrefillEngine:
         return True
 
     def _schedule(self) -> list[tuple[PrefillSequence, int]]:
-        budget = self._token_budget
-        scheduled: list[tuple[PrefillSequence, int]] = []
-        for sequence in self._running.values():
-            if budget and not sequence.cancelled:
-                count = min(budget, len(sequence.prompt) - sequence.computed)
-                scheduled.append((sequence, count))
-                budget -= count
-        while budget and self._waiting and self._num_admitted < self._max_num_seqs:
+        """Prompts of the next step, and how many tokens of each."""
+        self._admit()
+        wanting = [s for s in self._running.values() if not s.cancelled]
+        if not wanting:
+            return []
+        oldest, *others = wanting
+        others.sort(key=_left)  # stable: of equal ones the older first
+        left = self._token_budget
+        share = left if not others or _left(oldest) <= left else max(1, left // 2)
+        counts = {oldest.id: min(share, _left(oldest))}
+        left -= counts[oldest.id]
+        for sequence in others:
+            counts[sequence.id] = min(left, _left(sequence))
+            left -= counts[sequence.id]
+        counts[oldest.id] += min(left, _left(oldest) - counts[oldest.id])
+        scheduled = [(s, counts[s.id]) for s in (oldest, *others) if counts[s.id]]
+        for sequence, _ in scheduled:
+            if sequence.computed == 0:
+                self._emit(PrefillScheduled(sequence.id, sequence.blocks, time.monotonic_ns()))
+        return scheduled
+
+    def _admit(self) -> None:
+        """Gives blocks to waiting prompts in order of arrival; none overtakes another."""
+        while self._waiting and self._num_admitted < self._max_num_seqs:
             sequence = self._waiting[0]
             if sequence.cancelled:  # its Release is on the way
                 break
@@ -121,11 +139,6 @@ class PrefillEngine:
             self._waiting.popleft()
             sequence.blocks = blocks
             self._running[sequence.id] = sequence
-            self._emit(PrefillScheduled(sequence.id, blocks, time.monotonic_ns()))
-            count = min(budget, len(sequence.prompt))
-            scheduled.append((sequence, count))
-            budget -= count
-        return scheduled
 
     def _compute(self, scheduled: list[tuple[PrefillSequence, int]]) -> None:
         ends = [sequence.computed + count for sequence, count in scheduled]
@@ -180,3 +193,8 @@ class PrefillEngine:
             sequence.blocks = []
         else:
             self._waiting = deque(s for s in self._waiting if s.id != id)
+
+
+def _left(sequence: PrefillSequence) -> int:
+    """Tokens of the prompt that are not computed."""
+    return len(sequence.prompt) - sequence.computed
