@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import Choice, ModelRunner, Work
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -30,8 +30,6 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.model.processors import process
-from overfill.model.sampling import sample
 
 log = logging.getLogger(__name__)
 
@@ -209,14 +207,8 @@ class DecodeEngine:
                 self._replay_part(sequences[0])
                 return []
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            logits = self._runner.run(works)
-            refused = process(logits, [s.processor for s in sequences], [s.emitted for s in sequences])
-            sampled = sample(
-                logits,
-                [s.sampling for s in sequences],
-                [s.num_tokens for s in sequences],
-                [s.sample_index for s in sequences],
-            )
+            choices = [Choice(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
+            sampled, refused = self._runner.next_tokens(works, choices)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)

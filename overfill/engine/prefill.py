@@ -1,8 +1,10 @@
 """Prefill scheduling: prompts through the full model in chunks, under a token budget. No sockets, no text.
 
-Policy: first come, first served. A step takes running prompts in order of arrival and then waiting ones until the
-token budget is spent; only the last prompt taken is cut. A prompt starts when all its blocks are free, behind the part
-of it that the prefix cache has.
+Policy: blocks are given in order of arrival, a prompt's all at once; the part of it that the prefix cache has is not
+computed again. Of a step's token budget the oldest prompt takes what it needs, or half when it needs more than all; the
+rest goes to the others, those with the fewest tokens left first, and what they leave to the oldest. So a long prompt
+never keeps a short one waiting for more than the steps that shorter ones take, and whatever arrives, the oldest
+advances by half a budget with every step.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import Choice, ModelRunner, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -31,8 +33,6 @@ from overfill.engine.sequence import (
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import DeviceEvent
 from overfill.kv.prefix import PrefixCache
-from overfill.model.processors import process
-from overfill.model.sampling import SampledToken, sample
 
 log = logging.getLogger(__name__)
 
@@ -119,14 +119,36 @@ class PrefillEngine:
         return True
 
     def _schedule(self) -> list[tuple[PrefillSequence, int]]:
-        budget = self._token_budget
-        scheduled: list[tuple[PrefillSequence, int]] = []
-        for sequence in self._running.values():
-            if budget and not sequence.cancelled:
-                count = min(budget, len(sequence.prompt) - sequence.computed)
-                scheduled.append((sequence, count))
-                budget -= count
-        while budget and self._waiting and self._num_admitted < self._max_num_seqs:
+        """Prompts of the next step, and how many tokens of each."""
+        self._admit()
+        wanting = [s for s in self._running.values() if not s.cancelled]
+        if not wanting:
+            return []
+        oldest, *others = wanting
+        others.sort(key=_left)  # stable: of equal ones the older first
+        left = self._token_budget
+        share = left if not others or _left(oldest) <= left else max(1, left // 2)
+        counts = {oldest.id: min(share, _left(oldest))}
+        left -= counts[oldest.id]
+        for sequence in others:
+            counts[sequence.id] = min(left, _left(sequence))
+            left -= counts[sequence.id]
+        counts[oldest.id] += min(left, _left(oldest) - counts[oldest.id])
+        scheduled = [(s, counts[s.id]) for s in (oldest, *others) if counts[s.id]]
+        for sequence, _ in scheduled:
+            if sequence.computed == sequence.cached_tokens:
+                self._begin(sequence)
+        return scheduled
+
+    def _begin(self, sequence: PrefillSequence) -> None:
+        # Steps that computed the cached part may still be running on the device.
+        cached = sequence.cached_tokens
+        mark = self._mark() if cached else None
+        self._emit(PrefillScheduled(sequence.id, sequence.blocks, cached, mark, time.monotonic_ns()))
+
+    def _admit(self) -> None:
+        """Gives blocks to waiting prompts in order of arrival; none overtakes another."""
+        while self._waiting and self._num_admitted < self._max_num_seqs:
             sequence = self._waiting[0]
             if sequence.cancelled:  # its Release is on the way
                 break
@@ -136,14 +158,8 @@ class PrefillEngine:
                 break
             self._waiting.popleft()
             sequence.blocks, sequence.computed = grant.blocks, grant.cached_tokens
+            sequence.cached_tokens = grant.cached_tokens
             self._running[sequence.id] = sequence
-            # Steps that computed the cached part may still be running on the device.
-            mark = self._mark() if grant.cached_tokens else None
-            self._emit(PrefillScheduled(sequence.id, grant.blocks, grant.cached_tokens, mark, time.monotonic_ns()))
-            count = min(budget, len(sequence.prompt) - sequence.computed)
-            scheduled.append((sequence, count))
-            budget -= count
-        return scheduled
 
     def _compute(self, scheduled: list[tuple[PrefillSequence, int]]) -> None:
         ends = [sequence.computed + count for sequence, count in scheduled]
@@ -167,19 +183,10 @@ class PrefillEngine:
             for (sequence, _), end in zip(scheduled, ends, strict=True):
                 self._emit(KvWritten(sequence.id, layer, end, event, now))
 
-        logits = self._runner.run(works, layer_start, kv_written)
-        tokens: dict[str, SampledToken] = {}
-        refused: dict[str, Exception] = {}
-        if sampling:
-            failed = process(logits, [s.processor for s in sampling], [()] * len(sampling))
-            refused = {sampling[row].id: error for row, error in failed.items()}
-            sampled = sample(
-                logits,
-                [s.sampling for s in sampling],
-                [len(s.prompt) for s in sampling],
-                [s.sample_index for s in sampling],
-            )
-            tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
+        choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
+        sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
+        tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
+        refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             sequence.computed = end
@@ -213,3 +220,8 @@ class PrefillEngine:
             sequence.blocks = []
         else:
             self._waiting = deque(s for s in self._waiting if s.id != id)
+
+
+def _left(sequence: PrefillSequence) -> int:
+    """Tokens of the prompt that are not computed."""
+    return len(sequence.prompt) - sequence.computed

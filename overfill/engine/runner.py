@@ -9,7 +9,10 @@ import torch
 
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
-from overfill.model.transformer import Model
+from overfill.model.processors import LogitProcessor, process
+from overfill.model.sampling import SampledToken, refuse_broken, sample
+from overfill.model.transformer import GreedyModel, Model
+from overfill.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,36 @@ class Work:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the token after a work is chosen.
+
+    Attributes:
+        emitted: the answer so far, for ``processor``.
+    """
+
+    sampling: SamplingParams
+    sample_index: int
+    processor: LogitProcessor | None = None
+    emitted: Sequence[int] = ()
+
+    @property
+    def most_likely(self) -> bool:
+        """Whether nothing but the most likely token is asked for."""
+        return self.sampling.greedy and self.processor is None and self.sampling.logprobs is None
+
+
+def choose(
+    logits: torch.Tensor, works: Sequence[Work], choices: Sequence[Choice]
+) -> tuple[list[SampledToken], dict[int, Exception]]:
+    """A token for every row of ``logits``, and errors of rows that cannot go on, whose tokens mean nothing."""
+    if not choices:
+        return [], {}
+    refused = process(logits, [c.processor for c in choices], [c.emitted for c in choices])
+    positions = [work.end for work in works if work.wants_logits]
+    return sample(logits, [c.sampling for c in choices], positions, [c.sample_index for c in choices]), refused
 
 
 class ModelRunner:
@@ -42,6 +75,24 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits [number of works that want them, vocab_size], float32; the last token's of each such work."""
         return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
+
+    def next_tokens(
+        self,
+        works: Sequence[Work],
+        choices: Sequence[Choice],
+        on_layer_start: Callable[[int], None] | None = None,
+        on_kv_written: Callable[[int], None] | None = None,
+    ) -> tuple[list[SampledToken], dict[int, Exception]]:
+        """The token after each work that wants logits, and errors as ``choose`` gives them; raises as ``sample``.
+
+        Args:
+            choices: one for each of those works.
+        """
+        if choices and all(c.most_likely for c in choices) and isinstance(self.model, GreedyModel):
+            tokens = self.model.most_likely(self._batch(works), self.cache, on_layer_start, on_kv_written).tolist()
+            refuse_broken(tokens)
+            return [SampledToken(token) for token in tokens], {}
+        return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
 
     def synchronize(self) -> None:
         """Returns when nothing launched before touches the cache any more."""

@@ -73,6 +73,7 @@ class PrefillSequence:
 
     Attributes:
         salt: tenant whose prefixes it may share.
+        cached_tokens: of the prompt, found in the prefix cache.
     """
 
     id: str
@@ -83,6 +84,7 @@ class PrefillSequence:
     processor: LogitProcessor | None = None
     salt: str = ""
     cancelled: bool = False
+    cached_tokens: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from overfill.errors import InternalError
+from overfill.model.native.drawing import draw
 from overfill.model.philox import uniform
 from overfill.params import MAX_LOGPROBS, SamplingParams
 
@@ -56,26 +59,45 @@ def sample(
     unseeded = [row for row in drawn if params[row].seed is None]
     if unseeded:
         raise ValueError(f"rows {unseeded} are to be sampled and have no seed")
-    chosen = logits.argmax(dim=-1)  # [N]; the index of a NaN, if there is one
-    finite = logits.gather(1, chosen.unsqueeze(1)).squeeze(1).isfinite().tolist()
-    if not all(finite):
-        broken = [row for row, ok in enumerate(finite) if not ok]
-        raise InternalError(f"the logits of rows {broken} are not finite")
+    chosen = _most_likely(logits) if len(drawn) < len(params) else logits.new_empty(len(params), dtype=torch.int64)
     if drawn:
         rows = _rows([not p.greedy for p in params], logits.device)
-        weights = filtered_weights(logits[rows], [params[row] for row in drawn])
         u = uniform(
             [params[row].seed or 0 for row in drawn],
             [sample_indices[row] for row in drawn],
             [positions[row] for row in drawn],
         )
-        chosen[rows] = _inverse_cdf(weights, torch.from_numpy(u).to(logits.device))
+        chosen[rows] = _draw(logits[rows], [params[row] for row in drawn], u)
     tokens = chosen.tolist()
+    refuse_broken(tokens)
     wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
     result = [SampledToken(token) for token in tokens]
     for row, scored in zip(wanted, _logprobs(logits, chosen, wanted), strict=True):
         result[row] = scored
     return result
+
+
+def refuse_broken(tokens: Sequence[int]) -> None:
+    """Raises InternalError if a token is -1, which stands for a row of logits that is not finite."""
+    if -1 in tokens:
+        raise InternalError(f"the logits of rows {[row for row, t in enumerate(tokens) if t < 0]} are not finite")
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """[N] int64; -1 where there is none."""
+    chosen = logits.argmax(dim=-1)  # the index of a NaN, if there is one
+    finite = logits.gather(1, chosen.unsqueeze(1)).squeeze(1).isfinite()
+    return torch.where(finite, chosen, -1)
+
+
+def _draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64]) -> Tensor:
+    """[N] int64; -1 where the logits are not finite. None of ``params`` is greedy."""
+    native = draw(logits, params, u)
+    if native is not None:
+        return native
+    weights = filtered_weights(logits, params)
+    tokens = _inverse_cdf(weights, torch.from_numpy(u).to(logits.device))
+    return torch.where(_most_likely(logits) < 0, -1, tokens)
 
 
 def filtered_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

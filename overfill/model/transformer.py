@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Model(Protocol):
     """What can run steps: ``Transformer``, which is the reference, and what is faster than it somewhere."""
 
     config: ModelConfig
+    max_positions: int
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -51,6 +52,20 @@ class Model(Protocol):
         on_layer_start: LayerHook | None = None,
         on_kv_written: LayerHook | None = None,
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class GreedyModel(Protocol):
+    """A model that can name the most likely tokens without writing all logits down."""
+
+    def most_likely(
+        self,
+        batch: ForwardBatch,
+        cache: KvCache,
+        on_layer_start: LayerHook | None = None,
+        on_kv_written: LayerHook | None = None,
+    ) -> Tensor:
+        """As ``forward``, but [N] int64: the most likely token of each row, -1 where the logits are not finite."""
 
 
 class Transformer:

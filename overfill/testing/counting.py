@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from overfill.engine.runner import Work
+from overfill.engine.runner import Choice, Work, choose
+from overfill.model.sampling import SampledToken
 
 VOCAB_SIZE = 64
 
@@ -31,6 +32,16 @@ class CountingRunner:
 
     def clean_up(self, error: Exception) -> None:
         """A failed step leaves nothing behind."""
+
+    def next_tokens(
+        self,
+        works: Sequence[Work],
+        choices: Sequence[Choice],
+        on_layer_start: Callable[[int], None] | None = None,
+        on_kv_written: Callable[[int], None] | None = None,
+    ) -> tuple[list[SampledToken], dict[int, Exception]]:
+        """As ``ModelRunner.next_tokens``."""
+        return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
 
     def run(
         self,

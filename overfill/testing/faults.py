@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import overfill.kv.receiver
-from overfill.engine.runner import ModelRunner
+from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.ranges import KvRange
@@ -79,28 +79,28 @@ def shift_positions() -> None:
 
 
 def hang_step() -> None:
-    run = ModelRunner.run
+    make_batch = ModelRunner._batch
     steps = itertools.count(1)
 
-    def run_or_hang(self: ModelRunner, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def make_or_hang(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
         if next(steps) >= 20:
             threading.Event().wait()
-        return run(self, *args, **kwargs)
+        return make_batch(self, works)
 
-    ModelRunner.run = run_or_hang  # type: ignore[method-assign]
+    ModelRunner._batch = make_or_hang  # type: ignore[method-assign]
 
 
 def run_out_of_memory() -> None:
-    run = ModelRunner.run
+    make_batch = ModelRunner._batch
     steps = itertools.count(1)
 
-    def run_or_fail(self: ModelRunner, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def make_or_fail(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
         step = next(steps)
         if step > 10 and step % 5 == 0:  # what a worker runs to warm up is spared
             raise torch.OutOfMemoryError("no room for this step")
-        return run(self, *args, **kwargs)
+        return make_batch(self, works)
 
-    ModelRunner.run = run_or_fail  # type: ignore[method-assign]
+    ModelRunner._batch = make_or_fail  # type: ignore[method-assign]
 
 
 def lose_block() -> None:

@@ -7,7 +7,7 @@
 namespace ovf {
 
 constexpr size_t MAX_HEADS = 64;
-constexpr size_t CHUNK = 128;      // tokens whose scores are held at once, for one new token
+constexpr size_t CHUNK = 64;      // tokens whose scores are held at once, for one new token
 constexpr size_t TILE_ROWS = 48;   // (new token, head) rows of a tile
 constexpr size_t TILE_KEYS = 256;  // tokens whose scores are held at once, for a tile
 
@@ -30,10 +30,14 @@ struct KvLayer {
     }
 };
 
+// Into the second-level cache: lines that come into the first one have few places to wait in.
+inline void prefetch(const bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
 // Adds COUNT heads' weighted values of a chunk to their sums: out[i] = out[i] * keep[i] + p[i] @ v.
+// Meanwhile it fetches the next chunk's keys, unless `next_k` is null.
 template <int VECTORS, int COUNT>
 void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, const bf16* p, const float* keep,
-                float* out, size_t out_stride) {
+                float* out, size_t out_stride, const bf16* next_k) {
     __m512 sums[COUNT][2 * VECTORS];
 #pragma GCC unroll 8
     for (int g = 0; g < COUNT; ++g)
@@ -47,6 +51,7 @@ void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, con
             const __m512i a = _mm512_maskz_loadu_epi16(mask, v + rows[t] + 32 * i);
             const __m512i b =
                 t + 1 < n ? _mm512_maskz_loadu_epi16(mask, v + rows[t + 1] + 32 * i) : _mm512_setzero_si512();
+            if (next_k) prefetch(next_k + rows[CHUNK + t] + 32 * i), prefetch(next_k + rows[CHUNK + t + 1] + 32 * i);
             pair[2 * i] = _mm512_unpacklo_epi16(a, b);
             pair[2 * i + 1] = _mm512_unpackhi_epi16(a, b);
         }
@@ -105,7 +110,7 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
     const size_t group = s.group(), padded = s.padded();
     const __mmask32 tail = s.dim % 32 ? (1u << s.dim % 32) - 1 : ~0u;
     __m512 dots[16];
-    size_t rows[CHUNK + 32];
+    size_t rows[2 * CHUNK];  // of this chunk and the next
     alignas(64) float scores[MAX_HEADS * CHUNK];
     alignas(64) bf16 p[8 * CHUNK];
     for (size_t h = 0; h < s.heads; ++h) {
@@ -115,10 +120,10 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
     }
     for (size_t start = first; start < last; start += CHUNK) {
         const size_t n = last - start < CHUNK ? last - start : CHUNK;
-        for (size_t t = 0; t < round_up(n, 16) + 16; ++t)
+        for (size_t t = 0; t < 2 * CHUNK; ++t)
             rows[t] = kv.at(table, start + t < last ? start + t : last - 1);
         for (size_t t = 0; t < n; t += 16) {
-            // Fetched while the heads are computed, a few lines after each: these tokens' values, the next ones' keys.
+            // Fetched meanwhile, a few lines after each head: these tokens' values; in the first chunk, the next keys.
             const size_t row_lines = kv.row * sizeof(bf16) / 64, lines = 16 * row_lines;
             const size_t each = (lines + s.heads - 1) / s.heads;
             size_t fetched = 0;
@@ -139,9 +144,9 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
                 }
                 _mm512_storeu_ps(scores + h * CHUNK + t, sums_of_16(dots));
                 for (size_t i = 0; i < each && fetched < lines; ++i, ++fetched) {
-                    const size_t token = fetched / row_lines, element = fetched % row_lines * 32;
-                    _mm_prefetch(reinterpret_cast<const char*>(kv.v + rows[t + token] + element), _MM_HINT_T0);
-                    _mm_prefetch(reinterpret_cast<const char*>(kv.k + rows[t + token + 16] + element), _MM_HINT_T0);
+                    const size_t token = t + fetched / row_lines, element = fetched % row_lines * 32;
+                    prefetch(kv.v + rows[token] + element);
+                    if (start == first) prefetch(kv.k + rows[token + 16] + element);
                 }
             }
         }
@@ -154,14 +159,15 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
                     keep[i] = weigh(scores + (h + i) * CHUNK, n, s.log2_scale(), own[i * s.partial()],
                                     own[i * s.partial() + 1], p + i * CHUNK);
                 const bf16* v = kv.v + kv_head * s.dim;
+                const bf16* next_k = g == 0 && start + CHUNK < last ? kv.k + kv_head * s.dim : nullptr;
                 if (COUNT >= 4 && count == 4)
-                    add_values<VECTORS, COUNT>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                    add_values<VECTORS, COUNT>(v, rows, n, tail, p, keep, own + 2, s.partial(), next_k);
                 else if (COUNT >= 3 && count == 3)
-                    add_values<VECTORS, COUNT < 3 ? COUNT : 3>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                    add_values<VECTORS, COUNT < 3 ? COUNT : 3>(v, rows, n, tail, p, keep, own + 2, s.partial(), next_k);
                 else if (COUNT >= 2 && count == 2)
-                    add_values<VECTORS, COUNT < 2 ? COUNT : 2>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                    add_values<VECTORS, COUNT < 2 ? COUNT : 2>(v, rows, n, tail, p, keep, own + 2, s.partial(), next_k);
                 else
-                    add_values<VECTORS, 1>(v, rows, n, tail, p, keep, own + 2, s.partial());
+                    add_values<VECTORS, 1>(v, rows, n, tail, p, keep, own + 2, s.partial(), next_k);
             }
     }
 }

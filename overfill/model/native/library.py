@@ -46,6 +46,15 @@ class Batch(Structure):
     ]
 
 
+class Draws(Structure):
+    """``OvfDraws``."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "vocab", "threads")),
+        *((name, c_void_p) for name in ("logits", "temperatures", "top_p", "min_p", "u", "top_k", "chosen")),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library, compiled if need be; None where it cannot run. The reason is logged, once."""
@@ -85,4 +94,6 @@ def _library() -> ctypes.CDLL:
     library.ovf_set_vector.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_int64]
     library.ovf_forward.restype = c_char_p
     library.ovf_forward.argtypes = [c_void_p, POINTER(Batch), Hook]
+    library.ovf_draw.restype = None
+    library.ovf_draw.argtypes = [POINTER(Draws)]
     return library

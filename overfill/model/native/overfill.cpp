@@ -4,6 +4,7 @@
 #include <new>
 
 #include "plan.h"
+#include "sampling.h"
 
 using namespace ovf;
 
@@ -127,5 +128,18 @@ const char* ovf_forward(void* handle, const OvfBatch* batch, OvfHook hook) {
     } catch (const std::bad_alloc&) {
         return "there is not enough memory for it";
     }
+}
+
+// Draws a token for every row; see OvfDraws.
+void ovf_draw(const OvfDraws* draws) {
+    static std::mutex busy;
+    static Pool* pool = new Pool;  // never ended: its threads may outlive what ends at exit
+    std::atomic<size_t> next{0};
+    auto job = [&](int, int) {
+        DrawScratch scratch;
+        for (size_t row; (row = next++) < static_cast<size_t>(draws->rows);) draws->chosen[row] = draw(*draws, row, scratch);
+    };
+    std::lock_guard<std::mutex> alone(busy);
+    pool->run(static_cast<int>(std::min(draws->threads, draws->rows)), job);
 }
 }

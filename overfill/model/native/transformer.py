@@ -102,6 +102,18 @@ class NativeTransformer:
         self._run(batch, cache, logits, None, on_layer_start, on_kv_written)
         return logits
 
+    def most_likely(
+        self,
+        batch: ForwardBatch,
+        cache: KvCache,
+        on_layer_start: LayerHook | None = None,
+        on_kv_written: LayerHook | None = None,
+    ) -> Tensor:
+        """As ``GreedyModel.most_likely``; of equal tokens the first."""
+        best = torch.empty(len(batch.logits_indices), dtype=torch.int64)
+        self._run(batch, cache, None, best, on_layer_start, on_kv_written)
+        return best
+
     def _run(
         self,
         batch: ForwardBatch,

@@ -82,6 +82,29 @@ def test_several_prompts_share_a_step_in_order_of_arrival(runner, pool, events):
         engine.handle(Release(name))
 
 
+def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
+    pool = BlockPool(64, 4)
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("long", 40)))
+    engine.step()
+    engine.handle(Submit(prompt("longer", 60)))
+    engine.handle(Submit(prompt("short", 4)))
+    engine.step()
+    assert [e.id for e in of(PromptComputed, events)] == ["short"]
+    for index in range(3):  # however many short ones there are, the long one advances
+        engine.handle(Submit(prompt(f"next-{index}", 8)))
+    steps = 0
+    while "long" not in [e.id for e in of(PromptComputed, events)]:
+        engine.step()
+        steps += 1
+    assert steps <= 7  # 28 tokens, 4 at least with each step
+    while engine.step():
+        pass
+    for name in ("long", "longer", "short", "next-0", "next-1", "next-2"):
+        engine.handle(Release(name))
+    assert pool.num_used == 0
+
+
 def test_a_prompt_waits_until_all_its_blocks_are_free(runner, pool, events):
     engine = new_engine(runner, pool, events, token_budget=64)
     engine.handle(Submit(prompt("a", 20)))

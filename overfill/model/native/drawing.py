@@ -1,0 +1,54 @@
+"""Draws tokens in the native library; the semantics, and the reference, are those of ``model.sampling``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from overfill.model.native import library
+from overfill.params import SamplingParams
+
+
+def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64]) -> Tensor | None:
+    """One token per row, -1 where the logits are broken; None where the kernels do not run.
+
+    Args:
+        logits: [N, vocab] float32.
+        params: one per row, none greedy.
+        u: [N], in [0, 1).
+
+    Returns:
+        [N] int64.
+    """
+    if logits.device.type != "cpu" or (native := library.load()) is None:
+        return None
+    rows, vocab = logits.shape
+    logits = logits.contiguous()
+    temperatures, top_p, min_p = (
+        np.array(values, dtype=np.float64)
+        for values in zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
+    )
+    top_k = np.array([min(p.top_k or vocab, vocab) for p in params], dtype=np.int64)
+    chosen = torch.empty(rows, dtype=torch.int64)
+    native.ovf_draw(
+        byref(
+            library.Draws(
+                rows=rows,
+                vocab=vocab,
+                threads=torch.get_num_threads(),
+                logits=logits.data_ptr(),
+                temperatures=temperatures.ctypes.data,
+                top_p=top_p.ctypes.data,
+                min_p=min_p.ctypes.data,
+                u=u.ctypes.data,
+                top_k=top_k.ctypes.data,
+                chosen=chosen.data_ptr(),
+            )
+        )
+    )
+    return chosen
