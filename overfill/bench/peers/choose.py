@@ -25,7 +25,12 @@ PEERS = (*BUILT_IN, *RECIPES)
 
 @dataclass(frozen=True, slots=True)
 class PeerSetting:
-    """What all peers are given, so that they do the same work with the same means."""
+    """What all peers are given, so that they do the same work with the same means.
+
+    Attributes:
+        workload: most sequences, and tokens of each.
+        kv_bytes: of the KV cache of peers that have one; None: as much as the workload fills.
+    """
 
     pair: Pair
     dtype: torch.dtype
@@ -34,6 +39,13 @@ class PeerSetting:
     workload: Workload
     token_budget: int
     logs: Path
+    kv_bytes: int | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        if self.kv_bytes is not None:
+            return self.kv_bytes
+        return self.workload.cache_bytes(self.pair.full_config.kv_spec("bfloat16").token_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +93,23 @@ def open_peers(
     return found, missing
 
 
+def open_process(name: str, setting: PeerSetting) -> PeerProcess | Missing:
+    """A peer in an environment of its own.
+
+    Raises:
+        PeerFailed: it does not start.
+    """
+    python = python_of(name)
+    if python is None:
+        return Missing(name, f"not installed: {install_hint(name)}")
+    if setting.device.type != "cpu":
+        return Missing(name, "is a peer on a CPU only")
+    return _OUTSIDE[name](python, setting)
+
+
 def _open(name: str, setting: PeerSetting) -> Contender | Missing:
     if name in RECIPES:
-        python = python_of(name)
-        if python is None:
-            return Missing(name, f"not installed: {install_hint(name)}")
-        if setting.device.type != "cpu":
-            return Missing(name, "is a peer on a CPU only")
-        return _OUTSIDE[name](python, setting)
+        return open_process(name, setting)
     # Not at the top: transformers takes seconds to import.
     from overfill.bench.peers.plain import ReferenceLoop, TransformersGenerate
 
@@ -97,13 +118,13 @@ def _open(name: str, setting: PeerSetting) -> Contender | Missing:
     return TransformersGenerate(setting.pair.full_path, setting.dtype, setting.device)
 
 
-def _openvino(python: Path, setting: PeerSetting) -> Contender | Missing:
+def _openvino(python: Path, setting: PeerSetting) -> PeerProcess | Missing:
     if setting.pair.full_digest != CONVERTED_DIGEST:
         return Missing("openvino", "reads the GGUF of the named pairs' full model only")
     return _process("openvino", python, setting, model=str(default_gguf()))
 
 
-def _vllm(python: Path, setting: PeerSetting) -> Contender | Missing:
+def _vllm(python: Path, setting: PeerSetting) -> PeerProcess | Missing:
     return _process(
         "vllm",
         python,
@@ -115,18 +136,17 @@ def _vllm(python: Path, setting: PeerSetting) -> Contender | Missing:
 
 
 def _process(name: str, python: Path, setting: PeerSetting, **options: object) -> PeerProcess:
-    workload = setting.workload
     return PeerProcess(
         name,
         python,
         setting.threads,
         setting.logs / f"{name}.log",
         vocab_size=setting.pair.full_config.vocab_size,
-        max_num_seqs=workload.batch,
+        max_num_seqs=setting.workload.batch,
         token_budget=setting.token_budget,
-        kv_bytes=workload.cache_bytes(setting.pair.full_config.kv_spec("bfloat16").token_bytes),
+        kv_bytes=setting.cache_bytes,
         **options,
     )
 
 
-_OUTSIDE: dict[str, Callable[[Path, PeerSetting], Contender | Missing]] = {"openvino": _openvino, "vllm": _vllm}
+_OUTSIDE: dict[str, Callable[[Path, PeerSetting], PeerProcess | Missing]] = {"openvino": _openvino, "vllm": _vllm}

@@ -7,6 +7,7 @@ Knows nothing of overfill, which is not installed there. Each line in is a reque
     {"op": "steps", "count"}                            -> {"seconds": [...]}
     {"op": "end"}                                       -> {}
     {"op": "prefill", "lengths"}                        -> {"seconds"}
+    {"op": "serve", "requests": [[due, prompt, max_tokens], ...]} -> {"times": [[...], ...]}
 
 or ``{"error": ...}``. Whatever the engine prints goes to stderr.
 """
@@ -42,32 +43,28 @@ class OpenVino:
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
             model, scheduler_config=scheduler, device="CPU", properties={"INFERENCE_NUM_THREADS": threads}
         )
-        self._handles: list[Any] = []
-        self._next_id = 0
+        self._handles: dict[int, Any] = {}
 
-    def add(self, prompt: list[int], max_tokens: int) -> None:
+    def add(self, id: int, prompt: list[int], max_tokens: int) -> None:
         config = self._genai.GenerationConfig()
         config.max_new_tokens = max_tokens
         config.ignore_eos = True
         config.do_sample = False
-        self._handles.append(self._pipeline.add_request(self._next_id, self._tensor(prompt), config))
-        self._next_id += 1
+        self._handles[id] = self._pipeline.add_request(id, self._tensor(prompt), config)
 
-    def step(self) -> int:
-        """Tokens that came."""
+    def step(self) -> dict[int, int]:
         self._pipeline.step()
-        count = 0
-        for handle in self._handles:
+        came: dict[int, int] = {}
+        for id, handle in self._handles.items():
             while handle.can_read():
-                count += sum(len(output.generated_ids) for output in handle.read().values())
-        return count
+                came[id] = came.get(id, 0) + sum(len(output.generated_ids) for output in handle.read().values())
+        return came
 
-    def drop(self) -> None:
-        for handle in self._handles:
-            handle.cancel()
-        while self._pipeline.has_non_finished_requests():
+    def drop(self, ids: list[int]) -> None:
+        for id in ids:
+            self._handles.pop(id).cancel()
+        while not self._handles and self._pipeline.has_non_finished_requests():
             self._pipeline.step()
-        self._handles = []
 
 
 class Vllm:
@@ -95,45 +92,48 @@ class Vllm:
             enable_prefix_caching=False,
             disable_log_stats=True,
         ).llm_engine
-        self._seen: dict[str, int] = {}
-        self._next_id = 0
+        self._seen: dict[int, int] = {}
 
-    def add(self, prompt: list[int], max_tokens: int) -> None:
+    def add(self, id: int, prompt: list[int], max_tokens: int) -> None:
         from vllm.inputs import TokensPrompt
 
-        id = str(self._next_id)
-        self._next_id += 1
         sampling = self._vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        self._engine.add_request(id, TokensPrompt(prompt_token_ids=prompt), sampling)
+        self._engine.add_request(str(id), TokensPrompt(prompt_token_ids=prompt), sampling)
         self._seen[id] = 0
 
-    def step(self) -> int:
-        """Tokens that came."""
-        count = 0
+    def step(self) -> dict[int, int]:
+        came: dict[int, int] = {}
         for output in self._engine.step():
-            length = len(output.outputs[0].token_ids)
-            count += length - self._seen[output.request_id]
-            self._seen[output.request_id] = length
-        return count
+            id, length = int(output.request_id), len(output.outputs[0].token_ids)
+            if id in self._seen:
+                came[id] = length - self._seen[id]
+                self._seen[id] = length
+        return came
 
-    def drop(self) -> None:
-        self._engine.abort_request(list(self._seen))
-        while self._engine.has_unfinished_requests():
+    def drop(self, ids: list[int]) -> None:
+        self._engine.abort_request([str(id) for id in ids])
+        for id in ids:
+            del self._seen[id]
+        while not self._seen and self._engine.has_unfinished_requests():
             self._engine.step()
-        self._seen = {}
 
 
 ENGINES: dict[str, Callable[..., Any]] = {"openvino": OpenVino, "vllm": Vllm}
 
 
 class Peer:
-    """Answers requests with one engine."""
+    """Answers requests with one engine.
+
+    An engine has ``add(id, prompt, max_tokens)``, ``step()``, which returns how many tokens came for which id, and
+    ``drop(ids)``, which forgets requests, finished or not.
+    """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._engine: Any = None
         self._vocab_size = 0
-        self._batch = 0
+        self._running: list[int] = []
+        self._next_id = 0
 
     def load(self, vocab_size: int, **options: Any) -> dict[str, Any]:
         self._vocab_size = vocab_size
@@ -141,7 +141,6 @@ class Peer:
         return {"version": self._engine.version}
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
-        self._batch = batch
         self._add([prompt_tokens] * batch, steps + 8)  # ends after the measurement, not in it
         self._until(batch)
         return {}
@@ -150,12 +149,13 @@ class Peer:
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
-            self._until(self._batch)
+            self._until(len(self._running))
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds}
 
     def end(self) -> dict[str, Any]:
-        self._engine.drop()
+        self._engine.drop(self._running)
+        self._running = []
         return {}
 
     def prefill(self, lengths: list[int]) -> dict[str, Any]:
@@ -163,17 +163,47 @@ class Peer:
         self._add(lengths, 1)
         self._until(len(lengths))
         seconds = time.perf_counter() - start
-        self._engine.drop()
+        self.end()
         return {"seconds": seconds}
+
+    def serve(self, requests: list[tuple[float, list[int], int]]) -> dict[str, Any]:
+        """Adds every request when it is due, between steps; times of its tokens, in seconds since the start."""
+        waiting = sorted(range(len(requests)), key=lambda i: requests[i][0], reverse=True)
+        times: list[list[float]] = [[] for _ in requests]
+        places: dict[int, int] = {}
+        start = time.perf_counter()
+        while waiting or places:
+            while waiting and requests[waiting[-1]][0] <= time.perf_counter() - start:
+                place = waiting.pop()
+                places[self._new(*requests[place][1:])] = place
+            if not places:
+                time.sleep(max(0.0, requests[waiting[-1]][0] - (time.perf_counter() - start)))
+                continue
+            came = self._engine.step()
+            now = time.perf_counter() - start
+            for id, count in came.items():
+                place = places[id]
+                times[place] += [now] * count
+                if len(times[place]) >= requests[place][2]:
+                    self._engine.drop([id])
+                    del places[id]
+        return {"times": times}
 
     def _add(self, lengths: list[int], max_tokens: int) -> None:
         for length in lengths:
             # Each its own, so that nothing can be read from another's KV.
-            self._engine.add([random.randrange(self._vocab_size) for _ in range(length)], max_tokens)
+            prompt = [random.randrange(self._vocab_size) for _ in range(length)]
+            self._running.append(self._new(prompt, max_tokens))
+
+    def _new(self, prompt: list[int], max_tokens: int) -> int:
+        id = self._next_id
+        self._next_id += 1
+        self._engine.add(id, prompt, max_tokens)
+        return id
 
     def _until(self, tokens: int) -> None:
         while tokens > 0:
-            tokens -= self._engine.step()
+            tokens -= sum(self._engine.step().values())
 
 
 def main() -> None:

@@ -64,6 +64,11 @@ class PeerProcess:
     def prefill(self, lengths: Sequence[int]) -> float:
         return float(self._ask("prefill", lengths=list(lengths))["seconds"])
 
+    def serve(self, requests: Sequence[tuple[float, Sequence[int], int]]) -> list[list[float]]:
+        """Plays requests of (due, prompt, max_tokens); when each one's tokens came. Seconds since the start."""
+        times: list[list[float]] = self._ask("serve", requests=list(requests))["times"]
+        return times
+
     def close(self) -> None:
         """Ends the process, by force when it does not leave by itself."""
         stdin, stdout = self._pipes()

@@ -22,21 +22,22 @@ class Fake:
     def __init__(self, threads, largest):
         print("noise on stdout")
         self.largest = largest
-        self.waiting = []
-    def add(self, prompt, max_tokens):
+        self.waiting = {{}}
+    def add(self, id, prompt, max_tokens):
         if len(prompt) > self.largest:
             raise ValueError("prompt too long")
-        self.waiting.append([1 + len(prompt), max_tokens])  # steps until its first token
+        self.waiting[id] = [1 + len(prompt), max_tokens]  # steps until its first token
     def step(self):
-        tokens = 0
-        for request in self.waiting:
+        came = {{}}
+        for id, request in self.waiting.items():
             request[0] = max(1, request[0]) - 1
             if request[0] == 0 and request[1]:
                 request[1] -= 1
-                tokens += 1
-        return tokens
-    def drop(self):
-        self.waiting = []
+                came[id] = 1
+        return came
+    def drop(self, ids):
+        for id in ids:
+            del self.waiting[id]
 
 outside.ENGINES["fake"] = Fake
 outside.main()
@@ -61,6 +62,13 @@ def test_a_peer_process_is_a_contender(fake):
     assert fake.prefill([4, 7]) > 0
     fake.begin(1, 2, 3)  # and again
     assert all(seconds >= 0 for seconds in fake.steps(3))
+
+
+def test_a_peer_process_plays_a_trace(fake):
+    times = fake.serve([(0.01, [1, 2, 3], 2), (0.0, [4], 3)])
+    assert [len(of_one) for of_one in times] == [2, 3]
+    assert times[0][0] >= 0.01
+    assert all(of_one == sorted(of_one) for of_one in times)
 
 
 def test_a_peer_s_failure_says_what_it_printed(fake):

@@ -1,0 +1,1 @@
+"""Load on anything that serves: arrivals in, times of tokens out. No torch."""

@@ -1,0 +1,121 @@
+"""What a client saw of one request, and what many such say: percentiles, throughput, goodput. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from overfill.errors import InvalidRequest
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request. Times are seconds since the run began, on the client's clock.
+
+    Attributes:
+        due: when it should have been sent; latencies count from here, so a late client does not flatter a server.
+        times: when tokens came; those of one message came together.
+        error: why it failed; None when it did not.
+    """
+
+    due: float
+    times: tuple[float, ...]
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and bool(self.times)
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token."""
+        return self.times[0] - self.due
+
+    @property
+    def e2e(self) -> float:
+        return self.times[-1] - self.due
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between one token and the next: inter-token latencies."""
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+    @property
+    def itl(self) -> float:
+        """Mean inter-token latency; 0 for an answer of one token."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A request meets it when its first token came within ``ttft`` and its tokens within ``itl`` each, on average."""
+
+    ttft: float | None = None
+    itl: float | None = None
+    e2e: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Objective:
+        """From ``ttft=2,itl=0.2``, in seconds.
+
+        Raises:
+            InvalidRequest: a name is none of ttft, itl, e2e, or a value is no positive number.
+        """
+        limits: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, value = part.strip().partition("=")
+            try:
+                limit = float(value)
+            except ValueError:
+                limit = 0.0
+            if name not in cls.__slots__ or not limit > 0:
+                raise InvalidRequest("slo", f"{part.strip()!r} is not a limit in seconds such as ttft=2 or itl=0.2")
+            limits[name] = limit
+        return cls(**limits)
+
+    def met(self, outcome: Outcome) -> bool:
+        pairs = ((self.ttft, "ttft"), (self.itl, "itl"), (self.e2e, "e2e"))
+        return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for limit, name in pairs)
+
+    def __str__(self) -> str:
+        names = ("ttft", "itl", "e2e")
+        return ", ".join(f"{name} <= {getattr(self, name):g} s" for name in names if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with its name and unit."""
+
+    name: str
+    value: float | None
+    unit: str
+
+
+def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Figure]:
+    """What a run comes to; latencies are None when no request finished."""
+    done = [outcome for outcome in outcomes if outcome.ok]
+    span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
+    found = []
+    for name, values in (
+        ("ttft", [outcome.ttft for outcome in done]),
+        ("itl", [gap for outcome in done for gap in outcome.gaps]),
+        ("e2e", [outcome.e2e for outcome in done]),
+    ):
+        marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
+        found += [
+            Figure(f"{name}_p{p}", None if mark is None else float(mark), "s")
+            for p, mark in zip(PERCENTILES, marks, strict=True)
+        ]
+    tokens = sum(len(outcome.times) for outcome in done)
+    found.append(Figure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
+    found.append(Figure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
+    found.append(Figure("failed", float(len(outcomes) - len(done)), "requests"))
+    if objective is not None:
+        good = sum(objective.met(outcome) for outcome in outcomes)
+        found.append(Figure("goodput", good / span if span > 0 else 0.0, "1/s"))
+        found.append(Figure("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
+    return found

@@ -1,0 +1,145 @@
+"""Servers under load: any OpenAI endpoint over HTTP, and our own protocol over gRPC."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from overfill.bench.serve.load import RequestFailed
+from overfill.client import AsyncClient, SamplingParams
+from overfill.errors import OverfillError
+
+
+class OpenAiTarget:
+    """``/completions`` of an OpenAI endpoint, streamed; prompts are token ids.
+
+    Args:
+        url: up to and with ``/v1``.
+        model: None takes the first that the endpoint lists.
+        extensions: use what vLLM and our own endpoint know and others may refuse: answers of full length
+            (``ignore_eos``), and how many tokens each message brings. Without, a message counts as one token until the
+            usage at the end puts that right.
+    """
+
+    def __init__(self, url: str, model: str | None = None, key: str | None = None, *, extensions: bool = True) -> None:
+        self._url = url.rstrip("/")
+        self._model = model
+        self._extensions = extensions
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        # No limit on connections or time: the load has its own.
+        self._session = aiohttp.ClientSession(
+            headers=self._headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+        )
+        if self._model is None:
+            try:
+                self._model = await self._first_model(self._session)
+            except BaseException:
+                await self._session.close()
+                raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._extensions:
+            body["ignore_eos"] = True
+            body["stream_options"]["continuous_usage_stats"] = True
+        if self._session is None:
+            raise RequestFailed("the target is not open")
+        counted = 0
+        finished = False
+        try:
+            async with self._session.post(f"{self._url}/completions", json=body) as response:
+                if response.status != 200:
+                    raise RequestFailed(f"HTTP {response.status}: {_message(await response.text())}")
+                async for data in _events(response):
+                    if data == "[DONE]":
+                        finished = True
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise RequestFailed(_message(data))
+                    if usage := event.get("usage"):
+                        came = usage["completion_tokens"] - counted
+                    else:
+                        came = 1 if event.get("choices") else 0
+                    if came > 0:
+                        counted += came
+                        yield came
+        except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        if not finished:
+            raise RequestFailed("the stream broke off")
+
+    async def _first_model(self, session: aiohttp.ClientSession) -> str:
+        try:
+            async with session.get(f"{self._url}/models") as response:
+                return str((await response.json())["data"][0]["id"])
+        except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint: {error!r}") from error
+
+
+class GrpcTarget:
+    """A stack of ours, over its own protocol."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client: AsyncClient | None = None
+
+    async def __aenter__(self) -> Self:
+        self._client = AsyncClient(self._address)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
+        if self._client is None:
+            raise RequestFailed("the target is not open")
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        try:
+            async with self._client.stream(list(prompt), sampling=sampling) as stream:
+                async for delta in stream:
+                    if delta.token_ids:
+                        yield len(delta.token_ids)
+        except OverfillError as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
+    """The data of server-sent events."""
+    async for line in response.content:
+        text = line.decode().strip()
+        if text.startswith("data:"):
+            yield text.removeprefix("data:").strip()
+
+
+def _message(text: str) -> str:
+    """What an OpenAI error says, or the start of whatever came."""
+    try:
+        error = json.loads(text)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return text[:200]

@@ -1,0 +1,170 @@
+"""Who asks for how much and when: recorded traces and synthetic arrivals, in one form.
+
+Two published formats are read: the Azure LLM inference traces (CSV: ``TIMESTAMP``, ``ContextTokens``,
+``GeneratedTokens``) and Mooncake's (JSON lines: ``timestamp`` in ms, ``input_length``, ``output_length``,
+``hash_ids`` of the prompt's blocks of 512 tokens). Lengths only: what was said is in neither.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from overfill.errors import InvalidRequest
+
+MOONCAKE_BLOCK = 512
+"""Prompt tokens that one of Mooncake's hashes stands for."""
+
+Arrivals = Literal["poisson", "constant", "burst"]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request of a trace.
+
+    Attributes:
+        arrival: seconds after the first.
+        prompt_tokens, output_tokens: at least 1 each.
+        blocks: one number per ``block_tokens`` of the prompt; requests whose first numbers are equal begin alike.
+            Empty: nothing is known to be shared.
+    """
+
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()
+    block_tokens: int = MOONCAKE_BLOCK
+
+    def prompt(self, vocab_size: int, seed: int) -> list[int]:
+        """Token ids of the right length that say nothing: random, but the same wherever ``blocks`` are."""
+        if not self.blocks:
+            return _ids(random.Random(f"request {seed}"), vocab_size, self.prompt_tokens)
+        ids: list[int] = []
+        for block in self.blocks:
+            ids += _ids(random.Random(f"block {block}"), vocab_size, self.block_tokens)
+        ids += _ids(random.Random(f"request {seed}"), vocab_size, self.prompt_tokens - len(ids))
+        return ids[: self.prompt_tokens]
+
+
+def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
+    """The first ``limit`` requests of a trace, in order of arrival; the first arrives at 0.
+
+    Raises:
+        InvalidRequest: the file is in neither format, or a line of it is wrong; the line is named.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            records = _azure(lines) if path.suffix == ".csv" else _mooncake(lines)
+            requests = list(islice(_checked(path, records), limit))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("trace", f"{path} cannot be read: {error}") from None
+    if not requests:
+        raise InvalidRequest("trace", f"{path} holds no request")
+    requests.sort(key=lambda request: request.arrival)
+    start = requests[0].arrival
+    return [replace(request, arrival=request.arrival - start) for request in requests]
+
+
+def scale_lengths(requests: Sequence[TraceRequest], factor: float, longest: int | None = None) -> list[TraceRequest]:
+    """Prompts and answers ``factor`` times as long; what they share keeps its share.
+
+    ``longest``: most tokens of a prompt with its answer; the prompt is cut to fit.
+
+    Raises:
+        InvalidRequest: an answer alone is ``longest`` or longer.
+    """
+    scaled = []
+    for request in requests:
+        output = max(1, round(request.output_tokens * factor))
+        prompt = max(1, round(request.prompt_tokens * factor))
+        if longest is not None:
+            if output >= longest:
+                raise InvalidRequest("length_scale", f"an answer of {output} tokens leaves no room within {longest}")
+            prompt = min(prompt, longest - output)
+        block = max(1, round(request.block_tokens * factor))
+        scaled.append(replace(request, prompt_tokens=prompt, output_tokens=output, block_tokens=block))
+    return scaled
+
+
+def set_rate(requests: Sequence[TraceRequest], rate: float) -> list[TraceRequest]:
+    """The same arrivals, stretched or squeezed so that ``rate`` of them come per second on average.
+
+    Raises:
+        InvalidRequest: all of them arrive at once, which no factor changes.
+    """
+    span = requests[-1].arrival
+    if len(requests) < 2:
+        return list(requests)
+    if span <= 0:
+        raise InvalidRequest("rate", "cannot be set: all requests of the trace arrive at once")
+    factor = (len(requests) - 1) / rate / span
+    return [replace(request, arrival=request.arrival * factor) for request in requests]
+
+
+def synthetic(
+    count: int, arrivals: Arrivals, rate: float, prompt_tokens: int, output_tokens: int, seed: int
+) -> list[TraceRequest]:
+    """``count`` requests of one length.
+
+    Args:
+        arrivals: ``poisson`` and ``constant`` at ``rate`` per second; ``burst`` all at once.
+    """
+    generator = random.Random(seed)
+    requests = []
+    now = 0.0
+    for _ in range(count):
+        requests.append(TraceRequest(now, prompt_tokens, output_tokens))
+        if arrivals == "poisson":
+            now += generator.expovariate(rate)
+        elif arrivals == "constant":
+            now += 1 / rate
+    return requests
+
+
+def _azure(lines: Iterator[str]) -> Iterator[TraceRequest]:
+    for row in csv.DictReader(lines):
+        # Seven digits of a second, of which datetime knows six.
+        stamp = row["TIMESTAMP"][:26]
+        arrival = datetime.fromisoformat(stamp).timestamp()
+        yield TraceRequest(arrival, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
+
+def _mooncake(lines: Iterator[str]) -> Iterator[TraceRequest]:
+    for line in lines:
+        record = json.loads(line)
+        yield TraceRequest(
+            record["timestamp"] / 1e3,
+            int(record["input_length"]),
+            int(record["output_length"]),
+            tuple(record.get("hash_ids", ())),
+        )
+
+
+def _checked(path: Path, records: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
+    number = 0
+    while True:
+        number += 1
+        try:
+            request = next(records)
+        except StopIteration:
+            return
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest(
+                "trace", f"{path}: request {number} is in no format that is read here: {error!r}"
+            ) from None
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise InvalidRequest("trace", f"{path}: request {number} has a length below 1: {request}")
+        yield request
+
+
+def _ids(generator: random.Random, vocab_size: int, count: int) -> list[int]:
+    # The first ids are special tokens in most vocabularies.
+    first = min(64, vocab_size // 2)
+    return [generator.randrange(first, vocab_size) for _ in range(max(0, count))]

@@ -1,0 +1,221 @@
+"""`overfill bench serve` against a small server that speaks OpenAI, and the arithmetic of its figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import pytest
+from aiohttp import web
+from click.testing import CliRunner
+
+from overfill.bench.serve.compare import TargetSpec
+from overfill.bench.serve.load import run_load
+from overfill.bench.serve.outcome import Objective, Outcome, figures
+from overfill.cli.bench import bench_group
+from overfill.errors import InvalidRequest, Unavailable
+from overfill.simulate.traces import synthetic
+
+
+class FakeServer:
+    """Answers ``/v1/completions`` with as many tokens as are asked for; answers of 13 break off."""
+
+    def __init__(self):
+        self.bodies = []
+        self.per_message = 1
+        self.refuse = False
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": "fake"}]})
+
+    async def completions(self, request):
+        body = await request.json()
+        self.bodies.append(body)
+        if self.refuse:
+            return web.json_response({"error": {"message": "too busy"}}, status=503)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        counting = body["stream_options"].get("continuous_usage_stats")
+        sent = 0
+        while sent < body["max_tokens"]:
+            sent = min(body["max_tokens"], sent + self.per_message)
+            event = {"choices": [{"text": "x"}]}
+            if counting:
+                event["usage"] = {"completion_tokens": sent}
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            if body["max_tokens"] == 13:
+                return response
+        usage = {"choices": [], "usage": {"completion_tokens": sent}}
+        await response.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+        return response
+
+
+@pytest.fixture
+def fake():
+    """A running server, and its address as ``url``."""
+    server = FakeServer()
+    loop = asyncio.new_event_loop()
+    ready = threading.Event()
+    stop = asyncio.Event()
+
+    async def serve():
+        app = web.Application()
+        app.router.add_get("/v1/models", server.models)
+        app.router.add_post("/v1/completions", server.completions)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        ready.set()
+        await stop.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(30)
+    yield server
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()
+
+
+def run(*arguments):
+    return CliRunner().invoke(bench_group, ["serve", *arguments], standalone_mode=False)
+
+
+def rows_of(*arguments):
+    result = run(*arguments, "--json")
+    if result.exception is not None:
+        raise result.exception
+    return result, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+LOAD = ("--requests=5", "--arrivals=burst", "--prompt-tokens=7", "--output-tokens=4")
+
+
+@pytest.mark.parametrize("per_message", [1, 3])
+@pytest.mark.parametrize("extensions", [True, False])
+def test_every_token_is_counted(fake, per_message, extensions):
+    fake.per_message = per_message
+    flags = () if extensions else ("--no-extensions",)
+    _, rows = rows_of(f"--target={fake.url}", *LOAD, "--slo=ttft=60,itl=60", *flags)
+    found = {row["name"]: row["value"] for row in rows}
+    assert found["failed"] == 0
+    assert found["output_tokens"] == pytest.approx(4 * found["requests"], rel=1e-3)
+    assert found["goodput"] == found["requests"]
+    assert found["attainment"] == 1
+    assert found["ttft_p50"] <= found["ttft_p99"] <= found["e2e_p99"]
+    played = fake.bodies[2:]  # after the warm-up
+    assert len(played) == 5
+    assert all(len(body["prompt"]) == 7 and body["model"] == "fake" for body in played)
+    assert all(body.get("ignore_eos", False) is extensions for body in played)
+
+
+def test_two_targets_stand_side_by_side(fake, tmp_path):
+    plot = tmp_path / "latencies.png"
+    arguments = (f"--target=a={fake.url}", f"--target=b={fake.url}", *LOAD)
+    _, rows = rows_of(*arguments, f"--plot={plot}")
+    assert {(row["target"], row["peer"]) for row in rows} == {("a", "b")}
+    assert all(row["peer_value"] is not None for row in rows)
+    assert {"source", "requests", "rate", "slo", "prompt_tokens"} <= rows[0].keys()
+    assert plot.stat().st_size > 0
+    table = run(*arguments).stdout
+    assert table.startswith("5 requests (burst), at once; on average 7 tokens in, 4 out")
+    assert "ttft_p50 (ms)" in table
+
+
+def test_a_trace_is_played_with_its_lengths(fake, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,40,8\n2023-11-16 18:15:46.7805900,60,12\n2023-11-16 18:15:46.8805900,20,16\n"
+    )
+    _, rows = rows_of(f"--target={fake.url}", f"--trace={trace}", "--length-scale=0.5", "--requests=2", "--rate=50")
+    assert sorted((len(b["prompt"]), b["max_tokens"]) for b in fake.bodies[2:]) == [(20, 4), (30, 6)]
+    assert (rows[0]["source"], rows[0]["rate"], rows[0]["prompt_tokens"]) == ("trace.csv", 50, 25)
+
+
+class Meeting:
+    """A target whose requests end once ``size`` of them have met."""
+
+    def __init__(self, size):
+        self.barrier = asyncio.Barrier(size)
+        self.together = self.most = 0
+
+    async def stream(self, prompt, max_tokens):
+        self.together += 1
+        self.most = max(self.most, self.together)
+        yield 1
+        await self.barrier.wait()
+        self.together -= 1
+        yield max_tokens - 1
+
+
+@pytest.mark.parametrize(("concurrency", "together"), [(None, 6), (2, 2), (3, 3)])
+async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(concurrency, together):
+    target = Meeting(together)
+    requests = synthetic(6, "burst", 1, 8, 5, 0)
+    outcomes = await run_load(target, requests, 100, concurrency=concurrency, timeout=60)
+    assert target.most == together
+    assert [len(outcome.times) for outcome in outcomes] == [5] * 6
+    assert all(outcome.ok for outcome in outcomes)
+
+
+async def test_a_request_that_takes_too_long_has_failed():
+    (outcome,) = await run_load(Meeting(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
+    assert not outcome.ok
+    assert outcome.error == "not finished after 0.05 s"
+
+
+def test_broken_answers_are_failures_and_not_latencies(fake):
+    result, rows = rows_of(
+        f"--target={fake.url}", "--requests=3", "--arrivals=burst", "--output-tokens=13", "--slo=ttft=60"
+    )
+    found = {row["name"]: row["value"] for row in rows}
+    assert found["failed"] == 3
+    assert found["ttft_p50"] is None
+    assert result.return_value == 1
+
+
+def test_a_server_that_answers_nothing_ends_the_run(fake):
+    fake.refuse = True
+    with pytest.raises(Unavailable, match="answers nothing: HTTP 503: too busy"):
+        rows_of(f"--target=x={fake.url}", *LOAD)
+    with pytest.raises(Unavailable, match="does not answer as an OpenAI endpoint"):
+        rows_of("--target=http://127.0.0.1:9/v1", *LOAD)
+
+
+def test_goodput_counts_requests_that_meet_every_limit():
+    outcomes = [
+        Outcome(0.0, (1.0, 1.1, 1.2)),
+        Outcome(0.0, (3.0, 3.1)),  # first token too late
+        Outcome(1.0, (2.0, 3.0)),  # tokens too slow
+        Outcome(1.0, (), "HTTP 500"),
+        Outcome(2.0, (2.5, 2.6, 4.0), "broke off"),
+    ]
+    found = {f.name: f.value for f in figures(outcomes, Objective.parse("ttft=1.5, itl=0.5"))}
+    span = 3.1
+    assert found["goodput"] == pytest.approx(1 / span)
+    assert found["attainment"] == pytest.approx(0.2)
+    assert found["failed"] == 2
+    assert found["requests"] == pytest.approx(3 / span)
+    assert found["output_tokens"] == pytest.approx(7 / span)
+    assert found["ttft_p50"] == pytest.approx(1.0)
+    assert outcomes[0].itl == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("text", ["ttft", "ttft=-1", "speed=3", "ttft=x"])
+def test_objectives_are_checked(text):
+    with pytest.raises(InvalidRequest, match="is not a limit in seconds"):
+        Objective.parse(text)
+
+
+def test_targets_are_checked():
+    assert TargetSpec.parse("a=http://x/v1") == TargetSpec("a", "http://x/v1")
+    assert TargetSpec.parse("vllm") == TargetSpec("vllm", "vllm")
+    with pytest.raises(InvalidRequest, match="none of http"):
+        TargetSpec.parse("localhost:8000")
+    same = run("--target=a=http://x/v1", "--target=a=http://y/v1")
+    assert "same name" in str(same.exception)
