@@ -11,7 +11,6 @@ import openai
 import pytest
 from stacks import running_stack
 
-from overfill.client import Client
 from overfill.pair.store import resolve_pair
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -69,10 +68,9 @@ CHOICES = ["required", "auto", {"type": "function", "function": {"name": "search
 @pytest.fixture(scope="module")
 def client():
     settings = {"dtype": None, "kv_memory": "256MiB", "max_model_len": "2048", "http": 0}
-    with running_stack(resolve_pair("default"), **settings) as (_, address):
-        with Client(address) as ours:
-            url = f"http://{ours.status().http_address}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
+    with running_stack(resolve_pair("default"), **settings) as (stack, _):
+        client = openai.OpenAI(base_url=stack.plan.openai_urls[0], api_key="none", max_retries=0, timeout=600)
+        with client:
             yield client
 
 
