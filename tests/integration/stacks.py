@@ -37,9 +37,9 @@ class FaultyStack(Stack):
 
 
 @contextmanager
-def running_stack(pair, prefill=1, decode=1, routers=1, faults=None, **settings):
+def running_stack(pair, prefill=1, decode=1, routers=1, faults=None, http=None, **settings):
     """Yields ``(stack, address)`` when every worker is ready; drains it at the end."""
-    plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings)
+    plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings, http)
     lines = []
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:

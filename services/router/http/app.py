@@ -75,6 +75,7 @@ class HttpApi:
             Exception: _on_error,
         }
         inner = Starlette(routes=routes, exception_handlers=handlers)
+        inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
         self.asgi: ASGIApp = _Gate(inner, keys, generator)
 
