@@ -5,17 +5,22 @@
     $OVERFILL_HOME/native/<key>/kernels.so      key: sources, flags and compiler version
     $OVERFILL_HOME/native/<key>/sha256          of kernels.so, so that a damaged one is not loaded
 
-A folder is filled under another name and renamed, so several processes may start at once: at worst each compiles.
+A folder is filled under another name and renamed, by one process at a time; the others wait. What others than us could
+write is not loaded.
 Knows nothing of what is in the library.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from overfill.home import home
@@ -44,18 +49,30 @@ def compiled_library() -> Path:
     if compiler is None:
         raise CannotBuild(f"none of {', '.join(COMPILERS)} is installed")
     sources = sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))
-    key = _key(compiler, sources)
-    folder = home() / "native" / key
+    folder = home() / "native" / _key(compiler, sources)
     if not _intact(folder):
-        shutil.rmtree(folder, ignore_errors=True)  # damaged: made again
-        _compile(compiler, folder)
+        with _alone(folder.parent):
+            if not _intact(folder):  # nobody was faster
+                _compile(compiler, folder)
     return folder / _LIBRARY
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the lock of ``folder``; the system releases it when the process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise CannotBuild(f"{folder} cannot be written: {error}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _key(compiler: str, sources: list[Path]) -> str:
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=_TIMEOUT)
-    digest.update(version.stdout)
+    digest.update(_run([compiler, "--version"]).stdout.encode())
     for source in sources:
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
@@ -63,11 +80,21 @@ def _key(compiler: str, sources: list[Path]) -> str:
 
 
 def _intact(folder: Path) -> bool:
-    """Loading a library that was cut short can end the process, so its digest is compared first."""
+    """Whether the library is there, whole and made by us.
+
+    Loading one that was cut short can end the process, and one that others could write runs their code.
+    """
+    library = folder / _LIBRARY
     try:
-        return _sha256(folder / _LIBRARY) == (folder / _DIGEST).read_text()
+        ours = all(_only_ours(path) for path in (folder, library))
+        return ours and _sha256(library) == (folder / _DIGEST).read_text()
     except OSError:
         return False
+
+
+def _only_ours(path: Path) -> bool:
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _sha256(path: Path) -> str:
@@ -75,25 +102,30 @@ def _sha256(path: Path) -> str:
 
 
 def _compile(compiler: str, folder: Path) -> None:
+    """Fills ``folder``, replacing what is there; the caller holds the lock."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
         raise CannotBuild(f"{folder.parent} cannot be written: {error}") from error
     try:
         command = [compiler, *FLAGS, str(SOURCES / "overfill.cpp"), "-o", str(made / _LIBRARY)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CannotBuild(f"{compiler} failed: {error}") from error
+        done = _run(command)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             raise CannotBuild(f"{compiler} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
+        (made / _LIBRARY).chmod(0o500)  # whatever the umask: see _only_ours
         (made / _DIGEST).write_text(_sha256(made / _LIBRARY))
+        shutil.rmtree(folder, ignore_errors=True)
         try:
             os.rename(made, folder)
-        except OSError:
-            if not _intact(folder):  # else another process was faster
-                raise CannotBuild(f"{folder} cannot be made") from None
+        except OSError as error:
+            raise CannotBuild(f"{folder} cannot be made: {error}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(f"{command[0]} failed: {error}") from error

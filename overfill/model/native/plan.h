@@ -71,12 +71,14 @@ inline void plan_attention(Model& m, const OvfBatch& b, int threads) {
     // Longest first, so that no thread is left with a long one at the end.
     std::sort(w.tiles_todo.begin(), w.tiles_todo.end(), [](const TileItem& a, const TileItem& b) { return a.seen > b.seen; });
     if (packed > w.packed_elements || partials > w.partial_count) {
-        w.packed_elements = std::max(packed, w.packed_elements), w.partial_count = std::max(partials, w.partial_count);
+        packed = std::max(packed, w.packed_elements), partials = std::max(partials, w.partial_count);
+        w.packed_elements = w.partial_count = 0;  // until the room is there: it may not be
         w.attention_room.reset();
-        const size_t partial_floats = w.partial_count * s.heads * s.partial();
-        w.attention_room = std::make_unique<Arena>(w.packed_elements * sizeof(bf16) + partial_floats * sizeof(float) + 256);
-        w.packed = w.attention_room->take<bf16>(w.packed_elements);
+        const size_t partial_floats = partials * s.heads * s.partial();
+        w.attention_room = std::make_unique<Arena>(packed * sizeof(bf16) + partial_floats * sizeof(float) + 256);
+        w.packed = w.attention_room->take<bf16>(packed);
         w.partials = w.attention_room->take<float>(partial_floats + 16);
+        w.packed_elements = packed, w.partial_count = partials;
     }
 }
 
@@ -84,8 +86,8 @@ inline void plan_attention(Model& m, const OvfBatch& b, int threads) {
 inline void make_room(Model& m, size_t tokens, size_t wanted, int threads) {
     Workspace& w = m.work;
     if (tokens <= w.tokens && wanted <= w.wanted && threads <= w.threads) return;
-    w.tokens = tokens = std::max({tokens, wanted, w.tokens}), w.wanted = wanted = std::max(wanted, w.wanted);
-    w.threads = threads = std::max(threads, w.threads);
+    tokens = std::max({tokens, wanted, w.tokens}), wanted = std::max(wanted, w.wanted), threads = std::max(threads, w.threads);
+    w.tokens = w.wanted = w.threads = 0;  // until the room is there: it may not be
     const AttentionShape& s = m.attention;
     const size_t attended = s.heads * s.dim, gated = m.shape.intermediate;
     w.hidden_stride = round_up(m.shape.hidden, PANEL);
@@ -116,6 +118,7 @@ inline void make_room(Model& m, size_t tokens, size_t wanted, int threads) {
         take(w.best, threads * wanted), take(w.best_ids, threads * wanted), take(w.broken, threads * wanted);
         w.room_bytes = bytes;
     }
+    w.tokens = tokens, w.wanted = wanted, w.threads = threads;
 }
 
 }  // namespace ovf
