@@ -45,9 +45,8 @@ class PeerSetting:
     def cache_bytes(self) -> int:
         if self.kv_bytes is not None:
             return self.kv_bytes
-        return self.workload.cache_bytes(
-            self.pair.full_config.kv_spec(str(self.dtype).removeprefix("torch.")).token_bytes
-        )
+        halves = self.pair.full_config.kv_spec("bfloat16").token_bytes
+        return self.workload.cache_bytes(halves * self.dtype.itemsize // torch.bfloat16.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
