@@ -34,6 +34,19 @@ def save_timeline(path: Path, title: str, layers: Sequence[tuple[float, float]],
     plt.close(figure)
 
 
+def save_memory(path: Path, title: str, requests: Sequence[int], resident: Sequence[int], warm: int) -> None:
+    """Resident bytes over requests answered; what comes before sample ``warm`` is shaded."""
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    axes.plot(requests, [size / 2**20 for size in resident], color=_COLOURS[1], linewidth=1.5)
+    axes.axvspan(0, requests[warm], color="#dddddd", label="warm-up")
+    axes.set(title=title, xlabel="requests answered", ylabel="resident memory, MiB", xlim=(0, requests[-1]))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def save_speeds(path: Path, title: str, rows: Sequence[Row]) -> None:
     """A group of bars per batch and context: ours, with its bound as a line above, and the peers; log scale."""
     rows = [row for row in rows if row.unit != "x"]
