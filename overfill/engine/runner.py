@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
@@ -111,30 +114,34 @@ class ModelRunner:
 
     def _batch(self, works: Sequence[Work]) -> ForwardBatch:
         size = self.cache.block_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last: list[int] = []
-        for work in works:
-            tokens.extend(work.tokens)
-            positions.extend(range(work.start, work.end))
-            slots.extend(work.blocks[p // size] * size + p % size for p in range(work.start, work.end))
-            if work.wants_logits:
-                last.append(len(tokens) - 1)
-        context = [work.end for work in works]
-        width = -(-max(context) // size)
-        tables = [[*work.blocks[:width], *[0] * (width - len(work.blocks))] for work in works]
+        counts = np.array([len(work.tokens) for work in works])
+        starts = np.array([work.start for work in works])
+        ends = starts + counts
+        last = counts.cumsum() - 1  # row of each work's last token
+        tables = _padded([work.blocks for work in works], int(-(-ends.max() // size)))
+        owner = np.repeat(np.arange(len(works)), counts)
+        positions = np.arange(len(owner)) + np.repeat(ends - 1 - last, counts)
+        slots = tables[owner, positions // size] * size + positions % size
         return ForwardBatch(
-            token_ids=self._tensor(tokens),
+            token_ids=self._tensor(np.fromiter(chain.from_iterable(w.tokens for w in works), np.int64, len(owner))),
             positions=self._tensor(positions),
             slots=self._tensor(slots),
-            query_lens=[len(work.tokens) for work in works],
-            context_lens=context,
+            query_lens=counts.tolist(),
+            context_lens=ends.tolist(),
             block_tables=self._tensor(tables),
-            context_lens_device=self._tensor(context),
-            logits_indices=self._tensor(last),
+            context_lens_device=self._tensor(ends),
+            logits_indices=self._tensor(last[np.array([work.wants_logits for work in works])]),
         )
 
-    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
-        host = torch.tensor(values, dtype=torch.int64)
+    def _tensor(self, values: NDArray[np.int64]) -> torch.Tensor:
+        host = torch.from_numpy(values)
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
+    """The first ``width`` of each row, and zeros after a shorter one. [len(rows), width]"""
+    lengths = np.array([min(len(row), width) for row in rows])
+    table = np.zeros((len(rows), width), np.int64)
+    cut = (row if len(row) <= width else row[:width] for row in rows)
+    table[np.arange(width) < lengths[:, None]] = np.fromiter(chain.from_iterable(cut), np.int64, int(lengths.sum()))
+    return table

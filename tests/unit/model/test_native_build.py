@@ -47,10 +47,8 @@ def test_it_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> 
     assert first.read_text() == "library\n"
     assert build.compiled_library() == first
     assert calls(tmp_path) == 1
-    assert sorted(p.name for p in first.parent.parent.iterdir()) == [
-        ".lock",
-        first.parent.name,
-    ]  # nothing half-made is left
+    left = sorted(p.name for p in first.parent.parent.iterdir())
+    assert left == [".lock", first.parent.name], "nothing half-made is left"
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_text("libr"), Path.unlink], ids=["cut short", "gone"])
