@@ -228,7 +228,7 @@ class RouterConfig(ServiceConfig):
         None, description="file of API keys (`overfill keys create`) that clients must show; by default none is wanted"
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="most bytes of one request")
-    max_connections: int = Field(4096, ge=1, description="most HTTP connections at once")
+    max_connections: int = Field(4096, ge=1, description="most HTTP connections, and most RPCs, at once")
     max_attempts: int = Field(
         4, ge=1, description="workers lost in a row, without a new token, after which a request fails"
     )

@@ -95,7 +95,9 @@ class Router:
         keys = None if config.api_keys is None else KeyRing(config.api_keys)
         self._http_api: HttpApi | None = None
         self._http = None if config.http is None else self._http_server(keys)
-        self._server = RpcServer(config.server_tls(), interceptors=[] if keys is None else [KeyInterceptor(keys)])
+        self._server = RpcServer(
+            config.server_tls(), config.max_connections, interceptors=[] if keys is None else [KeyInterceptor(keys)]
+        )
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
             InferenceServicer(self._generator),

@@ -15,7 +15,7 @@ import pytest
 from mocks import mock_stack
 
 from overfill.api import keys
-from overfill.client import Client, SamplingParams, Unauthenticated
+from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
 
 HI = [{"role": "user", "content": "Hi"}]
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
@@ -294,6 +294,19 @@ def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
             assert response.status == 200
         with pytest.raises(OSError, match=r"."):
             urllib.request.urlopen(f"{stack.url}/health")
+
+
+def test_too_many_rpcs_are_told_so(tiny_pair):
+    slow = {"mock_step": 0.05}
+    with mock_stack(tiny_pair, decode_settings=slow, max_connections=4) as stack, Client(stack.grpc) as ours:
+        # Two workers have joined: two RPCs are left.
+        running = [ours.stream("x", sampling=SamplingParams(max_tokens=200, ignore_eos=True)) for _ in range(2)]
+        for stream in running:
+            next(stream)
+        with pytest.raises(Overloaded):
+            ours.generate("x")
+        for stream in running:
+            stream.cancel()
 
 
 def test_too_many_connections_are_told_so(tiny_pair):

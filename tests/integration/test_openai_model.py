@@ -37,7 +37,9 @@ SCHEMAS = {
     "book": record(title=LINE, year={"type": "integer", "minimum": 1400, "maximum": 2030}, tags=many(WORD, 4)),
     "recipe": record(dish=WORD, steps=many(LINE, 3), vegetarian={"type": "boolean"}),
     "review": record(stars={"enum": [1, 2, 3, 4, 5]}, summary=LINE, mood={"enum": ["good", "bad", "mixed"]}),
-    "place": record(city=WORD, at=record(lat={"type": "number", "minimum": -90, "maximum": 90}), note=LINE),
+    "place": record(
+        city=WORD, at=record(lat={"type": "number", "minimum": -90, "maximum": 90, "multipleOf": 0.01}), note=LINE
+    ),
     "event": record(what=WORD, when={"type": "string", "format": "date"}, guests=many(record(name=WORD), 2)),
     "colour": record(name=WORD, code={"type": "string", "pattern": "^#[0-9a-f]{6}$"}),
     "answer": record(reasoning=LINE, answer={"anyOf": [{"type": "boolean"}, WORD, {"type": "null"}]}),
@@ -62,7 +64,7 @@ TOOLS = [
     ("send_mail", "Sends a mail.", record(to=many(WORD, 2), subject=LINE, urgent={"type": "boolean"})),
     ("now", "Tells the time.", {"type": "object", "properties": {}, "additionalProperties": False}),
 ]
-CHOICES = ["required", "auto", {"type": "function", "function": {"name": "search"}}, "required"]
+CHOICES = ["required", "auto", {"type": "function", "function": {"name": "search"}}, "required", "required"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_100_of_100_answers_fit_their_schema(client):
             response_format={"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}},
             temperature=[0, 0.7, 1.0, 1.5][number % 4],
             seed=number,
-            max_tokens=700,
+            max_tokens=500,
         )
         jsonschema.validate(json.loads(answer.choices[0].message.content), schema)
         return answer.choices[0].finish_reason
@@ -117,7 +119,7 @@ def test_100_of_100_tool_calls_parse(client):
             "tool_choice": CHOICES[number % len(CHOICES)],
             "temperature": [0, 0.8, 1.2][number % 3],
             "seed": number,
-            "max_tokens": 700,
+            "max_tokens": 300,
             "parallel_tool_calls": False,
         }
         if stream:
@@ -126,6 +128,9 @@ def test_100_of_100_tool_calls_parse(client):
             choice = client.chat.completions.create(**fields).choices[0]
             calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
             reason = choice.finish_reason
+        if reason == "length":  # text that went on and on
+            assert fields["tool_choice"] == "auto"
+            return 0
         for name, arguments in calls:
             jsonschema.validate(json.loads(arguments), schemas[name])
         assert calls or fields["tool_choice"] == "auto", "a call was required"
