@@ -6,9 +6,6 @@ decoder reads.
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,21 +14,16 @@ from pathlib import Path
 import torch
 
 from overfill.bench.plots import save_timeline
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
-from overfill.config import PrefillConfig
-from overfill.errors import Unavailable
+from overfill.bench.workers import Log, prefill_worker
 from overfill.kv.cache import KvCache
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.pair.manifest import Pair
 from overfill.params import SamplingParams
 from overfill.testing.proxy import TcpProxy
-from overfill.testing.registry import ListeningRegistry
 from overfill.v1 import decode_pb2, kv_pb2, registry_pb2
 
 _BLOCK_SIZE = 16
-_START_TIMEOUT = 120.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +82,7 @@ async def record_timeline(
     threads: int,
     streams: int,
     rate: float | None,
-    log: Callable[[str, str], None],
+    log: Log,
 ) -> Timeline:
     """Prefills ``tokens`` random tokens in a single chunk and times the handoff.
 
@@ -102,24 +94,11 @@ async def record_timeline(
     Raises:
         Unavailable: the worker did not start.
     """
+    arguments = [f"--pair={pair.folder}", f"--token-budget={tokens}", "--prefix-cache=off"]
+    if dtype is not None:
+        arguments.append(f"--dtype={dtype}")
     async with AsyncExitStack() as stack:
-        registry = ListeningRegistry()
-        router = await registry.start()
-        stack.push_async_callback(registry.stop)
-        config = PrefillConfig.parse(
-            [
-                f"--pair={pair.folder}",
-                f"--routers={router}",
-                *([] if dtype is None else [f"--dtype={dtype}"]),
-                f"--threads={threads}",
-                f"--token-budget={tokens}",
-                "--grace-period=1",
-            ]
-        )
-        command = [sys.executable, "-m", "services.prefill.main", *config.to_argv()]
-        worker = Child("prefill", command, child_environment({}, threads), log)
-        stack.callback(stop, [worker], 5.0)
-        hello = await _joined(registry, worker)
+        hello = await stack.enter_async_context(prefill_worker(arguments, threads, log))
         data_address = hello.data_address
         if rate is not None:
             data_address = (await stack.enter_async_context(TcpProxy(data_address, rate))).address
@@ -133,16 +112,6 @@ async def record_timeline(
         stack.push_async_callback(peer.close)
         executor = stack.enter_context(ThreadPoolExecutor(streams, "kv-in"))
         return await _pull(peer, pair, hello, tokens, executor)
-
-
-async def _joined(registry: ListeningRegistry, worker: Child) -> registry_pb2.Hello:
-    waiting = asyncio.ensure_future(registry.next_worker(_START_TIMEOUT))
-    while not waiting.done():
-        await asyncio.wait([waiting], timeout=0.2)
-        if worker.returncode is not None:
-            waiting.cancel()
-            raise Unavailable("the prefill worker did not start:\n" + "\n".join(worker.last_lines()))
-    return waiting.result()
 
 
 async def _pull(

@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 
 from overfill.cli.bench_engine import decode_command, peers_group, prefill_command
+from overfill.cli.bench_kv import kv_command
 from overfill.cli.bench_memory import memory_command
 from overfill.cli.bench_serve import serve_command
 from overfill.cli.options import dtype_option
@@ -104,3 +105,6 @@ def timeline_command(
     console().print(f"one prefill of {tokens} tokens, {timeline.kv_bytes / 1e6:.1f} MB of KV")
     console().print(table)
     return 0 if good else 1
+
+
+bench_group.add_command(kv_command)

@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 
+from overfill.kv.host import HostCells
 from overfill.kv.spec import KvSpec
+from overfill.kv.wire import Buffer
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -42,6 +44,7 @@ class KvCache:
         shape = (spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         self.k, self.v = (_zeros(shape, TORCH_DTYPES[spec.dtype], device) for _ in range(2))
         self._io_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host = HostCells(self.k, self.v) if device.type == "cpu" else None
 
     @property
     def block_bytes(self) -> int:
@@ -66,31 +69,31 @@ class KvCache:
         tokens: tuple[int, int],
         heads: tuple[int, int],
         after: DeviceEvent | None = None,
-    ) -> bytes:
-        """Keys then values of one sequence, each [layers, tokens, heads, head_dim]; ranges are half-open.
+        out: memoryview | None = None,
+    ) -> memoryview:
+        """Keys then values of one sequence, each [layers, tokens, heads, head_dim], as bytes; ranges are half-open.
 
-        ``after`` marks the moment from which the cells hold what is wanted.
+        Args:
+            after: marks the moment from which the cells hold what is wanted.
+            out: where to put them, when it has the right length; None takes fresh memory.
         """
+        if self._host is not None:
+            return self._host.read(block_table, layers, tokens, heads, out)
         with self._io():
             if self._io_stream is not None and after is not None:
                 self._io_stream.wait_event(after)
-            return self._read(block_table, layers, tokens, heads)
-
-    def _read(
-        self,
-        block_table: Sequence[int],
-        layers: Sequence[int],
-        tokens: tuple[int, int],
-        heads: tuple[int, int],
-    ) -> bytes:
-        slots = self.slots(block_table, *tokens)
-        shape = (2, len(layers), slots.numel(), heads[1] - heads[0], self.spec.head_dim)
-        out = torch.empty(shape, dtype=self.k.dtype, device=self.k.device)
-        for i, layer in enumerate(layers):
-            for half, flat in enumerate(self.layer(layer)):
-                torch.index_select(flat[:, heads[0] : heads[1]], 0, slots, out=out[half, i])
-        # Through a byte view, since numpy knows no bfloat16.
-        return out.view(torch.uint8).cpu().numpy().tobytes()
+            slots = self.slots(block_table, *tokens)
+            shape = (2, len(layers), slots.numel(), heads[1] - heads[0], self.spec.head_dim)
+            gathered = torch.empty(shape, dtype=self.k.dtype, device=self.k.device)
+            for i, layer in enumerate(layers):
+                for half, flat in enumerate(self.layer(layer)):
+                    torch.index_select(flat[:, heads[0] : heads[1]], 0, slots, out=gathered[half, i])
+            # Through a byte view, since numpy knows no bfloat16.
+            data = gathered.view(torch.uint8).cpu().numpy().reshape(-1).data
+        if out is None:
+            return data
+        out[:] = data
+        return out
 
     def write(
         self,
@@ -98,7 +101,7 @@ class KvCache:
         rows: Sequence[Sequence[int]],
         tokens: tuple[int, int],
         heads: tuple[int, int],
-        payload: bytes,
+        payload: Buffer,
     ) -> None:
         """Writes keys then values, each [len(rows), tokens, heads, head_dim], as ``read`` gave them.
 
@@ -106,27 +109,20 @@ class KvCache:
             rows: for each layer of the payload, the layers of this cache that take it.
             heads: half-open range of KV heads that the payload covers.
         """
+        if self._host is not None:
+            self._host.write(block_table, rows, tokens, heads, payload)
+            return
         with self._io():
-            self._write(block_table, rows, tokens, heads, payload)
+            slots = self.slots(block_table, *tokens)
+            shape = (2, len(rows), slots.numel(), heads[1] - heads[0], self.spec.head_dim)
+            # A copy: torch refuses to look at a read-only buffer without a warning.
+            data = torch.frombuffer(bytearray(payload), dtype=self.k.dtype).view(shape).to(self.k.device)
+            for i, targets in enumerate(rows):
+                for row in targets:
+                    for half, flat in enumerate(self.layer(row)):
+                        flat[:, heads[0] : heads[1]].index_copy_(0, slots, data[half, i])
         if self._io_stream is not None:
             self._io_stream.synchronize()
-
-    def _write(
-        self,
-        block_table: Sequence[int],
-        rows: Sequence[Sequence[int]],
-        tokens: tuple[int, int],
-        heads: tuple[int, int],
-        payload: bytes,
-    ) -> None:
-        slots = self.slots(block_table, *tokens)
-        shape = (2, len(rows), slots.numel(), heads[1] - heads[0], self.spec.head_dim)
-        # A copy: torch refuses to look at a read-only buffer without a warning.
-        data = torch.frombuffer(bytearray(payload), dtype=self.k.dtype).view(shape).to(self.k.device)
-        for i, targets in enumerate(rows):
-            for row in targets:
-                for half, flat in enumerate(self.layer(row)):
-                    flat[:, heads[0] : heads[1]].index_copy_(0, slots, data[half, i])
 
     def _io(self) -> AbstractContextManager[object]:
         return nullcontext() if self._io_stream is None else torch.cuda.stream(self._io_stream)

@@ -10,6 +10,7 @@ import xxhash
 from overfill.errors import TransferFailed
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, KvSpec
+from overfill.kv.wire import Buffer, WireChunk, encode
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
 
@@ -30,62 +31,67 @@ class TransferSpec:
     tokens: tuple[int, int]
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW
 
-    def payload_bytes(self, box: KvRange) -> int:
-        """Length of a RAW payload that covers ``box``."""
+    def cache_bytes(self, box: KvRange) -> int:
+        """What ``box`` takes in a cache."""
         return 2 * box.cells * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]
 
+    def payload_bytes(self, box: KvRange) -> int:
+        """Length of a payload that covers ``box``."""
+        return self.cache_bytes(box)
 
-def checksum(chunk: kv_pb2.KvChunk) -> int:
+
+def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
     """XXH3-64 over the header struct, the scales and the payload (see ``KvChunk.checksum``)."""
     header = _HEADER.pack(
-        chunk.transfer_id,
-        chunk.attempt,
-        *KvRange.from_proto(chunk.range).as_tuple(),
-        chunk.dtype,
-        chunk.codec,
-        len(chunk.scales),
-        len(chunk.payload),
+        head.transfer_id,
+        head.attempt,
+        *KvRange.from_proto(head.range).as_tuple(),
+        head.dtype,
+        head.codec,
+        len(scales),
+        len(payload),
     )
     digest = xxhash.xxh3_64(header)
-    digest.update(chunk.scales)
-    digest.update(chunk.payload)
+    digest.update(scales)
+    digest.update(payload)
     return digest.intdigest()
 
 
-def seal(spec: TransferSpec, box: KvRange, payload: bytes) -> kv_pb2.KvChunk:
-    """A RAW chunk with its checksum."""
-    chunk = kv_pb2.KvChunk(
+def seal(spec: TransferSpec, box: KvRange, payload: Buffer, slot: int | None = None) -> bytes:
+    """A chunk as it travels, with its checksum; with ``slot``, its payload stays where it is, in that slot."""
+    head = kv_pb2.KvChunk(
         transfer_id=spec.transfer_id,
         attempt=spec.attempt,
         range=box.to_proto(),
         dtype=DTYPE_TO_PROTO[spec.kv.dtype],
         codec=spec.codec,
-        payload=payload,
     )
-    chunk.checksum = checksum(chunk)
-    return chunk
+    if slot is not None:
+        head.shared.slot, head.shared.length = slot, len(payload)
+    return encode(head, (), () if slot is not None else (payload,), checksum(head, b"", payload))
 
 
-def check(spec: TransferSpec, chunk: kv_pb2.KvChunk) -> KvRange:
+def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
     """The range of a chunk that is right in every respect but its place in the transfer (``Coverage`` knows that).
 
     Raises:
         TransferFailed: naming what is wrong: transfer, attempt, dtype, codec, length or checksum.
     """
-    box = KvRange.from_proto(chunk.range)
-    if chunk.transfer_id != spec.transfer_id:
+    head = chunk.head
+    box = KvRange.from_proto(head.range)
+    if head.transfer_id != spec.transfer_id:
         raise TransferFailed("chunk belongs to another transfer")
-    if chunk.attempt != spec.attempt:
-        raise TransferFailed(f"chunk belongs to attempt {chunk.attempt}, this is attempt {spec.attempt}")
-    if chunk.dtype != DTYPE_TO_PROTO[spec.kv.dtype]:
-        raise TransferFailed(f"chunk of {box} has dtype {chunk.dtype}, expected {spec.kv.dtype}")
-    if chunk.codec != spec.codec or chunk.scales:
-        raise TransferFailed(f"chunk of {box} has codec {chunk.codec}, expected {spec.codec} without scales")
+    if head.attempt != spec.attempt:
+        raise TransferFailed(f"chunk belongs to attempt {head.attempt}, this is attempt {spec.attempt}")
+    if head.dtype != DTYPE_TO_PROTO[spec.kv.dtype]:
+        raise TransferFailed(f"chunk of {box} has dtype {head.dtype}, expected {spec.kv.dtype}")
+    if head.codec != spec.codec or chunk.scales:
+        raise TransferFailed(f"chunk of {box} has codec {head.codec}, expected {spec.codec} without scales")
     if len(chunk.payload) > MAX_CHUNK_PAYLOAD:
         raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, the limit is {MAX_CHUNK_PAYLOAD}")
     expected = spec.payload_bytes(box)
     if len(chunk.payload) != expected:
         raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, its shape needs {expected}")
-    if chunk.checksum != checksum(chunk):
+    if head.checksum != checksum(head, chunk.scales, chunk.payload):
         raise TransferFailed(f"chunk of {box} has a wrong checksum")
     return box

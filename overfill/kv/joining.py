@@ -16,6 +16,12 @@ async def to_the_end(work: Awaitable[T]) -> T:
     """
     future = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
+    try:
+        return await asyncio.shield(future)  # the common case, which costs least
+    except asyncio.CancelledError as error:
+        if future.done():
+            raise
+        cancelled = error
     while not future.done():
         try:
             await asyncio.wait([future])

@@ -28,12 +28,14 @@ class PeerPool:
     Args:
         identity: what this worker's KV means; every peer is held against it.
         streams: data connections per peer.
+        same_host: whether to share memory with peers on this host.
     """
 
-    def __init__(self, identity: KvIdentity, streams: int, tls: ClientTls | None) -> None:
+    def __init__(self, identity: KvIdentity, streams: int, tls: ClientTls | None, same_host: bool = True) -> None:
         self._identity = identity
         self._streams = streams
         self._tls = tls
+        self._same_host = same_host
         self._entries: dict[tuple[str, int], _Entry] = {}
 
     @asynccontextmanager
@@ -51,7 +53,7 @@ class PeerPool:
         retired: list[PrefillPeer] = []
         if entry is None:
             retired = self._retire(target.worker_id)
-            peer = PrefillPeer(target, self._streams, self._tls)
+            peer = PrefillPeer(target, self._streams, self._tls, self._same_host)
             entry = _Entry(peer, asyncio.ensure_future(peer.handshake(self._identity)))
             self._entries[key] = entry
         entry.users += 1

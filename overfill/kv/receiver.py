@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc.aio
+
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -34,7 +36,9 @@ from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.joining import to_the_end
 from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import Coverage, KvRange, share_out
+from overfill.kv.samehost import Borrower
 from overfill.kv.spec import KvSpec
+from overfill.kv.wire import Buffer, decode, pull_kv
 from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
@@ -46,6 +50,7 @@ MAX_REPEATS = 3
 """Times a data stream is begun anew for what is missing of its ranges, before the transfer is given up."""
 
 
+_ACK_DELAY = 0.01  # seconds in which acknowledgements gather, but for the last ones
 _REPEAT_DELAY = 0.02  # seconds before the first repeat, twice as long before each further one
 _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 
@@ -53,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_chunk(
-    cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: bytes
+    cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: Buffer
 ) -> None:
     """Writes a checked chunk into the blocks of a sequence; ``rows`` are the cache's layers per payload layer."""
     cache.write(blocks, rows, (box.token_start, box.token_end), (box.head_start, box.head_end), payload)
@@ -92,6 +97,7 @@ class PullStats:
     last_kv_ns: int = 0
     kv_bytes: int = 0
     kv_chunks: int = 0
+    shared_bytes: int = 0  # of kv_bytes, through memory shared with the prefill worker
     cached_tokens: int = 0  # of the prompt, in the prefill worker's prefix cache
     held_tokens: int = 0  # of the prompt, in our blocks before
     broken_streams: int = 0  # data streams that ended with a wrong chunk, too little or an error
@@ -108,18 +114,29 @@ class PullStats:
             prefill=self.prefill,
             cached_tokens=self.cached_tokens,
             held_tokens=self.held_tokens,
+            shared_bytes=self.shared_bytes,
         )
 
 
 class PrefillPeer:
-    """A checked connection to one incarnation of one prefill worker."""
+    """A checked connection to one incarnation of one prefill worker.
 
-    def __init__(self, target: decode_pb2.AssignPrefill, streams: int, tls: ClientTls | None) -> None:
+    Args:
+        same_host: whether to share memory with a worker that is on this host and offers it.
+
+    Attributes:
+        link: shared memory, once the handshake has found it.
+    """
+
+    def __init__(
+        self, target: decode_pb2.AssignPrefill, streams: int, tls: ClientTls | None, same_host: bool = True
+    ) -> None:
         self.target = target
+        self.link: Borrower | None = None
+        self._same_host = same_host
         self._control = open_channel(target.address, tls)
-        self._data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
+        self.data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
-        self.data = [prefill_pb2_grpc.PrefillStub(channel) for channel in self._data]
 
     async def handshake(self, mine: KvIdentity) -> None:
         """Raises Incompatible with the list of differing fields, or Unavailable when the worker is not there."""
@@ -140,9 +157,16 @@ class PrefillPeer:
         check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
+        if self._same_host and described.HasField("same_host"):
+            try:
+                self.link = await Borrower.connect(described.same_host)
+            except (OSError, TimeoutError, ValueError) as error:
+                logger.info("prefill worker %s shares no memory with this one: %s", name, error)
 
     async def close(self) -> None:
-        await asyncio.gather(*(channel.close(None) for channel in (self._control, *self._data)))
+        if self.link is not None:
+            self.link.close()
+        await asyncio.gather(*(channel.close(None) for channel in (self._control, *self.data)))
 
 
 class PromptPull:
@@ -212,8 +236,8 @@ class PromptPull:
                     match message.WhichOneof("message"):
                         case "queued":
                             # Only now does the worker know the transfer by its id.
-                            for stub, ranges in zip(self._peer.data, self._shares(), strict=False):
-                                group.create_task(self._pull(stub, ranges, timeout))
+                            for channel, ranges in zip(self._peer.data, self._shares(), strict=False):
+                                group.create_task(self._pull(channel, ranges, timeout))
                         case "scheduled":
                             queue_ns = message.scheduled.queue_ns
                             self.stats.cached_tokens = message.scheduled.cached_tokens
@@ -268,17 +292,24 @@ class PromptPull:
         # Not as an iterator of requests: gRPC would wait for the next one in a task that outlives the call.
         with suppress(OverfillError):  # the call has ended; reading it tells how
             while True:
-                await written(control.write(await self._outgoing.get()), self._worker)
+                message = await self._outgoing.get()
+                if message.HasField("ack") and self._unwritten:
+                    await asyncio.sleep(_ACK_DELAY)
+                while message.HasField("ack") and not self._outgoing.empty():  # only acknowledgements follow the start
+                    message.ack.ranges.extend(self._outgoing.get_nowait().ack.ranges)
+                await written(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
         return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))
 
-    async def _pull(self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None) -> None:
+    async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
         """Pulls ``ranges``. What a wrong chunk or a broken stream leaves out is asked for again: it is computed."""
         for repeats in itertools.count():
             error: OverfillError | None = None
+            # What shared memory did not bring travels.
+            link = self._peer.link if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None
             try:
-                await self._pull_once(stub, ranges, timeout)
+                await self._pull_once(channel, ranges, timeout, link)
             except _REPEATABLE as failure:
                 error = failure
             ranges = self._coverage.missing(ranges)
@@ -295,38 +326,64 @@ class PromptPull:
             await asyncio.sleep(_REPEAT_DELAY * 2**repeats)
 
     async def _pull_once(
-        self, stub: prefill_pb2_grpc.PrefillStub, ranges: list[KvRange], timeout: float | None
+        self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, link: Borrower | None
     ) -> None:
         loop = asyncio.get_running_loop()
-        call = stub.PullKv(
-            prefill_pb2.PullKvRequest(
-                transfer_id=self._spec.transfer_id,
-                attempt=self._spec.attempt,
-                ranges=[box.to_proto() for box in ranges],
-            ),
-            timeout=timeout,
+        stream = link.new_stream() if link is not None else 0
+        request = prefill_pb2.PullKvRequest(
+            transfer_id=self._spec.transfer_id,
+            attempt=self._spec.attempt,
+            ranges=[box.to_proto() for box in ranges],
+            link_id=link.id if link is not None else b"",
+            stream=stream,
         )
+        call = pull_kv(channel, request, timeout)
         try:
-            async for chunk in responses(call, self._worker):
-                box = await to_the_end(loop.run_in_executor(self._executor, self._take, chunk))
-                self._unwritten -= box.cells
-                now = time.monotonic_ns() - self.stats.started_ns
-                self.stats.first_kv_ns = self.stats.first_kv_ns or now
-                self.stats.last_kv_ns = now
-                self.stats.kv_bytes += len(chunk.payload)
-                self.stats.kv_chunks += 1
-                self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=prefill_pb2.AckKv(ranges=[box.to_proto()])))
+            async for message in responses(call, self._worker):
+                taken = await to_the_end(loop.run_in_executor(self._executor, self._take, message, link))
+                if link is not None and taken.slot is not None:
+                    link.give_back(taken.slot)
+                self._note_taken(taken)
         except InvalidRequest as error:  # of the ranges, which are ours and not the user's
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
         finally:
             call.cancel()
+            if link is not None:
+                link.end_stream(stream)
 
-    def _take(self, chunk: kv_pb2.KvChunk) -> KvRange:
+    def _take(self, message: bytes, link: Borrower | None) -> _Taken:
+        chunk = decode(message)
+        slot = None
+        if chunk.head.HasField("shared"):
+            if link is None:
+                raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
+            slot = chunk.head.shared.slot
+            chunk.payload = link.payload(chunk.head.shared)
         box = check(self._spec, chunk)
         self._coverage.add(box)
         rows = [self._rows[layer] for layer in range(box.layer_start, box.layer_end)]
         write_chunk(self._cache, self._blocks, rows, box, chunk.payload)
-        return box
+        return _Taken(box, len(chunk.payload), slot)
+
+    def _note_taken(self, taken: _Taken) -> None:
+        self._unwritten -= taken.box.cells
+        now = time.monotonic_ns() - self.stats.started_ns
+        self.stats.first_kv_ns = self.stats.first_kv_ns or now
+        self.stats.last_kv_ns = now
+        self.stats.kv_bytes += taken.size
+        self.stats.kv_chunks += 1
+        self.stats.shared_bytes += taken.size if taken.slot is not None else 0
+        ack = prefill_pb2.AckKv(ranges=[taken.box.to_proto()])
+        self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A chunk that is in place: what it covers, bytes of payload, and the slot they were in."""
+
+    box: KvRange
+    size: int
+    slot: int | None
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:

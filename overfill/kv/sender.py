@@ -7,16 +7,37 @@ the event loop.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
 
 from overfill.kv.cache import DeviceEvent, KvCache
 from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.joining import to_the_end
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
-from overfill.v1 import kv_pb2
+
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for one payload in shared memory."""
+
+    number: int
+    memory: memoryview
+
+
+class Slots(Protocol):
+    """Where payloads go that do not travel; whoever reads them says when a slot is free again."""
+
+    @property
+    def free(self) -> bool: ...
+
+    async def acquire(self) -> Slot: ...
 
 
 class KvSender:
@@ -82,35 +103,55 @@ class KvSender:
         for box in ranges:
             asked.add(box)
 
-    async def chunks(self, ranges: Sequence[KvRange]) -> AsyncIterator[kv_pb2.KvChunk]:
-        """Chunks that cover ``ranges``, each as soon as it is computed; at most 1 MiB of payload.
+    async def chunks(self, ranges: Sequence[KvRange], slots: Slots | None = None) -> AsyncGenerator[bytes, None]:
+        """Encoded chunks that cover ``ranges``, each as soon as it is computed; at most 1 MiB of payload.
 
-        ``ranges`` have passed ``check_ranges``.
+        While one is being sent, the next is read. ``ranges`` have passed ``check_ranges``.
+
+        Args:
+            slots: shared memory that takes the payloads; None leaves them in the chunks.
         """
-        loop = asyncio.get_running_loop()
         sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
-        while any(sent):
-            piece = self._next_piece(ranges, sent)
-            if piece is None:
-                await self._progress.wait()
-                continue
-            index, box = piece
-            chunk = await to_the_end(loop.run_in_executor(self._executor, self._read, box))
-            if self.first_sent_ns is None:
-                self.first_sent_ns = time.monotonic_ns()
-            yield chunk
-            self.last_sent_ns = time.monotonic_ns()
-            for layer in range(box.layer_start, box.layer_end):
-                if box.token_end == ranges[index].token_end:
-                    del sent[index][layer]
-                else:
-                    sent[index][layer] = box.token_end
+        reading: asyncio.Future[bytes] | None = None
+        try:
+            while reading is not None or any(sent):
+                if reading is None:
+                    reading = await self._begin(ranges, sent, slots)
+                    continue
+                chunk = await to_the_end(reading)
+                reading = None
+                if self._next_piece(ranges, sent) is not None and (slots is None or slots.free):
+                    reading = await self._begin(ranges, sent, slots)
+                if self.first_sent_ns is None:
+                    self.first_sent_ns = time.monotonic_ns()
+                yield chunk
+                self.last_sent_ns = time.monotonic_ns()
+        finally:
+            if reading is not None:
+                await to_the_end(reading)
+
+    async def _begin(
+        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None
+    ) -> asyncio.Future[bytes]:
+        """Starts to read the next piece, once there is one and room for it."""
+        while (piece := self._next_piece(ranges, sent)) is None:
+            await self._progress.wait()
+        slot = await slots.acquire() if slots is not None else None
+        index, box = piece
+        for layer in range(box.layer_start, box.layer_end):
+            if box.token_end == ranges[index].token_end:
+                del sent[index][layer]
+            else:
+                sent[index][layer] = box.token_end
+        return asyncio.get_running_loop().run_in_executor(self._executor, self._read, box, slot)
 
     def _next_piece(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> tuple[int, KvRange] | None:
         """The next computed and unsent piece: whole neighbouring layers together while they fit one chunk."""
         for index, (box, cursors) in enumerate(zip(ranges, sent, strict=True)):
             head_bytes = self._layer_bytes * box.num_heads // self.spec.kv.num_kv_heads
             most_tokens = max(1, MAX_CHUNK_PAYLOAD // head_bytes)
+            if most_tokens > self._cache.block_size:  # whole blocks are copied faster
+                most_tokens -= most_tokens % self._cache.block_size
             for layer, start in cursors.items():
                 end = min(self._ready[layer], box.token_end, start + most_tokens)
                 if end <= start:
@@ -125,12 +166,22 @@ class KvSender:
                 return index, KvRange(layer, last, start, end, box.head_start, box.head_end)
         return None
 
-    def _read(self, box: KvRange) -> kv_pb2.KvChunk:
+    def _read(self, box: KvRange, slot: Slot | None) -> bytes:
+        length = self.spec.cache_bytes(box)
         payload = self._cache.read(
             self._block_table,
             range(box.layer_start, box.layer_end),
             (box.token_start, box.token_end),
             (box.head_start, box.head_end),
             after=self._event.get(box.layer_end - 1),  # layers are computed in order
+            out=(_scratch() if slot is None else slot.memory)[:length],
         )
-        return seal(self.spec, box, payload)
+        return seal(self.spec, box, payload, None if slot is None else slot.number)
+
+
+def _scratch() -> memoryview:
+    """Memory of this thread, used again for every chunk: fresh memory costs more than the copy."""
+    if not hasattr(_local, "scratch"):
+        _local.scratch = memoryview(bytearray(MAX_CHUNK_PAYLOAD))
+    scratch: memoryview = _local.scratch
+    return scratch

@@ -32,6 +32,7 @@ from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.ranges import KvRange
+from overfill.kv.wire import Buffer
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -58,7 +59,7 @@ def overwrite_kv_chunk() -> None:
     write = overfill.kv.receiver.write_chunk
 
     def write_then_overwrite(
-        cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: bytes
+        cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: Buffer
     ) -> None:
         write(cache, blocks, rows, box, payload)
         if box.layer_start == 0 and box.token_start == 0:

@@ -23,7 +23,7 @@ class KvRange(_message.Message):
     def __init__(self, layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., head_start: _Optional[int] = ..., head_end: _Optional[int] = ...) -> None: ...
 
 class KvChunk(_message.Message):
-    __slots__ = ("transfer_id", "attempt", "range", "dtype", "codec", "scales", "payload", "checksum")
+    __slots__ = ("transfer_id", "attempt", "range", "dtype", "codec", "scales", "payload", "shared", "checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class KvChunk(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     attempt: int
@@ -39,8 +40,17 @@ class KvChunk(_message.Message):
     codec: _common_pb2.KvCodec
     scales: bytes
     payload: bytes
+    shared: SharedPayload
     checksum: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., range: _Optional[_Union[KvRange, _Mapping]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., scales: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., range: _Optional[_Union[KvRange, _Mapping]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., scales: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class SharedPayload(_message.Message):
+    __slots__ = ("slot", "length")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    length: int
+    def __init__(self, slot: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class PrefillTrace(_message.Message):
     __slots__ = ("layer_start_ns", "layer_end_ns", "first_kv_sent_ns", "last_kv_sent_ns", "first_token_sent_ns", "last_ack_ns")
@@ -59,7 +69,7 @@ class PrefillTrace(_message.Message):
     def __init__(self, layer_start_ns: _Optional[_Iterable[int]] = ..., layer_end_ns: _Optional[_Iterable[int]] = ..., first_kv_sent_ns: _Optional[int] = ..., last_kv_sent_ns: _Optional[int] = ..., first_token_sent_ns: _Optional[int] = ..., last_ack_ns: _Optional[int] = ...) -> None: ...
 
 class HandoffTrace(_message.Message):
-    __slots__ = ("first_token_received_ns", "first_kv_received_ns", "last_kv_received_ns", "kv_bytes", "kv_chunks", "prefill", "broken_streams", "cached_tokens", "held_tokens")
+    __slots__ = ("first_token_received_ns", "first_kv_received_ns", "last_kv_received_ns", "kv_bytes", "kv_chunks", "prefill", "broken_streams", "cached_tokens", "held_tokens", "shared_bytes")
     FIRST_TOKEN_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     FIRST_KV_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     LAST_KV_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +79,7 @@ class HandoffTrace(_message.Message):
     BROKEN_STREAMS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     first_token_received_ns: int
     first_kv_received_ns: int
     last_kv_received_ns: int
@@ -78,4 +89,5 @@ class HandoffTrace(_message.Message):
     broken_streams: int
     cached_tokens: int
     held_tokens: int
-    def __init__(self, first_token_received_ns: _Optional[int] = ..., first_kv_received_ns: _Optional[int] = ..., last_kv_received_ns: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_chunks: _Optional[int] = ..., prefill: _Optional[_Union[PrefillTrace, _Mapping]] = ..., broken_streams: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ...) -> None: ...
+    shared_bytes: int
+    def __init__(self, first_token_received_ns: _Optional[int] = ..., first_kv_received_ns: _Optional[int] = ..., last_kv_received_ns: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_chunks: _Optional[int] = ..., prefill: _Optional[_Union[PrefillTrace, _Mapping]] = ..., broken_streams: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...

@@ -12,7 +12,7 @@ class DescribePrefillRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribePrefillResponse(_message.Message):
-    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs")
+    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "same_host")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class DescribePrefillResponse(_message.Message):
     KV_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    SAME_HOST_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     software_version: str
     worker_id: str
@@ -29,7 +30,16 @@ class DescribePrefillResponse(_message.Message):
     kv: _common_pb2.KvSpec
     max_model_len: int
     codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.KvCodec]
-    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ...) -> None: ...
+    same_host: SameHost
+    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., same_host: _Optional[_Union[SameHost, _Mapping]] = ...) -> None: ...
+
+class SameHost(_message.Message):
+    __slots__ = ("name", "token")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    token: bytes
+    def __init__(self, name: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("start", "ack")
@@ -130,11 +140,15 @@ class PrefillDone(_message.Message):
     def __init__(self, trace: _Optional[_Union[_kv_pb2.PrefillTrace, _Mapping]] = ...) -> None: ...
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("transfer_id", "attempt", "ranges")
+    __slots__ = ("transfer_id", "attempt", "ranges", "link_id", "stream")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     attempt: int
     ranges: _containers.RepeatedCompositeFieldContainer[_kv_pb2.KvRange]
-    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[_kv_pb2.KvRange, _Mapping]]] = ...) -> None: ...
+    link_id: bytes
+    stream: int
+    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[_kv_pb2.KvRange, _Mapping]]] = ..., link_id: _Optional[bytes] = ..., stream: _Optional[int] = ...) -> None: ...

@@ -25,7 +25,7 @@ async def serve(config: DecodeConfig) -> int:
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
-    peers = PeerPool(parts.kv_identity(), config.data_streams, config.client_tls())
+    peers = PeerPool(parts.kv_identity(), config.data_streams, config.client_tls(), config.same_host == "on")
     servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"))
 
     def emit(events: list[DecodeEvent]) -> None:

@@ -11,7 +11,9 @@ from overfill.config import PrefillConfig
 from overfill.engine.hosting import load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
-from overfill.v1 import common_pb2, prefill_pb2_grpc
+from overfill.kv.samehost import Lender
+from overfill.kv.wire import add_prefill_to_server
+from overfill.v1 import common_pb2
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"
@@ -23,22 +25,21 @@ async def serve(config: PrefillConfig) -> int:
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "full", config.token_budget)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
-    servicer = PrefillServicer(parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs)
+    lender = Lender(config.same_host == "on")
+    servicer = PrefillServicer(parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs, lender)
 
     def emit(event: PrefillEvent) -> None:
         loop.call_soon_threadsafe(servicer.on_event, event)
 
     prefix = parts.prefix_cache(config.prefix_cache == "on")
     core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix)
-    return await serve_engine(
-        config,
-        hello,
-        core,
-        servicer,
-        prefill_pb2_grpc.add_PrefillServicer_to_server,
-        SERVICE,
-        prefix_keys=prefix.journal,
-    )
+    lender.start()
+    try:
+        return await serve_engine(
+            config, hello, core, servicer, add_prefill_to_server, SERVICE, prefix_keys=prefix.journal
+        )
+    finally:
+        await lender.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

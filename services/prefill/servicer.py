@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Executor
+from contextlib import aclosing
 from typing import assert_never
 
 from overfill import __version__
@@ -38,6 +39,7 @@ from overfill.errors import (
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
 from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
+from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
 from overfill.model.processors import LogitProcessor, new_processor
 from overfill.params import SamplingParams, check_token_ids
@@ -140,15 +142,23 @@ class Lease:
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill, PullKv and Describe.
 
-    Takes ``max_leases`` prompts at once, waiting ones included. ``engine`` and ``host`` are set before the server
-    starts. Engine events arrive through ``on_event``.
+    Takes ``max_leases`` prompts at once, waiting ones included. Shares memory through ``lender`` with decode workers on
+    this host. ``engine`` and ``host`` are set before the server starts. Engine events arrive through ``on_event``.
     """
 
     engine: EngineThread
     host: WorkerHost
 
-    def __init__(self, parts: EngineParts, hello: registry_pb2.Hello, executor: Executor, max_leases: int) -> None:
+    def __init__(
+        self,
+        parts: EngineParts,
+        hello: registry_pb2.Hello,
+        executor: Executor,
+        max_leases: int,
+        lender: Lender | None = None,
+    ) -> None:
         self._parts = parts
+        self._lender = lender or Lender(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
         self._executor = executor
@@ -182,6 +192,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             kv=self._hello.kv,
             max_model_len=self._parts.max_model_len,
             codecs=[common_pb2.KV_CODEC_RAW],
+            same_host=self._lender.offer,
         )
 
     async def Prefill(
@@ -206,7 +217,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 guard.cancel()
             self._end(lease)
 
-    async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[kv_pb2.KvChunk]:
+    async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
+        """Yields encoded ``KvChunk``s."""
         lease = self._leases.get(request.transfer_id)
         if lease is None or lease.ended or lease.spec.attempt != request.attempt:
             raise TransferFailed("no such transfer here: it has ended or never began")
@@ -217,12 +229,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequest("ranges", str(error)) from error
         task = asyncio.current_task()
         assert task is not None
+        slots = self._lender.link(request.link_id).stream(request.stream) if request.link_id else None
         lease.readers.add(task)
         try:
-            async for chunk in lease.sender.chunks(ranges):
-                yield chunk
+            async with aclosing(lease.sender.chunks(ranges, slots)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             lease.readers.discard(task)
+            if slots is not None:
+                slots.written()
 
     async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
         """What changes the first token's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""

@@ -23,7 +23,7 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
-from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 KV = KvSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32", rope=RopeSpec())
 IDENTITY = KvIdentity(WIRE_VERSION, "full", "tokenizer", KV)
@@ -97,7 +97,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             for start in range(box.token_start, box.token_end, 3):
                 piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
                 ones = torch.ones(spec.payload_bytes(piece) // 4)
-                chunks.append(seal(spec, piece, ones.numpy().tobytes()))
+                chunks.append(kv_pb2.KvChunk.FromString(seal(spec, piece, ones.numpy().tobytes())))
         self.pulls += 1
         for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:
             yield chunk
@@ -154,7 +154,7 @@ async def test_chunks_in_reverse_order_are_as_good(pull, worker):
 def resealed(chunk, **fields):
     for name, value in fields.items():
         setattr(chunk, name, value)
-    chunk.checksum = checksum(chunk)
+    chunk.checksum = checksum(chunk, chunk.scales, chunk.payload)
     return chunk
 
 
@@ -166,7 +166,7 @@ def flipped(chunk):
 def moved(chunk):
     chunk.range.token_start += 1
     chunk.range.token_end += 1
-    chunk.checksum = checksum(chunk)
+    chunk.checksum = checksum(chunk, chunk.scales, chunk.payload)
     return chunk
 
 

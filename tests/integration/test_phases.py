@@ -21,6 +21,7 @@ from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.kv.peers import PeerPool
+from overfill.kv.wire import add_prefill_to_server
 from overfill.pair.manifest import Pair
 from overfill.pair.reference import TwoStageReference
 from overfill.params import SamplingParams
@@ -101,9 +102,7 @@ class Workers:
         )
         self.prefill_core = core
         self.prefill.engine = EngineThread(core, "p", 1)
-        prefill_address = await self._serve(
-            stack, prefill_pb2_grpc.add_PrefillServicer_to_server, self.prefill, "overfill.v1.Prefill"
-        )
+        prefill_address = await self._serve(stack, add_prefill_to_server, self.prefill, "overfill.v1.Prefill")
         self.target = decode_pb2.AssignPrefill(
             worker_id="p", incarnation=hello.incarnation, address=prefill_address, data_address=prefill_address
         )

@@ -16,7 +16,7 @@ from overfill.rpc.interceptors import Context
 from overfill.testing.mock.config import MockPrefillConfig
 from overfill.testing.mock.tokens import Script
 from overfill.testing.mock.worker import MockWorker
-from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
 
 _Response = prefill_pb2.PrefillResponse
 
@@ -103,7 +103,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
             self.worker.notify()
             self.worker.check_drained()
 
-    async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[kv_pb2.KvChunk]:
+    async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         lease = self._leases.get(request.transfer_id)
         if lease is None:
             raise TransferFailed("no such transfer here: it has ended or never began")

@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.grammar import Grammars
+from overfill.kv.wire import add_prefill_to_server
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 from overfill.testing.mock.decode import MockDecode
 from overfill.testing.mock.prefill import MockPrefill
 from overfill.testing.mock.tokens import Script
 from overfill.testing.mock.worker import MockWorker
-from overfill.v1 import common_pb2, decode_pb2_grpc, prefill_pb2_grpc
+from overfill.v1 import common_pb2, decode_pb2_grpc
 
 
 @asynccontextmanager
@@ -29,7 +30,7 @@ async def mock_worker(config: MockPrefillConfig | MockDecodeConfig) -> AsyncIter
     try:
         if isinstance(config, MockPrefillConfig):
             prefill = MockPrefill(config, script)
-            await worker.start(prefill, prefill_pb2_grpc.add_PrefillServicer_to_server, "overfill.v1.Prefill")
+            await worker.start(prefill, add_prefill_to_server, "overfill.v1.Prefill")
         else:
             decode = MockDecode(config, script)
             await worker.start(decode, decode_pb2_grpc.add_DecodeServicer_to_server, "overfill.v1.Decode")

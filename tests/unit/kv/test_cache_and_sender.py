@@ -12,6 +12,7 @@ from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import decode
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 
 CPU = torch.device("cpu")
@@ -73,6 +74,7 @@ async def test_every_stream_together_sends_everything_once(executor):
 
     async def pull(ranges):
         async for chunk in sender.chunks(ranges):
+            chunk = decode(chunk)
             box = check(sender.spec, chunk)
             coverage.add(box)
             layers = range(box.layer_start, box.layer_end)
@@ -96,7 +98,7 @@ async def test_a_layer_leaves_before_the_next_one_is_computed(executor):
     chunks = sender.chunks([KvRange(0, 4, 0, 10, 0, 2)])
     for layer in range(4):
         sender.written(layer, 10, None)
-        chunk = await anext(chunks)
+        chunk = decode(await anext(chunks)).head
         assert (chunk.range.layer_start, chunk.range.layer_end) == (layer, layer + 1)
     with pytest.raises(StopAsyncIteration):
         await anext(chunks)
@@ -116,7 +118,7 @@ async def test_no_chunk_exceeds_the_payload_limit(executor):
     sender.begin(range(64), 0, None)
     sender.written(0, 1000, None)
     sender.written(1, 1000, None)
-    sizes = [len(c.payload) async for c in sender.chunks([KvRange(0, 2, 0, 1000, 0, 8)])]
+    sizes = [len(decode(c).payload) async for c in sender.chunks([KvRange(0, 2, 0, 1000, 0, 8)])]
     assert sum(sizes) == 2 * 1000 * cache.spec.token_layer_bytes
     assert max(sizes) <= MAX_CHUNK_PAYLOAD
     assert len(sizes) == 2 * -(-1000 // (MAX_CHUNK_PAYLOAD // cache.spec.token_layer_bytes))

@@ -1,0 +1,78 @@
+"""``overfill bench kv``: how fast KV moves, beside a raw gRPC stream in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from overfill.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from overfill.kv.spec import DTypeName
+
+
+@click.command("kv")
+@click.option("--pair", default="default", show_default=True, help="Whose KV geometry: a named pair, or a folder.")
+@click.option("--tokens", type=click.IntRange(16), default=8192, show_default=True, help="Tokens in one transfer.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
+    help="Element type of the KV cache.",
+)  # fmt: skip
+@click.option("--streams", type=click.IntRange(1), default=2, show_default=True, help="Data connections.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Interleaved rounds.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: int, as_json: bool) -> int:
+    """Move KV between two processes: over gRPC, and through memory that both share.
+
+    Beside it, in the same rounds, a raw gRPC stream of 1 MiB messages. Exit code 1 when a bound is not reached.
+    """
+    import torch
+
+    from overfill.bench.kv import measure
+    from overfill.pair.manifest import Pair
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    torch.set_num_threads(1)
+    with progress_bars() as report:
+        folder = resolve_pair(pair, report)
+    spec = Pair.load(folder).full_config.kv_spec(dtype)
+    rows, kv_bytes = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
+    reached = all(row.reached for row in rows)
+    if as_json:
+        print_json(
+            {
+                "kv_bytes": kv_bytes,
+                "streams": streams,
+                "rounds": rounds,
+                "peer": "grpc_raw",
+                "reached": reached,
+                "rows": [
+                    {
+                        "name": row.name,
+                        "bytes_per_second": row.rate,
+                        "ratio": row.ratio,
+                        "ratio_min": min(row.ratios),
+                        "ratio_max": max(row.ratios),
+                        "bound": row.bound,
+                        "reached": row.reached,
+                    }
+                    for row in rows
+                ],
+            }
+        )
+        return 0 if reached else 1
+    table = Table("", box=None)
+    for title in ("MB/s", "x grpc_raw", "least", "most", "bound", ""):
+        table.add_column(title, justify="right")
+    for row in rows:
+        bound = "" if row.bound is None else f">= {row.bound:g}"
+        verdict = "" if row.bound is None else "reached" if row.reached else "missed"
+        figures = (row.ratio, min(row.ratios), max(row.ratios))
+        table.add_row(row.name, f"{row.rate / 1e6:.0f}", *(f"{figure:.2f}" for figure in figures), bound, verdict)
+    console().print(f"{kv_bytes / 1e6:.1f} MB of KV per transfer, {streams} streams, medians of {rounds} rounds")
+    console().print(table)
+    return 0 if reached else 1

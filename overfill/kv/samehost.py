@@ -1,0 +1,335 @@
+"""Memory that a prefill and a decode worker on one host share, so that payloads need not pass through sockets.
+
+``Lender`` is the prefill worker's end, ``Borrower`` the decode worker's; the messages are described at ``SameHost`` in
+prefill.proto. A link is a Unix socket and a segment of slots. The socket proves that both are on one host and of one
+user, carries the segment's descriptor, and tells each end at once when the other has gone. Neither has a name in a file
+system, so nothing is left behind by any death.
+
+What protects a payload there: a slot belongs to the lender until its chunk is sent, and to the borrower until that
+gives it back or its socket closes; in between nobody writes to it. The chunk's checksum covers it, as on the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hmac
+import logging
+import mmap
+import os
+import secrets
+import socket
+import struct
+import sys
+from collections.abc import Callable
+
+from overfill.errors import TransferFailed, Unavailable
+from overfill.kv.sender import Slot
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+from overfill.v1 import kv_pb2, prefill_pb2
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = sys.platform == "linux"
+"""Abstract Unix sockets and memory without a name."""
+
+SLOTS = 8
+"""Of 1 MiB each per link: enough to keep both ends busy, few enough to stay in the processor's cache."""
+
+_TOKEN_BYTES = _ID_BYTES = 16
+_GRANT = struct.Struct("<16sI")
+_RETURN = struct.Struct("<BI")
+_SLOT, _STREAM = 0, 1
+_PEER_CREDENTIALS = struct.Struct("3i")
+_TIMEOUT = 2.0  # seconds for an end to introduce itself
+
+
+class LenderStream:
+    """The slots of one PullKv stream; a ``Slots`` of ``kv.sender``.
+
+    Attributes:
+        held: slots that are not free; of a stream that ends early, until both ends are done with them.
+    """
+
+    def __init__(self, link: LenderLink, number: int) -> None:
+        self._link = link
+        self.number = number
+        self.held: set[int] = set()
+        self.writing = self.reading = True
+
+    @property
+    def free(self) -> bool:
+        return bool(self._link.free)
+
+    async def acquire(self) -> Slot:
+        """Raises Unavailable when the borrower has gone."""
+        number = await self._link.take()
+        self.held.add(number)
+        return Slot(number, self._link.memory[number * MAX_CHUNK_PAYLOAD :][:MAX_CHUNK_PAYLOAD])
+
+    def written(self) -> None:
+        """Nothing of this stream is written to a slot any more."""
+        self.writing = False
+        self._link.settle(self)
+
+
+class LenderLink:
+    """One borrower: its segment, and who has which slot.
+
+    Attributes:
+        descriptor: of the segment, for the borrower; whoever sends it closes it.
+    """
+
+    def __init__(self) -> None:
+        self.id = secrets.token_bytes(_ID_BYTES)
+        descriptor = os.memfd_create("overfill-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, SLOTS * MAX_CHUNK_PAYLOAD)
+            # A segment that shrinks would kill whoever touches it.
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self.memory = memoryview(mmap.mmap(descriptor, SLOTS * MAX_CHUNK_PAYLOAD))
+            # For the borrower, opened for reading only, so that it cannot write there by accident.
+            self.descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(descriptor)
+        self.free = list(range(SLOTS))  # last in, first out: what was used last is in the cache
+        self.closed = False
+        self._streams: dict[int, LenderStream] = {}
+        self._ended: set[int] = set()  # streams of which the borrower's last word came first
+        self._changed = asyncio.Event()
+
+    def stream(self, number: int) -> LenderStream:
+        """A new one; call its ``written`` at its end. Raises Unavailable when the link or the stream is closed."""
+        if self.closed or number in self._streams or number in self._ended:
+            self._ended.discard(number)
+            raise Unavailable("the link of shared memory, or its stream, is closed")
+        self._streams[number] = LenderStream(self, number)
+        return self._streams[number]
+
+    async def take(self) -> int:
+        """A free slot, waiting for one. Raises Unavailable when the borrower has gone."""
+        while not self.free and not self.closed:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.closed:
+            raise Unavailable("the decode worker has closed its link of shared memory")
+        return self.free.pop()
+
+    def returned(self, kind: int, number: int) -> None:
+        """The borrower gave a slot back, or all of a stream's; raises ValueError when it had no such thing."""
+        if kind == _STREAM:
+            stream = self._streams.get(number)
+            if stream is None:
+                self._ended.add(number)
+            else:
+                stream.reading = False
+                self.settle(stream)
+        else:
+            holder = next((s for s in self._streams.values() if number in s.held), None)
+            if kind != _SLOT or holder is None:
+                raise ValueError(f"a slot was given back that was not lent: {number}")
+            holder.held.discard(number)
+            self.free.append(number)
+        self._changed.set()
+
+    def settle(self, stream: LenderStream) -> None:
+        """Takes back all that ``stream`` has once both ends are done with it."""
+        if not stream.writing and not stream.reading:
+            del self._streams[stream.number]
+            self.free.extend(stream.held)
+            self._changed.set()
+
+    def close(self) -> None:
+        """Nothing more is lent. The memory itself goes with the last payload that is being written or read."""
+        self.closed = True
+        self._changed.set()
+
+
+class Lender:
+    """Listens for decode workers on this host.
+
+    Attributes:
+        offer: what Describe says about it; None when this system cannot share memory, or ``enabled`` is false.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.offer: prefill_pb2.SameHost | None = None
+        self._links: dict[bytes, LenderLink] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+        if enabled and SUPPORTED:
+            self.offer = prefill_pb2.SameHost(
+                name=f"overfill-kv-{secrets.token_hex(16)}", token=secrets.token_bytes(_TOKEN_BYTES)
+            )
+
+    def start(self) -> None:
+        """Begins to listen, on the running event loop."""
+        if self.offer is not None:
+            self._listener = _new_socket()
+            self._listener.bind(f"\0{self.offer.name}")
+            self._listener.listen()
+            self._spawn(self._accept(self._listener))
+
+    def link(self, id: bytes) -> LenderLink:
+        """Raises Unavailable when there is no such link, any more or at all."""
+        if id not in self._links:
+            raise Unavailable("no such link of shared memory: the payloads have to travel")
+        return self._links[id]
+
+    async def stop(self) -> None:
+        for task in [*self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+
+    def _spawn(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            peer, _ = await loop.sock_accept(listener)
+            self._spawn(self._serve(peer))
+
+    async def _serve(self, peer: socket.socket) -> None:
+        """One borrower, until its socket closes."""
+        with peer:
+            try:
+                async with asyncio.timeout(_TIMEOUT):
+                    if not await self._trusted(peer):
+                        return
+            except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                return
+            link = LenderLink()
+            self._links[link.id] = link
+            try:
+                try:
+                    socket.send_fds(peer, [_GRANT.pack(link.id, SLOTS)], [link.descriptor])
+                finally:
+                    os.close(link.descriptor)
+                while True:
+                    link.returned(*_RETURN.unpack(await _receive(peer, _RETURN.size)))
+            except (OSError, asyncio.IncompleteReadError):
+                pass  # the borrower has gone
+            except ValueError as error:
+                logger.warning("closing a link of shared memory: %s", error)
+            finally:
+                del self._links[link.id]
+                link.close()
+
+    async def _trusted(self, peer: socket.socket) -> bool:
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
+        token = await _receive(peer, _TOKEN_BYTES)
+        assert self.offer is not None
+        return user == os.getuid() and hmac.compare_digest(token, self.offer.token)
+
+
+class Borrower:
+    """A decode worker's end of a link. Made by ``connect``.
+
+    Attributes:
+        id: names the link in PullKv.
+    """
+
+    def __init__(self, sock: socket.socket, descriptor: int, id: bytes, slots: int) -> None:
+        self.id = id
+        self._socket = sock
+        self._slots = slots
+        try:
+            mapped = mmap.mmap(descriptor, slots * MAX_CHUNK_PAYLOAD, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        self._memory = memoryview(mapped)
+        self._streams = 0
+        self.alive = True
+        asyncio.get_running_loop().add_reader(sock, self.close)  # the lender says nothing more; its end is readable
+
+    @classmethod
+    async def connect(cls, offer: prefill_pb2.SameHost) -> Borrower:
+        """Raises OSError, TimeoutError or ValueError when the lender is not on this host, or will not share."""
+        if not SUPPORTED:
+            raise OSError("this system cannot share memory")
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(_new_socket())
+            async with asyncio.timeout(_TIMEOUT):
+                await loop.sock_connect(sock, f"\0{offer.name}")
+                await loop.sock_sendall(sock, offer.token)
+                await _readable(sock)
+            data, descriptors, _, _ = socket.recv_fds(sock, _GRANT.size, 1)
+            if len(data) != _GRANT.size or len(descriptors) != 1:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise ValueError("the prefill worker closed the link")
+            borrower = cls(sock, descriptors[0], *_GRANT.unpack(data))
+            stack.pop_all()
+        return borrower
+
+    def new_stream(self) -> int:
+        """A number for a PullKv stream."""
+        self._streams += 1
+        return self._streams
+
+    def payload(self, shared: kv_pb2.SharedPayload) -> memoryview:
+        """Raises TransferFailed when there is no such slot."""
+        if shared.slot >= self._slots or shared.length > MAX_CHUNK_PAYLOAD:
+            raise TransferFailed(f"a payload is said to be in slot {shared.slot}, of {shared.length} bytes")
+        start = shared.slot * MAX_CHUNK_PAYLOAD
+        return self._memory[start : start + shared.length]
+
+    def give_back(self, slot: int) -> None:
+        """Its payload is not looked at any more."""
+        self._tell(_SLOT, slot)
+
+    def end_stream(self, stream: int) -> None:
+        """No payload of the stream is looked at any more."""
+        self._tell(_STREAM, stream)
+
+    def close(self) -> None:
+        """Idempotent. Payloads that are being read stay readable."""
+        if self.alive:
+            self.alive = False
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+
+    def _tell(self, kind: int, number: int) -> None:
+        if self.alive:
+            try:
+                sent = self._socket.send(_RETURN.pack(kind, number))
+            except OSError:
+                sent = 0
+            if sent != _RETURN.size:  # gone, or frozen for very long
+                self.close()
+
+
+def _new_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    return sock
+
+
+async def _receive(sock: socket.socket, size: int) -> bytes:
+    """Exactly ``size`` bytes. Raises asyncio.IncompleteReadError at the end of the stream."""
+    data = b""
+    while len(data) < size:
+        piece = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
+        if not piece:
+            raise asyncio.IncompleteReadError(data, size)
+        data += piece
+    return data
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    settle: Callable[[], None] = lambda: None if ready.done() else ready.set_result(None)  # noqa: E731
+    loop.add_reader(sock, settle)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)

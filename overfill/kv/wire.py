@@ -1,0 +1,131 @@
+"""``KvChunk`` on the wire without copying its payload: protobuf's framing written and read by hand around it.
+
+The small fields go through the generated class; ``scales`` and ``payload`` are sliced out of the message, or joined
+into it. Any valid encoding is read, and what is written any protobuf reader understands. Knows nothing of what is in a
+chunk.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from overfill.errors import TransferFailed
+from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
+
+_SCALES, _PAYLOAD, _CHECKSUM = 6, 7, 8
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_CHECKSUM_FIELD = struct.Struct("<BQ")
+
+
+@dataclass(slots=True)
+class WireChunk:
+    """A chunk as it came: ``head`` has all fields but the two long ones, which are views into the message."""
+
+    head: kv_pb2.KvChunk
+    scales: Buffer
+    payload: Buffer
+
+
+def encode(head: kv_pb2.KvChunk, scales: Sequence[Buffer], payload: Sequence[Buffer], checksum: int) -> bytes:
+    """One message; ``scales`` and ``payload`` in pieces, each copied once. The checksum of ``head`` must not be set."""
+    parts: list[Buffer] = [head.SerializeToString()]
+    for field, pieces in ((_SCALES, scales), (_PAYLOAD, payload)):
+        if length := sum(len(piece) for piece in pieces):
+            parts += [bytes([field << 3 | _BYTES]), _varint(length), *pieces]
+    parts.append(_CHECKSUM_FIELD.pack(_CHECKSUM << 3 | _FIXED64, checksum))
+    return b"".join(parts)
+
+
+def decode(message: bytes) -> WireChunk:
+    """Raises TransferFailed when ``message`` is no KvChunk."""
+    view = memoryview(message)
+    rest: list[Buffer] = []
+    long_fields: dict[int, Buffer] = {_SCALES: b"", _PAYLOAD: b""}
+    position = start = 0
+    try:
+        while position < len(view):
+            tag_at = position
+            tag, position = _read_varint(view, position)
+            field, kind = tag >> 3, tag & 7
+            length = 0
+            if kind == _VARINT:
+                _, position = _read_varint(view, position)
+            elif kind == _FIXED64:
+                length = 8
+            elif kind == _FIXED32:
+                length = 4
+            elif kind == _BYTES:
+                length, position = _read_varint(view, position)
+            else:
+                raise TransferFailed(f"a chunk has a field of kind {kind}")
+            end = position + length
+            if end > len(view):
+                raise TransferFailed("a chunk is cut off")
+            if kind == _BYTES and field in long_fields:
+                long_fields[field] = view[position:end]
+                rest.append(view[start:tag_at])
+                start = end
+            position = end
+        rest.append(view[start:])
+        head = kv_pb2.KvChunk.FromString(b"".join(rest))
+    except (DecodeError, IndexError) as error:
+        raise TransferFailed(f"a message is no KV chunk: {error}") from error
+    return WireChunk(head, long_fields[_SCALES], long_fields[_PAYLOAD])
+
+
+def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: Any) -> None:
+    """As the generated ``add_PrefillServicer_to_server``, but that PullKv yields encoded chunks."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe,
+            prefill_pb2.DescribePrefillRequest.FromString,
+            prefill_pb2.DescribePrefillResponse.SerializeToString,
+        ),
+        "Prefill": grpc.stream_stream_rpc_method_handler(
+            servicer.Prefill,
+            prefill_pb2.PrefillRequest.FromString,
+            prefill_pb2.PrefillResponse.SerializeToString,
+        ),
+        "PullKv": grpc.unary_stream_rpc_method_handler(servicer.PullKv, prefill_pb2.PullKvRequest.FromString, None),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def pull_kv(channel: grpc.aio.Channel, request: prefill_pb2.PullKvRequest, timeout: float | None) -> Any:
+    """Opens PullKv on ``channel``; its responses are encoded chunks, for ``decode``."""
+    method: Any = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
+    return method(request, timeout=timeout)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
+    """The number at ``position`` and where the next field begins. Raises IndexError at the end."""
+    result = shift = 0
+    while True:
+        byte = view[position]
+        position += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, position
+        shift += 7
+        if shift > 63:
+            raise TransferFailed("a chunk has a number of more than 64 bits")

@@ -1,0 +1,271 @@
+"""Shared memory between two workers: the same KV arrives, nothing is written over, nothing is left behind."""
+
+import asyncio
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from overfill.errors import TransferFailed, Unavailable
+from overfill.kv import samehost
+from overfill.kv.cache import KvCache
+from overfill.kv.chunks import TransferSpec
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.ranges import KvRange
+from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.samehost import SLOTS, Borrower, Lender, LenderLink
+from overfill.kv.sender import KvSender
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import SERVICE, add_prefill_to_server
+from overfill.params import SamplingParams
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.server import RpcServer
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+pytestmark = pytest.mark.skipif(not samehost.SUPPORTED, reason="needs Linux")
+
+KV = KvSpec(3, 2, 8, "float32", RopeSpec())
+TOKENS = 45
+
+
+class Prefill(prefill_pb2_grpc.PrefillServicer):
+    """Sends one prompt's KV, that of its cache; ``spoil`` may change a chunk, or the memory under it."""
+
+    def __init__(self):
+        self.lender = Lender()
+        self.cache = KvCache(KV, 4, 16, torch.device("cpu"))
+        self.cache.k.normal_()
+        self.cache.v.normal_()
+        self.executor = ThreadPoolExecutor(2)
+        self.senders = {}
+        self.pulls = []
+        self.spoil = lambda message: message
+
+    async def Describe(self, request, context):
+        return prefill_pb2.DescribePrefillResponse(
+            wire_version=WIRE_VERSION,
+            kv=KV.to_proto(),
+            codecs=[common_pb2.KV_CODEC_RAW],
+            same_host=self.lender.offer,
+        )
+
+    async def Prefill(self, request_iterator, context):
+        start = (await anext(aiter(request_iterator))).start
+        spec = TransferSpec(start.transfer_id, start.attempt, KV, tuple(start.layers), (0, TOKENS))
+        sender = self.senders[start.transfer_id] = KvSender(spec, self.cache, self.executor)
+        sender.begin([2, 0, 3], TOKENS, None)
+        yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
+        async for request in request_iterator:
+            for box in request.ack.ranges:
+                sender.acknowledge(KvRange.from_proto(box))
+            if sender.complete:
+                break
+        yield prefill_pb2.PrefillResponse(done=prefill_pb2.PrefillDone())
+
+    async def PullKv(self, request, context):
+        self.pulls.append(request)
+        slots = self.lender.link(request.link_id).stream(request.stream) if request.link_id else None
+        try:
+            ranges = [KvRange.from_proto(box) for box in request.ranges]
+            async for chunk in self.senders[request.transfer_id].chunks(ranges, slots):
+                yield self.spoil(chunk)
+        finally:
+            if slots is not None:
+                slots.written()
+
+
+@pytest.fixture
+async def worker():
+    servicer = Prefill()
+    servicer.lender.start()
+    server = RpcServer()
+    server.add(add_prefill_to_server, servicer, SERVICE)
+    servicer.address = await server.start("127.0.0.1:0")
+    yield servicer
+    await server.stop()
+    await servicer.lender.stop()
+    servicer.executor.shutdown()
+
+
+@pytest.fixture
+async def connect(worker):
+    peers = []
+
+    async def new_peer(same_host=True):
+        target = decode_pb2.AssignPrefill(worker_id="p", address=worker.address)
+        peers.append(PrefillPeer(target, 2, None, same_host))
+        await peers[-1].handshake(KvIdentity(WIRE_VERSION, "", "", KV))
+        return peers[-1]
+
+    yield new_peer
+    for peer in peers:
+        await peer.close()
+
+
+async def pull(peer):
+    cache = KvCache(KV, 4, 16, torch.device("cpu"))
+    request = PromptRequest("r", 0, [0] * TOKENS, SamplingParams(temperature=0).to_proto(), 0, False)
+    with ThreadPoolExecutor(2) as executor:
+        handoff = PromptPull(peer, request, KV, range(3), cache, [1, 3, 0], executor)
+        await handoff.run(10.0, lambda token: None)
+    return cache, handoff.stats
+
+
+def arrived(worker, cache):
+    taken, placed = worker.cache.slots([2, 0, 3], 0, TOKENS), cache.slots([1, 3, 0], 0, TOKENS)
+    return all(
+        torch.equal(ours[placed], theirs[taken])
+        for layer in range(3)
+        for ours, theirs in zip(cache.layer(layer), worker.cache.layer(layer), strict=True)
+    )
+
+
+def the_link(worker):
+    (link,) = worker.lender._links.values()
+    return link
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_peers_on_one_host_share_memory_by_themselves(worker, connect):
+    peer = await connect()
+    for _ in range(3 * SLOTS):
+        cache, stats = await pull(peer)
+        assert arrived(worker, cache)
+        assert stats.shared_bytes == stats.kv_bytes == TOKENS * KV.token_bytes
+    await until(lambda: len(the_link(worker).free) == SLOTS)
+
+
+async def test_either_end_may_decline(worker, connect, monkeypatch):
+    peer = await connect(same_host=False)
+    cache, stats = await pull(peer)
+    assert arrived(worker, cache)
+    assert stats.shared_bytes == 0
+    worker.lender.offer = None
+    assert (await connect()).link is None
+    assert Lender(enabled=False).offer is None
+
+
+async def test_a_wrong_payload_in_shared_memory_is_noticed_and_travels_instead(worker, connect):
+    peer = await connect()
+    spoiled = []
+
+    def spoil(message):
+        chunk = kv_pb2.KvChunk.FromString(message)
+        if chunk.HasField("shared") and not spoiled:
+            spoiled.append(chunk)
+            the_link(worker).memory[chunk.shared.slot << 20] ^= 1
+        return message
+
+    worker.spoil = spoil
+    cache, stats = await pull(peer)
+    assert spoiled
+    assert stats.broken_streams == 1
+    assert arrived(worker, cache)
+    assert worker.pulls[-1].link_id == b""
+    await until(lambda: len(the_link(worker).free) == SLOTS)
+
+
+@pytest.mark.parametrize("shared", [{"slot": SLOTS, "length": 4}, {"slot": 0, "length": 1 << 21}])
+async def test_memory_outside_the_segment_is_never_read(worker, connect, shared):
+    peer = await connect()
+    with pytest.raises(TransferFailed):
+        peer.link.payload(kv_pb2.SharedPayload(**shared))
+
+
+async def test_when_the_link_is_lost_payloads_travel(worker, connect):
+    peer = await connect()
+    the_link(worker)
+    await worker.lender.stop()
+    await until(lambda: not peer.link.alive)
+    cache, stats = await pull(peer)
+    assert arrived(worker, cache)
+    assert stats.shared_bytes == 0
+
+
+async def test_a_link_that_only_the_lender_has_lost_makes_payloads_travel(worker, connect):
+    peer = await connect()
+    worker.lender._links.clear()  # before the socket tells
+    cache, stats = await pull(peer)
+    assert arrived(worker, cache)
+    assert stats.shared_bytes == 0
+    assert stats.broken_streams == 2
+    worker.lender._links[b""] = LenderLink()  # for the socket's end, which forgets it
+    peer.link.close()
+
+
+async def test_a_borrower_that_goes_frees_what_waits_for_it(worker, connect):
+    peer = await connect()
+    link = the_link(worker)
+    stream = link.stream(99)
+    slots = [await stream.acquire() for _ in range(SLOTS)]
+    waiting = asyncio.ensure_future(stream.acquire())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    peer.link.close()
+    with pytest.raises(Unavailable):
+        await waiting
+    slots[0].memory[:] = bytes(len(slots[0].memory))  # a payload on its way in does no harm
+    await until(lambda: not worker.lender._links)
+    with pytest.raises(Unavailable):
+        worker.lender.link(link.id)
+
+
+async def test_slots_of_a_stream_come_back_when_both_ends_are_done_with_them():
+    link = LenderLink()
+    os.close(link.descriptor)
+    stream = link.stream(1)
+    await stream.acquire()
+    link.returned(1, 1)
+    assert len(link.free) == SLOTS - 1  # the lender may still be writing
+    stream.written()
+    assert len(link.free) == SLOTS
+    other = link.stream(2)
+    slot = await other.acquire()
+    other.written()
+    assert len(link.free) == SLOTS - 1  # the borrower may still be reading
+    link.returned(0, slot.number)
+    assert len(link.free) == SLOTS
+    link.returned(1, 3)  # its end came first
+    with pytest.raises(Unavailable):
+        link.stream(3)
+    with pytest.raises(ValueError, match="not lent"):
+        link.returned(0, slot.number)
+
+
+async def test_without_the_token_nothing_is_shared(worker):
+    stranger = prefill_pb2.SameHost(name=worker.lender.offer.name, token=bytes(16))
+    with pytest.raises(ValueError, match="closed the link"):
+        await Borrower.connect(stranger)
+    assert not worker.lender._links
+
+
+async def test_nobody_there_is_an_error_at_once():
+    with pytest.raises(OSError, match="refused"):
+        await Borrower.connect(prefill_pb2.SameHost(name="overfill-kv-nobody", token=bytes(16)))
+
+
+async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(f"\0{worker.lender.offer.name}")
+        peer = await connect()
+        assert arrived(worker, (await pull(peer))[0])
+        assert len(worker.lender._links) == 1
+
+
+async def test_the_borrower_cannot_write(worker, connect):
+    peer = await connect()
+    with pytest.raises(TypeError):
+        peer.link.payload(kv_pb2.SharedPayload(slot=0, length=4))[0] = 1
+
+
+async def test_nothing_of_it_has_a_name_in_the_file_system(worker, connect):
+    before = set(os.listdir("/dev/shm"))
+    await connect()
+    assert set(os.listdir("/dev/shm")) == before
