@@ -26,7 +26,7 @@ def bench_group() -> None:
     """Measure what a pair does on this machine."""
 
 
-for command in (decode_command, prefill_command, serve_command, memory_command, peers_group):
+for command in (decode_command, prefill_command, serve_command, kv_command, memory_command, peers_group):
     bench_group.add_command(command)
 
 
@@ -105,6 +105,3 @@ def timeline_command(
     console().print(f"one prefill of {tokens} tokens, {timeline.kv_bytes / 1e6:.1f} MB of KV")
     console().print(table)
     return 0 if good else 1
-
-
-bench_group.add_command(kv_command)
