@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from overfill.pair.memory import freed_memory_kept
 from overfill.rpc.channel import server_options
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 
@@ -51,4 +52,5 @@ async def pull_raw(channels: list[grpc.aio.Channel], messages: int) -> int:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    with freed_memory_kept(64 << 20):  # as in a worker
+        asyncio.run(_serve())

@@ -33,6 +33,7 @@ def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: i
 
     from overfill.bench.kv import measure
     from overfill.pair.manifest import Pair
+    from overfill.pair.memory import freed_memory_kept
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
@@ -40,7 +41,8 @@ def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: i
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
     spec = Pair.load(folder).full_config.kv_spec(dtype)
-    rows, kv_bytes = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
+    with freed_memory_kept(64 << 20):  # as in a worker
+        rows, kv_bytes = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
     reached = all(row.reached for row in rows)
     if as_json:
         print_json(

@@ -24,12 +24,14 @@ from overfill.errors import OverfillError
 from overfill.kv.journal import KeyJournal
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
+from overfill.pair.memory import freed_memory_kept
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
+_KEPT = 64 << 20  # bytes of the largest freed piece that stays with the process
 _CUDA_STEP_TIMEOUT = 60.0
 """Seconds, unless ``step_timeout`` is given. A CPU cannot hang, and its steps may be long."""
 
@@ -96,7 +98,8 @@ def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level:
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     try:
-        return asyncio.run(serve)
+        with freed_memory_kept(_KEPT):  # a message of KV in fresh memory takes twice as long
+            return asyncio.run(serve)
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:

@@ -10,7 +10,7 @@ import xxhash
 from overfill.errors import TransferFailed
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, KvSpec
-from overfill.kv.wire import Buffer, WireChunk, encode
+from overfill.kv.wire import Buffer, WireChunk, frame
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
 
@@ -57,8 +57,8 @@ def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
     return digest.intdigest()
 
 
-def seal(spec: TransferSpec, box: KvRange, payload: Buffer, slot: int | None = None) -> bytes:
-    """A chunk as it travels, with its checksum; with ``slot``, its payload stays where it is, in that slot."""
+def seal(spec: TransferSpec, box: KvRange, payload: Buffer, slot: int | None = None) -> list[Buffer]:
+    """A chunk with its checksum, for ``wire.join``; with ``slot``, its payload stays where it is, in that slot."""
     head = kv_pb2.KvChunk(
         transfer_id=spec.transfer_id,
         attempt=spec.attempt,
@@ -68,7 +68,7 @@ def seal(spec: TransferSpec, box: KvRange, payload: Buffer, slot: int | None = N
     )
     if slot is not None:
         head.shared.slot, head.shared.length = slot, len(payload)
-    return encode(head, (), () if slot is not None else (payload,), checksum(head, b"", payload))
+    return frame(head, b"", b"" if slot is not None else payload, checksum(head, b"", payload))
 
 
 def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:

@@ -38,7 +38,7 @@ from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.samehost import Borrower
 from overfill.kv.spec import KvSpec
-from overfill.kv.wire import Buffer, decode, pull_kv
+from overfill.kv.wire import Buffer, WireChunk, decode_all, pull_kv
 from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
@@ -340,10 +340,13 @@ class PromptPull:
         call = pull_kv(channel, request, timeout)
         try:
             async for message in responses(call, self._worker):
-                taken = await to_the_end(loop.run_in_executor(self._executor, self._take, message, link))
-                if link is not None and taken.slot is not None:
-                    link.give_back(taken.slot)
-                self._note_taken(taken)
+                taken: list[_Taken] = []  # also when a later chunk of the message is wrong
+                try:
+                    await to_the_end(loop.run_in_executor(self._executor, self._take_all, message, link, taken))
+                finally:
+                    if link is not None:
+                        link.give_back([one.slot for one in taken if one.slot is not None])
+                    self._note_taken(taken)
         except InvalidRequest as error:  # of the ranges, which are ours and not the user's
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
         finally:
@@ -351,8 +354,11 @@ class PromptPull:
             if link is not None:
                 link.end_stream(stream)
 
-    def _take(self, message: bytes, link: Borrower | None) -> _Taken:
-        chunk = decode(message)
+    def _take_all(self, message: bytes, link: Borrower | None, taken: list[_Taken]) -> None:
+        for chunk in decode_all(message):
+            taken.append(self._take(chunk, link))
+
+    def _take(self, chunk: WireChunk, link: Borrower | None) -> _Taken:
         slot = None
         if chunk.head.HasField("shared"):
             if link is None:
@@ -365,15 +371,18 @@ class PromptPull:
         write_chunk(self._cache, self._blocks, rows, box, chunk.payload)
         return _Taken(box, len(chunk.payload), slot)
 
-    def _note_taken(self, taken: _Taken) -> None:
-        self._unwritten -= taken.box.cells
+    def _note_taken(self, taken: Sequence[_Taken]) -> None:
+        if not taken:
+            return
         now = time.monotonic_ns() - self.stats.started_ns
         self.stats.first_kv_ns = self.stats.first_kv_ns or now
         self.stats.last_kv_ns = now
-        self.stats.kv_bytes += taken.size
-        self.stats.kv_chunks += 1
-        self.stats.shared_bytes += taken.size if taken.slot is not None else 0
-        ack = prefill_pb2.AckKv(ranges=[taken.box.to_proto()])
+        self.stats.kv_chunks += len(taken)
+        for one in taken:
+            self._unwritten -= one.box.cells
+            self.stats.kv_bytes += one.size
+            self.stats.shared_bytes += one.size if one.slot is not None else 0
+        ack = prefill_pb2.AckKv(ranges=[one.box.to_proto() for one in taken])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 
 

@@ -22,7 +22,7 @@ import secrets
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from overfill.errors import TransferFailed, Unavailable
 from overfill.kv.sender import Slot
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 SUPPORTED = sys.platform == "linux"
 """Abstract Unix sockets and memory without a name."""
 
-SLOTS = 8
-"""Of 1 MiB each per link: enough to keep both ends busy, few enough to stay in the processor's cache."""
+SLOTS = 16
+"""Of 1 MiB each per link: enough for two streams of which both ends are busy with some chunks."""
 
 _TOKEN_BYTES = _ID_BYTES = 16
 _GRANT = struct.Struct("<16sI")
@@ -211,9 +211,14 @@ class Lender:
                     socket.send_fds(peer, [_GRANT.pack(link.id, SLOTS)], [link.descriptor])
                 finally:
                     os.close(link.descriptor)
-                while True:
-                    link.returned(*_RETURN.unpack(await _receive(peer, _RETURN.size)))
-            except (OSError, asyncio.IncompleteReadError):
+                rest = b""
+                while words := await asyncio.get_running_loop().sock_recv(peer, 4096):
+                    rest += words
+                    whole = len(rest) - len(rest) % _RETURN.size
+                    for kind, number in _RETURN.iter_unpack(rest[:whole]):
+                        link.returned(kind, number)
+                    rest = rest[whole:]
+            except OSError:
                 pass  # the borrower has gone
             except ValueError as error:
                 logger.warning("closing a link of shared memory: %s", error)
@@ -282,13 +287,14 @@ class Borrower:
         start = shared.slot * MAX_CHUNK_PAYLOAD
         return self._memory[start : start + shared.length]
 
-    def give_back(self, slot: int) -> None:
-        """Its payload is not looked at any more."""
-        self._tell(_SLOT, slot)
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Their payloads are not looked at any more."""
+        if slots:
+            self._tell(b"".join(_RETURN.pack(_SLOT, slot) for slot in slots))
 
     def end_stream(self, stream: int) -> None:
         """No payload of the stream is looked at any more."""
-        self._tell(_STREAM, stream)
+        self._tell(_RETURN.pack(_STREAM, stream))
 
     def close(self) -> None:
         """Idempotent. Payloads that are being read stay readable."""
@@ -297,13 +303,13 @@ class Borrower:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
 
-    def _tell(self, kind: int, number: int) -> None:
+    def _tell(self, words: bytes) -> None:
         if self.alive:
             try:
-                sent = self._socket.send(_RETURN.pack(kind, number))
+                sent = self._socket.send(words)
             except OSError:
                 sent = 0
-            if sent != _RETURN.size:  # gone, or frozen for very long
+            if sent != len(words):  # gone, or frozen for very long
                 self.close()
 
 

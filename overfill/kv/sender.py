@@ -18,8 +18,10 @@ from overfill.kv.cache import DeviceEvent, KvCache
 from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.joining import to_the_end
 from overfill.kv.ranges import Coverage, KvRange
+from overfill.kv.wire import Buffer, join
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 
+_CHUNKS = 4  # most in one message
 _local = threading.local()
 
 
@@ -109,7 +111,8 @@ class KvSender:
         While one is being sent, the next is read. ``ranges`` have passed ``check_ranges``.
 
         Args:
-            slots: shared memory that takes the payloads; None leaves them in the chunks.
+            slots: shared memory that takes the payloads; chunks that are ready together then share a message. None
+                leaves payloads in the chunks.
         """
         sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
         reading: asyncio.Future[bytes] | None = None
@@ -118,13 +121,13 @@ class KvSender:
                 if reading is None:
                     reading = await self._begin(ranges, sent, slots)
                     continue
-                chunk = await to_the_end(reading)
+                message = await to_the_end(reading)
                 reading = None
                 if self._next_piece(ranges, sent) is not None and (slots is None or slots.free):
                     reading = await self._begin(ranges, sent, slots)
                 if self.first_sent_ns is None:
                     self.first_sent_ns = time.monotonic_ns()
-                yield chunk
+                yield message
                 self.last_sent_ns = time.monotonic_ns()
         finally:
             if reading is not None:
@@ -133,17 +136,23 @@ class KvSender:
     async def _begin(
         self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None
     ) -> asyncio.Future[bytes]:
-        """Starts to read the next piece, once there is one and room for it."""
-        while (piece := self._next_piece(ranges, sent)) is None:
+        """Starts to read the next piece, or pieces, once there is one and room for it."""
+        while self._next_piece(ranges, sent) is None:
             await self._progress.wait()
-        slot = await slots.acquire() if slots is not None else None
-        index, box = piece
-        for layer in range(box.layer_start, box.layer_end):
-            if box.token_end == ranges[index].token_end:
-                del sent[index][layer]
-            else:
-                sent[index][layer] = box.token_end
-        return asyncio.get_running_loop().run_in_executor(self._executor, self._read, box, slot)
+        pieces: list[tuple[KvRange, Slot | None]] = []
+        while len(pieces) < _CHUNKS and (not pieces or slots is None or slots.free):
+            piece = self._next_piece(ranges, sent)
+            if piece is None:
+                break
+            slot = await slots.acquire() if slots is not None else None
+            index, box = piece
+            for layer in range(box.layer_start, box.layer_end):
+                if box.token_end == ranges[index].token_end:
+                    del sent[index][layer]
+                else:
+                    sent[index][layer] = box.token_end
+            pieces.append((box, slot))
+        return asyncio.get_running_loop().run_in_executor(self._executor, self._read_all, pieces)
 
     def _next_piece(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> tuple[int, KvRange] | None:
         """The next computed and unsent piece: whole neighbouring layers together while they fit one chunk."""
@@ -166,22 +175,24 @@ class KvSender:
                 return index, KvRange(layer, last, start, end, box.head_start, box.head_end)
         return None
 
-    def _read(self, box: KvRange, slot: Slot | None) -> bytes:
-        length = self.spec.cache_bytes(box)
+    def _read_all(self, pieces: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
+        return join([self._read(box, slot, index) for index, (box, slot) in enumerate(pieces)])
+
+    def _read(self, box: KvRange, slot: Slot | None, index: int) -> list[Buffer]:
         payload = self._cache.read(
             self._block_table,
             range(box.layer_start, box.layer_end),
             (box.token_start, box.token_end),
             (box.head_start, box.head_end),
             after=self._event.get(box.layer_end - 1),  # layers are computed in order
-            out=(_scratch() if slot is None else slot.memory)[:length],
+            out=(_scratch(index) if slot is None else slot.memory)[: self.spec.cache_bytes(box)],
         )
         return seal(self.spec, box, payload, None if slot is None else slot.number)
 
 
-def _scratch() -> memoryview:
-    """Memory of this thread, used again for every chunk: fresh memory costs more than the copy."""
+def _scratch(index: int) -> memoryview:
+    """Memory of this thread, used again for every message: fresh memory costs more than the copy."""
     if not hasattr(_local, "scratch"):
-        _local.scratch = memoryview(bytearray(MAX_CHUNK_PAYLOAD))
-    scratch: memoryview = _local.scratch
+        _local.scratch = [memoryview(bytearray(MAX_CHUNK_PAYLOAD)) for _ in range(_CHUNKS)]
+    scratch: memoryview = _local.scratch[index]
     return scratch

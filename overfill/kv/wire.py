@@ -23,7 +23,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 
-_SCALES, _PAYLOAD, _CHECKSUM = 6, 7, 8
+_SCALES, _PAYLOAD, _CHECKSUM, _ALSO = 6, 7, 8, 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CHECKSUM_FIELD = struct.Struct("<BQ")
 
@@ -37,21 +37,41 @@ class WireChunk:
     payload: Buffer
 
 
-def encode(head: kv_pb2.KvChunk, scales: Sequence[Buffer], payload: Sequence[Buffer], checksum: int) -> bytes:
-    """One message; ``scales`` and ``payload`` in pieces, each copied once. The checksum of ``head`` must not be set."""
+def frame(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) -> list[Buffer]:
+    """A chunk's message in pieces, of which ``scales`` and ``payload`` are two. ``head`` must not have the checksum."""
     parts: list[Buffer] = [head.SerializeToString()]
-    for field, pieces in ((_SCALES, scales), (_PAYLOAD, payload)):
-        if length := sum(len(piece) for piece in pieces):
-            parts += [bytes([field << 3 | _BYTES]), _varint(length), *pieces]
+    for field, data in ((_SCALES, scales), (_PAYLOAD, payload)):
+        if data:
+            parts += [bytes([field << 3 | _BYTES]), _varint(len(data)), data]
     parts.append(_CHECKSUM_FIELD.pack(_CHECKSUM << 3 | _FIXED64, checksum))
+    return parts
+
+
+def join(frames: Sequence[list[Buffer]]) -> bytes:
+    """One message of all chunks: the first, with the others in its ``also``. Every byte is copied once."""
+    parts = list(frames[0])
+    for other in frames[1:]:
+        parts += [bytes([_ALSO << 3 | _BYTES]), _varint(sum(map(len, other))), *other]
     return b"".join(parts)
 
 
-def decode(message: bytes) -> WireChunk:
-    """Raises TransferFailed when ``message`` is no KvChunk."""
-    view = memoryview(message)
+def decode_all(message: Buffer) -> list[WireChunk]:
+    """Every chunk in ``message``, those in its ``also`` last. Raises TransferFailed when it is no KvChunk."""
+    chunk, also = _split(memoryview(message))
+    return [chunk, *(decode(other) for other in also)]
+
+
+def decode(message: Buffer) -> WireChunk:
+    """The chunk that ``message`` is. Raises TransferFailed when it is no KvChunk, or more than one."""
+    chunk, also = _split(memoryview(message))
+    if also:
+        raise TransferFailed("a chunk has others in it")
+    return chunk
+
+
+def _split(view: memoryview) -> tuple[WireChunk, list[memoryview]]:
     rest: list[Buffer] = []
-    long_fields: dict[int, Buffer] = {_SCALES: b"", _PAYLOAD: b""}
+    found: dict[int, list[memoryview]] = {_SCALES: [], _PAYLOAD: [], _ALSO: []}
     position = start = 0
     try:
         while position < len(view):
@@ -72,8 +92,8 @@ def decode(message: bytes) -> WireChunk:
             end = position + length
             if end > len(view):
                 raise TransferFailed("a chunk is cut off")
-            if kind == _BYTES and field in long_fields:
-                long_fields[field] = view[position:end]
+            if kind == _BYTES and field in found:
+                found[field].append(view[position:end])
                 rest.append(view[start:tag_at])
                 start = end
             position = end
@@ -81,7 +101,9 @@ def decode(message: bytes) -> WireChunk:
         head = kv_pb2.KvChunk.FromString(b"".join(rest))
     except (DecodeError, IndexError) as error:
         raise TransferFailed(f"a message is no KV chunk: {error}") from error
-    return WireChunk(head, long_fields[_SCALES], long_fields[_PAYLOAD])
+    # Of a field that is repeated by mistake, protobuf takes the last one.
+    scales, payload = (found[field][-1] if found[field] else b"" for field in (_SCALES, _PAYLOAD))
+    return WireChunk(head, scales, payload), found[_ALSO]
 
 
 def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: Any) -> None:

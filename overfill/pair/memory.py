@@ -13,8 +13,8 @@ _DEFAULT = 128 << 10
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Within, freed memory stays with the process; it goes back to the system at the end.
+def freed_memory_kept(largest: int = 1 << 30) -> Iterator[None]:
+    """Within, freed pieces of up to ``largest`` bytes stay with the process; they go back to the system at the end.
 
     glibc returns every large tensor to the system at once, and the system clears its pages when they are asked for
     again: a sixth of the time of a small model's training or fit on a CPU. Does nothing on other C libraries.
@@ -24,7 +24,7 @@ def freed_memory_kept() -> Iterator[None]:
     if mallopt is None or trim is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_MMAP_THRESHOLD, largest)
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     try:
         yield

@@ -23,7 +23,7 @@ class KvRange(_message.Message):
     def __init__(self, layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., head_start: _Optional[int] = ..., head_end: _Optional[int] = ...) -> None: ...
 
 class KvChunk(_message.Message):
-    __slots__ = ("transfer_id", "attempt", "range", "dtype", "codec", "scales", "payload", "shared", "checksum")
+    __slots__ = ("transfer_id", "attempt", "range", "dtype", "codec", "scales", "payload", "shared", "also", "checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class KvChunk(_message.Message):
     SCALES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    ALSO_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     attempt: int
@@ -41,8 +42,9 @@ class KvChunk(_message.Message):
     scales: bytes
     payload: bytes
     shared: SharedPayload
+    also: _containers.RepeatedCompositeFieldContainer[KvChunk]
     checksum: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., range: _Optional[_Union[KvRange, _Mapping]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., scales: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., range: _Optional[_Union[KvRange, _Mapping]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., scales: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ..., also: _Optional[_Iterable[_Union[KvChunk, _Mapping]]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class SharedPayload(_message.Message):
     __slots__ = ("slot", "length")

@@ -20,6 +20,7 @@ from overfill.kv.peers import PeerPool
 from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import join
 from overfill.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
@@ -97,7 +98,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             for start in range(box.token_start, box.token_end, 3):
                 piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
                 ones = torch.ones(spec.payload_bytes(piece) // 4)
-                chunks.append(kv_pb2.KvChunk.FromString(seal(spec, piece, ones.numpy().tobytes())))
+                chunks.append(kv_pb2.KvChunk.FromString(join([seal(spec, piece, ones.numpy().tobytes())])))
         self.pulls += 1
         for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:
             yield chunk

@@ -10,6 +10,7 @@ from overfill import __version__
 from overfill.errors import InvalidRequest, ShuttingDown, TransferFailed, Unavailable
 from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.ranges import KvRange
+from overfill.kv.wire import join
 from overfill.params import SamplingParams
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -110,7 +111,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         await lease.computed.wait()
         for message in request.ranges:
             for box in _pieces(lease.spec, KvRange.from_proto(message)):
-                yield seal(lease.spec, box, bytes(lease.spec.payload_bytes(box)))
+                yield join([seal(lease.spec, box, bytes(lease.spec.payload_bytes(box)))])
 
     async def _serve(
         self, lease: _Lease, start: prefill_pb2.StartPrefill, received: int

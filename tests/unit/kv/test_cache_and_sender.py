@@ -12,7 +12,7 @@ from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import decode
+from overfill.kv.wire import decode_all
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 
 CPU = torch.device("cpu")
@@ -67,14 +67,19 @@ def new_sender(cache, executor, tokens=(0, 10), layers=(0, 1, 2, 3)):
     return sender
 
 
+async def chunks_of(sender, ranges):
+    async for message in sender.chunks(ranges):
+        for chunk in decode_all(message):
+            yield chunk
+
+
 async def test_every_stream_together_sends_everything_once(executor):
     cache = make_cache()
     sender = new_sender(cache, executor, tokens=(3, 10), layers=(0, 2, 3))
     coverage = Coverage((0, 2, 3), (3, 10), 2)
 
     async def pull(ranges):
-        async for chunk in sender.chunks(ranges):
-            chunk = decode(chunk)
+        async for chunk in chunks_of(sender, ranges):
             box = check(sender.spec, chunk)
             coverage.add(box)
             layers = range(box.layer_start, box.layer_end)
@@ -98,7 +103,8 @@ async def test_a_layer_leaves_before_the_next_one_is_computed(executor):
     chunks = sender.chunks([KvRange(0, 4, 0, 10, 0, 2)])
     for layer in range(4):
         sender.written(layer, 10, None)
-        chunk = decode(await anext(chunks)).head
+        (received,) = decode_all(await anext(chunks))
+        chunk = received.head
         assert (chunk.range.layer_start, chunk.range.layer_end) == (layer, layer + 1)
     with pytest.raises(StopAsyncIteration):
         await anext(chunks)
@@ -108,7 +114,7 @@ async def test_layers_that_wait_together_travel_together(executor):
     sender = new_sender(make_cache(), executor)
     for layer in range(4):
         sender.written(layer, 10, None)
-    sent = [chunk async for chunk in sender.chunks([KvRange(0, 4, 0, 10, 0, 2)])]
+    sent = [chunk async for chunk in chunks_of(sender, [KvRange(0, 4, 0, 10, 0, 2)])]
     assert len(sent) == 1
 
 
@@ -118,7 +124,7 @@ async def test_no_chunk_exceeds_the_payload_limit(executor):
     sender.begin(range(64), 0, None)
     sender.written(0, 1000, None)
     sender.written(1, 1000, None)
-    sizes = [len(decode(c).payload) async for c in sender.chunks([KvRange(0, 2, 0, 1000, 0, 8)])]
+    sizes = [len(c.payload) async for c in chunks_of(sender, [KvRange(0, 2, 0, 1000, 0, 8)])]
     assert sum(sizes) == 2 * 1000 * cache.spec.token_layer_bytes
     assert max(sizes) <= MAX_CHUNK_PAYLOAD
     assert len(sizes) == 2 * -(-1000 // (MAX_CHUNK_PAYLOAD // cache.spec.token_layer_bytes))

@@ -11,7 +11,7 @@ from overfill.errors import TransferFailed
 from overfill.kv.chunks import TransferSpec, check, checksum, seal
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import decode, encode
+from overfill.kv.wire import decode, decode_all, frame, join
 from overfill.v1 import common_pb2, kv_pb2
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=4, dtype="float32", rope=RopeSpec())
@@ -21,7 +21,7 @@ BOX = KvRange(1, 3, 2, 5, 0, 2)
 
 def sealed(payload=None):
     payload = bytes(i % 251 for i in range(SPEC.payload_bytes(BOX))) if payload is None else payload
-    return kv_pb2.KvChunk.FromString(seal(SPEC, BOX, payload))
+    return kv_pb2.KvChunk.FromString(join([seal(SPEC, BOX, payload)]))
 
 
 def received(chunk):
@@ -55,9 +55,21 @@ def test_the_framing_by_hand_is_what_the_generated_class_writes_and_reads(chunk)
     head.ClearField("payload")
     assert wire.head == head
     head.ClearField("checksum")
-    half = len(chunk.payload) // 2
-    message = encode(head, [chunk.scales], [chunk.payload[:half], memoryview(chunk.payload)[half:]], chunk.checksum)
+    message = join([frame(head, chunk.scales, memoryview(chunk.payload), chunk.checksum)])
     assert kv_pb2.KvChunk.FromString(message) == chunk
+
+
+def test_several_chunks_in_one_message_are_read_as_several():
+    boxes = [KvRange(layer, layer + 1, 2, 5, 0, 2) for layer in (0, 1, 3)]
+    payloads = [bytes([n]) * SPEC.payload_bytes(box) for n, box in enumerate(boxes)]
+    message = join([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
+    chunks = decode_all(message)
+    assert [check(SPEC, chunk) for chunk in chunks] == boxes
+    assert [bytes(chunk.payload) for chunk in chunks] == payloads
+    read = kv_pb2.KvChunk.FromString(message)  # as any protobuf reader sees it
+    assert [read.payload, *(other.payload for other in read.also)] == payloads
+    with pytest.raises(TransferFailed, match="others"):
+        decode(message)
 
 
 @given(st.binary(max_size=200))
@@ -130,7 +142,7 @@ def test_a_truncated_payload_is_refused():
 
 def test_a_payload_above_the_limit_is_refused():
     long = dataclasses.replace(SPEC, tokens=(0, 10**6))
-    message = seal(long, KvRange(0, 1, 0, 20_000, 0, 2), b"\0" * (2 * 20_000 * 2 * 4 * 4))
+    message = join([seal(long, KvRange(0, 1, 0, 20_000, 0, 2), b"\0" * (2 * 20_000 * 2 * 4 * 4))])
     with pytest.raises(TransferFailed, match="the limit is"):
         check(long, decode(message))
 
