@@ -133,10 +133,10 @@ class Workers:
         self.stub = decode_pb2_grpc.DecodeStub(channel)
 
     def hold_every_prefill_block(self):
-        pool = self.full.pool
         blocker = PrefillSequence("blocker", [0], SamplingParams())
         self.prefill_core._holding["blocker"] = blocker
-        blocker.blocks = pool.acquire("blocker", pool.num_free)
+        grant = self.prefill_core._prefix.acquire("blocker", blocker.prompt, self.full.pool.num_free)
+        blocker.blocks = grant.blocks
 
     async def _serve(self, stack, add, servicer, name):
         server = RpcServer()
