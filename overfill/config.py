@@ -210,6 +210,9 @@ class DecodeConfig(WorkerConfig):
     model_config = SettingsConfigDict(env_prefix="OVERFILL_DECODE_")
     program = "overfill-decode"
 
+    kv_codec: Literal["raw", "int8", "fp8"] = Field(
+        "raw", description="how prompts' KV travels, unless a request says; int8 and fp8 halve it and cost some quality"
+    )
     data_streams: int = Field(2, ge=1, le=64, description="parallel connections that carry a request's KV")
 
 

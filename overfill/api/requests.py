@@ -11,7 +11,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.grammar import check_grammar
 from overfill.params import Grammar, SamplingParams, check_token_ids
-from overfill.v1 import inference_pb2
+from overfill.v1 import common_pb2, inference_pb2
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -31,6 +31,7 @@ class GenerationRequest:
         resume_token_ids: at most ``sampling.max_tokens``; as many are a whole answer whose end was not heard.
         trace: whether the client wants the handoff's trace.
         sample_index: which of several answers to the same prompt.
+        kv_codec: how the prompt's KV travels; 0 leaves it to the decode worker.
         continues_text: the answer goes on with the prompt's text, so that its first word keeps its space.
         calls_tools: the answer may hold tool calls.
     """
@@ -43,6 +44,7 @@ class GenerationRequest:
     resume_token_ids: tuple[int, ...]
     trace: bool
     sample_index: int
+    kv_codec: common_pb2.KvCodec
     continues_text: bool
     calls_tools: bool
 
@@ -62,6 +64,8 @@ def validate_generate(
     """
     if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
         raise InvalidRequest("request_id", f"is longer than {MAX_REQUEST_ID_LENGTH} characters")
+    if request.kv_codec not in common_pb2.KvCodec.values():
+        raise InvalidRequest("kv_codec", f"{request.kv_codec} is no codec that is known here")
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.check_vocab(vocab_size)
@@ -86,6 +90,7 @@ def validate_generate(
         resume_token_ids=resume,
         trace=request.trace,
         sample_index=request.sample_index,
+        kv_codec=request.kv_codec,
         continues_text=request.WhichOneof("prompt") == "text",
         calls_tools=tools is not None,
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from overfill.errors import InvalidRequest
 from overfill.params import SamplingParams, check_token_ids
-from overfill.v1 import inference_pb2
+from overfill.v1 import common_pb2, inference_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class Options(TypedDict, total=False):
         resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
         trace: ask for ``Answer.trace``.
         sample_index: which of several answers to the prompt; with one seed, each index has an answer of its own.
+        kv_codec: how the prompt's KV travels: "raw", "int8" or "fp8"; empty leaves it to the workers.
         tools: that the model may call; only with a chat.
         tool_choice: "auto" (text, calls or both; the default with tools), "none", "required" (calls only), or the name
             of the tool to call.
@@ -88,6 +89,7 @@ class Options(TypedDict, total=False):
     resume_token_ids: Sequence[int]
     trace: bool
     sample_index: int
+    kv_codec: str
     tools: Sequence[Tool]
     tool_choice: str
     single_tool_call: bool
@@ -109,6 +111,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         request_id=_text("request_id", options.get("request_id", "")),
         trace=options.get("trace", False),
         sample_index=_count("sample_index", options.get("sample_index", 0)),
+        kv_codec=_codec(options.get("kv_codec", "")),
     )
     if isinstance(prompt, str):
         request.text = _text("text", prompt)
@@ -229,3 +232,17 @@ def _ids(field: str, values: Sequence[Any]) -> list[int]:
         raise InvalidRequest(field, "token ids are integers") from None
     check_token_ids(field, ids, 1 << 32)
     return ids
+
+
+_CODECS = {
+    "": common_pb2.KV_CODEC_UNSPECIFIED,
+    "raw": common_pb2.KV_CODEC_RAW,
+    "int8": common_pb2.KV_CODEC_INT8,
+    "fp8": common_pb2.KV_CODEC_FP8,
+}
+
+
+def _codec(name: str) -> common_pb2.KvCodec:
+    if name not in _CODECS:
+        raise InvalidRequest("kv_codec", f"is {name!r}; give raw, int8 or fp8")
+    return _CODECS[name]

@@ -9,8 +9,8 @@ import xxhash
 
 from overfill.errors import TransferFailed
 from overfill.kv.ranges import KvRange
-from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, KvSpec
-from overfill.kv.wire import Buffer, WireChunk, frame
+from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, SCALE_BYTES, KvSpec
+from overfill.kv.wire import Buffer, Frame, WireChunk, frame
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
 
@@ -37,7 +37,13 @@ class TransferSpec:
 
     def payload_bytes(self, box: KvRange) -> int:
         """Length of a payload that covers ``box``."""
-        return self.cache_bytes(box)
+        if self.codec == common_pb2.KV_CODEC_RAW:
+            return self.cache_bytes(box)
+        return 2 * box.cells * self.kv.head_dim
+
+    def scales_bytes(self, box: KvRange) -> int:
+        """Length of the scales that go with it."""
+        return 0 if self.codec == common_pb2.KV_CODEC_RAW else 2 * box.cells * SCALE_BYTES
 
 
 def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
@@ -57,7 +63,7 @@ def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
     return digest.intdigest()
 
 
-def seal(spec: TransferSpec, box: KvRange, payload: Buffer, slot: int | None = None) -> list[Buffer]:
+def seal(spec: TransferSpec, box: KvRange, payload: Buffer, scales: Buffer = b"", slot: int | None = None) -> Frame:
     """A chunk with its checksum, for ``wire.join``; with ``slot``, its payload stays where it is, in that slot."""
     head = kv_pb2.KvChunk(
         transfer_id=spec.transfer_id,
@@ -68,7 +74,7 @@ def seal(spec: TransferSpec, box: KvRange, payload: Buffer, slot: int | None = N
     )
     if slot is not None:
         head.shared.slot, head.shared.length = slot, len(payload)
-    return frame(head, b"", b"" if slot is not None else payload, checksum(head, b"", payload))
+    return frame(head, scales, b"" if slot is not None else payload, checksum(head, scales, payload))
 
 
 def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
@@ -85,13 +91,15 @@ def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
         raise TransferFailed(f"chunk belongs to attempt {head.attempt}, this is attempt {spec.attempt}")
     if head.dtype != DTYPE_TO_PROTO[spec.kv.dtype]:
         raise TransferFailed(f"chunk of {box} has dtype {head.dtype}, expected {spec.kv.dtype}")
-    if head.codec != spec.codec or chunk.scales:
-        raise TransferFailed(f"chunk of {box} has codec {head.codec}, expected {spec.codec} without scales")
+    if head.codec != spec.codec:
+        raise TransferFailed(f"chunk of {box} has codec {head.codec}, expected {spec.codec}")
     if len(chunk.payload) > MAX_CHUNK_PAYLOAD:
         raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, the limit is {MAX_CHUNK_PAYLOAD}")
     expected = spec.payload_bytes(box)
     if len(chunk.payload) != expected:
         raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, its shape needs {expected}")
+    if len(chunk.scales) != spec.scales_bytes(box):
+        raise TransferFailed(f"chunk of {box} has {len(chunk.scales)} bytes of scales, not {spec.scales_bytes(box)}")
     if head.checksum != checksum(head, chunk.scales, chunk.payload):
         raise TransferFailed(f"chunk of {box} has a wrong checksum")
     return box

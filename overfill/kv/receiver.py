@@ -32,6 +32,7 @@ from overfill.errors import (
 )
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check
+from overfill.kv.codecs import decode
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.joining import to_the_end
 from overfill.kv.pace import watch_pace
@@ -76,6 +77,7 @@ class PromptRequest:
     sample_first_token: bool
     tenant_salt: str = ""
     trace: bool = False
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW  # wished for; raw where the prefill worker does not offer it
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class PrefillPeer:
     ) -> None:
         self.target = target
         self.link: Borrower | None = None
+        self.codecs: frozenset[int] = frozenset()
         self._same_host = same_host
         self._control = open_channel(target.address, tls)
         self.data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
@@ -157,6 +160,7 @@ class PrefillPeer:
         check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
+        self.codecs = frozenset(described.codecs)
         if self._same_host and described.HasField("same_host"):
             try:
                 self.link = await Borrower.connect(described.same_host)
@@ -209,12 +213,18 @@ class PromptPull:
             kv,
             layers,
             (held_tokens, len(request.prompt_token_ids)),
+            request.codec if request.codec in peer.codecs else common_pb2.KV_CODEC_RAW,
         )
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
         self._unwritten = self._coverage.missing_cells  # claimed by a checked chunk is not yet written
-        self._ready_bytes = 0
+        self._ready_bytes = self._moved_bytes = 0  # as the KV is in a cache, whatever the codec
         self.stats = PullStats(held_tokens=held_tokens)
+
+    @property
+    def codec(self) -> common_pb2.KvCodec:
+        """In which the KV travels."""
+        return self._spec.codec
 
     async def run(self, timeout: float | None, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
         """Runs the prefill RPC and the data streams; returns when every range is in place and acknowledged.
@@ -228,9 +238,7 @@ class PromptPull:
         try:
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(control))
-                pace = group.create_task(
-                    watch_pace(self._worker, lambda: self._ready_bytes, lambda: self.stats.kv_bytes)
-                )
+                pace = group.create_task(watch_pace(self._worker, lambda: self._ready_bytes, lambda: self._moved_bytes))
                 queue_ns = 0
                 async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
@@ -368,8 +376,11 @@ class PromptPull:
         box = check(self._spec, chunk)
         self._coverage.add(box)
         rows = [self._rows[layer] for layer in range(box.layer_start, box.layer_end)]
-        write_chunk(self._cache, self._blocks, rows, box, chunk.payload)
-        return _Taken(box, len(chunk.payload), slot)
+        data = chunk.payload
+        if self._spec.codec != common_pb2.KV_CODEC_RAW:
+            data = decode(self._spec.codec, self._spec.kv.dtype, self._spec.kv.head_dim, chunk.scales, chunk.payload)
+        write_chunk(self._cache, self._blocks, rows, box, data)
+        return _Taken(box, len(chunk.payload) + len(chunk.scales), slot)
 
     def _note_taken(self, taken: Sequence[_Taken]) -> None:
         if not taken:
@@ -381,6 +392,7 @@ class PromptPull:
         for one in taken:
             self._unwritten -= one.box.cells
             self.stats.kv_bytes += one.size
+            self._moved_bytes += self._spec.cache_bytes(one.box)
             self.stats.shared_bytes += one.size if one.slot is not None else 0
         ack = prefill_pb2.AckKv(ranges=[one.box.to_proto() for one in taken])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))

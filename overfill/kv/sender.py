@@ -16,10 +16,12 @@ from typing import Protocol
 
 from overfill.kv.cache import DeviceEvent, KvCache
 from overfill.kv.chunks import TransferSpec, seal
+from overfill.kv.codecs import encode
 from overfill.kv.joining import to_the_end
 from overfill.kv.ranges import Coverage, KvRange
-from overfill.kv.wire import Buffer, join
+from overfill.kv.wire import Buffer, Frame, join
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+from overfill.v1 import common_pb2
 
 _CHUNKS = 4  # most in one message
 _local = threading.local()
@@ -178,16 +180,24 @@ class KvSender:
     def _read_all(self, pieces: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
         return join([self._read(box, slot, index) for index, (box, slot) in enumerate(pieces)])
 
-    def _read(self, box: KvRange, slot: Slot | None, index: int) -> list[Buffer]:
-        payload = self._cache.read(
+    def _read(self, box: KvRange, slot: Slot | None, index: int) -> Frame:
+        raw = self.spec.codec == common_pb2.KV_CODEC_RAW
+        scales: Buffer = b""
+        payload: Buffer = self._cache.read(
             self._block_table,
             range(box.layer_start, box.layer_end),
             (box.token_start, box.token_end),
             (box.head_start, box.head_end),
             after=self._event.get(box.layer_end - 1),  # layers are computed in order
-            out=(_scratch(index) if slot is None else slot.memory)[: self.spec.cache_bytes(box)],
+            out=(slot.memory if slot is not None and raw else _scratch(index))[: self.spec.cache_bytes(box)],
         )
-        return seal(self.spec, box, payload, None if slot is None else slot.number)
+        if not raw:
+            assert isinstance(payload, memoryview)
+            scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, payload)
+            if slot is not None:
+                slot.memory[: len(payload)] = payload
+                payload = slot.memory[: len(payload)]
+        return seal(self.spec, box, payload, scales, None if slot is None else slot.number)
 
 
 def _scratch(index: int) -> memoryview:

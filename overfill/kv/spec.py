@@ -15,6 +15,9 @@ DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
     "float16": common_pb2.DTYPE_FLOAT16,
 }
 DTYPE_FROM_PROTO: dict[int, DTypeName] = {v: k for k, v in DTYPE_TO_PROTO.items()}  # type: ignore[misc]
+SCALE_BYTES = 4
+"""Of a scale of a key or value vector: float32."""
+
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -20,6 +20,8 @@ from overfill.errors import TransferFailed
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
+Frame: TypeAlias = list[Buffer]
+"""A chunk's message in pieces."""
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 
@@ -37,7 +39,7 @@ class WireChunk:
     payload: Buffer
 
 
-def frame(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) -> list[Buffer]:
+def frame(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) -> Frame:
     """A chunk's message in pieces, of which ``scales`` and ``payload`` are two. ``head`` must not have the checksum."""
     parts: list[Buffer] = [head.SerializeToString()]
     for field, data in ((_SCALES, scales), (_PAYLOAD, payload)):
@@ -47,7 +49,7 @@ def frame(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) 
     return parts
 
 
-def join(frames: Sequence[list[Buffer]]) -> bytes:
+def join(frames: Sequence[Frame]) -> bytes:
     """One message of all chunks: the first, with the others in its ``also``. Every byte is copied once."""
     parts = list(frames[0])
     for other in frames[1:]:

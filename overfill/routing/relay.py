@@ -47,6 +47,7 @@ class RelayRequest:
         deadline: on the same clock, or None.
         trace: ask for ``Finish.trace``.
         sample_index: which of several answers to the same prompt.
+        codec: how the prompt's KV is to travel; 0 leaves it to the decode worker.
     """
 
     id: str
@@ -58,6 +59,7 @@ class RelayRequest:
     emitted_token_ids: tuple[int, ...] = ()
     trace: bool = False
     sample_index: int = 0
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
 
 
 class Relay:
@@ -214,6 +216,7 @@ class Relay:
             sampling=self._request.sampling,
             eos_token_ids=self._request.eos_token_ids,
             trace=self._request.trace,
+            codec=self._request.codec,
             sample_index=self._request.sample_index,
         )
 

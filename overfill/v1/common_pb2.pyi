@@ -17,6 +17,8 @@ class KvCodec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     KV_CODEC_UNSPECIFIED: _ClassVar[KvCodec]
     KV_CODEC_RAW: _ClassVar[KvCodec]
+    KV_CODEC_INT8: _ClassVar[KvCodec]
+    KV_CODEC_FP8: _ClassVar[KvCodec]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -37,6 +39,8 @@ DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
 KV_CODEC_UNSPECIFIED: KvCodec
 KV_CODEC_RAW: KvCodec
+KV_CODEC_INT8: KvCodec
+KV_CODEC_FP8: KvCodec
 STAGE_UNSPECIFIED: Stage
 STAGE_ROUTER: Stage
 STAGE_PREFILL: Stage

@@ -11,6 +11,7 @@ from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.hosting import load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
+from overfill.kv.codecs import CODECS
 from overfill.kv.peers import PeerPool
 from overfill.v1 import common_pb2, decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
@@ -25,8 +26,9 @@ async def serve(config: DecodeConfig) -> int:
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
+    codec = CODECS[config.kv_codec]
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.client_tls(), config.same_host == "on")
-    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"))
+    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
@@ -41,7 +43,7 @@ async def serve(config: DecodeConfig) -> int:
             servicer,
             decode_pb2_grpc.add_DecodeServicer_to_server,
             SERVICE,
-            codec=common_pb2.KV_CODEC_RAW,
+            codec=codec,
         )
     finally:
         await peers.close()

@@ -13,6 +13,7 @@ from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
+from overfill.kv.codecs import CODEC_NAMES
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.model.processors import LogitProcessor, new_processor
@@ -20,7 +21,7 @@ from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost
-from overfill.v1 import decode_pb2, decode_pb2_grpc, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 from services.decode.session import Session
 
 
@@ -30,8 +31,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     engine: EngineThread
     host: WorkerHost
 
-    def __init__(self, parts: EngineParts, hello: registry_pb2.Hello, peers: PeerPool, executor: Executor) -> None:
+    def __init__(
+        self,
+        parts: EngineParts,
+        hello: registry_pb2.Hello,
+        peers: PeerPool,
+        executor: Executor,
+        codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
+    ) -> None:
         self._parts = parts
+        self._codec = codec
         self._hello = hello
         self._peers = peers
         self._executor = executor
@@ -109,7 +118,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
             processor=processor,
-            salt=start.tenant_salt,
+            # What came through a codec is not what the full model computed: it is shared within the codec only.
+            salt=f"{CODEC_NAMES[start.codec or self._codec]}/{start.tenant_salt}",
         )
         session = Session(
             start,
@@ -135,6 +145,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             )
         check_token_ids("prompt_token_ids", start.prompt_token_ids, vocab)
         check_token_ids("emitted_token_ids", start.emitted_token_ids, vocab)
+        if start.codec and start.codec not in CODEC_NAMES:
+            raise InvalidRequest("kv_codec", f"{start.codec} is no codec that this worker knows")
         sampling.check_vocab(vocab)
         if sampling.max_tokens is None:
             raise InvalidRequest("sampling.max_tokens", "is required between router and worker")
@@ -155,6 +167,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             sample_index=start.sample_index,
             sample_first_token=session.wants_first_token,
             tenant_salt=start.tenant_salt,
+            codec=start.codec or self._codec,
             trace=start.trace,
         )
         cache = self._parts.runner.cache

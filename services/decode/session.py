@@ -137,6 +137,7 @@ class Session:
         self._prefill_worker = ""
         self._handoff: PromptPull | None = None
         self._cached_tokens: int | None = None
+        self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # that the KV in use came through
         self._reserved = False
         self._wants_kv = False
         self._first_known_ns: int | None = None
@@ -189,6 +190,7 @@ class Session:
                 self._pull = None
                 self._note_cached_tokens()
                 self._prefill_worker = worker
+                self._codec = self._handoff.codec if self._handoff is not None else self._codec
                 self._wants_kv = False
                 self._send(Start(self.sequence.id, self._first_token))
             case PullEnded(worker_id=worker, error=error):
@@ -297,7 +299,7 @@ class Session:
                 cached_tokens=self._cached_tokens or 0,
             ),
             prefill_worker_id=self._prefill_worker,
-            codec=common_pb2.KV_CODEC_RAW if self._prefill_worker else common_pb2.KV_CODEC_UNSPECIFIED,
+            codec=self._codec,
         )
         if self._first_step_ns is not None:
             done.decode_ns = time.monotonic_ns() - self._first_step_ns

@@ -37,6 +37,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
+from overfill.kv.codecs import CODEC_NAMES, CODECS
 from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
@@ -46,7 +47,7 @@ from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost
-from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
+from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 
 
 class Lease:
@@ -191,7 +192,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             model=self._hello.model,
             kv=self._hello.kv,
             max_model_len=self._parts.max_model_len,
-            codecs=[common_pb2.KV_CODEC_RAW],
+            codecs=CODECS.values(),
             same_host=self._lender.offer,
         )
 
@@ -349,7 +350,7 @@ def _check_start(start: prefill_pb2.StartPrefill, parts: EngineParts) -> None:
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= parts.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {parts.config.num_layers}")
-    if start.codec != common_pb2.KV_CODEC_RAW:
+    if start.codec not in CODEC_NAMES:
         raise Incompatible(f"KV codec {start.codec} is not offered here", ["codec"])
     sampling = SamplingParams.from_proto(start.sampling)
     sampling.check_vocab(parts.config.vocab_size)

@@ -125,6 +125,7 @@ class Generator:
                 emitted_token_ids=checked.resume_token_ids,
                 trace=checked.trace,
                 sample_index=checked.sample_index,
+                codec=checked.kv_codec,
             ),
             self._gate,
             self._connector,

@@ -24,8 +24,14 @@ from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scor
 from overfill.pair.manifest import Pair
 from overfill.pair.progress import Report, silent
 
-Variant = Literal["full", "two_stage", "decoder_alone"]
-TITLES: dict[Variant, str] = {"full": "full model", "two_stage": "two-stage", "decoder_alone": "decoder alone"}
+Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_fp8", "decoder_alone"]
+TITLES: dict[Variant, str] = {
+    "full": "full model",
+    "two_stage": "two-stage",
+    "two_stage_int8": "two-stage, int8 KV",
+    "two_stage_fp8": "two-stage, fp8 KV",
+    "decoder_alone": "decoder alone",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ def evaluate(
     full = load_model(pair, "full", dtype, where, longest)
     decoder = load_model(pair, "decoder", dtype, where, longest)
     candidates = {"decoder": Candidate(decoder, pair.layer_map)}
-    full_figures, judged = teacher_forced(full, candidates, kept, report=report)
+    full_figures, judged = teacher_forced(full, candidates, kept, codecs=("int8", "fp8"), report=report)
     figures = judged["decoder"]
     return Evaluation(
         pair=pair.name,
@@ -124,7 +130,13 @@ def evaluate(
         transcripts=len(kept),
         full=DecodeCost.of(pair.full_config, "bf16"),
         decoder=DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16"),
-        teacher_forced={"full": full_figures, "two_stage": figures.two_stage, "decoder_alone": figures.alone},
+        teacher_forced={
+            "full": full_figures,
+            "two_stage": figures.two_stage,
+            "two_stage_int8": figures.through["int8"],
+            "two_stage_fp8": figures.through["fp8"],
+            "decoder_alone": figures.alone,
+        },
         free_running={
             name: judge_answers(full, prompts, written, step=f"Scoring: {TITLES[name]}", report=report)
             for name, written in answers.items()

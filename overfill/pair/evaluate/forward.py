@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from overfill.kv.cache import TORCH_DTYPES, KvCache, copy_sequence
+from overfill.kv.codecs import quantise, restore
 from overfill.kv.spec import DTypeName
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
+from overfill.v1 import common_pb2
 
 BATCH_TOKENS = 1024
 """Tokens of a batch, unless one transcript is longer. Logits of all of them may be held for two models at once."""
@@ -84,8 +86,17 @@ class BatchModel:
         """Reads the prompts only, and predicts each answer's first token. [len(batch), vocab] float32"""
         return self._forward([_New(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
 
-    def answer(self, batch: Sequence[Transcript], full: BatchModel, layer_map: Sequence[int]) -> Tensor:
+    def answer(
+        self,
+        batch: Sequence[Transcript],
+        full: BatchModel,
+        layer_map: Sequence[int],
+        codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
+    ) -> Tensor:
         """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
+
+        Args:
+            codec: that the prompts' KV passes through on its way.
 
         Returns:
             [N, vocab] float32, for all answer tokens but the first of each answer, in order.
@@ -95,6 +106,10 @@ class BatchModel:
             start, inputs = transcript.answer_start, transcript.answer[:-1]
             blocks = range(slot, slot + start)
             copy_sequence(full.cache, blocks, self.cache, blocks, layer_map, start)
+            if codec != common_pb2.KV_CODEC_RAW:
+                for half in (self.cache.k, self.cache.v):
+                    prompt = half[:, slot : slot + start]
+                    prompt.copy_(restore(*quantise(prompt, codec), half.dtype))
             if inputs:
                 new.append(_New(inputs, start, slot, len(inputs)))
         return self._forward(new)

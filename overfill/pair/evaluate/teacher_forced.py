@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
+from overfill.kv.codecs import CODECS, CodecName
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
@@ -50,10 +51,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A candidate's figures on the full model's KV of the prompt, and as a model that reads the prompt itself."""
+    """A candidate's figures on the full model's KV of the prompt, and as a model that reads the prompt itself.
+
+    Attributes:
+        through: on KV that came through each codec that was asked for.
+    """
 
     two_stage: TeacherForced
     alone: TeacherForced
+    through: Mapping[CodecName, TeacherForced]
 
 
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
@@ -73,6 +79,7 @@ def teacher_forced(
     candidates: Mapping[str, Candidate],
     transcripts: Sequence[Transcript],
     *,
+    codecs: Sequence[CodecName] = (),
     step: str = "Teacher forcing",
     report: Report = silent,
 ) -> tuple[TeacherForced, dict[str, Judgement]]:
@@ -90,6 +97,7 @@ def teacher_forced(
     full_tally = _Tallies()
     two_stage = {name: _Tallies() for name in candidates}
     alone = {name: _Tallies() for name in candidates}
+    through = {name: {codec: _Tallies() for codec in codecs} for name in candidates}
     done = 0
     for batch in batches(transcripts):
         wanted = targets(batch, 1).to(full.device)
@@ -97,10 +105,20 @@ def teacher_forced(
         full_tally.add(batch, truth, truth, wanted)
         for name, half in halves.items():
             two_stage[name].add(batch, truth, half.answer(batch, reader, candidates[name].layer_map), wanted)
+            for codec, tallies in through[name].items():
+                logits = half.answer(batch, reader, candidates[name].layer_map, CODECS[codec])
+                tallies.add(batch, truth, logits, wanted)
             alone[name].add(batch, truth, half.prefill(batch, 1), wanted)
         done += len(batch)
         report(step, done, len(transcripts))
-    judgements = {name: Judgement(two_stage[name].result(), alone[name].result()) for name in candidates}
+    judgements = {
+        name: Judgement(
+            two_stage[name].result(),
+            alone[name].result(),
+            {codec: tallies.result() for codec, tallies in through[name].items()},
+        )
+        for name in candidates
+    }
     return full_tally.result(), judgements
 
 

@@ -1,0 +1,52 @@
+"""KV through a codec on a real stack: chosen per pool and per request, and never judged as if it were exact."""
+
+import subprocess
+import sys
+
+import pytest
+from stacks import idle, running_stack, wait_until
+
+from overfill.client import Client, InvalidRequest, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+PROMPT = [(7 * i * 13) % 470 + 20 for i in range(100)]
+RAW_BYTES = 100 * 4 * 2 * 2 * 16 * 4
+
+
+def test_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
+    with running_stack(tiny_pair) as (_, address), Client(address) as client:
+        raw = client.generate(PROMPT, sampling=GREEDY, trace=True)
+        assert (raw.codec, raw.trace.kv_bytes) == ("raw", RAW_BYTES)
+        for codec in ("int8", "fp8"):
+            first = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec=codec)
+            assert first.codec == codec
+            assert first.usage.cached_tokens == 96  # the full model's own KV is exact
+            assert first.trace.held_tokens == 0  # raw KV is not what was asked for
+            assert first.trace.kv_bytes == RAW_BYTES * (16 + 4) // 64
+            again = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec=codec)
+            assert again.trace.held_tokens == 96
+            assert again.token_ids == first.token_ids
+        exact = client.generate(PROMPT, sampling=GREEDY, trace=True)
+        assert exact.trace.held_tokens == 96
+        assert exact.token_ids == raw.token_ids
+        with pytest.raises(InvalidRequest, match="kv_codec"):
+            client.generate(PROMPT, sampling=GREEDY, kv_codec="zip")
+        wait_until(lambda: idle(address), 5, "all blocks free")
+
+
+def test_a_pool_s_codec_is_reported_and_refused_by_the_judge(tiny_pair, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "Why?"}\n')
+    with running_stack(tiny_pair, kv_codec="int8") as (_, address), Client(address) as client:
+        assert client.generate(PROMPT, sampling=GREEDY, trace=True).trace.kv_bytes == RAW_BYTES * 20 // 64
+        assert {w.process.codec for w in client.status().workers if w.stage == "decode"} == {"int8"}
+        arguments = [f"--questions={questions}", "--max-tokens=4", f"--address={address}", f"--pair={tiny_pair}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "overfill.cli.main", "verify", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "raw codec" in done.stderr
