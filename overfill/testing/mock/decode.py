@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from overfill import __version__
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown, Unavailable
@@ -14,8 +15,9 @@ from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
+from overfill.kv.wire import decode_all, pull_kv
 from overfill.params import SamplingParams
-from overfill.rpc.calls import outcome, written
+from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -188,6 +190,9 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
                 need = _Need(reason=_Need.REASON_PREFILL_FAILED, detail=str(error), worker_id=target.worker_id)
                 sequence.out.put_nowait(_Response(need_prefill=need))
                 continue
+            except Exception as error:  # a defect of the mock: told, or the request would wait for ever
+                sequence.out.put_nowait(error)
+                return
             sequence.prefill_worker = target.worker_id
             if not ended:
                 self._running.add(sequence)
@@ -258,7 +263,7 @@ class _Peer:
         try:
             await written(call.write(prefill_pb2.PrefillRequest(start=request)), self._name)
             while True:
-                message = await outcome(call.read(), self._name)
+                message = await self._next(call, pulling)
                 kind = message.WhichOneof("message") if message else None
                 if kind == "queued":
                     pulling = asyncio.ensure_future(self._pull(spec, call))
@@ -284,12 +289,26 @@ class _Peer:
                 pulling.cancel()
             call.cancel()
 
-    async def _pull(self, spec: TransferSpec, call: object) -> None:
+    async def _next(self, call: Any, pulling: asyncio.Task[None] | None) -> Any:
+        """The next message of the control stream. Raises what ended the data stream, if that comes first."""
+        reading = asyncio.ensure_future(outcome(call.read(), self._name))
+        try:
+            while not reading.done():
+                watched = {reading} if pulling is None or pulling.done() else {reading, pulling}
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                if pulling is not None and pulling.done():
+                    await pulling
+            return await reading
+        finally:
+            reading.cancel()
+
+    async def _pull(self, spec: TransferSpec, call: Any) -> None:
         box = KvRange(0, len(spec.layers), *spec.tokens, 0, spec.kv.num_kv_heads)
         request = prefill_pb2.PullKvRequest(transfer_id=spec.transfer_id, attempt=spec.attempt, ranges=[box.to_proto()])
-        async for chunk in prefill_pb2_grpc.PrefillStub(self._data).PullKv(request):
-            ack = prefill_pb2.AckKv(ranges=[check(spec, chunk).to_proto()])
-            await call.write(prefill_pb2.PrefillRequest(ack=ack))  # type: ignore[attr-defined]
+        async for message in responses(pull_kv(self._data, request, None), self._name):
+            boxes = [check(spec, chunk) for chunk in decode_all(message)]
+            ack = prefill_pb2.AckKv(ranges=[box.to_proto() for box in boxes])
+            await written(call.write(prefill_pb2.PrefillRequest(ack=ack)), self._name)
 
     async def _handshake(self) -> None:
         if not self._checked:
