@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 
 from overfill.engine.llm import LLM
+from overfill.pair.manifest import Pair
 from overfill.params import SamplingParams
 
 MIB = 2**20
 _BATCH = 64
 _WARM_SHARE = 0.1  # of the requests
-_KV_MEMORY = 64 * MIB  # of each half; small, so that all of it is touched while warming up
+_TOKENS = 64  # that a request takes in the cache, at most; a batch fills it, so it is all touched while warming up
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ def measure_memory(
 ) -> MemoryRun:
     """Answers ``requests`` prompts of 4 to 40 tokens with 1 to 12 tokens each, greedy and drawn, with and without
     log-probabilities; ``report`` hears how many are done."""
-    llm = LLM(pair, threads=threads, kv_memory=_KV_MEMORY)
+    room = _BATCH * _TOKENS * Pair.load(pair).full_config.kv_spec("float32").token_bytes
+    llm = LLM(pair, threads=threads, kv_memory=room)
     process = psutil.Process()
     draw = random.Random(0)
     vocabulary = llm.tokenizer.vocab_size

@@ -40,7 +40,7 @@ def save_memory(path: Path, title: str, requests: Sequence[int], resident: Seque
     axes.plot(requests, [size / 2**20 for size in resident], color=_COLOURS[1], linewidth=1.5)
     axes.axvspan(0, requests[warm], color="#dddddd", label="warm-up")
     axes.set(title=title, xlabel="requests answered", ylabel="resident memory, MiB", xlim=(0, requests[-1]))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(resident) / 2**20)
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 from overfill import LLM
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.cache import KvCache
+from overfill.model.native import library
+from overfill.model.native.transformer import fastest
 from overfill.model.transformer import Transformer
 from overfill.pair.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
@@ -15,6 +17,7 @@ from overfill.params import SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]  # the pair is made on first use
 
+CPU = torch.device("cpu")
 TEXT = (
     "The tidal mill at Carrow stands where the river meets the estuary. Twice a day the rising sea pushes through a "
     "wooden gate and fills a pond of about three hectares behind the mill. 3.14159 × 2 = 6.28318; naïve café, 北京."
@@ -47,6 +50,42 @@ def test_logits_equal_those_of_transformers(pair, llm, half):
     worst = (torch.stack(got) - expected[ends]).abs().max().item()
     print(f"{half}: maximum difference {worst:.2e}, logits up to {expected.abs().max():.1f}")
     assert worst < 1e-3
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_native_kernels_are_nearer_to_transformers_than_eager_bfloat16(pair, llm, quantize):
+    """A prompt in one pass and an answer token by token; the answer is what float32 says, so that all see the same."""
+    prompt = llm.tokenizer.encode_chat([{"role": "user", "content": "Summarise: " + TEXT}])
+
+    def load(dtype):
+        return Transformer.load(pair.full_path, dtype, CPU, max_positions=1024, quantize=quantize)
+
+    if quantize == "none":
+        theirs = AutoModelForCausalLM.from_pretrained(pair.full_path, dtype=torch.float32)
+        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist()[len(prompt) :]
+        with torch.inference_mode():
+            want = theirs(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    else:
+        answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=64))[0].token_ids
+        want = _logits(load(torch.float32), prompt, answer)
+    eager, native = (
+        _logits(load(torch.bfloat16), prompt, answer),
+        _logits(fastest(load(torch.bfloat16)), prompt, answer),
+    )
+
+    error, allowed = (native - want).abs(), (eager - want).abs()
+    agree = (native.argmax(-1) == want.argmax(-1)).float().mean().item()
+    print(f"{quantize}: mean error {error.mean():.3f} (eager {allowed.mean():.3f}), agreement {agree:.3f}")
+    assert error.mean() < allowed.mean()
+    assert agree >= 0.95
+
+
+def _logits(model, prompt, answer):
+    runner = ModelRunner(model, KvCache(model.config.kv_spec(str(model.dtype).removeprefix("torch.")), 64, 16, CPU))
+    got = [runner.run([Work(prompt, 0, range(64), wants_logits=True)])]
+    got += [runner.run([Work([t], len(prompt) + i, range(64), True)]) for i, t in enumerate(answer[:-1])]
+    return torch.cat(got)
 
 
 def test_answers_are_the_reference_s(pair, llm):
