@@ -70,7 +70,7 @@ inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x
 }
 
 // A tile: TILE activation rows times one panel -> out [TILE][32] float32; for int8 without the scales.
-// `ahead` is fetched into the cache meanwhile, `step` bytes per pair of columns.
+// `ahead` is fetched into the second-level cache meanwhile, `step` bytes per pair of columns.
 template <int TILE, bool INT8>
 void tile(const uint16_t* a, size_t stride, const char* panel, size_t pairs, const char* ahead, size_t step,
           float* out) {
@@ -85,12 +85,12 @@ void tile(const uint16_t* a, size_t stride, const char* panel, size_t pairs, con
         if constexpr (INT8) {
             const __m256i* w = reinterpret_cast<const __m256i*>(panel + k * 64);
             w0 = _mm512_cvtepi8_epi16(w[0]), w1 = _mm512_cvtepi8_epi16(w[1]);
-            _mm_prefetch(ahead + k * step, _MM_HINT_T0);
+            _mm_prefetch(ahead + k * step, _MM_HINT_T1);
         } else {
             const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * 128);
             w0 = w[0], w1 = w[1];
-            _mm_prefetch(ahead + k * step, _MM_HINT_T0);
-            if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * step + 64, _MM_HINT_T0);
+            _mm_prefetch(ahead + k * step, _MM_HINT_T1);
+            if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * step + 64, _MM_HINT_T1);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < TILE; ++r) {
@@ -136,9 +136,10 @@ void multiply(const Matrix& w, const Activations& a, size_t count, int thread, i
             const char* panel = w.panel(p);
             for (size_t t = 0; t < tiles; ++t) {
                 const size_t start = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - start;
-                // One tile alone waits for memory: it fetches a little ahead of itself. Several share the next panel.
-                const size_t step = bytes / pairs / tiles;
-                const char* ahead = tiles == 1 ? panel + 4096 : panel + bytes + t * (bytes / tiles);
+                // One tile alone waits for memory, and fetches ahead of itself: the more it computes meanwhile, the
+                // further, since the hardware then looks less far. Several tiles share the next panel.
+                const size_t step = bytes / pairs / tiles, distance = height < 5 ? 2048 : 8192;
+                const char* ahead = tiles == 1 ? panel + distance : panel + bytes + t * (bytes / tiles);
                 const size_t row = strip + start;
                 const TileFunction run = w.is_int8() ? tile_of<true>(height) : tile_of<false>(height);
                 run(a.data + row * a.stride, a.stride, panel, pairs, ahead, step, out);

@@ -6,6 +6,7 @@ operations everything is float32; operands of products and the KV cache are bflo
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from ctypes import byref
@@ -21,6 +22,8 @@ from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
 from overfill.model.transformer import LayerHook, Model, Transformer, check_cache
+
+log = logging.getLogger(__name__)
 
 _PARTS = ("qkv", "o", "gate_up", "down")  # the order of `Part` in overfill.cpp; then the head
 _VECTORS = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "gate_up_bias", "down_bias")
@@ -38,6 +41,7 @@ def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 def fastest(model: Transformer) -> Model:
     """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
+        log.info("native kernels, %s weights", "int8" if model.quantize == "int8" else "bfloat16")
         return NativeTransformer(model)
     return model
 
