@@ -1,0 +1,143 @@
+"""What a handoff costs a request: time to the first token beside a plain prefill, and what the second token waits.
+
+A stack of one prefill and one decode worker answers fresh prompts; in the same rounds, a prefill engine in this process
+with the same weights and threads computes prompts of the same length, and hands nothing over.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from overfill.cli.stack import Stack
+from overfill.cli.up import make_plan
+from overfill.client import Client, SamplingParams
+from overfill.engine.build import build_engine_parts
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.sequence import PrefillEvent, PrefillSequence, PromptComputed, Release, Submit
+from overfill.errors import InternalError
+from overfill.kv.spec import DTypeName
+from overfill.pair.manifest import Pair
+from overfill.params import SamplingParams as EngineSampling
+
+MOST_EXPOSED = 0.05
+"""Share of the prefill that the second token may wait for the handoff."""
+
+MOST_TTFT = 1.10
+"""Multiple of a plain prefill that the time to the first token may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Seconds of one request and of one plain prefill beside it.
+
+    Attributes:
+        ttft: as the router measures it.
+        exposed: from the first token's arrival to the start of the first decode step.
+    """
+
+    ttft: float
+    prefill: float
+    exposed: float
+    plain: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffCost:
+    """All rounds of a measurement."""
+
+    tokens: int
+    rounds: list[Round]
+
+    @property
+    def exposed_share(self) -> float:
+        """Median share of the prefill's compute time that the second token waits."""
+        return statistics.median(r.exposed / r.prefill for r in self.rounds)
+
+    @property
+    def ttft_ratio(self) -> float:
+        """Median time to first token, as a multiple of the plain prefill in the same round."""
+        return statistics.median(r.ttft / r.plain for r in self.rounds)
+
+    @property
+    def reached(self) -> bool:
+        return self.exposed_share <= MOST_EXPOSED and self.ttft_ratio <= MOST_TTFT
+
+
+def measure_handoff(
+    pair: Pair,
+    tokens: int,
+    *,
+    dtype: DTypeName | None,
+    threads: int,
+    rounds: int,
+    same_host: str,
+    kv_codec: str,
+    log: Callable[[str, str], None],
+) -> HandoffCost:
+    """Measures ``rounds`` requests of ``tokens`` random tokens, after one that is not counted.
+
+    Raises:
+        StartFailed: the stack did not come up.
+    """
+    torch.set_num_threads(threads)
+    settings = {"dtype": dtype, "log_level": "error", "token_budget": tokens, "grace_period": 2}
+    settings |= {"same_host": same_host, "kv_codec": kv_codec}
+    plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
+    stack = Stack(plan, log)
+    plain = _PlainPrefill(pair, dtype, tokens)
+    rng = random.Random(0)
+    vocab = pair.full_config.vocab_size
+    measured: list[Round] = []
+    try:
+        stack.start()
+        stack.wait_ready(threading.Event())
+        with Client(plan.addresses[0]) as client:
+            greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+            for number in range(rounds + 1):
+                answer = client.generate([rng.randrange(vocab) for _ in range(tokens)], sampling=greedy)
+                seconds = plain.run([rng.randrange(vocab) for _ in range(tokens)])
+                timing = answer.timing
+                if timing.ttft is None or timing.prefill_compute is None or timing.handoff_exposed is None:
+                    raise InternalError("the stack did not say where the time went")
+                if number:
+                    measured.append(Round(timing.ttft, timing.prefill_compute, timing.handoff_exposed, seconds))
+    finally:
+        stack.stop()
+    return HandoffCost(tokens, measured)
+
+
+class _PlainPrefill:
+    """The prefill engine of a worker, in this process, without anybody who takes the KV."""
+
+    def __init__(self, pair: Pair, dtype: DTypeName | None, tokens: int) -> None:
+        parts = build_engine_parts(
+            pair,
+            "full",
+            dtype=dtype,
+            device=torch.device("cpu"),
+            block_size=16,
+            kv_memory=None,
+            max_model_len=None,
+            warm_tokens=tokens,
+        )
+        self._events: list[PrefillEvent] = []
+        self._engine = PrefillEngine(parts.runner, parts.pool, tokens, 1, self._events.append)
+
+    def run(self, prompt: list[int]) -> float:
+        """Seconds until the first token of ``prompt`` is known."""
+        self._events.clear()
+        started = time.perf_counter()
+        self._engine.handle(Submit(PrefillSequence("plain", prompt, EngineSampling(temperature=0))))
+        while not any(isinstance(event, PromptComputed) for event in self._events):
+            if not self._engine.step():
+                raise InternalError("the prompt was not computed")
+        seconds = time.perf_counter() - started
+        self._engine.handle(Release("plain"))
+        return seconds

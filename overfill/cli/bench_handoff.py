@@ -1,0 +1,126 @@
+"""``overfill bench handoff`` and ``bench chat``: what handing over costs a request, and what prefix caches save."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from overfill.cli.options import dtype_option
+from overfill.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from overfill.kv.spec import DTypeName
+    from overfill.pair.manifest import Pair
+
+
+def _pair(name: str) -> Pair:
+    from overfill.pair.manifest import Pair
+    from overfill.pair.progress import progress_bars
+    from overfill.pair.store import resolve_pair
+
+    with progress_bars() as report:
+        return Pair.load(resolve_pair(name, report))
+
+
+def _log(name: str, line: str) -> None:
+    click.echo(f"{name} | {line}", err=True)
+
+
+@click.command("handoff")
+@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
+@click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="Length of the prompts.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Requests that are counted.")
+@dtype_option
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
+@click.option("--same-host", type=click.Choice(["on", "off"]), default="on", show_default=True)
+@click.option("--kv-codec", type=click.Choice(["raw", "int8", "fp8"]), default="raw", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def handoff_command(
+    pair: str,
+    tokens: int,
+    rounds: int,
+    dtype: DTypeName | None,
+    threads: int,
+    same_host: str,
+    kv_codec: str,
+    as_json: bool,
+) -> int:
+    """Hold a request's first token against a plain prefill, and see what its second one waits.
+
+    Exit code 1 when a bound is not reached.
+    """
+    from overfill.bench.handoff import MOST_EXPOSED, MOST_TTFT, measure_handoff
+
+    cost = measure_handoff(
+        _pair(pair),
+        tokens,
+        dtype=dtype,
+        threads=threads,
+        rounds=rounds,
+        same_host=same_host,
+        kv_codec=kv_codec,
+        log=_log,
+    )
+    if as_json:
+        shares = {"exposed_share": cost.exposed_share, "ttft_ratio": cost.ttft_ratio, "reached": cost.reached}
+        print_json(asdict(cost) | shares)
+        return 0 if cost.reached else 1
+    table = Table(box=None)
+    for title in ("ttft ms", "plain prefill ms", "prefill compute ms", "exposed ms"):
+        table.add_column(title, justify="right")
+    for r in cost.rounds:
+        table.add_row(*(f"{1e3 * value:.1f}" for value in (r.ttft, r.plain, r.prefill, r.exposed)))
+    console().print(table)
+    console().print(
+        f"exposed: {100 * cost.exposed_share:.2f} % of the prefill (<= {100 * MOST_EXPOSED:g} %); "
+        f"time to first token: {cost.ttft_ratio:.3f} x a plain prefill (<= {MOST_TTFT:g} x)"
+    )
+    return 0 if cost.reached else 1
+
+
+@click.command("chat")
+@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
+@click.option("--turns", type=click.IntRange(2), default=8, show_default=True, help="Of each chat.")
+@click.option("--chats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--turn-tokens", type=click.IntRange(1), default=100, show_default=True, help="New tokens per turn.")
+@click.option("--answer-tokens", type=click.IntRange(1), default=32, show_default=True)
+@dtype_option
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def chat_command(
+    pair: str,
+    turns: int,
+    chats: int,
+    turn_tokens: int,
+    answer_tokens: int,
+    dtype: DTypeName | None,
+    threads: int,
+    as_json: bool,
+) -> int:
+    """Chats of several turns with and without prefix caches: time to first token by turn, and hit rate."""
+    from overfill.bench.chat import measure_chats
+
+    rows = measure_chats(
+        _pair(pair),
+        turns=turns,
+        chats=chats,
+        turn_tokens=turn_tokens,
+        answer_tokens=answer_tokens,
+        dtype=dtype,
+        threads=threads,
+        log=_log,
+    )
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return 0
+    table = Table(box=None)
+    for title in ("cache", "last prompt", "hit rate", "did not travel", *(f"turn {n + 1}" for n in range(turns))):
+        table.add_column(title, justify="right")
+    for row in rows:
+        shares = (f"{100 * row.hit_rate:.1f} %", f"{100 * row.held_rate:.1f} %")
+        table.add_row(row.cache, f"{row.prompt_tokens:.0f}", *shares, *(f"{1e3 * t:.0f} ms" for t in row.ttft))
+    console().print(table)
+    return 0

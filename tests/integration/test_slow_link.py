@@ -1,0 +1,107 @@
+"""A link of 100 Mbit/s: the first token does not wait for the KV, and other links do not wait for the slow one."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+import psutil
+import pytest
+import torch
+
+from overfill.bench.workers import prefill_worker
+from overfill.kv.cache import KvCache
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.spec import KvSpec
+from overfill.params import SamplingParams
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.testing.proxy import TcpProxy
+from overfill.testing.tiny import make_tiny_pair
+from overfill.v1 import decode_pb2
+
+RATE = 100e6 / 8
+BLOCK = 16
+TOKENS = 1000  # of 64 KiB each: five seconds at that rate
+
+
+@pytest.fixture(scope="module")
+def heavy_pair(tmp_path_factory):
+    """Much KV for little compute."""
+    folder = tmp_path_factory.mktemp("pairs") / "heavy"
+    return make_tiny_pair(
+        folder, identity=True, num_layers=16, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=64
+    )
+
+
+class Pull:
+    """One prompt on its way to a decode worker of its own; ``run`` returns the cache."""
+
+    def __init__(self, hello, data_address, prompt, executor, same_host):
+        self._spec = KvSpec.from_proto(hello.kv)
+        self._identity = KvIdentity(WIRE_VERSION, hello.model.full_digest, hello.model.tokenizer_digest, self._spec)
+        target = decode_pb2.AssignPrefill(
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            address=hello.address,
+            data_address=data_address,
+        )
+        self._peer = PrefillPeer(target, 1, None, same_host)
+        self._prompt = prompt
+        self._executor = executor
+        self.first_token = asyncio.Event()
+
+    async def run(self):
+        await self._peer.handshake(self._identity)
+        blocks = list(range(-(-len(self._prompt) // BLOCK)))
+        cache = KvCache(self._spec, len(blocks), BLOCK, torch.device("cpu"))
+        request = PromptRequest("r", 0, self._prompt, SamplingParams(temperature=0).to_proto(), 0, True)
+        layers = range(self._spec.num_layers)
+        pull = PromptPull(self._peer, request, self._spec, layers, cache, blocks, self._executor)
+        try:
+            await pull.run(120.0, lambda token: self.first_token.set())
+        finally:
+            await self._peer.close()
+        return cache
+
+
+@pytest.mark.parametrize("same_host", [False, True])
+async def test_a_slow_link_holds_up_neither_its_first_token_nor_others(heavy_pair, same_host):
+    prompt = [(7 * i) % 470 + 20 for i in range(TOKENS)]
+    arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
+    with ThreadPoolExecutor(2) as executor:
+        async with AsyncExitStack() as stack:
+            hello = await stack.enter_async_context(prefill_worker(arguments, 1, lambda name, line: None))
+            proxy = await stack.enter_async_context(TcpProxy(hello.data_address, RATE))
+            slow = Pull(hello, proxy.address, prompt, executor, same_host=False)
+            slow_run = asyncio.ensure_future(slow.run())
+            await asyncio.wait_for(slow.first_token.wait(), 60)
+            assert not slow_run.done(), "the KV cannot have come yet"
+            for turn in range(3):
+                other = Pull(hello, hello.data_address, [*prompt[:500], 30 + turn], executor, same_host)
+                await asyncio.wait_for(other.run(), 60)
+            assert not slow_run.done(), "others waited for the slow link"
+            through_slow = await slow_run
+            straight = await Pull(hello, hello.data_address, prompt, executor, same_host).run()
+    assert torch.equal(through_slow.k[:, :62], straight.k[:, :62])
+    assert torch.allclose(through_slow.v, straight.v, atol=1e-4)
+
+
+async def test_a_receiver_that_does_not_read_does_not_bloat_the_worker(heavy_pair):
+    """What waits for a slow reader stays in the cache: 64 MB of KV, and a few messages under way."""
+    prompt = [(11 * i) % 470 + 20 for i in range(TOKENS)]
+    arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
+    with ThreadPoolExecutor(2) as executor:
+        async with prefill_worker(arguments, 1, lambda name, line: None) as hello:
+            await Pull(hello, hello.data_address, prompt, executor, same_host=False).run()  # touches all memory
+            worker = psutil.Process(hello.pid)
+            async with TcpProxy(hello.data_address, 2e6) as proxy:
+                stuck = [Pull(hello, proxy.address, prompt, executor, same_host=False) for _ in range(3)]
+                before = worker.memory_info().rss
+                runs = [asyncio.ensure_future(pull.run()) for pull in stuck]
+                await asyncio.wait_for(asyncio.gather(*(pull.first_token.wait() for pull in stuck)), 60)
+                grown = worker.memory_info().rss - before
+                for run in runs:
+                    run.cancel()
+                await asyncio.wait(runs)
+    # Four MiB are read ahead of four that are being sent, and gRPC buffers some; all of it would be 3 x 64 MB.
+    assert grown < 3 * 20 * 2**20
