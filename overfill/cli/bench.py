@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 
 from overfill.cli.bench_engine import decode_command, peers_group, prefill_command
+from overfill.cli.bench_http import http_command
 from overfill.cli.bench_kv import kv_command
 from overfill.cli.bench_memory import memory_command
 from overfill.cli.bench_serve import serve_command
@@ -26,7 +27,7 @@ def bench_group() -> None:
     """Measure what a pair does on this machine."""
 
 
-for command in (decode_command, prefill_command, serve_command, kv_command, memory_command, peers_group):
+for command in (decode_command, prefill_command, serve_command, http_command, kv_command, memory_command, peers_group):
     bench_group.add_command(command)
 
 

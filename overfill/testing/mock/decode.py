@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from overfill import __version__
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown, Unavailable
@@ -14,6 +16,7 @@ from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
+from overfill.kv.wire import decode, pull_kv
 from overfill.params import SamplingParams
 from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
@@ -262,6 +265,7 @@ class _Peer:
                 kind = message.WhichOneof("message") if message else None
                 if kind == "queued":
                     pulling = asyncio.ensure_future(self._pull(spec, call))
+                    pulling.add_done_callback(lambda task: _end_if_failed(task, call))
                 elif kind == "scheduled":
                     queue_ns = message.scheduled.queue_ns
                 elif kind == "first_token":
@@ -284,12 +288,12 @@ class _Peer:
                 pulling.cancel()
             call.cancel()
 
-    async def _pull(self, spec: TransferSpec, call: object) -> None:
+    async def _pull(self, spec: TransferSpec, call: Any) -> None:
         box = KvRange(0, len(spec.layers), *spec.tokens, 0, spec.kv.num_kv_heads)
         request = prefill_pb2.PullKvRequest(transfer_id=spec.transfer_id, attempt=spec.attempt, ranges=[box.to_proto()])
-        async for chunk in prefill_pb2_grpc.PrefillStub(self._data).PullKv(request):
-            ack = prefill_pb2.AckKv(ranges=[check(spec, chunk).to_proto()])
-            await call.write(prefill_pb2.PrefillRequest(ack=ack))  # type: ignore[attr-defined]
+        async for chunk in pull_kv(self._data, request, None):
+            ack = prefill_pb2.AckKv(ranges=[check(spec, decode(chunk)).to_proto()])
+            await call.write(prefill_pb2.PrefillRequest(ack=ack))
 
     async def _handshake(self) -> None:
         if not self._checked:
@@ -303,3 +307,10 @@ class _Peer:
             )
             check_compatible(self._worker.identity, theirs, self._name)
             self._checked = True
+
+
+def _end_if_failed(pulling: asyncio.Task[None], call: Any) -> None:
+    """Nobody else would hear of it."""
+    if not pulling.cancelled() and pulling.exception() is not None:
+        logging.error("a pull failed", exc_info=pulling.exception())
+        call.cancel()
