@@ -1,4 +1,4 @@
-"""What HTTP costs beside gRPC: ``python -m overfill.bench.protocols PAIR``. Real router, mock workers, no model.
+"""What HTTP costs beside gRPC (``overfill bench http``). Real router, mock workers, no model.
 
 One client asks over both protocols in turn, so that both see the same machine. Time to first token is the client's,
 from the call to the first token's text; saturation is many streams at once on one router.
@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-import click
 
 from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment, free_ports
@@ -122,26 +121,31 @@ def saturation(ask: Ask, streams: int, tokens: int, rounds: int) -> float:
     return total / (time.perf_counter() - start)
 
 
-@click.command()
-@click.argument("pair", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--rounds", default=500, show_default=True, help="Requests over each protocol.")
-@click.option("--streams", default=32, show_default=True, help="Streams at once for saturation.")
-@click.option("--tokens", default=200, show_default=True, help="Tokens of each of those streams.")
-def main(pair: Path, rounds: int, streams: int, tokens: int) -> int:
-    """Compare HTTP with gRPC on a router with mock workers; exits 1 when HTTP adds too much."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Milliseconds to the first token at the client, and tokens per second of many streams, by protocol."""
+
+    ttft_p50_ms: dict[str, float]
+    ttft_p99_ms: dict[str, float]
+    tokens_per_second: dict[str, float]
+
+    @property
+    def added_ms(self) -> float:
+        """What HTTP adds to the median time to first token."""
+        return self.ttft_p50_ms["HTTP"] - self.ttft_p50_ms["gRPC"]
+
+
+def compare(pair: Path, rounds: int, streams: int, tokens: int) -> Comparison:
+    """Measures both protocols on one router: ``rounds`` requests over each, then ``streams`` answers at once."""
     with mock_processes(pair, 2 * streams) as (address, port), Client(address) as client:
         asks = {"gRPC": over_grpc(client), "HTTP": over_http(port)}
         times = ttft(asks, rounds)
-        for name, values in times.items():
-            click.echo(f"{name}  time to first token p50 {_p(values, 50):.2f} ms, p99 {_p(values, 99):.2f} ms")
-        added = _p(times["HTTP"], 50) - _p(times["gRPC"], 50)
-        click.echo(f"HTTP adds {added:.2f} ms p50 ({rounds} requests each, in turn; bound {BOUND_MS} ms)")
-        for name, ask in asks.items():
-            rate = saturation(ask, streams, tokens, 3)
-            click.echo(
-                f"{name}  {rate:,.0f} tokens/s at saturation ({streams} streams of {tokens} tokens, client included)"
-            )
-    return 0 if added <= BOUND_MS else 1
+        rates = {name: saturation(ask, streams, tokens, 3) for name, ask in asks.items()}
+    return Comparison(
+        {name: _p(values, 50) for name, values in times.items()},
+        {name: _p(values, 99) for name, values in times.items()},
+        rates,
+    )
 
 
 def _p(values: Sequence[float], percent: int) -> float:
@@ -163,7 +167,3 @@ def _until_it_answers(client: Client) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(standalone_mode=False))

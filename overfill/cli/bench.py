@@ -12,6 +12,7 @@ from rich.table import Table
 
 from overfill.cli.bench_engine import decode_command, peers_group, prefill_command
 from overfill.cli.bench_handoff import chat_command, handoff_command
+from overfill.cli.bench_http import http_command
 from overfill.cli.bench_kv import kv_command
 from overfill.cli.bench_memory import memory_command
 from overfill.cli.bench_serve import serve_command
@@ -31,6 +32,7 @@ for command in (
     decode_command,
     prefill_command,
     serve_command,
+    http_command,
     chat_command,
     handoff_command,
     kv_command,

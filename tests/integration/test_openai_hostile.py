@@ -43,7 +43,9 @@ def with_body(path, body):
 
 
 def wrong_type(rng, path):
-    name, value = rng.choice(TYPED[path]), rng.choice(WRONG)
+    name = rng.choice(TYPED[path])
+    # Any text is a right prompt, and any short one a right stop string.
+    value = rng.choice([v for v in WRONG if not (name in ("prompt", "stop") and isinstance(v, str))])
     return with_body(path, json.dumps(GOOD[path] | {name: value}).encode())
 
 
@@ -208,6 +210,7 @@ def test_a_thousand_hostile_requests(tiny_pair, impatient, caplog):
             assert status is None or 400 <= status < 500, (name, status, data[:300])
             # A connection may be cut instead where the client would not read an answer anyway.
             assert status is not None or name in ("huge", "announced_huge", "long_head"), (name, data[:300])
+        print(len(statuses), "requests,", grown >> 10, "KiB more:")
         print({name: sorted(map(str, seen)) for name, seen in answered.items()})
         assert answered["half_a_head"] == answered["half_a_body"] == {408}
         assert 413 in answered["huge"]

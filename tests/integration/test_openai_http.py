@@ -296,6 +296,19 @@ def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
             urllib.request.urlopen(f"{stack.url}/health")
 
 
+def test_events_are_not_held_back_for_acknowledgements(stack):
+    """Nagle's algorithm would add 40 ms to every small event."""
+    host, _, port = stack.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        connection.recv(100)
+        (protocol,) = [
+            p for p in list(stack.router._http._server.server_state.connections) if p.client == connection.getsockname()
+        ]
+        accepted = protocol.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_too_many_rpcs_are_told_so(tiny_pair):
     slow = {"mock_step": 0.05}
     with mock_stack(tiny_pair, decode_settings=slow, max_connections=4) as stack, Client(stack.grpc) as ours:

@@ -38,7 +38,7 @@ SCHEMAS = {
     "recipe": record(dish=WORD, steps=many(LINE, 3), vegetarian={"type": "boolean"}),
     "review": record(stars={"enum": [1, 2, 3, 4, 5]}, summary=LINE, mood={"enum": ["good", "bad", "mixed"]}),
     "place": record(
-        city=WORD, at=record(lat={"type": "number", "minimum": -90, "maximum": 90, "multipleOf": 0.01}), note=LINE
+        city=WORD, at=record(lat={"type": "number", "minimum": -90, "maximum": 90, "multipleOf": 0.5}), note=LINE
     ),
     "event": record(what=WORD, when={"type": "string", "format": "date"}, guests=many(record(name=WORD), 2)),
     "colour": record(name=WORD, code={"type": "string", "pattern": "^#[0-9a-f]{6}$"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -267,6 +268,7 @@ class _Peer:
                 kind = message.WhichOneof("message") if message else None
                 if kind == "queued":
                     pulling = asyncio.ensure_future(self._pull(spec, call))
+                    pulling.add_done_callback(lambda task: _end_if_failed(task, call))
                 elif kind == "scheduled":
                     queue_ns = message.scheduled.queue_ns
                 elif kind == "first_token":
@@ -322,3 +324,10 @@ class _Peer:
             )
             check_compatible(self._worker.identity, theirs, self._name)
             self._checked = True
+
+
+def _end_if_failed(pulling: asyncio.Task[None], call: Any) -> None:
+    """Nobody else would hear of it."""
+    if not pulling.cancelled() and pulling.exception() is not None:
+        logging.error("a pull failed", exc_info=pulling.exception())
+        call.cancel()

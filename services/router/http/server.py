@@ -112,10 +112,13 @@ class _LimitedProtocol(HttpToolsProtocol):
     max_connections = 0
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
+    _head_bytes = 0  # of the lines that the parser has seen
+    _unfinished_bytes = 0  # received, of a head that is not complete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # asyncio does it for sockets that it has made itself; without it an event waits 40 ms for an acknowledgement.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._await_head()
         if len(self.connections) > self.max_connections:
             self._reject(too_many_connections())
@@ -131,15 +134,23 @@ class _LimitedProtocol(HttpToolsProtocol):
         between = self.cycle is None or self.cycle.response_complete
         if between and self._head_timer is None:
             self._await_head()
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
         super().data_received(data)
-        # Still no complete head: only its own bytes have been counted.
-        if self._head_timer is not None and self._head_bytes > MAX_HEAD:
-            self._reject(ApiError(431, f"the head of the request is larger than {MAX_HEAD} bytes"))
+        if self._head_timer is not None:  # still no complete head: every byte is its own
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > MAX_HEAD:
+                self._reject(_head_too_large())
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
         self._head_done()
+        self._head_bytes = 0
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
@@ -152,11 +163,17 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._reading_again()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn says to bytes that are not HTTP."""
-        self._reject(ApiError(400, "the request is not valid HTTP"))
+        """What uvicorn says to bytes that are not HTTP, and when a callback of the parser raises."""
+        too_large = self._head_bytes > MAX_HEAD
+        self._reject(_head_too_large() if too_large else ApiError(400, "the request is not valid HTTP"))
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD:
+            raise ValueError("the head is too large")
 
     def _await_head(self) -> None:
-        self._head_bytes = 0
+        self._head_bytes = self._unfinished_bytes = 0
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._head_missing)
 
     def _head_done(self) -> None:
@@ -183,6 +200,10 @@ class _LimitedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(431, f"the head of the request is larger than {MAX_HEAD} bytes")
 
 
 _PHRASES = {
