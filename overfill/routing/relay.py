@@ -47,6 +47,7 @@ class RelayRequest:
         deadline: on the same clock, or None.
         trace: ask for ``Finish.trace``.
         sample_index: which of several answers to the same prompt.
+        tenant_salt: requests of different salts share no cached KV.
     """
 
     id: str
@@ -58,6 +59,7 @@ class RelayRequest:
     emitted_token_ids: tuple[int, ...] = ()
     trace: bool = False
     sample_index: int = 0
+    tenant_salt: str = ""
 
 
 class Relay:
@@ -215,6 +217,7 @@ class Relay:
             eos_token_ids=self._request.eos_token_ids,
             trace=self._request.trace,
             sample_index=self._request.sample_index,
+            tenant_salt=self._request.tenant_salt,
         )
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
