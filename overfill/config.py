@@ -74,7 +74,9 @@ class ServiceConfig(BaseSettings):
     program: ClassVar[str]
 
     pair: Path = Field(description="folder of the pair: pair.json, full/ and decoder/")
-    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback needs TLS")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; anything but loopback needs --tls-cert, --tls-key and --tls-ca"
+    )
     port: Port = Field(0, description="port to listen on; 0 picks a free one")
     grace_period: float = Field(30.0, ge=0, description="seconds for running requests to finish at shutdown")
     tls_cert: Path | None = Field(None, description="PEM certificate of this process")
@@ -86,10 +88,13 @@ class ServiceConfig(BaseSettings):
     def _check_tls(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
-        if self.tls_cert is None and not is_loopback(self.host):
+        # Without --tls-ca nobody has to show a certificate: anyone could join as a worker, or drain the stack. API
+        # keys guard neither of these.
+        if (self.tls_cert is None or self.tls_ca is None) and not is_loopback(self.host):
             raise ValueError(
-                f"--host {self.host} is open to other machines, and without TLS to anyone there: "
-                "give --tls-cert and --tls-key, or keep --host 127.0.0.1"
+                f"--host {self.host} is open to other machines, and without certificates of both sides to anyone "
+                "there: give --tls-cert, --tls-key and --tls-ca (which signed the certificates of all other "
+                "processes), or keep --host 127.0.0.1"
             )
         return self
 

@@ -13,6 +13,7 @@ from overfill.v1 import common_pb2
 
 MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 1024
 
@@ -84,7 +85,7 @@ class SamplingParams:
         ignore_eos: run on past the model's own end-of-sequence ids.
         logprobs: None, or how many most likely tokens to report beside the chosen one (0 to 20).
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that are in the prompt or
-            in the answer so far (as in Hugging Face *generate*); more than 0, 1 does nothing.
+            in the answer so far (as in Hugging Face *generate*); in [0.01, 100], 1 does nothing.
         presence_penalty: subtracted from the logit of every token that is in the answer so far, in [-2, 2].
         frequency_penalty: subtracted once for each time that the token is in the answer so far, in [-2, 2].
         logit_bias: token id to what is added to its logit, in [-100, 100].
@@ -133,9 +134,10 @@ class SamplingParams:
             raise _invalid("logprobs", f"must be in 0..{MAX_LOGPROBS}, got {self.logprobs}")
         if self.greedy and (self.top_k not in (None, 1) or self.top_p != 1 or self.min_p != 0):
             raise _invalid("temperature", "0 (greedy) contradicts top_k, top_p and min_p; leave those out")
-        _check_finite("repetition_penalty", self.repetition_penalty)
-        if self.repetition_penalty <= 0:
-            raise _invalid("repetition_penalty", f"must be more than 0, got {self.repetition_penalty}")
+        # Beyond these no use is known, and float32 logits are soon infinite.
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            allowed = f"[{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]"
+            raise _invalid("repetition_penalty", f"must be in {allowed}, got {self.repetition_penalty}")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not abs(value) <= MAX_PENALTY:

@@ -44,6 +44,14 @@ class ApiKey:
     sha256: str
     created: str
 
+    @property
+    def tenant_salt(self) -> str:
+        """Keeps cached KV of this key's holder from others; the same on every router, also for a new key of the name.
+
+        A hash, so that workers do not learn names.
+        """
+        return hashlib.sha256(f"overfill-tenant/1 {self.name}".encode()).hexdigest()
+
 
 class KeyRing:
     """The keys of a file, read again when it changes; a damaged new version leaves the old one in force.

@@ -19,7 +19,13 @@ _POLL = 0.5  # seconds between looks at the worker
 )
 @connection_options
 def drain_command(
-    worker: str, timeout: float, address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None
+    worker: str,
+    timeout: float,
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    api_key: str | None,
 ) -> int:
     """Take WORKER out of a running stack: it accepts nothing new and leaves when it is idle.
 
@@ -28,7 +34,7 @@ def drain_command(
     """
     from rich.console import Console
 
-    with connect(address, tls_ca, tls_cert, tls_key) as client:
+    with connect(address, tls_ca, tls_cert, tls_key, api_key) as client:
         client.drain(worker)
         deadline = time.monotonic() + timeout
         with Console(stderr=True, highlight=False).status(f"{worker} drains") as line:

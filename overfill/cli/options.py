@@ -19,8 +19,14 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def connection_options(command: _F) -> _F:
-    """Adds ``address``, ``tls_ca``, ``tls_cert`` and ``tls_key``, which ``connect`` takes."""
+    """Adds ``address``, ``tls_ca``, ``tls_cert``, ``tls_key`` and ``api_key``, which ``connect`` takes."""
     for option in (
+        click.option(
+            "--api-key",
+            envvar="OVERFILL_API_KEY",
+            show_envvar=True,
+            help="Key to show, where the stack wants one; in the variable, other users of this machine do not see it.",
+        ),
         click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert."),
         click.option("--tls-cert", type=_FILE, help="PEM certificate to show, when the stack asks for one."),
         click.option("--tls-ca", type=_FILE, help="PEM certificates to trust; turns TLS on."),
@@ -69,14 +75,16 @@ def dtype_option(command: _F) -> _F:
     )(command)
 
 
-def connect(address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> Client:
-    """A client for the stack at ``address``. Raises click.UsageError when the TLS files do not fit."""
+def connect(
+    address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, api_key: str | None
+) -> Client:
+    """A client for the stack at ``address``. Raises click.UsageError when the TLS files or the key do not fit."""
     from overfill.client import Client
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
         tls = ClientTls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
-        return Client(address, tls=tls)
+        return Client(address, tls=tls, api_key=api_key or None)
     except (TlsError, ValueError) as error:
         raise click.UsageError(str(error)) from error
 

@@ -15,7 +15,12 @@ _ANSWER_SECONDS = 5.0
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connection_options
 def status_command(
-    as_json: bool, address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None
+    as_json: bool,
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    api_key: str | None,
 ) -> int:
     """Show the workers of a running stack, as they answer now.
 
@@ -23,7 +28,7 @@ def status_command(
     """
     from overfill.cli.output import console, print_json, status_json, status_table
 
-    with connect(address, tls_ca, tls_cert, tls_key) as client:
+    with connect(address, tls_ca, tls_cert, tls_key, api_key) as client:
         status = client.status(timeout=_ANSWER_SECONDS)
     tls = any((tls_ca, tls_cert, tls_key))
     if as_json:

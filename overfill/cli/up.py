@@ -45,7 +45,10 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
     help="Port of the OpenAI endpoint (other routers take the following ones); 0 picks free ones.  [default: none]",
 )  # fmt: skip
 @click.option("--api-keys", type=_FILE, help="Keys that clients must show; see `overfill keys`.")
-@click.option("--host", help="Address to listen on; all but loopback need TLS.  [default: 127.0.0.1]")
+@click.option(
+    "--host",
+    help="Address to listen on; all but loopback need --tls-cert, --tls-key and --tls-ca.  [default: 127.0.0.1]",
+)
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads per worker.  [default: an equal share]")
 @click.option("--kv-memory", help="KV cache per worker, such as 512MiB.")
@@ -167,6 +170,8 @@ def _welcome(plan: Plan) -> Panel:
         # A stack with a CA of its own also wants to see the client's certificate.
         ca = plan.client_tls.ca
         option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
+    if plan.routers[0].api_keys is not None:
+        option += " --api-key YOURS"
     table.add_row("gRPC", ", ".join(plan.addresses))
     if plan.openai_urls:
         table.add_row("OpenAI", ", ".join(plan.openai_urls))

@@ -133,7 +133,9 @@ def build_chat(messages: Sequence[Any]) -> inference_pb2.Chat:
 
 
 def authorization(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call."""
+    """Metadata of every call. Raises ValueError when ``api_key`` cannot be sent."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("the API key has characters that no key has; copy it again")
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 

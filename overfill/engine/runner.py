@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import LogitProcessor, process
-from overfill.model.sampling import SampledToken, refuse_broken, sample
+from overfill.model.sampling import SampledToken, broken, sample
 from overfill.model.transformer import GreedyModel, Model
 from overfill.params import SamplingParams
 
@@ -59,7 +59,8 @@ def choose(
         return [], {}
     refused = process(logits, [c.processor for c in choices], [c.emitted for c in choices])
     positions = [work.end for work in works if work.wants_logits]
-    return sample(logits, [c.sampling for c in choices], positions, [c.sample_index for c in choices]), refused
+    tokens, failed = sample(logits, [c.sampling for c in choices], positions, [c.sample_index for c in choices])
+    return tokens, failed | refused  # a row that was refused may be broken because of it
 
 
 class ModelRunner:
@@ -93,8 +94,7 @@ class ModelRunner:
         """
         if choices and all(c.most_likely for c in choices) and isinstance(self.model, GreedyModel):
             tokens = self.model.most_likely(self._batch(works), self.cache, on_layer_start, on_kv_written).tolist()
-            refuse_broken(tokens)
-            return [SampledToken(token) for token in tokens], {}
+            return [SampledToken(token) for token in tokens], broken(tokens)
         return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
 
     def synchronize(self) -> None:

@@ -39,7 +39,7 @@ def sample(
     params: Sequence[SamplingParams],
     positions: Sequence[int],
     sample_indices: Sequence[int],
-) -> list[SampledToken]:
+) -> tuple[list[SampledToken], dict[int, Exception]]:
     """Chooses one token per row.
 
     Greedy rows take the most likely token. The others draw ``u = Philox(seed; sample_index, position)`` and
@@ -51,9 +51,11 @@ def sample(
         positions: one per row; the position that the chosen token will have.
         sample_indices: one per row; which of a request's answers the row belongs to.
 
+    Returns:
+        A token per row; and row -> error of rows that hold NaN or +inf, or nothing finite, whose tokens mean nothing.
+
     Raises:
         ValueError: a row that is not greedy has no seed.
-        InternalError: a row holds NaN or +inf, or nothing finite.
     """
     drawn = [row for row, p in enumerate(params) if not p.greedy]
     unseeded = [row for row in drawn if params[row].seed is None]
@@ -69,18 +71,17 @@ def sample(
         )
         chosen[rows] = _draw(logits[rows], [params[row] for row in drawn], u)
     tokens = chosen.tolist()
-    refuse_broken(tokens)
-    wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
+    failed = broken(tokens)
+    wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None and row not in failed}
     result = [SampledToken(token) for token in tokens]
     for row, scored in zip(wanted, _logprobs(logits, chosen, wanted), strict=True):
         result[row] = scored
-    return result
+    return result, failed
 
 
-def refuse_broken(tokens: Sequence[int]) -> None:
-    """Raises InternalError if a token is -1, which stands for a row of logits that is not finite."""
-    if -1 in tokens:
-        raise InternalError(f"the logits of rows {[row for row, t in enumerate(tokens) if t < 0]} are not finite")
+def broken(tokens: Sequence[int]) -> dict[int, Exception]:
+    """Row -> error of tokens that are -1, which stands for a row of logits that is not finite."""
+    return {row: InternalError("the logits are not finite") for row, token in enumerate(tokens) if token < 0}
 
 
 def _most_likely(logits: Tensor) -> Tensor:
@@ -95,9 +96,10 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float6
     native = draw(logits, params, u)
     if native is not None:
         return native
-    weights = filtered_weights(logits, params)
+    lost = _most_likely(logits) < 0
+    weights = filtered_weights(logits.masked_fill(lost.unsqueeze(1), 0), params)  # filters index by counts: no NaN
     tokens = _inverse_cdf(weights, torch.from_numpy(u).to(logits.device))
-    return torch.where(_most_likely(logits) < 0, -1, tokens)
+    return torch.where(lost, -1, tokens)
 
 
 def filtered_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -48,6 +48,7 @@ class RelayRequest:
         trace: ask for ``Finish.trace``.
         sample_index: which of several answers to the same prompt.
         codec: how the prompt's KV is to travel; 0 leaves it to the decode worker.
+        tenant_salt: requests of different salts share no cached KV.
     """
 
     id: str
@@ -60,6 +61,7 @@ class RelayRequest:
     trace: bool = False
     sample_index: int = 0
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
+    tenant_salt: str = ""
 
 
 class Relay:
@@ -218,6 +220,7 @@ class Relay:
             trace=self._request.trace,
             codec=self._request.codec,
             sample_index=self._request.sample_index,
+            tenant_salt=self._request.tenant_salt,
         )
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import NoReturn
 
 import grpc
@@ -12,6 +13,9 @@ from overfill.api.keys import KeyRing, bearer
 from overfill.errors import Unauthenticated
 from overfill.rpc.interceptors import Context, Handler
 from overfill.v1 import inference_pb2
+
+tenant_salt: ContextVar[str] = ContextVar("tenant_salt", default="")
+"""Of the key that the RPC being served came with; empty where no keys are wanted."""
 
 _PUBLIC = f"/{inference_pb2.DESCRIPTOR.services_by_name['Inference'].full_name}/"
 
@@ -36,8 +40,12 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # n
 
     def _known(self, call: grpc.HandlerCallDetails) -> bool:
         metadata = dict(call.invocation_metadata or ())
-        key = bearer(str(metadata.get("authorization", "")))
-        return key is not None and self._keys.find(key) is not None
+        shown = bearer(str(metadata.get("authorization", "")))
+        key = None if shown is None else self._keys.find(shown)
+        if key is None:
+            return False
+        tenant_salt.set(key.tenant_salt)  # gRPC runs interceptors and the handler of an RPC in one task of its own
+        return True
 
 
 async def _refuse(request: object, context: Context) -> NoReturn:

@@ -103,12 +103,15 @@ class Generator:
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
-    def start(self, checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
+    def start(
+        self, checked: GenerationRequest, received: float, time_left: float | None, tenant_salt: str
+    ) -> Generation:
         """Queues a request.
 
         Args:
             received: when it came, seconds on the event loop's clock.
             time_left: seconds until its deadline; None without one.
+            tenant_salt: of the key that it came with; empty where no keys are wanted.
 
         Raises:
             PromptTooLong, Overloaded: it cannot be queued.
@@ -126,6 +129,7 @@ class Generator:
                 trace=checked.trace,
                 sample_index=checked.sample_index,
                 codec=checked.kv_codec,
+                tenant_salt=tenant_salt,
             ),
             self._gate,
             self._connector,

@@ -262,7 +262,7 @@ EXTENSIONS = [
     Case(
         "repetition_penalty",
         "supported",
-        "over prompt and answer, as Hugging Face",
+        "over prompt and answer, as Hugging Face; 0.01 to 100",
         check=_accepted(repetition_penalty=2),
     ),
     Case("ignore_eos", "supported", "", check=_accepted(ignore_eos=True)),

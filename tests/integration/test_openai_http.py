@@ -15,6 +15,7 @@ import pytest
 from mocks import mock_stack
 
 from overfill.api import keys
+from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -248,7 +249,7 @@ def test_a_full_queue_is_429_with_retry_after(tiny_pair):
         assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
 
 
-def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path):
+def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path, monkeypatch):
     file = tmp_path / "keys.json"
     key = keys.create(file, "ci")
     with mock_stack(tiny_pair, api_keys=file) as stack:
@@ -264,6 +265,15 @@ def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path):
             assert client.models.list().data
         with Client(stack.grpc, api_key=key) as ours:
             assert ours.generate("x", sampling=SamplingParams(max_tokens=2)).usage.completion_tokens == 2
+        for command in (["generate", "--max-tokens", "2", "x"], ["status"]):
+            arguments = [*command, "--address", stack.grpc]
+            monkeypatch.delenv("OVERFILL_API_KEY", raising=False)
+            assert main([*arguments, "--api-key", key]) == 0
+            monkeypatch.setenv("OVERFILL_API_KEY", key)
+            assert main(arguments) == 0
+        monkeypatch.setenv("OVERFILL_API_KEY", "wrong")
+        assert main(["generate", "--address", stack.grpc, "x"]) != 0
+        assert main(["generate", "--address", stack.grpc, "--api-key", "a\nb", "x"]) == 2
         for wrong in (None, "wrong"):
             with Client(stack.grpc, api_key=wrong) as ours:
                 for call in (

@@ -10,13 +10,15 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 import torch
 from stacks import children, idle, loads, running_stack, wait_until
 
+from overfill.api import keys
 from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment
-from overfill.client import Client, SamplingParams
+from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
@@ -160,6 +162,44 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     assert torch.allclose(cold.k, warm.k, atol=1e-4)
     _, stats = await worker(prompt, salt="two")
     assert stats.cached_tokens == 0
+
+
+def test_keys_share_no_cache_whatever_they_come_by(tiny_pair, tmp_path):
+    """Neither by gRPC nor by HTTP, on neither stage; one key's own requests share theirs, over both."""
+    file = tmp_path / "keys.json"
+    a, b = keys.create(file, "a"), keys.create(file, "b")
+    prompt = list(range(10, 10 + 5 * BLOCK))
+    with running_stack(tiny_pair, http=0, api_keys=file) as (stack, address):
+        url = stack.plan.openai_urls[0]
+
+        def by_grpc(key):
+            with Client(address, api_key=key) as client:
+                return client.generate(prompt, sampling=GREEDY).usage.cached_tokens
+
+        def by_http(key):
+            with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+                model = client.models.list().data[0].id
+                answer = client.completions.create(model=model, prompt=prompt, max_tokens=4, temperature=0)
+                return answer.usage.prompt_tokens_details.cached_tokens
+
+        assert by_grpc(a) == 0
+        assert by_grpc(a) > 0
+        assert by_http(a) > 0
+        assert by_http(b) == 0
+        assert by_http(b) > 0
+        assert by_grpc(b) > 0
+        keys.revoke(file, "b")
+        c = keys.create(file, "c")
+        wait_until(lambda: _accepted(address, c), 20, "the router reads its keys again")
+        assert by_grpc(c) == 0
+
+
+def _accepted(address, key):
+    with Client(address, api_key=key) as client:
+        try:
+            return bool(client.models())
+        except Unauthenticated:
+            return False
 
 
 async def test_what_is_held_does_not_travel(worker):

@@ -82,11 +82,19 @@ def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
-def test_an_open_host_needs_tls(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
+def test_an_open_host_needs_certificates_of_both_sides(
+    kind: type[ServiceConfig], host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["--pair", "p", "--host", host]
-    message = refused(RouterConfig, argv, capsys)
-    assert "--tls-cert" in message
-    assert RouterConfig.parse([*argv, "--tls-cert", "c", "--tls-key", "k"]).host == host
+    if kind is not RouterConfig:
+        argv += ["--advertise", "gpu-1.internal"]
+    assert "--tls-cert" in refused(kind, argv, capsys)
+    certified = [*argv, "--tls-cert", "c", "--tls-key", "k"]
+    assert "--tls-ca" in refused(kind, certified, capsys)
+    if kind is RouterConfig:  # keys guard neither Admin nor Registry
+        assert "--tls-ca" in refused(kind, [*certified, "--api-keys", "keys.json"], capsys)
+    assert kind.parse([*certified, "--tls-ca", "a"]).host == host
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
@@ -94,7 +102,7 @@ def test_an_open_host_needs_tls(host: str, capsys: pytest.CaptureFixture[str]) -
 def test_a_worker_on_every_address_must_say_where_it_is(
     kind: type[ServiceConfig], host: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--pair", "p", "--host", host, "--tls-cert", "c", "--tls-key", "k"]
+    argv = ["--pair", "p", "--host", host, "--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]
     assert "--advertise" in refused(kind, argv, capsys)
     assert "--advertise" in refused(kind, [*argv, "--advertise", host], capsys)
     if host != "::":  # "::" with a port is another address

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from overfill.params import MAX_LOGPROBS
+from overfill.params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -62,7 +62,7 @@ class Sampling(Strict):
     # Extensions, as vLLM names them.
     ignore_eos: bool | None = None
     min_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     stop_token_ids: Ids | None = None
     top_k: int | None = None
 

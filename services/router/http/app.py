@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overfill import __version__
-from overfill.api.keys import KeyRing, bearer
+from overfill.api.keys import ApiKey, KeyRing, bearer
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
 from overfill.api.openai.errors import ApiError, from_error, unauthorized, unknown_url, wrong_method
@@ -102,7 +102,8 @@ class HttpApi:
 
     async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
-        answers = Answers(self._generator, asked, envelope)
+        key: ApiKey | None = request.scope.get("api_key")
+        answers = Answers(self._generator, asked, envelope, "" if key is None else key.tenant_salt)
         await answers.start(received)
         try:
             if asked.stream:

@@ -29,10 +29,11 @@ _Event = tuple[Choice, inference_pb2.Delta | None]
 class Answers:
     """All choices of one request, running."""
 
-    def __init__(self, generator: Generator, asked: Asked, envelope: Envelope) -> None:
+    def __init__(self, generator: Generator, asked: Asked, envelope: Envelope, tenant_salt: str) -> None:
         self._generator = generator
         self._asked = asked
         self._envelope = envelope
+        self._tenant_salt = tenant_salt
         self._stack = AsyncExitStack()
         self.choices: list[Choice] = []
         self._running: list[Generation] = []
@@ -44,7 +45,7 @@ class Answers:
             for prompt, request in enumerate(asked.prompts):
                 checked = await generator.check(request)
                 for each in choices(checked, asked.n):
-                    generation = generator.start(each, received, None)
+                    generation = generator.start(each, received, None, self._tenant_salt)
                     self._running.append(await self._stack.enter_async_context(generation))
                     self.choices.append(
                         Choice(

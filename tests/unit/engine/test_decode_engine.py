@@ -21,6 +21,7 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
+from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.params import SamplingParams
@@ -210,6 +211,31 @@ def test_a_failed_step_fails_its_sequences_only(runner, pool, events):
     while engine.step():
         pass
     assert tokens(events, "b") == [21, 22, 23]
+
+
+def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, events, monkeypatch):
+    """As a penalty beyond all bounds would make them."""
+    compute = runner.run
+
+    def run(works, *hooks):
+        logits = compute(works, *hooks)
+        for row, work in enumerate(works):
+            if work.tokens[-1] == 21:
+                logits[row, 5] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner, "run", run)
+    engine = new_engine(runner, pool, events)
+    for name, first in (("a", 10), ("b", 20), ("c", 30)):
+        engine.handle(Reserve(sequence(name)))
+        engine.handle(Start(name, first))
+    while engine.step():
+        pass
+    assert [tokens(events, name) for name in "abc"] == [[11, 12, 13], [21], [31, 32, 33]]
+    (failed,) = [event for event in events if isinstance(event, SequenceFailed)]
+    assert failed.id == "b"
+    assert isinstance(failed.error, InternalError)
+    engine.handle(Release("b"))
 
 
 def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(runner, pool, events):

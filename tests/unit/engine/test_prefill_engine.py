@@ -16,6 +16,7 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
+from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.params import SamplingParams
@@ -169,6 +170,25 @@ def test_a_failed_step_fails_its_prompts_only(runner, pool, events):
     engine.handle(Submit(prompt("b", 6)))
     engine.step()
     assert [e.id for e in of(PromptComputed, events)] == ["b"]
+    engine.handle(Release("b"))
+
+
+def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events, monkeypatch):
+    compute = runner.run
+
+    def run(works, *hooks):
+        logits = compute(works, *hooks)
+        logits[0] = float("inf")
+        return logits
+
+    monkeypatch.setattr(runner, "run", run)
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(prompt("a", 3)))
+    engine.handle(Submit(prompt("b", 3)))
+    engine.step()
+    assert [(e.id, type(e.error)) for e in of(SequenceFailed, events)] == [("a", InternalError)]
+    assert [e.id for e in of(PromptComputed, events)] == ["b"]
+    engine.handle(Release("a"))
     engine.handle(Release("b"))
 
 

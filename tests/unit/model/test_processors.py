@@ -114,7 +114,7 @@ def run(params: SamplingParams, grammars: Grammars, seed: int) -> list[int]:
     for step in range(200):
         logits = random_logits(1, 1000 * seed + step)
         assert process(logits, [processor], [emitted]) == {}
-        token = sample(logits, [params], [step], [0])[0].token_id
+        token = sample(logits, [params], [step], [0])[0][0].token_id
         if token == END:
             return emitted
         emitted.append(token)
@@ -183,7 +183,7 @@ def test_logprobs_are_those_of_the_changed_logits(grammars: Grammars) -> None:
     params = SamplingParams(temperature=0, logprobs=20, grammar=DIGITS)
     logits = random_logits(1)
     process(logits, [new_processor(params, [], grammars)], [[]])
-    token = sample(logits, [params], [0], [0])[0]
+    (token,), _ = sample(logits, [params], [0], [0])
     assert token.top is not None
     listed = [value for _, value in token.top if value != float("-inf")]
     assert sum(torch.tensor(listed).exp()) <= 1.001

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +17,21 @@ from transformers import (
 )
 
 from overfill.errors import InternalError
+from overfill.model import sampling
 from overfill.model.philox import uniform
-from overfill.model.sampling import filtered_weights, sample
+from overfill.model.sampling import SampledToken, filtered_weights
+from overfill.model.sampling import sample as sample_rows
 from overfill.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
+
+
+def sample(
+    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> list[SampledToken]:
+    tokens, failed = sample_rows(logits, params, positions, sample_indices)
+    assert not failed
+    return tokens
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, n: int) -> list[int]:
@@ -197,11 +209,20 @@ def test_more_logprobs_than_tokens() -> None:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=1, top_k=3, top_p=0.5)], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
-def test_broken_logits_never_yield_a_token(row: list[float], params: SamplingParams) -> None:
-    logits = torch.tensor([[1.0, 2.0, 3.0], row])
-    with pytest.raises(InternalError, match=r"rows \[1\] are not finite"):
-        sample(logits, [GREEDY, params], [0, 0], [0, 0])
+@pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3, [math.nan] * 3])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+def test_broken_logits_yield_no_token_and_leave_their_neighbours_alone(
+    native: bool, row: list[float], params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+    logits = torch.tensor([row, [1.0, 2.0, 3.0], row])
+    neighbour = replace(params, seed=5, logprobs=2)
+    want = sample(logits[1:2], [neighbour], [7], [0])
+    tokens, failed = sample_rows(logits, [replace(params, logprobs=3), neighbour, params], [7, 7, 7], [0, 0, 0])
+    assert tokens[1] == want[0]
+    assert sorted(failed) == [0, 2]
+    assert all(isinstance(error, InternalError) for error in failed.values())
 
 
 def test_a_row_to_be_drawn_needs_a_seed() -> None:

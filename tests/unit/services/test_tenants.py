@@ -1,0 +1,59 @@
+"""Whose request it is reaches the workers as a salt: of the key's name, and of no other request's."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from overfill.api import keys
+from overfill.api.keys import KeyRing
+from overfill.client import AsyncClient
+from overfill.rpc.server import RpcServer
+from overfill.v1 import inference_pb2, inference_pb2_grpc
+from services.router.gate import KeyInterceptor, tenant_salt
+
+
+class Telling(inference_pb2_grpc.InferenceServicer):
+    """Says which salt it sees, once all RPCs are there."""
+
+    def __init__(self, calls):
+        self._barrier = asyncio.Barrier(calls)
+
+    async def Detokenize(self, request, context):
+        await self._barrier.wait()
+        return inference_pb2.DetokenizeResponse(text=tenant_salt.get())
+
+
+async def salts(shown, interceptors):
+    server = RpcServer(None, interceptors=interceptors)
+    name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+    server.add(inference_pb2_grpc.add_InferenceServicer_to_server, Telling(len(shown)), name)
+    address = await server.start("127.0.0.1:0")
+    try:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(AsyncClient(address, api_key=key)) for key in shown]
+            return await asyncio.gather(*(client.detokenize([1]) for client in clients))
+    finally:
+        await server.stop(0)
+
+
+async def test_every_rpc_has_the_salt_of_its_own_key(tmp_path):
+    file = tmp_path / "keys.json"
+    a, b = keys.create(file, "a"), keys.create(file, "b")
+    of_a, of_b = (key.tenant_salt for key in keys.load(file))
+    assert of_a
+    assert of_b
+    assert of_a != of_b
+    assert await salts([a, b, a], [KeyInterceptor(KeyRing(file))]) == [of_a, of_b, of_a]
+
+
+async def test_a_new_key_of_the_same_name_has_the_same_salt(tmp_path):
+    file = tmp_path / "keys.json"
+    keys.create(file, "a")
+    (before,) = keys.load(file)
+    keys.revoke(file, "a")
+    keys.create(file, "a")
+    (after,) = keys.load(file)
+    assert (before.sha256 != after.sha256, before.tenant_salt) == (True, after.tenant_salt)
+
+
+async def test_without_keys_there_is_one_tenant():
+    assert await salts([None, None], []) == ["", ""]
