@@ -43,12 +43,13 @@ class HostCells:
         else:
             data = np.frombuffer(out, dtype=np.uint8)
         view = data.reshape(2, len(layers), count, width)
-        whole, table, slots = self._split(block_table, tokens)
+        partial = width < self._num_heads * self._cell
+        whole, table, slots = self._split(block_table, tokens, partial)
         columns = slice(heads[0] * self._cell, heads[1] * self._cell)
         for half in (0, 1):
             for i, layer in enumerate(layers):
                 target = view[half, i]
-                if width < self._num_heads * self._cell:
+                if partial:
                     target[:] = self._tokens[half][layer][slots, columns]
                     continue
                 if whole:
@@ -56,7 +57,7 @@ class HostCells:
                     # Mode "clip" copies straight into ``out``; every id is in range.
                     np.take(self._blocks[half][layer], table, axis=0, out=rows, mode="clip")
                 if whole < count:
-                    np.take(self._tokens[half][layer], slots[whole:], axis=0, out=target[whole:], mode="clip")
+                    np.take(self._tokens[half][layer], slots, axis=0, out=target[whole:], mode="clip")
         return data.data if out is None else out
 
     def write(
@@ -71,29 +72,35 @@ class HostCells:
         count = tokens[1] - tokens[0]
         width = (heads[1] - heads[0]) * self._cell
         view = np.frombuffer(payload, dtype=np.uint8).reshape(2, len(rows), count, width)
-        whole, table, slots = self._split(block_table, tokens)
+        partial = width < self._num_heads * self._cell
+        whole, table, slots = self._split(block_table, tokens, partial)
         columns = slice(heads[0] * self._cell, heads[1] * self._cell)
         for half in (0, 1):
             for i, targets in enumerate(rows):
                 source = view[half, i]
                 for row in targets:
-                    if width < self._num_heads * self._cell:
+                    if partial:
                         self._tokens[half][row][slots, columns] = source
                         continue
                     if whole:
                         self._blocks[half][row][table] = source[:whole].reshape(len(table), -1)
                     if whole < count:
-                        self._tokens[half][row][slots[whole:]] = source[whole:]
+                        self._tokens[half][row][slots] = source[whole:]
 
     def _split(
-        self, block_table: Sequence[int], tokens: tuple[int, int]
+        self, block_table: Sequence[int], tokens: tuple[int, int], partial: bool
     ) -> tuple[int, np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
-        """How many tokens, from the first, fill whole blocks; those blocks; the slots of all tokens."""
+        """How many tokens, from the first, fill whole blocks; those blocks; the slots of the tokens after them.
+
+        ``partial``: some heads are left out, so that no block is whole.
+        """
         size = self._block_size
-        table = np.asarray(block_table, dtype=np.int64)
-        positions = np.arange(*tokens, dtype=np.int64)
-        slots = table[positions // size] * size + positions % size
-        if tokens[0] % size:
-            return 0, table[:0], slots
         first, last = tokens[0] // size, tokens[1] // size
-        return (last - first) * size, table[first:last], slots
+        if partial or tokens[0] % size:
+            last = first
+        whole = max(0, last - first) * size
+        begin = tokens[0] + whole
+        blocks = np.asarray(block_table[first : -(-tokens[1] // size)], dtype=np.int64)
+        positions = np.arange(begin, tokens[1], dtype=np.int64)
+        slots = blocks[positions // size - first] * size + positions % size
+        return whole, blocks[: whole // size], slots

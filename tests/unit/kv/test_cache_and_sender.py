@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
 from overfill.kv.cache import KvCache, copy_sequence
@@ -150,3 +152,32 @@ async def test_a_range_is_acknowledged_once(executor):
     sender.acknowledge(KvRange(0, 1, 0, 10, 0, 2))
     with pytest.raises(TransferFailed, match="overlaps"):
         sender.acknowledge(KvRange(0, 1, 0, 10, 0, 2))
+
+
+@given(data=st.data())
+def test_any_box_is_read_and_written_right_between_caches_of_other_block_sizes(data):
+    """The same cells, and no others, whether blocks are whole or not and heads are all or some."""
+    source, target = (
+        make_cache(layers=3, heads=4, blocks=20, block_size=4),
+        make_cache(layers=3, heads=4, blocks=30, block_size=8, seed=1),
+    )
+    before = target.k.clone()
+    table = data.draw(st.permutations(range(20)))[:10]
+    other = data.draw(st.permutations(range(30)))[:6]
+    start = data.draw(st.integers(0, 39))
+    tokens = (start, data.draw(st.integers(start + 1, 40)))
+    first = data.draw(st.integers(0, 3))
+    heads = (first, data.draw(st.integers(first + 1, 4)))
+    target.write(other, [[0], [2, 1]], tokens, heads, source.read(table, [2, 0], tokens, heads))
+    taken, placed = source.slots(table, *tokens), target.slots(other, *tokens)
+    columns = slice(*heads)
+    for row, layer in ((0, 2), (2, 0), (1, 0)):
+        for half in (0, 1):
+            assert torch.equal(
+                target.layer(row)[half][placed][:, columns], source.layer(layer)[half][taken][:, columns]
+            )
+    untouched = torch.ones(30 * 8, dtype=torch.bool)
+    untouched[placed] = False
+    flat = before.view(3, 30 * 8, 4, 8)
+    for row in range(3):
+        assert torch.equal(target.layer(row)[0][untouched], flat[row][untouched])
