@@ -161,9 +161,12 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
         except Exception as error:
             failed[row] = error
             words[line] = -1
-    shifts = torch.arange(_WORD_BITS, dtype=torch.int32, device=logits.device)
-    bits = (_tensor(words, logits).unsqueeze(-1) >> shifts) & 1  # [rows, words, 32]
-    forbidden = bits.view(len(rows), -1)[:, :vocab] == 0
+    # Unpacked here, in one go: numpy is several times faster at it than torch, and a byte per token is little to move.
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    forbidden = _tensor(allowed == 0, logits)  # [rows, vocab]
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+        return
     index = torch.tensor([row for row, _ in rows], device=logits.device)
     logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
