@@ -108,13 +108,22 @@ def make_plan(
     ``http`` is the port of the first OpenAI endpoint: 0 for any, None for no endpoint. ``settings`` are fields of the
     configuration classes, each handed to those that have it; None leaves a field to its environment variable or
     default. Exits 2 when a value is wrong, as the services do.
+
+    Raises:
+        click.UsageError: two servers would get the same port.
     """
     settings = settings | {"pair": pair.resolve()}
     host = settings.get("host") or "127.0.0.1"
-    ports = range(port, port + routers) if port else free_ports(host, routers)
+    free = free_ports(host, 2 * routers)  # at once, so that no two are the same
+    ports = range(port, port + routers) if port else free[:routers]
     https: Iterable[int | None] = [None] * routers
     if http is not None:
-        https = range(http, http + routers) if http else free_ports(host, routers)
+        https = range(http, http + routers) if http else free[routers:]
+        if port and http and abs(port - http) < routers:
+            raise click.UsageError(
+                f"--grpc {port} and --http {http} overlap: {routers} routers take as many ports from each on; "
+                f"give --http {port + routers} or more"
+            )
     expected = {"expect_prefill": prefill, "expect_decode": decode}
     router_configs = [
         _configure(RouterConfig, settings | expected | {"port": p, "http": h})

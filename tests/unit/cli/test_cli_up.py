@@ -28,7 +28,7 @@ PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 
 def plan(**settings: Any) -> Plan:
-    values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None}
+    values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": None}
     own = {name: settings.pop(name) for name in list(settings) if name in values}
     return up.make_plan(Path("pair"), **(values | own), settings=settings)
 
@@ -146,6 +146,19 @@ def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytes
 
 def test_free_ports_are_different() -> None:
     assert len(set(free_ports("127.0.0.1", 5))) == 5
+
+
+@pytest.mark.parametrize(("grpc", "http"), [(7600, 7600), (7600, 7601), (7601, 7600)])
+def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["up", "--pair", "/no/such/pair", "--grpc", str(grpc), "--router", "2", "--http", str(http)]
+    assert main(arguments) == 2
+    assert "overlap" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
+def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
+    routers = plan(port=grpc, routers=2, http=http).routers
+    assert len({port for router in routers for port in (router.port, router.http)}) == 4
 
 
 def test_wrong_settings_are_told_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
