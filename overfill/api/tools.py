@@ -96,7 +96,8 @@ def tools_grammar(tools: Sequence[Tool], mode: Mode, *, single: bool) -> str:
     """
     functions = []
     for tool in tools:
-        schema = json.dumps(compact(dict(tool.parameters) or {"type": "object", "properties": {}}))
+        # An object whatever the schema leaves open: `ToolCallReader` reads nothing else.
+        schema = json.dumps(compact({"type": "object", **(tool.parameters or {"properties": {}})}))
         functions.append(f"{json.dumps(tool.name + _ARGUMENTS)} %json {schema}")
     more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
     start = f"TEXT | first{more}" if mode == "auto" else f"{json.dumps(BEGIN)} body{more}"

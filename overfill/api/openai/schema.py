@@ -6,7 +6,7 @@ does. Fields marked ``Ignored`` change nothing in an answer; those in ``refused`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +24,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
-Ids = list[int]
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which only the first wrong item is told: a list of a million could make a million complaints."""
+
+Ids = Items[int]
 
 
 class Strict(BaseModel):
@@ -52,7 +57,7 @@ class Sampling(Strict):
     n: Count | None = None
     presence_penalty: Penalty | None = None
     seed: Seed | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Temperature | None = None
@@ -92,8 +97,8 @@ class Message(Strict):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (None,), "function_call": (None,)}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Items[ContentPart] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     name: Ignored
     refusal: Ignored
@@ -150,13 +155,13 @@ class ChatRequest(Sampling):
         "web_search_options": (None,),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Items[FunctionTool] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     metadata: Ignored
@@ -183,7 +188,7 @@ class CompletionRequest(Sampling):
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (None, 1), "suffix": (None, "")}
 
-    prompt: str | list[str] | Ids | list[Ids]
+    prompt: str | Items[str] | Ids | Items[Ids]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Any = None
@@ -195,8 +200,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[FunctionTool] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1)] | None = None
+    tools: Items[FunctionTool] | None = None
     add_special_tokens: bool = True
 
 

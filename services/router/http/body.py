@@ -16,6 +16,9 @@ R = TypeVar("R", bound=BaseModel)
 BODY_TIMEOUT = 30.0
 """Seconds for a whole body to arrive."""
 
+_LONG = 64 << 10
+"""Bytes from which on a body is parsed in a thread, so that the streams of others go on meanwhile."""
+
 _DISCARDED = 64 << 20
 """Bytes of a refused body that are read all the same: a client that is still sending would not see the answer."""
 
@@ -32,7 +35,8 @@ async def read(request: Request, kind: type[R], limit: int) -> R:
         raise not_json(content_type)
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
-            return parse(kind, await _bytes(request, limit))
+            body = await _bytes(request, limit)
+            return parse(kind, body) if len(body) < _LONG else await asyncio.to_thread(parse, kind, body)
     except TimeoutError:
         raise too_slow() from None
 

@@ -1,0 +1,39 @@
+"""Bodies that are wrong in a great many places are answered as quickly as those that are wrong in one."""
+
+import json
+
+import pytest
+
+from overfill.api.openai.errors import ApiError
+from overfill.api.openai.parse import parse
+from overfill.api.openai.schema import ChatRequest, CompletionRequest
+
+MANY = 50_000
+
+
+def explained(kind, **fields):
+    with pytest.raises(ApiError) as caught:
+        parse(kind, json.dumps({"model": "m", **fields}).encode())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * MANY}, "prompt[0]"),
+        (CompletionRequest, {"prompt": [[1, 2], [1.5] * MANY]}, "prompt[1][0]"),
+        (ChatRequest, {"messages": [1] * MANY}, "messages[0]"),
+    ],
+)
+def test_of_a_list_the_first_wrong_item_is_named(kind, fields, param, monkeypatch):
+    problems = []
+    monkeypatch.setattr("overfill.api.openai.parse._explain", lambda error, body: problems.append(error) or told)
+    told = ApiError(400, "told")
+    explained(kind, **fields)
+    assert problems[0].error_count() < 10, "complaints about every item"
+    monkeypatch.undo()
+    assert param in explained(kind, **fields)
+
+
+def test_very_many_problems_are_only_counted():
+    assert str(MANY) in explained(CompletionRequest, prompt="x", **{f"unknown_{i}": 1 for i in range(MANY)})
