@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
@@ -154,6 +154,7 @@ async def test_a_range_is_acknowledged_once(executor):
         sender.acknowledge(KvRange(0, 1, 0, 10, 0, 2))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_box_is_read_and_written_right_between_caches_of_other_block_sizes(data):
     """The same cells, and no others, whether blocks are whole or not and heads are all or some."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
@@ -32,6 +32,7 @@ def test_a_good_chunk_survives_the_wire():
     assert check(SPEC, received(sealed())) == BOX
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         kv_pb2.KvChunk,
@@ -72,6 +73,7 @@ def test_several_chunks_in_one_message_are_read_as_several():
         decode(message)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_what_is_no_message_is_refused(data):
     try:
