@@ -31,6 +31,12 @@ IDLE_TIMEOUT = 75
 STALLED_TIMEOUT = 60.0
 """Seconds after which a client that does not read its answer is dropped."""
 
+REST_TIMEOUT = 30.0
+"""Seconds for the rest of a body that is answered already: a client that is still sending would not see the answer."""
+
+MAX_REST = 64 << 20
+"""Bytes of such a rest that are taken and dropped."""
+
 _BACKLOG = 2048
 
 
@@ -114,6 +120,9 @@ class _LimitedProtocol(HttpToolsProtocol):
     _stall_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0  # of the lines that the parser has seen
     _unfinished_bytes = 0  # received, of a head that is not complete
+    _in_body = False  # between a head and the end of its request
+    _rest_timer: asyncio.TimerHandle | None = None
+    _rest_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -125,20 +134,29 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_done()
+        self._rest_done()
         self._reading_again()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        between = self.cycle is None or self.cycle.response_complete
-        if between and self._head_timer is None:
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and self._in_body:
+            self._drop(len(data))
+        elif answered and self._head_timer is None:
             self._await_head()
+        in_head = self._head_timer is not None
         super().data_received(data)
-        if self._head_timer is not None:  # still no complete head: every byte is its own
+        if in_head and self._head_timer is not None:  # still no complete head: every byte is its own
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > MAX_HEAD:
                 self._reject(_head_too_large())
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_timer is None:  # a head that follows a request which is still being answered
+            self._await_head()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -151,7 +169,13 @@ class _LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_done()
         self._head_bytes = 0
+        self._in_body = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._rest_done()
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -185,6 +209,19 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._head_timer = None
         self._reject(ApiError(408, "the head of the request did not arrive in time"))
 
+    def _drop(self, size: int) -> None:
+        if self._rest_timer is None:
+            self._rest_timer = self.loop.call_later(REST_TIMEOUT, self.transport.close)
+        self._rest_bytes += size
+        if self._rest_bytes > MAX_REST:
+            self.transport.close()
+
+    def _rest_done(self) -> None:
+        self._rest_bytes = 0
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
+
     def _reading_again(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
@@ -192,6 +229,9 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def _reject(self, error: ApiError) -> None:
         if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:  # it must not land in another answer
+            self.transport.close()
             return
         body = encode(error.body)
         head = (
