@@ -226,8 +226,9 @@ class PrefixCache:
         self._check_count()
 
     def _check_count(self) -> None:
-        owned = sum(len(holder.own) for holder in self._holders.values())
-        _require(self.pool.num_used == owned + self._num_nodes, "a block is lost")
+        known = sum(len(holder.own) for holder in self._holders.values()) + self._num_nodes
+        used = self.pool.num_used
+        _require(used == known, f"{used} blocks are owned, and their owners and the cache know of {known}")
 
     def _walk(self, tokens: Sequence[int], salt: str, most: int) -> Iterator[_Node]:
         node = self._roots.get(salt)
