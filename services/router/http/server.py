@@ -230,7 +230,9 @@ class _LimitedProtocol(HttpToolsProtocol):
     def _reject(self, error: ApiError) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:  # it must not land in another answer
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            # It must not land within another answer.
             self.transport.close()
             return
         body = encode(error.body)
