@@ -7,6 +7,7 @@ sequence that moves, or is replayed, needs nothing but its tokens.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -84,6 +85,15 @@ def new_processor(params: SamplingParams, prompt: Sequence[int], grammars: Gramm
         assert grammars is not None
         matcher = grammars.matcher(params.grammar)
     return LogitProcessor(params, prompt, matcher)
+
+
+async def prepare_processor(
+    params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None
+) -> LogitProcessor | None:
+    """``new_processor`` for an event loop: a grammar, whose first one takes a second, is compiled in a thread."""
+    if params.grammar is None:
+        return new_processor(params, prompt, grammars)
+    return await asyncio.to_thread(new_processor, params, prompt, grammars)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Shutti
 from overfill.kv.codecs import CODEC_NAMES
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
-from overfill.model.processors import LogitProcessor, new_processor
+from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -97,10 +97,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
         """What changes the sequence's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
-        arguments = (SamplingParams.from_proto(start.sampling), list(start.prompt_token_ids), self._parts.grammars)
-        if start.sampling.HasField("grammar"):  # takes milliseconds, and a second the first time
-            return await asyncio.to_thread(new_processor, *arguments)
-        return new_processor(*arguments)
+        sampling = SamplingParams.from_proto(start.sampling)
+        return await prepare_processor(sampling, list(start.prompt_token_ids), self._parts.grammars)
 
     def _accept(self, start: decode_pb2.StartDecode, processor: LogitProcessor | None, context: Context) -> Session:
         if self.host.draining:

@@ -42,7 +42,7 @@ from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
-from overfill.model.processors import LogitProcessor, new_processor
+from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -245,10 +245,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         """What changes the first token's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
         if not start.sample_first_token:
             return None
-        arguments = (SamplingParams.from_proto(start.sampling), list(start.prompt_token_ids), self._parts.grammars)
-        if start.sampling.HasField("grammar"):  # takes milliseconds, and a second the first time
-            return await asyncio.to_thread(new_processor, *arguments)
-        return new_processor(*arguments)
+        sampling = SamplingParams.from_proto(start.sampling)
+        return await prepare_processor(sampling, list(start.prompt_token_ids), self._parts.grammars)
 
     def _accept(self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None) -> Lease:
         """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
