@@ -218,6 +218,9 @@ class DecodeConfig(WorkerConfig):
     kv_codec: Literal["raw", "int8", "fp8"] = Field(
         "raw", description="how prompts' KV travels, unless a request says; int8 and fp8 halve it and cost some quality"
     )
+    cuda_graphs: Literal["on", "off"] = Field(
+        "off", description="whether decode steps on a GPU are recorded and replayed as CUDA graphs"
+    )
     data_streams: int = Field(2, ge=1, le=64, description="parallel connections that carry a request's KV")
 
 

@@ -34,6 +34,7 @@ class Setting:
     Attributes:
         dtype: None takes what the device computes in.
         quantize: of the decoder's matrices; None: as the pair says.
+        cuda_graphs: whether our decode steps are replayed; on a CUDA device only.
         token_budget: most prompt tokens in a step, ours and the peers'.
     """
 
@@ -44,6 +45,7 @@ class Setting:
     threads: int
     peers: tuple[str, ...]
     plan: Plan
+    cuda_graphs: bool = False
     token_budget: int = 2048
 
 
@@ -185,6 +187,7 @@ def _loaded(setting: Setting, workload: Workload, report: Report) -> Iterator[_B
             dtype=dtype,
             device=device,
             quantize=setting.quantize,
+            cuda_graphs=setting.cuda_graphs,
             workload=workload,
             token_budget=setting.token_budget,
         )

@@ -58,6 +58,7 @@ def load_engines(
     quantize: Quantization | None,
     workload: Workload,
     token_budget: int,
+    cuda_graphs: bool = False,
 ) -> tuple[OurEngine, OurEngine | None]:
     """The full model and, unless it is the same, the decoder, each with a KV cache of its own.
 
@@ -81,7 +82,8 @@ def load_engines(
             warm_tokens=token_budget,
             max_num_seqs=workload.batch,
         )
-        return size_pools([loaded], workload.cache_bytes(loaded.spec.token_bytes), workload.tokens + _BLOCK_SIZE)[0]
+        memory = workload.cache_bytes(loaded.spec.token_bytes)
+        return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE, cuda_graphs=cuda_graphs)[0]
 
     full = load("full")
     ours = OurEngine("full", full, full, token_budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,6 +69,7 @@ def _common_options(command: _F) -> _F:
 @click.option(
     "--quantize", type=click.Choice(["none", "int8"]), help="The decoder's matrices.  [default: as the pair says]"
 )
+@click.option("--cuda-graphs", is_flag=True, help="Record our steps and replay them, on a CUDA device.")
 def decode_command(
     pair: str,
     peers: str,
@@ -81,6 +83,7 @@ def decode_command(
     context: int,
     steps: int,
     quantize: Quantization | None,
+    cuda_graphs: bool,
 ) -> None:
     """Tokens per second while answers are written: full model and decoder, at each batch.
 
@@ -91,6 +94,7 @@ def decode_command(
 
     def measure(report: Report) -> Iterator[Row]:
         setting = _setting(pair, peers, dtype, threads, device, quantize, Plan(rounds, steps), report)
+        setting = replace(setting, cuda_graphs=cuda_graphs)
         return bench_decode(setting, batches, context, report)
 
     _print("decode, tokens/s", measure, plot, as_json)

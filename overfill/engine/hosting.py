@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from overfill import __version__
-from overfill.config import LOG_FORMAT, WorkerConfig
+from overfill.config import LOG_FORMAT, DecodeConfig, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
@@ -50,6 +50,7 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
             max_model_len=config.max_model_len,
             warm_tokens=warm_tokens,
             max_num_seqs=config.max_num_seqs,
+            cuda_graphs=isinstance(config, DecodeConfig) and config.cuda_graphs == "on",
         )
 
     return await asyncio.to_thread(load)

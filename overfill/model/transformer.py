@@ -160,6 +160,7 @@ class Transformer:
             hidden = self.weights.embedding[batch.token_ids]  # [T, hidden]
             cos, sin = self._cos[batch.positions], self._sin[batch.positions]
             attend = plan_attention(batch, cache)
+            last = len(self.weights.layers) - 1
             for index, layer in enumerate(self.weights.layers):
                 if on_layer_start is not None:
                     on_layer_start(index)
@@ -169,12 +170,14 @@ class Transformer:
                 v_cache.index_copy_(0, batch.slots, v)
                 if on_kv_written is not None:
                     on_kv_written(index)
-                hidden = hidden + linear(attend(q, k, v, k_cache, v_cache), layer.o, layer.o_bias)
+                attended = attend(q, k, v, k_cache, v_cache)
+                if index == last:  # behind its keys and values only the rows matter whose logits are asked for
+                    attended, hidden = attended[batch.logits_indices], hidden[batch.logits_indices]
+                hidden = hidden + linear(attended, layer.o, layer.o_bias)
                 hidden = hidden + _mlp(layer, self._norm(hidden, layer.post_norm))
             if len(batch.logits_indices) == 0:
                 return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
-            wanted = self._norm(hidden[batch.logits_indices], self.weights.norm)
-            return linear(wanted, self.weights.head).float()
+            return linear(self._norm(hidden, self.weights.norm), self.weights.head).float()
 
     def _project(
         self, layer: LayerWeights[Matrix], x: Tensor, cos: Tensor, sin: Tensor

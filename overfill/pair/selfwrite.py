@@ -22,6 +22,8 @@ from overfill.params import SamplingParams
 QUESTION = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
 ANSWER = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
 BATCH = 64
+DRAW = 4 * BATCH
+"""Conversations begun together: the engine keeps BATCH of them running, so that few steps wait for the longest."""
 _SHORTEST_QUESTION = 12  # characters
 _SHORTEST_ANSWER = 16  # tokens
 
@@ -58,11 +60,12 @@ def write_conversations(
         seen: set[str] = set()
         done = drawn = 0
         while done < count:
-            if drawn > 8 * (count + BATCH):
+            if drawn > 8 * (count + DRAW):
                 raise InvalidPair(f"{full}: only {done} of {drawn} conversations that it wrote are usable")
-            seeds = [(seed << 32) + drawn + i for i in range(BATCH)]
-            drawn += BATCH
-            asked = [c.text.strip() for c in llm.generate([opening] * BATCH, _each(question, seeds)) if _ended(c)]
+            draw = min(DRAW, max(BATCH, 2 * (count - done)))
+            seeds = [(seed << 32) + drawn + i for i in range(draw)]
+            drawn += draw
+            asked = [c.text.strip() for c in llm.generate([opening] * draw, _each(question, seeds)) if _ended(c)]
             questions = [q for q in dict.fromkeys(asked) if len(q) >= _SHORTEST_QUESTION and q not in seen]
             seen.update(questions)
             prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]

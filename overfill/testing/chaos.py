@@ -113,14 +113,18 @@ class Result:
         return sorted(max(0.0, o.longest_pause - usual) for o in self.outcomes if o.migrations)
 
     def judge(self, reference: TwoStageReference, report: Callable[[str, int, int], None]) -> Summary:
-        """Holds every answer against ``reference``."""
+        """Holds every answer against ``reference``; one that was given before has the same verdict."""
         judged: list[Judged] = []
+        known: dict[tuple[object, ...], Judged] = {}
         for outcome in self.outcomes:
             if outcome.error is not None:
                 judged.append(Judged((), f"no answer: {outcome.error}"))
             else:
-                ids = list(outcome.prompt)
-                judged.append(judge(reference, ids, outcome.token_ids, outcome.finish_reason, self.trial.max_tokens))
+                answer = tuple(outcome.prompt), tuple(outcome.token_ids), outcome.finish_reason
+                if answer not in known:
+                    prompt, tokens, reason = answer
+                    known[answer] = judge(reference, prompt, tokens, reason, self.trial.max_tokens)
+                judged.append(known[answer])
             report("Judging", len(judged), len(self.outcomes))
         return summarise(judged)
 

@@ -28,30 +28,54 @@ class Step {
             if (thread == 0) next_pack_ = 0, next_tile_ = 0, next_span_ = 0;
             m_.pool.barrier.wait();
             if (thread == 0) call_hook(i, 1);
+            // Behind the last layer's keys and values only the rows whose logits are asked for matter.
+            const Rows rows = i + 1 == m_.layers.size() ? last_rows_ : Rows{static_cast<size_t>(b_.tokens), nullptr};
+            if (rows.count == 0) return;
             attend(kv, thread);
             m_.pool.barrier.wait();
             if (aborted_) return;
-            for (size_t row = first; row < last; ++row) collect(row);
-            m_.pool.barrier.wait();
-            add_to_hidden(layer.o, layer.o_bias, w_.attended, w_.attended_stride, thread, threads);
-            m_.pool.barrier.wait();
-            for (size_t row = first; row < last; ++row) normalise(row, row, layer.post_norm, w_.normed, w_.scales);
-            m_.pool.barrier.wait();
-            gate(layer, thread, threads);
-            m_.pool.barrier.wait();
-            if (m_.quantised()) {
-                for (size_t row = first; row < last; ++row)
-                    store_operand(w_.gated_wide + row * m_.shape.intermediate, m_.shape.intermediate, true,
-                                  w_.gated + row * w_.gated_stride, w_.scales + row);
-                m_.pool.barrier.wait();
-            }
-            add_to_hidden(layer.down, layer.down_bias, w_.gated, w_.gated_stride, thread, threads);
-            m_.pool.barrier.wait();
+            finish_layer(layer, rows, thread, threads);
         }
         if (b_.wanted) predict(thread, threads);
     }
 
   private:
+    // Rows that a layer goes on with: all, or those in a list.
+    struct Rows {
+        size_t count;
+        const int64_t* list;
+
+        size_t operator[](size_t i) const { return list ? list[i] : i; }
+    };
+
+    // The rows of which logits are wanted; all of them where the list is not in order, as one might be there twice.
+    static Rows rows_behind_last(const OvfBatch& b) {
+        for (int64_t i = 1; i < b.wanted; ++i)
+            if (b.wanted_rows[i] <= b.wanted_rows[i - 1]) return {static_cast<size_t>(b.tokens), nullptr};
+        return {static_cast<size_t>(b.wanted), b.wanted_rows};
+    }
+
+    // What follows attention: its output projection and the MLP. Operands are the rows' in order, without gaps.
+    void finish_layer(const Layer& layer, const Rows& rows, int thread, int threads) {
+        const size_t first = rows.count * thread / threads, last = rows.count * (thread + 1) / threads;
+        for (size_t i = first; i < last; ++i) collect(rows[i], i);
+        m_.pool.barrier.wait();
+        add_to_hidden(layer.o, layer.o_bias, w_.attended, w_.attended_stride, rows, thread, threads);
+        m_.pool.barrier.wait();
+        for (size_t i = first; i < last; ++i) normalise(rows[i], i, layer.post_norm, w_.normed, w_.scales);
+        m_.pool.barrier.wait();
+        gate(layer, rows.count, thread, threads);
+        m_.pool.barrier.wait();
+        if (m_.quantised()) {
+            for (size_t i = first; i < last; ++i)
+                store_operand(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, true,
+                              w_.gated + i * w_.gated_stride, w_.scales + i);
+            m_.pool.barrier.wait();
+        }
+        add_to_hidden(layer.down, layer.down_bias, w_.gated, w_.gated_stride, rows, thread, threads);
+        m_.pool.barrier.wait();
+    }
+
     void call_hook(size_t layer, int64_t written) {
         if (hook_ && !aborted_ && hook_(layer, written)) aborted_ = true;
     }
@@ -185,20 +209,20 @@ class Step {
         *values = *keys + packed_keys(s, tokens);
     }
 
-    // A row's attention, wherever it was computed, as the operand of the output projection.
-    void collect(size_t row) {
+    // A row's attention, wherever it was computed, as row `to` of the output projection's operand.
+    void collect(size_t row, size_t to) {
         const AttentionShape& s = m_.attention;
         const size_t n = s.heads * s.dim, start = w_.span_start[row], count = w_.span_start[row + 1] - start;
         float* x = w_.attention + row * n;
         if (count) join_spans(s, w_.partials + start * s.heads * s.partial(), count, x);
-        store_operand(x, n, m_.quantised(), w_.attended + row * w_.attended_stride, w_.scales + row);
+        store_operand(x, n, m_.quantised(), w_.attended + to * w_.attended_stride, w_.scales + to);
     }
 
-    void add_to_hidden(const Matrix& matrix, const float* bias, const uint16_t* data, size_t stride, int thread,
-                       int threads) {
-        multiply(matrix, {data, w_.scales, stride}, b_.tokens, thread, threads,
-                 [&](size_t row, size_t p, __m512 low, __m512 high) {
-                     float* out = w_.hidden + row * w_.hidden_stride + p * PANEL;  // whole panels fit a row
+    void add_to_hidden(const Matrix& matrix, const float* bias, const uint16_t* data, size_t stride, const Rows& rows,
+                       int thread, int threads) {
+        multiply(matrix, {data, w_.scales, stride}, rows.count, thread, threads,
+                 [&](size_t i, size_t p, __m512 low, __m512 high) {
+                     float* out = w_.hidden + rows[i] * w_.hidden_stride + p * PANEL;  // whole panels fit a row
                      if (bias) {
                          low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
                          high = _mm512_add_ps(high, _mm512_loadu_ps(bias + p * PANEL + 16));
@@ -209,11 +233,11 @@ class Step {
     }
 
     // silu(gate) * up: a panel holds sixteen rows of either.
-    void gate(const Layer& layer, int thread, int threads) {
+    void gate(const Layer& layer, size_t rows, int thread, int threads) {
         const size_t n = m_.shape.intermediate;
         const float* bias = layer.gate_up_bias;
         const bool wide = m_.quantised();
-        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride}, b_.tokens, thread, threads,
+        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride}, rows, thread, threads,
                  [&](size_t row, size_t p, __m512 gate, __m512 up) {
                      if (bias) {
                          gate = _mm512_add_ps(gate, _mm512_loadu_ps(bias + p * PANEL));
@@ -282,6 +306,7 @@ class Step {
 
     Model& m_;
     const OvfBatch& b_;
+    const Rows last_rows_ = rows_behind_last(b_);
     OvfHook hook_;
     Workspace& w_;
     SpanFunction span_;

@@ -15,7 +15,15 @@ from overfill.bench.rounds import Plan, Sample, in_turns
 from overfill.bench.rows import Row, hints, rows_table
 from overfill.pair.manifest import Pair
 
-COST = ModelCost(weight_bytes=1000, kv_token_bytes=10, layer_flops=600, head_flops=400, attention_flops=2)
+COST = ModelCost(
+    weight_bytes=1000,
+    kv_token_bytes=10,
+    layer_flops=600,
+    tail_flops=250,
+    head_flops=400,
+    attention_flops=4,
+    num_layers=2,
+)
 ROW = Row(
     name="decode_full",
     batch=8,
@@ -48,9 +56,10 @@ def test_a_decode_step_is_bound_by_weights_or_products_and_kv_besides(batch, wei
     assert decode_step_seconds(COST, machine, batch, context=50) == weights + batch * 50 * 10 / 100
 
 
-def test_prefill_counts_causal_attention_and_one_head_product_per_prompt():
+def test_prefill_counts_causal_attention_and_what_lies_behind_the_last_kv_once_per_prompt():
     machine = Machine(bandwidth=1e9, matrix_rate=1)
-    assert prefill_seconds(COST, machine, [3, 2]) == 5 * 600 + 2 * 400 + (6 + 3) * 2
+    first_layer, last_layer = (6 + 3) * 2, (3 + 2) * 2
+    assert prefill_seconds(COST, machine, [3, 2]) == 5 * 350 + 2 * (250 + 400) + first_layer + last_layer
     assert prefill_seconds(COST, Machine(bandwidth=1, matrix_rate=1e9), [3]) == 1000
 
 

@@ -87,6 +87,27 @@ def test_int8_weights_add_no_error_of_their_own(name: str, save_model, runner, t
     assert error.max() <= 0.15 * exact.std()
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
+    threads: int, quantize: str, save_model, runner, tmp_path: Path
+) -> None:
+    """Logits of any rows, in any order, are bit for bit those that they are among all rows'; so is what follows."""
+    save_model(CONFIGS["biases"])
+    torch.set_num_threads(threads)
+    model = load(tmp_path, quantize)
+    every, run = runner(model, 256), runner(model, 256)
+    whole = [every.step({"a": PROMPT[:50]}), every.step({"a": PROMPT[50:90], "b": PROMPT[:30]})]
+
+    assert run.step({"a": PROMPT[:50]}, logits=[]).shape == (0, 197)
+    for rows in ([39, 69], [69, 3, 3]):
+        some = runner(model, 256)
+        some.step({"a": PROMPT[:50]}, logits=[])
+        assert torch.equal(some.step({"a": PROMPT[50:90], "b": PROMPT[:30]}, logits=rows), whole[1][rows])
+    run.step({"a": PROMPT[50:90], "b": PROMPT[:30]}, logits=[69])
+    assert torch.equal(run.step({"a": [PROMPT[90]]}), every.step({"a": [PROMPT[90]]}))
+
+
 def test_a_sequence_of_nan_keeps_to_itself(save_model, runner, tmp_path: Path) -> None:
     """As a failed neighbour leaves it behind; blocks that nobody owns are NaN anyway (see the runner)."""
     save_model(CONFIGS["llama"])
