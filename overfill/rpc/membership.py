@@ -58,7 +58,7 @@ class Membership:
     Args:
         hello: what the worker says about itself; read when a stream opens.
         routers: ``host:port`` or ``unix:path`` of one router, or ``dns:///name:port`` for one at each of the
-            name's addresses, looked up again and again.
+            name's addresses, looked up again and again; their certificates are for the name.
         report: given the number of joined routers, the report for each of them, credits divided already.
         on_refused: called when every router has refused the worker for good.
         prefix_keys: whose changes each report carries; None: no prefix cache.
@@ -116,8 +116,10 @@ class Membership:
         self._links.clear()
         self.joined.clear()
 
-    def _add(self, address: str) -> None:
-        link = _Link(address, self._hello, self._report_for, self._membership_changed, self._tls, self._prefix_keys)
+    def _add(self, address: str, name: str | None = None) -> None:
+        link = _Link(
+            address, self._hello, self._report_for, self._membership_changed, self._tls, self._prefix_keys, name
+        )
         self._links[address] = link
         self._tasks[address] = asyncio.create_task(self._keep(link))
 
@@ -139,7 +141,8 @@ class Membership:
                 found = mine
             new = found - self._links.keys()
             for address in new:
-                self._add(address)
+                # Certificates are for names: nobody knows the address of a router's next incarnation.
+                self._add(address, split_address(router.removeprefix(_DNS))[0])
             # Only what this name has added: another entry of the list may own the same address.
             for address in mine - found:
                 await self._remove(address)
@@ -177,8 +180,10 @@ class _Link:
         on_change: Callable[[], None],
         tls: ClientTls | None,
         prefix_keys: PrefixKeys | None,
+        name: str | None,
     ) -> None:
         self.address = address
+        self._name = name
         self.joined = False
         self.refused = False
         self.changed = asyncio.Event()
@@ -212,7 +217,7 @@ class _Link:
 
     async def _session(self) -> None:
         # A new channel each time: a kept one would add its own back-off to ours.
-        channel = open_channel(self.address, self._tls)
+        channel = open_channel(self.address, self._tls, self._name)
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
             with suppress(OverfillError):  # of an ended call; the read says how it ended

@@ -202,6 +202,25 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
             await second.report_with(12)
 
 
+async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch):
+    asked = asyncio.Queue()
+
+    def open_channel(address, tls, name):
+        asked.put_nowait((address, name))
+        raise Unavailable("not today")
+
+    async def resolve(target):
+        return {"10.1.2.3:7600"}
+
+    monkeypatch.setattr(membership_module, "open_channel", open_channel)
+    monkeypatch.setattr(membership_module, "resolve", resolve)
+    async with member("dns:///routers.internal:7600"):
+        assert await asked.get() == ("10.1.2.3:7600", "routers.internal")
+    asked = asyncio.Queue()
+    async with member("router-0.internal:7600"):
+        assert await asked.get() == ("router-0.internal:7600", None)
+
+
 async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkeypatch):
     async with registry() as (router, address):
         answers, lookups = [{address}], asyncio.Queue()

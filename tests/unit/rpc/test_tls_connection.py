@@ -11,8 +11,10 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from overfill.cli.health import health_command
 from overfill.errors import Unavailable
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.server import RpcServer
@@ -93,3 +95,32 @@ async def test_a_server_of_an_unknown_ca_or_a_client_in_the_clear_is_refused(cer
         await check(address, ClientTls(ca=certificates / "client.pem"))
     with pytest.raises(Unavailable):
         await check(address, None)
+
+
+async def test_the_name_that_a_certificate_must_bear_can_be_told(certificates: Path, address: str) -> None:
+    tls = ClientTls(certificates / "ca.pem", certificates / "client.pem", certificates / "client.key")
+    _, _, port = address.rpartition(":")
+    # A router found by its name is connected to by address; its certificate is for the name. Here it is the other way.
+    for name, right in ((None, False), ("127.0.0.1", True), ("other.internal", False)):
+        async with open_channel(f"localhost:{port}", tls, name) as channel:
+            call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            if right:
+                await call
+                continue
+            with pytest.raises(grpc.RpcError):
+                await call
+
+
+async def test_the_health_command_shows_its_certificate(certificates: Path, address: str, mutual: bool) -> None:
+    files = [f"--tls-ca={certificates}/ca.pem", f"--tls-cert={certificates}/client.pem"]
+    files.append(f"--tls-key={certificates}/client.key")
+
+    async def ask(*arguments: str) -> tuple[object, str]:
+        result = await asyncio.to_thread(CliRunner().invoke, health_command, arguments, standalone_mode=False)
+        return result.return_value, result.output
+
+    assert await ask(address, *files) == (0, "SERVING\n")
+    code, output = await ask(address)
+    assert (code, "UNAVAILABLE" in output) == (1, True)
+    if mutual:
+        assert (await ask(address, files[0]))[0] == 1
