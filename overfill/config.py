@@ -104,6 +104,9 @@ class ServiceConfig(BaseSettings):
     tls_cert: Path | None = Field(None, description="PEM certificate of this process")
     tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
     tls_ca: Path | None = Field(None, description="PEM certificates that peers are checked against")
+    tls_name: str = Field(
+        "", description="name that all other processes' certificates bear, whatever their address; empty: their host's"
+    )
     log_level: LogLevel = Field("info", description="how much is logged to stderr")
 
     @model_validator(mode="after")
@@ -204,7 +207,7 @@ class ServiceConfig(BaseSettings):
         """Certificates for talking to the other processes of the stack; None: in the clear."""
         if self.tls_cert is None and self.tls_ca is None:
             return None
-        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key)
+        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
 
     def to_argv(self) -> list[str]:
         """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import click
 
+from overfill.cli.options import tls_options
+
 
 @click.command("health")
 @click.argument("address", default="127.0.0.1:7600")
 @click.option("--service", default="", help="A service of the process, such as overfill.v1.Decode.  [default: all]")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds.")
 @click.option("--live", is_flag=True, help="Any answer will do: whether the process lives, not whether it is ready.")
-@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM certificates to trust; turns TLS on.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate to show.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM private key of --tls-cert.")
-@click.option("--tls-name", help="Name that the certificate has to bear.  [default: ADDRESS's]")
+@tls_options
 def health_command(
     address: str,
     service: str,
@@ -24,7 +23,7 @@ def health_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    tls_name: str | None,
+    tls_name: str,
 ) -> int:
     """Ask the router or worker at ADDRESS whether it is ready (the standard gRPC health service).
 
@@ -38,8 +37,8 @@ def health_command(
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
-        tls = ClientTls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
-        channel = open_sync_channel(address, tls, name=tls_name)
+        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name) if tls_ca or tls_cert or tls_key else None
+        channel = open_sync_channel(address, tls)
     except TlsError as error:
         raise click.UsageError(str(error)) from error
     with channel:

@@ -66,6 +66,7 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--tls-cert", type=_FILE, help="PEM certificate of every process.")
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
 @click.option("--tls-ca", type=_FILE, help="PEM certificates that peers are checked against.")
+@click.option("--tls-name", help="Name that the certificates bear.  [default: the host of each address]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="A log file per process here.")
 def up_command(

@@ -20,29 +20,22 @@ from overfill.rpc.tls import ClientTls
 Options = list[tuple[str, int]]
 
 
-def open_channel(address: str, tls: ClientTls | None = None, name: str | None = None) -> grpc.aio.Channel:
-    """An asyncio channel with its own connection, opened on first use.
-
-    Args:
-        name: what the server's certificate has to be for; None takes the host of ``address``.
-
-    Raises:
-        TlsError: ``tls`` cannot be read.
-    """
+def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
+    """An asyncio channel with its own connection, opened on first use. Raises TlsError on bad ``tls``."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=channel_options())
-    return grpc.aio.secure_channel(address, tls.credentials(), options=[*channel_options(), *_called(name)])
+    return grpc.aio.secure_channel(address, tls.credentials(), options=[*channel_options(), *_expected(tls)])
 
 
-def open_sync_channel(address: str, tls: ClientTls | None = None, name: str | None = None) -> grpc.Channel:
+def open_sync_channel(address: str, tls: ClientTls | None = None) -> grpc.Channel:
     """As ``open_channel``, for threads."""
     if tls is None:
         return grpc.insecure_channel(address, options=channel_options())
-    return grpc.secure_channel(address, tls.credentials(), options=[*channel_options(), *_called(name)])
+    return grpc.secure_channel(address, tls.credentials(), options=[*channel_options(), *_expected(tls)])
 
 
-def _called(name: str | None) -> list[tuple[str, str]]:
-    return [] if name is None else [("grpc.ssl_target_name_override", name)]
+def _expected(tls: ClientTls) -> list[tuple[str, str]]:
+    return [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
 
 
 def channel_options() -> Options:
