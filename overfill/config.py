@@ -1,23 +1,34 @@
-"""Configuration of the three services: one frozen class each, from flags and the environment. No torch.
+"""Configuration of the three services: one frozen class each, from flags, environment and a file. No torch.
 
-A flag ``--kv-memory 512MiB`` of the prefill worker is also ``OVERFILL_PREFILL_KV_MEMORY``; the flag wins.
-Everything is checked once, here, with a message that names the flag; services read values, never the
-environment.
+A flag ``--kv-memory 512MiB`` of the prefill worker is also ``OVERFILL_PREFILL_KV_MEMORY``, and ``kv-memory`` under
+``prefill`` or ``common`` in the file that ``--config`` names. The first of these wins that says something: flag,
+variable, the service's section of the file, ``common``, default. Declaring a field here is all that it takes.
+
+Everything is checked once, here, with a message that names the place; services read values, never the environment.
 """
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
+from overfill.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.kv.spec import DTypeName
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, ServerTls
@@ -26,6 +37,12 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of every service's log."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+UP_KEYS = ("prefill", "decode", "router", "log-dir")
+"""Settings of ``overfill up`` in a file; everything else is a setting of the services that it starts."""
+
+_from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
+"""Values for the configuration that ``parse`` is about to make; where nothing else says anything."""
 
 
 def _split(value: object) -> object:
@@ -72,7 +89,12 @@ class ServiceConfig(BaseSettings):
         env_ignore_empty=True,
     )
     program: ClassVar[str]
+    section: ClassVar[str]
+    """Of a file."""
 
+    config: Path | None = Field(
+        None, description="YAML or TOML file of settings, for what no flag and no variable says; see `overfill config`"
+    )
     pair: Path = Field(description="folder of the pair: pair.json, full/ and decoder/")
     host: str = Field(
         "127.0.0.1", description="address to listen on; anything but loopback needs --tls-cert, --tls-key and --tls-ca"
@@ -82,6 +104,9 @@ class ServiceConfig(BaseSettings):
     tls_cert: Path | None = Field(None, description="PEM certificate of this process")
     tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
     tls_ca: Path | None = Field(None, description="PEM certificates that peers are checked against")
+    tls_name: str = Field(
+        "", description="name that all other processes' certificates bear, whatever their address; empty: their host's"
+    )
     log_level: LogLevel = Field("info", description="how much is logged to stderr")
 
     @model_validator(mode="after")
@@ -99,21 +124,78 @@ class ServiceConfig(BaseSettings):
         return self
 
     @classmethod
-    def parse(cls, argv: Sequence[str] | None = None) -> Self:
-        """Reads flags (``sys.argv[1:]`` when None) over environment variables over defaults.
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Flags come before all of these.
+        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
 
-        Prints what to change to stderr and exits 2 when a flag or variable is unknown or has a bad value.
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None) -> Self:
+        """Reads flags (``sys.argv[1:]`` when None) over environment variables over the file over defaults.
+
+        Prints what to change to stderr and exits 2 when a flag, variable or key is unknown or has a bad value.
         """
-        prefix = cls.model_config["env_prefix"]
-        known = {f"{prefix}{name}".upper() for name in cls.model_fields}
-        unknown = sorted(key for key in os.environ if key.startswith(prefix) and key not in known)
-        if unknown:
-            cls._exit(f"{', '.join(unknown)}: no such setting; see {cls.program} --help for those there are")
         args = list(sys.argv[1:] if argv is None else argv)
+        unknown = sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables())
+        if unknown:
+            cls._exit("; ".join(f"{name}: no such setting; {nearest(name, cls.variables())}" for name in unknown))
+        try:
+            file = cls.find_file(args)
+            values = cls.file_values(file)
+        except BadConfigFile as error:
+            cls._exit(str(error))
+        token = _from_file.set({name: value for name, (_, value) in values.items()})
         try:
             return cls(_cli_parse_args=args, _cli_prog_name=cls.program)  # type: ignore[call-arg]
         except ValidationError as error:
-            cls._exit("; ".join(cls._explain(error)))
+            cls._exit("; ".join(cls.explain(error, cls.origins(args))))
+        finally:
+            _from_file.reset(token)
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """Environment variable -> field."""
+        return {f"{cls.model_config['env_prefix']}{name}".upper(): name for name in cls.model_fields}
+
+    @classmethod
+    def find_file(cls, argv: Sequence[str]) -> ConfigFile | None:
+        """The file that ``--config`` or its variable names, its keys checked. Raises BadConfigFile."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        finder.add_argument("--config")
+        try:
+            path = finder.parse_known_args(argv)[0].config
+        except argparse.ArgumentError:
+            return None  # no value: the real parser says so
+        path = path or os.environ.get(f"{cls.model_config['env_prefix']}CONFIG")
+        return read_checked(Path(path)) if path else None
+
+    @classmethod
+    def file_values(cls, file: ConfigFile | None) -> dict[str, tuple[str, Any]]:
+        """Field -> (``section.key``, value) of what the file says to this service."""
+        return {} if file is None else file.values(cls.section, cls.model_fields)
+
+    @classmethod
+    def origins(cls, argv: Sequence[str]) -> dict[str, str]:
+        """Field -> where its value comes from: a flag, a variable, or FILE: KEY. Those with defaults are not there.
+
+        Raises:
+            BadConfigFile: as ``find_file``.
+        """
+        file = cls.find_file(argv)
+        found = {name: f"{file.path}: {key}" for name, (key, _) in cls.file_values(file).items()} if file else {}
+        found |= {name: variable for variable, name in cls.variables().items() if os.environ.get(variable)}
+        given = {argument.partition("=")[0] for argument in argv}
+        return found | {name: flag for name in cls.model_fields if (flag := f"--{flag_name(name)}") in given}
+
+    @classmethod
+    def _is_ours(cls, variable: str) -> bool:
+        return variable.startswith(cls.model_config["env_prefix"])
 
     def server_tls(self) -> ServerTls | None:
         """Certificates to serve with; with ``tls_ca``, clients must show one that it signed. None: in the clear."""
@@ -125,32 +207,35 @@ class ServiceConfig(BaseSettings):
         """Certificates for talking to the other processes of the stack; None: in the clear."""
         if self.tls_cert is None and self.tls_ca is None:
             return None
-        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key)
+        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
 
     def to_argv(self) -> list[str]:
         """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""
         argv = []
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if field.is_required() or value != field.default:
+            if name != "config" and (field.is_required() or value != field.default):  # what it said is in here
                 text = ",".join(value) if isinstance(value, tuple) else str(value)
-                argv.append(f"--{name.replace('_', '-')}={text}")
+                argv.append(f"--{flag_name(name)}={text}")
         return argv
 
     @classmethod
-    def _explain(cls, error: ValidationError) -> Iterator[str]:
+    def explain(cls, error: ValidationError, origins: Mapping[str, str], where: str = "") -> Iterator[str]:
+        """One line for each thing that is wrong, naming its origin, or ``where`` if several settings do not fit."""
         for item in error.errors():
             message = item["msg"].removeprefix("Value error, ")
             if not item["loc"]:
-                yield message
+                yield where + message
                 continue
             name = str(item["loc"][0])
-            flag = f"--{name.replace('_', '-')}"
+            flag = f"--{flag_name(name)}"
             variable = f"{cls.model_config['env_prefix']}{name}".upper()
             if item["type"] == "missing":
                 yield f"{flag} (or {variable}) is required: {cls.model_fields[name].description}"
-            else:
-                yield f"{flag} (or {variable}): {message}, got {item['input']!r}"
+                continue
+            origin = origins.get(name, flag)
+            place = f"{flag} (or {variable})" if origin in (flag, variable) else origin
+            yield f"{place}: {message}, got {item['input']!r}"
 
     @classmethod
     def _exit(cls, message: str) -> NoReturn:
@@ -205,6 +290,7 @@ class PrefillConfig(WorkerConfig):
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_PREFILL_")
     program = "overfill-prefill"
+    section = "prefill"
 
     token_budget: int = Field(2048, ge=1, description="most prompt tokens computed in one step")
 
@@ -214,6 +300,7 @@ class DecodeConfig(WorkerConfig):
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_DECODE_")
     program = "overfill-decode"
+    section = "decode"
 
     kv_codec: Literal["raw", "int8", "fp8"] = Field(
         "raw", description="how prompts' KV travels, unless a request says; int8 and fp8 halve it and cost some quality"
@@ -229,6 +316,7 @@ class RouterConfig(ServiceConfig):
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_ROUTER_")
     program = "overfill-router"
+    section = "router"
 
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
@@ -246,3 +334,14 @@ class RouterConfig(ServiceConfig):
     max_attempts: int = Field(
         4, ge=1, description="workers lost in a row, without a new token, after which a request fails"
     )
+
+
+SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, DecodeConfig)
+
+
+def read_checked(path: Path) -> ConfigFile:
+    """A file whose keys all exist. Raises BadConfigFile."""
+    keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
+    file = read_config_file(path)
+    file.check({COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS})
+    return file

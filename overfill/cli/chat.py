@@ -31,6 +31,7 @@ def chat_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_name: str,
     api_key: str | None,
     **sampling_flags: Any,
 ) -> int:
@@ -40,7 +41,7 @@ def chat_command(
     """
     params = sampling(**sampling_flags)
     interactive = sys.stdin.isatty()
-    with connect(address, tls_ca, tls_cert, tls_key, api_key) as client:
+    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         chat = Chat(client, params, model, system, verbose)
         for line in _typed_lines() if interactive else sys.stdin:
             turn = line.strip()

@@ -25,6 +25,7 @@ def drain_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_name: str,
     api_key: str | None,
 ) -> int:
     """Take WORKER out of a running stack: it accepts nothing new and leaves when it is idle.
@@ -34,7 +35,7 @@ def drain_command(
     """
     from rich.console import Console
 
-    with connect(address, tls_ca, tls_cert, tls_key, api_key) as client:
+    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         client.drain(worker)
         deadline = time.monotonic() + timeout
         with Console(stderr=True, highlight=False).status(f"{worker} drains") as line:

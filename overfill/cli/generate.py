@@ -36,6 +36,7 @@ def generate_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_name: str,
     api_key: str | None,
     **sampling_flags: Any,
 ) -> int:
@@ -51,7 +52,7 @@ def generate_command(
     turns = [Message("system", system)] if system is not None else []
     params = sampling(**sampling_flags)
     with (
-        connect(address, tls_ca, tls_cert, tls_key, api_key) as client,
+        connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client,
         client.stream(
             text if raw else [*turns, Message("user", text)],
             model=model,

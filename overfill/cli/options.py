@@ -19,7 +19,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def connection_options(command: _F) -> _F:
-    """Adds ``address``, ``tls_ca``, ``tls_cert``, ``tls_key`` and ``api_key``, which ``connect`` takes."""
+    """Adds ``address``, ``api_key`` and what ``tls_options`` adds, which ``connect`` takes."""
+    command = tls_options(command)
     for option in (
         click.option(
             "--api-key",
@@ -27,9 +28,6 @@ def connection_options(command: _F) -> _F:
             show_envvar=True,
             help="Key to show, where the stack wants one; in the variable, other users of this machine do not see it.",
         ),
-        click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert."),
-        click.option("--tls-cert", type=_FILE, help="PEM certificate to show, when the stack asks for one."),
-        click.option("--tls-ca", type=_FILE, help="PEM certificates to trust; turns TLS on."),
         click.option(
             "--address",
             default="127.0.0.1:7600",
@@ -38,6 +36,20 @@ def connection_options(command: _F) -> _F:
             show_envvar=True,
             help="The stack's router, or several separated by commas.",
         ),
+    ):
+        command = option(command)
+    return command
+
+
+def tls_options(command: _F) -> _F:
+    """Adds ``tls_ca``, ``tls_cert``, ``tls_key`` and ``tls_name``."""
+    for option in (
+        click.option(
+            "--tls-name", default="", help="Name that the stack's certificate bears.  [default: the address's host]"
+        ),
+        click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert."),
+        click.option("--tls-cert", type=_FILE, help="PEM certificate to show, when the stack asks for one."),
+        click.option("--tls-ca", type=_FILE, help="PEM certificates to trust; turns TLS on."),
     ):
         command = option(command)
     return command
@@ -76,14 +88,19 @@ def dtype_option(command: _F) -> _F:
 
 
 def connect(
-    address: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, api_key: str | None
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    api_key: str | None,
+    tls_name: str = "",
 ) -> Client:
     """A client for the stack at ``address``. Raises click.UsageError when the TLS files or the key do not fit."""
     from overfill.client import Client
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
-        tls = ClientTls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
+        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name) if tls_ca or tls_cert or tls_key else None
         return Client(address, tls=tls, api_key=api_key or None)
     except (TlsError, ValueError) as error:
         raise click.UsageError(str(error)) from error

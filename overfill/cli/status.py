@@ -20,6 +20,7 @@ def status_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_name: str,
     api_key: str | None,
 ) -> int:
     """Show the workers of a running stack, as they answer now.
@@ -28,7 +29,7 @@ def status_command(
     """
     from overfill.cli.output import console, print_json, status_json, status_table
 
-    with connect(address, tls_ca, tls_cert, tls_key, api_key) as client:
+    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         status = client.status(timeout=_ANSWER_SECONDS)
     tls = any((tls_ca, tls_cert, tls_key))
     if as_json:

@@ -23,14 +23,17 @@ from overfill.cli.options import dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.stack import Plan, Stack, free_ports, reachable, threads_per_worker
+from overfill.cli.up_config import OwnSettings, config_option
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.config_file import BadConfigFile, flag_name
 
 _WATCH_SECONDS = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _Config = TypeVar("_Config", bound=ServiceConfig)
 
 
-@click.command("up")
+@click.command("up", cls=OwnSettings)
+@config_option
 @click.option("--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
 @click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Routers.")
@@ -63,6 +66,7 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--tls-cert", type=_FILE, help="PEM certificate of every process.")
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
 @click.option("--tls-ca", type=_FILE, help="PEM certificates that peers are checked against.")
+@click.option("--tls-name", help="Name that the certificates bear.  [default: the host of each address]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="A log file per process here.")
 def up_command(
@@ -78,8 +82,10 @@ def up_command(
 ) -> int:
     """Run a stack on this machine: router, prefill and decode workers.
 
-    Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops everything. Other
-    settings of the workers can be given as variables, such as OVERFILL_PREFILL_BLOCK_SIZE.
+    Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops everything. Every setting
+    of the services can be given in the file of --config, or as a variable such as OVERFILL_PREFILL_BLOCK_SIZE.
+    --prefill, --decode, --router, --pair, --grpc, --http, --log-dir and --config are variables too:
+    OVERFILL_UP_PREFILL and so on.
     """
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
@@ -131,13 +137,14 @@ def make_plan(
     ]
     workers = settings | {
         "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
-        "threads": threads or threads_per_worker(prefill + decode),
+        "threads": threads,
         "advertise": None if reachable(host) == host else reachable(host),
     }
+    share = {"threads": threads_per_worker(prefill + decode)}
     return Plan(
         tuple(router_configs),
-        tuple(_configure(PrefillConfig, workers | {"worker_id": f"prefill-{i}"}) for i in range(prefill)),
-        tuple(_configure(DecodeConfig, workers | {"worker_id": f"decode-{i}"}) for i in range(decode)),
+        tuple(_configure(PrefillConfig, workers | {"worker_id": f"prefill-{i}"}, share) for i in range(prefill)),
+        tuple(_configure(DecodeConfig, workers | {"worker_id": f"decode-{i}"}, share) for i in range(decode)),
     )
 
 
@@ -161,14 +168,27 @@ def run(stack: Stack, stopping: threading.Event, out: Console) -> int:
             click.echo(f"overfill: {child.name} did not stop in time and was killed", err=True)
 
 
-def _configure(kind: type[_Config], settings: dict[str, Any]) -> _Config:
-    return kind.parse(
-        [
-            f"--{name.replace('_', '-')}={value}"
-            for name, value in settings.items()
-            if value is not None and name in kind.model_fields
-        ]
-    )
+def _configure(kind: type[_Config], settings: dict[str, Any], otherwise: dict[str, Any] | None = None) -> _Config:
+    """``otherwise`` are values for fields that neither ``settings`` nor a variable nor the file sets."""
+    argv = _flags(kind, settings)
+    origins = _origins(kind, argv)
+    rest = {name: value for name, value in (otherwise or {}).items() if name not in origins}
+    return kind.parse(argv + _flags(kind, rest))
+
+
+def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
+    try:
+        return kind.origins(argv)
+    except BadConfigFile:
+        return {}  # ``parse`` says so
+
+
+def _flags(kind: type[ServiceConfig], settings: dict[str, Any]) -> list[str]:
+    return [
+        f"--{flag_name(name)}={value}"
+        for name, value in settings.items()
+        if value is not None and name in kind.model_fields
+    ]
 
 
 def _welcome(plan: Plan) -> Panel:

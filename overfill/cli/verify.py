@@ -56,6 +56,7 @@ def verify_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_name: str,
     api_key: str | None,
 ) -> int:
     """Ask a running stack questions, greedily, and judge every token with plain transformers.
@@ -73,7 +74,7 @@ def verify_command(
     prompts = read_questions(questions)[:limit]
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
-        with connect(address, tls_ca, tls_cert, tls_key, api_key) as client:
+        with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
             check_stack(client.status(), Pair.load(folder))
             answers = ask(client, prompts, max_tokens, concurrency, report)
         reference = TwoStageReference(folder)

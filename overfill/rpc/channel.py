@@ -24,14 +24,18 @@ def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel
     """An asyncio channel with its own connection, opened on first use. Raises TlsError on bad ``tls``."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=channel_options())
-    return grpc.aio.secure_channel(address, tls.credentials(), options=channel_options())
+    return grpc.aio.secure_channel(address, tls.credentials(), options=[*channel_options(), *_expected(tls)])
 
 
 def open_sync_channel(address: str, tls: ClientTls | None = None) -> grpc.Channel:
     """As ``open_channel``, for threads."""
     if tls is None:
         return grpc.insecure_channel(address, options=channel_options())
-    return grpc.secure_channel(address, tls.credentials(), options=channel_options())
+    return grpc.secure_channel(address, tls.credentials(), options=[*channel_options(), *_expected(tls)])
+
+
+def _expected(tls: ClientTls) -> list[tuple[str, str]]:
+    return [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
 
 
 def channel_options() -> Options:

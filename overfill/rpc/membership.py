@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc.aio
@@ -58,7 +59,7 @@ class Membership:
     Args:
         hello: what the worker says about itself; read when a stream opens.
         routers: ``host:port`` or ``unix:path`` of one router, or ``dns:///name:port`` for one at each of the
-            name's addresses, looked up again and again.
+            name's addresses, looked up again and again; with TLS, their certificates are for the name.
         report: given the number of joined routers, the report for each of them, credits divided already.
         on_refused: called when every router has refused the worker for good.
         prefix_keys: whose changes each report carries; None: no prefix cache.
@@ -98,7 +99,7 @@ class Membership:
             if router.startswith(_DNS):
                 self._resolvers.append(asyncio.create_task(self._follow(router)))
             else:
-                self._add(router)
+                self._add(router, self._tls)
 
     def notify(self) -> None:
         """Something in the report has changed: it is sent soon."""
@@ -116,8 +117,8 @@ class Membership:
         self._links.clear()
         self.joined.clear()
 
-    def _add(self, address: str) -> None:
-        link = _Link(address, self._hello, self._report_for, self._membership_changed, self._tls, self._prefix_keys)
+    def _add(self, address: str, tls: ClientTls | None) -> None:
+        link = _Link(address, self._hello, self._report_for, self._membership_changed, tls, self._prefix_keys)
         self._links[address] = link
         self._tasks[address] = asyncio.create_task(self._keep(link))
 
@@ -131,6 +132,9 @@ class Membership:
     async def _follow(self, router: str) -> None:
         """Holds one link to each address that a name has at the moment."""
         mine: set[str] = set()
+        tls = self._tls
+        if tls is not None and not tls.name:  # certificates are for names: who knows a router's next address?
+            tls = replace(tls, name=split_address(router.removeprefix(_DNS))[0])
         while True:
             try:
                 found = await resolve(router.removeprefix(_DNS))
@@ -139,7 +143,7 @@ class Membership:
                 found = mine
             new = found - self._links.keys()
             for address in new:
-                self._add(address)
+                self._add(address, tls)
             # Only what this name has added: another entry of the list may own the same address.
             for address in mine - found:
                 await self._remove(address)

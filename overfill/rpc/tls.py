@@ -20,6 +20,8 @@ class ClientTls:
         ca: PEM file with the certificates to trust; None trusts the system's.
         cert: PEM file with the client's certificate chain, for mutual TLS; goes with ``key``.
         key: PEM file with the private key of ``cert``.
+        name: what the server's certificate has to be for; empty: the host that is connected to. Where addresses come
+            and go, as in a cluster, all processes bear one name.
 
     Raises:
         TlsError: only one of ``cert`` and ``key`` is given.
@@ -28,6 +30,7 @@ class ClientTls:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):

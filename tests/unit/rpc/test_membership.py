@@ -11,6 +11,7 @@ from overfill.kv.journal import KeyJournal
 from overfill.rpc import membership as membership_module
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
+from overfill.rpc.tls import ClientTls
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 
 SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -200,6 +201,27 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
             assert worker.num_joined == 2
             found.discard(one)
             await second.report_with(12)
+
+
+@pytest.mark.parametrize(("told", "expected"), [("", "routers.internal"), ("overfill.internal", "overfill.internal")])
+async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, expected):
+    asked = asyncio.Queue()
+
+    def open_channel(address, tls):
+        asked.put_nowait((address, tls.name))
+        raise Unavailable("not today")
+
+    async def resolve(target):
+        return {"10.1.2.3:7600"}
+
+    monkeypatch.setattr(membership_module, "open_channel", open_channel)
+    monkeypatch.setattr(membership_module, "resolve", resolve)
+    tls = ClientTls(name=told)
+    async with member("dns:///routers.internal:7600", tls=tls):
+        assert await asked.get() == ("10.1.2.3:7600", expected)
+    asked = asyncio.Queue()
+    async with member("router-0.internal:7600", tls=tls):
+        assert await asked.get() == ("router-0.internal:7600", told)
 
 
 async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkeypatch):

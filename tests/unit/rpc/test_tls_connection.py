@@ -11,8 +11,10 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from overfill.cli.health import health_command
 from overfill.errors import Unavailable
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.server import RpcServer
@@ -93,3 +95,30 @@ async def test_a_server_of_an_unknown_ca_or_a_client_in_the_clear_is_refused(cer
         await check(address, ClientTls(ca=certificates / "client.pem"))
     with pytest.raises(Unavailable):
         await check(address, None)
+
+
+async def test_the_name_that_a_certificate_must_bear_can_be_told(certificates: Path, address: str) -> None:
+    _, _, port = address.rpartition(":")
+    # In a cluster the name is the certificate's and the address anybody's; here the certificate is for an address.
+    for name, right in (("", False), ("127.0.0.1", True), ("other.internal", False)):
+        tls = ClientTls(certificates / "ca.pem", certificates / "client.pem", certificates / "client.key", name)
+        if right:
+            await check(f"localhost:{port}", tls)
+            continue
+        with pytest.raises(Unavailable):
+            await check(f"localhost:{port}", tls)
+
+
+async def test_the_health_command_shows_its_certificate(certificates: Path, address: str, mutual: bool) -> None:
+    files = [f"--tls-ca={certificates}/ca.pem", f"--tls-cert={certificates}/client.pem"]
+    files.append(f"--tls-key={certificates}/client.key")
+
+    async def ask(*arguments: str) -> tuple[object, str]:
+        result = await asyncio.to_thread(CliRunner().invoke, health_command, arguments, standalone_mode=False)
+        return result.return_value, result.output
+
+    assert await ask(address, *files) == (0, "SERVING\n")
+    code, output = await ask(address)
+    assert (code, "UNAVAILABLE" in output) == (1, True)
+    if mutual:
+        assert (await ask(address, files[0]))[0] == 1

@@ -1,0 +1,162 @@
+"""``overfill config``: where a service's settings come from, and whether a file of settings is right."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from pydantic import SecretStr, ValidationError
+
+from overfill.config import SERVICES, ServiceConfig, read_checked
+from overfill.config_file import BadConfigFile, ConfigFile, flag_name
+
+_NAMES = (*(kind.section for kind in SERVICES), "up")
+Row = tuple[str, str, str]
+"""Setting, value, origin."""
+
+
+@click.group("config")
+def config_group() -> None:
+    """Settings: one schema for flags, variables and a file.
+
+    A setting `kv-memory` of prefill workers is the flag --kv-memory, the variable OVERFILL_PREFILL_KV_MEMORY, and the
+    key kv-memory under `prefill`, or under `common` for all services. The first of these that says something wins:
+    flag, variable, the service's section, `common`, default.
+    """
+
+
+@config_group.command("show", context_settings={"ignore_unknown_options": True})
+@click.argument("service", type=click.Choice(_NAMES), required=False)
+@click.option("--config", type=click.Path(path_type=Path), help="The file of settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def show_command(service: str | None, config: Path | None, as_json: bool, flags: tuple[str, ...]) -> None:
+    """Show the settings that SERVICE (or each) would run with here, and where each comes from.
+
+    Variables of this environment count, and so do FLAGS of the service that follow. Secrets are not shown.
+    """
+    from overfill.cli.output import print_json
+
+    argv = [*([f"--config={config}"] if config else []), *flags]
+    shown = {name: _rows(name, argv) for name in ([service] if service else _NAMES)}
+    if as_json:
+        print_json(
+            {name: {key: {"value": v, "from": origin} for key, v, origin in rows} for name, rows in shown.items()}
+        )
+        return
+    for name, rows in shown.items():
+        _print_table(name, rows)
+
+
+@config_group.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+def check_command(file: Path) -> int:
+    """Check every name and value of FILE, for all services and `overfill up`. Exits 1 and names what is wrong."""
+    try:
+        read = read_checked(file)
+    except BadConfigFile as error:
+        faults = error.faults
+    else:
+        with _no_variables():
+            faults = [*dict.fromkeys(fault for kind in SERVICES for fault in _faults(kind, read)), *_faults_of_up(file)]
+    for fault in faults:
+        click.echo(fault, err=True)
+    if not faults:
+        click.echo(f"{file}: right ({sum(len(settings) for settings in read.sections.values())} settings)")
+    return 1 if faults else 0
+
+
+def _rows(name: str, argv: list[str]) -> list[Row]:
+    if name == "up":
+        return _rows_of_up(argv)
+    kind = next(kind for kind in SERVICES if kind.section == name)
+    # Only to be shown: the one required setting may come later.
+    absent = "pair" not in _origins(kind, argv)
+    config = kind.parse([*argv, "--pair=-"] if absent else argv)
+    origins = kind.origins(argv)
+    rows = []
+    for field in kind.model_fields:
+        required = absent and field == "pair"
+        value = "" if required else display(getattr(config, field))
+        rows.append((flag_name(field), value, "required" if required else origins.get(field, "default")))
+    return rows
+
+
+def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
+    try:
+        return kind.origins(argv)
+    except BadConfigFile as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _rows_of_up(argv: list[str]) -> list[Row]:
+    from overfill.cli.up import up_command
+    from overfill.cli.up_config import OWN
+
+    with up_command.make_context("up", list(argv)) as ctx:
+        rows = []
+        for option in up_command.params:
+            flag, source = option.opts[0].removeprefix("--"), ctx.get_parameter_source(option.name or "")
+            if flag not in OWN and source is not ParameterSource.COMMANDLINE:
+                continue  # the services show it
+            origin = "default"
+            if source is ParameterSource.COMMANDLINE:
+                origin = f"--{flag}"
+            elif source is ParameterSource.ENVIRONMENT:
+                origin = str(option.envvar)
+            elif source is ParameterSource.DEFAULT_MAP:
+                origin = str(ctx.params["config"])
+            rows.append((flag, display(ctx.params[option.name or ""]), origin))
+        return rows
+
+
+def display(value: Any) -> str:
+    """A value as a file or variable would have it; empty when unset; a secret as stars."""
+    if value is None:
+        return ""
+    if isinstance(value, SecretStr):
+        return "********"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _print_table(name: str, rows: list[Row]) -> None:
+    click.echo(f"{name}:")
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, origin in rows:
+        click.echo(f"  {key:{widths[0]}}  {value:{widths[1]}}  {origin}".rstrip())
+
+
+def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
+    values = kind.file_values(file)
+    given: dict[str, Any] = {"pair": "-"} | {name: value for name, (_, value) in values.items()}
+    origins = {name: f"{file.path}: {key}" for name, (key, _) in values.items()}
+    try:
+        kind.model_validate(given)
+    except ValidationError as error:
+        return list(kind.explain(error, origins, f"{file.path}: {kind.section}: "))
+    return []
+
+
+def _faults_of_up(file: Path) -> list[str]:
+    from overfill.cli.up import up_command
+
+    try:
+        with up_command.make_context("up", [f"--config={file}"]):
+            return []
+    except click.UsageError as error:
+        return [f"{file}: up: {error.format_message()}"]
+
+
+@contextlib.contextmanager
+def _no_variables() -> Iterator[None]:
+    """The file is judged, not this environment."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OVERFILL_")}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -1,0 +1,52 @@
+"""``overfill health``: one process's gRPC health, for probes and scripts. Nothing of the stack is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from overfill.cli.options import tls_options
+
+
+@click.command("health")
+@click.argument("address", default="127.0.0.1:7600")
+@click.option("--service", default="", help="A service of the process, such as overfill.v1.Decode.  [default: all]")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds.")
+@click.option("--live", is_flag=True, help="Any answer will do: whether the process lives, not whether it is ready.")
+@tls_options
+def health_command(
+    address: str,
+    service: str,
+    timeout: float,
+    live: bool,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_name: str,
+) -> int:
+    """Ask the router or worker at ADDRESS whether it is ready (the standard gRPC health service).
+
+    Prints the answer. Exits 0 when it is ready, 1 when it is not or does not answer. A draining process is not ready
+    but lives.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from overfill.rpc.channel import open_sync_channel
+    from overfill.rpc.tls import ClientTls, TlsError
+
+    try:
+        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name) if tls_ca or tls_cert or tls_key else None
+        channel = open_sync_channel(address, tls)
+    except TlsError as error:
+        raise click.UsageError(str(error)) from error
+    with channel:
+        try:
+            request = health_pb2.HealthCheckRequest(service=service)
+            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout, wait_for_ready=False).status
+        except grpc.RpcError as error:
+            click.echo(f"overfill: {address}: {error.code().name}: {error.details()}", err=True)
+            return 1
+    click.echo(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+    return 0 if live or status == health_pb2.HealthCheckResponse.SERVING else 1

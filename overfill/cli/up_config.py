@@ -1,0 +1,64 @@
+"""What ``overfill up`` takes from variables and from the file of settings for itself; the services read theirs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from overfill.config import UP_KEYS, read_checked
+from overfill.config_file import COMMON, BadConfigFile, field_name, nearest
+
+PREFIX = "OVERFILL_UP_"
+
+_SHARED = {"pair": (COMMON, "pair"), "grpc": ("router", "port"), "http": ("router", "http")}
+"""Options of ``up`` that are a service's setting in the file: option -> (section, key)."""
+
+OWN = ("config", *UP_KEYS, *_SHARED)
+"""Options of ``up`` that are variables; its other ones are handed to services, which have variables for them."""
+
+
+class OwnSettings(click.Command):
+    """A command whose own options are also variables; an unknown variable of its prefix is an error."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        known = {_variable(name) for name in OWN}
+        for option in self.params:
+            flag = option.opts[0].removeprefix("--")
+            if flag in OWN:
+                option.envvar = _variable(flag)
+        unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+        if unknown:
+            raise click.UsageError("; ".join(f"{name}: no such setting; {nearest(name, known)}" for name in unknown))
+        return super().make_context(*args, **extra)
+
+
+def _variable(flag: str) -> str:
+    return PREFIX + field_name(flag).upper()
+
+
+def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        file = read_checked(path)
+    except BadConfigFile as error:
+        raise click.UsageError(str(error)) from error
+    own = dict(file.sections.get("up", {}))
+    for option, (section, key) in _SHARED.items():
+        if key in file.sections.get(section, {}):
+            own[option] = file.sections[section][key]
+    names = {option.opts[0].removeprefix("--"): option.name for option in ctx.command.params}
+    ctx.default_map = {names[key]: value for key, value in own.items()}
+    return path
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    is_eager=True,  # before the options that take their defaults from it
+    callback=_load,
+    help="YAML or TOML file of settings, for what no flag and no variable says.",
+)

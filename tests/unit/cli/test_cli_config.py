@@ -1,0 +1,123 @@
+"""``overfill config`` and what ``overfill up`` takes from variables and files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from overfill.cli import up
+from overfill.cli.config import display
+from overfill.cli.main import main
+
+FILE = """
+common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
+router: {port: 7700, http: 8000}
+decode: {threads: 3}
+up: {prefill: 2, decode: 3, log-dir: logs}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("OVERFILL_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "stack.yaml"
+    path.write_text(FILE)
+    return path
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, dict[str, str]]]:
+    capsys.readouterr()
+    assert main(["config", "show", "--json", *arguments]) == 0
+    result: dict[str, dict[str, dict[str, str]]] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_show_tells_each_value_and_its_origin(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_MAX_NUM_SEQS", "8")
+    decode = shown(capsys, "decode", "--config", str(file), "--", "--block-size=32")["decode"]
+    assert decode["kv-memory"] == {"value": str(64 << 20), "from": f"{file}: common.kv-memory"}
+    assert decode["threads"] == {"value": "3", "from": f"{file}: decode.threads"}
+    assert decode["max-num-seqs"] == {"value": "8", "from": "OVERFILL_DECODE_MAX_NUM_SEQS"}
+    assert decode["block-size"] == {"value": "32", "from": "--block-size"}
+    assert decode["host"] == {"value": "127.0.0.1", "from": "default"}
+
+
+def test_show_works_before_there_is_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = shown(capsys)
+    assert set(everything) == {"router", "prefill", "decode", "up"}
+    assert everything["router"]["pair"] == {"value": "", "from": "required"}
+    assert everything["up"]["pair"] == {"value": "default", "from": "default"}
+    assert main(["config", "show", "router"]) == 0
+    assert "127.0.0.1" in capsys.readouterr().out
+
+
+def test_show_up(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OVERFILL_UP_DECODE", "5")
+    own = shown(capsys, "up", "--config", str(file))["up"]
+    assert own["prefill"] == {"value": "2", "from": str(file)}
+    assert own["decode"] == {"value": "5", "from": "OVERFILL_UP_DECODE"}
+    assert own["grpc"]["value"] == "7700"
+    assert own["router"] == {"value": "1", "from": "default"}
+
+
+def test_secrets_are_not_shown() -> None:
+    assert display(SecretStr("hunter2")) == "********"
+
+
+def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_ROUTER_PORT", "many")  # not the file's fault
+    assert main(["config", "check", str(file)]) == 0
+    assert "right (9 settings)" in capsys.readouterr().out
+    file.write_text("router: {port: 70000}\nprefill: {host: 10.1.2.3}\nup: {decode: some}")
+    assert main(["config", "check", str(file)]) == 1
+    err = capsys.readouterr().err
+    assert f"{file}: router.port: " in err
+    assert f"{file}: prefill: --host 10.1.2.3 is open" in err
+    assert "up: " in err
+    file.write_text("router: {prot: 1}")
+    assert main(["config", "check", str(file)]) == 1
+    assert "router.prot: no such setting; did you mean port?" in capsys.readouterr().err
+
+
+def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
+    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.chdir(file.parent)
+    assert main(["up", "--config", str(file), "--decode", "1"]) == 0
+    (plan,) = plans
+    assert (len(plan.prefill), len(plan.decode)) == (2, 1)
+    assert plan.routers[0].port == 7700
+    assert plan.routers[0].http == 8000
+    assert plan.prefill[0].kv_memory == 64 << 20
+    assert plan.decode[0].threads == 3
+    assert plan.prefill[0].threads == up.threads_per_worker(3)
+    assert {str(config.pair) for config in (*plan.routers, *plan.prefill, *plan.decode)} == {"/pairs/mine"}
+    assert (file.parent / "logs").is_dir()
+
+
+def test_an_unknown_variable_of_up_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OVERFILL_UP_DECOD", "5")
+    assert main(["up", "--pair", "/no/such/pair"]) == 2
+    assert "did you mean OVERFILL_UP_DECODE?" in capsys.readouterr().err
+
+
+def test_up_refuses_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("decode: {thread: 1}")
+    assert main(["up", "--config", str(path)]) == 2
+    assert "did you mean threads?" in capsys.readouterr().err
