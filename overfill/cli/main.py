@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("overfill.cli.chat:chat_command", "Talk to the model, turn by turn."),
     "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
     "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack, losing no request."),
+    "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
     "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
     "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
     "chaos": ("overfill.cli.chaos:chaos_command", "Break the workers of a stack under load; judge every answer."),
