@@ -108,14 +108,26 @@ class ServiceConfig(BaseSettings):
         "", description="name that all other processes' certificates bear, whatever their address; empty: their host's"
     )
     log_level: LogLevel = Field("info", description="how much is logged to stderr")
+    metrics_port: Port | Literal["off"] = Field(
+        0, description="port of /metrics, for Prometheus; 0 picks a free one, which `overfill status` shows; or off"
+    )
+    metrics_host: str = Field(
+        "127.0.0.1", description="address of /metrics; anything but loopback needs --tls-cert, --tls-key and --tls-ca"
+    )
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
+        certain = self.tls_cert is not None and self.tls_ca is not None
+        if self.metrics_port != "off" and not certain and not is_loopback(self.metrics_host):
+            raise ValueError(
+                f"--metrics-host {self.metrics_host} is open to other machines: give --tls-cert, --tls-key and "
+                "--tls-ca, which signs the scraper's certificate, or keep --metrics-host 127.0.0.1"
+            )
         # Without --tls-ca nobody has to show a certificate: anyone could join as a worker, or drain the stack. API
         # keys guard neither of these.
-        if (self.tls_cert is None or self.tls_ca is None) and not is_loopback(self.host):
+        if not certain and not is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host} is open to other machines, and without certificates of both sides to anyone "
                 "there: give --tls-cert, --tls-key and --tls-ca (which signed the certificates of all other "

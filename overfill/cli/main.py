@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack, losing no request."),
     "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
     "config": ("overfill.cli.config:config_group", "Show where settings come from; check a file of settings."),
+    "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
     "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
     "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
     "chaos": ("overfill.cli.chaos:chaos_command", "Break the workers of a stack under load; judge every answer."),

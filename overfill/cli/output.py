@@ -81,18 +81,23 @@ def status_table(status: StackStatus, tls: bool = False) -> Table:
     """One line per worker."""
     state = "complete" if status.complete else "not all workers have been ready yet"
     url = openai_url(status, tls)
+    metrics = status.process.metrics_address
     title = f"{status.process.address}: {state}{f'; OpenAI API at {url}' if url else ''}"
+    title += f"; metrics at {metrics}" if metrics else ""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("worker", "stage", "state", "address"):
         table.add_column(column)
     for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total", "prefix hits"):
         table.add_column(column, justify="right")
+    table.add_column("metrics")
     for worker in status.workers:
         row = worker_json(worker)
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
         rate = row["prefix_hit_rate"]
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
-        table.add_row(worker.id, worker.stage, _state(worker), worker.address, *numbers, hits)
+        table.add_row(
+            worker.id, worker.stage, _state(worker), worker.address, *numbers, hits, row["metrics_address"] or "–"
+        )
     return table
 
 
@@ -106,6 +111,7 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
     return {
         "grpc": status.process.address,
         "openai_url": openai_url(status, tls),
+        "metrics_address": status.process.metrics_address,
         "workers": [worker_json(worker) for worker in status.workers],
     }
 
@@ -121,6 +127,7 @@ def worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "stage": worker.stage,
         "pid": process.pid if process is not None else None,
         "address": worker.address,
+        "metrics_address": process.metrics_address if process is not None else None,
         "kv_blocks_used": load.kv_blocks_used if load is not None else None,
         "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
         "kv_blocks_total": load.kv_blocks_total if load is not None else None,

@@ -67,6 +67,10 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
 @click.option("--tls-ca", type=_FILE, help="PEM certificates that peers are checked against.")
 @click.option("--tls-name", help="Name that the certificates bear.  [default: the host of each address]")
+@click.option(
+    "--metrics-port",
+    help="Port of the first router's /metrics, the other processes follow; 0 picks free ones; or off.  [default: 0]",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="A log file per process here.")
 def up_command(
@@ -130,9 +134,10 @@ def make_plan(
                 f"--grpc {port} and --http {http} overlap: {routers} routers take as many ports from each on; "
                 f"give --http {port + routers} or more"
             )
+    metrics = _metrics_ports(settings.pop("metrics_port", None), routers + prefill + decode)
     expected = {"expect_prefill": prefill, "expect_decode": decode}
     router_configs = [
-        _configure(RouterConfig, settings | expected | {"port": p, "http": h})
+        _configure(RouterConfig, settings | expected | {"port": p, "http": h, "metrics_port": next(metrics)})
         for p, h in zip(ports, https, strict=True)
     ]
     workers = settings | {
@@ -143,9 +148,22 @@ def make_plan(
     share = {"threads": threads_per_worker(prefill + decode)}
     return Plan(
         tuple(router_configs),
-        tuple(_configure(PrefillConfig, workers | {"worker_id": f"prefill-{i}"}, share) for i in range(prefill)),
-        tuple(_configure(DecodeConfig, workers | {"worker_id": f"decode-{i}"}, share) for i in range(decode)),
+        tuple(
+            _configure(PrefillConfig, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, share)
+            for i in range(prefill)
+        ),
+        tuple(
+            _configure(DecodeConfig, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, share)
+            for i in range(decode)
+        ),
     )
+
+
+def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
+    """For each process: the first's port and those that follow, or what ``first`` says, if it is no port."""
+    if first is None or not first.isdecimal() or int(first) == 0:
+        return iter([first] * count)
+    return iter([str(int(first) + index) for index in range(count)])
 
 
 def run(stack: Stack, stopping: threading.Event, out: Console) -> int:

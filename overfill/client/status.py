@@ -96,7 +96,10 @@ class KvShape:
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """One process about itself. Routers have no load, model or kv; only decode workers have a codec."""
+    """One process about itself. Routers have no load, model or kv; only decode workers have a codec.
+
+    ``metrics_address`` is host:port of /metrics, None when there is none.
+    """
 
     id: str
     stage: Stage
@@ -110,6 +113,7 @@ class ProcessStatus:
     model: ModelIdentity | None
     kv: KvShape | None
     codec: str | None
+    metrics_address: str | None = None
 
     @classmethod
     def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
@@ -126,6 +130,7 @@ class ProcessStatus:
             model=ModelIdentity.from_proto(message.model) if message.HasField("model") else None,
             kv=KvShape.from_proto(message.kv) if message.HasField("kv") else None,
             codec=_name(common_pb2.KvCodec, message.codec, "KV_CODEC_") if message.codec else None,
+            metrics_address=message.metrics_address or None,
         )
 
 

@@ -30,6 +30,7 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
+from overfill.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class DecodeEngine:
         replay_budget: most replayed tokens in one step, so that a replay neither holds up the others for long nor takes
             more memory than was set aside for a step.
         prefix: cache on ``pool`` of prompts received before, never of what the decoder wrote; None keeps nothing.
+        metrics: told of steps, refusals and preemptions; None counts nothing.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class DecodeEngine:
         replay_budget: int,
         emit: Callable[[list[DecodeEvent]], None],
         prefix: PrefixCache | None = None,
+        metrics: DecodeMetrics | None = None,
     ) -> None:
         self._runner = runner
+        self._metrics = metrics
         self._pool = pool
         self._prefix = prefix or PrefixCache(pool, enabled=False)
         self._max_num_seqs = max_num_seqs
@@ -74,6 +78,8 @@ class DecodeEngine:
             blocks_cached=self._prefix.num_cached,
             prefix_tokens_looked_up=self._prefix.tokens_looked_up,
             prefix_tokens_found=self._prefix.tokens_found,
+            blocks_reserved=sum(len(s.blocks) for s in self._sequences.values() if s.state is DecodeState.RECEIVING),
+            blocks_leaked=self._prefix.num_leaked,
         )
 
     def check(self) -> None:
@@ -124,15 +130,20 @@ class DecodeEngine:
 
     def _reserve(self, sequence: DecodeSequence) -> DecodeEvent:
         if len(self._sequences) >= self._max_num_seqs:
-            return Refused(sequence.id, f"{len(self._sequences)} sequences, the most this worker takes")
+            return self._refuse(sequence, "sequences", f"{len(self._sequences)} sequences, the most this worker takes")
         if any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values()):
-            return Refused(sequence.id, "preempted sequences come first")
+            return self._refuse(sequence, "preempted", "preempted sequences come first")
         reserved = self._acquire(sequence)
         if reserved is None:
             wanted = self._pool.blocks_for(sequence.num_tokens + 1)
-            return Refused(sequence.id, f"{wanted} KV blocks wanted, {self._prefix.num_available} free")
+            return self._refuse(sequence, "blocks", f"{wanted} KV blocks wanted, {self._prefix.num_available} free")
         self._sequences[sequence.id] = sequence
         return reserved
+
+    def _refuse(self, sequence: DecodeSequence, kind: str, reason: str) -> Refused:
+        if self._metrics is not None:
+            self._metrics.refused(kind)
+        return Refused(sequence.id, reason)
 
     def _acquire(self, sequence: DecodeSequence) -> Reserved | None:
         """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
@@ -188,6 +199,8 @@ class DecodeEngine:
         victims = (DecodeState.RUNNING, DecodeState.RECEIVING)
         youngest = next(s for s in reversed(self._sequences.values()) if s.state in victims)
         youngest.state = DecodeState.YIELDING
+        if self._metrics is not None:
+            self._metrics.preempted()
         events.append(Preempted(youngest.id))
 
     def _within_budget(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
@@ -205,13 +218,17 @@ class DecodeEngine:
         try:
             if len(sequences[0].pending()) > self._replay_budget:
                 self._replay_part(sequences[0])
+                self._count_step(started, 1, 0, self._replay_budget)
                 return []
+            replayed = sum(len(s.pending()) - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
             choices = [Choice(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
             sampled, refused = self._runner.next_tokens(works, choices)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)
+            if self._metrics is not None:
+                self._metrics.step_failed()
             for sequence in sequences:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]
@@ -231,7 +248,12 @@ class DecodeEngine:
                 self._free(sequence)
                 del self._sequences[sequence.id]
             events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started))
+        self._count_step(started, len(sequences), len(sequences), replayed)
         return events
+
+    def _count_step(self, started_ns: int, sequences: int, tokens: int, replayed: int) -> None:
+        if self._metrics is not None:
+            self._metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, tokens, replayed)
 
     def _replay_part(self, sequence: DecodeSequence) -> None:
         """The first tokens of a replay that is longer than the budget and therefore alone in its step."""

@@ -22,6 +22,8 @@ from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
 from overfill.kv.journal import KeyJournal
+from overfill.metrics import EngineMetrics
+from overfill.metrics_http import MetricsServer
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.pair.memory import freed_memory_kept
@@ -129,6 +131,7 @@ async def serve_engine(
     service: str,
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
     prefix_keys: KeyJournal | None = None,
+    metrics: EngineMetrics | None = None,
 ) -> int:
     """Runs ``core`` on its thread and ``servicer`` on the network until drained; returns the exit code.
 
@@ -136,6 +139,7 @@ async def serve_engine(
         add_servicer, service: as ``RpcServer.add`` takes them.
         codec: encoding in which a decode worker asks for KV.
         prefix_keys: what a prefill worker's prefix cache holds.
+        metrics: served on a port of their own, unless the configuration says no.
     """
     loop = asyncio.get_running_loop()
     engine = EngineThread(
@@ -160,11 +164,18 @@ async def serve_engine(
     )
     host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
     servicer.engine, servicer.host = engine, host
+    exporter = None
+    if metrics is not None and config.metrics_port != "off":
+        metrics.watch(lambda: engine.load)
+        exporter = MetricsServer(metrics.registry, config.metrics_host, config.metrics_port, config.server_tls())
+        hello.metrics_address = exporter.address
     engine.start()
     try:
         code = await host.run(f"{config.host}:{config.port}")
     finally:
         engine.stop()
+        if exporter is not None:
+            exporter.close()
     return code if engine.failure is None else 1
 
 

@@ -33,6 +33,7 @@ from overfill.engine.sequence import (
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import DeviceEvent
 from overfill.kv.prefix import PrefixCache
+from overfill.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class PrefillEngine:
         token_budget: most prompt tokens in one step.
         max_num_seqs: most prompts that hold blocks at once.
         prefix: cache on ``pool``; None keeps nothing of a prompt that has been released.
+        metrics: told of steps; None counts nothing.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class PrefillEngine:
         max_num_seqs: int,
         emit: Callable[[PrefillEvent], None],
         prefix: PrefixCache | None = None,
+        metrics: PrefillMetrics | None = None,
     ) -> None:
         self._runner = runner
+        self._metrics = metrics
         self._pool = pool
         self._prefix = prefix or PrefixCache(pool, enabled=False)
         self._token_budget = token_budget
@@ -81,6 +85,8 @@ class PrefillEngine:
             self._prefix.num_cached,
             self._prefix.tokens_looked_up,
             self._prefix.tokens_found,
+            sum(self._pool.blocks_for(_left(s)) for s in self._running.values()),
+            self._prefix.num_leaked,
         )
 
     @property
@@ -104,8 +110,12 @@ class PrefillEngine:
         scheduled = self._schedule()
         if not scheduled:
             return False
+        started = time.monotonic()
         try:
             self._compute(scheduled)
+            if self._metrics is not None:
+                tokens = sum(count for _, count in scheduled)
+                self._metrics.step(time.monotonic() - started, len(scheduled), tokens)
         except _Abandoned:
             self._runner.synchronize()
             # Their Release messages are on the way; until then they must not be scheduled again.
@@ -113,6 +123,8 @@ class PrefillEngine:
         except Exception as error:
             log.exception("prefill step failed")
             self._runner.clean_up(error)
+            if self._metrics is not None:
+                self._metrics.step_failed()
             self._set_aside([s for s, _ in scheduled])
             for sequence, _ in scheduled:
                 self._emit(SequenceFailed(sequence.id, error))

@@ -52,7 +52,12 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A snapshot of an engine, taken between steps."""
+    """A snapshot of an engine, taken between steps.
+
+    Attributes:
+        blocks_reserved: of those used, blocks of prompts whose KV is not all there.
+        blocks_leaked: neither free nor anybody's; a fault, after which the worker ends itself.
+    """
 
     blocks_used: int
     blocks_total: int
@@ -62,6 +67,8 @@ class EngineLoad:
     blocks_cached: int = 0
     prefix_tokens_looked_up: int = 0
     prefix_tokens_found: int = 0
+    blocks_reserved: int = 0
+    blocks_leaked: int = 0
 
 
 # Messages to a prefill engine ------------------------------------------------------------------------------------

@@ -135,6 +135,15 @@ class PrefixCache:
         """Blocks that can be handed out now."""
         return self.pool.num_free + self._num_idle
 
+    @property
+    def num_leaked(self) -> int:
+        """Blocks that are owned, and neither cached nor a holder's."""
+        return self.pool.num_used - self._num_known
+
+    @property
+    def _num_known(self) -> int:
+        return sum(len(holder.own) for holder in self._holders.values()) + self._num_nodes
+
     def acquire(self, owner: str, tokens: Sequence[int], num_blocks: int, salt: str = "") -> Grant | None:
         """``num_blocks`` blocks for ``owner``, the first of them those that hold the start of its prompt ``tokens``.
 
@@ -226,8 +235,7 @@ class PrefixCache:
         self._check_count()
 
     def _check_count(self) -> None:
-        known = sum(len(holder.own) for holder in self._holders.values()) + self._num_nodes
-        used = self.pool.num_used
+        used, known = self.pool.num_used, self._num_known
         _require(used == known, f"{used} blocks are owned, and their owners and the cache know of {known}")
 
     def _walk(self, tokens: Sequence[int], salt: str, most: int) -> Iterator[_Node]:

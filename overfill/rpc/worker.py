@@ -181,6 +181,7 @@ class WorkerHost:
             model=hello.model,
             kv=hello.kv,
             codec=self._worker.codec,
+            metrics_address=hello.metrics_address,
         )
 
 

@@ -24,7 +24,7 @@ class StatusResponse(_message.Message):
     def __init__(self, process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., complete: bool = ..., http_address: _Optional[str] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec")
+    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec", "metrics_address")
     ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class ProcessStatus(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     id: str
     stage: _common_pb2.Stage
     pid: int
@@ -49,7 +50,8 @@ class ProcessStatus(_message.Message):
     model: _common_pb2.ModelIdentity
     kv: _common_pb2.KvSpec
     codec: _common_pb2.KvCodec
-    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("id", "stage", "address", "process")

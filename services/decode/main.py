@@ -13,6 +13,7 @@ from overfill.engine.hosting import load_parts, new_hello, run_worker_process, s
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.codecs import CODECS
 from overfill.kv.peers import PeerPool
+from overfill.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
 
@@ -28,13 +29,14 @@ async def serve(config: DecodeConfig) -> int:
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
     codec = CODECS[config.kv_codec]
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.client_tls(), config.same_host == "on")
-    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec)
+    metrics = DecodeMetrics()
+    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec, metrics)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
     prefix = parts.prefix_cache(config.prefix_cache == "on")
-    core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit, prefix)
+    core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit, prefix, metrics)
     try:
         return await serve_engine(
             config,
@@ -44,6 +46,7 @@ async def serve(config: DecodeConfig) -> int:
             decode_pb2_grpc.add_DecodeServicer_to_server,
             SERVICE,
             codec=codec,
+            metrics=metrics,
         )
     finally:
         await peers.close()

@@ -16,6 +16,7 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Shutti
 from overfill.kv.codecs import CODEC_NAMES
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.metrics import DecodeMetrics
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
@@ -38,7 +39,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         peers: PeerPool,
         executor: Executor,
         codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
+        metrics: DecodeMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or DecodeMetrics()
         self._parts = parts
         self._codec = codec
         self._hello = hello
@@ -127,6 +130,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             self._new_pull,
             context.time_remaining,
             lambda: worker_load(self.engine.load, self._parts.pool.block_size),
+            self._metrics,
         )
         self._sessions[sequence.id] = session
         return session

@@ -39,6 +39,7 @@ from overfill.errors import (
 )
 from overfill.kv.joining import to_the_end
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
+from overfill.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
 
 _Need = decode_pb2.NeedPrefill
@@ -106,6 +107,7 @@ class Session:
         new_pull: prepares the handoff of the prompt into ``blocks``.
         time_left: seconds until the request's deadline, None without one.
         load: of the worker, for a refusal.
+        metrics: told of the reservation, handoffs and the end; None counts for nobody.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class Session:
         new_pull: NewPull,
         time_left: Callable[[], float | None],
         load: Callable[[], decode_pb2.WorkerLoad],
+        metrics: DecodeMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or DecodeMetrics()
         self.start = start
         self.sequence = sequence
         self.inbox: Inbox = asyncio.Queue()
@@ -138,7 +142,7 @@ class Session:
         self._handoff: PromptPull | None = None
         self._cached_tokens: int | None = None
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # that the KV in use came through
-        self._reserved = False
+        self._reserved = self._refused = False
         self._wants_kv = False
         self._first_known_ns: int | None = None
         self._first_step_ns: int | None = None
@@ -155,8 +159,14 @@ class Session:
             while not await self._handle(await self.inbox.get()):
                 pass
             self.outbox.close()
+            if not self._refused:  # refusals are counted by the engine
+                self._metrics.ended(None)
         except Exception as error:
             self.outbox.close(error)
+            self._metrics.ended(error)
+        except asyncio.CancelledError as error:
+            self._metrics.ended(error)
+            raise
         finally:
             try:
                 await to_the_end(self._join_pull())
@@ -176,6 +186,7 @@ class Session:
             case Refused(reason=reason):
                 refused = decode_pb2.Refused(load=self._load(), reason=reason)
                 self.outbox.put(decode_pb2.DecodeResponse(refused=refused))
+                self._refused = True
                 return True
             case decode_pb2.AssignPrefill():
                 # Stale when the sequence lost its blocks in the meantime; it will ask again.
@@ -220,7 +231,9 @@ class Session:
             self._need_prefill(_Need.REASON_PREEMPTED, "the sequence had lost its blocks to an older one", "")
             return
         self._reserved = True
-        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=time.monotonic_ns() - self._received_ns)
+        reservation_ns = time.monotonic_ns() - self._received_ns
+        self._metrics.reserved(reservation_ns / 1e9)
+        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
         self.outbox.put(decode_pb2.DecodeResponse(reserved=reserved))
 
     def _need_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
@@ -233,10 +246,16 @@ class Session:
         try:
             async with self._use_peer(target) as peer:
                 self._handoff = self._new_pull(peer, self)
-                await self._handoff.run(self._time_left(), self.inbox.put_nowait)
+                try:
+                    await self._handoff.run(self._time_left(), self.inbox.put_nowait)
+                    self._metrics.handed_over(self._handoff.codec, self._handoff.stats)
+                finally:
+                    self._metrics.received(self._handoff.codec, self._handoff.stats)
         except OverfillError as failure:
             error = failure
+            self._metrics.handoff_failed(error)
         except Exception as failure:
+            self._metrics.handoff_failed(failure)
             self.inbox.put_nowait(failure)
             return
         self.inbox.put_nowait(PullEnded(pull, target.worker_id, error))
@@ -276,7 +295,10 @@ class Session:
         return finish is not None
 
     def _on_token(self, event: TokenSampled) -> bool:
-        self._first_step_ns = self._first_step_ns or event.step_started_ns
+        if self._first_step_ns is None:
+            self._first_step_ns = event.step_started_ns
+            if self._first_known_ns is not None:
+                self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
         if event.token is not None:
             self._emitted = event.index + 1
             logprobs = logprobs_to_proto(event.token)

@@ -13,6 +13,7 @@ from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.kv.samehost import Lender
 from overfill.kv.wire import add_prefill_to_server
+from overfill.metrics import PrefillMetrics
 from overfill.v1 import common_pb2
 from services.prefill.servicer import PrefillServicer
 
@@ -26,17 +27,27 @@ async def serve(config: PrefillConfig) -> int:
     parts = await load_parts(config, "full", config.token_budget)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
     lender = Lender(config.same_host == "on")
-    servicer = PrefillServicer(parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs, lender)
+    metrics = PrefillMetrics()
+    servicer = PrefillServicer(
+        parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs, lender, metrics
+    )
 
     def emit(event: PrefillEvent) -> None:
         loop.call_soon_threadsafe(servicer.on_event, event)
 
     prefix = parts.prefix_cache(config.prefix_cache == "on")
-    core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix)
+    core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix, metrics)
     lender.start()
     try:
         return await serve_engine(
-            config, hello, core, servicer, add_prefill_to_server, SERVICE, prefix_keys=prefix.journal
+            config,
+            hello,
+            core,
+            servicer,
+            add_prefill_to_server,
+            SERVICE,
+            prefix_keys=prefix.journal,
+            metrics=metrics,
         )
     finally:
         await lender.stop()

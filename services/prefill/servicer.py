@@ -42,6 +42,7 @@ from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
+from overfill.metrics import PrefillMetrics
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
@@ -157,7 +158,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         executor: Executor,
         max_leases: int,
         lender: Lender | None = None,
+        metrics: PrefillMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or PrefillMetrics()
         self._parts = parts
         self._lender = lender or Lender(enabled=False)
         self._max_leases = max_leases
@@ -201,22 +204,23 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         request_iterator: AsyncIterator[prefill_pb2.PrefillRequest],
         context: Context,
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("message") != "start":
-            raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
-        processor = await self._processor(first.start)
-        lease = self._accept(first.start, processor)
-        guards = [
-            asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
-            asyncio.ensure_future(lease.guard(lease.watch_pace())),
-        ]
-        try:
-            async for response in self._serve(lease, first.start.trace):
-                yield response
-        finally:
-            for guard in guards:
-                guard.cancel()
-            self._end(lease)
+        with self._metrics.prompt():
+            first = await anext(aiter(request_iterator), None)
+            if first is None or first.WhichOneof("message") != "start":
+                raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
+            processor = await self._processor(first.start)
+            lease = self._accept(first.start, processor)
+            guards = [
+                asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
+                asyncio.ensure_future(lease.guard(lease.watch_pace())),
+            ]
+            try:
+                async for response in self._serve(lease, first.start.trace):
+                    yield response
+            finally:
+                for guard in guards:
+                    guard.cancel()
+                self._end(lease)
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
@@ -300,6 +304,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def _response(self, lease: Lease, event: PrefillEvent) -> prefill_pb2.PrefillResponse | None:
         match event:
             case PrefillScheduled(cached_tokens=cached, time_ns=now):
+                self._metrics.scheduled((now - lease.received_ns) / 1e9)
                 scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns, cached_tokens=cached)
                 return prefill_pb2.PrefillResponse(scheduled=scheduled)
             case ChunkComputed(token_start=start, token_end=end):
@@ -308,6 +313,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     return None
                 return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
             case PromptComputed(first=first, time_ns=now) if first is not None:
+                self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 token = prefill_pb2.FirstToken(
                     token_id=first.token_id,
                     logprobs=logprobs_to_proto(first),

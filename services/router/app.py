@@ -6,7 +6,8 @@ import asyncio
 import logging
 import os
 import secrets
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from overfill import __version__
 from overfill.api.keys import KeyRing
@@ -14,8 +15,9 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.config import RouterConfig
 from overfill.errors import ShuttingDown
 from overfill.metrics import RouterMetrics
+from overfill.metrics_http import MetricsServer
 from overfill.pair.manifest import Pair
-from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
 from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
@@ -35,7 +37,7 @@ from services.router.admin import AdminServicer
 from services.router.gate import KeyInterceptor
 from services.router.generation import Generator
 from services.router.inference import InferenceServicer
-from services.router.registry import Expected, RegistryServicer
+from services.router.registry import Expected, RegistryServicer, worker_counts
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -81,6 +83,13 @@ class Router:
         self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=config.max_queue)
         gate = Gate(self.dispatcher)
         expected = Expected(config.expect_prefill, config.expect_decode)
+        self._metrics = RouterMetrics()
+        self._metrics.watch(
+            lambda: self.dispatcher.num_waiting,
+            lambda: self.dispatcher.num_jobs - self.dispatcher.num_waiting,
+            lambda: worker_counts(self.roster, time.monotonic()),
+        )
+        self._exporter: MetricsServer | None = None
         self._generator = Generator(
             config.model_name or pair.name,
             pair,
@@ -88,7 +97,7 @@ class Router:
             self.roster,
             gate,
             self._connector,
-            RouterMetrics(),
+            self._metrics,
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
         )
@@ -103,9 +112,17 @@ class Router:
             InferenceServicer(self._generator),
             inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
         )
+        self._registry = RegistryServicer(
+            self._id,
+            self.roster,
+            gate,
+            self._connector,
+            expected,
+            on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
+        )
         self._server.add(
             registry_pb2_grpc.add_RegistryServicer_to_server,
-            RegistryServicer(self._id, self.roster, gate, self._connector, expected),
+            self._registry,
             registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
         )
         self._server.add(
@@ -126,6 +143,15 @@ class Router:
             assert self._config.http is not None
             self._http_address = await self._http.start(self._config.host, self._config.http)
             logger.info("%s serves HTTP on %s", self._id, self._http_address)
+        if self._config.metrics_port != "off":
+            self._exporter = MetricsServer(
+                self._metrics.registry,
+                self._config.metrics_host,
+                self._config.metrics_port,
+                self._config.server_tls(),
+                self._targets,
+            )
+            logger.info("%s serves metrics on %s", self._id, self._exporter.address)
         self._server.set_ready(True)
         logger.info("%s listens on %s", self._id, self._address)
         return self._address
@@ -157,6 +183,8 @@ class Router:
             await self._http.stop()
         await self._server.stop(STOP_GRACE)
         await self._connector.close()
+        if self._exporter is not None:
+            self._exporter.close()
 
     def _http_server(self, keys: KeyRing | None) -> HttpServer:
         # Here, so that a router without the endpoint does not import its libraries.
@@ -173,6 +201,11 @@ class Router:
             client_certificates=keys is None,  # a key is proof enough, and more than most clients can do
         )
 
+    def _targets(self) -> list[dict[str, Any]]:
+        assert self._exporter is not None
+        own = {"targets": [self._exporter.address], "labels": {"stage": "router", "worker": self._id}}
+        return [own, *self._registry.targets()]
+
     def _status(self) -> admin_pb2.ProcessStatus:
         draining = self._stopping.is_set()
         return admin_pb2.ProcessStatus(
@@ -184,4 +217,5 @@ class Router:
             draining=draining,
             software_version=__version__,
             incarnation=self._incarnation,
+            metrics_address="" if self._exporter is None else self._exporter.address,
         )

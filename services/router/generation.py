@@ -12,7 +12,7 @@ from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, ShuttingDown
+from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, RequestCancelled, ShuttingDown
 from overfill.metrics import RouterMetrics
 from overfill.pair.manifest import Pair
 from overfill.params import check_token_ids
@@ -96,6 +96,10 @@ class Generator:
         Raises:
             ShuttingDown, ModelNotFound, InvalidRequest: it is not taken.
         """
+        with self.metrics.refusing():
+            return await self._check(request)
+
+    async def _check(self, request: inference_pb2.GenerateRequest) -> GenerationRequest:
         self._check_open(request.model)
         self._check_size(request.ByteSize())
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
@@ -104,7 +108,7 @@ class Generator:
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
     def start(
-        self, checked: GenerationRequest, received: float, time_left: float | None, tenant_salt: str
+        self, checked: GenerationRequest, received: float, time_left: float | None, tenant_salt: str, key: str = ""
     ) -> Generation:
         """Queues a request.
 
@@ -112,6 +116,7 @@ class Generator:
             received: when it came, seconds on the event loop's clock.
             time_left: seconds until its deadline; None without one.
             tenant_salt: of the key that it came with; empty where no keys are wanted.
+            key: name of that key, for the metrics.
 
         Raises:
             PromptTooLong, Overloaded: it cannot be queued.
@@ -141,10 +146,12 @@ class Generator:
             replayed=checked.resume_token_ids,
             calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
         )
-        relay.start()
+        with self.metrics.refusing():
+            relay.start()
         self._running.add(relay)
         self._idle.clear()
-        return Generation(self, relay, text, self._accepted(checked))
+        self.metrics.accepted(len(checked.prompt_token_ids), key)
+        return Generation(self, relay, text, self._accepted(checked), key)
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Token ids of a prompt. Raises as ``check``."""
@@ -214,8 +221,12 @@ class Generation:
         accepted: what the client is told at once.
     """
 
-    def __init__(self, generator: Generator, relay: Relay, text: AnswerText, accepted: inference_pb2.Accepted) -> None:
+    def __init__(
+        self, generator: Generator, relay: Relay, text: AnswerText, accepted: inference_pb2.Accepted, key: str
+    ) -> None:
         self.accepted = accepted
+        self._key = key
+        self._failure: BaseException | None = RequestCancelled("nobody read the answer to its end")
         self._generator = generator
         self._relay = relay
         self._text = text
@@ -229,7 +240,16 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[inference_pb2.Delta]:
         """Deltas, until the answer is complete or a stop string cuts it. Raises OverfillError."""
+        try:
+            async for delta in self._deltas():
+                yield delta
+        except OverfillError as error:
+            self._failure = error
+            raise
+
+    async def _deltas(self) -> AsyncIterator[inference_pb2.Delta]:
         relay, text, metrics = self._relay, self._text, self._generator.metrics
+        loop, last = asyncio.get_running_loop(), None
         ttft_ns: int | None = None
         finish: Finish | None = None
         rest: inference_pb2.Delta | None = None
@@ -239,6 +259,9 @@ class Generation:
                 finish, rest = event, text.finish()
                 continue
             yield text.push(event)
+            now = loop.time()
+            metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
+            last = now
             # A resumed answer has its first token already: nothing was waited for.
             if ttft_ns is None and not relay.resumed:
                 ttft_ns = _nanoseconds_since(relay.answer.received)
@@ -247,6 +270,7 @@ class Generation:
         # The worker stops now, not when the client has read everything.
         await relay.close()
         self._finished = _finished(relay, text, rest, finish, ttft_ns)
+        self._failure = None
         metrics.answered(self._finished)
 
     async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
@@ -263,6 +287,7 @@ class Generation:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # Even when this task is cancelled again meanwhile: a relay that runs on holds slots.
+        self._generator.metrics.ended(self._failure)
         closing = asyncio.ensure_future(self._generator.close(self._relay))
         await asyncio.shield(closing)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
+from overfill.metrics import STAGES, WORKER_STATES
+from overfill.routing.dispatcher import STAGE_NAMES
 from overfill.routing.gate import Gate
 from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
 from overfill.routing.stream import GrpcConnector
@@ -36,17 +39,29 @@ class Expected:
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
-    """Keeps the roster. A single router has no use for RecallCredits, so none is sent."""
+    """Keeps the roster. A single router has no use for RecallCredits, so none is sent.
+
+    Args:
+        on_lost: told of workers that left without having been drained.
+    """
 
     def __init__(
-        self, router_id: str, roster: Roster, gate: Gate, connector: GrpcConnector, expected: Expected
+        self,
+        router_id: str,
+        roster: Roster,
+        gate: Gate,
+        connector: GrpcConnector,
+        expected: Expected,
+        on_lost: Callable[[WorkerInfo], None] = lambda _: None,
     ) -> None:
+        self._on_lost = on_lost
         self._router_id = router_id
         self._roster = roster
         self._gate = gate
         self._connector = connector
         self._expected = expected
         self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
+        self._metrics_addresses: dict[str, tuple[WorkerInfo, str]] = {}
 
     async def Join(
         self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context
@@ -66,6 +81,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             self._connector.forget(previous)
         self._connector.add(info)
         self._streams[info.id] = (info, context)
+        self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
         logger.info("worker %s joined at %s", info.id, info.address)
         try:
             yield registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id))
@@ -81,13 +97,33 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             # Of two streams of one worker, the older one may end later.
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
-                del self._streams[info.id]
+                del self._streams[info.id], self._metrics_addresses[info.id]
+                if worker.staying:
+                    self._on_lost(info)
                 self._connector.forget(info)
                 self._roster.pool(info.stage).leave(worker)
                 self._gate.poll()
 
+    def targets(self) -> list[dict[str, Any]]:
+        """Where the workers' metrics are, as Prometheus' ``http_sd_configs`` wants it. From any thread."""
+        return [
+            {"targets": [address], "labels": {"stage": STAGE_NAMES[info.stage], "worker": info.id}}
+            for info, address in list(self._metrics_addresses.values())
+            if address
+        ]
+
     def _current(self, info: WorkerInfo, context: Context) -> bool:
         return self._streams.get(info.id, (None, None))[1] is context
+
+
+def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int]]:
+    """Joined workers by stage and state, for the metrics. From any thread; ``now`` is the event loop's clock."""
+    counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}
+    for pool in (roster.prefill, roster.decode):
+        for worker in list(pool):
+            state = "ready" if worker.alive(now) else "silent" if worker.staying else "draining"
+            counts[STAGE_NAMES[pool.stage], state] += 1
+    return list(counts.items())
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:

@@ -120,6 +120,16 @@ def test_tls_certificate_and_key_go_together(capsys: pytest.CaptureFixture[str])
     assert "--tls-key" in refused(RouterConfig, ["--pair", "p", "--tls-cert", "c"], capsys)
 
 
+def test_metrics_have_a_port_of_their_own_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert RouterConfig.parse(["--pair", "p"]).metrics_port == 0
+    assert RouterConfig.parse(["--pair", "p", "--metrics-port", "9600"]).metrics_port == 9600
+    off = RouterConfig.parse(["--pair", "p", "--metrics-port", "off", "--metrics-host", "0.0.0.0"])
+    assert off.metrics_port == "off"
+    assert RouterConfig.parse(off.to_argv()) == off
+    assert "--metrics-port" in refused(RouterConfig, ["--pair", "p", "--metrics-port", "on"], capsys)
+    assert "--metrics-host" in refused(RouterConfig, ["--pair", "p", "--metrics-host", "0.0.0.0"], capsys)
+
+
 def test_configs_are_frozen() -> None:
     config = RouterConfig.parse(["--pair", "p"])
     with pytest.raises(ValueError, match="frozen"):

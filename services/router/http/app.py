@@ -103,7 +103,7 @@ class HttpApi:
     async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
-        answers = Answers(self._generator, asked, envelope, "" if key is None else key.tenant_salt)
+        answers = Answers(self._generator, asked, envelope, key)
         await answers.start(received)
         try:
             if asked.stream:

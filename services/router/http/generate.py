@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope
 from overfill.api.openai.errors import from_error
@@ -29,11 +30,11 @@ _Event = tuple[Choice, inference_pb2.Delta | None]
 class Answers:
     """All choices of one request, running."""
 
-    def __init__(self, generator: Generator, asked: Asked, envelope: Envelope, tenant_salt: str) -> None:
+    def __init__(self, generator: Generator, asked: Asked, envelope: Envelope, key: ApiKey | None) -> None:
         self._generator = generator
         self._asked = asked
         self._envelope = envelope
-        self._tenant_salt = tenant_salt
+        self._tenant_salt, self._key_name = ("", "") if key is None else (key.tenant_salt, key.name)
         self._stack = AsyncExitStack()
         self.choices: list[Choice] = []
         self._running: list[Generation] = []
@@ -45,7 +46,7 @@ class Answers:
             for prompt, request in enumerate(asked.prompts):
                 checked = await generator.check(request)
                 for each in choices(checked, asked.n):
-                    generation = generator.start(each, received, None, self._tenant_salt)
+                    generation = generator.start(each, received, None, self._tenant_salt, self._key_name)
                     self._running.append(await self._stack.enter_async_context(generation))
                     self.choices.append(
                         Choice(

@@ -155,7 +155,7 @@ def test_typed_chat_goes_on_after_an_error_without_that_turn(
 def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatus:
     return ProcessStatus(
         id=worker_id, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
-        software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None,
+        software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None, metrics_address="127.0.0.1:9600",
     )  # fmt: skip
 
 
@@ -179,15 +179,17 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     fake_client.stack = stack(complete=True)
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
-    silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate"])
+    silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
+        "metrics_address": "127.0.0.1:9600",
         "workers": [
             {
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
+                "metrics_address": "127.0.0.1:9600",
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],

@@ -102,6 +102,14 @@ def gather() -> Iterator[Callable[..., Gathering]]:
         stack.stop()
 
 
+def test_metrics_ports_follow_the_first() -> None:
+    planned = plan(routers=2, decode=2, metrics_port="9600")
+    configs = [*planned.routers, *planned.prefill, *planned.decode]
+    assert [config.metrics_port for config in configs] == [9600, 9601, 9602, 9603, 9604]
+    assert {config.metrics_port for _, config in plan(metrics_port="off").workers()} == {"off"}
+    assert plan().routers[0].metrics_port == 0
+
+
 def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> None:
     made = plan(prefill=2, decode=3, routers=2, port=7600)
     assert [router.port for router in made.routers] == [7600, 7601]

@@ -9,16 +9,20 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Release, Reserve, StopRule, Yielded
 from overfill.errors import Unavailable
 from overfill.kv.blocks import BlockPool
+from overfill.kv.receiver import PullStats
 from overfill.params import SamplingParams
 from overfill.testing.counting import CountingRunner
-from overfill.v1 import decode_pb2
+from overfill.v1 import common_pb2, decode_pb2
 from services.decode.session import PullEnded, Session
 
 
 class Pull:
     """A handoff that ends when it is told to, and takes its time to let go of the blocks."""
 
+    codec = common_pb2.KV_CODEC_RAW
+
     def __init__(self):
+        self.stats = PullStats()
         self.done = asyncio.Event()
         self.let_go = asyncio.Event()
         self.running = False

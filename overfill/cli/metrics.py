@@ -1,0 +1,53 @@
+"""``overfill metrics``: what a stack exports, as ``docs/metrics.md`` has it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import click
+
+_INTRODUCTION = """# Metrics
+
+Made by `overfill metrics > docs/metrics.md` from `overfill/metrics.py`; a test holds them together.
+
+Every process serves `/metrics` on a port of its own (`--metrics-port`, on loopback unless `--metrics-host` says
+otherwise; `overfill status` shows it), and a router also `/targets`, which lists all of them for Prometheus'
+`http_sd_configs` with the labels `stage` and `worker` (`deploy/prometheus`). Each process exports `process_*` too: CPU,
+memory, open files. Seconds are measured on one host's monotonic clock; the parts of the time to first token are
+explained in [architecture.md](architecture.md#time). Label values that are known beforehand are there from the
+start, at 0.
+"""
+
+
+@click.command("metrics")
+def metrics_command() -> None:
+    """List every metric with its type, labels and meaning, as Markdown."""
+    click.echo(metrics_page(), nl=False)
+
+
+def metrics_page() -> str:
+    """``docs/metrics.md``."""
+    from overfill.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, OUTCOMES, TOKEN_BUCKETS, declared
+
+    named = {LATENCY_BUCKETS: "seconds", BATCH_BUCKETS: "batch", TOKEN_BUCKETS: "tokens"}
+    lines = [_INTRODUCTION]
+    for stage, specs in itertools.groupby(declared(), lambda spec: spec.name.split("_")[1]):
+        title = {"build": "Every process", "router": "Router", "prefill": "Prefill workers", "decode": "Decode workers"}
+        lines += [f"## {title[stage]}", "", "| metric | type | labels | what |", "|---|---|---|---|"]
+        for spec in specs:
+            kind = spec.kind if spec.kind != "histogram" else f"histogram, {named[tuple(spec.buckets)]}"
+            labels = "<br>".join(_label(name, values) for name, values in spec.labels.items())
+            lines.append(f"| `{spec.name}` | {kind} | {labels} | {spec.help} |")
+        lines.append("")
+    lines += ["## Outcomes", "", ", ".join(OUTCOMES) + ".", "", "## Buckets", ""]
+    lines += [f"* {name}: {', '.join(f'{bound:g}' for bound in bounds)}" for bounds, name in named.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _label(name: str, values: Sequence[str]) -> str:
+    from overfill.metrics import OUTCOMES
+
+    if set(values) >= set(OUTCOMES[1:]):
+        return f"`{name}`: an [outcome](#outcomes)"
+    return f"`{name}`: {', '.join(values)}" if values else f"`{name}`"

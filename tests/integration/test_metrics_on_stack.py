@@ -1,0 +1,125 @@
+"""What a router counts while it serves, with mock workers: successes, failures, who asked, who left."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+
+import pytest
+from mocks import mock_stack
+from prometheus_client.parser import text_string_to_metric_families
+from stacks import wait_until
+
+from overfill.api import keys
+from overfill.client import Client, SamplingParams
+from overfill.errors import InvalidRequest, RequestCancelled
+from overfill.testing.mock.config import MockDecodeConfig
+from overfill.testing.mock.running import mock_worker
+
+
+def scrape(stack):
+    """Samples by name and values of the labels."""
+    with urllib.request.urlopen(f"http://{stack.router._exporter.address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    return {
+        (sample.name.removeprefix("overfill_router_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with mock_stack(tiny_pair) as running:
+        yield running
+
+
+def test_an_answer_and_its_tokens(stack):
+    before = scrape(stack)
+    with Client(stack.grpc) as client:
+        answer = client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=6, ignore_eos=True))
+    after = scrape(stack)
+
+    def grown(*key):
+        return after[key] - before.get(key, 0.0)
+
+    assert grown("requests_total", "ok") == 1
+    assert grown("ttft_seconds_count") == 1
+    assert grown("ttft_seconds_sum") == pytest.approx(answer.timing.ttft, abs=1e-6)
+    assert grown("request_seconds_sum") == pytest.approx(answer.timing.total, abs=1e-6)
+    assert grown("prompt_tokens_total") == 3
+    assert grown("completion_tokens_total") == 6
+    assert grown("key_tokens_total", "none", "completion") == 6
+    parts = [grown("ttft_part_seconds_sum", part) for part in ("router_queue", "prefill_compute", "unattributed")]
+    assert parts[-1] == pytest.approx(max(0.0, answer.timing.unattributed), abs=1e-6)
+    assert grown("itl_seconds_count") >= 1
+
+
+def test_failures_count(stack):
+    before = scrape(stack)
+    with Client(stack.grpc) as client:
+        with pytest.raises(InvalidRequest):
+            client.generate([1 << 20])
+        with pytest.raises(InvalidRequest):
+            client.generate([5], sampling=SamplingParams(max_tokens=1 << 20))
+        with client.stream([5, 6], sampling=SamplingParams(max_tokens=2000, ignore_eos=True)) as stream:
+            next(stream)
+            stream.cancel()
+            with pytest.raises(RequestCancelled):
+                list(stream)
+    wait_until(
+        lambda: scrape(stack)["requests_total", "cancelled"] == before["requests_total", "cancelled"] + 1,
+        10,
+        "the cancelled request is counted",
+    )
+    after = scrape(stack)
+    for outcome in ("invalid", "too_long"):
+        assert after["requests_total", outcome] == before["requests_total", outcome] + 1
+    assert after["requests_total", "ok"] == before["requests_total", "ok"]
+
+
+def test_workers_by_state_and_where_their_metrics_are(stack):
+    now = scrape(stack)
+    assert now["workers", "prefill", "ready"] == now["workers", "decode", "ready"] == 1
+    with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
+        groups = json.load(response)
+    # Mock workers serve no metrics.
+    assert [group["labels"]["stage"] for group in groups] == ["router"]
+
+
+def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tiny_pair):
+    def run(name, *, drained):
+        flags = [f"--pair={tiny_pair}", f"--routers={stack.grpc}", f"--worker-id={name}"]
+        running = mock_worker(MockDecodeConfig.parse(flags))
+        stack.call(running.__aenter__())
+        wait_until(lambda: scrape(stack)["workers", "decode", "ready"] == 2, 10, f"{name} has joined")
+        if drained:
+            with Client(stack.grpc) as client:
+                client.drain(name)
+            wait_until(lambda: scrape(stack)["workers", "decode", "draining"] == 1, 10, f"{name} drains")
+        stack.call(running.__aexit__(None, None, None))
+        states = ("ready", "draining", "silent")
+        wait_until(lambda: sum(scrape(stack)["workers", "decode", s] for s in states) == 1, 10, f"{name} has left")
+
+    before = scrape(stack)["workers_lost_total", "decode"]
+    run("drained", drained=True)
+    assert scrape(stack)["workers_lost_total", "decode"] == before
+    run("vanished", drained=False)
+    assert scrape(stack)["workers_lost_total", "decode"] == before + 1
+
+
+def test_usage_by_key(tiny_pair, tmp_path):
+    file = tmp_path / "keys.json"
+    key = keys.create(file, "ci")
+    with mock_stack(tiny_pair, api_keys=file) as stack:
+        with Client(stack.grpc, api_key=key) as client:
+            client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=4, ignore_eos=True))
+        body = json.dumps({"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}).encode()
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        request = urllib.request.Request(f"{stack.url}/v1/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=10) as response:
+            response.read()
+        now = scrape(stack)
+    assert now["key_requests_total", "ci"] == 2
+    assert now["key_tokens_total", "ci", "prompt"] == 5
+    assert now["key_tokens_total", "ci", "completion"] == 7
