@@ -45,7 +45,7 @@ class ModelCost:
             kv_token_bytes=kv_token_bytes,
             layer_flops=2 * (config.hidden_size * qkv + tail) * config.num_layers,
             tail_flops=2 * tail,
-            head_flops=2 * config.vocab_size * config.hidden_size,
+            head_flops=2 * sum(rows * columns for rows, columns in config.head_matrices),
             attention_flops=4 * width * config.num_layers,
             num_layers=config.num_layers,
         )

@@ -111,6 +111,15 @@ def path_command(name: str) -> None:
     "--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Answer tokens to fit on."
 )
 @click.option(
+    "--head-tokens",
+    type=SIZE,
+    default=1.0,
+    help="Tokens, from the commonest on, that keep rows of their own in the head.  [default: all]",
+)
+@click.option(
+    "--tail-rank", type=click.IntRange(min=1), default=96, show_default=True, help="Rank of the head's other rows."
+)
+@click.option(
     "--quantize",
     type=click.Choice(["none", "int8"]),
     default="none",
@@ -128,6 +137,8 @@ def build_command(
     fit: Literal["none", "least-squares"],
     calibration: str,
     tokens: int,
+    head_tokens: int | float,
+    tail_rank: int,
     quantize: Literal["none", "int8"],
     threads: int | None,
     out: Path,
@@ -143,7 +154,9 @@ def build_command(
 
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new folder")
-    recipe = DecoderRecipe(hidden_size, intermediate_size, layers, method, fit, quantize, tokens)
+    recipe = DecoderRecipe(
+        hidden_size, intermediate_size, layers, method, fit, quantize, tokens, head_tokens, tail_rank
+    )
     with progress_bars() as report:
         folder = resolve_model(full, report)
         set_threads(threads)

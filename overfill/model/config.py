@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+HEAD_KEY = "overfill_head"
+"""Of config.json: ``{"tokens": whole rows of the head, "tail_rank": rank of the others}``; see ``model.head``."""
+
 Quantization = Literal["none", "int8"]
 """What a model's matrices are turned into when they are loaded."""
 
@@ -40,6 +43,8 @@ class ModelConfig:
         tie_embeddings: the output head is the embedding matrix.
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
         qk_norm: queries and keys pass an RMSNorm per head before RoPE (Qwen3).
+        head_tokens, tail_rank: the head's rows from ``head_tokens`` on are of rank ``tail_rank`` (``model.head``);
+            ``vocab_size`` and 0 where they are not.
         eos_token_ids: what ends an answer; empty when the checkpoint names none.
     """
 
@@ -59,7 +64,15 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    head_tokens: int
+    tail_rank: int
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def head_matrices(self) -> list[tuple[int, int]]:
+        """(rows, columns) of what the head reads."""
+        tail = [(self.tail_rank, self.hidden_size), (self.vocab_size - self.head_tokens, self.tail_rank)]
+        return [(self.head_tokens, self.hidden_size), *(tail if self.tail_rank else [])]
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
@@ -85,9 +98,11 @@ class ModelConfig:
         max_positions = _count(hf_config, "max_position_embeddings")
         _refuse_unsupported(hf_config, model_type, max_positions)
         attention_bias = bool(hf_config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+        vocab_size = _count(hf_config, "vocab_size")
+        head_tokens, tail_rank = _head(hf_config, vocab_size, hidden_size)
         config = cls(
             model_type=model_type,
-            vocab_size=_count(hf_config, "vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=_count(hf_config, "intermediate_size"),
             num_layers=num_layers,
@@ -102,6 +117,8 @@ class ModelConfig:
             o_bias=attention_bias,
             mlp_bias=bool(hf_config.get("mlp_bias", False)) and model_type == "llama",
             qk_norm=model_type == "qwen3",
+            head_tokens=head_tokens,
+            tail_rank=tail_rank,
             eos_token_ids=_eos_ids(hf_config),
         )
         if config.num_heads % config.num_kv_heads:
@@ -171,6 +188,19 @@ def _num_kv_heads(hf_config: Mapping[str, Any], model_type: str, num_heads: int)
     if "num_key_value_heads" in hf_config and hf_config["num_key_value_heads"] is None:
         return num_heads
     return _count(hf_config, "num_key_value_heads")
+
+
+def _head(hf_config: Mapping[str, Any], vocab_size: int, hidden_size: int) -> tuple[int, int]:
+    """``head_tokens`` and ``tail_rank``."""
+    options = hf_config.get(HEAD_KEY)
+    if options is None:
+        return vocab_size, 0
+    if not isinstance(options, Mapping) or hf_config.get("tie_word_embeddings"):
+        raise InvalidPair(f"{HEAD_KEY} in config.json is no object, or belongs to a tied head")
+    tokens, rank = _count(options, "tokens"), _count(options, "tail_rank")
+    if tokens >= vocab_size or rank >= hidden_size:
+        raise InvalidPair(f"{HEAD_KEY} in config.json: tokens={tokens} and tail_rank={rank} do not fit the sizes")
+    return tokens, rank
 
 
 def _head_dim(hf_config: Mapping[str, Any], model_type: str, hidden_size: int, num_heads: int) -> int:

@@ -8,7 +8,7 @@ weights are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic
 
@@ -18,6 +18,7 @@ from typing_extensions import TypeVar
 
 from overfill.model.config import ModelConfig
 from overfill.model.files import EMBEDDING, HEAD, check_tied_head, checked_files, open_tensors
+from overfill.model.head import Tail, factors
 from overfill.model.quantize import Int8Matrix, Matrix
 
 M_co = TypeVar("M_co", bound=Matrix, default=Tensor, covariant=True)
@@ -61,19 +62,22 @@ class Weights(Generic[M_co]):
     Attributes:
         embedding: [vocab, hidden]; never quantised, since only single rows of it are read.
         norm: [hidden], before the head.
-        head: [vocab, hidden]; the very tensor ``embedding`` when the two are tied and nothing is quantised.
+        head: [vocab, hidden], or [head_tokens, hidden] beside a ``tail``; the very tensor ``embedding`` when the two
+            are tied and nothing is quantised.
+        tail: the head's other rows, where they are of low rank.
     """
 
     embedding: Tensor
     layers: tuple[LayerWeights[M_co], ...]
     norm: Tensor
     head: M_co
+    tail: Tail[M_co] | None = None
 
     @property
     def bytes_read(self) -> int:
         """What a decode step reads of the weights: everything but the embedding, of which it reads a row a token."""
         parts = [getattr(layer, field) for layer in self.layers for field in LayerWeights.__slots__]
-        return sum(part.nbytes for part in (*parts, self.norm, self.head) if part is not None)
+        return sum(part.nbytes for part in (*parts, self.norm, self.head, self.tail) if part is not None)
 
 
 def load_weights(
@@ -96,7 +100,7 @@ def load_weights(
     files = checked_files(folder, config, _expected_shapes(config))
     weights = _dense(config, dtype, device)
     _fill(weights, files, config, progress)
-    return weights
+    return _with_tail(weights, weights.head, config, lambda rows: rows.to(dtype))
 
 
 def load_int8_weights(
@@ -116,9 +120,15 @@ def load_int8_weights(
         return Int8Matrix.empty(rows, columns, device)
 
     shape = config.vocab_size, config.hidden_size
-    weights = _allocate(config, torch.empty(shape, dtype=dtype, device=device), matrix(*shape), matrix)
-    _fill(weights, files, config, progress)
-    return weights
+    embedding = torch.empty(shape, dtype=dtype, device=device)
+    if not config.tail_rank:
+        weights = _allocate(config, embedding, matrix(*shape), matrix)
+        _fill(weights, files, config, progress)
+        return weights
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    weights = _allocate(config, embedding, matrix(0, config.hidden_size), matrix)
+    _fill(weights, files, config, progress, head=whole)
+    return _with_tail(weights, whole, config, Int8Matrix.of)
 
 
 def state_dict(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
@@ -136,8 +146,19 @@ def _dense(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Wei
         return torch.empty(rows, columns, dtype=dtype, device=device)
 
     embedding = matrix(config.vocab_size, config.hidden_size)
-    head = embedding if config.tie_embeddings else matrix(config.vocab_size, config.hidden_size)
+    if config.tail_rank:  # whole and exact, until its factors are found
+        head = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.float32, device=device)
+    else:
+        head = embedding if config.tie_embeddings else matrix(config.vocab_size, config.hidden_size)
     return _allocate(config, embedding, head, matrix)
+
+
+def _with_tail(weights: Weights[M], head: Tensor, config: ModelConfig, made: Callable[[Tensor], M]) -> Weights[M]:
+    """``weights`` with ``head`` [vocab, hidden] float32 in two parts, if it is one of two; ``made`` makes matrices."""
+    if not config.tail_rank:
+        return weights
+    left, right = factors(head[config.head_tokens :], config.tail_rank)
+    return replace(weights, head=made(head[: config.head_tokens]), tail=Tail(made(left), made(right)))
 
 
 def _allocate(config: ModelConfig, embedding: Tensor, head: M, matrix: Callable[[int, int], M]) -> Weights[M]:
@@ -176,8 +197,12 @@ def _fill(
     files: list[Path],
     config: ModelConfig,
     progress: Callable[[int, int], None] | None,
+    head: Tensor | None = None,
 ) -> None:
+    """``head`` takes the head's rows in place of ``weights.head``."""
     destinations = _destinations(config, weights)
+    if head is not None:
+        destinations[HEAD] = [head]
     total = sum(part.nbytes for parts in destinations.values() for part in parts)
     done = 0
     for path in files:

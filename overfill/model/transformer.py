@@ -18,6 +18,7 @@ from overfill.kv.cache import KvCache
 from overfill.model.attention import plan_attention
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig, Quantization
+from overfill.model.head import logits_of
 from overfill.model.loading import LayerWeights, Weights, load_int8_weights, load_weights
 from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
@@ -177,7 +178,8 @@ class Transformer:
                 hidden = hidden + _mlp(layer, self._norm(hidden, layer.post_norm))
             if len(batch.logits_indices) == 0:
                 return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
-            return linear(self._norm(hidden, self.weights.norm), self.weights.head).float()
+            normed = self._norm(hidden, self.weights.norm)
+            return logits_of(normed, self.weights.head, self.weights.tail).float()
 
     def _project(
         self, layer: LayerWeights[Matrix], x: Tensor, cos: Tensor, sin: Tensor

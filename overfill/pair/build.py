@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.pair.atomic import atomic_folder
@@ -23,7 +23,7 @@ from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.memory import freed_memory_kept
 from overfill.pair.packed import Packed, fold_norms
 from overfill.pair.progress import Report, silent
-from overfill.pair.prune import Scores, make_plan, score, slice_weights
+from overfill.pair.prune import HeadPlan, Scores, make_plan, score, slice_weights
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sensitivity import measure_sensitivity
 
@@ -77,6 +77,8 @@ def fill_pair(
     """
     config = ModelConfig.load(full)
     sizes = recipe.sizes(config)
+    if config.tail_rank:
+        raise UnsupportedModel(f"{full} is a decoder with a head in two parts; build from its full model")
     link_full(folder, full)
     if sizes == DecoderRecipe().sizes(config):
         write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
@@ -88,6 +90,7 @@ def fill_pair(
         check_enough(packed, config, sizes)
     # Refuses what transformers could not run, before anything long starts.
     full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
+    head = _head_plan(config, sizes)
     decoder_config(
         full_config,
         hidden_size=sizes["hidden_size"],
@@ -112,9 +115,9 @@ def fill_pair(
         layers=layers,
         method=recipe.method,
     )
-    decoder = fit(weights, config, plan, packed, report) if fits else slice_weights(weights, plan)
+    decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
     (folder / "decoder").mkdir()
-    write_decoder(folder / "decoder", full, decoder)
+    write_decoder(folder / "decoder", full, decoder, None if head is None else (head.tokens, head.tail_rank))
     write_manifest(
         folder,
         recipe=recipe.as_json(
@@ -124,6 +127,13 @@ def fill_pair(
         layer_map=plan.layers,
         report=report,
     )
+
+
+def _head_plan(config: ModelConfig, sizes: Mapping[str, int]) -> HeadPlan | None:
+    tokens = sizes["head_tokens"]
+    if tokens == config.vocab_size:
+        return None
+    return HeadPlan(tokens, sizes["tail_rank"], tuple(t for t in config.eos_token_ids if t >= tokens))
 
 
 def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:

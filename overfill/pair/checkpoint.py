@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from overfill.model.config import ModelConfig
+from overfill.model.files import EMBEDDING, HEAD
 from overfill.model.loading import Weights, state_dict
 from overfill.pair.digest import list_tensors
 from overfill.pair.hf_config import decoder_config
@@ -31,8 +32,8 @@ _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """What the elements of the checkpoint in ``folder`` are in its files."""
-    return _TORCH_DTYPES[list_tensors(folder)[0].dtype]
+    """What the elements of the checkpoint in ``folder`` are in its files; its head may have wider ones."""
+    return _TORCH_DTYPES[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
 
 
 def link_full(folder: Path, full: Path) -> None:
@@ -47,10 +48,11 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_decoder(folder: Path, full: Path, weights: Weights) -> None:
+def write_decoder(folder: Path, full: Path, weights: Weights, head: tuple[int, int] | None = None) -> None:
     """Writes to the existing ``folder`` a checkpoint of ``weights``, with everything else as in ``full``'s.
 
-    Elements have the type that the full model's have in its files.
+    Elements have the type that the full model's have in its files; a head whose rows ``head`` describes (as in
+    ``decoder_config``) has float32, which leaves them the rank that they are said to have.
 
     Raises:
         UnsupportedModel: no transformers class runs a model of these sizes.
@@ -62,12 +64,17 @@ def write_decoder(folder: Path, full: Path, weights: Weights) -> None:
         intermediate_size=weights.layers[0].down.shape[1],
         num_layers=len(weights.layers),
         tie_word_embeddings=weights.head is weights.embedding,
+        head=head,
     )
     write_json(folder / "config.json", hf_config)
     copy_companions(full, folder)
     dtype = stored_dtype(full)
     tensors = state_dict(ModelConfig.from_dict(hf_config), weights)
-    write_weights(folder, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
+    exact = {HEAD} if head is not None else set()
+    write_weights(
+        folder,
+        {name: tensor.to(torch.float32 if name in exact else dtype, copy=True) for name, tensor in tensors.items()},
+    )
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

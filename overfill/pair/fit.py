@@ -24,7 +24,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
 from overfill.pair.progress import Report, silent
-from overfill.pair.prune import Plan, keep_neurons, slice_layer
+from overfill.pair.prune import HeadPlan, Plan, keep_neurons, slice_layer
 from overfill.pair.regression import Ridge
 
 WRITER_PRIOR_ROWS = 3_000
@@ -50,12 +50,20 @@ def check_enough(packed: Packed, config: ModelConfig, sizes: Mapping[str, int]) 
 
 
 @torch.inference_mode()
-def fit(full: Weights, config: ModelConfig, plan: Plan, packed: Packed, report: Report = silent) -> Weights:
+def fit(
+    full: Weights,
+    config: ModelConfig,
+    plan: Plan,
+    packed: Packed,
+    report: Report = silent,
+    head: HeadPlan | None = None,
+) -> Weights:
     """The decoder that ``plan`` cuts out of ``full``, fitted on ``packed``.
 
     Args:
         full: float32, norms folded in (``fold_norms``).
         config: the full model's.
+        head: which of the head's rows are made one of low rank; None: none.
 
     Returns:
         float32; all gains are ones, the head is untied.
@@ -68,7 +76,10 @@ def fit(full: Weights, config: ModelConfig, plan: Plan, packed: Packed, report: 
     for done, (index, kept) in enumerate(zip(plan.layers, plan.neurons, strict=True)):
         layers.append(walk.fit_layer(index, kept, after=(*plan.layers, config.num_layers)[done + 1]))
         report("Fitting", done + 1, len(plan.layers))
-    return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(plan.basis.shape[1]), walk.fit_head())
+    whole, covariance = walk.fit_head()
+    if head is not None:
+        whole = head.apply(whole, covariance)
+    return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(plan.basis.shape[1]), whole)
 
 
 @dataclass(slots=True)
@@ -123,9 +134,10 @@ class _Walk:
                 raise InvalidPair(f"fitting layer {index}: {name} is not finite; the checkpoint or the text is damaged")
         return layer
 
-    def fit_head(self) -> Tensor:
-        """[vocab, hidden]"""
-        return self._fit_reader(self._full_stream[self._packed.answers], self._full.head)
+    def fit_head(self) -> tuple[Tensor, Tensor]:
+        """[vocab, hidden], and the covariance of its inputs, [hidden, hidden]."""
+        ridge = self._reader(self._full_stream[self._packed.answers])
+        return self._full.head @ ridge.solve(self._plan.reader_basis, READER_PRIOR_ROWS), ridge.covariance
 
     def _advance_full(self, depth: int) -> None:
         """Runs the full model up to the input of layer ``depth``."""
@@ -146,10 +158,13 @@ class _Walk:
     def _fit_reader(self, full_stream: Tensor, matrix: Tensor) -> Tensor:
         """A projection of the normalised stream. As what it shall produce is linear in the full model's normalised
         stream, one map from the decoder's to that serves all outputs. [out, full hidden] -> [out, hidden]"""
+        return matrix @ self._reader(full_stream).solve(self._plan.reader_basis, READER_PRIOR_ROWS)
+
+    def _reader(self, full_stream: Tensor) -> Ridge:
         ridge = Ridge(self._basis.shape[1], full_stream.shape[1])
         for ours, theirs in zip(self._pieces(self._stream), self._pieces(full_stream), strict=True):
             ridge.add(self._math.norm(ours), self._math.norm(theirs))
-        return matrix @ ridge.solve(self._plan.reader_basis, READER_PRIOR_ROWS)
+        return ridge
 
     def _fit_writer(self, inputs: Tensor, full_stream: Tensor, start: Tensor, bias: Tensor | None) -> Tensor:
         """A projection into the stream, towards what the decoder's stream lacks of the full model's."""

@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from overfill.errors import UnsupportedModel
-from overfill.model.config import ModelConfig
+from overfill.model.config import HEAD_KEY, ModelConfig
 
 _LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types")
 
@@ -24,11 +24,13 @@ def decoder_config(
     intermediate_size: int,
     num_layers: int,
     tie_word_embeddings: bool,
+    head: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """``config.json`` of a decoder: the full model's, with other sizes and the same attention heads.
 
     Args:
         full_config: the full model's ``config.json``.
+        head: its whole rows and the rank of the others, where it has such (``overfill.model.head``).
 
     Raises:
         InvalidPair: a size is not positive, or ``full_config`` is damaged.
@@ -44,6 +46,8 @@ def decoder_config(
     }
     if config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * num_layers  # no other is supported
+    if head is not None:
+        config[HEAD_KEY] = {"tokens": head[0], "tail_rank": head[1]}
     config = loadable_config(config)
     ModelConfig.from_dict(config)
     return config

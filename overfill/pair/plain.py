@@ -1,4 +1,4 @@
-"""Checkpoints as plain transformers models, which owe nothing to ``overfill.model``."""
+"""Checkpoints as plain transformers models, which compute nothing with ``overfill.model``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from overfill.errors import InvalidPair
+from overfill.model.config import HEAD_KEY
+from overfill.model.head import factors  # which factors are rounded is a choice that has to be the same
 from overfill.pair.hf_config import loadable_config
 
 
@@ -50,13 +52,24 @@ def load_plain(folder: Path) -> PreTrainedModel:
 def round_to_int8(model: PreTrainedModel) -> None:
     """Gives every projection and the head the values that int8 leaves of it: one scale per row, its largest over 127.
 
-    A tied head is rounded by itself; the embedding stays.
+    A tied head is rounded by itself; the embedding stays. Of a head in two parts, the second one's factors are rounded.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            scale = module.weight.abs().amax(1, keepdim=True) / 127
-            scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-            module.weight = nn.Parameter((module.weight / scale).round() * scale, requires_grad=False)
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            module.weight = _rounded(module.weight)
+    parts = getattr(model.config, HEAD_KEY, None)
+    head = model.lm_head.weight
+    if parts is None:
+        model.lm_head.weight = _rounded(head)
+        return
+    left, right = factors(head[parts["tokens"] :], parts["tail_rank"])
+    tail = _rounded(left) @ _rounded(right)
+    model.lm_head.weight = nn.Parameter(torch.cat([_rounded(head[: parts["tokens"]]), tail]), requires_grad=False)
+
+
+def _rounded(weight: torch.Tensor) -> nn.Parameter:
+    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return nn.Parameter((weight / scale).round() * scale, requires_grad=False)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

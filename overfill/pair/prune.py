@@ -18,6 +18,7 @@ from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
+from overfill.model.head import lower_rank
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
 from overfill.pair.progress import Report, silent
@@ -193,11 +194,32 @@ def _scale(shares: Tensor, full_hidden: int) -> float:
     return float((shares.sum() * full_hidden / len(shares)).sqrt())
 
 
-def slice_weights(full: Weights, plan: Plan) -> Weights:
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """The head's rows from ``tokens`` on become a matrix of rank ``tail_rank`` (``overfill.model.head``).
+
+    Attributes:
+        exact: of these rows, those that stay as they are, by token: what ends an answer, wherever its id is.
+    """
+
+    tokens: int
+    tail_rank: int
+    exact: tuple[int, ...] = ()
+
+    def apply(self, head: Tensor, covariance: Tensor) -> Tensor:
+        """``head`` [vocab, hidden] so lowered, for inputs of this covariance."""
+        exact = [token - self.tokens for token in self.exact]
+        return torch.cat([head[: self.tokens], lower_rank(head[self.tokens :], covariance, self.tail_rank, exact)])
+
+
+def slice_weights(full: Weights, plan: Plan, head: HeadPlan | None = None) -> Weights:
     """The decoder that ``plan`` cuts out of ``full`` (norms folded in); its gains are ones, its head is untied."""
     hidden = plan.basis.shape[1]
     layers = tuple(slice_layer(full.layers[i], kept, plan) for i, kept in zip(plan.layers, plan.neurons, strict=True))
-    return Weights(full.embedding @ plan.basis, layers, torch.ones(hidden), full.head @ plan.reader_basis)
+    whole = full.head @ plan.reader_basis
+    if head is not None:  # the normalised stream has no direction that is longer than others, as far as is known here
+        whole = head.apply(whole, torch.eye(hidden))
+    return Weights(full.embedding @ plan.basis, layers, torch.ones(hidden), whole)
 
 
 def keep_neurons(gate_up: Tensor, neurons: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class DecoderRecipe:
         fit: ``none`` leaves the sliced weights as they are.
         quantize: how the decoder's weights are held once they are loaded; the checkpoint is never quantised.
         tokens: answer tokens of calibration text that are used; more take longer and fit better.
+        head_tokens: the first so many of the vocabulary keep rows of their own in the head; the other rows become a
+            matrix of rank ``tail_rank`` (``overfill.model.head``). All of them, and there is no tail.
     """
 
     hidden_size: Size = 1.0
@@ -38,6 +40,8 @@ class DecoderRecipe:
     fit: Fit = "least-squares"
     quantize: Quantization = "none"
     tokens: int = 32_768
+    head_tokens: Size = 1.0
+    tail_rank: int = 96
 
     def check(self, full: Path) -> None:
         """Raises InvalidRequest when a size does not fit the checkpoint in ``full``, before anything long starts.
@@ -47,12 +51,20 @@ class DecoderRecipe:
         self.sizes(ModelConfig.load(full))
 
     def sizes(self, full: ModelConfig) -> dict[str, int]:
-        """``hidden_size``, ``intermediate_size`` and ``layers`` as numbers. Raises InvalidRequest."""
-        return {
+        """All sizes as numbers; without a tail its rank is 0. Raises InvalidRequest."""
+        sizes = {
             "hidden_size": resolve_size("hidden_size", self.hidden_size, full.hidden_size),
             "intermediate_size": resolve_size("intermediate_size", self.intermediate_size, full.intermediate_size),
             "layers": resolve_size("layers", self.layers, full.num_layers, multiple=1),
+            "head_tokens": resolve_size("head_tokens", self.head_tokens, full.vocab_size),
+            "tail_rank": self.tail_rank,
         }
+        if sizes["head_tokens"] == full.vocab_size:
+            return sizes | {"tail_rank": 0}
+        least, most = len(full.eos_token_ids) + 1, sizes["hidden_size"] - 1
+        if not least <= self.tail_rank <= most:
+            raise InvalidRequest("tail_rank", f"must be in {least}..{most} at this hidden size; got {self.tail_rank}")
+        return sizes
 
     def as_json(self, **more: Any) -> dict[str, Any]:
         """What ``pair.json`` records; ``more`` goes with it."""

@@ -27,6 +27,11 @@ class Ridge:
         self._moments += inputs.T @ inputs
         self._cross += inputs.T @ targets
 
+    @property
+    def covariance(self) -> Tensor:
+        """E[x x'] of the inputs, [num_inputs, num_inputs] float64."""
+        return self._moments / self._rows
+
     def solve(self, start: Tensor, prior_rows: float) -> Tensor:
         """Minimises ``|inputs W' - targets|^2 + prior_rows * s * |W - start|^2``, s being the mean square of an input.
 

@@ -8,7 +8,7 @@
       models/smollm2-135m-instruct-gguf/          the same as a GGUF, for peers in benchmarks
       models/<owner>--<name>/           another model of the hub
       envs/<peer>/                      another engine with its dependencies, for benchmarks
-      pairs/v3/<name>/                  pair.json, full -> ../../../models/…, decoder/
+      pairs/v4/<name>/                  pair.json, full -> ../../../models/…, decoder/
 
 Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
 since is made again. A pair that is ready is found without loading torch.
@@ -38,20 +38,22 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m-instruct"
 
 NAMED: dict[str, DecoderRecipe] = {
-    "default": DecoderRecipe(hidden_size=544, intermediate_size=1000, tokens=20_480),
+    "default": DecoderRecipe(
+        hidden_size=544, intermediate_size=1250, head_tokens=24_576, tail_rank=48, tokens=34_816
+    ),
     "fast": DecoderRecipe(hidden_size=384, intermediate_size=536, tokens=65_536),
     "identity": DecoderRecipe(),
 }
 """The named pairs and how their decoders are made of SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
 
-_VERSION = "v3"
+_VERSION = "v4"
 """Changes with what the recipes make, so that pairs in the cache are made again."""
 
 
 def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Source | None = None) -> Path:
     """The folder of a named pair, preparing it if it is not there or damaged, or of the pair at a path.
 
-    Preparing takes a minute or two the first time. Other processes that want a pair meanwhile wait.
+    Preparing takes minutes the first time. Other processes that want a pair meanwhile wait.
 
     Args:
         name_or_path: ``default``, ``fast`` or ``identity``, or a pair folder (``./default`` for a folder of

@@ -29,8 +29,7 @@ class Shape(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
-        ("max_positions", c_int64),
-        ("quantised", c_int64),
+        *((name, c_int64) for name in ("max_positions", "head_tokens", "tail_rank", "quantised")),
         ("norm_eps", c_double),
     ]
 

@@ -15,7 +15,9 @@ extern "C" {
 
 // Matches `_Shape` in native/library.py.
 struct OvfShape {
-    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, quantised;
+    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions;
+    int64_t head_tokens, tail_rank;  // rows of the head, and the rank of the product that the other tokens' rows are
+    int64_t quantised;
     double norm_eps;
 };
 
@@ -101,7 +103,8 @@ struct Model {
     OvfShape shape;
     AttentionShape attention;
     std::vector<Layer> layers;
-    Matrix head;
+    Matrix head;                   // [head_tokens, hidden]
+    Matrix tail_right, tail_left;  // [tail_rank, hidden], [vocab - head_tokens, tail_rank]
     float* norm;
     const bf16* embedding = nullptr;  // [vocab, hidden]; null: read from the head, to which it is tied
     const float *cos = nullptr, *sin = nullptr;  // [max_positions, head_dim / 2]

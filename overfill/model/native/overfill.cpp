@@ -10,7 +10,7 @@ using namespace ovf;
 
 namespace {
 
-enum Part { QKV, O, GATE_UP, DOWN, HEAD };
+enum Part { QKV, O, GATE_UP, DOWN, HEAD, TAIL_RIGHT, TAIL_LEFT };
 enum Vector { INPUT_NORM, POST_NORM, QKV_BIAS, Q_NORM, K_NORM, O_BIAS, GATE_UP_BIAS, DOWN_BIAS, NORM };
 
 size_t gate_up_rows(const OvfShape& s) { return (s.intermediate + 15) / 16 * PANEL; }
@@ -37,7 +37,7 @@ template <class Visit>
 void each_matrix(Model& m, Visit visit) {
     for (Layer& layer : m.layers)
         for (Matrix* matrix : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) visit(*matrix);
-    visit(m.head);
+    for (Matrix* matrix : {&m.head, &m.tail_right, &m.tail_left}) visit(*matrix);
 }
 
 }  // namespace
@@ -60,7 +60,9 @@ void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* 
         layer.gate_up.rows = gate_up_rows(s), layer.gate_up.cols = hidden;
         layer.down.rows = hidden, layer.down.cols = s.intermediate;
     }
-    m->head.rows = s.vocab, m->head.cols = hidden;
+    m->head.rows = s.head_tokens, m->head.cols = hidden;
+    m->tail_right.rows = s.tail_rank, m->tail_right.cols = hidden;
+    m->tail_left.rows = s.vocab - s.head_tokens, m->tail_left.cols = s.tail_rank;
     size_t bytes = 0;
     each_matrix(*m, [&](Matrix& matrix) { bytes += matrix_bytes(matrix, m->quantised()); });
     const size_t vectors = 5 * round_up(hidden, PANEL) + round_up(qkv, PANEL) + 2 * round_up(s.head_dim, 16) +
@@ -80,9 +82,9 @@ void ovf_destroy(void* handle) { delete static_cast<Model*>(handle); }
 // Copies a matrix, [rows, cols] bf16 or int8 as in LayerWeights, into the model. scales: [rows], int8 only.
 void ovf_set_matrix(void* handle, int64_t index, int part, const void* data, const float* scales) {
     Model& m = *static_cast<Model*>(handle);
-    Layer* layer = part == HEAD ? nullptr : &m.layers[index];
-    Matrix& matrix = part == QKV ? layer->qkv : part == O ? layer->o : part == GATE_UP ? layer->gate_up
-                   : part == DOWN ? layer->down : m.head;
+    Layer& layer = m.layers[index];
+    Matrix* const parts[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down, &m.head, &m.tail_right, &m.tail_left};
+    Matrix& matrix = *parts[part];
     const auto row_of = [&](size_t i) -> ptrdiff_t {
         if (part == GATE_UP) return gate_up_row(m.shape, i);
         return i < matrix.rows ? static_cast<ptrdiff_t>(i) : -1;

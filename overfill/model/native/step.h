@@ -265,26 +265,46 @@ class Step {
             best[i] = _mm512_set1_ps(-__builtin_inff()), ids[i] = _mm512_setzero_si512(), broken[i] = 0;
         }
         m_.pool.barrier.wait();
-        const size_t vocab = m_.shape.vocab;
-        const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        multiply(m_.head, {w_.last, w_.logit_scales, w_.normed_stride}, wanted, thread, threads,
-                 [&](size_t i, size_t p, __m512 low, __m512 high) {
-                     if (b_.logits) store(b_.logits + i * vocab, vocab, p, low, high);
-                     if (!b_.best) return;
-                     for (size_t half = 0; half < 2; ++half) {
-                         const size_t start = p * PANEL + 16 * half;
-                         if (start >= vocab) break;
-                         const __m512 x = half ? high : low;
-                         const __mmask16 real = lanes(vocab - start);
-                         broken[i] |= _mm512_mask_cmp_ps_mask(real, x, x, _CMP_UNORD_Q) != 0;
-                         const __mmask16 more = _mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_GT_OQ);
-                         best[i] = _mm512_mask_mov_ps(best[i], more, x);
-                         ids[i] = _mm512_mask_add_epi32(ids[i], more, counting, _mm512_set1_epi32(start));
-                     }
-                 });
+        const Activations x{w_.last, w_.logit_scales, w_.normed_stride};
+        multiply(m_.head, x, wanted, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
+            take_logits(i, p, low, high, 0, m_.head.rows, best, ids, broken);
+        });
+        if (m_.tail_left.rows) {
+            const size_t rank = m_.tail_right.rows;
+            multiply(m_.tail_right, x, wanted, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
+                store(w_.qkv + i * w_.qkv_stride, rank, p, low, high);
+            });
+            m_.pool.barrier.wait();
+            for (size_t i = first; i < last; ++i)
+                store_operand(w_.qkv + i * w_.qkv_stride, rank, m_.quantised(), w_.normed + i * w_.normed_stride,
+                              w_.scales + i);
+            m_.pool.barrier.wait();
+            multiply(m_.tail_left, {w_.normed, w_.scales, w_.normed_stride}, wanted, thread, threads,
+                     [&](size_t i, size_t p, __m512 low, __m512 high) {
+                         take_logits(i, p, low, high, m_.head.rows, m_.shape.vocab, best, ids, broken);
+                     });
+        }
         if (!b_.best) return;
         m_.pool.barrier.wait();
         for (size_t i = first; i < last; ++i) b_.best[i] = choose(i, threads);
+    }
+
+    // Panel `p` of the logits of tokens `from` to `end`, of wanted row `i`.
+    inline __attribute__((always_inline)) void take_logits(size_t i, size_t p, __m512 low, __m512 high, size_t from,
+                                                           size_t end, __m512* best, __m512i* ids, uint8_t* broken) {
+        if (b_.logits) store(b_.logits + i * m_.shape.vocab + from, end - from, p, low, high);
+        if (!b_.best) return;
+        const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (size_t half = 0; half < 2; ++half) {
+            const size_t start = from + p * PANEL + 16 * half;
+            if (start >= end) break;
+            const __m512 x = half ? high : low;
+            const __mmask16 real = lanes(end - start);
+            broken[i] |= _mm512_mask_cmp_ps_mask(real, x, x, _CMP_UNORD_Q) != 0;
+            const __mmask16 more = _mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_GT_OQ);
+            best[i] = _mm512_mask_mov_ps(best[i], more, x);
+            ids[i] = _mm512_mask_add_epi32(ids[i], more, counting, _mm512_set1_epi32(start));
+        }
     }
 
     // The most likely token of a row, the first of equals; -1 if a logit is NaN or the largest is infinite.

@@ -25,7 +25,7 @@ from overfill.model.transformer import LayerHook, Model, Transformer, check_cach
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("qkv", "o", "gate_up", "down")  # the order of `Part` in overfill.cpp; then the head
+_PARTS = ("qkv", "o", "gate_up", "down")  # the order of `Part` in overfill.cpp; then the head and its tail
 _VECTORS = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "gate_up_bias", "down_bias")
 _NORM = len(_VECTORS)
 _MAX_HEADS, _MAX_GROUP = 64, 48
@@ -79,6 +79,8 @@ class NativeTransformer:
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             max_positions=self.max_positions,
+            head_tokens=config.head_tokens,
+            tail_rank=config.tail_rank,
             quantised=isinstance(weights.head, Int8Matrix),
             norm_eps=config.rms_norm_eps,
         )
@@ -162,6 +164,9 @@ class NativeTransformer:
         """Copies all weights; ``layers`` is emptied on the way, so that little is there twice."""
         self._set_vector(0, _NORM, weights.norm)
         self._set_matrix(0, len(_PARTS), weights.head)
+        if weights.tail is not None:
+            self._set_matrix(0, len(_PARTS) + 1, weights.tail.right)
+            self._set_matrix(0, len(_PARTS) + 2, weights.tail.left)
         for index in range(len(layers)):
             layer = layers.pop(0)
             for part, name in enumerate(_PARTS):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from overfill.model.files import HEAD
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.checkpoint import copy_companions, link_full, stored_dtype, write_json, write_weights
 from overfill.pair.distill.model import PackedModel
@@ -101,7 +102,10 @@ def write_pair(
     with atomic_folder(out) as folder:
         link_full(folder, source.full_path)
         (folder / "decoder").mkdir()
-        write_weights(folder / "decoder", {name: t.to(dtype) for name, t in _parameters(decoder).items()})
+        # A head in two parts keeps the rank that its config says in float32 only.
+        wide = {HEAD} if decoder.config.tail_rank else set()
+        tensors = {n: t.to("cpu", torch.float32 if n in wide else dtype) for n, t in decoder.checkpoint().items()}
+        write_weights(folder / "decoder", tensors)
         shutil.copyfile(source.decoder_path / "config.json", folder / "decoder" / "config.json")
         copy_companions(source.decoder_path, folder / "decoder")
         (folder / "distill").mkdir()

@@ -1,7 +1,8 @@
 """A Llama-family model that can be trained: the engine's arithmetic, differentiable, over packed rows.
 
-Parameters are named as in Hugging Face checkpoints, so that loading and saving are copies. Shared by the decoder
-and by the frozen full model. Knows no loss and no data.
+Parameters are named as in Hugging Face checkpoints, so that loading and saving are copies; but for a head in two parts
+(``overfill.model.head``), whose second one is trained as its factors. Shared by the decoder and by the frozen full
+model. Knows no loss and no data.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
+from overfill.model.head import factors
 from overfill.model.rope import apply_rope, rope_tables
 from overfill.pair.digest import list_tensors
 from overfill.pair.distill.attention import Attention, plan_attention
@@ -118,7 +120,10 @@ class PackedModel(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
         self.model = Body(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.head_tokens, bias=False)
+        if config.tail_rank:
+            self.tail_left = nn.Parameter(torch.empty(config.vocab_size - config.head_tokens, config.tail_rank))
+            self.tail_right = nn.Parameter(torch.empty(config.tail_rank, config.hidden_size))
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> PackedModel:
@@ -137,9 +142,16 @@ class PackedModel(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """[vocab, hidden]"""
+        """[vocab, hidden]; of two parts it is put together anew each time."""
+        if self.config.tail_rank:
+            return torch.cat([self.lm_head.weight, self.tail_left @ self.tail_right])
         tied = self.config.tie_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """All tensors, as a Hugging Face checkpoint names and shapes them."""
+        tensors = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("tail_")}
+        return tensors | ({"lm_head.weight": self.head.detach()} if self.config.tail_rank else {})
 
     def forward(self, rows: Rows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
         """
@@ -177,6 +189,11 @@ class PackedModel(nn.Module):
 def read_parameters(model: PackedModel, folder: Path) -> None:
     """Copies the checkpoint in ``folder`` into ``model``; a tied head and RoPE's frequencies are passed over."""
     parameters = dict(model.named_parameters())
+    whole: Tensor | None = None
+    if model.config.tail_rank:
+        parameters = {name: p for name, p in parameters.items() if not name.startswith("tail_")}
+        whole = torch.empty(model.config.vocab_size, model.config.hidden_size)
+        parameters["lm_head.weight"] = nn.Parameter(whole)
     missing = set(parameters)
     for stored in list_tensors(folder):
         if stored.name.endswith("rotary_emb.inv_freq") or (
@@ -192,3 +209,11 @@ def read_parameters(model: PackedModel, folder: Path) -> None:
         missing.remove(stored.name)
     if missing:
         raise InvalidPair(f"{folder}: tensor {min(missing)} is missing")
+    if whole is not None:
+        model.lm_head.weight.copy_(whole[: model.config.head_tokens])
+        for parameter, factor in zip(
+            (model.tail_left, model.tail_right),
+            factors(whole[model.config.head_tokens :], model.config.tail_rank),
+            strict=True,
+        ):
+            parameter.copy_(factor)

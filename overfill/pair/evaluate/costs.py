@@ -39,7 +39,7 @@ class DecodeCost:
     def of(cls, config: ModelConfig, precision: Precision) -> DecodeCost:
         layers, head = PRECISIONS[precision]
         matrices = [(*shape, layers) for shape in _layer_matrices(config)] * config.num_layers
-        matrices.append((config.vocab_size, config.hidden_size, head))
+        matrices += [(rows, columns, head) for rows, columns in config.head_matrices]
         weights = sum(rows * columns for rows, columns, _ in matrices)
         size = sum(rows * _row_bytes(columns, rounding) for rows, columns, rounding in matrices)
         return cls(weights, size, 2 * weights)

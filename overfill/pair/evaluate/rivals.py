@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from overfill.model.config import ModelConfig
+from overfill.model.head import Tail
 from overfill.model.loading import Weights
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -27,8 +28,10 @@ def quantised(config: ModelConfig, weights: Weights, precision: Precision, max_p
         replace(layer, **{name: round_to(getattr(layer, name), of_layers) for name in _MATRICES})
         for layer in weights.layers
     )
-    head = round_to(weights.head, of_head)
-    return Transformer(config, Weights(weights.embedding, layers, weights.norm, head), max_positions)
+    head, tail = round_to(weights.head, of_head), weights.tail
+    if tail is not None:
+        tail = Tail(round_to(tail.left, of_head), round_to(tail.right, of_head))
+    return Transformer(config, Weights(weights.embedding, layers, weights.norm, head, tail), max_positions)
 
 
 def round_to(matrix: Tensor, rounding: Rounding) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
+from overfill.model.config import HEAD_KEY
 from overfill.model.transformer import Transformer
 
 BLOCK_SIZE = 4
@@ -34,6 +35,10 @@ def save_model(tmp_path: Path) -> SaveModel:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+            if (parts := getattr(config, HEAD_KEY, None)) is not None:
+                tail = model.lm_head.weight[parts["tokens"] :]
+                rank = parts["tail_rank"]
+                tail.copy_(torch.randn(len(tail), rank) @ torch.randn(rank, tail.shape[1]) * 0.15 / rank**0.5)
         model.save_pretrained(tmp_path)
         return model
 

@@ -68,8 +68,25 @@ def test_every_field_of_a_llama_is_read() -> None:
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        head_tokens=128256,
+        tail_rank=0,
         eos_token_ids=(128001, 128008, 128009),
     )
+
+
+def test_a_head_in_two_parts_is_read() -> None:
+    parts = {"overfill_head": {"tokens": 40000, "tail_rank": 96}}
+    config = ModelConfig.from_dict(LLAMA_31 | parts)
+    assert (config.head_tokens, config.tail_rank) == (40000, 96)
+    assert config.head_matrices == [(40000, 4096), (96, 4096), (88256, 96)]
+
+
+@pytest.mark.parametrize(
+    "parts", [{"tokens": 128256, "tail_rank": 96}, {"tokens": 10, "tail_rank": 4096}, {"tokens": 0}, [1]]
+)
+def test_parts_that_do_not_fit_the_sizes_are_refused(parts: object) -> None:
+    with pytest.raises(InvalidPair, match=r"overfill_head|tail_rank|tokens"):
+        ModelConfig.from_dict(LLAMA_31 | {"overfill_head": parts})
 
 
 def test_the_spelling_of_transformers_5_means_the_same() -> None:

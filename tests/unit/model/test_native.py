@@ -37,6 +37,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=True,
     ),
     "qwen3-dim-128": Qwen3Config(**SHAPE | {"head_dim": 128}),
+    "head-in-two-parts": LlamaConfig(**SHAPE, overfill_head={"tokens": 90, "tail_rank": 7}),
     "dim-80": LlamaConfig(**SHAPE | {"head_dim": 80}),
     "dim-256-one-kv-head": LlamaConfig(**SHAPE | {"head_dim": 256, "num_key_value_heads": 1}),
 }

@@ -48,6 +48,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral-odd-hidden": MistralConfig(**SHAPE | {"hidden_size": 50}, head_dim=16, sliding_window=None),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "llama-head-in-two-parts": LlamaConfig(**SHAPE, overfill_head={"tokens": 40, "tail_rank": 5}),
     "qwen3-odd-hidden-biases": Qwen3Config(**SHAPE | {"hidden_size": 50}, head_dim=16, attention_bias=True),
 }
 PROMPT = torch.randint(0, 96, (41,), generator=torch.Generator().manual_seed(7)).tolist()

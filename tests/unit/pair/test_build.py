@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.config import ModelConfig
+from overfill.model.loading import load_weights
 from overfill.pair.build import SCORES_FILE, build_pair, take
 from overfill.pair.conversations import Conversation, Transcript
 from overfill.pair.digest import checkpoint_digest
@@ -111,3 +112,38 @@ def test_the_config_says_what_changed_and_nothing_else(tiny: Path, tmp_path: Pat
     before, after = (json.loads((f / "config.json").read_text()) for f in (pair.full_path, pair.decoder_path))
     assert after == before | {"intermediate_size": 64}
     assert ModelConfig.load(pair.decoder_path).eos_token_ids == pair.full_config.eos_token_ids
+
+
+@pytest.mark.parametrize("fit", ["least-squares", "none"])
+def test_a_head_in_two_parts_is_an_ordinary_one_to_plain_transformers(fit: str, tmp_path: Path) -> None:
+    """End-of-sequence tokens keep their rows wherever they are; ours reads the parts and computes the same."""
+    full = make_tiny_pair(tmp_path / "tiny", identity=True) / "full"
+    vocab = ModelConfig.load(full).vocab_size
+    whole, lowered = (
+        build_pair(full, tmp_path / name, DecoderRecipe(intermediate_size=64, fit=fit, **head), CHATS)
+        for name, head in (("whole", {}), ("lowered", {"head_tokens": 128, "tail_rank": 9}))
+    )
+    config = lowered.decoder_config
+    assert (config.head_tokens, config.tail_rank, config.vocab_size) == (128, 9, vocab)
+    rows = [AutoModelForCausalLM.from_pretrained(p.decoder_path).lm_head.weight.detach() for p in (whole, lowered)]
+    kept = [*range(128), *config.eos_token_ids]
+    torch.testing.assert_close(rows[1][kept], rows[0][kept], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(rows[1], rows[0], atol=1e-3)
+
+    weights = load_weights(lowered.decoder_path, config, torch.float32, torch.device("cpu"))
+    assert weights.tail is not None
+    ours = torch.cat([weights.head, weights.tail.left @ weights.tail.right])
+    torch.testing.assert_close(ours, rows[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 64])
+def test_a_rank_that_does_not_fit_is_refused(rank: int, tiny: Path) -> None:
+    with pytest.raises(InvalidRequest, match="tail_rank"):
+        DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=rank).check(tiny / "full")
+
+
+def test_a_decoder_with_such_a_head_is_no_full_model(tiny: Path, tmp_path: Path) -> None:
+    recipe = DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=9)
+    built = build_pair(tiny / "full", tmp_path / "built", recipe, CHATS)
+    with pytest.raises(UnsupportedModel, match="head in two parts"):
+        build_pair(built.decoder_path, tmp_path / "again", DecoderRecipe(intermediate_size=32), CHATS)

@@ -1,0 +1,98 @@
+"""Heads whose rows of rare tokens are of low rank: found again exactly, lowered where it costs least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from overfill.errors import InvalidPair
+from overfill.model.config import ModelConfig
+from overfill.model.head import factors, lower_rank
+from overfill.model.loading import load_int8_weights, load_weights
+from overfill.pair.distill.model import PackedModel
+from overfill.pair.plain import load_plain, round_to_int8
+
+CPU = torch.device("cpu")
+CONFIG = LlamaConfig(
+    vocab_size=90,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    overfill_head={"tokens": 30, "tail_rank": 6},
+)
+
+
+def test_factors_of_rows_of_low_rank_are_exact() -> None:
+    rows = torch.randn(60, 6) @ torch.randn(6, 32)
+    left, right = factors(rows, 6)
+    assert left.shape == (60, 6)
+    assert right.shape == (6, 32)
+    torch.testing.assert_close(left @ right, rows, atol=1e-5, rtol=0)
+
+
+def test_rows_of_higher_rank_are_refused() -> None:
+    with pytest.raises(InvalidPair, match="not of rank 6"):
+        factors(torch.randn(60, 32), 6)
+
+
+def test_what_is_lost_is_what_inputs_make_least_of() -> None:
+    rows = torch.randn(60, 32)
+    inputs = torch.randn(500, 32) * torch.logspace(0, -2, 32)
+    covariance = inputs.T @ inputs / len(inputs)
+
+    weighed = lower_rank(rows, covariance, 8, exact=[])
+    plain = lower_rank(rows, torch.eye(32), 8, exact=[])
+
+    assert torch.linalg.matrix_rank(weighed, rtol=1e-5) == 8
+    errors = [(inputs @ (rows - lowered).T).square().mean() for lowered in (weighed, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_rows_that_must_stay_do() -> None:
+    rows = torch.randn(60, 32)
+    lowered = lower_rank(rows, torch.eye(32), 8, exact=[3, 59])
+    assert torch.equal(lowered[[3, 59]], rows[[3, 59]])
+    assert torch.linalg.matrix_rank(lowered, rtol=1e-5) == 8
+
+
+def test_a_step_reads_the_parts(save_model, tmp_path: Path) -> None:
+    save_model(CONFIG)
+    config = ModelConfig.load(tmp_path)
+    weights = load_weights(tmp_path, config, torch.float32, CPU)
+    layers = sum(getattr(weights.layers[0], name).nbytes for name in ("qkv", "o", "gate_up", "down"))
+    vectors = 4 * (3 * 32)
+    assert weights.bytes_read == layers + vectors + 4 * (30 * 32 + 60 * 6 + 6 * 32)
+
+
+def test_int8_rounds_the_factors_as_the_reference_does(save_model, tmp_path: Path) -> None:
+    save_model(CONFIG)
+    config = ModelConfig.load(tmp_path)
+    weights = load_int8_weights(tmp_path, config, torch.float32, CPU)
+    assert weights.tail is not None
+    ours = torch.cat([weights.head.dequantised(), weights.tail.left.dequantised() @ weights.tail.right.dequantised()])
+    reference = load_plain(tmp_path)
+    round_to_int8(reference)
+    torch.testing.assert_close(ours, reference.lm_head.weight.detach(), atol=1e-5, rtol=0)
+
+
+def test_training_keeps_the_rank(save_model, tmp_path: Path) -> None:
+    plain = save_model(CONFIG)
+    model = PackedModel.load(tmp_path, torch.float32, CPU)
+    torch.testing.assert_close(model.head, plain.lm_head.weight, atol=1e-5, rtol=0)
+
+    model.head.square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    stored = model.checkpoint()
+
+    assert set(stored) == {name for name, _ in plain.named_parameters()}
+    assert not torch.allclose(stored["lm_head.weight"], plain.lm_head.weight)
+    factors(stored["lm_head.weight"][30:], 6)
