@@ -38,7 +38,10 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-UP_KEYS = ("prefill", "decode", "router", "log-dir")
+UP_KEYS = (
+    "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
+    "max-prefill", "max-decode", "ttft-objective", "itl-objective",
+)  # fmt: skip
 """Settings of ``overfill up`` in a file; everything else is a setting of the services that it starts."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)

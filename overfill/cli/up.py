@@ -125,8 +125,8 @@ def up_command(
 
     Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops all that was started. Every
     setting of the services can be given in the file of --config, or as a variable such as
-    OVERFILL_PREFILL_BLOCK_SIZE. --prefill, --decode, --router, --pair, --grpc, --http, --log-dir and --config are
-    variables too: OVERFILL_UP_PREFILL and so on.
+    OVERFILL_PREFILL_BLOCK_SIZE. --prefill, --decode, --router, --pair, --grpc, --http, --log-dir, --config and those
+    that concern Ray are variables too: OVERFILL_UP_PREFILL, OVERFILL_UP_RAY=no and so on.
     """
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,10 +21,16 @@ from typing import Any
 from overfill.cluster import placement
 from overfill.cluster.spec import StackSpec
 from overfill.errors import OverfillError
+from overfill.rpc.server import is_loopback
 
 _OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and this is about the least that Ray takes
 _QUIET = {"log_level": "WARNING"}
 _POLL = 0.2
+_CONNECT = 5.0  # seconds for a cluster's head to take a connection
+
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's way to say: no other machine will ever join. It then listens on loopback only and takes 127.0.0.1 for this
+machine's address; the switch is named after the systems where that is the default. Read when Ray is imported."""
 _FOLDER = "overfill-ray-"
 
 
@@ -51,9 +58,7 @@ class Session:
             show_logs: whether the replicas' lines appear here.
         """
         check_installed()
-        # Ray's way to say: no other machine will ever join. It then listens on loopback only, and its switch is named
-        # after the systems where that is the default.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ |= _LOOPBACK
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         _sweep()
         # Short: sockets in it have paths of 107 bytes at most.
@@ -80,6 +85,7 @@ class Session:
             RayUnavailable: there is none.
         """
         check_installed()
+        _check_head(address)
         try:
             _init(address=address, log_to_driver=show_logs)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -163,6 +169,40 @@ def check_installed() -> None:
     """Raises RayUnavailable, saying what to do, when Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise RayUnavailable("Ray is not installed: pip install 'overfill[ray]', or run plain processes with --no-ray")
+
+
+def _check_head(address: str) -> None:
+    """Raises RayUnavailable when nobody listens there: Ray itself would go on trying for ever.
+
+    Ray takes a loopback address for that of this machine on the network. If only loopback answers, it is told not to.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # such as auto: Ray knows its own
+    if is_loopback(host):
+        if _answers(_own_address(), int(port)):
+            return
+        os.environ |= _LOOPBACK
+    if not _answers(host, int(port)):
+        raise RayUnavailable(f"no Ray cluster at {address}: nobody listens there")
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host.strip("[]"), port), _CONNECT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _own_address() -> str:
+    """Of this machine on the network, as Ray finds it: from where it would send to elsewhere. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 def _sweep() -> None:

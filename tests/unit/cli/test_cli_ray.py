@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,3 +118,24 @@ def test_without_ray_it_is_told_what_to_do(
     err = capsys.readouterr().err
     assert "pip install 'overfill[ray]'" in err
     assert "--no-ray" in err
+
+
+def test_plain_processes_can_be_chosen_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks: list[Any] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
+    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    file = tmp_path / "stack.yaml"
+    file.write_text("up: {ray: no}")
+    assert main(["up", "--pair", "p", "--config", str(file)]) == 0
+    monkeypatch.setenv("OVERFILL_UP_RAY", "no")
+    assert main(["up", "--pair", "p"]) == 0
+    monkeypatch.delenv("OVERFILL_UP_RAY")
+    assert main(["up", "--pair", "p"]) == 0
+    assert [type(stack).__name__ for stack in stacks] == ["Stack", "Stack", "RayStack"]
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert main(["up", "--mock", "--pair", str(tiny_pair), "--grpc", "0", "--address", f"127.0.0.1:{port}"]) == 1
+    assert f"no Ray cluster at 127.0.0.1:{port}" in capsys.readouterr().err
