@@ -182,9 +182,10 @@ def _check_head(address: str) -> None:
     if is_loopback(host):
         if _answers(_own_address(), int(port)):
             return
-        os.environ |= _LOOPBACK
     if not _answers(host, int(port)):
         raise RayUnavailable(f"no Ray cluster at {address}: nobody listens there")
+    if is_loopback(host):
+        os.environ |= _LOOPBACK
 
 
 def _answers(host: str, port: int) -> bool:
