@@ -38,7 +38,10 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-UP_KEYS = ("prefill", "decode", "router", "log-dir")
+UP_KEYS = (
+    "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
+    "max-prefill", "max-decode", "ttft-objective", "itl-objective",
+)  # fmt: skip
 """Settings of ``overfill up`` in a file; everything else is a setting of the services that it starts."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
@@ -55,10 +58,17 @@ def _check_address(address: str) -> str:
     port = address.rpartition(":")[2]
     if address.startswith("unix:") or (":" in address and port.isdecimal() and int(port) < 65536):
         return address
-    raise ValueError("expected HOST:PORT, or several separated by commas")
+    if re.fullmatch(r"ray:///[\w.-]+", address):
+        return address
+    raise ValueError("expected HOST:PORT, dns:///NAME:PORT or ray:///APPLICATION, or several separated by commas")
 
 
-def _is_wildcard(host: str) -> bool:
+def _flags(settings: Mapping[str, object]) -> list[str]:
+    return [f"--{flag_name(name)}={value}" for name, value in settings.items()]
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a server on ``host`` listens on every address of its machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_unspecified
     except ValueError:
@@ -223,13 +233,31 @@ class ServiceConfig(BaseSettings):
 
     def to_argv(self) -> list[str]:
         """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""
-        argv = []
+        return _flags(self.settings())
+
+    def settings(self) -> dict[str, str]:
+        """What ``of`` makes this configuration from: all fields but those that have their default, as text."""
+        changed = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name != "config" and (field.is_required() or value != field.default):  # what it said is in here
-                text = ",".join(value) if isinstance(value, tuple) else str(value)
-                argv.append(f"--{flag_name(name)}={text}")
-        return argv
+                changed[name] = ",".join(value) if isinstance(value, tuple) else str(value)
+        return changed
+
+    @classmethod
+    def of(cls, settings: Mapping[str, object]) -> Self:
+        """A configuration from fields by name; None leaves one to its environment variable or default.
+
+        Raises:
+            ValueError: a name is unknown, or a value wrong; the message names the flag.
+        """
+        if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
+            raise ValueError(f"{', '.join(unknown)}: no such setting; see {cls.program} --help for those there are")
+        argv = _flags({name: value for name, value in settings.items() if value is not None})
+        try:
+            return cls(_cli_parse_args=argv, _cli_prog_name=cls.program)  # type: ignore[call-arg]
+        except ValidationError as error:
+            raise ValueError("; ".join(cls.explain(error, cls.origins(argv)))) from error
 
     @classmethod
     def explain(cls, error: ValidationError, origins: Mapping[str, str], where: str = "") -> Iterator[str]:
@@ -258,7 +286,11 @@ class ServiceConfig(BaseSettings):
 class WorkerConfig(ServiceConfig):
     """What both kinds of worker have."""
 
-    routers: Addresses = Field((), description="routers to join, HOST:PORT, separated by commas")
+    routers: Addresses = Field(
+        (),
+        description="routers to join, separated by commas: HOST:PORT, dns:///NAME:PORT for all addresses of a name, or "
+        "ray:///APPLICATION for those of an application on the Ray cluster of this machine",
+    )
     worker_id: str = Field("", description="name of this worker; empty makes one")
     advertise: str = Field("", description="HOST or HOST:PORT that others reach this worker at; empty takes --host")
     dtype: DTypeName | None = Field(
@@ -289,7 +321,7 @@ class WorkerConfig(ServiceConfig):
 
     @model_validator(mode="after")
     def _check_advertise(self) -> Self:
-        if _is_wildcard(re.sub(r"(?<=[^:]):\d+$", "", self.advertise) or self.host):
+        if is_wildcard(re.sub(r"(?<=[^:]):\d+$", "", self.advertise) or self.host):
             raise ValueError(
                 f"{self.advertise or self.host} is no address that others can connect to: "
                 "give the host that they reach this worker at with --advertise"

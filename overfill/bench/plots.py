@@ -13,6 +13,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
+    from overfill.bench.burst import BurstResult
     from overfill.bench.rows import Row
 
 _COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
@@ -44,6 +45,31 @@ def save_memory(path: Path, title: str, requests: Sequence[int], resident: Seque
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_burst(path: Path, result: BurstResult) -> None:
+    """Workers of each stage over time above requests in the stack, and each answer's gap between tokens below."""
+    burst, times = result.burst, [sample.at for sample in result.samples]
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 6))
+    for stage, colour in (("prefill", _COLOURS[2]), ("decode", _COLOURS[0])):
+        workers = [getattr(sample, stage) for sample in result.samples]
+        above.step(times, workers, where="post", color=colour, linewidth=1.8, label=f"{stage} workers")
+    above.set(ylabel="workers", ylim=(0, max(result.most("decode"), result.most("prefill")) + 0.6))
+    requests = above.twinx()
+    requests.fill_between(times, [sample.requests for sample in result.samples], color="#cccccc", alpha=0.5)
+    requests.set_ylabel("requests in the stack")
+    above.set_zorder(requests.get_zorder() + 1)
+    above.patch.set_visible(False)
+    below.plot([at for at, _ in result.itl], [1e3 * v for _, v in result.itl], ".", color=_COLOURS[1], markersize=3)
+    below.set(xlabel="seconds", ylabel="ms between tokens, by arrival", ylim=(0, None))
+    for axes in (above, below):
+        axes.axvspan(burst.before, burst.before + burst.during, color="#fff2cc", zorder=0, label="burst")
+    above.legend(loc="upper right")
+    failed = f"{len(result.errors)} failed"
+    above.set_title(f"{burst.burst_rate:g} requests/s after {burst.rate:g}: {result.answers} answers, {failed}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

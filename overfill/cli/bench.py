@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from overfill.cli.bench_burst import burst_command
 from overfill.cli.bench_engine import decode_command, peers_group, prefill_command
 from overfill.cli.bench_handoff import chat_command, handoff_command
 from overfill.cli.bench_http import http_command
@@ -32,6 +33,7 @@ for command in (
     decode_command,
     prefill_command,
     serve_command,
+    burst_command,
     http_command,
     chat_command,
     handoff_command,

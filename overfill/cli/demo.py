@@ -10,9 +10,11 @@ import click
 from rich.console import Console
 
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
+from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Stack
-from overfill.cli.up import make_plan
+from overfill.cli.up import AnyStack, make_plan
 from overfill.client import Answer, Client, Message, SamplingParams
+from overfill.cluster.session import check_installed
 
 WARM_UP = """Write one sentence about a lighthouse."""
 
@@ -34,12 +36,15 @@ _MAX_TOKENS = 96
 
 @click.command("demo")
 @click.option("--pair", default="default", show_default=True, help="default, fast, identity, or a folder.")
+@click.option("--ray/--no-ray", "on_ray", default=True, help="On Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def demo_command(pair: str, as_json: bool) -> int:
+def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
     """Start a stack, ask one question, show where the time went.
 
     One prefill and one decode worker on free local ports; all of it is stopped at the end.
     """
+    if on_ray:
+        check_installed()
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
@@ -48,14 +53,21 @@ def demo_command(pair: str, as_json: bool) -> int:
         folder = resolve_pair(pair, report)
     settings = {"log_level": "error", "grace_period": 5}
     plan = make_plan(folder, prefill=1, decode=1, routers=1, port=0, threads=None, settings=settings)
-    stack = Stack(
-        plan, sink=lambda name, line: notes.print(f"{name} | {line}", style="dim", markup=False, soft_wrap=True)
-    )
+
+    def show(line: str) -> None:
+        notes.print(line, style="dim", markup=False, soft_wrap=True)
+
+    stack: AnyStack
+    if on_ray:
+        stack = RayStack(plan, RayOptions(), lambda line: None)
+    else:
+        stack = Stack(plan, lambda name, line: show(f"{name} | {line}"))
     try:
-        with notes.status("Starting a router, a prefill worker and a decode worker"):
+        where = "on Ray" if on_ray else "as plain processes"
+        with notes.status(f"Starting a router, a prefill worker and a decode worker {where}"):
             stack.start()
             stack.wait_ready(threading.Event())
-        with Client(plan.addresses[0]) as client:
+        with Client(stack.addresses[0]) as client:
             with notes.status("A warm-up request first: the first one also pays for connections"):
                 client.generate([Message("user", WARM_UP)], sampling=SamplingParams(temperature=0, max_tokens=8))
             answer = _ask(client, quiet=as_json)

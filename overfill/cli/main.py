@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 import overfill
-from overfill.cli.processes import QUIET_GRPC
+from overfill.environment import QUIET_GRPC
 from overfill.errors import OverfillError, Overloaded, Unavailable
 
 # Name -> where the click command is, and its line in `overfill --help`.

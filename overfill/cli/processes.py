@@ -16,12 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 TAIL_LINES = 20
 
-QUIET_GRPC = {
-    "GRPC_VERBOSITY": "ERROR",  # not a line for every peer that goes away; our own log says what matters
-    "GRPC_ENABLE_FORK_SUPPORT": "0",  # we fork only to exec
-}
-"""Environment of every process of ours, unless the user's says otherwise. gRPC reads it when it is imported."""
-
 
 # Runs before the command, in its process: asks the kernel to kill it when its parent (argv 1) dies, even by SIGKILL.
 # A step of its own and not a preexec_fn, which would run Python in a fork of a process with gRPC's threads.

@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from overfill.cli import processes
-from overfill.cli.processes import QUIET_GRPC, Child
+from overfill.cli.processes import Child
 from overfill.client import Client, ClientTls
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.environment import QUIET_GRPC, SETTINGS, thread_pools
 from overfill.errors import OverfillError
 
 _POLL_SECONDS = 0.2
 _MARGIN_SECONDS = 2  # beyond the grace period, for a process to leave by itself
-_SETTINGS = ("OVERFILL_ROUTER_", "OVERFILL_PREFILL_", "OVERFILL_DECODE_")
 
 
 class StartFailed(OverfillError):
@@ -30,11 +30,15 @@ class StartFailed(OverfillError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The processes of a stack, each with its complete configuration. Every router has a fixed port."""
+    """The processes of a stack, each with its complete configuration. Every router has a fixed port.
+
+    ``mock`` workers compute nothing (``overfill.testing.mock``); their configurations are those of mock workers.
+    """
 
     routers: tuple[RouterConfig, ...]
     prefill: tuple[PrefillConfig, ...]
     decode: tuple[DecodeConfig, ...]
+    mock: bool = False
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -115,6 +119,19 @@ class Stack:
         return new
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the routers are reached."""
+        return self.plan.addresses
+
+    def describe_workers(self, stage: str) -> str:
+        """The workers of a stage, for people."""
+        return ", ".join(worker.worker_id for of, worker in self.plan.workers() if of == stage)
+
+    def news(self) -> list[str]:
+        """What has changed since the last call, in words."""
+        return [_obituary(child) for child in self.exited()]
+
+    @property
     def reachable(self) -> bool:
         """Whether a router lives."""
         return any(router.returncode is None for router in self._routers)
@@ -130,10 +147,12 @@ class Stack:
             raise
 
     def _spawn_worker(self, stage: str, config: PrefillConfig | DecodeConfig) -> Child:
-        return self._spawn(config.worker_id, f"services.{stage}.main", config, config.threads)
+        module = f"overfill.testing.mock {stage}" if self.plan.mock else f"services.{stage}.main"
+        return self._spawn(config.worker_id, module, config, config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
-        command = [sys.executable, "-m", module, *config.to_argv()]
+        """``module`` is what comes after ``-m``, a first argument included."""
+        command = [sys.executable, "-m", *module.split(), *config.to_argv()]
         return Child(name, command, child_environment(os.environ, threads), self._sink)
 
     def _complete(self, router: Child, address: str) -> bool:
@@ -147,9 +166,8 @@ class Stack:
 
 def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """``environ`` without the settings that flags already carry, every thread pool at ``threads``."""
-    kept = {key: value for key, value in environ.items() if not key.startswith(_SETTINGS)}
-    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    return QUIET_GRPC | kept | dict.fromkeys(pools, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+    kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
+    return QUIET_GRPC | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
 
 
 def threads_per_worker(workers: int) -> int:
@@ -196,6 +214,14 @@ def _bind(host: str, port: int) -> socket.socket:
         s.close()
         raise
     return s
+
+
+def _obituary(child: Child) -> str:
+    said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
+    return (
+        f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack goes on without it, and it is not "
+        f"restarted. Its last lines:{said}"
+    )
 
 
 def _start_failed(child: Child) -> StartFailed:

@@ -1,4 +1,4 @@
-"""``overfill up``: a stack on this machine in the foreground.
+"""``overfill up``: a stack in the foreground, on Ray Serve or as plain processes.
 
 Plans the processes and minds them; the work is theirs.
 """
@@ -6,13 +6,14 @@ Plans the processes and minds them; the work is theirs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import click
 from rich.console import Console
@@ -22,10 +23,13 @@ from rich.table import Table
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
+from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Plan, Stack, free_ports, reachable, threads_per_worker
 from overfill.cli.up_config import OwnSettings, config_option
+from overfill.cluster.session import check_installed
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.config_file import BadConfigFile, flag_name
+from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 
 _WATCH_SECONDS = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -71,6 +75,26 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
     "--metrics-port",
     help="Port of the first router's /metrics, the other processes follow; 0 picks free ones; or off.  [default: 0]",
 )
+@click.option("--mock", is_flag=True, help="Workers that compute nothing, for trials of everything around them.")
+@click.option("--ray/--no-ray", "on_ray", default=True, help="On Ray Serve, or as plain processes.  [default: ray]")
+@click.option("--address", help="Join this Ray cluster: HOST:PORT, or auto.  [default: start one on this machine]")
+@click.option("--name", default="overfill", show_default=True, help="Of the application on Ray.")
+@click.option(
+    "--worker-cpus", type=click.FloatRange(0), help="CPUs that Ray sets aside per worker.  [default: a share]"
+)
+@click.option(
+    "--worker-gpus", type=click.FloatRange(0), help="GPUs that Ray sets aside per worker.  [default: a share]"
+)
+@click.option("--max-prefill", type=click.IntRange(1), help="Most prefill workers; --prefill are the fewest.")
+@click.option("--max-decode", type=click.IntRange(1), help="Most decode workers; --decode are the fewest.")
+@click.option(
+    "--ttft-objective", type=click.FloatRange(0, min_open=True),
+    help="Seconds to the first token that autoscaling aims at.  [default: 2]",
+)  # fmt: skip
+@click.option(
+    "--itl-objective", type=click.FloatRange(0, min_open=True),
+    help="Mean seconds between tokens that autoscaling aims at.  [default: 0.1]",
+)  # fmt: skip
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="A log file per process here.")
 def up_command(
@@ -81,26 +105,68 @@ def up_command(
     port: int,
     http: int | None,
     threads: int | None,
+    mock: bool,
+    on_ray: bool,
+    address: str | None,
+    name: str,
+    worker_cpus: float | None,
+    worker_gpus: float | None,
+    max_prefill: int | None,
+    max_decode: int | None,
+    ttft_objective: float | None,
+    itl_objective: float | None,
     log_dir: Path | None,
     **settings: Any,
 ) -> int:
-    """Run a stack on this machine: router, prefill and decode workers.
+    """Run a stack: router, prefill and decode workers.
 
-    Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops everything. Every setting
-    of the services can be given in the file of --config, or as a variable such as OVERFILL_PREFILL_BLOCK_SIZE.
-    --prefill, --decode, --router, --pair, --grpc, --http, --log-dir and --config are variables too:
-    OVERFILL_UP_PREFILL and so on.
+    On Ray Serve, which replaces workers that are lost; with --max-prefill or --max-decode their number follows the
+    load. Ray is started on this machine unless --address names a cluster. With --no-ray, as plain processes.
+
+    Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops all that was started. Every
+    setting of the services can be given in the file of --config, or as a variable such as
+    OVERFILL_PREFILL_BLOCK_SIZE. --prefill, --decode, --router, --pair, --grpc, --http, --log-dir, --config and those
+    that concern Ray are variables too: OVERFILL_UP_PREFILL, OVERFILL_UP_RAY=no and so on.
     """
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
     # Wrong settings are told before a pair is prepared, which can take minutes.
-    make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http)
+    make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock)
+    options = RayOptions(
+        address=address,
+        name=name,
+        worker_cpus=worker_cpus,
+        worker_gpus=worker_gpus,
+        max_prefill=max_prefill,
+        max_decode=max_decode,
+        objectives={key: v for key, v in (("ttft", ttft_objective), ("itl", itl_objective)) if v is not None},
+        log_dir=None if log_dir is None else str(log_dir.absolute()),
+    )
+    _check_options(options, prefill, decode, on_ray)
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
-    plan = make_plan(folder, prefill, decode, routers, port, threads, settings, http)
-    with _stop_signals() as stopping, _log_sink(log_dir) as sink:
-        return run(Stack(plan, sink), stopping, console())
+    plan = make_plan(folder, prefill, decode, routers, port, threads, settings, http, mock)
+    with _stop_signals() as stopping:
+        if on_ray:
+            return run(RayStack(plan, options, _note), stopping, console())
+        with _log_sink(log_dir) as sink:
+            return run(Stack(plan, sink), stopping, console())
+
+
+def _check_options(options: RayOptions, prefill: int, decode: int, on_ray: bool) -> None:
+    """Raises click.UsageError when options contradict each other, RayUnavailable when Ray is wanted and not there."""
+    defaults = dataclasses.asdict(RayOptions(log_dir=options.log_dir, objectives={}))
+    given = [name for name, value in dataclasses.asdict(options).items() if value != defaults[name]]
+    if not on_ray:
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise click.UsageError(f"--no-ray contradicts {flags}: leave one out")
+        return
+    check_installed()
+    for most, fewest, stage in ((options.max_prefill, prefill, "prefill"), (options.max_decode, decode, "decode")):
+        if most is not None and most < fewest:
+            raise click.UsageError(f"--max-{stage} {most} is less than --{stage} {fewest}")
 
 
 def make_plan(
@@ -112,6 +178,7 @@ def make_plan(
     threads: int | None,
     settings: dict[str, Any],
     http: int | None = None,
+    mock: bool = False,
 ) -> Plan:
     """Configurations for all processes.
 
@@ -146,16 +213,18 @@ def make_plan(
         "advertise": None if reachable(host) == host else reachable(host),
     }
     share = {"threads": threads_per_worker(prefill + decode)}
+    prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
     return Plan(
         tuple(router_configs),
         tuple(
-            _configure(PrefillConfig, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, share)
+            _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, share)
             for i in range(prefill)
         ),
         tuple(
-            _configure(DecodeConfig, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, share)
+            _configure(decode_kind, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, share)
             for i in range(decode)
         ),
+        mock,
     )
 
 
@@ -166,16 +235,38 @@ def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
     return iter([str(int(first) + index) for index in range(count)])
 
 
-def run(stack: Stack, stopping: threading.Event, out: Console) -> int:
+class AnyStack(Protocol):
+    """A stack of plain processes, or one on Ray."""
+
+    plan: Plan
+
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
+
+    @property
+    def reachable(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    def describe_workers(self, stage: str) -> str: ...
+
+    def wait_ready(self, cancelled: threading.Event) -> None: ...
+
+    def news(self) -> list[str]: ...
+
+    def stop(self) -> list[Child]: ...
+
+
+def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
     """Starts the stack, says so on ``out``, minds it until ``stopping``, stops it. Returns exit code."""
     try:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            out.print(_welcome(stack.plan))
+            out.print(_welcome(stack.plan, stack.addresses, stack.describe_workers))
         while not stopping.wait(_WATCH_SECONDS):
-            for child in stack.exited():
-                click.echo(_obituary(child), err=True)
+            for line in stack.news():
+                _note(line)
             if not stack.reachable:
                 click.echo("overfill: no router is left; stopping", err=True)
                 return 1
@@ -209,9 +300,13 @@ def _flags(kind: type[ServiceConfig], settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _welcome(plan: Plan) -> Panel:
+def _note(line: str) -> None:
+    click.echo(f"overfill: {line}", err=True)
+
+
+def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> Panel:
     table = Table.grid(padding=(0, 2))
-    first = plan.addresses[0]
+    first = addresses[0]
     option = "" if first == "127.0.0.1:7600" else f" --address {first}"
     if plan.client_tls is not None:
         # A stack with a CA of its own also wants to see the client's certificate.
@@ -219,14 +314,13 @@ def _welcome(plan: Plan) -> Panel:
         option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
     if plan.routers[0].api_keys is not None:
         option += " --api-key YOURS"
-    table.add_row("gRPC", ", ".join(plan.addresses))
+    table.add_row("gRPC", ", ".join(addresses))
     if plan.openai_urls:
         table.add_row("OpenAI", ", ".join(plan.openai_urls))
     table.add_row("pair", str(plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
-        names = ", ".join(worker.worker_id for worker in workers)
         dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
-        table.add_row(stage, f"{names} ({dtype}CPU threads each: {workers[0].threads})")
+        table.add_row(stage, f"{describe_workers(stage)} ({dtype}CPU threads each: {workers[0].threads})")
     table.add_row("try", f'overfill generate{option} "Why is the sky blue?"')
     table.add_row("", f"overfill chat{option}")
     table.add_row("", f"overfill status{option}")
@@ -234,14 +328,6 @@ def _welcome(plan: Plan) -> Panel:
         table.add_row("", f"curl {plan.openai_urls[0]}/models")
     table.add_row("stop", "ctrl-C")
     return Panel(table, title="OverFill is up", title_align="left", expand=False)
-
-
-def _obituary(child: Child) -> str:
-    said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
-    return (
-        f"overfill: {child.name} (pid {child.pid}) {child.describe_exit()}; the stack goes on without it, "
-        f"and it is not restarted. Its last lines:{said}"
-    )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,9 @@ from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 _KEPT = 64 << 20  # bytes of the largest freed piece that stays with the process
 _CUDA_STEP_TIMEOUT = 60.0
 """Seconds, unless ``step_timeout`` is given. A CPU cannot hang, and its steps may be long."""
+
+OnReady = Callable[[WorkerHost], object]
+"""Is told that a worker serves."""
 
 
 async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
@@ -98,16 +102,23 @@ def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
-    torch.set_num_threads(threads)
-    torch.set_num_interop_threads(1)
     try:
-        with freed_memory_kept(_KEPT):  # a message of KV in fresh memory takes twice as long
+        with tuned(threads):
             return asyncio.run(serve)
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
     return 1
+
+
+@contextmanager
+def tuned(threads: int) -> Iterator[None]:
+    """Within, this process computes with ``threads`` CPU threads and keeps the memory that messages of KV take."""
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    with freed_memory_kept(_KEPT):  # a message of KV in fresh memory takes twice as long
+        yield
 
 
 class EngineServicer(Protocol):
@@ -132,6 +143,7 @@ async def serve_engine(
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
     prefix_keys: KeyJournal | None = None,
     metrics: EngineMetrics | None = None,
+    on_ready: OnReady = lambda host: None,
 ) -> int:
     """Runs ``core`` on its thread and ``servicer`` on the network until drained; returns the exit code.
 
@@ -140,7 +152,10 @@ async def serve_engine(
         codec: encoding in which a decode worker asks for KV.
         prefix_keys: what a prefill worker's prefix cache holds.
         metrics: served on a port of their own, unless the configuration says no.
+        on_ready: called once the worker serves, with what can drain it.
     """
+    if any(router.startswith("ray:///") for router in config.routers):
+        import overfill.cluster.directory  # noqa: F401  # which can look such names up
     loop = asyncio.get_running_loop()
     engine = EngineThread(
         core,
@@ -171,7 +186,7 @@ async def serve_engine(
         hello.metrics_address = exporter.address
     engine.start()
     try:
-        code = await host.run(f"{config.host}:{config.port}")
+        code = await host.run(f"{config.host}:{config.port}", on_ready)
     finally:
         engine.stop()
         if exporter is not None:

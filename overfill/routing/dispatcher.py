@@ -126,6 +126,11 @@ class Dispatcher:
         """Jobs waiting for a worker of either stage."""
         return len(self._decode_line) + len(self._prefill_line)
 
+    def waiting(self) -> Iterator[Job]:
+        """Those jobs."""
+        yield from self._decode_line
+        yield from self._prefill_line
+
     @property
     def num_jobs(self) -> int:
         """Jobs that are not finished."""

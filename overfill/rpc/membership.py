@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -31,12 +31,19 @@ REPORT_GAP = 0.02
 """Seconds between reports at least; changes in between travel together."""
 
 RESOLVE_INTERVAL = 5.0
-"""Seconds between look-ups of a ``dns:///`` name."""
+"""Seconds between look-ups of a name."""
+
+SEARCH_INTERVAL = 0.5
+"""The same while nothing has been found yet: routers and workers start at the same time."""
 
 BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
 """Seconds before the first retry, and the most; doubled each time, with jitter."""
 
-_DNS = "dns:///"
+
+_SCHEME = ":///"
+
+Resolver = Callable[[str], Awaitable[set[str]]]
+"""The addresses ``host:port`` that a name stands for now. Raises OSError while it cannot tell."""
 
 
 class PrefixFeed(Protocol):
@@ -58,14 +65,18 @@ class Membership:
 
     Args:
         hello: what the worker says about itself; read when a stream opens.
-        routers: ``host:port`` or ``unix:path`` of one router, or ``dns:///name:port`` for one at each of the
-            name's addresses, looked up again and again; with TLS, their certificates are for the name.
+        routers: ``host:port`` or ``unix:path`` of one router, or a name for several that is looked up again and
+            again: ``dns:///name:port`` (with TLS, their certificates are for the name), or any other scheme that
+            ``RESOLVERS`` knows.
         report: given the number of joined routers, the report for each of them, credits divided already.
         on_refused: called when every router has refused the worker for good.
         prefix_keys: whose changes each report carries; None: no prefix cache.
 
     Attributes:
         joined: set while at least one router has welcomed the worker.
+
+    Raises:
+        ValueError: nobody here can look one of the names up.
     """
 
     def __init__(
@@ -79,7 +90,7 @@ class Membership:
     ) -> None:
         self.joined = asyncio.Event()
         self._hello = hello
-        self._routers = tuple(dict.fromkeys(routers))
+        self._routers = {router: _resolver(router) for router in routers}
         self._report = report
         self._tls = tls
         self._on_refused = on_refused
@@ -95,9 +106,9 @@ class Membership:
 
     async def start(self) -> None:
         """Begins to join; does not wait for any router. ``joined`` tells."""
-        for router in self._routers:
-            if router.startswith(_DNS):
-                self._resolvers.append(asyncio.create_task(self._follow(router)))
+        for router, resolver in self._routers.items():
+            if resolver is not None:
+                self._resolvers.append(asyncio.create_task(self._follow(router, resolver)))
             else:
                 self._add(router, self._tls)
 
@@ -129,17 +140,21 @@ class Membership:
         self._links.pop(address, None)
         self._membership_changed()
 
-    async def _follow(self, router: str) -> None:
+    async def _follow(self, router: str, resolver: Resolver) -> None:
         """Holds one link to each address that a name has at the moment."""
         mine: set[str] = set()
         tls = self._tls
-        if tls is not None and not tls.name:  # certificates are for names: who knows a router's next address?
-            tls = replace(tls, name=split_address(router.removeprefix(_DNS))[0])
+        if router.startswith("dns:") and tls is not None and not tls.name:
+            # Certificates are for names: who knows a router's next address?
+            tls = replace(tls, name=split_address(router.partition(_SCHEME)[2])[0])
+        told = ""
         while True:
             try:
-                found = await resolve(router.removeprefix(_DNS))
+                found = await resolver(router.partition(_SCHEME)[2])
+                told = ""
             except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
-                logger.warning("cannot resolve %s: %s", router, error)
+                if told != (told := str(error)):
+                    logger.warning("cannot resolve %s: %s", router, error)
                 found = mine
             new = found - self._links.keys()
             for address in new:
@@ -148,7 +163,7 @@ class Membership:
             for address in mine - found:
                 await self._remove(address)
             mine = (mine & found) | new
-            await asyncio.sleep(RESOLVE_INTERVAL)
+            await asyncio.sleep(RESOLVE_INTERVAL if found else SEARCH_INTERVAL)
 
     async def _keep(self, link: _Link) -> None:
         try:
@@ -277,9 +292,22 @@ class _Link:
         return message
 
 
+def _resolver(router: str) -> Resolver | None:
+    scheme, found, _ = router.partition(_SCHEME)
+    if not found:
+        return None
+    if scheme not in RESOLVERS:
+        raise ValueError(f"{router}: names of this kind cannot be looked up here; known are {', '.join(RESOLVERS)}")
+    return RESOLVERS[scheme]
+
+
 async def resolve(target: str) -> set[str]:
     """The addresses ``ip:port`` that ``name:port`` stands for now. Raises OSError."""
     name, port = split_address(target)
     infos = await asyncio.get_running_loop().getaddrinfo(name.strip("[]"), port)
     hosts = {str(sockaddr[0]) for *_, sockaddr in infos}
     return {f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts}
+
+
+RESOLVERS: dict[str, Resolver] = {"dns": resolve}
+"""Who looks up a ``scheme:///name`` of routers. ``overfill.cluster.directory`` adds ``ray``."""

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,8 +53,8 @@ class WorkerHandle:
 class WorkerHost:
     """Runs a worker until it is told to stop.
 
-    SIGTERM, SIGINT and ``Admin.Drain`` drain it: readiness off at once, nothing new is taken, running requests have
-    ``grace`` seconds to finish; those that do not are told, and go on elsewhere.
+    SIGTERM, SIGINT (in a process of its own) and ``Admin.Drain`` drain it: readiness off at once, nothing new is taken,
+    running requests have ``grace`` seconds to finish; those that do not are told, and go on elsewhere.
 
     Args:
         server: with the worker's own service added, not started.
@@ -101,16 +102,23 @@ class WorkerHost:
         if self._membership is not None:
             self._membership.notify()
 
-    async def run(self, address: str) -> int:
-        """Serves on ``address`` until drained; returns the process's exit code.
+    @property
+    def address(self) -> str:
+        """Where others reach this worker, ``host:port``; empty before it listens."""
+        return self._hello.address
+
+    async def run(self, address: str, on_ready: Callable[[WorkerHost], object] = lambda host: None) -> int:
+        """Serves on ``address`` until drained; returns the process's exit code. ``on_ready`` is called once it serves.
 
         Raises:
             Unavailable: the address cannot be bound.
             Incompatible: every router refused the worker for good.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.drain)
+        # Within another process, such as a Ray replica's, signals are that process's affair.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.drain)
         bound = await self._server.start(address)
         self._hello.address = self._hello.data_address = announced(bound, self._advertise)
         self._membership = Membership(
@@ -124,6 +132,7 @@ class WorkerHost:
         await self._membership.start()
         self._server.set_ready(True)
         log.info("%s ready on %s, announced as %s", self._hello.worker_id, bound, self._hello.address)
+        on_ready(self)
         try:
             await self._until_stopped()
             await self._until_idle()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.hosting import load_parts, new_hello, run_worker_process, serve_engine
+from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.codecs import CODECS
 from overfill.kv.peers import PeerPool
@@ -22,8 +22,8 @@ _WRITERS = 2  # threads that check and write received KV beside the engine
 _REPLAY_BUDGET = 512  # tokens replayed in one step
 
 
-async def serve(config: DecodeConfig) -> int:
-    """Loads the decoder, serves until drained, and returns the exit code."""
+async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> int:
+    """Loads the decoder, serves until drained, and returns the exit code. ``on_ready`` is called once it serves."""
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
@@ -47,6 +47,7 @@ async def serve(config: DecodeConfig) -> int:
             SERVICE,
             codec=codec,
             metrics=metrics,
+            on_ready=on_ready,
         )
     finally:
         await peers.close()

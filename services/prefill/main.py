@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from overfill.config import PrefillConfig
-from overfill.engine.hosting import load_parts, new_hello, run_worker_process, serve_engine
+from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.kv.samehost import Lender
@@ -21,8 +21,8 @@ SERVICE = "overfill.v1.Prefill"
 _READERS = 2  # threads that copy KV out of the cache beside the engine
 
 
-async def serve(config: PrefillConfig) -> int:
-    """Loads the full model, serves until drained, and returns the exit code."""
+async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
+    """Loads the full model, serves until drained, and returns the exit code. ``on_ready`` is called once it serves."""
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "full", config.token_budget)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
@@ -48,6 +48,7 @@ async def serve(config: PrefillConfig) -> int:
             SERVICE,
             prefix_keys=prefix.journal,
             metrics=metrics,
+            on_ready=on_ready,
         )
     finally:
         await lender.stop()

@@ -21,6 +21,7 @@ from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
 from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
+from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
@@ -57,6 +58,7 @@ class Router:
 
     Attributes:
         roster, dispatcher: who is there, and what runs.
+        signals: what decides about the number of workers.
 
     Raises:
         InvalidPair: the pair folder is damaged.
@@ -81,6 +83,7 @@ class Router:
             }
         )
         self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=config.max_queue)
+        self.signals = Signals(self.roster, self.dispatcher)
         gate = Gate(self.dispatcher)
         expected = Expected(config.expect_prefill, config.expect_decode)
         self._metrics = RouterMetrics()
@@ -98,6 +101,7 @@ class Router:
             gate,
             self._connector,
             self._metrics,
+            self.signals,
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
         )
@@ -141,7 +145,11 @@ class Router:
         self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
         if self._http is not None:
             assert self._config.http is not None
-            self._http_address = await self._http.start(self._config.host, self._config.http)
+            try:
+                self._http_address = await self._http.start(self._config.host, self._config.http)
+            except BaseException:
+                await self._server.stop()
+                raise
             logger.info("%s serves HTTP on %s", self._id, self._http_address)
         if self._config.metrics_port != "off":
             self._exporter = MetricsServer(
@@ -155,6 +163,16 @@ class Router:
         self._server.set_ready(True)
         logger.info("%s listens on %s", self._id, self._address)
         return self._address
+
+    @property
+    def address(self) -> str:
+        """host:port of the gRPC server; empty before ``start``."""
+        return self._address
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self._stopping.is_set()
 
     @property
     def http_address(self) -> str:

@@ -20,6 +20,7 @@ from overfill.routing.answer import Finish
 from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.v1 import common_pb2, inference_pb2
 from services.router.text import AnswerText
@@ -49,6 +50,7 @@ class Generator:
         gate: Gate,
         connector: DecodeConnector,
         metrics: RouterMetrics,
+        signals: Signals,
         *,
         max_attempts: int,
         max_request_bytes: int,
@@ -57,6 +59,7 @@ class Generator:
         self.pair = pair
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.signals = signals
         self._roster = roster
         self._gate = gate
         self._connector = connector
@@ -148,6 +151,7 @@ class Generator:
         )
         with self.metrics.refusing():
             relay.start()
+        self.signals.arrived(len(checked.prompt_token_ids))
         self._running.add(relay)
         self._idle.clear()
         self.metrics.accepted(len(checked.prompt_token_ids), key)
@@ -272,6 +276,7 @@ class Generation:
         self._finished = _finished(relay, text, rest, finish, ttft_ns)
         self._failure = None
         metrics.answered(self._finished)
+        self._generator.signals.finished(self._finished)
 
     async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
         """All of the answer's text as deltas. Raises OverfillError."""

@@ -165,3 +165,13 @@ def test_help_names_every_flag(kind: type[ServiceConfig], capsys: pytest.Capture
 def test_loads_no_torch() -> None:
     code = "import sys, overfill.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_settings_by_name_make_the_same_configuration_and_say_what_is_wrong() -> None:
+    config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
+    assert DecodeConfig.of(config.settings()) == config
+    assert DecodeConfig.of({"pair": "p", "kv_memory": None, "data_streams": 3}).data_streams == 3
+    with pytest.raises(ValueError, match="kv_memroy: no such setting; see overfill-decode --help"):
+        DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
+    with pytest.raises(ValueError, match="--data-streams"):
+        DecodeConfig.of({"pair": "p", "data_streams": 0})

@@ -10,7 +10,8 @@ import sys
 from overfill.config import LOG_FORMAT
 from overfill.errors import OverfillError
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
-from overfill.testing.mock.running import mock_worker
+from overfill.testing.mock.running import serve
+from overfill.testing.mock.worker import MockWorker
 
 
 def main(argv: list[str]) -> int:
@@ -25,27 +26,17 @@ def main(argv: list[str]) -> int:
     config = kinds[argv[0]].parse(argv[1:])
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     try:
-        asyncio.run(_serve(config))
+        asyncio.run(serve(config, _drained_by_signals))
     except OverfillError as error:
         print(f"{config.program}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _serve(config: MockPrefillConfig | MockDecodeConfig) -> None:
-    async with mock_worker(config) as worker:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, worker.drain)
-        logging.info("%s ready on %s", worker.hello.worker_id, worker.hello.address)
-        try:
-            async with asyncio.timeout(None) as limit:
-                while not worker.draining:  # noqa: ASYNC110  # drained by a signal or a call
-                    await asyncio.sleep(0.05)
-                limit.reschedule(loop.time() + config.grace_period)
-                await worker.drained.wait()
-        except TimeoutError:
-            logging.warning("leaving with requests unfinished")
+def _drained_by_signals(worker: MockWorker) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, worker.drain)
+    logging.info("%s ready on %s", worker.hello.worker_id, worker.address)
 
 
 if __name__ == "__main__":

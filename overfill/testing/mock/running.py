@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from overfill.api.tokenizer import Tokenizer
@@ -39,3 +41,18 @@ async def mock_worker(config: MockPrefillConfig | MockDecodeConfig) -> AsyncIter
         await worker.stop()
         if decode is not None:
             await decode.close()
+
+
+async def serve(config: MockPrefillConfig | MockDecodeConfig, on_ready: Callable[[MockWorker], object]) -> None:
+    """Serves until drained. ``on_ready`` is called once it does."""
+    async with mock_worker(config) as worker:
+        on_ready(worker)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as limit:
+                while not worker.draining:  # noqa: ASYNC110  # drained by a signal or a call
+                    await asyncio.sleep(0.05)
+                limit.reschedule(loop.time() + config.grace_period)
+                await worker.drained.wait()
+        except TimeoutError:
+            logging.warning("leaving with requests unfinished")

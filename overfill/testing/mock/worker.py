@@ -75,6 +75,11 @@ class MockWorker:
     def identity(self) -> KvIdentity:
         return KvIdentity(WIRE_VERSION, self.pair.full_digest, self.pair.tokenizer_digest, self.kv)
 
+    @property
+    def address(self) -> str:
+        """Where others reach this worker, ``host:port``; empty before it listens."""
+        return self.hello.address
+
     async def start(self, stage: Stage, add_servicer: Callable[[Any, Any], None], service: str) -> str:
         """Serves ``stage`` and joins the routers; returns the address."""
         stage.worker = self

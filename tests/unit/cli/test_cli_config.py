@@ -96,7 +96,7 @@ def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.chdir(file.parent)
-    assert main(["up", "--config", str(file), "--decode", "1"]) == 0
+    assert main(["up", "--no-ray", "--config", str(file), "--decode", "1"]) == 0
     (plan,) = plans
     assert (len(plan.prefill), len(plan.decode)) == (2, 1)
     assert plan.routers[0].port == 7700

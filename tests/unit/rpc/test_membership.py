@@ -193,7 +193,7 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
             assert target == "routers.internal:7600"
             return set(found)
 
-        monkeypatch.setattr(membership_module, "resolve", resolve)
+        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
         async with member("dns:///routers.internal:7600") as worker:
             await first.report_with(12)
             found.add(two)
@@ -215,7 +215,7 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
         return {"10.1.2.3:7600"}
 
     monkeypatch.setattr(membership_module, "open_channel", open_channel)
-    monkeypatch.setattr(membership_module, "resolve", resolve)
+    monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
     tls = ClientTls(name=told)
     async with member("dns:///routers.internal:7600", tls=tls):
         assert await asked.get() == ("10.1.2.3:7600", expected)
@@ -232,7 +232,7 @@ async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkey
             lookups.put_nowait(None)
             return answers.pop() if answers else set()
 
-        monkeypatch.setattr(membership_module, "resolve", resolve)
+        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
         async with member(address, "dns:///routers.internal:7600") as worker:
             await router.reports.get()
             for _ in range(3):
@@ -265,7 +265,7 @@ async def test_a_name_that_cannot_be_resolved_keeps_the_streams_there_are(monkey
             failures.put_nowait(None)
             raise OSError("no such name")
 
-        monkeypatch.setattr(membership_module, "resolve", resolve)
+        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
         async with member("dns:///routers.internal:7600") as worker:
             await router.reports.get()
             await failures.get()
@@ -301,3 +301,35 @@ async def test_every_router_is_told_what_the_prefix_cache_holds_and_then_what_ch
         while not (report := await router.reports.get()).prefix.replaces:
             pass
         assert list(report.prefix.added) == [2]
+
+
+async def test_other_kinds_of_name_can_be_taught(monkeypatch):
+    async with registry() as (router, address):
+
+        async def look_up(name):
+            assert name == "stack"
+            return {address}
+
+        monkeypatch.setitem(membership_module.RESOLVERS, "board", look_up)
+        async with member("board:///stack") as worker:
+            await router.reports.get()
+            assert worker.num_joined == 1
+
+
+async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):
+    async with registry() as (router, address):
+        answers = [{address}, set(), set()]
+
+        async def look_up(name):
+            return answers.pop()
+
+        monkeypatch.setitem(membership_module.RESOLVERS, "board", look_up)
+        monkeypatch.setattr(membership_module, "RESOLVE_INTERVAL", 3600)
+        monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0)
+        async with member("board:///stack"):
+            await router.reports.get()
+
+
+def test_a_kind_of_name_that_nobody_can_look_up_is_told_at_once():
+    with pytest.raises(ValueError, match=r"board:///stack.*known are dns"):
+        Membership(registry_pb2.Hello(), ["board:///stack"], lambda routers: registry_pb2.Report())

@@ -1,0 +1,253 @@
+"""A stack on Ray Serve, started, watched and stopped like one of plain processes (``stack.py``).
+
+What runs in it is decided by the same plan; Ray chooses the processes, looks after them and replaces them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from overfill.cli.stack import Plan, StartFailed, check_port_free
+from overfill.client import Client
+from overfill.cluster import placement
+from overfill.cluster.application import serve_config
+from overfill.cluster.session import Session
+from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec
+from overfill.config import ServiceConfig
+from overfill.errors import OverfillError
+from overfill.rpc.channel import open_sync_channel
+from overfill.v1 import admin_pb2, admin_pb2_grpc
+
+_POLL = 0.2  # seconds between looks while something is waited for
+_LOOK = 1.0  # seconds between looks at a stack that runs
+_MARGIN = 5.0  # seconds for Ray to notice that a replica has left
+_ROOM_PATIENCE = 120.0  # seconds for a cluster that grows to make room
+
+# Fields that each replica gets for itself, the metrics' port included unless it is off.
+_OWN = {"pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "metrics_port"}
+
+
+@dataclass(frozen=True, slots=True)
+class RayOptions:
+    """Where and how a plan runs on Ray.
+
+    Attributes:
+        address: a cluster to join, as ``ray.init`` takes it; None starts one here.
+        name: of the Serve application.
+        worker_cpus, worker_gpus: what Ray sets aside for each worker; None: an equal share of this machine.
+        max_prefill, max_decode: most workers, for pools that grow and shrink; None: the plan's number, always.
+        objectives: of the autoscaling policy.
+        log_dir: a folder for one log file per replica; None: their lines appear here.
+    """
+
+    address: str | None = None
+    name: str = APPLICATION
+    worker_cpus: float | None = None
+    worker_gpus: float | None = None
+    max_prefill: int | None = None
+    max_decode: int | None = None
+    objectives: dict[str, float] | None = None
+    log_dir: str | None = None
+
+
+class RayStack:
+    """``plan`` as a Serve application. ``report`` gets a line whenever there is something to tell."""
+
+    def __init__(self, plan: Plan, options: RayOptions, report: Callable[[str], None]) -> None:
+        self.plan = plan
+        self._options = options
+        self._report = report
+        self._session: Session | None = None
+        self._deployed = False
+        self._seen: dict[str, str] = {}
+        self._looked_at = 0.0
+        self._reachable = True
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the routers are reached."""
+        from overfill.cluster import directory
+
+        return tuple(directory.addresses(self._options.name))
+
+    def start(self) -> None:
+        """Starts or joins Ray and deploys the application.
+
+        Raises:
+            StartFailed: a router's port is taken.
+            NoRoom: a cluster started here is too small.
+            RayUnavailable: there is no Ray, no such cluster, or an application of that name already.
+        """
+        options = self._options
+        if options.address is None:
+            for config in self.plan.routers:
+                for port in (config.port, config.http):
+                    if port:
+                        check_port_free(config.host, port)
+            self._report("starting Ray on this machine")
+            self._session = Session.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
+        else:
+            self._session = Session.join(options.address, options.log_dir is None)
+        import ray
+
+        spec = spec_of(self.plan, options, ray.cluster_resources())
+        if self._session.owned:
+            self._session.check_room(spec)
+        self._session.deploy(serve_config(spec, options.name, options.objectives))
+        self._deployed = True
+
+    def wait_ready(self, cancelled: threading.Event) -> None:
+        """Returns when every router has seen its workers ready, or when ``cancelled`` is set.
+
+        Raises:
+            StartFailed: the application could not be deployed, or there is no room for it.
+        """
+        assert self._session is not None
+        since = time.monotonic()
+        told = ""
+        while not cancelled.is_set():
+            status = self._session.status(self._options.name)
+            if status is not None:
+                if told != (told := progress(status)) and told:
+                    self._report(told)
+                if failure := failed(status, time.monotonic() - since > _ROOM_PATIENCE):
+                    raise StartFailed(failure)
+                if status.status.value == "RUNNING" and self._complete():
+                    return
+            cancelled.wait(_POLL)
+
+    def describe_workers(self, stage: str) -> str:
+        """The workers of a stage, for people. Ray names them: `overfill status` lists them."""
+        fewest = sum(of == stage for of, _ in self.plan.workers())
+        most = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
+        return f"{fewest} on Ray" if most is None else f"{fewest} to {most} on Ray"
+
+    def news(self) -> list[str]:
+        """What has changed since the last call, in words."""
+        if self._session is None or time.monotonic() - self._looked_at < _LOOK:
+            return []
+        self._looked_at = time.monotonic()
+        try:
+            status = self._session.status(self._options.name)
+        except Exception as error:  # of Ray, in as many classes as there are reasons
+            self._reachable = self._session.alive()
+            return [] if self._reachable else [f"Ray does not answer any more: {error}"]
+        if status is None:
+            self._reachable = False
+            return [f"somebody has taken the application {self._options.name} away"]
+        lines = []
+        for name, state in describe(status).items():
+            if self._seen.get(name, "") not in ("", state):
+                lines.append(f"{name}: {state}")
+            self._seen[name] = state
+        return lines
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the application is still there."""
+        return self._reachable
+
+    def stop(self) -> list[Any]:
+        """Drains the routers, which finish what runs, takes the application away, and ends a Ray started here."""
+        session = self._session
+        if session is None:
+            return []
+        grace = self.plan.routers[0].grace_period
+        try:
+            if self._deployed and session.alive():
+                self._drain_routers(grace)
+                if not session.remove(self._options.name, grace + DRAIN_MARGIN + _MARGIN):
+                    self._report(f"not all replicas of {self._options.name} have left in time")
+        finally:
+            session.close()
+        return []
+
+    def _complete(self) -> bool:
+        addresses = self.addresses
+        return len(addresses) >= len(self.plan.routers) and all(self._router_complete(a) for a in addresses)
+
+    def _router_complete(self, address: str) -> bool:
+        try:
+            with Client(address, tls=self.plan.client_tls) as client:
+                return client.status().complete
+        except OverfillError:
+            return False
+
+    def _drain_routers(self, grace: float) -> None:
+        """Requests that run or wait are finished, with all the workers there, before these leave."""
+        for address in self.addresses:
+            channel = open_sync_channel(address, self.plan.client_tls)
+            with channel, contextlib.suppress(Exception):  # one that is gone has nothing to finish
+                admin_pb2_grpc.AdminStub(channel).Drain(admin_pb2.DrainRequest(), timeout=5)
+        deadline = time.monotonic() + grace + _MARGIN
+        while self.addresses and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+
+def spec_of(plan: Plan, options: RayOptions, resources: dict[str, float]) -> StackSpec:
+    """``plan`` as a stack on a cluster with ``resources``."""
+    router, prefill, decode = plan.routers[0], plan.prefill[0], plan.decode[0]
+    routers = RouterSpec(
+        replicas=len(plan.routers),
+        ports=tuple(config.port for config in plan.routers),
+        http_ports=tuple(config.http for config in plan.routers if config.http is not None),
+        settings=_settings(router),
+    )
+    most = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
+    cpus, gpus = options.worker_cpus, options.worker_gpus
+    if cpus is None and options.address is None:
+        cpus = placement.share(resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas, most)
+    if gpus is None and options.address is None and prefill.device in ("auto", "cuda"):
+        gpus = placement.gpu_share(resources.get("GPU", 0.0), most)
+    reserved: dict[str, Any] = {"num_cpus": float(prefill.threads) if cpus is None else cpus, "num_gpus": gpus or 0.0}
+    return StackSpec(
+        pair=str(router.pair),
+        mock=plan.mock,
+        log_dir=options.log_dir,
+        router=routers,
+        prefill=PoolSpec(
+            replicas=len(plan.prefill), max_replicas=options.max_prefill, settings=_settings(prefill), **reserved
+        ),
+        decode=PoolSpec(
+            replicas=len(plan.decode), max_replicas=options.max_decode, settings=_settings(decode), **reserved
+        ),
+    )
+
+
+def describe(status: Any) -> dict[str, str]:
+    """Each deployment of a Serve application in words: its replicas, and what Serve has to say when all is not well."""
+    words = {}
+    for name, deployment in status.deployments.items():
+        states = {str(state).lower(): count for state, count in deployment.replica_states.items() if count}
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no replicas"
+        unwell = deployment.status.value in ("UNHEALTHY", "DEPLOY_FAILED")
+        words[name] = f"{counts}; {deployment.message.splitlines()[0]}" if unwell and deployment.message else counts
+    return words
+
+
+def progress(status: Any) -> str:
+    """How far a start is, in a line; empty before there is anything to tell."""
+    return "; ".join(f"{name}: {words}" for name, words in sorted(describe(status).items()))
+
+
+def failed(status: Any, patience_is_over: bool) -> str | None:
+    """Why a start has failed; None while it has not. A lack of room is a failure once ``patience_is_over``."""
+    if status.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
+        said = [status.message, *(d.message for d in status.deployments.values())]
+        return "Ray Serve could not deploy the stack: " + "\n".join(text for text in said if text)
+    for name, deployment in status.deployments.items():
+        # Serve's words, after half a minute; they name the resources wanted and those there are.
+        if patience_is_over and "to be scheduled" in deployment.message:
+            return f"the cluster has no room for the {name} workers: {deployment.message}"
+    return None
+
+
+def _settings(config: ServiceConfig) -> dict[str, Any]:
+    settings = {name: value for name, value in config.settings().items() if name not in _OWN}
+    return settings if config.metrics_port != "off" else {**settings, "metrics_port": "off"}

@@ -1,0 +1,43 @@
+"""``services.ray.app:build``: the application builder that a Serve config names, with typed arguments."""
+
+# No postponed annotations here: Serve looks at the argument's class to make it from the config's ``args``.
+
+from collections.abc import Callable
+
+import ray
+from ray import serve
+from ray.serve import Application, Deployment
+
+from overfill.cluster.application import deployment_options
+from overfill.cluster.spec import DECODE, PREFILL, ROUTER, StackSpec
+from overfill.rpc.server import is_loopback
+from services.ray.replicas import Replica, RouterReplica, WorkerReplica
+
+
+def build(spec: StackSpec) -> Application:
+    """The router, prefill and decode deployments of ``spec``.
+
+    Raises:
+        ValueError: the cluster has several machines, and the services would listen where only one of them reaches.
+    """
+    check_reachable(str(spec.settings.get("host", "127.0.0.1")), {n["NodeManagerAddress"] for n in _alive_nodes()})
+    pools = [_deployment(WorkerReplica, spec, stage).bind(stage, spec) for stage in (PREFILL, DECODE)]
+    return _deployment(RouterReplica, spec, ROUTER).bind(spec, *pools)
+
+
+def check_reachable(host: str, machines: set[str]) -> None:
+    """Raises ValueError when services on ``host`` could not reach each other across ``machines``."""
+    if is_loopback(host) and len(machines) > 1:
+        raise ValueError(
+            f"settings.host {host} can be reached from its own machine only, and the cluster has {len(machines)}: "
+            "set host to 0.0.0.0, with tls_cert, tls_key and tls_ca"
+        )
+
+
+def _deployment(kind: type[Replica], spec: StackSpec, name: str) -> Deployment:
+    decorate: Callable[[type[Replica]], Deployment] = serve.deployment(**deployment_options(spec, name))
+    return decorate(kind)
+
+
+def _alive_nodes() -> list[dict[str, str]]:
+    return [node for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,136 @@
+"""``overfill up`` on Ray as a process of its own, for tests: its lines, its status, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import psutil
+
+from overfill.cli.stack import free_ports
+from overfill.client import Client, SamplingParams
+
+
+class Up:
+    """A running ``overfill up``. ``lines`` is what it has written so far."""
+
+    def __init__(self, *arguments, environment=None):
+        (self.port,) = free_ports("127.0.0.1", 1)
+        self.address = f"127.0.0.1:{self.port}"
+        self.lines = []
+        self._up = threading.Event()
+        command = [sys.executable, "-m", "overfill.cli.main", "up", f"--grpc={self.port}", *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+            process_group=0,  # so that a test can do what ctrl-C in a terminal does
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_ready(self):
+        """Returns once the stack says that it is up; AssertionError with its lines when it ends instead."""
+        self._up.wait(170)
+        assert self.ready, "\n".join(self.lines)
+
+    @property
+    def ready(self):
+        return any("OverFill is up" in line for line in self.lines)
+
+    def interrupt(self):
+        """Ctrl-C: SIGINT to every process of the terminal's group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self):
+        """The exit code, once it has ended."""
+        code = self.process.wait(120)
+        self._reader.join(10)
+        self.process.stdout.close()
+        return code
+
+    def processes(self):
+        """Every process of the tree, itself included."""
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def workers(self, stage=None):
+        """``id -> pid`` of the workers that the router knows and that answer."""
+        with Client(self.address) as client:
+            found = client.status().workers
+        return {w.id: w.process.pid for w in found if w.process is not None and stage in (None, w.stage)}
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if "OverFill is up" in line:
+                self._up.set()
+        self._up.set()
+
+
+class Load:
+    """Streams that go on until told to stop; ``errors`` are those that failed."""
+
+    def __init__(self, address, streams, max_tokens):
+        self.errors, self.answers, self._stop = [], [], threading.Event()
+        self._address, self._max_tokens = address, max_tokens
+        self._pool = ThreadPoolExecutor(streams)
+        self._streams = [self._pool.submit(self._ask) for _ in range(streams)]
+
+    def _ask(self):
+        sampling = SamplingParams(temperature=0, max_tokens=self._max_tokens)
+        with Client(self._address) as client:
+            while not self._stop.is_set():
+                try:
+                    self.answers.append(client.generate("Once upon a time", sampling=sampling, timeout=120))
+                except Exception as error:
+                    self.errors.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._pool.shutdown()
+
+
+@contextmanager
+def up_on_ray(*arguments, **settings):
+    """Yields an ``Up`` that is ready; ends it like ctrl-C does, if it still runs."""
+    up = Up(*arguments, **settings)
+    tree = []
+    try:
+        up.wait_ready()
+        yield up
+    except BaseException:
+        print("\n".join(up.lines))
+        raise
+    finally:
+        if up.process.poll() is None:
+            tree = up.processes()
+            up.interrupt()
+            try:
+                up.wait()
+            finally:
+                for process in tree:
+                    if process.is_running():
+                        process.kill()
+
+
+def cli(*arguments):
+    """Runs ``overfill``; returns the exit code and what it wrote."""
+    command = [sys.executable, "-m", "overfill.cli.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def status_json(address):
+    return json.loads(cli("status", "--json", "--address", address)[1])

@@ -1,0 +1,130 @@
+"""The shipped Serve config on a Ray cluster of several nodes, deployed and changed with Serve's own command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray_stacks import Load, Up, status_json
+from stacks import wait_until
+
+from overfill.cli.stack import free_ports
+from overfill.client import Client
+from overfill.errors import OverfillError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SHIPPED = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
+SERVE = Path(sys.executable).parent / "serve"
+
+
+class Cluster:
+    def __init__(self, nodes, cpus):
+        (self.dashboard,) = free_ports("127.0.0.1", 1)
+        command = [sys.executable, str(Path(__file__).with_name("ray_cluster.py")), str(nodes), str(cpus)]
+        self._process = subprocess.Popen(
+            [*command, str(self.dashboard)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.address = self._process.stdout.readline().strip()
+        assert self.address
+
+    @property
+    def alive(self):
+        return self._process.poll() is None
+
+    def deploy(self, config, folder):
+        file = folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        done = subprocess.run(
+            [SERVE, "deploy", str(file), "-a", f"http://127.0.0.1:{self.dashboard}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def close(self):
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    made = Cluster(nodes=3, cpus=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pair):
+    """The shipped config with mock workers, two routers, and pools that an upgrade never empties."""
+    config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    ports = free_ports("127.0.0.1", 2)
+    args = config["applications"][0]["args"]
+    args |= {"pair": str(tiny_pair), "mock": True}
+    args["settings"]["grace_period"] = 2
+    args["router"] |= {"replicas": 2, "ports": ports, "http_ports": []}
+    args["prefill"] |= {"replicas": 2}
+    args["decode"] |= {"replicas": 2, "settings": {"mock_step": 0.05, "max_num_seqs": 8}}
+    return config
+
+
+def workers(address, stage):
+    with Client(address) as client:
+        return {w.id for w in client.status().workers if w.stage == stage and w.process is not None}
+
+
+def complete(address):
+    try:
+        with Client(address) as client:
+            return client.status().complete
+    except OverfillError:
+        return False
+
+
+def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(cluster, config, tmp_path):
+    args = config["applications"][0]["args"]
+    addresses = [f"127.0.0.1:{port}" for port in args["router"]["ports"]]
+    cluster.deploy(config, tmp_path)
+    for address in addresses:
+        wait_until(lambda a=address: complete(a), 300, "the stack is there")
+    both = ",".join(addresses)
+    first = {stage: workers(both, stage) for stage in ("prefill", "decode")}
+    with Load(both, 4, 80) as load:  # four seconds, of which a drain leaves two
+        wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
+        args["decode"]["settings"]["max_num_seqs"] = 16
+        cluster.deploy(config, tmp_path)
+        for stage, old in first.items():
+            wait_until(
+                lambda stage=stage, old=old: len(now := workers(both, stage)) >= 2 and not now & old,
+                300,
+                f"all {stage} workers are new",
+            )
+        assert load.errors == []
+        kept = workers(both, "decode") | workers(both, "prefill")
+        one = {"min_replicas": 1, "max_replicas": 1, "downscale_delay_s": 0}
+        # As docs/operations.md says: this alone restarts nobody.
+        config["applications"][0]["deployments"] = [{"name": "decode", "autoscaling_config": one}]
+        cluster.deploy(config, tmp_path)
+        wait_until(lambda: len(workers(both, "decode")) == 1, 300, "one decode worker is left")
+        assert workers(both, "decode") | workers(both, "prefill") < kept
+    assert load.errors == []
+    assert sum(answer.migrations for answer in load.answers) >= 1
+
+
+def test_a_stack_beside_it_comes_and_goes_alone(cluster, config, tiny_pair):
+    address = f"127.0.0.1:{config['applications'][0]['args']['router']['ports'][0]}"
+    assert complete(address), "the other application runs"
+    up = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--name=second", "--worker-cpus=0.1")
+    up.wait_ready()
+    assert {w["stage"] for w in status_json(up.address)["workers"]} == {"prefill", "decode"}
+    up.interrupt()
+    assert up.wait() == 0, "\n".join(up.lines)
+    assert cluster.alive
+    assert complete(address)
+    taken = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--worker-cpus=0.1")
+    assert taken.wait() == 1
+    assert "give another --name" in "\n".join(taken.lines)
+    assert complete(address)

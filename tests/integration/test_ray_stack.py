@@ -1,0 +1,100 @@
+"""A stack on a Ray that ``overfill up`` starts here: mock workers, one start for all tests of the file."""
+
+from __future__ import annotations
+
+import glob
+import ipaddress
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from ray_stacks import Load, Up, cli, status_json, up_on_ray
+from stacks import wait_until
+
+from overfill.client import Client, SamplingParams
+
+MOCK = ("--mock", "--grace-period=1", "--log-level=info")
+SLOW_STEPS = {"OVERFILL_MOCK_DECODE_MOCK_STEP": "0.05"}
+
+
+@pytest.fixture(scope="module")
+def up(tiny_pair):
+    arguments = (*MOCK, f"--pair={tiny_pair}", "--prefill=1", "--decode=2", "--max-decode=3", "--itl-objective=0.06")
+    with up_on_ray(*arguments, environment=SLOW_STEPS) as running:
+        yield running
+
+
+def test_it_answers_and_says_what_runs(up):
+    with Client(up.address) as client:
+        answer = client.generate("Hello", sampling=SamplingParams(temperature=0, max_tokens=5))
+    assert len(answer.token_ids) == 5
+    status = status_json(up.address)
+    assert {w["id"].partition("-")[0] for w in status["workers"]} == {"prefill", "decode"}
+    assert answer.decode_worker in {w["id"] for w in status["workers"]}
+
+
+def test_nothing_listens_where_other_machines_could_reach_it(up):
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in up.processes()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) > 5
+    hosts = {ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip, _ in listening}
+    assert all(host.is_loopback for host in hosts), listening
+
+
+def test_a_killed_worker_is_replaced_and_no_request_fails(up):
+    before = up.workers("decode")
+    with Load(up.address, 4, 40) as load:
+        wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
+        victim = next(iter(before))
+        os.kill(before[victim], signal.SIGKILL)
+        wait_until(lambda: victim not in up.workers("decode"), 60, "the router forgets the worker")
+        wait_until(lambda: len(up.workers("decode").keys() - before.keys()) >= 1, 120, "another takes its place")
+    assert load.errors == []
+    assert sum(answer.migrations for answer in load.answers) >= 1
+
+
+def test_a_drained_worker_leaves_with_its_work_moved_and_another_comes(up):
+    before = up.workers("decode")
+    with Load(up.address, 4, 60) as load:  # an answer takes three seconds, the grace period is one
+        wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
+        victim = next(iter(before))
+        assert cli("drain", victim, "--address", up.address)[0] == 0
+        wait_until(lambda: len(up.workers("decode").keys() - before.keys()) >= 1, 120, "another takes its place")
+    assert load.errors == []
+
+
+def test_a_burst_makes_the_decode_pool_grow(up):
+    with Load(up.address, 24, 40) as load:
+        wait_until(lambda: len(up.workers("decode")) == 3, 120, "a third decode worker")
+    assert load.errors == []
+    assert len(up.workers("prefill")) == 1
+
+
+def test_ctrl_c_finishes_what_runs_and_leaves_nothing_behind(up):
+    tree = up.processes()
+    with Client(up.address) as client, ThreadPoolExecutor(1) as pool:
+        sampling = SamplingParams(temperature=0, max_tokens=10)
+        with client.stream("Hello", sampling=sampling) as stream:
+            next(iter(stream))
+            waiting = pool.submit(up.interrupt)
+            tokens = 1 + sum(len(delta.token_ids) for delta in stream)
+        waiting.result()
+    assert tokens == 10
+    assert up.wait() == 0, "\n".join(up.lines)
+    wait_until(lambda: not [p for p in tree if p.is_running() and p.status() != "zombie"], 30, "no process is left")
+    assert glob.glob(f"/tmp/overfill-ray-{up.process.pid}-*") == []
+
+
+@pytest.mark.slow
+def test_a_stack_that_does_not_fit_says_what_is_short_and_ends(tiny_pair):
+    up = Up(*MOCK, f"--pair={tiny_pair}", "--worker-gpus=1", "--worker-cpus=0.1")
+    assert up.wait() == 1
+    text = "\n".join(up.lines)
+    assert "GPU: 2 wanted, 0 available" in text
+    assert "Traceback" not in text

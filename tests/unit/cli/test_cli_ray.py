@@ -1,0 +1,141 @@
+"""``up`` on Ray, without Ray: what a plan becomes, what is told of a status, which options contradict."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from overfill.cli import up
+from overfill.cli.main import main
+from overfill.cli.ray_stack import RayOptions, describe, failed, progress, spec_of
+from overfill.cluster.spec import StackSpec
+
+TWO_CORES = {"CPU": 2.0}
+
+
+def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settings: Any) -> Any:
+    return up.make_plan(Path("pair"), 2, 3, routers, 7600, 1, settings, http, mock)
+
+
+def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
+    made = spec_of(plan(dtype="float32", kv_memory="64MiB", grace_period="7", http=8000), RayOptions(), TWO_CORES)
+    assert (made.prefill.replicas, made.decode.replicas) == (2, 3)
+    assert made.decode_config().kv_memory == 64 << 20
+    assert made.prefill_config().dtype == "float32"
+    assert made.grace_period == 7
+    assert (made.router.ports, made.router.http_ports) == ((7600,), (8000,))
+    assert not {"worker_id", "routers", "port", "expect_decode"} & {*made.decode.settings, *made.router.settings}
+    assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
+
+
+def test_several_routers_have_a_port_each() -> None:
+    made = spec_of(plan(routers=2, http=8000), RayOptions(), TWO_CORES)
+    assert (made.router.replicas, made.router.ports, made.router.http_ports) == (2, (7600, 7601), (8000, 8001))
+
+
+def test_on_this_machine_everything_fits_with_room_for_the_most_workers() -> None:
+    made = spec_of(plan(), RayOptions(max_decode=8), TWO_CORES)
+    assert (made.decode.replicas, made.decode.most) == (3, 8)
+    assert made.router.num_cpus + 10 * made.decode.num_cpus <= 2
+    assert made.prefill.num_gpus == 0
+
+
+def test_gpus_of_this_machine_are_shared_and_those_of_a_cluster_are_asked_for() -> None:
+    assert spec_of(plan(), RayOptions(), {"CPU": 32.0, "GPU": 2.0}).decode.num_gpus == pytest.approx(1 / 3)
+    assert spec_of(plan(device="cpu"), RayOptions(), {"CPU": 32.0, "GPU": 2.0}).decode.num_gpus == 0
+    joined = spec_of(plan(), RayOptions(address="auto", worker_gpus=1), {"CPU": 256.0, "GPU": 8.0})
+    assert (joined.decode.num_gpus, joined.decode.num_cpus) == (1, 1)
+
+
+def test_mock_workers_stay_mock_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_MOCK_DECODE_MOCK_STEP", "0.05")
+    made = spec_of(plan(mock=True), RayOptions(), TWO_CORES)
+    monkeypatch.delenv("OVERFILL_MOCK_DECODE_MOCK_STEP")
+    assert made.decode_config().mock_step == 0.05  # type: ignore[attr-defined]
+
+
+def status(app: str = "DEPLOYING", message: str = "", **deployments: tuple[str, dict[str, int], str]) -> Any:
+    def value(text: str) -> Any:
+        return SimpleNamespace(value=text)
+
+    return SimpleNamespace(
+        status=value(app),
+        message=message,
+        deployments={
+            name: SimpleNamespace(status=value(state), replica_states=replicas, message=said)
+            for name, (state, replicas, said) in deployments.items()
+        },
+    )
+
+
+def test_progress_is_told_in_one_line() -> None:
+    told = progress(
+        status(router=("HEALTHY", {"RUNNING": 1}, ""), decode=("UPDATING", {"STARTING": 2, "RUNNING": 1}, "soon"))
+    )
+    assert told == "decode: 1 running, 2 starting; router: 1 running"
+
+
+def test_of_an_unhealthy_deployment_serves_reason_is_told() -> None:
+    said = describe(status(decode=("UNHEALTHY", {"STARTING": 1}, "A replica's health check failed.\nTraceback")))
+    assert said == {"decode": "1 starting; A replica's health check failed."}
+
+
+def test_a_start_fails_with_what_serve_says_or_when_there_is_no_room_for_long() -> None:
+    assert failed(status(decode=("UPDATING", {"STARTING": 1}, "")), True) is None
+    broken = status("DEPLOY_FAILED", "", decode=("DEPLOY_FAILED", {}, "no pair at /nowhere"))
+    assert "no pair at /nowhere" in (failed(broken, False) or "")
+    waits = "2 replicas that have taken more than 30s to be scheduled. Resources required: {'GPU': 1}"
+    crowded = status(decode=("UPDATING", {"STARTING": 2}, waits))
+    assert failed(crowded, False) is None
+    assert "no room for the decode workers: " in (failed(crowded, True) or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-ray", "--max-decode", "3"], "--no-ray contradicts --max-decode"),
+        (["--no-ray", "--address", "auto", "--name", "x"], "--no-ray contradicts --address, --name"),
+        (["--decode", "3", "--max-decode", "2"], "--max-decode 2 is less than --decode 3"),
+    ],
+)
+def test_contradictions_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--pair", "/no/such/pair", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_without_ray_it_is_told_what_to_do(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
+    assert main([command, "--pair", "/no/such/pair"]) == 1
+    err = capsys.readouterr().err
+    assert "pip install 'overfill[ray]'" in err
+    assert "--no-ray" in err
+
+
+def test_plain_processes_can_be_chosen_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks: list[Any] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
+    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    file = tmp_path / "stack.yaml"
+    file.write_text("up: {ray: no}")
+    assert main(["up", "--pair", "p", "--config", str(file)]) == 0
+    monkeypatch.setenv("OVERFILL_UP_RAY", "no")
+    assert main(["up", "--pair", "p"]) == 0
+    monkeypatch.delenv("OVERFILL_UP_RAY")
+    assert main(["up", "--pair", "p"]) == 0
+    assert [type(stack).__name__ for stack in stacks] == ["Stack", "Stack", "RayStack"]
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert main(["up", "--mock", "--pair", str(tiny_pair), "--grpc", "0", "--address", f"127.0.0.1:{port}"]) == 1
+    assert f"no Ray cluster at 127.0.0.1:{port}" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""A stack's description for Ray, and the Serve config it becomes. No Ray here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from overfill.cluster.application import deployment_options, environment, serve_config
+from overfill.cluster.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
+
+SHIPPED = Path(__file__).parents[3] / "deploy" / "ray" / "serve.yaml"
+HERE = WorkerPlace("decode-x1", "ray:///overfill", "10.0.0.7")
+
+
+def spec(**fields: Any) -> StackSpec:
+    return StackSpec.model_validate({"pair": "pair"} | fields)
+
+
+def test_shared_settings_reach_those_that_have_them_and_a_pools_own_go_first() -> None:
+    made = spec(
+        settings={"dtype": "float32", "token_budget": 256, "log_level": "error"},
+        prefill={"settings": {"token_budget": 512}},
+        decode={"settings": {"data_streams": 3}},
+    )
+    assert made.prefill_config().token_budget == 512
+    assert (made.decode_config().dtype, made.decode_config().data_streams) == ("float32", 3)
+    assert made.router_config().log_level == "error"
+
+
+def test_a_worker_joins_through_the_directory_under_its_own_name() -> None:
+    config = spec().decode_config(HERE)
+    assert (config.worker_id, config.routers, config.advertise) == ("decode-x1", ("ray:///overfill",), "")
+
+
+def test_a_worker_that_listens_everywhere_announces_its_machine(tmp_path: Path) -> None:
+    for name in ("cert", "key", "ca"):
+        (tmp_path / name).touch()
+    tls = {f"tls_{name}": str(tmp_path / name) for name in ("cert", "key", "ca")}
+    assert spec(settings=tls | {"host": "0.0.0.0"}).decode_config(HERE).advertise == "10.0.0.7"
+    own = tls | {"host": "0.0.0.0", "advertise": "worker.internal"}
+    assert spec(settings=own).decode_config(HERE).advertise == "worker.internal"
+
+
+def test_routers_of_one_machine_have_ports_in_pairs() -> None:
+    made = spec(router={"replicas": 2, "ports": [7600, 7601], "http_ports": [8000, 0]}, prefill={"replicas": 2})
+    assert [(c.port, c.http) for c in map(made.router_config, (0, 1))] == [(7600, 8000), (7601, 0)]
+    assert (made.router_config().expect_prefill, made.router_config().expect_decode) == (2, 1)
+    assert spec().router_config().http is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"settings": {"kv_memroy": "1GiB"}}, "kv_memroy: no service has such a setting"),
+        ({"prefill": {"settings": {"data_streams": 2}}}, "data_streams: no such setting; see overfill-prefill"),
+        ({"decode": {"settings": {"kv_memory": "much"}}}, "--kv-memory"),
+        ({"settings": {"host": "0.0.0.0"}}, "--tls-cert"),
+        ({"decode": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
+        ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
+        ({"router": {"http_ports": [8000, 8001]}}, "as many as ports, 1, or none"),
+        ({"router": {"ports": []}}, "give one at least"),
+        ({"dekode": {}}, "dekode"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**fields)
+
+
+def test_a_fixed_pool_has_its_replicas_and_no_autoscaling() -> None:
+    options = deployment_options(spec(decode={"replicas": 3, "num_cpus": 0.25, "num_gpus": 0.5}), DECODE)
+    assert options["num_replicas"] == 3
+    assert "autoscaling_config" not in options
+    actor = options["ray_actor_options"]
+    assert (actor["num_cpus"], actor["num_gpus"]) == (0.25, 0.5)
+
+
+def test_if_one_pool_scales_all_have_bounds_since_only_then_serve_collects_the_routers_signals() -> None:
+    made = spec(decode={"replicas": 2, "max_replicas": 5}, router={"replicas": 2})
+    bounds = {name: deployment_options(made, name)["autoscaling_config"] for name in (ROUTER, PREFILL, DECODE)}
+    limits = {name: (config["min_replicas"], config["max_replicas"]) for name, config in bounds.items()}
+    assert limits == {ROUTER: (2, 2), PREFILL: (1, 1), DECODE: (2, 5)}
+    assert all("num_replicas" not in deployment_options(made, name) for name in limits)
+
+
+def test_serve_waits_longer_than_a_drain_takes() -> None:
+    made = spec(settings={"grace_period": 45}, decode={"settings": {"grace_period": 90}})
+    for name in (ROUTER, PREFILL, DECODE):
+        assert deployment_options(made, name)["graceful_shutdown_timeout_s"] > 90
+
+
+def test_every_replica_has_its_number_of_threads() -> None:
+    made = spec(settings={"threads": 3})
+    assert environment(made, DECODE)["OMP_NUM_THREADS"] == environment(made, PREFILL)["MKL_NUM_THREADS"] == "3"
+    assert environment(made, ROUTER)["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_something_to_decide() -> None:
+    made = spec(mock=True, decode={"replicas": 2, "max_replicas": 4})
+    (application,) = serve_config(made, "chat", {"ttft": 1.0})["applications"]
+    assert StackSpec.model_validate(application["args"]) == made
+    assert application["name"] == "chat"
+    assert application["autoscaling_policy"]["policy_kwargs"] == {"ttft": 1.0}
+    (fixed,) = serve_config(spec(), "chat")["applications"]
+    assert "autoscaling_policy" not in fixed
+
+
+def test_a_wrong_objective_is_told_here_and_not_in_serves_controller() -> None:
+    with pytest.raises(ValueError, match="tfft: no such setting of the scaling policy"):
+        serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
+
+
+def test_the_shipped_config_is_what_the_code_takes() -> None:
+    config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    (application,) = config["applications"]
+    made = StackSpec.model_validate(application["args"])
+    policy = application["autoscaling_policy"]
+    assert made.scales
+    rendered = serve_config(made, application["name"], policy["policy_kwargs"])
+    assert rendered["applications"][0]["import_path"] == application["import_path"]
+    assert rendered["applications"][0]["autoscaling_policy"] == policy
+    assert config["proxy_location"] == rendered["proxy_location"]
+    reserved = RouterSpec().num_cpus + 2 * PoolSpec().num_cpus + 3 * PoolSpec().num_cpus
+    assert reserved <= 2, "a router, two prefill and three decode workers fit two cores by default"

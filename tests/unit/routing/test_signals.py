@@ -1,0 +1,126 @@
+"""Routers' numbers, and the scaler that they feed."""
+
+from __future__ import annotations
+
+import pytest
+
+from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import Roster
+from overfill.routing.scaling import ScalingConfig
+from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, spread
+from overfill.v1 import common_pb2, inference_pb2
+
+
+class Heard:
+    """Takes down what a scaler is told."""
+
+    def __init__(self) -> None:
+        self.config = ScalingConfig()
+        self.arrivals: list[int] = []
+        self.answers: list[tuple[float, ...]] = []
+        self.prefilled_by: list[tuple[float, float]] = []
+
+    def arrived(self, now, tokens):
+        self.arrivals.append(tokens)
+
+    def finished(self, now, *answer):
+        self.answers.append(answer)
+
+    def prefilled(self, tokens, seconds):
+        self.prefilled_by.append((tokens, seconds))
+
+
+def finished(prompt=100, answer=11, cached=0, decode=1.0, prefill=0.5):
+    return inference_pb2.Finished(
+        usage=common_pb2.Usage(prompt_tokens=prompt, completion_tokens=answer, cached_tokens=cached),
+        timing=common_pb2.Timing(decode_ns=round(decode * 1e9), prefill_compute_ns=round(prefill * 1e9)),
+        prefill_worker="p",
+        decode_worker="d",
+    )
+
+
+@pytest.fixture
+def roster():
+    return Roster()
+
+
+@pytest.fixture
+def signals(roster):
+    return Signals(roster, Dispatcher(roster, LeastLoad()))
+
+
+def test_a_reader_hears_of_every_request_once(signals):
+    heard = Heard()
+    reader = SignalReader(heard, {})
+    signals.arrived(100)
+    reader.read(0.0, {"r": signals.read(0.0)})
+    signals.arrived(100)
+    signals.arrived(300)
+    signals.finished(finished())
+    reader.read(1.0, {"r": signals.read(1.0)})
+    reader.read(2.0, {"r": signals.read(2.0)})
+    assert heard.arrivals == [100, 300]
+    assert heard.answers == [(100, 11, pytest.approx(0.1), 1.0)]
+    assert heard.prefilled_by == [(100.0, 0.5)]
+
+
+def test_the_past_of_a_router_that_is_new_to_the_reader_is_not_load_of_now(signals):
+    for _ in range(1000):
+        signals.arrived(100)
+    heard = Heard()
+    SignalReader(heard, {}).read(0.0, {"r": signals.read(0.0)})
+    assert heard.arrivals == []
+
+
+def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster):
+    heard = Heard()
+    reader = SignalReader(heard, {})
+    signals.arrived(50)
+    reader.read(0.0, {"r1": signals.read(0.0)})
+    reader.read(1.0, {})
+    other = Signals(roster, Dispatcher(roster, LeastLoad()))
+    reader.read(2.0, {"r2": other.read(2.0)})
+    other.arrived(70)
+    reader.read(3.0, {"r2": other.read(3.0)})
+    assert heard.arrivals == [70]
+    assert set(reader.seen) == {"r2"}
+
+
+def test_what_the_prefix_cache_is_known_to_hold_is_no_work(signals):
+    for _ in range(500):
+        signals.finished(finished(cached=80))
+    before = signals.read(0.0)["arrived_tokens"]
+    signals.arrived(1000)
+    assert signals.read(0.0)["arrived_tokens"] - before == pytest.approx(200, abs=1)
+    assert signals.read(0.0)["prefilled_tokens"] == 500 * 20
+
+
+def test_an_answer_of_one_token_says_nothing_of_steps(signals):
+    signals.finished(finished(answer=1, decode=0))
+    assert signals.read(0.0)["timed"] == 0
+
+
+def test_waiting_jobs_are_load_of_both_stages(roster):
+    dispatcher = Dispatcher(roster, LeastLoad())
+    signals = Signals(roster, dispatcher)
+    dispatcher.submit(Job("a", 40, 8), 0.0)
+    dispatcher.submit(Job("b", 60, 8), 0.0)
+    prefill, decode = pool_states([signals.read(0.0)])
+    assert (prefill.waiting_jobs, prefill.waiting_tokens) == (2, 100)
+    assert (decode.waiting_jobs, decode.ready) == (2, 0)
+
+
+def test_every_number_is_a_number(signals):
+    numbers = signals.read(0.0)
+    assert numbers.keys() >= set(COUNTS)
+    assert all(type(value) is float for value in numbers.values())
+
+
+@pytest.mark.parametrize(("values"), [[100] * 6, [10, 10, 10, 500, 500, 500], [1, 2, 3, 4, 5, 6, 7], [9]])
+def test_arrivals_told_together_keep_their_number_sum_and_spread(values):
+    told = spread(len(values), sum(values), sum(v * v for v in values))
+    assert len(told) == len(values)
+    assert sum(told) == pytest.approx(sum(values), rel=0.02)
+    assert sum(v * v for v in told) == pytest.approx(sum(v * v for v in values), rel=0.1)
+    assert spread(0, 0, 0) == []
