@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m-instruct"
 
 NAMED: dict[str, DecoderRecipe] = {
-    "default": DecoderRecipe(
-        hidden_size=544, intermediate_size=1250, head_tokens=24_576, tail_rank=48, tokens=34_816
-    ),
-    "fast": DecoderRecipe(hidden_size=384, intermediate_size=536, tokens=65_536),
+    "default": DecoderRecipe(hidden_size=544, intermediate_size=1250, head_tokens=24_576, tail_rank=48, tokens=34_816),
+    "fast": DecoderRecipe(hidden_size=384, intermediate_size=840, head_tokens=16_384, tail_rank=64, tokens=49_152),
     "identity": DecoderRecipe(),
 }
 """The named pairs and how their decoders are made of SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
