@@ -26,6 +26,11 @@ class Gate:
         self._grants: dict[Job, Grant] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    def admit(self, priority: int, key: str, time_left: float | None) -> None:
+        """Whether a new job would be taken now; raises Overloaded. See ``Dispatcher.admit``."""
+        now = self._now()
+        self._dispatcher.admit(priority, key, now, None if time_left is None else now + time_left)
+
     def submit(self, job: Job) -> Grant:
         """Grants a decode worker. Raises PromptTooLong or Overloaded at once."""
         self._dispatcher.submit(job, self._now())
@@ -52,9 +57,9 @@ class Gate:
         return self._grant(job)
 
     def prefill_done(self, job: Job) -> None:
-        """Gives the prefill slot back, if the job holds one."""
+        """The first token has come: gives the prefill slot back, if the job holds one."""
         if job.prefill is not None:
-            self._dispatcher.prefill_done(job)
+            self._dispatcher.prefill_done(job, self._now())
             self.poll()
 
     def finish(self, job: Job) -> None:
