@@ -38,5 +38,6 @@ def route_command(
         else:
             click.echo(
                 f"{count:>5} + {count} workers: {cost.decision_us:.1f} us per decision (p99 "
-                f"{cost.decision_p99_us:.1f}), {cost.request_us:.1f} us per request, {cost.report_us:.1f} us per report; {cost.waiting} wait"
+                f"{cost.decision_p99_us:.1f}), {cost.request_us:.1f} us per request, "
+                f"{cost.report_us:.1f} us per report; {cost.waiting} wait"
             )

@@ -7,6 +7,7 @@ whoever serves KV compares tokens.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 
 
@@ -17,7 +18,7 @@ def root_key(full_digest: str, dtype: str, salt: str) -> int:
 
 def block_key(parent: int, tokens: Sequence[int]) -> int:
     """64-bit key of a full block of ``tokens`` after the block, or root, of key ``parent``."""
-    return _hash64(parent.to_bytes(8, "little") + b"".join(token.to_bytes(4, "little") for token in tokens))
+    return _hash64(struct.pack(f"<Q{len(tokens)}I", parent, *tokens))
 
 
 class PromptKeys:

@@ -103,6 +103,13 @@ class Dispatcher:
         yield from self._decode_line
         yield from self._prefill_line
 
+    def queued(self, stage: common_pb2.Stage) -> int:
+        """Jobs that wait for a worker of ``stage``; for prefill, those too that have no slot to hope for."""
+        if stage == DECODE:
+            return len(self._decode_line)
+        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
+        return len(self._prefill_line) + (len(self._decode_line) if free <= 0 else 0)
+
     @property
     def num_jobs(self) -> int:
         """Jobs that are not finished."""
@@ -272,13 +279,20 @@ class Dispatcher:
             if holder is not None and pool.index.admissible.least >= holder.total_tokens:
                 return  # all that is left is reserved
             worker = None
-            if self._find(self._roster.prefill, job, job.prompt_tokens) is not None:
+            if self._prefill_may_come(job):
                 worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, holder)
             if worker is not None:
                 self._place(job, worker, now)
                 yield Placement(job, worker)
             elif holder is None and now - job.waiting_since >= self._reserve_after:
                 holder = job
+
+    def _prefill_may_come(self, job: Job) -> bool:
+        """Whether a prefill worker would take the job now; which one is decided when its blocks are reserved."""
+        pool = self._roster.prefill
+        if not job.avoid:
+            return pool.index.admissible.most >= job.prompt_tokens
+        return self._find(pool, job, job.prompt_tokens) is not None
 
     def _place(self, job: Job, worker: Worker, now: float) -> None:
         if now > job.waiting_since:

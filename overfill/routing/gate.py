@@ -6,7 +6,7 @@ import asyncio
 
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.pool import Worker
-from overfill.v1 import decode_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 TICK = 0.5
 """Seconds between looks at the clock while a job waits."""
@@ -45,6 +45,10 @@ class Gate:
         """Grants a decode worker, after the last one failed the job or is ``gone``."""
         self._dispatcher.lost(job, self._now(), gone=gone)
         return self._grant(job)
+
+    def queued(self, stage: common_pb2.Stage) -> int:
+        """Jobs that wait for a worker of ``stage``."""
+        return self._dispatcher.queued(stage)
 
     def reserved(self, job: Job) -> Grant:
         """Grants a prefill slot."""
