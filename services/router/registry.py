@@ -110,7 +110,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
         """Tells the worker what this router would do with it, while it divides itself among several."""
-        said = registry_pb2.Demand()
+        said: registry_pb2.Demand | None = None
         while True:
             await asyncio.sleep(DEMAND_GAP)
             if worker.report is None or worker.report.routers < 2:
