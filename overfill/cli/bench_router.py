@@ -27,9 +27,9 @@ def router_command(pair: str, seconds: float, overload: float | None, as_json: b
 
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
-    found = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
+    found = asdict(measure_cost(folder, seconds)) if overload is None else asdict(measure_overload(folder, overload))
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(found))
         return
-    for name, value in asdict(found).items():
+    for name, value in found.items():
         click.echo(f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}")
