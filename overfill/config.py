@@ -30,6 +30,7 @@ from pydantic_settings import (
 
 from overfill.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.kv.spec import DTypeName
+from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, PolicyName
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, ServerTls
 
@@ -366,7 +367,15 @@ class RouterConfig(ServiceConfig):
     model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
     expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
     expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
-    max_queue: int = Field(1024, ge=1, description="most waiting requests; more are refused")
+    prefill_policy: PolicyName = Field(PREFILL_DEFAULT, description="which prefill worker takes a prompt")
+    decode_policy: PolicyName = Field(DECODE_DEFAULT, description="which decode worker takes a request")
+    max_queue: int = Field(1024, ge=1, description="most waiting requests of one priority; more are refused")
+    max_wait: float | None = Field(
+        None,
+        gt=0,
+        description="seconds that a request may be expected to wait for a place; those that would wait longer are "
+        "refused at once; by default only those that would miss their deadline",
+    )
     http: Port | None = Field(
         None, description="port of the OpenAI endpoint; 0 picks a free one; by default there is none"
     )

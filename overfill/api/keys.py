@@ -2,7 +2,10 @@
 
 The file is JSON and holds no key, only SHA-256 hashes; keys are 32 random bytes, so a plain hash cannot be searched::
 
-    {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z"}]}
+    {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z",
+                                            "rate": 5.0, "concurrency": 20, "priority": 0}]}
+
+``rate``, ``concurrency`` and ``priority`` may be left out.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -18,7 +22,9 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from overfill.api.priority import check_priority
 from overfill.errors import InvalidRequest, OverfillError
 
 log = logging.getLogger(__name__)
@@ -38,11 +44,21 @@ class BadKeyFile(OverfillError):
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as the file has it; ``created`` is ISO 8601."""
+    """A key as the file has it.
+
+    Attributes:
+        created: ISO 8601.
+        rate: requests per second that one router takes; None: any.
+        concurrency: requests at once that one router takes; None: any.
+        priority: the smallest (first) that requests with this key may have; they are raised to it.
+    """
 
     name: str
     sha256: str
     created: str
+    rate: float | None = None
+    concurrency: int | None = None
+    priority: int = 0
 
     @property
     def tenant_salt(self) -> str:
@@ -108,10 +124,12 @@ def load(path: Path) -> list[ApiKey]:
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT:
             raise BadKeyFile(f"{path}: is of format {data['format']!r}, not {FORMAT}")
-        keys = [ApiKey(entry["name"], entry["sha256"], entry["created"]) for entry in data["keys"]]
+        keys = [_read(entry) for entry in data["keys"]]
         bad = next((key for key in keys if not _HASH.fullmatch(key.sha256)), None)
     except OSError as error:
         raise BadKeyFile(f"cannot read the API keys in {path}: {error.strerror}") from error
+    except InvalidRequest as error:
+        raise BadKeyFile(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BadKeyFile(f"{path} is not a file of API keys; make one with `overfill keys create`") from error
     if bad is not None:
@@ -119,11 +137,28 @@ def load(path: Path) -> list[ApiKey]:
     return keys
 
 
-def create(path: Path, name: str) -> str:
+def _read(entry: Any) -> ApiKey:
+    """Raises InvalidRequest, and TypeError when a field is missing or unknown."""
+    key = ApiKey(**entry)
+    _check_limits(key.rate, key.concurrency, key.priority)
+    return key
+
+
+def _check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
+    if rate is not None and not 0 < rate < math.inf:
+        raise InvalidRequest("rate", f"must be more than 0 requests per second, got {rate!r}")
+    if concurrency is not None and (not isinstance(concurrency, int) or concurrency < 1):
+        raise InvalidRequest("concurrency", f"must be 1 request or more, got {concurrency!r}")
+    check_priority(priority)
+
+
+def create(
+    path: Path, name: str, *, rate: float | None = None, concurrency: int | None = None, priority: int = 0
+) -> str:
     """Adds a key to the file, which is made when there is none; returns the key, which is kept nowhere.
 
     Raises:
-        InvalidRequest: the name is bad or taken.
+        InvalidRequest: the name is bad or taken, or a limit is none.
         BadKeyFile: the file is damaged or cannot be written.
     """
     if not _NAME.fullmatch(name):
@@ -131,9 +166,10 @@ def create(path: Path, name: str) -> str:
     keys = load(path) if path.exists() else []
     if any(key.name == name for key in keys):
         raise InvalidRequest("name", f"{name!r} is taken; revoke that key first")
+    _check_limits(rate, concurrency, priority)
     key = PREFIX + secrets.token_urlsafe(32)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    _save(path, [*keys, ApiKey(name, hash_key(key), now)])
+    _save(path, [*keys, ApiKey(name, hash_key(key), now, rate, concurrency, priority)])
     return key
 
 
@@ -147,7 +183,7 @@ def revoke(path: Path, name: str) -> None:
 
 
 def _save(path: Path, keys: list[ApiKey]) -> None:
-    text = json.dumps({"format": FORMAT, "keys": [asdict(key) for key in keys]}, indent=2)
+    text = json.dumps({"format": FORMAT, "keys": [_entry(key) for key in keys]}, indent=2)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -155,6 +191,13 @@ def _save(path: Path, keys: list[ApiKey]) -> None:
         new.replace(path)
     except OSError as error:
         raise BadKeyFile(f"cannot write {path}: {error.strerror}") from error
+
+
+def _entry(key: ApiKey) -> dict[str, Any]:
+    """Without limits that there are not."""
+    return {
+        name: value for name, value in asdict(key).items() if value is not None and (name, value) != ("priority", 0)
+    }
 
 
 def _version(path: Path) -> tuple[int, int]:

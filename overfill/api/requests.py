@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from overfill.api.chat import chat_grammar, encode_chat
+from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.grammar import check_grammar
@@ -34,6 +35,7 @@ class GenerationRequest:
         kv_codec: how the prompt's KV travels; 0 leaves it to the decode worker.
         continues_text: the answer goes on with the prompt's text, so that its first word keeps its space.
         calls_tools: the answer may hold tool calls.
+        priority: the smaller goes first.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class GenerationRequest:
     kv_codec: common_pb2.KvCodec
     continues_text: bool
     calls_tools: bool
+    priority: int = 0
 
 
 def validate_generate(
@@ -64,6 +67,7 @@ def validate_generate(
     """
     if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
         raise InvalidRequest("request_id", f"is longer than {MAX_REQUEST_ID_LENGTH} characters")
+    check_priority(request.priority)
     if request.kv_codec not in common_pb2.KvCodec.values():
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is no codec that is known here")
     stop = _check_stop(request.stop)
@@ -93,6 +97,7 @@ def validate_generate(
         kv_codec=request.kv_codec,
         continues_text=request.WhichOneof("prompt") == "text",
         calls_tools=tools is not None,
+        priority=request.priority,
     )
 
 

@@ -33,14 +33,16 @@ Ask = Callable[[int], tuple[float, int]]
 
 
 @contextmanager
-def mock_processes(pair: Path, max_num_seqs: int) -> Iterator[tuple[str, int]]:
-    """A router and two mock workers as processes; the gRPC address and the HTTP port."""
+def mock_processes(
+    pair: Path, max_num_seqs: int, *, router: Sequence[str] = (), decode: Sequence[str] = ()
+) -> Iterator[tuple[str, int]]:
+    """A router and two mock workers as processes, with more flags; the gRPC address and the HTTP port."""
     grpc_port, http_port = free_ports("127.0.0.1", 2)
     address = f"127.0.0.1:{grpc_port}"
     commands = {
-        "router": ["services.router.main", f"--port={grpc_port}", f"--http={http_port}"],
+        "router": ["services.router.main", f"--port={grpc_port}", f"--http={http_port}", *router],
         "prefill": ["overfill.testing.mock", "prefill", f"--routers={address}"],
-        "decode": ["overfill.testing.mock", "decode", f"--routers={address}"],
+        "decode": ["overfill.testing.mock", "decode", f"--routers={address}", *decode],
     }
     children = []
     try:

@@ -16,6 +16,8 @@ from overfill.cli.bench_handoff import chat_command, handoff_command
 from overfill.cli.bench_http import http_command
 from overfill.cli.bench_kv import kv_command
 from overfill.cli.bench_memory import memory_command
+from overfill.cli.bench_route import route_command
+from overfill.cli.bench_router import router_command
 from overfill.cli.bench_serve import serve_command
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console, print_json
@@ -35,6 +37,8 @@ for command in (
     serve_command,
     burst_command,
     http_command,
+    route_command,
+    router_command,
     chat_command,
     handoff_command,
     kv_command,

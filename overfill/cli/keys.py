@@ -25,13 +25,19 @@ def keys_group() -> None:
 
 @keys_group.command("create")
 @click.argument("name")
+@click.option("--rate", type=float, help="Requests per second that a router takes with it.  [default: any]")
+@click.option("--concurrency", type=int, help="Requests at once that a router takes with it.  [default: any]")
+@click.option(
+    "--priority", type=int, default=0, show_default=True,
+    help="Smallest priority that requests may have, -2 to 2; the smaller goes first.",
+)  # fmt: skip
 @_FILE_OPTION
-def create_command(name: str, path: Path) -> None:
+def create_command(name: str, path: Path, rate: float | None, concurrency: int | None, priority: int) -> None:
     """Make a key for NAME and print it. It is shown this once; the file keeps only its hash."""
     from overfill.api.keys import create
 
     try:
-        key = create(path, name)
+        key = create(path, name, rate=rate, concurrency=concurrency, priority=priority)
     except InvalidRequest as error:
         raise click.UsageError(str(error)) from error
     click.echo(f"{name}: send this key as 'Authorization: Bearer KEY'; it is not shown again", err=True)
@@ -45,7 +51,12 @@ def list_command(path: Path) -> None:
     from overfill.api.keys import load
 
     for key in load(path):
-        click.echo(f"{key.name}\t{key.created}\tsha256:{key.sha256[:12]}…")
+        limits = [
+            *([] if key.rate is None else [f"rate:{key.rate:g}/s"]),
+            *([] if key.concurrency is None else [f"concurrency:{key.concurrency}"]),
+            *([] if not key.priority else [f"priority:{key.priority}"]),
+        ]
+        click.echo("\t".join([key.name, key.created, f"sha256:{key.sha256[:12]}…", *limits]))
 
 
 @keys_group.command("revoke")

@@ -74,6 +74,7 @@ class Options(TypedDict, total=False):
         resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
         trace: ask for ``Answer.trace``.
         sample_index: which of several answers to the prompt; with one seed, each index has an answer of its own.
+        priority: -2 to 2; the smaller goes first, among requests that wait for a place.
         kv_codec: how the prompt's KV travels: "raw", "int8" or "fp8"; empty leaves it to the workers.
         tools: that the model may call; only with a chat.
         tool_choice: "auto" (text, calls or both; the default with tools), "none", "required" (calls only), or the name
@@ -90,6 +91,7 @@ class Options(TypedDict, total=False):
     trace: bool
     sample_index: int
     kv_codec: str
+    priority: int
     tools: Sequence[Tool]
     tool_choice: str
     single_tool_call: bool
@@ -112,6 +114,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         trace=options.get("trace", False),
         sample_index=_count("sample_index", options.get("sample_index", 0)),
         kv_codec=_codec(options.get("kv_codec", "")),
+        priority=_small("priority", options.get("priority", 0)),
     )
     if isinstance(prompt, str):
         request.text = _text("text", prompt)
@@ -213,6 +216,12 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
 def _count(field: str, value: int) -> int:
     if not 0 <= value < 1 << 32:
         raise InvalidRequest(field, f"must be 0 or more, got {value}")
+    return value
+
+
+def _small(field: str, value: int) -> int:
+    if not -(1 << 31) <= value < 1 << 31:
+        raise InvalidRequest(field, f"must be a small integer, got {value}")
     return value
 
 

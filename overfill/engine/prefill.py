@@ -202,7 +202,8 @@ class PrefillEngine:
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             sequence.computed = end
-            self._prefix.publish(sequence.id, end)
+            if sequence.id not in refused:  # its lease ends at once; what led to the failure is not kept
+                self._prefix.publish(sequence.id, end)
             self._emit(ChunkComputed(sequence.id, end - count, end))
         for sequence in finishing:
             del self._running[sequence.id]

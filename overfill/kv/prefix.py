@@ -11,7 +11,6 @@ least recently used one.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,22 +18,9 @@ from dataclasses import dataclass, field
 
 from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import block_key, root_key
 
 _CACHE = "prefix cache"  # owner, in the pool, of every block that is in the trie
-
-
-def root_key(full_digest: str, dtype: str, salt: str) -> int:
-    """Where the chain of keys begins: other models, element types and tenants share nothing."""
-    return _hash64(f"{full_digest}\0{dtype}\0{salt}".encode())
-
-
-def block_key(parent: int, tokens: Sequence[int]) -> int:
-    """64-bit key of a full block of ``tokens`` after the block, or root, of key ``parent``."""
-    return _hash64(parent.to_bytes(8, "little") + b"".join(token.to_bytes(4, "little") for token in tokens))
-
-
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 @dataclass(slots=True, eq=False)

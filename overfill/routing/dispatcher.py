@@ -7,70 +7,35 @@ while no admissible combination of the two exists::
               ^         |             ^             |
               +-refused-+             +-need_prefill+
 
-Order: resumed work before new work, otherwise first come, first served. A request that does not fit now may
-be overtaken by one that does, until it has waited ``reserve_after`` seconds.
+The order is that of ``routing.line``. A request that does not fit now may be overtaken by one that does, until it
+has waited ``reserve_after`` seconds. No decision looks at every worker, nor at every request that waits in vain: the
+pools' indexes and the line say when there is nothing to be had. ``routing.invariant`` holds all of it to the rule.
 
 Callers say what happened (``submit``, ``reserved``, ``refused`` ...) and then ask ``poll`` for what follows.
 """
 
 from __future__ import annotations
 
-import enum
-from collections import OrderedDict
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 
-from overfill.errors import OverfillError, Overloaded, PromptTooLong, Unavailable
+from overfill.errors import OverfillError, PromptTooLong, Unavailable
+from overfill.routing import invariant
+from overfill.routing.admission import Admission
+from overfill.routing.job import Job, JobState
+from overfill.routing.line import Line
 from overfill.routing.policy import Policy
 from overfill.routing.pool import DECODE, PREFILL, Pool, Roster, Worker
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
+__all__ = ["STAGE_NAMES", "Dispatcher", "Job", "JobState", "Placement", "Rejection"]
+
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
-
-class JobState(enum.Enum):
-    NEW = "new"
-    WAITING = "waiting for a decode worker"
-    PLACED = "on a decode worker, which is reserving blocks"
-    WANTS_PREFILL = "blocks reserved, waiting for a prefill slot"
-    RUNNING = "on a decode worker, prefill assigned"
-    FINISHED = "finished"
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request as the dispatcher sees it. Only the dispatcher changes it, ``emitted`` apart.
-
-    Attributes:
-        id: of the request, for messages.
-        prompt_tokens, max_tokens: tokens of the prompt, and most tokens of the answer.
-        resumed: whether work was done on it before; then it goes before new work.
-        emitted: tokens of the answer so far.
-        waiting_since: when it last began to wait for a decode worker, seconds.
-        decode, prefill: the workers on which it counts now.
-        avoid: workers that failed it; tried again only when there is no other.
-    """
-
-    id: str
-    prompt_tokens: int
-    max_tokens: int
-    resumed: bool = False
-    emitted: int = 0
-    state: JobState = JobState.NEW
-    waiting_since: float = 0.0
-    decode: Worker | None = None
-    prefill: Worker | None = None
-    avoid: set[tuple[str, int]] = field(default_factory=set)
-
-    @property
-    def total_tokens(self) -> int:
-        """What the sequence takes when it is as long as it may get."""
-        return self.prompt_tokens + self.max_tokens
-
-    @property
-    def reserve_tokens(self) -> int:
-        """What a decode worker reserves before it starts."""
-        return self.prompt_tokens + self.emitted + 1
+_TRIES = 16
+"""Workers that are looked at in the policy's order before room decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +59,10 @@ class Dispatcher:
 
     Args:
         roster: the workers; they join and leave it elsewhere, and ``poll`` follows.
-        policy: picks one of several admissible workers.
-        max_queue: most jobs waiting for a decode worker before new ones are refused.
+        policy: orders the decode workers; None leaves the roster's as it is.
+        prefill_policy: orders the prefill workers; by default one of the same kind.
+        max_queue: most jobs of one priority waiting for a decode worker before new ones are refused.
+        max_wait: seconds that a new job may be expected to wait before it is refused; None: any.
         reserve_after: seconds after which the oldest blocked job reserves capacity: none after it in the
             order is placed on a decode worker that could hold it.
         absent_after: seconds without any worker of a stage after which jobs that need one are rejected.
@@ -104,22 +71,27 @@ class Dispatcher:
     def __init__(
         self,
         roster: Roster,
-        policy: Policy,
+        policy: Policy | None = None,
         *,
+        prefill_policy: Policy | None = None,
         max_queue: int = 1024,
+        max_wait: float | None = None,
         reserve_after: float = 5.0,
         absent_after: float = 10.0,
     ) -> None:
         self._roster = roster
-        self._policy = policy
-        self._max_queue = max_queue
+        if policy is not None:
+            roster.decode.use(policy)
+            roster.prefill.use(prefill_policy or type(policy)())
+        self._admission = Admission(max_queue, max_wait)
         self._reserve_after = reserve_after
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()
-        self._decode_line = _Line()
-        self._prefill_line = _Line()
+        self._decode_line: Line[Job] = Line()
+        self._prefill_line: Line[Job] = Line(fair=False)
         self._last_present: dict[common_pb2.Stage, float] = {}
+        self._largest: dict[common_pb2.Stage, float] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -131,23 +103,39 @@ class Dispatcher:
         yield from self._decode_line
         yield from self._prefill_line
 
+    def queued(self, stage: common_pb2.Stage) -> int:
+        """Jobs that wait for a worker of ``stage``; for prefill, those too that have no slot to hope for."""
+        if stage == DECODE:
+            return len(self._decode_line)
+        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
+        return len(self._prefill_line) + (len(self._decode_line) if free <= 0 else 0)
+
     @property
     def num_jobs(self) -> int:
         """Jobs that are not finished."""
         return len(self._jobs)
+
+    def admit(self, priority: int, key: str, now: float, deadline: float | None) -> None:
+        """Whether a new job would be taken now; cheap, for before anything else is done about it.
+
+        Raises:
+            Overloaded: it would not; says when to try again.
+        """
+        line = self._decode_line
+        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
 
         Raises:
             PromptTooLong: no worker here could ever hold it.
-            Overloaded: the queue is full, and the job is a new one.
+            Overloaded: as ``admit``.
         """
         if error := self._too_large(job):
             raise error
         # An answer that another router has begun is not to end here because of a full queue.
-        if not job.resumed and len(self._decode_line) >= self._max_queue:
-            raise Overloaded(f"{len(self._decode_line)} requests are waiting, which is the most this router queues")
+        if not job.resumed:
+            self.admit(job.priority, job.key, now, job.deadline)
         self._jobs.add(job)
         self._wait(job, now)
 
@@ -177,7 +165,8 @@ class Dispatcher:
         """
         if job.decode is not None:
             job.avoid.add(job.decode.key)
-            job.decode.closed = job.decode.closed or gone
+            if gone:
+                self._roster.decode.close(job.decode)
         self._detach(job)
         job.resumed = True
         self._wait(job, now)
@@ -193,20 +182,30 @@ class Dispatcher:
         if tried is not None:
             if failed:
                 job.avoid.add(tried.key)
-            tried.closed = tried.closed or closed
+            if closed:
+                self._roster.prefill.close(tried)
         self.prefill_done(job)
         job.resumed = True
         job.state = JobState.WANTS_PREFILL
         self._prefill_line.append(job)
 
-    def prefill_done(self, job: Job) -> None:
-        """Gives the prefill slot back, if the job holds one."""
+    def prefill_done(self, job: Job, now: float | None = None) -> None:
+        """Gives the prefill slot back, if the job holds one.
+
+        Args:
+            now: given when the reason is that the first token has come.
+        """
         if job.prefill is not None:
             self._roster.prefill.release(job.prefill)
             job.prefill = None
+            if now is not None and job.placed_at is not None and not job.resumed:
+                self._admission.first_token(now - job.placed_at)
 
     def finish(self, job: Job) -> None:
         """Forgets the job and frees what it holds, in any state, any number of times."""
+        if job in self._jobs:
+            # Less than it might have written: its key is given the rest back.
+            self._decode_line.used_less(job, job.max_tokens - job.emitted if job.emitted else job.share_tokens)
         self._detach(job)
         job.state = JobState.FINISHED
         self._jobs.discard(job)
@@ -217,38 +216,28 @@ class Dispatcher:
 
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now and rejects what waits in vain."""
-        return [*self._reject_absent(now), *self._place_prefill(now), *self._place_decode(now)]
+        self._admission.drain.look(now, len(self._decode_line))
+        for pool in (self._roster.prefill, self._roster.decode):
+            pool.expire(now)
+        outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
+        if self._prefill_line:
+            outcomes += self._place_prefill(now)
+        if self._decode_line:
+            outcomes += self._place_decode(now)
+        self._admission.drain.look(now, len(self._decode_line))
+        return outcomes
 
     def check(self, now: float) -> None:
         """Raises AssertionError unless the books balance and nobody waits in vain. Call after ``poll``."""
-        for pool, attribute in ((self._roster.decode, "decode"), (self._roster.prefill, "prefill")):
-            held: dict[Worker, int] = {}
-            for job in self._jobs:
-                if (worker := getattr(job, attribute)) is not None:
-                    held[worker] = held.get(worker, 0) + 1
-            for worker in {*pool, *held}:
-                _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight}")
-        for job in self._jobs:
-            _require(job.state is not JobState.FINISHED, f"{job.id} is finished and kept")
-            _require((job in self._decode_line) == (job.state is JobState.WAITING), f"{job.id}: decode line")
-            _require(
-                (job in self._prefill_line) == (job.state is JobState.WANTS_PREFILL),
-                f"{job.id}: prefill line",
-            )
-            _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
-            _require(job.prefill is None or job.state is JobState.RUNNING, f"{job.id}: prefill")
-        _require({*self._decode_line, *self._prefill_line} <= self._jobs, "a finished job waits")
-        for job in self._prefill_line:
-            _require(not self._prefill_choices(job, now), f"{job.id} waits for a prefill slot that there is")
-        _require(self._reserving == {j for j in self._jobs if j.state is JobState.PLACED}, "reserving jobs")
-        holder: Job | None = None
-        for job in self._decode_line:
-            choices = self._combination(job, now)
-            if holder is not None:
-                choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
-            elif now - job.waiting_since >= self._reserve_after:
-                holder = job
-            _require(not choices, f"{job.id} waits for a decode worker that there is")
+        invariant.check(
+            self._roster,
+            self._jobs,
+            self._reserving,
+            self._decode_line,
+            self._prefill_line,
+            self._reserve_after,
+            now,
+        )
 
     def _wait(self, job: Job, now: float) -> None:
         job.state = JobState.WAITING
@@ -266,66 +255,100 @@ class Dispatcher:
             job.decode = None
 
     def _place_prefill(self, now: float) -> Iterator[Placement]:
-        for job in list(self._prefill_line):
-            choices = self._prefill_choices(job, now)
-            if not choices:
-                continue
-            job.prefill = self._policy.choose(choices, job.prompt_tokens)
-            self._roster.prefill.place(job.prefill, job.prompt_tokens)
-            self._prefill_line.discard(job)
-            job.state = JobState.RUNNING
-            yield Placement(job, job.prefill)
-
-    def _place_decode(self, now: float) -> Iterator[Placement | Rejection]:
-        holder: Job | None = None  # the blocked job that reserves capacity
-        for job in list(self._decode_line):
-            if not any(w.admissible(now) for w in self._roster.decode) or not self._prefill_free(now):
-                # Nobody can be placed, but the first in line may have come to want what is no longer there.
-                if error := self._too_large(job):
-                    yield self._reject(job, error)
-                    continue
+        pool = self._roster.prefill
+        for job in self._prefill_line:
+            if not pool.index.free_credits:
                 return
-            choices = self._combination(job, now)
-            if holder is not None:
-                choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
-            if choices:
-                job.decode = self._policy.choose(choices, job.reserve_tokens)
-                self._roster.decode.place(job.decode, job.reserve_tokens)
-                self._decode_line.discard(job)
-                self._reserving.add(job)
-                job.state = JobState.PLACED
-                yield Placement(job, job.decode)
-            elif error := self._too_large(job):
-                yield self._reject(job, error)
+            worker = self._find(pool, job, job.prompt_tokens)
+            if worker is None:
+                continue
+            job.prefill = worker
+            pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
+            self._prefill_line.take(job)
+            job.state = JobState.RUNNING
+            yield Placement(job, worker)
+
+    def _place_decode(self, now: float) -> Iterator[Placement]:
+        pool, line = self._roster.decode, self._decode_line
+        holder: Job | None = None  # the blocked job that reserves capacity
+        for job in line:
+            # A prefill slot must be left beyond those that jobs on decode workers are about to take.
+            free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
+            if free <= 0 or pool.index.most_room < line.least_need:
+                return
+            if holder is not None and pool.index.admissible.least >= holder.total_tokens:
+                return  # all that is left is reserved
+            worker = None
+            if self._prefill_may_come(job):
+                worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, holder)
+            if worker is not None:
+                self._place(job, worker, now)
+                yield Placement(job, worker)
             elif holder is None and now - job.waiting_since >= self._reserve_after:
                 holder = job
 
-    def _combination(self, job: Job, now: float) -> list[Worker]:
-        """Decode workers that may take ``job`` now; none while no prefill slot would be there for it."""
-        if not self._prefill_free(now) or not self._prefill_choices(job, now):
-            return []
-        decode = self._usable(self._roster.decode, job, job.total_tokens, now)
-        return [w for w in decode if w.admissible(now) and w.has_room(job.reserve_tokens)]
+    def _prefill_may_come(self, job: Job) -> bool:
+        """Whether a prefill worker would take the job now; which one is decided when its blocks are reserved."""
+        pool = self._roster.prefill
+        if not job.avoid:
+            return pool.index.admissible.most >= job.prompt_tokens
+        return self._find(pool, job, job.prompt_tokens) is not None
 
-    def _prefill_choices(self, job: Job, now: float) -> list[Worker]:
-        return [w for w in self._usable(self._roster.prefill, job, job.prompt_tokens, now) if w.admissible(now)]
+    def _place(self, job: Job, worker: Worker, now: float) -> None:
+        if now > job.waiting_since:
+            self._admission.drain.departed()
+        pool = self._roster.decode
+        job.decode, job.placed_at = worker, now
+        pool.policy.placed(job, worker)
+        pool.place(worker, job.reserve_tokens)
+        self._decode_line.take(job)
+        self._reserving.add(job)
+        job.state = JobState.PLACED
 
-    def _prefill_free(self, now: float) -> bool:
-        """Whether a prefill slot is left beyond those that jobs on decode workers are about to take."""
-        free = sum(w.credits_left for w in self._roster.prefill if w.admissible(now))
-        return free > len(self._reserving) + len(self._prefill_line)
+    def _find(
+        self, pool: Pool, job: Job, tokens: int, room: int | None = None, holder: Job | None = None
+    ) -> Worker | None:
+        """The best admissible worker for ``job``.
 
-    def _usable(self, pool: Pool, job: Job, tokens: int, now: float) -> list[Worker]:
-        """Workers large enough; those that failed the job only when none of the others is alive."""
-        large = [w for w in pool if w.could_hold(tokens)]
-        others = [w for w in large if w.key not in job.avoid and w.alive(now)]
-        return others or large
+        Args:
+            tokens: that it must be able to hold.
+            room: tokens that must fit now; None: any.
+            holder: a job for which all that could hold it are kept.
+        """
+        index = pool.index
+        if index.admissible.most < tokens or (room is not None and index.most_room < room):
+            return None
+        # Those that failed the job are tried again only when none of the others is alive.
+        avoid = job.avoid if job.avoid and self._others_alive(pool, job, tokens) else ()
+
+        def fits(worker: Worker) -> bool:
+            return (
+                worker.could_hold(tokens)
+                and (room is None or worker.has_room(room))
+                and (not avoid or worker.key not in avoid)
+                and (holder is None or not worker.could_hold(holder.total_tokens))
+            )
+
+        best = pool.policy.best(job)
+        if room is None:
+            return next((worker for worker in best if fits(worker)), None)
+        worker = next((worker for worker in islice(best, _TRIES) if fits(worker)), None)
+        return worker or next((worker for worker in index.by_room(room) if fits(worker)), None)
+
+    def _others_alive(self, pool: Pool, job: Job, tokens: int) -> bool:
+        """Whether a worker is alive that is large enough and has not failed the job."""
+        failed = 0
+        for worker_id, incarnation in job.avoid:
+            worker = pool.get(worker_id)
+            if worker is not None and worker.info.incarnation == incarnation and worker.could_hold(tokens):
+                failed += pool.index.is_alive(worker)
+        return pool.index.alive.holding(tokens) > failed
 
     def _too_large(self, job: Job) -> PromptTooLong | None:
         needs = ((self._roster.prefill, job.prompt_tokens), (self._roster.decode, job.total_tokens))
         for pool, tokens in needs:
-            staying = [w for w in pool if w.staying]
-            if staying and not any(w.could_hold(tokens) for w in staying):
+            staying = pool.index.staying
+            if staying and staying.most < tokens:
                 field = "prompt" if job.prompt_tokens >= (pool.capacity_tokens or 0) else "sampling.max_tokens"
                 what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
                 return PromptTooLong(
@@ -335,9 +358,22 @@ class Dispatcher:
                 )
         return None
 
+    def _reject_too_large(self) -> Iterator[Rejection]:
+        """Jobs may have come to want what is no longer there: only when the largest worker has become smaller."""
+        smaller = False
+        for pool in (self._roster.prefill, self._roster.decode):
+            staying = pool.index.staying
+            largest = staying.most if staying else math.inf  # nobody there: whoever comes may be of any size
+            smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
+            self._largest[pool.stage] = largest
+        if smaller:
+            for job in [*self._decode_line, *self._prefill_line]:
+                if error := self._too_large(job):
+                    yield self._reject(job, error)
+
     def _reject_absent(self, now: float) -> Iterator[Rejection]:
         for pool in (self._roster.prefill, self._roster.decode):
-            if any(w.staying for w in pool):
+            if pool.index.staying:
                 self._last_present[pool.stage] = now
                 continue
             absent = now - self._last_present.setdefault(pool.stage, now)
@@ -354,37 +390,3 @@ class Dispatcher:
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)
         return Rejection(job, error)
-
-
-class _Line:
-    """A queue in which resumed jobs go before new ones."""
-
-    def __init__(self) -> None:
-        self._resumed: OrderedDict[Job, None] = OrderedDict()
-        self._new: OrderedDict[Job, None] = OrderedDict()
-
-    def __iter__(self) -> Iterator[Job]:
-        yield from self._resumed
-        yield from self._new
-
-    def __len__(self) -> int:
-        return len(self._resumed) + len(self._new)
-
-    def __contains__(self, job: object) -> bool:
-        return job in self._resumed or job in self._new
-
-    def append(self, job: Job) -> None:
-        (self._resumed if job.resumed else self._new)[job] = None
-
-    def push_front(self, job: Job) -> None:
-        self.append(job)
-        (self._resumed if job.resumed else self._new).move_to_end(job, last=False)
-
-    def discard(self, job: Job) -> None:
-        self._resumed.pop(job, None)
-        self._new.pop(job, None)
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise AssertionError(what)

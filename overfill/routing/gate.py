@@ -6,7 +6,7 @@ import asyncio
 
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.pool import Worker
-from overfill.v1 import decode_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 TICK = 0.5
 """Seconds between looks at the clock while a job waits."""
@@ -26,6 +26,11 @@ class Gate:
         self._grants: dict[Job, Grant] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    def admit(self, priority: int, key: str, time_left: float | None) -> None:
+        """Whether a new job would be taken now; raises Overloaded. See ``Dispatcher.admit``."""
+        now = self._now()
+        self._dispatcher.admit(priority, key, now, None if time_left is None else now + time_left)
+
     def submit(self, job: Job) -> Grant:
         """Grants a decode worker. Raises PromptTooLong or Overloaded at once."""
         self._dispatcher.submit(job, self._now())
@@ -41,6 +46,10 @@ class Gate:
         self._dispatcher.lost(job, self._now(), gone=gone)
         return self._grant(job)
 
+    def queued(self, stage: common_pb2.Stage) -> int:
+        """Jobs that wait for a worker of ``stage``."""
+        return self._dispatcher.queued(stage)
+
     def reserved(self, job: Job) -> Grant:
         """Grants a prefill slot."""
         self._dispatcher.reserved(job)
@@ -52,9 +61,9 @@ class Gate:
         return self._grant(job)
 
     def prefill_done(self, job: Job) -> None:
-        """Gives the prefill slot back, if the job holds one."""
+        """The first token has come: gives the prefill slot back, if the job holds one."""
         if job.prefill is not None:
-            self._dispatcher.prefill_done(job)
+            self._dispatcher.prefill_done(job, self._now())
             self.poll()
 
     def finish(self, job: Job) -> None:

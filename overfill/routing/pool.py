@@ -5,19 +5,19 @@ Every call that depends on time takes ``now`` (seconds, monotonic). No I/O: work
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity, check_same
 from overfill.kv.spec import DTYPE_FROM_PROTO, KvSpec
+from overfill.routing.index import STALE_AFTER, Index
+from overfill.routing.policy import LeastLoad, Policy
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
 DECODE = common_pb2.STAGE_DECODE
-
-STALE_AFTER = 3.0
-"""Seconds without a report (one is due every second) after which a worker gets nothing new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Worker:
         in_flight: requests that this router has on the worker now.
         closed: refused or failed something; gets nothing new until its next report.
         placed: requests placed since the latest report, which does not count them yet.
-        placed_tokens, placed_blocks: what those take.
+        placed_tokens, placed_blocks: tokens of theirs that are likely to be computed, and blocks that they take.
         last_placed: ordinal of the latest placement in the pool; 0 for none.
         prefix_keys: keys of the blocks in its prefix cache (``kv.prefix.block_key``), as last reported.
     """
@@ -135,11 +135,15 @@ class Worker:
 
     def has_room(self, tokens: int) -> bool:
         """Whether ``tokens`` fit now, by the latest report and placements since. Cached blocks give way."""
+        return tokens <= self.room_tokens
+
+    @property
+    def room_tokens(self) -> float:
+        """Most tokens that fit now; infinite while that is not known."""
         load = self.report.load if self.report else None
-        if load is None or not load.kv_blocks_total:
-            return True
-        free = load.kv_blocks_total - load.kv_blocks_used - self.placed_blocks
-        return self.blocks(tokens) <= free
+        if load is None or not load.kv_blocks_total or not load.block_size:
+            return math.inf
+        return (load.kv_blocks_total - load.kv_blocks_used - self.placed_blocks) * load.block_size
 
     @property
     def requests(self) -> int:
@@ -165,10 +169,15 @@ class Worker:
 
 
 class Pool:
-    """The joined workers of one stage, one per id."""
+    """The joined workers of one stage, one per id. All that changes a worker goes through here.
 
-    def __init__(self, stage: common_pb2.Stage) -> None:
+    Attributes:
+        index: what is known of all of them together; right after ``expire``.
+    """
+
+    def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None) -> None:
         self.stage = stage
+        self.index = Index(policy or LeastLoad())
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
@@ -182,6 +191,18 @@ class Pool:
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
 
+    @property
+    def policy(self) -> Policy:
+        """Who comes first."""
+        return self.index.policy
+
+    def use(self, policy: Policy) -> None:
+        """Orders the workers by ``policy``, which is new and this pool's own, from now on."""
+        self.index = Index(policy)
+        for worker in self:
+            self.index.reported(worker)
+            policy.keys_changed(worker, worker.prefix_keys, ())
+
     def join(self, info: WorkerInfo) -> Worker:
         """Adds a worker. The same incarnation keeps its count of requests; another one replaces the old."""
         old = self._workers.get(info.id)
@@ -191,6 +212,7 @@ class Pool:
         # What it said on its last stream is history: nothing new before it reports again.
         worker.info, worker.report = info, None
         self._workers[info.id] = worker
+        self.index.refresh(worker)
         return worker
 
     def report(self, worker: Worker, report: registry_pb2.Report, now: float) -> None:
@@ -199,11 +221,16 @@ class Pool:
         worker.reported_at = now
         worker.closed = False
         worker.forget_placed()
+        joined = self._joined(worker)
         if report.HasField("prefix"):
-            if report.prefix.replaces:
-                worker.prefix_keys.clear()
+            removed = list(worker.prefix_keys) if report.prefix.replaces else report.prefix.removed
+            worker.prefix_keys.difference_update(removed)
             worker.prefix_keys.update(report.prefix.added)
-            worker.prefix_keys.difference_update(report.prefix.removed)
+            if joined:
+                gone = [key for key in removed if key not in worker.prefix_keys]
+                self.policy.keys_changed(worker, report.prefix.added, gone)
+        if joined:
+            self.index.reported(worker)
 
     def refused(self, worker: Worker, load: decode_pb2.WorkerLoad | None) -> None:
         """Closes the worker until its next report; ``load`` is what it said of itself, if it did."""
@@ -211,33 +238,59 @@ class Pool:
         if load is not None and worker.report is not None:
             worker.report.load.CopyFrom(load)
             worker.forget_placed()
+        self._refresh(worker)
+
+    def close(self, worker: Worker) -> None:
+        """Nothing goes to the worker until its next report."""
+        worker.closed = True
+        self._refresh(worker)
 
     def leave(self, worker: Worker) -> None:
         """Stops new placements on ``worker``. What runs there judges itself and still counts."""
-        if self._workers.get(worker.id) is worker:
+        if self._joined(worker):
             del self._workers[worker.id]
+            self.index.forget(worker)
+            self.policy.keys_changed(worker, (), worker.prefix_keys)
+            worker.prefix_keys.clear()
             if worker.in_flight:
                 self._detached[worker.key] = worker
 
-    def place(self, worker: Worker, tokens: int) -> None:
-        """Counts one request of ``tokens`` on ``worker``."""
+    def expire(self, now: float) -> None:
+        """To be called before ``index`` is looked at: the silent are not counted on."""
+        self.index.expire(now)
+
+    def place(self, worker: Worker, tokens: int, cached: int = 0) -> None:
+        """Counts one request of ``tokens`` on ``worker``, ``cached`` of which it is likely to have already."""
         self._placements += 1
         worker.in_flight += 1
         worker.placed += 1
-        worker.placed_tokens += tokens
+        worker.placed_tokens += tokens - cached
         worker.placed_blocks += worker.blocks(tokens)
         worker.last_placed = self._placements
+        self._refresh(worker)
 
     def release(self, worker: Worker) -> None:
         """Takes back one ``place``."""
         worker.in_flight -= 1
         if not worker.in_flight:
             self._detached.pop(worker.key, None)
+        self._refresh(worker)
 
     @property
     def capacity_tokens(self) -> int | None:
         """Longest sequence that some staying worker could hold; None while none has said."""
-        return max((c for w in self if w.staying and (c := w.capacity_tokens) is not None), default=None)
+        return max((int(capacity) for capacity in self.index.staying.known), default=None)
+
+    def check(self, now: float) -> None:
+        """Raises AssertionError unless ``index`` is what the workers are. Call after ``expire``."""
+        self.index.check(self, now)
+
+    def _joined(self, worker: Worker) -> bool:
+        return self._workers.get(worker.id) is worker
+
+    def _refresh(self, worker: Worker) -> None:
+        if self._joined(worker):
+            self.index.refresh(worker)
 
 
 @dataclass(slots=True)

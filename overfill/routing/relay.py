@@ -19,6 +19,7 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
+from overfill.kv.keys import PromptKeys
 from overfill.routing.answer import Answer, Finish, TokenBatch
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
@@ -49,6 +50,8 @@ class RelayRequest:
         sample_index: which of several answers to the same prompt.
         codec: how the prompt's KV is to travel; 0 leaves it to the decode worker.
         tenant_salt: requests of different salts share no cached KV.
+        priority, key: whose turn it is; see ``Job``.
+        block_keys: names of the prompt's blocks in prefix caches; None: not known.
     """
 
     id: str
@@ -62,6 +65,9 @@ class RelayRequest:
     sample_index: int = 0
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
     tenant_salt: str = ""
+    priority: int = 0
+    key: str = ""
+    block_keys: PromptKeys | None = None
 
 
 class Relay:
@@ -97,6 +103,10 @@ class Relay:
             max_tokens=request.sampling.max_tokens,
             resumed=bool(request.emitted_token_ids),
             emitted=len(request.emitted_token_ids),
+            priority=request.priority,
+            key=request.key,
+            deadline=request.deadline,
+            block_keys=request.block_keys,
         )
         self.answer = Answer(request.emitted_token_ids, request.sampling.max_tokens, request.received)
         self.decode_worker = ""
@@ -162,6 +172,7 @@ class Relay:
             logger.exception("request %s failed in the router", self._request.id)
             self.answer.end(InternalError(f"the router failed: {error}"))
         finally:
+            self._job.emitted = len(self.answer.emitted)
             self._gate.finish(self._job)
 
     async def _answer(self, grant: Grant) -> Finish:

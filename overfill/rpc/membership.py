@@ -18,6 +18,7 @@ import grpc.aio
 from overfill.errors import Incompatible, OverfillError, Unavailable
 from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
+from overfill.rpc.credits import Demand, divide
 from overfill.rpc.server import split_address
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import registry_pb2, registry_pb2_grpc
@@ -68,7 +69,7 @@ class Membership:
         routers: ``host:port`` or ``unix:path`` of one router, or a name for several that is looked up again and
             again: ``dns:///name:port`` (with TLS, their certificates are for the name), or any other scheme that
             ``RESOLVERS`` knows.
-        report: given the number of joined routers, the report for each of them, credits divided already.
+        report: what every router is told, its ``credits`` all that the worker takes; they are divided here.
         on_refused: called when every router has refused the worker for good.
         prefix_keys: whose changes each report carries; None: no prefix cache.
 
@@ -83,7 +84,7 @@ class Membership:
         self,
         hello: registry_pb2.Hello,
         routers: Sequence[str],
-        report: Callable[[int], registry_pb2.Report],
+        report: Callable[[], registry_pb2.Report],
         tls: ClientTls | None = None,
         on_refused: Callable[[Incompatible], None] | None = None,
         prefix_keys: PrefixKeys | None = None,
@@ -129,7 +130,9 @@ class Membership:
         self.joined.clear()
 
     def _add(self, address: str, tls: ClientTls | None) -> None:
-        link = _Link(address, self._hello, self._report_for, self._membership_changed, tls, self._prefix_keys)
+        link = _Link(
+            address, self._hello, self._report_for, self._membership_changed, self.notify, tls, self._prefix_keys
+        )
         self._links[address] = link
         self._tasks[address] = asyncio.create_task(self._keep(link))
 
@@ -174,8 +177,13 @@ class Membership:
             if self._on_refused is not None and all(other.refused for other in self._links.values()):
                 self._on_refused(error)
 
-    def _report_for(self) -> registry_pb2.Report:
-        return self._report(self.num_joined)
+    def _report_for(self, link: _Link) -> registry_pb2.Report:
+        report = registry_pb2.Report()
+        report.CopyFrom(self._report())
+        joined = [other for other in self._links.values() if other.joined or other is link]
+        shares = divide(report.credits, [other.demand for other in joined])
+        report.credits, report.routers = shares[joined.index(link)], len(joined)
+        return report
 
     def _membership_changed(self) -> None:
         if self.num_joined:
@@ -192,8 +200,9 @@ class _Link:
         self,
         address: str,
         hello: registry_pb2.Hello,
-        report: Callable[[], registry_pb2.Report],
+        report: Callable[[_Link], registry_pb2.Report],
         on_change: Callable[[], None],
+        on_demand: Callable[[], None],
         tls: ClientTls | None,
         prefix_keys: PrefixKeys | None,
     ) -> None:
@@ -204,9 +213,10 @@ class _Link:
         self._hello = hello
         self._report = report
         self._on_change = on_change
+        self._on_demand = on_demand
         self._tls = tls
         self._prefix_keys = prefix_keys
-        self._keep_credits: int | None = None
+        self.demand: Demand | None = None
 
     async def keep_open(self) -> None:
         """Opens the stream whenever there is none. Raises Incompatible when the router refuses the worker."""
@@ -223,7 +233,7 @@ class _Link:
                 # Such as a certificate that is being replaced: the worker stays, and tries again.
                 logger.exception("router %s: joining failed", self.address)
             finally:
-                was_joined, self.joined, self._keep_credits = self.joined, False, None
+                was_joined, self.joined, self.demand = self.joined, False, None
                 if was_joined:
                     self._on_change()
             delay = BACKOFF_FIRST if was_joined else min(BACKOFF_CAP, 2 * delay)
@@ -256,9 +266,9 @@ class _Link:
     async def _listen(self, call: Any) -> None:
         while True:
             message = await self._read(call)
-            if message.HasField("recall"):
-                self._keep_credits = message.recall.keep
-                self.changed.set()
+            if message.HasField("demand"):
+                self.demand = Demand(message.demand.in_use, message.demand.queued)
+                self._on_demand()
 
     async def _tell(self, call: Any) -> None:
         feed = self._prefix_keys.feed() if self._prefix_keys is not None else None
@@ -271,12 +281,9 @@ class _Link:
     async def _tell_reports(self, call: Any, feed: PrefixFeed | None) -> None:
         while True:
             self.changed.clear()
-            report = registry_pb2.Report()
-            report.CopyFrom(self._report())
+            report = self._report(self)
             if feed is not None and (delta := feed.take()) is not None:
                 report.prefix.CopyFrom(delta)
-            if self._keep_credits is not None:
-                report.credits = min(report.credits, self._keep_credits)
             await written(call.write(registry_pb2.JoinRequest(report=report)), self.address)
             await asyncio.sleep(REPORT_GAP)
             try:

@@ -163,10 +163,10 @@ class WorkerHost:
             log.warning("leaving with %d requests unfinished", self._worker.active())
             self._worker.end_all(ShuttingDown(f"{self._hello.worker_id} leaves before the request is finished"))
 
-    def _report(self, num_routers: int) -> registry_pb2.Report:
+    def _report(self) -> registry_pb2.Report:
         return registry_pb2.Report(
             load=self._worker.load(),
-            credits=max(1, self._worker.capacity // max(1, num_routers)),
+            credits=self._worker.capacity,
             ready=True,
             draining=self.draining,
         )

@@ -62,7 +62,7 @@ class InferenceServicer(object):
     def Generate(self, request, context):
         """Streams one answer. The RPC's deadline is the request's deadline.
         Errors: INVALID_ARGUMENT (with google.rpc.BadRequest naming the field), NOT_FOUND (model),
-        RESOURCE_EXHAUSTED (no capacity), DEADLINE_EXCEEDED, UNAVAILABLE (workers lost).
+        RESOURCE_EXHAUSTED (no capacity now, or too late for the deadline; with google.rpc.RetryInfo), DEADLINE_EXCEEDED, UNAVAILABLE (workers lost).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

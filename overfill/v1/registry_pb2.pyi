@@ -46,18 +46,20 @@ class Hello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("load", "credits", "ready", "draining", "prefix")
+    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     load: _decode_pb2.WorkerLoad
     credits: int
     ready: bool
     draining: bool
     prefix: PrefixDelta
-    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ...) -> None: ...
+    routers: int
+    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ...) -> None: ...
 
 class PrefixDelta(_message.Message):
     __slots__ = ("added", "removed", "replaces")
@@ -70,12 +72,12 @@ class PrefixDelta(_message.Message):
     def __init__(self, added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., replaces: bool = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("welcome", "recall")
+    __slots__ = ("welcome", "demand")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
-    RECALL_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
-    recall: RecallCredits
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., recall: _Optional[_Union[RecallCredits, _Mapping]] = ...) -> None: ...
+    demand: Demand
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("router_id",)
@@ -83,8 +85,10 @@ class Welcome(_message.Message):
     router_id: str
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
-class RecallCredits(_message.Message):
-    __slots__ = ("keep",)
-    KEEP_FIELD_NUMBER: _ClassVar[int]
-    keep: int
-    def __init__(self, keep: _Optional[int] = ...) -> None: ...
+class Demand(_message.Message):
+    __slots__ = ("in_use", "queued")
+    IN_USE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    in_use: int
+    queued: int
+    def __init__(self, in_use: _Optional[int] = ..., queued: _Optional[int] = ...) -> None: ...

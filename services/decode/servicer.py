@@ -86,6 +86,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidRequest("start", "the first message of Generate is StartDecode")
+        self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
         session = self._accept(first.start, processor, context)
         running = asyncio.ensure_future(session.run())
@@ -103,11 +104,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         sampling = SamplingParams.from_proto(start.sampling)
         return await prepare_processor(sampling, list(start.prompt_token_ids), self._parts.grammars)
 
-    def _accept(self, start: decode_pb2.StartDecode, processor: LogitProcessor | None, context: Context) -> Session:
+    def _check_open(self, start: decode_pb2.StartDecode) -> None:
+        """Raises the error that says why nothing is taken from this router now."""
         if self.host.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+
+    def _accept(self, start: decode_pb2.StartDecode, processor: LogitProcessor | None, context: Context) -> Session:
+        self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
         room = self._parts.max_model_len - len(start.prompt_token_ids)

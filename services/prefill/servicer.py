@@ -208,6 +208,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             first = await anext(aiter(request_iterator), None)
             if first is None or first.WhichOneof("message") != "start":
                 raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
+            self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
             lease = self._accept(first.start, processor)
             guards = [
@@ -254,12 +255,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def _accept(self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None) -> Lease:
         """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
-        if self.host.draining:
-            raise ShuttingDown(f"{self._hello.worker_id} is draining")
-        if start.expected_incarnation != self._hello.incarnation:
-            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
-        if len(self._leases) >= self._max_leases:
-            raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, the most it takes")
+        self._check_open(start)
         _check_start(start, self._parts)
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "a transfer of this id is running")
@@ -268,6 +264,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._by_id[lease.sequence.id] = lease
         self.engine.send(Submit(lease.sequence))
         return lease
+
+    def _check_open(self, start: prefill_pb2.StartPrefill) -> None:
+        """Raises the error that says why nothing is taken from this router now."""
+        if self.host.draining:
+            raise ShuttingDown(f"{self._hello.worker_id} is draining")
+        if start.expected_incarnation != self._hello.incarnation:
+            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+        if len(self._leases) >= self._max_leases:
+            raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, the most it takes")
 
     def _end(self, lease: Lease) -> None:
         """Frees the lease: at once for the engine, and for the pool when the last reader has ended."""

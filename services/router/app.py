@@ -19,7 +19,7 @@ from overfill.metrics_http import MetricsServer
 from overfill.pair.manifest import Pair
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
 from overfill.routing.gate import Gate
-from overfill.routing.policy import LeastLoad
+from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
@@ -82,7 +82,14 @@ class Router:
                 "tokenizer_digest": pair.tokenizer_digest,
             }
         )
-        self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=config.max_queue)
+        seed = secrets.randbits(32)  # routers that know the same should not draw the same
+        self.dispatcher = Dispatcher(
+            self.roster,
+            POLICIES[config.decode_policy](seed),
+            prefill_policy=POLICIES[config.prefill_policy](seed),
+            max_queue=config.max_queue,
+            max_wait=config.max_wait,
+        )
         self.signals = Signals(self.roster, self.dispatcher)
         gate = Gate(self.dispatcher)
         expected = Expected(config.expect_prefill, config.expect_decode)

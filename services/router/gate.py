@@ -9,16 +9,13 @@ from typing import NoReturn
 import grpc
 import grpc.aio
 
-from overfill.api.keys import KeyRing, bearer
+from overfill.api.keys import ApiKey, KeyRing, bearer
 from overfill.errors import Unauthenticated
 from overfill.rpc.interceptors import Context, Handler
 from overfill.v1 import inference_pb2
 
-tenant_salt: ContextVar[str] = ContextVar("tenant_salt", default="")
-"""Of the key that the RPC being served came with; empty where no keys are wanted."""
-
-key_name: ContextVar[str] = ContextVar("key_name", default="")
-"""Name of that key; empty where no keys are wanted."""
+caller: ContextVar[ApiKey | None] = ContextVar("caller", default=None)
+"""The key that the RPC being served came with; None where no keys are wanted."""
 
 _PUBLIC = f"/{inference_pb2.DESCRIPTOR.services_by_name['Inference'].full_name}/"
 
@@ -47,8 +44,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # n
         key = None if shown is None else self._keys.find(shown)
         if key is None:
             return False
-        key_name.set(key.name)
-        tenant_salt.set(key.tenant_salt)  # gRPC runs interceptors and the handler of an RPC in one task of its own
+        caller.set(key)  # gRPC runs interceptors and the handler of an RPC in one task of its own
         return True
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.keys import ApiKey
+from overfill.api.priority import check_priority
 from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, RequestCancelled, ShuttingDown
+from overfill.kv.keys import PromptKeys, root_key
 from overfill.metrics import RouterMetrics
 from overfill.pair.manifest import Pair
 from overfill.params import check_token_ids
+from overfill.routing.admission import KeyLimits, Limits
 from overfill.routing.answer import Finish
 from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
@@ -65,7 +69,8 @@ class Generator:
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
-        self._running: set[Relay] = set()
+        self._running: dict[Relay, ApiKey | None] = {}
+        self._limits = KeyLimits()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -93,38 +98,51 @@ class Generator:
             dtype=worker.info.identity.kv.dtype if worker else "",
         )
 
-    async def check(self, request: inference_pb2.GenerateRequest) -> GenerationRequest:
-        """``request``, ready to be started.
+    async def check(
+        self, request: inference_pb2.GenerateRequest, caller: ApiKey | None = None, time_left: float | None = None
+    ) -> GenerationRequest:
+        """``request``, ready to be started. What has no place is refused before any work is done for it.
+
+        Args:
+            caller: the key that it came with; None where no keys are wanted.
+            time_left: seconds until its deadline; None without one.
 
         Raises:
-            ShuttingDown, ModelNotFound, InvalidRequest: it is not taken.
+            ShuttingDown, ModelNotFound, InvalidRequest, Overloaded: it is not taken.
         """
         with self.metrics.refusing():
-            return await self._check(request)
+            return await self._check(request, caller, time_left)
 
-    async def _check(self, request: inference_pb2.GenerateRequest) -> GenerationRequest:
+    async def _check(
+        self, request: inference_pb2.GenerateRequest, caller: ApiKey | None, time_left: float | None
+    ) -> GenerationRequest:
         self._check_open(request.model)
         self._check_size(request.ByteSize())
+        check_priority(request.priority)
+        if caller is not None:
+            self._limits.check(caller.name, _limits(caller), asyncio.get_running_loop().time())
+        if not request.resume_token_ids:
+            self._gate.admit(_priority(request.priority, caller), _name(caller), time_left)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Grammars, those of tools included, may take long to check.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
     def start(
-        self, checked: GenerationRequest, received: float, time_left: float | None, tenant_salt: str, key: str = ""
+        self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None = None
     ) -> Generation:
         """Queues a request.
 
         Args:
             received: when it came, seconds on the event loop's clock.
             time_left: seconds until its deadline; None without one.
-            tenant_salt: of the key that it came with; empty where no keys are wanted.
-            key: name of that key, for the metrics.
+            caller: the key that it came with; None where no keys are wanted.
 
         Raises:
             PromptTooLong, Overloaded: it cannot be queued.
         """
         now = asyncio.get_running_loop().time()
+        key, tenant_salt = _name(caller), "" if caller is None else caller.tenant_salt
         relay = Relay(
             RelayRequest(
                 id=checked.request_id,
@@ -138,6 +156,9 @@ class Generator:
                 sample_index=checked.sample_index,
                 codec=checked.kv_codec,
                 tenant_salt=tenant_salt,
+                priority=_priority(checked.priority, caller),
+                key=key,
+                block_keys=self._block_keys(checked.prompt_token_ids, tenant_salt),
             ),
             self._gate,
             self._connector,
@@ -150,9 +171,15 @@ class Generator:
             calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
         )
         with self.metrics.refusing():
-            relay.start()
+            if caller is not None:
+                self._limits.enter(caller.name, _limits(caller), now)
+            try:
+                relay.start()
+            except OverfillError:
+                self._leave(caller)
+                raise
         self.signals.arrived(len(checked.prompt_token_ids))
-        self._running.add(relay)
+        self._running[relay] = caller
         self._idle.clear()
         self.metrics.accepted(len(checked.prompt_token_ids), key)
         return Generation(self, relay, text, self._accepted(checked), key)
@@ -192,9 +219,22 @@ class Generator:
     async def close(self, relay: Relay) -> None:
         """Ends ``relay`` and forgets it."""
         await relay.close()
-        self._running.discard(relay)
+        if relay in self._running:
+            self._leave(self._running.pop(relay))
         if not self._running:
             self._idle.set()
+
+    def _leave(self, caller: ApiKey | None) -> None:
+        if caller is not None:
+            self._limits.leave(caller.name)
+
+    def _block_keys(self, tokens: Sequence[int], tenant_salt: str) -> PromptKeys | None:
+        """Names that the prompt's blocks have in the prefill workers' caches; None while there is no worker."""
+        worker = next(iter(self._roster.prefill), None)
+        if worker is None:
+            return None
+        identity = worker.info.identity
+        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, tenant_salt), tokens)
 
     def _check_open(self, model: str) -> None:
         if self._draining:
@@ -295,6 +335,19 @@ class Generation:
         self._generator.metrics.ended(self._failure)
         closing = asyncio.ensure_future(self._generator.close(self._relay))
         await asyncio.shield(closing)
+
+
+def _name(caller: ApiKey | None) -> str:
+    return "" if caller is None else caller.name
+
+
+def _limits(caller: ApiKey) -> Limits:
+    return Limits(caller.rate, caller.concurrency)
+
+
+def _priority(asked: int, caller: ApiKey | None) -> int:
+    """Nobody goes before what their key allows."""
+    return asked if caller is None else max(asked, caller.priority)
 
 
 def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:

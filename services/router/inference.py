@@ -6,7 +6,7 @@ import asyncio
 
 from overfill.rpc.interceptors import Context
 from overfill.v1 import inference_pb2, inference_pb2_grpc
-from services.router.gate import key_name, tenant_salt
+from services.router.gate import caller
 from services.router.generation import Generator
 
 _Response = inference_pb2.GenerateResponse
@@ -20,9 +20,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        checked = await self._generator.check(request)
-        caller = tenant_salt.get(), key_name.get()
-        async with self._generator.start(checked, received, context.time_remaining(), *caller) as generation:
+        key = caller.get()
+        checked = await self._generator.check(request, key, context.time_remaining())
+        async with self._generator.start(checked, received, context.time_remaining(), key) as generation:
             await context.write(_Response(accepted=generation.accepted))
             async for delta in generation:
                 await context.write(_Response(delta=delta))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,13 +12,16 @@ from overfill.errors import Incompatible, InvalidRequest
 from overfill.metrics import STAGES, WORKER_STATES
 from overfill.routing.dispatcher import STAGE_NAMES
 from overfill.routing.gate import Gate
-from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.routing.pool import DECODE, PREFILL, Roster, Worker, WorkerInfo
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+DEMAND_GAP = 0.05
+"""Seconds between looks at what this router needs of a worker that it shares."""
 
 
 class Expected:
@@ -39,7 +43,7 @@ class Expected:
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
-    """Keeps the roster. A single router has no use for RecallCredits, so none is sent.
+    """Keeps the roster, and tells workers that it shares with other routers what it needs of them.
 
     Args:
         on_lost: told of workers that left without having been drained.
@@ -63,9 +67,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
         self._metrics_addresses: dict[str, tuple[WorkerInfo, str]] = {}
 
-    async def Join(
-        self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context
-    ) -> AsyncIterator[registry_pb2.JoinResponse]:
+    async def Join(self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context) -> None:
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("hello"):
             raise InvalidRequest("hello", "must be the first message")
@@ -83,8 +85,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._streams[info.id] = (info, context)
         self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
         logger.info("worker %s joined at %s", info.id, info.address)
+        await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
+        telling = asyncio.create_task(self._tell_demand(worker, context))
         try:
-            yield registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id))
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "must be all that follows the first message")
@@ -94,6 +97,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 if message.report.ready:
                     self._expected.ready(info)
         finally:
+            telling.cancel()
             # Of two streams of one worker, the older one may end later.
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
@@ -103,6 +107,18 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 self._connector.forget(info)
                 self._roster.pool(info.stage).leave(worker)
                 self._gate.poll()
+
+    async def _tell_demand(self, worker: Worker, context: Context) -> None:
+        """Tells the worker what this router would do with it, while it divides itself among several."""
+        said: registry_pb2.Demand | None = None
+        while True:
+            await asyncio.sleep(DEMAND_GAP)
+            if worker.report is None or worker.report.routers < 2:
+                continue
+            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._gate.queued(worker.info.stage))
+            if demand != said:
+                said = demand
+                await context.write(registry_pb2.JoinResponse(demand=demand))
 
     def targets(self) -> list[dict[str, Any]]:
         """Where the workers' metrics are, as Prometheus' ``http_sd_configs`` wants it. From any thread."""

@@ -140,7 +140,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
         await self._server.stop(0)
         await self.membership.stop()
 
-    def _report(self, routers):
+    def _report(self):
         return registry_pb2.Report(load=self.load, credits=self.credits, ready=True)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from overfill.api.priority import MOST_PRIORITY
 from overfill.params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 
 MAX_CHOICES = 128
@@ -67,6 +68,7 @@ class Sampling(Strict):
     # Extensions, as vLLM names them.
     ignore_eos: bool | None = None
     min_p: Share | None = None
+    priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None  # the smaller goes first
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     stop_token_ids: Ids | None = None
     top_k: int | None = None

@@ -43,6 +43,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> Asked:
         sampling=_sampling(request, request.max_completion_tokens or request.max_tokens),
         stop=_stop(request.stop),
         request_id=request_id,
+        priority=request.priority or 0,
     )
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
@@ -72,6 +73,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
             sampling=sampling,
             stop=_stop(request.stop),
             request_id=f"{request_id}.{index}" if index else request_id,
+            priority=request.priority or 0,
         )
         if isinstance(prompt, str):
             generate.text = prompt

@@ -135,11 +135,11 @@ class MockWorker:
             kv=self.hello.kv,
         )
 
-    def _report(self, num_routers: int) -> registry_pb2.Report:
+    def _report(self) -> registry_pb2.Report:
         assert self._stage is not None
         return registry_pb2.Report(
             load=self._stage.load(),
-            credits=max(1, self.config.max_num_seqs // max(1, num_routers)),
+            credits=self.config.max_num_seqs,
             ready=True,
             draining=self.draining,
         )

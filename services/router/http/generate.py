@@ -34,7 +34,7 @@ class Answers:
         self._generator = generator
         self._asked = asked
         self._envelope = envelope
-        self._tenant_salt, self._key_name = ("", "") if key is None else (key.tenant_salt, key.name)
+        self._key = key
         self._stack = AsyncExitStack()
         self.choices: list[Choice] = []
         self._running: list[Generation] = []
@@ -44,9 +44,9 @@ class Answers:
         asked, generator = self._asked, self._generator
         try:
             for prompt, request in enumerate(asked.prompts):
-                checked = await generator.check(request)
+                checked = await generator.check(request, self._key)
                 for each in choices(checked, asked.n):
-                    generation = generator.start(each, received, None, self._tenant_salt, self._key_name)
+                    generation = generator.start(each, received, None, self._key)
                     self._running.append(await self._stack.enter_async_context(generation))
                     self.choices.append(
                         Choice(

@@ -86,3 +86,19 @@ def test_the_command_line(file, capsys):
     assert main(["keys", "revoke", "ci", "--file", str(file)]) == 0
     assert KeyRing(file).find(key) is None
     assert main(["keys", "list", "--file", str(file) + "x"]) == 1
+
+
+def test_limits_of_a_key_are_kept_and_checked(tmp_path):
+    path = tmp_path / "keys.json"
+    keys.create(path, "free")
+    keys.create(path, "held", rate=2.5, concurrency=3, priority=1)
+    free, held = keys.load(path)
+    assert (free.rate, free.concurrency, free.priority) == (None, None, 0)
+    assert (held.rate, held.concurrency, held.priority) == (2.5, 3, 1)
+    for wrong in ({"rate": 0.0}, {"concurrency": 0}, {"priority": 3}):
+        with pytest.raises(InvalidRequest) as caught:
+            keys.create(path, "other", **wrong)
+        assert [caught.value.field] == list(wrong)
+    path.write_text(path.read_text().replace('"concurrency": 3', '"concurrency": "3"'))
+    with pytest.raises(keys.BadKeyFile, match="concurrency"):
+        keys.load(path)

@@ -8,7 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from overfill.kv import prefix as prefix_module
 from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
-from overfill.kv.prefix import PrefixCache, block_key, root_key
+from overfill.kv.keys import PromptKeys, block_key, root_key
+from overfill.kv.prefix import PrefixCache
 
 BLOCK = 4
 
@@ -160,6 +161,16 @@ def test_keys_chain_and_differ_by_model_dtype_and_tenant():
     assert len(keys) == 4
     first = block_key(root, [1, 2, 3, 4])
     assert block_key(first, [5, 6, 7, 8]) != block_key(root, [5, 6, 7, 8])
+
+
+def test_a_prompts_keys_are_those_that_the_cache_tells():
+    journal = KeyJournal()
+    cache = new_cache(num_blocks=4, journal=journal)
+    compute(cache, "a", list(range(10)))
+    keys = PromptKeys(root_key("digest", "float32", ""), list(range(10)))
+    assert sorted(keys(4)) == sorted(journal.feed().take().added)
+    assert list(keys(2))[1:2] != list(keys(4))[:1], "another block size, other keys"
+    assert len(list(keys(4))) == 2
 
 
 def test_the_journal_tells_every_reader_all_and_then_what_changes():

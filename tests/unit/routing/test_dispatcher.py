@@ -9,6 +9,7 @@ from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
+from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
@@ -171,11 +172,12 @@ def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatche
     dispatcher.reserved(a)
     dispatcher.poll(0.0)
     dispatcher.prefill_done(a)
-    p0.in_flight += 2  # no slot for now
+    roster.prefill.place(p0, 1)
+    roster.prefill.place(p0, 1)  # no slot for now
     dispatcher.reserved(b)
     dispatcher.need_prefill(a, p0, failed=False, closed=False)
     assert dispatcher.poll(0.0) == []
-    p0.in_flight -= 1
+    roster.prefill.release(p0)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
 
 
@@ -207,13 +209,13 @@ def test_a_request_larger_than_every_worker_is_refused_at_once(roster, dispatche
     assert "160" in str(caught.value)
 
 
-def test_a_request_that_fits_only_one_worker_waits_for_that_one(roster, dispatcher, add_worker):
+def test_a_request_that_fits_only_one_worker_waits_for_that_one(roster, dispatcher, add_worker, make_report):
     add_worker(roster, "p0", PREFILL)
     add_worker(roster, "small", total=2)
     large = add_worker(roster, "large", total=100, used=99)
     dispatcher.submit(job("a", prompt=60), 0.0)
     assert dispatcher.poll(0.0) == []
-    large.report.load.kv_blocks_used = 0
+    roster.decode.report(large, make_report(), 0.0)
     assert placed(dispatcher.poll(0.0)) == [("a", "large")]
 
 
@@ -255,6 +257,137 @@ def test_a_worker_that_is_still_warming_up_is_waited_for(roster, dispatcher, add
     assert dispatcher.poll(100.0) == []
 
 
+def test_a_smaller_priority_goes_first_and_queues_of_priorities_fill_apart(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    for name in "abc":
+        dispatcher.submit(job(name), 0.0)
+    with pytest.raises(Overloaded):
+        dispatcher.submit(job("d"), 0.0)
+    dispatcher.submit(job("urgent", priority=-1), 0.0)
+    dispatcher.submit(job("idle", priority=1), 0.0)
+    add_worker(roster, "d0", credits=9)
+    assert [name for name, _ in placed(dispatcher.poll(0.0))] == ["urgent", "a", "b", "c"], "4 prefill slots"
+
+
+def test_keys_take_turns_by_the_tokens_they_ask_for(roster, add_worker):
+    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
+    add_worker(roster, "p0", PREFILL, credits=100, total=1000)
+    for index in range(6):
+        dispatcher.submit(job(f"greedy{index}", prompt=90, key="greedy"), 0.0)
+    for index in range(3):
+        dispatcher.submit(job(f"modest{index}", prompt=30, answer=10, key="modest"), 0.0)
+    worker = add_worker(roster, "d0", credits=4, total=1000)
+    assert worker.credits_left == 4
+    names = [name for name, _ in placed(dispatcher.poll(0.0))]
+    assert names == ["greedy0", "modest0", "modest1", "modest2"]
+
+
+def test_what_a_key_did_not_write_is_given_back_to_it(roster, add_worker):
+    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
+    add_worker(roster, "p0", PREFILL, credits=100, total=10000)
+    worker = add_worker(roster, "d0", credits=1, total=10000)
+    first = job("first", prompt=10, answer=1000, key="a")
+    dispatcher.submit(first, 0.0)
+    dispatcher.poll(0.0)
+    first.emitted = 5
+    dispatcher.submit(job("b", prompt=100, answer=10, key="b"), 0.0)
+    dispatcher.submit(job("b2", prompt=100, answer=10, key="b"), 0.0)
+    dispatcher.finish(first)
+    dispatcher.submit(job("a2", prompt=10, answer=10, key="a"), 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("b", "d0")]
+    assert worker.credits_left == 0
+    assert [j.id for j in dispatcher.waiting()] == ["a2", "b2"], "15 tokens used, not 1010"
+
+
+def drained(roster, dispatcher, add_worker, make_report, per_second, until):
+    """Lets ``per_second`` requests leave the queue each second."""
+    add_worker(roster, "p0", PREFILL, credits=1000, total=10000)
+    worker = add_worker(roster, "d0", credits=1, total=10000)
+    now, count = 0.0, 0
+    dispatcher.submit(job("f0"), now)
+    running = [o.job for o in dispatcher.poll(now)]
+    for _ in range(until * per_second):
+        while dispatcher.num_waiting < 3:
+            count += 1
+            dispatcher.submit(job(f"f{count}"), now)
+        now += 1 / per_second
+        dispatcher.finish(running.pop())
+        roster.prefill.report(roster.prefill.get("p0"), make_report(credits=1000, total=10000), now)
+        roster.decode.report(worker, make_report(credits=1, total=10000), now)
+        running += [o.job for o in dispatcher.poll(now)]
+    return now
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_again(
+    roster, dispatcher, add_worker, make_report
+):
+    now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
+    assert dispatcher.num_waiting == 2
+    dispatcher.admit(0, "", now, now + 0.7)
+    with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
+        dispatcher.submit(job("late", deadline=now + 0.3), now)
+    assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
+    dispatcher.submit(job("resumed", resumed=True, deadline=now + 0.3), now)
+    dispatcher.admit(-1, "", now, now + 0.5)  # only the resumed one goes before an urgent one
+
+
+def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
+    now = drained(roster, dispatcher, add_worker, make_report, 2, 8)
+    dispatcher.submit(job("last"), now)
+    with pytest.raises(Overloaded) as caught:
+        dispatcher.submit(job("more"), now)
+    assert caught.value.retry_after == pytest.approx(0.75, abs=0.3)
+
+
+def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, make_report):
+    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100, max_wait=1.0)
+    now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
+    for index in range(2):
+        dispatcher.submit(job(f"more{index}"), now)
+    with pytest.raises(Overloaded, match="the most here is 1 s"):
+        for index in range(4):
+            dispatcher.submit(job(f"too many{index}"), now)
+
+
+def test_idle_time_is_no_sign_of_a_slow_queue(roster, dispatcher, add_worker, make_report):
+    now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
+    for waiting in list(dispatcher.waiting()):
+        dispatcher.finish(waiting)
+    dispatcher.poll(now)
+    now += 1000.0
+    dispatcher.poll(now)
+    dispatcher.submit(job("a"), now)
+    dispatcher.poll(now)
+    dispatcher.admit(0, "", now, now + 0.5)
+
+
+def test_no_decision_looks_at_every_worker(roster, add_worker):
+    """Asks a pool of 300 for what costs one look each where all of them were looked at."""
+    dispatcher = Dispatcher(roster, LeastLoad())
+    for index in range(300):
+        add_worker(roster, f"p{index}", PREFILL)
+        add_worker(roster, f"d{index}")
+    looks = []
+    watched = type("Watched", (LeastLoad,), {"best": lambda self, job: looked(super(watched, self).best(job))})
+
+    def looked(workers):
+        for worker in workers:
+            looks.append(worker)
+            yield worker
+
+    roster.decode.use(watched())
+    roster.prefill.use(watched())
+    for index in range(20):
+        each = job(str(index))
+        dispatcher.submit(each, 0.0)
+        dispatcher.poll(0.0)
+        dispatcher.reserved(each)
+        dispatcher.poll(0.0)
+        dispatcher.prefill_done(each, 0.0)
+        dispatcher.finish(each)
+    assert 0 < len(looks) <= 20 * 3
+
+
 def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispatcher, add_worker):
     workers = [add_worker(roster, "d0"), add_worker(roster, "p0", PREFILL)]
     for steps in range(4):
@@ -282,7 +415,7 @@ class Dispatching(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.roster = Roster()
-        self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
         self.ids = itertools.count()
         self.open: list[Job] = []
         self.ended: list[Job] = []
@@ -299,17 +432,19 @@ class Dispatching(RuleBasedStateMachine):
         identity = KvIdentity(1, "a", "b", spec)
         return self.roster.join(WorkerInfo(name, incarnation, stage, name, name, identity, 0, 9))
 
-    def report(self, worker, total, credits, *, ready=True, draining=False):
+    def report(self, worker, total, credits, *, ready=True, draining=False, prefix=None):
         load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=self.BLOCK, running=worker.in_flight)
-        report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
+        report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
         self.roster.pool(worker.info.stage).report(worker, report, self.now)
 
     def pick(self, data, *states):
         jobs = [j for j in self.open if j.state in states]
         return data.draw(st.sampled_from(jobs)) if jobs else None
 
-    @initialize()
-    def start(self):
+    @initialize(prefill=st.sampled_from(list(POLICIES)), decode=st.sampled_from(list(POLICIES)))
+    def start(self, prefill, decode):
+        self.roster.prefill.use(POLICIES[prefill]())
+        self.roster.decode.use(POLICIES[decode]())
         for name, stage in (("d0", DECODE), ("p0", PREFILL)):
             self.report(self.join(name, stage, 0), 20, 2)
 
@@ -341,9 +476,36 @@ class Dispatching(RuleBasedStateMachine):
         self.now += seconds
         self.poll()
 
-    @rule(prompt=st.integers(1, 400), answer=st.integers(1, 200), resumed=st.booleans())
-    def submit(self, prompt, answer, resumed):
-        job = Job(str(next(self.ids)), prompt, answer, resumed=resumed)
+    @rule(name=st.sampled_from(["p0", "p1"]), keys=st.sets(st.integers(0, 9)), replaces=st.booleans())
+    def prefix_cache_changes(self, name, keys, replaces):
+        if (worker := self.roster.prefill.get(name)) is not None:
+            added = [key for key in keys if key not in worker.prefix_keys or replaces]
+            delta = registry_pb2.PrefixDelta(added=added, removed=keys & worker.prefix_keys, replaces=replaces)
+            self.report(worker, 60, 3, prefix=delta)
+            self.poll()
+
+    @rule(
+        prompt=st.integers(1, 400),
+        answer=st.integers(1, 200),
+        resumed=st.booleans(),
+        priority=st.sampled_from([0, 0, 1, -1]),
+        key=st.sampled_from(["", "other"]),
+        deadline=st.none() | st.floats(0, 10),
+        blocks=st.lists(st.integers(0, 9), max_size=4, unique=True),
+    )
+    def submit(self, prompt, answer, resumed, priority, key, deadline, blocks):
+        if deadline is not None:
+            deadline += self.now
+        job = Job(
+            str(next(self.ids)),
+            prompt,
+            answer,
+            resumed=resumed,
+            priority=priority,
+            key=key,
+            deadline=deadline,
+            block_keys=lambda block_size: iter(blocks),
+        )
         try:
             self.dispatcher.submit(job, self.now)
         except (Overloaded, PromptTooLong):
@@ -379,7 +541,7 @@ class Dispatching(RuleBasedStateMachine):
     @rule(data=st.data())
     def tokens_come(self, data):
         if job := self.pick(data, JobState.RUNNING):
-            self.dispatcher.prefill_done(job)
+            self.dispatcher.prefill_done(job, self.now)
             self.poll()
 
     @rule(data=st.data())

@@ -1,21 +1,43 @@
-from overfill.routing.policy import LeastLoad, RoundRobin
-from overfill.routing.pool import DECODE, PREFILL, Roster
+import pytest
+
+from overfill.kv.keys import PromptKeys
+from overfill.routing.affinity import PrefixAffinity
+from overfill.routing.job import Job
+from overfill.routing.policies import POLICIES
+from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
+from overfill.routing.pool import PREFILL, Pool, Roster
+from overfill.v1 import registry_pb2
 
 
-def test_least_load_prefers_the_shorter_prefill_queue(add_worker):
+def choose(pool, prompt=10, keys=None):
+    return next(pool.policy.best(Job("a", prompt, 10, block_keys=keys)), None)
+
+
+@pytest.fixture
+def prefill():
     roster = Roster()
+
+    def use(policy):
+        roster.prefill.use(policy)
+        return roster
+
+    return use
+
+
+def test_least_load_prefers_the_shorter_prefill_queue(add_worker, prefill):
+    roster = prefill(LeastLoad())
     add_worker(roster, "p0", PREFILL, queued_tokens=5000)
     short = add_worker(roster, "p1", PREFILL, queued_tokens=100, running=9)
-    assert LeastLoad().choose(list(roster.prefill), 10) is short
+    assert choose(roster.prefill) is short
 
 
-def test_least_load_counts_prompts_placed_since_the_report(add_worker):
-    roster = Roster()
+def test_least_load_counts_prompts_placed_since_the_report(add_worker, prefill):
+    roster = prefill(LeastLoad())
     add_worker(roster, "p0", PREFILL)
     add_worker(roster, "p1", PREFILL)
     chosen = []
     for tokens in (1000, 10, 10):
-        worker = LeastLoad().choose(list(roster.prefill), tokens)
+        worker = choose(roster.prefill, tokens)
         roster.prefill.place(worker, tokens)
         chosen.append(worker.id)
     assert chosen == ["p0", "p1", "p1"]
@@ -23,21 +45,124 @@ def test_least_load_counts_prompts_placed_since_the_report(add_worker):
 
 def test_least_load_sees_the_requests_of_other_routers(add_worker):
     roster = Roster()
-    add_worker(roster, "d0", DECODE, running=3)
-    quiet = add_worker(roster, "d1", DECODE, running=1)
-    assert LeastLoad().choose(list(roster.decode), 10) is quiet
+    add_worker(roster, "d0", running=3)
+    quiet = add_worker(roster, "d1", running=1)
+    assert choose(roster.decode) is quiet
 
 
-def test_equal_workers_take_turns(add_worker):
-    for policy in (LeastLoad(), RoundRobin()):
+@pytest.mark.parametrize("kind", [LeastLoad, RoundRobin, MostFreeKv])
+def test_equal_workers_take_turns(add_worker, make_report, kind):
+    roster = Roster()
+    roster.decode.use(kind())
+    for name in ("d0", "d1", "d2"):
+        add_worker(roster, name)
+    chosen = []
+    for _ in range(6):
+        worker = choose(roster.decode)
+        roster.decode.place(worker, 10)
+        roster.decode.release(worker)
+        roster.decode.report(worker, make_report(), 0.0)
+        chosen.append(worker.id)
+    assert chosen == ["d0", "d1", "d2"] * 2
+
+
+def test_most_free_kv_prefers_room_to_few_requests(add_worker):
+    roster = Roster()
+    roster.decode.use(MostFreeKv())
+    add_worker(roster, "d0", used=50)
+    roomy = add_worker(roster, "d1", used=40, running=9)
+    assert choose(roster.decode) is roomy
+
+
+def test_of_two_drawn_workers_the_less_loaded_is_taken(add_worker):
+    roster = Roster()
+    roster.decode.use(PowerOfTwo(seed=1))
+    for index in range(10):
+        add_worker(roster, f"d{index}", running=index)
+    chosen = [choose(roster.decode).id for _ in range(200)]
+    assert len(set(chosen)) > 5, "not all the same one"
+    assert "d9" not in chosen, "the most loaded loses against anyone"
+
+
+# Prefix affinity ---------------------------------------------------------------------------------------------------
+
+
+def keys(*blocks, block_size=16):
+    return PromptKeys(7, [token for block in blocks for token in [block] * block_size])
+
+
+def tell(roster, worker, make_report, prompt, **load):
+    report = make_report(**load)
+    report.prefix.CopyFrom(registry_pb2.PrefixDelta(added=list(prompt(16))))
+    roster.prefill.report(worker, report, 0.0)
+
+
+@pytest.fixture
+def affinity(prefill, add_worker):
+    roster = prefill(PrefixAffinity())
+    for name in ("p0", "p1", "p2"):
+        add_worker(roster, name, PREFILL)
+    return roster
+
+
+def test_a_prompt_goes_where_most_of_it_is_cached(affinity, make_report):
+    pool = affinity.prefill
+    tell(affinity, pool.get("p1"), make_report, keys(1, 2))
+    tell(affinity, pool.get("p2"), make_report, keys(1, 2, 3))
+    assert choose(pool, 64, keys(1, 2, 3, 4)).id == "p2"
+    assert choose(pool, 64, keys(1, 2, 9, 4)).id == "p1", "both have as much of it; the order decides"
+    assert choose(pool, 64, keys(5, 2, 3, 4)).id == "p0", "a block counts behind the same blocks only"
+
+
+def test_affinity_yields_to_load_when_the_queue_is_longer_than_what_the_cache_saves(affinity, make_report):
+    pool = affinity.prefill
+    tell(affinity, pool.get("p1"), make_report, keys(1, 2, 3, 4), queued_tokens=63)
+    assert choose(pool, 80, keys(1, 2, 3, 4, 5)).id == "p1"
+    tell(affinity, pool.get("p1"), make_report, keys(1, 2, 3, 4), queued_tokens=65)
+    assert choose(pool, 80, keys(1, 2, 3, 4, 5)).id == "p0"
+
+
+def test_a_prefix_that_everybody_has_does_not_unbalance_the_pool(affinity, make_report, add_worker):
+    pool = affinity.prefill
+    for index in range(40):
+        worker = add_worker(affinity, f"q{index:02}", PREFILL)
+        tell(affinity, worker, make_report, keys(1), queued_tokens=0 if index == 33 else 100)
+    for name in ("p0", "p1", "p2"):
+        tell(affinity, pool.get(name), make_report, keys(1), queued_tokens=100)
+    assert choose(pool, 32, keys(1, 2)).id == "q33"
+
+
+def test_a_prompt_that_was_just_sent_somewhere_draws_its_like_there_before_the_report(affinity, make_report):
+    pool = affinity.prefill
+    first = Job("a", 64, 10, block_keys=keys(1, 2, 3, 4))
+    worker = choose(pool, 64, first.block_keys)
+    assert pool.policy.placed(first, worker) == 0
+    pool.place(worker, 16)
+    second = Job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
+    assert choose(pool, 64, second.block_keys) is worker
+    assert pool.policy.placed(second, worker) == 48, "that much need not be computed"
+
+
+def test_blocks_that_were_evicted_or_whose_worker_left_draw_nobody(affinity, make_report):
+    pool = affinity.prefill
+    prompt = keys(1, 2)
+    tell(affinity, pool.get("p1"), make_report, prompt)
+    report = make_report()
+    report.prefix.CopyFrom(registry_pb2.PrefixDelta(removed=list(prompt(16))))
+    pool.report(pool.get("p1"), report, 0.0)
+    assert choose(pool, 40, prompt).id == "p0"
+    tell(affinity, pool.get("p2"), make_report, prompt)
+    pool.leave(pool.get("p2"))
+    assert choose(pool, 40, prompt).id == "p0"
+    pool.check(0.0)
+
+
+def test_every_policy_has_a_name_and_orders_any_pool(add_worker):
+    for name, kind in POLICIES.items():
         roster = Roster()
-        for name in ("d0", "d1", "d2"):
-            add_worker(roster, name)
-        chosen = []
-        for _ in range(6):
-            worker = policy.choose(list(roster.decode), 10)
-            roster.decode.place(worker, 10)
-            roster.decode.release(worker)
-            worker.placed = 0  # as after a report
-            chosen.append(worker.id)
-        assert chosen == ["d0", "d1", "d2"] * 2
+        roster.decode.use(kind(seed=3))
+        workers = {add_worker(roster, f"d{index}") for index in range(5)}
+        order = list(roster.decode.policy.best(Job("a", 10, 10)))
+        assert len(order) == 5, name
+        assert set(order) == workers
+        assert list(Pool(PREFILL, kind()).policy.best(Job("a", 10, 10))) == []

@@ -65,7 +65,7 @@ async def registry(address="127.0.0.1:0"):
 @asynccontextmanager
 async def member(*routers, report=None, **arguments):
     hello = registry_pb2.Hello(worker_id="w", incarnation=5)
-    report = report or (lambda routers: registry_pb2.Report(credits=12 // max(1, routers), ready=True))
+    report = report or (lambda: registry_pb2.Report(credits=12, ready=True))
     membership = Membership(hello, routers, report, **arguments)
     await membership.start()
     try:
@@ -102,7 +102,7 @@ async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypa
     credits = [1]
     async with (
         registry() as (router, address),
-        member(address, report=lambda _: registry_pb2.Report(credits=credits[0])) as worker,
+        member(address, report=lambda: registry_pb2.Report(credits=credits[0])) as worker,
     ):
         await router.report_with(1)
         credits[0] = 2
@@ -144,14 +144,17 @@ async def test_a_router_that_starts_later_is_joined():
             await worker.joined.wait()
 
 
-async def test_recalled_credits_are_given_back_to_that_router_only(monkeypatch):
-    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.05)
-    async with registry() as (first, one), registry() as (second, two), member(one, two):
+async def test_credits_that_one_router_does_not_use_go_to_one_that_queues():
+    async with registry() as (first, one), registry() as (second, other), member(one, other):
         await first.report_with(6)
         await second.report_with(6)
-        first.outbox.put_nowait(registry_pb2.JoinResponse(recall=registry_pb2.RecallCredits(keep=2)))
-        await first.report_with(2)
-        assert (await second.reports.get()).credits == 6
+        first.outbox.put_nowait(registry_pb2.JoinResponse(demand=registry_pb2.Demand(in_use=6, queued=9)))
+        second.outbox.put_nowait(registry_pb2.JoinResponse(demand=registry_pb2.Demand(in_use=2)))
+        await first.report_with(9)
+        await second.report_with(3)
+        second.outbox.put_nowait(registry_pb2.JoinResponse(demand=registry_pb2.Demand(in_use=2, queued=8)))
+        await second.report_with(6)
+        await first.report_with(6)
 
 
 async def test_a_refusal_for_good_is_told_and_not_repeated():
@@ -244,7 +247,7 @@ async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkey
 async def test_a_fault_of_its_own_does_not_end_a_worker_s_attempts_to_join():
     faults = [ValueError("not now"), AssertionError()]
 
-    def report(routers):
+    def report():
         if faults:
             raise faults.pop()
         return registry_pb2.Report(credits=1)

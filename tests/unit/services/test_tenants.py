@@ -8,7 +8,7 @@ from overfill.api.keys import KeyRing
 from overfill.client import AsyncClient
 from overfill.rpc.server import RpcServer
 from overfill.v1 import inference_pb2, inference_pb2_grpc
-from services.router.gate import KeyInterceptor, tenant_salt
+from services.router.gate import KeyInterceptor, caller
 
 
 class Telling(inference_pb2_grpc.InferenceServicer):
@@ -19,7 +19,7 @@ class Telling(inference_pb2_grpc.InferenceServicer):
 
     async def Detokenize(self, request, context):
         await self._barrier.wait()
-        return inference_pb2.DetokenizeResponse(text=tenant_salt.get())
+        return inference_pb2.DetokenizeResponse(text=caller.get().tenant_salt if caller.get() else "")
 
 
 async def salts(shown, interceptors):

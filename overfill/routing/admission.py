@@ -1,0 +1,167 @@
+"""Which new requests are taken at all: bounded queues, deadlines, limits of API keys. Plain bookkeeping, no clock.
+
+A refusal comes at once and says when to try again; both rest on how fast the queue was seen to drain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from overfill.errors import Overloaded
+
+MOST_RETRY_AFTER = 60.0
+"""Seconds that a client is told to wait at most."""
+
+_MEMORY = 10.0  # seconds with a queue after which what was seen counts for 1/e
+_ENOUGH = 4.0  # departures before a rate is believed
+_UNKNOWN = 1.0  # seconds to wait when nothing is known
+
+
+class DrainRate:
+    """How many requests per second leave the queue while there is one; idle time says nothing about it."""
+
+    def __init__(self) -> None:
+        self._left = 0.0
+        self._seconds = 0.0
+        self._since: float | None = None  # when the queue was last looked at, if there was one
+
+    def look(self, now: float, queue: int) -> None:
+        """There are ``queue`` requests in the queue now. To be called whenever that may have changed."""
+        if self._since is not None and now > self._since:
+            passed = now - self._since
+            fade = math.exp(-passed / _MEMORY)
+            self._left *= fade
+            self._seconds = self._seconds * fade + _MEMORY * (1 - fade)
+        self._since = now if queue else None
+
+    def departed(self) -> None:
+        """A request that had to wait has got its place."""
+        self._left += 1
+
+    def wait(self, ahead: int) -> float | None:
+        """Seconds until a request with so many ahead of it has a place; None while that is not known."""
+        if not ahead:
+            return 0.0
+        if self._seconds <= 0 or (self._left < _ENOUGH and self._seconds < _MEMORY / 2):
+            return None
+        return math.inf if self._left < 1e-9 else ahead * self._seconds / self._left
+
+
+class Admission:
+    """Decides about new requests.
+
+    Args:
+        max_queue: most requests of one priority that wait for a decode worker.
+        max_wait: seconds of waiting, as far as can be told, beyond which a request is not taken; None: any.
+
+    Attributes:
+        drain: how fast the queue drains.
+    """
+
+    def __init__(self, max_queue: int, max_wait: float | None = None) -> None:
+        self._max_queue = max_queue
+        self._max_wait = max_wait
+        self._first_tokens: deque[float] = deque(maxlen=64)
+        self.drain = DrainRate()
+
+    def first_token(self, seconds: float) -> None:
+        """A request had its first token so long after it got its place."""
+        self._first_tokens.append(seconds)
+
+    def check(self, waiting: int, ahead: int, now: float, deadline: float | None) -> None:
+        """Refuses a new request, or not.
+
+        Args:
+            waiting: requests of its priority that wait.
+            ahead: requests that would go before it.
+            now, deadline: on one clock, seconds.
+
+        Raises:
+            Overloaded: the queue is full, or too slow for it.
+        """
+        wait = self.drain.wait(ahead)
+        if waiting >= self._max_queue:
+            half = None if wait is None else wait / 2
+            raise Overloaded(
+                f"{waiting} requests are waiting, which is the most of one priority that this router queues",
+                _retry_after(half),
+            )
+        if not wait:
+            return
+        # The quickest of late is what no request beats; without a queue nothing is refused, so it cannot stick.
+        least = wait + min(self._first_tokens, default=0.0)
+        if deadline is not None and now + least > deadline:
+            raise Overloaded(
+                f"{ahead} requests go first, which takes about {_seconds(wait)}; the deadline is in "
+                f"{max(0.0, deadline - now):.3g} s",
+                _retry_after(now + least - deadline),
+            )
+        if self._max_wait is not None and wait > self._max_wait:
+            raise Overloaded(
+                f"{ahead} requests go first, which takes about {_seconds(wait)}; the most here is {self._max_wait:g} s",
+                _retry_after(wait - self._max_wait),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one API key; None is no limit.
+
+    Attributes:
+        rate: requests per second; as many, and one at least, may come at once after a pause.
+        concurrency: requests at once.
+    """
+
+    rate: float | None = None
+    concurrency: int | None = None
+
+
+@dataclass(slots=True)
+class _Usage:
+    running: int = 0
+    tokens: float = 0.0  # requests that may come at once
+    at: float | None = None
+
+
+class KeyLimits:
+    """Holds keys to their limits, on this router."""
+
+    def __init__(self) -> None:
+        self._usage: dict[str, _Usage] = {}
+
+    def check(self, key: str, limits: Limits, now: float) -> None:
+        """Whether a request of ``key`` may begin now. Raises Overloaded: it is one too many."""
+        usage = self._usage.setdefault(key, _Usage())
+        if limits.concurrency is not None and usage.running >= limits.concurrency:
+            raise Overloaded(f"API key {key!r} has {usage.running} requests running, the most that it may", _UNKNOWN)
+        if limits.rate is not None:
+            burst = max(1.0, limits.rate)
+            passed = burst if usage.at is None else (now - usage.at) * limits.rate
+            usage.tokens, usage.at = min(burst, usage.tokens + passed), now
+            if usage.tokens < 1:
+                raise Overloaded(
+                    f"API key {key!r} may ask {limits.rate:g} times a second",
+                    _retry_after((1 - usage.tokens) / limits.rate),
+                )
+
+    def enter(self, key: str, limits: Limits, now: float) -> None:
+        """A request of ``key`` begins; ``leave`` must follow. Raises as ``check``."""
+        self.check(key, limits, now)
+        usage = self._usage[key]
+        usage.running += 1
+        if limits.rate is not None:
+            usage.tokens -= 1
+
+    def leave(self, key: str) -> None:
+        """A request of ``key`` has ended."""
+        self._usage[key].running -= 1
+
+
+def _retry_after(seconds: float | None) -> float:
+    return _UNKNOWN if seconds is None else min(MOST_RETRY_AFTER, max(0.05, seconds))
+
+
+def _seconds(value: float) -> str:
+    return "for ever at the moment" if math.isinf(value) else f"{value:.3g} s"

@@ -1,0 +1,63 @@
+"""Two real routers and mock workers that both of them use, over loopback."""
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from overfill.client import AsyncClient
+from overfill.config import RouterConfig
+from overfill.params import SamplingParams
+from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
+from overfill.testing.mock.running import mock_worker
+from overfill.testing.tiny import make_tiny_pair
+from services.router.app import Router
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_tiny_pair(tmp_path_factory.mktemp("pair") / "tiny")
+
+
+async def until(condition):
+    """Polls, since what a router knows about others has no event to wait for."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def two_routers(pair, seqs):
+    async with AsyncExitStack() as stack:
+        routers = [Router(RouterConfig.parse([f"--pair={pair}", "--port=0", "--grace-period=0"])) for _ in range(2)]
+        addresses = [await router.start() for router in routers]
+        serving = [asyncio.create_task(router.run()) for router in routers]
+        common = [f"--pair={pair}", f"--routers={','.join(addresses)}", f"--max-num-seqs={seqs}"]
+        await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(common)))
+        step = [*common, "--mock-step=0.02"]
+        await stack.enter_async_context(mock_worker(MockDecodeConfig.parse(step)))
+        for router in routers:
+            await until(lambda r=router: [w.report.routers for w in r.roster.workers() if w.report] == [2, 2])
+        clients = [await stack.enter_async_context(AsyncClient(address)) for address in addresses]
+        yield routers, clients
+        for router in routers:
+            router.drain()
+        await asyncio.gather(*serving)
+
+
+def ask(client, tokens):
+    return client.generate([5, 6, 7], sampling=SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+
+
+async def test_a_router_that_queues_gets_credits_that_the_other_does_not_use_and_both_go_on(pair):
+    async with two_routers(pair, seqs=8) as (routers, clients):
+        decode = next(iter(routers[0].roster.decode))
+        assert decode.report.credits == 4
+        busy = [asyncio.create_task(ask(clients[0], 150)) for _ in range(8)]
+        await until(lambda: decode.in_flight >= 7)
+        late = await ask(clients[1], 5)
+        assert late.usage.completion_tokens == 5
+        answers = await asyncio.gather(*busy)
+        assert [answer.usage.completion_tokens for answer in answers] == [150] * 8
+        for router in routers:
+            await until(lambda r=router: r.dispatcher.num_jobs == 0)
+            assert all(worker.in_flight == 0 for worker in router.roster.workers())

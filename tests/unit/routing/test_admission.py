@@ -1,0 +1,58 @@
+import pytest
+
+from overfill.errors import Overloaded
+from overfill.routing.admission import Admission, DrainRate, KeyLimits, Limits
+
+
+def test_a_key_has_its_rate_and_what_came_together_after_a_pause():
+    limits, two = KeyLimits(), Limits(rate=2.0)
+    for _ in range(2):
+        limits.enter("a", two, 0.0)
+    with pytest.raises(Overloaded, match="2 times a second") as caught:
+        limits.enter("a", two, 0.0)
+    assert caught.value.retry_after == pytest.approx(0.5)
+    limits.enter("b", two, 0.0)
+    limits.enter("a", two, 0.5)
+    with pytest.raises(Overloaded):
+        limits.enter("a", two, 0.6)
+    limits.enter("a", two, 100.0)
+    limits.enter("a", two, 100.0)
+    with pytest.raises(Overloaded):
+        limits.check("a", two, 100.0)
+
+
+def test_asking_whether_a_request_may_begin_takes_nothing():
+    limits, one = KeyLimits(), Limits(rate=1.0, concurrency=1)
+    for _ in range(3):
+        limits.check("a", one, 0.0)
+    limits.enter("a", one, 0.0)
+
+
+def test_a_key_has_its_requests_at_once():
+    limits, two = KeyLimits(), Limits(concurrency=2)
+    limits.enter("a", two, 0.0)
+    limits.enter("a", two, 0.0)
+    with pytest.raises(Overloaded, match="2 requests running") as caught:
+        limits.enter("a", two, 0.0)
+    assert caught.value.retry_after is not None
+    limits.leave("a")
+    limits.enter("a", two, 0.0)
+
+
+def test_nothing_is_known_of_a_queue_that_has_hardly_moved():
+    rate = DrainRate()
+    assert rate.wait(0) == 0.0
+    rate.look(0.0, 5)
+    rate.look(1.0, 5)
+    assert rate.wait(5) is None
+    Admission(100, max_wait=0.1).check(5, 5, 1.0, deadline=1.1)
+
+
+def test_a_queue_that_stands_still_is_known_in_the_end():
+    admission = Admission(100)
+    for second in range(20):
+        admission.drain.look(float(second), 5)
+    with pytest.raises(Overloaded) as caught:
+        admission.check(5, 5, 20.0, deadline=1000.0)
+    assert caught.value.retry_after == 60.0
+    admission.check(0, 0, 20.0, deadline=21.0)

@@ -1,0 +1,41 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overfill.rpc.credits import Demand, divide
+
+DEMANDS = st.lists(st.none() | st.builds(Demand, st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6)
+
+
+def test_routers_that_have_said_nothing_have_equal_shares():
+    assert divide(12, [None, None]) == [6, 6]
+    assert divide(12, [None]) == [12]
+
+
+def test_idle_routers_share_what_is_there():
+    assert divide(12, [Demand(0, 0)] * 3) == [4, 4, 4]
+
+
+def test_a_router_that_queues_gets_what_another_does_not_use_but_for_one():
+    assert divide(12, [Demand(6, 20), Demand(0, 0)]) == [11, 1]
+
+
+def test_two_that_queue_come_to_equal_shares():
+    assert divide(12, [Demand(3, 50), Demand(1, 50)]) == [6, 6]
+    assert divide(12, [Demand(9, 50), Demand(1, 50)]) == [9, 3], "what runs is not taken away"
+
+
+def test_everybody_may_have_one_request_even_of_a_tiny_worker():
+    assert divide(1, [Demand(1, 5), Demand(0, 5), None]) == [1, 1, 1]
+
+
+@given(st.integers(1, 64), DEMANDS)
+def test_nobody_is_given_room_that_others_fill_and_none_is_left_while_somebody_queues(capacity, demands):
+    shares = divide(capacity, demands)
+    said = [(share, demand) for share, demand in zip(shares, demands, strict=True) if demand is not None]
+    assert all(share >= 1 for share in shares)
+    kept = sum(capacity // len(demands) for demand in demands if demand is None)
+    used = sum(min(demand.in_use, capacity) for _, demand in said)
+    new = sum(max(0, share - min(demand.in_use, capacity)) for share, demand in said)
+    assert new <= max(0, capacity - used - kept) + len(said), "but for the one that each may always have"
+    if any(share < demand.in_use + demand.queued for share, demand in said):
+        assert used + new >= capacity - kept, "room is left while a router queues"
