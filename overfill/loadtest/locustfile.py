@@ -83,7 +83,11 @@ def _begin(environment: Environment, **_: Any) -> None:
     session.outcomes.clear()  # of an earlier test, started from locust's own page
     if isinstance(runner, MasterRunner):
         return
-    session.broken = _warm_up(session)
+    try:
+        session.adopt(LoadPlan.of_locust(vars(environment.parsed_options)))  # a worker has the master's options by now
+        session.broken = _warm_up(session)
+    except OverfillError as error:
+        session.broken = str(error)
     if session.broken is None:
         index = runner.worker_index if isinstance(runner, WorkerRunner) else 0
         session.begin(index, _processes(environment))

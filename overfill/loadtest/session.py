@@ -28,8 +28,7 @@ class Session:
     """
 
     def __init__(self, plan: LoadPlan) -> None:
-        self.plan = plan
-        self.workload = Workload(plan)
+        self.adopt(plan)
         self.share: Share | None = None
         self.outcomes: list[Outcome] = []
         self.broken: str | None = None
@@ -39,6 +38,11 @@ class Session:
     def clock(self) -> float:
         """Seconds since the epoch."""
         return self._anchor + time.perf_counter()
+
+    def adopt(self, plan: LoadPlan) -> None:
+        """Takes another plan. Raises InvalidRequest when its trace cannot be read."""
+        self.plan = plan
+        self.workload = Workload(plan)
 
     def begin(self, index: int, processes: int) -> None:
         """This process is number ``index`` of ``processes`` that send."""
