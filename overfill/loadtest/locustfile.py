@@ -6,6 +6,7 @@ Exit code 0 when every objective is met, 1 when one is not, 2 when nothing could
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -23,6 +24,7 @@ from overfill.loadtest.session import Session
 from overfill.loadtest.shapes import users_at
 from overfill.loadtest.users import GrpcUser, OpenAiUser, attach, session_of, user_class
 from overfill.loadtest.verdict import Result, conclude
+from overfill.simulate.traces import TraceRequest
 
 __all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]
 
@@ -39,7 +41,7 @@ class PlannedShape(LoadTestShape):
         assert self.runner is not None
         environment = self.runner.environment
         session = session_of(environment)
-        plan, elapsed = session.plan, self.get_run_time()
+        plan, elapsed = session.plan, time.perf_counter() - self.start_time
         if session.over(elapsed):
             return None
         users: int | None = _processes(environment)  # in an open loop one for each process
@@ -103,9 +105,9 @@ def _judge(environment: Environment, **_: Any) -> None:
 def _warm_up(session: Session) -> str | None:
     """One short request, not measured: connections are open then. Why it failed, or None."""
     plan = session.plan
-    first = session.workload[0]
     prompt_tokens, output_tokens = _WARM_UP_TOKENS
-    prompt = session.workload.prompt(0)[: min(prompt_tokens, first.prompt_tokens)]
+    # Tokens that no other request has: their KV must not be in a prefix cache.
+    prompt = TraceRequest(0.0, prompt_tokens, output_tokens).prompt(plan.vocab_size, -1)
     try:
         transport = user_class(plan).transport(plan)
     except (OverfillError, ValueError, OSError) as error:

@@ -49,6 +49,7 @@ class LoadPlan:
     tls_ca: str | None = _option(None, "PEM certificates to trust; over gRPC, turns TLS on.", Path)
     tls_cert: str | None = _option(None, "PEM certificate to show.", Path, locust="client_tls_cert")
     tls_key: str | None = _option(None, "PEM private key of the certificate.", Path, locust="client_tls_key")
+    tls_name: str = _option("", "What the server's certificate has to be for, over gRPC. By default its host.")
     report: str | None = _option(None, "Write a page with plots to this HTML file.", Path, output=True)
     records: str | None = _option(None, "Write every request as a JSON line to this file.", Path, output=True)
 

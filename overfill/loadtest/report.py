@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -52,7 +52,10 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
         *_plots(outcomes),
         _failures(outcomes),
         "<h2>Options</h2>",
-        _table(("option", "value"), [(f.name, escape(str(v))) for f in fields(plan) if (v := getattr(plan, f.name))]),
+        _table(
+            ("option", "value"),
+            [(f.name, escape(_short(f, getattr(plan, f.name)))) for f in fields(plan) if getattr(plan, f.name)],
+        ),
     ]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Load test</title>'
@@ -200,6 +203,11 @@ def _verdict_row(verdict: Verdict) -> Sequence[str]:
     told = '<span class="met">met</span>' if verdict.met else '<span class="missed">missed</span>'
     limit = verdict.limit
     return limit.name, limit.text(verdict.measured), limit.text(limit.most), told
+
+
+def _short(f: Field[Any], value: Any) -> str:
+    """Of a path its last part: where things lie on a machine is nobody's business."""
+    return Path(value).name if f.metadata["kind"] is Path else str(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

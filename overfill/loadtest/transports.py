@@ -25,8 +25,8 @@ class GrpcTransport:
     """A stack of ours; connections of its own."""
 
     def __init__(self, plan: LoadPlan) -> None:
-        files = [None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key)]
-        tls = ClientTls(*files) if any(files) else None
+        ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
+        tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
         self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
 
     def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
