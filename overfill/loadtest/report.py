@@ -52,10 +52,7 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
         *_plots(outcomes),
         _failures(outcomes),
         "<h2>Options</h2>",
-        _table(
-            ("option", "value"),
-            [(f.name, escape(_short(f, getattr(plan, f.name)))) for f in fields(plan) if getattr(plan, f.name)],
-        ),
+        _table(("option", "value"), [(f.name, escape(text)) for f in fields(plan) if (text := _option(plan, f))]),
     ]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Load test</title>'
@@ -205,8 +202,11 @@ def _verdict_row(verdict: Verdict) -> Sequence[str]:
     return limit.name, limit.text(verdict.measured), limit.text(limit.most), told
 
 
-def _short(f: Field[Any], value: Any) -> str:
-    """Of a path its last part: where things lie on a machine is nobody's business."""
+def _option(plan: LoadPlan, f: Field[Any]) -> str:
+    """Empty when it is not set. Of a path its last part: where things lie on a machine is nobody's business."""
+    value = getattr(plan, f.name)
+    if not value:
+        return ""
     return Path(value).name if f.metadata["kind"] is Path else str(value)
 
 
