@@ -44,7 +44,7 @@ def test_once_shows_both_pools_the_queue_and_the_parts(fake_client: Any, capsys:
     lines = capsys.readouterr().out.splitlines()
 
     def line(word: str) -> list[str]:
-        return next(line for line in lines if word in line).split()
+        return next(line for line in lines if line.strip().startswith(word)).split()
 
     assert {"7", "3", "12.3", "9"} <= set(line("router-a"))
     assert line("prefill-0")[:7] == ["prefill-0", "ready", "5", "2", "16", "32", "16"]
