@@ -66,19 +66,20 @@ def _watch(client: Client, interval: float) -> int:
     from rich.live import Live
 
     from overfill.cli.output import console
-    from overfill.errors import Unavailable
+    from overfill.errors import OverfillError
 
     shown = _view(client.status(timeout=_ANSWER_SECONDS))
     with Live(shown, console=console(), screen=True, auto_refresh=False) as live:
-        while True:
-            try:
-                live.update(_view(client.status(timeout=_ANSWER_SECONDS)), refresh=True)
-            except Unavailable as error:
-                live.update(str(error), refresh=True)
-            try:
+        try:
+            while True:
                 time.sleep(interval)
-            except KeyboardInterrupt:
-                return 0
+                try:
+                    shown = _view(client.status(timeout=_ANSWER_SECONDS))
+                except OverfillError as error:  # it may come back
+                    shown = str(error)
+                live.update(shown, refresh=True)
+        except KeyboardInterrupt:
+            return 0
 
 
 def _view(status: StackStatus) -> RenderableType:

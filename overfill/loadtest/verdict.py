@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -64,8 +65,6 @@ def summary(outcomes: list[Outcome]) -> Table:
         table.add_row(label, *[_cell(found[f"{name}_p{p}"].value, 1e3) for p in PERCENTILES])
     shares = samples(outcomes, "unattributed")
     if shares:
-        import numpy as np
-
         table.add_row("TTFT unattributed, %", *[_cell(float(np.percentile(shares, p)), 1e2) for p in PERCENTILES])
     for name in ("requests", "output_tokens"):
         table.add_row(f"{name.replace('_', ' ')} per second", _cell(found[name].value, 1.0))
