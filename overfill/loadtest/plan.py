@@ -108,9 +108,9 @@ class LoadPlan:
         return cls.of({name: value for name, value in given.items() if value is not None})
 
     def locust_argv(self) -> list[str]:
-        """The options that differ from their defaults, for locust."""
+        """The options that differ from their defaults, for locust; the users in any case, of which it has one."""
         given = {f: getattr(self, f.name) for f in fields(self)}
-        return [f"{locust_flag(f)}={value}" for f, value in given.items() if value != f.default]
+        return [f"{locust_flag(f)}={value}" for f, value in given.items() if value != f.default or f.name == "users"]
 
 
 def locust_name(f: Field[Any]) -> str:

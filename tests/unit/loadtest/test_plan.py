@@ -41,6 +41,7 @@ def test_locust_gets_what_differs_under_its_own_names():
     assert set(plan.locust_argv()) == {
         "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
     }  # fmt: skip
+    assert LoadPlan().locust_argv() == ["--users=4"], "locust's own default is another"
     # What its parser then has, with options of its own.
     parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
     assert LoadPlan.of_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
