@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "chat": ("overfill.cli.chat:chat_command", "Talk to the model, turn by turn."),
     "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
+    "top": ("overfill.cli.top:top_command", "Watch a running stack: pools, queue, where the time goes."),
     "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack, losing no request."),
     "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
     "config": ("overfill.cli.config:config_group", "Show where settings come from; check a file of settings."),
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
     "bench": ("overfill.cli.bench:bench_group", "Measure a stack."),
+    "loadtest": ("overfill.cli.loadtest:loadtest_command", "Load a stack with locust; hold it against objectives."),
     "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
 }
 

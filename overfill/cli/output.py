@@ -10,14 +10,15 @@ import click
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from overfill.client import TTFT_PARTS, Answer, StackStatus, WorkerStatus
+from overfill.client import TTFT_PARTS, Answer, StackStatus
+from overfill.client.status_json import worker_json
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200
 # Eighths of a character cell, so that a bar of 30 cells shows 0.4 % steps.
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
-_PART_NAMES = {
+PART_NAMES = {
     "router_queue": "router queue",
     "decode_reservation": "decode reservation",
     "prefill_queue": "prefill queue",
@@ -67,7 +68,7 @@ def ttft_table(answer: Answer) -> Table:
     table.add_column("ms", justify="right")
     table.add_column("%", justify="right")
     table.add_column("", min_width=_BAR_WIDTH, no_wrap=True)
-    rows = [(_PART_NAMES[name], getattr(timing, name)) for name in TTFT_PARTS]
+    rows = [(PART_NAMES[name], getattr(timing, name)) for name in TTFT_PARTS]
     for name, seconds in [*rows, ("unattributed", timing.unattributed)]:
         if seconds is None or not total:
             table.add_row(name, "?" if seconds is None else _milliseconds(seconds, unit=""), "", "")
@@ -96,7 +97,7 @@ def status_table(status: StackStatus, tls: bool = False) -> Table:
         rate = row["prefix_hit_rate"]
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
         table.add_row(
-            worker.id, worker.stage, _state(worker), worker.address, *numbers, hits, row["metrics_address"] or "–"
+            worker.id, worker.stage, worker.state, worker.address, *numbers, hits, row["metrics_address"] or "–"
         )
     return table
 
@@ -119,26 +120,6 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
 _WORKER_NUMBERS = ("pid", "running", "waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")
 
 
-def worker_json(worker: WorkerStatus) -> dict[str, Any]:
-    process = worker.process
-    load = process.load if process is not None else None
-    return {
-        "id": worker.id,
-        "stage": worker.stage,
-        "pid": process.pid if process is not None else None,
-        "address": worker.address,
-        "metrics_address": process.metrics_address if process is not None else None,
-        "kv_blocks_used": load.kv_blocks_used if load is not None else None,
-        "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
-        "kv_blocks_total": load.kv_blocks_total if load is not None else None,
-        "running": load.running if load is not None else None,
-        "waiting": load.waiting if load is not None else None,
-        "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
-        "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
-        "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
-    }
-
-
 def _summary(answer: Answer) -> Table:
     usage, timing = answer.usage, answer.timing
     table = Table.grid(padding=(0, 2))
@@ -154,14 +135,6 @@ def _summary(answer: Answer) -> Table:
     table.add_row("workers", f"{answer.prefill_worker} → {answer.decode_worker}{moved}")
     table.add_row("request", f"{answer.request_id}, seed {answer.seed}")
     return table
-
-
-def _state(worker: WorkerStatus) -> str:
-    if worker.process is None:
-        return "silent"
-    if worker.process.draining:
-        return "draining"
-    return "ready" if worker.process.ready else "starting"
 
 
 def _milliseconds(seconds: float | None, unit: str = " ms") -> str:

@@ -47,7 +47,7 @@ class Child:
         self._sink = sink
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = subprocess.Popen(
-            [*_tied_to_parent(), *command],
+            [*tied_to_parent(), *command],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -114,7 +114,7 @@ def stop(children: Iterable[Child], grace: float) -> list[Child]:
     return stragglers
 
 
-def _tied_to_parent() -> list[str]:
+def tied_to_parent() -> list[str]:
     """What goes before a command so that it cannot outlive this process."""
     if sys.platform != "linux":
         return []

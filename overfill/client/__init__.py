@@ -30,9 +30,11 @@ from overfill.client.answers import (
 )
 from overfill.client.requests import Message, Options, Prompt, Tool, ToolCall
 from overfill.client.status import (
+    Activity,
     KvShape,
     Model,
     ModelIdentity,
+    Percentiles,
     ProcessStatus,
     StackStatus,
     WorkerLoad,
@@ -60,6 +62,7 @@ from overfill.rpc.tls import ClientTls
 __all__ = [
     "TTFT_PARTS",
     "Accepted",
+    "Activity",
     "Answer",
     "AsyncClient",
     "AsyncStream",
@@ -79,6 +82,7 @@ __all__ = [
     "Options",
     "OverfillError",
     "Overloaded",
+    "Percentiles",
     "PrefillTrace",
     "ProcessStatus",
     "Produced",

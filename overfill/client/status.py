@@ -8,6 +8,7 @@ from typing import Any, Literal
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
 
 Stage = Literal["router", "prefill", "decode", "unspecified"]
+WorkerState = Literal["starting", "ready", "draining", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +144,51 @@ class WorkerStatus:
     address: str
     process: ProcessStatus | None
 
+    @property
+    def state(self) -> WorkerState:
+        """In a word; "silent" when it did not answer."""
+        if self.process is None:
+            return "silent"
+        if self.process.draining:
+            return "draining"
+        return "ready" if self.process.ready else "starting"
+
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
         process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
         return cls(message.id, _stage(message.stage), message.address, process)
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """How long something took in the last minute, seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a router does, and what it has seen in the last minute.
+
+    Attributes:
+        running, waiting: requests on a decode worker, and those that wait for a worker of either stage.
+        tokens_per_second: handed to clients, mean of the last 10 seconds.
+        answers: complete in the last minute.
+        timing: of those: what ``Timing`` has, ``unattributed``, and ``itl``, the mean time between an answer's tokens.
+    """
+
+    running: int
+    waiting: int
+    tokens_per_second: float
+    answers: int
+    timing: dict[str, Percentiles]
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.Activity) -> Activity:
+        timing = {t.name: Percentiles(t.p50_seconds, t.p90_seconds, t.p99_seconds) for t in message.timing}
+        return cls(message.running, message.waiting, message.tokens_per_second, message.answers, timing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +200,14 @@ class StackStatus:
         workers: of a router, ordered by stage and id.
         complete: of a router: every worker the stack was started with has been ready at least once.
         http_address: of a router: host:port of the OpenAI endpoint; None when there is none.
+        activity: of a router.
     """
 
     process: ProcessStatus
     workers: tuple[WorkerStatus, ...]
     complete: bool
     http_address: str | None
+    activity: Activity | None = None
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
@@ -172,6 +216,7 @@ class StackStatus:
             workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
             complete=message.complete,
             http_address=message.http_address or None,
+            activity=Activity.from_proto(message.activity) if message.HasField("activity") else None,
         )
 
 

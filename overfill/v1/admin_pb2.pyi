@@ -12,16 +12,44 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("process", "workers", "complete", "http_address")
+    __slots__ = ("process", "workers", "complete", "http_address", "activity")
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     process: ProcessStatus
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     complete: bool
     http_address: str
-    def __init__(self, process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., complete: bool = ..., http_address: _Optional[str] = ...) -> None: ...
+    activity: Activity
+    def __init__(self, process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., complete: bool = ..., http_address: _Optional[str] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ...) -> None: ...
+
+class Activity(_message.Message):
+    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    tokens_per_second: float
+    answers: int
+    timing: _containers.RepeatedCompositeFieldContainer[Percentiles]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ...) -> None: ...
+
+class Percentiles(_message.Message):
+    __slots__ = ("name", "p50_seconds", "p90_seconds", "p99_seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    P50_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    P90_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    P99_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    p50_seconds: float
+    p90_seconds: float
+    p99_seconds: float
+    def __init__(self, name: _Optional[str] = ..., p50_seconds: _Optional[float] = ..., p90_seconds: _Optional[float] = ..., p99_seconds: _Optional[float] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
     __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec", "metrics_address")

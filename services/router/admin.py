@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.routing.pool import Roster, Worker
+from overfill.routing.pool import STALE_AFTER, Roster, Worker
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.calls import outcome
 from overfill.rpc.interceptors import Context
@@ -26,6 +26,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     Args:
         process: the router's own status.
         drain: drains the router.
+        activity: what the router does.
         http_address: where the OpenAI endpoint is; empty when there is none.
     """
 
@@ -36,6 +37,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         expected: Expected,
         process: Callable[[], admin_pb2.ProcessStatus],
         drain: Callable[[], None],
+        activity: Callable[[], admin_pb2.Activity],
         http_address: Callable[[], str] = lambda: "",
     ) -> None:
         self._roster = roster
@@ -43,6 +45,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._expected = expected
         self._process = process
         self._drain = drain
+        self._activity = activity
         self._http_address = http_address
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
@@ -52,6 +55,18 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             workers=await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()]),
             complete=self._expected.complete,
             http_address=self._http_address(),
+            activity=self._activity(),
+        )
+
+    def known(self) -> admin_pb2.StatusResponse:
+        """The same as the router knows it from reports, asking nobody; a worker that is silent has no process."""
+        now = asyncio.get_running_loop().time()
+        return admin_pb2.StatusResponse(
+            process=self._process(),
+            workers=[_reported(worker, now) for worker in self._roster.workers()],
+            complete=self._expected.complete,
+            http_address=self._http_address(),
+            activity=self._activity(),
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
@@ -79,3 +94,21 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return status
         status.process.CopyFrom(answer.process)
         return status
+
+
+def _reported(worker: Worker, now: float) -> admin_pb2.WorkerStatus:
+    info, report = worker.info, worker.report
+    status = admin_pb2.WorkerStatus(id=worker.id, stage=info.stage, address=info.address)
+    if report is not None and now - worker.reported_at > STALE_AFTER:
+        return status
+    process = status.process
+    process.id, process.stage, process.address, process.incarnation = (
+        info.id,
+        info.stage,
+        info.address,
+        info.incarnation,
+    )
+    if report is not None:
+        process.ready, process.draining = report.ready, report.draining
+        process.load.CopyFrom(report.load)
+    return status

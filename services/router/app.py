@@ -136,9 +136,18 @@ class Router:
             self._registry,
             registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
         )
+        self._admin = AdminServicer(
+            self.roster,
+            self._connector,
+            expected,
+            self._status,
+            self.drain,
+            self._activity,
+            lambda: self._http_address,
+        )
         self._server.add(
             admin_pb2_grpc.add_AdminServicer_to_server,
-            AdminServicer(self.roster, self._connector, expected, self._status, self.drain, lambda: self._http_address),
+            self._admin,
             admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
         )
 
@@ -217,7 +226,11 @@ class Router:
         from services.router.http.server import HttpServer
 
         self._http_api = HttpApi(
-            self._generator, keys, self._config.max_request_bytes, lambda: not self._stopping.is_set()
+            self._generator,
+            keys,
+            self._config.max_request_bytes,
+            lambda: not self._stopping.is_set(),
+            lambda: self._admin.known(),
         )
         return HttpServer(
             self._http_api.asgi,
@@ -230,6 +243,11 @@ class Router:
         assert self._exporter is not None
         own = {"targets": [self._exporter.address], "labels": {"stage": "router", "worker": self._id}}
         return [own, *self._registry.targets()]
+
+    def _activity(self) -> admin_pb2.Activity:
+        waiting = self.dispatcher.num_waiting
+        now = asyncio.get_running_loop().time()
+        return self._generator.recent.activity(self.dispatcher.num_jobs - waiting, waiting, now)
 
     def _status(self) -> admin_pb2.ProcessStatus:
         draining = self._stopping.is_set()

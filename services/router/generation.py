@@ -23,6 +23,7 @@ from overfill.routing.admission import KeyLimits, Limits
 from overfill.routing.answer import Finish
 from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
+from overfill.routing.recent import Recent
 from overfill.routing.relay import Relay, RelayRequest
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
@@ -43,6 +44,7 @@ class Generator:
 
     Attributes:
         pair, tokenizer, model: what is served.
+        recent: what was seen in the last minute.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.signals = signals
+        self.recent = Recent()
         self._roster = roster
         self._gate = gate
         self._connector = connector
@@ -305,6 +308,7 @@ class Generation:
             yield text.push(event)
             now = loop.time()
             metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
+            self._generator.recent.tokens(len(event.ids), now)
             last = now
             # A resumed answer has its first token already: nothing was waited for.
             if ttft_ns is None and not relay.resumed:
@@ -317,6 +321,7 @@ class Generation:
         self._failure = None
         metrics.answered(self._finished)
         self._generator.signals.finished(self._finished)
+        self._generator.recent.answered(self._finished, loop.time())
 
     async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
         """All of the answer's text as deltas. Raises OverfillError."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from overfill.client.answers import TTFT_PARTS, Timing
 from overfill.errors import InvalidRequest
 
 PERCENTILES = (50, 90, 99)
@@ -20,11 +21,15 @@ class Outcome:
         due: when it should have been sent; latencies count from here, so a late client does not flatter a server.
         times: when tokens came; those of one message came together.
         error: why it failed; None when it did not.
+        sent: when it was sent, where that is known; later than ``due`` when the client is too slow.
+        timing: where the server says that the time went.
     """
 
     due: float
     times: tuple[float, ...]
     error: str | None = None
+    sent: float | None = None
+    timing: Timing | None = None
 
     @property
     def ok(self) -> bool:
@@ -48,6 +53,16 @@ class Outcome:
     def itl(self) -> float:
         """Mean inter-token latency; 0 for an answer of one token."""
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else 0.0
+
+    @property
+    def unattributed(self) -> float | None:
+        """Share of the time from sending to the first token that none of the server's parts covers: the network, and
+        both ends of it. None when the server does not tell its parts."""
+        if not self.ok or self.sent is None or self.timing is None or self.timing.ttft is None:
+            return None
+        seen = self.times[0] - self.sent
+        parts = sum(getattr(self.timing, part) or 0.0 for part in TTFT_PARTS)
+        return (seen - parts) / seen if seen > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +110,21 @@ class Figure:
     unit: str
 
 
+def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
+    """All values of one latency: ``ttft``, ``e2e`` and ``unattributed`` have one per answer, ``itl`` one per gap."""
+    done = [outcome for outcome in outcomes if outcome.ok]
+    if name == "itl":
+        return [gap for outcome in done for gap in outcome.gaps]
+    return [value for outcome in done if (value := getattr(outcome, name)) is not None]
+
+
 def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Figure]:
     """What a run comes to; latencies are None when no request finished."""
     done = [outcome for outcome in outcomes if outcome.ok]
     span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
     found = []
-    for name, values in (
-        ("ttft", [outcome.ttft for outcome in done]),
-        ("itl", [gap for outcome in done for gap in outcome.gaps]),
-        ("e2e", [outcome.e2e for outcome in done]),
-    ):
+    for name in ("ttft", "itl", "e2e"):
+        values = samples(done, name)
         marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
         found += [
             Figure(f"{name}_p{p}", None if mark is None else float(mark), "s")

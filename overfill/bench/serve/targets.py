@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 
+from overfill.bench.serve import openai
 from overfill.bench.serve.load import RequestFailed
 from overfill.client import AsyncClient, SamplingParams
 from overfill.errors import OverfillError
@@ -52,43 +52,20 @@ class OpenAiTarget:
             await self._session.close()
 
     async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
-        body: dict[str, Any] = {
-            "model": self._model,
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if self._extensions:
-            body["ignore_eos"] = True
-            body["stream_options"]["continuous_usage_stats"] = True
+        body = openai.completion_body(self._model, prompt, max_tokens, extensions=self._extensions)
         if self._session is None:
             raise RequestFailed("the target is not open")
-        counted = 0
-        finished = False
+        events = openai.CompletionEvents()
         try:
             async with self._session.post(f"{self._url}/completions", json=body) as response:
                 if response.status != 200:
-                    raise RequestFailed(f"HTTP {response.status}: {_message(await response.text())}")
-                async for data in _events(response):
-                    if data == "[DONE]":
-                        finished = True
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise RequestFailed(_message(data))
-                    if usage := event.get("usage"):
-                        came = usage["completion_tokens"] - counted
-                    else:
-                        came = 1 if event.get("choices") else 0
-                    if came > 0:
-                        counted += came
+                    raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
+                async for line in response.content:
+                    if came := events.push(line):
                         yield came
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
-        if not finished:
-            raise RequestFailed("the stream broke off")
+        events.end()
 
     async def _first_model(self, session: aiohttp.ClientSession) -> str:
         try:
@@ -126,20 +103,3 @@ class GrpcTarget:
                         yield len(delta.token_ids)
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """The data of server-sent events."""
-    async for line in response.content:
-        text = line.decode().strip()
-        if text.startswith("data:"):
-            yield text.removeprefix("data:").strip()
-
-
-def _message(text: str) -> str:
-    """What an OpenAI error says, or the start of whatever came."""
-    try:
-        error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return text[:200]

@@ -23,15 +23,19 @@ from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
 from overfill.api.openai.errors import ApiError, from_error, unauthorized, unknown_url, wrong_method
 from overfill.api.openai.wire import Asked
+from overfill.client import StackStatus
+from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
 from overfill.metrics import CONTENT_TYPE
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.status import as_overfill_error
+from overfill.v1 import admin_pb2
 from services.router.generation import Generator
+from services.router.http import page
 from services.router.http.body import read
 from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
 
-OPEN_ROUTES = frozenset({"/health"})
+OPEN_ROUTES = frozenset({"/health", "/ui"})
 """Those that need no key."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
@@ -45,12 +49,21 @@ class HttpApi:
         keys: who may come in; None lets everybody.
         max_body: most bytes of a request's body.
         ready: whether requests can be served.
+        status: the router and its workers, as the router knows them.
     """
 
-    def __init__(self, generator: Generator, keys: KeyRing | None, max_body: int, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        keys: KeyRing | None,
+        max_body: int,
+        ready: Callable[[], bool],
+        status: Callable[[], admin_pb2.StatusResponse],
+    ) -> None:
         self._generator = generator
         self._max_body = max_body
         self._ready = ready
+        self._status = status
         self._started = int(time.time())
         pair = generator.pair
         self._pair = {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
@@ -65,6 +78,8 @@ class HttpApi:
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
             Route("/version", self._version, methods=["GET"]),
+            Route("/status", self._stack_status, methods=["GET"]),
+            Route("/ui", page.show, methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _on_api_error,
@@ -135,6 +150,10 @@ class HttpApi:
 
     async def _version(self, request: Request) -> Response:
         return _json({"version": __version__, "wire_version": WIRE_VERSION})
+
+    async def _stack_status(self, request: Request) -> Response:
+        status = StackStatus.from_proto(self._status())
+        return _json({"model": self._generator.model, **stack_json(status)}, headers={"cache-control": "no-store"})
 
     def _model_json(self) -> dict[str, Any]:
         model = self._generator.describe()

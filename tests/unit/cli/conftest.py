@@ -98,7 +98,7 @@ class FakeClient:
 def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     """What ``connect`` gives in every client command."""
     client = FakeClient()
-    for module in ("generate", "chat", "status"):
+    for module in ("generate", "chat", "status", "top"):
         monkeypatch.setattr(f"overfill.cli.{module}.connect", client.connect())
     return client
 

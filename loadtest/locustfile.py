@@ -1,0 +1,5 @@
+"""For ``locust -f loadtest/locustfile.py``: the users, shapes and objectives of ``overfill.loadtest``."""
+
+from overfill.loadtest.locustfile import GrpcUser, OpenAiUser, PlannedShape
+
+__all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]

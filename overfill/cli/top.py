@@ -1,0 +1,88 @@
+"""``overfill top``: a running stack, watched in a terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from overfill.cli.options import connect, connection_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from overfill.client import Client, StackStatus
+
+_ANSWER_SECONDS = 5.0
+
+
+@click.command("top")
+@click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Print it once and leave.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per look.")
+@connection_options
+def top_command(
+    interval: float,
+    once: bool,
+    as_json: bool,
+    address: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    api_key: str | None,
+    tls_name: str,
+) -> int:
+    """Watch both pools, the queue, and where the time to first token goes, until ctrl-C.
+
+    Percentiles are those of the answers that became complete in the last minute. With several routers, each counts its
+    own: name the one to watch with --address.
+    """
+    from overfill.cli.output import console
+
+    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+        if as_json:
+            return _print_lines(client, None if once else interval)
+        if once:
+            console().print(_view(client.status(timeout=_ANSWER_SECONDS)))
+            return 0
+        return _watch(client, interval)
+
+
+def _print_lines(client: Client, interval: float | None) -> int:
+    import json
+
+    from overfill.client.status_json import stack_json
+
+    while True:
+        click.echo(json.dumps(stack_json(client.status(timeout=_ANSWER_SECONDS))))
+        if interval is None:
+            return 0
+        time.sleep(interval)
+
+
+def _watch(client: Client, interval: float) -> int:
+    from rich.live import Live
+
+    from overfill.cli.output import console
+    from overfill.errors import OverfillError
+
+    shown = _view(client.status(timeout=_ANSWER_SECONDS))
+    with Live(shown, console=console(), screen=True, auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(interval)
+                try:
+                    shown = _view(client.status(timeout=_ANSWER_SECONDS))
+                except OverfillError as error:  # it may come back
+                    shown = str(error)
+                live.update(shown, refresh=True)
+        except KeyboardInterrupt:
+            return 0
+
+
+def _view(status: StackStatus) -> RenderableType:
+    from overfill.cli.top_view import top_view
+
+    return top_view(status)

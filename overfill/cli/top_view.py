@@ -1,0 +1,85 @@
+"""What ``overfill top`` shows of one look at a stack. Asks nobody."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from overfill.cli.output import PART_NAMES, bar
+from overfill.client import TTFT_PARTS, Activity, StackStatus, WorkerLoad, WorkerStatus
+
+_BAR = 24
+_STATES = {"ready": "green", "starting": "yellow", "draining": "yellow", "silent": "red"}
+
+
+def top_view(status: StackStatus) -> RenderableType:
+    """The router's line, a table per pool, and the parts of the time to first token."""
+    activity = status.activity
+    shown: list[RenderableType] = [_headline(status)]
+    for stage in ("prefill", "decode"):
+        shown.append(_pool(stage, [worker for worker in status.workers if worker.stage == stage]))
+    if activity is not None:
+        shown.append(_times(activity))
+    return Group(*shown)
+
+
+def _headline(status: StackStatus) -> Text:
+    activity = status.activity
+    line = Text.assemble((status.process.id, "bold"), f" at {status.process.address}")
+    if status.process.draining:
+        line.append("  draining", "yellow")
+    if activity is not None:
+        line.append(f"   running {activity.running}   waiting {activity.waiting}")
+        line.append(f"   {activity.tokens_per_second:.1f} tokens/s   {activity.answers} answers in the last minute")
+    return line
+
+
+def _pool(stage: str, workers: list[WorkerStatus]) -> Table:
+    table = Table(title=stage, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column("worker", min_width=12)
+    table.add_column("state", min_width=8)
+    for column in ("running", "waiting", "KV used", "cached", "free"):
+        table.add_column(column, justify="right")
+    table.add_column("", min_width=_BAR, no_wrap=True)
+    for worker in workers:
+        state = Text(worker.state, _STATES[worker.state])
+        load = worker.process.load if worker.process is not None else None
+        if load is None:
+            table.add_row(worker.id, state)
+            continue
+        free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
+        numbers = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_cached, free)
+        table.add_row(worker.id, state, *map(str, numbers), _kv_bar(load))
+    if not workers:
+        table.add_row("none", "")
+    return table
+
+
+def _kv_bar(load: WorkerLoad) -> Text:
+    """Used blocks, then cached ones, out of all."""
+    total = max(1, load.kv_blocks_total)
+    used = round(_BAR * load.kv_blocks_used / total)
+    cached = min(_BAR - used, round(_BAR * load.kv_blocks_cached / total))
+    return Text.assemble(("█" * used, "cyan"), ("▒" * cached, "cyan"), ("·" * (_BAR - used - cached), "dim"))
+
+
+def _times(activity: Activity) -> Table:
+    table = Table(title="last minute", title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column("ms", min_width=20)
+    for mark in ("p50", "p90", "p99"):
+        table.add_column(mark, justify="right", min_width=9)
+    table.add_column("p50 of the first token's", min_width=_BAR, no_wrap=True)
+    whole = activity.timing.get("ttft")
+    names = {"ttft": "first token", **PART_NAMES, "unattributed": "unattributed"}
+    names |= {"handoff_exposed": "handoff exposed", "itl": "between tokens", "total": "end to end"}
+    for name, label in names.items():
+        found = activity.timing.get(name)
+        if found is None:
+            table.add_row(label, "–", "–", "–", "")
+            continue
+        part = name in TTFT_PARTS or name == "unattributed"
+        share = found.p50 / whole.p50 if part and whole is not None and whole.p50 else 0.0
+        table.add_row(f"  {label}" if part else label, *[f"{1e3 * v:.1f}" for v in (found.p50, found.p90, found.p99)],
+                      bar(share, _BAR))  # fmt: skip
+    return table

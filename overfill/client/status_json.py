@@ -1,0 +1,70 @@
+"""A stack's status as JSON: a worker for operators, and the whole for those who watch it. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from overfill.client.status import StackStatus, WorkerStatus
+
+
+def worker_json(worker: WorkerStatus) -> dict[str, Any]:
+    """A worker for operators; what a silent one does not tell is null."""
+    process = worker.process
+    load = process.load if process is not None else None
+    return {
+        "id": worker.id,
+        "stage": worker.stage,
+        "pid": process.pid if process is not None else None,
+        "address": worker.address,
+        "metrics_address": process.metrics_address if process is not None else None,
+        "kv_blocks_used": load.kv_blocks_used if load is not None else None,
+        "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
+        "kv_blocks_total": load.kv_blocks_total if load is not None else None,
+        "running": load.running if load is not None else None,
+        "waiting": load.waiting if load is not None else None,
+        "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
+        "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
+        "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
+    }
+
+
+def stack_json(status: StackStatus) -> dict[str, Any]:
+    """What ``GET /status`` and ``overfill top --json`` tell: no addresses, no process ids. Times are milliseconds."""
+    process, activity = status.process, status.activity
+    told: dict[str, Any] = {
+        "router": {"id": process.id, "state": "draining" if process.draining else "ready"},
+        "workers": [_pool_json(worker) for worker in status.workers],
+    }
+    if activity is not None:
+        told |= {
+            "running": activity.running,
+            "waiting": activity.waiting,
+            "tokens_per_second": round(activity.tokens_per_second, 2),
+            "answers_last_minute": activity.answers,
+            "timing_ms": {
+                name: {mark: round(1e3 * seconds, 3) for mark, seconds in asdict(percentiles).items()}
+                for name, percentiles in activity.timing.items()
+            },
+        }
+    return told
+
+
+def _pool_json(worker: WorkerStatus) -> dict[str, Any]:
+    load = worker.process.load if worker.process is not None else None
+    told: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "state": worker.state}
+    if load is None:
+        return told | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))
+    free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
+    return told | {
+        "running": load.running,
+        "waiting": load.waiting,
+        "queued_tokens": load.queued_tokens,
+        "kv_blocks": {
+            "used": load.kv_blocks_used,
+            "cached": load.kv_blocks_cached,
+            "free": free,
+            "total": load.kv_blocks_total,
+        },
+        "prefix_hit_rate": load.prefix_hit_rate,
+    }

@@ -1,0 +1,41 @@
+"""``/ui``: one page with its style and script inside, which asks only the routes beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+_FILES = files("services.router.http") / "ui"
+
+
+@cache
+def page() -> tuple[str, dict[str, str]]:
+    """The page, and headers that let the browser run and reach nothing else."""
+    style, script = ((_FILES / name).read_text(encoding="utf-8") for name in ("style.css", "app.js"))
+    html = (_FILES / "index.html").read_text(encoding="utf-8")
+    html = html.replace("/* style */", style).replace("/* script */", script)
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+
+
+async def show(request: Request) -> Response:
+    """Needs no key: the page tells nothing, and asks for the key itself."""
+    html, headers = page()
+    return Response(html, headers=headers, media_type="text/html")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

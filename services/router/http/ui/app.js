@@ -1,0 +1,217 @@
+"use strict";
+
+// The names and the order are those of `timing` in docs/openai.md.
+const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed"];
+const TIMES = { ttft: "first token", ...Object.fromEntries(PARTS.map((p) => [p, "· " + p.replaceAll("_", " ")])),
+  itl: "between tokens", total: "end to end" };
+const POLL_MS = 1000;
+const GONE_MS = 60000; // how long a worker that has left stays on the page
+
+const $ = (id) => document.getElementById(id);
+const messages = [];
+const seen = new Map(); // worker id -> {stage, at}: when it was last there
+let model = "";
+let running = null; // the AbortController of the answer that streams
+
+function node(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function headers() {
+  const key = $("key").value.trim();
+  return key ? { authorization: "Bearer " + key } : {};
+}
+
+async function problemOf(response) {
+  if (response.status === 401) return "This server wants an API key.";
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return "HTTP " + response.status;
+  }
+}
+
+// Chat
+
+function turn(who, text) {
+  const made = node("article", "turn");
+  made.append(node("div", "who", who), node("div", "text", text));
+  $("log").append(made);
+  $("log").scrollTop = $("log").scrollHeight;
+  return made;
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+      if (data && data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+async function answer() {
+  const shown = turn("Answer", "");
+  const text = shown.querySelector(".text");
+  let whole = "", told = null, usage = null;
+  running = new AbortController();
+  $("log").setAttribute("aria-busy", "true");
+  busy(true);
+  try {
+    const response = await fetch("/v1/chat/completions", {
+      method: "POST",
+      signal: running.signal,
+      headers: { "content-type": "application/json", ...headers() },
+      body: JSON.stringify({
+        model, messages, stream: true, stream_options: { include_usage: true },
+        max_tokens: Number($("max-tokens").value), temperature: Number($("temperature").value),
+      }),
+    });
+    if (!response.ok) throw new Error(await problemOf(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      whole += event.choices[0]?.delta?.content ?? "";
+      text.textContent = whole;
+      $("log").scrollTop = $("log").scrollHeight;
+      told = event.overfill?.choices?.[0] ?? told;
+      usage = event.usage ?? usage;
+    }
+    if (told) shown.append(details(told, usage));
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      shown.classList.add("failed");
+      text.textContent = whole + (whole ? "\n" : "") + error.message;
+    }
+  } finally {
+    running = null;
+    $("log").setAttribute("aria-busy", "false");
+    $("log").scrollTop = $("log").scrollHeight;
+    busy(false);
+  }
+  messages.push({ role: "assistant", content: whole });
+}
+
+function details(told, usage) {
+  const timing = told.timing, ttft = timing.ttft_ms, made = node("div", "details");
+  const values = PARTS.slice(0, -1).map((part) => timing[part + "_ms"] ?? 0);
+  values.push(Math.max(0, ttft - values.reduce((a, b) => a + b, 0)));
+  const rest = (timing.total_ms - ttft) / 1000, tokens = (usage?.completion_tokens ?? 0) - 1;
+  const facts = ["first token " + ms(ttft)];
+  if (tokens > 0 && rest > 0) facts.push((tokens / rest).toFixed(1) + " tokens/s");
+  facts.push(told.prefill_worker + " → " + told.decode_worker);
+  if (told.migrations) facts.push("moved " + told.migrations + " times");
+  if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
+  const bar = node("div", "bar"), legend = node("ul", "legend");
+  PARTS.forEach((part, i) => {
+    const name = part.replaceAll("_", " "), share = node("span", "p" + i), item = node("li");
+    share.style.width = (100 * values[i]) / ttft + "%";
+    share.dataset.part = part;
+    share.dataset.ms = values[i];
+    bar.append(share);
+    item.append(node("span", "swatch p" + i), " " + name + " " + ms(values[i]));
+    legend.append(item);
+  });
+  bar.setAttribute("role", "img");
+  bar.setAttribute("aria-label", "Parts of the time to first token, listed below");
+  bar.dataset.ttft = ttft;
+  made.append(node("div", "facts", facts.join(" · ")), bar, legend);
+  return made;
+}
+
+const ms = (value) => (value < 100 ? value.toFixed(1) : Math.round(value)) + " ms";
+
+function busy(on) {
+  $("send").disabled = on;
+  $("stop").disabled = !on;
+}
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const prompt = $("prompt").value.trim();
+  if (!prompt || running) return;
+  $("prompt").value = "";
+  messages.push({ role: "user", content: prompt });
+  turn("You", prompt);
+  answer();
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("ask").requestSubmit();
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("clear").addEventListener("click", () => {
+  running?.abort();
+  messages.length = 0;
+  $("log").replaceChildren();
+  $("prompt").focus();
+});
+$("key").addEventListener("change", () => sessionStorage.setItem("overfill-key", $("key").value));
+$("key").value = sessionStorage.getItem("overfill-key") ?? "";
+
+// Workers
+
+async function look() {
+  try {
+    const response = await fetch("/status", { headers: headers(), signal: AbortSignal.timeout(2 * POLL_MS) });
+    if (!response.ok) throw new Error(await problemOf(response));
+    show(await response.json());
+    $("problem").textContent = "";
+  } catch (error) {
+    $("problem").textContent = error instanceof TypeError || error.name === "TimeoutError"
+      ? "The router does not answer." : error.message;
+  }
+  setTimeout(look, POLL_MS);
+}
+
+function show(status) {
+  model = status.model;
+  $("model").textContent = model;
+  $("traffic").textContent = `${status.running} running · ${status.waiting} waiting · ` +
+    `${status.tokens_per_second.toFixed(1)} tokens/s · ${status.answers_last_minute} answers in the last minute`;
+  const now = Date.now(), here = new Set(status.workers.map((worker) => worker.id));
+  for (const worker of status.workers) seen.set(worker.id, { stage: worker.stage, at: now });
+  const gone = [...seen].filter(([id, { at }]) => !here.has(id) && now - at < GONE_MS);
+  const all = [...status.workers, ...gone.map(([id, { stage }]) => ({ id, stage, state: "gone", kv_blocks: null }))];
+  all.sort((a, b) => a.id.localeCompare(b.id));
+  for (const stage of ["prefill", "decode"]) {
+    const rows = all.filter((worker) => worker.stage === stage).map(row);
+    $(stage).replaceChildren(...(rows.length ? rows : [node("li", "quiet", "no worker")]));
+  }
+  $("times").replaceChildren(...Object.entries(TIMES).map(([name, label]) => {
+    const line = node("tr"), found = status.timing_ms[name], head = node("th", "", label);
+    head.scope = "row";
+    line.append(head, ...["p50", "p90", "p99"].map((mark) => node("td", "", found ? found[mark].toFixed(1) : "–")));
+    return line;
+  }));
+}
+
+function row(worker) {
+  const made = node("li"), kv = worker.kv_blocks;
+  made.dataset.worker = worker.id;
+  made.append(node("span", "state " + worker.state, worker.state), node("span", "name", worker.id));
+  if (!kv) return made;
+  const bar = node("div", "bar");
+  for (const kind of ["used", "cached", "free"]) {
+    const share = node("span", kind);
+    share.style.width = (100 * kv[kind]) / Math.max(1, kv.total) + "%";
+    bar.append(share);
+  }
+  bar.setAttribute("role", "img");
+  bar.setAttribute("aria-label", "KV blocks, counted below");
+  made.append(bar, node("div", "quiet", `${worker.running} running · ${worker.waiting} waiting · ` +
+    `KV ${kv.used} used, ${kv.cached} cached, ${kv.free} free`));
+  return made;
+}
+
+look();
+$("prompt").focus();

@@ -1,0 +1,66 @@
+"""`overfill loadtest` against a stack of real processes, over both protocols, with locust in a process of its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from stacks import running_stack
+
+from overfill.cli.main import main
+
+TINY = ["--vocab-size=512", "--prompt-tokens=20", "--output-tokens=6"]
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with running_stack(tiny_pair, http=0) as (stack, address):
+        yield f"grpc://{address}", stack.plan.openai_urls[0]
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_trace_over_grpc_meets_its_objectives(stack, tmp_path, capfd):
+    trace, told, page = tmp_path / "trace.jsonl", tmp_path / "told.jsonl", tmp_path / "report.html"
+    lines = [
+        {"timestamp": 50 * i, "input_length": 1000, "output_length": 200, "hash_ids": [1, 2 + i]} for i in range(6)
+    ]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [f"--target={stack[0]}", f"--trace={trace}", "--length-scale=0.05", *TINY[:1]]
+    code = main(["loadtest", *arguments, "--slo=ttft_p95=60,itl_p99=60", f"--records={told}", f"--report={page}"])
+    out = capfd.readouterr().out
+    assert code == 0, out
+    assert "6 of 6" in out
+    found = records(told)
+    assert [len(record["times"]) for record in found] == [10] * 6
+    assert [round(record["due"], 3) for record in found] == pytest.approx([0.05 * i for i in range(6)], abs=0.01)
+    assert all(record["timing"]["prefill_compute"] > 0 for record in found)
+    assert page.read_text().count("<svg") == 2
+
+
+def test_users_over_openai_miss_what_nobody_could_meet(stack, tmp_path, capfd):
+    told = tmp_path / "told.jsonl"
+    arguments = [f"--target={stack[1]}", "--requests=6", "--users=2", f"--records={told}", *TINY]
+    assert main(["loadtest", *arguments, "--slo=e2e_p50=0.000001,errors=0"]) == 1
+    captured = capfd.readouterr()
+    assert "missed: e2e_p50: " in captured.err
+    assert "missed: errors" not in captured.err
+    found = records(told)
+    assert [len(record["times"]) for record in found] == [6] * 6
+    assert all(record["timing"]["prefill_compute"] > 0 for record in found), "the endpoint tells its parts"
+
+
+def test_nobody_there_is_neither_met_nor_missed(capfd):
+    assert main(["loadtest", "--target=http://127.0.0.1:9/v1", "--requests=1", *TINY]) == 2
+    assert "nothing was measured" in capfd.readouterr().err
+
+
+def test_wrong_options_are_told_before_anything_starts(tmp_path, capfd):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("a,b\n1,2\n")
+    assert main(["loadtest", f"--trace={trace}"]) == 2
+    assert "--trace: " in capfd.readouterr().err
+    assert main(["loadtest", "--slo=ttft=2"]) == 2
+    assert "--slo: 'ttft=2' is no objective" in capfd.readouterr().err

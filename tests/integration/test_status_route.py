@@ -1,0 +1,61 @@
+"""`GET /status` and the router's part of Admin.Status: what a router knows without asking anybody."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+
+from mocks import mock_stack
+
+from overfill.client import Client, SamplingParams
+from overfill.routing.pool import STALE_AFTER
+
+
+def status(stack):
+    with urllib.request.urlopen(f"{stack.url}/status") as response:
+        return json.load(response)
+
+
+def test_the_last_minute_and_both_pools_are_told(tiny_pair):
+    with mock_stack(tiny_pair, decode=2) as stack, Client(stack.grpc) as client:
+        assert status(stack)["timing_ms"] == {}
+        for _ in range(3):
+            client.generate("Hi", sampling=SamplingParams(max_tokens=5))
+        told = status(stack)
+        assert told["model"] == client.models()[0].name
+        assert [(w["id"], w["stage"], w["state"]) for w in told["workers"]] == [
+            ("prefill-0", "prefill", "ready"), ("decode-0", "decode", "ready"), ("decode-1", "decode", "ready"),
+        ]  # fmt: skip
+        assert (told["answers_last_minute"], told["running"], told["waiting"]) == (3, 0, 0)
+        times = told["timing_ms"]
+        assert 0 < times["ttft"]["p50"] <= times["ttft"]["p99"] <= times["total"]["p99"]
+        assert {"router_queue", "prefill_compute", "unattributed", "itl"} <= set(times)
+        blocks = told["workers"][1]["kv_blocks"]
+        assert blocks["used"] + blocks["cached"] + blocks["free"] == blocks["total"]
+        assert "127.0.0.1" not in json.dumps(told), "clients are not told where workers are"
+        # The same over gRPC.
+        activity = client.status().activity
+        assert activity.answers == 3
+        assert activity.timing["ttft"].p50 > 0
+
+
+def test_tokens_per_second_count_once_their_second_is_over(tiny_pair):
+    with mock_stack(tiny_pair) as stack, Client(stack.grpc) as client:
+        client.generate("Hi", sampling=SamplingParams(max_tokens=30))
+        deadline = time.monotonic() + 20
+        while (rate := status(stack)["tokens_per_second"]) != 3.0:
+            assert time.monotonic() < deadline, rate
+            time.sleep(0.05)
+
+
+def test_a_worker_that_does_not_report_is_silent(tiny_pair):
+    with mock_stack(tiny_pair) as stack:
+
+        async def look_after_silence():
+            (worker,) = stack.router.roster.decode
+            worker.reported_at -= STALE_AFTER + 1
+            return stack.router._admin.known()
+
+        known = stack.call(look_after_silence())
+        assert [w.HasField("process") for w in known.workers] == [True, False]

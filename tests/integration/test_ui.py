@@ -1,0 +1,111 @@
+"""The page at /ui in a real browser, before a stack of real processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+import pytest
+from stacks import children, running_stack
+
+from overfill.api import keys
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("chromium") and shutil.which("chromedriver")),
+        reason="needs Chromium and its driver: apt-get install chromium chromium-driver",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+    options = ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,800"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = Chrome(options, ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(30)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with running_stack(tiny_pair, decode=2, http=0) as (stack, _):
+        yield stack, stack.plan.openai_urls[0].removesuffix("/v1")
+
+
+def until(browser, script, what, seconds=60.0):
+    """The value of ``script``, a JavaScript expression, as soon as it is not empty."""
+    deadline = time.monotonic() + seconds
+    while not (value := browser.execute_script(f"return {script}")):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def ask(browser, text, most=40):
+    browser.execute_script(f"document.getElementById('max-tokens').value = {most}")
+    browser.find_element("id", "prompt").send_keys(text, "\n")
+
+
+def test_an_answer_streams_and_its_parts_add_up(browser, stack):
+    browser.get(f"{stack[1]}/ui")
+    until(browser, "document.getElementById('model').textContent", "the status arrived")
+    # Every text that the answer ever had.
+    browser.execute_script("""
+        window.texts = new Set();
+        new MutationObserver(() => {
+            const shown = document.querySelector('.turn:last-child .text');
+            if (shown) texts.add(shown.textContent);
+        }).observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true});
+    """)
+    ask(browser, "Tell me about a river.")
+    bar = until(
+        browser,
+        "(b => b && {ttft: +b.dataset.ttft, parts: [...b.children].map(p => +p.dataset.ms),"
+        " names: [...b.children].map(p => p.dataset.part), width: b.clientWidth,"
+        " widths: [...b.children].map(p => p.getBoundingClientRect().width)})"
+        "(document.querySelector('.details .bar'))",
+        "the answer is complete",
+    )
+    assert browser.execute_script("return texts.size") > 3, "the text came bit by bit"
+    assert bar["names"][-1] == "unattributed"
+    assert sum(bar["parts"]) == pytest.approx(bar["ttft"], rel=1e-3)
+    assert all(part >= 0 for part in bar["parts"])
+    assert sum(bar["widths"]) == pytest.approx(bar["width"], abs=len(bar["widths"]))
+    facts = browser.execute_script("return document.querySelector('.facts').textContent")
+    assert "tokens/s" in facts
+    assert "prefill-0 → decode-" in facts
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_a_killed_worker_shows(browser, stack):
+    browser.get(f"{stack[1]}/ui")
+    state = "(w => w && w.querySelector('.state').textContent)(document.querySelector('[data-worker=decode-1]'))"
+    until(browser, f"{state} === 'ready'", "both decode workers are there")
+    victim = next(child for child in children(stack[0], "decode") if child.name == "decode-1")
+    killed = time.monotonic()
+    os.kill(victim.pid, 9)
+    until(browser, f"{state} === 'gone'", "the page shows it", seconds=20)  # within 2 s where the machine is not busy
+    print(f"a killed worker showed after {time.monotonic() - killed:.2f} s")
+
+
+def test_a_key_is_asked_for_where_one_is_needed(browser, tiny_pair, tmp_path):
+    file = tmp_path / "keys.json"
+    key = keys.create(file, "ui")
+    with running_stack(tiny_pair, http=0, api_keys=file) as (stack, _):
+        browser.get(f"{stack.plan.openai_urls[0].removesuffix('/v1')}/ui")
+        until(browser, "document.getElementById('problem').textContent.includes('API key')", "the page says so")
+        browser.find_element("id", "key").send_keys(key)
+        until(browser, "document.querySelector('[data-worker=decode-0]') !== null", "the workers are shown")
+        assert browser.execute_script("return document.getElementById('problem').textContent") == ""
+        ask(browser, "Hi", most=5)
+        until(browser, "document.querySelector('.details') !== null", "the answer is complete")

@@ -1,0 +1,74 @@
+"""`overfill top` on canned looks at a stack."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from overfill.cli.main import main
+from overfill.client import Activity, Percentiles, ProcessStatus, StackStatus, WorkerLoad, WorkerStatus
+
+
+def process(name: str, stage: Any, load: WorkerLoad | None) -> ProcessStatus:
+    return ProcessStatus(
+        id=name, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
+        software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None,
+    )  # fmt: skip
+
+
+LOAD = WorkerLoad(16, 32, 64, running=5, waiting=2, block_size=16, queued_tokens=300)
+LOOK = StackStatus(
+    process=process("router-a", "router", None),
+    workers=(
+        WorkerStatus("prefill-0", "prefill", "127.0.0.1:2", process("prefill-0", "prefill", LOAD)),
+        WorkerStatus("decode-0", "decode", "127.0.0.1:3", None),
+    ),
+    complete=True,
+    http_address=None,
+    activity=Activity(
+        running=7,
+        waiting=3,
+        tokens_per_second=12.34,
+        answers=9,
+        timing={"ttft": Percentiles(0.1, 0.2, 0.3), "prefill_compute": Percentiles(0.05, 0.06, 0.07)},
+    ),
+)
+
+
+def test_once_shows_both_pools_the_queue_and_the_parts(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = LOOK
+    assert main(["top", "--once"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    def line(word: str) -> list[str]:
+        return next(line for line in lines if line.strip().startswith(word)).split()
+
+    assert {"7", "3", "12.3", "9"} <= set(line("router-a"))
+    assert line("prefill-0")[:7] == ["prefill-0", "ready", "5", "2", "16", "32", "16"]
+    assert line("prefill-0")[7] == "█" * 6 + "▒" * 12 + "·" * 6
+    assert line("decode-0") == ["decode-0", "silent"]
+    assert line("first token")[:5] == ["first", "token", "100.0", "200.0", "300.0"]
+    assert line("prefill compute")[-1].startswith("█" * 12), "half of the first token's time"
+    assert line("router queue")[2:] == ["–"] * 3, "what nobody measured is not shown as nothing"
+
+
+def test_json_is_a_line_for_scripts(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = LOOK
+    assert main(["top", "--once", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert told["router"] == {"id": "router-a", "state": "ready"}
+    assert (told["running"], told["waiting"], told["answers_last_minute"]) == (7, 3, 9)
+    assert told["timing_ms"]["ttft"] == {"p50": 100, "p90": 200, "p99": 300}
+    prefill, decode = told["workers"]
+    assert prefill["kv_blocks"] == {"used": 16, "cached": 32, "free": 16, "total": 64}
+    assert (decode["state"], decode["kv_blocks"], decode["running"]) == ("silent", None, None)
+
+
+def test_a_stack_of_an_older_version_has_no_activity(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = replace(LOOK, activity=None)
+    assert main(["top", "--once"]) == 0
+    assert "prefill-0" in capsys.readouterr().out
