@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from overfill.bench.serve.outcome import Objective
 from overfill.routing.dispatcher import Job
 from overfill.simulate.decode import Sequence as DecodeSequence
 from overfill.simulate.prefill import Ticket
@@ -80,6 +81,11 @@ class SimRequest:
     @property
     def e2e(self) -> float:
         return float("inf") if self.last is None else self.last - self.trace.arrival
+
+    def meets(self, objective: Objective) -> bool:
+        """Whether it was answered within the objective."""
+        pairs = ((objective.ttft, self.ttft), (objective.itl, self.itl), (objective.e2e, self.e2e))
+        return self.ok and all(limit is None or value <= limit for limit, value in pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,13 +39,11 @@ class Result:
 
     def met(self, objective: Objective) -> list[SimRequest]:
         """Requests that were answered within the objective."""
-        limits = [objective.ttft, objective.itl, objective.e2e]
-        ttft, itl, e2e = (float("inf") if limit is None else limit for limit in limits)
-        return [r for r in self.requests if r.ok and r.ttft <= ttft and r.itl <= itl and r.e2e <= e2e]
+        return [request for request in self.requests if request.meets(objective)]
 
     def attainment(self, objective: Objective) -> float:
         """Share of all requests that meet it."""
-        return len(self.met(objective)) / len(self.requests)
+        return len(self.met(objective)) / max(1, len(self.requests))
 
     @property
     def span(self) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from overfill.bench.serve.outcome import Objective
 from overfill.errors import OverfillError
 from overfill.routing.dispatcher import Job, JobState, Rejection
 from overfill.routing.pool import PREFILL, Roster
@@ -46,6 +47,7 @@ class Options:
         mtbf: mean seconds until a worker dies; None: they do not. A new one starts in its place.
         check: hold the books and the *Waiting* rule after every event.
         seed: of failures.
+        objective, most_misses: stop once more than ``most_misses`` requests have ended outside ``objective``.
         patience: seconds after the last arrival when what has not ended has failed.
     """
 
@@ -54,12 +56,14 @@ class Options:
     policy: str = "least-load"
     scaling: ScalingConfig | None = None
     prefix_cache: bool = True
-    max_queue: int = 1_000_000
+    max_queue: int = 1024
     report_gap: float = 0.05
     mtbf: float | None = None
     check: bool = False
     seed: int = 0
     patience: float = 3600.0
+    objective: Objective | None = None
+    most_misses: int = 0
 
 
 class Simulation:
@@ -74,6 +78,7 @@ class Simulation:
         self.open: dict[Job, SimRequest] = {}
         self.workers: dict[str, SimWorker] = {}
         self._trace = trace
+        self._misses, self._hopeless = 0, False
         self._shares = any(request.blocks for request in trace)
         self._requests: list[SimRequest] = []
         self._gaps = Histogram()
@@ -96,7 +101,7 @@ class Simulation:
         span = self._trace[-1].arrival
         self.clock.at(0.0, self._sample, max(1.0, span / 300))
         limit, told = span + self.options.patience, 0
-        while (self.open or len(self._requests) < len(self._trace)) and self.clock.now < limit:
+        while (self.open or len(self._requests) < len(self._trace)) and self.clock.now < limit and not self._hopeless:
             self.clock.step()
             if self.options.check:
                 self._check()
@@ -297,6 +302,9 @@ class Simulation:
             request.attempt.over = True
         if self._scaler is not None and not error:
             self._scaler.finished(request)
+        if (objective := self.options.objective) is not None and not request.meets(objective):
+            self._misses += 1
+            self._hopeless = self._misses > self.options.most_misses
         self.dispatcher.finish(request.job)
         del self.open[request.job]
 
