@@ -242,16 +242,16 @@ def _compare(
     requests: list[TraceRequest], profile: Profile, options: Options, objective: Objective, as_json: bool
 ) -> int:
     from overfill.pair.progress import progress_bars
-    from overfill.simulate.policies import POLICIES
+    from overfill.simulate.policies import NAMES
     from overfill.simulate.stack import Simulation
     from overfill.simulate.tables import policy_table
 
     results = []
     with progress_bars() as report:
-        for number, name in enumerate(POLICIES):
-            report("Policies", number, len(POLICIES))
+        for number, name in enumerate(NAMES):
+            report("Policies", number, len(NAMES))
             results.append(Simulation(requests, profile, replace(options, policy=name)).run())
-        report("Policies", len(POLICIES), len(POLICIES))
+        report("Policies", len(NAMES), len(NAMES))
     if as_json:
         print_json([result.to_json(objective) for result in results])
     else:

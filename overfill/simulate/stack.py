@@ -23,7 +23,7 @@ from overfill.simulate.decode import Sequence as DecodeSequence
 from overfill.simulate.decode import SequenceState
 from overfill.simulate.histogram import Histogram
 from overfill.simulate.observer import Observer
-from overfill.simulate.policies import make_dispatcher
+from overfill.simulate.policies import make_dispatcher, make_job
 from overfill.simulate.prefill import Ticket
 from overfill.simulate.profiles import Profile
 from overfill.simulate.request import Attempt, Counters, SimRequest, attempt_of
@@ -205,7 +205,7 @@ class Simulation:
 
     def _arrive(self, index: int) -> None:
         trace = self._trace[index]
-        job = Job(id=f"r{index}", prompt_tokens=trace.prompt_tokens, max_tokens=trace.output_tokens)
+        job = make_job(f"r{index}", trace)
         request = SimRequest(trace, job, trace.blocks)
         self._requests.append(request)
         if index + 1 < len(self._trace):
