@@ -14,8 +14,8 @@ from overfill.simulate.traces import Arrivals, TraceKind, TraceRequest
 if TYPE_CHECKING:
     from overfill.bench.serve.outcome import Objective
     from overfill.routing.scaling import ScalingConfig
+    from overfill.simulate.options import Options
     from overfill.simulate.profiles import Profile
-    from overfill.simulate.stack import Options
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -148,8 +148,8 @@ def simulate_command(
     Placement, queueing and scaling are the router's own code; what a worker takes for its work comes from a profile.
     """
     from overfill.bench.serve.outcome import Objective
+    from overfill.simulate.options import Options
     from overfill.simulate.profiles import load_profile
-    from overfill.simulate.stack import Options
 
     if sum((size, compare_policies, autoscale)) > 1:
         raise click.UsageError("--size, --compare-policies and --autoscale exclude each other")

@@ -116,7 +116,10 @@ class Sample:
 
 @dataclass(slots=True)
 class Counters:
-    """What a run counted. Times in seconds of virtual time, but for ``wall``."""
+    """What a run counted. Times in seconds of virtual time.
+
+    Of real time are ``wall``, ``decision_seconds`` (in the dispatcher, reports apart) and ``report_seconds``.
+    """
 
     events: int = 0
     decisions: int = 0
@@ -127,6 +130,8 @@ class Counters:
     migrations: int = 0
     wall: float = 0.0
     decision_seconds: float = 0.0
+    reports: int = 0
+    report_seconds: float = 0.0
     prefill_worker_seconds: float = 0.0
     decode_worker_seconds: float = 0.0
     prefill_busy: float = 0.0

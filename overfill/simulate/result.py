@@ -15,7 +15,7 @@ from overfill.simulate.profiles import Profile
 from overfill.simulate.request import Counters, Sample, SimRequest
 
 if TYPE_CHECKING:
-    from overfill.simulate.stack import Options
+    from overfill.simulate.options import Options
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -83,6 +83,7 @@ class Result:
             "migrations": float(counters.migrations),
             "failures": float(counters.failures),
             "decision_us": 1e6 * counters.decision_seconds / counters.decisions if counters.decisions else None,
+            "report_us": 1e6 * counters.report_seconds / counters.reports if counters.reports else None,
             "requests_per_minute": 60 * len(self.requests) / counters.wall if counters.wall else None,
         }
         if objective is not None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from overfill.bench.serve.outcome import Objective
 from overfill.errors import InvalidRequest
+from overfill.simulate.options import Options
 from overfill.simulate.profiles import Profile
 from overfill.simulate.result import Result
-from overfill.simulate.stack import Options, Simulation
+from overfill.simulate.stack import Simulation
 from overfill.simulate.traces import TraceRequest
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
-from overfill.bench.serve.outcome import Objective
 from overfill.errors import OverfillError
 from overfill.routing.dispatcher import Job, JobState, Rejection
 from overfill.routing.pool import PREFILL, Roster
-from overfill.routing.scaling import ScalingConfig
 from overfill.simulate.autoscale import Autoscaler
 from overfill.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.simulate.clock import Clock
@@ -23,6 +21,7 @@ from overfill.simulate.decode import Sequence as DecodeSequence
 from overfill.simulate.decode import SequenceState
 from overfill.simulate.histogram import Histogram
 from overfill.simulate.observer import Observer
+from overfill.simulate.options import Options
 from overfill.simulate.policies import make_dispatcher, make_job
 from overfill.simulate.prefill import Ticket
 from overfill.simulate.profiles import Profile
@@ -32,38 +31,7 @@ from overfill.simulate.traces import TraceRequest
 from overfill.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to run.
-
-    Attributes:
-        prefill, decode: workers at the start; all the time when ``scaling`` is None.
-        policy: name of a routing policy.
-        scaling: the scaling policy's configuration.
-        prefix_cache: whether prefill workers keep prompts' KV.
-        max_queue: most requests that wait in the router; the others are refused.
-        report_gap: least seconds between two reports of a worker.
-        mtbf: mean seconds until a worker dies; None: they do not. A new one starts in its place.
-        check: hold the books and the *Waiting* rule after every event.
-        seed: of failures.
-        objective, most_misses: stop once more than ``most_misses`` requests have ended outside ``objective``.
-        patience: seconds after the last arrival when what has not ended has failed.
-    """
-
-    prefill: int = 1
-    decode: int = 1
-    policy: str = "least-load"
-    scaling: ScalingConfig | None = None
-    prefix_cache: bool = True
-    max_queue: int = 1024
-    report_gap: float = 0.05
-    mtbf: float | None = None
-    check: bool = False
-    seed: int = 0
-    patience: float = 3600.0
-    objective: Objective | None = None
-    most_misses: int = 0
+_T = TypeVar("_T")
 
 
 class Simulation:
@@ -147,7 +115,10 @@ class Simulation:
 
     def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None:
         if worker.entry is not None:
+            began = perf_counter()
             self.dispatcher.report(worker.entry, report, self.clock.now)
+            self.counters.report_seconds += perf_counter() - began
+            self.counters.reports += 1
             if worker.draining and not worker.active:
                 self._remove(worker)
             self._poll()
@@ -214,17 +185,14 @@ class Simulation:
             self._scaler.arrived(request)
         self.open[job] = request
         try:
-            self.dispatcher.submit(job, self.clock.now)
+            self._ask(self.dispatcher.submit, job, self.clock.now)
         except OverfillError as error:
             self._end(request, type(error).__name__)
             return
         self._poll()
 
     def _poll(self) -> None:
-        began = perf_counter()
-        outcomes = self.dispatcher.poll(self.clock.now)
-        self.counters.decision_seconds += perf_counter() - began
-        for outcome in outcomes:
+        for outcome in self._ask(self.dispatcher.poll, self.clock.now):
             self.counters.decisions += 1
             request = self.open[outcome.job]
             if isinstance(outcome, Rejection):
@@ -238,16 +206,24 @@ class Simulation:
                 request.attempt = attempt = Attempt.start(request, outcome.worker.id)
                 self.clock.after(self.profile.hop, self._reserve, attempt)
 
+    def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
+        """Calls the dispatcher, and counts how long it takes."""
+        began = perf_counter()
+        try:
+            return method(*args, **named)
+        finally:
+            self.counters.decision_seconds += perf_counter() - began
+
     def _reserved(self, attempt: Attempt) -> None:
         if not attempt.over:
-            self.dispatcher.reserved(attempt.request.job)
+            self._ask(self.dispatcher.reserved, attempt.request.job)
             self._poll()
 
     def _refused(self, attempt: Attempt, load: decode_pb2.WorkerLoad) -> None:
         if not attempt.over:
             attempt.over = True
             self.counters.refusals += 1
-            self.dispatcher.refused(attempt.request.job, load)
+            self._ask(self.dispatcher.refused, attempt.request.job, load)
             self._poll()
 
     def _tokens(self, attempt: Attempt) -> None:
@@ -258,7 +234,7 @@ class Simulation:
         if request.first is None:
             request.first, request.emitted = self.clock.now, 1
         if request.job.prefill is not None:
-            self.dispatcher.prefill_done(request.job)
+            self._ask(self.dispatcher.prefill_done, request.job)
             self._poll()
 
     def _done(self, attempt: Attempt) -> None:
@@ -283,14 +259,14 @@ class Simulation:
             request.migrations += 1
             self.counters.migrations += 1
             request.job.emitted = request.emitted
-            self.dispatcher.lost(request.job, self.clock.now, gone=gone)
+            self._ask(self.dispatcher.lost, request.job, self.clock.now, gone=gone)
         self._poll()
 
     def _need_prefill(self, attempt: Attempt, failed: bool) -> None:
         job = attempt.request.job
         if attempt.over or job.state is JobState.WANTS_PREFILL:  # it gets the one that it waits for
             return
-        self.dispatcher.need_prefill(job, job.prefill, failed=failed, closed=failed)
+        self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, closed=failed)
         self._poll()
 
     def _end(self, request: SimRequest, error: str) -> None:
@@ -305,7 +281,7 @@ class Simulation:
         if (objective := self.options.objective) is not None and not request.meets(objective):
             self._misses += 1
             self._hopeless = self._misses > self.options.most_misses
-        self.dispatcher.finish(request.job)
+        self._ask(self.dispatcher.finish, request.job)
         del self.open[request.job]
 
     # -- on the way to and from workers ----------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from overfill.bench.serve.outcome import Objective
 from overfill.errors import InvalidRequest
 from overfill.routing.scaling import Bounds, ScalingConfig
+from overfill.simulate.options import Options
 from overfill.simulate.policies import NAMES
 from overfill.simulate.profiles import CPU
 from overfill.simulate.sizing import SizeSearch
-from overfill.simulate.stack import Options, Simulation
+from overfill.simulate.stack import Simulation
 from overfill.simulate.traces import TraceRequest, synthetic
 
 OBJECTIVE = Objective(ttft=2, itl=0.1)
