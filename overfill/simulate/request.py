@@ -118,7 +118,8 @@ class Sample:
 class Counters:
     """What a run counted. Times in seconds of virtual time.
 
-    Of real time are ``wall``, ``decision_seconds`` (in the dispatcher, reports apart) and ``report_seconds``.
+    CPU time are ``cpu_seconds``, and of those ``decision_seconds`` (in the dispatcher, reports apart) and
+    ``report_seconds``.
     """
 
     events: int = 0
@@ -128,7 +129,7 @@ class Counters:
     preemptions: int = 0
     failures: int = 0
     migrations: int = 0
-    wall: float = 0.0
+    cpu_seconds: float = 0.0
     decision_seconds: float = 0.0
     reports: int = 0
     report_seconds: float = 0.0

@@ -84,7 +84,7 @@ class Result:
             "failures": float(counters.failures),
             "decision_us": 1e6 * counters.decision_seconds / counters.decisions if counters.decisions else None,
             "report_us": 1e6 * counters.report_seconds / counters.reports if counters.reports else None,
-            "requests_per_minute": 60 * len(self.requests) / counters.wall if counters.wall else None,
+            "requests_per_cpu_minute": 60 * len(self.requests) / counters.cpu_seconds if counters.cpu_seconds else None,
         }
         if objective is not None:
             found["attainment"] = self.attainment(objective)
