@@ -90,7 +90,7 @@ class _Load:
 @click.option(
     "--decode", type=click.IntRange(1), default=1, show_default=True, help="Workers; with --autoscale at first."
 )
-@click.option("--policy", default="least-load", show_default=True, help="Who gets a request.")
+@click.option("--policy", default="default", show_default=True, help="Who gets a request.")
 @click.option(
     "--prefix-cache", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Of prefill workers."
 )

@@ -28,7 +28,7 @@ class Options:
 
     prefill: int = 1
     decode: int = 1
-    policy: str = "least-load"
+    policy: str = "default"
     scaling: ScalingConfig | None = None
     prefix_cache: bool = True
     max_queue: int = 1024
