@@ -64,13 +64,9 @@ class Autoscaler:
 
     def _states(self, prefill: list[PrefillWorker], decode: list[DecodeWorker]) -> tuple[PoolState, PoolState]:
         simulation = self._simulation
-        now = simulation.clock.now
-        slots = any(worker.admissible(now) for worker in simulation.roster.prefill)
         jobs = [request.job for request in simulation.open.values()]
         waiting = [job for job in jobs if job.state is JobState.WAITING]
-        wanting = [job for job in jobs if job.state in (JobState.PLACED, JobState.WANTS_PREFILL)]
-        # A request that waits for a decode worker while there are prefill slots is decode's to answer for.
-        ahead = wanting if slots else wanting + waiting
+        ahead = [job for job in jobs if job.state in (JobState.PLACED, JobState.WANTS_PREFILL)]
         tokens = sum(job.prompt_tokens for job in ahead) + sum(w.engine.queued_tokens for w in prefill)
         model = simulation.profile.decode
         return (
@@ -82,8 +78,8 @@ class Autoscaler:
             ),
             PoolState(
                 **_counts(decode),
-                waiting_jobs=len(waiting) if slots else 0,
-                waiting_tokens=0,
+                waiting_jobs=len(waiting),
+                waiting_tokens=sum(job.prompt_tokens for job in waiting),
                 running=sum(w.engine.num_running for w in decode),
                 kv_tokens=model.kv_tokens,
             ),
