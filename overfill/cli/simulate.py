@@ -104,6 +104,7 @@ class _Load:
 @click.option("--mtbf", type=_POSITIVE, help="Workers die after so many seconds on average and are replaced.")
 @click.option("--autoscale", is_flag=True, help="The scaling policy adds and drains workers.")
 @click.option("--max-workers", type=click.IntRange(2), help="With --autoscale: most of both kinds together.")
+@click.option("--use-all", is_flag=True, help="With --max-workers: always run them all, and only divide them.")
 @click.option("--size", is_flag=True, help="Search how many of each kind the objective needs.")
 @click.option(
     "--share", type=click.FloatRange(0.5, 1), default=0.95, show_default=True, help="Of requests, for --size."
@@ -135,6 +136,7 @@ def simulate_command(
     mtbf: float | None,
     autoscale: bool,
     max_workers: int | None,
+    use_all: bool,
     size: bool,
     share: float,
     costs: str,
@@ -157,6 +159,8 @@ def simulate_command(
         raise click.UsageError("--max-workers is for --autoscale; fixed pools have --prefill and --decode workers")
     if plot is not None and (size or compare_policies):
         raise click.UsageError("--plot draws the timeline of one run; leave out --size and --compare-policies")
+    if use_all and max_workers is None:
+        raise click.UsageError("--use-all needs --max-workers: all of how many")
     objective = Objective.parse(slo)
     profile = load_profile(profile_name)
     if startup is not None:
@@ -167,7 +171,7 @@ def simulate_command(
         prefill=prefill,
         decode=decode,
         policy=policy,
-        scaling=_scaling(profile, objective, max_workers) if autoscale else None,
+        scaling=_scaling(profile, objective, max_workers, use_all) if autoscale else None,
         prefix_cache=prefix_cache == "on",
         max_queue=max_queue,
         mtbf=mtbf,
@@ -259,7 +263,7 @@ def _compare(
     return 0
 
 
-def _scaling(profile: Profile, objective: Objective, max_workers: int | None) -> ScalingConfig:
+def _scaling(profile: Profile, objective: Objective, max_workers: int | None, use_all: bool) -> ScalingConfig:
     from overfill.routing.scaling import Bounds, ScalingConfig
 
     given: dict[str, Any] = {name: limit for name in ("ttft", "itl") if (limit := getattr(objective, name)) is not None}
@@ -269,6 +273,7 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None) ->
         prefill=bounds,
         decode=bounds,
         max_total=max_workers,
+        use_all=use_all,
         prefill_rate=profile.prefill_rate,
         step=profile.decode.cost,
         max_batch=profile.decode.max_seqs,
