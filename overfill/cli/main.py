@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
     "bench": ("overfill.cli.bench:bench_group", "Measure a stack."),
     "loadtest": ("overfill.cli.loadtest:loadtest_command", "Load a stack with locust; hold it against objectives."),
+    "simulate": ("overfill.cli.simulate:simulate_command", "Play a trace on modelled workers; size pools."),
     "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
 }
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 from overfill.routing.capacity import PrefillRate, StepCost, StepTime
@@ -47,6 +47,7 @@ class ScalingConfig:
         quantile: share of requests that is to meet them.
         prefill, decode: bounds of the pools.
         max_total: most workers of both together; when more are needed, both get the same share of their need.
+        use_all: keep all ``max_total`` workers and only divide them: they are paid for anyway.
         prefill_rate: prior of prompt tokens/s that a prefill worker computes.
         step: prior of a decode step's cost.
         prompt_tokens, answer_tokens: priors of mean lengths.
@@ -66,6 +67,7 @@ class ScalingConfig:
     prefill: Bounds = field(default_factory=Bounds)
     decode: Bounds = field(default_factory=Bounds)
     max_total: int | None = None
+    use_all: bool = False
     prefill_rate: float = 1000.0
     step: StepCost = field(default_factory=lambda: StepCost(0.01, 0.0005, 0.0))
     prompt_tokens: float = 512.0
@@ -89,6 +91,8 @@ class ScalingConfig:
             raise ValueError(f"quantile must be in [0.5, 1), got {self.quantile}")
         if self.long_window < self.short_window:
             raise ValueError(f"long_window {self.long_window} is shorter than short_window {self.short_window}")
+        if self.use_all and self.max_total is None:
+            raise ValueError("use_all needs max_total: all of how many")
         if self.max_total is not None and self.max_total < max(1, self.prefill.min) + max(1, self.decode.min):
             raise ValueError(f"max_total {self.max_total} is less than both pools' minima")
 
@@ -100,7 +104,7 @@ class PoolState:
     Attributes:
         ready, starting, draining: workers.
         waiting_jobs: requests that wait for a worker of this stage, in the router or on the worker.
-        waiting_tokens: what those have to compute (prefill): prompt tokens.
+        waiting_tokens: prompt tokens of those that are not computed yet.
         running: requests being computed; sequences generating, for decode.
         kv_tokens: tokens of KV that one worker holds; 0: not known.
     """
@@ -193,6 +197,14 @@ class Scaler:
 
     def targets(self, now: float, prefill: PoolState, decode: PoolState) -> Targets:
         """How many workers each pool should have now."""
+        if self._backlog(prefill):
+            # They wait for a decode worker, since those hold KV for prompts that wait for a prefill worker. More
+            # decode workers would not help them.
+            jobs, tokens = decode.waiting_jobs, decode.waiting_tokens
+            prefill = replace(
+                prefill, waiting_jobs=prefill.waiting_jobs + jobs, waiting_tokens=prefill.waiting_tokens + tokens
+            )
+            decode = replace(decode, waiting_jobs=0, waiting_tokens=0)
         needs = [self._prefill_need(now, prefill), self._decode_need(now, decode)]
         wanted = [
             follower.follow(now, state, need)
@@ -200,8 +212,9 @@ class Scaler:
                 (self._prefill, self._decode), (prefill, decode), needs, strict=True
             )
         ]
-        limit = self.config.max_total
-        if limit is not None and sum(workers for workers, _ in wanted) > limit:
+        config = self.config
+        limit = config.max_total
+        if limit is not None and (config.use_all or sum(workers for workers, _ in wanted) > limit):
             wanted = self._share(limit, [need for need, _, _ in needs])
         else:
             self._shared = None
@@ -211,12 +224,15 @@ class Scaler:
         ]
         return Targets(now, *pools)
 
+    def _backlog(self, prefill: PoolState) -> float:
+        """Queued prompt tokens, but for those that the pool works off within half the objective anyway."""
+        soon = max(1, prefill.ready) * self._prefill_rate.value * self.config.ttft / 2
+        return max(0.0, prefill.waiting_tokens - soon)
+
     def _prefill_need(self, now: float, state: PoolState) -> tuple[float, str, dict[str, float]]:
         config, rate = self.config, self._arrivals.rate(now)
         per_worker = self._prefill_rate.value
-        workers = max(1, state.ready)
-        # What the pool works off within half the objective anyway is no backlog.
-        backlog = max(0.0, state.waiting_tokens - workers * per_worker * config.ttft / 2)
+        backlog = self._backlog(state)
         load = (rate.tokens + backlog / config.catch_up) / per_worker
         service = rate.mean_tokens / per_worker
         budget = max(config.ttft - service, 0.1 * config.ttft)
@@ -281,17 +297,24 @@ class Scaler:
         )
 
     def _share(self, limit: int, needs: list[float]) -> list[tuple[int, str]]:
-        """Both pools get the same share of their need, within bounds."""
+        """``limit`` workers for both pools, within bounds. What is needed now comes first; if that is too much, both
+        get the same share of their need. What is left goes where most was wanted lately."""
         config, current = self.config, self._shared
-        ideal = limit * needs[0] / max(sum(needs), 1e-9)
-        # One worker that goes back and forth between the pools serves nobody.
-        prefill = round(ideal)
-        if current is not None and abs(ideal - current) < max(0.75, config.hysteresis * current):
-            prefill = current
         low = max(1, config.prefill.min, limit - config.decode.max)
         high = min(config.prefill.max, limit - max(1, config.decode.min))
-        self._shared = prefill = max(low, min(high, prefill))
-        targets = [prefill, min(config.decode.max, limit - prefill)]
+        now = [max(1, math.ceil(need - 1e-9)) for need in needs]
+        if sum(now) <= limit:
+            # A split that serves both stays: a worker that goes back and forth serves nobody.
+            if current is None or not now[0] <= current <= limit - now[1]:
+                lately = [max(0, f.most - n) for f, n in zip((self._prefill, self._decode), now, strict=True)]
+                share = lately[0] / sum(lately) if sum(lately) else 0.5
+                current = now[0] + round((limit - sum(now)) * share)
+        else:
+            ideal = limit * needs[0] / sum(needs)
+            if current is None or abs(ideal - current) >= max(0.75, config.hysteresis * current):
+                current = round(ideal)
+        self._shared = current = max(low, min(high, current))
+        targets = [current, min(config.decode.max, limit - current)]
         for follower, workers in zip((self._prefill, self._decode), targets, strict=True):
             follower.target = workers
         return [(workers, f"share of {limit} workers") for workers in targets]
@@ -304,6 +327,11 @@ class _Follower:
         self._bounds, self._config = bounds, config
         self._wanted: deque[tuple[float, int]] = deque()  # falling: only what may still be the maximum
         self.target: int | None = None
+
+    @property
+    def most(self) -> int:
+        """Most workers that were wanted in the last ``stabilise`` seconds."""
+        return self._wanted[0][1]
 
     def follow(self, now: float, state: PoolState, need: float) -> tuple[int, str]:
         """The target, and a remark when it is not what the need says."""
@@ -318,7 +346,7 @@ class _Follower:
         self._wanted.append((now, down))
         while self._wanted[0][0] < now - config.stabilise:
             self._wanted.popleft()
-        held = min(self.target, self._wanted[0][1])
+        held = min(self.target, self.most)
         wanted = max(up, held)
         self.target = min(bounds.max, max(bounds.min, wanted))
         if wanted > bounds.max:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -23,6 +23,7 @@ MOONCAKE_BLOCK = 512
 """Prompt tokens that one of Mooncake's hashes stands for."""
 
 Arrivals = Literal["poisson", "constant", "burst"]
+TraceKind = Literal["azure", "mooncake"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,19 @@ class TraceRequest:
         return ids[: self.prompt_tokens]
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
+def read_trace(path: Path, limit: int | None = None, kind: TraceKind | None = None) -> list[TraceRequest]:
     """The first ``limit`` requests of a trace, in order of arrival; the first arrives at 0.
 
+    ``kind``: what the file holds; None: Azure's when its name ends in ``.csv``, else Mooncake's.
+
     Raises:
-        InvalidRequest: the file is in neither format, or a line of it is wrong; the line is named.
+        InvalidRequest: the file cannot be read, or a line of it is wrong; the line and the field are named.
     """
+    kind = kind or ("azure" if path.suffix == ".csv" else "mooncake")
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            records = _azure(lines) if path.suffix == ".csv" else _mooncake(lines)
-            requests = list(islice(_checked(path, records), limit))
+            records = _azure(path, lines) if kind == "azure" else _mooncake(path, lines)
+            requests = list(islice(records, limit))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest("trace", f"{path} cannot be read: {error}") from None
     if not requests:
@@ -70,6 +74,22 @@ def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
     requests.sort(key=lambda request: request.arrival)
     start = requests[0].arrival
     return [replace(request, arrival=request.arrival - start) for request in requests]
+
+
+def one_after_another(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceRequest]:
+    """Several traces in a row: each begins when the last request of the one before has arrived.
+
+    What requests share is within their own trace.
+    """
+    joined: list[TraceRequest] = []
+    start, used = 0.0, 0
+    for trace in traces:
+        numbers = max((max(request.blocks, default=-1) for request in trace), default=-1) + 1
+        for request in trace:
+            blocks = tuple(number + used for number in request.blocks)
+            joined.append(replace(request, arrival=request.arrival + start, blocks=blocks))
+        start, used = joined[-1].arrival, used + numbers
+    return joined
 
 
 def scale_lengths(requests: Sequence[TraceRequest], factor: float, longest: int | None = None) -> list[TraceRequest]:
@@ -108,6 +128,11 @@ def set_rate(requests: Sequence[TraceRequest], rate: float) -> list[TraceRequest
     return [replace(request, arrival=request.arrival * factor) for request in requests]
 
 
+def scale_rate(requests: Sequence[TraceRequest], factor: float) -> list[TraceRequest]:
+    """``factor`` times as many requests per second."""
+    return [replace(request, arrival=request.arrival / factor) for request in requests]
+
+
 def synthetic(
     count: int, arrivals: Arrivals, rate: float, prompt_tokens: int, output_tokens: int, seed: int
 ) -> list[TraceRequest]:
@@ -128,40 +153,55 @@ def synthetic(
     return requests
 
 
-def _azure(lines: Iterator[str]) -> Iterator[TraceRequest]:
-    for row in csv.DictReader(lines):
-        # Seven digits of a second, of which datetime knows six.
-        stamp = row["TIMESTAMP"][:26]
-        arrival = datetime.fromisoformat(stamp).timestamp()
-        yield TraceRequest(arrival, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-
-
-def _mooncake(lines: Iterator[str]) -> Iterator[TraceRequest]:
-    for line in lines:
-        record = json.loads(line)
-        yield TraceRequest(
-            record["timestamp"] / 1e3,
-            int(record["input_length"]),
-            int(record["output_length"]),
-            tuple(record.get("hash_ids", ())),
-        )
-
-
-def _checked(path: Path, records: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
-    number = 0
-    while True:
-        number += 1
+def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
+    reader = csv.DictReader(lines)
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        stamp = _field(where, row, "TIMESTAMP")
         try:
-            request = next(records)
-        except StopIteration:
-            return
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                "trace", f"{path}: request {number} is in no format that is read here: {error!r}"
-            ) from None
-        if request.prompt_tokens < 1 or request.output_tokens < 1:
-            raise InvalidRequest("trace", f"{path}: request {number} has a length below 1: {request}")
-        yield request
+            # Seven digits of a second, of which datetime knows six.
+            arrival = datetime.fromisoformat(str(stamp)[:26]).timestamp()
+        except ValueError:
+            raise InvalidRequest("trace", f"{where}: TIMESTAMP is no date and time: {stamp!r}") from None
+        yield TraceRequest(arrival, _length(where, row, "ContextTokens"), _length(where, row, "GeneratedTokens"))
+
+
+def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InvalidRequest("trace", f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise InvalidRequest("trace", f"{where}: must be an object, got {line.strip()[:60]}")
+        stamp, blocks = _field(where, record, "timestamp"), record.get("hash_ids", [])
+        if isinstance(stamp, bool) or not isinstance(stamp, (int, float)):
+            raise InvalidRequest("trace", f"{where}: timestamp must be a number of milliseconds, got {stamp!r}")
+        if not isinstance(blocks, list) or not all(type(block) is int and 0 <= block < 1 << 31 for block in blocks):
+            raise InvalidRequest("trace", f"{where}: hash_ids must be a list of whole numbers below 2**31")
+        lengths = _length(where, record, "input_length"), _length(where, record, "output_length")
+        yield TraceRequest(stamp / 1e3, *lengths, tuple(blocks))
+
+
+def _field(where: str, record: Mapping[str, object], name: str) -> object:
+    value = record.get(name)
+    if value is None:
+        raise InvalidRequest("trace", f"{where}: {name} is missing; there are {', '.join(map(str, record))}")
+    return value
+
+
+def _length(where: str, record: Mapping[str, object], name: str) -> int:
+    value = _field(where, record, name)
+    try:
+        length = int(value) if isinstance(value, (int, str)) else 0
+    except ValueError:
+        length = 0
+    if length < 1:
+        raise InvalidRequest("trace", f"{where}: {name} must be a whole number of at least 1, got {value!r}")
+    return length
 
 
 def _ids(generator: random.Random, vocab_size: int, count: int) -> list[int]:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from overfill.errors import InvalidRequest
-from overfill.simulate.traces import TraceRequest, read_trace, scale_lengths, set_rate, synthetic
+from overfill.simulate.traces import (
+    TraceRequest,
+    one_after_another,
+    read_trace,
+    scale_lengths,
+    scale_rate,
+    set_rate,
+    synthetic,
+)
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -85,17 +95,39 @@ def test_synthetic_arrivals():
     assert poisson == synthetic(4000, "poisson", 5, 8, 4, 0)
 
 
+def test_traces_in_a_row_keep_what_they_share_to_themselves(azure, mooncake):
+    joined = one_after_another([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
+    assert [r.arrival for r in joined] == pytest.approx([0, 1.5, 1.5, 5.814579, 6.041977, 6.041977, 7.541977], abs=1e-5)
+    assert [r.blocks for r in joined] == [(0, 1, 2), (0, 1, 7), (), (), (), (8, 9, 10), (8, 9, 15)]
+
+
+def test_the_rate_can_be_scaled(azure):
+    assert scale_rate(read_trace(azure), 2)[1].arrival == pytest.approx(4.314579 / 2, abs=1e-5)
+
+
+def test_a_file_s_kind_can_be_said(tmp_path):
+    path = tmp_path / "requests.txt"
+    path.write_text(AZURE)
+    assert len(read_trace(path, kind="azure")) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "when,what\n1,2\n", "request 1 is in no format"),
-        ("a.jsonl", MOONCAKE + "nonsense\n", "request 3 is in no format"),
+        ("a.csv", "when,what\n1,2\n", "line 2: TIMESTAMP is missing; there are when, what"),
         ("a.csv", AZURE.splitlines()[0], "holds no request"),
-        ("a.csv", AZURE.replace(",44", ",0"), "request 1 has a length below 1"),
+        ("a.csv", AZURE.replace(",44", ",0"), "line 2: GeneratedTokens must be a whole number of at least 1, got '0'"),
+        ("a.csv", AZURE.replace(",396,", ",many,"), "line 3: ContextTokens must be a whole number"),
+        ("a.csv", AZURE.replace("2023-11-16 18:15:51", "yesterday"), "line 4: TIMESTAMP is no date and time"),
+        ("a.jsonl", MOONCAKE + "nonsense\n", "line 3: not JSON"),
+        ("a.jsonl", "[1]\n", "line 1: must be an object"),
+        ("a.jsonl", MOONCAKE.replace("3000", '"soon"'), "line 2: timestamp must be a number of milliseconds"),
+        ("a.jsonl", MOONCAKE.replace(": 500,", ": -1,"), "line 1: output_length must be a whole number"),
+        ("a.jsonl", MOONCAKE.replace("[0, 1, 7]", "[0, 1.5]"), "line 2: hash_ids must be a list of whole numbers"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(tmp_path, name, text, message):
+def test_line_and_field_of_what_is_wrong_are_named(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(InvalidRequest, match=message):
+    with pytest.raises(InvalidRequest, match=re.escape(message)):
         read_trace(path)

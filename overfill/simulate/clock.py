@@ -1,0 +1,53 @@
+"""Virtual time: events in order of time, then of scheduling. Nothing waits, and nothing is random."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+
+class Event:
+    """Something that will happen, unless it is cancelled."""
+
+    __slots__ = ("action", "args")
+
+    def __init__(self, action: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self.action: Callable[..., None] | None = action
+        self.args = args
+
+    def cancel(self) -> None:
+        self.action = None
+
+
+class Clock:
+    """Attributes:
+    now: seconds since the simulation began.
+    events: that have happened.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events = 0
+        self._heap: list[tuple[float, int, Event]] = []
+        self._order = 0
+
+    def at(self, time: float, action: Callable[..., None], *args: Any) -> Event:
+        """Calls ``action(*args)`` at ``time``, or now if that is past."""
+        event = Event(action, args)
+        self._order += 1
+        heapq.heappush(self._heap, (max(time, self.now), self._order, event))
+        return event
+
+    def after(self, delay: float, action: Callable[..., None], *args: Any) -> Event:
+        return self.at(self.now + delay, action, *args)
+
+    def step(self) -> bool:
+        """Lets the next event happen. False when there is none."""
+        while self._heap:
+            self.now, _, event = heapq.heappop(self._heap)
+            if event.action is not None:
+                self.events += 1
+                event.action(*event.args)
+                return True
+        return False

@@ -1,0 +1,311 @@
+"""How fast modelled workers are: three small formulas, from measurements or from a datasheet.
+
+* prefill: ``seconds_per_token`` for each token, and ``seconds_per_position`` for each token it attends to;
+* decode: ``StepCost``, base + per_sequence x batch + per_kv_token x tokens attended to;
+* KV: bytes per token over a link.
+
+A profile is a JSON file of the fields below, or the output of ``overfill bench decode --json`` and ``prefill --json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overfill.errors import InvalidRequest
+from overfill.routing.capacity import StepCost
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillModel:
+    """A prefill worker.
+
+    Attributes:
+        seconds_per_token: of computing one prompt token.
+        seconds_per_position: besides, for each token that it attends to.
+        seconds_per_step: least time of a step: the weights are read once.
+        token_budget: most prompt tokens of a step.
+        kv_tokens: tokens of KV that it holds, its prefix cache included.
+        max_seqs: most prompts at once; the credits it grants.
+    """
+
+    seconds_per_token: float
+    seconds_per_position: float = 0.0
+    seconds_per_step: float = 0.0
+    token_budget: int = 2048
+    kv_tokens: int = 65_536
+    max_seqs: int = 64
+
+    def step_seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """Of a step that computes ``count`` tokens after the first ``start`` of a prompt, for each (start, count)."""
+        work = 0.0
+        for start, count in chunks:
+            work += count * (self.seconds_per_token + self.seconds_per_position * (start + (count + 1) / 2))
+        return max(self.seconds_per_step, work)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeModel:
+    """A decode worker.
+
+    Attributes:
+        base, per_sequence, per_kv_token: seconds of a step, as in ``StepCost``.
+        replay_per_token: seconds to run one emitted token through the decoder again, after a migration.
+        kv_tokens: tokens of KV that it holds.
+        block_size: tokens per block.
+        max_seqs: most sequences at once.
+    """
+
+    base: float
+    per_sequence: float = 0.0
+    per_kv_token: float = 0.0
+    replay_per_token: float = 0.0
+    kv_tokens: int = 65_536
+    block_size: int = 16
+    max_seqs: int = 64
+
+    @property
+    def cost(self) -> StepCost:
+        return StepCost(self.base, self.per_sequence, self.per_kv_token)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Both kinds of worker and what lies between them.
+
+    Attributes:
+        name: for titles.
+        source: where the numbers come from, in words.
+        kv_token_bytes: of one token's keys and values in all layers that travel.
+        layers: all but one layer's KV travels while later layers are computed.
+        link_bandwidth: bytes per second out of a prefill worker.
+        hop: seconds of a message between two processes.
+        startup: seconds from the decision to start a worker until it takes work.
+        grace: seconds in which a draining worker's sequences may end before they move.
+    """
+
+    name: str
+    prefill: PrefillModel
+    decode: DecodeModel
+    source: str = ""
+    kv_token_bytes: int = 0
+    layers: int = 32
+    link_bandwidth: float = 1e9
+    hop: float = 0.0005
+    startup: float = 30.0
+    grace: float = 30.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens/s of a worker that computes prompts of 2,048 tokens."""
+        return 2048 / self.prefill.step_seconds([(0, 2048)])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """From a datasheet: dense bfloat16 operations per second, bytes per second, bytes."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a Llama-shaped model costs; bfloat16 throughout."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def weight_bytes(self) -> float:
+        return 2 * self.parameters
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+    @property
+    def attention_flops(self) -> float:
+        """Of one token, per token attended to."""
+        return 4.0 * self.hidden * self.layers
+
+
+H100 = Accelerator(flops=989e12, bandwidth=3.35e12, memory=80e9)
+L4 = Accelerator(flops=121e12, bandwidth=300e9, memory=24e9)
+LLAMA_8B = ModelShape(8.03e9, 32, 4096, 8, 128)
+LLAMA_8B_TO_3B = ModelShape(3.2e9, 32, 4096, 8, 128)
+"""A decoder of the paper's size. It keeps all KV of the full model, so its KV costs what the full model's does."""
+
+_COMPUTE_SHARE, _BANDWIDTH_SHARE, _MEMORY_SHARE = 0.5, 0.8, 0.9
+"""What is taken to be reached of a datasheet's figures; assumptions, not measurements."""
+
+
+def from_datasheets(
+    name: str, prefill: Accelerator, decode: Accelerator, full: ModelShape, decoder: ModelShape
+) -> Profile:
+    """An estimate: flops / rate for prefill, bytes / bandwidth for decode, at the shares above."""
+    rate = prefill.flops * _COMPUTE_SHARE
+    bandwidth = decode.bandwidth * _BANDWIDTH_SHARE
+    decode_rate = decode.flops * _COMPUTE_SHARE
+    kv = full.kv_token_bytes
+    return Profile(
+        name=name,
+        source="estimated from datasheets; not measured",
+        prefill=PrefillModel(
+            seconds_per_token=2 * full.parameters / rate,
+            seconds_per_position=full.attention_flops / rate,
+            seconds_per_step=full.weight_bytes / (prefill.bandwidth * _BANDWIDTH_SHARE),
+            token_budget=8192,
+            kv_tokens=int((prefill.memory * _MEMORY_SHARE - full.weight_bytes) / kv),
+        ),
+        decode=DecodeModel(
+            base=decoder.weight_bytes / bandwidth,
+            # Products hide behind reading the weights until the batch is large; attention's reads come on top.
+            per_sequence=0.0,
+            per_kv_token=kv / bandwidth,
+            replay_per_token=2 * decoder.parameters / decode_rate,
+            kv_tokens=int((decode.memory * _MEMORY_SHARE - decoder.weight_bytes) / kv),
+            max_seqs=256,
+        ),
+        kv_token_bytes=kv,
+        layers=full.layers,
+        link_bandwidth=12.5e9,  # 100 Gbit/s
+        startup=60.0,
+    )
+
+
+CPU = Profile(
+    name="cpu",
+    source="docs/benchmarks.md: SmolLM2-135M and its decoder `fast` in int8, two Zen 4 cores",
+    # 512 tokens at 1,684 tokens/s and 2,048 at 1,340.
+    prefill=PrefillModel(5.43e-4, 1.98e-7, kv_tokens=65_536),
+    # Batches of 1, 8, 32 and 64 at 256 tokens: 477, 1,703, 1,521 and 1,813 tokens/s. 23 kB of KV a token at 33 GB/s.
+    decode=DecodeModel(1.6e-3, 3.5e-4, 7e-7, replay_per_token=2e-4, kv_tokens=65_536),
+    kv_token_bytes=23_040,
+    layers=30,
+    link_bandwidth=1e9,
+    startup=8.0,
+)
+
+BUILT_IN: dict[str, Profile] = {
+    "cpu": CPU,
+    "h100-l4": from_datasheets("h100-l4", H100, L4, LLAMA_8B, LLAMA_8B_TO_3B),
+    "h100": from_datasheets("h100", H100, H100, LLAMA_8B, LLAMA_8B_TO_3B),
+    "l4": from_datasheets("l4", L4, L4, LLAMA_8B, LLAMA_8B_TO_3B),
+}
+
+
+def load_profile(name: str) -> Profile:
+    """A built-in profile, or one from a file.
+
+    Raises:
+        InvalidRequest: there is neither, or a field of the file is wrong; it is named.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(BUILT_IN)
+        raise InvalidRequest("profile", f"is one of {known}, or a file; {name} cannot be read: {error}") from None
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return _from_bench(path, text)
+    profile = _parse(Profile, document, "profile")
+    assert isinstance(profile, Profile)
+    return profile
+
+
+def _parse(kind: type[Any], document: object, where: str) -> Any:
+    if not isinstance(document, Mapping):
+        raise InvalidRequest(where, f"must be an object of {kind.__name__}'s fields, got {type(document).__name__}")
+    known = {item.name: item for item in fields(kind)}
+    if unknown := sorted(set(document) - set(known)):
+        raise InvalidRequest(f"{where}.{unknown[0]}", f"is not known; known are {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, value in document.items():
+        declared = known[name].type
+        if name in ("prefill", "decode"):
+            values[name] = _parse(PrefillModel if name == "prefill" else DecodeModel, value, f"{where}.{name}")
+        elif declared == "str":
+            values[name] = str(value)
+        else:
+            least = 1 if declared == "int" else 0
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+                raise InvalidRequest(f"{where}.{name}", f"must be a number of at least {least}, got {value!r}")
+            values[name] = int(value) if declared == "int" else float(value)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InvalidRequest(where, f"lacks a field: {error}") from None
+
+
+def _from_bench(path: Path, text: str) -> Profile:
+    """Fits the formulas to lines of ``overfill bench decode|prefill --json``; the rest is as in ``cpu``."""
+    prefill: list[tuple[float, float]] = []  # (tokens of a prompt, seconds)
+    decode: list[tuple[float, float, float]] = []  # (batch, context, seconds)
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, batch, context, value = row["name"], row["batch"], row["context"], row["value"]
+            if row["unit"] != "tokens/s":
+                continue
+            if name == "prefill":
+                prefill.append((float(context), context / value))
+            elif name == "decode_decoder":
+                decode.append((float(batch), float(context), batch / value))
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise InvalidRequest(
+                "profile", f"{path}, line {number} is no line of `overfill bench`: {error!r}"
+            ) from None
+    if len({n for n, _ in prefill}) < 2 or len({b for b, _, _ in decode}) < 2:
+        raise InvalidRequest(
+            "profile",
+            f"{path} has {len(prefill)} prefill and {len(decode)} decode_decoder figures; two sizes of each "
+            "are needed: the output of `overfill bench prefill --json` and `… decode --json`, one after the other",
+        )
+    lengths, seconds = np.array(prefill).T
+    per_token, per_position = _fit(np.stack([lengths, lengths * (lengths + 1) / 2], 1), seconds)
+    batches, contexts, steps = np.array(decode).T
+    columns = [np.ones_like(batches), batches]
+    if len(set(contexts)) > 1:
+        columns.append(batches * contexts)
+    base, per_sequence, *rest = _fit(np.stack(columns, 1), steps)
+    return replace(
+        CPU,
+        name=path.stem,
+        source=f"fitted to {path.name}",
+        prefill=replace(CPU.prefill, seconds_per_token=per_token, seconds_per_position=per_position),
+        decode=replace(CPU.decode, base=base, per_sequence=per_sequence, per_kv_token=rest[0] if rest else 0.0),
+    )
+
+
+def _fit(features: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> list[float]:
+    """Least squares of relative errors, no coefficient below 0."""
+    relative = features / seconds[:, None]
+    active = list(range(features.shape[1]))
+    weights = [0.0] * features.shape[1]
+    while active:
+        found = np.linalg.lstsq(relative[:, active], np.ones(len(seconds)), rcond=None)[0]
+        if (found >= 0).all():
+            for index, value in zip(active, found, strict=True):
+                weights[index] = float(value)
+            break
+        active = [index for index, value in zip(active, found, strict=True) if value >= 0]
+    return weights

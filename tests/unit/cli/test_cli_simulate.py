@@ -1,0 +1,67 @@
+"""``overfill simulate`` as a user runs it."""
+
+import json
+
+import pytest
+
+from overfill.cli.main import main
+
+SMALL = ("simulate", "--requests", "40", "--rate", "2", "--prompt-tokens", "300", "--output-tokens", "20")
+
+
+def test_one_run_as_a_table_and_as_json(capsys):
+    assert main([*SMALL, "--check"]) == 0
+    text = capsys.readouterr().out
+    assert "40 requests, 1 + 1 workers, profile cpu" in text
+    assert "time to first token" in text
+    assert "books and waiting rule held" in text
+    assert main([*SMALL, "--json", "--slo", "ttft=1"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["figures"]["requests"] == 40
+    assert 0 < document["figures"]["attainment"] <= 1
+    assert document["objective"] == "ttft <= 1 s"
+    assert document["errors"] == {}
+
+
+def test_traces_of_both_kinds_in_a_row(capsys, tmp_path):
+    azure, mooncake = tmp_path / "a.csv", tmp_path / "m.jsonl"
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,374,4\n2023-11-16 18:15:47.1,3,4\n"
+    )
+    mooncake.write_text('{"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": [1, 2]}\n')
+    assert main(["simulate", "--trace", f"azure:{azure}", "--trace", f"mooncake:{mooncake}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"]["requests"] == 3
+    azure.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,0,4\n")
+    assert main(["simulate", "--trace", str(azure)]) == 1
+    assert "line 2: ContextTokens must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_sizes_policies_and_scaling(capsys, tmp_path):
+    assert main([*SMALL, "--size", "--json", "--costs", "3,1"]) == 0
+    sizes = json.loads(capsys.readouterr().out)
+    assert sizes["cheapest"]["cost"] == 3 * sizes["cheapest"]["prefill"] + sizes["cheapest"]["decode"]
+    assert main([*SMALL, "--compare-policies"]) == 0
+    table = capsys.readouterr().out
+    assert "least-load" in table
+    assert "round-robin" in table
+    plot = tmp_path / "timeline.png"
+    assert main([*SMALL, "--autoscale", "--max-workers", "4", "--plot", str(plot)]) == 0
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert "scaled pools of 4 workers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--size", "--autoscale"), 2, "exclude each other"),
+        (("--max-workers", "4"), 2, "is for --autoscale"),
+        (("--size", "--plot", "a.png"), 2, "one run"),
+        (("--size", "--costs", "1"), 2, "two positive numbers"),
+        (("--slo", "ttft"), 1, "slo: 'ttft' is not a limit"),
+        (("--policy", "best"), 1, "policy: must be one of"),
+        (("--profile", "gpu"), 1, "profile: is one of cpu"),
+    ],
+)
+def test_what_does_not_go_together_is_said(capsys, arguments, code, message):
+    assert main([*SMALL, *arguments]) == code
+    assert message in capsys.readouterr().err
