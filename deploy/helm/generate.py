@@ -2,8 +2,8 @@
 
     python deploy/helm/generate.py [--check]
 
-``values.yaml`` says which values there are, with their defaults and comments; ``overfill/config.py`` says which settings
-the services have. ``--check`` writes nothing and exits 1, naming what differs.
+``values.yaml`` says which values there are, with their defaults and comments; ``overfill/config.py`` which settings the
+services have. ``--check`` writes nothing and exits 1, naming what differs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from overfill.config_file import flag_name
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
-COPIED = {"rules": ("prometheus", "*.rules.y*ml"), "dashboards": ("grafana", "**/*.json")}
-"""Folder in the chart's ``files`` -> the folder of ``deploy`` that its files come from, and which of them."""
+COPIED = {"rules": ("prometheus", ("recording.yml", "alerts.yml")), "dashboards": ("grafana/dashboards", ("*.json",))}
+"""Folder in the chart's ``files`` -> the folder of ``deploy`` that its files come from, and their names."""
 
 MANAGED = {
     "config", "pair", "host", "port", "http", "api_keys", "model_name", "grace_period", "log_level", "threads",
@@ -163,8 +163,8 @@ def outputs() -> dict[Path, str]:
         CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
         CHART / "README.md": readme(values, descriptions),
     }
-    for folder, (source, pattern) in COPIED.items():
-        for path in sorted((ROOT / "deploy" / source).glob(pattern)):
+    for folder, (source, patterns) in COPIED.items():
+        for path in [path for pattern in patterns for path in sorted((ROOT / "deploy" / source).glob(pattern))]:
             files[CHART / "files" / folder / path.name] = path.read_text()
     return files
 
