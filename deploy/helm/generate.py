@@ -58,6 +58,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "pullSecrets": _OBJECTS,
     "clients": _OBJECTS,
     "scrapers": _OBJECTS,
+    "extraEgress": _OBJECTS,
     "affinity": _OBJECT,
     "extraDnsNames": {"type": "array", "items": {"type": "string"}},
     "maxSurge": _SHARE,
