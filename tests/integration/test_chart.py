@@ -16,6 +16,7 @@ from charts import CHART, VALUES, helm, of_kind, pods, render, tool
 
 from overfill.config import SERVICES
 from overfill.config_file import field_name
+from overfill.metrics import declared
 
 VERSIONS = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
 CUSTOM = {
@@ -224,6 +225,15 @@ def test_every_flag_and_variable_is_of_the_code(values: str, settings: tuple[str
                 assert field_name(argument[2:].partition("=")[0]) in kind.model_fields, argument
 
 
+def test_every_metric_is_exported() -> None:
+    exported = {spec.name for spec in declared()}
+    scalers = [*render("values-prod.yaml"), *render("values.yaml", *ALL_ON)]
+    text = json.dumps([one for one in scalers if one["kind"] in ("ScaledObject", "HorizontalPodAutoscaler")])
+    used = set(re.findall(r"overfill_\w+", text))
+    assert len(used) == 5
+    assert used <= exported
+
+
 @pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])
 async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
     """A stateful stand-in of an API server takes everything, twice; the second time nothing changes."""
@@ -254,7 +264,7 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
     changed = [line for line in second.splitlines() if not line.endswith(" unchanged")]
     assert all(line.startswith("poddisruptionbudget.policy/") for line in changed), second
     assert len(second.splitlines()) == len(objects)
-    stored = await kubectl(kmock, tmp_path, "get", "deployments", "-n", "serving", "-o", "json")
+    stored = await kubectl(kmock, tmp_path, "get", "--raw", "/apis/apps/v1/namespaces/serving/deployments")
     assert {item["metadata"]["name"] for item in json.loads(stored)["items"]} == {
         "overfill-router",
         "overfill-prefill",
