@@ -31,7 +31,7 @@ def chat_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    tls_name: str,
+    tls_name: str | None,
     api_key: str | None,
     **sampling_flags: Any,
 ) -> int:

@@ -25,7 +25,7 @@ def drain_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    tls_name: str,
+    tls_name: str | None,
     api_key: str | None,
 ) -> int:
     """Take WORKER out of a running stack: it accepts nothing new and leaves when it is idle.

@@ -23,7 +23,7 @@ def health_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    tls_name: str,
+    tls_name: str | None,
 ) -> int:
     """Ask the router or worker at ADDRESS whether it is ready (the standard gRPC health service).
 
@@ -37,7 +37,7 @@ def health_command(
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
-        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name) if tls_ca or tls_cert or tls_key else None
+        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name or "") if tls_ca or tls_cert or tls_key else None
         channel = open_sync_channel(address, tls)
     except TlsError as error:
         raise click.UsageError(str(error)) from error

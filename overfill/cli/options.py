@@ -43,15 +43,14 @@ def connection_options(command: _F) -> _F:
 
 def tls_options(command: _F) -> _F:
     """Adds ``tls_ca``, ``tls_cert``, ``tls_key`` and ``tls_name``."""
-    for option in (
-        click.option(
-            "--tls-name", default="", help="Name that the stack's certificate bears.  [default: the address's host]"
-        ),
-        click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert."),
-        click.option("--tls-cert", type=_FILE, help="PEM certificate to show, when the stack asks for one."),
-        click.option("--tls-ca", type=_FILE, help="PEM certificates to trust; turns TLS on."),
+    for name, kind, help in (
+        ("name", str, "Name that the stack's certificate bears.  [default: the address's host]"),
+        ("key", _FILE, "PEM private key of --tls-cert."),
+        ("cert", _FILE, "PEM certificate to show, when the stack asks for one."),
+        ("ca", _FILE, "PEM certificates to trust; turns TLS on."),
     ):
-        command = option(command)
+        variable = f"OVERFILL_TLS_{name.upper()}"
+        command = click.option(f"--tls-{name}", type=kind, envvar=variable, show_envvar=True, help=help)(command)
     return command
 
 
@@ -93,14 +92,14 @@ def connect(
     tls_cert: Path | None,
     tls_key: Path | None,
     api_key: str | None,
-    tls_name: str = "",
+    tls_name: str | None = None,
 ) -> Client:
     """A client for the stack at ``address``. Raises click.UsageError when the TLS files or the key do not fit."""
     from overfill.client import Client
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
-        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name) if tls_ca or tls_cert or tls_key else None
+        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name or "") if tls_ca or tls_cert or tls_key else None
         return Client(address, tls=tls, api_key=api_key or None)
     except (TlsError, ValueError) as error:
         raise click.UsageError(str(error)) from error

@@ -20,7 +20,7 @@ def status_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    tls_name: str,
+    tls_name: str | None,
     api_key: str | None,
 ) -> int:
     """Show the workers of a running stack, as they answer now.

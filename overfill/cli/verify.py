@@ -56,7 +56,7 @@ def verify_command(
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    tls_name: str,
+    tls_name: str | None,
     api_key: str | None,
 ) -> int:
     """Ask a running stack questions, greedily, and judge every token with plain transformers.

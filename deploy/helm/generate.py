@@ -1,0 +1,191 @@
+"""Writes what the Helm chart has from elsewhere: its README, its schema, rules and dashboards. Run from anywhere.
+
+    python deploy/helm/generate.py [--check]
+
+``values.yaml`` says which values there are, with their defaults and comments; ``overfill/config.py`` which settings the
+services have. ``--check`` writes nothing and exits 1, naming what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from overfill.config import SERVICES, ServiceConfig
+from overfill.config_file import flag_name
+
+HELM = Path(__file__).parent
+CHART = HELM / "overfill"
+ROOT = HELM.parents[1]
+COPIED = {"rules": ("prometheus", ("recording.yml", "alerts.yml")), "dashboards": ("grafana/dashboards", ("*.json",))}
+"""Folder in the chart's ``files`` -> the folder of ``deploy`` that its files come from, and their names."""
+
+MANAGED = {
+    "config", "pair", "host", "port", "http", "api_keys", "model_name", "grace_period", "log_level", "threads",
+    "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers", "worker_id", "advertise",
+    "expect_prefill", "expect_decode",
+}  # fmt: skip
+"""Settings that the chart makes of other values."""
+
+_OBJECT = {"type": "object"}
+_STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+_OBJECTS = {"type": "array", "items": {"type": "object"}}
+_COUNT = {"type": "integer", "minimum": 1}
+_SHARE = {"type": ["integer", "string"], "pattern": r"^(\d+%)?$", "minimum": 0}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "resources": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            name: {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+            for name in ("requests", "limits")
+        },
+    },
+    "nodeSelector": _STRINGS,
+    "annotations": _STRINGS,
+    "podAnnotations": _STRINGS,
+    "podLabels": _STRINGS,
+    "labels": _STRINGS,
+    "dashboardLabels": _STRINGS,
+    "tolerations": _OBJECTS,
+    "extraEnv": _OBJECTS,
+    "pullSecrets": _OBJECTS,
+    "clients": _OBJECTS,
+    "scrapers": _OBJECTS,
+    "extraEgress": _OBJECTS,
+    "affinity": _OBJECT,
+    "extraDnsNames": {"type": "array", "items": {"type": "string"}},
+    "maxSurge": _SHARE,
+    "maxUnavailable": _SHARE,
+    "maxSkew": _COUNT,
+    "threads": _COUNT,
+    "minReplicas": _COUNT,
+    "maxReplicas": _COUNT,
+    "queuedTokens": _COUNT,
+    "running": _COUNT,
+    "startupSeconds": _COUNT,
+    "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
+    "waitingRequests": {"type": "string", "pattern": r"^\d+$"},
+    "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
+    "whenUnsatisfiable": {"enum": ["ScheduleAnyway", "DoNotSchedule"]},
+    "accessMode": {"enum": ["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]},
+    "source": {"enum": ["named", "claim", "hub"]},
+    "type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+    "autoscaling.kind": {"enum": ["none", "hpa", "keda"]},
+    "named.name": {"enum": ["default", "fast", "identity"]},
+    "logLevel": {"enum": ["debug", "info", "warning", "error"]},
+}
+"""What a default does not tell, by the end of a value's path."""
+
+
+def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
+    properties: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        if name not in MANAGED:
+            choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+            described: dict[str, Any] = {"description": field.description}
+            properties[flag_name(name)] = described | ({"enum": choices} if choices else {"type": ["string", "number"]})
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> dict[str, Any]:
+    """JSON schema of a value, told by its default; no key that is not in ``values.yaml``."""
+    made: dict[str, Any]
+    special = next((s for end, s in SPECIAL.items() if path and ".".join(path).endswith(f".{end}")), None)
+    special = special or SPECIAL.get(".".join(path))
+    if path and path[-1] == "settings":
+        made = settings_schema(next(kind for kind in SERVICES if kind.section == path[0]))
+    elif special is not None:
+        made = dict(special)
+    elif isinstance(value, dict):
+        properties = {key: schema(item, (*path, key), descriptions) for key, item in value.items()}
+        made = {"type": "object", "additionalProperties": False, "properties": properties}
+    elif isinstance(value, bool):
+        made = {"type": "boolean"}
+    elif isinstance(value, int):
+        made = {"type": "integer", "minimum": 0}
+    else:
+        made = {"type": "string"}
+    described = descriptions.get(".".join(path))
+    return made | ({"description": described} if described else {})
+
+
+def described(text: str) -> Iterator[tuple[str, str]]:
+    """Dotted path and description of each key that has one, in order."""
+    path: list[tuple[int, str]] = []
+    comment = ""
+    for line in text.splitlines():
+        stripped = line.strip()
+        if stripped.startswith("# --"):
+            comment = stripped.removeprefix("# --").strip()
+        elif stripped.startswith("#"):
+            comment = f"{comment} {stripped.removeprefix('#').strip()}" if comment else ""
+        elif match := re.match(r"( *)([\w.-]+):", line):
+            path = [(indent, key) for indent, key in path if indent < len(match[1])]
+            path.append((len(match[1]), match[2]))
+            if comment:
+                yield ".".join(key for _, key in path), comment
+            comment = ""
+
+
+def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
+    head = (HELM / "README.head.md").read_text().rstrip()
+    lines = [head, "", "## Values", "", "| value | default | what |", "|---|---|---|"]
+    for path, what in descriptions.items():
+        default: Any = values
+        for key in path.split("."):
+            default = default[key]
+        lines.append(f"| `{path}` | `{json.dumps(default)}` | {_cell(what)} |")
+    lines += ["", "## Settings", "", "Keys of `router.settings`, `prefill.settings` and `decode.settings`."]
+    for kind in SERVICES:
+        lines += ["", f"### {kind.section}", "", "| setting | what |", "|---|---|"]
+        for key, property in settings_schema(kind)["properties"].items():
+            lines.append(f"| `{key}` | {_cell(property['description'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def outputs() -> dict[Path, str]:
+    """Every generated file with what it has to say."""
+    text = (CHART / "values.yaml").read_text()
+    values, descriptions = yaml.safe_load(text), dict(described(text))
+    made = {"$schema": "http://json-schema.org/draft-07/schema#", **schema(values, (), descriptions)}
+    made["properties"]["global"] = {"type": "object"}  # Helm's own
+    files = {
+        CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
+        CHART / "README.md": readme(values, descriptions),
+    }
+    for folder, (source, patterns) in COPIED.items():
+        for path in [path for pattern in patterns for path in sorted((ROOT / "deploy" / source).glob(pattern))]:
+            files[CHART / "files" / folder / path.name] = path.read_text()
+    return files
+
+
+def main(argv: list[str]) -> int:
+    files = outputs()
+    there = {path for folder in COPIED for path in (CHART / "files" / folder).glob("*")}
+    stale = sorted(there - files.keys())
+    changed = sorted(path for path, text in files.items() if not path.exists() or path.read_text() != text)
+    if argv == ["--check"]:
+        for path in [*stale, *changed]:
+            print(f"{path.relative_to(ROOT)} is not what it is made of; run python deploy/helm/generate.py")
+        return 1 if stale or changed else 0
+    for path in stale:
+        path.unlink()
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

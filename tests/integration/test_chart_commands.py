@@ -1,0 +1,166 @@
+"""The services start with exactly the commands that the chart renders, and are probed as it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from charts import ROOT, VALUES, pods, render
+from stacks import wait_until
+
+from overfill.api import keys as keyfile
+from overfill.cli.processes import Child, stop
+from overfill.cli.stack import free_ports
+from overfill.client import Client, ClientTls, SamplingParams
+from overfill.config import SERVICES, RouterConfig
+
+PROGRAMS = {
+    "overfill-router": ["services.router.main"],
+    "overfill-prefill": ["services.prefill.main"],
+    "overfill-decode": ["services.decode.main"],
+    "overfill": ["overfill.cli.main"],
+}
+METRICS = 7690
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the chart's secret holds, by the script that docs/deploy.md uses."""
+    folder = tmp_path_factory.mktemp("tls") / "tls"
+    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder], check=True, capture_output=True)
+    return folder
+
+
+class Machine:
+    """One machine in place of a cluster: every port of a pod is another one here, every path a folder of the test."""
+
+    def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
+        self._folder = folder
+        self._words = {"/etc/overfill/tls": str(tls), "/pair/link": str(pair), "0.0.0.0": "127.0.0.1"}
+        if keys is not None:
+            self._words["/etc/overfill/keys/keys.json"] = str(keys)
+        self._words["dns:///overfill-routers.serving.svc"] = "localhost"
+        self._ports: dict[tuple[str, int], int] = {}
+        self.lines: list[str] = []
+
+    def port(self, component: str, port: int) -> int:
+        """The port here that stands for a pod's. Routers and workers are found under the same one everywhere."""
+        owner = component if port in (METRICS, 8000) else ""
+        if (owner, port) not in self._ports:
+            (self._ports[owner, port],) = free_ports("127.0.0.1", 1)
+        return self._ports[owner, port]
+
+    def command(self, component: str, container: dict, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+        """``argv`` of a container, and its environment, with this machine's paths and ports."""
+        env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "POD_IP": "127.0.0.1",
+            "POD_NAME": f"{component}-x7",
+        }
+        for variable in container["env"]:
+            if "value" in variable:
+                env[variable["name"]] = self._here(component, variable["value"])
+        env["OVERFILL_HOME"] = str(self._folder)
+        # As Kubernetes does.
+        words = [re.sub(r"\$\((\w+)\)", lambda match: env[match[1]], self._here(component, word)) for word in argv]
+        return [sys.executable, "-m", *PROGRAMS[words[0]], *words[1:]], env
+
+    def _here(self, component: str, word: str) -> str:
+        for there, here in self._words.items():
+            word = word.replace(there, here)
+        return re.sub(r"\b(7600|7601|7602|7690|8000)\b", lambda match: str(self.port(component, int(match[1]))), word)
+
+    def start(self, component: str, pod: dict) -> Child:
+        (container,) = pod["containers"]
+        command, env = self.command(component, container, [*container["command"], *container["args"]])
+        return Child(component, command, env, lambda name, line: self.lines.append(f"{name} | {line}"))
+
+    def probe(self, component: str, pod: dict, kind: str) -> int:
+        (container,) = pod["containers"]
+        command, env = self.command(component, container, container[kind]["exec"]["command"])
+        return subprocess.run(command, env=env, capture_output=True, check=False).returncode
+
+
+@contextmanager
+def running(machine: Machine, specs: dict[str, dict]) -> Iterator[dict[str, Child]]:
+    children = {}
+    try:
+        for component in ("router", "prefill", "decode"):
+            children[component] = machine.start(component, specs[component])
+        yield children
+    except BaseException:
+        print("\n".join(machine.lines))
+        raise
+    finally:
+        stop(children.values(), 20)
+
+
+# What the tiny pair, and a machine without a GPU, cannot do; all else is as it is rendered.
+HERE = tuple(
+    f"{stage}.settings.{setting}"
+    for stage in ("prefill", "decode")
+    for setting in ("dtype=float32", "kv-memory=8MiB", "max-model-len=512")
+)
+
+
+def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path: Path) -> None:
+    specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys"))
+    keys = tmp_path / "keys.json"
+    api_key = keyfile.create(keys, "test")
+    machine = Machine(tiny_pair, tls, tmp_path, keys)
+    with running(machine, specs) as children:
+
+        def alive_and(probe: str) -> bool:
+            assert all(child.returncode is None for child in children.values()), "\n".join(machine.lines)
+            return all(machine.probe(component, specs[component], probe) == 0 for component in children)
+
+        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed")
+        assert alive_and("readinessProbe")
+        assert alive_and("livenessProbe")
+        credentials = ClientTls(tls / "ca.crt", tls / "tls.crt", tls / "tls.key", "overfill")
+        with Client(f"127.0.0.1:{machine.port('', 7600)}", tls=credentials, api_key=api_key) as client:
+            wait_until(lambda: {w.id for w in client.status().workers} == {"prefill-x7", "decode-x7"}, 60, "both join")
+            answer = client.generate([20, 21, 22], sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
+        assert len(answer.token_ids) == 4
+        # The test of `helm test`, less its question: the tiny pair has no words.
+        (container,) = specs["test"]["containers"]
+        first = container["command"][2].partition(";")[0]
+        command, env = machine.command("test", container, shlex.split(first))
+        env["OVERFILL_ADDRESS"] = f"localhost:{machine.port('', 7600)}"
+        env["OVERFILL_API_KEY"] = api_key
+        complete = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert complete.returncode == 0, complete.stderr
+        for child in children.values():
+            os.kill(child.pid, 15)
+        wait_until(lambda: all(child.returncode == 0 for child in children.values()), 30, "all drain and exit 0")
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_the_services_take_every_rendered_flag(values: str) -> None:
+    kinds = {kind.section: kind for kind in SERVICES}
+    for component, pod in pods(render(values)).items():
+        if component in kinds:
+            argv = [argument.replace("$(POD_IP)", "10.1.2.3") for argument in pod["containers"][0]["args"]]
+            config = kinds[component].parse(argv)
+            assert config.host == "0.0.0.0"
+            assert len(argv) == len({word.partition("=")[0] for word in argv}), "a flag is there twice"
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_the_variables_of_kubernetes_services_would_be_refused(
+    values: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Why pods have no service links: the service ``overfill-router`` of a release would break its routers."""
+    monkeypatch.setenv("OVERFILL_ROUTER_PORT_7600_TCP", "tcp://10.0.0.1:7600")
+    with pytest.raises(SystemExit):
+        RouterConfig.parse(["--pair", "p"])
+    assert "OVERFILL_ROUTER_PORT_7600_TCP: no such setting" in capsys.readouterr().err
+    assert all(pod["enableServiceLinks"] is False for pod in pods(render(values)).values())

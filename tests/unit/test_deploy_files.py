@@ -1,0 +1,244 @@
+"""What is under ``deploy``: in step with the code, and right as far as it can be told without containers."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+
+from overfill.config import SERVICES, read_checked
+from overfill.config_file import flag_name
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+SCHEMAS = ROOT.parent / "shared" / "schemas"
+SETTINGS_FILES = ("overfill.yaml", "compose/overfill.yaml", "systemd/overfill.yaml")
+
+
+def load(path: str) -> Any:
+    return yaml.safe_load((DEPLOY / path).read_text())
+
+
+def test_generated_files_of_the_chart_are_what_they_are_made_of() -> None:
+    done = subprocess.run(
+        [sys.executable, DEPLOY / "helm" / "generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", SETTINGS_FILES)
+def test_files_of_settings_are_right(name: str) -> None:
+    from overfill.cli.main import main
+
+    assert main(["config", "check", str(DEPLOY / name)]) == 0
+
+
+def test_no_registry_of_packages_is_named() -> None:
+    hosts = re.compile(r"pypi\.|download\.pytorch|pythonhosted|npmjs|registry\.npm|conda\.anaconda")
+    files = [path for path in DEPLOY.rglob("*") if path.is_file()]
+    assert [path for path in files if hosts.search(path.read_text())] == []
+
+
+# Images
+
+
+def dockerfile() -> list[dict[str, Any]]:
+    parser = DockerfileParser(fileobj=io.BytesIO((DEPLOY / "docker" / "Dockerfile").read_bytes()))
+    structure: list[dict[str, Any]] = parser.structure
+    return structure
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Instructions of each stage, its bases' first."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    current: list[tuple[str, str]] = []
+    for step in dockerfile():
+        if step["instruction"] == "FROM":
+            base, _, name = step["value"].partition(" AS ")
+            current = list(found.get(base.replace("${VARIANT}", "cpu"), []))
+            found[name] = current
+        elif step["instruction"] not in ("COMMENT",):
+            current.append((step["instruction"], step["value"]))
+    return found
+
+
+@pytest.mark.parametrize("target", ["router", "prefill", "decode", "ray"])
+def test_images_run_as_nobody_and_tell_their_health(target: str) -> None:
+    steps = dict(stages()[target])  # the last of each instruction counts
+    assert steps["USER"] == "10001:10001"
+    if target == "ray":
+        return
+    assert json.loads(steps["ENTRYPOINT"]) == [f"overfill-{target}"]
+    port = {"router": "7600", "prefill": "7601", "decode": "7602"}[target]
+    assert port in steps["EXPOSE"].split()
+    assert f'["overfill", "health", "127.0.0.1:{port}"]' in steps["HEALTHCHECK"]
+
+
+def test_bases_are_pinned_and_every_file_is_in_the_context() -> None:
+    base = next(step["value"] for step in dockerfile() if step["instruction"] == "ARG")
+    assert re.fullmatch(r"BASE=python:\d+\.\d+\.\d+-slim-\w+", base)
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for step in dockerfile():
+        if step["instruction"] == "COPY" and "--from=" not in step["value"]:
+            for source in step["value"].split()[:-1]:
+                assert (ROOT / source).exists()
+                assert source in allowed
+
+
+def test_a_router_s_image_has_what_it_imports_and_no_torch() -> None:
+    """The list is pyproject's, less what no module of a router imports."""
+    lines = (DEPLOY / "docker" / "router.txt").read_text().splitlines()
+    listed = {re.split(r"[<>=]", line)[0]: line for line in lines if not line.startswith("#")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(listed.values()) <= set(project)
+    code = (
+        "import services.router.main, services.router.http.app, services.router.http.server, overfill.cli.main\n"
+        "import overfill.cli.health, overfill.cli.status, overfill.cli.generate, overfill.cli.config\n"
+        "import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    needed = {name.lower() for module in loaded for name in packages_distributions().get(module, [])}
+    direct = {re.split(r"[<>=]", line)[0] for line in project}
+    assert not {"torch", "transformers"} & needed
+    reached = set(listed)
+    for name in listed:
+        reached |= {re.split(r"[^\w-]", line)[0].lower() for line in requires(name) or [] if "extra ==" not in line}
+    missing = {name.replace("_", "-") for name in needed} & direct - {name.replace("_", "-") for name in reached}
+    assert missing == set()
+
+
+# KubeRay
+
+
+def strict(schema: Any) -> Any:
+    """The schema with every unknown field refused, and Kubernetes' own words turned into JSON schema's."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    if made.get("x-kubernetes-int-or-string"):
+        made.pop("type", None)
+    if isinstance(made.get("properties"), dict) and not made.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.mark.skipif(not SCHEMAS.exists(), reason="KubeRay's definitions are not here (../shared/schemas)")
+def test_the_rayservice_is_strictly_valid() -> None:
+    definition = yaml.safe_load((SCHEMAS / "ray.io_rayservices.yaml").read_text())
+    (version,) = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    service = rayservice()
+    jsonschema.validate(service, schema)
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplica"] = 3
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(service, schema)
+
+
+def rayservice() -> Any:
+    first, second = yaml.safe_load_all((DEPLOY / "ray" / "rayservice.yaml").read_text())
+    assert second["spec"]["selector"] == {"overfill.io/component": "router"}
+    return first
+
+
+def test_ray_s_groups_hold_what_serve_asks_for() -> None:
+    service = rayservice()
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
+    for name, pool in groups.items():
+        asked = application["args"][name]
+        assert (pool["minReplicas"], pool["maxReplicas"]) == (
+            asked["replicas"],
+            asked.get("max_replicas", asked["replicas"]),
+        )
+        assert json.loads(json.loads(pool["rayStartParams"]["resources"])) == asked["resources"] == {name: 1}
+        (container,) = pool["template"]["spec"]["containers"]
+        assert float(container["resources"]["limits"]["cpu"]) >= asked["num_cpus"]
+        assert container["resources"]["limits"].get("nvidia.com/gpu", 0) == asked.get("num_gpus", 0)
+        assert (
+            pool["template"]["spec"]["terminationGracePeriodSeconds"] > application["args"]["settings"]["grace_period"]
+        )
+    assert set(groups) == {"router", "prefill", "decode"}
+
+
+def test_serve_takes_the_arguments() -> None:
+    spec = pytest.importorskip("overfill.cluster.spec", reason="the application for Ray Serve is not here")
+    (application,) = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"]
+    spec.StackSpec(**application["args"])
+    module, _, function = application["import_path"].partition(":")
+    assert f"def {function}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text()
+
+
+# Compose and systemd
+
+
+def test_compose_starts_what_there_is() -> None:
+    compose = load("compose/compose.yaml")
+    settings = read_checked(DEPLOY / "compose" / "overfill.yaml").sections
+    targets = stages()
+    for name in ("router", "prefill", "decode"):
+        service = compose["services"][name]
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert settings[name]["port"] in dict(targets[name])["EXPOSE"].split()
+        words = " ".join(service.get("entrypoint", []) + service.get("command", []))
+        kind = next(kind for kind in SERVICES if kind.section == name)
+        flags = re.findall(r"--([a-z-]+)", words)
+        assert "config" in flags
+        assert set(flags) <= {flag_name(field) for field in kind.model_fields}
+    for service in compose["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        for volume in service["volumes"]:
+            source = volume.partition(":")[0]
+            if source.startswith("../"):  # ./tls is made
+                assert (DEPLOY / "compose" / source).exists(), source
+            elif not source.startswith("./"):
+                assert source in compose["volumes"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    folder = tmp_path / "prometheus"
+    shutil.copytree(DEPLOY / "prometheus", folder)
+    subprocess.run([DEPLOY / "tls" / "make-certificates", folder / "tls"], check=True, capture_output=True)
+    shutil.copy(DEPLOY / "compose" / "prometheus.yml", folder / "prometheus.yml")
+    done = subprocess.run(
+        ["promtool", "check", "config", folder / "prometheus.yml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("unit", sorted(path.name for path in (DEPLOY / "systemd").glob("*.service")))
+def test_systemd_units(unit: str, tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / unit).read_text()
+    name = unit.removeprefix("overfill-").partition(".")[0].rstrip("@")
+    kind = next(kind for kind in SERVICES if kind.section == name)
+    command = next(line for line in text.splitlines() if line.startswith("ExecStart="))
+    program, *flags = command.removeprefix("ExecStart=/opt/overfill/bin/").split()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert program in scripts
+    assert {flag[2:].partition("=")[0] for flag in flags} <= {flag_name(field) for field in kind.model_fields}
+    stop = int(next(line for line in text.splitlines() if line.startswith("TimeoutStopSec=")).partition("=")[2])
+    assert stop > float(read_checked(DEPLOY / "systemd" / "overfill.yaml").sections["common"]["grace-period"])
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze for the rest")
+    here = tmp_path / unit
+    here.write_text(text.replace(f"/opt/overfill/bin/{program}", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", here], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
