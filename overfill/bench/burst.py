@@ -110,7 +110,7 @@ async def run_burst(client: AsyncClient, burst: Burst, report: Callable[[str, in
             except OverfillError:
                 status = None
             if status is not None:
-                ready = [w.stage for w in status.workers if w.process is not None and not w.process.draining]
+                ready = [w.stage for w in status.workers if w.process is None or not w.process.draining]
                 sample = Sample(loop.time() - start, ready.count("prefill"), ready.count("decode"), active)
                 result.samples.append(sample)
             await asyncio.sleep(_SAMPLE)

@@ -57,14 +57,14 @@ def save_burst(path: Path, result: BurstResult) -> None:
         above.step(times, workers, where="post", color=colour, linewidth=1.8, label=f"{stage} workers")
     above.set(ylabel="workers", ylim=(0, max(result.most("decode"), result.most("prefill")) + 0.6))
     requests = above.twinx()
-    requests.fill_between(times, [sample.requests for sample in result.samples], color="#cccccc", alpha=0.5)
+    requests.fill_between(times, [sample.requests for sample in result.samples], color="#bbbbbb", zorder=1)
     requests.set_ylabel("requests in the stack")
     above.set_zorder(requests.get_zorder() + 1)
     above.patch.set_visible(False)
     below.plot([at for at, _ in result.itl], [1e3 * v for _, v in result.itl], ".", color=_COLOURS[1], markersize=3)
     below.set(xlabel="seconds", ylabel="ms between tokens, by arrival", ylim=(0, None))
-    for axes in (above, below):
-        axes.axvspan(burst.before, burst.before + burst.during, color="#fff2cc", zorder=0, label="burst")
+    for axes in (requests, below):
+        axes.axvspan(burst.before, burst.before + burst.during, color="#fff2cc", zorder=0)
     above.legend(loc="upper right")
     failed = f"{len(result.errors)} failed"
     above.set_title(f"{burst.burst_rate:g} requests/s after {burst.rate:g}: {result.answers} answers, {failed}")

@@ -32,6 +32,7 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's way to say: no other machine will ever join. It then listens on loopback only and takes 127.0.0.1 for this
 machine's address; the switch is named after the systems where that is the default. Read when Ray is imported."""
 _FOLDER = "overfill-ray-"
+_TRIES = 3  # Ray gives itself 30 s, which a busy machine may exceed
 
 
 class RayUnavailable(OverfillError):
@@ -56,6 +57,9 @@ class Session:
         Args:
             cpus: how many it reckons with.
             show_logs: whether the replicas' lines appear here.
+
+        Raises:
+            RayUnavailable: Ray does not come up.
         """
         check_installed()
         os.environ |= _LOOPBACK
@@ -63,18 +67,27 @@ class Session:
         _sweep()
         # Short: sockets in it have paths of 107 bytes at most.
         folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir="/tmp")
-        try:
-            _init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                _temp_dir=folder,
-                log_to_driver=show_logs,
-            )
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                _init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE,
+                    _temp_dir=folder,
+                    log_to_driver=show_logs,
+                )
+                break
+            except BaseException as error:
+                slow = "timed out during startup" in str(error)
+                if slow and tries_left:
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+                if slow:
+                    raise RayUnavailable(
+                        "Ray does not come up: this machine is too busy, or too small; --no-ray starts plain processes"
+                    ) from error
+                raise
         return cls(True, folder)
 
     @classmethod
@@ -179,9 +192,8 @@ def _check_head(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return  # such as auto: Ray knows its own
-    if is_loopback(host):
-        if _answers(_own_address(), int(port)):
-            return
+    if is_loopback(host) and _answers(_own_address(), int(port)):
+        return
     if not _answers(host, int(port)):
         raise RayUnavailable(f"no Ray cluster at {address}: nobody listens there")
     if is_loopback(host):

@@ -7,7 +7,8 @@ the same workers but different requests: counts and router queues add up, what w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from overfill.routing.dispatcher import Dispatcher, JobState
@@ -41,15 +42,18 @@ class Signals:
         self._roster = roster
         self._dispatcher = dispatcher
         self._counts = dict.fromkeys(COUNTS, 0.0)
+        self._occupancy = _Occupancy()
         self._found = 0.0  # share of finished prompts that was in the prefix cache
 
-    def arrived(self, prompt_tokens: int) -> None:
-        """A request was queued."""
+    def arrived(self, prompt_tokens: int, now: float) -> None:
+        """A request was queued. ``now`` is in seconds, monotonic, as everywhere here."""
+        self._occupancy.sample(self._roster, now)
         tokens = max(1.0, prompt_tokens * (1 - self._found))
         self._add(arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
-    def finished(self, answer: inference_pb2.Finished) -> None:
+    def finished(self, answer: inference_pb2.Finished, now: float) -> None:
         """An answer is complete."""
+        self._occupancy.sample(self._roster, now)
         usage, timing = answer.usage, answer.timing
         self._add(
             finished=1,
@@ -57,18 +61,22 @@ class Signals:
             finished_answer_tokens=usage.completion_tokens,
         )
         if usage.completion_tokens > 1 and timing.decode_ns:
-            itl = timing.decode_ns / 1e9 / (usage.completion_tokens - 1)
-            self._add(timed=1, timed_itl_seconds=itl, timed_batch=_running(self._roster.decode, answer.decode_worker))
+            seconds = timing.decode_ns / 1e9
+            # Over all of its time, not at its end, when those that ran beside it may have left together.
+            beside = self._occupancy.mean(answer.decode_worker, now - seconds, now)
+            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=beside)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
             # Prompts that share a worker's steps share its seconds.
-            beside = _running(self._roster.prefill, answer.prefill_worker)
+            began = now - (timing.decode_ns + timing.prefill_compute_ns) / 1e9
+            beside = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
             self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / beside)
         if usage.prompt_tokens:
             self._found = _FADE * self._found + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
     def read(self, now: float) -> dict[str, float]:
         """All numbers: ``COUNTS``, ``<stage>_<field of PoolState>`` of what workers report, and the router's queue."""
+        self._occupancy.sample(self._roster, now)
         numbers = dict(self._counts)
         for stage, pool in (("prefill", self._roster.prefill), ("decode", self._roster.decode)):
             numbers |= {f"{stage}_{name}": value for name, value in _reported(pool, now).items()}
@@ -169,7 +177,43 @@ def _reported(pool: Pool, now: float) -> dict[str, float]:
     }
 
 
-def _running(pool: Pool, worker_id: str) -> float:
-    """Requests on the worker at the moment, one at least."""
-    worker = pool.get(worker_id)
-    return float(max(1, worker.report.load.running)) if worker is not None and worker.report is not None else 1.0
+class _Occupancy:
+    """How many requests ran on each worker over any recent time, from samples of what workers report."""
+
+    _MEMORY = 600.0  # seconds
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[tuple[float, float]]] = {}  # (time, requests x seconds until then)
+        self._running: dict[str, int] = {}
+
+    def sample(self, roster: Roster, now: float) -> None:
+        """Takes down what the workers last reported."""
+        running = {w.id: w.report.load.running for w in roster.workers() if w.report is not None}
+        for worker, count in running.items():
+            samples = self._samples.setdefault(worker, [(now, 0.0)])
+            at, total = samples[-1]
+            if now > at:
+                samples.append((now, total + (now - at) * self._running.get(worker, count)))
+                if len(samples) > 1000 or samples[0][0] < now - self._MEMORY:
+                    del samples[: len(samples) // 4]
+        self._running = running
+        for worker in self._samples.keys() - running.keys():
+            del self._samples[worker]
+
+    def mean(self, worker: str, since: float, until: float) -> float:
+        """Requests on ``worker`` on average, one at least."""
+        samples = self._samples.get(worker, [])
+        if len(samples) < 2 or until <= since:
+            return float(max(1, self._running.get(worker, 1)))
+        span = _at(samples, until) - _at(samples, since)
+        covered = min(until, samples[-1][0]) - max(since, samples[0][0])
+        return max(1.0, span / covered) if covered > 0 else float(max(1, self._running.get(worker, 1)))
+
+
+def _at(samples: Sequence[tuple[float, float]], time: float) -> float:
+    """The running total at ``time``, between samples in proportion."""
+    index = bisect_left(samples, (time, -math.inf))
+    if index == 0 or index == len(samples):
+        return samples[min(index, len(samples) - 1)][1]
+    (before, low), (after, high) = samples[index - 1], samples[index]
+    return low + (high - low) * (time - before) / (after - before)

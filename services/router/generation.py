@@ -181,7 +181,7 @@ class Generator:
             except OverfillError:
                 self._leave(caller)
                 raise
-        self.signals.arrived(len(checked.prompt_token_ids))
+        self.signals.arrived(len(checked.prompt_token_ids), now)
         self._running[relay] = caller
         self._idle.clear()
         self.metrics.accepted(len(checked.prompt_token_ids), key)
@@ -320,7 +320,7 @@ class Generation:
         self._finished = _finished(relay, text, rest, finish, ttft_ns)
         self._failure = None
         metrics.answered(self._finished)
-        self._generator.signals.finished(self._finished)
+        self._generator.signals.finished(self._finished, loop.time())
         self._generator.recent.answered(self._finished, loop.time())
 
     async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:

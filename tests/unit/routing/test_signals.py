@@ -53,11 +53,11 @@ def signals(roster):
 def test_a_reader_hears_of_every_request_once(signals):
     heard = Heard()
     reader = SignalReader(heard, {})
-    signals.arrived(100)
+    signals.arrived(100, 0.0)
     reader.read(0.0, {"r": signals.read(0.0)})
-    signals.arrived(100)
-    signals.arrived(300)
-    signals.finished(finished())
+    signals.arrived(100, 0.0)
+    signals.arrived(300, 0.0)
+    signals.finished(finished(), 0.0)
     reader.read(1.0, {"r": signals.read(1.0)})
     reader.read(2.0, {"r": signals.read(2.0)})
     assert heard.arrivals == [100, 300]
@@ -67,7 +67,7 @@ def test_a_reader_hears_of_every_request_once(signals):
 
 def test_the_past_of_a_router_that_is_new_to_the_reader_is_not_load_of_now(signals):
     for _ in range(1000):
-        signals.arrived(100)
+        signals.arrived(100, 0.0)
     heard = Heard()
     SignalReader(heard, {}).read(0.0, {"r": signals.read(0.0)})
     assert heard.arrivals == []
@@ -76,12 +76,12 @@ def test_the_past_of_a_router_that_is_new_to_the_reader_is_not_load_of_now(signa
 def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster):
     heard = Heard()
     reader = SignalReader(heard, {})
-    signals.arrived(50)
+    signals.arrived(50, 0.0)
     reader.read(0.0, {"r1": signals.read(0.0)})
     reader.read(1.0, {})
     other = Signals(roster, Dispatcher(roster, LeastLoad()))
     reader.read(2.0, {"r2": other.read(2.0)})
-    other.arrived(70)
+    other.arrived(70, 2.0)
     reader.read(3.0, {"r2": other.read(3.0)})
     assert heard.arrivals == [70]
     assert set(reader.seen) == {"r2"}
@@ -89,15 +89,15 @@ def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster)
 
 def test_what_the_prefix_cache_is_known_to_hold_is_no_work(signals):
     for _ in range(500):
-        signals.finished(finished(cached=80))
+        signals.finished(finished(cached=80), 0.0)
     before = signals.read(0.0)["arrived_tokens"]
-    signals.arrived(1000)
+    signals.arrived(1000, 0.0)
     assert signals.read(0.0)["arrived_tokens"] - before == pytest.approx(200, abs=1)
     assert signals.read(0.0)["prefilled_tokens"] == 500 * 20
 
 
 def test_an_answer_of_one_token_says_nothing_of_steps(signals):
-    signals.finished(finished(answer=1, decode=0))
+    signals.finished(finished(answer=1, decode=0), 0.0)
     assert signals.read(0.0)["timed"] == 0
 
 
@@ -124,3 +124,16 @@ def test_arrivals_told_together_keep_their_number_sum_and_spread(values):
     assert sum(told) == pytest.approx(sum(values), rel=0.02)
     assert sum(v * v for v in told) == pytest.approx(sum(v * v for v in values), rel=0.1)
     assert spread(0, 0, 0) == []
+
+
+def test_a_batch_is_what_ran_all_along_and_not_at_the_end(signals, roster, add_worker, make_report):
+    worker = add_worker(roster, "d", running=10)
+    for second in range(11):
+        signals.read(float(second))
+    roster.decode.report(worker, make_report(running=0), 10.0)
+    signals.finished(finished(decode=10.0), 10.0)
+    assert signals.read(10.0)["timed_batch"] == pytest.approx(10)
+    for second in range(11, 21):
+        signals.read(float(second))
+    signals.finished(finished(decode=15.0), 20.0)  # five seconds with ten, ten seconds alone
+    assert signals.read(20.0)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15)
