@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from overfill.cli.processes import QUIET_GRPC, tied_to_parent
+from overfill.cli.processes import tied_to_parent
+from overfill.environment import QUIET_GRPC
 from overfill.errors import InvalidRequest
 from overfill.loadtest.plan import API_KEY, LoadPlan
 

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.routing.pool import STALE_AFTER, Roster, Worker
+from overfill.routing.index import STALE_AFTER
+from overfill.routing.pool import Roster, Worker
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.calls import outcome
 from overfill.rpc.interceptors import Context
