@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -10,9 +11,10 @@ import secrets
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -93,23 +95,38 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
     )
 
 
-def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level: str) -> int:
+def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level: str) -> NoReturn:
     """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1.
 
     Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds nothing
     that others wait for, and a thread that loads a model cannot be interrupted.
+
+    The process ends with ``serve``: whatever has to happen at the end happens in there. An orderly end would also join
+    every thread of gRPC, torch and the executors, which takes seconds on a busy machine and is of use to nobody.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    with tuned(threads):
+        asyncio.run(_to_the_exit(serve))
+    raise AssertionError("the process has ended")
+
+
+async def _to_the_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
+    code = 1
     try:
-        with tuned(threads):
-            return asyncio.run(serve)
+        code = await serve
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
-    return 1
+    except Exception:
+        traceback.print_exc()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager

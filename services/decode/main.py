@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
@@ -53,11 +53,11 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
         await peers.close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Console entry point."""
     config = DecodeConfig.parse(argv)
-    return run_worker_process(serve(config), config.threads, config.log_level)
+    run_worker_process(serve(config), config.threads, config.log_level)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

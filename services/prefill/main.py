@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 from overfill.config import PrefillConfig
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
@@ -54,11 +54,11 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
         await lender.stop()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Console entry point."""
     config = PrefillConfig.parse(argv)
-    return run_worker_process(serve(config), config.threads, config.log_level)
+    run_worker_process(serve(config), config.threads, config.log_level)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -115,7 +115,7 @@ def test_a_device_that_runs_out_of_memory_says_what_to_change(pair, monkeypatch)
 
 
 WORKER = """
-import asyncio, sys, threading, torch
+import asyncio, concurrent.futures, sys, threading, torch
 from overfill.engine.hosting import run_worker_process
 from overfill.errors import InvalidPair
 from overfill.rpc.tls import TlsError
@@ -127,7 +127,17 @@ async def loads():
     print("loading", flush=True)
     await asyncio.to_thread(threading.Event().wait)
 
-sys.exit(run_worker_process({}, 1, "info"))
+async def leaves(code):
+    # A thread that an orderly end of the interpreter would join, and it never ends.
+    concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)
+    asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+    print("served", end="")
+    return code
+
+async def breaks():
+    raise KeyError("a bug")
+
+run_worker_process({}, 1, "info")
 """
 
 
@@ -156,3 +166,21 @@ def test_a_signal_while_the_model_loads_ends_the_process_in_silence(number):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0
     assert stderr == ""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_process_ends_with_what_it_serves_whatever_its_threads_do(code):
+    with worker(f"leaves({code})") as process:
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, stdout, stderr) == (code, "served", "")
+
+
+def test_an_unexpected_failure_shows_where_and_is_exit_code_1():
+    with worker("breaks()") as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "in breaks" in stderr
+    assert "KeyError: 'a bug'" in stderr
