@@ -382,6 +382,12 @@ class RouterConfig(ServiceConfig):
     api_keys: Path | None = Field(
         None, description="file of API keys (`overfill keys create`) that clients must show; by default none is wanted"
     )
+    ttft_objective: float = Field(
+        2.0, gt=0, description="seconds to the first token that the scaling metrics are computed for"
+    )
+    itl_objective: float = Field(
+        0.1, gt=0, description="seconds between tokens that the scaling metrics are computed for"
+    )
     max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="most bytes of one request")
     max_connections: int = Field(4096, ge=1, description="most HTTP connections, and most RPCs, at once")
     max_attempts: int = Field(

@@ -77,11 +77,12 @@ class Unauthenticated(OverfillError):
 
 
 class Overloaded(OverfillError):
-    """No capacity now. ``retry_after`` is in seconds, or None when it is not known."""
+    """No capacity now. ``retry_after`` is in seconds, or None when it is not known; ``reason`` is for counting."""
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class Incompatible(OverfillError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from overfill.errors import (
     DeadlineExceeded,
@@ -26,7 +26,10 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.metric_set import MetricSet, Sampled, Spec
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from overfill.routing.scaling import PoolTarget, Targets
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -48,6 +51,15 @@ TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_co
 CODECS = ("raw", "int8", "fp8")
 STAGES = ("prefill", "decode")
 WORKER_STATES = ("ready", "draining", "silent")
+REFUSALS = (
+    "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "too_long", "invalid", "not_found",
+    "shutting_down", "other",
+)  # fmt: skip
+"""Why a request was not taken. The first ones are ``Overloaded.reason``, as admission gives it."""
+
+PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
+"""Why a decode worker wanted a prompt's KV again (``NeedPrefill.Reason``)."""
+
 MOST_KEYS = 100
 """API keys with series of their own; the others share ``other``."""
 
@@ -74,6 +86,12 @@ def outcome_of(error: BaseException | None) -> str:
     if error is None:
         return "ok"
     return next((_OUTCOMES[kind] for kind in type(error).__mro__ if kind in _OUTCOMES), "internal")
+
+
+def refusal_reason(error: BaseException) -> str:
+    """Why a request was not taken, as a label."""
+    reason = error.reason if isinstance(error, Overloaded) else outcome_of(error)
+    return reason if reason in REFUSALS else "other"
 
 
 class EngineNumbers(Protocol):
@@ -152,6 +170,46 @@ class RouterMetrics(MetricSet):
             "Tokens of requests taken, by name of API key.",
             {"key": (), "kind": ("prompt", "completion")},
         )
+        self._refusals = counter(
+            "refusals_total", "Requests that were not taken, by reason; they are in requests_total too.",
+            {"reason": REFUSALS},
+        )  # fmt: skip
+        self._failed_attempts = counter(
+            "failed_attempts_total",
+            "Attempts that a decode worker failed, after which the request goes on at another, by how.",
+            {"reason": OUTCOMES[1:]},
+        )
+        self._again = counter(
+            "prefill_again_total", "Times a decode worker asked for a prompt's KV again, by reason.",
+            {"reason": PREFILL_AGAIN},
+        )  # fmt: skip
+        self._scaled = counter(
+            "scaling_decisions_total",
+            "Times that scaling_target_workers changed, by stage and direction.",
+            {"stage": STAGES, "direction": ("up", "down")},
+        )
+        self._targets: Targets | None = None
+        self._read(
+            "scaling_target_workers",
+            "gauge",
+            "Workers that the scaling policy makes of this router's numbers; nobody has to follow it.",
+            lambda: self._scaling(lambda pool: [((), pool.workers)]),
+            {"stage": STAGES},
+        )
+        self._read(
+            "scaling_needed_workers",
+            "gauge",
+            "The same before rounding, hysteresis and bounds.",
+            lambda: self._scaling(lambda pool: [((), pool.need)]),
+            {"stage": STAGES},
+        )
+        self._read(
+            "scaling_input",
+            "gauge",
+            "Every number that the policy used; docs/operations.md explains them.",
+            lambda: self._scaling(lambda pool: [((name,), value) for name, value in pool.inputs.items()]),
+            {"stage": STAGES, "input": ()},
+        )
         self._lost = counter("workers_lost_total", "Workers that left without having been drained.", {"stage": STAGES})
         self._keys: set[str] = set()
         self._waiting: Callable[[], int] = lambda: 0
@@ -196,7 +254,36 @@ class RouterMetrics(MetricSet):
             yield
         except BaseException as error:
             self.ended(error)
+            self._refusals.labels(refusal_reason(error)).inc()
             raise
+
+    def attempt_failed(self, error: BaseException) -> None:
+        """A decode worker failed a request, which goes on at another or is given up."""
+        self._failed_attempts.labels(outcome_of(error)).inc()
+
+    def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None:
+        """A decode worker asked for KV again."""
+        name = decode_pb2.NeedPrefill.Reason.Name(reason).lower().rpartition("_")[2]
+        self._again.labels(name if name in PREFILL_AGAIN else "failed").inc()
+
+    def scaling(self, targets: Targets) -> None:
+        """What the scaling policy makes of things now."""
+        before, self._targets = self._targets, targets
+        if before is None:
+            return
+        for stage, was, now in (
+            ("prefill", before.prefill, targets.prefill),
+            ("decode", before.decode, targets.decode),
+        ):
+            if was != now:
+                self._scaled.labels(stage, "up" if now > was else "down").inc()
+
+    def _scaling(self, values: Callable[[PoolTarget], Sampled]) -> Sampled:
+        targets = self._targets
+        if targets is None:
+            return []
+        pools = (("prefill", targets.prefill_pool), ("decode", targets.decode_pool))
+        return [((stage, *labels), value) for stage, pool in pools for labels, value in values(pool)]
 
     def ended(self, error: BaseException | None) -> None:
         """A request ended, with ``error`` or well."""

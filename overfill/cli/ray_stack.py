@@ -197,7 +197,9 @@ def spec_of(plan: Plan, options: RayOptions, resources: dict[str, float]) -> Sta
         replicas=len(plan.routers),
         ports=tuple(config.port for config in plan.routers),
         http_ports=tuple(config.http for config in plan.routers if config.http is not None),
-        settings=_settings(router),
+        # For its metrics; what is followed is the policy.
+        settings=_settings(router)
+        | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},
     )
     most = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
     cpus, gpus = options.worker_cpus, options.worker_gpus

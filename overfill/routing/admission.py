@@ -87,6 +87,7 @@ class Admission:
             raise Overloaded(
                 f"{waiting} requests are waiting, which is the most of one priority that this router queues",
                 _retry_after(half),
+                "queue_full",
             )
         if not wait:
             return
@@ -97,11 +98,13 @@ class Admission:
                 f"{ahead} requests go first, which takes about {_seconds(wait)}; the deadline is in "
                 f"{max(0.0, deadline - now):.3g} s",
                 _retry_after(now + least - deadline),
+                "deadline",
             )
         if self._max_wait is not None and wait > self._max_wait:
             raise Overloaded(
                 f"{ahead} requests go first, which takes about {_seconds(wait)}; the most here is {self._max_wait:g} s",
                 _retry_after(wait - self._max_wait),
+                "max_wait",
             )
 
 
@@ -135,7 +138,11 @@ class KeyLimits:
         """Whether a request of ``key`` may begin now. Raises Overloaded: it is one too many."""
         usage = self._usage.setdefault(key, _Usage())
         if limits.concurrency is not None and usage.running >= limits.concurrency:
-            raise Overloaded(f"API key {key!r} has {usage.running} requests running, the most that it may", _UNKNOWN)
+            raise Overloaded(
+                f"API key {key!r} has {usage.running} requests running, the most that it may",
+                _UNKNOWN,
+                "key_concurrency",
+            )
         if limits.rate is not None:
             burst = max(1.0, limits.rate)
             passed = burst if usage.at is None else (now - usage.at) * limits.rate
@@ -144,6 +151,7 @@ class KeyLimits:
                 raise Overloaded(
                     f"API key {key!r} may ask {limits.rate:g} times a second",
                     _retry_after((1 - usage.tokens) / limits.rate),
+                    "key_rate",
                 )
 
     def enter(self, key: str, limits: Limits, now: float) -> None:

@@ -6,6 +6,7 @@ Start; Reserved or Refused; a prefill slot, AssignPrefill; Tokens; Done. NeedPre
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
@@ -31,8 +32,16 @@ class Attempt:
     """Talks to a decode worker on which ``job`` is placed, and adds what it says to ``answer``."""
 
     def __init__(
-        self, stream: DecodeStream, gate: Gate, job: Job, answer: Answer, *, max_prefill_failures: int
+        self,
+        stream: DecodeStream,
+        gate: Gate,
+        job: Job,
+        answer: Answer,
+        *,
+        max_prefill_failures: int,
+        on_need_prefill: Callable[[decode_pb2.NeedPrefill.Reason], None] = lambda _: None,
     ) -> None:
+        self._on_need = on_need_prefill
         self._stream = stream
         self._gate = gate
         self._job = job
@@ -144,6 +153,7 @@ class Attempt:
             timing.return_path_ns = tokens.return_ns
 
     def _on_need_prefill(self, need: decode_pb2.NeedPrefill) -> None:
+        self._on_need(need.reason)
         if self._grant is not None:
             return  # it gets the one that is awaited already
         failed = need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_INCOMPATIBLE)

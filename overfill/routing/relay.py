@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Protocol
 
 from overfill.errors import (
     DeadlineExceeded,
@@ -70,6 +71,21 @@ class RelayRequest:
     block_keys: PromptKeys | None = None
 
 
+class Observer(Protocol):
+    """Is told of what goes wrong on the way of a request."""
+
+    def attempt_failed(self, error: BaseException) -> None:
+        """A decode worker failed the request."""
+
+    def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None:
+        """A decode worker wants the prompt's KV again."""
+
+
+class _Nobody:
+    def attempt_failed(self, error: BaseException) -> None: ...
+    def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None: ...
+
+
 class Relay:
     """Runs one request in a task of its own; the reader may be as slow as it likes.
 
@@ -84,17 +100,27 @@ class Relay:
     Args:
         max_attempts: decode workers that may be lost, and prefill workers that may fail, one after the other without
             a new token in between, before the request is given up.
+        observer: told of what goes wrong on the way.
 
     Attributes:
         answer: what is known of the answer.
         decode_worker: id of the latest one; empty before there is one.
     """
 
-    def __init__(self, request: RelayRequest, gate: Gate, connector: DecodeConnector, *, max_attempts: int = 4) -> None:
+    def __init__(
+        self,
+        request: RelayRequest,
+        gate: Gate,
+        connector: DecodeConnector,
+        *,
+        max_attempts: int = 4,
+        observer: Observer | None = None,
+    ) -> None:
         self._request = request
         self._gate = gate
         self._connector = connector
         self._max_attempts = max_attempts
+        self._observer = observer or _Nobody()
         self._task: asyncio.Task[None] | None = None
         self._opened = 0
         self._job = Job(
@@ -184,6 +210,7 @@ class Relay:
                 done = await self._attempt(worker)
             except RETRIED as error:
                 logger.warning("request %s: decode worker %s failed: %s", self._request.id, worker.id, error)
+                self._observer.attempt_failed(error)
                 losses += 1
                 in_vain = 1 if len(self.answer.emitted) > known else in_vain + 1
                 known = len(self.answer.emitted)
@@ -213,6 +240,7 @@ class Relay:
             self._job,
             self.answer,
             max_prefill_failures=self._max_attempts,
+            on_need_prefill=self._observer.prefill_again,
         )
         try:
             return await attempt.run(start)

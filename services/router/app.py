@@ -17,10 +17,12 @@ from overfill.errors import ShuttingDown
 from overfill.metrics import RouterMetrics
 from overfill.metrics_http import MetricsServer
 from overfill.pair.manifest import Pair
+from overfill.routing.advice import INTERVAL, Advice
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
 from overfill.routing.gate import Gate
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
+from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.constants import WIRE_VERSION
@@ -91,6 +93,7 @@ class Router:
             max_wait=config.max_wait,
         )
         self.signals = Signals(self.roster, self.dispatcher)
+        self._advice = Advice(self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective))
         gate = Gate(self.dispatcher)
         expected = Expected(config.expect_prefill, config.expect_decode)
         self._metrics = RouterMetrics()
@@ -205,7 +208,11 @@ class Router:
 
     async def run(self) -> None:
         """Serves until drained, then stops."""
-        await self._stopping.wait()
+        advising = asyncio.create_task(self._advise())
+        try:
+            await self._stopping.wait()
+        finally:
+            advising.cancel()
         try:
             async with asyncio.timeout(self._config.grace_period):
                 await self._generator.wait_idle()
@@ -238,6 +245,12 @@ class Router:
             self._config.server_tls(),
             client_certificates=keys is None,  # a key is proof enough, and more than most clients can do
         )
+
+    async def _advise(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._metrics.scaling(self._advice.look(loop.time()))
+            await asyncio.sleep(INTERVAL)
 
     def _targets(self) -> list[dict[str, Any]]:
         assert self._exporter is not None

@@ -166,6 +166,7 @@ class Generator:
             self._gate,
             self._connector,
             max_attempts=self._max_attempts,
+            observer=self.metrics,
         )
         text = AnswerText(
             StreamDetokenizer(self.tokenizer, checked.prompt_token_ids if checked.continues_text else ()),

@@ -29,9 +29,11 @@ from overfill.metrics import (
 )
 from overfill.metrics_http import MetricsServer
 from overfill.params import SamplingParams
+from overfill.routing.admission import Admission
+from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
 from overfill.rpc.tls import TlsError
 from overfill.testing.counting import CountingRunner
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -211,3 +213,36 @@ def test_metrics_stay_on_this_machine_without_certificates():
 def test_no_name_is_declared_twice():
     names = [spec.name for spec in declared()]
     assert len(names) == len(set(names))
+
+
+def test_refusals_by_reason():
+    metrics = RouterMetrics()
+    queue = Admission(max_queue=1)
+    with pytest.raises(errors.Overloaded), metrics.refusing():
+        queue.check(waiting=1, ahead=1, now=0.0, deadline=None)
+    with pytest.raises(errors.PromptTooLong), metrics.refusing():
+        raise errors.PromptTooLong("prompt", "is long")
+    with pytest.raises(errors.Unavailable), metrics.refusing():
+        raise errors.Unavailable("x")
+    refusals = values(metrics, "overfill_router_refusals_total")
+    assert {reason for (reason,), count in refusals.items() if count} == {"queue_full", "too_long", "other"}
+    metrics.prefill_again(decode_pb2.NeedPrefill.REASON_PREFILL_REFUSED)
+    metrics.attempt_failed(errors.TransferFailed("x"))
+    assert values(metrics, "overfill_router_prefill_again_total")["refused",] == 1
+    assert values(metrics, "overfill_router_failed_attempts_total")["transfer_failed",] == 1
+
+
+def test_what_the_scaling_policy_makes_of_things():
+    metrics = RouterMetrics()
+    scaler = Scaler(ScalingConfig())
+    ready = PoolState(ready=1)
+    metrics.scaling(scaler.targets(0.0, ready, ready))
+    assert values(metrics, "overfill_router_scaling_target_workers") == {("prefill",): 1, ("decode",): 1}
+    queued = PoolState(ready=1, waiting_jobs=500, waiting_tokens=500_000)
+    metrics.scaling(scaler.targets(1.0, queued, ready))
+    assert values(metrics, "overfill_router_scaling_target_workers")["prefill",] > 1
+    assert values(metrics, "overfill_router_scaling_needed_workers")["prefill",] > 1
+    assert values(metrics, "overfill_router_scaling_input")["prefill", "waiting_tokens"] == 500_000
+    decisions = values(metrics, "overfill_router_scaling_decisions_total")
+    assert decisions["prefill", "up"] == 1
+    assert decisions["decode", "up"] == decisions["prefill", "down"] == 0
