@@ -242,7 +242,7 @@ def test_what_the_scaling_policy_makes_of_things():
     metrics.scaling(scaler.targets(1.0, queued, ready))
     assert values(metrics, "overfill_router_scaling_target_workers")["prefill",] > 1
     assert values(metrics, "overfill_router_scaling_needed_workers")["prefill",] > 1
-    assert values(metrics, "overfill_router_scaling_input")["prefill", "waiting_tokens"] == 500_000
+    assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "prefill"] == 500_000
     decisions = values(metrics, "overfill_router_scaling_decisions_total")
-    assert decisions["prefill", "up"] == 1
-    assert decisions["decode", "up"] == decisions["prefill", "down"] == 0
+    assert decisions["up", "prefill"] == 1
+    assert decisions["up", "decode"] == decisions["down", "prefill"] == 0
