@@ -23,7 +23,7 @@ from overfill.config_file import flag_name
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
-COPIED = {"rules": ("prometheus", ("recording.yml", "alerts.yml")), "dashboards": ("grafana/dashboards", ("*.json",))}
+COPIED = {"rules": ("prometheus/rules", ("*.yml",)), "dashboards": ("grafana/dashboards", ("*.json",))}
 """Folder in the chart's ``files`` -> the folder of ``deploy`` that its files come from, and their names."""
 
 MANAGED = {

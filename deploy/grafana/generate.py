@@ -1,0 +1,42 @@
+"""Writes the dashboards, as Grafana reads them, into ``dashboards/``. Run from anywhere; needs grafana-foundation-sdk.
+
+    python deploy/grafana/generate.py [--check]
+
+``--check`` writes nothing and exits 1, naming what differs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from boards import BOARDS
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+FOLDER = Path(__file__).parent / "dashboards"
+
+
+def outputs() -> dict[Path, str]:
+    """Every dashboard's file with what it has to say."""
+    encoder = JSONEncoder(sort_keys=True, indent=1)
+    return {FOLDER / f"{name}.json": encoder.encode(make().build()) + "\n" for name, make in BOARDS.items()}
+
+
+def main(argv: list[str]) -> int:
+    files = outputs()
+    stale = sorted(set(FOLDER.glob("*.json")) - files.keys())
+    changed = sorted(path for path, text in files.items() if not path.exists() or path.read_text() != text)
+    if argv == ["--check"]:
+        for path in [*stale, *changed]:
+            print(f"{path.name} is not what it is made of; run python deploy/grafana/generate.py")
+        return 1 if stale or changed else 0
+    for path in stale:
+        path.unlink()
+    FOLDER.mkdir(exist_ok=True)
+    for path in changed:
+        path.write_text(files[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,138 @@
+"""What the dashboards are made of: panels of a few kinds, all of one look. Knows no metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, timeseries
+from grafana_foundation_sdk.models import common as look
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models import heatmap as heatmap_model
+from grafana_foundation_sdk.models import prometheus as query_model
+
+Panel = timeseries.Panel | stat.Panel | heatmap.Panel | bargauge.Panel
+Queries = Mapping[str, str]
+"""Legend -> expression. ``{{label}}`` in a legend stands for a label's value."""
+
+SOURCE = model.DataSourceRef(type_val="prometheus", uid="$datasource")
+WIDTH = 24  # columns of a dashboard
+
+SECONDS, BYTES, BYTES_PER_SECOND, SHARE, COUNT, PER_SECOND = "s", "bytes", "Bps", "percentunit", "short", "cps"
+
+_PALETTES = {
+    "{{part}}": {
+        "router_queue": "#8AB8FF", "decode_reservation": "#CA95E5", "prefill_queue": "#FFB357",
+        "prefill_compute": "#F2495C", "return_path": "#73BF69", "unattributed": "#808080",
+    },
+    "{{stage}}": {"prefill": "#F2495C", "decode": "#5794F2"},
+    "used": {"used": "#F2495C", "cached": "#FADE2A", "free": "#73BF69"},
+}  # fmt: skip
+"""Legend -> colours of its names: a part or stage looks the same on all dashboards."""
+
+
+def lines(
+    title: str,
+    queries: Queries,
+    unit: str = COUNT,
+    *,
+    what: str = "",
+    stacked: bool = False,
+    shares: bool = False,
+    span: int = 8,
+    height: int = 8,
+    limit: float | None = None,
+) -> timeseries.Panel:
+    """Lines over time.
+
+    Args:
+        what: what the panel shows, and what to make of it.
+        stacked: areas on top of each other, which must be parts of a whole.
+        shares: stacked, as shares of the whole.
+        span, height: of 24 columns, and in grid rows.
+        limit: where a line turns bad; drawn as a threshold.
+    """
+    panel = timeseries.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height)
+    panel = panel.min(0).line_width(1).show_points(look.VisibilityMode.NEVER).fill_opacity(70 if stacked or shares else 8)
+    legend = common.VizLegendOptions().display_mode(look.LegendDisplayMode.LIST)
+    panel = panel.legend(legend.placement(look.LegendPlacement.BOTTOM).show_legend(True).calcs([]))
+    panel = panel.tooltip(common.VizTooltipOptions().mode(look.TooltipDisplayMode.MULTI).sort(look.SortOrder.DESCENDING))
+    if stacked or shares:
+        mode = look.StackingMode.PERCENT if shares else look.StackingMode.NORMAL
+        panel = panel.stacking(common.StackingConfig().mode(mode).group("A"))
+    if limit is not None:
+        panel = panel.thresholds(_thresholds(limit))
+        panel = panel.thresholds_style(
+            common.GraphThresholdsStyleConfig().mode(look.GraphTresholdsStyleMode.DASHED)
+        )
+    colours = {name: colour for legend in queries for name, colour in _PALETTES.get(legend, {}).items()}
+    for name, colour in colours.items():
+        fixed = model.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": colour})
+        panel = panel.override_by_name(name, [fixed])
+    return _ask(panel, queries)
+
+
+def number(title: str, query: str, unit: str = COUNT, *, what: str = "", limit: float | None = None, span: int = 3):
+    """One number, with its course behind it; red beyond ``limit``."""
+    panel = stat.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(4)
+    panel = panel.graph_mode(look.BigValueGraphMode.AREA).color_mode(look.BigValueColorMode.VALUE)
+    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    if limit is not None:
+        panel = panel.thresholds(_thresholds(limit))
+    return _ask(panel, {"": query})
+
+
+def cells(title: str, buckets: str, *, what: str = "", span: int = 12, height: int = 8) -> heatmap.Panel:
+    """How a histogram's observations are spread, over time. ``buckets``: observations by ``le``, in seconds."""
+    panel = heatmap.Panel().title(title).description(what).datasource(SOURCE).span(span).height(height)
+    axis = heatmap.YAxisConfig().unit(SECONDS).axis_placement(look.AxisPlacement.LEFT)
+    colours = heatmap.HeatmapColorOptions().mode(heatmap_model.HeatmapColorMode.SCHEME).scheme("Spectral").steps(64)
+    panel = panel.calculate(False).y_axis(axis).color(colours.reverse(True).scale(heatmap_model.HeatmapColorScale.EXPONENTIAL))
+    query = prometheus.Dataquery().expr(buckets).legend_format("{{le}}").range()
+    return panel.with_target(query.format(query_model.PromQueryFormat.HEATMAP).ref_id("A"))
+
+
+def bars(title: str, queries: Queries, unit: str = COUNT, *, what: str = "", span: int = 8, height: int = 8) -> bargauge.Panel:
+    """The newest value of each series, as bars."""
+    panel = bargauge.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height).min(0)
+    panel = panel.orientation(look.VizOrientation.HORIZONTAL).display_mode(look.BarGaugeDisplayMode.BASIC)
+    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    return _ask(panel, queries)
+
+
+def board(uid: str, title: str, what: str, rows: Mapping[str, Sequence[Panel]], workers: bool = False) -> dashboard.Dashboard:
+    """A dashboard of titled rows.
+
+    Args:
+        workers: whether the expressions have ``$worker``, a choice of workers.
+    """
+    made = dashboard.Dashboard(f"Overfill / {title}").uid(f"overfill-{uid}").description(what).tags(["overfill"])
+    made = made.refresh("10s").time("now-30m", "now").timezone("browser").tooltip(model.DashboardCursorSync.CROSSHAIR)
+    made = made.link(
+        dashboard.DashboardLink("Overfill").type(model.DashboardLinkType.DASHBOARDS).tags(["overfill"]).as_dropdown(True)
+        .keep_time(True).include_vars(True)
+    )  # fmt: skip
+    made = made.with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+    if workers:
+        made = made.with_variable(
+            dashboard.QueryVariable("worker").label("Worker").datasource(SOURCE)
+            .query("label_values(overfill_build_info, worker)").refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+            .multi(True).include_all(True).all_value(".+")
+            .current(model.VariableOption(text="All", value="$__all", selected=True))
+        )  # fmt: skip
+    for name, panels in rows.items():
+        made = made.with_row(dashboard.Row(name))
+        for panel in panels:
+            made = made.with_panel(panel)
+    return made
+
+
+def _ask(panel, queries: Queries):
+    for index, (legend, expression) in enumerate(queries.items()):
+        query = prometheus.Dataquery().expr(expression).legend_format(legend).range().ref_id(chr(ord("A") + index))
+        panel = panel.with_target(query)
+    return panel
+
+
+def _thresholds(limit: float) -> dashboard.ThresholdsConfig:
+    steps = [model.Threshold(value=None, color="green"), model.Threshold(value=limit, color="red")]
+    return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps)
