@@ -43,7 +43,7 @@ check: setup  ## Lint, format, types, import arrows, generated code
 test: setup check  ## check, then the tests without the slow ones
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: setup check .venv/.browser  ## check, then every test that this machine can run
+test-all: setup check .venv/.browser .venv/.prometheus  ## check, then every test that this machine can run
 	$(PYTEST)
 
 # Chromium for the tests of /ui, where it can be installed; without it they are skipped and say so.
@@ -52,6 +52,14 @@ test-all: setup check .venv/.browser  ## check, then every test that this machin
 	  [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	  apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; } 2>/dev/null || \
 	  echo "no Chromium here, and it cannot be installed: the tests of /ui will be skipped" >&2
+	@touch $@
+
+# Prometheus and promtool for the telemetry check, in the same way.
+.venv/.prometheus: | .venv/.installed
+	@{ command -v prometheus && command -v promtool; } >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -qq -y --no-install-recommends prometheus >/dev/null; } 2>/dev/null || \
+	  echo "no Prometheus here, and it cannot be installed: the telemetry check will be skipped" >&2
 	@touch $@
 
 bench: setup  ## Measure the hand-off and the engine on this machine, in short

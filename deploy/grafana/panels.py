@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, timeseries
@@ -52,18 +53,20 @@ def lines(
         limit: where a line turns bad; drawn as a threshold.
     """
     panel = timeseries.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height)
-    panel = panel.min(0).line_width(1).show_points(look.VisibilityMode.NEVER).fill_opacity(70 if stacked or shares else 8)
+    panel = (
+        panel.min(0).line_width(1).show_points(look.VisibilityMode.NEVER).fill_opacity(70 if stacked or shares else 8)
+    )
     legend = common.VizLegendOptions().display_mode(look.LegendDisplayMode.LIST)
     panel = panel.legend(legend.placement(look.LegendPlacement.BOTTOM).show_legend(True).calcs([]))
-    panel = panel.tooltip(common.VizTooltipOptions().mode(look.TooltipDisplayMode.MULTI).sort(look.SortOrder.DESCENDING))
+    panel = panel.tooltip(
+        common.VizTooltipOptions().mode(look.TooltipDisplayMode.MULTI).sort(look.SortOrder.DESCENDING)
+    )
     if stacked or shares:
         mode = look.StackingMode.PERCENT if shares else look.StackingMode.NORMAL
         panel = panel.stacking(common.StackingConfig().mode(mode).group("A"))
     if limit is not None:
         panel = panel.thresholds(_thresholds(limit))
-        panel = panel.thresholds_style(
-            common.GraphThresholdsStyleConfig().mode(look.GraphTresholdsStyleMode.DASHED)
-        )
+        panel = panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(look.GraphTresholdsStyleMode.DASHED))
     colours = {name: colour for legend in queries for name, colour in _PALETTES.get(legend, {}).items()}
     for name, colour in colours.items():
         fixed = model.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": colour})
@@ -86,20 +89,30 @@ def cells(title: str, buckets: str, *, what: str = "", span: int = 12, height: i
     panel = heatmap.Panel().title(title).description(what).datasource(SOURCE).span(span).height(height)
     axis = heatmap.YAxisConfig().unit(SECONDS).axis_placement(look.AxisPlacement.LEFT)
     colours = heatmap.HeatmapColorOptions().mode(heatmap_model.HeatmapColorMode.SCHEME).scheme("Spectral").steps(64)
-    panel = panel.calculate(False).y_axis(axis).color(colours.reverse(True).scale(heatmap_model.HeatmapColorScale.EXPONENTIAL))
+    panel = (
+        panel.calculate(False)
+        .y_axis(axis)
+        .color(colours.reverse(True).scale(heatmap_model.HeatmapColorScale.EXPONENTIAL))
+    )
     query = prometheus.Dataquery().expr(buckets).legend_format("{{le}}").range()
     return panel.with_target(query.format(query_model.PromQueryFormat.HEATMAP).ref_id("A"))
 
 
-def bars(title: str, queries: Queries, unit: str = COUNT, *, what: str = "", span: int = 8, height: int = 8) -> bargauge.Panel:
+def bars(
+    title: str, queries: Queries, unit: str = COUNT, *, what: str = "", span: int = 8, height: int = 8
+) -> bargauge.Panel:
     """The newest value of each series, as bars."""
-    panel = bargauge.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height).min(0)
+    panel = (
+        bargauge.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height).min(0)
+    )
     panel = panel.orientation(look.VizOrientation.HORIZONTAL).display_mode(look.BarGaugeDisplayMode.BASIC)
     panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     return _ask(panel, queries)
 
 
-def board(uid: str, title: str, what: str, rows: Mapping[str, Sequence[Panel]], workers: bool = False) -> dashboard.Dashboard:
+def board(
+    uid: str, title: str, what: str, rows: Mapping[str, Sequence[Panel]], workers: bool = False
+) -> dashboard.Dashboard:
     """A dashboard of titled rows.
 
     Args:
@@ -119,10 +132,11 @@ def board(uid: str, title: str, what: str, rows: Mapping[str, Sequence[Panel]], 
             .multi(True).include_all(True).all_value(".+")
             .current(model.VariableOption(text="All", value="$__all", selected=True))
         )  # fmt: skip
+    ids = itertools.count(1)
     for name, panels in rows.items():
-        made = made.with_row(dashboard.Row(name))
+        made = made.with_row(dashboard.Row(name).id(next(ids)))
         for panel in panels:
-            made = made.with_panel(panel)
+            made = made.with_panel(panel.id(next(ids)))
     return made
 
 

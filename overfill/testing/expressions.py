@@ -1,0 +1,100 @@
+"""Every PromQL expression of ``deploy``: of dashboards with their variables filled in, of rules without the comparison
+that makes them an alert. Needs promql-parser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import yaml
+
+_COMPARISONS = {"==", "!=", ">", "<", ">=", "<="}
+_SETS = {"and", "or", "unless"}
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """``text`` as Prometheus takes it; ``where`` names the file and the panel or rule."""
+
+    where: str
+    text: str
+
+
+def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expression]:
+    """Of the dashboards in ``folder``, with all workers chosen."""
+    for path in sorted(folder.glob("*.json")):
+        for panel in panels(json.loads(path.read_text())):
+            for target in panel["targets"]:
+                yield Expression(f"{path.name}: {panel['title']}", filled(target["expr"], rate_interval))
+
+
+def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All panels that show data, those of folded rows too."""
+    for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            yield from panels({"panels": panel.get("panels") or []})
+        else:
+            yield panel
+
+
+def filled(expression: str, rate_interval: str) -> str:
+    """``expression`` as Grafana sends it."""
+    return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+")
+
+
+def rules(folder: Path) -> Iterator[dict[str, Any]]:
+    """Recording and alert rules in ``folder``."""
+    for path in sorted(folder.glob("*.yml")):
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            yield from group["rules"]
+
+
+def rule_expressions(folder: Path) -> Iterator[Expression]:
+    """Of the rules in ``folder``: of alerts, what is compared."""
+    for rule in rules(folder):
+        if "alert" in rule:
+            for text in compared(rule["expr"]):
+                yield Expression(rule["alert"], text)
+        else:
+            yield Expression(rule["record"], rule["expr"])
+
+
+def compared(alert: str) -> Iterator[str]:
+    """The sides of an alert's comparisons that may be empty: of ``a > 1 and b > 2``, ``a`` and ``b``."""
+    yield from _compared(promql_parser.parse(alert))
+
+
+def _compared(node: Any) -> Iterator[str]:
+    if isinstance(node, promql_parser.ParenExpr):
+        yield from _compared(node.expr)
+    elif isinstance(node, promql_parser.BinaryExpr) and str(node.op) in _SETS:
+        yield from _compared(node.lhs)
+        yield from _compared(node.rhs)
+    elif isinstance(node, promql_parser.BinaryExpr) and str(node.op) in _COMPARISONS:
+        yield node.lhs.prettify()
+    else:
+        yield node.prettify()
+
+
+def names(expression: str) -> set[str]:
+    """Metrics that ``expression`` reads. Raises ValueError when it is no PromQL."""
+    return set(_names(promql_parser.parse(expression)))
+
+
+def _names(node: Any) -> Iterator[str]:
+    if isinstance(node, promql_parser.VectorSelector):
+        yield node.name
+        return
+    if isinstance(node, promql_parser.MatrixSelector):
+        yield node.vector_selector.name
+        return
+    for part in ("lhs", "rhs", "expr", "param"):
+        if (below := getattr(node, part, None)) is not None:
+            yield from _names(below)
+    for argument in getattr(node, "args", ()):
+        yield from _names(argument)

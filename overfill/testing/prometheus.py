@@ -1,0 +1,155 @@
+"""A real Prometheus beside a stack, for tests and for pictures. Needs the program ``prometheus`` (Debian has it)."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_START = 30.0  # seconds for it to come up
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One series of a result: labels, and (seconds since the epoch, value) in order."""
+
+    labels: dict[str, str]
+    points: list[tuple[float, float]]
+
+    @property
+    def last(self) -> float:
+        return self.points[-1][1]
+
+    @property
+    def has_number(self) -> bool:
+        """Whether any of the values is one."""
+        return any(math.isfinite(value) for _, value in self.points)
+
+
+class Prometheus:
+    """Asks a running server. Raises RuntimeError when a query is wrong, with what Prometheus says about it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def query(self, expression: str) -> list[Series]:
+        """As of now."""
+        return [_series(item, [item["value"]]) for item in self._result("query", query=expression)]
+
+    def query_range(self, expression: str, start: float, end: float, step: float) -> list[Series]:
+        """Over time; times in seconds since the epoch."""
+        found = self._result("query_range", query=expression, start=str(start), end=str(end), step=str(step))
+        return [_series(item, item["values"]) for item in found]
+
+    def firing(self) -> set[str]:
+        """Names of the alerts that fire."""
+        alerts = self._get("alerts")["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+
+    def up(self) -> set[str]:
+        """Workers and routers whose last scrape went well."""
+        targets = self._get("targets")["activeTargets"]
+        return {target["labels"]["worker"] for target in targets if target["health"] == "up"}
+
+    def names(self) -> set[str]:
+        """Of all series."""
+        return set(self._get("label/__name__/values"))
+
+    def _result(self, what: str, **parameters: str) -> list[dict[str, Any]]:
+        answer = self._get(what, **parameters)
+        if answer["resultType"] == "scalar":
+            return [{"metric": {}, "value": answer["result"]}]
+        found: list[dict[str, Any]] = answer["result"]
+        return found
+
+    def _get(self, what: str, **parameters: str) -> Any:
+        url = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                return json.load(response)["data"]
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RuntimeError(f"{parameters.get('query', what)}: {error.read().decode()}") from error
+
+
+@contextmanager
+def running_prometheus(
+    folder: Path, targets_url: str, rules: Sequence[Path] = (), interval: float = 1.0
+) -> Iterator[Prometheus]:
+    """Runs Prometheus on loopback until the end of the block.
+
+    Args:
+        folder: for its configuration and data; must exist.
+        targets_url: a router's ``/targets``.
+        rules: files of rules.
+        interval: seconds between scrapes, and between evaluations of rules.
+
+    Raises:
+        FileNotFoundError: there is no program ``prometheus``.
+        RuntimeError: it did not come up.
+    """
+    program = shutil.which("prometheus")
+    if program is None:
+        raise FileNotFoundError("there is no program prometheus here")
+    pause = f"{round(interval * 1000)}ms"
+    config = {
+        "global": {"scrape_interval": pause, "scrape_timeout": pause, "evaluation_interval": pause},
+        "rule_files": [str(path.absolute()) for path in rules],
+        "scrape_configs": [
+            {
+                "job_name": "overfill",
+                "honor_labels": True,
+                "http_sd_configs": [{"url": targets_url, "refresh_interval": "1s"}],
+                "relabel_configs": [{"source_labels": ["worker"], "target_label": "instance"}],
+            }
+        ],
+    }
+    file = folder / "prometheus.yml"
+    file.write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{_free_port()}"
+    command = [
+        program, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}",
+        "--log.level=warn",
+    ]  # fmt: skip
+    with (folder / "prometheus.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            _wait(process, f"http://{address}/-/ready", folder / "prometheus.log")
+            yield Prometheus(f"http://{address}")
+        finally:
+            process.terminate()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Prometheus did not come up: {log.read_text()}") from None
+            time.sleep(0.1)
+
+
+def _series(item: dict[str, Any], points: list[tuple[float, str]]) -> Series:
+    return Series(item["metric"], [(float(at), float(value)) for at, value in points])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

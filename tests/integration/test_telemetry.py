@@ -1,0 +1,183 @@
+"""The telemetry check: a stack, a real Prometheus and a load. Every panel and rule has data, no metric is missing or
+undocumented, and histograms agree with what clients measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from stacks import running_stack, wait_until
+
+from overfill.client import Client, SamplingParams
+from overfill.errors import InvalidRequest
+from overfill.testing.expressions import dashboard_expressions, rule_expressions
+from overfill.testing.prometheus import running_prometheus
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy/prometheus/rules"
+INTERVAL = 0.5  # seconds between scrapes
+LOAD = 12.0  # seconds of it before anything is asked
+CLIENTS = 3
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the program prometheus (Debian's)"),
+]
+
+
+@dataclass
+class Measured:
+    """What clients saw of successful answers; seconds by their own clocks."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    ttft: float = 0.0
+    total: float = 0.0
+    parts: float = 0.0
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_pair, tmp_path_factory):
+    """(Prometheus, what clients measured) after a load that has ended and been scraped."""
+    with running_stack(tiny_pair, prefill=2, decode=2, http=0) as (_, address):
+        with Client(address) as client:
+            status = client.status()
+        router, http = status.process.metrics_address, status.http_address
+        folder = tmp_path_factory.mktemp("prometheus")
+        targets = f"http://{router}/targets"
+        with running_prometheus(folder, targets, sorted(RULES.glob("*.yml")), INTERVAL) as prometheus:
+            wait_until(lambda: len(prometheus.up()) == 5, 30, "all five processes are scraped")
+            measured = load(address, http)
+            wait_until(
+                lambda: total(prometheus, 'overfill_router_requests_total{outcome="ok"}') == measured.answers,
+                20,
+                "the last answer is scraped",
+            )
+            yield prometheus, measured
+
+
+def load(address, http):
+    measured, lock, until = Measured(), threading.Lock(), time.monotonic() + LOAD
+
+    def ask(index):
+        with Client(address) as client:
+            turn = 0
+            while time.monotonic() < until:
+                turn += 1
+                prompt = [5 + (index * 31 + turn * 7 + i) % 200 for i in range(64)] if turn % 3 else [7] * 100
+                sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+                began, first = time.perf_counter(), None
+                with client.stream(prompt, sampling=sampling) as stream:
+                    for _ in stream:
+                        first = first or time.perf_counter()
+                    answer = stream.answer
+                ended = time.perf_counter()
+                with lock:
+                    measured.answers += 1
+                    measured.prompt_tokens += answer.usage.prompt_tokens
+                    measured.tokens += answer.usage.completion_tokens
+                    measured.ttft += first - began
+                    measured.total += ended - began
+
+    def others():
+        with Client(address) as client:
+            model = client.models()[0].name
+            while time.monotonic() < until:
+                asked = {"model": model, "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+                request = urllib.request.Request(
+                    f"http://{http}/v1/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
+                )
+                began = time.perf_counter()
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    usage = json.load(response)["usage"]
+                ended = time.perf_counter()
+                with lock:
+                    measured.answers += 1
+                    measured.prompt_tokens += usage["prompt_tokens"]
+                    measured.tokens += usage["completion_tokens"]
+                    measured.total += ended - began
+                with pytest.raises(InvalidRequest):
+                    client.generate([1 << 20])
+                time.sleep(0.2)
+
+    with ThreadPoolExecutor(CLIENTS + 1) as threads:
+        for done in [*(threads.submit(ask, index) for index in range(CLIENTS)), threads.submit(others)]:
+            done.result()
+    return measured
+
+
+def total(prometheus, expression):
+    return sum(series.last for series in prometheus.query(expression))
+
+
+def test_every_panel_and_every_rule_has_data(watched, capsys):
+    prometheus, _ = watched
+    shown = list(dashboard_expressions(ROOT / "deploy/grafana/dashboards", "10s"))
+    ruled = list(rule_expressions(RULES))
+    results = {each: prometheus.query(each.text) for each in [*shown, *ruled]}
+    empty = [each for each, found in results.items() if not found]
+    blank = [each for each, found in results.items() if found and not any(s.has_number for s in found)]
+    with capsys.disabled():
+        print(f"\n{len(shown)} expressions of dashboards and {len(ruled)} of rules: {len(empty)} empty, "
+              f"{len(blank)} without a number")  # fmt: skip
+    assert not empty
+    assert not blank
+
+
+def test_no_metric_is_missing_or_undocumented(watched):
+    prometheus, _ = watched
+    documented = set(re.findall(r"^\| `(overfill_\w+)`", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE))
+    exported = {
+        re.sub(r"_(bucket|sum|count|created)$", "", name) for name in prometheus.names() if name.startswith("overfill_")
+    }
+    # What a counter's "_created" is of has "_total" in its own name.
+    exported = {name if name in documented else f"{name}_total" for name in exported}
+    assert exported == documented
+
+
+def test_counters_agree_with_what_clients_had(watched):
+    prometheus, measured = watched
+    assert total(prometheus, "overfill_router_completion_tokens_total") == measured.tokens
+    assert total(prometheus, "overfill_router_prompt_tokens_total") == measured.prompt_tokens
+    assert total(prometheus, "overfill_router_request_seconds_count") == measured.answers
+    assert total(prometheus, "overfill_router_ttft_seconds_count") == measured.answers
+    # Of each answer one token is the full model's.
+    assert total(prometheus, "overfill_decode_tokens_total") == measured.tokens - measured.answers
+    looked_up = total(prometheus, "overfill_prefill_prefix_tokens_total")
+    assert looked_up == measured.prompt_tokens
+    assert total(prometheus, "overfill_decode_sequences_total{outcome='ok'}") == measured.answers
+
+
+def test_histogram_sums_agree_with_clients_clocks(watched, capsys):
+    """The router cannot see what is before it received a request and behind its last write, and nothing else."""
+    prometheus, measured = watched
+    seen = total(prometheus, "overfill_router_request_seconds_sum")
+    with capsys.disabled():
+        print(
+            f"\n{measured.answers} answers: {seen:.3f} s by the router's histogram, {measured.total:.3f} s by clients"
+        )
+    assert seen <= measured.total
+    assert seen == pytest.approx(measured.total, rel=0.15)
+
+
+def test_parts_add_up_to_the_time_to_first_token(watched):
+    prometheus, _ = watched
+    ttft = total(prometheus, "overfill_router_ttft_seconds_sum")
+    assert total(prometheus, "overfill_router_ttft_part_seconds_sum") == pytest.approx(ttft, rel=1e-3)
+    # Each part is measured where it happens, and by itself.
+    for part, histogram in (
+        ("prefill_queue", "overfill_prefill_queue_seconds_sum"),
+        ("prefill_compute", "overfill_prefill_compute_seconds_sum"),
+        ("decode_reservation", "overfill_decode_reservation_seconds_sum"),
+    ):
+        of_router = total(prometheus, f'overfill_router_ttft_part_seconds_sum{{part="{part}"}}')
+        assert of_router == pytest.approx(total(prometheus, histogram), rel=0.02, abs=0.002), part

@@ -1,0 +1,106 @@
+"""Dashboards and rules: made of what is exported, all of it, and explained. Whether they return data is in
+``tests/integration/test_telemetry.py``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overfill.metrics import declared
+from overfill.testing.expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
+
+ROOT = Path(__file__).parents[2]
+DASHBOARDS, RULES = ROOT / "deploy/grafana/dashboards", ROOT / "deploy/prometheus/rules"
+STANDARD = {
+    "up", "ALERTS", "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
+}  # fmt: skip
+
+
+def expressions():
+    return [*dashboard_expressions(DASHBOARDS, "1m"), *rule_expressions(RULES)]
+
+
+def test_dashboards_are_what_they_are_made_of():
+    command = [sys.executable, ROOT / "deploy/grafana/generate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_read_that_is_not_exported_or_recorded():
+    exported = set(STANDARD)
+    for spec in declared():
+        exported |= (
+            {f"{spec.name}_{part}" for part in ("bucket", "sum", "count")} if spec.kind == "histogram" else {spec.name}
+        )
+    recorded = {rule["record"] for rule in rules(RULES) if "record" in rule}
+    unknown = {(each.where, name) for each in expressions() for name in names(each.text) - exported - recorded}
+    assert not unknown
+
+
+def test_every_metric_is_on_a_dashboard():
+    shown = {re.sub(r"_(bucket|sum|count)$", "", n) for e in expressions() for n in names(e.text)}
+    missing = {re.sub(r"_(bucket|sum|count)$", "", spec.name) for spec in declared()} - shown
+    assert not missing
+
+
+def test_every_rule_that_is_recorded_is_read():
+    read = {name for each in expressions() for name in names(each.text)}
+    assert {rule["record"] for rule in rules(RULES) if "record" in rule} <= read
+
+
+def test_every_alert_has_a_runbook_and_a_test():
+    page = (ROOT / "docs/operations.md").read_text()
+    headings = re.findall(r"^#### (Overfill\w+)$", page, re.MULTILINE)
+    alerts = [rule for rule in rules(RULES) if "alert" in rule]
+    assert sorted(headings) == sorted(rule["alert"] for rule in alerts)
+    tests = (ROOT / "deploy/prometheus/tests/alerts_test.yml").read_text()
+    for rule in alerts:
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert f'alertname="{rule["alert"]}"' in tests
+
+
+def test_panels_have_a_place_a_unit_and_a_source():
+    for path in DASHBOARDS.glob("*.json"):
+        board = json.loads(path.read_text())
+        found = list(panels(board))
+        assert len({panel["id"] for panel in found}) == len(found)
+        assert len({panel["title"] for panel in found}) == len(found), "a runbook names a panel by its title"
+        for panel in found:
+            assert panel["datasource"]["uid"] == "$datasource"
+            assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+            assert panel["targets"]
+
+
+def test_runbooks_name_panels_that_there_are():
+    page = (ROOT / "docs/operations.md").read_text()
+    titles = {
+        (json.loads(path.read_text())["title"].removeprefix("Overfill / "), panel["title"])
+        for path in DASHBOARDS.glob("*.json")
+        for panel in panels(json.loads(path.read_text()))
+    }
+    named = re.findall(r"\*([A-Z][\w ]+) › ([^*]+)\*", page)
+    assert len(named) >= 20
+    assert [pair for pair in named if pair not in titles] == []
+
+
+def test_what_an_alert_compares():
+    assert list(compared("a > 1")) == ["a"]
+    assert list(compared("(a / b) > 1 and c < 2")) == ["(a / b)", "c"]
+    assert list(compared("avg_over_time(x[5m]) >= 3 unless (y == 0)")) == ["avg_over_time(x[5m])", "y"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_alerts_fire_and_stay_quiet_as_they_should():
+    for command in (
+        ["check", "rules", *RULES.glob("*.yml")],
+        ["test", "rules", *ROOT.glob("deploy/prometheus/tests/*.yml")],
+    ):
+        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
