@@ -525,7 +525,8 @@ def router() -> Dashboard:
             lines(
                 "Scaling decisions",
                 {
-                    "{{stage}} {{direction}}": "sum by (stage, direction) (increase(overfill_router_scaling_decisions_total[15m]))",
+                    "{{stage}} {{direction}}": "sum by (stage, direction) "
+                    "(increase(overfill_router_scaling_decisions_total[15m]))",
                 },
                 what="In 15 minutes.",
             ),
@@ -543,7 +544,7 @@ def router() -> Dashboard:
                 "Decode: sequences",
                 input_of("decode", "concurrency", "margin", "batch", "running"),
                 COUNT,
-                what="Running at once as predicted, a margin for chance, what a worker runs within the objective, and now.",
+                what="Running at once as predicted, a margin for chance, what a worker runs in the objective, and now.",
             ),
             lines("Decode: a step", input_of("decode", "step_seconds", "step_base_seconds"), SECONDS),
             lines(

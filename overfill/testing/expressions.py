@@ -88,10 +88,10 @@ def names(expression: str) -> set[str]:
 
 def _names(node: Any) -> Iterator[str]:
     if isinstance(node, promql_parser.VectorSelector):
-        yield node.name
+        yield str(node.name)
         return
     if isinstance(node, promql_parser.MatrixSelector):
-        yield node.vector_selector.name
+        yield str(node.vector_selector.name)
         return
     for part in ("lhs", "rhs", "expr", "param"):
         if (below := getattr(node, part, None)) is not None:
