@@ -1,82 +1,173 @@
-"""``overfill chaos``: break the workers of a stack under load and judge every answer."""
+"""``overfill chaos``: break a stack under load, at every phase of a request, and judge every answer."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from overfill.cli.output import console, print_json
+from overfill.testing.chaos.strikes import FAULTS, PHASES, FaultName, Phase, Strike, Target, draw, matrix, replayed
 
 if TYPE_CHECKING:
     from overfill.cli.stack import Plan
     from overfill.pair.progress import Report
-    from overfill.pair.reference import Summary
-    from overfill.testing.chaos import FaultName, Result
 
-_FAULTS = ("kill", "freeze", "partition", "drain")
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("chaos")
 @click.option(
     "--pair", default="tiny", show_default=True, help="A named pair, the folder of one, or tiny: random weights."
 )
-@click.option("--fault", type=click.Choice(_FAULTS), default="kill", show_default=True, help="What befalls workers.")
+@click.option(
+    "--fault", "faults", type=click.Choice(FAULTS), multiple=True, help="What happens; may be repeated.  [default: all]"
+)
+@click.option(
+    "--phase", "phases", type=click.Choice(PHASES), multiple=True,
+    help="Of a request, in which it happens; may be repeated.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--target", "targets", type=click.Choice(get_args(Target)), multiple=True,
+    help="Whom it befalls; may be repeated.  [default: all that the fault can befall]",
+)  # fmt: skip
+@click.option("--strikes", type=click.IntRange(0), default=60, show_default=True, help="Faults, drawn at random.")
+@click.option("--matrix", "times", type=click.IntRange(1), help="Instead: each fault in each phase this often.")
+@click.option("--soak", type=click.FloatRange(0, min_open=True), help="Instead: random faults for so many minutes.")
+@click.option(
+    "--rate-share", type=click.FloatRange(0, 1, min_open=True),
+    help="Share of what the stack can do at which requests arrive.  [default: 0.7 with --soak, else --streams always]",
+)  # fmt: skip
+@click.option("--replay", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The faults of a report.")
+@click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="First fault of the seed.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of faults, phases, victims and moments.")
+@click.option("--pause", type=click.FloatRange(0), default=2.0, show_default=True, help="Mean seconds between faults.")
+@click.option("--abreast", type=click.IntRange(1), default=2, show_default=True, help="Faults at a time.")
 @click.option("--prefill", type=click.IntRange(2), default=2, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=click.IntRange(2), default=3, show_default=True, help="Decode workers.")
-@click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Routers.")
-@click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="Answers at least.")
-@click.option("--hits", type=click.IntRange(0), default=20, show_default=True, help="Faults on workers at work.")
-@click.option("--streams", type=click.IntRange(1), default=32, show_default=True, help="Requests at a time.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
-@click.option("--pause", type=click.FloatRange(0), default=3.0, show_default=True, help="Mean seconds between faults.")
-@click.option(
-    "--down", type=click.FloatRange(0), default=15.0, show_default=True, help="Seconds of a freeze or partition."
-)
-@click.option("--limit", type=click.FloatRange(0), default=1800.0, show_default=True, help="Seconds to wait for hits.")
-@click.option("--grace-period", default=5.0, show_default=True, help="Seconds that a drained worker has.")
+@click.option("--router", "routers", type=click.IntRange(2), default=2, show_default=True, help="Routers.")
+@click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="At least.")
+@click.option("--streams", type=click.IntRange(1), default=16, show_default=True, help="Requests at a time.")
+@click.option("--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Longest answer.")
+@click.option("--limit", type=click.FloatRange(0), default=3600.0, show_default=True, help="Seconds, at most.")
+@click.option("--grace-period", default=1.0, show_default=True, help="Seconds that a drained process has.")
+@click.option("--max-num-seqs", default=4, show_default=True, help="Sequences of a worker; few make requests wait.")
 @click.option("--kv-memory", help="KV cache per worker, such as 512MiB; by default 8MiB for tiny, else sized to fit.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of victims and moments.")
+@click.option("--report", "report_file", type=_FILE, help="Write the JSON report here.")
+@click.option("--plot", type=_FILE, help="Draw the memory of every process here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def chaos_command(
     pair: str,
-    fault: FaultName,
+    faults: tuple[FaultName, ...],
+    phases: tuple[Phase, ...],
+    targets: tuple[Target, ...],
+    strikes: int,
+    times: int | None,
+    soak: float | None,
+    rate_share: float | None,
+    replay: Path | None,
+    first: int,
+    seed: int,
+    pause: float,
+    abreast: int,
     prefill: int,
     decode: int,
     routers: int,
+    requests: int,
+    streams: int,
+    max_tokens: int,
+    limit: float,
     grace_period: float,
+    max_num_seqs: int,
     kv_memory: str | None,
+    report_file: Path | None,
+    plot: Path | None,
     as_json: bool,
-    **trial: Any,
 ) -> int:
-    """Start a stack on this machine, keep it busy, break its workers, and judge every answer.
+    """Start a stack on this machine, keep it busy, break it, and judge every answer.
 
-    A fault befalls a random worker whenever both stages have a spare. Exits 1 unless every answer came and is
-    right, faults hit as many workers at work as asked for, and every KV block was free within two seconds of the
-    last answer.
+    A fault waits for a request that is in its phase and befalls a process that serves it, or its client; nothing is
+    silenced unless another of its stage is ready. The same seed draws the same faults; --from goes on in the
+    middle, and --replay takes them from the report of an earlier run.
+
+    Exits 1 unless every request was answered right, or refused in so many words, every process ended as it should, and
+    every KV block was free within two seconds of the last answer.
     """
     from overfill.pair.progress import progress_bars
     from overfill.pair.reference import TwoStageReference
-    from overfill.testing.chaos import Trial, run_trial
+    from overfill.testing.chaos.report import Report as TrialReport
+    from overfill.testing.chaos.trial import Trial, run_trial
+    from overfill.testing.chaos.watch import draw as draw_memory
 
+    settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
+    among = (faults or FAULTS, phases or PHASES, targets or None)
+    chosen = _strikes(*among, strikes, times, soak, replay, first, seed, pause)
+    trial_settings = {"grace_period": grace_period, "kv_memory": kv_memory, "max_num_seqs": max_num_seqs}
     with ExitStack() as exits:
         report = exits.enter_context(progress_bars())
-        plan, prompts, folder = prepare(
-            pair, prefill, decode, routers, exits, report, {"grace_period": grace_period, "kv_memory": kv_memory}
+        plan, prompts, folder = prepare(pair, prefill, decode, routers, exits, report, trial_settings)
+        trial = Trial(
+            strikes=chosen,
+            prompts=prompts,
+            requests=requests,
+            streams=streams,
+            max_tokens=max_tokens,
+            share=rate_share or (0.7 if soak else None),
+            seconds=soak * 60 if soak else None,
+            abreast=abreast,
+            limit=max(limit, soak * 60 if soak else 0.0),
+            seed=seed,
         )
-        result = asyncio.run(run_trial(plan, Trial(fault=fault, prompts=prompts, **trial), report))
-        summary = result.judge(TwoStageReference(folder), report)
+        result = asyncio.run(run_trial(plan, trial, report))
+        summary, wrong = result.judge(TwoStageReference(folder), max_tokens, report)
+    judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
+    if report_file is not None:
+        report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        title = (
+            f"{result.seconds / 60:.0f} minutes, seed {seed}: {len(result.struck)} faults, {summary.answers} answers"
+        )
+        draw_memory(result.samples, title, plot)
     if as_json:
-        print_json(_as_json(result, summary))
+        print_json(judged.as_dict())
     else:
-        _print(result, summary)
-    struck = result.hits >= result.trial.hits
-    freed = result.freed_after is not None and result.freed_after <= 2.0
-    return 0 if summary.passed and struck and freed and not result.leaked and not result.unclean_exits else 1
+        for table in judged.tables():
+            console().print(table)
+        click.echo(str(summary))
+    return 0 if judged.passed else 1
+
+
+def _strikes(
+    faults: tuple[FaultName, ...],
+    phases: tuple[Phase, ...],
+    targets: tuple[Target, ...] | None,
+    count: int,
+    times: int | None,
+    soak: float | None,
+    replay: Path | None,
+    first: int,
+    seed: int,
+    pause: float,
+) -> Iterable[Strike]:
+    """What the options ask for. Raises click.UsageError when they contradict each other."""
+    if sum(option is not None for option in (times, soak, replay)) > 1:
+        raise click.UsageError("--matrix, --soak and --replay are three ways to choose faults: give one")
+    if replay is not None:
+        try:
+            return replayed(replay)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    if times is not None:
+        return matrix(seed, times, faults, phases)[first:]
+    drawn = draw(seed, pause, faults, phases, targets, first)
+    return drawn if soak is not None else list(itertools.islice(drawn, count))
 
 
 def prepare(
@@ -103,37 +194,5 @@ def prepare(
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions], folder
 
 
-def _as_json(result: Result, summary: Summary) -> dict[str, Any]:
-    delays = result.delays()
-    return {
-        "fault": result.trial.fault,
-        "seconds": round(result.seconds, 1),
-        "answers": summary.answers,
-        "correct": summary.correct,
-        "identical": summary.identical,
-        "ties": summary.ties,
-        "errors": result.errors[:10],
-        "strikes": result.strikes,
-        "hits": result.hits,
-        "migrations": result.migrations,
-        "migrated_answers": len(delays),
-        "delay_p50": round(_quantile(delays, 0.5), 3),
-        "delay_p95": round(_quantile(delays, 0.95), 3),
-        "blocks_freed_after": result.freed_after if result.freed_after is None else round(result.freed_after, 3),
-        "leaked": result.leaked,
-        "unclean_exits": result.unclean_exits,
-    }
-
-
-def _print(result: Result, summary: Summary) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False)
-    for name, value in _as_json(result, summary).items():
-        table.add_row(name.replace("_", " "), str(value))
-    console().print(table)
-    click.echo(str(summary))
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else 0.0
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value

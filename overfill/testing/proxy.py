@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback: slow, cut off, or silent like a network that has lost its route.
+"""A TCP proxy on loopback: slow, late, lossy, cut off, or silent like a network that has lost its route.
 
 It forwards bytes and so stands below gRPC: keepalive pings stop with everything else. ``message_proxy`` stands above.
 """
@@ -6,10 +6,13 @@ It forwards bytes and so stands below gRPC: keepalive pings stop with everything
 from __future__ import annotations
 
 import asyncio
+import random
 from contextlib import suppress
 from types import TracebackType
 
 _PIECE = 16 * 1024  # bytes forwarded at a time
+_ON_THE_WAY = 64  # pieces of one direction, at most
+_RETRANSMISSION = 0.2  # seconds after which Linux sends again what was lost, and twice as long each further time
 
 
 class TcpProxy:
@@ -18,12 +21,20 @@ class TcpProxy:
     Args:
         bytes_per_second: of each connection in each direction; None is no limit.
         port: to listen on; 0 picks a free one.
+
+    Attributes:
+        rate: as ``bytes_per_second``; like the two below it may change at any time.
+        delay: most seconds that a piece of up to 16 KiB takes, drawn for each; their order stays.
+        loss: probability that a piece is lost. What whoever uses TCP sees of that is a wait for the retransmission, of
+            it and of all behind it.
     """
 
-    def __init__(self, target: str, bytes_per_second: float | None = None, port: int = 0) -> None:
+    def __init__(self, target: str, bytes_per_second: float | None = None, port: int = 0, seed: int = 0) -> None:
         host, _, target_port = target.rpartition(":")
         self._target = (host, int(target_port))
-        self._rate = bytes_per_second
+        self.rate = bytes_per_second
+        self.delay = self.loss = 0.0
+        self._rng = random.Random(seed)
         self._port = port
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -77,14 +88,43 @@ class TcpProxy:
                         await end.wait_closed()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until either end closes: pieces arrive on their own, and leave in order, each when it is due."""
+        on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_ON_THE_WAY)
+        arriving = asyncio.ensure_future(self._arrive(reader, on_the_way))
         loop = asyncio.get_running_loop()
         free_at = loop.time()
-        while piece := await reader.read(_PIECE):
-            await self._flows.wait()
-            if self._rate is not None:
-                await asyncio.sleep(max(0.0, free_at - loop.time()))
-                free_at = max(free_at, loop.time()) + len(piece) / self._rate
-            writer.write(piece)
-            await writer.drain()
+        try:
+            while True:
+                due, piece = await on_the_way.get()
+                if not piece:
+                    break
+                await self._flows.wait()
+                if (wait := max(due, free_at) - loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                if self.rate is not None:
+                    free_at = max(free_at, loop.time()) + len(piece) / self.rate
+                writer.write(piece)
+                await writer.drain()
+        finally:
+            arriving.cancel()
         await self._flows.wait()
         writer.write_eof()
+
+    async def _arrive(self, reader: asyncio.StreamReader, on_the_way: asyncio.Queue[tuple[float, bytes]]) -> None:
+        due = 0.0
+        piece = b"."
+        while piece:
+            try:
+                piece = await reader.read(_PIECE)
+            except OSError:
+                piece = b""  # the other end hears of it as of any end
+            due = max(due, asyncio.get_running_loop().time() + self._late())
+            await on_the_way.put((due, piece))
+
+    def _late(self) -> float:
+        """Seconds that a piece that arrives now takes."""
+        late = self._rng.uniform(0, self.delay) if self.delay else 0.0
+        wait = _RETRANSMISSION
+        while self.loss and self._rng.random() < self.loss:
+            late, wait = late + wait, 2 * wait
+        return late
