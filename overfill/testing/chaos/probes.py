@@ -53,7 +53,14 @@ class Probe:
         self._corrupt = 0
         self._rng = random.Random(name)
         self._tell({"name": name})
-        threading.Thread(target=self._listen, name="probe", daemon=True).start()
+        self._listening = threading.Thread(target=self._listen, name="probe", daemon=True)
+        self._listening.start()
+
+    def close(self) -> None:
+        """The trial does not see this process any more."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._listening.join()
+        self._socket.close()
 
     def reached(self, phase: str, request: str, *, quiet: bool = False) -> _Arm | None:
         """A request is in ``phase``. Tells the trial, unless ``quiet`` and nothing waits for it."""

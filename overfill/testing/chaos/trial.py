@@ -422,7 +422,7 @@ class _Run:
         wanted = {worker.worker_id for _, worker in self._stack.plan.workers()}
         while True:
             empty = [{worker.id for worker in seen if _is_empty(worker)} for seen in await self._workers()]
-            leaked = sorted(wanted - set.intersection(*empty))
+            leaked = sorted(name for name in wanted if not all(name in ids for ids in empty))
             if not leaked or time.monotonic() > deadline:
                 return leaked
             await asyncio.sleep(_POLL)
