@@ -83,6 +83,7 @@ class AsyncStream(AsyncIterator[Delta]):
             if delta is not None:
                 self._attempts.progressed()
                 return delta
+            self._attempts.taken()
 
     def _begin(self) -> Any:
         """The call that asks for the answer, or for what is missing of it after a router was lost."""

@@ -12,10 +12,15 @@ from overfill.errors import OverfillError, ShuttingDown, Unavailable
 from overfill.rpc.status import from_rpc_error, is_word_of_peer
 
 
+_MOST_ROUNDS = 4
+"""Times that every address may be lost, since the last part of the answer, by a request that was taken each time."""
+
+
 class Attempts:
     """Goes round ``addresses`` while their routers are lost, within one deadline for all.
 
-    Gives up once every address has failed since the last part of the answer came.
+    Gives up once every address has failed since the request was last taken, or part of its answer came. Routers that
+    take it and are lost, again and again, are tried for four rounds: one may be back by the time that the next fails.
 
     Args:
         timeout: seconds for the whole request, or None.
@@ -25,7 +30,8 @@ class Attempts:
         self, addresses: Sequence[str], timeout: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._addresses = deque(addresses)
-        self._failures = 0
+        self._failures = 0  # since the request was last taken
+        self._losses = 0  # since the last part of the answer
         self._clock = clock
         self._deadline = None if timeout is None else clock() + timeout
 
@@ -38,9 +44,13 @@ class Attempts:
         """Seconds left for the next call."""
         return None if self._deadline is None else max(self._deadline - self._clock(), 0.0)
 
+    def taken(self) -> None:
+        """The router at ``address`` has taken the request."""
+        self._failures = 0
+
     def progressed(self) -> None:
         """Part of the answer came from ``address``."""
-        self._failures = 0
+        self._failures = self._losses = 0
 
     def failed(self, error: grpc.RpcError) -> OverfillError | None:
         """What to raise after a call failed; None when ``address`` is now another one to try instead."""
@@ -49,7 +59,9 @@ class Attempts:
             isinstance(failure, Unavailable) and not is_word_of_peer(error)  # else the router lives and has given up
         )
         self._failures += 1
-        if not lost or self._failures >= len(self._addresses):
+        self._losses += 1
+        most = len(self._addresses)
+        if not lost or self._failures >= most or self._losses >= _MOST_ROUNDS * most:
             return failure
         self._addresses.rotate(-1)
         return None

@@ -36,17 +36,22 @@ GOOD = [accepted(), delta(0, [10], "Hel"), delta(1, [11, 12], "lo"), finished()]
 
 
 class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
-    """Plays ``script``: responses are sent, exceptions raised, "hang" waits until the client goes away."""
+    """Plays ``script``: responses are sent, exceptions raised, "hang" waits until the client goes away.
+
+    ``on_request`` is called before.
+    """
 
     def __init__(self) -> None:
         self.script: list[Response | Exception | str] = list(GOOD)
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.time_remaining: list[float | None] = []
         self.abandoned = threading.Event()
+        self.on_request: Callable[[], object] = lambda: None
         self.address = ""
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
         self.requests.append(request)
+        self.on_request()
         self.time_remaining.append(context.time_remaining())
         try:
             for step in self.script:

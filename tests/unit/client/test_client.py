@@ -271,7 +271,15 @@ def test_routers_that_only_accept_are_not_asked_forever(
     router.script = another_router.script = [say.accepted(), ShuttingDown("leaving")]
     with pytest.raises(ShuttingDown, match="leaving"):
         sdk.run(f"{router.address},{another_router.address}", "generate", "x")
-    assert (len(router.requests), len(another_router.requests)) == (1, 1)
+    assert (len(router.requests), len(another_router.requests)) == (4, 4)
+
+
+def test_a_router_that_is_back_is_asked_again(sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace) -> None:
+    router.script = [say.accepted(), ShuttingDown("leaving")]
+    another_router.script = [say.accepted(), ShuttingDown("leaving too")]
+    another_router.on_request = lambda: setattr(router, "script", say.good)
+    assert sdk.run(f"{router.address},{another_router.address}", "generate", "x").text == "Hello"
+    assert (len(router.requests), len(another_router.requests)) == (2, 1)
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gave up after 4 attempts")])
