@@ -11,7 +11,6 @@ import grpc
 from overfill.errors import OverfillError, ShuttingDown, Unavailable
 from overfill.rpc.status import from_rpc_error, is_word_of_peer
 
-
 _MOST_ROUNDS = 4
 """Times that every address may be lost, since the last part of the answer, by a request that was taken each time."""
 
