@@ -28,11 +28,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.kv.spec import DTypeName
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, PolicyName
+from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
 from overfill.rpc.server import is_loopback
-from overfill.rpc.tls import ClientTls, ServerTls
+from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of every service's log."""
@@ -102,6 +104,8 @@ class ServiceConfig(BaseSettings):
     program: ClassVar[str]
     section: ClassVar[str]
     """Of a file."""
+    rpcs: ClassVar[Mapping[str, Rule]] = WORKER_RPCS
+    """Who may call what here."""
 
     config: Path | None = Field(
         None, description="YAML or TOML file of settings, for what no flag and no variable says; see `overfill config`"
@@ -117,6 +121,16 @@ class ServiceConfig(BaseSettings):
     tls_ca: Path | None = Field(None, description="PEM certificates that peers are checked against")
     tls_name: str = Field(
         "", description="name that all other processes' certificates bear, whatever their address; empty: their host's"
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys (`overfill keys create`) that clients must show; by default none is wanted; "
+        "on workers for /metrics only",
+    )
+    stack_secret: Path | None = Field(
+        None,
+        description="file with the secret that processes of the stack show each other; without certificates of both "
+        "sides, where there are API keys, it is what lets workers join",
     )
     log_level: LogLevel = Field("info", description="how much is logged to stderr")
     metrics_port: Port | Literal["off"] = Field(
@@ -231,6 +245,37 @@ class ServiceConfig(BaseSettings):
         if self.tls_cert is None and self.tls_ca is None:
             return None
         return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
+
+    def credentials(self) -> Credentials | None:
+        """What this process shows to the others of the stack; None: nothing, and it talks in the clear."""
+        tls, secret = self.client_tls(), self._secret()
+        return Credentials(tls, secret) if tls is not None or secret else None
+
+    def gate(self) -> Gate:
+        """In front of the RPCs. Raises BadKeyFile."""
+        return Gate(self.rpcs, None, self._secret())
+
+    def metrics_gate(self, keys: KeyRing | None = None) -> Gate:
+        """In front of the port of metrics. Raises BadKeyFile."""
+        return Gate(METRICS_ROUTES, None if (keys := keys or self.key_ring()) is None else keys.find, self._secret())
+
+    def key_ring(self) -> KeyRing | None:
+        """The API keys. Raises BadKeyFile."""
+        return None if self.api_keys is None else KeyRing(self.api_keys)
+
+    def _secret(self) -> str:
+        if self.stack_secret is None:
+            return ""
+        try:
+            secret = self.stack_secret.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise BadKeyFile(f"cannot read the stack's secret in {self.stack_secret}: {error}") from error
+        if len(secret) < MIN_SECRET or not (secret.isascii() and secret.isprintable()):
+            raise BadKeyFile(
+                f"{self.stack_secret} holds no secret of {MIN_SECRET} printable characters or more; "
+                "make one with `openssl rand -hex 32`"
+            )
+        return secret
 
     def to_argv(self) -> list[str]:
         """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""
@@ -362,6 +407,7 @@ class RouterConfig(ServiceConfig):
     model_config = SettingsConfigDict(env_prefix="OVERFILL_ROUTER_")
     program = "overfill-router"
     section = "router"
+    rpcs = ROUTER_RPCS
 
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
@@ -379,9 +425,6 @@ class RouterConfig(ServiceConfig):
     http: Port | None = Field(
         None, description="port of the OpenAI endpoint; 0 picks a free one; by default there is none"
     )
-    api_keys: Path | None = Field(
-        None, description="file of API keys (`overfill keys create`) that clients must show; by default none is wanted"
-    )
     ttft_objective: float = Field(
         2.0, gt=0, description="seconds to the first token that the scaling metrics are computed for"
     )
@@ -393,6 +436,29 @@ class RouterConfig(ServiceConfig):
     max_attempts: int = Field(
         4, ge=1, description="workers lost in a row, without a new token, after which a request fails"
     )
+    max_request_time: float = Field(3600.0, gt=0, description="seconds that a request may take at most")
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.api_keys is None and not is_loopback(self.host):
+            raise ValueError(
+                f"--host {self.host} is open to other machines: give --api-keys, a file that `overfill keys create` "
+                "makes, or keep --host 127.0.0.1"
+            )
+        if self.api_keys is not None and self.stack_secret is None and self.tls_ca is None:
+            raise ValueError(
+                "with --api-keys workers have to prove that they belong here: give --stack-secret, a file with a "
+                "secret (`openssl rand -hex 32`) that all processes of the stack are given, or --tls-cert, --tls-key "
+                "and --tls-ca"
+            )
+        return self
+
+    def gate(self) -> Gate:
+        return self.router_gate(self.key_ring())
+
+    def router_gate(self, keys: KeyRing | None) -> Gate:
+        """In front of RPCs and routes, with keys that are read already."""
+        return Gate(self.rpcs, None if keys is None else keys.find, self._secret())
 
 
 SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, DecodeConfig)

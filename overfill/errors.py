@@ -7,6 +7,7 @@
     │   └── PromptTooLong     prompt and answer do not fit the context                INVALID_ARGUMENT
     ├── ModelNotFound         no such model here                                      NOT_FOUND
     ├── Unauthenticated       no API key, or a wrong one                              UNAUTHENTICATED
+    ├── PermissionDenied      who calls is known, and may not call this               PERMISSION_DENIED
     ├── Overloaded            no capacity now; ``retry_after`` seconds, if known      RESOURCE_EXHAUSTED
     ├── Incompatible          the two ends do not fit; ``fields`` differ              FAILED_PRECONDITION
     ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
@@ -74,6 +75,10 @@ class ModelNotFound(OverfillError):
 
 class Unauthenticated(OverfillError):
     """The request comes without an API key, or with one that nobody holds."""
+
+
+class PermissionDenied(OverfillError):
+    """Who calls is known, and may not call this: a certificate of another role, or a key without the scope."""
 
 
 class Overloaded(OverfillError):

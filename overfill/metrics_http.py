@@ -13,12 +13,16 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from overfill.errors import Unavailable
+from overfill.errors import OverfillError, Unauthenticated, Unavailable
+from overfill.rpc.access import METRICS_ROUTES, Gate, bearer, roles_of, route_rule, unknown
 from overfill.rpc.server import is_loopback
-from overfill.rpc.tls import ServerTls, TlsError
+from overfill.rpc.tls import Reloaded, ServerTls, TlsError, names_of
 
 _CONNECTION_TIMEOUT = 10.0
 """Seconds without a byte after which a connection is dropped."""
+
+MAX_CONNECTIONS = 64
+"""More than these at once are closed unanswered."""
 
 
 class MetricsServer:
@@ -30,6 +34,7 @@ class MetricsServer:
         host, port: where to listen; port 0 takes any free one.
         tls: certificate and key, and who must show one; None serves in the clear, on loopback only.
         targets: groups of addresses and their labels.
+        gate: who may read; None: everybody.
 
     Attributes:
         address: host:port in use.
@@ -46,13 +51,21 @@ class MetricsServer:
         port: int,
         tls: ServerTls | None = None,
         targets: Callable[[], Sequence[dict[str, Any]]] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         if tls is None and not is_loopback(host):
             raise TlsError(f"refusing to serve metrics on {host} in the clear: configure a TLS certificate and key")
         metrics = make_wsgi_app(registry)
+        access = gate or Gate()
 
         def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             path = environ["PATH_INFO"]
+            try:
+                _admit(access, environ)
+            except OverfillError as error:
+                status = "401 Unauthorized" if isinstance(error, Unauthenticated) else "403 Forbidden"
+                start_response(status, [("content-type", "text/plain"), ("www-authenticate", "Bearer")])
+                return [f"{error}\n".encode()]
             if path == "/metrics":
                 page: Iterable[bytes] = metrics(environ, start_response)
                 return page
@@ -64,7 +77,7 @@ class MetricsServer:
 
         bare = host.strip("[]")
         family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-        kind = type("Server", (_Server,), {"address_family": family, "tls": None if tls is None else _context(tls)})
+        kind = type("Server", (_Server,), {"address_family": family, "tls": None if tls is None else tls.contexts()})
         try:
             self._server: WSGIServer = make_server(bare, port, app, kind, _Handler)
         except OSError as error:
@@ -80,14 +93,43 @@ class MetricsServer:
         self._thread.join()
 
 
+def _admit(gate: Gate, environ: dict[str, Any]) -> None:
+    shown, roles = bearer(environ.get("HTTP_AUTHORIZATION", "")), environ["overfill.roles"]
+    rule = route_rule(METRICS_ROUTES, environ["PATH_INFO"])
+    if rule is None:
+        unknown(gate, shown, roles)
+    else:
+        gate.check(rule, shown, roles)
+
+
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    tls: ssl.SSLContext | None = None
+    tls: Reloaded[ssl.SSLContext] | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
         if self.tls is not None:  # shakes hands on the connection's own thread
-            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            connection = self.tls.value.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
     def server_bind(self) -> None:
@@ -105,17 +147,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 class _Handler(WSGIRequestHandler):
     timeout = _CONNECTION_TIMEOUT
 
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        peer = self.connection
+        wanted = isinstance(peer, ssl.SSLSocket) and peer.context.verify_mode == ssl.CERT_REQUIRED
+        environ["overfill.roles"] = roles_of(names_of(peer.getpeercert())) if wanted else None
+        return environ
+
     def log_message(self, format: str, *args: Any) -> None:
         """Scrapes are not logged."""
-
-
-def _context(tls: ServerTls) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(tls.cert, tls.key)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise TlsError(f"cannot read {tls.cert}, {tls.key} or {tls.client_ca}: {error}") from error
-    return context

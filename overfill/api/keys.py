@@ -3,9 +3,10 @@
 The file is JSON and holds no key, only SHA-256 hashes; keys are 32 random bytes, so a plain hash cannot be searched::
 
     {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z",
+                                            "scopes": ["infer", "status"],
                                             "rate": 5.0, "concurrency": 20, "priority": 0}]}
 
-``rate``, ``concurrency`` and ``priority`` may be left out.
+``scopes``, ``rate``, ``concurrency`` and ``priority`` may be left out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any
 
 from overfill.api.priority import check_priority
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.rpc.access import Scope
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,9 @@ MAX_KEY_LENGTH = 512
 _NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _RELOAD_SECONDS = 1.0
+
+DEFAULT_SCOPES = frozenset({Scope.INFER, Scope.STATUS})
+"""What a key is good for unless something else is said: answers, and to see how busy the stack is."""
 
 
 class BadKeyFile(OverfillError):
@@ -51,6 +57,7 @@ class ApiKey:
         rate: requests per second that one router takes; None: any.
         concurrency: requests at once that one router takes; None: any.
         priority: the smallest (first) that requests with this key may have; they are raised to it.
+        scopes: what it is good for.
     """
 
     name: str
@@ -59,14 +66,21 @@ class ApiKey:
     rate: float | None = None
     concurrency: int | None = None
     priority: int = 0
+    scopes: frozenset[Scope] = DEFAULT_SCOPES
+
+    @property
+    def id(self) -> str:
+        """Of this key and no other: a new key under the same name has another one."""
+        return self.sha256[:16]
 
     @property
     def tenant_salt(self) -> str:
-        """Keeps cached KV of this key's holder from others; the same on every router, also for a new key of the name.
+        """Keeps cached KV of this key's requests from others; the same on every router.
 
-        A hash, so that workers do not learn names.
+        A hash, so that workers learn neither names nor what the file has; of the key, so that who comes after under the
+        same name shares nothing with who was there before.
         """
-        return hashlib.sha256(f"overfill-tenant/1 {self.name}".encode()).hexdigest()
+        return hashlib.sha256(f"overfill-tenant/2 {self.sha256}".encode()).hexdigest()
 
 
 class KeyRing:
@@ -112,12 +126,6 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", errors="replace")).hexdigest()
 
 
-def bearer(header: str) -> str | None:
-    """The key in the value of an ``Authorization`` header; None when there is none."""
-    scheme, _, key = header.partition(" ")
-    return key.strip() or None if scheme.lower() == "bearer" else None
-
-
 def load(path: Path) -> list[ApiKey]:
     """Raises BadKeyFile."""
     try:
@@ -139,9 +147,22 @@ def load(path: Path) -> list[ApiKey]:
 
 def _read(entry: Any) -> ApiKey:
     """Raises InvalidRequest, and TypeError when a field is missing or unknown."""
+    if "scopes" in entry:
+        entry = {**entry, "scopes": read_scopes(entry["scopes"])}
     key = ApiKey(**entry)
     _check_limits(key.rate, key.concurrency, key.priority)
     return key
+
+
+def read_scopes(names: Iterable[str]) -> frozenset[Scope]:
+    """Raises InvalidRequest when one of them is none, or there are none."""
+    names = list(names)
+    for name in names:
+        if name not in list(Scope):
+            raise InvalidRequest("scopes", f"there is no scope {name!r}; there are {', '.join(Scope)}")
+    if not names:
+        raise InvalidRequest("scopes", f"give one at least of {', '.join(Scope)}")
+    return frozenset(Scope(name) for name in names)
 
 
 def _check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
@@ -153,7 +174,13 @@ def _check_limits(rate: float | None, concurrency: int | None, priority: int) ->
 
 
 def create(
-    path: Path, name: str, *, rate: float | None = None, concurrency: int | None = None, priority: int = 0
+    path: Path,
+    name: str,
+    *,
+    rate: float | None = None,
+    concurrency: int | None = None,
+    priority: int = 0,
+    scopes: Iterable[str] = DEFAULT_SCOPES,
 ) -> str:
     """Adds a key to the file, which is made when there is none; returns the key, which is kept nowhere.
 
@@ -169,7 +196,7 @@ def create(
     _check_limits(rate, concurrency, priority)
     key = PREFIX + secrets.token_urlsafe(32)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    _save(path, [*keys, ApiKey(name, hash_key(key), now, rate, concurrency, priority)])
+    _save(path, [*keys, ApiKey(name, hash_key(key), now, rate, concurrency, priority, read_scopes(scopes))])
     return key
 
 
@@ -195,9 +222,8 @@ def _save(path: Path, keys: list[ApiKey]) -> None:
 
 def _entry(key: ApiKey) -> dict[str, Any]:
     """Without limits that there are not."""
-    return {
-        name: value for name, value in asdict(key).items() if value is not None and (name, value) != ("priority", 0)
-    }
+    entry = asdict(key) | {"scopes": sorted(key.scopes)}
+    return {name: value for name, value in entry.items() if value is not None and (name, value) != ("priority", 0)}
 
 
 def _version(path: Path) -> tuple[int, int]:

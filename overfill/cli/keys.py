@@ -31,13 +31,19 @@ def keys_group() -> None:
     "--priority", type=int, default=0, show_default=True,
     help="Smallest priority that requests may have, -2 to 2; the smaller goes first.",
 )  # fmt: skip
+@click.option(
+    "--scope", "scopes", type=click.Choice(["infer", "status", "metrics", "admin"]), multiple=True,
+    default=("infer", "status"), show_default=True, help="What it is good for; may be given several times.",
+)  # fmt: skip
 @_FILE_OPTION
-def create_command(name: str, path: Path, rate: float | None, concurrency: int | None, priority: int) -> None:
+def create_command(
+    name: str, path: Path, rate: float | None, concurrency: int | None, priority: int, scopes: tuple[str, ...]
+) -> None:
     """Make a key for NAME and print it. It is shown this once; the file keeps only its hash."""
     from overfill.api.keys import create
 
     try:
-        key = create(path, name, rate=rate, concurrency=concurrency, priority=priority)
+        key = create(path, name, rate=rate, concurrency=concurrency, priority=priority, scopes=scopes)
     except InvalidRequest as error:
         raise click.UsageError(str(error)) from error
     click.echo(f"{name}: send this key as 'Authorization: Bearer KEY'; it is not shown again", err=True)
@@ -56,7 +62,8 @@ def list_command(path: Path) -> None:
             *([] if key.concurrency is None else [f"concurrency:{key.concurrency}"]),
             *([] if not key.priority else [f"priority:{key.priority}"]),
         ]
-        click.echo("\t".join([key.name, key.created, f"sha256:{key.sha256[:12]}…", *limits]))
+        scopes = ",".join(sorted(key.scopes))
+        click.echo("\t".join([key.name, key.created, f"sha256:{key.sha256[:12]}…", scopes, *limits]))
 
 
 @keys_group.command("revoke")

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("overfill.cli.config:config_group", "Show where settings come from; check a file of settings."),
     "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
     "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
+    "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
     "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
     "chaos": ("overfill.cli.chaos:chaos_command", "Break the workers of a stack under load; judge every answer."),
     "chaos-clients": (

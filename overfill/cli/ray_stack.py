@@ -22,6 +22,7 @@ from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpe
 from overfill.config import ServiceConfig
 from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
+from overfill.rpc.tls import Credentials
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL = 0.2  # seconds between looks while something is waited for
@@ -174,7 +175,7 @@ class RayStack:
 
     def _router_complete(self, address: str) -> bool:
         try:
-            with Client(address, tls=self.plan.client_tls) as client:
+            with Client(address, tls=self.plan.client_tls, api_key=self.plan.secret) as client:
                 return client.status().complete
         except OverfillError:
             return False
@@ -182,7 +183,7 @@ class RayStack:
     def _drain_routers(self, grace: float) -> None:
         """Requests that run or wait are finished, with all the workers there, before these leave."""
         for address in self.addresses:
-            channel = open_sync_channel(address, self.plan.client_tls)
+            channel = open_sync_channel(address, Credentials(self.plan.client_tls, self.plan.secret or ""))
             with channel, contextlib.suppress(Exception):  # one that is gone has nothing to finish
                 admin_pb2_grpc.AdminStub(channel).Drain(admin_pb2.DrainRequest(), timeout=5)
         deadline = time.monotonic() + grace + _MARGIN

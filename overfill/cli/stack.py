@@ -33,12 +33,14 @@ class Plan:
     """The processes of a stack, each with its complete configuration. Every router has a fixed port.
 
     ``mock`` workers compute nothing (``overfill.testing.mock``); their configurations are those of mock workers.
+    ``operator`` is the certificate of who runs it; None: the routers' own.
     """
 
     routers: tuple[RouterConfig, ...]
     prefill: tuple[PrefillConfig, ...]
     decode: tuple[DecodeConfig, ...]
     mock: bool = False
+    operator: ClientTls | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -57,8 +59,14 @@ class Plan:
 
     @property
     def client_tls(self) -> ClientTls | None:
-        """How processes on this machine talk to the routers."""
-        return self.routers[0].client_tls()
+        """How whoever runs the stack talks to the routers."""
+        return self.operator or self.routers[0].client_tls()
+
+    @property
+    def secret(self) -> str | None:
+        """What shows the routers who runs the stack, where certificates do not."""
+        shown = self.routers[0].credentials()
+        return None if shown is None else shown.secret or None
 
 
 class Stack:
@@ -157,7 +165,7 @@ class Stack:
 
     def _complete(self, router: Child, address: str) -> bool:
         try:
-            with Client(address, tls=self.plan.client_tls) as client:
+            with Client(address, tls=self.plan.client_tls, api_key=self.plan.secret) as client:
                 status = client.status()
         except OverfillError:
             return False

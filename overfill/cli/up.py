@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from overfill.certificates import NAME, RoleFiles, role_files
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
@@ -30,6 +33,8 @@ from overfill.cluster.session import check_installed
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.config_file import BadConfigFile, flag_name
 from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT
+from overfill.rpc.access import Role
+from overfill.rpc.tls import ClientTls
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 
 _WATCH_SECONDS = 0.5
@@ -54,9 +59,9 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 )  # fmt: skip
 @click.option("--api-keys", type=_FILE, help="Keys that clients must show; see `overfill keys`.")
 @click.option(
-    "--host",
-    help="Address to listen on; all but loopback need --tls-cert, --tls-key and --tls-ca.  [default: 127.0.0.1]",
+    "--stack-secret", type=_FILE, help="Secret that processes show each other.  [default: with --api-keys, a new one]"
 )
+@click.option("--host", help="Address to listen on; all but loopback need --tls and --api-keys.  [default: 127.0.0.1]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads per worker.  [default: an equal share]")
 @click.option("--kv-memory", help="KV cache per worker, such as 512MiB.")
@@ -72,6 +77,10 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--max-queue", help="Most waiting requests of one priority per router; more are refused.")
 @click.option("--max-wait", help="Seconds of waiting beyond which requests are refused at once.  [default: none]")
 @click.option("--grace-period", help="Seconds for running requests to finish at shutdown.  [default: 30]")
+@click.option(
+    "--tls", "tls", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of certificates, one per role (`overfill certs`), in place of the next four.",
+)  # fmt: skip
 @click.option("--tls-cert", type=_FILE, help="PEM certificate of every process.")
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
 @click.option("--tls-ca", type=_FILE, help="PEM certificates that peers are checked against.")
@@ -121,6 +130,7 @@ def up_command(
     ttft_objective: float | None,
     itl_objective: float | None,
     log_dir: Path | None,
+    tls: Path | None,
     **settings: Any,
 ) -> int:
     """Run a stack: router, prefill and decode workers.
@@ -136,27 +146,41 @@ def up_command(
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
-    # Wrong settings are told before a pair is prepared, which can take minutes.
-    make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock)
-    options = RayOptions(
-        address=address,
-        name=name,
-        worker_cpus=worker_cpus,
-        worker_gpus=worker_gpus,
-        max_prefill=max_prefill,
-        max_decode=max_decode,
-        objectives={key: v for key, v in (("ttft", ttft_objective), ("itl", itl_objective)) if v is not None},
-        log_dir=None if log_dir is None else str(log_dir.absolute()),
-    )
-    _check_options(options, prefill, decode, on_ray)
-    with progress_bars() as report:
-        folder = resolve_pair(pair, report)
-    plan = make_plan(folder, prefill, decode, routers, port, threads, settings, http, mock)
-    with _stop_signals() as stopping:
-        if on_ray:
-            return run(RayStack(plan, options, _note), stopping, console())
-        with _log_sink(log_dir) as sink:
-            return run(Stack(plan, sink), stopping, console())
+    with _secret(settings) as settings:
+        # Wrong settings are told before a pair is prepared, which can take minutes.
+        make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls)
+        options = RayOptions(
+            address=address,
+            name=name,
+            worker_cpus=worker_cpus,
+            worker_gpus=worker_gpus,
+            max_prefill=max_prefill,
+            max_decode=max_decode,
+            objectives={key: v for key, v in (("ttft", ttft_objective), ("itl", itl_objective)) if v is not None},
+            log_dir=None if log_dir is None else str(log_dir.absolute()),
+        )
+        _check_options(options, prefill, decode, on_ray)
+        with progress_bars() as report:
+            folder = resolve_pair(pair, report)
+        plan = make_plan(folder, prefill, decode, routers, port, threads, settings, http, mock, tls)
+        with _stop_signals() as stopping:
+            if on_ray:
+                return run(RayStack(plan, options, _note), stopping, console())
+            with _log_sink(log_dir) as sink:
+                return run(Stack(plan, sink), stopping, console())
+
+
+@contextlib.contextmanager
+def _secret(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """``settings`` with a secret for this stack alone, where clients show keys and nothing else would tell workers."""
+    if settings.get("api_keys") is None or settings.get("stack_secret") is not None:
+        yield settings
+        return
+    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # which nobody else may look into
+        path = Path(folder) / "secret"
+        path.touch(0o600)
+        path.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
+        yield settings | {"stack_secret": path}
 
 
 def _check_options(options: RayOptions, prefill: int, decode: int, on_ray: bool) -> None:
@@ -184,17 +208,21 @@ def make_plan(
     settings: dict[str, Any],
     http: int | None = None,
     mock: bool = False,
+    tls: Path | None = None,
 ) -> Plan:
     """Configurations for all processes.
 
     ``http`` is the port of the first OpenAI endpoint: 0 for any, None for no endpoint. ``settings`` are fields of the
     configuration classes, each handed to those that have it; None leaves a field to its environment variable or
-    default. Exits 2 when a value is wrong, as the services do.
+    default. ``tls`` is a folder of certificates, one per role, in place of these settings. Exits 2 when a value is
+    wrong, as the services do.
 
     Raises:
-        click.UsageError: two servers would get the same port.
+        click.UsageError: two servers would get the same port, or certificates are given twice.
+        CertificatesError: the folder lacks some.
     """
     settings = settings | {"pair": pair.resolve()}
+    of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
     host = settings.get("host") or "127.0.0.1"
     free = free_ports(host, 2 * routers)  # at once, so that no two are the same
     ports = range(port, port + routers) if port else free[:routers]
@@ -207,16 +235,20 @@ def make_plan(
                 f"give --http {port + routers} or more"
             )
     metrics = _metrics_ports(settings.pop("metrics_port", None), routers + prefill + decode)
-    expected = {"expect_prefill": prefill, "expect_decode": decode}
+    routers_all = settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}
     router_configs = [
-        _configure(RouterConfig, settings | expected | {"port": p, "http": h, "metrics_port": next(metrics)})
+        _configure(RouterConfig, routers_all | {"port": p, "http": h, "metrics_port": next(metrics)})
         for p, h in zip(ports, https, strict=True)
     ]
-    workers = settings | {
-        "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
-        "threads": threads,
-        "advertise": None if reachable(host) == host else reachable(host),
-    }
+    workers = (
+        settings
+        | of_worker
+        | {
+            "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
+            "threads": threads,
+            "advertise": None if reachable(host) == host else reachable(host),
+        }
+    )
     share = {"threads": threads_per_worker(prefill + decode)}
     prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
     return Plan(
@@ -230,7 +262,22 @@ def make_plan(
             for i in range(decode)
         ),
         mock,
+        None if tls is None else _client_tls(role_files(tls.absolute(), Role.OPERATOR)),
     )
+
+
+def _certificates(folder: Path | None, settings: dict[str, Any], role: Role) -> dict[str, Any]:
+    if folder is None:
+        return {}
+    if any(settings.get(name) is not None for name in ("tls_cert", "tls_key", "tls_ca")):
+        raise click.UsageError("--tls has all certificates: leave --tls-cert, --tls-key and --tls-ca out")
+    files = role_files(folder.absolute(), role)
+    name = settings.get("tls_name") or NAME
+    return {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": name}
+
+
+def _client_tls(files: RoleFiles) -> ClientTls:
+    return ClientTls(files.ca, files.cert, files.key, NAME)
 
 
 def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
@@ -317,6 +364,7 @@ def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[s
         # A stack with a CA of its own also wants to see the client's certificate.
         ca = plan.client_tls.ca
         option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
+        option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
     if plan.routers[0].api_keys is not None:
         option += " --api-key YOURS"
     table.add_row("gRPC", ", ".join(addresses))

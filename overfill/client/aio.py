@@ -198,7 +198,7 @@ class AsyncClient:
 
         def start(address: str, timeout: float | None) -> Any:
             stub = admin_pb2_grpc.AdminStub(self._channel(address))
-            return stub.Status(admin_pb2.StatusRequest(), timeout=timeout)
+            return stub.Status(admin_pb2.StatusRequest(), timeout=timeout, metadata=self._metadata)
 
         return StackStatus.from_proto(await self._unary(start, timeout))
 

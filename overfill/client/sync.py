@@ -201,7 +201,7 @@ class Client:
 
         def start(address: str, timeout: float | None) -> Any:
             stub = admin_pb2_grpc.AdminStub(self._channels[address])
-            return stub.Status(admin_pb2.StatusRequest(), timeout=timeout)
+            return stub.Status(admin_pb2.StatusRequest(), timeout=timeout, metadata=self._metadata)
 
         return StackStatus.from_proto(self._unary(start, timeout))
 

@@ -30,7 +30,7 @@ from overfill.metrics_http import MetricsServer
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.pair.memory import freed_memory_kept
-from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.constants import MAX_WORKER_RPCS, WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
@@ -183,7 +183,7 @@ async def serve_engine(
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
     )
-    server = RpcServer(config.server_tls())
+    server = RpcServer(config.server_tls(), MAX_WORKER_RPCS, gate=config.gate())
     server.add(add_servicer, servicer, service)
     worker = WorkerHandle(
         load=lambda: worker_load(engine.load, config.block_size),
@@ -194,12 +194,16 @@ async def serve_engine(
         codec=codec,
         prefix_keys=prefix_keys,
     )
-    host = WorkerHost(server, hello, worker, config.routers, config.client_tls(), config.grace_period, config.advertise)
+    host = WorkerHost(
+        server, hello, worker, config.routers, config.credentials(), config.grace_period, config.advertise
+    )
     servicer.engine, servicer.host = engine, host
     exporter = None
     if metrics is not None and config.metrics_port != "off":
         metrics.watch(lambda: engine.load)
-        exporter = MetricsServer(metrics.registry, config.metrics_host, config.metrics_port, config.server_tls())
+        exporter = MetricsServer(
+            metrics.registry, config.metrics_host, config.metrics_port, config.server_tls(), gate=config.metrics_gate()
+        )
         hello.metrics_address = exporter.address
     engine.start()
     try:

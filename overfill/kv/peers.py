@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from overfill.errors import Incompatible, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.receiver import PrefillPeer
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2
 
 
@@ -31,7 +31,7 @@ class PeerPool:
         same_host: whether to share memory with peers on this host.
     """
 
-    def __init__(self, identity: KvIdentity, streams: int, tls: ClientTls | None, same_host: bool = True) -> None:
+    def __init__(self, identity: KvIdentity, streams: int, tls: Credentials | None, same_host: bool = True) -> None:
         self._identity = identity
         self._streams = streams
         self._tls = tls

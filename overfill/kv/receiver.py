@@ -42,7 +42,7 @@ from overfill.kv.spec import KvSpec
 from overfill.kv.wire import Buffer, WireChunk, decode_all, pull_kv
 from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.tls import Credentials
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 _DESCRIBE_TIMEOUT = 5.0  # seconds
@@ -131,7 +131,7 @@ class PrefillPeer:
     """
 
     def __init__(
-        self, target: decode_pb2.AssignPrefill, streams: int, tls: ClientTls | None, same_host: bool = True
+        self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, same_host: bool = True
     ) -> None:
         self.target = target
         self.link: Borrower | None = None

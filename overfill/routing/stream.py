@@ -13,7 +13,7 @@ from overfill.errors import OverfillError
 from overfill.routing.pool import WorkerInfo
 from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2, decode_pb2_grpc
 
 
@@ -40,7 +40,7 @@ class DecodeConnector(Protocol):
 class GrpcConnector:
     """Keeps one channel to every worker that is a member, and to every other one while something runs there."""
 
-    def __init__(self, tls: ClientTls | None = None) -> None:
+    def __init__(self, tls: Credentials | None = None) -> None:
         self._tls = tls
         self._connections: dict[tuple[str, int], _Connection] = {}
         self._closing: set[asyncio.Task[None]] = set()

@@ -6,36 +6,57 @@ first token behind megabytes of KV and turn *n* parallel streams into one.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import grpc
 import grpc.aio
 
 from overfill.rpc.constants import (
+    HANDSHAKE_TIMEOUT,
+    IDLE_TIMEOUT,
     KEEPALIVE_MIN_INTERVAL,
     KEEPALIVE_TIME,
     KEEPALIVE_TIMEOUT,
+    MAX_CONNECTIONS,
     MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
 )
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.renewal import RenewedChannel, close_soon
+from overfill.rpc.tls import ClientTls, Credentials
 
 Options = list[tuple[str, int]]
 
 
-def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
-    """An asyncio channel with its own connection, opened on first use. Raises TlsError on bad ``tls``."""
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options=channel_options())
-    return grpc.aio.secure_channel(address, tls.credentials(), options=[*channel_options(), *_expected(tls)])
+def open_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.aio.Channel:
+    """An asyncio channel with its own connection, opened on first use. Raises TlsError on bad TLS files.
+
+    When the files of ``shown`` change, new RPCs go over a new connection.
+    """
+    return cast(grpc.aio.Channel, _open(address, shown, grpc.aio))
 
 
-def open_sync_channel(address: str, tls: ClientTls | None = None) -> grpc.Channel:
+def open_sync_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.Channel:
     """As ``open_channel``, for threads."""
+    return cast(grpc.Channel, _open(address, shown, grpc))
+
+
+def _open(address: str, shown: ClientTls | Credentials | None, kind: Any) -> Any:
+    if not isinstance(shown, Credentials):
+        shown = Credentials(shown)
+    tls = shown.tls
+    options: list[tuple[str, Any]] = [*channel_options()]
+    metadata = (("authorization", f"Bearer {shown.secret}"),) if shown.secret else ()
     if tls is None:
-        return grpc.insecure_channel(address, options=channel_options())
-    return grpc.secure_channel(address, tls.credentials(), options=[*channel_options(), *_expected(tls)])
-
-
-def _expected(tls: ClientTls) -> list[tuple[str, str]]:
-    return [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
+        channel = kind.insecure_channel(address, options=options)
+        return RenewedChannel(lambda _: channel, None, metadata, close_soon) if metadata else channel
+    if tls.name:
+        options.append(("grpc.ssl_target_name_override", tls.name))
+    return RenewedChannel(
+        lambda credentials: kind.secure_channel(address, credentials, options=options),
+        tls.reloaded(),
+        metadata,
+        close_soon,
+    )
 
 
 def channel_options() -> Options:
@@ -57,6 +78,10 @@ def server_options() -> Options:
         # With SO_REUSEPORT a second server on a taken port would silently get half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_MIN_INTERVAL)),
+        # A connection that says nothing, or half of a handshake, does not stay.
+        ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),
+        ("grpc.max_connection_idle_ms", _milliseconds(IDLE_TIMEOUT)),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         *_common_options(),
     ]
 
@@ -73,7 +98,7 @@ def _common_options() -> Options:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # Error messages travel twice in a trailer, percent-encoded and in base64.
-        ("grpc.max_metadata_size", 32 << 10),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ]
 
 

@@ -27,3 +27,21 @@ MAX_CHUNK_PAYLOAD: Final = 1 << 20
 
 MAX_MESSAGE_BYTES: Final = 8 << 20
 """Most bytes of one message, either way."""
+
+MAX_METADATA_BYTES: Final = 32 << 10
+"""Most bytes of an RPC's metadata, either way."""
+
+MAX_CONNECTIONS: Final = 4096
+"""Most connections that a gRPC server keeps at once."""
+
+MAX_WORKER_RPCS: Final = 1024
+"""Most RPCs that a worker serves at once; a sequence takes one, its prompt one and one per data stream."""
+
+HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds for a connection to become one: TLS and HTTP/2."""
+
+FIRST_MESSAGE_TIMEOUT: Final = 10.0
+"""Seconds for the first message of an RPC to arrive whole."""
+
+IDLE_TIMEOUT: Final = 1800.0
+"""Seconds that a connection may stay without an RPC; clients open another one when they need it."""

@@ -1,10 +1,13 @@
-"""Every exception a servicer raises reaches the client as the right status; bad bytes are the sender's fault.
+"""In front of every RPC: who may call it, what is a message, and which status an exception becomes.
 
-Servicers are asyncio: coroutines or async generators. Streamed requests are read by iterating over them.
+Servicers are asyncio: coroutines or async generators. Streamed requests are read by iterating over them. On the wire
+every RPC is a stream both ways, and is taken as one here: callers are judged before a byte of their message is read,
+and have ``FIRST_MESSAGE_TIMEOUT`` for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -13,7 +16,9 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import grpc
 import grpc.aio
 
-from overfill.errors import InvalidRequest
+from overfill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
+from overfill.rpc.access import Gate, bearer, caller, roles_of
+from overfill.rpc.constants import FIRST_MESSAGE_TIMEOUT
 from overfill.rpc.status import to_status
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -22,7 +27,16 @@ Behaviour = Callable[[Any, Any], Any]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Maps exceptions with ``to_status``, and undecodable requests to INVALID_ARGUMENT, for all RPC kinds."""
+    """Refuses whom ``gate`` does not let in; maps exceptions with ``to_status``, undecodable requests to
+    INVALID_ARGUMENT.
+
+    Args:
+        certificates: callers have shown one, which says their roles.
+    """
+
+    def __init__(self, gate: Gate | None = None, certificates: bool = False) -> None:
+        self._gate = gate or Gate()
+        self._certificates = certificates
 
     async def intercept_service(
         self,
@@ -35,14 +49,26 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
         behaviour: Behaviour = getattr(handler, kind)
         if not (inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)):
-            return handler  # a method that the servicer does not override
-        make_handler = getattr(grpc, f"{kind}_rpc_method_handler")
+            behaviour = _unimplemented  # a method that the servicer does not override
+        method = handler_call_details.method
+        shown = _shown(handler_call_details)
+        make_handler = getattr(grpc, f"stream_{_arity(handler.response_streaming)}_rpc_method_handler")
         guarded: Handler = make_handler(
-            _guard(behaviour, handler.request_streaming),
+            _guard(behaviour, handler.request_streaming, lambda context: self._admit(method, shown, context)),
             request_deserializer=_lenient(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return guarded
+
+    def _admit(self, method: str, shown: str | None, context: Context) -> None:
+        rule = self._gate.rpc(method)
+        if rule is None:
+            raise PermissionDenied(f"{method} is open to nobody here")
+        roles = None
+        if self._certificates:
+            names = context.auth_context().get("x509_subject_alternative_name", ())
+            roles = roles_of(bytes(name).decode(errors="replace") for name in names)
+        caller.set(self._gate.check(rule, shown, roles))  # gRPC runs the handler of an RPC in a task of its own
 
 
 class _Undecodable(NamedTuple):
@@ -51,11 +77,12 @@ class _Undecodable(NamedTuple):
     reason: str
 
 
-def _guard(behaviour: Behaviour, request_streaming: bool) -> Behaviour:
+def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Context], None]) -> Behaviour:
     # A coroutine even around a generator: it closes the generator at once, also when a write is cancelled.
-    async def guarded(request: Any, context: Context) -> Any:
+    async def guarded(requests: Any, context: Context) -> Any:
         try:
-            decoded = _checked_stream(request) if request_streaming else _checked(request)
+            admit(context)
+            decoded = _checked_stream(requests) if request_streaming else await _only(requests)
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(decoded, context)) as responses:
                     async for response in responses:
@@ -95,8 +122,40 @@ def _checked(request: Any) -> Any:
 
 
 async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
+    messages = aiter(requests)
+    first = await _first(messages)
+    if first is None:
+        return
+    yield _checked(first)
+    async for request in messages:
         yield _checked(request)
+
+
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    """The message of an RPC that has one."""
+    first = await _first(aiter(requests))
+    if first is None:
+        raise InvalidRequest("", "the request has no message")
+    return _checked(first)
+
+
+async def _first(messages: AsyncIterator[Any]) -> Any:
+    """None when there is none."""
+    try:
+        async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"no message has arrived within {FIRST_MESSAGE_TIMEOUT:g} s") from None
+
+
+async def _unimplemented(request: Any, context: Context) -> NoReturn:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not do that")
+
+
+def _shown(call: grpc.HandlerCallDetails) -> str | None:
+    """The API key or secret in an RPC's metadata."""
+    header = next((value for key, value in call.invocation_metadata or () if key == "authorization"), "")
+    return bearer(header) if isinstance(header, str) else None
 
 
 def _arity(streaming: bool) -> str:

@@ -20,7 +20,7 @@ from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.credits import Demand, divide
 from overfill.rpc.server import split_address
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.tls import Credentials
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Membership:
         hello: registry_pb2.Hello,
         routers: Sequence[str],
         report: Callable[[], registry_pb2.Report],
-        tls: ClientTls | None = None,
+        tls: Credentials | None = None,
         on_refused: Callable[[Incompatible], None] | None = None,
         prefix_keys: PrefixKeys | None = None,
     ) -> None:
@@ -129,7 +129,7 @@ class Membership:
         self._links.clear()
         self.joined.clear()
 
-    def _add(self, address: str, tls: ClientTls | None) -> None:
+    def _add(self, address: str, tls: Credentials | None) -> None:
         link = _Link(
             address, self._hello, self._report_for, self._membership_changed, self.notify, tls, self._prefix_keys
         )
@@ -147,9 +147,10 @@ class Membership:
         """Holds one link to each address that a name has at the moment."""
         mine: set[str] = set()
         tls = self._tls
-        if router.startswith("dns:") and tls is not None and not tls.name:
+        if router.startswith("dns:") and tls is not None and tls.tls is not None and not tls.tls.name:
             # Certificates are for names: who knows a router's next address?
-            tls = replace(tls, name=split_address(router.partition(_SCHEME)[2])[0])
+            name = split_address(router.partition(_SCHEME)[2])[0]
+            tls = replace(tls, tls=replace(tls.tls, name=name))
         told = ""
         while True:
             try:
@@ -203,7 +204,7 @@ class _Link:
         report: Callable[[_Link], registry_pb2.Report],
         on_change: Callable[[], None],
         on_demand: Callable[[], None],
-        tls: ClientTls | None,
+        tls: Credentials | None,
         prefix_keys: PrefixKeys | None,
     ) -> None:
         self.address = address

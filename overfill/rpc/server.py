@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from overfill.errors import Unavailable
+from overfill.rpc.access import Gate
 from overfill.rpc.channel import server_options
 from overfill.rpc.health import Health
 from overfill.rpc.interceptors import ErrorInterceptor
@@ -26,6 +27,7 @@ class RpcServer:
     Args:
         tls: certificate and key; None serves in the clear, on loopback only.
         max_concurrent_rpcs: more than these are refused with RESOURCE_EXHAUSTED; None means no limit.
+        gate: who may call what; None: everybody what is in the table.
         interceptors: see every RPC; what they raise, or have a method raise, is mapped as usual.
     """
 
@@ -33,10 +35,12 @@ class RpcServer:
         self,
         tls: ServerTls | None = None,
         max_concurrent_rpcs: int | None = None,
+        gate: Gate | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
     ) -> None:
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
+        self._gate = gate
         self._interceptors = tuple(interceptors)
         self._health = Health()
         self._servicers: list[tuple[_AddServicer, Any, str]] = []
@@ -72,7 +76,7 @@ class RpcServer:
                 "configure a TLS certificate and key, or listen on 127.0.0.1"
             )
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(), *self._interceptors],
+            interceptors=[ErrorInterceptor(self._gate, self._wants_certificates), *self._interceptors],
             options=server_options(),
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )
@@ -90,6 +94,10 @@ class RpcServer:
         await server.start()
         self._server = server
         return address if is_unix else f"{host}:{port}"
+
+    @property
+    def _wants_certificates(self) -> bool:
+        return self._tls is not None and self._tls.client_ca is not None
 
     def set_ready(self, ready: bool) -> None:
         """What health checks answer from now on, for the process ("") and for every service."""

@@ -1,15 +1,74 @@
-"""TLS material for either end of a connection. Reads PEM files; knows nothing of channels or servers."""
+"""TLS material for either end of a connection, read again when its files change. Knows no channels and no servers."""
 
 from __future__ import annotations
 
+import logging
+import os
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import grpc
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RELOAD_SECONDS = 1.0
+"""Between looks at the files."""
 
 
 class TlsError(ValueError):
     """TLS is configured wrongly: a file is missing or unreadable, or half of a pair is absent."""
+
+
+class Reloaded(Generic[T]):
+    """What ``read`` makes of ``files``, made again when they have changed. From any thread.
+
+    Files that are damaged, or half replaced, leave the value before in force.
+
+    Raises:
+        TlsError: the files cannot be read at first.
+    """
+
+    def __init__(self, files: Iterable[Path | None], read: Callable[[], T]) -> None:
+        self._files = [file for file in files if file is not None]
+        self._read = read
+        self._lock = threading.Lock()
+        self._version = self._stat()
+        self._value = read()
+        self._looked = time.monotonic()
+        self._told = ""
+
+    @property
+    def value(self) -> T:
+        """As the files are now, or were a second ago."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked >= RELOAD_SECONDS:
+                self._looked = now
+                self._look()
+            return self._value
+
+    def _look(self) -> None:
+        version = self._stat()
+        if version == self._version:
+            return
+        try:
+            self._value = self._read()
+            # Of before the reading: what was replaced meanwhile is read once more.
+            self._version, self._told = version, ""
+            log.info("read the certificate again: %s has changed", ", ".join(map(str, self._files)))
+        except TlsError as error:
+            if self._told != (told := str(error)):
+                self._told = told
+                log.warning("%s; the certificate read before stays in force", told)
+
+    def _stat(self) -> list[tuple[int, int, int] | None]:
+        return [_version(file) for file in self._files]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +97,33 @@ class ClientTls:
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Reads the files. Raises TlsError naming the one that cannot be read."""
+        if self.cert is not None and self.key is not None:
+            _check_pair(self.cert, self.key, "client")
         return grpc.ssl_channel_credentials(
             root_certificates=_read(self.ca, "CA certificate") if self.ca else None,
             private_key=_read(self.key, "client key") if self.key else None,
             certificate_chain=_read(self.cert, "client certificate") if self.cert else None,
         )
+
+    def reloaded(self) -> Reloaded[grpc.ChannelCredentials]:
+        """The credentials, other ones whenever the files have changed. Raises TlsError."""
+        return Reloaded((self.ca, self.cert, self.key), self.credentials)
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a process shows to the others of its stack.
+
+    Args:
+        tls: certificates; None talks in the clear.
+        secret: of the stack; empty: there is none.
+    """
+
+    tls: ClientTls | None = None
+    secret: str = ""
+
+    def __repr__(self) -> str:
+        return f"Credentials(tls={self.tls!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +141,61 @@ class ServerTls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Reads the files. Raises TlsError naming the one that cannot be read."""
-        return grpc.ssl_server_credentials(
+        """For a gRPC server; every handshake takes the files as they are. Raises TlsError naming the one at fault."""
+        source = Reloaded((self.cert, self.key, self.client_ca), self._configuration)
+        first = source.value
+
+        def changed() -> Any:
+            """None tells gRPC that nothing has changed."""
+            nonlocal first
+            now = source.value
+            if now is first:
+                return None
+            first = now
+            return now
+
+        return grpc.dynamic_ssl_server_credentials(
+            first, changed, require_client_authentication=self.client_ca is not None
+        )
+
+    def contexts(self, client_certificates: bool = True) -> Reloaded[ssl.SSLContext]:
+        """For a server on Python's sockets; take the value at each handshake. Raises TlsError."""
+
+        def read() -> ssl.SSLContext:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            try:
+                context.load_cert_chain(self.cert, self.key)
+                if client_certificates and self.client_ca is not None:
+                    context.load_verify_locations(self.client_ca)
+                    context.verify_mode = ssl.CERT_REQUIRED
+            except (OSError, ssl.SSLError) as error:
+                raise TlsError(f"cannot read {self.cert}, {self.key} or {self.client_ca}: {error}") from error
+            return context
+
+        return Reloaded((self.cert, self.key, self.client_ca), read)
+
+    def _configuration(self) -> Any:
+        _check_pair(self.cert, self.key, "server")
+        return grpc.ssl_server_certificate_configuration(
             [(_read(self.key, "server key"), _read(self.cert, "server certificate"))],
             root_certificates=_read(self.client_ca, "client CA certificate") if self.client_ca else None,
-            require_client_auth=self.client_ca is not None,
         )
+
+
+def names_of(peer: dict[str, Any] | None) -> list[str]:
+    """Subject alternative names of a certificate as Python's ``getpeercert`` describes it."""
+    names: Iterable[tuple[str, str]] = (peer or {}).get("subjectAltName", ())
+    return [name for kind, name in names if kind in ("URI", "DNS")]
+
+
+def _check_pair(cert: Path, key: Path, whose: str) -> None:
+    """Raises TlsError unless the key is the certificate's: of a pair being replaced, one may be new and one old."""
+    _read(key, f"{whose} key")
+    _read(cert, f"{whose} certificate")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsError(f"the TLS {whose} key {key} is not that of {cert}, or one of them is damaged") from error
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -76,3 +206,11 @@ def _read(path: Path, what: str) -> bytes:
     if b"-----BEGIN" not in data:
         raise TlsError(f"the TLS {what} {path} is not a PEM file")
     return data
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size

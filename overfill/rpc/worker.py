@@ -18,7 +18,7 @@ from overfill.errors import Incompatible, InvalidRequest, OverfillError, Shuttin
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer, split_address
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.tls import Credentials
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class WorkerHost:
         hello: registry_pb2.Hello,
         worker: WorkerHandle,
         routers: Sequence[str],
-        tls: ClientTls | None,
+        tls: Credentials | None,
         grace: float,
         advertise: str = "",
     ) -> None:

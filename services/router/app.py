@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from overfill import __version__
-from overfill.api.keys import KeyRing
 from overfill.api.tokenizer import Tokenizer
 from overfill.config import RouterConfig
 from overfill.errors import ShuttingDown
@@ -25,6 +24,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
+from overfill.rpc.access import Gate as AccessGate
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.v1 import (
@@ -37,7 +37,6 @@ from overfill.v1 import (
     registry_pb2_grpc,
 )
 from services.router.admin import AdminServicer
-from services.router.gate import KeyInterceptor
 from services.router.generation import Generator
 from services.router.inference import InferenceServicer
 from services.router.registry import Expected, RegistryServicer, worker_counts
@@ -76,7 +75,7 @@ class Router:
         self._address = ""
         self._http_address = ""
         self._stopping = asyncio.Event()
-        self._connector = GrpcConnector(config.client_tls())
+        self._connector = GrpcConnector(config.credentials())
         self.roster = Roster(
             {
                 "wire_version": WIRE_VERSION,
@@ -114,13 +113,14 @@ class Router:
             self.signals,
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
+            max_request_time=config.max_request_time,
         )
-        keys = None if config.api_keys is None else KeyRing(config.api_keys)
+        keys = config.key_ring()
+        access = config.router_gate(keys)
+        self._metrics_gate = config.metrics_gate(keys)
         self._http_api: HttpApi | None = None
-        self._http = None if config.http is None else self._http_server(keys)
-        self._server = RpcServer(
-            config.server_tls(), config.max_connections, interceptors=[] if keys is None else [KeyInterceptor(keys)]
-        )
+        self._http = None if config.http is None else self._http_server(access)
+        self._server = RpcServer(config.server_tls(), config.max_connections, gate=access)
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
             InferenceServicer(self._generator),
@@ -177,6 +177,7 @@ class Router:
                 self._config.metrics_port,
                 self._config.server_tls(),
                 self._targets,
+                self._metrics_gate,
             )
             logger.info("%s serves metrics on %s", self._id, self._exporter.address)
         self._server.set_ready(True)
@@ -227,14 +228,14 @@ class Router:
         if self._exporter is not None:
             self._exporter.close()
 
-    def _http_server(self, keys: KeyRing | None) -> HttpServer:
+    def _http_server(self, access: AccessGate) -> HttpServer:
         # Here, so that a router without the endpoint does not import its libraries.
         from services.router.http.app import HttpApi
         from services.router.http.server import HttpServer
 
         self._http_api = HttpApi(
             self._generator,
-            keys,
+            access,
             self._config.max_request_bytes,
             lambda: not self._stopping.is_set(),
             lambda: self._admin.known(),
@@ -243,7 +244,7 @@ class Router:
             self._http_api.asgi,
             self._config.max_connections,
             self._config.server_tls(),
-            client_certificates=keys is None,  # a key is proof enough, and more than most clients can do
+            client_certificates=access.keys is None,  # a key is proof enough, and more than most clients can do
         )
 
     async def _advise(self) -> None:

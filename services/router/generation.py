@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -41,6 +42,7 @@ class Generator:
         model: the name that clients ask for.
         max_attempts: workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: most bytes of a request.
+        max_request_time: seconds that a request may take, whatever its deadline.
 
     Attributes:
         pair, tokenizer, model: what is served.
@@ -60,6 +62,7 @@ class Generator:
         *,
         max_attempts: int,
         max_request_bytes: int,
+        max_request_time: float = math.inf,
     ) -> None:
         self.model = model
         self.pair = pair
@@ -72,6 +75,7 @@ class Generator:
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
+        self._max_request_time = max_request_time
         self._running: dict[Relay, ApiKey | None] = {}
         self._limits = KeyLimits()
         self._idle = asyncio.Event()
@@ -123,7 +127,7 @@ class Generator:
         self._check_size(request.ByteSize())
         check_priority(request.priority)
         if caller is not None:
-            self._limits.check(caller.name, _limits(caller), asyncio.get_running_loop().time())
+            self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time())
         if not request.resume_token_ids:
             self._gate.admit(_priority(request.priority, caller), _name(caller), time_left)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
@@ -153,7 +157,7 @@ class Generator:
                 sampling=checked.sampling.to_proto(),
                 eos_token_ids=self.tokenizer.eos_token_ids,
                 received=received,
-                deadline=None if time_left is None else now + time_left,
+                deadline=self._deadline(now, time_left),
                 emitted_token_ids=checked.resume_token_ids,
                 trace=checked.trace,
                 sample_index=checked.sample_index,
@@ -176,7 +180,7 @@ class Generator:
         )
         with self.metrics.refusing():
             if caller is not None:
-                self._limits.enter(caller.name, _limits(caller), now)
+                self._limits.enter(caller.id, _limits(caller), now)
             try:
                 relay.start()
             except OverfillError:
@@ -228,9 +232,13 @@ class Generator:
         if not self._running:
             self._idle.set()
 
+    def _deadline(self, now: float, time_left: float | None) -> float | None:
+        left = min(self._max_request_time, math.inf if time_left is None else time_left)
+        return None if left == math.inf else now + left
+
     def _leave(self, caller: ApiKey | None) -> None:
         if caller is not None:
-            self._limits.leave(caller.name)
+            self._limits.leave(caller.id)
 
     def _block_keys(self, tokens: Sequence[int], tenant_salt: str) -> PromptKeys | None:
         """Names that the prompt's blocks have in the prefill workers' caches; None while there is no worker."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
 from overfill.v1 import inference_pb2, inference_pb2_grpc
-from services.router.gate import caller
 from services.router.generation import Generator
 
 _Response = inference_pb2.GenerateResponse
@@ -20,7 +21,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        key = caller.get()
+        key: Any = caller.get()  # an ApiKey: the router's gate knows no other holders
         checked = await self._generator.check(request, key, context.time_remaining())
         async with self._generator.start(checked, received, context.time_remaining(), key) as generation:
             await context.write(_Response(accepted=generation.accepted))

@@ -13,6 +13,9 @@ from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 from overfill.testing.mock.running import mock_worker
 from services.router.app import Router
 
+SECRET = "the secret of a mock stack"
+"""With API keys, what its processes show each other."""
+
 
 @dataclass
 class MockStack:
@@ -36,6 +39,10 @@ def _flags(settings):
 def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, **router):
     """Yields a MockStack that can answer; ``router`` are flags of the router, ``workers`` of all mock workers."""
     started = Future()
+    secret = {}
+    if router.get("api_keys") is not None:
+        secret["stack_secret"] = router["api_keys"].with_name("stack-secret")
+        secret["stack_secret"].write_text(SECRET)
 
     async def main():
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -47,11 +54,11 @@ def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None
             "expect_prefill": prefill,
             "expect_decode": decode,
         }
-        app = Router(RouterConfig.parse(_flags(flags | router)))
+        app = Router(RouterConfig.parse(_flags(flags | secret | router)))
         address = await app.start()
         serving = asyncio.create_task(app.run())
         async with AsyncExitStack() as stack:
-            common = {"pair": pair, "routers": address} | (workers or {})
+            common = {"pair": pair, "routers": address} | secret | (workers or {})
             for index in range(prefill):
                 settings = common | {"worker_id": f"prefill-{index}"} | (prefill_settings or {})
                 await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(_flags(settings))))

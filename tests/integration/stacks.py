@@ -13,6 +13,9 @@ from overfill.cli.stack import Stack, child_environment
 from overfill.cli.up import make_plan
 from overfill.client import Client
 
+SECRET = "the secret of a stack of tests"
+"""With API keys, what its processes show each other."""
+
 BASE = {
     "dtype": "float32",
     "kv_memory": "4MiB",
@@ -37,9 +40,12 @@ class FaultyStack(Stack):
 
 
 @contextmanager
-def running_stack(pair, prefill=1, decode=1, routers=1, faults=None, http=None, **settings):
+def running_stack(pair, prefill=1, decode=1, routers=1, faults=None, http=None, mock=False, tls=None, **settings):
     """Yields ``(stack, address)`` when every worker is ready; drains it at the end."""
-    plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings, http)
+    if settings.get("api_keys") is not None and tls is None:
+        settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
+        settings["stack_secret"].write_text(SECRET)
+    plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls)
     lines = []
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:
@@ -68,9 +74,9 @@ def wait_until(condition, timeout, what):
     return time.monotonic() - start
 
 
-def loads(address):
+def loads(address, tls=None, api_key=None):
     """Load of every worker that answers, by id."""
-    with Client(address) as client:
+    with Client(address, tls=tls, api_key=api_key) as client:
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
 
 

@@ -89,6 +89,7 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("pair.source=claim", "which claim has the pair"),
         ("pair.source=hub", "which repository has the pair"),
         ("tls.generate=false", "no certificate"),
+        ("apiKeys.generate=false", "no API keys"),
         ("tls.certManager.enabled=true", "several certificates"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 
 import pytest
@@ -17,9 +18,11 @@ from overfill.testing.mock.config import MockDecodeConfig
 from overfill.testing.mock.running import mock_worker
 
 
-def scrape(stack):
+def scrape(stack, key=None):
     """Samples by name and values of the labels."""
-    with urllib.request.urlopen(f"http://{stack.router._exporter.address}/metrics", timeout=10) as response:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"http://{stack.router._exporter.address}/metrics", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as response:
         text = response.read().decode()
     return {
         (sample.name.removeprefix("overfill_router_"), *sample.labels.values()): sample.value
@@ -111,6 +114,7 @@ def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tin
 def test_usage_by_key(tiny_pair, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "ci")
+    prometheus = keys.create(file, "prometheus", scopes=["metrics"])
     with mock_stack(tiny_pair, api_keys=file) as stack:
         with Client(stack.grpc, api_key=key) as client:
             client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=4, ignore_eos=True))
@@ -119,7 +123,9 @@ def test_usage_by_key(tiny_pair, tmp_path):
         request = urllib.request.Request(f"{stack.url}/v1/completions", body, headers)
         with urllib.request.urlopen(request, timeout=10) as response:
             response.read()
-        now = scrape(stack)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            scrape(stack)
+        now = scrape(stack, prometheus)
     assert now["key_requests_total", "ci"] == 2
     assert now["key_tokens_total", "ci", "prompt"] == 5
     assert now["key_tokens_total", "ci", "completion"] == 7

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from overfill.api.keys import BadKeyFile
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 
 KINDS = (PrefillConfig, DecodeConfig, RouterConfig)
@@ -92,9 +93,32 @@ def test_an_open_host_needs_certificates_of_both_sides(
     assert "--tls-cert" in refused(kind, argv, capsys)
     certified = [*argv, "--tls-cert", "c", "--tls-key", "k"]
     assert "--tls-ca" in refused(kind, certified, capsys)
-    if kind is RouterConfig:  # keys guard neither Admin nor Registry
-        assert "--tls-ca" in refused(kind, [*certified, "--api-keys", "keys.json"], capsys)
-    assert kind.parse([*certified, "--tls-ca", "a"]).host == host
+    certified += ["--tls-ca", "a"]
+    if kind is RouterConfig:
+        assert "--api-keys" in refused(kind, certified, capsys)
+        assert "--tls-ca" in refused(kind, [*argv, "--tls-cert", "c", "--tls-key", "k", "--api-keys", "k.json"], capsys)
+        certified += ["--api-keys", "keys.json"]
+    assert kind.parse(certified).host == host
+
+
+def test_with_keys_workers_need_something_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--pair", "p", "--api-keys", "keys.json"]
+    assert "--stack-secret" in refused(RouterConfig, argv, capsys)
+    assert RouterConfig.parse([*argv, "--stack-secret", "s"]).stack_secret == Path("s")
+    assert RouterConfig.parse([*argv, "--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]).stack_secret is None
+
+
+def test_a_secret_that_is_none_is_refused_and_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    config = RouterConfig.parse(["--pair", "p", "--stack-secret", str(file)])
+    for text in (None, "", "short", "\n" * 40):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(BadKeyFile, match="secret"):
+            config.gate()
+    file.write_text("not to be seen by anybody\n")
+    assert config.credentials().secret == "not to be seen by anybody"  # type: ignore[union-attr]
+    assert "seen" not in f"{config.credentials()!r} {config.gate()!r} {config!r}"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])

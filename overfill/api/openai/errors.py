@@ -13,7 +13,9 @@ from overfill.errors import (
     ModelNotFound,
     OverfillError,
     Overloaded,
+    PermissionDenied,
     PromptTooLong,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -101,6 +103,10 @@ def from_error(error: OverfillError) -> ApiError:
             return ApiError(400, _message(error), param=_param(error.field), code="invalid_value")
         case ModelNotFound():
             return ApiError(404, str(error), param="model", code="model_not_found")
+        case Unauthenticated():
+            return ApiError(401, str(error), code="invalid_api_key")
+        case PermissionDenied():
+            return ApiError(403, str(error), "permission_error", code="insufficient_scope")
         case Overloaded():
             wait = max(1, math.ceil(error.retry_after or 1))
             return ApiError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", retry_after=wait)

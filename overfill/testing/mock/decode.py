@@ -232,7 +232,7 @@ class _Peer:
     def __init__(self, worker: MockWorker, target: decode_pb2.AssignPrefill) -> None:
         self._worker = worker
         self._name = target.worker_id
-        tls = worker.config.client_tls()
+        tls = worker.config.credentials()
         self._control = open_channel(target.address, tls)
         self._data = open_channel(target.data_address or target.address, tls)
         self._checked = False

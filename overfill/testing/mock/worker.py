@@ -13,7 +13,7 @@ from overfill.config import WorkerConfig
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
 from overfill.pair.manifest import Pair
-from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.constants import MAX_WORKER_RPCS, WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
@@ -67,7 +67,7 @@ class MockWorker:
         )
         self.draining = False
         self.drained = asyncio.Event()
-        self._server = RpcServer(config.server_tls())
+        self._server = RpcServer(config.server_tls(), MAX_WORKER_RPCS, gate=config.gate())
         self._membership: Membership | None = None
         self._stage: Stage | None = None
 
@@ -89,7 +89,7 @@ class MockWorker:
         bound = await self._server.start(f"{self.config.host}:{self.config.port}")
         self.hello.address = self.hello.data_address = announced(bound, self.config.advertise)
         self._membership = Membership(
-            self.hello, self.config.routers, self._report, tls=self.config.client_tls(), on_refused=self._on_refused
+            self.hello, self.config.routers, self._report, tls=self.config.credentials(), on_refused=self._on_refused
         )
         await self._membership.start()
         self._server.set_ready(True)

@@ -18,15 +18,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overfill import __version__
-from overfill.api.keys import ApiKey, KeyRing, bearer
+from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
-from overfill.api.openai.errors import ApiError, from_error, unauthorized, unknown_url, wrong_method
+from overfill.api.openai.errors import ApiError, from_error, unknown_url, wrong_method
 from overfill.api.openai.wire import Asked
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
 from overfill.metrics import CONTENT_TYPE
+from overfill.rpc.access import ROUTES, Gate, bearer, route_rule, unknown
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.status import as_overfill_error
 from overfill.v1 import admin_pb2
@@ -34,9 +35,6 @@ from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
 from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
-
-OPEN_ROUTES = frozenset({"/health", "/ui"})
-"""Those that need no key."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _CLIENT_GONE = 499  # nobody reads it; it is counted
@@ -46,7 +44,7 @@ class HttpApi:
     """The application. ``asgi`` is what a server runs.
 
     Args:
-        keys: who may come in; None lets everybody.
+        gate: who may come in.
         max_body: most bytes of a request's body.
         ready: whether requests can be served.
         status: the router and its workers, as the router knows them.
@@ -55,7 +53,7 @@ class HttpApi:
     def __init__(
         self,
         generator: Generator,
-        keys: KeyRing | None,
+        gate: Gate,
         max_body: int,
         ready: Callable[[], bool],
         status: Callable[[], admin_pb2.StatusResponse],
@@ -92,7 +90,7 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, keys, generator)
+        self.asgi: ASGIApp = _Gate(inner, gate, generator)
 
     async def _models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._model_json()]})
@@ -168,11 +166,11 @@ class HttpApi:
 
 
 class _Gate:
-    """In front of every route: the key is checked, the request is counted."""
+    """In front of every route: the caller is checked, the request is counted. A path of no table gets no further."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, generator: Generator) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, generator: Generator) -> None:
         self._app = app
-        self._keys = keys
+        self._gate = gate
         self._metrics = generator.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,7 +185,9 @@ class _Gate:
         try:
             await self._admit(scope)
         except ApiError as error:
-            await _error(error)(scope, receive, noting)
+            await _error(error, scope["path"])(scope, receive, noting)
+        except OverfillError as error:
+            await _error(from_error(error), scope["path"])(scope, receive, noting)
         else:
             # What Starlette has answered and logged as an error of ours, it raises all the same.
             with contextlib.suppress(Exception):
@@ -197,15 +197,13 @@ class _Gate:
             self._metrics.http(route.path if isinstance(route, Route) else "unknown", status)
 
     async def _admit(self, scope: Scope) -> None:
-        if self._keys is None or scope["path"] in OPEN_ROUTES:
-            return
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        key = bearer(header.decode("latin-1"))
-        if key is None:
-            raise unauthorized("You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'.")
-        scope["api_key"] = self._keys.find(key)
-        if scope["api_key"] is None:
-            raise unauthorized("Incorrect API key provided.")
+        shown, roles = bearer(header.decode("latin-1")), scope.get("overfill.roles")
+        rule = route_rule(ROUTES, scope["path"])
+        if rule is None:
+            unknown(self._gate, shown, roles)
+            raise unknown_url(scope["method"], scope["path"])
+        scope["api_key"] = self._gate.check(rule, shown, roles)
 
 
 def _request_id(request: Request, prefix: str) -> str:
@@ -217,12 +215,15 @@ def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | 
     return Response(encode(content), status, headers, media_type="application/json")
 
 
-def _error(error: ApiError) -> Response:
+def _error(error: ApiError, path: str = "") -> Response:
     headers = dict(error.headers)
     if error.status in (408, 413):
         headers["connection"] = "close"  # what is left of the body is not read
     if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
+        # A browser asks for a name and a password, which is the key; programs know what to send.
+        headers["www-authenticate"] = (
+            'Basic realm="overfill: the password is an API key"' if path == "/ui" else "Bearer"
+        )
     return _json(error.body, error.status, headers)
 
 

@@ -16,8 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from overfill.api.openai.answers import encode
 from overfill.api.openai.errors import ApiError, too_many_connections
 from overfill.errors import Unavailable
+from overfill.rpc.access import Role, roles_of
 from overfill.rpc.server import is_loopback
-from overfill.rpc.tls import ServerTls, TlsError
+from overfill.rpc.tls import Reloaded, ServerTls, TlsError, names_of
 
 HEAD_TIMEOUT = 10.0
 """Seconds for the head of a request to arrive, from the connection or the first byte on."""
@@ -69,7 +70,7 @@ class HttpServer:
         )
         config.load()
         if tls is not None:
-            config.ssl = _ssl_context(tls, client_certificates)
+            config.ssl = _renewing(tls.contexts(client_certificates))
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
 
@@ -123,11 +124,15 @@ class _LimitedProtocol(HttpToolsProtocol):
     _in_body = False  # between a head and the end of its request
     _rest_timer: asyncio.TimerHandle | None = None
     _rest_bytes = 0
+    _roles: frozenset[Role] | None = None  # of the client's certificate, where one is wanted
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         # asyncio does it for sockets that it has made itself; without it an event waits 40 ms for an acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        secured = transport.get_extra_info("ssl_object")
+        if secured is not None and secured.context.verify_mode == ssl.CERT_REQUIRED:
+            self._roles = roles_of(names_of(secured.getpeercert()))
         self._await_head()
         if len(self.connections) > self.max_connections:
             self._reject(too_many_connections())
@@ -155,6 +160,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["overfill.roles"] = self._roles  # type: ignore[typeddict-unknown-key]
         if self._head_timer is None:  # a head that follows a request which is still being answered
             self._await_head()
 
@@ -256,13 +262,12 @@ _PHRASES = {
 }
 
 
-def _ssl_context(tls: ServerTls, client_certificates: bool) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(tls.cert, tls.key)
-        if client_certificates and tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise TlsError(f"cannot read {tls.cert}, {tls.key} or {tls.client_ca}: {error}") from error
-    return context
+def _renewing(contexts: Reloaded[ssl.SSLContext]) -> ssl.SSLContext:
+    """A context of which every handshake takes the certificate as it is now."""
+    first = contexts.value
+
+    def choose(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = contexts.value
+
+    first.sni_callback = choose
+    return first

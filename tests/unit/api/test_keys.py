@@ -6,9 +6,10 @@ import stat
 import pytest
 
 from overfill.api import keys
-from overfill.api.keys import BadKeyFile, KeyRing, bearer
+from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
+from overfill.rpc.access import Scope, bearer
 
 
 @pytest.fixture
@@ -102,3 +103,22 @@ def test_limits_of_a_key_are_kept_and_checked(tmp_path):
     path.write_text(path.read_text().replace('"concurrency": 3', '"concurrency": "3"'))
     with pytest.raises(keys.BadKeyFile, match="concurrency"):
         keys.load(path)
+
+
+def test_scopes_are_kept_and_checked(file):
+    keys.create(file, "ci")
+    keys.create(file, "prometheus", scopes=["metrics"])
+    assert [key.scopes for key in keys.load(file)] == [{Scope.INFER, Scope.STATUS}, {Scope.METRICS}]
+    for wrong in (["root"], []):
+        with pytest.raises(InvalidRequest):
+            keys.create(file, "x", scopes=wrong)
+    data = json.loads(file.read_text())
+    for entry in data["keys"]:
+        entry["scopes"] = ["root"]
+    file.write_text(json.dumps(data))
+    with pytest.raises(BadKeyFile, match="scopes"):
+        keys.load(file)
+    for entry in data["keys"]:
+        del entry["scopes"]  # as files were before there were scopes
+    file.write_text(json.dumps(data))
+    assert {key.scopes for key in keys.load(file)} == {keys.DEFAULT_SCOPES}

@@ -59,7 +59,7 @@ class Routers:
         self._answers = answers
         self.asked: list[str] = []
 
-    def __call__(self, address: str, tls: object) -> Routers:
+    def __call__(self, address: str, tls: object, api_key: object) -> Routers:
         self.asked.append(address)
         return self
 

@@ -40,6 +40,7 @@ def test_a_worker_that_listens_everywhere_announces_its_machine(tmp_path: Path) 
     for name in ("cert", "key", "ca"):
         (tmp_path / name).touch()
     tls = {f"tls_{name}": str(tmp_path / name) for name in ("cert", "key", "ca")}
+    tls["api_keys"] = str(tmp_path / "keys.json")
     assert spec(settings=tls | {"host": "0.0.0.0"}).decode_config(HERE).advertise == "10.0.0.7"
     own = tls | {"host": "0.0.0.0", "advertise": "worker.internal"}
     assert spec(settings=own).decode_config(HERE).advertise == "worker.internal"

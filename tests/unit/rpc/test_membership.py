@@ -11,7 +11,7 @@ from overfill.kv.journal import KeyJournal
 from overfill.rpc import membership as membership_module
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
-from overfill.rpc.tls import ClientTls
+from overfill.rpc.tls import ClientTls, Credentials
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 
 SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -211,7 +211,7 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
     asked = asyncio.Queue()
 
     def open_channel(address, tls):
-        asked.put_nowait((address, tls.name))
+        asked.put_nowait((address, tls.tls.name))
         raise Unavailable("not today")
 
     async def resolve(target):
@@ -219,7 +219,7 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
 
     monkeypatch.setattr(membership_module, "open_channel", open_channel)
     monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
-    tls = ClientTls(name=told)
+    tls = Credentials(ClientTls(name=told))
     async with member("dns:///routers.internal:7600", tls=tls):
         assert await asked.get() == ("10.1.2.3:7600", expected)
     asked = asyncio.Queue()

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from overfill import errors
+from overfill.rpc.access import RPCS, Gate, Rule
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_MESSAGE_BYTES
 from overfill.rpc.server import RpcServer, is_loopback, split_address
@@ -77,6 +78,7 @@ class Echo:
 
 
 KINDS = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
+GATE = Gate({**RPCS, **{f"/{SERVICE}/{kind}": Rule(open=True) for kind in KINDS}})
 
 
 def add_echo(servicer: Echo, server: Any) -> None:
@@ -96,7 +98,7 @@ async def echo() -> Echo:
 
 @pytest.fixture
 async def server(echo: Echo) -> AsyncIterator[RpcServer]:
-    server = RpcServer()
+    server = RpcServer(gate=GATE)
     server.add(add_echo, echo, SERVICE)
     yield server
     await server.stop()
@@ -253,7 +255,7 @@ async def test_other_hosts_are_refused_without_tls() -> None:
 
 
 async def test_more_rpcs_than_allowed_are_refused_as_overload(echo: Echo) -> None:
-    server = RpcServer(max_concurrent_rpcs=1)
+    server = RpcServer(max_concurrent_rpcs=1, gate=GATE)
     server.add(add_echo, echo, SERVICE)
     async with open_channel(await server.start("127.0.0.1:0")) as channel:
         first = asyncio.create_task(call(channel, "unary_unary", Message(name="hang")))

@@ -14,6 +14,7 @@ ERRORS = [
     errors.InvalidRequest("", "no prompt"),
     errors.PromptTooLong("prompt", "9 tokens do not fit the context of 8"),
     errors.Unauthenticated("no key"),
+    errors.PermissionDenied("the key of ci has no scope admin"),
     errors.ModelNotFound("no model 'x'; served: 'y'"),
     errors.Overloaded("queue full", retry_after=1.5),
     errors.Overloaded("queue full", retry_after=0.0),

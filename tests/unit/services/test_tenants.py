@@ -1,4 +1,4 @@
-"""Whose request it is reaches the workers as a salt: of the key's name, and of no other request's."""
+"""Whose request it is reaches the workers as a salt: of the key, and of no other request's."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -6,9 +6,9 @@ from contextlib import AsyncExitStack
 from overfill.api import keys
 from overfill.api.keys import KeyRing
 from overfill.client import AsyncClient
+from overfill.rpc.access import RPCS, Gate, caller
 from overfill.rpc.server import RpcServer
 from overfill.v1 import inference_pb2, inference_pb2_grpc
-from services.router.gate import KeyInterceptor, caller
 
 
 class Telling(inference_pb2_grpc.InferenceServicer):
@@ -22,8 +22,8 @@ class Telling(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.DetokenizeResponse(text=caller.get().tenant_salt if caller.get() else "")
 
 
-async def salts(shown, interceptors):
-    server = RpcServer(None, interceptors=interceptors)
+async def salts(shown, gate):
+    server = RpcServer(None, gate=gate)
     name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
     server.add(inference_pb2_grpc.add_InferenceServicer_to_server, Telling(len(shown)), name)
     address = await server.start("127.0.0.1:0")
@@ -42,18 +42,20 @@ async def test_every_rpc_has_the_salt_of_its_own_key(tmp_path):
     assert of_a
     assert of_b
     assert of_a != of_b
-    assert await salts([a, b, a], [KeyInterceptor(KeyRing(file))]) == [of_a, of_b, of_a]
+    assert await salts([a, b, a], Gate(RPCS, KeyRing(file).find)) == [of_a, of_b, of_a]
 
 
-async def test_a_new_key_of_the_same_name_has_the_same_salt(tmp_path):
+async def test_a_new_key_of_the_same_name_is_another_tenant(tmp_path):
     file = tmp_path / "keys.json"
     keys.create(file, "a")
     (before,) = keys.load(file)
     keys.revoke(file, "a")
     keys.create(file, "a")
     (after,) = keys.load(file)
-    assert (before.sha256 != after.sha256, before.tenant_salt) == (True, after.tenant_salt)
+    assert before.name == after.name
+    assert before.tenant_salt != after.tenant_salt
+    assert before.id != after.id
 
 
 async def test_without_keys_there_is_one_tenant():
-    assert await salts([None, None], []) == ["", ""]
+    assert await salts([None, None], None) == ["", ""]

@@ -43,11 +43,21 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and (gt (len $ways) 1) (ne (join "," $ways) "tls.secretName,tls.generate") }}{{ fail (printf "several certificates: %s. Keep one" (join ", " $ways)) }}{{ end -}}
 {{- end }}
 
-{{/* DNS names of a certificate that is made here, as a JSON list. */}}
+{{- define "overfill.keysSecret" -}}
+{{ .Values.apiKeys.secretName | default (printf "%s-keys" (include "overfill.fullname" .)) }}
+{{- end }}
+
+{{- define "overfill.checkKeys" -}}
+{{- if not (or .Values.apiKeys.secretName .Values.apiKeys.generate) }}{{ fail "no API keys: routers do not listen beyond loopback without them. Give apiKeys.secretName or apiKeys.generate" }}{{ end -}}
+{{- end }}
+
+{{/* DNS names of a certificate that is made here, as a JSON list: hosts, and the roles of its bearers. */}}
 {{- define "overfill.dnsNames" -}}
 {{- $service := include "overfill.fullname" . -}}
 {{- $inside := printf "%s.%s" $service .Release.Namespace -}}
-{{- concat (list .Values.tls.name "localhost" $service $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside)) .Values.tls.extraDnsNames | uniq | toJson -}}
+{{- $roles := list -}}
+{{- range list "router" "worker" "client" "operator" "scraper" }}{{ $roles = append $roles (printf "%s.role.overfill.internal" .) }}{{ end -}}
+{{- concat (list .Values.tls.name "localhost" $service $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside)) .Values.tls.extraDnsNames $roles | uniq | toJson -}}
 {{- end }}
 
 {{/* Longest that a pod may take to stop: the longest stream and the drain, and time to leave. */}}
