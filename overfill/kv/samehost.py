@@ -85,6 +85,7 @@ class LenderLink:
         self.id = secrets.token_bytes(_ID_BYTES)
         descriptor = os.memfd_create("overfill-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            os.fchmod(descriptor, 0o600)  # whoever finds it in /proc has to be this user
             os.ftruncate(descriptor, SLOTS * MAX_CHUNK_PAYLOAD)
             # A segment that shrinks would kill whoever touches it.
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

@@ -113,7 +113,7 @@ ROUTER_RPCS: Mapping[str, Rule] = {
 WORKER_RPCS: Mapping[str, Rule] = {
     **_HEALTH,
     _REFLECTION: _FROM_PEERS,
-    "/overfill.v1.Prefill/Describe": _FROM_PEERS,
+    "/overfill.v1.Prefill/Describe": _FROM_WORKERS,
     "/overfill.v1.Prefill/Prefill": _FROM_WORKERS,
     "/overfill.v1.Prefill/PullKv": _FROM_WORKERS,
     "/overfill.v1.Decode/Describe": _FROM_PEERS,

@@ -109,7 +109,8 @@ def test_a_router_s_image_has_what_it_imports_and_no_torch() -> None:
         "import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    needed = {name.lower() for module in loaded for name in packages_distributions().get(module, [])}
+    distributions = packages_distributions()  # which takes seconds
+    needed = {name.lower() for module in loaded for name in distributions.get(module, [])}
     direct = {re.split(r"[<>=]", line)[0] for line in project}
     assert not {"torch", "transformers"} & needed
     reached = set(listed)
