@@ -31,13 +31,11 @@ from pydantic_settings import (
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.kv.spec import DTypeName
+from overfill.logs import LogFormat
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, PolicyName
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-"""Of every service's log."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -133,6 +131,16 @@ class ServiceConfig(BaseSettings):
         "sides, where there are API keys, it is what lets workers join",
     )
     log_level: LogLevel = Field("info", description="how much is logged to stderr")
+    log_format: LogFormat = Field("text", description="lines for people, or one JSON object per line")
+    log_requests: Literal["on", "off"] = Field(
+        "off", description="whether a line is logged at the end of each request; prompts and answers never are"
+    )
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        description="where traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; by default what "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says, and nowhere without it",
+    )
     metrics_port: Port | Literal["off"] = Field(
         0, description="port of /metrics, for Prometheus; 0 picks a free one, which `overfill status` shows; or off"
     )
@@ -276,6 +284,10 @@ class ServiceConfig(BaseSettings):
                 "make one with `openssl rand -hex 32`"
             )
         return secret
+
+    def trace_endpoint(self) -> str:
+        """Where traces are sent; empty: nowhere."""
+        return self.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 
     def to_argv(self) -> list[str]:
         """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""

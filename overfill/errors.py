@@ -52,9 +52,11 @@ class OverfillError(Exception):
     Attributes:
         produced: what the SDK had received of the answer; None when the request was not taken, and for errors of
             something else than a request.
+        trace_id: of the trace that the request was in where the error came from; empty without one.
     """
 
     produced: Produced | None = None
+    trace_id: str = ""
 
 
 class InvalidRequest(OverfillError):

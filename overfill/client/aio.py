@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 import grpc.aio
 
+from overfill.client import traces
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
 from overfill.client.attempts import Attempts
 from overfill.client.requests import (
@@ -36,7 +37,14 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 class AsyncStream(AsyncIterator[Delta]):
     """An answer as it is written; iterate for deltas. Leaving it as a context manager cancels the rest."""
 
-    def __init__(self, start: StartGenerate, attempts: Attempts, builder: AnswerBuilder) -> None:
+    def __init__(
+        self,
+        start: StartGenerate,
+        attempts: Attempts,
+        builder: AnswerBuilder,
+        span: traces.RequestSpan | None = None,
+    ) -> None:
+        self._span = span
         self._start = start
         self._attempts = attempts
         self._builder = builder
@@ -55,6 +63,18 @@ class AsyncStream(AsyncIterator[Delta]):
 
     async def __anext__(self) -> Delta:
         """Raises any OverfillError; its ``produced`` is what there is of the answer."""
+        if self._span is None:
+            return await self._next()
+        try:
+            return await self._next()
+        except StopAsyncIteration:
+            self._span.end()
+            raise
+        except OverfillError as error:
+            self._span.end(error)
+            raise
+
+    async def _next(self) -> Delta:
         while True:
             try:
                 response = await self._call.read()
@@ -91,6 +111,8 @@ class AsyncStream(AsyncIterator[Delta]):
 
     def cancel(self) -> None:
         """Gives the request up; iterating further raises RequestCancelled. Does nothing after the end."""
+        if self._span is not None:
+            self._span.end()
         self._cancelled = True
         self._call.cancel()
 
@@ -137,13 +159,14 @@ class AsyncClient:
         """As ``generate``, but token by token."""
         timeout = options.get("timeout")
         check_timeout(timeout)
+        span = traces.begin()
 
         def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channel(address))
-            return stub.Generate(request, timeout=timeout, metadata=self._metadata)
+            return stub.Generate(request, timeout=timeout, metadata=traces.joined(self._metadata, span))
 
         builder = AnswerBuilder(build_request(prompt, options))
-        return AsyncStream(start, Attempts(self._addresses, timeout), builder)
+        return AsyncStream(start, Attempts(self._addresses, timeout), builder, span)
 
     async def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
         """``n`` answers to one prompt, computed at the same time; with one seed, the same ``n`` every time.

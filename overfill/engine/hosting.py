@@ -18,8 +18,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill import __version__
-from overfill.config import LOG_FORMAT, DecodeConfig, WorkerConfig
+from overfill import __version__, logs, tracing
+from overfill.config import DecodeConfig, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
@@ -95,7 +95,7 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
     )
 
 
-def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level: str) -> NoReturn:
+def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
     """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1.
 
     Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds nothing
@@ -106,8 +106,8 @@ def run_worker_process(serve: Coroutine[Any, Any, int], threads: int, log_level:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
-    with tuned(threads):
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
+    with tuned(config.threads):
         asyncio.run(_to_the_exit(serve))
     raise AssertionError("the process has ended")
 
@@ -173,6 +173,7 @@ async def serve_engine(
     """
     if any(router.startswith("ray:///") for router in config.routers):
         import overfill.cluster.directory  # noqa: F401  # which can look such names up
+    tracing.configure(config.program, hello.worker_id, config.trace_endpoint())
     loop = asyncio.get_running_loop()
     engine = EngineThread(
         core,
@@ -212,6 +213,7 @@ async def serve_engine(
         engine.stop()
         if exporter is not None:
             exporter.close()
+        await tracing.flush()
     return code if engine.failure is None else 1
 
 

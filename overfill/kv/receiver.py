@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc.aio
 
+from overfill import tracing
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -234,7 +235,7 @@ class PromptPull:
             on_first_token: called on the event loop, before the KV is complete.
         """
         self._outgoing.put_nowait(self._start_message())
-        control = self._peer.control.Prefill(timeout=timeout)
+        control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(control))

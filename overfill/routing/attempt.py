@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from overfill import tracing
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import Answer
 from overfill.routing.dispatcher import Job
@@ -120,6 +121,7 @@ class Attempt:
             address=worker.info.address,
             data_address=worker.info.data_address,
         )
+        tracing.current().event("prefill worker assigned", worker=worker.id)
         await self._stream.send(decode_pb2.DecodeRequest(assign_prefill=target))
         now = _now()
         self._queued += now - self._wanted_since

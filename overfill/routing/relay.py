@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+from overfill import tracing
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -205,7 +206,8 @@ class Relay:
         losses, in_vain = 0, 0  # in all, and since the last new token
         known = len(self.answer.emitted)
         while True:
-            worker = await grant
+            with tracing.child("router.queue"):
+                worker = await grant
             try:
                 done = await self._attempt(worker)
             except RETRIED as error:
@@ -234,18 +236,21 @@ class Relay:
         start = self._start(worker)
         self._opened += 1
         self.decode_worker = worker.id
-        attempt = Attempt(
-            self._connector.open(worker.info, left),
-            self._gate,
-            self._job,
-            self.answer,
-            max_prefill_failures=self._max_attempts,
-            on_need_prefill=self._observer.prefill_again,
-        )
-        try:
-            return await attempt.run(start)
-        finally:
-            await attempt.close()
+        with tracing.child("router.attempt", "client", worker=worker.id, attempt=self._opened) as span:
+            attempt = Attempt(
+                self._connector.open(worker.info, left),
+                self._gate,
+                self._job,
+                self.answer,
+                max_prefill_failures=self._max_attempts,
+                on_need_prefill=self._observer.prefill_again,
+            )
+            try:
+                done = await attempt.run(start)
+            finally:
+                await attempt.close()
+            span.set(refused=isinstance(done, decode_pb2.Refused))
+            return done
 
     def _start(self, worker: Worker) -> decode_pb2.StartDecode:
         return decode_pb2.StartDecode(

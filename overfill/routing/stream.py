@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import grpc.aio
 
+from overfill import tracing
 from overfill.errors import OverfillError
 from overfill.routing.pool import WorkerInfo
 from overfill.rpc.calls import outcome, written
@@ -95,7 +96,9 @@ class GrpcDecodeStream:
         self._connection = connection
         self._connector = connector
         self._peer = f"decode worker {worker.id}"
-        self._call: Any = decode_pb2_grpc.DecodeStub(connection.channel).Generate(timeout=timeout)
+        self._call: Any = decode_pb2_grpc.DecodeStub(connection.channel).Generate(
+            timeout=timeout, metadata=tracing.outgoing()
+        )
         self._closed = False
 
     async def send(self, message: decode_pb2.DecodeRequest) -> None:

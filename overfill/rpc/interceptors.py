@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import grpc
 import grpc.aio
 
+from overfill import tracing
 from overfill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
 from overfill.rpc.access import Gate, bearer, caller, roles_of
 from overfill.rpc.constants import FIRST_MESSAGE_TIMEOUT
@@ -24,6 +25,14 @@ from overfill.rpc.status import to_status
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Behaviour = Callable[[Any, Any], Any]
+
+
+TRACED = {
+    "/overfill.v1.Inference/Generate": "router.request",
+    "/overfill.v1.Decode/Generate": "decode.attempt",
+    "/overfill.v1.Prefill/Prefill": "prefill.prompt",
+}
+"""RPCs that are spans, and these spans' names."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
@@ -52,9 +61,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             behaviour = _unimplemented  # a method that the servicer does not override
         method = handler_call_details.method
         shown = _shown(handler_call_details)
+        span = TRACED.get(method)
+        traced = behaviour if span is None else _traced(behaviour, span)
         make_handler = getattr(grpc, f"stream_{_arity(handler.response_streaming)}_rpc_method_handler")
         guarded: Handler = make_handler(
-            _guard(behaviour, handler.request_streaming, lambda context: self._admit(method, shown, context)),
+            _guard(traced, handler.request_streaming, lambda context: self._admit(method, shown, context)),
             request_deserializer=_lenient(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -69,6 +80,26 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             names = context.auth_context().get("x509_subject_alternative_name", ())
             roles = roles_of(bytes(name).decode(errors="replace") for name in names)
         caller.set(self._gate.check(rule, shown, roles))  # gRPC runs the handler of an RPC in a task of its own
+
+
+def _traced(behaviour: Behaviour, name: str) -> Behaviour:
+    """``behaviour`` as a span, which the task of the RPC is in to its end."""
+
+    async def traced(request: Any, context: Context) -> Any:
+        span = tracing.serve(name, context.invocation_metadata() or ())
+        try:
+            if inspect.isasyncgenfunction(behaviour):
+                async with aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
+            else:
+                await behaviour(request, context)
+        except BaseException as error:
+            span.end(error)
+            raise
+        span.end()
+
+    return traced
 
 
 class _Undecodable(NamedTuple):
@@ -99,6 +130,8 @@ def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Conte
 
 async def _abort(context: Context, error: Exception) -> NoReturn:
     code, message, trailing_metadata = to_status(error)
+    if trace_id := tracing.current().trace_id:
+        trailing_metadata = (*trailing_metadata, (tracing.TRACE_ID, trace_id))
     await context.abort(code, message, trailing_metadata)
 
 

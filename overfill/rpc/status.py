@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -33,6 +33,7 @@ from overfill.errors import (
     Unavailable,
     UnsupportedModel,
 )
+from overfill.tracing import TRACE_ID
 
 M = TypeVar("M", bound=Message)
 
@@ -82,7 +83,7 @@ class StatusDetails(NamedTuple):
 
     code: grpc.StatusCode
     message: str
-    trailing_metadata: tuple[tuple[str, bytes], ...]
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 def to_status(exc: BaseException) -> StatusDetails:
@@ -133,6 +134,14 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
         if peer:
             message = f"{peer}: {message}"
 
+    error = _rebuilt(cls, message, field, status, info)
+    error.trace_id = str(_trailers(err).get(TRACE_ID, ""))
+    return error
+
+
+def _rebuilt(
+    cls: type[OverfillError], message: str, field: str, status: status_pb2.Status, info: error_details_pb2.ErrorInfo
+) -> OverfillError:
     if issubclass(cls, InvalidRequest):
         return cls(field, message)
     if cls is Overloaded:
@@ -174,10 +183,13 @@ def _encode(error: OverfillError) -> StatusDetails:
     return StatusDetails(code, message, ((DETAILS_KEY, status.SerializeToString()),))
 
 
+def _trailers(err: grpc.RpcError) -> dict[str, Any]:
+    return dict(cast(Iterable[tuple[str, Any]], err.trailing_metadata() or ()))
+
+
 def _attached_status(err: grpc.RpcError) -> status_pb2.Status:
-    trailers = cast(Iterable[tuple[str, bytes]], err.trailing_metadata() or ())
     try:
-        return status_pb2.Status.FromString(dict(trailers).get(DETAILS_KEY, b""))
+        return status_pb2.Status.FromString(_trailers(err).get(DETAILS_KEY, b""))
     except DecodeError:
         return status_pb2.Status()
 

@@ -56,7 +56,7 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Console entry point."""
     config = DecodeConfig.parse(argv)
-    run_worker_process(serve(config), config.threads, config.log_level)
+    run_worker_process(serve(config), config)
 
 
 if __name__ == "__main__":

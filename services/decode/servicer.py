@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from overfill import __version__
+from overfill import __version__, logs, tracing
 from overfill.engine.build import EngineParts
 from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
@@ -86,6 +86,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidRequest("start", "the first message of Generate is StartDecode")
+        logs.request_id.set(first.start.request_id)
+        tracing.current().set(
+            request_id=first.start.request_id,
+            worker=self._hello.worker_id,
+            prompt_tokens=len(first.start.prompt_token_ids),
+            emitted_tokens=len(first.start.emitted_token_ids),
+        )
         self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
         session = self._accept(first.start, processor, context)

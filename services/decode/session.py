@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import assert_never
 
+from overfill import logs, tracing
 from overfill.engine.hosting import logprobs_to_proto
 from overfill.engine.sequence import (
     DecodeEvent,
@@ -39,7 +40,7 @@ from overfill.errors import (
 )
 from overfill.kv.joining import to_the_end
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
-from overfill.metrics import DecodeMetrics
+from overfill.metrics import DecodeMetrics, codec_name, outcome_of
 from overfill.v1 import common_pb2, decode_pb2
 
 _Need = decode_pb2.NeedPrefill
@@ -143,6 +144,7 @@ class Session:
         self._cached_tokens: int | None = None
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # that the KV in use came through
         self._reserved = self._refused = False
+        self._failure: BaseException | None = None
         self._wants_kv = False
         self._first_known_ns: int | None = None
         self._first_step_ns: int | None = None
@@ -162,9 +164,11 @@ class Session:
             if not self._refused:  # refusals are counted by the engine
                 self._metrics.ended(None)
         except Exception as error:
+            self._failure = error
             self.outbox.close(error)
             self._metrics.ended(error)
         except asyncio.CancelledError as error:
+            self._failure = error
             self._metrics.ended(error)
             raise
         finally:
@@ -172,6 +176,18 @@ class Session:
                 await to_the_end(self._join_pull())
             finally:
                 self._send(Release(self.sequence.id))
+                self._log()
+
+    def _log(self) -> None:
+        outcome = "refused" if self._refused else outcome_of(self._failure)
+        logs.ended(
+            "decode",
+            outcome,
+            prompt_tokens=len(self.sequence.prompt),
+            completion_tokens=self._emitted,
+            attempt=self.start.attempt,
+            prefill_worker=self._prefill_worker,
+        )
 
     async def _handle(
         self,
@@ -233,6 +249,7 @@ class Session:
         self._reserved = True
         reservation_ns = time.monotonic_ns() - self._received_ns
         self._metrics.reserved(reservation_ns / 1e9)
+        tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
         self.outbox.put(decode_pb2.DecodeResponse(reserved=reserved))
 
@@ -244,13 +261,16 @@ class Session:
         """Has the prompt prefilled by ``target`` and its KV written into our blocks; reports to the inbox."""
         error: OverfillError | None = None
         try:
-            async with self._use_peer(target) as peer:
-                self._handoff = self._new_pull(peer, self)
-                try:
-                    await self._handoff.run(self._time_left(), self.inbox.put_nowait)
-                    self._metrics.handed_over(self._handoff.codec, self._handoff.stats)
-                finally:
-                    self._metrics.received(self._handoff.codec, self._handoff.stats)
+            with tracing.child("decode.handoff", "client", worker=target.worker_id) as span:
+                async with self._use_peer(target) as peer:
+                    self._handoff = self._new_pull(peer, self)
+                    try:
+                        await self._handoff.run(self._time_left(), self.inbox.put_nowait)
+                        self._metrics.handed_over(self._handoff.codec, self._handoff.stats)
+                    finally:
+                        stats = self._handoff.stats
+                        self._metrics.received(self._handoff.codec, stats)
+                        span.set(kv_bytes=stats.kv_bytes, codec=codec_name(self._handoff.codec))
         except OverfillError as failure:
             error = failure
             self._metrics.handoff_failed(error)
@@ -278,6 +298,7 @@ class Session:
         token = arrived.token
         emitted, finish = self.sequence.stop.judge(token.token_id, 0)
         self._first_known_ns = arrived.received_ns
+        tracing.current().event("first token")
         self._first_token = token.token_id
         if emitted:
             self._emitted = 1
@@ -324,7 +345,9 @@ class Session:
             codec=self._codec,
         )
         if self._first_step_ns is not None:
-            done.decode_ns = time.monotonic_ns() - self._first_step_ns
+            now = time.monotonic_ns()
+            done.decode_ns = now - self._first_step_ns
+            tracing.current().past("decode.steps", self._first_step_ns, now, tokens=self._emitted)
             if self._first_known_ns is not None:
                 done.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
         if self.start.trace and self._handoff is not None:

@@ -57,7 +57,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Console entry point."""
     config = PrefillConfig.parse(argv)
-    run_worker_process(serve(config), config.threads, config.log_level)
+    run_worker_process(serve(config), config)
 
 
 if __name__ == "__main__":

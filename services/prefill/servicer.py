@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import assert_never
 
-from overfill import __version__
+from overfill import __version__, logs, tracing
 from overfill.engine.build import EngineParts
 from overfill.engine.hosting import logprobs_to_proto
 from overfill.engine.sequence import (
@@ -42,7 +43,7 @@ from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
-from overfill.metrics import PrefillMetrics
+from overfill.metrics import PrefillMetrics, outcome_of
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
@@ -208,6 +209,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             first = await anext(aiter(request_iterator), None)
             if first is None or first.WhichOneof("message") != "start":
                 raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
+            logs.request_id.set(first.start.request_id)
+            tracing.current().set(
+                request_id=first.start.request_id,
+                worker=self._hello.worker_id,
+                prompt_tokens=len(first.start.prompt_token_ids),
+            )
             self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
             lease = self._accept(first.start, processor)
@@ -222,6 +229,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 for guard in guards:
                     guard.cancel()
                 self._end(lease)
+                logs.ended("prefill", outcome_of(sys.exception()), prompt_tokens=len(lease.sequence.prompt))
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
@@ -310,6 +318,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         match event:
             case PrefillScheduled(cached_tokens=cached, time_ns=now):
                 self._metrics.scheduled((now - lease.received_ns) / 1e9)
+                tracing.current().past("prefill.queue", lease.received_ns, now)
+                tracing.current().set(cached_tokens=cached)
                 scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns, cached_tokens=cached)
                 return prefill_pb2.PrefillResponse(scheduled=scheduled)
             case ChunkComputed(token_start=start, token_end=end):
@@ -319,6 +329,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
             case PromptComputed(first=first, time_ns=now) if first is not None:
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
+                tracing.current().past("prefill.compute", lease.scheduled_ns, now)
                 token = prefill_pb2.FirstToken(
                     token_id=first.token_id,
                     logprobs=logprobs_to_proto(first),

@@ -21,9 +21,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from ray.util import get_node_ip_address
 
+from overfill import logs
 from overfill.cluster import directory
 from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, StackSpec, WorkerPlace
-from overfill.config import LOG_FORMAT, ServiceConfig, is_wildcard
+from overfill.config import ServiceConfig, is_wildcard
 from overfill.environment import SETTINGS
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
@@ -212,8 +213,11 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
     """Sets the process up for the replica ``name``; the spec with its pair found, or made, on this machine."""
     for variable in [variable for variable in os.environ if variable.startswith(SETTINGS)]:
         del os.environ[variable]  # what a replica runs with is in its arguments
-    level = str((spec.settings | spec.pools[deployment].settings).get("log_level", "info")).upper()
-    logging.basicConfig(level=level, format=LOG_FORMAT, handlers=[_log_handler(spec.log_dir, name)], force=True)
+    settings = spec.settings | spec.pools[deployment].settings
+    form: logs.LogFormat = "json" if settings.get("log_format") == "json" else "text"
+    each = settings.get("log_requests") == "on"
+    level = str(settings.get("log_level", "info"))
+    logs.configure(level, form, _log_handler(spec.log_dir, name), each_request=each)
     _keep_serve_local()
     pair = await asyncio.to_thread(resolve_pair, spec.pair)
     return spec.model_copy(update={"pair": str(pair)})

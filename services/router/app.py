@@ -9,7 +9,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from overfill import __version__
+from overfill import __version__, tracing
 from overfill.api.tokenizer import Tokenizer
 from overfill.config import RouterConfig
 from overfill.errors import ShuttingDown
@@ -161,6 +161,7 @@ class Router:
             Unavailable: the address is taken.
             TlsError: the host is open to other machines and there is no TLS.
         """
+        tracing.configure(self._config.program, self._id, self._config.trace_endpoint())
         self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
         if self._http is not None:
             assert self._config.http is not None
@@ -227,6 +228,7 @@ class Router:
         await self._connector.close()
         if self._exporter is not None:
             self._exporter.close()
+        await tracing.flush()
 
     def _http_server(self, access: AccessGate) -> HttpServer:
         # Here, so that a router without the endpoint does not import its libraries.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from overfill import logs, tracing
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
@@ -17,7 +18,7 @@ from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, RequestCancelled, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
-from overfill.metrics import RouterMetrics
+from overfill.metrics import RouterMetrics, outcome_of
 from overfill.pair.manifest import Pair
 from overfill.params import check_token_ids
 from overfill.routing.admission import KeyLimits, Limits
@@ -148,6 +149,8 @@ class Generator:
         Raises:
             PromptTooLong, Overloaded: it cannot be queued.
         """
+        logs.request_id.set(checked.request_id)
+        tracing.current().set(request_id=checked.request_id, prompt_tokens=len(checked.prompt_token_ids))
         now = asyncio.get_running_loop().time()
         key, tenant_salt = _name(caller), "" if caller is None else caller.tenant_salt
         relay = Relay(
@@ -322,6 +325,7 @@ class Generation:
             # A resumed answer has its first token already: nothing was waited for.
             if ttft_ns is None and not relay.resumed:
                 ttft_ns = _nanoseconds_since(relay.answer.received)
+                tracing.current().event("first token")
                 if relay.answer.timing.HasField("return_path_ns"):
                     relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)
         # The worker stops now, not when the client has read everything.
@@ -329,6 +333,7 @@ class Generation:
         self._finished = _finished(relay, text, rest, finish, ttft_ns)
         self._failure = None
         metrics.answered(self._finished)
+        tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         self._generator.signals.finished(self._finished, loop.time())
         self._generator.recent.answered(self._finished, loop.time())
 
@@ -347,8 +352,25 @@ class Generation:
     ) -> None:
         # Even when this task is cancelled again meanwhile: a relay that runs on holds slots.
         self._generator.metrics.ended(self._failure)
+        self._log()
         closing = asyncio.ensure_future(self._generator.close(self._relay))
         await asyncio.shield(closing)
+
+    def _log(self) -> None:
+        relay = self._relay
+        timing = common_pb2.Timing() if self._finished is None else self._finished.timing
+        logs.ended(
+            "router",
+            outcome_of(self._failure),
+            request_id=self.accepted.request_id,
+            prompt_tokens=self.accepted.prompt_tokens,
+            completion_tokens=self._text.num_tokens,
+            ttft=timing.ttft_ns / 1e9,
+            total=_nanoseconds_since(relay.answer.received) / 1e9,
+            prefill_worker=relay.answer.prefill_worker,
+            decode_worker=relay.decode_worker,
+            migrations=relay.answer.migrations,
+        )
 
 
 def _name(caller: ApiKey | None) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import sys
 from collections.abc import Sequence
 
-from overfill.config import LOG_FORMAT, RouterConfig
+from overfill import logs
+from overfill.config import RouterConfig
 from overfill.errors import OverfillError
 from overfill.rpc.tls import TlsError
 from services.router.app import Router
@@ -17,7 +17,7 @@ from services.router.app import Router
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a router until SIGTERM or SIGINT; returns the exit code: 0 drained, 1 could not start."""
     config = RouterConfig.parse(argv)
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     try:
         asyncio.run(_serve(config))
     except (OverfillError, TlsError) as error:

@@ -40,13 +40,15 @@ class FaultyStack(Stack):
 
 
 @contextmanager
-def running_stack(pair, prefill=1, decode=1, routers=1, faults=None, http=None, mock=False, tls=None, **settings):
-    """Yields ``(stack, address)`` when every worker is ready; drains it at the end."""
+def running_stack(
+    pair, prefill=1, decode=1, routers=1, faults=None, http=None, mock=False, tls=None, lines=None, **settings
+):
+    """Yields ``(stack, address)`` when every worker is ready; drains it at the end. ``lines`` gets what they say."""
     if settings.get("api_keys") is not None and tls is None:
         settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
         settings["stack_secret"].write_text(SECRET)
     plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls)
-    lines = []
+    lines = [] if lines is None else lines
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:
         stack.start()

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 
-from overfill.config import LOG_FORMAT
+from overfill import logs
 from overfill.errors import OverfillError
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 from overfill.testing.mock.running import serve
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         print("usage: python -m overfill.testing.mock prefill|decode [FLAGS]; --help shows them", file=sys.stderr)
         return 2
     config = kinds[argv[0]].parse(argv[1:])
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     try:
         asyncio.run(serve(config, _drained_by_signals))
     except OverfillError as error:

@@ -7,7 +7,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overfill import __version__
+from overfill import __version__, tracing
 from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
@@ -116,7 +116,8 @@ class HttpApi:
     async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
-        answers = Answers(self._generator, asked, envelope, key)
+        span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
+        answers = Answers(self._generator, asked, envelope, key, span)
         await answers.start(received)
         try:
             if asked.stream:
@@ -206,6 +207,11 @@ class _Gate:
         scope["api_key"] = self._gate.check(rule, shown, roles)
 
 
+def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Headers as ASGI has them, their names as text."""
+    return ((name.decode("latin-1"), value) for name, value in headers)
+
+
 def _request_id(request: Request, prefix: str) -> str:
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else f"{prefix}-{secrets.token_hex(16)}"
@@ -219,6 +225,8 @@ def _error(error: ApiError, path: str = "") -> Response:
     headers = dict(error.headers)
     if error.status in (408, 413):
         headers["connection"] = "close"  # what is left of the body is not read
+    if trace_id := tracing.current().trace_id:
+        headers["x-trace-id"] = trace_id
     if error.status == 401:
         # A browser asks for a name and a password, which is the key; programs know what to send.
         headers["www-authenticate"] = (

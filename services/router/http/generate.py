@@ -12,12 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from overfill import tracing
 from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope
 from overfill.api.openai.errors import from_error
 from overfill.api.openai.wire import Asked
+from overfill.errors import OverfillError
 from overfill.rpc.status import as_overfill_error
+from overfill.tracing import Span
 from overfill.v1 import inference_pb2
 from services.router.generation import Generation, Generator, choices
 
@@ -30,7 +33,15 @@ _Event = tuple[Choice, inference_pb2.Delta | None]
 class Answers:
     """All choices of one request, running."""
 
-    def __init__(self, generator: Generator, asked: Asked, envelope: Envelope, key: ApiKey | None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        asked: Asked,
+        envelope: Envelope,
+        key: ApiKey | None,
+        span: Span = tracing.OFF,
+    ) -> None:
+        self._span = span
         self._generator = generator
         self._asked = asked
         self._envelope = envelope
@@ -38,6 +49,7 @@ class Answers:
         self._stack = AsyncExitStack()
         self.choices: list[Choice] = []
         self._running: list[Generation] = []
+        self._failure: BaseException | None = None
 
     async def start(self, received: float) -> None:
         """Queues every choice. Raises ApiError or OverfillError; nothing runs then."""
@@ -58,7 +70,8 @@ class Answers:
                             echo=self._echo(prompt),
                         )
                     )
-        except BaseException:
+        except BaseException as error:
+            self._failure = error
             await self.close()
             raise
 
@@ -94,6 +107,14 @@ class Answers:
 
     async def events(self) -> AsyncIterator[_Event]:
         """What the choices say, as it comes."""
+        try:
+            async for event in self._events():
+                yield event
+        except OverfillError as error:
+            self._failure = error
+            raise
+
+    async def _events(self) -> AsyncIterator[_Event]:
         if len(self._running) == 1:
             choice, generation = self.choices[0], self._running[0]
             async for delta in generation.to_the_end():
@@ -120,7 +141,10 @@ class Answers:
 
     async def close(self) -> None:
         """Ends what still runs."""
-        await self._stack.aclose()
+        try:
+            await self._stack.aclose()
+        finally:
+            self._span.end(self._failure)
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
         if self._asked.continuous_usage:
