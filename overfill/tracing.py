@@ -16,7 +16,6 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from overfill import __version__
 from overfill.errors import OverfillError, Unavailable
 
 TRACEPARENT = "traceparent"
@@ -120,7 +119,7 @@ class _Collector:
 
         self._trace = trace
         self._kinds = {kind: trace.SpanKind[kind.upper()] for kind in ("server", "client", "internal")}
-        self._tracer = provider.get_tracer("overfill", __version__)
+        self._tracer = provider.get_tracer("overfill")
         self.provider = provider
         self.error = trace.StatusCode.ERROR
 
@@ -144,13 +143,13 @@ class _Collector:
 _collector: _Collector | None = None
 
 
-def configure(service: str, instance: str, endpoint: str) -> None:
+def configure(service: str, instance: str, version: str, endpoint: str) -> None:
     """Collects spans from now on and sends them to ``endpoint`` over OTLP/gRPC; does nothing without one.
 
     The variables ``OTEL_*`` of OpenTelemetry's SDK count for the rest: headers, certificates, sampling.
 
     Args:
-        service, instance: who we are: ``service.name`` and ``service.instance.id``.
+        service, instance, version: who we are: ``service.name``, ``service.instance.id`` and ``service.version``.
 
     Raises:
         Unavailable: the libraries are not installed.
@@ -167,7 +166,7 @@ def configure(service: str, instance: str, endpoint: str) -> None:
             "traces are wanted (--otlp-endpoint, OTEL_EXPORTER_OTLP_ENDPOINT) and their libraries are not here: "
             "pip install 'overfill[tracing]'"
         ) from error
-    named = {"service.name": service, "service.instance.id": instance, "service.version": __version__}
+    named = {"service.name": service, "service.instance.id": instance, "service.version": version}
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     use(provider)

@@ -30,6 +30,7 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
 from overfill.kv.spec import DTypeName
+from overfill.metrics import DecodeMetrics
 from overfill.model.config import Quantization
 from overfill.pair.manifest import Pair
 from overfill.params import SamplingParams
@@ -145,6 +146,10 @@ class OurEngine:
 
     def steps(self, count: int) -> list[float]:
         return [self._step() for _ in range(count)]
+
+    def watch(self, metrics: DecodeMetrics | None) -> None:
+        """Counts decode steps from now on, as a worker does; None: no more."""
+        self._decode.metrics = metrics
 
     def end(self) -> None:
         for id in self._ids:

@@ -14,6 +14,7 @@ from overfill.cli.bench_burst import burst_command
 from overfill.cli.bench_engine import decode_command, peers_group, prefill_command
 from overfill.cli.bench_handoff import chat_command, handoff_command
 from overfill.cli.bench_http import http_command
+from overfill.cli.bench_instrumentation import instrumentation_command
 from overfill.cli.bench_kv import kv_command
 from overfill.cli.bench_memory import memory_command
 from overfill.cli.bench_route import route_command
@@ -42,6 +43,7 @@ for command in (
     chat_command,
     handoff_command,
     kv_command,
+    instrumentation_command,
     memory_command,
     peers_group,
 ):

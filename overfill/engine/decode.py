@@ -57,7 +57,7 @@ class DecodeEngine:
         metrics: DecodeMetrics | None = None,
     ) -> None:
         self._runner = runner
-        self._metrics = metrics
+        self.metrics = metrics
         self._pool = pool
         self._prefix = prefix or PrefixCache(pool, enabled=False)
         self._max_num_seqs = max_num_seqs
@@ -141,8 +141,8 @@ class DecodeEngine:
         return reserved
 
     def _refuse(self, sequence: DecodeSequence, kind: str, reason: str) -> Refused:
-        if self._metrics is not None:
-            self._metrics.refused(kind)
+        if self.metrics is not None:
+            self.metrics.refused(kind)
         return Refused(sequence.id, reason)
 
     def _acquire(self, sequence: DecodeSequence) -> Reserved | None:
@@ -199,8 +199,8 @@ class DecodeEngine:
         victims = (DecodeState.RUNNING, DecodeState.RECEIVING)
         youngest = next(s for s in reversed(self._sequences.values()) if s.state in victims)
         youngest.state = DecodeState.YIELDING
-        if self._metrics is not None:
-            self._metrics.preempted()
+        if self.metrics is not None:
+            self.metrics.preempted()
         events.append(Preempted(youngest.id))
 
     def _within_budget(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
@@ -227,8 +227,8 @@ class DecodeEngine:
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)
-            if self._metrics is not None:
-                self._metrics.step_failed()
+            if self.metrics is not None:
+                self.metrics.step_failed()
             for sequence in sequences:
                 sequence.failed = True  # not scheduled again; its Release is on the way
             return [SequenceFailed(s.id, error) for s in sequences]
@@ -252,8 +252,8 @@ class DecodeEngine:
         return events
 
     def _count_step(self, started_ns: int, sequences: int, tokens: int, replayed: int) -> None:
-        if self._metrics is not None:
-            self._metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, tokens, replayed)
+        if self.metrics is not None:
+            self.metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, tokens, replayed)
 
     def _replay_part(self, sequence: DecodeSequence) -> None:
         """The first tokens of a replay that is longer than the budget and therefore alone in its step."""

@@ -173,7 +173,7 @@ async def serve_engine(
     """
     if any(router.startswith("ray:///") for router in config.routers):
         import overfill.cluster.directory  # noqa: F401  # which can look such names up
-    tracing.configure(config.program, hello.worker_id, config.trace_endpoint())
+    tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop = asyncio.get_running_loop()
     engine = EngineThread(
         core,

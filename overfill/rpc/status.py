@@ -135,7 +135,8 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
             message = f"{peer}: {message}"
 
     error = _rebuilt(cls, message, field, status, info)
-    error.trace_id = str(_trailers(err).get(TRACE_ID, ""))
+    if trace_id := _trailers(err).get(TRACE_ID):
+        error.trace_id = str(trace_id)
     return error
 
 

@@ -161,7 +161,7 @@ class Router:
             Unavailable: the address is taken.
             TlsError: the host is open to other machines and there is no TLS.
         """
-        tracing.configure(self._config.program, self._id, self._config.trace_endpoint())
+        tracing.configure(self._config.program, self._id, __version__, self._config.trace_endpoint())
         self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
         if self._http is not None:
             assert self._config.http is not None

@@ -1,0 +1,144 @@
+"""What counting costs: decode steps with metrics and without, in turns.
+
+With metrics, a step is counted as a decode worker counts it, and each of its tokens as a router does: all in this one
+process, though a router counts in another. Every turn ends with one scrape of both, far more often than any Prometheus.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from overfill.bench.ours import OurEngine, Workload, load_engines
+from overfill.engine.build import resolve_device
+from overfill.kv.spec import DTypeName
+from overfill.metrics import DecodeMetrics, RouterMetrics
+from overfill.pair.manifest import Pair
+from overfill.pair.progress import Report, silent
+
+BOUND = 0.02
+"""Of decode throughput."""
+
+_WARMUP = 4
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number; ``low`` and ``high`` are its 95 % interval over the rounds.
+
+    Attributes:
+        name: ``decode_counted``, ``decode_plain`` (tokens/s) or ``instrumentation_cost`` (share of throughput).
+        bound: what it may be; None: it is there for the others.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    bound: float | None
+    rounds: int
+    steps: int
+    batch: int
+    context: int
+    pair: str
+    dtype: str
+
+    def to_json(self) -> str:
+        return json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in asdict(self).items()})
+
+
+def measure_instrumentation(
+    pair: Pair,
+    *,
+    batch: int,
+    context: int,
+    rounds: int,
+    steps: int,
+    dtype: DTypeName | None = None,
+    report: Report = silent,
+) -> list[Figure]:
+    """The three figures.
+
+    Args:
+        rounds: each is one turn with metrics and one without; which comes first changes from round to round.
+        steps: in a turn.
+    """
+    total = _WARMUP + 2 * rounds * steps
+    workload = Workload(batch, context + total + 2)
+    full, decoder = load_engines(
+        pair, dtype=dtype, device=resolve_device("cpu"), quantize=None, workload=workload, token_budget=2048
+    )
+    engine = decoder or full
+    engine.begin(batch, context, total)
+    try:
+        engine.steps(_WARMUP)
+        counted, plain = [], []
+        metrics = DecodeMetrics(), RouterMetrics()
+        for index in range(rounds):
+            report("Measuring", index, rounds)
+            for with_metrics in (True, False) if index % 2 else (False, True):
+                if with_metrics:
+                    counted.append(_counted(engine, *metrics, steps, batch))
+                else:
+                    engine.watch(None)
+                    began = time.perf_counter()
+                    engine.steps(steps)
+                    plain.append(time.perf_counter() - began)
+        report("Measuring", rounds, rounds)
+    finally:
+        engine.end()
+
+    def figure(name: str, values: Sequence[float], unit: str, bound: float | None = None) -> Figure:
+        return Figure(
+            name,
+            median(values),
+            *interval(values),
+            unit,
+            bound,
+            rounds,
+            steps,
+            batch,
+            context,
+            pair.name,
+            engine.weights,
+        )
+
+    tokens = batch * steps
+    return [
+        figure("decode_counted", [tokens / seconds for seconds in counted], "tokens/s"),
+        figure("decode_plain", [tokens / seconds for seconds in plain], "tokens/s"),
+        figure(
+            "instrumentation_cost",
+            [1 - without / with_ for with_, without in zip(counted, plain, strict=True)],
+            "share",
+            BOUND,
+        ),
+    ]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % of the medians of samples drawn from ``values`` (bootstrap), the same each time."""
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    return medians[round(0.025 * _RESAMPLES)], medians[round(0.975 * _RESAMPLES) - 1]
+
+
+def _counted(engine: OurEngine, decode: DecodeMetrics, router: RouterMetrics, steps: int, batch: int) -> float:
+    """Seconds of ``steps`` steps with everything that is counted about them, and a scrape."""
+    engine.watch(decode)
+    began = last = time.perf_counter()
+    for _ in range(steps):
+        engine.steps(1)
+        now = time.perf_counter()
+        for _ in range(batch):
+            router.tokens(1, now - last, "")
+        last = now
+    decode.render()
+    router.render()
+    return time.perf_counter() - began
