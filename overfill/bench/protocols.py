@@ -51,7 +51,7 @@ def mock_processes(
             command = [sys.executable, "-m", module, *arguments, f"--pair={pair}", *workers, "--log-level=warning"]
             children.append(Child(name, command, child_environment(os.environ, 1), lambda name, line: print(line)))
         with Client(address) as client:
-            _until_it_answers(client)
+            until_it_answers(client)
         yield address, http_port
     finally:
         stop(children, grace=2)
@@ -159,7 +159,7 @@ def _model(connection: http.client.HTTPConnection) -> str:
     return str(json.loads(connection.getresponse().read())["data"][0]["id"])
 
 
-def _until_it_answers(client: Client) -> None:
+def until_it_answers(client: Client) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
 import click
+
+from overfill.cli.output import console
 
 
 @click.command("router")
@@ -18,18 +17,23 @@ import click
 @click.option(
     "--overload", type=click.FloatRange(1), help="Instead: ten times the workers' capacity for so many seconds."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document per line on stdout.")
-def router_command(pair: str, seconds: float, overload: float | None, as_json: bool) -> None:
-    """Measure the router with mock workers: CPU per request and token, saturation, latency, overload."""
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON per figure on stdout.")
+def router_command(pair: str, seconds: float, overload: float | None, as_json: bool) -> int:
+    """Measure the router with mock workers: CPU per request and token, saturation, latency, overload.
+
+    Exits 1 when a goal is missed.
+    """
+    from overfill.bench.figure import figures_table
     from overfill.bench.router import measure_cost, measure_overload
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
-    found = asdict(measure_cost(folder, seconds)) if overload is None else asdict(measure_overload(folder, overload))
+    figures = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
     if as_json:
-        click.echo(json.dumps(found))
-        return
-    for name, value in found.items():
-        click.echo(f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}")
+        for figure in figures:
+            click.echo(figure.to_json())
+    else:
+        console().print(figures_table(figures))
+    return 0 if all(figure.reached for figure in figures) else 1

@@ -1,0 +1,59 @@
+"""A measured number, the goal that it is held against, and what something else does in the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Attributes:
+    name, value, unit: what was measured.
+    bound: what it is to stay within: at most so much, or at least where ``at_least``; None: nothing is asked of it.
+    peer, peer_value: what was measured beside it.
+    """
+
+    name: str
+    value: float
+    unit: str
+    bound: float | None = None
+    at_least: bool = False
+    peer: str | None = None
+    peer_value: float | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether the bound is kept; not by NaN."""
+        if self.bound is None:
+            return True
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def to_json(self) -> str:
+        """One line; numbers with four digits, NaN as null."""
+        found = asdict(self) | {"reached": self.reached}
+        return json.dumps({k: _digits(v) if isinstance(v, float) else v for k, v in found.items()})
+
+
+def figures_table(figures: Iterable[Figure]) -> Table:
+    """A line per figure."""
+    table = Table()
+    for column in ("", "measured", "", "asked", "peer"):
+        table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
+    for figure in figures:
+        asked = "" if figure.bound is None else f"{'≥' if figure.at_least else '≤'} {figure.bound:,g}"
+        peer = "" if figure.peer_value is None else f"{figure.peer}: {_number(figure.peer_value)}"
+        verdict = asked if figure.reached else f"{asked}, missed"
+        table.add_row(figure.name, _number(figure.value), figure.unit, verdict, peer)
+    return table
+
+
+def _digits(value: float) -> float | None:
+    return None if value != value else float(f"{value:.4g}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
