@@ -27,6 +27,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.metric_set import MetricSet, Sampled, Spec
+from overfill.names import CODEC_NAMES, CODECS
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 
 TOKEN_BUCKETS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed")
-CODECS = ("raw", "int8", "fp8")
 STAGES = ("prefill", "decode")
 WORKER_STATES = ("ready", "draining", "silent")
 REFUSALS = (
@@ -406,7 +406,7 @@ class DecodeMetrics(EngineMetrics):
 
     def __init__(self) -> None:
         super().__init__("decode")
-        counter, histogram, codec = self._counter, self._histogram, {"codec": CODECS}
+        counter, histogram, codec = self._counter, self._histogram, {"codec": tuple(CODECS)}
         self._tokens = counter("tokens_total", "Tokens computed by the decoder.")
         self._replayed = counter("replayed_tokens_total", "Tokens run again after a move or a preemption.")
         self._preemptions = counter("preemptions_total", "Sequences that lost their blocks to older ones.")
@@ -452,13 +452,13 @@ class DecodeMetrics(EngineMetrics):
 
     def handed_over(self, codec: common_pb2.KvCodec, pull: PullNumbers) -> None:
         """All of a prompt's KV is here."""
-        name = codec_name(codec)
+        name = CODEC_NAMES[codec]
         self._handoff.labels(name).observe(pull.last_kv_ns / 1e9)
         self._transfer.labels(name).observe((pull.last_kv_ns - pull.first_kv_ns) / 1e9)
 
     def received(self, codec: common_pb2.KvCodec, pull: PullNumbers) -> None:
         """A handoff has ended, however."""
-        name = codec_name(codec)
+        name = CODEC_NAMES[codec]
         self._bytes.labels(name, "socket").inc(pull.kv_bytes - pull.shared_bytes)
         self._bytes.labels(name, "shared").inc(pull.shared_bytes)
         self._broken.inc(pull.broken_streams)
@@ -472,11 +472,6 @@ class DecodeMetrics(EngineMetrics):
     def ended(self, error: BaseException | None) -> None:
         """An attempt ended."""
         self._sequences.labels(outcome_of(error)).inc()
-
-
-def codec_name(codec: common_pb2.KvCodec) -> str:
-    """As labels have it."""
-    return common_pb2.KvCodec.Name(codec).removeprefix("KV_CODEC_").lower()
 
 
 def _hits(load: EngineNumbers) -> Sampled:

@@ -5,24 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from overfill.client.requests import ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
+from overfill.names import CODEC_NAMES, FINISH_REASONS, FinishReason
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
 E = TypeVar("E", bound=OverfillError)
 
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 """Fields of ``Timing`` that make up its ``ttft``, in the order they happen."""
-
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-_FINISH_REASONS: dict[int, FinishReason] = {
-    common_pb2.FINISH_REASON_STOP: "stop",
-    common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,13 +320,13 @@ class AnswerBuilder:
         self._calls[-1] = replace(last, arguments=last.arguments + part.arguments)
 
     def _finish(self, accepted: Accepted, message: inference_pb2.Finished) -> Answer:
-        if message.reason not in _FINISH_REASONS:
+        if message.reason not in FINISH_REASONS:
             raise InternalError(f"the answer ended for an unknown reason ({message.reason})")
         return Answer(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
-            finish_reason=_FINISH_REASONS[message.reason],
+            finish_reason=FINISH_REASONS[message.reason],
             usage=Usage(message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens),
             timing=Timing.from_proto(message.timing),
             request_id=accepted.request_id,
@@ -346,5 +339,5 @@ class AnswerBuilder:
             trace=Trace.from_proto(message.trace) if message.HasField("trace") else None,
             client_ttft=self._client_ttft,
             tool_calls=tuple(self._calls),
-            codec=common_pb2.KvCodec.Name(message.codec).removeprefix("KV_CODEC_").lower() if message.codec else None,
+            codec=CODEC_NAMES.get(message.codec),
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypedDict
 
 from overfill.errors import InvalidRequest
+from overfill.names import CODECS
 from overfill.params import SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, inference_pb2
 
@@ -245,15 +246,10 @@ def _ids(field: str, values: Sequence[Any]) -> list[int]:
     return ids
 
 
-_CODECS = {
-    "": common_pb2.KV_CODEC_UNSPECIFIED,
-    "raw": common_pb2.KV_CODEC_RAW,
-    "int8": common_pb2.KV_CODEC_INT8,
-    "fp8": common_pb2.KV_CODEC_FP8,
-}
-
-
 def _codec(name: str) -> common_pb2.KvCodec:
-    if name not in _CODECS:
-        raise InvalidRequest("kv_codec", f"is {name!r}; give raw, int8 or fp8")
-    return _CODECS[name]
+    if not name:
+        return common_pb2.KV_CODEC_UNSPECIFIED
+    for known, codec in CODECS.items():
+        if name == known:
+            return codec
+    raise InvalidRequest("kv_codec", f"is {name!r}; give {', '.join(CODECS)}")

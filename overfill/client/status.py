@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from overfill.names import CODEC_NAMES
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
 
 Stage = Literal["router", "prefill", "decode", "unspecified"]
@@ -130,7 +131,7 @@ class ProcessStatus:
             incarnation=message.incarnation,
             model=ModelIdentity.from_proto(message.model) if message.HasField("model") else None,
             kv=KvShape.from_proto(message.kv) if message.HasField("kv") else None,
-            codec=_name(common_pb2.KvCodec, message.codec, "KV_CODEC_") if message.codec else None,
+            codec=CODEC_NAMES.get(message.codec),
             metrics_address=message.metrics_address or None,
         )
 

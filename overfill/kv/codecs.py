@@ -7,8 +7,6 @@ element is off by half a step at most, 1/254 of that magnitude; an fp8 one by 1/
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
@@ -17,15 +15,6 @@ from overfill.kv.cache import TORCH_DTYPES
 from overfill.kv.spec import DTypeName
 from overfill.kv.wire import Buffer
 from overfill.v1 import common_pb2
-
-CodecName = Literal["raw", "int8", "fp8"]
-
-CODECS: dict[CodecName, common_pb2.KvCodec] = {
-    "raw": common_pb2.KV_CODEC_RAW,
-    "int8": common_pb2.KV_CODEC_INT8,
-    "fp8": common_pb2.KV_CODEC_FP8,
-}
-CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
 
 _CODES: dict[int, tuple[torch.dtype, float]] = {
     common_pb2.KV_CODEC_INT8: (torch.int8, 127.0),

@@ -11,9 +11,9 @@ from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
-from overfill.kv.codecs import CODECS
 from overfill.kv.peers import PeerPool
 from overfill.metrics import DecodeMetrics
+from overfill.names import CODECS
 from overfill.v1 import common_pb2, decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
 

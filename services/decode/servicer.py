@@ -13,11 +13,11 @@ from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
-from overfill.kv.codecs import CODEC_NAMES
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.metrics import DecodeMetrics
 from overfill.model.processors import LogitProcessor, prepare_processor
+from overfill.names import CODEC_NAMES
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context

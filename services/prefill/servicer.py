@@ -38,13 +38,13 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
-from overfill.kv.codecs import CODEC_NAMES, CODECS
 from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
 from overfill.metrics import PrefillMetrics, outcome_of
 from overfill.model.processors import LogitProcessor, prepare_processor
+from overfill.names import CODEC_NAMES, CODECS
 from overfill.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context

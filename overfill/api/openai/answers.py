@@ -10,16 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.names import CODEC_NAMES, FINISH_REASONS
+from overfill.v1 import inference_pb2
 
 _RULED_OUT = -9999.0
 """What OpenAI writes for a probability of zero; JSON has no infinity."""
 
-_REASONS = {
-    common_pb2.FINISH_REASON_STOP: "stop",
-    common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
-}
 _PARTS = (
     "ttft",
     "router_queue",
@@ -149,7 +145,7 @@ class Choice:
     def reason(self) -> str:
         """Why the answer ended."""
         assert self.finished is not None
-        return _REASONS[self.finished.reason]
+        return FINISH_REASONS[self.finished.reason]
 
     def _chunk(self, content: Any, scores: Any) -> dict[str, Any]:
         key = "text" if self.envelope.kind == "completion" else "delta"
@@ -229,13 +225,12 @@ def _end(index: int, seed: int, finished: inference_pb2.Finished) -> dict[str, A
         f"{name}_ms": round(getattr(timing, f"{name}_ns") / 1e6, 3) if timing.HasField(f"{name}_ns") else None
         for name in _PARTS
     }
-    codec = common_pb2.KvCodec.Name(finished.codec).removeprefix("KV_CODEC_").lower() if finished.codec else None
     return {
         "index": index,
         "prefill_worker": finished.prefill_worker,
         "decode_worker": finished.decode_worker,
         "migrations": finished.migrations,
-        "codec": codec,
+        "codec": CODEC_NAMES.get(finished.codec),
         "seed": seed,
         "stop": finished.stop or None,
         "timing": parts,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
-from overfill.kv.codecs import CODECS, CodecName
 from overfill.model.transformer import Model
+from overfill.names import CODECS, CodecName
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally

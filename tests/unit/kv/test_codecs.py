@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from overfill.errors import TransferFailed
 from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.kv.chunks import TransferSpec, check, seal
-from overfill.kv.codecs import CODECS, decode, encode, quantise, restore
+from overfill.kv.codecs import decode, encode, quantise, restore
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import decode_all, join
+from overfill.names import CODECS
 
 SMALLEST = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}  # of the element: its type's own rounding
 

@@ -1,0 +1,25 @@
+"""How what the wire enumerates is called everywhere else: in answers, flags, metrics. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from overfill.v1 import common_pb2
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+FINISH_REASONS: dict[int, FinishReason] = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
+
+CodecName = Literal["raw", "int8", "fp8"]
+
+CODECS: dict[CodecName, common_pb2.KvCodec] = {
+    "raw": common_pb2.KV_CODEC_RAW,
+    "int8": common_pb2.KV_CODEC_INT8,
+    "fp8": common_pb2.KV_CODEC_FP8,
+}
+CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
+"""``get`` gives None for a codec that is unspecified, or newer than this."""
