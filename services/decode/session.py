@@ -40,7 +40,8 @@ from overfill.errors import (
 )
 from overfill.kv.joining import to_the_end
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
-from overfill.metrics import DecodeMetrics, codec_name, outcome_of
+from overfill.metrics import DecodeMetrics, outcome_of
+from overfill.names import CODEC_NAMES
 from overfill.v1 import common_pb2, decode_pb2
 
 _Need = decode_pb2.NeedPrefill
@@ -270,7 +271,7 @@ class Session:
                     finally:
                         stats = self._handoff.stats
                         self._metrics.received(self._handoff.codec, stats)
-                        span.set(kv_bytes=stats.kv_bytes, codec=codec_name(self._handoff.codec))
+                        span.set(kv_bytes=stats.kv_bytes, codec=CODEC_NAMES[self._handoff.codec])
         except OverfillError as failure:
             error = failure
             self._metrics.handoff_failed(error)
