@@ -410,12 +410,13 @@ def _log_sink(folder: Path | None) -> Iterator[Callable[[str, str], None]]:
         yield lambda name, line: print(f"{name} | {line}", file=sys.stderr, flush=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, IO[str]] = {}
+    files: dict[str, IO[bytes]] = {}
 
     def write(name: str, line: str) -> None:
-        if name not in files:
-            files[name] = (folder / f"{name}.log").open("a", encoding="utf-8")
-        print(line, file=files[name], flush=True)
+        with contextlib.suppress(OSError):  # a full disk costs lines, and neither the stack nor what comes after
+            if name not in files:
+                files[name] = (folder / f"{name}.log").open("ab", buffering=0)
+            files[name].write(f"{line}\n".encode())
 
     try:
         yield write

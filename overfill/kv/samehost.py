@@ -205,7 +205,11 @@ class Lender:
                         return
             except (OSError, TimeoutError, asyncio.IncompleteReadError):
                 return
-            link = LenderLink()
+            try:
+                link = LenderLink()
+            except OSError as error:  # no memory, too many open files: the borrower sees the socket close
+                logger.warning("no memory can be shared, so payloads travel: %s", error)
+                return
             self._links[link.id] = link
             try:
                 try:

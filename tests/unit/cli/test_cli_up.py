@@ -293,3 +293,12 @@ class Steps(threading.Event):
             return True
         self._steps.pop(0)()
         return False
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_full_disk_costs_the_lines_of_a_log_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "decode-0.log").symlink_to("/dev/full")
+    with up._log_sink(tmp_path) as write:
+        for name in ("decode-0", "decode-1"):
+            write(name, "hello")
+    assert (tmp_path / "decode-1.log").read_text(encoding="utf-8") == "hello\n"

@@ -1,6 +1,7 @@
 """Shared memory between two workers: the same KV arrives, nothing is written over, nothing is left behind."""
 
 import asyncio
+import errno
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,19 @@ async def test_when_the_link_is_lost_payloads_travel(worker, connect):
     cache, stats = await pull(peer)
     assert arrived(worker, cache)
     assert stats.shared_bytes == 0
+
+
+async def test_when_no_memory_can_be_set_aside_payloads_travel(worker, connect, monkeypatch, caplog):
+    def full(descriptor, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    peer = await connect()
+    assert peer.link is None
+    cache, stats = await pull(peer)
+    assert arrived(worker, cache)
+    assert stats.shared_bytes == 0
+    assert "no memory can be shared, so payloads travel: [Errno 28]" in caplog.text
 
 
 async def test_a_link_that_only_the_lender_has_lost_makes_payloads_travel(worker, connect):
