@@ -13,7 +13,7 @@ from overfill.kv.receiver import PullStats
 from overfill.params import SamplingParams
 from overfill.testing.counting import CountingRunner
 from overfill.v1 import common_pb2, decode_pb2
-from services.decode.session import PullEnded, Session
+from services.decode.session import Outbox, PullEnded, Session
 
 
 class Pull:
@@ -168,3 +168,15 @@ async def test_a_refusal_carries_the_load():
     (response,) = [response async for response in bench.session.outbox]
     assert response.refused.load.kv_blocks_used == 8
     assert isinstance(bench.sent[0], Reserve)
+
+
+async def test_tokens_that_nobody_reads_become_one_message():
+    outbox = Outbox()
+    for index in range(1000):
+        outbox.put(decode_pb2.DecodeResponse(tokens=decode_pb2.Tokens(first_index=index, ids=[index])))
+    outbox.put(decode_pb2.DecodeResponse(done=decode_pb2.DecodeDone()))
+    outbox.close()
+    tokens, done = [response async for response in outbox]
+    assert list(tokens.tokens.ids) == list(range(1000))
+    assert tokens.tokens.first_index == 0
+    assert done.HasField("done")

@@ -1,0 +1,320 @@
+"""Every promise of docs/reliability.md broken on purpose, and the tests that notice.
+
+``python tests/chaos/broken_promises.py`` copies the tree, changes one line or a few of it, runs the test that is to
+hold the promise, and wants it to fail; then it changes them back. Prints the table of docs/reliability.md. A test that
+cannot fail holds nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_COPIED = ("overfill", "services", "tests", "pyproject.toml", "README.md")
+_TIMEOUT = 400  # seconds
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A promise, and how it is broken: ``old``, which is there once, becomes ``new`` in ``file``; ``test`` fails."""
+
+    promise: str
+    how: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+BROKEN = (
+    Broken(
+        "a request outlives its decode worker",
+        "a lost worker ends the request",
+        "overfill/routing/relay.py",
+        "RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)",
+        "RETRIED = (TransferFailed,)",
+        "tests/unit/routing/test_relay.py::test_a_lost_worker_is_followed_by_another_that_knows_the_tokens",
+    ),
+    Broken(
+        "it goes on token for token",
+        "the next worker is not told the tokens so far",
+        "overfill/routing/relay.py",
+        "emitted_token_ids=self.answer.emitted,",
+        "emitted_token_ids=(),",
+        "tests/chaos/test_trials.py::test_answers_are_right_whatever_befalls_whom",
+    ),
+    Broken(
+        "a request outlives its prefill worker",
+        "a failed handoff ends the request",
+        "services/decode/session.py",
+        "                self._need_prefill(_reason_for(error), str(error), worker)",
+        "                raise error",
+        "tests/integration/test_phases.py::test_a_prefill_worker_that_fails_is_reported_and_another_may_follow",
+    ),
+    Broken(
+        "a request outlives its router",
+        "the SDK asks the same address again",
+        "overfill/client/attempts.py",
+        "self._addresses.rotate(-1)",
+        "self._addresses.rotate(0)",
+        "tests/unit/client/test_client.py::test_an_answer_goes_on_at_the_next_router_when_one_is_lost",
+    ),
+    Broken(
+        "and a second one, if the first is back",
+        "being taken again counts for nothing",
+        "overfill/client/attempts.py",
+        'has taken the request."""\n        self._failures = 0',
+        'has taken the request."""',
+        "tests/unit/client/test_client.py::test_a_router_that_is_back_is_asked_again",
+    ),
+    Broken(
+        "a silent peer is left after 10 s",
+        "pings may stay unanswered for gRPC's own minute",
+        "overfill/rpc/channel.py",
+        '        ("grpc.http2.ping_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),\n',
+        "",
+        "tests/unit/rpc/test_frozen_peer.py::test_calls_to_a_frozen_server_end",
+    ),
+    Broken(
+        "wrong KV never becomes a token",
+        "checksums are not compared",
+        "overfill/kv/chunks.py",
+        "if head.checksum != checksum(head, chunk.scales, chunk.payload):",
+        "if False:",
+        "tests/chaos/test_kv_faults.py::test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays[200]",
+    ),
+    Broken(
+        "nor does KV that comes twice",
+        "overlaps are allowed",
+        "overfill/kv/ranges.py",
+        "            if view.any():\n",
+        "            if False:\n",
+        "tests/chaos/test_kv_faults.py::test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays[200]",
+    ),
+    Broken(
+        "what is missing is pulled again",
+        "no stream is begun anew",
+        "overfill/kv/receiver.py",
+        "MAX_REPEATS = 3",
+        "MAX_REPEATS = 0",
+        "tests/integration/test_bad_kv.py::test_what_a_wrong_chunk_leaves_out_is_sent_again",
+    ),
+    Broken(
+        "a transfer that crawls is given up",
+        "no pace is kept",
+        "overfill/kv/pace.py",
+        "        if moved - self._moved < owed:\n",
+        "        if moved - self._moved < 0:\n",
+        "tests/unit/kv/test_pace.py::test_a_peer_that_stops_is_noticed_within_two_windows",
+    ),
+    Broken(
+        "a client that goes frees decode blocks",
+        "its sequence runs on",
+        "services/decode/servicer.py",
+        "            running.cancel()  # goes on",
+        "            pass  # goes on",
+        "tests/integration/test_phases.py::test_a_router_that_vanishes_frees_both_sides",
+    ),
+    Broken(
+        "and prefill blocks",
+        "its lease stays",
+        "services/prefill/servicer.py",
+        "                self._end(lease)\n",
+        "                pass\n",
+        "tests/integration/test_bad_kv.py::test_cancelling_the_transfer_ends_it_on_the_worker_too",
+    ),
+    Broken(
+        "no block is freed while it is read",
+        "readers are not waited for",
+        "services/prefill/servicer.py",
+        "        await lease.join_readers()\n        del",
+        "        del",
+        "tests/unit/services/test_prefill_servicer.py::test_blocks_are_released_after_the_last_read",
+    ),
+    Broken(
+        "nor while it is written",
+        "writers are not waited for",
+        "services/decode/session.py",
+        "                await to_the_end(self._join_pull())\n",
+        "                pass\n",
+        "tests/unit/services/test_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
+    ),
+    Broken(
+        "a lost block ends the worker",
+        "an idle engine does not look",
+        "overfill/engine/thread.py",
+        "                    if not busy:\n                        self._core.check()\n",
+        "                    if not busy:\n",
+        "tests/integration/test_stack.py::test_a_worker_that_loses_a_block_notices_when_idle_and_leaves",
+    ),
+    Broken(
+        "SIGTERM lets answers finish",
+        "a worker does not wait",
+        "overfill/rpc/worker.py",
+        "            await self._until_idle()\n",
+        "",
+        "tests/integration/test_stack.py::test_sigterm_lets_running_answers_finish_and_exits_0",
+    ),
+    Broken(
+        "a drained process ends with its service",
+        "it waits for every thread",
+        "overfill/engine/hosting.py",
+        "            stream.flush()\n    os._exit(code)",
+        "            stream.flush()\n    sys.exit(code)",
+        "tests/unit/engine/test_build.py::test_the_process_ends_with_what_it_serves_whatever_its_threads_do",
+    ),
+    Broken(
+        "a stuck step ends the worker",
+        "the watchdog does not bark",
+        "overfill/engine/thread.py",
+        "                self._on_stuck()\n",
+        "",
+        "tests/integration/test_stack.py::test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere",
+    ),
+    Broken(
+        "a failed step costs no worker",
+        "it is let through",
+        "overfill/engine/decode.py",
+        '            log.exception("decode step failed")\n',
+        "            raise\n",
+        "tests/unit/engine/test_decode_engine.py::test_a_failed_step_fails_its_sequences_only",
+    ),
+    Broken(
+        "a sequence that lost its blocks comes back",
+        "it is not told its tokens",
+        "overfill/engine/decode.py",
+        "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n",
+        "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n        sequence.emitted.clear()\n",
+        "tests/unit/engine/test_decode_engine.py::test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_tokens",
+    ),
+    Broken(
+        "a deadline ends a request everywhere",
+        "the router knows none",
+        "overfill/routing/relay.py",
+        "async with asyncio.timeout_at(self._request.deadline):",
+        "async with asyncio.timeout_at(None):",
+        "tests/unit/routing/test_relay.py::test_the_deadline_ends_a_request_that_waits",
+    ),
+    Broken(
+        "deadlines do not move with wall clocks",
+        "a decode worker counts by the time of day",
+        "services/decode/servicer.py",
+        "            context.time_remaining,\n",
+        "            lambda end=__import__('time').time() + (context.time_remaining() or 1e9): max(\n"
+        "                0.0, end - __import__('time').time()\n            ),\n",
+        "tests/chaos/test_trials.py::test_answers_are_right_whatever_befalls_whom",
+    ),
+    Broken(
+        "a restarted worker is another one",
+        "incarnations are not compared",
+        "overfill/kv/receiver.py",
+        "if described.incarnation != self.target.incarnation:",
+        "if False:",
+        "tests/integration/test_bad_kv.py::test_a_restarted_worker_is_not_the_one_that_was_chosen",
+    ),
+    Broken(
+        "KV of another model is refused",
+        "the handshake compares nothing",
+        "overfill/kv/handshake.py",
+        "    if differing:\n",
+        "    if False:\n",
+        "tests/integration/test_bad_kv.py::test_another_full_model_is_refused_with_the_differing_fields",
+    ),
+    Broken(
+        "too much load is refused at once",
+        "queues have no end",
+        "overfill/routing/dispatcher.py",
+        "        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline)\n",
+        "        del now, deadline\n",
+        "tests/integration/test_overload.py",
+    ),
+    Broken(
+        "a slow reader holds nobody up",
+        "tokens wait for who reads them",
+        "services/decode/session.py",
+        "        if last is not None and last.HasField",
+        "        if False and last.HasField",
+        "tests/unit/services/test_session.py::test_tokens_that_nobody_reads_become_one_message",
+    ),
+    Broken(
+        "lost shared memory costs speed only",
+        "what it did not bring is asked of it again",
+        "overfill/kv/receiver.py",
+        "if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None",
+        "if self._peer.link is not None and self._peer.link.alive else None",
+        "tests/unit/kv/test_same_host.py::test_a_link_that_only_the_lender_has_lost_makes_payloads_travel",
+    ),
+    Broken(
+        "so does a full disk",
+        "memory that cannot be set aside is a bug",
+        "overfill/kv/samehost.py",
+        "            except OSError as error:  # no memory",
+        "            except ZeroDivisionError as error:  # no memory",
+        "tests/unit/kv/test_same_host.py::test_when_no_memory_can_be_set_aside_payloads_travel",
+    ),
+)
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    """A copy of what tests need, to be damaged."""
+    with tempfile.TemporaryDirectory(prefix="overfill-broken-") as parent:
+        for name in _COPIED:
+            source, copy = ROOT / name, Path(parent) / name
+            if source.is_dir():
+                shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy)
+        yield Path(parent)
+
+
+def caught(tree: Path, broken: Broken) -> tuple[bool, str]:
+    """Whether the test fails in ``tree`` with the promise broken, and what it said in the end."""
+    file = tree / broken.file
+    whole = file.read_text(encoding="utf-8")
+    assert whole.count(broken.old) == 1, f"{broken.file} does not have this once: {broken.old!r}"
+    file.write_text(whole.replace(broken.old, broken.new), encoding="utf-8")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", broken.test],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+        )
+    finally:
+        file.write_text(whole, encoding="utf-8")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("E  ", "FAILED", "ERROR"))]
+    # 1 is pytest's word for tests that failed; 2 to 5 would be our own fault.
+    return done.returncode == 1, " / ".join(lines[-2:]) or done.stdout[-300:]
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    missed = 0
+    print("| promise | broken by | noticed by |\n|---|---|---|")
+    with copied_tree() as tree:
+        for broken in BROKEN:
+            if wanted and not any(word in broken.promise for word in wanted):
+                continue
+            began = time.monotonic()
+            noticed, said = caught(tree, broken)
+            missed += not noticed
+            name = broken.test.removeprefix("tests/").replace("::", " ")
+            print(f"| {broken.promise} | {broken.how} | {'' if noticed else '**NOT** '}`{name}` |", flush=True)
+            print(f"{time.monotonic() - began:.0f} s: {said}", file=sys.stderr, flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
