@@ -32,6 +32,10 @@ class Cluster:
         assert self.address
 
     @property
+    def pid(self):
+        return self._process.pid
+
+    @property
     def alive(self):
         return self._process.poll() is None
 

@@ -1,0 +1,108 @@
+"""Ray breaks under a stack: a replica, Serve's controller, the raylet of a machine. No answer is lost or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_stacks import Load, Up
+from stacks import wait_until
+from test_ray_cluster import Cluster
+
+from overfill.client import Client
+from overfill.pair.reference import TwoStageReference, judge
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(nodes=3, cpus=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def up(cluster: Cluster, tiny_pair: Path) -> Iterator[Up]:
+    """Two of everything in float32, each worker small enough that a machine that is left can take what is lost."""
+    running = Up(
+        *("--prefill=2", "--decode=2", "--router=1", "--worker-cpus=0.3", "--dtype=float32", "--kv-memory=4MiB"),
+        *("--grace-period=2", "--max-model-len=512", f"--pair={tiny_pair}", f"--address={cluster.address}"),
+    )
+    running.wait_ready()
+    yield running
+    running.interrupt()
+    running.wait()
+
+
+def title(process: psutil.Process) -> str:
+    """What it calls itself; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def replicas(of: psutil.Process | None = None) -> dict[int, str]:
+    """Pid -> deployment of the stack's replicas on this machine; those that ``of``, a raylet, has started."""
+    found = {}
+    for process in psutil.process_iter() if of is None else of.children(recursive=True):
+        prefix, _, name = title(process).partition("ServeReplica:overfill:")
+        if prefix == "ray::":
+            found[process.pid] = name.partition(".")[0].partition(" ")[0]
+    return found
+
+
+def answered(up: Up, pair: Path, strike: Callable[[], None]) -> int:
+    """Strikes under load and waits until the stack is whole again; every answer is right. Returns the migrations."""
+    with Client(up.address) as client:
+        prompt = client.tokenize("Once upon a time")
+    with Load(up.address, 4, TOKENS) as load:
+        wait_until(lambda: len(load.answers) >= 8, 120, "the first answers")
+        strike()
+        so_far = len(load.answers)
+        wait_until(lambda: len(load.answers) >= so_far + 8, 180, "answers go on")
+        wait_until(lambda: {len(up.workers("prefill")), len(up.workers("decode"))} == {2}, 300, "all workers are back")
+    assert load.errors == []
+    reference = TwoStageReference(pair)
+    distinct = {(tuple(answer.token_ids), answer.finish_reason) for answer in load.answers}
+    assert all(judge(reference, prompt, ids, reason, TOKENS).correct for ids, reason in distinct)
+    return sum(answer.migrations for answer in load.answers)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_replica_is_killed(up: Up, tiny_pair: Path, stage: str) -> None:
+    def strike() -> None:
+        (pid, *_) = up.workers(stage).values()
+        psutil.Process(pid).kill()
+
+    answered(up, tiny_pair, strike)
+
+
+def test_serves_controller_is_killed(up: Up, tiny_pair: Path) -> None:
+    """It is started again, and whatever it did not see meanwhile it sees then."""
+
+    def strike() -> None:
+        (controller,) = [p for p in psutil.process_iter() if title(p).startswith("ray::ServeController")]
+        controller.kill()
+
+    assert answered(up, tiny_pair, strike) == 0
+
+
+def test_the_raylet_of_a_machine_is_killed(up: Up, tiny_pair: Path, cluster: Cluster) -> None:
+    """All replicas there die with it, and come back on the machines that are left."""
+    raylets = [p for p in psutil.Process(cluster.pid).children(recursive=True) if p.name() == "raylet"]
+    _, *others = sorted(raylets, key=lambda process: process.create_time())  # the first is the cluster's head
+    with_workers = [p for p in others if (here := set(replicas(p).values())) and "router" not in here]
+    assert with_workers, "a machine with workers and no router"
+    gone = set(replicas(with_workers[0]))
+
+    def strike() -> None:
+        with_workers[0].kill()
+        wait_until(lambda: not gone & set(replicas()), 60, "its replicas die with it")
+
+    answered(up, tiny_pair, strike)
