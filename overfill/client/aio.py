@@ -86,11 +86,9 @@ class AsyncStream(AsyncIterator[Delta]):
             except grpc.RpcError as error:
                 if self._builder.complete:  # lost after its last word
                     raise StopAsyncIteration from None
-                failure = self._attempts.failed(error)
-                if failure is not None or self._cancelled:
-                    failure = failure or RequestCancelled("the request was cancelled")
+                failure = RequestCancelled("the request was cancelled") if self._cancelled else self._go_on(error)
+                if failure is not None:
                     raise self._builder.failed(failure) from None
-                self._call = self._begin()
                 continue
             if response is grpc.aio.EOF:  # type: ignore[attr-defined]
                 self._builder.answer()
@@ -104,6 +102,17 @@ class AsyncStream(AsyncIterator[Delta]):
                 self._attempts.progressed()
                 return delta
             self._attempts.taken()
+
+    def _go_on(self, error: grpc.RpcError) -> OverfillError | None:
+        """Asks for what is missing, if there is anyone to ask; else what to raise."""
+        failure = self._attempts.failed(error)
+        if failure is not None:
+            return failure
+        try:
+            self._call = self._begin()
+        except RequestCancelled as closed:
+            return closed
+        return None
 
     def _begin(self) -> Any:
         """The call that asks for the answer, or for what is missing of it after a router was lost."""
@@ -142,6 +151,7 @@ class AsyncClient:
         self._metadata = authorization(api_key)
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closed = False
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """A whole answer; arguments and errors as in ``Client.generate``."""
@@ -162,6 +172,8 @@ class AsyncClient:
         span = traces.begin()
 
         def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
+            if self._closed:
+                raise RequestCancelled("the client is closed")
             stub = inference_pb2_grpc.InferenceStub(self._channel(address))
             return stub.Generate(request, timeout=timeout, metadata=traces.joined(self._metadata, span))
 
@@ -247,6 +259,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels what runs and closes the connections."""
+        self._closed = True
         for channel in self._channels.values():
             await channel.close(None)
 

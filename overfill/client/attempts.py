@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from overfill.errors import OverfillError, ShuttingDown, Unavailable
+from overfill.errors import OverfillError, RequestCancelled, ShuttingDown, Unavailable
 from overfill.rpc.status import from_rpc_error, is_word_of_peer
 
 _MOST_ROUNDS = 4
@@ -54,8 +54,10 @@ class Attempts:
     def failed(self, error: grpc.RpcError) -> OverfillError | None:
         """What to raise after a call failed; None when ``address`` is now another one to try instead."""
         failure = from_rpc_error(error, self.address)
-        lost = isinstance(failure, ShuttingDown) or (
-            isinstance(failure, Unavailable) and not is_word_of_peer(error)  # else the router lives and has given up
+        # A router that ends in the middle of an answer may cancel it; we did not. One that says Unavailable itself lives,
+        # and has given up.
+        lost = isinstance(failure, ShuttingDown | RequestCancelled) or (
+            isinstance(failure, Unavailable) and not is_word_of_peer(error)
         )
         self._failures += 1
         self._losses += 1

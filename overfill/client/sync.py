@@ -83,12 +83,7 @@ class Stream(Iterator[Delta]):
             except grpc.RpcError as error:
                 if self._builder.complete:  # lost after its last word
                     raise StopIteration from None
-                failure = self._attempts.failed(error)
-                if failure is None:
-                    self._call = self._begin()
-                if self._cancelled:  # perhaps just now, by another thread
-                    self._call.cancel()
-                    failure = RequestCancelled("the request was cancelled")
+                failure = RequestCancelled("the request was cancelled") if self._cancelled else self._go_on(error)
                 if failure is not None:
                     raise self._builder.failed(failure) from None
                 continue
@@ -101,6 +96,20 @@ class Stream(Iterator[Delta]):
                 self._attempts.progressed()
                 return delta
             self._attempts.taken()
+
+    def _go_on(self, error: grpc.RpcError) -> OverfillError | None:
+        """Asks for what is missing, if there is anyone to ask; else what to raise."""
+        failure = self._attempts.failed(error)
+        if failure is not None:
+            return failure
+        try:
+            self._call = self._begin()
+        except RequestCancelled as closed:
+            return closed
+        if self._cancelled:  # just now, by another thread
+            self._call.cancel()
+            return RequestCancelled("the request was cancelled")
+        return None
 
     def _begin(self) -> Any:
         """The call that asks for the answer, or for what is missing of it after a router was lost."""
@@ -138,6 +147,7 @@ class Client:
         self._addresses = split_addresses(address)
         self._metadata = authorization(api_key)
         self._channels = {a: open_sync_channel(a, tls) for a in self._addresses}
+        self._closed = False
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """A whole answer to ``prompt``: text, token ids, or a chat as a list of messages.
@@ -164,6 +174,8 @@ class Client:
         span = traces.begin()
 
         def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
+            if self._closed:
+                raise RequestCancelled("the client is closed")
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.Generate(request, timeout=timeout, metadata=traces.joined(self._metadata, span))
 
@@ -250,6 +262,7 @@ class Client:
 
     def close(self) -> None:
         """Cancels what runs and closes the connections."""
+        self._closed = True
         for channel in self._channels.values():
             channel.close()
 

@@ -265,6 +265,28 @@ def test_a_lone_router_that_is_lost_is_an_error(sdk: Sdk, router: Any, say: Simp
     assert len(router.requests) == 1
 
 
+def test_an_answer_that_a_router_cancels_goes_on_at_the_next_one(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script = [*say.good[:2], RequestCancelled("its process ends")]
+    another_router.script = [say.accepted(), *say.good[2:]]
+    answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x")
+    assert (answer.text, answer.token_ids) == ("Hello", (10, 11, 12))
+
+
+def test_a_client_that_is_closed_asks_nobody_else(router: Any, another_router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:2], "hang"]
+    client = Client(f"{router.address},{another_router.address}")
+    stream = client.stream("x")
+    next(stream)
+    client.close()
+    with pytest.raises(RequestCancelled):
+        next(stream)
+    with pytest.raises(RequestCancelled, match="the client is closed"):
+        client.stream("x")
+    assert another_router.requests == []
+
+
 def test_routers_that_only_accept_are_not_asked_forever(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
