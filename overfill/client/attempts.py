@@ -54,8 +54,8 @@ class Attempts:
     def failed(self, error: grpc.RpcError) -> OverfillError | None:
         """What to raise after a call failed; None when ``address`` is now another one to try instead."""
         failure = from_rpc_error(error, self.address)
-        # A router that ends in the middle of an answer may cancel it; we did not. One that says Unavailable itself lives,
-        # and has given up.
+        # A router that ends in the middle of an answer may cancel it; we did not. One that says Unavailable itself is
+        # alive, and has given up.
         lost = isinstance(failure, ShuttingDown | RequestCancelled) or (
             isinstance(failure, Unavailable) and not is_word_of_peer(error)
         )
