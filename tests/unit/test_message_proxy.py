@@ -45,7 +45,7 @@ class Sender(prefill_pb2_grpc.PrefillServicer):
         try:
             async for _ in request_iterator:
                 self.heard.set()
-                yield prefill_pb2.PrefillResponse()
+            yield prefill_pb2.PrefillResponse()
         finally:
             self.ended.set()
 

@@ -116,6 +116,7 @@ def test_a_device_that_runs_out_of_memory_says_what_to_change(pair, monkeypatch)
 
 WORKER = """
 import asyncio, concurrent.futures, sys, threading, torch
+from overfill.config import DecodeConfig
 from overfill.engine.hosting import run_worker_process
 from overfill.errors import InvalidPair
 from overfill.rpc.tls import TlsError
@@ -137,7 +138,7 @@ async def leaves(code):
 async def breaks():
     raise KeyError("a bug")
 
-run_worker_process({}, 1, "info")
+run_worker_process({}, DecodeConfig.parse(["--pair=x", "--routers=127.0.0.1:1", "--threads=1"]))
 """
 
 

@@ -67,7 +67,9 @@ def start(worker, name, prompt, output):
 
 def test_a_single_worker_reproduces_the_bound_model():
     """Answers and prompts of the bound model's own formulas, summed step by step."""
-    cost = ModelCost(weight_bytes=6_400_000_000, kv_token_bytes=131_072, layer_flops=0, head_flops=0, attention_flops=0)
+    cost = ModelCost(
+        6_400_000_000, 131_072, layer_flops=0, tail_flops=0, head_flops=0, attention_flops=0, num_layers=10**12
+    )
     machine = Machine(bandwidth=240e9, matrix_rate=60e12)
     clock, listener, worker = decode_worker(
         base=cost.weight_bytes / machine.bandwidth, per_kv_token=cost.kv_token_bytes / machine.bandwidth
@@ -81,7 +83,9 @@ def test_a_single_worker_reproduces_the_bound_model():
     assert {round(time - began, 9) for time in listener.done.values()} == {round(expected, 9)}
     assert worker.gaps.percentile(0.5) == pytest.approx(expected / 100, rel=0.02)
 
-    full = ModelCost(0, 131_072, layer_flops=16_000_000_000, head_flops=0, attention_flops=524_288)
+    full = ModelCost(
+        0, 131_072, layer_flops=16_000_000_000, tail_flops=0, head_flops=0, attention_flops=524_288, num_layers=10**12
+    )
     model = PrefillModel(full.layer_flops / machine.matrix_rate, full.attention_flops / machine.matrix_rate)
     whole = prefill_seconds(full, machine, [5000])
     assert model.step_seconds([(0, 5000)]) == pytest.approx(whole, rel=1e-9)
