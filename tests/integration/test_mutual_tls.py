@@ -1,4 +1,4 @@
-"""A stack of real processes over mutual TLS: who gets in, what a listener on the wire sees, certificates that change."""
+"""A stack of real processes over mutual TLS: who gets in, what a listener on the wire sees, changed certificates."""
 
 from __future__ import annotations
 
