@@ -1,7 +1,8 @@
-"""A stack of real processes over mutual TLS: who gets in, what a listener on the wire sees, changed certificates."""
+"""A stack of real processes over mutual TLS: who gets in, what a listener on the wire sees, new certificates."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -22,11 +23,13 @@ from overfill import certificates
 from overfill.api import keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.cache import KvCache
+from overfill.kv.handshake import KvIdentity
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
 from overfill.pair.manifest import Pair
 from overfill.rpc.access import Role
 from overfill.rpc.channel import open_sync_channel
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2, registry_pb2, registry_pb2_grpc
 
@@ -47,7 +50,7 @@ def shown(folder, role):
 
 def test_roles_on_a_whole_stack(tiny_pair, certs):
     """Without keys a client's certificate is enough for answers; a worker's is not, and a client's joins nothing."""
-    with running_stack(tiny_pair, tls=certs, same_host="off") as (stack, address):
+    with running_stack(tiny_pair, tls=certs, same_host="off") as (_, address):
         with Client(address, tls=shown(certs, Role.CLIENT)) as client:
             assert len(client.generate("Hello", sampling=GREEDY).token_ids) == 8
             workers = client.status().workers
@@ -108,15 +111,11 @@ async def pull(tiny_pair, worker, prompt, credentials):
     peer = PrefillPeer(target, 1, credentials, same_host=False)
     try:
         cache = KvCache(spec, 8, 16, torch.device("cpu"))
-        from overfill.kv.handshake import KvIdentity
-        from overfill.rpc.constants import WIRE_VERSION
-
         await peer.handshake(KvIdentity(WIRE_VERSION, pair.full_digest, pair.tokenizer_digest, spec))
         request = PromptRequest("r", 0, prompt, GREEDY.to_proto(), 0, True)
         with ThreadPoolExecutor(1) as executor:
-            await PromptPull(peer, request, spec, pair.layer_map, cache, list(range(8)), executor).run(
-                20.0, lambda _: None
-            )
+            handoff = PromptPull(peer, request, spec, pair.layer_map, cache, list(range(8)), executor)
+            await handoff.run(20.0, lambda _: None)
         return cache
     finally:
         await peer.close()
@@ -141,8 +140,6 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
     file = tmp_path / "keys.json"
     key = keys.create(file, "ci")
     settings = {"tls": certs} if secured else {}
-    import asyncio
-
     with running_stack(tiny_pair, http=0, api_keys=file, same_host="off", **settings) as (stack, address):
         operator = shown(certs, Role.OPERATOR) if secured else None
         with captured() as packets:
@@ -187,11 +184,14 @@ def serial(address, folder):
     context.load_cert_chain(files.cert, files.key)
     context.set_alpn_protocols(["h2", "http/1.1"])
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), 10) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost") as connection:
-            return x509.load_der_x509_certificate(connection.getpeercert(binary_form=True)).serial_number
+    with (
+        socket.create_connection((host, int(port)), 10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        return x509.load_der_x509_certificate(connection.getpeercert(binary_form=True)).serial_number
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_rotation_under_load_loses_no_request(tiny_pair, certs, tmp_path):
     file = tmp_path / "keys.json"
@@ -249,9 +249,7 @@ def test_rotation_under_load_loses_no_request(tiny_pair, certs, tmp_path):
         for thread in threads:
             thread.join(60)
         with Client(address, tls=operator) as client:
-            assert {w.id: w.process.incarnation for w in client.status().workers} == incarnations, (
-                "nobody was restarted"
-            )
+            assert {w.id: w.process.incarnation for w in client.status().workers} == incarnations, "restarted"
         assert all(len(seen) == rotations + 1 for seen in serials.values())
         assert loads(address, operator)
     print(f"{rotations} rotations on {len(ports)} ports, {len(answered)} answers, {len(failures)} failed")
