@@ -12,7 +12,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 # One thread per process: thread pools that together exceed the cores slow each other many times over.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo check test test-all bench proto dashboards chart
+.PHONY: help setup demo audit check test test-all bench proto dashboards chart
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ setup: .venv/.installed  ## Make .venv and install the project with its tools; d
 demo: setup  ## Start a stack, ask one question, show where the time went
 	$(BIN)/overfill demo
 
-check: setup  ## Lint, format, types, import arrows, generated code
+check: setup audit  ## Lint, format, types, import arrows, generated code, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -39,6 +39,11 @@ check: setup  ## Lint, format, types, import arrows, generated code
 	$(PROTOC) --python_out="$$fresh" --grpc_python_out="$$fresh" --pyi_out="$$fresh" $(PROTOS); \
 	diff --recursive --exclude=__init__.py --exclude=__pycache__ overfill/v1 "$$fresh/overfill/v1" || { \
 	  echo "overfill/v1 is not what proto/ gives; run  make proto" >&2; exit 1; }
+
+# Once a day, and when what the project needs has changed.
+audit: setup
+	@if [ -n "$$(find .venv/sbom.json -newer pyproject.toml -mmin -1440 2>/dev/null)" ]; then exit 0; fi; \
+	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
 
 test: setup check  ## check, then the tests without the slow ones
 	$(PYTEST) -m "not slow and not gpu"

@@ -51,6 +51,7 @@ def running_stack(
     lines = [] if lines is None else lines
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:
+        stack.lines = lines
         stack.start()
         stack.wait_ready(threading.Event())
         yield stack, plan.addresses[0]

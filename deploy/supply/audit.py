@@ -1,0 +1,151 @@
+"""What the project is made of, and whether anything of it is known to be vulnerable.
+
+    python deploy/supply/audit.py [--sbom FILE] [--offline]
+
+Writes a bill of materials (CycloneDX 1.5) of the project and all that it needs to run, as installed here, and has
+pip-audit look up what the project names itself. Exits 1 when a vulnerability is known. Where nobody answers that says
+so and is no failure: a build must not depend on an index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+PROJECT = "overfill"
+PATIENCE = 90  # seconds for the whole look-up
+
+
+def closure(name: str) -> dict[str, Distribution]:
+    """The distribution and everything that it needs to run, by normalised name; extras of ours left out."""
+    found: dict[str, Distribution] = {}
+    waiting = [name]
+    while waiting:
+        one = _normal(waiting.pop())
+        if one in found:
+            continue
+        try:
+            found[one] = distribution(one)
+        except PackageNotFoundError:
+            continue  # for another platform
+        waiting += [needed.name for needed in direct(found[one])]
+    return found
+
+
+def direct(of: Distribution) -> list[Requirement]:
+    """What it needs here, without extras."""
+    needed = [Requirement(line) for line in of.requires or ()]
+    return [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+def bill(parts: dict[str, Distribution]) -> dict[str, Any]:
+    """A CycloneDX document."""
+    components = [_component(name, part) for name, part in sorted(parts.items()) if name != PROJECT]
+    dependencies = [
+        {
+            "ref": _purl(name, part),
+            "dependsOn": sorted(
+                {
+                    _purl(_normal(needed.name), parts[_normal(needed.name)])
+                    for needed in direct(part)
+                    if _normal(needed.name) in parts
+                }
+            ),
+        }
+        for name, part in sorted(parts.items())
+    ]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "serialNumber": f"urn:uuid:{uuid.uuid4()}",
+        "version": 1,
+        "metadata": {
+            "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "component": _component(PROJECT, parts[PROJECT]) | {"type": "application"},
+        },
+        "components": components,
+        "dependencies": dependencies,
+    }
+
+
+def vulnerabilities(parts: dict[str, Distribution]) -> tuple[list[str], str]:
+    """(one line for each that is known of what the project names itself, what could not be looked up and why)"""
+    own = sorted({_normal(needed.name) for needed in direct(parts[PROJECT])} & parts.keys())
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        # Without what a local build adds to a version, as in 2.13.0+cpu.
+        file.write("".join(f"{name}=={parts[name].version.partition('+')[0]}\n" for name in own))
+        file.flush()
+        command = [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--no-deps", "--disable-pip"]
+        command += ["--format=json", "--progress-spinner=off", "--timeout=10"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+            answers = json.loads(done.stdout)["dependencies"]
+        except subprocess.TimeoutExpired:
+            return [], f"nobody answered within {PATIENCE} s"
+        except (ValueError, KeyError):
+            return [], (done.stderr.strip().splitlines() or ["no answer"])[-1]
+    known = [
+        f"{one['name']} {one['version']}: {issue['id']}, fixed in {', '.join(issue['fix_versions']) or 'no version yet'}"
+        for one in answers
+        for issue in one.get("vulns", ())
+    ]
+    skipped = [one["name"] for one in answers if "skip_reason" in one]
+    return known, f"{len(skipped)} of {len(own)} are not known where it was asked" if skipped else ""
+
+
+def _component(name: str, part: Distribution) -> dict[str, Any]:
+    meta = part.metadata
+    licence = meta.get("License-Expression") or meta.get("License") or ""
+    made: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": _purl(name, part),
+        "name": name,
+        "version": part.version,
+        "purl": _purl(name, part),
+    }
+    if licence and len(licence) < 100 and "\n" not in licence:
+        made["licenses"] = [{"license": {"name": licence}}]
+    return made
+
+
+def _purl(name: str, part: Distribution) -> str:
+    return f"pkg:pypi/{name}@{part.version.replace('+', '%2B')}"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Bill of materials and known vulnerabilities.")
+    parser.add_argument("--sbom", type=Path, help="where to write the bill of materials")
+    parser.add_argument("--offline", action="store_true", help="ask nobody")
+    arguments = parser.parse_args()
+    parts = closure(PROJECT)
+    if arguments.sbom is not None:
+        arguments.sbom.write_text(json.dumps(bill(parts), indent=1) + "\n", encoding="utf-8")
+        print(f"{arguments.sbom}: {len(parts)} components")
+    if arguments.offline:
+        return 0
+    known, gap = vulnerabilities(parts)
+    for line in known:
+        print(line, file=sys.stderr)
+    if gap:
+        print(f"audit incomplete: {gap}", file=sys.stderr)
+    print(f"{len(known)} known vulnerabilities")
+    return 1 if known else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What listens where: every socket of every process of the default stack, read from the kernel's own tables."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from ray_stacks import up_on_ray
+
+LISTEN = "0A"
+
+
+def owned(pids):
+    """Inodes of the sockets that these processes have open."""
+    inodes = set()
+    for pid in pids:
+        try:
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                try:
+                    target = os.readlink(descriptor)
+                except OSError:
+                    continue  # closed meanwhile
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+        except OSError:
+            continue  # the process has ended
+    return inodes
+
+
+def address(text):
+    """``0100007F:1DB0`` of /proc/net/tcp, or its long form of tcp6."""
+    host, _, port = text.partition(":")
+    words = [int(host[i : i + 8], 16).to_bytes(4, "little") for i in range(0, len(host), 8)]
+    found = ipaddress.ip_address(b"".join(words))
+    return (getattr(found, "ipv4_mapped", None) or found), int(port, 16)
+
+
+def listening(pids):
+    """(protocol, IP address, port) of every listening TCP and bound UDP socket of the processes."""
+    inodes, found = owned(pids), set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and (fields[3] == LISTEN or table.startswith("udp")):
+                found.add((table, *address(fields[1])))
+    return found
+
+
+def own_address():
+    """Of this machine, to be reached from elsewhere; None when it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return None
+        name = probe.getsockname()[0]
+    return None if ipaddress.ip_address(name).is_loopback else name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        # Three ports of gRPC, one of HTTP, and one of metrics for each process.
+        (["--no-ray"], 7),
+        pytest.param(["--mock"], 10, marks=pytest.mark.slow),  # on Ray, as by default, with all that Ray starts
+    ],
+    ids=["processes", "ray"],
+)
+def test_nothing_listens_beyond_loopback(tiny_pair, arguments, least):
+    quick = ["--dtype=float32", "--kv-memory=4MiB", "--max-model-len=512", "--threads=1", "--grace-period=1"]
+    with up_on_ray(f"--pair={tiny_pair}", "--http=0", *quick, *arguments) as up:
+        pids = [process.pid for process in up.processes()]
+        found = listening(pids)
+        print(f"{len(pids)} processes listen on", *sorted(f"{table} {host}:{port}" for table, host, port in found))
+        assert up.port in {port for _, _, port in found}
+        assert len(found) >= least
+        beyond = {f"{table} {host}:{port}" for table, host, port in found if not host.is_loopback}
+        assert not beyond
+        outside = own_address()
+        if outside is not None:
+            for table, _, port in found:
+                if table.startswith("tcp"):
+                    with pytest.raises(OSError):  # noqa: PT011  # refused, or nobody answers
+                        socket.create_connection((outside, port), 2).close()
+
+
+def test_a_socket_that_is_open_to_others_would_be_seen():
+    with socket.create_server(("0.0.0.0", 0)) as open_one, socket.create_server(("127.0.0.1", 0)) as own:
+        found = {port: host.is_loopback for _, host, port in listening([os.getpid()])}
+        assert found[open_one.getsockname()[1]] is False
+        assert found[own.getsockname()[1]] is True
