@@ -96,7 +96,7 @@ def vulnerabilities(parts: dict[str, Distribution]) -> tuple[list[str], str]:
         except (ValueError, KeyError):
             return [], (done.stderr.strip().splitlines() or ["no answer"])[-1]
     known = [
-        f"{one['name']} {one['version']}: {issue['id']}, fixed in {', '.join(issue['fix_versions']) or 'no version yet'}"
+        f"{one['name']} {one['version']}: {issue['id']}, fixed in {', '.join(issue['fix_versions']) or 'none yet'}"
         for one in answers
         for issue in one.get("vulns", ())
     ]

@@ -123,6 +123,8 @@ def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Conte
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            if _is_of_a_gone_caller(error):
+                raise grpc.aio.AbortError from None
             await _abort(context, error)
 
     return guarded
@@ -132,7 +134,17 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
     code, message, trailing_metadata = to_status(error)
     if trace_id := tracing.current().trace_id:
         trailing_metadata = (*trailing_metadata, (tracing.TRACE_ID, trace_id))
-    await context.abort(code, message, trailing_metadata)
+    try:
+        await context.abort(code, message, trailing_metadata)
+    except Exception as failure:
+        if _is_of_a_gone_caller(failure):  # and not worth a traceback that anybody could have logged
+            raise grpc.aio.AbortError from None
+        raise
+
+
+def _is_of_a_gone_caller(error: Exception) -> bool:
+    """Whether gRPC could not send since the call has been reset. Its class is not public."""
+    return type(error).__name__ == "ExecuteBatchError"
 
 
 def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -1,0 +1,80 @@
+"""What one tenant learns of another's prompts from how fast its own are read: nothing where keys salt the prefix cache.
+
+Judged by what time follows from, the counters of blocks found; times are printed, and prove nothing on a busy machine.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+from stacks import loads, running_stack
+
+from overfill.api import keys
+from overfill.client import Client, SamplingParams
+
+BLOCK = 16
+SAMPLING = SamplingParams(temperature=0, max_tokens=1)
+
+
+def probe(client, address, guess, secret):
+    """(blocks' tokens found by prefill workers, cached tokens told, seconds of prefill) of one guess."""
+    before = loads(address, api_key=secret)["prefill-0"].prefix_tokens_found
+    answer = client.generate(guess, sampling=SAMPLING)
+    after = loads(address, api_key=secret)["prefill-0"].prefix_tokens_found
+    return after - before, answer.usage.cached_tokens, answer.timing.prefill_compute
+
+
+@pytest.mark.parametrize("salted", [True, False], ids=["keys", "no-keys"])
+def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path, salted):
+    rng = random.Random(5)
+    file = tmp_path / "keys.json"
+    settings, victim_key, attacker_key, heir = {}, None, None, None
+    if salted:
+        victim_key, attacker_key = keys.create(file, "victim"), keys.create(file, "attacker")
+        settings["api_keys"] = file
+    right, wrong = [], []
+    with running_stack(tiny_pair, prefix_cache="on", **settings) as (stack, address):
+        secret = stack.plan.secret
+        with Client(address, api_key=victim_key) as victim, Client(address, api_key=attacker_key) as attacker:
+            for _ in range(10):
+                prompt = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
+                victim.generate(prompt, sampling=SAMPLING)
+                assert salted or probe(victim, address, prompt, secret)[0] > 0
+                other = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
+                # Each guess once: a second time the attacker would find its own.
+                right.append(probe(attacker, address, [*prompt[: 5 * BLOCK], *other[5 * BLOCK :]], secret))
+                wrong.append(probe(attacker, address, other, secret))
+            if salted:
+                assert probe(victim, address, prompt, secret)[0] == 5 * BLOCK, "the victim itself finds its blocks"
+                # Who is given the victim's name later is somebody else.
+                keys.revoke(file, "victim")
+                heir = keys.create(file, "victim")
+        if salted:
+            _wait_accepted(address, heir)
+            with Client(address, api_key=heir) as client:
+                assert probe(client, address, prompt, secret)[:2] == (0, 0)
+    found = {"right": {probe[:2] for probe in right}, "wrong": {probe[:2] for probe in wrong}}
+    times = {name: statistics.median(p[2] for p in probes) for name, probes in (("right", right), ("wrong", wrong))}
+    print(f"tokens found: {found}; median prefill of a right guess {times['right'] * 1e3:.2f} ms, "
+          f"of a wrong one {times['wrong'] * 1e3:.2f} ms")  # fmt: skip
+    if salted:
+        assert found == {"right": {(0, 0)}, "wrong": {(0, 0)}}
+    else:
+        assert found == {"right": {(5 * BLOCK, 5 * BLOCK)}, "wrong": {(0, 0)}}
+
+
+def _wait_accepted(address, key):
+    from stacks import wait_until
+
+    from overfill.client import OverfillError
+
+    def accepted():
+        with Client(address, api_key=key) as client:
+            try:
+                return bool(client.models())
+            except OverfillError:
+                return False
+
+    wait_until(accepted, 20, "the router reads its keys again")

@@ -1,0 +1,142 @@
+"""What the code does not do: no pickle, no code from elsewhere, no archive that decides where it is unpacked."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [*(ROOT / "overfill").rglob("*.py"), *(ROOT / "services").rglob("*.py"), *(ROOT / "deploy").rglob("*.py")]
+
+MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle", "imp"}
+"""Of which loading a file can run what is in it."""
+
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+CALLS = {
+    "torch.load": "pickle inside; safetensors instead",
+    "torch.save": "pickle inside; safetensors instead",
+    "torch.hub.load": "runs code from elsewhere",
+    "torch.jit.load": "runs code from elsewhere",
+    "os.system": "a shell",
+    "os.popen": "a shell",
+    "tempfile.mktemp": "a name that somebody else may take first",
+    "yaml.unsafe_load": "makes objects",
+    "yaml.full_load": "makes objects",
+}
+METHODS = {"extractall": "an archive's own paths decide", "load_pickle": "pickle"}
+FLAGS = {
+    "trust_remote_code": True,
+    "allow_pickle": True,
+    "shell": True,
+    "weights_only": False,
+    "use_safetensors": False,
+}
+
+
+def faults(source: str) -> Iterator[str]:
+    """What is wrong with a module, as ``line: what``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found = [node.module or ""]
+        else:
+            found = []
+        yield from (f"{node.lineno}: imports {name}" for name in found if name.partition(".")[0] in MODULES)  # type: ignore[attr-defined]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        flags = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name in BUILTINS or name in CALLS:
+            yield f"{node.lineno}: {name}: {CALLS.get(name, 'runs text as code')}"
+        last = name.rpartition(".")[2]
+        if last in METHODS:
+            yield f"{node.lineno}: {name}: {METHODS[last]}"
+        if last == "extract" and "filter" not in flags and "archive" in name:
+            yield f"{node.lineno}: {name}: an archive's own paths decide"
+        for flag, bad in FLAGS.items():
+            value = flags.get(flag)
+            if value is not None and not (isinstance(value, ast.Constant) and value.value is not bad):
+                yield f"{node.lineno}: {name}: {flag}={ast.unparse(value)}"
+        if name == "yaml.load":
+            loader = ast.unparse(flags["Loader"]) if "Loader" in flags else "none"
+            if loader not in ("yaml.SafeLoader", "yaml.CSafeLoader", "_TextLoader"):
+                yield f"{node.lineno}: yaml.load with loader {loader}"
+
+
+def test_no_module_runs_what_it_reads() -> None:
+    assert len(SOURCES) > 200
+    found = [f"{path.relative_to(ROOT)}:{fault}" for path in SOURCES for fault in faults(path.read_text("utf-8"))]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from cloudpickle import dumps",
+        "torch.load('x')",
+        "torch.save(1, 'x')",
+        "eval(text)",
+        "exec(text)",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "AutoModel.from_pretrained('x', trust_remote_code=options.trust)",
+        "np.load('x', allow_pickle=True)",
+        "tarfile.open('x').extractall()",
+        "archive.extract('x')",
+        "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.Loader)",
+    ],
+)
+def test_each_rule_notices(line: str) -> None:
+    assert list(faults(line)), line
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["AutoModel.from_pretrained('x')", "model.eval()", "re.compile('x')", "yaml.safe_load(x)", "f(shell=False)"],
+)
+def test_what_is_fine_is_left_alone(line: str) -> None:
+    assert not list(faults(line))
+
+
+def test_the_loader_of_settings_makes_no_objects() -> None:
+    import yaml
+
+    from overfill.config_file import _TextLoader
+
+    assert not issubclass(_TextLoader, yaml.FullLoader | yaml.UnsafeLoader | yaml.Loader)
+    try:
+        made = yaml.load("!!python/object/apply:os.getcwd []", Loader=_TextLoader)
+    except yaml.YAMLError:
+        return
+    assert made == [], "text, lists and mappings are all that it makes"
+
+
+def test_only_safetensors_are_fetched_from_a_hub() -> None:
+    from overfill.pair.sources import _CHECKPOINT_PATTERNS
+
+    assert "*.safetensors" in _CHECKPOINT_PATTERNS
+    assert not [p for p in _CHECKPOINT_PATTERNS if p.endswith((".bin", ".pt", ".pth", ".ckpt", ".py", ".pkl", "*"))]
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/../../outside.safetensors"])
+def test_the_index_of_a_checkpoint_names_files_beside_it_only(tiny_pair: Path, tmp_path: Path, shard: str) -> None:
+    import json
+    import shutil
+
+    from overfill.errors import InvalidPair
+    from overfill.pair.digest import checkpoint_digest
+
+    folder = tmp_path / "full"
+    shutil.copytree((tiny_pair / "full").resolve(), folder)
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(InvalidPair, match="index"):
+        checkpoint_digest(folder)
