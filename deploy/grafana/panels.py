@@ -18,7 +18,7 @@ Queries = Mapping[str, str]
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="$datasource")
 WIDTH = 24  # columns of a dashboard
 
-SECONDS, BYTES, BYTES_PER_SECOND, SHARE, COUNT, PER_SECOND = "s", "bytes", "Bps", "percentunit", "short", "cps"
+SECONDS, BYTES, BYTES_PER_SECOND, SHARE, COUNT, PER_SECOND = "s", "bytes", "Bps", "percentunit", "short", "suffix:/s"
 
 _PALETTES = {
     "{{part}}": {

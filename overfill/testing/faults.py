@@ -11,6 +11,8 @@ shift-positions        every forward pass is given positions that are one too la
 hang-step              the twentieth step of the engine never ends
 out-of-memory          every fifth step of the engine fails for want of memory
 lose-block             a released sequence's last block is not given back to the pool
+slow-kv                the first KV of every prompt is written 0.8 s late (decode)
+slow-steps             every step of the engine takes 0.15 s longer
 =====================  ==============================================================================
 """
 
@@ -21,6 +23,7 @@ import itertools
 import runpy
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,9 @@ from overfill.kv.wire import Buffer
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
+
+_KV_DELAY = 0.8  # seconds
+_STEP_DELAY = 0.15
 
 
 def negate_weight_row() -> None:
@@ -113,6 +119,29 @@ def lose_block() -> None:
     BlockPool.release = release_most  # type: ignore[method-assign]
 
 
+def delay_kv() -> None:
+    write = overfill.kv.receiver.write_chunk
+
+    def write_late(
+        cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: Buffer
+    ) -> None:
+        if box.layer_start == 0 and box.token_start == 0:
+            time.sleep(_KV_DELAY)
+        write(cache, blocks, rows, box, payload)
+
+    overfill.kv.receiver.write_chunk = write_late
+
+
+def slow_steps() -> None:
+    make_batch = ModelRunner._batch
+
+    def make_late(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
+        time.sleep(_STEP_DELAY)
+        return make_batch(self, works)
+
+    ModelRunner._batch = make_late  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "negate-weight-row": negate_weight_row,
     "overwrite-kv-chunk": overwrite_kv_chunk,
@@ -120,6 +149,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "hang-step": hang_step,
     "out-of-memory": run_out_of_memory,
     "lose-block": lose_block,
+    "slow-kv": delay_kv,
+    "slow-steps": slow_steps,
 }
 
 
