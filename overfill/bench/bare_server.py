@@ -14,7 +14,9 @@ from typing import Any
 import grpc.aio
 
 from overfill.rpc.channel import server_options
-from overfill.v1 import inference_pb2, inference_pb2_grpc
+from overfill.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+_END = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_LENGTH)
 
 
 class _Inference(inference_pb2_grpc.InferenceServicer):
@@ -27,7 +29,7 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
         for index in range(tokens):
             delta = inference_pb2.Delta(first_index=index, token_ids=[1], text="x")
             yield inference_pb2.GenerateResponse(delta=delta)
-        yield inference_pb2.GenerateResponse(finished=inference_pb2.Finished())
+        yield inference_pb2.GenerateResponse(finished=_END)
 
 
 async def _serve(port: int) -> None:
