@@ -26,6 +26,8 @@ class DrainRate:
         self._left = 0.0
         self._seconds = 0.0
         self._since: float | None = None  # when the queue was last looked at, if there was one
+        self._stood = 0.0  # seconds with a queue since the last departure
+        self._gaps = 0.0  # sum of squares of such times
 
     def look(self, now: float, queue: int) -> None:
         """There are ``queue`` requests in the queue now. To be called whenever that may have changed."""
@@ -33,12 +35,16 @@ class DrainRate:
             passed = now - self._since
             fade = math.exp(-passed / _MEMORY)
             self._left *= fade
+            self._gaps *= fade
             self._seconds = self._seconds * fade + _MEMORY * (1 - fade)
+            self._stood += passed
         self._since = now if queue else None
 
     def departed(self) -> None:
         """A request that had to wait has got its place."""
         self._left += 1
+        self._gaps += self._stood * self._stood
+        self._stood = 0.0
 
     def wait(self, ahead: int) -> float | None:
         """Seconds until a request with so many ahead of it has a place; None while that is not known."""
@@ -47,6 +53,11 @@ class DrainRate:
         if self._seconds <= 0 or (self._left < _ENOUGH and self._seconds < _MEMORY / 2):
             return None
         return math.inf if self._left < 1e-9 else ahead * self._seconds / self._left
+
+    @property
+    def clump(self) -> float:
+        """Seconds between departures, as one who comes at any moment finds them: long where several leave together."""
+        return self._gaps / self._seconds if self._seconds > 0 else 0.0
 
 
 class Admission:
@@ -100,10 +111,13 @@ class Admission:
                 _retry_after(now + least - deadline),
                 "deadline",
             )
-        if self._max_wait is not None and wait > self._max_wait:
+        # What is taken is to keep it, so where requests leave in clumps the whole wait for the next one counts.
+        if self._max_wait is not None and wait + self.drain.clump > self._max_wait:
+            longest = wait + self.drain.clump
             raise Overloaded(
-                f"{ahead} requests go first, which takes about {_seconds(wait)}; the most here is {self._max_wait:g} s",
-                _retry_after(wait - self._max_wait),
+                f"{ahead} requests go first, which takes up to {_seconds(longest)}; the most here is "
+                f"{self._max_wait:g} s",
+                _retry_after(longest - self._max_wait),
                 "max_wait",
             )
 

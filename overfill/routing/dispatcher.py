@@ -92,6 +92,7 @@ class Dispatcher:
         self._prefill_line: Line[Job] = Line(fair=False)
         self._last_present: dict[common_pb2.Stage, float] = {}
         self._largest: dict[common_pb2.Stage, float] = {}
+        self._queued: list[Job] = []  # since the last poll
 
     @property
     def num_waiting(self) -> int:
@@ -142,8 +143,7 @@ class Dispatcher:
     def reserved(self, job: Job) -> None:
         """The decode worker has reserved blocks: the job wants a prefill slot now."""
         self._reserving.discard(job)
-        job.state = JobState.WANTS_PREFILL
-        self._prefill_line.append(job)
+        self._want_prefill(job)
 
     def refused(self, job: Job, load: decode_pb2.WorkerLoad | None = None) -> None:
         """The decode worker would not take it: back to the front. Nothing goes there until it reports.
@@ -156,6 +156,7 @@ class Dispatcher:
         self._detach(job)
         job.state = JobState.WAITING
         self._decode_line.push_front(job)
+        self._queued.append(job)
 
     def lost(self, job: Job, now: float, *, gone: bool) -> None:
         """The decode worker failed the job: it resumes elsewhere.
@@ -186,8 +187,7 @@ class Dispatcher:
                 self._roster.prefill.close(tried)
         self.prefill_done(job)
         job.resumed = True
-        job.state = JobState.WANTS_PREFILL
-        self._prefill_line.append(job)
+        self._want_prefill(job)
 
     def prefill_done(self, job: Job, now: float | None = None) -> None:
         """Gives the prefill slot back, if the job holds one.
@@ -243,6 +243,12 @@ class Dispatcher:
         job.state = JobState.WAITING
         job.waiting_since = now
         self._decode_line.append(job)
+        self._queued.append(job)
+
+    def _want_prefill(self, job: Job) -> None:
+        job.state = JobState.WANTS_PREFILL
+        self._prefill_line.append(job)
+        self._queued.append(job)
 
     def _detach(self, job: Job) -> None:
         """Takes the job out of every line and off every worker."""
@@ -359,17 +365,19 @@ class Dispatcher:
         return None
 
     def _reject_too_large(self) -> Iterator[Rejection]:
-        """Jobs may have come to want what is no longer there: only when the largest worker has become smaller."""
+        """Jobs may have come to want what is no longer there: those that were queued just now, which may have been on a
+        worker when the largest left, and all when the largest has become smaller."""
         smaller = False
         for pool in (self._roster.prefill, self._roster.decode):
             staying = pool.index.staying
             largest = staying.most if staying else math.inf  # nobody there: whoever comes may be of any size
             smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
             self._largest[pool.stage] = largest
-        if smaller:
-            for job in [*self._decode_line, *self._prefill_line]:
-                if error := self._too_large(job):
-                    yield self._reject(job, error)
+        queued, self._queued = self._queued, []
+        for job in [*self._decode_line, *self._prefill_line] if smaller else queued:
+            waits = job.state in (JobState.WAITING, JobState.WANTS_PREFILL)
+            if waits and (error := self._too_large(job)):
+                yield self._reject(job, error)
 
     def _reject_absent(self, now: float) -> Iterator[Rejection]:
         for pool in (self._roster.prefill, self._roster.decode):

@@ -56,3 +56,19 @@ def test_a_queue_that_stands_still_is_known_in_the_end():
         admission.check(5, 5, 20.0, deadline=1000.0)
     assert caught.value.retry_after == 60.0
     admission.check(0, 0, 20.0, deadline=21.0)
+
+
+@pytest.mark.parametrize(("at_once", "clump"), [(1, 0.1), (4, 0.4)])
+def test_where_requests_leave_in_clumps_less_is_taken(at_once, clump):
+    """Ten leave per second either way; who comes must be done waiting within one second."""
+    admission, now = Admission(100, max_wait=1.0), 0.0
+    while now < 30:
+        now += 0.1 * at_once
+        admission.drain.look(now, 20)
+        for _ in range(at_once):
+            admission.drain.departed()
+    assert admission.drain.clump == pytest.approx(clump, rel=0.1)
+    most = round((1.0 - clump) * 10)
+    admission.check(5, most - 1, now, None)
+    with pytest.raises(Overloaded, match="the most here is 1 s"):
+        admission.check(5, most + 1, now, None)

@@ -318,6 +318,27 @@ def drained(roster, dispatcher, add_worker, make_report, per_second, until):
     return now
 
 
+@pytest.mark.parametrize("back", ["refused", "lost"])
+def test_a_request_that_comes_back_after_the_only_large_worker_began_to_leave_is_refused(
+    roster, dispatcher, add_worker, make_report, back
+):
+    add_worker(roster, "p0", PREFILL, total=1000)
+    large = add_worker(roster, "d0", total=100)
+    add_worker(roster, "d1", total=10)
+    a = job("a", prompt=1000)
+    dispatcher.submit(a, 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0")]
+    dispatcher.report(large, make_report(draining=True), 0.1)
+    assert dispatcher.poll(0.1) == []
+    if back == "refused":
+        dispatcher.refused(a)
+    else:
+        dispatcher.lost(a, 0.2, gone=True)
+    (outcome,) = dispatcher.poll(0.2)
+    assert isinstance(outcome, Rejection)
+    assert isinstance(outcome.error, PromptTooLong)
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_again(
     roster, dispatcher, add_worker, make_report
 ):
