@@ -1,8 +1,8 @@
 """Every promise of docs/reliability.md broken on purpose, and the tests that notice.
 
 ``python tests/chaos/broken_promises.py`` copies the tree, changes one line or a few of it, runs the test that is to
-hold the promise, and wants it to fail; then it changes them back. Prints the table of docs/reliability.md. A test that
-cannot fail holds nothing.
+hold the promise, and wants it to fail; then it changes them back. Prints the table of docs/reliability.md; with promises
+as arguments, those rows only. A test that cannot fail holds nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _COPIED = ("overfill", "services", "tests", "pyproject.toml", "README.md")
-_TIMEOUT = 400  # seconds
+_TIMEOUT = 600  # seconds
 
 
 @dataclass(frozen=True)
@@ -303,6 +303,8 @@ def caught(tree: Path, broken: Broken) -> tuple[bool, str]:
             text=True,
             timeout=_TIMEOUT,
         )
+    except subprocess.TimeoutExpired:
+        return False, "it neither passed nor failed in time"
     finally:
         file.write_text(whole, encoding="utf-8")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("E  ", "FAILED", "ERROR"))]
@@ -316,7 +318,7 @@ def main() -> int:
     print("| promise | broken by | noticed by |\n|---|---|---|")
     with copied_tree() as tree:
         for broken in BROKEN:
-            if wanted and not any(word in broken.promise for word in wanted):
+            if wanted and broken.promise not in wanted:
                 continue
             began = time.monotonic()
             noticed, said = caught(tree, broken)
