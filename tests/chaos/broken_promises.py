@@ -1,8 +1,8 @@
 """Every promise of docs/reliability.md broken on purpose, and the tests that notice.
 
 ``python tests/chaos/broken_promises.py`` copies the tree, changes one line or a few of it, runs the test that is to
-hold the promise, and wants it to fail; then it changes them back. Prints the table of docs/reliability.md; with promises
-as arguments, those rows only. A test that cannot fail holds nothing.
+hold the promise, and wants it to fail; then it changes them back. Prints the table of docs/reliability.md; with
+promises as arguments, those rows only. A test that cannot fail holds nothing.
 """
 
 from __future__ import annotations
