@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import math
 import os
 import secrets
@@ -25,6 +23,7 @@ from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
 from overfill.kv.journal import KeyJournal
+from overfill.leaving import leave
 from overfill.metrics import EngineMetrics
 from overfill.metrics_http import MetricsServer
 from overfill.model.sampling import SampledToken
@@ -101,8 +100,7 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds nothing
     that others wait for, and a thread that loads a model cannot be interrupted.
 
-    The process ends with ``serve``: whatever has to happen at the end happens in there. An orderly end would also join
-    every thread of gRPC, torch and the executors, which takes seconds on a busy machine and is of use to nobody.
+    The process ends with ``serve``: whatever has to happen at the end happens in there.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
@@ -122,11 +120,7 @@ async def _to_the_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
         print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
     except Exception:
         traceback.print_exc()
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
+    leave(code)
 
 
 @contextmanager

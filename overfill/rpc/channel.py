@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from overfill.rpc.constants import (
+    CONNECT_TIMEOUT,
     HANDSHAKE_TIMEOUT,
     IDLE_TIMEOUT,
     KEEPALIVE_MIN_INTERVAL,
@@ -66,7 +67,8 @@ def channel_options() -> Options:
         # Peers are named by address; a proxy from the environment never belongs between them.
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 1000),
+        # Which is also how long a connection may take, before its address counts as one that cannot be reached.
+        ("grpc.min_reconnect_backoff_ms", _milliseconds(CONNECT_TIMEOUT)),
         ("grpc.max_reconnect_backoff_ms", 2000),
         *_common_options(),
     ]

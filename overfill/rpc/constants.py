@@ -7,6 +7,9 @@ from typing import Final
 WIRE_VERSION: Final = 1
 """Version of the messages in ``proto/overfill/v1``; workers of different versions refuse each other."""
 
+CONNECT_TIMEOUT: Final = 5.0
+"""Seconds for a connection and its first frames, on a busy machine or a slow link too."""
+
 KEEPALIVE_TIME: Final = 5.0
 """Seconds without traffic after which an end sends an HTTP/2 ping."""
 

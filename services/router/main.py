@@ -5,28 +5,39 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from overfill import logs
 from overfill.config import RouterConfig
 from overfill.errors import OverfillError
+from overfill.leaving import leave
 from overfill.rpc.tls import TlsError
 from services.router.app import Router
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a router until SIGTERM or SIGINT; returns the exit code: 0 drained, 1 could not start."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a router until SIGTERM or SIGINT. The exit code: 0 drained, 1 could not start."""
     config = RouterConfig.parse(argv)
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
+    asyncio.run(_serve(config))
+    raise AssertionError("the process has ended")
+
+
+async def _serve(config: RouterConfig) -> NoReturn:
     try:
-        asyncio.run(_serve(config))
+        await _run(config)
     except (OverfillError, TlsError) as error:
         print(f"{config.program}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        leave(1)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
 
 
-async def _serve(config: RouterConfig) -> None:
+async def _run(config: RouterConfig) -> None:
     router = Router(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -36,4 +47,4 @@ async def _serve(config: RouterConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
