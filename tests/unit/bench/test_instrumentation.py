@@ -20,7 +20,7 @@ def test_figures_and_exit_code(tiny_pair, monkeypatch):
     monkeypatch.setattr(instrumentation, "BOUND", 1.0)
     result = run(*arguments)
     figures = {figure["name"]: figure for figure in map(json.loads, result.stdout.splitlines())}
-    assert figures.keys() == {"decode_counted", "decode_plain", "instrumentation_cost"}
+    assert figures.keys() == {"decode_counted", "decode_plain", "instrumentation_cpu_cost", "instrumentation_cost"}
     assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in figures.values())
     assert figures["decode_plain"]["value"] > 0
     assert figures["instrumentation_cost"]["bound"] == 1.0
