@@ -124,7 +124,7 @@ def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Conte
             raise
         except Exception as error:
             if _is_of_a_gone_caller(error):
-                raise grpc.aio.AbortError from None
+                raise asyncio.CancelledError from None  # which it is; gRPC logs nothing
             await _abort(context, error)
 
     return guarded
@@ -137,8 +137,8 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
     try:
         await context.abort(code, message, trailing_metadata)
     except Exception as failure:
-        if _is_of_a_gone_caller(failure):  # and not worth a traceback that anybody could have logged
-            raise grpc.aio.AbortError from None
+        if _is_of_a_gone_caller(failure):
+            raise asyncio.CancelledError from None  # which it is; gRPC logs nothing
         raise
 
 
