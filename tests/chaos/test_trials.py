@@ -51,6 +51,8 @@ def test_answers_are_right_whatever_befalls_whom(tiny_pair: Path) -> None:
     ]
     report = broken(tiny_pair, strikes, abreast=3)
     assert report.result.migrations > 0
+    clock = report.cells().get("clock", {}).get("reserving", {"right": 0, "in_phase": 0})
+    assert clock["right"] == clock["in_phase"]  # given up in so many words would be no good answer to a clock
     assert len(report.result.ended("vanished")) == 1
 
 
