@@ -25,10 +25,10 @@ def divide(capacity: int, demands: Sequence[Demand | None]) -> list[int]:
     What is not in use goes first to routers with requests waiting, one by one to the one that would have least, then
     in the same way to all, so that a router has something to begin with. A router that has said nothing (None) gets an
     equal share. No router is given room that another one's requests fill; each may always have one request, lest it
-    wait for ever on a worker smaller than the number of routers.
+    wait for ever on a worker smaller than the number of routers. Of a capacity of nothing everybody gets nothing.
     """
-    if not demands:
-        return []
+    if not capacity or not demands:
+        return [0] * len(demands)
     equal = capacity // len(demands)
     credits = [equal if demand is None else min(demand.in_use, capacity) for demand in demands]
     free = max(0, capacity - sum(credits))

@@ -39,3 +39,8 @@ def test_nobody_is_given_room_that_others_fill_and_none_is_left_while_somebody_q
     assert new <= max(0, capacity - used - kept) + len(said), "but for the one that each may always have"
     if any(share < demand.in_use + demand.queued for share, demand in said):
         assert used + new >= capacity - kept, "room is left while a router queues"
+
+
+def test_nothing_is_not_divided():
+    assert divide(0, [None, Demand(1, 5)]) == [0, 0]
+    assert divide(8, []) == []
