@@ -46,7 +46,7 @@ audit: setup
 	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
 
 test: setup check  ## check, then the tests without the slow ones
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-all: setup check .venv/.browser .venv/.prometheus  ## check, then every test that this machine can run
 	$(PYTEST)
