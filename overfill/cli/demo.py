@@ -29,7 +29,7 @@ before dawn, in the next after supper. The mill made flour until 1957, when the 
 the money to mend it. A group of neighbours bought the ruin in 1984, rebuilt the gate from oak, and has ground wheat \
 there again on summer weekends ever since.
 
-Question: Summarise this passage in one sentence."""
+Question: When did the mill stop making flour, and why?"""
 
 _MAX_TOKENS = 96
 
