@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,7 +73,8 @@ class PeerProcess:
     def close(self) -> None:
         """Ends the process, by force when it does not leave by itself."""
         stdin, stdout = self._pipes()
-        stdin.close()
+        with suppress(BrokenPipeError):  # of a peer that has died with something unread
+            stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
