@@ -48,7 +48,10 @@ class SimWorker:
         entry: the worker in the router's roster; None before it has joined.
         since: when it was started; ready_since: when it first took work, None while it starts.
         gone: it has left, or died.
+        engine: what computes; each kind of worker makes its own.
     """
+
+    engine: SimPrefill | SimDecode
 
     def __init__(self, name: str, stage: common_pb2.Stage, clock: Clock, router: Router, report_gap: float) -> None:
         self.name, self.stage = name, stage
@@ -69,19 +72,19 @@ class SimWorker:
     @property
     def active(self) -> int:
         """Requests on the worker."""
-        raise NotImplementedError
+        return self.engine.active
 
     @property
     def busy(self) -> float:
         """Seconds of work so far."""
-        raise NotImplementedError
+        return self.engine.busy
 
     def load(self) -> decode_pb2.WorkerLoad:
         raise NotImplementedError
 
     def check(self) -> None:
         """Raises AssertionError when its books do not balance."""
-        raise NotImplementedError
+        self.engine.check()
 
     def report(self) -> registry_pb2.Report:
         raise NotImplementedError
@@ -113,23 +116,14 @@ class SimWorker:
 
 
 class PrefillWorker(SimWorker):
+    engine: SimPrefill
+
     def __init__(
         self, name: str, clock: Clock, router: Router, report_gap: float, profile: Profile, blocks: Blocks
     ) -> None:
         super().__init__(name, PREFILL, clock, router, report_gap)
         self.engine = SimPrefill(clock, profile, blocks, self)
         self._credits = profile.prefill.max_seqs
-
-    @property
-    def active(self) -> int:
-        return self.engine.active
-
-    @property
-    def busy(self) -> float:
-        return self.engine.busy
-
-    def check(self) -> None:
-        self.engine.check()
 
     def load(self) -> decode_pb2.WorkerLoad:
         engine, blocks = self.engine, self.engine.blocks
@@ -163,23 +157,14 @@ class PrefillWorker(SimWorker):
 
 
 class DecodeWorker(SimWorker):
+    engine: SimDecode
+
     def __init__(
         self, name: str, clock: Clock, router: Router, report_gap: float, profile: Profile, gaps: Histogram
     ) -> None:
         super().__init__(name, DECODE, clock, router, report_gap)
         self.engine = SimDecode(clock, profile, self, gaps)
         self._model = profile.decode
-
-    @property
-    def active(self) -> int:
-        return self.engine.active
-
-    @property
-    def busy(self) -> float:
-        return self.engine.busy
-
-    def check(self) -> None:
-        self.engine.check()
 
     def load(self) -> decode_pb2.WorkerLoad:
         engine = self.engine
