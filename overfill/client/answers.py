@@ -183,6 +183,7 @@ class Answer:
             full) or "tool_calls".
         seed: that the router used; with the tokens it resumes or repeats the answer.
         migrations: times the sequence moved to another decode worker, as the last router knows.
+        routers: that wrote of it, one after another; more than one when a router was lost, or left, meanwhile.
         stop: the stop string that ended the answer; None when none did.
         trace: None unless asked for.
         client_ttft: seconds from the call to the first token, on this side; None without tokens.
@@ -207,6 +208,7 @@ class Answer:
     client_ttft: float | None
     tool_calls: tuple[ToolCall, ...] = ()
     codec: str | None = None
+    routers: int = 1
 
 
 class AnswerBuilder:
@@ -219,6 +221,7 @@ class AnswerBuilder:
 
     def __init__(self, request: inference_pb2.GenerateRequest, clock: Callable[[], float] = time.monotonic) -> None:
         self.accepted: Accepted | None = None
+        self._routers = 0
         self.started = clock()
         self._request = request
         self._clock = clock
@@ -267,6 +270,7 @@ class AnswerBuilder:
         kind = response.WhichOneof("message")
         if kind == "accepted":
             accepted = response.accepted
+            self._routers += 1
             self.accepted = Accepted(
                 accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model, accepted.max_tokens
             )
@@ -340,4 +344,5 @@ class AnswerBuilder:
             client_ttft=self._client_ttft,
             tool_calls=tuple(self._calls),
             codec=CODEC_NAMES.get(message.codec),
+            routers=self._routers,
         )

@@ -12,7 +12,7 @@ from ray_stacks import Load, Up, status_json
 from stacks import wait_until
 
 from overfill.cli.stack import free_ports
-from overfill.client import Client
+from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -88,6 +88,17 @@ def complete(address):
         return False
 
 
+def answers(address):
+    """Whether the stack serves. Not ``complete``: routers that an upgrade began count the size that it was given."""
+    try:
+        with Client(address) as client:
+            return (
+                client.generate("Hello", sampling=SamplingParams(max_tokens=2), timeout=30).usage.completion_tokens == 2
+            )
+    except OverfillError:
+        return False
+
+
 def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(cluster, config, tmp_path):
     args = config["applications"][0]["args"]
     addresses = [f"127.0.0.1:{port}" for port in args["router"]["ports"]]
@@ -96,7 +107,7 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
         wait_until(lambda a=address: complete(a), 300, "the stack is there")
     both = ",".join(addresses)
     first = {stage: workers(both, stage) for stage in ("prefill", "decode")}
-    with Load(both, 4, 80) as load:  # four seconds, of which a drain leaves two
+    with Load(both, 4, 80) as load:  # four seconds each, of which a drain leaves two
         wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
         args["decode"]["settings"]["max_num_seqs"] = 16
         cluster.deploy(config, tmp_path)
@@ -115,20 +126,21 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
         wait_until(lambda: len(workers(both, "decode")) == 1, 300, "one decode worker is left")
         assert workers(both, "decode") | workers(both, "prefill") < kept
     assert load.errors == []
-    assert sum(answer.migrations for answer in load.answers) >= 1
+    # A decode worker that left handed its sequences over, or its router left as well and the client went on.
+    assert any(answer.migrations or answer.routers > 1 for answer in load.answers)
 
 
 def test_a_stack_beside_it_comes_and_goes_alone(cluster, config, tiny_pair):
     address = f"127.0.0.1:{config['applications'][0]['args']['router']['ports'][0]}"
-    assert complete(address), "the other application runs"
+    assert answers(address), "the other application runs"
     up = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--name=second", "--worker-cpus=0.1")
     up.wait_ready()
     assert {w["stage"] for w in status_json(up.address)["workers"]} == {"prefill", "decode"}
     up.interrupt()
     assert up.wait() == 0, "\n".join(up.lines)
     assert cluster.alive
-    assert complete(address)
+    assert answers(address)
     taken = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--worker-cpus=0.1")
     assert taken.wait() == 1
     assert "give another --name" in "\n".join(taken.lines)
-    assert complete(address)
+    assert answers(address)

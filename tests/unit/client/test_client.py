@@ -217,7 +217,7 @@ def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     router.script = [*say.good[:2], ShuttingDown("leaving")]
     another_router.script = [say.accepted(), *say.good[2:]]
     answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x", resume_token_ids=[], stop=["."])
-    assert (answer.text, answer.token_ids) == ("Hello", (10, 11, 12))
+    assert (answer.text, answer.token_ids, answer.routers) == ("Hello", (10, 11, 12), 2)
     (first,), (rest,) = router.requests, another_router.requests
     assert (rest.text, list(rest.stop), rest.request_id) == (first.text, ["."], "r1")
     assert (list(rest.resume_token_ids), rest.sampling.seed, rest.sampling.max_tokens) == ([10], 7, 40)
