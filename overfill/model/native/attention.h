@@ -203,20 +203,20 @@ inline void join_spans(const AttentionShape& s, const float* partials, size_t co
 }
 
 // Room for one sequence's packed keys and values of one KV head, in elements. `tokens`: a multiple of 32.
-inline size_t packed_keys(const AttentionShape& s, size_t tokens) { return tokens * s.dim; }
+inline size_t packed_keys(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
 inline size_t packed_values(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
 
-// Packs tokens start..start + 32 of one KV head: keys as [tokens / 32][dim / 2][32][2] and values as
+// Packs tokens start..start + 32 of one KV head: keys as [tokens / 32][padded / 2][32][2] and values as
 // [padded / 32][tokens / 2][32][2]. What is beyond the context becomes zero.
 inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const int64_t* table, size_t kv_head,
                              size_t start, size_t context, size_t tokens, bf16* keys, bf16* values) {
     const size_t n = context - start < 32 ? context - start : 32;
-    uint32_t* k = reinterpret_cast<uint32_t*>(keys + start * s.dim);
+    uint32_t* k = reinterpret_cast<uint32_t*>(keys + start * s.padded());
     for (size_t t = 0; t < 32; ++t) {
         const bf16* row = kv.k + kv.at(table, t < n ? start + t : start) + kv_head * s.dim;
-        for (size_t d = 0; d < s.dim / 2; ++d) {
+        for (size_t d = 0; d < s.padded() / 2; ++d) {
             uint32_t pair = 0;
-            if (t < n) memcpy(&pair, row + 2 * d, 4);
+            if (t < n && 2 * d < s.dim) memcpy(&pair, row + 2 * d, 4);
             k[d * 32 + t] = pair;
         }
     }
@@ -236,20 +236,41 @@ inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const i
 }
 
 struct TileScratch {
-    alignas(64) bf16 q[TILE_ROWS * 256];
-    alignas(64) bf16 p[TILE_ROWS * TILE_KEYS];
-    alignas(64) float scores[TILE_ROWS * TILE_KEYS];  // [keys / 32][rows][32]
-    alignas(64) float row[TILE_KEYS];
-    alignas(64) float out[TILE_ROWS * 256], products[MAX_TILE * PANEL];
+    static constexpr size_t ROOM = (TILE_ROWS + AMX_BLOCK - 1) / AMX_BLOCK * AMX_BLOCK;  // rows
+    alignas(64) bf16 q[ROOM * 256];
+    alignas(64) bf16 p[ROOM * TILE_KEYS];
+    alignas(64) float scores[ROOM * TILE_KEYS];
+    alignas(64) float out[TILE_ROWS * 256], products[ROOM * PANEL];
     float maximum[TILE_ROWS], total[TILE_ROWS], keep[TILE_ROWS];
 };
+
+// Products of `rows` rows, `stride` elements apart, with a panel of bfloat16 -> out, float32, `out_stride` elements apart;
+// up to a multiple of AMX_BLOCK rows are read and written. The panel has a multiple of 16 steps.
+inline void multiply_panel(bool amx, const bf16* a, size_t stride, size_t rows, const bf16* panel, size_t steps,
+                           float* out, size_t out_stride) {
+    const char* w = reinterpret_cast<const char*>(panel);
+    if (!amx) {
+        const size_t tiles = tiles_over(rows);
+        for (size_t t = 0; t < tiles; ++t) {
+            const size_t first = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - first;
+            tile_of<false>(height)(a + first * stride, stride, w, steps, w, 64, out + first * out_stride, out_stride);
+        }
+        return;
+    }
+    for (size_t r = 0; r < rows; r += AMX_BLOCK) {
+        const auto run = r + AMX_ROWS < rows ? amx_tile<AmxKind::BF16> : amx_tile<AmxKind::BF16_SHORT>;
+        run(reinterpret_cast<const char*>(a + r * stride), stride * sizeof(bf16), w, steps, w, w, 0,
+            out + r * out_stride, out_stride * sizeof(float));
+    }
+}
 
 // Attention of `count` new tokens and one KV head's group of query heads, causal.
 // q: [tokens][heads][padded] from the first of them; seen: tokens that the first one attends to, itself included;
 // out: [tokens][heads * dim] float32 from the first of them.
 inline void attend_tile(const AttentionShape& s, const bf16* q, size_t count, size_t kv_head, size_t seen,
-                        const bf16* keys, const bf16* values, size_t tokens, TileScratch& scratch, float* out) {
-    const size_t group = s.group(), rows = count * group, padded = s.padded(), tiles = tiles_over(rows);
+                        const bf16* keys, const bf16* values, size_t tokens, bool amx, TileScratch& scratch,
+                        float* out) {
+    const size_t group = s.group(), rows = count * group, padded = s.padded();
     const float scale = s.log2_scale();
     for (size_t r = 0; r < rows; ++r) {
         const bf16* source = q + (r / group * s.heads + kv_head * group + r % group) * padded;
@@ -261,37 +282,29 @@ inline void attend_tile(const AttentionShape& s, const bf16* q, size_t count, si
     for (size_t start = 0; start < end; start += TILE_KEYS) {
         const size_t n = end - start < TILE_KEYS ? end - start : TILE_KEYS, panels = (n + 31) / 32;
         for (size_t j = 0; j < panels; ++j)
-            for (size_t t = 0; t < tiles; ++t) {
-                const size_t first = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - first;
-                const char* panel = reinterpret_cast<const char*>(keys + (start + 32 * j) * s.dim);
-                tile_of<false>(height)(scratch.q + first * padded, padded, panel, s.dim / 2, panel + 64 * s.dim, 64,
-                                       scratch.scores + (j * rows + first) * PANEL);
-            }
+            multiply_panel(amx, scratch.q, padded, rows, keys + (start + 32 * j) * padded, padded / 2,
+                           scratch.scores + 32 * j, TILE_KEYS);
         for (size_t r = 0; r < rows; ++r) {
             const size_t limit = seen + r / group, visible = limit <= start ? 0 : limit - start < n ? limit - start : n;
-            for (size_t j = 0; j < panels; ++j)
-                memcpy(scratch.row + 32 * j, scratch.scores + (j * rows + r) * PANEL, PANEL * sizeof(float));
             bf16* p = scratch.p + r * TILE_KEYS;
             scratch.keep[r] = 1;
             if (visible)
-                scratch.keep[r] = weigh(scratch.row, visible, scale, scratch.maximum[r], scratch.total[r], p);
+                scratch.keep[r] = weigh(scratch.scores + r * TILE_KEYS, visible, scale, scratch.maximum[r],
+                                        scratch.total[r], p);
             const size_t filled = round_up(visible, 16);
             memset(p + filled, 0, (32 * panels - filled) * sizeof(bf16));
         }
-        for (size_t d = 0; d < padded; d += 32)
-            for (size_t t = 0; t < tiles; ++t) {
-                const size_t first = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - first;
-                const char* panel = reinterpret_cast<const char*>(values + d * tokens + start * 32);
-                tile_of<false>(height)(scratch.p + first * TILE_KEYS, TILE_KEYS, panel, 16 * panels, panel, 64,
-                                       scratch.products);
-                for (size_t r = 0; r < height; ++r) {
-                    float* o = scratch.out + (first + r) * padded + d;
-                    const __m512 keep = _mm512_set1_ps(scratch.keep[first + r]);
-                    for (size_t i = 0; i < 32; i += 16)
-                        _mm512_store_ps(o + i, _mm512_fmadd_ps(_mm512_load_ps(o + i), keep,
-                                                               _mm512_load_ps(scratch.products + r * PANEL + i)));
-                }
+        for (size_t d = 0; d < padded; d += 32) {
+            multiply_panel(amx, scratch.p, TILE_KEYS, rows, values + d * tokens + start * 32, 16 * panels,
+                           scratch.products, PANEL);
+            for (size_t r = 0; r < rows; ++r) {
+                float* o = scratch.out + r * padded + d;
+                const __m512 keep = _mm512_set1_ps(scratch.keep[r]);
+                for (size_t i = 0; i < 32; i += 16)
+                    _mm512_store_ps(o + i, _mm512_fmadd_ps(_mm512_load_ps(o + i), keep,
+                                                           _mm512_load_ps(scratch.products + r * PANEL + i)));
             }
+        }
     }
     for (size_t r = 0; r < rows; ++r) {
         const __m512 factor = _mm512_set1_ps(1.0f / scratch.total[r]);

@@ -29,7 +29,7 @@ class Shape(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("max_positions", "head_tokens", "tail_rank", "quantised")),
+        *((name, c_int64) for name in ("max_positions", "head_tokens", "tail_rank", "quantised", "amx")),
         ("norm_eps", c_double),
     ]
 
@@ -80,9 +80,16 @@ def why_not() -> str | None:
     return None
 
 
+def has_amx() -> bool:
+    """Whether steps of many tokens are computed in AMX tiles here: the CPU has them and the system lets us."""
+    return why_not() is None and bool(_library().ovf_has_amx())
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(compiled_library()))
+    library.ovf_has_amx.restype = c_int
+    library.ovf_has_amx.argtypes = []
     library.ovf_create.restype = c_void_p
     library.ovf_create.argtypes = [POINTER(Shape), c_void_p, c_void_p, c_void_p]
     library.ovf_destroy.restype = None

@@ -1,35 +1,54 @@
 // Weight matrices in the kernels' layout, and products with them.
 //
-// A matrix [rows, cols] is cut into panels of 32 rows. A panel holds, for every pair of columns, that pair of all its
-// rows: [pairs][32][2]. One instruction then multiplies a pair of activations, broadcast, with sixteen rows' pairs and
-// adds both products: VDPBF16PS for bfloat16, VPDPWSSD for int8, which is widened to int16 on the way and multiplied
-// with activations rounded to int16 (13 bits or more, see `Activations`). Memory is read once, front to back.
+// A matrix [rows, cols] is cut into panels of 32 rows. A panel holds, step by step, four bytes of each of its rows: two
+// columns in bfloat16, or four in int8 as 0, 2, 1, 3. One instruction then multiplies a pair of activations, broadcast,
+// with sixteen rows' pairs and adds both products: VDPBF16PS for bfloat16, VPDPWSSD for int8, whose even and odd bytes
+// are each widened to a pair of int16 and multiplied with activations rounded to int16 (13 bits or more, see
+// `int16_limit`). Memory is read once, front to back.
+//
+// Where there are AMX tiles, steps of many rows use those. They sum bfloat16 in another order; with int8, which they
+// multiply with the upper and the lower bytes of int16 activations, the sums are the same to the last bit.
 #pragma once
-#include "simd.h"
+#include <algorithm>
+
+#include "amx.h"
 
 namespace ovf {
 
-constexpr int PANEL = 32;      // rows of a panel: two vectors of float32 sums
-constexpr int MAX_TILE = 12;   // activations rows of a tile: 24 sums, 2 weights and a broadcast fill the 32 registers
-constexpr int STRIP = 192;     // activation rows that stay in the second-level cache while the panels pass
+constexpr size_t PANEL = 32;     // rows of a panel: two vectors of float32 sums
+constexpr int MAX_TILE = 12;     // activations rows of a tile: 24 sums, 2 weights and a broadcast fill the 32 registers
+constexpr size_t STRIP = 192;    // activation rows that stay in the second-level cache while the panels pass
+constexpr size_t STEP_BYTES = 4 * PANEL;
+constexpr size_t ROW_UNIT = 64;  // operands' rows are zero up to a multiple of it: AMX reads as far
+constexpr size_t AMX_BLOCK = 32; // rows of operands that AMX reads at once: there must be as many, whatever they hold
+constexpr size_t AMX_STRIP_BYTES = 1 << 19;  // of operands that stay in the second-level cache while the panels pass
 
 struct Matrix {
     size_t rows = 0, cols = 0;
-    void* data = nullptr;           // bf16 or int8, [panels][pairs][32][2]
+    bool int8 = false;
+    void* data = nullptr;           // bf16 or int8, [panels][steps][32][2 or 4]
     const float* scales = nullptr;  // int8: [panels * 32]
 
-    bool is_int8() const { return scales != nullptr; }
     size_t panels() const { return (rows + PANEL - 1) / PANEL; }
-    size_t pairs() const { return (cols + 1) / 2; }
-    size_t panel_bytes() const { return pairs() * PANEL * 2 * (is_int8() ? 1 : 2); }
+    size_t columns_a_step() const { return int8 ? 4 : 2; }
+    size_t steps() const { return (cols + columns_a_step() - 1) / columns_a_step(); }
+    size_t panel_bytes() const { return steps() * STEP_BYTES; }
     const char* panel(size_t p) const { return static_cast<const char*>(data) + p * panel_bytes(); }
 };
 
-// Rows of a product's other side: bfloat16, or int16 with a scale per row. Rows are `stride` elements apart.
+// What the rows of a product's other side are made of.
+enum class Operand {
+    BF16,
+    INT16,        // and a scale per row
+    INT16_BYTES,  // the same for AMX: of every 64 columns the upper bytes, then the lower ones, each four as 0, 2, 1, 3
+};
+
+// Rows of a product's other side, `stride` elements of 16 bits apart.
 struct Activations {
     const uint16_t* data = nullptr;
-    const float* scales = nullptr;  // int16 only
+    const float* scales = nullptr;  // not for bfloat16
     size_t stride = 0;
+    bool amx = false;  // to be multiplied in AMX tiles
 };
 
 // Largest int16 magnitude whose products with int8 weights cannot overflow a sum over `cols` columns.
@@ -38,10 +57,10 @@ inline float int16_limit(size_t cols) {
     return limit > 32767.0 ? 32767.0f : static_cast<float>(static_cast<int>(limit));
 }
 
-// x [n] as an operand for `weights`: bfloat16, or int16 and its scale. A NaN or infinity makes the scale NaN.
-inline void store_operand(const float* x, size_t n, bool as_int16, uint16_t* out, float* scale) {
+// x [n] as an operand. A NaN or infinity makes the scale NaN.
+inline void store_operand(const float* x, size_t n, Operand kind, uint16_t* out, float* scale) {
     __m512 factor = _mm512_set1_ps(1.0f);
-    if (as_int16) {
+    if (kind != Operand::BF16) {
         __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
         for (size_t i = 0; i < n; i += 16) {
             const __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
@@ -52,12 +71,21 @@ inline void store_operand(const float* x, size_t n, bool as_int16, uint16_t* out
         *scale = top / limit + _mm512_reduce_add_ps(poison);
         factor = _mm512_set1_ps(top > 0 ? limit / top : 0.0f);
     }
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
-        const __m256i packed =
-            as_int16 ? _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v, factor))) : narrow(v);
-        // The element after an odd last one is multiplied with a zero weight: it must be a number.
-        _mm256_mask_storeu_epi16(out + i, lanes(round_up(n - i, 2)), packed);
+    for (size_t i = 0; i < round_up(n, ROW_UNIT); i += 16) {
+        const __m512 v = i < n ? _mm512_maskz_loadu_ps(lanes(n - i), x + i) : _mm512_setzero_ps();
+        if (kind == Operand::BF16) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), narrow(v));
+            continue;
+        }
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, factor));
+        if (kind == Operand::INT16) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtsepi32_epi16(whole));
+            continue;
+        }
+        const __m256i x16 = _mm512_cvtsepi32_epi16(_mm512_shuffle_epi32(whole, _MM_PERM_DBCA));
+        __m128i* to = reinterpret_cast<__m128i*>(reinterpret_cast<char*>(out + i / 64 * 64) + i % 64);
+        _mm_storeu_si128(to, _mm256_cvtepi16_epi8(_mm256_srai_epi16(x16, 8)));
+        _mm_storeu_si128(to + 4, _mm256_cvtepi16_epi8(x16));
     }
 }
 
@@ -69,46 +97,46 @@ inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x
     else asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
-// A tile: TILE activation rows times one panel -> out [TILE][32] float32; for int8 without the scales.
-// `ahead` is fetched into the second-level cache meanwhile, `step` bytes per pair of columns.
+// A tile: TILE activation rows times one panel -> out [TILE][32] float32, rows `out_stride` elements apart; for int8
+// without the scales. `ahead` is fetched into the second-level cache meanwhile, `fetch` bytes a step.
 template <int TILE, bool INT8>
-void tile(const uint16_t* a, size_t stride, const char* panel, size_t pairs, const char* ahead, size_t step,
-          float* out) {
+void tile(const uint16_t* a, size_t stride, const char* panel, size_t steps, const char* ahead, size_t fetch,
+          float* out, size_t out_stride) {
     __m512i low[TILE], high[TILE];
 #pragma GCC unroll 12
     for (int r = 0; r < TILE; ++r) low[r] = high[r] = _mm512_setzero_si512();
     // Four bases, so that every row is base + {0, 1, 2} * stride: x86 has an address for that.
     const uint16_t* base[4];
     for (int i = 0; i < 4; ++i) base[i] = a + 3 * i * stride;
-    for (size_t k = 0; k < pairs; ++k) {
-        __m512i w0, w1;
-        if constexpr (INT8) {
-            const __m256i* w = reinterpret_cast<const __m256i*>(panel + k * 64);
-            w0 = _mm512_cvtepi8_epi16(w[0]), w1 = _mm512_cvtepi8_epi16(w[1]);
-            _mm_prefetch(ahead + k * step, _MM_HINT_T1);
-        } else {
-            const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * 128);
-            w0 = w[0], w1 = w[1];
-            _mm_prefetch(ahead + k * step, _MM_HINT_T1);
-            if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * step + 64, _MM_HINT_T1);
-        }
+    for (size_t k = 0; k < steps; ++k) {
+        const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * STEP_BYTES);
+        _mm_prefetch(ahead + k * fetch, _MM_HINT_T1);
+        if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * fetch + 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int part = 0; part < (INT8 ? 2 : 1); ++part) {
+            __m512i w0 = w[0], w1 = w[1];
+            if constexpr (INT8) {
+                if (part == 0) w0 = _mm512_slli_epi16(w0, 8), w1 = _mm512_slli_epi16(w1, 8);
+                w0 = _mm512_srai_epi16(w0, 8), w1 = _mm512_srai_epi16(w1, 8);
+            }
 #pragma GCC unroll 12
-        for (int r = 0; r < TILE; ++r) {
-            int pair;
-            memcpy(&pair, base[r / 3] + (r % 3) * stride + 2 * k, 4);
-            const __m512i x = _mm512_set1_epi32(pair);
-            add_products<INT8>(low[r], x, w0);
-            add_products<INT8>(high[r], x, w1);
+            for (int r = 0; r < TILE; ++r) {
+                int pair;
+                memcpy(&pair, base[r / 3] + (r % 3) * stride + (INT8 ? 4 : 2) * k + 2 * part, 4);
+                const __m512i x = _mm512_set1_epi32(pair);
+                add_products<INT8>(low[r], x, w0);
+                add_products<INT8>(high[r], x, w1);
+            }
         }
     }
 #pragma GCC unroll 12
     for (int r = 0; r < TILE; ++r) {
-        _mm512_store_ps(out + r * PANEL, INT8 ? _mm512_cvtepi32_ps(low[r]) : (__m512)low[r]);
-        _mm512_store_ps(out + r * PANEL + 16, INT8 ? _mm512_cvtepi32_ps(high[r]) : (__m512)high[r]);
+        _mm512_store_ps(out + r * out_stride, INT8 ? _mm512_cvtepi32_ps(low[r]) : (__m512)low[r]);
+        _mm512_store_ps(out + r * out_stride + 16, INT8 ? _mm512_cvtepi32_ps(high[r]) : (__m512)high[r]);
     }
 }
 
-using TileFunction = void (*)(const uint16_t*, size_t, const char*, size_t, const char*, size_t, float*);
+using TileFunction = void (*)(const uint16_t*, size_t, const char*, size_t, const char*, size_t, float*, size_t);
 
 template <bool INT8>
 inline TileFunction tile_of(int rows) {
@@ -123,12 +151,68 @@ inline TileFunction tile_of(int rows) {
 inline size_t tiles_over(size_t rows) { return (rows + MAX_TILE - 1) / MAX_TILE; }
 inline size_t tile_start(size_t rows, size_t tiles, size_t i) { return rows * i / tiles; }
 
+// Rows of a panel's sums go on to `take`, float32 and with int8's scales applied.
+template <class Take>
+inline void take_row(const Matrix& w, const Activations& a, size_t row, size_t p, __m512 low, __m512 high, Take& take) {
+    if (w.int8) {
+        const __m512 scale = _mm512_set1_ps(a.scales[row]);
+        const float* own = w.scales + p * PANEL;
+        low = _mm512_mul_ps(low, _mm512_mul_ps(scale, _mm512_loadu_ps(own)));
+        high = _mm512_mul_ps(high, _mm512_mul_ps(scale, _mm512_loadu_ps(own + 16)));
+    }
+    take(row, p, low, high);
+}
+
+// `multiply` in AMX tiles.
+template <class Take>
+void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t first, size_t last, Take& take) {
+    const AmxScope scope;
+    const size_t steps = w.steps(), bytes = w.panel_bytes(), rest = steps % AMX_STEPS, whole = steps - rest;
+    const size_t loads = (steps + AMX_STEPS - 1) / AMX_STEPS, stride = a.stride * sizeof(uint16_t);
+    const size_t height = w.int8 ? AMX_ROWS : AMX_BLOCK;
+    const size_t strip_rows = std::max(AMX_STRIP_BYTES / stride / AMX_BLOCK, size_t{1}) * AMX_BLOCK;
+    alignas(64) char end[AMX_STEPS * STEP_BYTES] = {};  // what is behind a panel's last whole tile, and zeros
+    alignas(64) float out[AMX_BLOCK * PANEL];
+    for (size_t strip = 0; strip < count; strip += strip_rows) {
+        const size_t stop = std::min(count, strip + strip_rows), blocks = (stop - strip + height - 1) / height;
+        // As below: one block fetches ahead of itself, several share the next panel.
+        const size_t fetch = round_up(bytes / loads / blocks, 64);
+        for (size_t p = first; p < last; ++p) {
+            const char* panel = w.panel(p);
+            memcpy(end, panel + whole * STEP_BYTES, rest * STEP_BYTES);
+            for (size_t row = strip; row < stop; row += height) {
+                const char* ahead = blocks == 1 ? panel + 8192 : panel + bytes + (row - strip) / height * fetch * loads;
+                const size_t rows = std::min(height, stop - row);
+                const char* x = reinterpret_cast<const char*>(a.data + row * a.stride);
+                const auto run = [&]<AmxKind KIND>() {
+                    amx_tile<KIND>(x, stride, panel, steps, end, ahead, fetch, out, PANEL * sizeof(float));
+                };
+                if (w.int8) run.template operator()<AmxKind::INT8>();
+                else if (rows <= AMX_ROWS) run.template operator()<AmxKind::BF16_SHORT>();
+                else run.template operator()<AmxKind::BF16>();
+                for (size_t r = 0; r < rows; ++r) {
+                    const float* sums = out + r * PANEL;
+                    __m512 half[2];
+                    for (size_t i = 0; i < 2; ++i) {
+                        half[i] = _mm512_load_ps(sums + 16 * i);
+                        if (!w.int8) continue;
+                        const __m512i lower = _mm512_load_si512(sums + AMX_ROWS * PANEL + 16 * i);
+                        half[i] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32((__m512i)half[i], 8), lower));
+                    }
+                    take_row(w, a, row + r, p, half[0], half[1], take);
+                }
+            }
+        }
+    }
+}
+
 // This thread's share of a @ w.T, for `count` rows of a. Calls `take(row, panel, low, high)` for every row and panel,
 // with the sums of the panel's first and second sixteen rows, scales applied.
 template <class Take>
 void multiply(const Matrix& w, const Activations& a, size_t count, int thread, int threads, Take take) {
-    const size_t pairs = w.pairs(), panels = w.panels(), bytes = w.panel_bytes();
+    const size_t steps = w.steps(), panels = w.panels(), bytes = w.panel_bytes();
     const size_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+    if (a.amx) return multiply_amx(w, a, count, first, last, take);
     alignas(64) float out[MAX_TILE * PANEL];
     for (size_t strip = 0; strip < count; strip += STRIP) {
         const size_t rows = count - strip < STRIP ? count - strip : STRIP, tiles = tiles_over(rows);
@@ -138,21 +222,13 @@ void multiply(const Matrix& w, const Activations& a, size_t count, int thread, i
                 const size_t start = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - start;
                 // One tile alone waits for memory, and fetches ahead of itself: the more it computes meanwhile, the
                 // further, since the hardware then looks less far. Several tiles share the next panel.
-                const size_t step = bytes / pairs / tiles, distance = height < 5 ? 2048 : 8192;
+                const size_t fetch = STEP_BYTES / tiles, distance = height < 5 ? 2048 : 8192;
                 const char* ahead = tiles == 1 ? panel + distance : panel + bytes + t * (bytes / tiles);
                 const size_t row = strip + start;
-                const TileFunction run = w.is_int8() ? tile_of<true>(height) : tile_of<false>(height);
-                run(a.data + row * a.stride, a.stride, panel, pairs, ahead, step, out);
-                for (size_t r = 0; r < height; ++r) {
-                    __m512 low = _mm512_load_ps(out + r * PANEL), high = _mm512_load_ps(out + r * PANEL + 16);
-                    if (w.is_int8()) {
-                        const __m512 scale = _mm512_set1_ps(a.scales[row + r]);
-                        const float* own = w.scales + p * PANEL;
-                        low = _mm512_mul_ps(low, _mm512_mul_ps(scale, _mm512_loadu_ps(own)));
-                        high = _mm512_mul_ps(high, _mm512_mul_ps(scale, _mm512_loadu_ps(own + 16)));
-                    }
-                    take(row + r, p, low, high);
-                }
+                const TileFunction run = w.int8 ? tile_of<true>(height) : tile_of<false>(height);
+                run(a.data + row * a.stride, a.stride, panel, steps, ahead, fetch, out, PANEL);
+                for (size_t r = 0; r < height; ++r)
+                    take_row(w, a, row + r, p, _mm512_load_ps(out + r * PANEL), _mm512_load_ps(out + r * PANEL + 16), take);
             }
         }
     }
@@ -161,12 +237,14 @@ void multiply(const Matrix& w, const Activations& a, size_t count, int thread, i
 // Fills `w.data` from rows in the usual order, [rows][cols] of T; `row_of(i)` is the source of row i, or -1 for none.
 template <class T, class RowOf>
 void pack(const Matrix& w, const T* source, RowOf row_of) {
+    constexpr size_t COLUMNS = 4 / sizeof(T), PLACES[] = {0, COLUMNS == 4 ? 2 : 1, 1, 3};
     T* out = static_cast<T*>(w.data);
-    for (size_t p = 0; p < w.panels(); ++p, out += w.pairs() * PANEL * 2)
+    for (size_t p = 0; p < w.panels(); ++p, out += w.steps() * PANEL * COLUMNS)
         for (size_t r = 0; r < PANEL; ++r) {
             const ptrdiff_t row = row_of(p * PANEL + r);
-            for (size_t k = 0; k < 2 * w.pairs(); ++k)
-                out[(k / 2 * PANEL + r) * 2 + k % 2] = row >= 0 && k < w.cols ? source[row * w.cols + k] : T(0);
+            for (size_t k = 0; k < COLUMNS * w.steps(); ++k)
+                out[(k / COLUMNS * PANEL + r) * COLUMNS + PLACES[k % COLUMNS]] =
+                    row >= 0 && k < w.cols ? source[row * w.cols + k] : T(0);
         }
 }
 

@@ -18,6 +18,7 @@ struct OvfShape {
     int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions;
     int64_t head_tokens, tail_rank;  // rows of the head, and the rank of the product that the other tokens' rows are
     int64_t quantised;
+    int64_t amx;  // whether AMX tiles may be used where there are any
     double norm_eps;
 };
 
@@ -112,6 +113,7 @@ struct Model {
     Workspace work;
     Pool pool;
     std::mutex busy;
+    bool amx = false;
 
     bool quantised() const { return shape.quantised != 0; }
 };

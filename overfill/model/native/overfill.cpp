@@ -22,15 +22,13 @@ ptrdiff_t gate_up_row(const OvfShape& s, size_t i) {
     return i % PANEL < 16 ? row : s.intermediate + row;
 }
 
-size_t matrix_bytes(const Matrix& m, bool int8) {
-    return Arena::rounded(m.panels() * m.pairs() * PANEL * 2 * (int8 ? 1 : 2)) +
-           (int8 ? Arena::rounded(m.panels() * PANEL * sizeof(float)) : 0);
+size_t matrix_bytes(const Matrix& m) {
+    return Arena::rounded(m.panels() * m.panel_bytes()) + (m.int8 ? Arena::rounded(m.panels() * PANEL * sizeof(float)) : 0);
 }
 
-void place(Matrix& m, Arena& arena, bool int8) {
-    const size_t elements = m.panels() * m.pairs() * PANEL * 2;
-    m.data = int8 ? static_cast<void*>(arena.take<int8_t>(elements)) : arena.take<bf16>(elements);
-    m.scales = int8 ? arena.take<float>(m.panels() * PANEL) : nullptr;
+void place(Matrix& m, Arena& arena) {
+    m.data = arena.take<char>(m.panels() * m.panel_bytes());
+    m.scales = m.int8 ? arena.take<float>(m.panels() * PANEL) : nullptr;
 }
 
 template <class Visit>
@@ -44,6 +42,9 @@ void each_matrix(Model& m, Visit visit) {
 
 extern "C" {
 
+// Whether this machine and process have AMX tiles.
+int ovf_has_amx() { return has_amx(); }
+
 // A model without weights, or null where memory is short. `embedding` [vocab, hidden], `cos` and `sin`
 // [max_positions, head_dim / 2] stay the caller's; without `embedding`, the head is read.
 void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* cos, const float* sin) {
@@ -51,6 +52,7 @@ void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* 
     m->shape = *shape;
     const auto& s = m->shape;
     m->attention = {static_cast<size_t>(s.heads), static_cast<size_t>(s.kv_heads), static_cast<size_t>(s.head_dim)};
+    m->amx = s.amx && has_amx();
     m->embedding = embedding, m->cos = cos, m->sin = sin;
     m->layers.resize(s.layers);
     const size_t hidden = s.hidden, attended = s.heads * s.head_dim, qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
@@ -64,7 +66,10 @@ void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* 
     m->tail_right.rows = s.tail_rank, m->tail_right.cols = hidden;
     m->tail_left.rows = s.vocab - s.head_tokens, m->tail_left.cols = s.tail_rank;
     size_t bytes = 0;
-    each_matrix(*m, [&](Matrix& matrix) { bytes += matrix_bytes(matrix, m->quantised()); });
+    each_matrix(*m, [&](Matrix& matrix) {
+        matrix.int8 = m->quantised();
+        bytes += matrix_bytes(matrix);
+    });
     const size_t vectors = 5 * round_up(hidden, PANEL) + round_up(qkv, PANEL) + 2 * round_up(s.head_dim, 16) +
                            gate_up_rows(s);  // of a layer, whichever it has
     bytes += (s.layers + 1) * (vectors * sizeof(float) + 8 * 64);
@@ -73,7 +78,7 @@ void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* 
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
-    each_matrix(*m, [&](Matrix& matrix) { place(matrix, *m->arena, m->quantised()); });
+    each_matrix(*m, [&](Matrix& matrix) { place(matrix, *m->arena); });
     return m.release();
 }
 

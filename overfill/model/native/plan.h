@@ -91,8 +91,8 @@ inline void make_room(Model& m, size_t tokens, size_t wanted, int threads) {
     const AttentionShape& s = m.attention;
     const size_t attended = s.heads * s.dim, gated = m.shape.intermediate;
     w.hidden_stride = round_up(m.shape.hidden, PANEL);
-    w.normed_stride = round_up(m.shape.hidden, PANEL), w.attended_stride = round_up(attended, PANEL);
-    w.gated_stride = round_up(gated, PANEL);
+    w.normed_stride = round_up(m.shape.hidden, ROW_UNIT), w.attended_stride = round_up(attended, ROW_UNIT);
+    w.gated_stride = round_up(gated, ROW_UNIT);
     w.qkv_stride = round_up(std::max(attended + 2 * s.kv_heads * s.dim, w.normed_stride), 16);
     for (int pass = 0; pass < 2; ++pass) {  // the first one counts
         size_t bytes = 0;
@@ -111,8 +111,9 @@ inline void make_room(Model& m, size_t tokens, size_t wanted, int threads) {
         take(w.attention, tokens * attended + 16);
         if (m.quantised()) take(w.gated_wide, tokens * gated + 16);
         take(w.scales, tokens), take(w.logit_scales, wanted);
-        take(w.normed, tokens * w.normed_stride), take(w.attended, tokens * w.attended_stride);
-        take(w.gated, tokens * w.gated_stride), take(w.last, wanted * w.normed_stride);
+        const size_t rows = round_up(tokens, AMX_BLOCK);
+        take(w.normed, rows * w.normed_stride), take(w.attended, rows * w.attended_stride);
+        take(w.gated, rows * w.gated_stride), take(w.last, round_up(wanted, AMX_BLOCK) * w.normed_stride);
         take(w.q, tokens * s.heads * s.padded());
         take(w.tiles, threads);
         take(w.best, threads * wanted), take(w.best_ids, threads * wanted), take(w.broken, threads * wanted);

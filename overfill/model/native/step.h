@@ -1,9 +1,13 @@
 // One forward pass, in phases that all threads go through together. Between two barriers a thread works on its own
 // rows (tokens), its own panels of a matrix, or whatever item of attention is next.
 #pragma once
+#include <optional>
+
 #include "model.h"
 
 namespace ovf {
+
+constexpr int64_t AMX_FROM = 16;  // tokens of a step from which AMX tiles pay: below, memory is what it waits for
 
 class Step {
   public:
@@ -68,7 +72,7 @@ class Step {
         m_.pool.barrier.wait();
         if (m_.quantised()) {
             for (size_t i = first; i < last; ++i)
-                store_operand(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, true,
+                store_operand(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, operand_,
                               w_.gated + i * w_.gated_stride, w_.scales + i);
             m_.pool.barrier.wait();
         }
@@ -114,13 +118,13 @@ class Step {
             const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
             _mm512_mask_storeu_ps(normed + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
         }
-        store_operand(normed, n, m_.quantised(), out + to * w_.normed_stride, scales + to);
+        store_operand(normed, n, operand_, out + to * w_.normed_stride, scales + to);
     }
 
     void project(const Layer& layer, int thread, int threads) {
         const size_t rows = layer.qkv.rows;
         const float* bias = layer.qkv_bias;
-        multiply(layer.qkv, {w_.normed, w_.scales, w_.normed_stride}, b_.tokens, thread, threads,
+        multiply(layer.qkv, {w_.normed, w_.scales, w_.normed_stride, amx_}, b_.tokens, thread, threads,
                  [&](size_t row, size_t p, __m512 low, __m512 high) {
                      if (bias) {
                          low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
@@ -190,13 +194,15 @@ class Step {
                 pack_keys_values(s, kv, table(item.sequence), item.kv_head, t, context, tokens, keys, values);
         }
         m_.pool.barrier.wait();
+        std::optional<AmxScope> tiles;
+        if (amx_) tiles.emplace();
         for (size_t i; (i = next_tile_++) < w_.tiles_todo.size();) {
             const TileItem& item = w_.tiles_todo[i];
             const size_t tokens = round_up(b_.context_lens[item.sequence], 32);
             bf16 *keys, *values;
             packed(item, tokens, &keys, &values);
             attend_tile(s, w_.q + item.row * s.heads * s.padded(), item.count, item.kv_head, item.seen, keys, values,
-                        tokens, w_.tiles[thread], w_.attention + item.row * s.heads * s.dim);
+                        tokens, amx_, w_.tiles[thread], w_.attention + item.row * s.heads * s.dim);
         }
     }
 
@@ -215,12 +221,12 @@ class Step {
         const size_t n = s.heads * s.dim, start = w_.span_start[row], count = w_.span_start[row + 1] - start;
         float* x = w_.attention + row * n;
         if (count) join_spans(s, w_.partials + start * s.heads * s.partial(), count, x);
-        store_operand(x, n, m_.quantised(), w_.attended + to * w_.attended_stride, w_.scales + to);
+        store_operand(x, n, operand_, w_.attended + to * w_.attended_stride, w_.scales + to);
     }
 
     void add_to_hidden(const Matrix& matrix, const float* bias, const uint16_t* data, size_t stride, const Rows& rows,
                        int thread, int threads) {
-        multiply(matrix, {data, w_.scales, stride}, rows.count, thread, threads,
+        multiply(matrix, {data, w_.scales, stride, amx_}, rows.count, thread, threads,
                  [&](size_t i, size_t p, __m512 low, __m512 high) {
                      float* out = w_.hidden + rows[i] * w_.hidden_stride + p * PANEL;  // whole panels fit a row
                      if (bias) {
@@ -237,7 +243,7 @@ class Step {
         const size_t n = m_.shape.intermediate;
         const float* bias = layer.gate_up_bias;
         const bool wide = m_.quantised();
-        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride}, rows, thread, threads,
+        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride, amx_}, rows, thread, threads,
                  [&](size_t row, size_t p, __m512 gate, __m512 up) {
                      if (bias) {
                          gate = _mm512_add_ps(gate, _mm512_loadu_ps(bias + p * PANEL));
@@ -265,7 +271,7 @@ class Step {
             best[i] = _mm512_set1_ps(-__builtin_inff()), ids[i] = _mm512_setzero_si512(), broken[i] = 0;
         }
         m_.pool.barrier.wait();
-        const Activations x{w_.last, w_.logit_scales, w_.normed_stride};
+        const Activations x{w_.last, w_.logit_scales, w_.normed_stride, amx_};
         multiply(m_.head, x, wanted, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
             take_logits(i, p, low, high, 0, m_.head.rows, best, ids, broken);
         });
@@ -276,10 +282,10 @@ class Step {
             });
             m_.pool.barrier.wait();
             for (size_t i = first; i < last; ++i)
-                store_operand(w_.qkv + i * w_.qkv_stride, rank, m_.quantised(), w_.normed + i * w_.normed_stride,
+                store_operand(w_.qkv + i * w_.qkv_stride, rank, operand_, w_.normed + i * w_.normed_stride,
                               w_.scales + i);
             m_.pool.barrier.wait();
-            multiply(m_.tail_left, {w_.normed, w_.scales, w_.normed_stride}, wanted, thread, threads,
+            multiply(m_.tail_left, {w_.normed, w_.scales, w_.normed_stride, amx_}, wanted, thread, threads,
                      [&](size_t i, size_t p, __m512 low, __m512 high) {
                          take_logits(i, p, low, high, m_.head.rows, m_.shape.vocab, best, ids, broken);
                      });
@@ -330,6 +336,9 @@ class Step {
     OvfHook hook_;
     Workspace& w_;
     SpanFunction span_;
+    // For all of a step's products alike: which rows its last layer goes on with must not show in their bits.
+    const bool amx_ = m_.amx && b_.tokens >= AMX_FROM;
+    const Operand operand_ = !m_.quantised() ? Operand::BF16 : amx_ ? Operand::INT16_BYTES : Operand::INT16;
     std::atomic<bool> aborted_{false};
     alignas(64) std::atomic<size_t> next_span_{0};
     alignas(64) std::atomic<size_t> next_pack_{0};

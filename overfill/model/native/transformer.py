@@ -41,7 +41,8 @@ def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 def fastest(model: Transformer) -> Model:
     """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
-        log.info("native kernels, %s weights", "int8" if model.quantize == "int8" else "bfloat16")
+        weights = "int8" if model.quantize == "int8" else "bfloat16"
+        log.info("native kernels, %s weights, %s AMX", weights, "with" if library.has_amx() else "without")
         return NativeTransformer(model)
     return model
 
@@ -49,11 +50,14 @@ def fastest(model: Transformer) -> Model:
 class NativeTransformer:
     """Takes ``model`` over, which cannot run any more. Several threads may call ``forward``; one waits for the other.
 
+    Args:
+        amx: whether steps of many tokens use AMX tiles where there are any; tests compare both.
+
     Raises:
         InternalError: the kernels do not run here; ``fastest`` asks first.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, amx: bool = True) -> None:
         library_ = library.load()
         if library_ is None:
             raise InternalError("the native kernels do not run here")
@@ -82,6 +86,7 @@ class NativeTransformer:
             head_tokens=config.head_tokens,
             tail_rank=config.tail_rank,
             quantised=isinstance(weights.head, Int8Matrix),
+            amx=amx,
             norm_eps=config.rms_norm_eps,
         )
         embedding = 0 if self._embedding is None else self._embedding.data_ptr()

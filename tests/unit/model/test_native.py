@@ -44,8 +44,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
 PROMPT = torch.randint(0, 193, (400,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-def load(folder: Path, quantize: str = "none") -> NativeTransformer:
-    model = fastest(Transformer.load(folder, torch.bfloat16, CPU, quantize=quantize))
+on_both_units = pytest.mark.parametrize(
+    "amx", [False, pytest.param(True, marks=pytest.mark.skipif(not library.has_amx(), reason="no AMX here"))]
+)
+
+
+def load(folder: Path, quantize: str = "none", amx: bool | None = None) -> NativeTransformer:
+    loaded = Transformer.load(folder, torch.bfloat16, CPU, quantize=quantize)
+    model = fastest(loaded) if amx is None else NativeTransformer(loaded, amx=amx)
     assert isinstance(model, NativeTransformer)
     return model
 
@@ -58,45 +64,48 @@ def through(run) -> torch.Tensor:
     return torch.cat(logits)
 
 
+@on_both_units
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_nearer_to_float32_than_those_of_the_reference(
-    name: str, threads: int, save_model, runner, tmp_path: Path
+    name: str, threads: int, amx: bool, save_model, runner, tmp_path: Path
 ) -> None:
     """Both round to bfloat16, at different places, so neither is the other's to the last bit."""
     save_model(CONFIGS[name])
     exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU), 256))
     eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU), 256))
     torch.set_num_threads(threads)
-    native = through(runner(load(tmp_path), 256))
+    native = through(runner(load(tmp_path, amx=amx), 256))
 
     error = (native - exact).abs()
     assert error.mean() <= 1.05 * (eager - exact).abs().mean()
     assert error.max() <= 0.15 * exact.std()
 
 
+@on_both_units
 @pytest.mark.parametrize("name", CONFIGS)
-def test_int8_weights_add_no_error_of_their_own(name: str, save_model, runner, tmp_path: Path) -> None:
+def test_int8_weights_add_no_error_of_their_own(name: str, amx: bool, save_model, runner, tmp_path: Path) -> None:
     """Held against the same rounded weights in float32."""
     save_model(CONFIGS[name])
     exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU, quantize="int8"), 256))
     eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU, quantize="int8"), 256))
-    native = through(runner(load(tmp_path, "int8"), 256))
+    native = through(runner(load(tmp_path, "int8", amx), 256))
 
     error = (native - exact).abs()
     assert error.mean() <= 1.05 * (eager - exact).abs().mean()
     assert error.max() <= 0.15 * exact.std()
 
 
+@on_both_units
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
-    threads: int, quantize: str, save_model, runner, tmp_path: Path
+    threads: int, quantize: str, amx: bool, save_model, runner, tmp_path: Path
 ) -> None:
     """Logits of any rows, in any order, are bit for bit those that they are among all rows'; so is what follows."""
     save_model(CONFIGS["biases"])
     torch.set_num_threads(threads)
-    model = load(tmp_path, quantize)
+    model = load(tmp_path, quantize, amx)
     every, run = runner(model, 256), runner(model, 256)
     whole = [every.step({"a": PROMPT[:50]}), every.step({"a": PROMPT[50:90], "b": PROMPT[:30]})]
 
@@ -109,12 +118,30 @@ def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
     assert torch.equal(run.step({"a": [PROMPT[90]]}), every.step({"a": [PROMPT[90]]}))
 
 
-def test_a_sequence_of_nan_keeps_to_itself(save_model, runner, tmp_path: Path) -> None:
+@pytest.mark.skipif(not library.has_amx(), reason="no AMX here")
+@pytest.mark.parametrize("hidden", [32, 33, 63, 66, 98])
+def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
+    hidden: int, save_model, runner, tmp_path: Path
+) -> None:
+    """Up to 8 new tokens of a sequence, so that products are all that tiles compute: int8's sums are whole numbers."""
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden + 31, "num_hidden_layers": 1}
+    save_model(Qwen2Config(**SHAPE | sizes))
+    models = {(kind, amx): load(tmp_path, kind, amx) for kind in ("none", "int8") for amx in (False, True)}
+    for rows in (16, 17, 31, 32, 33, 48, 49, 65):
+        new = {str(i): PROMPT[i : i + min(8, rows - i)] for i in range(0, rows, 8)}
+        logits = {key: runner(model, 32).step(new) for key, model in models.items()}
+        assert torch.equal(logits["int8", True], logits["int8", False])
+        spread = logits["none", False].std().item()
+        torch.testing.assert_close(logits["none", True], logits["none", False], atol=0.05 * spread, rtol=0)
+
+
+@on_both_units
+def test_a_sequence_of_nan_keeps_to_itself(amx: bool, save_model, runner, tmp_path: Path) -> None:
     """As a failed neighbour leaves it behind; blocks that nobody owns are NaN anyway (see the runner)."""
     save_model(CONFIGS["llama"])
-    run = runner(load(tmp_path), 256)
+    run = runner(load(tmp_path, amx=amx), 256)
     run.step({"a": PROMPT[:50], "b": PROMPT[:60]})
-    alone = runner(load(tmp_path), 256)
+    alone = runner(load(tmp_path, amx=amx), 256)
     alone.step({"a": PROMPT[:50]})
     bad = torch.tensor(run._tables["b"])
     run.cache.k[:, bad] = run.cache.v[:, bad] = float("nan")
