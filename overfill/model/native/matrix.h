@@ -21,7 +21,7 @@ constexpr size_t STRIP = 192;    // activation rows that stay in the second-leve
 constexpr size_t STEP_BYTES = 4 * PANEL;
 constexpr size_t ROW_UNIT = 64;  // operands' rows are zero up to a multiple of it: AMX reads as far
 constexpr size_t AMX_BLOCK = 32; // rows of operands that AMX reads at once: there must be as many, whatever they hold
-constexpr size_t AMX_STRIP_BYTES = 1 << 19;  // of operands that stay in the second-level cache while the panels pass
+constexpr size_t AMX_STRIP_BYTES = 1 << 20;  // of operands that stay in the second-level cache while the panels pass
 
 struct Matrix {
     size_t rows = 0, cols = 0;
@@ -170,7 +170,9 @@ void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t fi
     const size_t steps = w.steps(), bytes = w.panel_bytes(), rest = steps % AMX_STEPS, whole = steps - rest;
     const size_t loads = (steps + AMX_STEPS - 1) / AMX_STEPS, stride = a.stride * sizeof(uint16_t);
     const size_t height = w.int8 ? AMX_ROWS : AMX_BLOCK;
-    const size_t strip_rows = std::max(AMX_STRIP_BYTES / stride / AMX_BLOCK, size_t{1}) * AMX_BLOCK;
+    // Strips of equal height: the last one would otherwise be too low to wait for the panels with.
+    const size_t strips = (count * stride + AMX_STRIP_BYTES - 1) / AMX_STRIP_BYTES;
+    const size_t strip_rows = round_up((count + strips - 1) / strips, AMX_BLOCK);
     alignas(64) char end[AMX_STEPS * STEP_BYTES] = {};  // what is behind a panel's last whole tile, and zeros
     alignas(64) float out[AMX_BLOCK * PANEL];
     for (size_t strip = 0; strip < count; strip += strip_rows) {
