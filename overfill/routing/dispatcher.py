@@ -116,14 +116,17 @@ class Dispatcher:
         """Jobs that are not finished."""
         return len(self._jobs)
 
-    def admit(self, priority: int, key: str, now: float, deadline: float | None) -> None:
+    def admit(self, priority: int, key: str, now: float, deadline: float | None, *, begun: bool = False) -> None:
         """Whether a new job would be taken now; cheap, for before anything else is done about it.
+
+        Args:
+            begun: its client has part of the answer.
 
         Raises:
             Overloaded: it would not; says when to try again.
         """
         line = self._decode_line
-        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline)
+        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
@@ -134,9 +137,7 @@ class Dispatcher:
         """
         if error := self._too_large(job):
             raise error
-        # An answer that another router has begun is not to end here because of a full queue.
-        if not job.resumed:
-            self.admit(job.priority, job.key, now, job.deadline)
+        self.admit(job.priority, job.key, now, job.deadline, begun=bool(job.emitted))
         self._jobs.add(job)
         self._wait(job, now)
 

@@ -26,10 +26,10 @@ class Gate:
         self._grants: dict[Job, Grant] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def admit(self, priority: int, key: str, time_left: float | None) -> None:
+    def admit(self, priority: int, key: str, time_left: float | None, *, begun: bool = False) -> None:
         """Whether a new job would be taken now; raises Overloaded. See ``Dispatcher.admit``."""
         now = self._now()
-        self._dispatcher.admit(priority, key, now, None if time_left is None else now + time_left)
+        self._dispatcher.admit(priority, key, now, None if time_left is None else now + time_left, begun=begun)
 
     def submit(self, job: Job) -> Grant:
         """Grants a decode worker. Raises PromptTooLong or Overloaded at once."""

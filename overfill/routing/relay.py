@@ -128,7 +128,6 @@ class Relay:
             id=request.id,
             prompt_tokens=len(request.prompt_token_ids),
             max_tokens=request.sampling.max_tokens,
-            resumed=bool(request.emitted_token_ids),
             emitted=len(request.emitted_token_ids),
             priority=request.priority,
             key=request.key,

@@ -434,7 +434,12 @@ async def test_a_full_queue_refuses(tiny_pair):
         await until(lambda: stack.router.dispatcher.num_waiting)
         with pytest.raises(Overloaded):
             await client.generate(PROMPT, sampling=greedy())
+        resumed = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20]))
+        await until(lambda: stack.router.dispatcher.num_waiting == 2)
+        with pytest.raises(Overloaded):
+            await client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20])
         waiting.cancel()
+        resumed.cancel()
         await stack.idle()
 
 

@@ -70,12 +70,24 @@ def test_waiting_requests_are_served_in_order(roster, dispatcher, add_worker):
     assert placed(dispatcher.poll(0.0)) == [("a", "d0"), ("b", "d0"), ("c", "d0")]
 
 
-def test_resumed_work_goes_before_new_work(roster, dispatcher, add_worker):
+def test_what_a_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
     add_worker(roster, "p0", PREFILL)
-    dispatcher.submit(job("new"), 0.0)
-    dispatcher.submit(job("resumed", resumed=True), 1.0)
-    add_worker(roster, "d0", credits=1)
-    assert placed(dispatcher.poll(1.0)) == [("resumed", "d0")]
+    dispatcher.submit(job("new", prompt=10, key="a"), 0.0)
+    dispatcher.submit(job("begun", priority=1, emitted=1, key="b"), 0.0)
+    dispatcher.submit(job("begun too", emitted=1, key="a"), 0.0)
+    dispatcher.submit(job("another", key="c"), 0.0)
+    add_worker(roster, "d0", credits=4)
+    assert [name for name, _ in placed(dispatcher.poll(1.0))] == ["new", "another", "begun too", "begun"]
+
+
+def test_what_clients_resume_finds_a_full_queue_open_but_not_an_endless_one(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    for name in "abc":
+        dispatcher.submit(job(name), 0.0)
+    for name in "def":
+        dispatcher.submit(job(name, emitted=1), 0.0)
+    with pytest.raises(Overloaded, match="6 requests are waiting"):
+        dispatcher.submit(job("g", emitted=1), 0.0)
 
 
 def test_a_refused_request_goes_to_the_front_and_the_worker_is_left_alone_until_it_reports(
@@ -348,8 +360,8 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.submit(job("resumed", resumed=True, deadline=now + 0.3), now)
-    dispatcher.admit(-1, "", now, now + 0.5)  # only the resumed one goes before an urgent one
+    dispatcher.admit(0, "", now, now + 0.3, begun=True)
+    dispatcher.admit(-1, "", now, now + 0.3)  # nobody goes before an urgent one
 
 
 def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
@@ -508,20 +520,20 @@ class Dispatching(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 400),
         answer=st.integers(1, 200),
-        resumed=st.booleans(),
+        emitted=st.sampled_from([0, 0, 1]),
         priority=st.sampled_from([0, 0, 1, -1]),
         key=st.sampled_from(["", "other"]),
         deadline=st.none() | st.floats(0, 10),
         blocks=st.lists(st.integers(0, 9), max_size=4, unique=True),
     )
-    def submit(self, prompt, answer, resumed, priority, key, deadline, blocks):
+    def submit(self, prompt, answer, emitted, priority, key, deadline, blocks):
         if deadline is not None:
             deadline += self.now
         job = Job(
             str(next(self.ids)),
             prompt,
             answer,
-            resumed=resumed,
+            emitted=emitted,
             priority=priority,
             key=key,
             deadline=deadline,

@@ -82,8 +82,8 @@ class World:
         worker = roster.find(model.name)
         model.demands[router] = Demand(worker.in_flight, dispatcher.queued(model.stage))
 
-    def submit(self, router, prompt, answer, resumed):
-        job = Job(str(next(self.ids)), prompt, answer, resumed=resumed)
+    def submit(self, router, prompt, answer):
+        job = Job(str(next(self.ids)), prompt, answer)
         try:
             self.routers[router][1].submit(job, self.now)
         except (Overloaded, PromptTooLong):
@@ -164,7 +164,7 @@ def test_every_request_is_answered_or_refused_whatever_routers_and_workers_do(nu
         job = data.draw(st.sampled_from(list(world.jobs))) if world.jobs else None
         match data.draw(st.sampled_from(EVENTS)):
             case "submit":
-                world.submit(router, data.draw(st.integers(1, 300)), data.draw(st.integers(1, 100)), False)
+                world.submit(router, data.draw(st.integers(1, 300)), data.draw(st.integers(1, 100)))
                 submitted += 1
             case "advance" if job is not None:
                 world.advance(job)
