@@ -205,8 +205,7 @@ class Dispatcher:
     def finish(self, job: Job) -> None:
         """Forgets the job and frees what it holds, in any state, any number of times."""
         if job in self._jobs:
-            # Less than it might have written: its key is given the rest back.
-            self._decode_line.used_less(job, job.max_tokens - job.emitted if job.emitted else job.share_tokens)
+            self._decode_line.used_less(job, max(0, job.charged - job.used_tokens))
         self._detach(job)
         job.state = JobState.FINISHED
         self._jobs.discard(job)

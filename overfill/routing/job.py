@@ -32,6 +32,7 @@ class Job:
         key: whose share of the stack it takes; "" is one of them.
         deadline: on the caller's clock, or None.
         block_keys: keys of the prompt's blocks, for a block size (``kv.keys.PromptKeys``); None: not known.
+        charged: tokens of its key's share that it was charged with.
         waiting_since: when it last began to wait for a decode worker, seconds.
         decode, prefill: the workers on which it counts now.
         avoid: workers that failed it; tried again only when there is no other.
@@ -47,6 +48,7 @@ class Job:
     deadline: float | None = None
     block_keys: Callable[[int], Iterator[int]] | None = None
     state: JobState = JobState.NEW
+    charged: int = field(default=0, init=False)
     waiting_since: float = 0.0
     placed_at: float | None = None
     decode: Worker | None = None
@@ -65,5 +67,10 @@ class Job:
 
     @property
     def share_tokens(self) -> int:
-        """What its key is charged with when it comes; what it did not write is given back when it ends."""
+        """What its key is charged with when it comes; what it did not use is given back when it ends."""
         return self.total_tokens
+
+    @property
+    def used_tokens(self) -> int:
+        """What it used of that so far: nothing before its first token here."""
+        return self.prompt_tokens + self.emitted if self.emitted and self.placed_at is not None else 0

@@ -21,6 +21,8 @@ class Waiting(Protocol):
     priority: int
     key: str
 
+    charged: int
+
     @property
     def reserve_tokens(self) -> int:
         """Tokens for which a worker must have room; the same for as long as the job is in the line."""
@@ -97,9 +99,6 @@ class Line(Generic[J]):
         """Room that the smallest job wants, in tokens; 0 when nobody waits."""
         return self._needs[0] if self._needs else 0
 
-    def first(self) -> J | None:
-        return self._order[0][1] if self._order else None
-
     def waiting(self, priority: int) -> int:
         """New jobs of that priority."""
         return self._classes.get(priority, 0)
@@ -114,7 +113,8 @@ class Line(Generic[J]):
         self._count += 1
         tag = 0.0
         if self._fair and not job.resumed:
-            tag = self._shares.setdefault(job.priority, Shares()).tag(job.key, job.share_tokens)
+            job.charged = job.share_tokens
+            tag = self._shares.setdefault(job.priority, Shares()).tag(job.key, job.charged)
         self._add(job, (not job.resumed, job.priority, 1, tag, self._count))
 
     def push_front(self, job: J) -> None:

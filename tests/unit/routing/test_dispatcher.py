@@ -9,6 +9,7 @@ from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
+from overfill.routing.line import Line
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
@@ -309,6 +310,24 @@ def test_what_a_key_did_not_write_is_given_back_to_it(roster, add_worker):
     assert placed(dispatcher.poll(0.0)) == [("b", "d0")]
     assert worker.credits_left == 0
     assert [j.id for j in dispatcher.waiting()] == ["a2", "b2"], "15 tokens used, not 1010"
+
+
+def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
+    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
+    for index in range(3):  # resumed by its client, and given up before its turn
+        given_up = job(f"gone{index}", prompt=100, answer=1000, key="a", emitted=500)
+        dispatcher.submit(given_up, 0.0)
+        dispatcher.finish(given_up)
+    dispatcher.submit(job("a", prompt=10, answer=20, key="a"), 0.0)
+    dispatcher.submit(job("b", prompt=10, answer=10, key="b"), 0.0)
+    dispatcher.submit(job("a2", prompt=10, answer=10, key="a"), 0.0)
+    dispatcher.submit(job("b2", prompt=10, answer=10, key="b"), 0.0)
+    assert [j.id for j in dispatcher.waiting()] == ["a", "b", "b2", "a2"], "as if the others had never been"
+    moved = Line()
+    moved_job = job("moved", key="a")
+    moved_job.resumed = True
+    moved.append(moved_job)
+    assert moved_job.charged == 0, "so nothing can be given back for it"
 
 
 def drained(roster, dispatcher, add_worker, make_report, per_second, until):
