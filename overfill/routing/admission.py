@@ -9,7 +9,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from overfill.errors import Overloaded
+from overfill.errors import InvalidRequest, Overloaded
 
 MOST_RETRY_AFTER = 60.0
 """Seconds that a client is told to wait at most."""
@@ -152,33 +152,41 @@ class KeyLimits:
     def __init__(self) -> None:
         self._usage: dict[str, _Usage] = {}
 
-    def check(self, key: str, limits: Limits, now: float) -> None:
-        """Whether a request of ``key`` may begin now. Raises Overloaded: it is one too many."""
+    def check(self, key: str, limits: Limits, now: float, count: int = 1) -> None:
+        """Whether ``count`` requests of ``key`` may begin together now.
+
+        Raises:
+            InvalidRequest: so many never may.
+            Overloaded: they are too many now.
+        """
         usage = self._usage.setdefault(key, _Usage())
-        if limits.concurrency is not None and usage.running >= limits.concurrency:
+        burst = math.inf if limits.rate is None else max(1.0, limits.rate)
+        most = min(burst, math.inf if limits.concurrency is None else limits.concurrency)
+        if count > most:
+            raise InvalidRequest("n", f"asks for {count} answers, each a request; API key {key!r} may have {int(most)}")
+        if limits.concurrency is not None and usage.running + count > limits.concurrency:
             raise Overloaded(
                 f"API key {key!r} has {usage.running} requests running, the most that it may",
                 _UNKNOWN,
                 "key_concurrency",
             )
         if limits.rate is not None:
-            burst = max(1.0, limits.rate)
             passed = burst if usage.at is None else (now - usage.at) * limits.rate
             usage.tokens, usage.at = min(burst, usage.tokens + passed), now
-            if usage.tokens < 1:
+            if usage.tokens < count:
                 raise Overloaded(
                     f"API key {key!r} may ask {limits.rate:g} times a second",
-                    _retry_after((1 - usage.tokens) / limits.rate),
+                    _retry_after((count - usage.tokens) / limits.rate),
                     "key_rate",
                 )
 
-    def enter(self, key: str, limits: Limits, now: float) -> None:
-        """A request of ``key`` begins; ``leave`` must follow. Raises as ``check``."""
-        self.check(key, limits, now)
+    def enter(self, key: str, limits: Limits, now: float, count: int = 1) -> None:
+        """``count`` requests of ``key`` begin; as many ``leave`` must follow. Raises as ``check``."""
+        self.check(key, limits, now, count)
         usage = self._usage[key]
-        usage.running += 1
+        usage.running += count
         if limits.rate is not None:
-            usage.tokens -= 1
+            usage.tokens -= count
 
     def leave(self, key: str) -> None:
         """A request of ``key`` has ended."""

@@ -25,8 +25,8 @@ class Job:
     Attributes:
         id: of the request, for messages.
         prompt_tokens, max_tokens: tokens of the prompt, and most tokens of the answer.
-        resumed: whether this router has had it on a worker before; then it goes before new work. What a client says that
-            another router has begun is new here: anybody could say so.
+        resumed: whether this router has had it on a worker before; then it goes before new work. What a client says
+            that another router has begun is new here: anybody could say so.
         emitted: tokens of the answer so far.
         priority: the smaller goes first.
         key: whose share of the stack it takes; "" is one of them.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from overfill import logs, tracing
 from overfill.api.chat import encode_chat
@@ -34,6 +35,20 @@ from services.router.text import AnswerText
 
 LONG_REQUEST = 16 << 10
 """Bytes from which on a request is tokenized in a thread, so that the streams of others go on meanwhile."""
+
+
+class Start(Protocol):
+    """Queues a request."""
+
+    def __call__(self, checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
+        """
+        Args:
+            received: when it came, seconds on the event loop's clock.
+            time_left: seconds until its deadline; None without one.
+
+        Raises:
+            PromptTooLong, Overloaded: it cannot be queued.
+        """
 
 
 class Generator:
@@ -107,28 +122,33 @@ class Generator:
         )
 
     async def check(
-        self, request: inference_pb2.GenerateRequest, caller: ApiKey | None = None, time_left: float | None = None
+        self,
+        request: inference_pb2.GenerateRequest,
+        caller: ApiKey | None = None,
+        time_left: float | None = None,
+        answers: int = 1,
     ) -> GenerationRequest:
         """``request``, ready to be started. What has no place is refused before any work is done for it.
 
         Args:
             caller: the key that it came with; None where no keys are wanted.
             time_left: seconds until its deadline; None without one.
+            answers: that are to be started together, each of which counts as a request of its key.
 
         Raises:
             ShuttingDown, ModelNotFound, InvalidRequest, Overloaded: it is not taken.
         """
         with self.metrics.refusing():
-            return await self._check(request, caller, time_left)
+            return await self._check(request, caller, time_left, answers)
 
     async def _check(
-        self, request: inference_pb2.GenerateRequest, caller: ApiKey | None, time_left: float | None
+        self, request: inference_pb2.GenerateRequest, caller: ApiKey | None, time_left: float | None, answers: int
     ) -> GenerationRequest:
         self._check_open(request.model)
         self._check_size(request.ByteSize())
         check_priority(request.priority)
         if caller is not None:
-            self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time())
+            self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
         begun = bool(request.resume_token_ids)
         self._gate.admit(_priority(request.priority, caller), _name(caller), time_left, begun=begun)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
@@ -136,19 +156,34 @@ class Generator:
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
-    def start(
-        self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None = None
-    ) -> Generation:
-        """Queues a request.
-
-        Args:
-            received: when it came, seconds on the event loop's clock.
-            time_left: seconds until its deadline; None without one.
-            caller: the key that it came with; None where no keys are wanted.
+    @contextmanager
+    def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[Start]:
+        """Gives what queues a request, good for so many. They count against their key's limits together, before the
+        first is queued; those that are not queued within the block do not count as running.
 
         Raises:
-            PromptTooLong, Overloaded: it cannot be queued.
+            InvalidRequest, Overloaded: they are more than the key may have.
         """
+        left = answers
+        if caller is not None:
+            with self.metrics.refusing():
+                self._limits.enter(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
+
+        def start(checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
+            nonlocal left
+            generation = self._start(checked, received, time_left, caller)
+            left -= 1
+            return generation
+
+        try:
+            yield start
+        finally:
+            for _ in range(left):
+                self._leave(caller)
+
+    def _start(
+        self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
+    ) -> Generation:
         logs.request_id.set(checked.request_id)
         tracing.current().set(request_id=checked.request_id, prompt_tokens=len(checked.prompt_token_ids))
         now = asyncio.get_running_loop().time()
@@ -182,13 +217,7 @@ class Generator:
             calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
         )
         with self.metrics.refusing():
-            if caller is not None:
-                self._limits.enter(caller.id, _limits(caller), now)
-            try:
-                relay.start()
-            except OverfillError:
-                self._leave(caller)
-                raise
+            relay.start()
         self.signals.arrived(len(checked.prompt_token_ids), now)
         self._running[relay] = caller
         self._idle.clear()

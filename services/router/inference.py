@@ -23,7 +23,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         received = asyncio.get_running_loop().time()
         key: Any = caller.get()  # an ApiKey: the router's gate knows no other holders
         checked = await self._generator.check(request, key, context.time_remaining())
-        async with self._generator.start(checked, received, context.time_remaining(), key) as generation:
+        with self._generator.starting(key) as start:
+            generation = start(checked, received, context.time_remaining())
+        async with generation:
             await context.write(_Response(accepted=generation.accepted))
             async for delta in generation:
                 await context.write(_Response(delta=delta))

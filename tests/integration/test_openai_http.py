@@ -291,6 +291,21 @@ def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path, mon
             time.sleep(0.1)
 
 
+def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair, tmp_path):
+    file = tmp_path / "keys.json"
+    key = {"authorization": f"Bearer {keys.create(file, 'ci', rate=2.0, concurrency=3)}"}
+    with mock_stack(tiny_pair, api_keys=file) as stack:
+        for n, prompts in ((3, ["x"]), (1, ["x", "y", "z"])):
+            body = json.dumps({"model": stack.router._generator.model, "prompt": prompts, "n": n, "max_tokens": 2})
+            status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
+            assert (status, json.loads(answer)["error"]["param"]) == (400, "n")
+        body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "n": 2, "max_tokens": 2})
+        status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
+        assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
+        idle(stack)
+        assert not any(usage.running for usage in stack.router._generator._limits._usage.values())
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
 def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

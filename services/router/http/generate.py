@@ -55,25 +55,28 @@ class Answers:
         """Queues every choice. Raises ApiError or OverfillError; nothing runs then."""
         asked, generator = self._asked, self._generator
         try:
-            for prompt, request in enumerate(asked.prompts):
-                checked = await generator.check(request, self._key)
-                for each in choices(checked, asked.n):
-                    generation = generator.start(each, received, None, self._key)
-                    self._running.append(await self._stack.enter_async_context(generation))
-                    self.choices.append(
-                        Choice(
-                            index=len(self.choices),
-                            envelope=self._envelope,
-                            seed=generation.accepted.seed,
-                            prompt_tokens=generation.accepted.prompt_tokens,
-                            logprobs=request.sampling.HasField("logprobs"),
-                            echo=self._echo(prompt),
-                        )
-                    )
+            total = len(asked.prompts) * asked.n
+            checked = [await generator.check(request, self._key, answers=total) for request in asked.prompts]
+            with generator.starting(self._key, total) as start:
+                for prompt, request in enumerate(checked):
+                    for each in choices(request, asked.n):
+                        generation = start(each, received, None)
+                        self._running.append(await self._stack.enter_async_context(generation))
+                        self.choices.append(self._choice(prompt, generation))
         except BaseException as error:
             self._failure = error
             await self.close()
             raise
+
+    def _choice(self, prompt: int, generation: Generation) -> Choice:
+        return Choice(
+            index=len(self.choices),
+            envelope=self._envelope,
+            seed=generation.accepted.seed,
+            prompt_tokens=generation.accepted.prompt_tokens,
+            logprobs=self._asked.prompts[prompt].sampling.HasField("logprobs"),
+            echo=self._echo(prompt),
+        )
 
     async def whole(self) -> dict[str, Any]:
         """The response, once every choice is complete. Raises OverfillError."""

@@ -1,6 +1,6 @@
 import pytest
 
-from overfill.errors import Overloaded
+from overfill.errors import InvalidRequest, Overloaded
 from overfill.routing.admission import Admission, DrainRate, KeyLimits, Limits
 
 
@@ -37,6 +37,18 @@ def test_a_key_has_its_requests_at_once():
     assert caught.value.retry_after is not None
     limits.leave("a")
     limits.enter("a", two, 0.0)
+
+
+def test_answers_that_come_together_are_taken_together_or_not_at_all():
+    limits = KeyLimits()
+    for limit in (Limits(concurrency=4), Limits(rate=4.5)):
+        limits.enter("a", limit, 0.0, 2)
+        with pytest.raises(Overloaded):
+            limits.enter("a", limit, 0.0, 3)
+        limits.enter("a", limit, 0.0, 2)
+        with pytest.raises(InvalidRequest, match=r"n: asks for 5 answers.* may have 4"):
+            limits.check("a", limit, 100.0, 5)
+        limits = KeyLimits()
 
 
 def test_nothing_is_known_of_a_queue_that_has_hardly_moved():
