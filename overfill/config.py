@@ -34,6 +34,7 @@ from overfill.kv.spec import DTypeName
 from overfill.logs import LogFormat
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, PolicyName
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
+from overfill.rpc.constants import MAX_DATA_STREAMS, SPARE_RPCS
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 
@@ -377,6 +378,12 @@ class WorkerConfig(ServiceConfig):
         "by default 60 on a GPU, and no limit on a CPU",
     )
 
+    @property
+    def max_rpcs(self) -> int:
+        """Most RPCs that it serves at once: what every sequence can take (one, and one per data stream of its prompt,
+        of which the other end decides), so that a full worker still answers probes."""
+        return self.max_num_seqs * (1 + MAX_DATA_STREAMS) + SPARE_RPCS
+
     @model_validator(mode="after")
     def _check_advertise(self) -> Self:
         if is_wildcard(re.sub(r"(?<=[^:]):\d+$", "", self.advertise) or self.host):
@@ -410,7 +417,9 @@ class DecodeConfig(WorkerConfig):
     cuda_graphs: Literal["on", "off"] = Field(
         "off", description="whether decode steps on a GPU are recorded and replayed as CUDA graphs"
     )
-    data_streams: int = Field(2, ge=1, le=64, description="parallel connections that carry a request's KV")
+    data_streams: int = Field(
+        2, ge=1, le=MAX_DATA_STREAMS, description="parallel connections that carry a request's KV"
+    )
 
 
 class RouterConfig(ServiceConfig):

@@ -29,7 +29,7 @@ from overfill.metrics_http import MetricsServer
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.pair.memory import freed_memory_kept
-from overfill.rpc.constants import MAX_WORKER_RPCS, WIRE_VERSION
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
@@ -178,7 +178,7 @@ async def serve_engine(
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
     )
-    server = RpcServer(config.server_tls(), MAX_WORKER_RPCS, gate=config.gate())
+    server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
     server.add(add_servicer, servicer, service)
     worker = WorkerHandle(
         load=lambda: worker_load(engine.load, config.block_size),

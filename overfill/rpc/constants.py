@@ -37,8 +37,11 @@ MAX_METADATA_BYTES: Final = 32 << 10
 MAX_CONNECTIONS: Final = 4096
 """Most connections that a gRPC server keeps at once."""
 
-MAX_WORKER_RPCS: Final = 1024
-"""Most RPCs that a worker serves at once; a sequence takes one, its prompt one and one per data stream."""
+MAX_DATA_STREAMS: Final = 64
+"""Most parallel connections that carry one prompt's KV."""
+
+SPARE_RPCS: Final = 256
+"""RPCs that a worker serves beside those of its sequences: probes, status, requests that it is about to refuse."""
 
 HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for a connection to become one: TLS and HTTP/2."""

@@ -47,6 +47,14 @@ def test_flags_are_kebab_case_and_typed() -> None:
     assert config.routers == ("a:1", "b:2", "dns:///c:3")
 
 
+@pytest.mark.parametrize("kind", [PrefillConfig, DecodeConfig])
+def test_a_full_batch_leaves_room_for_other_calls(kind: type[PrefillConfig] | type[DecodeConfig]) -> None:
+    widest = DecodeConfig.parse(["--pair", "p", "--data-streams", "64"]).data_streams
+    for sequences in (1, 64, 2048):
+        config = kind.parse(["--pair", "p", "--max-num-seqs", str(sequences)])
+        assert config.max_rpcs >= sequences * (1 + widest) + 100
+
+
 def test_variables_count_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_PAIR", "/pairs/x")
     monkeypatch.setenv("OVERFILL_DECODE_KV_MEMORY", "2GiB")

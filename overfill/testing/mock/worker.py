@@ -13,7 +13,7 @@ from overfill.config import WorkerConfig
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
 from overfill.pair.manifest import Pair
-from overfill.rpc.constants import MAX_WORKER_RPCS, WIRE_VERSION
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
@@ -67,7 +67,7 @@ class MockWorker:
         )
         self.draining = False
         self.drained = asyncio.Event()
-        self._server = RpcServer(config.server_tls(), MAX_WORKER_RPCS, gate=config.gate())
+        self._server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
         self._membership: Membership | None = None
         self._stage: Stage | None = None
 

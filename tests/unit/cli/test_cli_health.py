@@ -1,0 +1,50 @@
+"""``overfill health`` against a server of its kind, and against nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2_grpc
+
+from overfill.cli.main import main
+
+NOBODY = "127.0.0.1:1"
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Refuses, as a server does that has as many RPCs as it takes."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def Check(self, request: Any, context: Any) -> Any:
+        context.abort(self.code, "no more now")
+
+
+@pytest.fixture
+def full() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+def test_a_process_that_refuses_lives_but_is_not_ready(full: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", "--live", full]) == 0
+    assert main(["health", full]) == 1
+    assert "RESOURCE_EXHAUSTED: no more now" in capsys.readouterr().err
+
+
+def test_nobody_there_is_not_alive_and_the_next_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", "--live", NOBODY]) == 1
+    assert "overfill up" in capsys.readouterr().err
+
+
+def test_the_address_may_come_from_the_environment(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_ADDRESS", f"{full},{NOBODY}")
+    assert main(["health", "--live"]) == 0
