@@ -146,7 +146,7 @@ def up_command(
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
-    with _secret(settings) as settings:
+    with _secret(settings, tls) as settings:
         # Wrong settings are told before a pair is prepared, which can take minutes.
         make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls)
         options = RayOptions(
@@ -171,9 +171,13 @@ def up_command(
 
 
 @contextlib.contextmanager
-def _secret(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings`` with a secret for this stack alone, where clients show keys and nothing else would tell workers."""
-    if settings.get("api_keys") is None or settings.get("stack_secret") is not None:
+def _secret(settings: dict[str, Any], tls: Path | None) -> Iterator[dict[str, Any]]:
+    """``settings`` with a secret for this stack alone, where clients show keys and nothing else would tell workers.
+
+    It is on this machine only: a stack on several has certificates, which are enough.
+    """
+    certain = tls is not None or settings.get("tls_ca") is not None
+    if certain or settings.get("api_keys") is None or settings.get("stack_secret") is not None:
         yield settings
         return
     with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # which nobody else may look into

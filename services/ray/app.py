@@ -30,7 +30,7 @@ def check_reachable(host: str, machines: set[str]) -> None:
     if is_loopback(host) and len(machines) > 1:
         raise ValueError(
             f"settings.host {host} can be reached from its own machine only, and the cluster has {len(machines)}: "
-            "set host to 0.0.0.0, with tls_cert, tls_key and tls_ca"
+            "set host to 0.0.0.0, with api_keys, tls_cert, tls_key and tls_ca, files that every machine has"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_so
 def test_a_wrong_objective_is_told_here_and_not_in_serves_controller() -> None:
     with pytest.raises(ValueError, match="tfft: no such setting of the scaling policy"):
         serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
+
+
+def test_what_the_shipped_config_says_of_several_machines_is_enough(tmp_path: Path) -> None:
+    text = SHIPPED.read_text(encoding="utf-8")
+    (settings,) = re.findall(r"((?: +# \w+: \S+.*\n){3,})", text)
+    given = yaml.safe_load(re.sub(r"(?m)^ +# ", "", settings))
+    for name, value in given.items():
+        if name != "host":
+            (tmp_path / Path(value).name).touch()
+            given[name] = str(tmp_path / Path(value).name)
+    assert spec(settings=given).router_config().host == "0.0.0.0"
 
 
 def test_the_shipped_config_is_what_the_code_takes() -> None:
