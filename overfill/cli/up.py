@@ -34,6 +34,7 @@ from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceCo
 from overfill.config_file import BadConfigFile, flag_name
 from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT
 from overfill.rpc.access import Role
+from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 
@@ -59,7 +60,9 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 )  # fmt: skip
 @click.option("--api-keys", type=_FILE, help="Keys that clients must show; see `overfill keys`.")
 @click.option(
-    "--stack-secret", type=_FILE, help="Secret that processes show each other.  [default: with --api-keys, a new one]"
+    "--stack-secret",
+    type=_FILE,
+    help="Secret that processes show each other.  [default: with keys and no certificates, a new one]",
 )
 @click.option("--host", help="Address to listen on; all but loopback need --tls and --api-keys.  [default: 127.0.0.1]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
@@ -222,12 +225,14 @@ def make_plan(
     wrong, as the services do.
 
     Raises:
-        click.UsageError: two servers would get the same port, or certificates are given twice.
+        click.UsageError: two servers would get the same port, certificates are given twice, or the host is open to
+            other machines and something is missing for that.
         CertificatesError: the folder lacks some.
     """
     settings = settings | {"pair": pair.resolve()}
     of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
     host = settings.get("host") or "127.0.0.1"
+    _check_host(host, settings | of_router)
     free = free_ports(host, 2 * routers)  # at once, so that no two are the same
     ports = range(port, port + routers) if port else free[:routers]
     https: Iterable[int | None] = [None] * routers
@@ -268,6 +273,20 @@ def make_plan(
         mock,
         None if tls is None else _client_tls(role_files(tls.absolute(), Role.OPERATOR)),
     )
+
+
+def _check_host(host: str, settings: dict[str, Any]) -> None:
+    """All that an open host needs, at once; the services would name one thing after the other."""
+    given = _origins(RouterConfig, _flags(RouterConfig, settings))
+    needs = []
+    if not {"tls_cert", "tls_key", "tls_ca"} <= given.keys():
+        needs.append("--tls FOLDER (`overfill certs FOLDER` makes it)")
+    if "api_keys" not in given:
+        needs.append("--api-keys FILE (`overfill keys create NAME --file FILE` makes it)")
+    if needs and not is_loopback(host):
+        raise click.UsageError(
+            f"--host {host} is open to other machines: give {' and '.join(needs)}, or leave --host out"
+        )
 
 
 def _certificates(folder: Path | None, settings: dict[str, Any], role: Role) -> dict[str, Any]:
@@ -369,8 +388,8 @@ def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[s
         ca = plan.client_tls.ca
         option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
         option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
-    if plan.routers[0].api_keys is not None:
-        option += " --api-key YOURS"
+    # Not --api-key, which every user of the machine would see.
+    key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
     table.add_row("gRPC", ", ".join(addresses))
     if plan.openai_urls:
         table.add_row("OpenAI", ", ".join(plan.openai_urls))
@@ -379,9 +398,9 @@ def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[s
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
         table.add_row(stage, f"{describe_workers(stage)} ({dtype}CPU threads each: {workers[0].threads})")
-    table.add_row("try", f'overfill generate{option} "Why is the sky blue?"')
-    table.add_row("", f"overfill chat{option}")
-    table.add_row("", f"overfill status{option}")
+    table.add_row("try", f'{key}overfill generate{option} "Why is the sky blue?"')
+    table.add_row("", f"{key}overfill chat{option}")
+    table.add_row("", f"{key}overfill status{option}")
     if plan.openai_urls and plan.client_tls is None and plan.routers[0].api_keys is None:
         table.add_row("", f"curl {plan.openai_urls[0]}/models")
     table.add_row("stop", "ctrl-C")

@@ -171,9 +171,35 @@ def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
 
 def test_wrong_settings_are_told_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["up", "--pair", "/no/such/pair", "--host", "0.0.0.0"])
+        main(["up", "--pair", "/no/such/pair", "--metrics-port", "no-port"])
     assert caught.value.code == 2
-    assert "--tls-cert" in capsys.readouterr().err
+    assert "--metrics-port" in capsys.readouterr().err
+
+
+def test_all_that_an_open_host_needs_is_told_at_once_and_in_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--no-ray", "--pair", "/no/such/pair", "--host", "0.0.0.0"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "give --tls FOLDER (`overfill certs FOLDER` makes it) and --api-keys FILE (`overfill keys create" in message
+
+
+def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tmp_path: Path) -> None:
+    keys = {"api_keys": tmp_path / "keys.json"}
+    for settings, tls in ((keys, tmp_path), (keys | {"tls_ca": tmp_path / "ca.crt"}, None), ({}, None)):
+        with up._secret(settings, tls) as used:
+            assert used == settings
+    with up._secret(keys, None) as used:
+        assert len(used["stack_secret"].read_text(encoding="utf-8").strip()) == 64
+
+
+def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path: Path) -> None:
+    for name in ("keys.json", "secret"):
+        (tmp_path / name).touch()
+    made = plan(api_keys=tmp_path / "keys.json", stack_secret=tmp_path / "secret")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(up._welcome(made, ["127.0.0.1:7600"], lambda stage: "1"))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "OVERFILL_API_KEY=YOURS overfill status" in said
+    assert "--api-key" not in said
 
 
 def test_a_taken_port_is_named_and_nothing_starts(gather: Callable[..., Gathering]) -> None:
