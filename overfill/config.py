@@ -32,7 +32,7 @@ from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.kv.spec import DTypeName
 from overfill.logs import LogFormat
-from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, PolicyName
+from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
 from overfill.rpc.constants import MAX_DATA_STREAMS, SPARE_RPCS
 from overfill.rpc.server import is_loopback
@@ -435,7 +435,7 @@ class RouterConfig(ServiceConfig):
     expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
     expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
     prefill_policy: PolicyName = Field(PREFILL_DEFAULT, description="which prefill worker takes a prompt")
-    decode_policy: PolicyName = Field(DECODE_DEFAULT, description="which decode worker takes a request")
+    decode_policy: DecodePolicyName = Field(DECODE_DEFAULT, description="which decode worker takes a request")
     max_queue: int = Field(1024, ge=1, description="most waiting requests of one priority; more are refused")
     max_wait: float | None = Field(
         None,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT, PolicyName
+from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
 
 
 @click.command("route")
@@ -19,7 +19,7 @@ from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT,
     "--rate", type=click.FloatRange(1), default=10000.0, show_default=True, help="Requests per virtual second."
 )
 @click.option("--prefill-policy", type=click.Choice(list(POLICIES)), default=PREFILL_DEFAULT, show_default=True)
-@click.option("--decode-policy", type=click.Choice(list(POLICIES)), default=DECODE_DEFAULT, show_default=True)
+@click.option("--decode-policy", type=click.Choice(DECODE_POLICIES), default=DECODE_DEFAULT, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document per line on stdout.")
 def route_command(
     workers: str, requests: int, rate: float, prefill_policy: PolicyName, decode_policy: PolicyName, as_json: bool

@@ -32,7 +32,7 @@ from overfill.cli.up_config import OwnSettings, config_option
 from overfill.cluster.session import check_installed
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.config_file import BadConfigFile, flag_name
-from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT
+from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.rpc.access import Role
 from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls
@@ -76,7 +76,7 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--same-host", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
 @click.option("--prefix-cache", type=click.Choice(["on", "off"]), help="Keep prompts' KV for others.  [default: on]")
 @click.option("--prefill-policy", type=click.Choice(list(POLICIES)), help=f"[default: {PREFILL_DEFAULT}]")
-@click.option("--decode-policy", type=click.Choice(list(POLICIES)), help=f"[default: {DECODE_DEFAULT}]")
+@click.option("--decode-policy", type=click.Choice(DECODE_POLICIES), help=f"[default: {DECODE_DEFAULT}]")
 @click.option("--max-queue", help="Most waiting requests of one priority per router; more are refused.")
 @click.option("--max-wait", help="Seconds of waiting beyond which requests are refused at once.  [default: none]")
 @click.option("--grace-period", help="Seconds for running requests to finish at shutdown.  [default: 30]")

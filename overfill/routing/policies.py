@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.policy import LeastLoad, MostFreeKv, Policy, PowerOfTwo, RoundRobin
 
+DecodePolicyName = Literal["least-load", "power-of-two", "most-free-kv", "round-robin"]
+"""Decode workers say nothing of what they have cached, so there is no affinity to go by."""
+
 PolicyName = Literal["prefix-affinity", "least-load", "power-of-two", "most-free-kv", "round-robin"]
 
-PREFILL_DEFAULT: PolicyName = "prefix-affinity"
-DECODE_DEFAULT: PolicyName = "least-load"
+PREFILL_DEFAULT: Final[PolicyName] = "prefix-affinity"
+DECODE_DEFAULT: Final[DecodePolicyName] = "least-load"
+
+DECODE_POLICIES: tuple[DecodePolicyName, ...] = get_args(DecodePolicyName)
 
 POLICIES: dict[PolicyName, type[Policy]] = dict(
     zip(get_args(PolicyName), (PrefixAffinity, LeastLoad, PowerOfTwo, MostFreeKv, RoundRobin), strict=True)

@@ -8,7 +8,7 @@ from typing import get_args
 from overfill.errors import InvalidRequest
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT, PolicyName
+from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
 from overfill.routing.pool import Roster
 from overfill.simulate.traces import TraceRequest
 
@@ -20,7 +20,7 @@ _ROOT = root_key("", "", "")
 
 
 def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> Dispatcher:
-    """``policy``: one of ``NAMES``, for both stages.
+    """``policy``: one of ``NAMES``, for both stages where decode takes it.
 
     Raises:
         InvalidRequest: there is no such policy.
@@ -28,7 +28,7 @@ def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> D
     if policy not in NAMES:
         raise InvalidRequest("policy", f"must be one of {', '.join(NAMES)}, got {policy!r}")
     prefill: PolicyName = PREFILL_DEFAULT if policy == DEFAULT else policy  # type: ignore[assignment]
-    decode: PolicyName = DECODE_DEFAULT if policy == DEFAULT else policy  # type: ignore[assignment]
+    decode: PolicyName = policy if policy in DECODE_POLICIES else DECODE_DEFAULT
     return Dispatcher(roster, POLICIES[decode](seed), prefill_policy=POLICIES[prefill](seed), max_queue=max_queue)
 
 

@@ -1,9 +1,10 @@
 import pytest
 
+from overfill.config import RouterConfig
 from overfill.kv.keys import PromptKeys
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.job import Job
-from overfill.routing.policies import POLICIES
+from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
 from overfill.routing.pool import PREFILL, Pool, Roster
 from overfill.v1 import registry_pb2
@@ -155,6 +156,24 @@ def test_blocks_that_were_evicted_or_whose_worker_left_draw_nobody(affinity, mak
     pool.leave(pool.get("p2"))
     assert choose(pool, 40, prompt).id == "p0"
     pool.check(0.0)
+
+
+@pytest.mark.parametrize("name", DECODE_POLICIES)
+def test_prompts_that_begin_alike_spread_over_the_decode_workers(add_worker, name):
+    roster = Roster()
+    roster.decode.use(POLICIES[name](seed=3))
+    workers = [add_worker(roster, f"d{index}", credits=64, total=10_000) for index in range(4)]
+    for index in range(40):
+        job = Job(str(index), 64, 10, block_keys=lambda size: iter(range(4)))
+        chosen = next(roster.decode.policy.best(job))
+        roster.decode.place(chosen, job.reserve_tokens, roster.decode.policy.placed(job, chosen))
+    assert max(worker.in_flight for worker in workers) <= 20
+
+
+def test_decode_workers_which_say_nothing_of_their_caches_have_no_affinity():
+    assert set(POLICIES) - set(DECODE_POLICIES) == {"prefix-affinity"}
+    with pytest.raises(SystemExit):
+        RouterConfig.parse(["--pair", "p", "--decode-policy", "prefix-affinity"])
 
 
 def test_every_policy_has_a_name_and_orders_any_pool(add_worker):
