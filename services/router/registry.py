@@ -78,6 +78,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise Incompatible(
                 f"{info.id!r} is the id of a worker of the other stage; give one of its own", ["worker_id"]
             )
+        if previous is not None and self._elsewhere(previous, info):
+            logger.warning(
+                "refused a second worker %s: the first is at %s, this one at %s",
+                info.id,
+                previous.address,
+                info.address,
+            )
+            raise Incompatible(
+                f"{info.id!r} is the id of a worker at {previous.address}, which works; give one of its own",
+                ["worker_id"],
+            )
         worker = self._roster.join(info)
         if previous is not None and previous.incarnation != info.incarnation:
             self._connector.forget(previous)
@@ -127,6 +138,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             for info, address in list(self._metrics_addresses.values())
             if address
         ]
+
+    def _elsewhere(self, previous: WorkerInfo, info: WorkerInfo) -> bool:
+        """Whether ``previous`` works, and is another process than ``info``: two that took each other's place would do
+        so again and again."""
+        worker = self._roster.find(previous.id)
+        return (
+            worker is not None
+            and previous.incarnation != info.incarnation
+            and previous.address != info.address
+            and worker.alive(asyncio.get_running_loop().time())
+        )
 
     def _current(self, info: WorkerInfo, context: Context) -> bool:
         return self._streams.get(info.id, (None, None))[1] is context

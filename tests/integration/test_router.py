@@ -510,11 +510,27 @@ async def test_an_id_in_use_by_the_other_stage_is_refused_and_the_first_stays(st
     assert stack.router.roster.find(stack.first.hello.worker_id).info.stage == common_pb2.STAGE_DECODE
 
 
+async def test_a_second_worker_with_the_id_of_one_that_works_is_refused_and_the_first_stays(stack, client, caplog):
+    name = stack.first.hello.worker_id
+    incarnation = stack.first.hello.incarnation
+    for _ in range(2):
+        worker = await stack.add(name)
+        error = await worker.refusal.get()
+        assert error.fields == ("worker_id",)
+        assert stack.first.hello.address in str(error)
+    assert stack.router.roster.find(name).info.incarnation == incarnation
+    assert [r.levelname for r in caplog.records if "refused a second worker" in r.message] == ["WARNING"] * 2
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+    await (await stack.first.calls.get()).answer([20])
+    assert list((await asking).token_ids) == [20]
+
+
 async def test_a_restarted_worker_replaces_its_old_incarnation(stack, client):
     name = stack.first.hello.worker_id
+    await stack.first.kill()
     again = await stack.add(name)
-    await until(lambda: stack.router.roster.find(name).info.incarnation == again.hello.incarnation)
-    await until(lambda: stack.router.roster.find(name).credits_left)
+    key = (name, again.hello.incarnation)
+    await until(lambda: any(w.key == key and w.credits_left for w in stack.router.roster.workers()))
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     call = await again.calls.get()
     await call.answer([20, 21])
