@@ -346,7 +346,11 @@ class Generation:
             if isinstance(event, Finish):
                 finish, rest = event, text.finish()
                 continue
-            yield text.push(event)
+            delta = text.push(event)
+            if text.stop is not None:
+                # The worker stops now, not when the client has read this.
+                await relay.close()
+            yield delta
             now = loop.time()
             metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
             self._generator.recent.tokens(len(event.ids), now)
@@ -357,7 +361,6 @@ class Generation:
                 tracing.current().event("first token")
                 if relay.answer.timing.HasField("return_path_ns"):
                     relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)
-        # The worker stops now, not when the client has read everything.
         await relay.close()
         self._finished = _finished(relay, text, rest, finish, ttft_ns)
         self._failure = None

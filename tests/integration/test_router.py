@@ -276,6 +276,22 @@ async def test_a_stop_string_cuts_the_answer_and_cancels_the_worker(stack, clien
     assert answer.usage.completion_tokens == len(answer.token_ids) < len(ids)
 
 
+async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it_cut(stack, tokenizer):
+    generator = stack.router._generator
+    request = inference_pb2.GenerateRequest(sampling=greedy(64).to_proto(), stop=["END"])
+    request.token_ids.ids.extend(PROMPT)
+    checked = await generator.check(request)
+    with generator.starting() as start:
+        generation = start(checked, asyncio.get_running_loop().time(), None)
+    async with generation:
+        reading = asyncio.ensure_future(anext(aiter(generation)))
+        call = await stack.first.calls.get()
+        await call.reserve()
+        call.tokens(0, tokenizer.encode("one two END three"))
+        assert (await reading).text == "one two "
+        assert not stack.router.dispatcher.num_jobs
+
+
 async def test_a_refused_request_goes_to_another_worker(stack, client):
     second = await stack.add("d1")
     await stack.joined("p0", "d0", "d1")
