@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -176,7 +177,7 @@ async def serve_engine(
         config.step_timeout or (_CUDA_STEP_TIMEOUT if resolve_device(config.device).type == "cuda" else None),
         # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda: loop.call_soon_threadsafe(servicer.host.notify),
+        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
     server.add(add_servicer, servicer, service)

@@ -42,7 +42,8 @@ class EngineThread:
         step_timeout: seconds after which a step counts as stuck, in a driver or a device that does not answer; None
             lets steps take their time.
         on_stuck: called once, on a thread of its own: the engine's cannot be ended but with the process.
-        on_load_change: called on the engine's thread after ``load`` has changed.
+        on_load_change: called on the engine's thread after ``load`` has changed; told whether there is more room now,
+            for which somebody may wait.
 
     Attributes:
         load: snapshot after the last message or step.
@@ -56,7 +57,7 @@ class EngineThread:
         threads: int,
         step_timeout: float | None = None,
         on_stuck: Callable[[], object] = lambda: None,
-        on_load_change: Callable[[], object] = lambda: None,
+        on_load_change: Callable[[bool], object] = lambda roomier: None,
     ) -> None:
         self._core = core
         self._step_timeout = step_timeout
@@ -128,5 +129,5 @@ class EngineThread:
     def _publish_load(self) -> None:
         load = self._core.load()
         if load != self.load:
-            self.load = load
-            self._on_load_change()
+            before, self.load = self.load, load
+            self._on_load_change(load.roomier_than(before))

@@ -25,6 +25,19 @@ class Gate:
         self._dispatcher = dispatcher
         self._grants: dict[Job, Grant] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._moves = 0
+        self._moved = asyncio.Event()
+
+    @property
+    def moves(self) -> int:
+        """Grows whenever what waits, or what workers hold, may have changed."""
+        return self._moves
+
+    async def moved(self, since: int) -> None:
+        """Returns once ``moves`` is not ``since`` any more."""
+        while self._moves == since:
+            self._moved.clear()
+            await self._moved.wait()
 
     def admit(self, priority: int, key: str, time_left: float | None, *, begun: bool = False) -> None:
         """Whether a new job would be taken now; raises Overloaded. See ``Dispatcher.admit``."""
@@ -64,6 +77,7 @@ class Gate:
         """The first token has come: gives the prefill slot back, if the job holds one."""
         if job.prefill is not None:
             self._dispatcher.prefill_done(job, self._now())
+            self._move()
             self.poll()
 
     def finish(self, job: Job) -> None:
@@ -71,16 +85,20 @@ class Gate:
         self._dispatcher.finish(job)
         if (grant := self._grants.pop(job, None)) is not None:
             grant.cancel()
+        self._move()
         self.poll()
 
     def report(self, worker: Worker, report: registry_pb2.Report) -> None:
         """Takes a worker's report."""
         self._dispatcher.report(worker, report, self._now())
+        if self._dispatcher.num_waiting:
+            self._move()  # who waits for which stage depends on what there is
         self.poll()
 
     def poll(self) -> None:
         """Looks for placements; call it when a worker left."""
         for outcome in self._dispatcher.poll(self._now()):
+            self._move()
             grant = self._grants.pop(outcome.job, None)
             # A cancelled wait is followed by finish(), which frees what was granted too late.
             if grant is None or grant.done():
@@ -99,8 +117,13 @@ class Gate:
     def _grant(self, job: Job) -> Grant:
         grant: Grant = asyncio.get_running_loop().create_future()
         self._grants[job] = grant
+        self._move()
         self.poll()
         return grant
+
+    def _move(self) -> None:
+        self._moves += 1
+        self._moved.set()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -47,13 +47,11 @@ class Signals:
 
     def arrived(self, prompt_tokens: int, now: float) -> None:
         """A request was queued. ``now`` is in seconds, monotonic, as everywhere here."""
-        self._occupancy.sample(self._roster, now)
         tokens = max(1.0, prompt_tokens * (1 - self._found))
         self._add(arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
     def finished(self, answer: inference_pb2.Finished, now: float) -> None:
         """An answer is complete."""
-        self._occupancy.sample(self._roster, now)
         usage, timing = answer.usage, answer.timing
         self._add(
             finished=1,
@@ -75,7 +73,10 @@ class Signals:
             self._found = _FADE * self._found + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
     def read(self, now: float) -> dict[str, float]:
-        """All numbers: ``COUNTS``, ``<stage>_<field of PoolState>`` of what workers report, and the router's queue."""
+        """All numbers: ``COUNTS``, ``<stage>_<field of PoolState>`` of what workers report, and the router's queue.
+
+        To be called about once a second: what runs on the workers is sampled here.
+        """
         self._occupancy.sample(self._roster, now)
         numbers = dict(self._counts)
         for stage, pool in (("prefill", self._roster.prefill), ("decode", self._roster.decode)):
@@ -188,7 +189,12 @@ class _Occupancy:
 
     def sample(self, roster: Roster, now: float) -> None:
         """Takes down what the workers last reported."""
-        running = {w.id: w.report.load.running for w in roster.workers() if w.report is not None}
+        running = {
+            worker.id: worker.report.load.running
+            for pool in (roster.prefill, roster.decode)
+            for worker in pool
+            if worker.report is not None
+        }
         for worker, count in running.items():
             samples = self._samples.setdefault(worker, [(now, 0.0)])
             at, total = samples[-1]
@@ -202,12 +208,15 @@ class _Occupancy:
 
     def mean(self, worker: str, since: float, until: float) -> float:
         """Requests on ``worker`` on average, one at least."""
+        running = self._running.get(worker, 1)
         samples = self._samples.get(worker, [])
-        if len(samples) < 2 or until <= since:
-            return float(max(1, self._running.get(worker, 1)))
-        span = _at(samples, until) - _at(samples, since)
-        covered = min(until, samples[-1][0]) - max(since, samples[0][0])
-        return max(1.0, span / covered) if covered > 0 else float(max(1, self._running.get(worker, 1)))
+        since = max(since, samples[0][0]) if samples else until
+        if until <= since:
+            return float(max(1, running))
+        # As it was at the last sample until now.
+        at, total = samples[-1]
+        known = [*samples, (until, total + running * (until - at))] if until > at else samples
+        return max(1.0, (_at(known, until) - _at(known, since)) / (until - since))
 
 
 def _at(samples: Sequence[tuple[float, float]], time: float) -> float:

@@ -31,6 +31,9 @@ REPORT_INTERVAL = 1.0
 REPORT_GAP = 0.02
 """Seconds between reports at least; changes in between travel together."""
 
+PASSING_GAP = 0.2
+"""Seconds until a change is reported for which nobody waits; a busy worker has one with every step."""
+
 RESOLVE_INTERVAL = 5.0
 """Seconds between look-ups of a name."""
 
@@ -113,10 +116,13 @@ class Membership:
             else:
                 self._add(router, self._tls)
 
-    def notify(self) -> None:
-        """Something in the report has changed: it is sent soon."""
+    def notify(self, *, passing: bool = False) -> None:
+        """Something in the report has changed: it is sent soon, or, where that can wait, within ``PASSING_GAP``."""
         for link in self._links.values():
-            link.changed.set()
+            if passing:
+                link.change_later()
+            else:
+                link.changed.set()
 
     async def stop(self) -> None:
         """Leaves every router."""
@@ -218,6 +224,12 @@ class _Link:
         self._tls = tls
         self._prefix_keys = prefix_keys
         self.demand: Demand | None = None
+        self._later: asyncio.TimerHandle | None = None
+
+    def change_later(self) -> None:
+        """Sets ``changed`` in a while, unless a report comes first."""
+        if self._later is None:
+            self._later = asyncio.get_running_loop().call_later(PASSING_GAP, self.changed.set)
 
     async def keep_open(self) -> None:
         """Opens the stream whenever there is none. Raises Incompatible when the router refuses the worker."""
@@ -282,6 +294,9 @@ class _Link:
     async def _tell_reports(self, call: Any, feed: PrefixFeed | None) -> None:
         while True:
             self.changed.clear()
+            if self._later is not None:
+                self._later.cancel()
+                self._later = None
             report = self._report(self)
             if feed is not None and (delta := feed.take()) is not None:
                 report.prefix.CopyFrom(delta)

@@ -97,10 +97,10 @@ class WorkerHost:
             self._server.set_ready(False)
             self.notify()
 
-    def notify(self) -> None:
-        """Load has changed; tells the routers soon."""
+    def notify(self, *, passing: bool = False) -> None:
+        """Load has changed; tells the routers soon, or when it suits if that can wait (``passing``)."""
         if self._membership is not None:
-            self._membership.notify()
+            self._membership.notify(passing=passing)
 
     @property
     def address(self) -> str:

@@ -21,7 +21,7 @@ from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 logger = logging.getLogger(__name__)
 
 DEMAND_GAP = 0.05
-"""Seconds between looks at what this router needs of a worker that it shares."""
+"""Seconds between looks at what this router needs of a worker that it shares, while that changes."""
 
 
 class Expected:
@@ -97,7 +97,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
         logger.info("worker %s joined at %s", info.id, info.address)
         await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
-        telling = asyncio.create_task(self._tell_demand(worker, context))
+        telling: asyncio.Task[None] | None = None
         try:
             async for message in request_iterator:
                 if not message.HasField("report"):
@@ -105,10 +105,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 if not self._current(info, context):
                     return  # it has joined again meanwhile
                 self._gate.report(worker, message.report)
+                if telling is None and message.report.routers > 1:
+                    telling = asyncio.create_task(self._tell_demand(worker, context))
                 if message.report.ready:
                     self._expected.ready(info)
         finally:
-            telling.cancel()
+            if telling is not None:
+                telling.cancel()
             # Of two streams of one worker, the older one may end later.
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
@@ -120,16 +123,16 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 self._gate.poll()
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
-        """Tells the worker what this router would do with it, while it divides itself among several."""
+        """Tells the worker, which divides itself among several routers, what this one would do with it."""
         said: registry_pb2.Demand | None = None
         while True:
-            await asyncio.sleep(DEMAND_GAP)
-            if worker.report is None or worker.report.routers < 2:
-                continue
+            moves = self._gate.moves
             demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._gate.queued(worker.info.stage))
             if demand != said:
                 said = demand
                 await context.write(registry_pb2.JoinResponse(demand=demand))
+            await asyncio.sleep(DEMAND_GAP)
+            await self._gate.moved(moves)
 
     def targets(self) -> list[dict[str, Any]]:
         """Where the workers' metrics are, as Prometheus' ``http_sd_configs`` wants it. From any thread."""

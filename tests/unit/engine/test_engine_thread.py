@@ -1,6 +1,7 @@
 """An engine that is idle, or stopped, has lost no block; one that has ends."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,23 @@ def test_a_core_is_checked_once_each_time_it_falls_idle(core):
     assert core.checked.acquire(timeout=10), "and when it is stopped"
     assert not core.checked.acquire(blocking=False)
     assert engine.failure is None
+
+
+def test_only_more_room_is_worth_telling_at_once():
+    busy = EngineLoad(blocks_used=8, blocks_total=9, running=3, waiting=1)
+    for change in ({"blocks_used": 9}, {"running": 4, "waiting": 0}, {"waiting": 2}, {"blocks_cached": 1}):
+        assert not replace(busy, **change).roomier_than(busy)
+    for change in ({"blocks_used": 7}, {"running": 2}, {"waiting": 0}):
+        assert replace(busy, **change).roomier_than(busy)
+    told = []
+    core = Core()
+    engine = EngineThread(core, "e", 1, on_load_change=told.append)
+    core.load = lambda: EngineLoad(2, 8, 1, 0)
+    engine._publish_load()
+    core.load = lambda: EngineLoad(0, 8, 0, 0)
+    engine._publish_load()
+    engine._publish_load()
+    assert told == [False, True]
 
 
 def test_a_lost_block_ends_the_engine(core):

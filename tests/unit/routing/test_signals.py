@@ -6,7 +6,7 @@ import pytest
 
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.policy import LeastLoad
-from overfill.routing.pool import Roster
+from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, spread
 from overfill.v1 import common_pb2, inference_pb2
@@ -124,6 +124,16 @@ def test_arrivals_told_together_keep_their_number_sum_and_spread(values):
     assert sum(told) == pytest.approx(sum(values), rel=0.02)
     assert sum(v * v for v in told) == pytest.approx(sum(v * v for v in values), rel=0.1)
     assert spread(0, 0, 0) == []
+
+
+def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monkeypatch):
+    signals = Signals(roster, Dispatcher(roster, LeastLoad()))
+    add_worker(roster, "d", running=10)
+    signals.read(0.0)
+    monkeypatch.setattr(Pool, "__iter__", lambda self: pytest.fail("looked at every worker"))
+    signals.arrived(100, 0.5)
+    signals.finished(finished(decode=0.4), 0.9)
+    assert signals._counts["timed_batch"] == 10, "what it was when it was looked at last"
 
 
 def test_a_batch_is_what_ran_all_along_and_not_at_the_end(signals, roster, add_worker, make_report):

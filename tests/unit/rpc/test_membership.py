@@ -111,6 +111,27 @@ async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypa
         await router.report_with(2)
 
 
+async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 3600.0)
+    monkeypatch.setattr(membership_module, "REPORT_GAP", 0.0)
+    monkeypatch.setattr(membership_module, "PASSING_GAP", 3600.0)
+    credits = [1]
+    async with (
+        registry() as (router, address),
+        member(address, report=lambda: registry_pb2.Report(credits=credits[0])) as worker,
+    ):
+        await router.report_with(1)
+        for credits[0] in range(2, 9):
+            worker.notify(passing=True)
+            await asyncio.sleep(0)
+        worker.notify()
+        assert (await router.reports.get()).credits == 8
+        monkeypatch.setattr(membership_module, "PASSING_GAP", 0.01)
+        credits[0] = 9
+        worker.notify(passing=True)
+        await router.report_with(9)
+
+
 async def test_credits_are_divided_among_the_routers_that_are_there():
     async with registry() as (first, one), registry() as (second, two), member(one, two):
         await first.report_with(6)

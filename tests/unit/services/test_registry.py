@@ -1,0 +1,106 @@
+"""What a router says to workers that it shares, and when."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.gate import Gate
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import DECODE, Roster
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.v1 import registry_pb2
+from services.router import registry as registry_module
+from services.router.registry import Expected, RegistryServicer
+
+KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
+HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stage=DECODE, kv=KV.to_proto(), wire_version=WIRE_VERSION)
+
+
+class CountingGate(Gate):
+    looks = 0
+
+    def queued(self, stage):
+        self.looks += 1
+        return super().queued(stage)
+
+
+class Connector:
+    def add(self, info):
+        pass
+
+    def forget(self, info):
+        pass
+
+
+class Stream:
+    """A worker's Join, which the test plays."""
+
+    def __init__(self):
+        self.said = asyncio.Queue()
+        self.heard = asyncio.Queue()
+
+    async def write(self, response):
+        self.heard.put_nowait(response)
+
+    async def messages(self):
+        while (message := await self.said.get()) is not None:
+            yield message
+
+    def report(self, routers):
+        self.said.put_nowait(
+            registry_pb2.JoinRequest(report=registry_pb2.Report(credits=4, ready=True, routers=routers))
+        )
+
+
+@asynccontextmanager
+async def joined():
+    roster = Roster()
+    gate = CountingGate(Dispatcher(roster, LeastLoad()))
+    stream = Stream()
+    servicer = RegistryServicer("r", roster, gate, Connector(), Expected(0, 0))
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=HELLO))
+    joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
+    assert (await stream.heard.get()).HasField("welcome")
+    yield gate, stream
+    stream.said.put_nowait(None)
+    await joining
+
+
+async def settled():
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def no_gap(monkeypatch):
+    monkeypatch.setattr(registry_module, "DEMAND_GAP", 0.0)
+
+
+async def test_a_worker_of_one_router_is_told_nothing_and_costs_nothing():
+    async with joined() as (gate, stream):
+        stream.report(routers=1)
+        await settled()
+        waiting = gate.submit(Job("a", 10, 10))
+        await settled()
+        assert stream.heard.empty()
+        assert gate.looks == 0
+        waiting.cancel()
+
+
+async def test_a_shared_worker_is_told_what_changes_and_costs_nothing_while_nothing_does():
+    async with joined() as (gate, stream):
+        stream.report(routers=2)
+        assert (await stream.heard.get()).demand == registry_pb2.Demand()
+        job = Job("a", 10, 10)
+        waiting = gate.submit(job)
+        assert (await stream.heard.get()).demand == registry_pb2.Demand(queued=1)
+        await settled()
+        looks = gate.looks
+        await settled()
+        assert gate.looks == looks
+        gate.finish(job)
+        assert waiting.cancelled()
+        assert (await stream.heard.get()).demand == registry_pb2.Demand()
