@@ -3,7 +3,8 @@
 Every step computes one token of every running sequence. Sequences that come with emitted tokens (migrated or
 preempted) first replay them through the decoder in one pass, in a step of their own, or in several when they are many.
 When blocks run out, the youngest sequence loses its own; it comes back, before anything new is reserved, when blocks
-are free again.
+are free again. Nobody comes or comes back unless a block is left over for each of the others to grow into: it would be
+the next to lose its own, and all that was fetched and replayed for it.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class DecodeEngine:
         reserved = self._acquire(sequence)
         if reserved is None:
             wanted = self._pool.blocks_for(sequence.num_tokens + 1)
-            return self._refuse(sequence, "blocks", f"{wanted} KV blocks wanted, {self._prefix.num_available} free")
+            free, spare = self._prefix.num_available, self._num_growing()
+            return self._refuse(sequence, "blocks", f"{wanted} KV blocks wanted, {free} free, {spare} of them to spare")
         self._sequences[sequence.id] = sequence
         return reserved
 
@@ -148,13 +150,17 @@ class DecodeEngine:
     def _acquire(self, sequence: DecodeSequence) -> Reserved | None:
         """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
         wanted = self._pool.blocks_for(sequence.num_tokens + 1)
-        grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt)
+        grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt, spare=self._num_growing())
         if grant is None:
             return None
         sequence.blocks = grant.blocks
         sequence.computed = 0
         sequence.state = DecodeState.RECEIVING
         return Reserved(sequence.id, grant.blocks, grant.cached_tokens)
+
+    def _num_growing(self) -> int:
+        """Sequences that run, or will as soon as their KV is there."""
+        return sum(s.state in (DecodeState.RUNNING, DecodeState.RECEIVING) for s in self._sequences.values())
 
     def _start(self, sequence: DecodeSequence, first: int | None) -> None:
         if first is not None and not sequence.emitted:

@@ -130,17 +130,19 @@ class PrefixCache:
     def _num_known(self) -> int:
         return sum(len(holder.own) for holder in self._holders.values()) + self._num_nodes
 
-    def acquire(self, owner: str, tokens: Sequence[int], num_blocks: int, salt: str = "") -> Grant | None:
+    def acquire(
+        self, owner: str, tokens: Sequence[int], num_blocks: int, salt: str = "", *, spare: int = 0
+    ) -> Grant | None:
         """``num_blocks`` blocks for ``owner``, the first of them those that hold the start of its prompt ``tokens``.
 
         At least one token of the prompt is never taken from the cache, so that there is something to compute.
 
         Returns:
-            None, changing nothing, when there are not that many blocks.
+            None, changing nothing, when there are not that many blocks and ``spare`` more.
         """
         path = list(self._walk(tokens, salt, (len(tokens) - 1) // self.pool.block_size))
         lacking = num_blocks - len(path)
-        if lacking > self.num_available - sum(node.refs == 0 for node in path):
+        if lacking + spare > self.num_available - sum(node.refs == 0 for node in path):
             return None
         for node in path:
             self._reference(node)

@@ -247,7 +247,7 @@ class SimDecode:
 
     def _acquire(self, sequence: Sequence) -> bool:
         blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
-        if blocks > self.total - self.used:
+        if blocks + self._num_growing > self.total - self.used:
             return False
         sequence.reserved = blocks
         sequence.state = SequenceState.RECEIVING
@@ -255,6 +255,11 @@ class SimDecode:
         if self._phase is not None and self._wanted(self._phase_steps) > self.total - self._reserved:
             self._cut()  # it had counted on these
         return True
+
+    @property
+    def _num_growing(self) -> int:
+        """Sequences that hold blocks, and for each of which a block is left when another comes or comes back."""
+        return len(self._sequences) - self._num_preempted
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -378,9 +383,8 @@ class SimDecode:
         for sequence in list(self._sequences):
             if sequence.state is not SequenceState.PREEMPTED:
                 continue
-            # Not a block that the batch's next step wants.
             blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
-            if blocks + (self._wanted(1) if self._batch else 0) > self.total - self._reserved:
+            if blocks + self._num_growing > self.total - self._reserved:
                 return
             sequence.reserved = blocks
             sequence.state = SequenceState.RECEIVING

@@ -130,6 +130,37 @@ def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
     engine.handle(Release("a"))
 
 
+def test_nothing_comes_without_a_block_left_for_each_that_runs_to_grow_into(runner, events):
+    pool = BlockPool(8, 4)
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("a", prompt=7)))
+    engine.handle(Reserve(sequence("b", prompt=7)))
+    engine.handle(Reserve(sequence("c", prompt=11)))
+    assert isinstance(events[-1], Refused), "3 of the 4 free blocks, which leaves one for two"
+    engine.handle(Reserve(sequence("d", prompt=7)))
+    assert isinstance(events[-1], Reserved)
+
+
+def test_a_preempted_sequence_comes_back_when_it_can_stay(runner, events):
+    pool = BlockPool(9, 4)
+    engine = new_engine(runner, pool, events)
+    for name, prompt, most in (("long", 3, 20), ("short", 7, 6), ("young", 7, 12)):
+        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=most)))
+        engine.handle(Start(name, 10))
+    for _ in range(100):
+        engine.step()
+        told, events[:] = list(events), []
+        for event in told:
+            if isinstance(event, Preempted):
+                engine.handle(Yielded(event.id))
+            elif isinstance(event, Reserved):
+                running = engine.load().running
+                assert pool.num_free >= running, "a block for each"
+                engine.handle(Start(event.id, 10))
+    assert engine.load().running == engine.load().waiting == 0
+    assert engine._pool.num_used == 0
+
+
 def test_refusal_when_the_worker_is_full(runner, pool, events):
     engine = new_engine(runner, pool, events, max_num_seqs=1)
     engine.handle(Reserve(sequence("a")))
@@ -148,8 +179,8 @@ def run_until_preempted(engine, events):
 
 def test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_tokens(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    for name, first in (("old", 10), ("young", 30)):
-        engine.handle(Reserve(sequence(name, prompt=14, max_tokens=6)))
+    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
+        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
         engine.handle(Start(name, first))
     run_until_preempted(engine, events)
     assert [e.id for e in events if isinstance(e, Preempted)] == ["young"]
@@ -168,8 +199,8 @@ def test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_toke
 
 def test_preempted_sequences_come_before_new_ones(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    for name, first in (("old", 10), ("young", 30)):
-        engine.handle(Reserve(sequence(name, prompt=14, max_tokens=6)))
+    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
+        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
         engine.handle(Start(name, first))
     run_until_preempted(engine, events)
     engine.handle(Yielded("young"))
@@ -182,7 +213,7 @@ def test_preempted_sequences_come_before_new_ones(runner, pool, events):
 def test_a_sequence_that_still_receives_its_kv_can_be_preempted(runner, pool, events):
     engine = new_engine(runner, pool, events)
     engine.handle(Reserve(sequence("old", prompt=15, max_tokens=9)))
-    engine.handle(Reserve(sequence("receiving", prompt=15)))
+    engine.handle(Reserve(sequence("receiving", prompt=11)))
     engine.handle(Start("old", 10))
     run_until_preempted(engine, events)
     assert [e.id for e in events if isinstance(e, Preempted)] == ["receiving"]

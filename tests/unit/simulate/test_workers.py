@@ -133,8 +133,8 @@ def test_a_preempted_sequence_replays_and_ends():
 def test_a_reservation_is_refused_when_it_does_not_fit():
     clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_seqs=2)
     assert worker.reserve(Sequence(79, 5, 0, "a"))
-    assert not worker.reserve(Sequence(20, 5, 0, "b"))
-    assert worker.reserve(Sequence(19, 5, 0, "c"))
+    assert not worker.reserve(Sequence(10, 5, 0, "b")), "a block is left for a to grow into"
+    assert worker.reserve(Sequence(9, 5, 0, "c"))
     assert not worker.reserve(Sequence(1, 1, 0, "d")), "two sequences are the most"
     clock.step()
     worker.check()
