@@ -217,16 +217,17 @@ def unknown(gate: Gate, shown: str | None, roles: frozenset[Role] | None) -> Non
     gate.check(_UNKNOWN, shown, None)
 
 
-def bearer(header: str) -> str | None:
+def bearer(header: str, *, page: bool = False) -> str | None:
     """What an ``Authorization`` header shows; None when there is nothing.
 
-    Of ``Basic`` it is the password: browsers have no other way to show a key for a page.
+    For a ``page`` the password of ``Basic`` is as good: browsers have no other way to show a key. Elsewhere it is not,
+    since they show it by themselves, whoever had them ask.
     """
     scheme, _, rest = header.partition(" ")
     rest = rest.strip()
     if scheme.lower() == "bearer":
         return rest or None
-    if scheme.lower() == "basic":
+    if page and scheme.lower() == "basic":
         try:
             return base64.b64decode(rest, validate=True).decode().partition(":")[2] or None
         except (binascii.Error, ValueError):

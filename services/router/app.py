@@ -26,7 +26,7 @@ from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.access import Gate as AccessGate
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.rpc.server import RpcServer
+from overfill.rpc.server import RpcServer, is_loopback
 from overfill.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -241,6 +241,7 @@ class Router:
             self._config.max_request_bytes,
             lambda: not self._stopping.is_set(),
             lambda: self._admin.known(),
+            local=is_loopback(self._config.host),
         )
         return HttpServer(
             self._http_api.asgi,

@@ -230,7 +230,7 @@ def http_case(number):
     path = rng.choice([route.replace("{model:path}", "x") for route in (*ROUTES, *METRICS_ROUTES, "/nothing", "/v1")])
     method = rng.choice(("PUT", "DELETE", "POST", "PATCH", "GET", "HEAD", "TRACE", "CONNECT", "X" * 20))
     query = rng.choice(("", "?x=%ff", "?" + "a=1&" * 500, "#x", "/..", "%2f", ";x"))
-    head = f"{method} {path}{query} HTTP/1.1\r\nhost: {rng.choice(('x', '', 'a' * 300))}\r\n"
+    head = f"{method} {path}{query} HTTP/1.1\r\nhost: {rng.choice(('localhost', '[::1]:1', 'x', '', 'a' * 300))}\r\n"
     head += rng.choice(
         ("", "authorization: Basic !!\r\n", "content-length: 3\r\n\r\n{}x", "cookie: \x01\r\n", "expect: x\r\n")
     )

@@ -1,5 +1,6 @@
 """The OpenAI endpoint of a real router, asked by OpenAI's own client and by clients that misbehave."""
 
+import base64
 import concurrent.futures
 import json
 import shutil
@@ -199,6 +200,32 @@ def test_paths_methods_and_content_types(stack):
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, status
 
 
+def test_pages_of_other_sites_cannot_have_a_browser_ask(stack, model):
+    url, here = f"{stack.url}/v1/completions", stack.url.removeprefix("http://")
+    body = json.dumps({"model": model, "prompt": "x", "max_tokens": 1}).encode()
+    assert post(url, body, {"origin": stack.url})[0] == 200
+    assert post(url, body, {"host": "localhost"})[0] == 200
+    for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"host": f"evil.example:{here[-4:]}"}):
+        status, _, answer = post(url, body, headers)
+        assert (status, json.loads(answer)["error"]["type"]) == (403, "permission_error"), headers
+        assert get(f"{stack.url}/status", headers)[0] == 403
+    with socket.create_connection(tuple(here.split(":"))) as connection:  # as a form or a beacon sends it
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {here}\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        assert b" 415 " in connection.recv(100)
+
+
+def test_a_password_opens_the_page_and_nothing_that_other_pages_could_ask_for(tiny_pair, tmp_path):
+    file = tmp_path / "keys.json"
+    key = keys.create(file, "ci")
+    basic = {"authorization": f"Basic {base64.b64encode(f'any:{key}'.encode()).decode()}"}
+    with mock_stack(tiny_pair, api_keys=file, prefill=0, decode=0) as stack:
+        assert get(f"{stack.url}/ui", basic)[0] == 200
+        for path in ("/v1/models", "/status", "/version"):
+            assert get(f"{stack.url}{path}", basic)[0] == 401
+            assert get(f"{stack.url}{path}", {"authorization": f"Bearer {key}", "host": "a.name"})[0] == 200
+
+
 def test_large_bodies_are_refused_and_the_connection_is_closed(stack):
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * (2 << 20)}]}).encode()
     status, headers, answer = post(f"{stack.url}/v1/chat/completions", body)
@@ -211,7 +238,8 @@ def test_a_client_that_leaves_frees_everything(stack, model):
     for stream in (True, False):
         body = json.dumps({"model": model, "messages": HI, "max_tokens": 2000, "ignore_eos": True, "stream": stream})
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\n\r\n"
             connection.sendall((head + body).encode())
             if stream:
                 connection.recv(100)
@@ -325,7 +353,7 @@ def test_events_are_not_held_back_for_acknowledgements(stack):
     """Nagle's algorithm would add 40 ms to every small event."""
     host, _, port = stack.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         connection.recv(100)
         (protocol,) = [
             p for p in list(stack.router._http._server.server_state.connections) if p.client == connection.getsockname()

@@ -59,17 +59,16 @@ class ApiError(Exception):
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
 
-def unauthorized(message: str) -> ApiError:
-    """No key, or a wrong one."""
-    return ApiError(401, message, code="invalid_api_key")
-
-
 def unknown_url(method: str, path: str) -> ApiError:
     return ApiError(404, f"Invalid URL ({method} {path[:200]})", code="unknown_url")
 
 
 def wrong_method(method: str, path: str) -> ApiError:
     return ApiError(405, f"Not allowed to {method} on {path[:200]}", code="method_not_supported")
+
+
+def foreign(header: str, value: str, reason: str) -> ApiError:
+    return ApiError(403, f"{header} {value[:100]!r}: {reason}", "permission_error", code=f"foreign_{header}")
 
 
 def too_large(limit: int) -> ApiError:

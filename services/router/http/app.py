@@ -21,7 +21,7 @@ from overfill import __version__, tracing
 from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
-from overfill.api.openai.errors import ApiError, from_error, unknown_url, wrong_method
+from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.wire import Asked
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
@@ -29,6 +29,7 @@ from overfill.errors import ModelNotFound, OverfillError
 from overfill.metrics import CONTENT_TYPE
 from overfill.rpc.access import ROUTES, Gate, bearer, route_rule, unknown
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.server import is_loopback
 from overfill.rpc.status import as_overfill_error
 from overfill.v1 import admin_pb2
 from services.router.generation import Generator
@@ -37,6 +38,7 @@ from services.router.http.body import read
 from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
+_PORT = re.compile(r":\d+$")
 _CLIENT_GONE = 499  # nobody reads it; it is counted
 
 
@@ -48,6 +50,7 @@ class HttpApi:
         max_body: most bytes of a request's body.
         ready: whether requests can be served.
         status: the router and its workers, as the router knows them.
+        local: whether only this machine can reach it.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class HttpApi:
         max_body: int,
         ready: Callable[[], bool],
         status: Callable[[], admin_pb2.StatusResponse],
+        *,
+        local: bool = True,
     ) -> None:
         self._generator = generator
         self._max_body = max_body
@@ -90,7 +95,7 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, gate, generator)
+        self.asgi: ASGIApp = _Gate(inner, gate, generator, local)
 
     async def _models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._model_json()]})
@@ -167,11 +172,16 @@ class HttpApi:
 
 
 class _Gate:
-    """In front of every route: the caller is checked, the request is counted. A path of no table gets no further."""
+    """In front of every route: the caller is checked, the request is counted. A path of no table gets no further.
 
-    def __init__(self, app: ASGIApp, gate: Gate, generator: Generator) -> None:
+    A browser asks whatever any page has it ask: what comes from another site's page gets no further either, and, where
+    whoever reaches the port is let in, what was meant for another host, whose name now leads here.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, generator: Generator, local: bool) -> None:
         self._app = app
         self._gate = gate
+        self._local_names_only = local and gate.keys is None
         self._metrics = generator.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -198,8 +208,14 @@ class _Gate:
             self._metrics.http(route.path if isinstance(route, Route) else "unknown", status)
 
     async def _admit(self, scope: Scope) -> None:
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        shown, roles = bearer(header.decode("latin-1")), scope.get("overfill.roles")
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "").lower()
+        if b"origin" in headers and headers[b"origin"].lower().partition("://")[2] != host:
+            raise foreign("origin", headers[b"origin"], "pages of other sites may not ask here")
+        if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
+            raise foreign("host", host, "this is 127.0.0.1 and localhost; other names need API keys")
+        shown = bearer(headers.get(b"authorization", ""), page=scope["path"] == "/ui")
+        roles = scope.get("overfill.roles")
         rule = route_rule(ROUTES, scope["path"])
         if rule is None:
             unknown(self._gate, shown, roles)

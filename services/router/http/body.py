@@ -30,7 +30,8 @@ async def read(request: Request, kind: type[R], limit: int) -> R:
         ApiError: it is too large, too slow, not JSON or not what ``kind`` wants.
         ClientDisconnect: the client has gone.
     """
-    content_type = request.headers.get("content-type", "application/json")
+    # What a page of another site can have a browser send without being asked has another type, or none.
+    content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise not_json(content_type)
     try:

@@ -72,6 +72,8 @@ def test_a_short_hash_is_refused(file):
 
 def test_bearer():
     assert bearer("Bearer x") == bearer("bearer  x ") == "x"
+    assert bearer("Basic YTprZXk=", page=True) == "key"
+    assert bearer("Basic YTprZXk=") is None
     assert bearer("") is bearer("Basic x") is bearer("Bearer ") is bearer("x") is None
 
 
