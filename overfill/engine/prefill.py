@@ -4,7 +4,8 @@ Policy: blocks are given in order of arrival, a prompt's all at once; the part o
 computed again. Of a step's token budget the oldest prompt takes what it needs, or half when it needs more than all; the
 rest goes to the others, those with the fewest tokens left first, and what they leave to the oldest. So a long prompt
 never keeps a short one waiting for more than the steps that shorter ones take, and whatever arrives, the oldest
-advances by half a budget with every step.
+advances by half a budget with every step. A prompt that has not begun waits while another computes what it would begin
+with, and then goes on behind that.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class PrefillEngine:
     def _schedule(self) -> list[tuple[PrefillSequence, int]]:
         """Prompts of the next step, and how many tokens of each."""
         self._admit()
-        wanting = [s for s in self._running.values() if not s.cancelled]
+        wanting = self._wanting()
         if not wanting:
             return []
         oldest, *others = wanting
@@ -148,9 +149,26 @@ class PrefillEngine:
         counts[oldest.id] += min(left, _left(oldest) - counts[oldest.id])
         scheduled = [(s, counts[s.id]) for s in (oldest, *others) if counts[s.id]]
         for sequence, _ in scheduled:
-            if sequence.computed == sequence.cached_tokens:
+            if not _begun(sequence):
                 self._begin(sequence)
         return scheduled
+
+    def _wanting(self) -> list[PrefillSequence]:
+        """Prompts to be computed now, the oldest first; not those that can have their next block from one of them."""
+        running = [s for s in self._running.values() if not s.cancelled]
+        computing = {self._prefix.next_block(s.id) for s in running if _begun(s)}
+        wanting = []
+        for sequence in running:
+            if not _begun(sequence):
+                if (grant := self._prefix.look_again(sequence.id)) is not None:
+                    sequence.blocks = grant.blocks
+                    sequence.computed = sequence.cached_tokens = grant.cached_tokens
+                block = self._prefix.next_block(sequence.id)
+                if block is not None and block in computing and self._prefix.may_share(sequence.id):
+                    continue
+                computing.add(block)
+            wanting.append(sequence)
+        return wanting
 
     def _begin(self, sequence: PrefillSequence) -> None:
         # Steps that computed the cached part may still be running on the device.
@@ -191,9 +209,8 @@ class PrefillEngine:
 
         def kv_written(layer: int) -> None:
             event = self._mark()
-            now = time.monotonic_ns()
             for (sequence, _), end in zip(scheduled, ends, strict=True):
-                self._emit(KvWritten(sequence.id, layer, end, event, now))
+                self._emit(KvWritten(sequence.id, layer, end, event))
 
         choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
         sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
@@ -233,6 +250,10 @@ class PrefillEngine:
             sequence.blocks = []
         else:
             self._waiting = deque(s for s in self._waiting if s.id != id)
+
+
+def _begun(sequence: PrefillSequence) -> bool:
+    return sequence.computed > sequence.cached_tokens
 
 
 def _left(sequence: PrefillSequence) -> int:

@@ -147,7 +147,6 @@ class KvWritten:
     layer: int
     token_end: int
     event: DeviceEvent | None
-    time_ns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from overfill.kv.blocks import BlockPool
@@ -140,7 +140,7 @@ class PrefixCache:
         Returns:
             None, changing nothing, when there are not that many blocks and ``spare`` more.
         """
-        path = list(self._walk(tokens, salt, (len(tokens) - 1) // self.pool.block_size))
+        path = list(self._walk(self._roots.get(salt), tokens, 0, self._most(tokens)))
         lacking = num_blocks - len(path)
         if lacking + spare > self.num_available - sum(node.refs == 0 for node in path):
             return None
@@ -153,6 +153,42 @@ class PrefixCache:
         self.tokens_looked_up += len(tokens)
         self.tokens_found += cached
         return Grant(blocks, cached)
+
+    def look_again(self, owner: str) -> Grant | None:
+        """What ``owner`` has now that more of its prompt may have been published; None when nothing has.
+
+        Nothing may have been written to its blocks yet, nor read from those that were not cached.
+        """
+        holder = self._holders[owner]
+        begin = len(holder.path)
+        last = holder.path[-1] if holder.path else self._roots.get(holder.salt)
+        found = list(self._walk(last, holder.tokens, begin, self._most(holder.tokens)))
+        if not found:
+            return None
+        unwanted = holder.table[begin : begin + len(found)]
+        for node in found:
+            self._reference(node)
+        holder.own.difference_update(unwanted)
+        self.pool.release(owner, unwanted)
+        holder.table[begin : begin + len(found)] = [node.block for node in found]
+        holder.path += found
+        self.tokens_found += len(found) * self.pool.block_size
+        return Grant(list(holder.table), len(holder.path) * self.pool.block_size)
+
+    def next_block(self, owner: str) -> Hashable:
+        """Stands for the first block of ``owner``'s prompt that is not published, and all before it: equal for those
+        that would publish the same one. None when it would publish none."""
+        holder = self._holders[owner]
+        index, size = len(holder.path), self.pool.block_size
+        if not self._enabled or (index + 1) * size > len(holder.tokens):
+            return None
+        parent = holder.path[-1] if holder.path else holder.salt
+        return parent, tuple(holder.tokens[index * size : (index + 1) * size])
+
+    def may_share(self, owner: str) -> bool:
+        """Whether ``owner`` would take its next block from the cache, were it there."""
+        holder = self._holders[owner]
+        return len(holder.path) < self._most(holder.tokens)
 
     def extend(self, owner: str, count: int) -> list[int] | None:
         """``count`` more blocks for ``owner``, or None, changing nothing, when there are not that many."""
@@ -226,11 +262,16 @@ class PrefixCache:
         used, known = self.pool.num_used, self._num_known
         _require(used == known, f"{used} blocks are owned, and their owners and the cache know of {known}")
 
-    def _walk(self, tokens: Sequence[int], salt: str, most: int) -> Iterator[_Node]:
-        node = self._roots.get(salt)
+    def _most(self, tokens: Sequence[int]) -> int:
+        """Blocks that may be taken from the cache: something is left to compute."""
+        return (len(tokens) - 1) // self.pool.block_size
+
+    def _walk(self, node: _Node | None, tokens: Sequence[int], begin: int, end: int) -> Iterator[_Node]:
+        """Cached blocks ``begin`` to ``end`` of ``tokens``, below ``node``, as far as they are there."""
         size = self.pool.block_size
-        for index in range(most if node is not None else 0):
-            assert node is not None
+        for index in range(begin, end):
+            if node is None:
+                return
             node = node.children.get(tuple(tokens[index * size : (index + 1) * size]))
             if node is None:
                 return

@@ -224,6 +224,67 @@ def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
     make_room(prefix)
 
 
+def test_equal_prompts_that_arrive_together_are_computed_once(events):
+    runner = CountingRunner(block_size=16)
+    prefix = PrefixCache(BlockPool(300, 16))
+    engine = PrefillEngine(runner, prefix.pool, 2048, 8, events.append, prefix)
+    for name in "abcdefgh":
+        engine.handle(Submit(prompt(name, 512)))
+    while engine.step():
+        prefix.check_integrity()
+    assert [[len(t) for t, _ in step] for step in runner.steps] == [[512], [16] * 7]
+    assert [e.cached_tokens for e in of(PrefillScheduled, events)] == [0] + [496] * 7
+    assert len(of(PromptComputed, events)) == 8
+    assert len({e.first.token_id for e in of(PromptComputed, events)}) == 1
+    assert engine.load().blocks_used == 32 + 7, "the last block is each one's own"
+    for name in "abcdefgh":
+        engine.handle(Release(name))
+    make_room(prefix)
+
+
+def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 8, 8, events.append, prefix)
+    first, same, other = prompt("first", 24), prompt("same", 15), prompt("other", 8)
+    same.prompt[8:] = [99] * 7  # the first two blocks are equal
+    other.prompt[:] = [77] * 8
+    for sequence in (first, same, other):
+        engine.handle(Submit(sequence))
+    engine.step()
+    assert [e.id for e in of(ChunkComputed, events)] == ["first", "other"]
+    while engine.step():
+        prefix.check_integrity()
+    assert {e.id: e.cached_tokens for e in of(PrefillScheduled, events)} == {"first": 0, "other": 0, "same": 8}
+    assert sorted(e.id for e in of(PromptComputed, events)) == ["first", "other", "same"]
+    for name in ("first", "same", "other"):
+        engine.handle(Release(name))
+    make_room(prefix)
+
+
+def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = PrefillEngine(runner, pool, 16, 4, events.append, prefix)
+    for name in ("a", "b", "c"):
+        engine.handle(Submit(prompt(name, 8)))
+    runner.fail_next = MemoryError("no room")
+    engine.step()
+    assert [e.id for e in of(SequenceFailed, events)] == ["a"]
+    engine._running["b"].cancelled = True
+    while engine.step():
+        pass
+    assert [e.id for e in of(PromptComputed, events)] == ["c"]
+    for name in ("a", "b", "c"):
+        engine.handle(Release(name))
+    make_room(prefix)
+    plain = new_engine(runner, pool, events, token_budget=16)
+    for name in ("d", "e"):
+        plain.handle(Submit(prompt(name, 8)))
+    plain.step()
+    assert [e.id for e in of(PromptComputed, events)] == ["c", "d", "e"]
+    for name in ("d", "e"):
+        plain.handle(Release(name))
+
+
 def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = PrefillEngine(runner, pool, 8, 4, events.append, prefix)
@@ -245,11 +306,13 @@ def make_room(prefix):
 class PrefillMachine(RuleBasedStateMachine):
     """Prompts, steps, failures and releases in any order: every prompt is computed whole, no block is lost."""
 
+    caches = False
+
     def __init__(self):
         super().__init__()
-        self.pool = BlockPool(10, 4)
         self.runner = CountingRunner()
-        self.engine = PrefillEngine(self.runner, self.pool, 7, 3, self.take)
+        self.prefix = PrefixCache(BlockPool(10, 4), enabled=self.caches)
+        self.engine = PrefillEngine(self.runner, self.prefix.pool, 7, 3, self.take, self.prefix)
         self.sequences: dict[str, PrefillSequence] = {}
         self.computed: dict[str, int] = {}
         self.ended: set[str] = set()
@@ -257,6 +320,9 @@ class PrefillMachine(RuleBasedStateMachine):
 
     def take(self, event):
         match event:
+            case PrefillScheduled(id=id, cached_tokens=cached):
+                assert cached == 0 or self.caches
+                self.computed[id] = cached
             case ChunkComputed(id=id, token_start=start, token_end=end):
                 assert start == self.computed[id]
                 self.computed[id] = end
@@ -303,6 +369,7 @@ class PrefillMachine(RuleBasedStateMachine):
     @invariant()
     def no_block_is_lost(self):
         self.engine.check()
+        self.prefix.check_integrity()
 
     def teardown(self):
         for _ in range(1000):
@@ -312,8 +379,16 @@ class PrefillMachine(RuleBasedStateMachine):
                 self.forget(name)
             self.engine.step()
         assert not self.sequences, "a prompt was never computed"
-        assert self.pool.num_used == 0
+        assert self.prefix.num_used == 0
 
 
+class CachingPrefillMachine(PrefillMachine):
+    """All prompts begin the same."""
+
+    caches = True
+
+
+TestCachingPrefillMachine = CachingPrefillMachine.TestCase
+TestCachingPrefillMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPrefillMachine = PrefillMachine.TestCase
 TestPrefillMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

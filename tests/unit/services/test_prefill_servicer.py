@@ -73,7 +73,7 @@ def computed(servicer):
     lease = servicer._accept(start(), None)
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
-        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None, 0))
+        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
     return lease
 
 
