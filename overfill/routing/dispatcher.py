@@ -221,7 +221,7 @@ class Dispatcher:
             pool.expire(now)
         outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
         if self._prefill_line:
-            outcomes += self._place_prefill(now)
+            outcomes += self._place_prefill()
         if self._decode_line:
             outcomes += self._place_decode(now)
         self._admission.drain.look(now, len(self._decode_line))
@@ -260,7 +260,7 @@ class Dispatcher:
             self._roster.decode.release(job.decode)
             job.decode = None
 
-    def _place_prefill(self, now: float) -> Iterator[Placement]:
+    def _place_prefill(self) -> Iterator[Placement]:
         pool = self._roster.prefill
         for job in self._prefill_line:
             if not pool.index.free_credits:
