@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -10,7 +11,7 @@ import xxhash
 from overfill.errors import TransferFailed
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, SCALE_BYTES, KvSpec
-from overfill.kv.wire import Buffer, Frame, WireChunk, frame
+from overfill.kv.wire import Blank, Buffer, Frame, WireChunk, frame, lay_out
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
 
@@ -65,16 +66,30 @@ def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
 
 def seal(spec: TransferSpec, box: KvRange, payload: Buffer, scales: Buffer = b"", slot: int | None = None) -> Frame:
     """A chunk with its checksum, for ``wire.join``; with ``slot``, its payload stays where it is, in that slot."""
-    head = kv_pb2.KvChunk(
+    head = _head(spec, box)
+    if slot is not None:
+        head.shared.slot, head.shared.length = slot, len(payload)
+    return frame(head, scales, b"" if slot is not None else payload, checksum(head, scales, payload))
+
+
+def lay_out_raw(spec: TransferSpec, boxes: Sequence[KvRange]) -> tuple[bytes, list[Blank]]:
+    """A message of chunks that are not encoded: their payloads are to be written, then sealed in place."""
+    return lay_out([(_head(spec, box), spec.cache_bytes(box)) for box in boxes])
+
+
+def seal_in_place(blank: Blank) -> None:
+    """Writes the checksum of a chunk whose payload has been written."""
+    blank.checksum[:] = checksum(blank.head, b"", blank.payload).to_bytes(8, "little")
+
+
+def _head(spec: TransferSpec, box: KvRange) -> kv_pb2.KvChunk:
+    return kv_pb2.KvChunk(
         transfer_id=spec.transfer_id,
         attempt=spec.attempt,
         range=box.to_proto(),
         dtype=DTYPE_TO_PROTO[spec.kv.dtype],
         codec=spec.codec,
     )
-    if slot is not None:
-        head.shared.slot, head.shared.length = slot, len(payload)
-    return frame(head, scales, b"" if slot is not None else payload, checksum(head, scales, payload))
 
 
 def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 SUPPORTED = sys.platform == "linux"
 """Abstract Unix sockets and memory without a name."""
 
-SLOTS = 16
-"""Of 1 MiB each per link: enough for two streams of which both ends are busy with some chunks."""
+SLOTS = 32
+"""Of 1 MiB each per link: enough for two streams of which both ends are busy with a message's chunks."""
 
 _TOKEN_BYTES = _ID_BYTES = 16
 _GRANT = struct.Struct("<16sI")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overfill.kv.cache import DeviceEvent, KvCache
-from overfill.kv.chunks import TransferSpec, seal
+from overfill.kv.chunks import TransferSpec, lay_out_raw, seal, seal_in_place
 from overfill.kv.codecs import encode
 from overfill.kv.joining import to_the_end
 from overfill.kv.ranges import Coverage, KvRange
@@ -24,6 +24,7 @@ from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.v1 import common_pb2
 
 _CHUNKS = 4  # most in one message
+_SHARED_CHUNKS = 8  # where payloads stay in shared memory: passing a message on costs as much as copying one of them
 _local = threading.local()
 
 
@@ -65,6 +66,7 @@ class KvSender:
         self._event: dict[int, DeviceEvent | None] = {}
         self._progress = asyncio.Event()  # a fresh one for each wait
         self._layer_bytes = spec.kv.token_layer_bytes
+        self._raw = spec.codec == common_pb2.KV_CODEC_RAW
         self.ready_bytes = 0
         self.first_sent_ns: int | None = None
         self.last_sent_ns: int | None = None
@@ -142,7 +144,8 @@ class KvSender:
         while self._next_piece(ranges, sent) is None:
             await self._progress.wait()
         pieces: list[tuple[KvRange, Slot | None]] = []
-        while len(pieces) < _CHUNKS and (not pieces or slots is None or slots.free):
+        most = _CHUNKS if slots is None else _SHARED_CHUNKS
+        while len(pieces) < most and (not pieces or slots is None or slots.free):
             piece = self._next_piece(ranges, sent)
             if piece is None:
                 break
@@ -178,31 +181,42 @@ class KvSender:
         return None
 
     def _read_all(self, pieces: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
-        return join([self._read(box, slot, index) for index, (box, slot) in enumerate(pieces)])
+        if self._raw and pieces[0][1] is None:
+            message, blanks = lay_out_raw(self.spec, [box for box, _ in pieces])
+            for (box, _), blank in zip(pieces, blanks, strict=True):
+                self._copy(box, blank.payload)
+                seal_in_place(blank)
+            return message
+        return join([self._read(box, slot) for box, slot in pieces])
 
-    def _read(self, box: KvRange, slot: Slot | None, index: int) -> Frame:
-        raw = self.spec.codec == common_pb2.KV_CODEC_RAW
-        scales: Buffer = b""
-        payload: Buffer = self._cache.read(
+    def _copy(self, box: KvRange, out: memoryview) -> None:
+        """Out of the cache, into as many bytes as ``box`` takes there."""
+        self._cache.read(
             self._block_table,
             range(box.layer_start, box.layer_end),
             (box.token_start, box.token_end),
             (box.head_start, box.head_end),
             after=self._event.get(box.layer_end - 1),  # layers are computed in order
-            out=(slot.memory if slot is not None and raw else _scratch(index))[: self.spec.cache_bytes(box)],
+            out=out,
         )
-        if not raw:
-            assert isinstance(payload, memoryview)
-            scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, payload)
+
+    def _read(self, box: KvRange, slot: Slot | None) -> Frame:
+        scales: Buffer = b""
+        room = slot.memory if slot is not None and self._raw else _scratch()
+        payload = room[: self.spec.cache_bytes(box)]
+        self._copy(box, payload)
+        if not self._raw:
+            scales, encoded = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, payload)
+            payload = memoryview(encoded)
             if slot is not None:
                 slot.memory[: len(payload)] = payload
                 payload = slot.memory[: len(payload)]
         return seal(self.spec, box, payload, scales, None if slot is None else slot.number)
 
 
-def _scratch(index: int) -> memoryview:
-    """Memory of this thread, used again for every message: fresh memory costs more than the copy."""
+def _scratch() -> memoryview:
+    """Memory of this thread, used again for whatever is encoded: fresh memory costs more than the copy."""
     if not hasattr(_local, "scratch"):
-        _local.scratch = [memoryview(bytearray(MAX_CHUNK_PAYLOAD)) for _ in range(_CHUNKS)]
-    scratch: memoryview = _local.scratch[index]
+        _local.scratch = memoryview(bytearray(MAX_CHUNK_PAYLOAD))
+    scratch: memoryview = _local.scratch
     return scratch

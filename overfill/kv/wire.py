@@ -7,6 +7,7 @@ chunk.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,15 @@ SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 _SCALES, _PAYLOAD, _CHECKSUM, _ALSO = 6, 7, 8, 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CHECKSUM_FIELD = struct.Struct("<BQ")
+
+_WRITABLE = 0x200  # PyBUF_WRITE
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
+_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
 
 
 @dataclass(slots=True)
@@ -55,6 +65,40 @@ def join(frames: Sequence[Frame]) -> bytes:
     for other in frames[1:]:
         parts += [bytes([_ALSO << 3 | _BYTES]), _varint(sum(map(len, other))), *other]
     return b"".join(parts)
+
+
+@dataclass(slots=True)
+class Blank:
+    """A chunk whose payload and checksum are yet to be written into the message that it is part of."""
+
+    head: kv_pb2.KvChunk
+    payload: memoryview
+    checksum: memoryview
+
+
+def lay_out(chunks: Sequence[tuple[kv_pb2.KvChunk, int]]) -> tuple[bytes, list[Blank]]:
+    """As ``join``, but that payloads are written where they leave from, without a copy: heads and lengths of payloads.
+
+    The message must outlive the use of the blanks, and nobody else may see it before they are written.
+    """
+    starts: list[bytes] = []
+    for number, (head, length) in enumerate(chunks):
+        start = head.SerializeToString() + bytes([_PAYLOAD << 3 | _BYTES]) + _varint(length)
+        if number:
+            whole = len(start) + length + _CHECKSUM_FIELD.size
+            start = bytes([_ALSO << 3 | _BYTES]) + _varint(whole) + start
+        starts.append(start)
+    message, view = _unwritten(sum(len(s) + n + _CHECKSUM_FIELD.size for s, (_, n) in zip(starts, chunks, strict=True)))
+    blanks: list[Blank] = []
+    position = 0
+    for start, (head, length) in zip(starts, chunks, strict=True):
+        payload_at = position + len(start)
+        checksum_at = payload_at + length
+        view[position:payload_at] = start
+        view[checksum_at] = _CHECKSUM << 3 | _FIXED64
+        position = checksum_at + _CHECKSUM_FIELD.size
+        blanks.append(Blank(head, view[payload_at:checksum_at], view[checksum_at + 1 : position]))
+    return message, blanks
 
 
 def decode_all(message: Buffer) -> list[WireChunk]:
@@ -130,6 +174,15 @@ def pull_kv(channel: grpc.aio.Channel, request: prefill_pb2.PullKvRequest, timeo
     """Opens PullKv on ``channel``; its responses are encoded chunks, for ``decode``."""
     method: Any = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
     return method(request, timeout=timeout)
+
+
+def _unwritten(size: int) -> tuple[bytes, memoryview]:
+    """Bytes as C code makes them, to be written before anybody sees them, and what to write them through.
+
+    gRPC sends nothing but ``bytes``, and Python fills those from something else only: one more copy of everything.
+    """
+    message = _new_bytes(None, size)
+    return message, _view(_address(message), size, _WRITABLE)
 
 
 def _varint(number: int) -> bytes:

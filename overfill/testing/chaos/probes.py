@@ -135,7 +135,7 @@ def watch_prefill(probe: Probe) -> None:
 
     servicer = importlib.import_module("services.prefill.servicer").PrefillServicer  # named, as everywhere in here
     sender: Any = overfill.kv.sender
-    accept, compute, seal = servicer._accept, PrefillEngine._compute, sender.seal
+    accept, compute, seal, seal_in_place = servicer._accept, PrefillEngine._compute, sender.seal, sender.seal_in_place
     requests: dict[str, str] = {}  # by sequence
 
     def accept_and_tell(self: Any, start: Any, processor: Any) -> Any:
@@ -151,13 +151,21 @@ def watch_prefill(probe: Probe) -> None:
 
     def seal_and_damage(spec: Any, box: Any, payload: Any, *rest: Any) -> Any:
         frame = seal(spec, box, payload, *rest)
-        if isinstance(payload, memoryview) and (flip := probe.flip(len(payload))) is not None:
-            payload[flip[0]] ^= flip[1]  # a view into what the frame is made of, or into shared memory
+        if isinstance(payload, memoryview):
+            damage(payload)  # a view into what the frame is made of, or into shared memory
         return frame
+
+    def seal_in_place_and_damage(blank: Any) -> None:
+        seal_in_place(blank)
+        damage(blank.payload)
+
+    def damage(payload: memoryview) -> None:
+        if (flip := probe.flip(len(payload))) is not None:
+            payload[flip[0]] ^= flip[1]
 
     servicer._accept = accept_and_tell
     PrefillEngine._compute = compute_held  # type: ignore[method-assign]
-    sender.seal = seal_and_damage
+    sender.seal, sender.seal_in_place = seal_and_damage, seal_in_place_and_damage
 
 
 def watch_decode(probe: Probe) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
-from overfill.kv.chunks import TransferSpec, check, checksum, seal
+from overfill.kv.chunks import TransferSpec, check, checksum, lay_out_raw, seal, seal_in_place
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import decode, decode_all, frame, join
@@ -58,6 +58,16 @@ def test_the_framing_by_hand_is_what_the_generated_class_writes_and_reads(chunk)
     head.ClearField("checksum")
     message = join([frame(head, chunk.scales, memoryview(chunk.payload), chunk.checksum)])
     assert kv_pb2.KvChunk.FromString(message) == chunk
+
+
+def test_payloads_written_in_place_are_the_message_that_joining_makes():
+    boxes = [KvRange(layer, layer + 1, 2, 5, 0, 2) for layer in (0, 1, 3)]
+    payloads = [bytes([n + 1]) * SPEC.payload_bytes(box) for n, box in enumerate(boxes)]
+    message, blanks = lay_out_raw(SPEC, boxes)
+    for blank, payload in zip(blanks, payloads, strict=True):
+        blank.payload[:] = payload
+        seal_in_place(blank)
+    assert message == join([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
 
 
 def test_several_chunks_in_one_message_are_read_as_several():
