@@ -42,7 +42,7 @@ inline __m512 exp_ps(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// 2^x for weights that become bfloat16: right to 1e-4, x <= 0 or NaN.
+// 2^x for weights that become bfloat16: right to 1e-4, infinite where that is too large, NaN for NaN.
 inline __m512 exp2_coarse(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
     const __m512 n = _mm512_roundscale_ps(x, 8);
