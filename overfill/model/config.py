@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64decode
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 HEAD_KEY = "overfill_head"
-"""Of config.json: ``{"tokens": whole rows of the head, "tail_rank": rank of the others}``; see ``model.head``."""
+"""Of config.json: ``{"tokens": whole rows of the head, "tail_rank": rank of the others, "whole": which tokens'}``, the
+last one in base64, as in ``ModelConfig.head_mask``; without it the lowest ids. See ``model.head``."""
 
 Quantization = Literal["none", "int8"]
 """What a model's matrices are turned into when they are loaded."""
@@ -43,8 +45,10 @@ class ModelConfig:
         tie_embeddings: the output head is the embedding matrix.
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
         qk_norm: queries and keys pass an RMSNorm per head before RoPE (Qwen3).
-        head_tokens, tail_rank: the head's rows from ``head_tokens`` on are of rank ``tail_rank`` (``model.head``);
+        head_tokens, tail_rank: all but ``head_tokens`` of the head's rows are of rank ``tail_rank`` (``model.head``);
             ``vocab_size`` and 0 where they are not.
+        head_mask: whose rows those ``head_tokens`` are: bit t % 8 of byte t // 8 is set for token t; empty for the
+            lowest ids.
         eos_token_ids: what ends an answer; empty when the checkpoint names none.
     """
 
@@ -66,6 +70,7 @@ class ModelConfig:
     qk_norm: bool
     head_tokens: int
     tail_rank: int
+    head_mask: bytes = field(repr=False)
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -99,7 +104,7 @@ class ModelConfig:
         _refuse_unsupported(hf_config, model_type, max_positions)
         attention_bias = bool(hf_config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
         vocab_size = _count(hf_config, "vocab_size")
-        head_tokens, tail_rank = _head(hf_config, vocab_size, hidden_size)
+        head_tokens, tail_rank, head_mask = _head(hf_config, vocab_size, hidden_size)
         config = cls(
             model_type=model_type,
             vocab_size=vocab_size,
@@ -119,6 +124,7 @@ class ModelConfig:
             qk_norm=model_type == "qwen3",
             head_tokens=head_tokens,
             tail_rank=tail_rank,
+            head_mask=head_mask,
             eos_token_ids=_eos_ids(hf_config),
         )
         if config.num_heads % config.num_kv_heads:
@@ -190,17 +196,24 @@ def _num_kv_heads(hf_config: Mapping[str, Any], model_type: str, num_heads: int)
     return _count(hf_config, "num_key_value_heads")
 
 
-def _head(hf_config: Mapping[str, Any], vocab_size: int, hidden_size: int) -> tuple[int, int]:
-    """``head_tokens`` and ``tail_rank``."""
+def _head(hf_config: Mapping[str, Any], vocab_size: int, hidden_size: int) -> tuple[int, int, bytes]:
+    """``head_tokens``, ``tail_rank`` and ``head_mask``."""
     options = hf_config.get(HEAD_KEY)
     if options is None:
-        return vocab_size, 0
+        return vocab_size, 0, b""
     if not isinstance(options, Mapping) or hf_config.get("tie_word_embeddings"):
         raise InvalidPair(f"{HEAD_KEY} in config.json is no object, or belongs to a tied head")
     tokens, rank = _count(options, "tokens"), _count(options, "tail_rank")
     if tokens >= vocab_size or rank >= hidden_size:
         raise InvalidPair(f"{HEAD_KEY} in config.json: tokens={tokens} and tail_rank={rank} do not fit the sizes")
-    return tokens, rank
+    try:
+        mask = b64decode(options.get("whole", ""), validate=True)
+    except (TypeError, ValueError):
+        raise InvalidPair(f"{HEAD_KEY} in config.json: whole is no base64") from None
+    bits = int.from_bytes(mask, "little")
+    if mask and (len(mask) != (vocab_size + 7) // 8 or bits.bit_length() > vocab_size or bits.bit_count() != tokens):
+        raise InvalidPair(f"{HEAD_KEY} in config.json: whole does not name {tokens} tokens of {vocab_size}")
+    return tokens, rank, mask
 
 
 def _head_dim(hf_config: Mapping[str, Any], model_type: str, hidden_size: int, num_heads: int) -> int:

@@ -1,9 +1,8 @@
 """An output head that is whole for common tokens and a product of low rank for the rest.
 
-Half of a vocabulary is seldom written, yet a step reads all of the head: a fifth of a small model. Tokenizers give
-low ids to common tokens, so rows from ``head_tokens`` on are rare. Theirs are stored as what they are, rows of an
-ordinary head, but have rank ``tail_rank``; the engine finds the factors again and reads those. Plain transformers sees
-nothing of it: the logits are the same.
+Half of a vocabulary is seldom written, yet a step reads all of the head: a fifth of a small model. Rows of rare tokens
+are stored as what they are, rows of an ordinary head, but have rank ``tail_rank``; the engine finds the factors again
+and reads those. Plain transformers sees nothing of it: the logits are the same.
 """
 
 from __future__ import annotations
@@ -31,14 +30,32 @@ class Tail(Generic[M_co]):
     Attributes:
         left: [vocab - head_tokens, tail_rank].
         right: [tail_rank, hidden].
+        places: [vocab] int64, of every token among the rows of the head and then of ``left``.
     """
 
     left: M_co
     right: M_co
+    places: Tensor
 
     @property
     def nbytes(self) -> int:
         return self.left.nbytes + self.right.nbytes
+
+
+def head_order(vocab_size: int, mask: bytes) -> Tensor:
+    """[vocab] int64: the tokens whose rows are whole, by id, and then the others; ``mask`` as in ``ModelConfig``."""
+    if not mask:
+        return torch.arange(vocab_size)
+    octets = torch.tensor(list(mask), dtype=torch.uint8)
+    whole = (octets[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[:vocab_size]
+    return torch.cat([whole.nonzero().squeeze(1), (~whole).nonzero().squeeze(1)])
+
+
+def mask_of(tokens: Tensor, vocab_size: int) -> bytes:
+    """``ModelConfig.head_mask`` of these tokens."""
+    bits = torch.zeros((vocab_size + 7) // 8 * 8, dtype=torch.uint8)
+    bits[tokens] = 1
+    return bytes((bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8).tolist())
 
 
 def factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -56,30 +73,28 @@ def factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.float(), right.float()
 
 
-def lower_rank(rows: Tensor, covariance: Tensor, rank: int, exact: list[int]) -> Tensor:
+def lower_rank(rows: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """The matrix of rank ``rank`` nearest to ``rows`` in what it makes of inputs of such a covariance.
 
     Args:
         rows: [n, hidden].
         covariance: [hidden, hidden], of the inputs: E[x x'].
-        exact: rows that stay as they are; each takes one of the rank.
 
     Returns:
         [n, hidden] float32.
     """
-    rest = torch.ones(len(rows), dtype=torch.bool)
-    rest[exact] = False
     wide, ridge = rows.double(), 1e-6 * covariance.double().diagonal().mean()
     root = torch.linalg.cholesky(covariance.double() + ridge * torch.eye(len(covariance), dtype=torch.float64))
-    scaled = wide[rest] @ root
+    scaled = wide @ root
     _, directions = torch.linalg.eigh(scaled.T @ scaled)
-    kept = directions[:, len(directions) - (rank - len(exact)) :]
-    lowered = wide.clone()
-    lowered[rest] = torch.linalg.solve_triangular(root, scaled @ kept @ kept.T, upper=False, left=False)
+    kept = directions[:, -rank:]
+    lowered: Tensor = torch.linalg.solve_triangular(root, scaled @ kept @ kept.T, upper=False, left=False)
     return lowered.float()
 
 
 def logits_of(x: Tensor, head: Matrix, tail: Tail[Matrix] | None) -> Tensor:
     """[tokens, hidden] -> [tokens, vocab], in ``x``'s dtype."""
     common = linear(x, head)
-    return common if tail is None else torch.cat([common, linear(linear(x, tail.right), tail.left)], dim=1)
+    if tail is None:
+        return common
+    return torch.cat([common, linear(linear(x, tail.right), tail.left)], dim=1).index_select(1, tail.places)

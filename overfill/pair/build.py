@@ -90,7 +90,7 @@ def fill_pair(
         check_enough(packed, config, sizes)
     # Refuses what transformers could not run, before anything long starts.
     full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
-    head = _head_plan(config, sizes)
+    head = _head_plan(config, sizes, transcripts)
     decoder_config(
         full_config,
         hidden_size=sizes["hidden_size"],
@@ -117,7 +117,7 @@ def fill_pair(
     )
     decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
     (folder / "decoder").mkdir()
-    write_decoder(folder / "decoder", full, decoder, None if head is None else (head.tokens, head.tail_rank))
+    write_decoder(folder / "decoder", full, decoder, None if head is None else head.as_config(config.vocab_size))
     write_manifest(
         folder,
         recipe=recipe.as_json(
@@ -129,11 +129,12 @@ def fill_pair(
     )
 
 
-def _head_plan(config: ModelConfig, sizes: Mapping[str, int]) -> HeadPlan | None:
-    tokens = sizes["head_tokens"]
-    if tokens == config.vocab_size:
+def _head_plan(config: ModelConfig, sizes: Mapping[str, int], transcripts: Sequence[Transcript]) -> HeadPlan | None:
+    if sizes["head_tokens"] == config.vocab_size:
         return None
-    return HeadPlan(tokens, sizes["tail_rank"], tuple(t for t in config.eos_token_ids if t >= tokens))
+    text = torch.tensor([token for transcript in transcripts for token in transcript.token_ids])
+    counts = text.bincount(minlength=config.vocab_size)
+    return HeadPlan.of(counts, sizes["head_tokens"], sizes["tail_rank"], config.eos_token_ids)
 
 
 def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:

@@ -48,7 +48,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_decoder(folder: Path, full: Path, weights: Weights, head: tuple[int, int] | None = None) -> None:
+def write_decoder(folder: Path, full: Path, weights: Weights, head: Mapping[str, Any] | None = None) -> None:
     """Writes to the existing ``folder`` a checkpoint of ``weights``, with everything else as in ``full``'s.
 
     Elements have the type that the full model's have in its files; a head whose rows ``head`` describes (as in

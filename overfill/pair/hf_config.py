@@ -24,13 +24,13 @@ def decoder_config(
     intermediate_size: int,
     num_layers: int,
     tie_word_embeddings: bool,
-    head: tuple[int, int] | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """``config.json`` of a decoder: the full model's, with other sizes and the same attention heads.
 
     Args:
         full_config: the full model's ``config.json``.
-        head: its whole rows and the rank of the others, where it has such (``overfill.model.head``).
+        head: ``HEAD_KEY``'s value, where the head is of two parts (``HeadPlan.as_config``).
 
     Raises:
         InvalidPair: a size is not positive, or ``full_config`` is damaged.
@@ -47,7 +47,7 @@ def decoder_config(
     if config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * num_layers  # no other is supported
     if head is not None:
-        config[HEAD_KEY] = {"tokens": head[0], "tail_rank": head[1]}
+        config[HEAD_KEY] = dict(head)
     config = loadable_config(config)
     ModelConfig.from_dict(config)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from overfill.errors import InvalidPair
 from overfill.model.config import HEAD_KEY
-from overfill.model.head import factors  # which factors are rounded is a choice that has to be the same
+from overfill.model.head import factors, head_order  # which factors are rounded is a choice that has to be the same
 from overfill.pair.hf_config import loadable_config
 
 
@@ -62,9 +63,11 @@ def round_to_int8(model: PreTrainedModel) -> None:
     if parts is None:
         model.lm_head.weight = _rounded(head)
         return
-    left, right = factors(head[parts["tokens"] :], parts["tail_rank"])
-    tail = _rounded(left) @ _rounded(right)
-    model.lm_head.weight = nn.Parameter(torch.cat([_rounded(head[: parts["tokens"]]), tail]), requires_grad=False)
+    rest = head_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
+    left, right = factors(head[rest], parts["tail_rank"])
+    rounded = _rounded(head)
+    rounded[rest] = _rounded(left) @ _rounded(right)
+    model.lm_head.weight = rounded
 
 
 def _rounded(weight: torch.Tensor) -> nn.Parameter:

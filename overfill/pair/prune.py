@@ -7,9 +7,11 @@ always stay, so that the decoder fits the full model's KV cache (OverFill, arXiv
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.model.head import lower_rank
+from overfill.model.head import lower_rank, mask_of
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
 from overfill.pair.progress import Report, silent
@@ -196,20 +198,41 @@ def _scale(shares: Tensor, full_hidden: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """The head's rows from ``tokens`` on become a matrix of rank ``tail_rank`` (``overfill.model.head``).
+    """Which rows of the head stay; the others become a matrix of rank ``tail_rank`` (``overfill.model.head``).
 
     Attributes:
-        exact: of these rows, those that stay as they are, by token: what ends an answer, wherever its id is.
+        whole: [tokens] int64, the tokens whose rows stay.
     """
 
-    tokens: int
+    whole: Tensor
     tail_rank: int
-    exact: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, counts: Tensor, tokens: int, tail_rank: int, always: Sequence[int] = ()) -> HeadPlan:
+        """Keeps the rows of the ``tokens`` most frequent tokens, and of ``always``, which are among those.
+
+        Args:
+            counts: [vocab] int64, of a text. Of tokens that are equally frequent in it the lower ids stay:
+                tokenizers give those to what is common elsewhere.
+        """
+        counts = counts.clone()
+        counts[list(always)] = counts.sum() + 1
+        return cls(counts.argsort(descending=True, stable=True)[:tokens], tail_rank)
 
     def apply(self, head: Tensor, covariance: Tensor) -> Tensor:
         """``head`` [vocab, hidden] so lowered, for inputs of this covariance."""
-        exact = [token - self.tokens for token in self.exact]
-        return torch.cat([head[: self.tokens], lower_rank(head[self.tokens :], covariance, self.tail_rank, exact)])
+        lowered = lower_rank(head[self._rest(len(head))], covariance, self.tail_rank)
+        return head.index_copy(0, self._rest(len(head)), lowered)
+
+    def as_config(self, vocab_size: int) -> dict[str, Any]:
+        """What ``config.json`` says of it, under ``HEAD_KEY``."""
+        whole = b64encode(mask_of(self.whole, vocab_size)).decode()
+        return {"tokens": len(self.whole), "tail_rank": self.tail_rank, "whole": whole}
+
+    def _rest(self, vocab_size: int) -> Tensor:
+        rare = torch.ones(vocab_size, dtype=torch.bool)
+        rare[self.whole] = False
+        return rare.nonzero().squeeze(1)
 
 
 def slice_weights(full: Weights, plan: Plan, head: HeadPlan | None = None) -> Weights:

@@ -29,8 +29,9 @@ class DecoderRecipe:
         fit: ``none`` leaves the sliced weights as they are.
         quantize: how the decoder's weights are held once they are loaded; the checkpoint is never quantised.
         tokens: answer tokens of calibration text that are used; more take longer and fit better.
-        head_tokens: the first so many of the vocabulary keep rows of their own in the head; the other rows become a
-            matrix of rank ``tail_rank`` (``overfill.model.head``). All of them, and there is no tail.
+        head_tokens: so many tokens, the most frequent in the calibration text, keep rows of their own in the head; the
+            other rows become a matrix of rank ``tail_rank`` (``overfill.model.head``). All of them, and there is no
+            tail.
     """
 
     hidden_size: Size = 1.0
@@ -61,9 +62,9 @@ class DecoderRecipe:
         }
         if sizes["head_tokens"] == full.vocab_size:
             return sizes | {"tail_rank": 0}
-        least, most = len(full.eos_token_ids) + 1, sizes["hidden_size"] - 1
-        if not least <= self.tail_rank <= most:
-            raise InvalidRequest("tail_rank", f"must be in {least}..{most} at this hidden size; got {self.tail_rank}")
+        most = sizes["hidden_size"] - 1
+        if not 1 <= self.tail_rank <= most:
+            raise InvalidRequest("tail_rank", f"must be in 1..{most} at this hidden size; got {self.tail_rank}")
         return sizes
 
     def as_json(self, **more: Any) -> dict[str, Any]:

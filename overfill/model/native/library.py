@@ -91,7 +91,7 @@ def _library() -> ctypes.CDLL:
     library.ovf_has_amx.restype = c_int
     library.ovf_has_amx.argtypes = []
     library.ovf_create.restype = c_void_p
-    library.ovf_create.argtypes = [POINTER(Shape), c_void_p, c_void_p, c_void_p]
+    library.ovf_create.argtypes = [POINTER(Shape), c_void_p, c_void_p, c_void_p, c_void_p]
     library.ovf_destroy.restype = None
     library.ovf_destroy.argtypes = [c_void_p]
     library.ovf_set_matrix.restype = None

@@ -108,6 +108,7 @@ struct Model {
     Matrix tail_right, tail_left;  // [tail_rank, hidden], [vocab - head_tokens, tail_rank]
     float* norm;
     const bf16* embedding = nullptr;  // [vocab, hidden]; null: read from the head, to which it is tied
+    const int32_t* order = nullptr;   // [vocab], the tokens of the rows of head and then tail_left; null: by id
     const float *cos = nullptr, *sin = nullptr;  // [max_positions, head_dim / 2]
     std::unique_ptr<Arena> arena;
     Workspace work;

@@ -45,15 +45,16 @@ extern "C" {
 // Whether this machine and process have AMX tiles.
 int ovf_has_amx() { return has_amx(); }
 
-// A model without weights, or null where memory is short. `embedding` [vocab, hidden], `cos` and `sin`
-// [max_positions, head_dim / 2] stay the caller's; without `embedding`, the head is read.
-void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const float* cos, const float* sin) {
+// A model without weights, or null where memory is short. `embedding` [vocab, hidden], `order` [vocab], `cos` and
+// `sin` [max_positions, head_dim / 2] stay the caller's; without `embedding`, the head is read.
+void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const int32_t* order, const float* cos,
+                 const float* sin) {
     auto m = std::make_unique<Model>();
     m->shape = *shape;
     const auto& s = m->shape;
     m->attention = {static_cast<size_t>(s.heads), static_cast<size_t>(s.kv_heads), static_cast<size_t>(s.head_dim)};
     m->amx = s.amx && has_amx();
-    m->embedding = embedding, m->cos = cos, m->sin = sin;
+    m->embedding = embedding, m->order = order, m->cos = cos, m->sin = sin;
     m->layers.resize(s.layers);
     const size_t hidden = s.hidden, attended = s.heads * s.head_dim, qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
     for (Layer& layer : m->layers) {

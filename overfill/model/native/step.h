@@ -299,21 +299,28 @@ class Step {
         for (size_t i = first; i < last; ++i) b_.best[i] = choose(i, threads);
     }
 
-    // Panel `p` of the logits of tokens `from` to `end`, of wanted row `i`.
+    // Panel `p` of the logits of rows `from` to `end` of the head and its tail, of wanted row `i`.
     inline __attribute__((always_inline)) void take_logits(size_t i, size_t p, __m512 low, __m512 high, size_t from,
                                                            size_t end, __m512* best, __m512i* ids, uint8_t* broken) {
-        if (b_.logits) store(b_.logits + i * m_.shape.vocab + from, end - from, p, low, high);
-        if (!b_.best) return;
+        float* logits = b_.logits ? b_.logits + i * m_.shape.vocab : nullptr;
+        if (logits && !m_.order) store(logits + from, end - from, p, low, high);
+        if (!b_.best && !m_.order) return;
         const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (size_t half = 0; half < 2; ++half) {
             const size_t start = from + p * PANEL + 16 * half;
             if (start >= end) break;
             const __m512 x = half ? high : low;
             const __mmask16 real = lanes(end - start);
+            const __m512i tokens = m_.order ? _mm512_maskz_loadu_epi32(real, m_.order + start)
+                                            : _mm512_add_epi32(counting, _mm512_set1_epi32(start));
+            if (logits && m_.order) _mm512_mask_i32scatter_ps(logits, real, tokens, x, sizeof(float));
+            if (!b_.best) continue;
             broken[i] |= _mm512_mask_cmp_ps_mask(real, x, x, _CMP_UNORD_Q) != 0;
-            const __mmask16 more = _mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_GT_OQ);
+            __mmask16 more = _mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_GT_OQ);
+            if (m_.order)  // of equals the first, which here may come last
+                more |= _mm512_mask_cmplt_epi32_mask(_mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_EQ_OQ), tokens, ids[i]);
             best[i] = _mm512_mask_mov_ps(best[i], more, x);
-            ids[i] = _mm512_mask_add_epi32(ids[i], more, counting, _mm512_set1_epi32(start));
+            ids[i] = _mm512_mask_mov_epi32(ids[i], more, tokens);
         }
     }
 

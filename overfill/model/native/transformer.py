@@ -18,6 +18,7 @@ from overfill.errors import InternalError
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
+from overfill.model.head import head_order
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
@@ -89,8 +90,14 @@ class NativeTransformer:
             amx=amx,
             norm_eps=config.rms_norm_eps,
         )
-        embedding = 0 if self._embedding is None else self._embedding.data_ptr()
-        handle = library_.ovf_create(byref(shape), embedding, self._cos.data_ptr(), self._sin.data_ptr())
+        self._order = head_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
+        handle = library_.ovf_create(
+            byref(shape),
+            None if self._embedding is None else self._embedding.data_ptr(),
+            None if self._order is None else self._order.data_ptr(),
+            self._cos.data_ptr(),
+            self._sin.data_ptr(),
+        )
         if not handle:
             raise MemoryError("no memory for the model's weights")
         self._handle = handle

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.model.head import factors
+from overfill.model.head import factors, head_order
 from overfill.model.rope import apply_rope, rope_tables
 from overfill.pair.digest import list_tensors
 from overfill.pair.distill.attention import Attention, plan_attention
@@ -124,6 +124,9 @@ class PackedModel(nn.Module):
         if config.tail_rank:
             self.tail_left = nn.Parameter(torch.empty(config.vocab_size - config.head_tokens, config.tail_rank))
             self.tail_right = nn.Parameter(torch.empty(config.tail_rank, config.hidden_size))
+            with torch.device("cpu"):  # whatever device the parameters are made on
+                self.order = head_order(config.vocab_size, config.head_mask)
+            self._places = self.order.argsort()
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> PackedModel:
@@ -144,7 +147,8 @@ class PackedModel(nn.Module):
     def head(self) -> Tensor:
         """[vocab, hidden]; of two parts it is put together anew each time."""
         if self.config.tail_rank:
-            return torch.cat([self.lm_head.weight, self.tail_left @ self.tail_right])
+            stored = torch.cat([self.lm_head.weight, self.tail_left @ self.tail_right])
+            return stored[self._places.to(stored.device)]
         tied = self.config.tie_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
@@ -210,10 +214,11 @@ def read_parameters(model: PackedModel, folder: Path) -> None:
     if missing:
         raise InvalidPair(f"{folder}: tensor {min(missing)} is missing")
     if whole is not None:
-        model.lm_head.weight.copy_(whole[: model.config.head_tokens])
+        common, rare = whole[model.order].tensor_split([model.config.head_tokens])
+        model.lm_head.weight.copy_(common)
         for parameter, factor in zip(
             (model.tail_left, model.tail_right),
-            factors(whole[model.config.head_tokens :], model.config.tail_rank),
+            factors(rare, model.config.tail_rank),
             strict=True,
         ):
             parameter.copy_(factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
+from overfill.model.head import head_order
 from overfill.model.transformer import Transformer
 
 BLOCK_SIZE = 4
@@ -36,9 +38,9 @@ def save_model(tmp_path: Path) -> SaveModel:
             for name, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
             if (parts := getattr(config, HEAD_KEY, None)) is not None:
-                tail = model.lm_head.weight[parts["tokens"] :]
-                rank = parts["tail_rank"]
-                tail.copy_(torch.randn(len(tail), rank) @ torch.randn(rank, tail.shape[1]) * 0.15 / rank**0.5)
+                head, rank = model.lm_head.weight, parts["tail_rank"]
+                rare = head_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
+                head[rare] = torch.randn(len(rare), rank) @ torch.randn(rank, head.shape[1]) * 0.15 / rank**0.5
         model.save_pretrained(tmp_path)
         return model
 

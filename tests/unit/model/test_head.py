@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from transformers import LlamaConfig
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.model.head import factors, lower_rank
+from overfill.model.head import factors, lower_rank, mask_of
 from overfill.model.loading import load_int8_weights, load_weights
 from overfill.pair.distill.model import PackedModel
 from overfill.pair.plain import load_plain, round_to_int8
+from overfill.pair.prune import HeadPlan
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -24,7 +26,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=64,
-    overfill_head={"tokens": 30, "tail_rank": 6},
+    overfill_head={"tokens": 30, "tail_rank": 6, "whole": b64encode(mask_of(torch.arange(0, 90, 3), 90)).decode()},
 )
 
 
@@ -46,19 +48,23 @@ def test_what_is_lost_is_what_inputs_make_least_of() -> None:
     inputs = torch.randn(500, 32) * torch.logspace(0, -2, 32)
     covariance = inputs.T @ inputs / len(inputs)
 
-    weighed = lower_rank(rows, covariance, 8, exact=[])
-    plain = lower_rank(rows, torch.eye(32), 8, exact=[])
+    weighed = lower_rank(rows, covariance, 8)
+    plain = lower_rank(rows, torch.eye(32), 8)
 
     assert torch.linalg.matrix_rank(weighed, rtol=1e-5) == 8
     errors = [(inputs @ (rows - lowered).T).square().mean() for lowered in (weighed, plain)]
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_rows_that_must_stay_do() -> None:
-    rows = torch.randn(60, 32)
-    lowered = lower_rank(rows, torch.eye(32), 8, exact=[3, 59])
-    assert torch.equal(lowered[[3, 59]], rows[[3, 59]])
-    assert torch.linalg.matrix_rank(lowered, rtol=1e-5) == 8
+def test_the_rows_of_frequent_tokens_stay() -> None:
+    counts = torch.tensor([0, 5, 0, 1, 0, 9, 0, 0])
+    assert HeadPlan.of(counts, 4, 2).whole.tolist() == [5, 1, 3, 0]
+    plan = HeadPlan.of(counts, 4, 2, always=[7])
+    assert sorted(plan.whole.tolist()) == [1, 3, 5, 7]
+    head = torch.randn(8, 6)
+    lowered = plan.apply(head, torch.eye(6))
+    assert torch.equal(lowered[plan.whole], head[plan.whole])
+    assert torch.linalg.matrix_rank(lowered[[0, 2, 4, 6]], rtol=1e-5) == 2
 
 
 def test_a_step_reads_the_parts(save_model, tmp_path: Path) -> None:
@@ -75,7 +81,8 @@ def test_int8_rounds_the_factors_as_the_reference_does(save_model, tmp_path: Pat
     config = ModelConfig.load(tmp_path)
     weights = load_int8_weights(tmp_path, config, torch.float32, CPU)
     assert weights.tail is not None
-    ours = torch.cat([weights.head.dequantised(), weights.tail.left.dequantised() @ weights.tail.right.dequantised()])
+    stored = torch.cat([weights.head.dequantised(), weights.tail.left.dequantised() @ weights.tail.right.dequantised()])
+    ours = stored[weights.tail.places]
     reference = load_plain(tmp_path)
     round_to_int8(reference)
     torch.testing.assert_close(ours, reference.lm_head.weight.detach(), atol=1e-5, rtol=0)
@@ -95,4 +102,4 @@ def test_training_keeps_the_rank(save_model, tmp_path: Path) -> None:
 
     assert set(stored) == {name for name, _ in plain.named_parameters()}
     assert not torch.allclose(stored["lm_head.weight"], plain.lm_head.weight)
-    factors(stored["lm_head.weight"][30:], 6)
+    factors(stored["lm_head.weight"][model.order[30:]], 6)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.model.config import ModelConfig
+from overfill.model.head import head_order, mask_of
 
 # As Llama 3.1 8B ships it, written by transformers 4.
 LLAMA_31 = {
@@ -70,6 +73,7 @@ def test_every_field_of_a_llama_is_read() -> None:
         qk_norm=False,
         head_tokens=128256,
         tail_rank=0,
+        head_mask=b"",
         eos_token_ids=(128001, 128008, 128009),
     )
 
@@ -79,6 +83,21 @@ def test_a_head_in_two_parts_is_read() -> None:
     config = ModelConfig.from_dict(LLAMA_31 | parts)
     assert (config.head_tokens, config.tail_rank) == (40000, 96)
     assert config.head_matrices == [(40000, 4096), (96, 4096), (88256, 96)]
+    assert config.head_mask == b""
+
+
+def test_the_whole_rows_may_be_of_any_tokens() -> None:
+    tokens = torch.tensor([128255, 7, 64])
+    parts = {"tokens": 3, "tail_rank": 2, "whole": b64encode(mask_of(tokens, 128256)).decode()}
+    order = head_order(128256, ModelConfig.from_dict(LLAMA_31 | {"overfill_head": parts}).head_mask)
+    assert order[:5].tolist() == [7, 64, 128255, 0, 1]
+    assert sorted(order.tolist()) == list(range(128256))
+
+
+@pytest.mark.parametrize("whole", [b64encode(mask_of(torch.arange(4), 128256)).decode(), "AQ==", "?", 7])
+def test_tokens_that_are_not_those_counted_are_refused(whole: object) -> None:
+    with pytest.raises(InvalidPair, match="whole"):
+        ModelConfig.from_dict(LLAMA_31 | {"overfill_head": {"tokens": 3, "tail_rank": 2, "whole": whole}})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from overfill.model.head import mask_of
 from overfill.model.native import library
 from overfill.model.native.transformer import NativeTransformer, fastest, supported
 from overfill.model.transformer import Transformer
@@ -27,6 +29,11 @@ SHAPE = {
     "max_position_embeddings": 1024,
     "head_dim": 64,
 }
+CHOSEN_ROWS = {
+    "tokens": 90,
+    "tail_rank": 7,
+    "whole": b64encode(mask_of(torch.arange(3, 183, 2), SHAPE["vocab_size"])).decode(),
+}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
@@ -38,6 +45,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "qwen3-dim-128": Qwen3Config(**SHAPE | {"head_dim": 128}),
     "head-in-two-parts": LlamaConfig(**SHAPE, overfill_head={"tokens": 90, "tail_rank": 7}),
+    "head-of-chosen-rows": LlamaConfig(**SHAPE, overfill_head=CHOSEN_ROWS),
     "dim-80": LlamaConfig(**SHAPE | {"head_dim": 80}),
     "dim-256-one-kv-head": LlamaConfig(**SHAPE | {"head_dim": 256, "num_key_value_heads": 1}),
 }
