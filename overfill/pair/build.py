@@ -90,7 +90,6 @@ def fill_pair(
         check_enough(packed, config, sizes)
     # Refuses what transformers could not run, before anything long starts.
     full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
-    head = _head_plan(config, sizes, transcripts)
     decoder_config(
         full_config,
         hidden_size=sizes["hidden_size"],
@@ -115,9 +114,10 @@ def fill_pair(
         layers=layers,
         method=recipe.method,
     )
+    head = _head_plan(config, sizes, scores, transcripts)
     decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
     (folder / "decoder").mkdir()
-    write_decoder(folder / "decoder", full, decoder, None if head is None else head.as_config(config.vocab_size))
+    write_decoder(folder / "decoder", full, decoder, None if head is None else head.as_config())
     write_manifest(
         folder,
         recipe=recipe.as_json(
@@ -129,12 +129,16 @@ def fill_pair(
     )
 
 
-def _head_plan(config: ModelConfig, sizes: Mapping[str, int], transcripts: Sequence[Transcript]) -> HeadPlan | None:
+def _head_plan(
+    config: ModelConfig, sizes: Mapping[str, int], scores: Scores, transcripts: Sequence[Transcript]
+) -> HeadPlan | None:
+    """Tokens are as frequent as in the text, where it is long enough to show them, and as the full model expects."""
     if sizes["head_tokens"] == config.vocab_size:
         return None
     text = torch.tensor([token for transcript in transcripts for token in transcript.token_ids])
-    counts = text.bincount(minlength=config.vocab_size)
-    return HeadPlan.of(counts, sizes["head_tokens"], sizes["tail_rank"], config.eos_token_ids)
+    shares = text.bincount(minlength=config.vocab_size) / len(text) + scores.token_shares
+    shares[list(config.eos_token_ids)] = 1  # whatever the text is cut to, what ends an answer stays
+    return HeadPlan(shares, sizes["head_tokens"], sizes["tail_rank"])
 
 
 def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:

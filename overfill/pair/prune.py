@@ -29,6 +29,7 @@ from overfill.pair.selection import removal_order
 from overfill.pair.sensitivity import Sensitivity, root
 
 _DIGEST = "full_digest"
+_ROWS_OF_LOGITS = 512  # at a time; each is as wide as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Scores:
         directions: [hidden_size, hidden_size] float32; orthonormal columns. The first k span what a stream of k
             elements should keep of the normalised residual stream, whatever k is (``leading_directions``).
         direction_shares: [hidden_size] float32; share of the mean square along each of them.
+        token_shares: [vocab] float32; mean probability that each token is given.
     """
 
     neurons: Tensor
@@ -50,6 +52,7 @@ class Scores:
     channel_shares: Tensor
     directions: Tensor
     direction_shares: Tensor
+    token_shares: Tensor
 
     def save(self, file: Path, full_digest: str) -> None:
         """``full_digest``: of the checkpoint that they are of (``checkpoint_digest``)."""
@@ -112,7 +115,16 @@ def score(
         channel_shares=covariance.diagonal() / whole,
         directions=directions,
         direction_shares=(covariance @ directions * directions).sum(0) / whole,
+        token_shares=_token_shares(math.norm(stream[packed.answers]), full.head),
     )
+
+
+def _token_shares(normed: Tensor, head: Tensor) -> Tensor:
+    """``Scores.token_shares`` of the last norm's outputs, [answer rows, hidden]."""
+    total = torch.zeros(len(head))
+    for rows in normed.split(_ROWS_OF_LOGITS):
+        total += (rows @ head.T).softmax(1).sum(0)
+    return total / len(normed)
 
 
 def leading_directions(covariance: Tensor, sensitivity: Tensor) -> Tensor:
@@ -200,39 +212,33 @@ def _scale(shares: Tensor, full_hidden: int) -> float:
 class HeadPlan:
     """Which rows of the head stay; the others become a matrix of rank ``tail_rank`` (``overfill.model.head``).
 
+    To second order, an error in a token's logit costs its square times the token's probability (cross-entropy's
+    Fisher information), so frequent tokens stay and the others weigh what they are frequent.
+
     Attributes:
-        whole: [tokens] int64, the tokens whose rows stay.
+        shares: [vocab] float32, how frequent each token is. Of equals the lower ids stay: tokenizers give those to
+            what is common elsewhere.
+        tokens: rows that stay.
     """
 
-    whole: Tensor
+    shares: Tensor
+    tokens: int
     tail_rank: int
-
-    @classmethod
-    def of(cls, counts: Tensor, tokens: int, tail_rank: int, always: Sequence[int] = ()) -> HeadPlan:
-        """Keeps the rows of the ``tokens`` most frequent tokens, and of ``always``, which are among those.
-
-        Args:
-            counts: [vocab] int64, of a text. Of tokens that are equally frequent in it the lower ids stay:
-                tokenizers give those to what is common elsewhere.
-        """
-        counts = counts.clone()
-        counts[list(always)] = counts.sum() + 1
-        return cls(counts.argsort(descending=True, stable=True)[:tokens], tail_rank)
 
     def apply(self, head: Tensor, covariance: Tensor) -> Tensor:
         """``head`` [vocab, hidden] so lowered, for inputs of this covariance."""
-        lowered = lower_rank(head[self._rest(len(head))], covariance, self.tail_rank)
-        return head.index_copy(0, self._rest(len(head)), lowered)
+        _, rest = self._split()
+        return head.index_copy(0, rest, lower_rank(head[rest], covariance, self.tail_rank, self.shares[rest]))
 
-    def as_config(self, vocab_size: int) -> dict[str, Any]:
+    def as_config(self) -> dict[str, Any]:
         """What ``config.json`` says of it, under ``HEAD_KEY``."""
-        whole = b64encode(mask_of(self.whole, vocab_size)).decode()
-        return {"tokens": len(self.whole), "tail_rank": self.tail_rank, "whole": whole}
+        whole, _ = self._split()
+        mask = b64encode(mask_of(whole, len(self.shares))).decode()
+        return {"tokens": self.tokens, "tail_rank": self.tail_rank, "whole": mask}
 
-    def _rest(self, vocab_size: int) -> Tensor:
-        rare = torch.ones(vocab_size, dtype=torch.bool)
-        rare[self.whole] = False
-        return rare.nonzero().squeeze(1)
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """The tokens whose rows stay, and the others."""
+        return self.shares.argsort(descending=True, stable=True).tensor_split([self.tokens])
 
 
 def slice_weights(full: Weights, plan: Plan, head: HeadPlan | None = None) -> Weights:

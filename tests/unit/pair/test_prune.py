@@ -42,6 +42,7 @@ def some_scores(layers: int = 4, neurons: int = 128, hidden: int = 64) -> Scores
         channel_shares=channel_shares / channel_shares.sum(),
         directions=directions,
         direction_shares=direction_shares / direction_shares.sum(),
+        token_shares=torch.full((512,), 1 / 512),
     )
 
 
@@ -100,14 +101,15 @@ def test_scores_are_measured_on_answer_positions(tiny: Path) -> None:
             gain = norm.weight
             norm.register_forward_hook(lambda module, inputs, output, gain=gain: seen.append(output[0] / gain))
     with torch.inference_mode():
-        for transcript in TRANSCRIPTS:
-            model(torch.tensor([transcript.token_ids]))
+        logits = [model(torch.tensor([t.token_ids])).logits[0, t.answer_start :] for t in TRANSCRIPTS]
         answers = torch.cat([seen[i][5 if i < 8 else 9 :] for i in range(16)])
     torch.testing.assert_close(scores.channels, answers.abs().mean(0), rtol=1e-4, atol=1e-5)
     squares = answers.square().sum(0)
     torch.testing.assert_close(scores.channel_shares, squares / squares.sum(), rtol=1e-4, atol=1e-5)
     along = (answers @ scores.directions).square().sum(0)
     torch.testing.assert_close(scores.direction_shares, along / squares.sum(), rtol=1e-4, atol=1e-5)
+    expected = torch.cat(logits).softmax(1).mean(0)
+    torch.testing.assert_close(scores.token_shares, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_methods_choose_the_directions_they_say() -> None:
