@@ -73,13 +73,12 @@ def factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.float(), right.float()
 
 
-def lower_rank(rows: Tensor, covariance: Tensor, rank: int, weights: Tensor) -> Tensor:
+def lower_rank(rows: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """The matrix of rank ``rank`` nearest to ``rows`` in what it makes of inputs of such a covariance.
 
     Args:
         rows: [n, hidden].
         covariance: [hidden, hidden], of the inputs: E[x x'].
-        weights: [n], what the square of an error of each row counts.
 
     Returns:
         [n, hidden] float32.
@@ -87,7 +86,7 @@ def lower_rank(rows: Tensor, covariance: Tensor, rank: int, weights: Tensor) -> 
     wide, ridge = rows.double(), 1e-6 * covariance.double().diagonal().mean()
     root = torch.linalg.cholesky(covariance.double() + ridge * torch.eye(len(covariance), dtype=torch.float64))
     scaled = wide @ root
-    _, directions = torch.linalg.eigh(scaled.T * weights.double() @ scaled)
+    _, directions = torch.linalg.eigh(scaled.T @ scaled)
     kept = directions[:, -rank:]
     lowered: Tensor = torch.linalg.solve_triangular(root, scaled @ kept @ kept.T, upper=False, left=False)
     return lowered.float()

@@ -212,8 +212,7 @@ def _scale(shares: Tensor, full_hidden: int) -> float:
 class HeadPlan:
     """Which rows of the head stay; the others become a matrix of rank ``tail_rank`` (``overfill.model.head``).
 
-    To second order, an error in a token's logit costs its square times the token's probability (cross-entropy's
-    Fisher information), so frequent tokens stay and the others weigh what they are frequent.
+    The rare ones are lowered as if they were equally frequent: weighing them made the rarest all but impossible.
 
     Attributes:
         shares: [vocab] float32, how frequent each token is. Of equals the lower ids stay: tokenizers give those to
@@ -228,7 +227,7 @@ class HeadPlan:
     def apply(self, head: Tensor, covariance: Tensor) -> Tensor:
         """``head`` [vocab, hidden] so lowered, for inputs of this covariance."""
         _, rest = self._split()
-        return head.index_copy(0, rest, lower_rank(head[rest], covariance, self.tail_rank, self.shares[rest]))
+        return head.index_copy(0, rest, lower_rank(head[rest], covariance, self.tail_rank))
 
     def as_config(self) -> dict[str, Any]:
         """What ``config.json`` says of it, under ``HEAD_KEY``."""
