@@ -237,7 +237,8 @@ class HeadPlan:
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """The tokens whose rows stay, and the others."""
-        return self.shares.argsort(descending=True, stable=True).tensor_split([self.tokens])
+        order = self.shares.argsort(descending=True, stable=True)
+        return order[: self.tokens], order[self.tokens :]
 
 
 def slice_weights(full: Weights, plan: Plan, head: HeadPlan | None = None) -> Weights:

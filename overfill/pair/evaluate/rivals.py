@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from overfill.model.config import ModelConfig
-from overfill.model.head import Tail
 from overfill.model.loading import Weights
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -30,7 +29,7 @@ def quantised(config: ModelConfig, weights: Weights, precision: Precision, max_p
     )
     head, tail = round_to(weights.head, of_head), weights.tail
     if tail is not None:
-        tail = Tail(round_to(tail.left, of_head), round_to(tail.right, of_head))
+        tail = replace(tail, left=round_to(tail.left, of_head), right=round_to(tail.right, of_head))
     return Transformer(config, Weights(weights.embedding, layers, weights.norm, head, tail), max_positions)
 
 
