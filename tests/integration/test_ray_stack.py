@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from ray_stacks import Load, Up, cli, status_json, up_on_ray
-from stacks import wait_until
+from stacks import loads, wait_until
 
 from overfill.client import Client, SamplingParams
 
@@ -49,14 +49,14 @@ def test_nothing_listens_where_other_machines_could_reach_it(up):
 
 def busy_decoder(up):
     """The id of a decode worker that runs sequences."""
-    with Client(up.address) as client:
+    decoders, busy = up.workers("decode"), []
 
-        def busy():
-            decoders = [w for w in client.status().workers if w.stage == "decode" and w.process and w.process.load]
-            return next((w.id for w in decoders if w.process.load.running), None)
+    def found():
+        busy[:] = [id for id, load in loads(up.address).items() if id in decoders and load.running]
+        return busy
 
-        wait_until(busy, 60, "a worker with sequences")
-        return busy() or next(iter(up.workers("decode")))
+    wait_until(found, 60, "a decode worker with sequences")
+    return busy[0]
 
 
 def test_a_killed_worker_is_replaced_and_no_request_fails(up):
