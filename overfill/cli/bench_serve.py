@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from overfill.cli.output import console
+from overfill.errors import Unavailable
 from overfill.simulate.traces import Arrivals, TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.bench.serve.outcome import Outcome
+    from overfill.bench.serve.compare import Play, TargetSpec
+    from overfill.bench.serve.outcome import Objective, Outcome
     from overfill.bench.serve.report import LoadShape
+    from overfill.pair.progress import Report
 
+
+class _Rate(click.ParamType):
+    """A positive number, or ``saturate=NAME``."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if isinstance(value, str) and value.startswith(_SATURATE):
+            return value
+        return click.FloatRange(0, min_open=True).convert(value, param, ctx)
+
+
+_SATURATE = "saturate="
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -26,12 +43,16 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     multiple=True,
     default=("grpc://127.0.0.1:7600",),
     show_default=True,
-    help="NAME=http://HOST:PORT/v1, NAME=grpc://HOST:PORT, or openvino, vllm in process; several are compared.",
+    help="NAME=http://HOST:PORT/v1, NAME=grpc://HOST:PORT, or colocated, openvino, vllm, which are started; several "
+    "are compared.",
 )
 @click.option("--trace", type=_FILE, help="Azure's CSV or Mooncake's JSON lines.  [default: synthetic arrivals]")
 @click.option("--requests", "count", type=click.IntRange(1), default=100, show_default=True, help="The first so many.")
 @click.option(
-    "--rate", type=click.FloatRange(0, min_open=True), help="Mean requests per second.  [default: the trace's; 1]"
+    "--rate",
+    type=_Rate(),
+    help="Mean requests per second, or saturate=NAME: the rate that just saturates that target, so that fewer than "
+    "90 % of its requests meet --slo.  [default: the trace's; 1]",
 )
 @click.option(
     "--length-scale", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Of a trace."
@@ -55,15 +76,20 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     show_default=True,
     help="Ask OpenAI endpoints for answers of full length, as vLLM and ours know it.",
 )
-@click.option("--pair", default="identity", show_default=True, help="Whose full model engines in process run.")
-@click.option("--threads", type=click.IntRange(1), help="Of engines in process.  [default: the cores]")
+@click.option(
+    "--pair",
+    default="identity",
+    show_default=True,
+    help="Of engines that are started; all but ours run its full model.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of engines that are started.  [default: the cores]")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw latencies to this file.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
 def serve_command(
     targets: tuple[str, ...],
     trace: Path | None,
     count: int,
-    rate: float | None,
+    rate: float | str | None,
     length_scale: float,
     longest: int | None,
     arrivals: Arrivals | None,
@@ -84,9 +110,12 @@ def serve_command(
 ) -> int:
     """Latency, throughput and goodput of servers under load; the first target is compared with the others.
 
-    Requests are sent when they are due, whatever becomes of earlier ones. Exit code 1 when a request failed.
+    Requests are sent when they are due, whatever becomes of earlier ones. Targets that are started run one after the
+    other: `colocated` is one process of ours with both halves of --pair, `openvino` OpenVINO GenAI in a process of its
+    own and `vllm` its OpenAI server, both with the full model; `colocated:fast` and so on name another pair. Exit code
+    1 when a request failed.
     """
-    from overfill.bench.serve.compare import LoadSettings, TargetSpec, play
+    from overfill.bench.serve.compare import LoadSettings, TargetSpec, opened
     from overfill.bench.serve.outcome import Objective
     from overfill.bench.serve.report import serve_rows, serve_table
     from overfill.pair.progress import progress_bars
@@ -97,20 +126,28 @@ def serve_command(
     if len({spec.name for spec in specs}) < len(specs):
         raise click.UsageError("two targets have the same name; give each its own, as in --target a=http://…")
     objective = None if slo is None else Objective.parse(slo)
+    saturated = _saturated(rate, specs, objective, concurrency)
+    number = rate if isinstance(rate, float) else None
     if trace is None:
-        requests = _synthetic(count, arrivals, rate, concurrency, prompt_tokens, output_tokens, seed)
+        requests = _synthetic(count, arrivals, number, concurrency, prompt_tokens, output_tokens, seed)
     else:
-        requests = _traced(trace, count, rate, length_scale, longest)
+        requests = _traced(trace, count, number, length_scale, longest)
     cores = len(os.sched_getaffinity(0))
     settings = LoadSettings(vocab_size, model, api_key, extensions, concurrency, timeout, pair, threads or cores)
+    most = max(r.prompt_tokens + r.output_tokens for r in requests)
     outcomes = {}
     with progress_bars() as report:
+        if saturated is not None and objective is not None:
+            with opened(saturated, most, settings) as play:
+                requests = _at_saturation(saturated.name, play, requests, objective, report)
         for spec in specs:
             step = f"Load on {spec.name}"
             report(step, 0, len(requests))
-            outcomes[spec.name] = play(spec, requests, settings, partial(report, step))
+            with opened(spec, most, settings) as play:
+                outcomes[spec.name] = play(requests, partial(report, step))
             report(step, len(requests), len(requests))
-    load = _shape(requests, trace, arrivals, concurrency, None if objective is None else str(objective))
+    slo_text = None if objective is None else str(objective)
+    load = _shape(requests, trace, arrivals, concurrency, slo_text, saturated)
     if plot is not None:
         from overfill.bench.serve.plot import save_latencies
 
@@ -123,6 +160,50 @@ def serve_command(
         console().print(_title(load))
         console().print(serve_table(rows))
     return 1 if _print_failures(outcomes) else 0
+
+
+def _saturated(
+    rate: float | str | None, specs: list[TargetSpec], objective: Objective | None, concurrency: int | None
+) -> TargetSpec | None:
+    """The target that ``rate`` names, if it names one."""
+    if not isinstance(rate, str):
+        return None
+    name = rate.removeprefix(_SATURATE)
+    found = next((spec for spec in specs if spec.name == name), None)
+    if found is None:
+        raise click.UsageError(f"--rate {rate} names no target; there are {', '.join(spec.name for spec in specs)}")
+    if objective is None:
+        raise click.UsageError(f"--rate {rate} needs --slo: saturated is who does not meet it")
+    if concurrency is not None:
+        raise click.UsageError(f"--rate {rate} contradicts --concurrency, where the server sets the pace")
+    return found
+
+
+def _at_saturation(
+    name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report
+) -> list[TraceRequest]:
+    """``requests`` at the rate that just saturates an open server; every step is a bar, and a line on stderr."""
+    from overfill.bench.serve.outcome import figures
+    from overfill.bench.serve.saturation import find_saturation
+    from overfill.simulate.traces import set_rate
+
+    def played(step: str, at_rate: list[TraceRequest]) -> list[Outcome]:
+        report(step, 0, len(at_rate))
+        found = play(at_rate, partial(report, step))
+        report(step, len(at_rate), len(at_rate))
+        return found
+
+    def attainment(rate: float) -> float:
+        found = played(f"{name} at {rate:.2f} per second", set_rate(requests, rate))
+        return sum(objective.met(outcome) for outcome in found) / len(found)
+
+    # What it answers when it never waits for arrivals is near the rate that is looked for.
+    burst = figures(played(f"{name}, all at once", [replace(r, arrival=0.0) for r in requests]), None)
+    first = next(figure.value for figure in burst if figure.name == "requests")
+    if not first:
+        raise Unavailable(f"{name} has not answered a single request of a burst")
+    steps = find_saturation(first, attainment, lambda step: click.echo(f"{name}, {step}", err=True))
+    return set_rate(requests, steps[-1].rate)
 
 
 def _synthetic(
@@ -156,6 +237,7 @@ def _shape(
     arrivals: Arrivals | None,
     concurrency: int | None,
     slo: str | None,
+    saturated: TargetSpec | None,
 ) -> LoadShape:
     from overfill.bench.serve.report import LoadShape
 
@@ -168,11 +250,14 @@ def _shape(
         prompt_tokens=sum(r.prompt_tokens for r in requests) / len(requests),
         output_tokens=sum(r.output_tokens for r in requests) / len(requests),
         slo=slo,
+        saturates=None if saturated is None else saturated.name,
     )
 
 
 def _title(load: LoadShape) -> str:
     pace = "at once" if load.rate is None else f"{load.rate:.2f} per second"
+    if load.saturates is not None:
+        pace += f", which just saturates {load.saturates}"
     if load.concurrency is not None:
         pace += f", at most {load.concurrency} together"
     return (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,30 +13,10 @@ import torch
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.engine.build import MEMORY_FRACTION, EngineParts, Half, LoadedHalf, load_half, resolve_device, size_pools
-from overfill.engine.decode import DecodeEngine
-from overfill.engine.prefill import PrefillEngine
-from overfill.engine.sequence import (
-    DecodeEvent,
-    DecodeSequence,
-    FinishReason,
-    Preempted,
-    PrefillEvent,
-    PrefillSequence,
-    PromptComputed,
-    Refused,
-    Release,
-    Reserve,
-    Reserved,
-    SequenceFailed,
-    Start,
-    StopRule,
-    Submit,
-    TokenSampled,
-    Yielded,
-)
-from overfill.errors import InternalError, InvalidRequest, Overloaded, PromptTooLong
-from overfill.kv.cache import copy_sequence
+from overfill.engine.build import MEMORY_FRACTION, Half, LoadedHalf, load_half, resolve_device, size_pools
+from overfill.engine.colocated import Colocated, Request
+from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
+from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.kv.spec import DTypeName
 from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
@@ -56,18 +36,6 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     logprobs: list[SampledToken] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A prompt on its way through both engines. One sequence object in each; ``blocks`` are the decode engine's."""
-
-    index: int
-    decode: DecodeSequence
-    blocks: list[int] = field(default_factory=list)
-    prefill: PrefillSequence | None = None
-    answer: list[SampledToken] = field(default_factory=list)
-    finish: FinishReason | None = None
 
 
 class LLM:
@@ -152,15 +120,25 @@ class LLM:
         if len(choices) != len(prompts):
             raise InvalidRequest("sampling", f"has {len(choices)} entries for {len(prompts)} prompts")
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        requests = [self._request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
-        _Run(self._full, self._decoder, self._token_budget, self._max_num_seqs, on_token).finish(requests)
+        requests = [self.request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
+        told = None if on_token is None else lambda request, token: on_token(request.index, token)
+        with closing(self.colocated(told)) as engines:
+            for request in requests:
+                engines.add(request)
+            while engines.num_unfinished:
+                engines.step()
         return [self._completion(request) for request in requests]
+
+    def colocated(self, on_token: Callable[[Request, SampledToken], None] | None = None) -> Colocated:
+        """The engines themselves, for requests that come one by one; one at a time may be open, and must be closed."""
+        return Colocated(self._full, self._decoder, self._token_budget, self._max_num_seqs, on_token)
 
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
         """Answers one conversation, rendered with the checkpoint's chat template."""
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
-    def _request(self, index: int, prompt: list[int], sampling: SamplingParams) -> _Request:
+    def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> Request:
+        """What ``Colocated.add`` takes; ``index`` is the caller's own. Raises as ``generate`` does."""
         if not prompt:
             raise InvalidRequest("prompt", "is empty")
         if len(prompt) >= self.max_model_len:
@@ -172,9 +150,9 @@ class LLM:
         stop = StopRule.of(sampling, self._full.config.eos_token_ids, self.max_model_len - len(prompt))
         processor = new_processor(sampling, prompt, self._full.grammars)
         sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
-        return _Request(index, sequence)
+        return Request(index, sequence)
 
-    def _completion(self, request: _Request) -> Completion:
+    def _completion(self, request: Request) -> Completion:
         detokenizer = StreamDetokenizer(self.tokenizer)
         ids = [token.token_id for token in request.answer]
         wanted = request.decode.sampling.logprobs is not None
@@ -185,130 +163,3 @@ class LLM:
             prompt_tokens=len(request.decode.prompt),
             logprobs=request.answer if wanted else [],
         )
-
-
-class _Run:
-    """One batch of prompts through both engines, which it drives in turn."""
-
-    def __init__(
-        self,
-        full: EngineParts,
-        decoder: EngineParts,
-        token_budget: int,
-        max_num_seqs: int,
-        on_token: Callable[[int, SampledToken], None] | None,
-    ) -> None:
-        self._full_cache = full.runner.cache
-        self._decoder_cache = decoder.runner.cache
-        self._layer_map = decoder.pair.layer_map
-        self._grammars = full.grammars
-        self._on_token = on_token
-        self._prefill_events: deque[PrefillEvent] = deque()
-        self._decode_events: deque[DecodeEvent] = deque()
-        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.append)
-        self._decode = DecodeEngine(
-            decoder.runner, decoder.pool, max_num_seqs, token_budget, self._decode_events.extend
-        )
-        self._requests: dict[str, _Request] = {}
-        self._waiting: deque[_Request] = deque()
-
-    def finish(self, requests: Sequence[_Request]) -> None:
-        """Runs until every request has ended; frees all blocks, also on failure."""
-        self._requests = {r.decode.id: r for r in requests}
-        self._waiting = deque(requests)
-        try:
-            while any(r.finish is None for r in requests):
-                if self._waiting:
-                    self._decode.handle(Reserve(self._waiting[0].decode))
-                progressed = self._settle()
-                for engine in (self._prefill, self._decode):
-                    progressed |= engine.step()
-                    progressed |= self._settle()
-                if not progressed:
-                    raise Overloaded("the KV cache is too small for a request; give more kv_memory")
-        finally:
-            for id in self._requests:
-                self._prefill.handle(Release(id))
-                self._decode.handle(Release(id))
-
-    def _settle(self) -> bool:
-        """Passes events between the engines until none is left. Whether anything moved."""
-        moved = False
-        while self._prefill_events or self._decode_events:
-            while self._prefill_events:
-                self._on_prefill(self._prefill_events.popleft())
-                moved = True
-            if self._decode_events:
-                event = self._decode_events.popleft()
-                self._on_decode(event)
-                moved |= not isinstance(event, Refused)
-        return moved
-
-    def _on_prefill(self, event: PrefillEvent) -> None:
-        match event:
-            case PromptComputed(id=id, first=first):
-                self._hand_over(self._requests[id], first)
-            case SequenceFailed(error=InvalidRequest() as error):
-                raise error
-            case SequenceFailed(error=error):
-                raise InternalError(f"prefill failed: {error}") from error
-            case _:
-                pass
-
-    def _on_decode(self, event: DecodeEvent) -> None:
-        request = self._requests[event.id]
-        match event:
-            case Reserved(blocks=blocks):
-                if self._waiting and self._waiting[0] is request:
-                    self._waiting.popleft()
-                decode = request.decode
-                request.blocks = blocks
-                first = not request.answer
-                request.prefill = PrefillSequence(
-                    decode.id,
-                    decode.prompt,
-                    decode.sampling,
-                    sample_first_token=first,
-                    processor=new_processor(decode.sampling, decode.prompt, self._grammars) if first else None,
-                )
-                self._prefill.handle(Submit(request.prefill))
-            case Preempted(id=id):
-                self._prefill.handle(Release(id))
-                self._decode.handle(Yielded(id))
-            case TokenSampled(token=token, finish=finish):
-                self._accept(request, token, finish)
-            case SequenceFailed(error=InvalidRequest() as error):
-                raise error
-            case SequenceFailed(error=error):
-                raise InternalError(f"decode failed: {error}") from error
-            case Refused():
-                pass
-
-    def _hand_over(self, request: _Request, first: SampledToken | None) -> None:
-        """The prompt is computed: judges the full model's token, copies the KV, starts the decoder."""
-        decode, prefill = request.decode, request.prefill
-        if prefill is None or not prefill.blocks:  # preempted in the meantime; it will be submitted again
-            return
-        if first is not None:
-            emitted, finish = decode.stop.judge(first.token_id, 0)
-            self._accept(request, first if emitted else None, finish)
-        if request.finish is None:
-            copy_sequence(
-                self._full_cache,
-                prefill.blocks,
-                self._decoder_cache,
-                request.blocks,
-                self._layer_map,
-                len(decode.prompt),
-            )
-            self._decode.handle(Start(decode.id, request.answer[0].token_id))
-        else:
-            self._decode.handle(Release(decode.id))
-        self._prefill.handle(Release(decode.id))
-
-    def _accept(self, request: _Request, token: SampledToken | None, finish: FinishReason | None) -> None:
-        if token is not None:
-            request.answer.append(token)
-            if self._on_token is not None:
-                self._on_token(request.index, token)
-        request.finish = finish

@@ -1,12 +1,14 @@
-"""Plays the same load on one server after the other."""
+"""Opens servers one after the other, and plays loads on them."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from overfill.bench.serve.load import Progress, RequestFailed, run_load
 from overfill.bench.serve.outcome import Outcome
@@ -14,8 +16,19 @@ from overfill.bench.serve.targets import GrpcTarget, OpenAiTarget
 from overfill.errors import InvalidRequest, Unavailable
 from overfill.simulate.traces import TraceRequest
 
-IN_PROCESS = ("openvino", "vllm")
-"""Engines of ``overfill bench peers`` that are loaded for the run and driven without a server."""
+if TYPE_CHECKING:
+    from overfill.bench.colocated import Asked
+    from overfill.pair.manifest import Pair
+
+STARTED = ("colocated", "openvino", "vllm")
+"""Engines that are started for the run and ended after it: ours in one process, with both halves of ``--pair``;
+OpenVINO GenAI in a process of its own, and vLLM's server, with its full model."""
+
+_BATCH = 64
+_TOKEN_BUDGET = 2048
+
+Play = Callable[[Sequence[TraceRequest], Progress | None], list[Outcome]]
+"""Plays requests on a server that is open; their outcomes in the same order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +36,8 @@ class TargetSpec:
     """One server.
 
     Attributes:
-        where: ``http(s)://…/v1``, ``grpc://HOST:PORT`` (or several, separated by commas), or one of ``IN_PROCESS``.
+        where: ``http(s)://…/v1``, ``grpc://HOST:PORT`` (or several, separated by commas), or one of ``STARTED``,
+            which may be followed by ``:PAIR``.
     """
 
     name: str
@@ -39,9 +53,9 @@ class TargetSpec:
         name, separator, where = text.partition("=")
         if not separator:
             name, where = text, text
-        if not (where.startswith(("http://", "https://", "grpc://")) or where in IN_PROCESS):
+        if not (where.startswith(("http://", "https://", "grpc://")) or where.partition(":")[0] in STARTED):
             raise InvalidRequest(
-                "target", f"{text!r} is none of http://HOST:PORT/v1, grpc://HOST:PORT, {', '.join(IN_PROCESS)}"
+                "target", f"{text!r} is none of http://HOST:PORT/v1, grpc://HOST:PORT, {', '.join(STARTED)}"
             )
         return cls(name, where)
 
@@ -54,7 +68,7 @@ class LoadSettings:
         vocab_size: prompts hold ids below.
         model, key, extensions: of OpenAI endpoints.
         concurrency, timeout: as ``run_load`` takes them.
-        pair, threads: of engines in process.
+        pair, threads: of engines that are started.
     """
 
     vocab_size: int
@@ -67,81 +81,137 @@ class LoadSettings:
     threads: int
 
 
-def play(
-    spec: TargetSpec, requests: Sequence[TraceRequest], settings: LoadSettings, progress: Progress | None = None
-) -> list[Outcome]:
-    """Warms the server up with two short requests, then plays ``requests``.
+@contextmanager
+def opened(spec: TargetSpec, longest: int, settings: LoadSettings) -> Iterator[Play]:
+    """A server, started if need be, that has answered two short requests. On the main thread only.
+
+    Args:
+        longest: most tokens of a prompt and its answer.
 
     Raises:
         Unavailable: the server does not even answer the first request.
-        InvalidRequest: an engine in process is not installed, or was asked for a closed loop.
+        PeerFailed: an engine does not start.
+        InvalidRequest: an engine is not installed, or was asked for a closed loop.
     """
-    warmup = [TraceRequest(0.0, min(64, r.prompt_tokens), 4) for r in requests[:2]]
-    if spec.where in IN_PROCESS:
-        return _in_process(spec, warmup, requests, settings)
-    return asyncio.run(_served(spec, warmup, requests, settings, progress))
+    kind, _, pair = spec.where.partition(":")
+    if kind not in STARTED:
+        play = _of_server(spec.where, settings)
+        _warm_up(spec, play, longest)
+        yield play
+        return
+    if settings.concurrency is not None and kind != "vllm":
+        raise InvalidRequest("concurrency", f"{kind} runs without a server, where only arrivals are played")
+    start = {"colocated": _colocated, "openvino": _openvino, "vllm": _vllm}[kind]
+    with start(pair or settings.pair, longest, settings) as play:
+        _warm_up(spec, play, longest)
+        yield play
 
 
-async def _served(
-    spec: TargetSpec,
-    warmup: Sequence[TraceRequest],
-    requests: Sequence[TraceRequest],
-    settings: LoadSettings,
-    progress: Progress | None,
-) -> list[Outcome]:
-    try:
-        async with _open(spec, settings) as target:
-            first = await run_load(target, warmup, settings.vocab_size, timeout=settings.timeout)
-            if not any(outcome.ok for outcome in first):
-                raise Unavailable(f"{spec.name} answers nothing: {first[0].error}")
-            return await run_load(
-                target,
-                requests,
-                settings.vocab_size,
-                concurrency=settings.concurrency,
-                timeout=settings.timeout,
-                progress=progress,
-            )
-    except RequestFailed as error:
-        raise Unavailable(str(error)) from error
+def _warm_up(spec: TargetSpec, play: Play, longest: int) -> None:
+    output = min(4, longest - 1)
+    found = play([TraceRequest(0.0, min(64, longest - output), output)] * 2, None)
+    if not any(outcome.ok for outcome in found):
+        raise Unavailable(f"{spec.name} answers nothing: {found[0].error}")
 
 
-def _open(spec: TargetSpec, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
-    if spec.where.startswith("grpc://"):
-        return GrpcTarget(spec.where.removeprefix("grpc://"))
-    return OpenAiTarget(spec.where, settings.model, settings.key, extensions=settings.extensions)
+def _of_server(where: str, settings: LoadSettings) -> Play:
+    async def played(requests: Sequence[TraceRequest], progress: Progress | None) -> list[Outcome]:
+        try:
+            async with _target(where, settings) as target:
+                return await run_load(
+                    target,
+                    requests,
+                    settings.vocab_size,
+                    concurrency=settings.concurrency,
+                    timeout=settings.timeout,
+                    progress=progress,
+                )
+        except RequestFailed as error:
+            raise Unavailable(str(error)) from error
+
+    return lambda requests, progress: asyncio.run(played(requests, progress))
 
 
-def _in_process(
-    spec: TargetSpec, warmup: Sequence[TraceRequest], requests: Sequence[TraceRequest], settings: LoadSettings
-) -> list[Outcome]:
-    # Not at the top: torch takes seconds to import, and servers need none here.
+def _target(where: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
+    if where.startswith("grpc://"):
+        return GrpcTarget(where.removeprefix("grpc://"))
+    return OpenAiTarget(where, settings.model, settings.key, extensions=settings.extensions)
+
+
+# Imports of the following are not at the top: torch takes seconds to import, and servers need none here.
+
+
+@contextmanager
+def _vllm(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
+    from overfill.bench.peers.environment import install_hint, python_of
+    from overfill.bench.peers.vllm_server import vllm_server
+
+    python = python_of("vllm")
+    if python is None:
+        raise InvalidRequest("target", f"vllm is not installed: {install_hint('vllm')}")
+    model = _loaded(pair).full_path
+    with vllm_server(
+        python,
+        model,
+        threads=settings.threads,
+        max_model_len=longest,
+        max_num_seqs=_BATCH,
+        token_budget=_TOKEN_BUDGET,
+    ) as url:
+        yield _of_server(url, replace(settings, model=None, key=None, extensions=True))
+
+
+@contextmanager
+def _openvino(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
     import torch
 
     from overfill.bench.ours import Workload
     from overfill.bench.peers.choose import Missing, PeerSetting, open_process
+
+    with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
+        peer = open_process(
+            "openvino",
+            PeerSetting(
+                _loaded(pair),
+                torch.bfloat16,
+                torch.device("cpu"),
+                settings.threads,
+                Workload(_BATCH, longest),
+                _TOKEN_BUDGET,
+                Path(logs),
+                kv_bytes=4 << 30,
+            ),
+        )
+        if isinstance(peer, Missing):
+            raise InvalidRequest("target", f"openvino is {peer.hint}")
+        with closing(peer):
+            yield lambda requests, progress: _timed(requests, peer.serve(_asked(requests, settings)))
+
+
+@contextmanager
+def _colocated(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
+    from overfill.bench.colocated import serve_colocated
+    from overfill.engine.llm import LLM
+
+    llm = LLM(pair, threads=settings.threads, max_model_len=longest, max_num_seqs=_BATCH, token_budget=_TOKEN_BUDGET)
+
+    def play(requests: Sequence[TraceRequest], progress: Progress | None) -> list[Outcome]:
+        given = () if progress is None else (progress,)
+        return _timed(requests, serve_colocated(llm, _asked(requests, settings), *given))
+
+    yield play
+
+
+def _loaded(pair: str) -> Pair:
     from overfill.pair.manifest import Pair
     from overfill.pair.store import resolve_pair
 
-    if settings.concurrency is not None:
-        raise InvalidRequest("concurrency", f"{spec.where} runs in process, where only arrivals are played")
-    longest = max(r.prompt_tokens + r.output_tokens for r in requests)
-    pair = Pair.load(resolve_pair(settings.pair))
-    workload = Workload(64, longest)
-    with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
-        given = PeerSetting(
-            pair, torch.bfloat16, torch.device("cpu"), settings.threads, workload, 2048, Path(logs), kv_bytes=4 << 30
-        )
-        peer = open_process(spec.where, given)
-        if isinstance(peer, Missing):
-            raise InvalidRequest("target", f"{spec.where} is {peer.hint}")
-        try:
-            peer.serve(_asked(warmup, settings.vocab_size))
-            times = peer.serve(_asked(requests, settings.vocab_size))
-        finally:
-            peer.close()
+    return Pair.load(resolve_pair(pair))
+
+
+def _timed(requests: Sequence[TraceRequest], times: Sequence[Sequence[float]]) -> list[Outcome]:
     return [Outcome(r.arrival, tuple(of_one)) for r, of_one in zip(requests, times, strict=True)]
 
 
-def _asked(requests: Sequence[TraceRequest], vocab_size: int) -> list[tuple[float, list[int], int]]:
-    return [(r.arrival, r.prompt(vocab_size, seed), r.output_tokens) for seed, r in enumerate(requests)]
+def _asked(requests: Sequence[TraceRequest], settings: LoadSettings) -> list[Asked]:
+    return [(r.arrival, r.prompt(settings.vocab_size, seed), r.output_tokens) for seed, r in enumerate(requests)]

@@ -19,6 +19,7 @@ class LoadShape:
         source: a trace's file name, or how arrivals were made.
         rate: requests per second, on average; None where they come as fast as they are answered.
         prompt_tokens, output_tokens: means.
+        saturates: the target that this rate just saturates, when it was chosen so.
     """
 
     source: str
@@ -28,6 +29,7 @@ class LoadShape:
     prompt_tokens: float
     output_tokens: float
     slo: str | None
+    saturates: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class ServeRow:
     def to_json(self) -> str:
         """One line; numbers with four digits."""
         given = asdict(self)
-        given = given | {"peer_ratio": self.peer_ratio} | given.pop("load")
+        given = given.pop("load") | given | {"peer_ratio": self.peer_ratio}
         return json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in given.items()})
 
 

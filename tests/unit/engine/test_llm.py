@@ -7,7 +7,7 @@ import torch
 
 import overfill.grammar
 from overfill import LLM
-from overfill.engine import llm as llm_module
+from overfill.engine.colocated import Colocated
 from overfill.engine.sequence import Preempted
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.pair.reference import TwoStageReference
@@ -54,13 +54,13 @@ def test_a_prompt_alone_is_answered_as_in_a_batch(llm, reference):
 
 def test_preemption_changes_no_answer(folder, reference, monkeypatch):
     preempted = []
-    handle = llm_module._Run._on_decode
+    handle = Colocated._on_decode
 
     def spy(run, event):
         preempted.extend([event] if isinstance(event, Preempted) else [])
         handle(run, event)
 
-    monkeypatch.setattr(llm_module._Run, "_on_decode", spy)
+    monkeypatch.setattr(Colocated, "_on_decode", spy)
     small = LLM(folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, token_budget=64)
     answers = small.generate(PROMPTS, GREEDY)
     assert preempted
