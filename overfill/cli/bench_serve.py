@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from overfill.pair.progress import Report
 
 
-class _Rate(click.ParamType):
+class _Rate(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
     """A positive number, or ``saturate=NAME``."""
 
     name = "rate"
@@ -135,17 +135,21 @@ def serve_command(
     cores = len(os.sched_getaffinity(0))
     settings = LoadSettings(vocab_size, model, api_key, extensions, concurrency, timeout, pair, threads or cores)
     most = max(r.prompt_tokens + r.output_tokens for r in requests)
-    outcomes = {}
+    found: dict[str, list[Outcome]] = {}
     with progress_bars() as report:
+
+        def run(spec: TargetSpec, play: Play) -> None:
+            found[spec.name] = _played(f"Load on {spec.name}", play, requests, report)
+
         if saturated is not None and objective is not None:
             with opened(saturated, most, settings) as play:
                 requests = _at_saturation(saturated.name, play, requests, objective, report)
+                run(saturated, play)  # while it is open: some take a minute to start
         for spec in specs:
-            step = f"Load on {spec.name}"
-            report(step, 0, len(requests))
-            with opened(spec, most, settings) as play:
-                outcomes[spec.name] = play(requests, partial(report, step))
-            report(step, len(requests), len(requests))
+            if spec.name not in found:
+                with opened(spec, most, settings) as play:
+                    run(spec, play)
+    outcomes = {spec.name: found[spec.name] for spec in specs}
     slo_text = None if objective is None else str(objective)
     load = _shape(requests, trace, arrivals, concurrency, slo_text, saturated)
     if plot is not None:
@@ -179,6 +183,13 @@ def _saturated(
     return found
 
 
+def _played(step: str, play: Play, requests: list[TraceRequest], report: Report) -> list[Outcome]:
+    report(step, 0, len(requests))
+    found = play(requests, partial(report, step))
+    report(step, len(requests), len(requests))
+    return found
+
+
 def _at_saturation(
     name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report
 ) -> list[TraceRequest]:
@@ -187,19 +198,13 @@ def _at_saturation(
     from overfill.bench.serve.saturation import find_saturation
     from overfill.simulate.traces import set_rate
 
-    def played(step: str, at_rate: list[TraceRequest]) -> list[Outcome]:
-        report(step, 0, len(at_rate))
-        found = play(at_rate, partial(report, step))
-        report(step, len(at_rate), len(at_rate))
-        return found
-
     def attainment(rate: float) -> float:
-        found = played(f"{name} at {rate:.2f} per second", set_rate(requests, rate))
+        found = _played(f"{name} at {rate:.2f} per second", play, set_rate(requests, rate), report)
         return sum(objective.met(outcome) for outcome in found) / len(found)
 
     # What it answers when it never waits for arrivals is near the rate that is looked for.
-    burst = figures(played(f"{name}, all at once", [replace(r, arrival=0.0) for r in requests]), None)
-    first = next(figure.value for figure in burst if figure.name == "requests")
+    burst = _played(f"{name}, all at once", play, [replace(r, arrival=0.0) for r in requests], report)
+    first = next(figure.value for figure in figures(burst, None) if figure.name == "requests")
     if not first:
         raise Unavailable(f"{name} has not answered a single request of a burst")
     steps = find_saturation(first, attainment, lambda step: click.echo(f"{name}, {step}", err=True))

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 TAIL_LINES = 20
 
 
-# Runs before the command, in its process: asks the kernel to kill it when its parent (argv 1) dies, even by SIGKILL.
+# Runs before the command, in its process: asks the kernel to signal it (argv 2) when its parent (argv 1) dies, even by
+# SIGKILL.
 # A step of its own and not a preexec_fn, which would run Python in a fork of a process with gRPC's threads.
 _TIED_TO_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG; survives exec
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, int(sys.argv[2]), 0, 0, 0)  # PR_SET_PDEATHSIG; survives exec
 if os.getppid() != int(sys.argv[1]):
     os._exit(1)  # it died before the line above
-os.execvp(sys.argv[2], sys.argv[2:])
+os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -36,18 +37,24 @@ class Child:
         command: program and arguments.
         env: its whole environment.
         sink: gets ``(name, line)`` for every line of stdout and stderr, from a thread of this child.
+        orphaned: what it gets when this process dies; SIGTERM for one that has children of its own to end.
 
     Must be created on the main thread: Linux ties the child's life to the thread that forked it.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], env: Mapping[str, str], sink: Callable[[str, str], None]
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        sink: Callable[[str, str], None],
+        orphaned: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.name = name
         self._sink = sink
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = subprocess.Popen(
-            [*tied_to_parent(), *command],
+            [*tied_to_parent(orphaned), *command],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -114,8 +121,8 @@ def stop(children: Iterable[Child], grace: float) -> list[Child]:
     return stragglers
 
 
-def tied_to_parent() -> list[str]:
-    """What goes before a command so that it cannot outlive this process."""
+def tied_to_parent(orphaned: signal.Signals = signal.SIGKILL) -> list[str]:
+    """What goes before a command so that it gets ``orphaned`` when this process dies."""
     if sys.platform != "linux":
         return []
-    return [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid()), str(int(orphaned))]

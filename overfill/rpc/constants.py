@@ -10,13 +10,17 @@ WIRE_VERSION: Final = 1
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds for a connection and its first frames, on a busy machine or a slow link too."""
 
-KEEPALIVE_TIME: Final = 5.0
+KEEPALIVE_TIME: Final = 2.0
 """Seconds without traffic after which an end sends an HTTP/2 ping."""
 
-KEEPALIVE_TIMEOUT: Final = 5.0
-"""Seconds a ping may stay unanswered before the connection is closed."""
+KEEPALIVE_TIMEOUT: Final = 8.0
+"""Seconds a ping may stay unanswered before the connection is closed.
 
-KEEPALIVE_MIN_INTERVAL: Final = 4.0
+With ``KEEPALIVE_TIME`` it is the 10 s after which a silent peer is left; most of them, since a peer that gets no CPU for
+seconds, on a machine with more to do than it can, is not dead.
+"""
+
+KEEPALIVE_MIN_INTERVAL: Final = 1.5
 """Seconds between pings that a server tolerates; must stay below ``KEEPALIVE_TIME``."""
 
 MIN_PULL_RATE: Final = 1 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -54,7 +55,8 @@ def vllm_server(
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment.pop("PYTHONPATH", None)
-    server = Child("vllm", command, environment, lambda name, line: None)
+    # It has processes of its own, which end when it is told to end, and not when it is killed.
+    server = Child("vllm", command, environment, lambda name, line: None, orphaned=signal.SIGTERM)
     try:
         _wait_ready(server, host, port)
         yield f"http://{host}:{port}/v1"

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 from click.testing import CliRunner
 
+from overfill.bench.peers.process import PeerFailed
+from overfill.bench.peers.vllm_server import vllm_server
 from overfill.bench.serve.compare import TargetSpec
 from overfill.bench.serve.load import run_load
 from overfill.bench.serve.outcome import Objective, Outcome, figures
+from overfill.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
 from overfill.cli.bench import bench_group
 from overfill.errors import InvalidRequest, Unavailable
 from overfill.simulate.traces import synthetic
@@ -137,6 +142,54 @@ def test_a_trace_is_played_with_its_lengths(fake, tmp_path):
     assert (rows[0]["source"], rows[0]["rate"], rows[0]["prompt_tokens"]) == ("trace.csv", 50, 25)
 
 
+def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
+    load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
+    result, rows = rows_of(*load, "--slo=ttft=0.000001")  # which nobody meets: the rate goes down as far as it may
+    lines = [line for line in result.stderr.splitlines() if "requests per second" in line]
+    assert len(lines) == MOST_STEPS
+    assert all(line.endswith("0 % met the objective") for line in lines)
+    assert {row["saturates"] for row in rows} == {"a"}
+    assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--rate=saturate=b", "--slo=ttft=1"), "names no target; there are a"),
+        (("--rate=saturate=a",), "needs --slo"),
+        (("--rate=saturate=a", "--slo=ttft=1", "--concurrency=2"), "contradicts --concurrency"),
+        (("--rate=-1",), "not in the range"),
+    ],
+)
+def test_a_rate_that_cannot_be_found_is_refused(more, message):
+    assert message in str(run("--target=a=http://127.0.0.1:9/v1", *more).exception)
+
+
+@pytest.mark.parametrize("first", [6.0, 9.9, 13.0, 100.0])
+def test_saturation_is_the_lowest_rate_that_is_too_much(first):
+    """Of a server that answers 8.9 requests per second in time, from rates below and above."""
+    noted = []
+    found = find_saturation(first, lambda rate: min(1.0, 8.9 / rate), noted.append)
+    assert len(noted) == len(found)
+    if first == 100:  # too far away
+        assert len(found) == MOST_STEPS
+        assert found[-1].rate == min(step.rate for step in found)
+        return
+    assert found[-1].saturated
+    assert 8.9 / 0.9 < found[-1].rate < 8.9 / 0.9 * STEP
+    assert len(found) == len({step.rate for step in found})
+
+
+def test_a_server_that_does_not_start_says_why():
+    # An interpreter without vLLM.
+    with (
+        pytest.raises(PeerFailed, match="during start-up") as caught,
+        vllm_server(Path(sys.executable), Path("model"), threads=1, max_model_len=64),
+    ):
+        pass
+    assert any("vllm" in note for note in caught.value.__notes__)
+
+
 class Meeting:
     """A target whose requests end once ``size`` of them have met."""
 
@@ -215,6 +268,7 @@ def test_objectives_are_checked(text):
 def test_targets_are_checked():
     assert TargetSpec.parse("a=http://x/v1") == TargetSpec("a", "http://x/v1")
     assert TargetSpec.parse("vllm") == TargetSpec("vllm", "vllm")
+    assert TargetSpec.parse("one=colocated:fast") == TargetSpec("one", "colocated:fast")
     with pytest.raises(InvalidRequest, match="none of http"):
         TargetSpec.parse("localhost:8000")
     same = run("--target=a=http://x/v1", "--target=a=http://y/v1")

@@ -84,12 +84,14 @@ def test_a_child_is_its_own_group_so_ctrl_c_does_not_reach_it(sink: Sink) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
-def test_no_child_outlives_a_parent_that_is_killed() -> None:
+@pytest.mark.parametrize(("child_code", "orphaned"), [(STUBBORN, "SIGKILL"), (POLITE, "SIGTERM")])
+def test_no_child_outlives_a_parent_that_is_killed(child_code: str, orphaned: str) -> None:
     code = textwrap.dedent(f"""
         import os, signal, sys
         from overfill.cli.processes import Child
         sink = lambda name, line: print(child.pid, flush=True)
-        child = Child("c", [sys.executable, "-c", {STUBBORN!r}], dict(os.environ), sink)
+        command = [sys.executable, "-c", {child_code!r}]
+        child = Child("c", command, dict(os.environ), sink, orphaned=signal.{orphaned})
         signal.pause()
     """)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from overfill.errors import Unavailable
 from overfill.rpc.access import Gate, Rule
 from overfill.rpc.channel import open_channel
+from overfill.rpc.constants import KEEPALIVE_MIN_INTERVAL, KEEPALIVE_TIME, KEEPALIVE_TIMEOUT
 from overfill.rpc.server import RpcServer
 from overfill.rpc.status import from_rpc_error
 
@@ -70,6 +71,29 @@ async def test_calls_to_a_frozen_server_end() -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 await watch.read()
     assert isinstance(from_rpc_error(caught.value), Unavailable)
+
+
+async def test_a_server_that_is_only_starved_keeps_its_calls() -> None:
+    with child(SERVER) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        async with open_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest())
+            await watch.read()
+            reading = asyncio.ensure_future(watch.read())
+            os.kill(process.pid, signal.SIGSTOP)
+            # Without an answer to its ping for 5 s, which a machine with too much to do may take.
+            await asyncio.sleep(KEEPALIVE_TIME + 5)
+            os.kill(process.pid, signal.SIGCONT)
+            await stub.Check(health_pb2.HealthCheckRequest())
+            assert not reading.done()
+            reading.cancel()
+
+
+def test_a_silent_peer_is_left_after_ten_seconds() -> None:
+    assert KEEPALIVE_TIME + KEEPALIVE_TIMEOUT == 10
+    assert KEEPALIVE_MIN_INTERVAL < KEEPALIVE_TIME, "the server would close the connection for too many pings"
 
 
 async def test_calls_from_a_frozen_client_are_cancelled() -> None:
