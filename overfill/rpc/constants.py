@@ -16,7 +16,7 @@ KEEPALIVE_TIME: Final = 2.0
 KEEPALIVE_TIMEOUT: Final = 8.0
 """Seconds a ping may stay unanswered before the connection is closed.
 
-With ``KEEPALIVE_TIME`` it is the 10 s after which a silent peer is left; most of them, since a peer that gets no CPU for
+With ``KEEPALIVE_TIME`` it is the 10 s after which a silent peer is left; most of them, since one that gets no CPU for
 seconds, on a machine with more to do than it can, is not dead.
 """
 
