@@ -118,6 +118,8 @@ def test_both_forms_of_attention_agree(with_prefix: bool) -> None:
         found.append([out.detach(), *torch.autograd.grad((out * torch.arange(48.0)).sum(), inputs)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(PerTranscript.of(rows)(*inputs, prefix), found[0][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -94,7 +94,8 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny: Pa
     assert (out / "distill" / "curve.png").stat().st_size > 1000
 
 
-def test_the_written_decoder_is_what_was_judged(tiny: Path, tmp_path: Path) -> None:
+def test_the_written_decoder_is_what_was_judged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "native_dtype", lambda device: "float32")  # the reference's: else near-ties differ
     pair = run(tiny, tmp_path / "out").train()
     reference = TwoStageReference(pair.folder)
     agreed = total = 0
