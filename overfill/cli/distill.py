@@ -29,6 +29,7 @@ _HYPERPARAMETERS = (
     "sampled_tokens",
     "seed",
     "recompute_activations",
+    "fused",
     "eval_steps",
     "checkpoint_steps",
     "checkpoint_minutes",
@@ -61,6 +62,7 @@ _HYPERPARAMETERS = (
 @click.option("--sampled-tokens", type=int, help="Tokens drawn to stand for the rest of the vocabulary; 0: all.")
 @click.option("--seed", type=int, help="Of the data's order and of what is drawn.")
 @click.option("--recompute-activations", is_flag=True, default=None, help="Less memory, a third more computing.")
+@click.option("--fused/--not-fused", default=None, help="Let torch.compile fuse small operations.  [recipe]")
 @click.option("--max-tokens", type=int, help="Longer transcripts lose the end of their answer.")
 @click.option("--eval-steps", type=int, help="Steps between evaluations.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.")

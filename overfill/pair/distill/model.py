@@ -8,7 +8,9 @@ model. Knows no loss and no data.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -79,6 +81,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
+        self.before, self.after = before_attention, after_attention
+
     def forward(
         self,
         x: Tensor,
@@ -89,13 +93,26 @@ class Layer(nn.Module):
         on_kv: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]"""
-        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        q, k, v = self.before(self, x, cos, sin)
         if on_kv is not None:
             on_kv(k, v)
-        attended = attend(q, k, v, None if prefix is None else prefix.to(k.dtype))
-        x = x + self.self_attn.o_proj(attended)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        return self.after(self, x, attend(q, k, v, None if prefix is None else prefix.to(k.dtype)))
+
+
+def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+
+
+def after_attention(layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + layer.self_attn.o_proj(attended)
+    out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+    return out
+
+
+@cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Of any number of rows: lengths differ from pack to pack. One compilation is for all layers.
+    return torch.compile(function, dynamic=True)
 
 
 class Body(nn.Module):
@@ -142,6 +159,12 @@ class PackedModel(nn.Module):
         model.to_empty(device=device).to(dtype)
         read_parameters(model, folder)
         return model
+
+    def fuse(self) -> None:
+        """Lets torch.compile fuse what is between the matrix products. The first passes then take a minute."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.before, layer.after = _fused(before_attention), _fused(after_attention)
 
     @property
     def head(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.cache import TORCH_DTYPES
+from overfill.model.native.build import COMPILERS
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import TeacherCache
 from overfill.pair.distill.checkpoint import Checkpoints, Progress, write_pair
@@ -93,6 +95,9 @@ class Run:
         decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
         decoder.remember_activations = not training.recompute_activations
         report("Loading models", 2, 2)
+        if training.fused and self._can_fuse():
+            full.fuse()
+            decoder.fuse()
         weights = LossWeights(training.cross_entropy, training.kl, training.temperature)
         self._student = Student(decoder, full.head, weights, standalone, dtype)
         opinion: Opinion = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
@@ -207,6 +212,12 @@ class Run:
         # Processes' gradients are averaged, but the mean is over all their tokens.
         self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
+
+    def _can_fuse(self) -> bool:
+        if self._accelerator.device.type != "cpu" or any(map(shutil.which, COMPILERS)):
+            return True
+        self._tell(f"training goes on unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
+        return False
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):

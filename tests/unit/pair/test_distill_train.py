@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from overfill.errors import InvalidRequest
+from overfill.model.native.build import COMPILERS
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill import train
 from overfill.pair.distill.metrics import METRICS, read_metrics
@@ -152,6 +154,27 @@ def test_recomputing_activations_changes_nothing(tiny: Path, tmp_path: Path) -> 
     run(tiny, tmp_path / "plain").train()
     run(tiny, tmp_path / "recomputed", TRAINING.model_copy(update={"recompute_activations": True})).train()
     assert losses(tmp_path / "recomputed") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_fusing_changes_nothing_but_rounding(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "native_dtype", lambda device: "float32")
+    training = TRAINING.model_copy(update={"steps": 3})
+    run(tiny, tmp_path / "plain", training).train()
+    run(tiny, tmp_path / "fused", training.model_copy(update={"fused": True})).train()
+    assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_without_a_compiler_training_goes_on_unfused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    lines: list[str] = []
+    training = TRAINING.model_copy(update={"steps": 1, "fused": True})
+    run(tiny, tmp_path / "out", training, tell=lines.append).train()
+    assert "unfused" in lines[0]
 
 
 def test_standalone_sees_the_same_tokens_but_not_the_full_models_cache(tiny: Path, tmp_path: Path) -> None:
