@@ -44,44 +44,48 @@ def _visible(new: int, prefix: int, device: torch.device) -> Tensor:
 class PerTranscript:
     """Transcript after transcript, without padding.
 
-    In training, probabilities are kept for the backward pass: for transcripts of a
-    few hundred tokens this takes two thirds of the time of torch's fused kernel, which computes them again.
+    In training, probabilities are kept for the backward pass: for transcripts of a few hundred tokens this takes two
+    thirds of the time of torch's fused kernel, which computes them again.
     """
 
     lengths: list[int]
     prefixes: list[int]
+    visible: list[Tensor]
 
     @classmethod
     def of(cls, rows: Rows) -> PerTranscript:
-        return cls(list(rows.lengths), list(rows.prefixes))
+        device = rows.token_ids.device
+        visible = [_visible(*sizes, device) for sizes in zip(rows.lengths, rows.prefixes, strict=True)]
+        return cls(list(rows.lengths), list(rows.prefixes), visible)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
             out: Tensor = _PerTranscript.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
             return out
-        before = (None, None) if prefix is None else prefix.transpose(1, 2).unbind()
-        keys, values = (self.contexts(x.transpose(0, 1), p) for x, p in zip((k, v), before, strict=True))
-        queries = q.transpose(0, 1).split(self.lengths, 1)
-        outputs = (self._fused(*parts) for parts in zip(queries, keys, values, strict=True))
-        return torch.cat(list(outputs), 1).transpose(0, 1).flatten(1)
+        outputs = [
+            scaled_dot_product_attention(
+                query[None],
+                key[None],
+                value[None],
+                attn_mask=None if prefix is None else visible,
+                is_causal=prefix is None,
+                enable_gqa=True,
+            )[0]
+            for query, (key, value), visible in zip(
+                q.transpose(0, 1).split(self.lengths, 1), self.contexts(k, v, prefix), self.visible, strict=True
+            )
+        ]
+        return torch.cat(outputs, 1).transpose(0, 1).flatten(1)
 
-    @staticmethod
-    def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[heads, new, D] and [kv_heads, context, D] -> [heads, new, D]"""
-        new, context = query.shape[1], key.shape[1]
-        mask = None if new == context else _visible(new, context - new, query.device)
-        return scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )[0]
-
-    def contexts(self, x: Tensor, prefix: Tensor | None) -> Iterator[Tensor]:
-        """Keys or values that each transcript sees, [kv_heads, context, D]; ``x`` and ``prefix`` have heads first."""
-        own = x.split(self.lengths, 1)
+    def contexts(self, k: Tensor, v: Tensor, prefix: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values that each transcript sees, each [kv_heads, context, D]."""
+        own = zip(*(x.transpose(0, 1).split(self.lengths, 1) for x in (k, v)), strict=True)
         if prefix is None:
             yield from own
-        else:
-            for before, after in zip(prefix.split(self.prefixes, 1), own, strict=True):
-                yield torch.cat([before, after], 1)
+            return
+        before = zip(*(x.split(self.prefixes, 1) for x in prefix.transpose(1, 2).unbind()), strict=True)
+        for (key, value), (earlier_key, earlier_value) in zip(own, before, strict=True):
+            yield torch.cat([earlier_key, key], 1), torch.cat([earlier_value, value], 1)
 
 
 class _PerTranscript(torch.autograd.Function):
@@ -92,14 +96,12 @@ class _PerTranscript(torch.autograd.Function):
         kv_heads, head_dim = k.shape[1:]
         ctx.plan, ctx.scale = plan, head_dim**-0.5
         queries = _grouped(q * ctx.scale, kv_heads)
-        before = (None, None) if prefix is None else prefix.transpose(1, 2).unbind()
-        keys, values = (list(plan.contexts(x.transpose(0, 1), p)) for x, p in zip((k, v), before, strict=True))
         out = torch.empty_like(queries)
         kept = []
-        pieces = zip(queries.split(plan.lengths, 2), keys, values, out.split(plan.lengths, 2), strict=True)
-        for query, key, value, place in pieces:
+        places = zip(queries.split(plan.lengths, 2), out.split(plan.lengths, 2), plan.visible, strict=True)
+        for (query, place, visible), (key, value) in zip(places, plan.contexts(k, v, prefix), strict=True):
             scores = query.flatten(1, 2) @ key.transpose(1, 2)
-            _hide_later(scores, query.shape[2])
+            scores.view(kv_heads, -1, *visible.shape).masked_fill_(~visible, float("-inf"))
             probabilities = scores.softmax(-1)
             place.copy_((probabilities @ value).view_as(place))
             kept += [probabilities, query, key, value]
@@ -137,13 +139,6 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 def _ungrouped(x: Tensor) -> Tensor:
     """[kv_heads, heads of each, T, D] -> [T, heads, D]"""
     return x.flatten(0, 1).transpose(0, 1)
-
-
-def _hide_later(scores: Tensor, new: int) -> None:
-    """Leaves each of ``new`` rows, which repeat for each head of a group, what comes before it and itself."""
-    context = scores.shape[-1]
-    later = _visible(new, context - new, scores.device).logical_not_()
-    scores.view(len(scores), -1, new, context).masked_fill_(later, float("-inf"))
 
 
 @dataclass(frozen=True, slots=True)
