@@ -179,7 +179,7 @@ def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str
 
 
 def threads_per_worker(workers: int) -> int:
-    """An equal share of this machine's cores: pools that together exceed them slow each other down."""
+    """An equal share of this machine's cores for as many workers, which are busy at the same time."""
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 

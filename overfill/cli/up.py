@@ -66,7 +66,11 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 )
 @click.option("--host", help="Address to listen on; all but loopback need --tls and --api-keys.  [default: 127.0.0.1]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads per worker.  [default: an equal share]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads per worker.  [default: the cores, divided in each stage]",
+)
 @click.option("--kv-memory", help="KV cache per worker, such as 512MiB.")
 @click.option("--max-model-len", help="Longest prompt with its answer, tokens.")
 @click.option("--max-num-seqs", help="Most sequences in one step.")
@@ -165,7 +169,9 @@ def up_command(
         _check_options(options, prefill, decode, on_ray)
         with progress_bars() as report:
             folder = resolve_pair(pair, report)
-        plan = make_plan(folder, prefill, decode, routers, port, threads, settings, http, mock, tls)
+        plan = make_plan(
+            folder, prefill, decode, routers, port, threads, settings, http, mock, tls, apart=address is not None
+        )
         with _stop_signals() as stopping:
             if on_ray:
                 return run(RayStack(plan, options, _note), stopping, console())
@@ -216,13 +222,14 @@ def make_plan(
     http: int | None = None,
     mock: bool = False,
     tls: Path | None = None,
+    apart: bool = False,
 ) -> Plan:
     """Configurations for all processes.
 
     ``http`` is the port of the first OpenAI endpoint: 0 for any, None for no endpoint. ``settings`` are fields of the
     configuration classes, each handed to those that have it; None leaves a field to its environment variable or
-    default. ``tls`` is a folder of certificates, one per role, in place of these settings. Exits 2 when a value is
-    wrong, as the services do.
+    default. ``tls`` is a folder of certificates, one per role, in place of these settings. ``apart``: workers may be on
+    several machines. Exits 2 when a value is wrong, as the services do.
 
     Raises:
         click.UsageError: two servers would get the same port, certificates are given twice, or the host is open to
@@ -258,16 +265,18 @@ def make_plan(
             "advertise": None if reachable(host) == host else reachable(host),
         }
     )
-    share = {"threads": threads_per_worker(prefill + decode)}
+    # Cores are divided within a stage: the other one would leave its own idle much of the time, and engine threads that
+    # wait for each other sleep. Workers that may be on several machines are taken one by one.
+    shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
     prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
     return Plan(
         tuple(router_configs),
         tuple(
-            _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, share)
+            _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, shares[0])
             for i in range(prefill)
         ),
         tuple(
-            _configure(decode_kind, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, share)
+            _configure(decode_kind, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, shares[1])
             for i in range(decode)
         ),
         mock,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,7 +15,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e")
+_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 
 
 def save_latencies(
@@ -25,7 +26,7 @@ def save_latencies(
     limits = (None, None) if objective is None else (objective.ttft, objective.itl)
     panels = (("ttft", "time to first token (s)"), ("itl", "mean time between tokens (s)"))
     for axes, (name, label), limit in zip(row, panels, limits, strict=True):
-        for colour, (target, of_one) in zip(_COLOURS, outcomes.items(), strict=False):
+        for colour, (target, of_one) in zip(cycle(_COLOURS), outcomes.items(), strict=False):
             values = sorted(getattr(outcome, name) for outcome in of_one if outcome.ok)
             shares = 100 * np.arange(1, len(values) + 1) / len(of_one)
             axes.step(values, shares, where="post", color=colour, label=target)

@@ -29,6 +29,7 @@ PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 def plan(**settings: Any) -> Plan:
     values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": None}
+    values["apart"] = False
     own = {name: settings.pop(name) for name in list(settings) if name in values}
     return up.make_plan(Path("pair"), **(values | own), settings=settings)
 
@@ -136,7 +137,10 @@ def test_the_pair_is_found_from_any_folder() -> None:
 def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_worker(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
-    assert plan(prefill=1, decode=3).decode[2].threads == 2
+    made = plan(prefill=1, decode=3)
+    assert (made.prefill[0].threads, made.decode[2].threads) == (8, 2)  # each stage has all of them
+    made = plan(prefill=1, decode=3, apart=True)
+    assert (made.prefill[0].threads, made.decode[2].threads) == (2, 2)
     assert plan(threads=5).prefill[0].threads == 5
 
 
