@@ -8,7 +8,6 @@ import os
 import socket
 import ssl
 import threading
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -78,21 +77,21 @@ def captured():
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(0x0003)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 20)
         listener.bind(("lo", 0))
-        listener.settimeout(0.2)
+        listener.settimeout(0.05)
 
         def listen():
-            while not stop.is_set():
+            while True:
                 try:
                     packets.append(listener.recv(1 << 17))
                 except TimeoutError:
-                    continue
+                    if stop.is_set():  # and all that was sent before it is read
+                        return
 
         thread = threading.Thread(target=listen)
         thread.start()
         try:
             yield packets
         finally:
-            time.sleep(0.3)  # what was sent is still being read
             stop.set()
             thread.join()
 
