@@ -205,7 +205,7 @@ def lm_eval_command(
 
 
 def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
-    """The first ``count`` conversations of ``data``, as the pair's tokens."""
+    """The first ``count`` conversations of ``data``, whole, as the pair's tokens."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.pair.conversations import encode, read_conversations, shipped_conversations
     from overfill.pair.manifest import Pair

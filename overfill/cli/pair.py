@@ -105,7 +105,7 @@ def path_command(name: str) -> None:
     show_default=True,
     metavar="SOURCE",
     help="Chats to score and fit on: `shipped`, `self` (the full model writes them), a file of JSON lines, or the id "
-    "of a data set on the hub.",
+    "of a data set on the hub, with its split if that is not `train`: owner/name:split.",
 )
 @click.option(
     "--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Answer tokens to fit on."

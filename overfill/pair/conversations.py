@@ -84,11 +84,14 @@ def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
             out.write(json.dumps({"messages": list(conversation.messages)} | cut, ensure_ascii=False) + "\n")
 
 
-def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int = 1024) -> list[Transcript]:
+def encode(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> list[Transcript]:
     """Transcripts in the checkpoint's chat template; a finished answer ends with the end-of-sequence token.
 
     Args:
-        max_tokens: longer transcripts lose the end of their answer; those whose prompt fills it are left out.
+        max_tokens: longer transcripts lose the end of their answer; those whose prompt fills it are left out. None: all
+            stay as they are.
 
     Raises:
         InvalidRequest: the template refuses a conversation, or there is no template.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from overfill.errors import InvalidRequest
@@ -13,8 +13,13 @@ _COLUMNS = ("messages", "conversations")
 
 
 def hub_conversations(dataset: str, count: int) -> list[Conversation]:
-    """The first ``count`` chats of the split ``train`` of ``dataset``. Raises InvalidRequest as ``load_hub``."""
-    rows = load_hub(dataset, "train", *_COLUMNS)
+    """The first ``count`` chats of ``dataset``, which may name a split: ``owner/name:split``, else ``train``.
+
+    Raises:
+        InvalidRequest: as ``load_hub``.
+    """
+    name, _, split = dataset.partition(":")
+    rows = load_hub(name, split or "train", *_COLUMNS)
     column = next(name for name in _COLUMNS if name in rows.column_names)
     found: list[Conversation] = []
     for row in rows:
@@ -25,13 +30,17 @@ def hub_conversations(dataset: str, count: int) -> list[Conversation]:
     return found
 
 
-def as_conversation(messages: Sequence[dict[str, Any]]) -> Conversation | None:
+def as_conversation(messages: Any) -> Conversation | None:
     """Messages of ``role`` and ``content``, or of ``from`` and ``value``, up to the last answer.
 
-    None when there is none, or a text is missing.
+    None when there is none, a text is missing, or the row holds something else: large data sets have a few of those.
     """
+    if not isinstance(messages, Sequence):
+        return None
     turns = []
     for message in messages:
+        if not isinstance(message, Mapping):
+            return None
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             return None

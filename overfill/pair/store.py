@@ -8,7 +8,7 @@
       models/smollm2-135m-instruct-gguf/          the same as a GGUF, for peers in benchmarks
       models/<owner>--<name>/           another model of the hub
       envs/<peer>/                      another engine with its dependencies, for benchmarks
-      pairs/v4/<name>/                  pair.json, full -> ../../../models/…, decoder/
+      pairs/<version>/<name>/           pair.json, full -> ../../../models/…, decoder/
 
 Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
 since is made again. A pair that is ready is found without loading torch.

@@ -16,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from overfill.pair.distill.rows import Rows
 
+_LONGEST_KEPT = 512
+"""Tokens up to which training keeps a transcript's attention probabilities: 4 MiB a layer for 9 heads in bfloat16."""
+
 
 class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
@@ -44,8 +47,9 @@ def _visible(new: int, prefix: int, device: torch.device) -> Tensor:
 class PerTranscript:
     """Transcript after transcript, without padding.
 
-    In training, probabilities are kept for the backward pass: for transcripts of a few hundred tokens this takes two
-    thirds of the time of torch's fused kernel, which computes them again.
+    In training on short transcripts, probabilities are kept for the backward pass: this takes two thirds of the time
+    of torch's fused kernel, which computes them again. Their memory grows with the square of the length, so that
+    longer ones take the fused kernel.
     """
 
     lengths: list[int]
@@ -59,7 +63,7 @@ class PerTranscript:
         return cls(list(rows.lengths), list(rows.prefixes), visible)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and max(mask.shape[1] for mask in self.visible) <= _LONGEST_KEPT:
             out: Tensor = _PerTranscript.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
             return out
         outputs = [

@@ -64,7 +64,11 @@ def _teaches(transcript: Transcript) -> bool:
 
 
 class HubTranscripts(Sequence[Transcript | None]):
-    """Rows of a hub data set, made transcripts when they are asked for: millions would not fit memory as ids."""
+    """Rows of a hub data set, made transcripts when they are asked for: millions would not fit memory as ids.
+
+    Raises:
+        InvalidRequest: there is no chat template.
+    """
 
     def __init__(self, rows: Any, data: Data, tokenizer: Tokenizer) -> None:
         self._rows = rows
@@ -84,7 +88,10 @@ class HubTranscripts(Sequence[Transcript | None]):
         conversation = as_conversation(self._rows[index][self._data.column])
         if conversation is None:
             return None
-        transcripts = encode([conversation], self._tokenizer, self._data.max_tokens)
+        try:
+            transcripts = encode([conversation], self._tokenizer, self._data.max_tokens)
+        except InvalidRequest:  # the chat template refuses it; the others are still worth training on
+            return None
         return transcripts[0] if transcripts and _teaches(transcripts[0]) else None
 
     def fingerprint(self) -> str:

@@ -105,8 +105,9 @@ class Run:
             full, pair.layer_map, wants_prefix=not standalone, opinion=opinion, top_tokens=training.top_tokens
         )
         self._judge = Teacher(full, pair.layer_map, wants_prefix=not standalone, opinion="hidden")
-        self._cache(self._teacher, transcripts, "training", identity["data"])
+        self._cache_room = training.cache_gib * 2**30
         self._cache(self._judge, held_out, "held-out", identity["held_out"])
+        self._cache(self._teacher, transcripts, "training", identity["data"])
         optimizer = torch.optim.AdamW(
             decoder.parameters(),
             lr=training.learning_rate,
@@ -294,9 +295,10 @@ class Run:
         if not isinstance(transcripts, list) or not teacher.columns:
             return
         size = sum(column.bytes(transcripts) for column in teacher.columns)
-        if size > self._training.cache_gib * 2**30:
-            self._tell(f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib; not caching")
+        if size > self._cache_room:
+            self._tell(f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching")
             return
+        self._cache_room -= size
         identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
         with self._accelerator.main_process_first():
             teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))

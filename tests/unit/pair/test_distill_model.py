@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from overfill.errors import InvalidPair
 from overfill.pair.checkpoint import write_weights
 from overfill.pair.conversations import Transcript
+from overfill.pair.distill import attention
 from overfill.pair.distill.attention import Padded, PerTranscript
 from overfill.pair.distill.loss import LossSums, LossWeights, TeacherView, compare, distillation_loss, shortlist_loss
 from overfill.pair.distill.model import PackedModel
@@ -107,7 +108,7 @@ def test_recomputing_activations_changes_no_gradient(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])
-def test_both_forms_of_attention_agree(with_prefix: bool) -> None:
+def test_all_forms_of_attention_agree(with_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows.of_answers(TRANSCRIPTS) if with_prefix else Rows.of_whole(TRANSCRIPTS)
     total, before = sum(rows.lengths), sum(rows.prefixes)
     inputs = [torch.randn(total, heads, 8, generator=GENERATOR, requires_grad=True) for heads in (6, 2, 2)]
@@ -120,6 +121,11 @@ def test_both_forms_of_attention_agree(with_prefix: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(PerTranscript.of(rows)(*inputs, prefix), found[0][0], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(attention, "_LONGEST_KEPT", 1)  # as long transcripts are computed
+    out = PerTranscript.of(rows)(*inputs, prefix)
+    long = [out, *torch.autograd.grad((out * torch.arange(48.0)).sum(), inputs)]
+    for one, other in zip(long, found[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

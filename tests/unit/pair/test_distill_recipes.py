@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import Column, TeacherCache
-from overfill.pair.distill.data import batches, digest, load_data
+from overfill.pair.distill.data import HubTranscripts, batches, digest, load_data
 from overfill.pair.distill.dry_run import dry_run
 from overfill.pair.distill.recipe import Data, changed, read_recipe, recipe_names
 from overfill.pair.hub_data import as_conversation
@@ -132,6 +133,28 @@ def test_conversations_of_both_spellings_are_read_up_to_their_last_answer() -> N
     assert found.messages == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     assert as_conversation(turns[:1]) is None
     assert as_conversation([{"role": "user", "content": None}, *turns[1:]]) is None
+    assert as_conversation(None) is None
+    assert as_conversation([None]) is None
+
+
+def test_a_hub_row_that_the_chat_template_refuses_is_passed_over(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b c {i}"}]} for i in "12"
+    ]
+    tokenizer = Tokenizer.load(tiny / "full")
+    encode_chat = tokenizer.encode_chat
+
+    def refuse(messages: Any) -> list[int]:
+        if not refused:
+            refused.append(messages)
+            raise InvalidRequest("messages", "roles must alternate")
+        return encode_chat(messages)
+
+    refused: list[Any] = []
+    monkeypatch.setattr(tokenizer, "encode_chat", refuse)
+    transcripts = HubTranscripts(rows, Data(source="owner/name"), tokenizer)
+    assert transcripts[0] is None
+    assert transcripts[1] is not None
 
 
 def test_batches_take_every_transcript_once_an_epoch_and_can_start_anywhere() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from overfill.cli.evaluate import compare_command, eval_command
+from overfill.cli.evaluate import _transcripts, compare_command, eval_command
 from overfill.engine.llm import Completion
 from overfill.errors import InvalidRequest
 from overfill.model.transformer import Transformer
@@ -198,6 +198,14 @@ def test_too_short_answers_are_refused(tiny: Path) -> None:
 def test_too_long_conversations_are_refused(tiny: Path) -> None:
     with pytest.raises(InvalidRequest, match="3000 tokens; the pair's context is 2048"):
         evaluate(tiny, [Transcript((5,) * 3000, 10)], free_running=False)
+
+
+def test_long_conversations_are_judged_whole(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b " * 600}]}
+    file.write_text(json.dumps(chat) + "\n")
+    (transcript,) = _transcripts(tiny, file, None)
+    assert len(transcript.answer) > 1024
 
 
 def test_comparison_judges_both_models_at_each_precision(tiny: Path) -> None:
