@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,12 +14,17 @@ from overfill.kv.receiver import PrefillPeer
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2
 
+_KEPT_UNUSED = 300.0
+"""Seconds after which a peer that nobody used is closed when another one comes: workers whose pods or replicas are
+gone never come back under their name."""
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     peer: PrefillPeer
     checked: asyncio.Task[None]
     users: int = 0
+    used_at: float = 0.0  # time.monotonic() when the last user left
     broken: bool = False
 
 
@@ -68,6 +74,7 @@ class PeerPool:
             if entry.checked.done() and (entry.checked.cancelled() or entry.checked.exception() is not None):
                 self._forget(key, entry)
             entry.users -= 1
+            entry.used_at = time.monotonic()
             if entry.broken and entry.users == 0:
                 await entry.peer.close()
 
@@ -77,8 +84,16 @@ class PeerPool:
             del self._entries[key]
 
     def _retire(self, worker_id: str) -> list[PrefillPeer]:
-        """Forgets other incarnations of a worker; returns those to close now, the rest end with their last user."""
-        old = [(key, entry) for key, entry in self._entries.items() if key[0] == worker_id]
+        """Forgets other incarnations of a worker, and what was not used for long.
+
+        Returns those to close now; the rest end with their last user.
+        """
+        unused = time.monotonic() - _KEPT_UNUSED
+        old = [
+            (key, entry)
+            for key, entry in self._entries.items()
+            if key[0] == worker_id or (entry.users == 0 and entry.used_at < unused)
+        ]
         for key, entry in old:
             self._forget(key, entry)
         return [entry.peer for _, entry in old if entry.users == 0]

@@ -43,6 +43,7 @@ _RETURN = struct.Struct("<BI")
 _SLOT, _STREAM = 0, 1
 _PEER_CREDENTIALS = struct.Struct("3i")
 _TIMEOUT = 2.0  # seconds for an end to introduce itself
+_ACCEPT_AGAIN = 0.1  # seconds
 
 
 class LenderStream:
@@ -193,7 +194,12 @@ class Lender:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            peer, _ = await loop.sock_accept(listener)
+            try:
+                peer, _ = await loop.sock_accept(listener)
+            except OSError as error:  # too many open files: borrowers wait in the queue until some are closed
+                logger.warning("a decode worker on this host has to wait: %s", error)
+                await asyncio.sleep(_ACCEPT_AGAIN)
+                continue
             self._spawn(self._serve(peer))
 
     async def _serve(self, peer: socket.socket) -> None:

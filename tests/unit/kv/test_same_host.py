@@ -273,6 +273,22 @@ async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
         assert len(worker.lender._links) == 1
 
 
+async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, caplog):
+    loop = asyncio.get_running_loop()
+    accept, failures = loop.sock_accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    async def scarce(listener):
+        if failures:
+            raise failures.pop()
+        return await accept(listener)
+
+    monkeypatch.setattr(loop, "sock_accept", scarce)
+    (await connect()).link.close()  # by the accept that was waiting already
+    assert (await connect()).link is not None
+    assert not failures
+    assert "has to wait" in caplog.text
+
+
 async def test_the_borrower_cannot_write(worker, connect):
     peer = await connect()
     with pytest.raises(TypeError):

@@ -1,0 +1,55 @@
+"""The pool of connections to prefill workers keeps what is used, and nothing else."""
+
+from typing import ClassVar
+
+import pytest
+
+from overfill.kv import peers
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.peers import PeerPool
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.v1 import decode_pb2
+
+
+class Peer:
+    made: ClassVar[list["Peer"]] = []
+
+    def __init__(self, target, streams, tls, same_host):
+        self.closed = False
+        Peer.made.append(self)
+
+    async def handshake(self, identity):
+        pass
+
+    async def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(peers, "PrefillPeer", Peer)
+    monkeypatch.setattr(Peer, "made", [])
+    return PeerPool(KvIdentity(WIRE_VERSION, b"", b"", KvSpec(1, 1, 8, "float32", RopeSpec())), 1, None)
+
+
+async def use(pool, name):
+    async with pool.use(decode_pb2.AssignPrefill(worker_id=name, incarnation=1, address="127.0.0.1:1")):
+        pass
+
+
+async def test_workers_that_are_gone_are_closed_in_time(pool, monkeypatch):
+    await use(pool, "prefill-0")
+    await use(pool, "prefill-1")
+    assert [peer.closed for peer in Peer.made] == [False, False]
+    monkeypatch.setattr(peers, "_KEPT_UNUSED", 0.0)
+    await use(pool, "prefill-2")
+    assert [peer.closed for peer in Peer.made] == [True, True, False]
+
+
+async def test_a_peer_in_use_stays_however_long(pool, monkeypatch):
+    monkeypatch.setattr(peers, "_KEPT_UNUSED", 0.0)
+    target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
+    async with pool.use(target) as peer:
+        await use(pool, "prefill-1")
+        assert not peer.closed
