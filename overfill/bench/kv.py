@@ -7,6 +7,7 @@ cache, acknowledgements. No model runs.
 from __future__ import annotations
 
 import asyncio
+import gc
 import statistics
 import sys
 import time
@@ -79,6 +80,7 @@ async def measure(spec: KvSpec, tokens: int, *, streams: int, rounds: int) -> tu
         stack.push_async_callback(receiver.close)
         await receiver.connect()
         raw_address = await _start(stack, ["overfill.bench.raw_stream"])
+        gc.freeze()  # as in a worker
         raw = [open_channel(raw_address) for _ in range(streams)]
         for channel in raw:
             stack.push_async_callback(channel.close, None)

@@ -7,6 +7,7 @@ Handshake, lease, chunks, checksums, shared memory and acknowledgements are thos
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,9 @@ async def _serve(layers: str, heads: str, head_dim: str, dtype: str, tokens: str
     sender.lender.start()
     server = RpcServer()
     server.add(add_prefill_to_server, sender, SERVICE)
-    print(await server.start("127.0.0.1:0"), flush=True)
+    address = await server.start("127.0.0.1:0")
+    gc.freeze()  # as in a worker
+    print(address, flush=True)
     await asyncio.Event().wait()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import secrets
@@ -203,6 +204,9 @@ async def serve_engine(
         hello.metrics_address = exporter.address
     engine.start()
     try:
+        # What is there now stays: the collector need not go through all of it again and again.
+        gc.collect()
+        gc.freeze()
         code = await host.run(f"{config.host}:{config.port}", on_ready)
     finally:
         engine.stop()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 
 from overfill.kv.host import HostCells
+from overfill.kv.native import library
+from overfill.kv.native.library import NativeCells, Rows
+from overfill.kv.pieces import Piece, digest, first_damaged
 from overfill.kv.spec import KvSpec
 from overfill.kv.wire import Buffer
 
@@ -45,6 +48,8 @@ class KvCache:
         self.k, self.v = (_zeros(shape, TORCH_DTYPES[spec.dtype], device) for _ in range(2))
         self._io_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._host = HostCells(self.k, self.v) if device.type == "cpu" else None
+        native = library.load() if device.type == "cpu" else None
+        self._native = NativeCells(native, self.k, self.v) if native is not None else None
 
     @property
     def block_bytes(self) -> int:
@@ -123,6 +128,45 @@ class KvCache:
                         flat[:, heads[0] : heads[1]].index_copy_(0, slots, data[half, i])
         if self._io_stream is not None:
             self._io_stream.synchronize()
+
+    def read_pieces(
+        self, block_table: Sequence[int], pieces: Sequence[Piece], after: Mapping[int, DeviceEvent | None]
+    ) -> None:
+        """Fills the payloads of ``pieces``, which are writable, and the checksums of those that have a header.
+
+        Args:
+            after: per layer, as in ``read``; layers are computed in order.
+        """
+        if self._native is not None:
+            self._native.read(block_table, pieces)
+            return
+        for piece in pieces:
+            box = piece.box
+            layers = range(box.layer_start, box.layer_end)
+            tokens, heads = (box.token_start, box.token_end), (box.head_start, box.head_end)
+            self.read(block_table, layers, tokens, heads, after.get(layers[-1]), memoryview(piece.payload))
+            if piece.header:
+                piece.checksum = digest(piece.header, piece.payload)
+
+    def write_pieces(self, block_table: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
+        """Writes pieces of a full model's KV, and checks those that have a header.
+
+        Args:
+            rows: where its layers go.
+
+        Returns:
+            How many of them, from the first, are in place. When that is not all, the next one is damaged, and what its
+            box holds is void.
+        """
+        if self._native is not None:
+            return self._native.write(block_table, rows, pieces)
+        whole = first_damaged(pieces)
+        for piece in pieces[:whole]:
+            box = piece.box
+            targets = [rows[layer] for layer in range(box.layer_start, box.layer_end)]
+            tokens, heads = (box.token_start, box.token_end), (box.head_start, box.head_end)
+            self.write(block_table, targets, tokens, heads, piece.payload)
+        return whole
 
     def _io(self) -> AbstractContextManager[object]:
         return nullcontext() if self._io_stream is None else torch.cuda.stream(self._io_stream)

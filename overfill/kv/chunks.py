@@ -6,13 +6,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from overfill.errors import TransferFailed
+from overfill.kv.pieces import Piece, digest
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, SCALE_BYTES, KvSpec
 from overfill.kv.wire import Blank, Buffer, Frame, WireChunk, frame, lay_out
-from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
 
 TRANSFER_ID_BYTES = 16
@@ -49,7 +48,11 @@ class TransferSpec:
 
 def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
     """XXH3-64 over the header struct, the scales and the payload (see ``KvChunk.checksum``)."""
-    header = _HEADER.pack(
+    return digest(_header(head, scales, payload), scales, payload)
+
+
+def _header(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> bytes:
+    return _HEADER.pack(
         head.transfer_id,
         head.attempt,
         *KvRange.from_proto(head.range).as_tuple(),
@@ -58,18 +61,31 @@ def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
         len(scales),
         len(payload),
     )
-    digest = xxhash.xxh3_64(header)
-    digest.update(scales)
-    digest.update(payload)
-    return digest.intdigest()
 
 
-def seal(spec: TransferSpec, box: KvRange, payload: Buffer, scales: Buffer = b"", slot: int | None = None) -> Frame:
-    """A chunk with its checksum, for ``wire.join``; with ``slot``, its payload stays where it is, in that slot."""
+def seal(
+    spec: TransferSpec,
+    box: KvRange,
+    payload: Buffer,
+    scales: Buffer = b"",
+    slot: int | None = None,
+    known: int | None = None,
+) -> Frame:
+    """A chunk with its checksum, for ``wire.join``; with ``slot``, its payload stays where it is, in that slot.
+
+    Args:
+        known: the checksum, where it was computed before.
+    """
     head = _head(spec, box)
     if slot is not None:
         head.shared.slot, head.shared.length = slot, len(payload)
-    return frame(head, scales, b"" if slot is not None else payload, checksum(head, scales, payload))
+    known = checksum(head, scales, payload) if known is None else known
+    return frame(head, scales, b"" if slot is not None else payload, known)
+
+
+def blank_piece(spec: TransferSpec, box: KvRange, payload: memoryview) -> Piece:
+    """What a chunk that is not encoded is read into, where its payload is to be."""
+    return Piece(box, payload, _header(_head(spec, box), b"", payload))
 
 
 def lay_out_raw(spec: TransferSpec, boxes: Sequence[KvRange]) -> tuple[bytes, list[Blank]]:
@@ -77,9 +93,10 @@ def lay_out_raw(spec: TransferSpec, boxes: Sequence[KvRange]) -> tuple[bytes, li
     return lay_out([(_head(spec, box), spec.cache_bytes(box)) for box in boxes])
 
 
-def seal_in_place(blank: Blank) -> None:
-    """Writes the checksum of a chunk whose payload has been written."""
-    blank.checksum[:] = checksum(blank.head, b"", blank.payload).to_bytes(8, "little")
+def seal_in_place(blank: Blank, known: int | None = None) -> None:
+    """Writes the checksum of a chunk whose payload has been written; ``known`` where it was computed before."""
+    known = checksum(blank.head, b"", blank.payload) if known is None else known
+    blank.checksum[:] = known.to_bytes(8, "little")
 
 
 def _head(spec: TransferSpec, box: KvRange) -> kv_pb2.KvChunk:
@@ -98,6 +115,19 @@ def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
     Raises:
         TransferFailed: naming what is wrong: transfer, attempt, dtype, codec, length or checksum.
     """
+    piece = check_head(spec, chunk)
+    if piece.checksum != digest(piece.header, chunk.scales, chunk.payload):
+        raise wrong_checksum(piece.box)
+    return piece.box
+
+
+def wrong_checksum(box: KvRange) -> TransferFailed:
+    """What to raise for a chunk that is damaged."""
+    return TransferFailed(f"chunk of {box} has a wrong checksum")
+
+
+def check_head(spec: TransferSpec, chunk: WireChunk) -> Piece:
+    """As ``check``, but for the checksum, which is yet to be held against the payload."""
     head = chunk.head
     box = KvRange.from_proto(head.range)
     if head.transfer_id != spec.transfer_id:
@@ -108,13 +138,12 @@ def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
         raise TransferFailed(f"chunk of {box} has dtype {head.dtype}, expected {spec.kv.dtype}")
     if head.codec != spec.codec:
         raise TransferFailed(f"chunk of {box} has codec {head.codec}, expected {spec.codec}")
-    if len(chunk.payload) > MAX_CHUNK_PAYLOAD:
-        raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, the limit is {MAX_CHUNK_PAYLOAD}")
+    most = MAX_SHARED_PAYLOAD if head.HasField("shared") else MAX_CHUNK_PAYLOAD
+    if len(chunk.payload) > most:
+        raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, the limit is {most}")
     expected = spec.payload_bytes(box)
     if len(chunk.payload) != expected:
         raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, its shape needs {expected}")
     if len(chunk.scales) != spec.scales_bytes(box):
         raise TransferFailed(f"chunk of {box} has {len(chunk.scales)} bytes of scales, not {spec.scales_bytes(box)}")
-    if head.checksum != checksum(head, chunk.scales, chunk.payload):
-        raise TransferFailed(f"chunk of {box} has a wrong checksum")
-    return box
+    return Piece(box, chunk.payload, _header(head, chunk.scales, chunk.payload), head.checksum)

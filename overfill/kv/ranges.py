@@ -171,6 +171,12 @@ class Coverage:
             view[...] = True
             self._missing -= view.size
 
+    def remove(self, box: KvRange) -> None:
+        """Takes back ``add``."""
+        with self._lock:
+            self._cells(box)[...] = False
+            self._missing += box.cells
+
     def _cells(self, box: KvRange) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """The marks of ``box``, which lies inside, as a view: [layers, tokens, heads]."""
         first = self._row[box.layer_start]

@@ -32,15 +32,17 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check
+from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import decode
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.joining import to_the_end
+from overfill.kv.native.library import Rows
 from overfill.kv.pace import watch_pace
+from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.samehost import Borrower
 from overfill.kv.spec import KvSpec
-from overfill.kv.wire import Buffer, WireChunk, decode_all, pull_kv
+from overfill.kv.wire import WireChunk, decode_all, pull_kv
 from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
@@ -59,11 +61,9 @@ _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 logger = logging.getLogger(__name__)
 
 
-def write_chunk(
-    cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: Buffer
-) -> None:
-    """Writes a checked chunk into the blocks of a sequence; ``rows`` are the cache's layers per payload layer."""
-    cache.write(blocks, rows, (box.token_start, box.token_end), (box.head_start, box.head_end), payload)
+def write_chunks(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
+    """Writes chunks into the blocks of a sequence; returns how many, from the first, are not damaged and in place."""
+    return cache.write_pieces(blocks, rows, pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class PromptPull:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
-        self._rows = {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
+        self._rows = Rows({layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers})
         self._spec = TransferSpec(
             secrets.token_bytes(TRANSFER_ID_BYTES),
             request.attempt,
@@ -364,24 +364,36 @@ class PromptPull:
                 link.end_stream(stream)
 
     def _take_all(self, message: bytes, link: Borrower | None, taken: list[_Taken]) -> None:
-        for chunk in decode_all(message):
-            taken.append(self._take(chunk, link))
+        """Writes the chunks of a message that are right; ``taken`` tells which, also when a later one is wrong."""
+        found: list[tuple[Piece, _Taken]] = []
+        try:
+            for chunk in decode_all(message):
+                found.append(self._claim(chunk, link))
+        finally:
+            pieces = [piece for piece, _ in found]
+            whole = write_chunks(self._cache, self._blocks, self._rows, pieces)
+            taken += [one for _, one in found[:whole]]
+            for piece in pieces[whole:]:
+                self._coverage.remove(piece.box)
+        if whole < len(pieces):
+            raise wrong_checksum(pieces[whole].box)
 
-    def _take(self, chunk: WireChunk, link: Borrower | None) -> _Taken:
+    def _claim(self, chunk: WireChunk, link: Borrower | None) -> tuple[Piece, _Taken]:
+        """What is to be written of a chunk, its cells marked as there: nobody else may write to them."""
         slot = None
         if chunk.head.HasField("shared"):
             if link is None:
                 raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
             slot = chunk.head.shared.slot
             chunk.payload = link.payload(chunk.head.shared)
-        box = check(self._spec, chunk)
-        self._coverage.add(box)
-        rows = [self._rows[layer] for layer in range(box.layer_start, box.layer_end)]
-        data = chunk.payload
-        if self._spec.codec != common_pb2.KV_CODEC_RAW:
-            data = decode(self._spec.codec, self._spec.kv.dtype, self._spec.kv.head_dim, chunk.scales, chunk.payload)
-        write_chunk(self._cache, self._blocks, rows, box, data)
-        return _Taken(box, len(chunk.payload) + len(chunk.scales), slot)
+        if self._spec.codec == common_pb2.KV_CODEC_RAW:
+            piece = check_head(self._spec, chunk)
+        else:
+            box = check(self._spec, chunk)
+            spec = self._spec.kv
+            piece = Piece(box, decode(self._spec.codec, spec.dtype, spec.head_dim, chunk.scales, chunk.payload))
+        self._coverage.add(piece.box)
+        return piece, _Taken(piece.box, len(chunk.payload) + len(chunk.scales), slot)
 
     def _note_taken(self, taken: Sequence[_Taken]) -> None:
         if not taken:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 
 from overfill.errors import TransferFailed, Unavailable
 from overfill.kv.sender import Slot
-from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+from overfill.rpc.constants import MAX_SHARED_PAYLOAD
 from overfill.v1 import kv_pb2, prefill_pb2
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 SUPPORTED = sys.platform == "linux"
 """Abstract Unix sockets and memory without a name."""
 
-SLOTS = 32
-"""Of 1 MiB each per link: enough for two streams of which both ends are busy with a message's chunks."""
+SLOTS = 8
+"""Of 4 MiB each per link: enough for two streams of which both ends are busy with a message's chunks."""
 
 _TOKEN_BYTES = _ID_BYTES = 16
-_GRANT = struct.Struct("<16sI")
+_GRANT = struct.Struct("<16sII")
 _RETURN = struct.Struct("<BI")
 _SLOT, _STREAM = 0, 1
 _PEER_CREDENTIALS = struct.Struct("3i")
@@ -67,7 +67,7 @@ class LenderStream:
         """Raises Unavailable when the borrower has gone."""
         number = await self._link.take()
         self.held.add(number)
-        return Slot(number, self._link.memory[number * MAX_CHUNK_PAYLOAD :][:MAX_CHUNK_PAYLOAD])
+        return Slot(number, self._link.memory[number * MAX_SHARED_PAYLOAD :][:MAX_SHARED_PAYLOAD])
 
     def written(self) -> None:
         """Nothing of this stream is written to a slot any more."""
@@ -87,10 +87,10 @@ class LenderLink:
         descriptor = os.memfd_create("overfill-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.fchmod(descriptor, 0o600)  # whoever finds it in /proc has to be this user
-            os.ftruncate(descriptor, SLOTS * MAX_CHUNK_PAYLOAD)
+            os.ftruncate(descriptor, SLOTS * MAX_SHARED_PAYLOAD)
             # A segment that shrinks would kill whoever touches it.
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self.memory = memoryview(mmap.mmap(descriptor, SLOTS * MAX_CHUNK_PAYLOAD))
+            self.memory = memoryview(mmap.mmap(descriptor, SLOTS * MAX_SHARED_PAYLOAD))
             # For the borrower, opened for reading only, so that it cannot write there by accident.
             self.descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
@@ -219,7 +219,7 @@ class Lender:
             self._links[link.id] = link
             try:
                 try:
-                    socket.send_fds(peer, [_GRANT.pack(link.id, SLOTS)], [link.descriptor])
+                    socket.send_fds(peer, [_GRANT.pack(link.id, SLOTS, MAX_SHARED_PAYLOAD)], [link.descriptor])
                 finally:
                     os.close(link.descriptor)
                 rest = b""
@@ -257,7 +257,7 @@ class Borrower:
         self._socket = sock
         self._slots = slots
         try:
-            mapped = mmap.mmap(descriptor, slots * MAX_CHUNK_PAYLOAD, prot=mmap.PROT_READ)
+            mapped = mmap.mmap(descriptor, slots * MAX_SHARED_PAYLOAD, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
         self._memory = memoryview(mapped)
@@ -282,7 +282,11 @@ class Borrower:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 raise ValueError("the prefill worker closed the link")
-            borrower = cls(sock, descriptors[0], *_GRANT.unpack(data))
+            id, slots, size = _GRANT.unpack(data)
+            if size != MAX_SHARED_PAYLOAD:
+                os.close(descriptors[0])
+                raise ValueError(f"the prefill worker's slots are of {size} bytes")
+            borrower = cls(sock, descriptors[0], id, slots)
             stack.pop_all()
         return borrower
 
@@ -293,9 +297,9 @@ class Borrower:
 
     def payload(self, shared: kv_pb2.SharedPayload) -> memoryview:
         """Raises TransferFailed when there is no such slot."""
-        if shared.slot >= self._slots or shared.length > MAX_CHUNK_PAYLOAD:
+        if shared.slot >= self._slots or shared.length > MAX_SHARED_PAYLOAD:
             raise TransferFailed(f"a payload is said to be in slot {shared.slot}, of {shared.length} bytes")
-        start = shared.slot * MAX_CHUNK_PAYLOAD
+        start = shared.slot * MAX_SHARED_PAYLOAD
         return self._memory[start : start + shared.length]
 
     def give_back(self, slots: Sequence[int]) -> None:

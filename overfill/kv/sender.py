@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overfill.kv.cache import DeviceEvent, KvCache
-from overfill.kv.chunks import TransferSpec, lay_out_raw, seal, seal_in_place
+from overfill.kv.chunks import TransferSpec, blank_piece, lay_out_raw, seal, seal_in_place
 from overfill.kv.codecs import encode
 from overfill.kv.joining import to_the_end
+from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange
-from overfill.kv.wire import Buffer, Frame, join
-from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
+from overfill.kv.wire import Frame, join
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
 
 _CHUNKS = 4  # most in one message
-_SHARED_CHUNKS = 8  # where payloads stay in shared memory: passing a message on costs as much as copying one of them
+_SHARED_CHUNKS = 2  # where payloads stay in shared memory
 _local = threading.local()
 
 
@@ -127,7 +128,7 @@ class KvSender:
                     continue
                 message = await to_the_end(reading)
                 reading = None
-                if self._next_piece(ranges, sent) is not None and (slots is None or slots.free):
+                if self._next_piece(ranges, sent, 1) is not None and (slots is None or slots.free):
                     reading = await self._begin(ranges, sent, slots)
                 if self.first_sent_ns is None:
                     self.first_sent_ns = time.monotonic_ns()
@@ -141,12 +142,13 @@ class KvSender:
         self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None
     ) -> asyncio.Future[bytes]:
         """Starts to read the next piece, or pieces, once there is one and room for it."""
-        while self._next_piece(ranges, sent) is None:
+        largest = MAX_CHUNK_PAYLOAD if slots is None else MAX_SHARED_PAYLOAD
+        while self._next_piece(ranges, sent, largest) is None:
             await self._progress.wait()
         pieces: list[tuple[KvRange, Slot | None]] = []
         most = _CHUNKS if slots is None else _SHARED_CHUNKS
         while len(pieces) < most and (not pieces or slots is None or slots.free):
-            piece = self._next_piece(ranges, sent)
+            piece = self._next_piece(ranges, sent, largest)
             if piece is None:
                 break
             slot = await slots.acquire() if slots is not None else None
@@ -159,11 +161,13 @@ class KvSender:
             pieces.append((box, slot))
         return asyncio.get_running_loop().run_in_executor(self._executor, self._read_all, pieces)
 
-    def _next_piece(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> tuple[int, KvRange] | None:
-        """The next computed and unsent piece: whole neighbouring layers together while they fit one chunk."""
+    def _next_piece(
+        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], largest: int
+    ) -> tuple[int, KvRange] | None:
+        """The next computed and unsent piece: whole neighbouring layers together while they fit ``largest`` bytes."""
         for index, (box, cursors) in enumerate(zip(ranges, sent, strict=True)):
             head_bytes = self._layer_bytes * box.num_heads // self.spec.kv.num_kv_heads
-            most_tokens = max(1, MAX_CHUNK_PAYLOAD // head_bytes)
+            most_tokens = max(1, largest // head_bytes)
             if most_tokens > self._cache.block_size:  # whole blocks are copied faster
                 most_tokens -= most_tokens % self._cache.block_size
             for layer, start in cursors.items():
@@ -174,49 +178,48 @@ class KvSender:
                 while (
                     cursors.get(last) == start
                     and min(self._ready[last], box.token_end) >= end
-                    and (last + 1 - layer) * (end - start) * head_bytes <= MAX_CHUNK_PAYLOAD
+                    and (last + 1 - layer) * (end - start) * head_bytes <= largest
                 ):
                     last += 1
                 return index, KvRange(layer, last, start, end, box.head_start, box.head_end)
         return None
 
     def _read_all(self, pieces: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
-        if self._raw and pieces[0][1] is None:
-            message, blanks = lay_out_raw(self.spec, [box for box, _ in pieces])
-            for (box, _), blank in zip(pieces, blanks, strict=True):
-                self._copy(box, blank.payload)
-                seal_in_place(blank)
-            return message
-        return join([self._read(box, slot) for box, slot in pieces])
+        if not self._raw:
+            return join([self._encoded(box, slot) for box, slot in pieces])
+        if pieces[0][1] is not None:
+            return self._read_into_slots([(box, slot) for box, slot in pieces if slot is not None])
+        message, blanks = lay_out_raw(self.spec, [box for box, _ in pieces])
+        read = [blank_piece(self.spec, box, blank.payload) for (box, _), blank in zip(pieces, blanks, strict=True)]
+        self._cache.read_pieces(self._block_table, read, self._event)
+        for blank, piece in zip(blanks, read, strict=True):
+            seal_in_place(blank, piece.checksum)
+        return message
 
-    def _copy(self, box: KvRange, out: memoryview) -> None:
-        """Out of the cache, into as many bytes as ``box`` takes there."""
-        self._cache.read(
-            self._block_table,
-            range(box.layer_start, box.layer_end),
-            (box.token_start, box.token_end),
-            (box.head_start, box.head_end),
-            after=self._event.get(box.layer_end - 1),  # layers are computed in order
-            out=out,
+    def _read_into_slots(self, pieces: Sequence[tuple[KvRange, Slot]]) -> bytes:
+        read = [blank_piece(self.spec, box, slot.memory[: self.spec.cache_bytes(box)]) for box, slot in pieces]
+        self._cache.read_pieces(self._block_table, read, self._event)
+        return join(
+            [
+                seal(self.spec, box, piece.payload, b"", slot.number, piece.checksum)
+                for (box, slot), piece in zip(pieces, read, strict=True)
+            ]
         )
 
-    def _read(self, box: KvRange, slot: Slot | None) -> Frame:
-        scales: Buffer = b""
-        room = slot.memory if slot is not None and self._raw else _scratch()
-        payload = room[: self.spec.cache_bytes(box)]
-        self._copy(box, payload)
-        if not self._raw:
-            scales, encoded = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, payload)
-            payload = memoryview(encoded)
-            if slot is not None:
-                slot.memory[: len(payload)] = payload
-                payload = slot.memory[: len(payload)]
-        return seal(self.spec, box, payload, scales, None if slot is None else slot.number)
+    def _encoded(self, box: KvRange, slot: Slot | None) -> Frame:
+        read = Piece(box, _scratch()[: self.spec.cache_bytes(box)])
+        self._cache.read_pieces(self._block_table, [read], self._event)
+        raw = memoryview(read.payload)
+        scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)
+        if slot is None:
+            return seal(self.spec, box, payload, scales)
+        slot.memory[: len(payload)] = payload
+        return seal(self.spec, box, slot.memory[: len(payload)], scales, slot.number)
 
 
 def _scratch() -> memoryview:
     """Memory of this thread, used again for whatever is encoded: fresh memory costs more than the copy."""
     if not hasattr(_local, "scratch"):
-        _local.scratch = memoryview(bytearray(MAX_CHUNK_PAYLOAD))
+        _local.scratch = memoryview(bytearray(MAX_SHARED_PAYLOAD))
     scratch: memoryview = _local.scratch
     return scratch

@@ -30,7 +30,10 @@ MIN_PULL_GRACE: Final = 2.0
 """Seconds from the start of a transfer in which ``MIN_PULL_RATE`` is not demanded yet."""
 
 MAX_CHUNK_PAYLOAD: Final = 1 << 20
-"""Most payload bytes of one KV chunk."""
+"""Most payload bytes of one KV chunk that travels."""
+
+MAX_SHARED_PAYLOAD: Final = 4 << 20
+"""Most payload bytes of one KV chunk whose payload stays in shared memory."""
 
 MAX_MESSAGE_BYTES: Final = 8 << 20
 """Most bytes of one message, either way."""

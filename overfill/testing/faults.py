@@ -34,8 +34,8 @@ import overfill.kv.receiver
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.ranges import KvRange
-from overfill.kv.wire import Buffer
+from overfill.kv.native.library import Rows
+from overfill.kv.pieces import Piece
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -62,16 +62,18 @@ def negate_weight_row() -> None:
 
 
 def overwrite_kv_chunk() -> None:
-    write = overfill.kv.receiver.write_chunk
+    write = overfill.kv.receiver.write_chunks
 
-    def write_then_overwrite(
-        cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: Buffer
-    ) -> None:
-        write(cache, blocks, rows, box, payload)
-        if box.layer_start == 0 and box.token_start == 0:
-            write(cache, blocks, rows, box, bytes(len(payload)))
+    def write_then_overwrite(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
+        whole = write(cache, blocks, rows, pieces)
+        write(cache, blocks, rows, [Piece(p.box, bytes(len(p.payload))) for p in pieces[:whole] if _starts(p)])
+        return whole
 
-    overfill.kv.receiver.write_chunk = write_then_overwrite
+    overfill.kv.receiver.write_chunks = write_then_overwrite
+
+
+def _starts(piece: Piece) -> bool:
+    return piece.box.layer_start == 0 and piece.box.token_start == 0
 
 
 def shift_positions() -> None:
@@ -120,16 +122,14 @@ def lose_block() -> None:
 
 
 def delay_kv() -> None:
-    write = overfill.kv.receiver.write_chunk
+    write = overfill.kv.receiver.write_chunks
 
-    def write_late(
-        cache: KvCache, blocks: Sequence[int], rows: Sequence[Sequence[int]], box: KvRange, payload: Buffer
-    ) -> None:
-        if box.layer_start == 0 and box.token_start == 0:
+    def write_late(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
+        if any(map(_starts, pieces)):
             time.sleep(_KV_DELAY)
-        write(cache, blocks, rows, box, payload)
+        return write(cache, blocks, rows, pieces)
 
-    overfill.kv.receiver.write_chunk = write_late
+    overfill.kv.receiver.write_chunks = write_late
 
 
 def slow_steps() -> None:

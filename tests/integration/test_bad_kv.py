@@ -219,16 +219,16 @@ async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, 
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
-    write, count = receiver.write_chunk, 0
+    write, count = receiver.write_chunks, 0
 
     def fail_last(*args):
         nonlocal count
-        count += 1
+        count += len(args[-1])
         if count == 4:
             raise MemoryError("no room")
-        write(*args)
+        return write(*args)
 
-    monkeypatch.setattr(receiver, "write_chunk", fail_last)
+    monkeypatch.setattr(receiver, "write_chunks", fail_last)
     with pytest.raises(MemoryError):
         await pull()
 

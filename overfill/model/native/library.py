@@ -9,13 +9,19 @@ import ctypes
 import functools
 import logging
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
 
 import torch
 
-from overfill.model.native.build import CannotBuild, compiled_library
+from overfill.compiled import CannotBuild, compiled_library
 
 log = logging.getLogger(__name__)
 
+_SOURCE = Path(__file__).parent / "overfill.cpp"
+_FLAGS = (
+    *("-mfma", "-mf16c", "-mbmi2"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
+)
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16")
 
 Hook = ctypes.CFUNCTYPE(c_int, c_int64, c_int64)
@@ -87,7 +93,7 @@ def has_amx() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compiled_library()))
+    library = ctypes.CDLL(str(compiled_library(_SOURCE, _FLAGS)))
     library.ovf_has_amx.restype = c_int
     library.ovf_has_amx.argtypes = []
     library.ovf_create.restype = c_void_p

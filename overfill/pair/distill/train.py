@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from overfill.compiled import COMPILERS
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.cache import TORCH_DTYPES
-from overfill.model.native.build import COMPILERS
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import TeacherCache
 from overfill.pair.distill.checkpoint import Checkpoints, Progress, write_pair

@@ -155,8 +155,8 @@ def watch_prefill(probe: Probe) -> None:
             damage(payload)  # a view into what the frame is made of, or into shared memory
         return frame
 
-    def seal_in_place_and_damage(blank: Any) -> None:
-        seal_in_place(blank)
+    def seal_in_place_and_damage(blank: Any, *rest: Any) -> None:
+        seal_in_place(blank, *rest)
         damage(blank.payload)
 
     def damage(payload: memoryview) -> None:
@@ -175,7 +175,7 @@ def watch_decode(probe: Probe) -> None:
 
     session = importlib.import_module("services.decode.session").Session
     receiver: Any = overfill.kv.receiver
-    handle, take_all, check = session._handle, PromptPull._take_all, receiver.check
+    handle, take_all, check = session._handle, PromptPull._take_all, receiver.check_head
 
     async def handle_held(self: Any, item: Any) -> bool:
         request = self.start.request_id
@@ -201,7 +201,7 @@ def watch_decode(probe: Probe) -> None:
 
     session._handle = handle_held
     receiver.PromptPull._take_all = take_held
-    receiver.check = damage_and_check
+    receiver.check_head = damage_and_check
 
 
 WATCH: dict[str, Callable[[Probe], None]] = {

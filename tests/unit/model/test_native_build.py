@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from overfill.model.native import build, library
+from overfill import compiled
+from overfill.model.native import library
+
+
+def build() -> Path:
+    return compiled.compiled_library(library._SOURCE, library._FLAGS)
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +48,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> None:
-    first = build.compiled_library()
+    first = build()
     assert first.read_text() == "library\n"
-    assert build.compiled_library() == first
+    assert build() == first
     assert calls(tmp_path) == 1
     left = sorted(p.name for p in first.parent.parent.iterdir())
     assert left == [".lock", first.parent.name], "nothing half-made is left"
@@ -53,59 +58,62 @@ def test_it_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_text("libr"), Path.unlink], ids=["cut short", "gone"])
 def test_a_damaged_library_is_made_again(damage, compiler: Path, tmp_path: Path) -> None:
-    damage(build.compiled_library())
-    assert build.compiled_library().read_text() == "library\n"
+    damage(build())
+    assert build().read_text() == "library\n"
     assert calls(tmp_path) == 2
 
 
 @pytest.mark.parametrize("mode", [0o575, 0o557], ids=["group", "world"])
 def test_what_others_could_have_written_is_not_loaded(mode: int, compiler: Path, tmp_path: Path) -> None:
-    library = build.compiled_library()
+    library = build()
     library.chmod(mode)
-    assert stat.S_IMODE(build.compiled_library().stat().st_mode) == 0o500
+    assert stat.S_IMODE(build().stat().st_mode) == 0o500
     assert calls(tmp_path) == 2
 
 
 def test_any_umask_will_do(compiler: Path, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        build.compiled_library()
-        build.compiled_library()
+        build()
+        build()
     finally:
         os.umask(before)
     assert calls(tmp_path) == 1
 
 
 def test_another_compiler_version_is_another_library(compiler: Path) -> None:
-    first = build.compiled_library()
+    first = build()
     compiler.write_text(compiler.read_text().replace("fake 1", "fake 2"))
-    assert build.compiled_library() != first
+    assert build() != first
 
 
 def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fake_compiler(tmp_path, "echo kernels.h: no such register >&2; exit 1")
     monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
-    with pytest.raises(build.CannotBuild, match="no such register"):
-        build.compiled_library()
+    with pytest.raises(compiled.CannotBuild, match="no such register"):
+        build()
     assert [p.name for p in (tmp_path / "home" / "native").iterdir()] == [".lock"]
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.CannotBuild, match=r"none of c\+\+, g\+\+, clang\+\+ is installed"):
-        build.compiled_library()
+    with pytest.raises(compiled.CannotBuild, match=r"none of c\+\+, g\+\+, clang\+\+ is installed"):
+        build()
 
 
 def test_a_folder_that_cannot_be_written(compiler: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "native").write_text("a file")
-    with pytest.raises(build.CannotBuild, match="cannot be written"):
-        build.compiled_library()
+    with pytest.raises(compiled.CannotBuild, match="cannot be written"):
+        build()
 
 
 def test_processes_that_start_at_once_agree(compiler: Path, tmp_path: Path) -> None:
     compiler.write_text(compiler.read_text() + "sleep 0.2\n")  # so that they overlap
-    code = "from overfill.model.native.build import compiled_library as c; print(c().read_text())"
+    code = (
+        "from overfill.compiled import compiled_library as c; from overfill.model.native import library as l;"
+        "print(c(l._SOURCE, l._FLAGS).read_text())"
+    )
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
         for _ in range(3)
@@ -133,4 +141,4 @@ def test_where_the_kernels_do_not_run_the_reference_does_and_says_so_once(
 
 @pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
 def test_the_real_compiler_makes_a_library_that_loads() -> None:
-    assert ctypes.CDLL(str(build.compiled_library())).ovf_forward
+    assert ctypes.CDLL(str(build())).ovf_forward

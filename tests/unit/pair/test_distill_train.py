@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from overfill.compiled import COMPILERS
 from overfill.errors import InvalidRequest
-from overfill.model.native.build import COMPILERS
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill import train
 from overfill.pair.distill.metrics import METRICS, read_metrics

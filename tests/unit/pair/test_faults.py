@@ -10,6 +10,8 @@ import torch
 
 import overfill.kv.receiver
 from overfill.kv.cache import KvCache
+from overfill.kv.native.library import Rows
+from overfill.kv.pieces import Piece
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.model.batch import ForwardBatch
@@ -24,7 +26,7 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults replace attributes for good; here they are put back."""
     monkeypatch.setattr(Transformer, "load", Transformer.load)
     monkeypatch.setattr(Transformer, "forward", Transformer.forward)
-    monkeypatch.setattr(overfill.kv.receiver, "write_chunk", overfill.kv.receiver.write_chunk)
+    monkeypatch.setattr(overfill.kv.receiver, "write_chunks", overfill.kv.receiver.write_chunks)
 
 
 def last_logits(folder: Path, before_last_token: Callable[[], None] = lambda: None) -> torch.Tensor:
@@ -70,7 +72,7 @@ def test_overwritten_chunk_is_zero_only_at_the_start_of_layer_0() -> None:
     faults.overwrite_kv_chunk()
     for layer, tokens in ((0, (0, 4)), (0, (4, 8)), (1, (0, 4))):
         box = KvRange(layer, layer + 1, *tokens, 0, 1)
-        overfill.kv.receiver.write_chunk(cache, [0, 1], [[layer]], box, payload)
+        overfill.kv.receiver.write_chunks(cache, [0, 1], Rows({layer: [layer]}), [Piece(box, payload)])
     sums = cache.k.sum(dim=(2, 3, 4))
     assert sums.tolist() == [[0, 8], [8, 72]]
     assert torch.equal(cache.v, cache.k)

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels on first use and keeps the result in the cache folder.
+"""Compiles C++ on first use and keeps the result in the cache folder.
 
 ::
 
@@ -19,18 +19,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from overfill.home import home
 
-SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = (
-    *("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native", "-mfma", "-mf16c", "-mbmi2"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
-)
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native")
 _LIBRARY, _DIGEST = "kernels.so", "sha256"
 _TIMEOUT = 300  # seconds; it takes about five
 
@@ -39,8 +35,11 @@ class CannotBuild(Exception):
     """There is no compiler, or it failed; the message says what to do."""
 
 
-def compiled_library() -> Path:
-    """The shared library, compiled now unless an earlier process did.
+def compiled_library(source: Path, flags: Sequence[str]) -> Path:
+    """The shared library of ``source`` and the headers beside it, compiled now unless an earlier process did.
+
+    Args:
+        flags: beside ``FLAGS``: the instructions that it may use.
 
     Raises:
         CannotBuild: naming the compiler and what it said.
@@ -48,12 +47,12 @@ def compiled_library() -> Path:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise CannotBuild(f"none of {', '.join(COMPILERS)} is installed")
-    sources = sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))
-    folder = home() / "native" / _key(compiler, sources)
+    flags = (*FLAGS, *flags)
+    folder = home() / "native" / _key(compiler, flags, [*sorted(source.parent.glob("*.h")), source])
     if not _intact(folder):
         with _alone(folder.parent):
             if not _intact(folder):  # nobody was faster
-                _compile(compiler, folder)
+                _compile([compiler, *flags, str(source)], folder)
     return folder / _LIBRARY
 
 
@@ -70,8 +69,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _key(compiler: str, sources: list[Path]) -> str:
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
+    digest = hashlib.sha256(" ".join(flags).encode())
     digest.update(_run([compiler, "--version"]).stdout.encode())
     for source in sources:
         digest.update(source.name.encode())
@@ -101,18 +100,17 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _compile(compiler: str, folder: Path) -> None:
+def _compile(command: list[str], folder: Path) -> None:
     """Fills ``folder``, replacing what is there; the caller holds the lock."""
     try:
         made = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
         raise CannotBuild(f"{folder.parent} cannot be written: {error}") from error
     try:
-        command = [compiler, *FLAGS, str(SOURCES / "overfill.cpp"), "-o", str(made / _LIBRARY)]
-        done = _run(command)
+        done = _run([*command, "-o", str(made / _LIBRARY)])
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            raise CannotBuild(f"{compiler} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
+            raise CannotBuild(f"{command[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
         (made / _LIBRARY).chmod(0o500)  # whatever the umask: see _only_ours
         (made / _DIGEST).write_text(_sha256(made / _LIBRARY))
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,43 @@
+"""Boxes of a sequence with their cells outside of a cache: what chunks are read into and written from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from overfill.kv.ranges import KvRange
+from overfill.kv.wire import Buffer
+
+
+@dataclass(slots=True)
+class Piece:
+    """A box, and the bytes that belong there.
+
+    Attributes:
+        payload: keys then values, each [layers, tokens, heads, head_dim].
+        header: what the checksum covers before the payload; empty: there is no checksum.
+        checksum: XXH3-64 of both.
+    """
+
+    box: KvRange
+    payload: Buffer
+    header: bytes = b""
+    checksum: int = 0
+
+
+def digest(*parts: Buffer) -> int:
+    """XXH3-64 of the parts, one after another."""
+    whole = xxhash.xxh3_64()
+    for part in parts:
+        whole.update(part)
+    return whole.intdigest()
+
+
+def first_damaged(pieces: Sequence[Piece]) -> int:
+    """Index of the first piece whose checksum is not its own; their number when there is none."""
+    for index, piece in enumerate(pieces):
+        if piece.header and digest(piece.header, piece.payload) != piece.checksum:
+            return index
+    return len(pieces)
