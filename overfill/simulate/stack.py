@@ -319,18 +319,19 @@ class Simulation:
         self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
 
     def _first_token(self, attempt: Attempt, ticket: Ticket) -> None:
-        if attempt.over or attempt.ticket is not ticket:
-            return
-        self.clock.after(self.profile.hop, self._tokens, attempt)
-        self._decode(attempt).engine.first_token(attempt.sequence)
+        worker = self._receiver(attempt, ticket)
+        if worker is not None:
+            self.clock.after(self.profile.hop, self._tokens, attempt)
+            worker.engine.first_token(attempt.sequence)
 
     def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None:
         self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
 
     def _kv_arrived(self, attempt: Attempt, ticket: Ticket) -> None:
-        if not attempt.over and attempt.ticket is ticket:
+        worker = self._receiver(attempt, ticket)
+        if worker is not None:
             attempt.ticket = None
-            self._decode(attempt).engine.kv_arrived(attempt.sequence)
+            worker.engine.kv_arrived(attempt.sequence)
 
     def answer_done(self, worker: SimWorker, sequence: DecodeSequence) -> None:
         attempt = attempt_of(sequence)
@@ -356,9 +357,12 @@ class Simulation:
         if ticket is not None and isinstance(worker, PrefillWorker):
             self.clock.after(self.profile.hop, worker.engine.cancel, ticket)
 
-    def _decode(self, attempt: Attempt) -> DecodeWorker:
-        worker = self.workers[attempt.worker]
-        assert isinstance(worker, DecodeWorker)
+    def _receiver(self, attempt: Attempt, ticket: Ticket) -> DecodeWorker | None:
+        """The decode worker that a prefill's message reaches; None when it is stale, or the worker is gone, of which
+        the router may not have heard yet."""
+        worker = self.workers.get(attempt.worker)
+        if attempt.over or attempt.ticket is not ticket or not isinstance(worker, DecodeWorker):
+            return None
         return worker
 
     # -- books -----------------------------------------------------------------------------------------------------

@@ -114,6 +114,15 @@ def test_a_dead_decode_worker_s_answers_go_on_elsewhere():
     assert all(request.ok for request in result.requests)
 
 
+def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
+    """Messages take so long here that first tokens and KV are on their way whenever a decode worker dies."""
+    profile = replace(CPU, hop=0.3, startup=2)
+    for seed in range(10):
+        trace = synthetic(40, "poisson", 3, 200, 50, seed)
+        result = run(trace, profile, prefill=2, decode=3, mtbf=5, seed=seed, check=True)
+        assert all(request.ok for request in result.requests)
+
+
 def test_prefixes_that_are_cached_are_not_computed_again():
     blocks = tuple(range(8))
     trace = [TraceRequest(10.0 * index, 900, 10, blocks, 100) for index in range(5)]
