@@ -15,7 +15,7 @@ class Transport(Protocol):
     """A way to ask a server; safe to use from several greenlets."""
 
     def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
-        """Returns at the end of the answer; calls ``came`` with the number of tokens whenever some come.
+        """Returns at the end of the answer; calls ``came`` with the number of tokens so far, with every message.
 
         Raises:
             RequestFailed: the server refused, broke off or took too long.
@@ -34,12 +34,15 @@ def measure(
 ) -> Outcome:
     """Sends one request and says what came of it. ``due``: None when it is due as it is sent."""
     times: list[float] = []
+    tokens = 0
     sent = clock()
     timing: Timing | None = None
     error: str | None = None
 
-    def came(count: int) -> None:
-        times.extend([clock()] * count)
+    def came(total: int) -> None:
+        nonlocal tokens
+        tokens = total
+        times.extend([clock()] * (total - len(times)))
 
     try:
         timing = transport.ask(prompt, max_tokens, timeout, came)
@@ -47,7 +50,7 @@ def measure(
             error = "no token came"
     except RequestFailed as failure:
         error = str(failure)
-    return Outcome(sent if due is None else due, tuple(times), error, sent, timing)
+    return Outcome(sent if due is None else due, tuple(times), error, sent, timing, tokens)
 
 
 def to_record(outcome: Outcome) -> dict[str, Any]:

@@ -31,11 +31,12 @@ class GrpcTransport:
 
     def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        tokens = 0
         try:
             with self._client.stream(list(prompt), sampling=sampling, timeout=timeout) as stream:
                 for delta in stream:
-                    if delta.token_ids:
-                        came(len(delta.token_ids))
+                    tokens += len(delta.token_ids)
+                    came(tokens)
                 return stream.answer.timing
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
@@ -71,8 +72,7 @@ class OpenAiTransport:
                 if response.status_code != 200:
                     raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
                 for line in _lines(response.iter_content(None)):
-                    if count := events.push(line):
-                        came(count)
+                    came(events.push(line))
                     if time.monotonic() > deadline:
                         raise RequestFailed(f"not finished after {timeout:g} s")
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:

@@ -78,7 +78,7 @@ class LoadUser(User):
                 request_type=self.protocol,
                 name=name,
                 response_time=1e3 * seconds,
-                response_length=len(outcome.times),
+                response_length=outcome.tokens,
                 exception=exception,
                 context={"prompt_tokens": prompt_tokens},
             )

@@ -39,7 +39,7 @@ class Limit:
             return failed / max(1, len(outcomes)) if self.share else float(failed)
         latency, _, percentile = self.name.partition("_p")
         if latency == "tpot":
-            values = [outcome.itl for outcome in outcomes if outcome.ok and len(outcome.times) > 1]
+            values = [outcome.itl for outcome in outcomes if outcome.ok and outcome.tokens > 1]
         else:
             values = samples(outcomes, latency)
         return float(np.percentile(values, float(percentile))) if values else None

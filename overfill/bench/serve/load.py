@@ -22,7 +22,7 @@ class Target(Protocol):
     """Something that serves one request at a time, many times at once."""
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
-        """How many tokens came, whenever some come.
+        """How many tokens have come so far, with every message; fewer than before where the server corrects it.
 
         Raises:
             RequestFailed: it refused, broke off or ended without an answer.
@@ -60,11 +60,12 @@ async def run_load(
         async with gate:
             due = request.arrival if concurrency is None else now()
             times: list[float] = []
+            tokens = 0
             error: str | None = None
             try:
                 async with asyncio.timeout(timeout):
-                    async for count in target.stream(prompt, request.output_tokens):
-                        times += [now()] * count
+                    async for tokens in target.stream(prompt, request.output_tokens):
+                        times += [now()] * (tokens - len(times))
             except TimeoutError:
                 error = f"not finished after {timeout:g} s"
             except RequestFailed as failure:
@@ -72,6 +73,6 @@ async def run_load(
         done += 1
         if progress is not None:
             progress(done, len(requests))
-        return Outcome(due, tuple(times), error if error is not None or times else "no token came")
+        return Outcome(due, tuple(times), error if error is not None or times else "no token came", counted=tokens)
 
     return list(await asyncio.gather(*(one(r, p) for r, p in zip(requests, prompts, strict=True))))

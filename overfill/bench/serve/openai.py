@@ -36,11 +36,13 @@ class CompletionEvents:
 
     def __init__(self) -> None:
         self.timing: Timing | None = None
-        self._counted = 0
+        self._tokens = 0
         self._finished = False
 
     def push(self, line: bytes) -> int:
-        """How many tokens a line brings.
+        """How many tokens have come with this line: as many as the server says, otherwise one for each text.
+
+        Fewer than before where the server corrects what was counted so.
 
         Raises:
             RequestFailed: it is an error.
@@ -48,22 +50,21 @@ class CompletionEvents:
         """
         text = line.decode().strip()
         if not text.startswith("data:"):
-            return 0
+            return self._tokens
         data = text.removeprefix("data:").strip()
         if data == "[DONE]":
             self._finished = True
-            return 0
+            return self._tokens
         event = json.loads(data)
         if "error" in event:
             raise RequestFailed(error_message(data))
         if told := event.get("overfill"):
             self.timing = timing(told["choices"][0]["timing"])
         if usage := event.get("usage"):
-            came = int(usage["completion_tokens"]) - self._counted
-        else:
-            came = 1 if event.get("choices") else 0
-        self._counted += max(0, came)
-        return max(0, came)
+            self._tokens = int(usage["completion_tokens"])
+        elif any(choice.get("text") for choice in event.get("choices") or ()):  # others only say why it ended
+            self._tokens += 1
+        return self._tokens
 
     def end(self) -> None:
         """The stream has ended. Raises RequestFailed when the answer has not."""

@@ -23,6 +23,8 @@ class Outcome:
         error: why it failed; None when it did not.
         sent: when it was sent, where that is known; later than ``due`` when the client is too slow.
         timing: where the server says that the time went.
+        counted: how many tokens came, where that need not be the number of ``times``: a server that only tells at the
+            end may correct what was taken for a token each.
     """
 
     due: float
@@ -30,6 +32,11 @@ class Outcome:
     error: str | None = None
     sent: float | None = None
     timing: Timing | None = None
+    counted: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.times) if self.counted is None else self.counted
 
     @property
     def ok(self) -> bool:
@@ -52,7 +59,7 @@ class Outcome:
     @property
     def itl(self) -> float:
         """Mean inter-token latency; 0 for an answer of one token."""
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else 0.0
+        return (self.times[-1] - self.times[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     @property
     def unattributed(self) -> float | None:
@@ -130,7 +137,7 @@ def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Fi
             Figure(f"{name}_p{p}", None if mark is None else float(mark), "s")
             for p, mark in zip(PERCENTILES, marks, strict=True)
         ]
-    tokens = sum(len(outcome.times) for outcome in done)
+    tokens = sum(outcome.tokens for outcome in done)
     found.append(Figure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
     found.append(Figure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
     found.append(Figure("failed", float(len(outcomes) - len(done)), "requests"))

@@ -61,8 +61,7 @@ class OpenAiTarget:
                 if response.status != 200:
                     raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
                 async for line in response.content:
-                    if came := events.push(line):
-                        yield came
+                    yield events.push(line)
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
@@ -96,10 +95,11 @@ class GrpcTarget:
         if self._client is None:
             raise RequestFailed("the target is not open")
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        tokens = 0
         try:
             async with self._client.stream(list(prompt), sampling=sampling) as stream:
                 async for delta in stream:
-                    if delta.token_ids:
-                        yield len(delta.token_ids)
+                    tokens += len(delta.token_ids)
+                    yield tokens
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error

@@ -18,17 +18,22 @@ from overfill.bench.serve.compare import TargetSpec
 from overfill.bench.serve.load import run_load
 from overfill.bench.serve.outcome import Objective, Outcome, figures
 from overfill.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
+from overfill.bench.serve.targets import OpenAiTarget
 from overfill.cli.bench import bench_group
 from overfill.errors import InvalidRequest, Unavailable
 from overfill.simulate.traces import synthetic
 
 
 class FakeServer:
-    """Answers ``/v1/completions`` with as many tokens as are asked for; answers of 13 break off."""
+    """Answers ``/v1/completions`` with as many tokens as are asked for; answers of 13 break off.
+
+    A message brings ``per_message`` tokens, or ``texts`` messages one; ``says_why``: a last one without text follows.
+    """
 
     def __init__(self):
         self.bodies = []
-        self.per_message = 1
+        self.per_message = self.texts = 1
+        self.says_why = False
         self.refuse = False
 
     async def models(self, request):
@@ -48,9 +53,12 @@ class FakeServer:
             event = {"choices": [{"text": "x"}]}
             if counting:
                 event["usage"] = {"completion_tokens": sent}
-            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            await response.write(self.texts * f"data: {json.dumps(event)}\n\n".encode())
             if body["max_tokens"] == 13:
                 return response
+        if self.says_why:
+            event = {"choices": [{"text": "", "finish_reason": "length"}]}
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
         usage = {"choices": [], "usage": {"completion_tokens": sent}}
         await response.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
         return response
@@ -100,10 +108,11 @@ def rows_of(*arguments):
 LOAD = ("--requests=5", "--arrivals=burst", "--prompt-tokens=7", "--output-tokens=4")
 
 
-@pytest.mark.parametrize("per_message", [1, 3])
+@pytest.mark.parametrize(("per_message", "texts"), [(1, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize("says_why", [True, False])
 @pytest.mark.parametrize("extensions", [True, False])
-def test_every_token_is_counted(fake, per_message, extensions):
-    fake.per_message = per_message
+def test_every_token_is_counted_once(fake, per_message, texts, says_why, extensions):
+    fake.per_message, fake.texts, fake.says_why = per_message, texts, says_why
     flags = () if extensions else ("--no-extensions",)
     _, rows = rows_of(f"--target={fake.url}", *LOAD, "--slo=ttft=60,itl=60", *flags)
     found = {row["name"]: row["value"] for row in rows}
@@ -116,6 +125,12 @@ def test_every_token_is_counted(fake, per_message, extensions):
     assert len(played) == 5
     assert all(len(body["prompt"]) == 7 and body["model"] == "fake" for body in played)
     assert all(body.get("ignore_eos", False) is extensions for body in played)
+
+
+async def test_a_message_without_text_is_no_token(fake):
+    fake.says_why = True
+    async with OpenAiTarget(fake.url, extensions=False) as target:
+        assert max([count async for count in target.stream([1], 4)]) == 4
 
 
 def test_two_targets_stand_side_by_side(fake, tmp_path):
@@ -203,7 +218,7 @@ class Meeting:
         yield 1
         await self.barrier.wait()
         self.together -= 1
-        yield max_tokens - 1
+        yield max_tokens
 
 
 @pytest.mark.parametrize(("concurrency", "together"), [(None, 6), (2, 2), (3, 3)])

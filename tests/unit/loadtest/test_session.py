@@ -20,7 +20,7 @@ TIMING = Timing(ttft=0.9, router_queue=0.2, prefill_compute=0.5, total=2.0)
 
 
 class Canned:
-    """Sends ``counts`` tokens, then fails if told to."""
+    """Has sent as many tokens as ``counts`` says in turn, then fails if told to."""
 
     def __init__(self, counts, failure=None):
         self.counts = counts
@@ -43,10 +43,15 @@ def asked(transport, due=None):
 
 
 def test_tokens_of_one_message_came_together():
-    outcome = asked(Canned([1, 2]))
+    outcome = asked(Canned([1, 3]))
     assert (outcome.due, outcome.sent, outcome.times) == (10, 10, (11, 12, 12))
     assert outcome.timing == TIMING
     assert asked(Canned([1]), due=7.0).ttft == 4, "a late client does not flatter the server"
+
+
+def test_a_server_s_own_count_at_the_end_counts():
+    outcome = asked(Canned([1, 2, 3, 2]))
+    assert (outcome.times, outcome.tokens, outcome.itl) == ((11, 12, 13), 2, 2.0)
 
 
 def test_a_failed_request_says_why():
