@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from overfill.bench.serve.compare import Play, TargetSpec
     from overfill.bench.serve.outcome import Objective, Outcome
     from overfill.bench.serve.report import LoadShape
+    from overfill.bench.serve.saturation import Step
     from overfill.pair.progress import Report
 
 
@@ -119,6 +120,7 @@ def serve_command(
     from overfill.bench.serve.outcome import Objective
     from overfill.bench.serve.report import serve_rows, serve_table
     from overfill.pair.progress import progress_bars
+    from overfill.simulate.traces import set_rate
 
     if trace is not None and arrivals is not None:
         raise click.UsageError("--arrivals contradicts --trace, which has its own; leave one out")
@@ -136,6 +138,7 @@ def serve_command(
     settings = LoadSettings(vocab_size, model, api_key, extensions, concurrency, timeout, pair, threads or cores)
     most = max(r.prompt_tokens + r.output_tokens for r in requests)
     found: dict[str, list[Outcome]] = {}
+    chosen: Step | None = None
     with progress_bars() as report:
 
         def run(spec: TargetSpec, play: Play) -> None:
@@ -143,7 +146,8 @@ def serve_command(
 
         if saturated is not None and objective is not None:
             with opened(saturated, most, settings) as play:
-                requests = _at_saturation(saturated.name, play, requests, objective, report)
+                chosen = _saturation(saturated.name, play, requests, objective, report)
+                requests = set_rate(requests, chosen.rate)
                 run(saturated, play)  # while it is open: some take a minute to start
         for spec in specs:
             if spec.name not in found:
@@ -151,7 +155,10 @@ def serve_command(
                     run(spec, play)
     outcomes = {spec.name: found[spec.name] for spec in specs}
     slo_text = None if objective is None else str(objective)
-    load = _shape(requests, trace, arrivals, concurrency, slo_text, saturated)
+    load = _shape(requests, trace, arrivals, concurrency, slo_text)
+    if saturated is not None and chosen is not None:
+        name = saturated.name
+        load = replace(load, saturates=name) if chosen.saturated else replace(load, not_saturated=name)
     if plot is not None:
         from overfill.bench.serve.plot import save_latencies
 
@@ -190,10 +197,8 @@ def _played(step: str, play: Play, requests: list[TraceRequest], report: Report)
     return found
 
 
-def _at_saturation(
-    name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report
-) -> list[TraceRequest]:
-    """``requests`` at the rate that just saturates an open server; every step is a bar, and a line on stderr."""
+def _saturation(name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report) -> Step:
+    """What ``find_saturation`` finds for an open server; every step is a bar, and a line on stderr."""
     from overfill.bench.serve.outcome import figures
     from overfill.bench.serve.saturation import find_saturation
     from overfill.simulate.traces import set_rate
@@ -207,8 +212,7 @@ def _at_saturation(
     first = next(figure.value for figure in figures(burst, None) if figure.name == "requests")
     if not first:
         raise Unavailable(f"{name} has not answered a single request of a burst")
-    steps = find_saturation(first, attainment, lambda step: click.echo(f"{name}, {step}", err=True))
-    return set_rate(requests, steps[-1].rate)
+    return find_saturation(first, attainment, lambda step: click.echo(f"{name}, {step}", err=True))
 
 
 def _synthetic(
@@ -242,7 +246,6 @@ def _shape(
     arrivals: Arrivals | None,
     concurrency: int | None,
     slo: str | None,
-    saturated: TargetSpec | None,
 ) -> LoadShape:
     from overfill.bench.serve.report import LoadShape
 
@@ -255,14 +258,15 @@ def _shape(
         prompt_tokens=sum(r.prompt_tokens for r in requests) / len(requests),
         output_tokens=sum(r.output_tokens for r in requests) / len(requests),
         slo=slo,
-        saturates=None if saturated is None else saturated.name,
     )
 
 
 def _title(load: LoadShape) -> str:
     pace = "at once" if load.rate is None else f"{load.rate:.2f} per second"
     if load.saturates is not None:
-        pace += f", which just saturates {load.saturates}"
+        pace += f", the lowest rate tried that saturates {load.saturates}"
+    if load.not_saturated is not None:
+        pace += f", up to which {load.not_saturated} was not saturated"
     if load.concurrency is not None:
         pace += f", at most {load.concurrency} together"
     return (

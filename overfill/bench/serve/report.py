@@ -19,7 +19,8 @@ class LoadShape:
         source: a trace's file name, or how arrivals were made.
         rate: requests per second, on average; None where they come as fast as they are answered.
         prompt_tokens, output_tokens: means.
-        saturates: the target that this rate just saturates, when it was chosen so.
+        saturates: the target that this rate saturates, as the lowest one tried, when it was chosen so.
+        not_saturated: the target that no rate up to this one saturated, when one was looked for that does.
     """
 
     source: str
@@ -30,6 +31,7 @@ class LoadShape:
     output_tokens: float
     slo: str | None
     saturates: str | None = None
+    not_saturated: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

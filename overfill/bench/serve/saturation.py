@@ -29,7 +29,7 @@ class Step:
         return f"{self.rate:.2f} requests per second: {100 * self.attainment:.0f} % met the objective"
 
 
-def find_saturation(first: float, attainment: Callable[[float], float], note: Callable[[Step], object]) -> list[Step]:
+def find_saturation(first: float, attainment: Callable[[float], float], note: Callable[[Step], object]) -> Step:
     """Steps from ``first`` up, or down when that is too much already, until the lowest saturating rate is known.
 
     The share of requests that meet the objective stands for goodput by offered rate: goodput counts the time in which
@@ -41,22 +41,18 @@ def find_saturation(first: float, attainment: Callable[[float], float], note: Ca
         note: told of each step.
 
     Returns:
-        The steps, the answer last: the lowest rate seen that saturates, or, after ``MOST_STEPS``, the last one tried.
+        The lowest rate seen that saturates; where ``MOST_STEPS`` did not, the highest, which is not ``saturated``.
     """
-    steps: list[Step] = []
 
     def take(rate: float) -> Step:
-        steps.append(Step(rate, attainment(rate)))
-        note(steps[-1])
-        return steps[-1]
+        step = Step(rate, attainment(rate))
+        note(step)
+        return step
 
-    lowest = None
     step = take(first)
     down = step.saturated
-    while len(steps) < MOST_STEPS and step.saturated == down:
-        lowest = step if down else None
-        step = take(step.rate / STEP if down else step.rate * STEP)
-    if down and lowest is not None and not step.saturated:
-        steps.remove(lowest)
-        steps.append(lowest)
-    return steps
+    for _ in range(MOST_STEPS - 1):
+        before, step = step, take(step.rate / STEP if down else step.rate * STEP)
+        if step.saturated != down:
+            return before if down else step
+    return step

@@ -163,8 +163,15 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     lines = [line for line in result.stderr.splitlines() if "requests per second" in line]
     assert len(lines) == MOST_STEPS
     assert all(line.endswith("0 % met the objective") for line in lines)
-    assert {row["saturates"] for row in rows} == {"a"}
+    assert {(row["saturates"], row["not_saturated"]) for row in rows} == {("a", None)}
     assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3)
+
+
+def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
+    load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
+    _, rows = rows_of(*load, "--slo=ttft=60")  # which all meet
+    assert {(row["saturates"], row["not_saturated"]) for row in rows} == {(None, "a")}
+    assert "up to which a was not saturated;" in " ".join(run(*load, "--slo=ttft=60").stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -180,19 +187,19 @@ def test_a_rate_that_cannot_be_found_is_refused(more, message):
     assert message in str(run("--target=a=http://127.0.0.1:9/v1", *more).exception)
 
 
-@pytest.mark.parametrize("first", [6.0, 9.9, 13.0, 100.0])
+@pytest.mark.parametrize("first", [1.0, 6.0, 9.9, 13.0, 100.0])
 def test_saturation_is_the_lowest_rate_that_is_too_much(first):
     """Of a server that answers 8.9 requests per second in time, from rates below and above."""
     noted = []
     found = find_saturation(first, lambda rate: min(1.0, 8.9 / rate), noted.append)
-    assert len(noted) == len(found)
-    if first == 100:  # too far away
-        assert len(found) == MOST_STEPS
-        assert found[-1].rate == min(step.rate for step in found)
+    assert len({step.rate for step in noted}) == len(noted) <= MOST_STEPS
+    if first in (1, 100):  # too far away
+        assert len(noted) == MOST_STEPS
+        assert found == noted[-1]
+        assert found.saturated is (first == 100)
         return
-    assert found[-1].saturated
-    assert 8.9 / 0.9 < found[-1].rate < 8.9 / 0.9 * STEP
-    assert len(found) == len({step.rate for step in found})
+    assert found.saturated
+    assert 8.9 / 0.9 < found.rate < 8.9 / 0.9 * STEP
 
 
 def test_a_server_that_does_not_start_says_why():
