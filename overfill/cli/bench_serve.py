@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from overfill.cli.options import client_tls, tls_options
 from overfill.cli.output import console
 from overfill.errors import Unavailable
 from overfill.simulate.traces import Arrivals, TraceRequest
@@ -70,7 +71,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of synthetic arrivals.")
 @click.option("--vocab-size", type=click.IntRange(2), default=32_000, show_default=True, help="Prompts hold ids below.")
 @click.option("--model", help="Name for OpenAI endpoints.  [default: the first they list]")
-@click.option("--api-key", envvar="OPENAI_API_KEY", help="For OpenAI endpoints.  [env: OPENAI_API_KEY]")
+@click.option(
+    "--api-key",
+    help="Key to show.  [default: OPENAI_API_KEY for OpenAI endpoints, OVERFILL_API_KEY for stacks over gRPC]",
+)
+@tls_options
 @click.option(
     "--extensions/--no-extensions",
     default=True,
@@ -103,6 +108,10 @@ def serve_command(
     vocab_size: int,
     model: str | None,
     api_key: str | None,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_name: str | None,
     extensions: bool,
     pair: str,
     threads: int | None,
@@ -114,7 +123,7 @@ def serve_command(
     Requests are sent when they are due, whatever becomes of earlier ones. Targets that are started run one after the
     other: `colocated` is one process of ours with both halves of --pair, `openvino` OpenVINO GenAI in a process of its
     own and `vllm` its OpenAI server, both with the full model; `colocated:fast` and so on name another pair. Exit code
-    1 when a request failed.
+    1 when a request failed. The --tls options are for stacks over gRPC.
     """
     from overfill.bench.serve.compare import LoadSettings, TargetSpec, opened
     from overfill.bench.serve.outcome import Objective
@@ -135,7 +144,18 @@ def serve_command(
     else:
         requests = _traced(trace, count, number, length_scale, longest)
     cores = len(os.sched_getaffinity(0))
-    settings = LoadSettings(vocab_size, model, api_key, extensions, concurrency, timeout, pair, threads or cores)
+    settings = LoadSettings(
+        vocab_size,
+        model,
+        api_key or os.environ.get("OPENAI_API_KEY"),
+        extensions,
+        concurrency,
+        timeout,
+        pair,
+        threads or cores,
+        stack_key=api_key or os.environ.get("OVERFILL_API_KEY"),
+        tls=client_tls(tls_ca, tls_cert, tls_key, tls_name),
+    )
     most = max(r.prompt_tokens + r.output_tokens for r in requests)
     found: dict[str, list[Outcome]] = {}
     chosen: Step | None = None

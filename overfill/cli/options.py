@@ -13,6 +13,7 @@ from overfill.errors import InvalidRequest
 if TYPE_CHECKING:
     from overfill.client import Client
     from overfill.params import SamplingParams
+    from overfill.rpc.tls import ClientTls
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -96,12 +97,22 @@ def connect(
 ) -> Client:
     """A client for the stack at ``address``. Raises click.UsageError when the TLS files or the key do not fit."""
     from overfill.client import Client
+
+    try:
+        return Client(address, tls=client_tls(tls_ca, tls_cert, tls_key, tls_name), api_key=api_key or None)
+    except ValueError as error:  # a TlsError is one
+        raise click.UsageError(str(error)) from error
+
+
+def client_tls(
+    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, tls_name: str | None
+) -> ClientTls | None:
+    """What ``tls_options`` say; None: no TLS. Raises click.UsageError when they do not fit each other."""
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
-        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name or "") if tls_ca or tls_cert or tls_key else None
-        return Client(address, tls=tls, api_key=api_key or None)
-    except (TlsError, ValueError) as error:
+        return ClientTls(tls_ca, tls_cert, tls_key, tls_name or "") if tls_ca or tls_cert or tls_key else None
+    except TlsError as error:
         raise click.UsageError(str(error)) from error
 
 

@@ -19,6 +19,7 @@ from overfill.simulate.traces import TraceRequest
 if TYPE_CHECKING:
     from overfill.bench.colocated import Asked
     from overfill.pair.manifest import Pair
+    from overfill.rpc.tls import ClientTls
 
 STARTED = ("colocated", "openvino", "vllm")
 """Engines that are started for the run and ended after it: ours in one process, with both halves of ``--pair``;
@@ -67,6 +68,7 @@ class LoadSettings:
     Attributes:
         vocab_size: prompts hold ids below.
         model, key, extensions: of OpenAI endpoints.
+        stack_key, tls: of stacks over gRPC.
         concurrency, timeout: as ``run_load`` takes them.
         pair, threads: of engines that are started.
     """
@@ -79,6 +81,8 @@ class LoadSettings:
     timeout: float
     pair: str
     threads: int
+    stack_key: str | None = None
+    tls: ClientTls | None = None
 
 
 @contextmanager
@@ -134,7 +138,7 @@ def _of_server(where: str, settings: LoadSettings) -> Play:
 
 def _target(where: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
     if where.startswith("grpc://"):
-        return GrpcTarget(where.removeprefix("grpc://"))
+        return GrpcTarget(where.removeprefix("grpc://"), settings.tls, settings.stack_key)
     return OpenAiTarget(where, settings.model, settings.key, extensions=settings.extensions)
 
 

@@ -12,6 +12,7 @@ from overfill.bench.serve import openai
 from overfill.bench.serve.load import RequestFailed
 from overfill.client import AsyncClient, SamplingParams
 from overfill.errors import OverfillError
+from overfill.rpc.tls import ClientTls
 
 
 class OpenAiTarget:
@@ -75,14 +76,17 @@ class OpenAiTarget:
 
 
 class GrpcTarget:
-    """A stack of ours, over its own protocol."""
+    """A stack of ours, over its own protocol; ``tls`` and ``key`` as ``AsyncClient`` takes them."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, tls: ClientTls | None = None, key: str | None = None) -> None:
+        self._address, self._tls, self._key = address, tls, key
         self._client: AsyncClient | None = None
 
     async def __aenter__(self) -> Self:
-        self._client = AsyncClient(self._address)
+        try:
+            self._client = AsyncClient(self._address, tls=self._tls, api_key=self._key)
+        except ValueError as error:
+            raise RequestFailed(str(error)) from error
         return self
 
     async def __aexit__(

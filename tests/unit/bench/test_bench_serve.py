@@ -21,6 +21,7 @@ from overfill.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
 from overfill.bench.serve.targets import OpenAiTarget
 from overfill.cli.bench import bench_group
 from overfill.errors import InvalidRequest, Unavailable
+from overfill.rpc.tls import ClientTls
 from overfill.simulate.traces import synthetic
 
 
@@ -260,6 +261,23 @@ def test_a_server_that_answers_nothing_ends_the_run(fake):
         rows_of(f"--target=x={fake.url}", *LOAD)
     with pytest.raises(Unavailable, match="does not answer as an OpenAI endpoint"):
         rows_of("--target=http://127.0.0.1:9/v1", *LOAD)
+
+
+@pytest.mark.parametrize(("given", "key"), [(("--api-key=given",), "given"), ((), "the stack's")])
+def test_a_stack_over_grpc_is_shown_key_and_certificates(monkeypatch, tmp_path, given, key):
+    opened = []
+
+    def client(address, *, tls, api_key):
+        opened.append((address, tls, api_key))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("overfill.bench.serve.targets.AsyncClient", client)
+    monkeypatch.setenv("OPENAI_API_KEY", "somebody else's")
+    monkeypatch.setenv("OVERFILL_API_KEY", "the stack's")
+    ca = tmp_path / "ca.pem"
+    ca.touch()
+    assert "seen" in str(run("--target=grpc://x:1", f"--tls-ca={ca}", *given).exception)
+    assert opened == [("x:1", ClientTls(ca), key)]
 
 
 def test_goodput_counts_requests_that_meet_every_limit():
