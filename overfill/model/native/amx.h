@@ -35,17 +35,25 @@ inline bool has_amx() {
 
 #ifdef OVF_AMX
 
-// Tiles are this thread's until the end of its scope, eight of 16 rows of 64 bytes. What other code does with tiles in
-// between needs a new scope.
-struct AmxScope {
-    AmxScope() {
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } config;
-        asm volatile("ldtilecfg %0" ::"m"(config));
+// How many rows and columns tiles have; here eight of 16 rows of 64 bytes.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+    TileShapes() = default;
+    // All of `height` rows, but for one tile: fewer rows of sums take less time.
+    TileShapes(size_t height, size_t whole) {
+        for (size_t i = 0; i < 8; ++i) rows[i] = static_cast<uint8_t>(i == whole ? 16 : height);
     }
+};
+
+// Tiles are zeros afterwards.
+inline void use_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
+
+// Tiles are this thread's until the end of its scope. What other code does with tiles in between needs a new scope.
+struct AmxScope {
+    AmxScope() { use_tiles(TileShapes()); }
     AmxScope(const AmxScope&) = delete;
     ~AmxScope() { asm volatile("tilerelease"); }
 };

@@ -81,9 +81,10 @@ void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, con
         }
 }
 
-// Softmax weights of one row of scores, in place of the running maximum and total: p = 2^(s * scale - maximum).
-// Returns what the sums so far must be multiplied with. `n` scores, `p` is filled up to a multiple of 16 with zeros.
-inline float weigh(const float* scores, size_t n, float scale, float& maximum, float& total, bf16* p) {
+// Softmax weights of one row of scores, in place of the running maximum and total: 2^(s * scale - maximum), sixteen at a
+// time to `store(i, weights)`, in bfloat16 and zeros behind `n`. Returns what the sums so far must be multiplied with.
+template <class Store>
+inline float weigh_into(const float* scores, size_t n, float scale, float& maximum, float& total, Store store) {
     __m512 top = _mm512_set1_ps(-__builtin_inff());
     for (size_t i = 0; i < n; i += 16)
         top = _mm512_mask_max_ps(top, lanes(n - i), top, _mm512_loadu_ps(scores + i));
@@ -94,12 +95,19 @@ inline float weigh(const float* scores, size_t n, float scale, float& maximum, f
         const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i), factor, offset);
         const __m512 weight = _mm512_maskz_mov_ps(lanes(n - i), exp2_coarse(x));
         sum = _mm512_add_ps(sum, weight);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), narrow(weight));
+        store(i, narrow(weight));
     }
     const float keep = maximum == highest ? 1.0f : __builtin_exp2f(maximum - highest);
     total = total * keep + _mm512_reduce_add_ps(sum);
     maximum = highest;
     return keep;
+}
+
+// The same into an array, filled up to a multiple of 16.
+inline float weigh(const float* scores, size_t n, float scale, float& maximum, float& total, bf16* p) {
+    return weigh_into(scores, n, scale, maximum, total, [&](size_t i, __m256i weights) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), weights);
+    });
 }
 
 // One new token's attention to tokens first..last of its context.

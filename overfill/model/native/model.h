@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "span_amx.h"
 
 extern "C" {
 
@@ -91,6 +92,7 @@ struct Workspace {
     uint16_t *normed, *attended, *gated, *last;
     bf16 *q, *packed;
     TileScratch* tiles;
+    SpanScratch* span_scratch;
     __m512* best;        // [threads][wanted], of every sixteenth token
     __m512i* best_ids;   // [threads][wanted]
     uint8_t* broken;     // [threads][wanted]

@@ -50,8 +50,12 @@ inline void plan_attention(Model& m, const OvfBatch& b, int threads) {
         if (count <= FEW_NEW) {
             for (size_t j = 0; j < count; ++j, ++row) {
                 const size_t seen = before + j + 1, parts = (seen + longest - 1) / longest;
-                for (size_t part = 0; part < parts; ++part)
-                    w.spans.push_back({row, static_cast<size_t>(i), seen * part / parts, seen * (part + 1) / parts, partials++});
+                for (size_t part = 0, first = 0; part < parts; ++part) {
+                    // Cut between groups of sixteen tokens, which AMX tiles take at once.
+                    const size_t last = part + 1 < parts ? seen * (part + 1) / parts / 16 * 16 : seen;
+                    w.spans.push_back({row, static_cast<size_t>(i), first, last, partials++});
+                    first = last;
+                }
                 w.span_start.push_back(partials);
             }
             continue;
@@ -115,7 +119,7 @@ inline void make_room(Model& m, size_t tokens, size_t wanted, int threads) {
         take(w.normed, rows * w.normed_stride), take(w.attended, rows * w.attended_stride);
         take(w.gated, rows * w.gated_stride), take(w.last, round_up(wanted, AMX_BLOCK) * w.normed_stride);
         take(w.q, tokens * s.heads * s.padded());
-        take(w.tiles, threads);
+        take(w.tiles, threads), take(w.span_scratch, threads);
         take(w.best, threads * wanted), take(w.best_ids, threads * wanted), take(w.broken, threads * wanted);
         w.room_bytes = bytes;
     }

@@ -177,13 +177,25 @@ class Step {
         for (size_t i = 0; i < n; ++i) x[i] *= factor * weight[i];
     }
 
-    void attend(const KvLayer& kv, int thread) {
+    void attend_spans(const KvLayer& kv, int thread) {
         const AttentionShape& s = m_.attention;
+        const bool in_tiles = m_.amx && spans_fit_amx(s);
+        std::optional<AmxScope> tiles;
+        if (in_tiles) tiles.emplace();
         for (size_t i; (i = next_span_++) < w_.spans.size();) {
             const SpanItem& item = w_.spans[i];
-            span_(s, kv, table(item.sequence), w_.q + item.row * s.heads * s.padded(), item.first, item.last,
-                  w_.partials + item.partial * s.heads * s.partial());
+            const bf16* q = w_.q + item.row * s.heads * s.padded();
+            float* partial = w_.partials + item.partial * s.heads * s.partial();
+            if (in_tiles)
+                attend_span_amx(s, kv, table(item.sequence), q, item.first, item.last, partial, w_.span_scratch[thread]);
+            else
+                span_(s, kv, table(item.sequence), q, item.first, item.last, partial);
         }
+    }
+
+    void attend(const KvLayer& kv, int thread) {
+        const AttentionShape& s = m_.attention;
+        attend_spans(kv, thread);
         if (w_.tiles_todo.empty()) return;
         for (size_t i; (i = next_pack_++) < w_.packs.size();) {
             const TileItem& item = w_.packs[i];

@@ -131,8 +131,8 @@ def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
 def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
     hidden: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """Up to 8 new tokens of a sequence, so that products are all that tiles compute: int8's sums are whole numbers."""
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden + 31, "num_hidden_layers": 1}
+    """Products are all that tiles compute here, of up to 8 new tokens and heads of 48: int8's sums are whole numbers."""
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden + 31, "num_hidden_layers": 1, "head_dim": 48}
     save_model(Qwen2Config(**SHAPE | sizes))
     models = {(kind, amx): load(tmp_path, kind, amx) for kind in ("none", "int8") for amx in (False, True)}
     for rows in (5, 8, 16, 17, 31, 32, 33, 48, 49, 65):
@@ -141,6 +141,31 @@ def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
         assert torch.equal(logits["int8", True], logits["int8", False])
         spread = logits["none", False].std().item()
         torch.testing.assert_close(logits["none", True], logits["none", False], atol=0.05 * spread, rtol=0)
+
+
+@pytest.mark.skipif(not library.has_amx(), reason="no AMX here")
+@pytest.mark.parametrize("block_size", [4, 16, 32])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(9, 3, 64), (8, 1, 32), (24, 3, 32), (5, 5, 96), (6, 2, 128), (2, 1, 256)],
+    ids=["smollm2", "one-kv-head", "two-bands", "no-groups", "seven-units-or-more", "eight-units-of-a-head"],
+)
+def test_attention_of_single_tokens_is_the_same_in_amx_tiles(
+    heads: int, kv_heads: int, dim: int, block_size: int, save_model, runner, tmp_path: Path
+) -> None:
+    """Contexts that end anywhere in a tile, beside blocks of NaN; longer than what is scored at once and than a span."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+    sizes |= {"hidden_size": 360, "num_hidden_layers": 1}
+    save_model(LlamaConfig(**SHAPE | sizes))
+    torch.set_num_threads(2)
+    contexts = {"a": 3, "b": 16, "c": 31, "d": 150, "e": 300}
+    logits = []
+    for amx in (False, True):
+        run = runner(load(tmp_path, amx=amx), 600 // block_size + 5, block_size)
+        run.step({name: PROMPT[:length] for name, length in contexts.items()})
+        logits.append(torch.cat([run.step({name: [PROMPT[i]] for name in contexts}) for i in range(3)]))
+    spread = logits[0].std().item()
+    torch.testing.assert_close(logits[1], logits[0], atol=0.05 * spread, rtol=0)
 
 
 @on_both_units
