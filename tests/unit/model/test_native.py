@@ -131,7 +131,7 @@ def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
 def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
     hidden: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """Products are all that tiles compute here, of up to 8 new tokens and heads of 48: int8's sums are whole numbers."""
+    """Up to 8 new tokens, heads of 48: tiles compute products only. The sums of int8 are whole numbers."""
     sizes = {"hidden_size": hidden, "intermediate_size": hidden + 31, "num_hidden_layers": 1, "head_dim": 48}
     save_model(Qwen2Config(**SHAPE | sizes))
     models = {(kind, amx): load(tmp_path, kind, amx) for kind in ("none", "int8") for amx in (False, True)}
@@ -153,7 +153,7 @@ def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
 def test_attention_of_single_tokens_is_the_same_in_amx_tiles(
     heads: int, kv_heads: int, dim: int, block_size: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """Contexts that end anywhere in a tile, beside blocks of NaN; longer than what is scored at once and than a span."""
+    """Contexts that end anywhere in a tile, beside NaN; one is longer than a span and than what is scored at once."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
     sizes |= {"hidden_size": 360, "num_hidden_layers": 1}
     save_model(LlamaConfig(**SHAPE | sizes))
