@@ -27,12 +27,12 @@ class SlowCache(KvCache):
         self.go_on = threading.Event()
         self.busy = 0
 
-    def read(self, *args, **kwargs):
+    def read_pieces(self, *args, **kwargs):
         self.busy += 1
         self.reading.set()
         self.go_on.wait(10)
         self.busy -= 1
-        return super().read(*args, **kwargs)
+        return super().read_pieces(*args, **kwargs)
 
 
 @pytest.fixture
