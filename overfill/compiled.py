@@ -35,6 +35,11 @@ class CannotBuild(Exception):
     """There is no compiler, or it failed; the message says what to do."""
 
 
+def find_compiler(names: Sequence[str] = COMPILERS) -> str | None:
+    """The first of the programs ``names`` that is installed."""
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
 def compiled_library(source: Path, flags: Sequence[str]) -> Path:
     """The shared library of ``source`` and the headers beside it, compiled now unless an earlier process did.
 
@@ -44,7 +49,7 @@ def compiled_library(source: Path, flags: Sequence[str]) -> Path:
     Raises:
         CannotBuild: naming the compiler and what it said.
     """
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise CannotBuild(f"none of {', '.join(COMPILERS)} is installed")
     flags = (*FLAGS, *flags)

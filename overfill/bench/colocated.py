@@ -17,7 +17,7 @@ Asked = tuple[float, list[int], int]
 
 
 def serve_colocated(
-    llm: LLM, requests: Sequence[Asked], progress: Callable[[int, int], None] = lambda done, total: None
+    llm: LLM, requests: Sequence[Asked], progress: Callable[[int, int], None] | None = None
 ) -> list[list[float]]:
     """Plays ``requests``; when each one's tokens came, in seconds since the start.
 
@@ -49,5 +49,6 @@ def serve_colocated(
             for index in came:
                 times[index].append(now)
             came.clear()
-            progress(len(requests) - len(waiting) - engines.num_unfinished, len(requests))
+            if progress is not None:
+                progress(len(requests) - len(waiting) - engines.num_unfinished, len(requests))
     return times

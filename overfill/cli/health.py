@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from overfill.cli.options import tls_options
+from overfill.cli.options import client_tls, tls_options
 
 
 @click.command("health")
@@ -34,11 +34,11 @@ def health_command(
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from overfill.rpc.channel import open_sync_channel
-    from overfill.rpc.tls import ClientTls, TlsError
+    from overfill.rpc.tls import TlsError
 
     address = address.partition(",")[0]
+    tls = client_tls(tls_ca, tls_cert, tls_key, tls_name)
     try:
-        tls = ClientTls(tls_ca, tls_cert, tls_key, tls_name or "") if tls_ca or tls_cert or tls_key else None
         channel = open_sync_channel(address, tls)
     except TlsError as error:
         raise click.UsageError(str(error)) from error

@@ -35,9 +35,11 @@ def digest(*parts: Buffer) -> int:
     return whole.intdigest()
 
 
+def is_damaged(piece: Piece) -> bool:
+    """Whether it has a checksum, and that is not its own."""
+    return bool(piece.header) and digest(piece.header, piece.payload) != piece.checksum
+
+
 def first_damaged(pieces: Sequence[Piece]) -> int:
     """Index of the first piece whose checksum is not its own; their number when there is none."""
-    for index, piece in enumerate(pieces):
-        if piece.header and digest(piece.header, piece.payload) != piece.checksum:
-            return index
-    return len(pieces)
+    return next((index for index, piece in enumerate(pieces) if is_damaged(piece)), len(pieces))

@@ -199,11 +199,7 @@ def _colocated(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play
 
     llm = LLM(pair, threads=settings.threads, max_model_len=longest, max_num_seqs=_BATCH, token_budget=_TOKEN_BUDGET)
 
-    def play(requests: Sequence[TraceRequest], progress: Progress | None) -> list[Outcome]:
-        given = () if progress is None else (progress,)
-        return _timed(requests, serve_colocated(llm, _asked(requests, settings), *given))
-
-    yield play
+    yield lambda requests, progress: _timed(requests, serve_colocated(llm, _asked(requests, settings), progress))
 
 
 def _loaded(pair: str) -> Pair:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from overfill.compiled import CannotBuild, compiled_library
-from overfill.kv.pieces import Piece, digest
+from overfill.kv.pieces import Piece, digest, is_damaged
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class NativeCells:
     def write(self, block_table: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
         """As ``KvCache.write_pieces``."""
         for index, piece in enumerate(pieces):
-            if _is_short(piece) and digest(piece.header, piece.payload) != piece.checksum:
+            if _is_short(piece) and is_damaged(piece):
                 pieces = pieces[:index]
                 break
         table = np.asarray(block_table, dtype=np.int64)

@@ -10,7 +10,6 @@
 namespace ovf {
 
 constexpr size_t STRIPE = 64, SECRET_BYTES = 192;
-constexpr size_t XXH3_SHORT = 240;  // up to here the function is another one, which is not here
 
 alignas(64) constexpr uint8_t SECRET[SECRET_BYTES] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,

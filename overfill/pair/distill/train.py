@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overfill.compiled import COMPILERS
+from overfill.compiled import COMPILERS, find_compiler
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.cache import TORCH_DTYPES
@@ -215,7 +214,7 @@ class Run:
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
 
     def _can_fuse(self) -> bool:
-        if self._accelerator.device.type != "cpu" or any(map(shutil.which, COMPILERS)):
+        if self._accelerator.device.type != "cpu" or find_compiler() is not None:
             return True
         self._tell(f"training goes on unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
         return False

@@ -6,11 +6,12 @@ torch's clocks, and timed waits on them. Monotonic clocks stay, as they do when 
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
+
+from overfill.compiled import find_compiler
 
 _SOURCE = Path(__file__).with_name("clock.c")
 
@@ -25,7 +26,7 @@ class Clocks:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._library = folder / "clock.so"
-        compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+        compiler = find_compiler(("cc", "gcc", "clang"))
         self.available = sys.platform == "linux" and compiler is not None
         if self.available:
             assert compiler is not None

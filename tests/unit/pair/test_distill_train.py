@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from overfill.compiled import COMPILERS
+from overfill.compiled import find_compiler
 from overfill.errors import InvalidRequest
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill import train
@@ -158,7 +157,7 @@ def test_recomputing_activations_changes_nothing(tiny: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 def test_fusing_changes_nothing_but_rounding(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "native_dtype", lambda device: "float32")
     training = TRAINING.model_copy(update={"steps": 3})
@@ -170,7 +169,7 @@ def test_fusing_changes_nothing_but_rounding(tiny: Path, tmp_path: Path, monkeyp
 def test_without_a_compiler_training_goes_on_unfused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(train, "find_compiler", lambda: None)
     lines: list[str] = []
     training = TRAINING.model_copy(update={"steps": 1, "fused": True})
     run(tiny, tmp_path / "out", training, tell=lines.append).train()
