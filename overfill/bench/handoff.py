@@ -128,7 +128,7 @@ class _PlainPrefill:
             warm_tokens=tokens,
         )
         self._events: list[PrefillEvent] = []
-        self._engine = PrefillEngine(parts.runner, parts.pool, tokens, 1, self._events.append)
+        self._engine = PrefillEngine(parts.runner, parts.pool, tokens, 1, self._events.extend)
 
     def run(self, prompt: list[int]) -> float:
         """Seconds until the first token of ``prompt`` is known."""

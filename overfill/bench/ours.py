@@ -103,7 +103,7 @@ class OurEngine:
         self._parts = parts
         self._prefill_events: list[PrefillEvent] = []
         self._events: list[DecodeEvent] = []
-        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, 1 << 20, self._prefill_events.append)
+        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, 1 << 20, self._prefill_events.extend)
         self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, token_budget, self._events.extend)
         self._ids: list[str] = []
 

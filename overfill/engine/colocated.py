@@ -67,7 +67,7 @@ class Colocated:
         self._on_token = on_token
         self._prefill_events: deque[PrefillEvent] = deque()
         self._decode_events: deque[DecodeEvent] = deque()
-        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.append)
+        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.extend)
         self._decode = DecodeEngine(
             decoder.runner, decoder.pool, max_num_seqs, token_budget, self._decode_events.extend
         )

@@ -38,13 +38,17 @@ from overfill.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
+_WORTH_TELLING = 1 << 20
+"""Bytes of KV that are told of before a step ends. Whoever sends them pays for each message, whatever its size, and on
+a CPU takes that time from the step, which goes on meanwhile."""
+
 
 class _Abandoned(Exception):
     """Raised between two layers when nobody wants the step's result any more."""
 
 
 class PrefillEngine:
-    """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` from inside both.
+    """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` from inside a step, in lists.
 
     Args:
         token_budget: most prompt tokens in one step.
@@ -59,7 +63,7 @@ class PrefillEngine:
         pool: BlockPool,
         token_budget: int,
         max_num_seqs: int,
-        emit: Callable[[PrefillEvent], None],
+        emit: Callable[[list[PrefillEvent]], None],
         prefix: PrefixCache | None = None,
         metrics: PrefillMetrics | None = None,
     ) -> None:
@@ -70,6 +74,8 @@ class PrefillEngine:
         self._token_budget = token_budget
         self._max_num_seqs = max_num_seqs
         self._emit = emit
+        self._events: list[PrefillEvent] = []  # not yet emitted
+        self._untold_bytes = 0
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._holding: dict[str, PrefillSequence] = {}  # computed; KV leased to the decode worker
@@ -111,6 +117,7 @@ class PrefillEngine:
         scheduled = self._schedule()
         if not scheduled:
             return False
+        self._tell()
         started = time.monotonic()
         try:
             self._compute(scheduled)
@@ -127,9 +134,15 @@ class PrefillEngine:
             if self._metrics is not None:
                 self._metrics.step_failed()
             self._set_aside([s for s, _ in scheduled])
-            for sequence, _ in scheduled:
-                self._emit(SequenceFailed(sequence.id, error))
+            self._events += [SequenceFailed(sequence.id, error) for sequence, _ in scheduled]
+        self._tell()
         return True
+
+    def _tell(self) -> None:
+        if self._events:
+            self._emit(self._events)
+            self._events = []
+        self._untold_bytes = 0
 
     def _schedule(self) -> list[tuple[PrefillSequence, int]]:
         """Prompts of the next step, and how many tokens of each."""
@@ -174,7 +187,7 @@ class PrefillEngine:
         # Steps that computed the cached part may still be running on the device.
         cached = sequence.cached_tokens
         mark = self._mark() if cached else None
-        self._emit(PrefillScheduled(sequence.id, sequence.blocks, cached, mark, time.monotonic_ns()))
+        self._events.append(PrefillScheduled(sequence.id, sequence.blocks, cached, mark, time.monotonic_ns()))
 
     def _admit(self) -> None:
         """Gives blocks to waiting prompts in order of arrival; none overtakes another."""
@@ -199,18 +212,21 @@ class PrefillEngine:
             Work(s.prompt[s.computed : end], s.computed, s.blocks, wants_logits=s in sampling)
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
+        layer_bytes = sum(count for _, count in scheduled) * self._runner.token_layer_bytes
 
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
                 raise _Abandoned
             now = time.monotonic_ns()
-            for sequence, _ in scheduled:
-                self._emit(LayerStarted(sequence.id, layer, now))
+            self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
 
         def kv_written(layer: int) -> None:
             event = self._mark()
             for (sequence, _), end in zip(scheduled, ends, strict=True):
-                self._emit(KvWritten(sequence.id, layer, end, event))
+                self._events.append(KvWritten(sequence.id, layer, end, event))
+            self._untold_bytes += layer_bytes
+            if self._untold_bytes >= _WORTH_TELLING:
+                self._tell()
 
         choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
         sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
@@ -221,14 +237,14 @@ class PrefillEngine:
             sequence.computed = end
             if sequence.id not in refused:  # its lease ends at once; what led to the failure is not kept
                 self._prefix.publish(sequence.id, end)
-            self._emit(ChunkComputed(sequence.id, end - count, end))
+            self._events.append(ChunkComputed(sequence.id, end - count, end))
         for sequence in finishing:
             del self._running[sequence.id]
             self._holding[sequence.id] = sequence
             if sequence.id in refused:
-                self._emit(SequenceFailed(sequence.id, refused[sequence.id]))
+                self._events.append(SequenceFailed(sequence.id, refused[sequence.id]))
                 continue
-            self._emit(PromptComputed(sequence.id, tokens.get(sequence.id), now))
+            self._events.append(PromptComputed(sequence.id, tokens.get(sequence.id), now))
 
     def _mark(self) -> DeviceEvent | None:
         """A mark after all that has been launched so far; None where nothing is left running."""

@@ -64,12 +64,17 @@ def choose(
 
 
 class ModelRunner:
-    """A model with the cache it reads and writes."""
+    """A model with the cache it reads and writes.
+
+    Attributes:
+        token_layer_bytes: of one token's keys and values in one layer.
+    """
 
     def __init__(self, model: Model, cache: KvCache) -> None:
         self.model = model
         self.cache = cache
         self.device = cache.k.device
+        self.token_layer_bytes = cache.spec.token_layer_bytes
 
     def run(
         self,

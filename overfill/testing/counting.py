@@ -22,6 +22,7 @@ class CountingRunner:
 
     def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
         self.device = torch.device("cpu")
+        self.token_layer_bytes = 64
         self.steps: list[list[tuple[list[int], int]]] = []
         self.fail_next: Exception | None = None
         self._num_layers = num_layers

@@ -32,8 +32,8 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
         parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs, lender, metrics
     )
 
-    def emit(event: PrefillEvent) -> None:
-        loop.call_soon_threadsafe(servicer.on_event, event)
+    def emit(events: list[PrefillEvent]) -> None:
+        loop.call_soon_threadsafe(servicer.on_events, events)
 
     prefix = parts.prefix_cache(config.prefix_cache == "on")
     core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix, metrics)

@@ -146,7 +146,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill, PullKv and Describe.
 
     Takes ``max_leases`` prompts at once, waiting ones included. Shares memory through ``lender`` with decode workers on
-    this host. ``engine`` and ``host`` are set before the server starts. Engine events arrive through ``on_event``.
+    this host. ``engine`` and ``host`` are set before the server starts. Engine events arrive through ``on_events``.
     """
 
     engine: EngineThread
@@ -180,10 +180,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         for lease in self._leases.values():
             lease.events.put_nowait(error)
 
-    def on_event(self, event: PrefillEvent) -> None:
+    def on_events(self, events: list[PrefillEvent]) -> None:
         """Called on the event loop."""
-        if lease := self._by_id.get(event.id):
-            lease.on_event(event)
+        for event in events:
+            if lease := self._by_id.get(event.id):
+                lease.on_event(event)
 
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import torch
 
+from overfill.engine import prefill
 from overfill.engine.build import build_engine_parts
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.hosting import new_hello
@@ -52,7 +53,7 @@ class Gate:
 class GatedRunner:
     def __init__(self, runner, gate):
         self._runner, self._gate = runner, gate
-        self.device, self.cache = runner.device, runner.cache
+        self.device, self.cache, self.token_layer_bytes = runner.device, runner.cache, runner.token_layer_bytes
         self.synchronize, self.clean_up = runner.synchronize, runner.clean_up
 
     def next_tokens(self, works, choices, on_layer_start=None, on_kv_written=None):
@@ -98,7 +99,7 @@ class Workers:
             self.full.pool,
             4096,
             8,
-            lambda event: loop.call_soon_threadsafe(self.prefill.on_event, event),
+            lambda events: loop.call_soon_threadsafe(self.prefill.on_events, events),
         )
         self.prefill_core = core
         self.prefill.engine = EngineThread(core, "p", 1)
@@ -193,7 +194,8 @@ class Workers:
 
 
 @pytest.fixture
-async def workers(tiny_pair):
+async def workers(tiny_pair, monkeypatch):
+    monkeypatch.setattr(prefill, "_WORTH_TELLING", 1)  # tiny KV is sent layer by layer, as that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)

@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from overfill.engine import prefill
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
     ChunkComputed,
@@ -39,7 +40,7 @@ def events():
 
 
 def new_engine(runner, pool, events, token_budget=8, max_num_seqs=4):
-    return PrefillEngine(runner, pool, token_budget, max_num_seqs, events.append)
+    return PrefillEngine(runner, pool, token_budget, max_num_seqs, events.extend)
 
 
 def prompt(name, length, **options):
@@ -68,6 +69,19 @@ def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, eve
     engine.step()
     assert [(e.layer, e.token_end) for e in of(KvWritten, events)] == [(0, 5), (1, 5)]
     assert events.index(of(KvWritten, events)[-1]) < events.index(of(PromptComputed, events)[0])
+    engine.handle(Release("a"))
+
+
+@pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
+def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
+    monkeypatch.setattr(prefill, "_WORTH_TELLING", worth_telling)
+    lists = []
+    engine = PrefillEngine(CountingRunner(num_layers=3), pool, 8, 4, lists.append)
+    engine.handle(Submit(prompt("a", 5)))
+    engine.step()
+    layers = [[e.layer for e in of(KvWritten, events)] for events in lists]
+    assert [some for some in layers if some] == told
+    assert isinstance(lists[0][0], PrefillScheduled), "without waiting for anything"
     engine.handle(Release("a"))
 
 
@@ -141,13 +155,14 @@ def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_befor
     assert engine.load().blocks_used == engine.load().waiting == engine.load().queued_tokens == 0
 
 
-def test_a_step_that_nobody_wants_is_abandoned_between_layers(runner, pool, events):
+def test_a_step_that_nobody_wants_is_abandoned_between_layers(runner, pool, events, monkeypatch):
+    monkeypatch.setattr(prefill, "_WORTH_TELLING", 1)
     engine = new_engine(runner, pool, events)
     sequence = prompt("a", 6)
 
-    def cancel_at_first_layer(event):
-        events.append(event)
-        if isinstance(event, KvWritten):
+    def cancel_at_first_layer(told):
+        events.extend(told)
+        if of(KvWritten, told):
             sequence.cancelled = True
 
     engine._emit = cancel_at_first_layer
@@ -202,7 +217,7 @@ def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
 
 def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
     prefix = PrefixCache(pool)
-    engine = PrefillEngine(runner, pool, 64, 4, events.append, prefix)
+    engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
     engine.handle(Submit(prompt("a", 10)))
     engine.step()
     engine.handle(Release("a"))
@@ -227,7 +242,7 @@ def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
 def test_equal_prompts_that_arrive_together_are_computed_once(events):
     runner = CountingRunner(block_size=16)
     prefix = PrefixCache(BlockPool(300, 16))
-    engine = PrefillEngine(runner, prefix.pool, 2048, 8, events.append, prefix)
+    engine = PrefillEngine(runner, prefix.pool, 2048, 8, events.extend, prefix)
     for name in "abcdefgh":
         engine.handle(Submit(prompt(name, 512)))
     while engine.step():
@@ -244,7 +259,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
 
 def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
     prefix = PrefixCache(BlockPool(100, 4))
-    engine = PrefillEngine(runner, prefix.pool, 8, 8, events.append, prefix)
+    engine = PrefillEngine(runner, prefix.pool, 8, 8, events.extend, prefix)
     first, same, other = prompt("first", 24), prompt("same", 15), prompt("other", 8)
     same.prompt[8:] = [99] * 7  # the first two blocks are equal
     other.prompt[:] = [77] * 8
@@ -263,7 +278,7 @@ def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
 
 def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(runner, pool, events):
     prefix = PrefixCache(pool)
-    engine = PrefillEngine(runner, pool, 16, 4, events.append, prefix)
+    engine = PrefillEngine(runner, pool, 16, 4, events.extend, prefix)
     for name in ("a", "b", "c"):
         engine.handle(Submit(prompt(name, 8)))
     runner.fail_next = MemoryError("no room")
@@ -287,7 +302,7 @@ def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(r
 
 def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     prefix = PrefixCache(pool)
-    engine = PrefillEngine(runner, pool, 8, 4, events.append, prefix)
+    engine = PrefillEngine(runner, pool, 8, 4, events.extend, prefix)
     engine.handle(Submit(prompt("a", 16)))
     engine.step()
     runner.fail_next = MemoryError("no room")
@@ -318,7 +333,11 @@ class PrefillMachine(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.names = 0
 
-    def take(self, event):
+    def take(self, events):
+        for event in events:
+            self.take_one(event)
+
+    def take_one(self, event):
         match event:
             case PrefillScheduled(id=id, cached_tokens=cached):
                 assert cached == 0 or self.caches
