@@ -219,6 +219,7 @@ class PromptPull:
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
         self._unwritten = self._coverage.missing_cells  # claimed by a checked chunk is not yet written
+        self._whole = asyncio.Event()  # all of it is written
         self._ready_bytes = self._moved_bytes = 0  # as the KV is in a cache, whatever the codec
         self.stats = PullStats(held_tokens=held_tokens)
 
@@ -302,8 +303,9 @@ class PromptPull:
         with suppress(OverfillError):  # the call has ended; reading it tells how
             while True:
                 message = await self._outgoing.get()
-                if message.HasField("ack") and self._unwritten:
-                    await asyncio.sleep(_ACK_DELAY)
+                if message.HasField("ack"):
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._whole.wait(), _ACK_DELAY)
                 while message.HasField("ack") and not self._outgoing.empty():  # only acknowledgements follow the start
                     message.ack.ranges.extend(self._outgoing.get_nowait().ack.ranges)
                 await written(control.write(message), self._worker)
@@ -407,6 +409,8 @@ class PromptPull:
             self.stats.kv_bytes += one.size
             self._moved_bytes += self._spec.cache_bytes(one.box)
             self.stats.shared_bytes += one.size if one.slot is not None else 0
+        if not self._unwritten:
+            self._whole.set()
         ack = prefill_pb2.AckKv(ranges=[one.box.to_proto() for one in taken])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 

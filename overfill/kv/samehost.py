@@ -35,7 +35,7 @@ SUPPORTED = sys.platform == "linux"
 """Abstract Unix sockets and memory without a name."""
 
 SLOTS = 8
-"""Of 4 MiB each per link: enough for two streams of which both ends are busy with a message's chunks."""
+"""Of 8 MiB each per link: enough for two streams of which both ends are busy with a message's chunks."""
 
 _TOKEN_BYTES = _ID_BYTES = 16
 _GRANT = struct.Struct("<16sII")

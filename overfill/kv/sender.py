@@ -7,6 +7,7 @@ the event loop.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -24,8 +25,8 @@ from overfill.kv.wire import Frame, join
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
 
-_CHUNKS = 4  # most in one message
-_SHARED_CHUNKS = 2  # where payloads stay in shared memory
+_CHUNKS = 4
+"""Most in one message, whose cost hardly depends on what is in it."""
 _local = threading.local()
 
 
@@ -121,15 +122,16 @@ class KvSender:
         """
         sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
         reading: asyncio.Future[bytes] | None = None
+        messages = itertools.count()
         try:
             while reading is not None or any(sent):
                 if reading is None:
-                    reading = await self._begin(ranges, sent, slots)
+                    reading = await self._begin(ranges, sent, slots, next(messages))
                     continue
                 message = await to_the_end(reading)
                 reading = None
                 if self._next_piece(ranges, sent, 1) is not None and (slots is None or slots.free):
-                    reading = await self._begin(ranges, sent, slots)
+                    reading = await self._begin(ranges, sent, slots, next(messages))
                 if self.first_sent_ns is None:
                     self.first_sent_ns = time.monotonic_ns()
                 yield message
@@ -139,14 +141,18 @@ class KvSender:
                 await to_the_end(reading)
 
     async def _begin(
-        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None
+        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None, number: int
     ) -> asyncio.Future[bytes]:
-        """Starts to read the next piece, or pieces, once there is one and room for it."""
+        """Starts to read the pieces of the stream's message ``number``, once there is one and room for it.
+
+        Messages grow from one piece on, and shrink with what is left: nothing else moves while the first one is read
+        and the last one written.
+        """
         largest = MAX_CHUNK_PAYLOAD if slots is None else MAX_SHARED_PAYLOAD
         while self._next_piece(ranges, sent, largest) is None:
             await self._progress.wait()
         pieces: list[tuple[KvRange, Slot | None]] = []
-        most = _CHUNKS if slots is None else _SHARED_CHUNKS
+        most = min(_CHUNKS, 2**number, max(1, self._left(ranges, sent) // (2 * largest)))
         while len(pieces) < most and (not pieces or slots is None or slots.free):
             piece = self._next_piece(ranges, sent, largest)
             if piece is None:
@@ -160,6 +166,15 @@ class KvSender:
                     sent[index][layer] = box.token_end
             pieces.append((box, slot))
         return asyncio.get_running_loop().run_in_executor(self._executor, self._read_all, pieces)
+
+    def _left(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:
+        """Bytes of ``ranges`` that are not sent."""
+        cells = sum(
+            box.num_heads * (box.token_end - start)
+            for box, cursors in zip(ranges, sent, strict=True)
+            for start in cursors.values()
+        )
+        return cells * self._layer_bytes // self.spec.kv.num_kv_heads
 
     def _next_piece(
         self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], largest: int

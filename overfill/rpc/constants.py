@@ -32,7 +32,7 @@ MIN_PULL_GRACE: Final = 2.0
 MAX_CHUNK_PAYLOAD: Final = 1 << 20
 """Most payload bytes of one KV chunk that travels."""
 
-MAX_SHARED_PAYLOAD: Final = 4 << 20
+MAX_SHARED_PAYLOAD: Final = 8 << 20
 """Most payload bytes of one KV chunk whose payload stays in shared memory."""
 
 MAX_MESSAGE_BYTES: Final = 8 << 20

@@ -120,12 +120,28 @@ async def test_layers_that_wait_together_travel_together(executor):
     assert len(sent) == 1
 
 
-async def test_no_chunk_exceeds_the_payload_limit(executor):
-    cache = KvCache(KvSpec(2, 8, 64, "float32", RopeSpec()), 64, 16, CPU)
-    sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, (0, 1), (0, 1000)), cache, executor)
+def new_large_sender(executor, layers=2):
+    """All of it computed: a layer has 1000 tokens of 4 KiB."""
+    cache = KvCache(KvSpec(layers, 8, 64, "float32", RopeSpec()), 64, 16, CPU)
+    sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, tuple(range(layers)), (0, 1000)), cache, executor)
     sender.begin(range(64), 0, None)
-    sender.written(0, 1000, None)
-    sender.written(1, 1000, None)
+    for layer in range(layers):
+        sender.written(layer, 1000, None)
+    return sender, cache
+
+
+async def test_messages_grow_from_one_chunk_on_and_end_with_one(executor):
+    sender, _ = new_large_sender(executor, layers=6)  # 24 chunks of 1 MiB
+    counts = [len(decode_all(message)) async for message in sender.chunks([KvRange(0, 6, 0, 1000, 0, 8)])]
+    assert counts[:3] == [1, 2, 4]
+    assert max(counts) == 4
+    assert counts[-1] == 1
+    assert sum(counts) == 24
+    assert counts[3:] == sorted(counts[3:], reverse=True)
+
+
+async def test_no_chunk_exceeds_the_payload_limit(executor):
+    sender, cache = new_large_sender(executor)
     sizes = [len(c.payload) async for c in chunks_of(sender, [KvRange(0, 2, 0, 1000, 0, 8)])]
     assert sum(sizes) == 2 * 1000 * cache.spec.token_layer_bytes
     assert max(sizes) <= MAX_CHUNK_PAYLOAD

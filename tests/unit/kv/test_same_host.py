@@ -21,7 +21,7 @@ from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import SERVICE, add_prefill_to_server
 from overfill.params import SamplingParams
-from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.constants import MAX_SHARED_PAYLOAD, WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
@@ -161,7 +161,7 @@ async def test_a_wrong_payload_in_shared_memory_is_noticed_and_travels_instead(w
         chunk = kv_pb2.KvChunk.FromString(message)
         if chunk.HasField("shared") and not spoiled:
             spoiled.append(chunk)
-            the_link(worker).memory[chunk.shared.slot << 22] ^= 1
+            the_link(worker).memory[chunk.shared.slot * MAX_SHARED_PAYLOAD] ^= 1
         return message
 
     worker.spoil = spoil
@@ -173,7 +173,7 @@ async def test_a_wrong_payload_in_shared_memory_is_noticed_and_travels_instead(w
     await until(lambda: len(the_link(worker).free) == SLOTS)
 
 
-@pytest.mark.parametrize("shared", [{"slot": SLOTS, "length": 4}, {"slot": 0, "length": (4 << 20) + 1}])
+@pytest.mark.parametrize("shared", [{"slot": SLOTS, "length": 4}, {"slot": 0, "length": MAX_SHARED_PAYLOAD + 1}])
 async def test_memory_outside_the_segment_is_never_read(worker, connect, shared):
     peer = await connect()
     with pytest.raises(TransferFailed):
