@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from overfill.bench.figure import Figure
 from overfill.cli.stack import Stack
 from overfill.cli.up import make_plan
 from overfill.client import Client, SamplingParams
@@ -18,7 +19,7 @@ from overfill.pair.manifest import Pair
 
 
 @dataclass(frozen=True, slots=True)
-class Chats:
+class _Chats:
     """What chats took with one setting of the prefix cache.
 
     Attributes:
@@ -27,7 +28,6 @@ class Chats:
         hit_rate: share of all prompt tokens that the prefill worker found; held_rate: that did not travel.
     """
 
-    cache: Literal["on", "off"]
     ttft: list[float]
     prompt_tokens: float
     hit_rate: float
@@ -44,15 +44,28 @@ def measure_chats(
     dtype: DTypeName | None,
     threads: int,
     log: Callable[[str, str], None],
-) -> list[Chats]:
+) -> list[Figure]:
     """``chats`` chats, one after the other, of ``turns`` turns, each ``turn_tokens`` random tokens longer; with and
     without prefix caches.
 
     Raises:
         StartFailed: a stack did not come up.
     """
-    return [
+    on, off = (
         _measure(pair, cache, turns, chats, turn_tokens, answer_tokens, dtype, threads, log) for cache in ("on", "off")
+    )
+
+    def beside(name: str, value: float, unit: str, without: float) -> Figure:
+        return Figure(name, value, unit, peer="without caches", peer_value=without)
+
+    return [
+        *(
+            beside(f"ttft_turn_{turn}", 1e3 * ours, "ms", 1e3 * theirs)
+            for turn, (ours, theirs) in enumerate(zip(on.ttft, off.ttft, strict=True), 1)
+        ),
+        beside("prompt_of_the_last_turn", on.prompt_tokens, "tokens", off.prompt_tokens),
+        beside("hit_rate", on.hit_rate, "of prompt tokens", off.hit_rate),
+        beside("did_not_travel", on.held_rate, "of prompt tokens", off.held_rate),
     ]
 
 
@@ -66,7 +79,7 @@ def _measure(
     dtype: DTypeName | None,
     threads: int,
     log: Callable[[str, str], None],
-) -> Chats:
+) -> _Chats:
     settings = {"dtype": dtype, "log_level": "error", "grace_period": 2, "prefix_cache": cache}
     plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
     stack = Stack(plan, log)
@@ -97,4 +110,4 @@ def _measure(
     finally:
         stack.stop()
     medians = [statistics.median(values) for values in ttft]
-    return Chats(cache, medians, statistics.fmean(last), found / prompt_tokens, held / prompt_tokens)
+    return _Chats(medians, statistics.fmean(last), found / prompt_tokens, held / prompt_tokens)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -15,6 +17,7 @@ class Figure:
     name, value, unit: what was measured.
     bound: what it is to stay within: at most so much, or at least where ``at_least``; None: nothing is asked of it.
     peer, peer_value: what was measured beside it.
+    low, high: least and most of the rounds whose median ``value`` is.
     """
 
     name: str
@@ -24,6 +27,13 @@ class Figure:
     at_least: bool = False
     peer: str | None = None
     peer_value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def median(cls, name: str, values: Sequence[float], unit: str, bound: float | None = None, **more: Any) -> Figure:
+        """Of one value per round."""
+        return cls(name, statistics.median(values), unit, bound, **more, low=min(values), high=max(values))
 
     @property
     def reached(self) -> bool:
@@ -41,13 +51,14 @@ class Figure:
 def figures_table(figures: Iterable[Figure]) -> Table:
     """A line per figure."""
     table = Table()
-    for column in ("", "measured", "", "asked", "peer"):
+    for column in ("", "measured", "", "rounds", "asked", "peer"):
         table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
     for figure in figures:
         asked = "" if figure.bound is None else f"{'≥' if figure.at_least else '≤'} {figure.bound:,g}"
         peer = "" if figure.peer_value is None else f"{figure.peer}: {_number(figure.peer_value)}"
+        rounds = "" if figure.low is None or figure.high is None else f"{_number(figure.low)} to {_number(figure.high)}"
         verdict = asked if figure.reached else f"{asked}, missed"
-        table.add_row(figure.name, _number(figure.value), figure.unit, verdict, peer)
+        table.add_row(figure.name, _number(figure.value), figure.unit, rounds, verdict, peer)
     return table
 
 

@@ -7,7 +7,6 @@ with the same weights and threads computes prompts of the same length, and hands
 from __future__ import annotations
 
 import random
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from overfill.bench.figure import Figure
 from overfill.cli.stack import Stack
 from overfill.cli.up import make_plan
 from overfill.client import Client, SamplingParams
@@ -48,28 +48,6 @@ class Round:
     plain: float
 
 
-@dataclass(frozen=True, slots=True)
-class HandoffCost:
-    """All rounds of a measurement."""
-
-    tokens: int
-    rounds: list[Round]
-
-    @property
-    def exposed_share(self) -> float:
-        """Median share of the prefill's compute time that the second token waits."""
-        return statistics.median(r.exposed / r.prefill for r in self.rounds)
-
-    @property
-    def ttft_ratio(self) -> float:
-        """Median time to first token, as a multiple of the plain prefill in the same round."""
-        return statistics.median(r.ttft / r.plain for r in self.rounds)
-
-    @property
-    def reached(self) -> bool:
-        return self.exposed_share <= MOST_EXPOSED and self.ttft_ratio <= MOST_TTFT
-
-
 def measure_handoff(
     pair: Pair,
     tokens: int,
@@ -80,7 +58,7 @@ def measure_handoff(
     same_host: str,
     kv_codec: str,
     log: Callable[[str, str], None],
-) -> HandoffCost:
+) -> list[Figure]:
     """Measures ``rounds`` requests of ``tokens`` random tokens, after one that is not counted.
 
     Raises:
@@ -110,7 +88,15 @@ def measure_handoff(
                     measured.append(Round(timing.ttft, timing.prefill_compute, timing.handoff_exposed, seconds))
     finally:
         stack.stop()
-    return HandoffCost(tokens, measured)
+    plain_ms = Figure.median("plain_prefill", [1e3 * r.plain for r in measured], "ms")
+    return [
+        plain_ms,
+        Figure.median("ttft", [1e3 * r.ttft for r in measured], "ms", peer="plain prefill", peer_value=plain_ms.value),
+        Figure.median("ttft_ratio", [r.ttft / r.plain for r in measured], "of a plain prefill", MOST_TTFT),
+        Figure.median("prefill_compute", [1e3 * r.prefill for r in measured], "ms"),
+        Figure.median("handoff_exposed_ms", [1e3 * r.exposed for r in measured], "ms"),
+        Figure.median("handoff_exposed", [r.exposed / r.prefill for r in measured], "of the prefill", MOST_EXPOSED),
+    ]
 
 
 class _PlainPrefill:

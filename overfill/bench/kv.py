@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from overfill.bench.figure import Figure
 from overfill.bench.kv_sender import BLOCK_SIZE
 from overfill.bench.raw_stream import pull_raw
 from overfill.errors import InternalError
@@ -34,39 +34,10 @@ BOUNDS = {"kv_grpc": 0.85, "kv_same_host": 2.0}
 """Rates that are to be reached, as multiples of the raw stream's in the same round."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One way to move bytes.
-
-    Attributes:
-        rates: bytes per second, one per round.
-        ratios: each beside the raw stream's of its round.
-        bound: least median ratio; None for the raw stream itself.
-    """
-
-    name: str
-    rates: list[float]
-    ratios: list[float]
-    bound: float | None
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
-
-    @property
-    def reached(self) -> bool:
-        return self.bound is None or self.ratio >= self.bound
-
-
-async def measure(spec: KvSpec, tokens: int, *, streams: int, rounds: int) -> tuple[list[Row], int]:
+async def measure(spec: KvSpec, tokens: int, *, streams: int, rounds: int) -> list[Figure]:
     """Rates of the raw stream and of KV over gRPC and shared memory, in ``rounds`` interleaved rounds after a warm-up.
 
-    Returns:
-        The rows, and the bytes of KV in one transfer.
+    The rates of KV are multiples of the raw stream's in the same round.
 
     Raises:
         OverfillError: a transfer failed.
@@ -81,13 +52,13 @@ async def measure(spec: KvSpec, tokens: int, *, streams: int, rounds: int) -> tu
         await receiver.connect()
         raw_address = await _start(stack, ["overfill.bench.raw_stream"])
         gc.freeze()  # as in a worker
-        raw = [open_channel(raw_address) for _ in range(streams)]
-        for channel in raw:
+        channels = [open_channel(raw_address) for _ in range(streams)]
+        for channel in channels:
             stack.push_async_callback(channel.close, None)
         kv_bytes = tokens * spec.token_bytes
         messages = max(1, kv_bytes // MAX_CHUNK_PAYLOAD)
         ways: dict[str, Callable[[], Awaitable[int]]] = {
-            "grpc_raw": lambda: pull_raw(raw, messages),
+            "grpc_raw": lambda: pull_raw(channels, messages),
             "kv_grpc": lambda: receiver.pull(shared=False),
             "kv_same_host": lambda: receiver.pull(shared=True),
         }
@@ -98,11 +69,14 @@ async def measure(spec: KvSpec, tokens: int, *, streams: int, rounds: int) -> tu
                 size = await way()
                 if number:  # the first round opens connections and touches memory for the first time
                     rates[name].append(size / (time.perf_counter() - started))
-    rows = []
-    for name, values in rates.items():
-        ratios = [value / raw_rate for value, raw_rate in zip(values, rates["grpc_raw"], strict=True)]
-        rows.append(Row(name, values, ratios, BOUNDS.get(name)))
-    return rows, kv_bytes
+    raw = rates["grpc_raw"]
+    figures = [Figure.median("grpc_raw", [rate / 1e9 for rate in raw], "GB/s")]
+    for name, bound in BOUNDS.items():
+        ratios = [rate / raw_rate for rate, raw_rate in zip(rates[name], raw, strict=True)]
+        figures.append(Figure.median(name, ratios, "of grpc_raw", bound, at_least=True))
+        gigabytes = [rate / 1e9 for rate in rates[name]]
+        figures.append(Figure.median(f"{name}_rate", gigabytes, "GB/s", peer="grpc_raw", peer_value=figures[0].value))
+    return figures
 
 
 class _Receiver:

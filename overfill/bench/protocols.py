@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from overfill.bench.figure import Figure
 from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment, free_ports
 from overfill.client import Client, Message, SamplingParams
@@ -123,31 +123,23 @@ def saturation(ask: Ask, streams: int, tokens: int, rounds: int) -> float:
     return total / (time.perf_counter() - start)
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Milliseconds to the first token at the client, and tokens per second of many streams, by protocol."""
-
-    ttft_p50_ms: dict[str, float]
-    ttft_p99_ms: dict[str, float]
-    tokens_per_second: dict[str, float]
-
-    @property
-    def added_ms(self) -> float:
-        """What HTTP adds to the median time to first token."""
-        return self.ttft_p50_ms["HTTP"] - self.ttft_p50_ms["gRPC"]
-
-
-def compare(pair: Path, rounds: int, streams: int, tokens: int) -> Comparison:
+def compare(pair: Path, rounds: int, streams: int, tokens: int) -> list[Figure]:
     """Measures both protocols on one router: ``rounds`` requests over each, then ``streams`` answers at once."""
     with mock_processes(pair, 2 * streams) as (address, port), Client(address) as client:
         asks = {"gRPC": over_grpc(client), "HTTP": over_http(port)}
         times = ttft(asks, rounds)
         rates = {name: saturation(ask, streams, tokens, 3) for name, ask in asks.items()}
-    return Comparison(
-        {name: _p(values, 50) for name, values in times.items()},
-        {name: _p(values, 99) for name, values in times.items()},
-        rates,
-    )
+
+    def beside(name: str, unit: str, values: dict[str, float]) -> Figure:
+        return Figure(name, values["HTTP"], unit, peer="gRPC", peer_value=values["gRPC"])
+
+    p50, p99 = ({name: _p(values, share) for name, values in times.items()} for share in (50, 99))
+    return [
+        beside("ttft_p50", "ms", p50),
+        beside("ttft_p99", "ms", p99),
+        beside("tokens_at_saturation", "tokens/s", rates),
+        Figure("added_ttft_p50", p50["HTTP"] - p50["gRPC"], "ms", BOUND_MS),
+    ]
 
 
 def _p(values: Sequence[float], percent: int) -> float:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
 from overfill.cli.options import dtype_option
-from overfill.cli.output import console, print_json
+from overfill.cli.output import print_figures
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
@@ -37,7 +35,7 @@ def _log(name: str, line: str) -> None:
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
 @click.option("--same-host", type=click.Choice(["on", "off"]), default="on", show_default=True)
 @click.option("--kv-codec", type=click.Choice(["raw", "int8", "fp8"]), default="raw", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
 def handoff_command(
     pair: str,
     tokens: int,
@@ -52,9 +50,9 @@ def handoff_command(
 
     Exit code 1 when a bound is not reached.
     """
-    from overfill.bench.handoff import MOST_EXPOSED, MOST_TTFT, measure_handoff
+    from overfill.bench.handoff import measure_handoff
 
-    cost = measure_handoff(
+    figures = measure_handoff(
         _pair(pair),
         tokens,
         dtype=dtype,
@@ -64,21 +62,7 @@ def handoff_command(
         kv_codec=kv_codec,
         log=_log,
     )
-    if as_json:
-        shares = {"exposed_share": cost.exposed_share, "ttft_ratio": cost.ttft_ratio, "reached": cost.reached}
-        print_json(asdict(cost) | shares)
-        return 0 if cost.reached else 1
-    table = Table(box=None)
-    for title in ("ttft ms", "plain prefill ms", "prefill compute ms", "exposed ms"):
-        table.add_column(title, justify="right")
-    for r in cost.rounds:
-        table.add_row(*(f"{1e3 * value:.1f}" for value in (r.ttft, r.plain, r.prefill, r.exposed)))
-    console().print(table)
-    console().print(
-        f"exposed: {100 * cost.exposed_share:.2f} % of the prefill (<= {100 * MOST_EXPOSED:g} %); "
-        f"time to first token: {cost.ttft_ratio:.3f} x a plain prefill (<= {MOST_TTFT:g} x)"
-    )
-    return 0 if cost.reached else 1
+    return print_figures(figures, as_json)
 
 
 @click.command("chat")
@@ -89,7 +73,7 @@ def handoff_command(
 @click.option("--answer-tokens", type=click.IntRange(1), default=32, show_default=True)
 @dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
 def chat_command(
     pair: str,
     turns: int,
@@ -103,7 +87,7 @@ def chat_command(
     """Chats of several turns with and without prefix caches: time to first token by turn, and hit rate."""
     from overfill.bench.chat import measure_chats
 
-    rows = measure_chats(
+    figures = measure_chats(
         _pair(pair),
         turns=turns,
         chats=chats,
@@ -113,14 +97,4 @@ def chat_command(
         threads=threads,
         log=_log,
     )
-    if as_json:
-        print_json([asdict(row) for row in rows])
-        return 0
-    table = Table(box=None)
-    for title in ("cache", "last prompt", "hit rate", "did not travel", *(f"turn {n + 1}" for n in range(turns))):
-        table.add_column(title, justify="right")
-    for row in rows:
-        shares = (f"{100 * row.hit_rate:.1f} %", f"{100 * row.held_rate:.1f} %")
-        table.add_row(row.cache, f"{row.prompt_tokens:.0f}", *shares, *(f"{1e3 * t:.0f} ms" for t in row.ttft))
-    console().print(table)
-    return 0
+    return print_figures(figures, as_json)

@@ -6,9 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
-from overfill.cli.output import console, print_json
+from overfill.cli.output import print_figures
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--streams", type=click.IntRange(1), default=2, show_default=True, help="Data connections.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
 def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: int, as_json: bool) -> int:
     """Move KV between two processes: over gRPC, and through memory that both share.
 
@@ -42,39 +41,7 @@ def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: i
         folder = resolve_pair(pair, report)
     spec = Pair.load(folder).full_config.kv_spec(dtype)
     with freed_memory_kept(64 << 20):  # as in a worker
-        rows, kv_bytes = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
-    reached = all(row.reached for row in rows)
-    if as_json:
-        print_json(
-            {
-                "kv_bytes": kv_bytes,
-                "streams": streams,
-                "rounds": rounds,
-                "peer": "grpc_raw",
-                "reached": reached,
-                "rows": [
-                    {
-                        "name": row.name,
-                        "bytes_per_second": row.rate,
-                        "ratio": row.ratio,
-                        "ratio_min": min(row.ratios),
-                        "ratio_max": max(row.ratios),
-                        "bound": row.bound,
-                        "reached": row.reached,
-                    }
-                    for row in rows
-                ],
-            }
-        )
-        return 0 if reached else 1
-    table = Table("", box=None)
-    for title in ("MB/s", "x grpc_raw", "least", "most", "bound", ""):
-        table.add_column(title, justify="right")
-    for row in rows:
-        bound = "" if row.bound is None else f">= {row.bound:g}"
-        verdict = "" if row.bound is None else "reached" if row.reached else "missed"
-        figures = (row.ratio, min(row.ratios), max(row.ratios))
-        table.add_row(row.name, f"{row.rate / 1e6:.0f}", *(f"{figure:.2f}" for figure in figures), bound, verdict)
-    console().print(f"{kv_bytes / 1e6:.1f} MB of KV per transfer, {streams} streams, medians of {rounds} rounds")
-    console().print(table)
-    return 0 if reached else 1
+        figures = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
+    size = tokens * spec.token_bytes / 1e6
+    click.echo(f"{size:.1f} MB of KV per transfer, {streams} streams, medians of {rounds} rounds", err=True)
+    return print_figures(figures, as_json)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from overfill.cli.output import console, print_json
+from overfill.cli.output import print_figures
 
 
 @click.command("memory")
@@ -15,7 +15,7 @@ from overfill.cli.output import console, print_json
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own choice]")
 @click.option("--allowed", type=click.IntRange(0), default=16, show_default=True, help="MiB of growth to put up with.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve to this file.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
 def memory_command(
     pair: str, requests: int, threads: int | None, allowed: int, plot: Path | None, as_json: bool
 ) -> int:
@@ -23,6 +23,7 @@ def memory_command(
 
     Exit code 1 when it grew by more than --allowed after the first tenth of the requests.
     """
+    from overfill.bench.figure import Figure
     from overfill.bench.memory import MIB, measure_memory
     from overfill.bench.plots import save_memory
     from overfill.pair.progress import progress_bars
@@ -33,12 +34,10 @@ def memory_command(
         run = measure_memory(folder, requests, threads, lambda done: report("Answering", done, requests))
     if plot is not None:
         save_memory(plot, f"{requests:,} short requests, pair {folder.name}", run.requests, run.resident, run.warm)
-    warm, last = run.resident[run.warm], run.resident[-1]
-    if as_json:
-        print_json({"requests": requests, "warm_bytes": warm, "last_bytes": last, "growth_bytes": run.growth})
-    else:
-        console().print(
-            f"{requests:,} requests: {warm / MIB:,.0f} MiB after the first tenth, {last / MIB:,.0f} MiB at the end; "
-            f"grew by {run.growth / MIB:+,.1f} MiB"
-        )
-    return int(run.growth > allowed * MIB)
+    warm, last = run.resident[run.warm] / MIB, run.resident[-1] / MIB
+    figures = [
+        Figure("memory_after_a_tenth", warm, "MiB"),
+        Figure("memory_at_the_end", last, "MiB"),
+        Figure("memory_growth", run.growth / MIB, "MiB", allowed),
+    ]
+    return print_figures(figures, as_json)

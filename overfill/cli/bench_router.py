@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from overfill.cli.output import console
+from overfill.cli.output import print_figures
 
 
 @click.command("router")
@@ -23,7 +23,6 @@ def router_command(pair: str, seconds: float, overload: float | None, as_json: b
 
     Exits 1 when a goal is missed.
     """
-    from overfill.bench.figure import figures_table
     from overfill.bench.router import measure_cost, measure_overload
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
@@ -31,9 +30,4 @@ def router_command(pair: str, seconds: float, overload: float | None, as_json: b
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
     figures = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
-    if as_json:
-        for figure in figures:
-            click.echo(figure.to_json())
-    else:
-        console().print(figures_table(figures))
-    return 0 if all(figure.reached for figure in figures) else 1
+    return print_figures(figures, as_json)
