@@ -39,8 +39,8 @@ from overfill.metrics import PrefillMetrics
 log = logging.getLogger(__name__)
 
 _WORTH_TELLING = 1 << 20
-"""Bytes of KV that are told of before a step ends. Whoever sends them pays for each message, whatever its size, and on
-a CPU takes that time from the step, which goes on meanwhile."""
+"""Bytes of a prompt's KV that are told of before its step ends. Whoever sends them pays for each message, whatever its
+size, and on a CPU takes that time from the step, which goes on meanwhile."""
 
 
 class _Abandoned(Exception):
@@ -75,7 +75,6 @@ class PrefillEngine:
         self._max_num_seqs = max_num_seqs
         self._emit = emit
         self._events: list[PrefillEvent] = []  # not yet emitted
-        self._untold_bytes = 0
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._holding: dict[str, PrefillSequence] = {}  # computed; KV leased to the decode worker
@@ -142,7 +141,6 @@ class PrefillEngine:
         if self._events:
             self._emit(self._events)
             self._events = []
-        self._untold_bytes = 0
 
     def _schedule(self) -> list[tuple[PrefillSequence, int]]:
         """Prompts of the next step, and how many tokens of each."""
@@ -212,7 +210,7 @@ class PrefillEngine:
             Work(s.prompt[s.computed : end], s.computed, s.blocks, wants_logits=s in sampling)
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
-        layer_bytes = sum(count for _, count in scheduled) * self._runner.token_layer_bytes
+        untold: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
 
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
@@ -221,11 +219,15 @@ class PrefillEngine:
             self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
 
         def kv_written(layer: int) -> None:
-            event = self._mark()
-            for (sequence, _), end in zip(scheduled, ends, strict=True):
-                self._events.append(KvWritten(sequence.id, layer, end, event))
-            self._untold_bytes += layer_bytes
-            if self._untold_bytes >= _WORTH_TELLING:
+            event, worth_telling = self._mark(), False
+            for (sequence, count), end in zip(scheduled, ends, strict=True):
+                written = untold[sequence.id]
+                written.append(KvWritten(sequence.id, layer, end, event))
+                if len(written) * count * self._runner.token_layer_bytes >= _WORTH_TELLING:
+                    self._events += written
+                    written.clear()
+                    worth_telling = True
+            if worth_telling:
                 self._tell()
 
         choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
@@ -234,6 +236,7 @@ class PrefillEngine:
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
+            self._events += untold[sequence.id]
             sequence.computed = end
             if sequence.id not in refused:  # its lease ends at once; what led to the failure is not kept
                 self._prefix.publish(sequence.id, end)

@@ -85,6 +85,20 @@ def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telli
     engine.handle(Release("a"))
 
 
+def test_short_prompts_are_told_of_by_themselves(pool, monkeypatch):
+    monkeypatch.setattr(prefill, "_WORTH_TELLING", 640)
+    lists = []
+    engine = PrefillEngine(CountingRunner(num_layers=3), pool, 20, 4, lists.append)
+    engine.handle(Submit(prompt("long", 10)))
+    engine.handle(Submit(prompt("short", 4)))
+    engine.step()
+    layers = [[(e.id, e.layer) for e in of(KvWritten, events)] for events in lists]
+    short = [("short", 0), ("short", 1), ("short", 2)]
+    assert [some for some in layers if some] == [[("long", 0)], [("long", 1)], [("long", 2), *short]]
+    for name in ("long", "short"):
+        engine.handle(Release(name))
+
+
 def test_several_prompts_share_a_step_in_order_of_arrival(runner, pool, events):
     engine = new_engine(runner, pool, events)
     for name in "abc":
