@@ -57,8 +57,12 @@ class PeerPool:
         key = (target.worker_id, target.incarnation)
         entry = self._entries.get(key)
         retired: list[PrefillPeer] = []
+        if entry is not None and entry.peer.lost_link and entry.users == 0:
+            self._forget(key, entry)
+            retired = [entry.peer]
+            entry = None
         if entry is None:
-            retired = self._retire(target.worker_id)
+            retired += self._retire(target.worker_id)
             peer = PrefillPeer(target, self._streams, self._tls, self._same_host)
             entry = _Entry(peer, asyncio.ensure_future(peer.handshake(self._identity)))
             self._entries[key] = entry

@@ -55,6 +55,7 @@ MAX_REPEATS = 3
 
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements gather, but for the last ones
+_FAREWELL = 1.0  # seconds for a prefill worker to end its RPC, once it has nothing more that is wanted
 _REPEAT_DELAY = 0.02  # seconds before the first repeat, twice as long before each further one
 _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 
@@ -168,6 +169,11 @@ class PrefillPeer:
             except (OSError, TimeoutError, ValueError) as error:
                 logger.info("prefill worker %s shares no memory with this one: %s", name, error)
 
+    @property
+    def lost_link(self) -> bool:
+        """Whether memory was shared, and is no longer."""
+        return self.link is not None and not self.link.alive
+
     async def close(self) -> None:
         if self.link is not None:
             self.link.close()
@@ -219,6 +225,7 @@ class PromptPull:
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
         self._unwritten = self._coverage.missing_cells  # claimed by a checked chunk is not yet written
+        self._farewell = asyncio.timeout(None)
         self._whole = asyncio.Event()  # all of it is written
         self._ready_bytes = self._moved_bytes = 0  # as the KV is in a cache, whatever the codec
         self.stats = PullStats(held_tokens=held_tokens)
@@ -231,6 +238,8 @@ class PromptPull:
     async def run(self, timeout: float | None, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
         """Runs the prefill RPC and the data streams; returns when every range is in place and acknowledged.
 
+        A worker that freezes when it has given all is waited for no longer than ``_FAREWELL``.
+
         Args:
             timeout: seconds left of the request's deadline.
             on_first_token: called on the event loop, before the KV is complete.
@@ -238,7 +247,7 @@ class PromptPull:
         self._outgoing.put_nowait(self._start_message())
         control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
-            async with asyncio.TaskGroup() as group:
+            async with asyncio.timeout(None) as self._farewell, asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(control))
                 pace = group.create_task(watch_pace(self._worker, lambda: self._ready_bytes, lambda: self._moved_bytes))
                 queue_ns = 0
@@ -256,16 +265,18 @@ class PromptPull:
                             now = time.monotonic_ns()
                             self.stats.first_token_ns = now - self.stats.started_ns
                             on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
+                            self._look_for_the_end()
                         case "ready":
                             self._note_ready(message.ready.token_start, message.ready.token_end)
                         case "done":
                             self.stats.prefill = message.done.trace
                 pace.cancel()
                 sending.cancel()
+        except TimeoutError:
+            logger.warning("%s has not ended a transfer of which it has given all", self._worker)
         except BaseExceptionGroup as errors:
-            first_token_known = self.stats.first_token_ns > 0 or not self._request.sample_first_token
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
-            if self._unwritten or not first_token_known or not lost_peer:
+            if not self._has_all or not lost_peer:
                 raise _cause(errors) from errors
             # All that was asked for is in place; a worker that leaves now does no harm.
         finally:
@@ -273,6 +284,15 @@ class PromptPull:
             control.cancel()
         if self._unwritten:
             raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
+
+    @property
+    def _has_all(self) -> bool:
+        """Whether the prefill worker has nothing more that is wanted."""
+        return not self._unwritten and (self.stats.first_token_ns > 0 or not self._request.sample_first_token)
+
+    def _look_for_the_end(self) -> None:
+        if self._has_all:
+            self._farewell.reschedule(asyncio.get_running_loop().time() + _FAREWELL)
 
     def _note_ready(self, token_start: int, token_end: int) -> None:
         tokens = max(0, token_end - max(token_start, self._spec.tokens[0]))
@@ -411,6 +431,7 @@ class PromptPull:
             self.stats.shared_bytes += one.size if one.slot is not None else 0
         if not self._unwritten:
             self._whole.set()
+            self._look_for_the_end()
         ack = prefill_pb2.AckKv(ranges=[one.box.to_proto() for one in taken])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 

@@ -325,6 +325,7 @@ class Borrower:
             except OSError:
                 sent = 0
             if sent != len(words):  # gone, or frozen for very long
+                logger.warning("a link of shared memory is lost: payloads travel until the worker is connected anew")
                 self.close()
 
 

@@ -240,6 +240,17 @@ async def test_a_worker_that_leaves_after_everything_has_come_does_no_harm(pull,
     assert tokens[0].token.token_id == 9
 
 
+async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for(pull, worker, monkeypatch, caplog):
+    monkeypatch.setattr(receiver, "_FAREWELL", 0.05)
+    worker.hold_done = True
+    async with asyncio.timeout(5):
+        cache, tokens = await pull(timeout=60.0)
+        await worker.ended.wait()
+    assert cache.k.sum() == 2 * 6 * 2 * 4
+    assert tokens[0].token.token_id == 9
+    assert "has not ended a transfer" in caplog.text
+
+
 async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worker):
     worker.kv_dtype = 99
     with pytest.raises(Incompatible) as caught:

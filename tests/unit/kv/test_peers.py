@@ -16,7 +16,7 @@ class Peer:
     made: ClassVar[list["Peer"]] = []
 
     def __init__(self, target, streams, tls, same_host):
-        self.closed = False
+        self.closed = self.lost_link = False
         Peer.made.append(self)
 
     async def handshake(self, identity):
@@ -45,6 +45,17 @@ async def test_workers_that_are_gone_are_closed_in_time(pool, monkeypatch):
     monkeypatch.setattr(peers, "_KEPT_UNUSED", 0.0)
     await use(pool, "prefill-2")
     assert [peer.closed for peer in Peer.made] == [True, True, False]
+
+
+async def test_a_peer_that_has_lost_its_shared_memory_is_connected_anew_once_nobody_uses_it(pool):
+    target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
+    async with pool.use(target) as peer:
+        peer.lost_link = True
+        await use(pool, "prefill-0")
+    assert len(Peer.made) == 1
+    async with pool.use(target) as other:
+        assert other is not peer
+    assert (peer.closed, other.closed) == (True, False)
 
 
 async def test_a_peer_in_use_stays_however_long(pool, monkeypatch):
