@@ -17,7 +17,7 @@ class Figure:
     name, value, unit: what was measured.
     bound: what it is to stay within: at most so much, or at least where ``at_least``; None: nothing is asked of it.
     peer, peer_value: what was measured beside it.
-    low, high: least and most of the rounds whose median ``value`` is.
+    low, high: of the rounds whose median ``value`` is: least and most, or as the benchmark says.
     """
 
     name: str
@@ -67,4 +67,4 @@ def _digits(value: float) -> float | None:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

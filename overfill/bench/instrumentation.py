@@ -7,13 +7,12 @@ there would be at one in ``SCRAPE_INTERVAL`` seconds.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
 
+from overfill.bench.figure import Figure
 from overfill.bench.ours import OurEngine, Workload, load_engines
 from overfill.engine.build import resolve_device
 from overfill.kv.spec import DTypeName
@@ -31,33 +30,6 @@ _WARMUP = 4
 _RESAMPLES = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One number; ``low`` and ``high`` are its 95 % interval over the rounds.
-
-    Attributes:
-        name: ``decode_counted``, ``decode_plain`` (tokens/s), ``instrumentation_cost`` (share of throughput), or
-            ``instrumentation_cpu_cost``: the same in CPU time, which a busy machine hardly changes.
-        bound: what it may be; None: it is there for the others.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    unit: str
-    bound: float | None
-    rounds: int
-    steps: int
-    batch: int
-    context: int
-    pair: str
-    dtype: str
-
-    def to_json(self) -> str:
-        return json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in asdict(self).items()})
-
-
 def measure_instrumentation(
     pair: Pair,
     *,
@@ -68,7 +40,9 @@ def measure_instrumentation(
     dtype: DTypeName | None = None,
     report: Report = silent,
 ) -> list[Figure]:
-    """All figures; the last one is ``instrumentation_cost``.
+    """``decode_counted`` and ``decode_plain`` in tokens/s, ``instrumentation_cost`` as a share of throughput, and
+    ``instrumentation_cpu_cost``: the same in CPU time, which a busy machine hardly changes. ``low`` and ``high`` are
+    the 95 % interval of the median over the rounds.
 
     Args:
         rounds: each is one turn with metrics and one without; which comes first changes from round to round.
@@ -101,19 +75,8 @@ def measure_instrumentation(
         engine.end()
 
     def figure(name: str, values: Sequence[float], unit: str, bound: float | None = None) -> Figure:
-        return Figure(
-            name,
-            median(values),
-            *interval(values),
-            unit,
-            bound,
-            rounds,
-            steps,
-            batch,
-            context,
-            pair.name,
-            engine.weights,
-        )
+        low, high = interval(values)
+        return Figure(name, median(values), unit, bound, low=low, high=high)
 
     tokens = batch * steps
     return [

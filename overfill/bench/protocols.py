@@ -124,7 +124,8 @@ def saturation(ask: Ask, streams: int, tokens: int, rounds: int) -> float:
 
 
 def compare(pair: Path, rounds: int, streams: int, tokens: int) -> list[Figure]:
-    """Measures both protocols on one router: ``rounds`` requests over each, then ``streams`` answers at once."""
+    """Measures both protocols on one router: ``rounds`` requests over each in turn, then ``streams`` answers at once,
+    over one after the other."""
     with mock_processes(pair, 2 * streams) as (address, port), Client(address) as client:
         asks = {"gRPC": over_grpc(client), "HTTP": over_http(port)}
         times = ttft(asks, rounds)

@@ -51,17 +51,19 @@ def handoff_command(
     Exit code 1 when a bound is not reached.
     """
     from overfill.bench.handoff import measure_handoff
+    from overfill.pair.memory import freed_memory_kept
 
-    figures = measure_handoff(
-        _pair(pair),
-        tokens,
-        dtype=dtype,
-        threads=threads,
-        rounds=rounds,
-        same_host=same_host,
-        kv_codec=kv_codec,
-        log=_log,
-    )
+    with freed_memory_kept(64 << 20):  # as in a worker
+        figures = measure_handoff(
+            _pair(pair),
+            tokens,
+            dtype=dtype,
+            threads=threads,
+            rounds=rounds,
+            same_host=same_host,
+            kv_codec=kv_codec,
+            log=_log,
+        )
     return print_figures(figures, as_json)
 
 

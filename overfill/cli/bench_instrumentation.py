@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
 from overfill.cli.options import dtype_option
-from overfill.cli.output import console
+from overfill.cli.output import print_figures
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
@@ -56,22 +55,5 @@ def instrumentation_command(
             dtype=dtype,
             report=report,
         )
-    cost = figures[-1]
-    assert cost.bound is not None
-    if as_json:
-        for figure in figures:
-            click.echo(figure.to_json())
-        return int(cost.value > cost.bound)
-    table = Table("figure", "median", "95 % interval", "bound")
-    for figure in figures:
-        digits = ".2%" if figure.unit == "share" else ",.1f"
-        low, high = (format(value, digits) for value in (figure.low, figure.high))
-        table.add_row(
-            f"{figure.name}, {figure.unit}",
-            format(figure.value, digits),
-            f"{low} to {high}",
-            "" if figure.bound is None else f"at most {figure.bound:.0%}",
-        )
-    console().print(f"pair {cost.pair}, batch {batch}, {rounds} rounds of {steps} steps")
-    console().print(table)
-    return int(cost.value > cost.bound)
+    click.echo(f"pair {pair}, batch {batch}, {rounds} rounds of {steps} steps; 95 % intervals", err=True)
+    return print_figures(figures, as_json)

@@ -97,21 +97,20 @@ def distill_command(
 
     recipe = read_recipe(recipe_name)
     set_threads(threads)
+    training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
     if dry_run:
-        _dry_run(recipe)
+        if unused := [name for name, value in (("PAIR", pair), ("--data", data), ("--held-out", held_out)) if value]:
+            raise click.UsageError(f"--dry-run makes its own pair and data: leave out {', '.join(unused)}")
+        _dry_run(recipe.model_copy(update={"training": training}))
         return
     if out is None:
         raise click.UsageError("--out is missing: the folder that the pair shall be written to")
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new folder")
-    training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
     if data is not None and held_out is None:
         sources["held_out"] = recipe.data.held_out or "shipped"
-    overridden = recipe.data.model_validate(
-        recipe.data.model_dump() | {key: value for key, value in sources.items() if value is not None}
-    )
-    _train(pair, recipe, overridden, out, training, standalone=standalone, resume=resume)
+    _train(pair, recipe, changed(recipe.data, **sources), out, training, standalone=standalone, resume=resume)
 
 
 @click.command("distill-plot")

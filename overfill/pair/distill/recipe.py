@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -64,7 +64,7 @@ class Training(_Frozen):
     temperature: PositiveFloat = 1.0
     top_tokens: Annotated[int, Field(ge=0)] = 0
     sampled_tokens: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     recompute_activations: bool = False
     fused: bool = False
     eval_steps: Positive = 50
@@ -89,7 +89,8 @@ class Data(_Frozen):
     """Where conversations come from.
 
     Attributes:
-        source: ``shipped``, a file of JSON lines, or the id of a data set on the Hugging Face hub.
+        source: ``shipped``, a file of JSON lines, or the id of a data set on the Hugging Face hub, where ``:split`` may
+            follow in place of ``split``.
         split, held_out_split: of a hub data set; a file and the shipped set need none.
         column: of a hub data set, with messages of ``role`` and ``content`` (or ``from`` and ``value``).
         held_out: ``shipped`` or a file; None takes ``held_out_split``.
@@ -170,18 +171,21 @@ def read_recipe(name_or_file: str) -> Recipe:
         raise InvalidRequest("recipe", f"{name_or_file}: {describe(error)}") from None
 
 
-def changed(training: Training, **changes: object) -> Training:
-    """``training`` with the changes that are not None; a length (steps, minutes, epochs) replaces any other.
+_Part = TypeVar("_Part", Training, Data)
+
+
+def changed(part: _Part, **changes: object) -> _Part:
+    """A part of a recipe with the changes that are not None; a length (steps, minutes, epochs) replaces any other.
 
     Raises:
         InvalidRequest: a value is out of range.
     """
-    values = training.model_dump()
+    values = part.model_dump()
     given = {key: value for key, value in changes.items() if value is not None}
     if given.keys() & {"steps", "minutes", "epochs"}:
         values |= {"steps": None, "minutes": None, "epochs": None}
     try:
-        return Training.model_validate(values | given)
+        return type(part).model_validate(values | given)
     except ValidationError as error:
         raise InvalidRequest("", describe(error)) from None
 

@@ -14,8 +14,8 @@ def test_a_median_shows_the_rounds_that_it_is_of(capsys):
     assert (figure.value, figure.low, figure.high) == (2.5, 1.0, 3.0)
     assert print_figures([figure], as_json=False) == 0
     out = capsys.readouterr().out
-    assert "1.00 to 3.00" in out
-    assert "raw: 4.00" in out
+    assert "1 to 3" in out
+    assert "raw: 4" in out
 
 
 def test_json_is_one_line_for_each_figure(capsys):

@@ -55,6 +55,9 @@ def test_a_pair_is_distilled_and_drawn(tmp_path: Path, chats: str) -> None:
         (["somewhere", "--out", "."], "exists already"),
         (["--out", "new"], "this recipe is for any pair: name one"),
         (["somewhere", "--out", "new", "--learning-rate", "-1"], "learning_rate"),
+        (["somewhere", "--out", "new", "--max-tokens", "0"], "max_tokens"),
+        (["somewhere", "--out", "new", "--seed", "-1"], "seed"),
+        (["somewhere", "--dry-run"], "leave out PAIR"),
         (["--dry-run"], "needs the sizes of both models"),
     ],
 )
