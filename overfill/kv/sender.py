@@ -112,13 +112,14 @@ class KvSender:
             asked.add(box)
 
     async def chunks(self, ranges: Sequence[KvRange], slots: Slots | None = None) -> AsyncGenerator[bytes, None]:
-        """Encoded chunks that cover ``ranges``, each as soon as it is computed; at most 1 MiB of payload.
+        """Messages of encoded chunks that cover ``ranges``, each as soon as it is computed.
 
-        While one is being sent, the next is read. ``ranges`` have passed ``check_ranges``.
+        Chunks that are ready together share a message. While one is being sent, the next is read. ``ranges`` have
+        passed ``check_ranges``.
 
         Args:
-            slots: shared memory that takes the payloads; chunks that are ready together then share a message. None
-                leaves payloads in the chunks.
+            slots: shared memory that takes the payloads, of ``MAX_SHARED_PAYLOAD`` bytes at most; None leaves payloads
+                in the chunks, of ``MAX_CHUNK_PAYLOAD`` at most.
         """
         sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
         reading: asyncio.Future[bytes] | None = None
