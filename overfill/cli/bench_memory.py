@@ -11,7 +11,7 @@ from overfill.cli.output import print_figures
 
 @click.command("memory")
 @click.option("--pair", default="fast", show_default=True, help="default, fast, identity, or the folder of a pair.")
-@click.option("--requests", type=click.IntRange(1_000), default=10_000, show_default=True, help="How many to answer.")
+@click.option("--requests", type=click.IntRange(640), default=10_000, show_default=True, help="How many to answer.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own choice]")
 @click.option("--allowed", type=click.IntRange(0), default=16, show_default=True, help="MiB of growth to put up with.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve to this file.")
