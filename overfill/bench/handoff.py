@@ -62,10 +62,12 @@ def measure_handoff(
 ) -> list[Figure]:
     """Measures ``rounds`` requests of ``tokens`` random tokens, after one that is not counted.
 
+    Args:
+        threads: of each worker; this process, which computes the plain prefills, is ``tuned`` to as many.
+
     Raises:
         StartFailed: the stack did not come up.
     """
-    torch.set_num_threads(threads)
     settings = {"dtype": dtype, "log_level": "error", "token_budget": tokens, "grace_period": 2}
     settings |= {"same_host": same_host, "kv_codec": kv_codec}
     plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from overfill.engine.hosting import tuned
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import KvRange
@@ -23,7 +24,6 @@ from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
 from overfill.kv.wire import SERVICE, add_prefill_to_server
-from overfill.pair.memory import freed_memory_kept
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
@@ -97,6 +97,5 @@ async def _serve(layers: str, heads: str, head_dim: str, dtype: str, tokens: str
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with freed_memory_kept(64 << 20):  # as in a worker
+    with tuned(threads=1):  # as a worker is
         asyncio.run(_serve(*sys.argv[1:]))

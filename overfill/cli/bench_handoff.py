@@ -51,9 +51,9 @@ def handoff_command(
     Exit code 1 when a bound is not reached.
     """
     from overfill.bench.handoff import measure_handoff
-    from overfill.pair.memory import freed_memory_kept
+    from overfill.engine.hosting import tuned
 
-    with freed_memory_kept(64 << 20):  # as in a worker
+    with tuned(threads):  # as a worker is
         figures = measure_handoff(
             _pair(pair),
             tokens,

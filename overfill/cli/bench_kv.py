@@ -28,19 +28,16 @@ def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: i
 
     Beside it, in the same rounds, a raw gRPC stream of 1 MiB messages. Exit code 1 when a bound is not reached.
     """
-    import torch
-
     from overfill.bench.kv import measure
+    from overfill.engine.hosting import tuned
     from overfill.pair.manifest import Pair
-    from overfill.pair.memory import freed_memory_kept
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
-    torch.set_num_threads(1)
-    with progress_bars() as report:
-        folder = resolve_pair(pair, report)
-    spec = Pair.load(folder).full_config.kv_spec(dtype)
-    with freed_memory_kept(64 << 20):  # as in a worker
+    with tuned(threads=1):  # as a worker is
+        with progress_bars() as report:
+            folder = resolve_pair(pair, report)
+        spec = Pair.load(folder).full_config.kv_spec(dtype)
         figures = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
     size = tokens * spec.token_bytes / 1e6
     click.echo(f"{size:.1f} MB of KV per transfer, {streams} streams, medians of {rounds} rounds", err=True)
