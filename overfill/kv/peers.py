@@ -57,12 +57,8 @@ class PeerPool:
         key = (target.worker_id, target.incarnation)
         entry = self._entries.get(key)
         retired: list[PrefillPeer] = []
-        if entry is not None and entry.peer.lost_link and entry.users == 0:
-            self._forget(key, entry)
-            retired = [entry.peer]
-            entry = None
-        if entry is None:
-            retired += self._retire(target.worker_id)
+        if entry is None or (entry.peer.lost_link and entry.users == 0):
+            retired = self._retire(target.worker_id)
             peer = PrefillPeer(target, self._streams, self._tls, self._same_host)
             entry = _Entry(peer, asyncio.ensure_future(peer.handshake(self._identity)))
             self._entries[key] = entry
@@ -88,7 +84,7 @@ class PeerPool:
             del self._entries[key]
 
     def _retire(self, worker_id: str) -> list[PrefillPeer]:
-        """Forgets other incarnations of a worker, and what was not used for long.
+        """Forgets all connections to a worker that is to be connected anew, and what was not used for long.
 
         Returns those to close now; the rest end with their last user.
         """
