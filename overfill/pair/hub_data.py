@@ -18,8 +18,7 @@ def hub_conversations(dataset: str, count: int) -> list[Conversation]:
     Raises:
         InvalidRequest: as ``load_hub``.
     """
-    name, _, split = dataset.partition(":")
-    rows = load_hub(name, split or "train", *_COLUMNS)
+    rows = load_hub(dataset, "train", *_COLUMNS)
     column = next(name for name in _COLUMNS if name in rows.column_names)
     found: list[Conversation] = []
     for row in rows:
@@ -53,9 +52,14 @@ def as_conversation(messages: Any) -> Conversation | None:
 def load_hub(dataset: str, split: str, *columns: str) -> Any:
     """Rows of the data set ``dataset``, which has one of ``columns``.
 
+    Args:
+        split: unless ``dataset`` names one, as ``owner/name:split``.
+
     Raises:
         InvalidRequest: it cannot be loaded; the message says what to do.
     """
+    dataset, _, own_split = dataset.partition(":")
+    split = own_split or split
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:

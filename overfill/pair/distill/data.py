@@ -53,8 +53,7 @@ def _load(
     elif Path(source).exists():
         conversations = read_conversations(Path(source), "data")
     elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):
-        name, _, own_split = source.partition(":")
-        return HubTranscripts(load_hub(name, own_split or split, data.column), data, tokenizer)
+        return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:
         raise InvalidRequest("data", f"{source} is neither `shipped`, nor a file, nor the id of a hub data set")
     return [t for t in encode(conversations, tokenizer, data.max_tokens) if _teaches(t)]
