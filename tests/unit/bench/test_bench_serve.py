@@ -165,7 +165,7 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     assert len(lines) == MOST_STEPS
     assert all(line.endswith("0 % met the objective") for line in lines)
     assert {(row["saturates"], row["not_saturated"]) for row in rows} == {("a", None)}
-    assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-4, abs=0.01)  # two digits are printed
+    assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3, abs=0.01)  # rates differ by 15 %
 
 
 def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
