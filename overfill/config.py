@@ -30,8 +30,9 @@ from pydantic_settings import (
 
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
-from overfill.kv.spec import DTypeName
+from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.logs import LogFormat
+from overfill.names import CodecName
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
 from overfill.rpc.constants import MAX_DATA_STREAMS, SPARE_RPCS
@@ -411,8 +412,15 @@ class DecodeConfig(WorkerConfig):
     program = "overfill-decode"
     section = "decode"
 
-    kv_codec: Literal["raw", "int8", "fp8"] = Field(
-        "raw", description="how prompts' KV travels, unless a request says; int8 and fp8 halve it and cost some quality"
+    kv_codec: CodecName | None = Field(
+        None,
+        description="how prompts' KV travels, unless a request says; int8 and fp8 halve it and cost some quality; by "
+        "default raw, and int8 where it is to be held so",
+    )
+    kv_cache_dtype: KvCacheDtype = Field(
+        "auto",
+        description="what KV is held as: auto is --dtype; int8 takes half of bfloat16's memory and bytes per token, "
+        "and costs some quality",
     )
     cuda_graphs: Literal["on", "off"] = Field(
         "off", description="whether decode steps on a GPU are recorded and replayed as CUDA graphs"
@@ -420,6 +428,11 @@ class DecodeConfig(WorkerConfig):
     data_streams: int = Field(
         2, ge=1, le=MAX_DATA_STREAMS, description="parallel connections that carry a request's KV"
     )
+
+    @property
+    def codec(self) -> CodecName:
+        """In which KV is asked for, unless a request says."""
+        return self.kv_codec or ("int8" if self.kv_cache_dtype == "int8" else "raw")
 
 
 class RouterConfig(ServiceConfig):

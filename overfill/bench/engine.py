@@ -19,7 +19,7 @@ from overfill.bench.rounds import Plan, Sample, in_turns
 from overfill.bench.rows import Row
 from overfill.engine.build import native_dtype, resolve_device
 from overfill.kv.cache import TORCH_DTYPES
-from overfill.kv.spec import DTypeName
+from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.model.config import Quantization
 from overfill.pair.manifest import Pair
 from overfill.pair.progress import Report, silent
@@ -34,6 +34,7 @@ class Setting:
     Attributes:
         dtype: None takes what the device computes in.
         quantize: of the decoder's matrices; None: as the pair says.
+        kv_cache_dtype: how the decoder holds KV.
         cuda_graphs: whether our decode steps are replayed; on a CUDA device only.
         token_budget: most prompt tokens in a step, ours and the peers'.
     """
@@ -45,6 +46,7 @@ class Setting:
     threads: int
     peers: tuple[str, ...]
     plan: Plan
+    kv_cache_dtype: KvCacheDtype = "auto"
     cuda_graphs: bool = False
     token_budget: int = 2048
 
@@ -82,6 +84,7 @@ class _Bench:
             context=context,
             dtype=self.dtype,
             weights=engine.weights,
+            kv_cache=engine.kv_cache,
             threads=self.setting.threads,
             device=str(self.device),
             bandwidth=result.machine.bandwidth,
@@ -187,6 +190,7 @@ def _loaded(setting: Setting, workload: Workload, report: Report) -> Iterator[_B
             dtype=dtype,
             device=device,
             quantize=setting.quantize,
+            kv_cache_dtype=setting.kv_cache_dtype,
             cuda_graphs=setting.cuda_graphs,
             workload=workload,
             token_budget=setting.token_budget,

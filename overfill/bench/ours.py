@@ -29,7 +29,7 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
-from overfill.kv.spec import DTypeName
+from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.metrics import DecodeMetrics
 from overfill.model.config import Quantization
 from overfill.pair.manifest import Pair
@@ -57,6 +57,7 @@ def load_engines(
     dtype: DTypeName | None,
     device: torch.device,
     quantize: Quantization | None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     workload: Workload,
     token_budget: int,
     cuda_graphs: bool = False,
@@ -65,6 +66,7 @@ def load_engines(
 
     Args:
         quantize: what the decoder's matrices are turned into; None: as the pair says.
+        kv_cache_dtype: how the decoder holds KV.
 
     Raises:
         NotEnoughMemory: the workload does not fit.
@@ -82,13 +84,15 @@ def load_engines(
             max_model_len=None,
             warm_tokens=token_budget,
             max_num_seqs=workload.batch,
+            kv_cache_dtype="auto" if half == "full" else kv_cache_dtype,
         )
         memory = workload.cache_bytes(loaded.spec.token_bytes)
         return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE, cuda_graphs=cuda_graphs)[0]
 
     full = load("full")
     ours = OurEngine("full", full, full, token_budget)
-    return ours, None if pair.identity else OurEngine("decoder", full, load("decoder"), token_budget)
+    alone = pair.identity and kv_cache_dtype == "auto"
+    return ours, None if alone else OurEngine("decoder", full, load("decoder"), token_budget)
 
 
 class OurEngine:
@@ -111,13 +115,18 @@ class OurEngine:
     def cost(self) -> ModelCost:
         """Of the model that decodes."""
         model = self._parts.runner.model
-        return ModelCost.of(model.config, model.bytes_read, self._parts.runner.cache.spec.token_bytes)
+        return ModelCost.of(model.config, model.bytes_read, self._parts.runner.cache.token_bytes)
 
     @property
     def weights(self) -> str:
         """What the matrices of the model that decodes are made of: "bfloat16", "int8" and so on."""
         model = self._parts.runner.model
         return str(model.dtype).removeprefix("torch.") if model.quantize == "none" else model.quantize
+
+    @property
+    def kv_cache(self) -> str:
+        """What KV is held as while answers are written."""
+        return str(self._parts.runner.cache.held_as).removeprefix("torch.")
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)

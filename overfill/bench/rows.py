@@ -23,6 +23,7 @@ class Row:
         hint: what to do about a missing peer.
         context: tokens per sequence: a decode step's mean context, or a prompt's length.
         weights: what the model's matrices are made of; ``dtype`` is what is computed in.
+        kv_cache: what KV is held as.
         bandwidth, matrix_rate: bytes and floating-point operations per second of this machine, in this run.
     """
 
@@ -36,6 +37,7 @@ class Row:
     context: int
     dtype: str
     weights: str
+    kv_cache: str
     threads: int
     device: str
     bandwidth: float

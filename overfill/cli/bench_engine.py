@@ -15,7 +15,7 @@ from overfill.cli.output import console
 if TYPE_CHECKING:
     from overfill.bench.engine import Setting
     from overfill.bench.rows import Row
-    from overfill.kv.spec import DTypeName
+    from overfill.kv.spec import DTypeName, KvCacheDtype
     from overfill.model.config import Quantization
     from overfill.pair.progress import Report
 
@@ -69,6 +69,13 @@ def _common_options(command: _F) -> _F:
 @click.option(
     "--quantize", type=click.Choice(["none", "int8"]), help="The decoder's matrices.  [default: as the pair says]"
 )
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="How the decoder holds KV; with int8, --pair identity has a decoder too.",
+)
 @click.option("--cuda-graphs", is_flag=True, help="Record our steps and replay them, on a CUDA device.")
 def decode_command(
     pair: str,
@@ -83,6 +90,7 @@ def decode_command(
     context: int,
     steps: int,
     quantize: Quantization | None,
+    kv_cache_dtype: KvCacheDtype,
     cuda_graphs: bool,
 ) -> None:
     """Tokens per second while answers are written: full model and decoder, at each batch.
@@ -94,7 +102,7 @@ def decode_command(
 
     def measure(report: Report) -> Iterator[Row]:
         setting = _setting(pair, peers, dtype, threads, device, quantize, Plan(rounds, steps), report)
-        setting = replace(setting, cuda_graphs=cuda_graphs)
+        setting = replace(setting, kv_cache_dtype=kv_cache_dtype, cuda_graphs=cuda_graphs)
         return bench_decode(setting, batches, context, report)
 
     _print("decode, tokens/s", measure, plot, as_json)

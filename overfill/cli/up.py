@@ -77,6 +77,9 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--token-budget", help="Most prompt tokens a prefill worker computes in one step.")
 @click.option("--data-streams", help="Parallel connections that carry a request's KV.")
 @click.option("--kv-codec", type=click.Choice(["raw", "int8", "fp8"]), help="How KV travels.  [default: raw]")
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(["auto", "int8"]), help="How decode workers hold KV.  [default: auto]"
+)
 @click.option("--same-host", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
 @click.option("--prefix-cache", type=click.Choice(["on", "off"]), help="Keep prompts' KV for others.  [default: on]")
 @click.option("--prefill-policy", type=click.Choice(list(POLICIES)), help=f"[default: {PREFILL_DEFAULT}]")

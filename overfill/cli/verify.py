@@ -138,11 +138,13 @@ def check_stack(status: StackStatus, pair: Pair) -> None:
         if process.kv is None or process.model is None:
             raise CannotVerify(f"{process.id} does not say what it runs")
         is_decode = process.stage == "decode"
-        if process.kv.dtype != "float32" or (is_decode and process.codec != "raw"):
+        held = process.model.kv_cache_dtype
+        if process.kv.dtype != "float32" or held or (is_decode and process.codec != "raw"):
             codec = f", {process.codec} codec" if is_decode else ""
+            held = f", with KV held as {held}" if held else ""
             raise CannotVerify(
-                f"{process.id} runs in {process.kv.dtype}{codec}; answers can be compared only in float32 with the "
-                "raw codec: start the stack with `overfill up --dtype float32`"
+                f"{process.id} runs in {process.kv.dtype}{codec}{held}; answers can be compared only in float32 with "
+                "the raw codec and KV held as it is: start the stack with `overfill up --dtype float32`"
             )
         expected = {"full model": pair.full_digest, "tokenizer": pair.tokenizer_digest}
         found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}

@@ -59,7 +59,8 @@ class WorkerLoad:
 class ModelIdentity:
     """Which pair a worker holds.
 
-    ``decoder_digest`` is empty on prefill workers, and ``decoder_quantize`` unless weights are rounded on load.
+    ``decoder_digest`` is empty on prefill workers, ``decoder_quantize`` unless weights are rounded on load, and
+    ``kv_cache_dtype`` unless KV is.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ModelIdentity:
     decoder_digest: str
     tokenizer_digest: str
     decoder_quantize: str
+    kv_cache_dtype: str
 
     @classmethod
     def from_proto(cls, message: common_pb2.ModelIdentity) -> ModelIdentity:

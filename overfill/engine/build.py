@@ -22,8 +22,9 @@ from overfill.grammar import Grammars
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.kv.handshake import KvIdentity
+from overfill.kv.int8_cache import new_cache
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.spec import DTypeName, KvSpec
+from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.model.config import ModelConfig
 from overfill.model.graphs import GATHERED_BYTES, CudaRecorder, GraphedTransformer
 from overfill.model.native.transformer import fastest
@@ -56,7 +57,7 @@ class CacheDemand:
 
     Attributes:
         block_bytes: of one KV block, all layers.
-        token_layer_bytes: of one token's keys and values in one layer.
+        token_layer_bytes: of one token's keys and values in one layer, as attention gathers them.
         longest: most tokens of one sequence.
         step_tokens: most new tokens in a step of several per sequence.
         activations: bytes that a measured step took without attending to cached tokens.
@@ -105,6 +106,7 @@ class EngineParts:
 
     Attributes:
         kv: geometry of the **full** model's KV in this stack's dtype; what travels.
+        kv_cache_dtype: how this half holds it.
         max_model_len: most tokens of prompt and answer together.
         grammars: compiles what answers must look like.
     """
@@ -116,6 +118,7 @@ class EngineParts:
     pair: Pair
     max_model_len: int
     grammars: Grammars
+    kv_cache_dtype: KvCacheDtype = "auto"
 
     def model_identity(self, half: Half) -> common_pb2.ModelIdentity:
         return common_pb2.ModelIdentity(
@@ -124,6 +127,7 @@ class EngineParts:
             decoder_digest=self.pair.decoder_digest if half == "decoder" else "",
             tokenizer_digest=self.pair.tokenizer_digest,
             decoder_quantize=self.pair.quantize if half == "decoder" and self.pair.quantize != "none" else "",
+            kv_cache_dtype=self.kv_cache_dtype if self.kv_cache_dtype != "auto" else "",
         )
 
     def prefix_cache(self, enabled: bool) -> PrefixCache:
@@ -167,6 +171,7 @@ class LoadedHalf:
     spec: KvSpec
     full_spec: KvSpec
     demand: CacheDemand
+    kv_cache_dtype: KvCacheDtype
 
 
 def build_engine_parts(
@@ -180,6 +185,7 @@ def build_engine_parts(
     max_model_len: int | None,
     warm_tokens: int,
     max_num_seqs: int = 64,
+    kv_cache_dtype: KvCacheDtype = "auto",
     memory_fraction: float = MEMORY_FRACTION,
     cuda_graphs: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -198,6 +204,7 @@ def build_engine_parts(
         max_model_len=max_model_len,
         warm_tokens=warm_tokens,
         max_num_seqs=max_num_seqs,
+        kv_cache_dtype=kv_cache_dtype,
         progress=progress,
     )
     return size_pools([loaded], kv_memory, max_model_len, memory_fraction, cuda_graphs)[0]
@@ -213,6 +220,7 @@ def load_half(
     max_model_len: int | None,
     warm_tokens: int,
     max_num_seqs: int,
+    kv_cache_dtype: KvCacheDtype = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedHalf:
     """Loads one half and runs its largest steps once; a decoder is quantised as the pair says.
@@ -222,6 +230,7 @@ def load_half(
         max_model_len: None takes the model's context.
         warm_tokens: most tokens in one step of several per sequence.
         max_num_seqs: most sequences in one step.
+        kv_cache_dtype: how the half is to hold KV.
 
     Raises:
         InvalidRequest: ``max_model_len`` is more than the model's context.
@@ -248,12 +257,15 @@ def load_half(
     step_tokens = min(warm_tokens, longest)
     advice = "free some of it, or give a smaller --token-budget or --max-num-seqs"
     with _out_of_memory(f"a step of {step_tokens} tokens", device, advice):
-        block_bytes, activations = _profile(model, spec, block_size, step_tokens, max_num_seqs)
-    demand = CacheDemand(
-        block_bytes, block_size, spec.token_layer_bytes, longest, max_num_seqs, step_tokens, activations
-    )
+        warm = step_tokens if device.type == "cuda" else min(step_tokens, _CPU_WARM_TOKENS)
+        scratch = new_cache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
+        activations = _profile(model, scratch, step_tokens, max_num_seqs)
+    # Codes are gathered before they become keys and values.
+    coded = 0 if kv_cache_dtype == "auto" else scratch.token_bytes // spec.num_layers
+    gathered = spec.token_layer_bytes + coded
+    demand = CacheDemand(scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations)
     full_spec = spec if half == "full" else ModelConfig.load(pair.full_path).kv_spec(dtype)
-    return LoadedHalf(half, pair, model, spec, full_spec, demand)
+    return LoadedHalf(half, pair, model, spec, full_spec, demand, kv_cache_dtype)
 
 
 def size_pools(
@@ -298,7 +310,7 @@ def size_pools(
     for half, num_blocks in zip(halves, blocks, strict=True):
         longest = _longest(half.demand, num_blocks, max_model_len)
         with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.demand.block_bytes)}", device, advice):
-            cache = KvCache(half.spec, num_blocks, half.demand.block_size, device)
+            cache = new_cache(half.spec, num_blocks, half.demand.block_size, device, half.kv_cache_dtype)
         log.info(
             "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
@@ -307,7 +319,12 @@ def size_pools(
         if cuda_graphs and isinstance(model, Transformer):
             model = GraphedTransformer(model, cache, CudaRecorder(device))
         runner, pool = ModelRunner(model, cache), BlockPool(num_blocks, cache.block_size)
-        parts.append(EngineParts(runner, pool, half.model.config, half.full_spec, half.pair, longest, _grammars(half)))
+        grammars = _grammars(half)
+        parts.append(
+            EngineParts(
+                runner, pool, half.model.config, half.full_spec, half.pair, longest, grammars, half.kv_cache_dtype
+            )
+        )
     return parts
 
 
@@ -330,24 +347,24 @@ def _longest(demand: CacheDemand, num_blocks: int, max_model_len: int | None) ->
     return longest
 
 
-def _profile(model: Model, spec: KvSpec, block_size: int, tokens: int, max_num_seqs: int) -> tuple[int, int]:
-    """Runs the largest steps on a scratch cache. Bytes of a KV block and, measured on CUDA only, of activations."""
+def _profile(model: Model, scratch: KvCache, tokens: int, max_num_seqs: int) -> int:
+    """Runs the largest steps on ``scratch``, as far as it holds them; bytes of activations, measured on CUDA only."""
     device = model.device
     on_cuda = device.type == "cuda"
+    tokens = min(tokens, scratch.num_blocks * scratch.block_size)
     if not on_cuda:
-        tokens, max_num_seqs = min(tokens, _CPU_WARM_TOKENS), 1
-    blocks = list(range(-(-tokens // block_size)))
-    scratch = ModelRunner(model, KvCache(spec, len(blocks), block_size, device))
+        max_num_seqs = 1
+    runner, blocks = ModelRunner(model, scratch), list(range(scratch.num_blocks))
     before = torch.cuda.memory_allocated(device) if on_cuda else 0
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    scratch.run([Work([0] * tokens, 0, blocks, wants_logits=True)])
+    runner.run([Work([0] * tokens, 0, blocks, wants_logits=True)])
     # All write to one block: what they compute does not matter.
-    logits = scratch.run([Work([0], 0, blocks[:1], wants_logits=True)] * max_num_seqs)
+    logits = runner.run([Work([0], 0, blocks[:1], wants_logits=True)] * max_num_seqs)
     costly = SamplingParams(top_k=model.config.vocab_size, top_p=0.9, min_p=0.01, seed=0, logprobs=MAX_LOGPROBS)
     sample(torch.zeros_like(logits), [costly] * max_num_seqs, [1] * max_num_seqs, [0] * max_num_seqs)
-    scratch.synchronize()
-    return scratch.cache.block_bytes, torch.cuda.max_memory_allocated(device) - before if on_cuda else 0
+    runner.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before if on_cuda else 0
 
 
 def _free_memory(device: torch.device) -> int:

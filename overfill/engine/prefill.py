@@ -32,7 +32,7 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cache import DeviceEvent
+from overfill.kv.cells import DeviceEvent
 from overfill.kv.prefix import PrefixCache
 from overfill.metrics import PrefillMetrics
 

@@ -73,7 +73,7 @@ class ModelRunner:
     def __init__(self, model: Model, cache: KvCache) -> None:
         self.model = model
         self.cache = cache
-        self.device = cache.k.device
+        self.device = cache.device
         self.token_layer_bytes = cache.spec.token_layer_bytes
 
     def run(

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from overfill.kv.cache import DeviceEvent
+from overfill.kv.cells import DeviceEvent
 from overfill.model.processors import LogitProcessor
 from overfill.model.sampling import SampledToken
 from overfill.params import SamplingParams

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overfill.errors import TransferFailed
-from overfill.kv.pieces import Piece, digest
+from overfill.kv.pieces import Piece, digest, is_damaged
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, SCALE_BYTES, KvSpec
 from overfill.kv.wire import Blank, Buffer, Frame, WireChunk, frame, lay_out
@@ -116,7 +116,7 @@ def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
         TransferFailed: naming what is wrong: transfer, attempt, dtype, codec, length or checksum.
     """
     piece = check_head(spec, chunk)
-    if piece.checksum != digest(piece.header, chunk.scales, chunk.payload):
+    if is_damaged(piece):
         raise wrong_checksum(piece.box)
     return piece.box
 
@@ -146,4 +146,4 @@ def check_head(spec: TransferSpec, chunk: WireChunk) -> Piece:
         raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, its shape needs {expected}")
     if len(chunk.scales) != spec.scales_bytes(box):
         raise TransferFailed(f"chunk of {box} has {len(chunk.scales)} bytes of scales, not {spec.scales_bytes(box)}")
-    return Piece(box, chunk.payload, _header(head, chunk.scales, chunk.payload), head.checksum)
+    return Piece(box, chunk.payload, _header(head, chunk.scales, chunk.payload), head.checksum, chunk.scales)

@@ -46,6 +46,12 @@ def encode(codec: common_pb2.KvCodec, dtype: DTypeName, head_dim: int, raw: memo
     return scales.numpy().reshape(-1).view(np.uint8).data, codes.view(torch.uint8).numpy().reshape(-1).data
 
 
+def check_scales(scales: Buffer) -> None:
+    """Raises TransferFailed when a scale is no finite number."""
+    if not np.isfinite(np.frombuffer(scales, dtype=np.float32)).all():
+        raise TransferFailed("a chunk has a scale that is no finite number")
+
+
 def decode(codec: common_pb2.KvCodec, dtype: DTypeName, head_dim: int, scales: Buffer, payload: Buffer) -> Buffer:
     """The vectors that ``encode`` was given, nearly, as bytes.
 
@@ -53,9 +59,8 @@ def decode(codec: common_pb2.KvCodec, dtype: DTypeName, head_dim: int, scales: B
         TransferFailed: a scale is no finite number.
     """
     kind, _ = _CODES[codec]
+    check_scales(scales)
     # Through copies: torch refuses to look at a read-only buffer without a warning.
     factors = torch.frombuffer(bytearray(scales), dtype=torch.float32).unsqueeze(1)
-    if not torch.isfinite(factors).all():
-        raise TransferFailed("a chunk has a scale that is no finite number")
     codes = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(kind).view(-1, head_dim)
     return restore(factors, codes, TORCH_DTYPES[dtype]).view(torch.uint8).numpy().reshape(-1).data

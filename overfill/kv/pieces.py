@@ -17,14 +17,16 @@ class Piece:
 
     Attributes:
         payload: keys then values, each [layers, tokens, heads, head_dim].
+        scales: of a payload of int8 codes, keys' then values', each [layers, tokens, heads] float32; empty: it is none.
         header: what the checksum covers before the payload; empty: there is no checksum.
-        checksum: XXH3-64 of both.
+        checksum: XXH3-64 of header, scales and payload.
     """
 
     box: KvRange
     payload: Buffer
     header: bytes = b""
     checksum: int = 0
+    scales: Buffer = b""
 
 
 def digest(*parts: Buffer) -> int:
@@ -37,7 +39,7 @@ def digest(*parts: Buffer) -> int:
 
 def is_damaged(piece: Piece) -> bool:
     """Whether it has a checksum, and that is not its own."""
-    return bool(piece.header) and digest(piece.header, piece.payload) != piece.checksum
+    return bool(piece.header) and digest(piece.header, piece.scales, piece.payload) != piece.checksum
 
 
 def first_damaged(pieces: Sequence[Piece]) -> int:

@@ -41,6 +41,18 @@ class KvRange:
         """Layer x token x head cells; each holds one key and one value of head_dim elements."""
         return self.num_layers * self.num_tokens * self.num_heads
 
+    @property
+    def layers(self) -> range:
+        return range(self.layer_start, self.layer_end)
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        return self.token_start, self.token_end
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.head_start, self.head_end
+
     def as_tuple(self) -> tuple[int, ...]:
         """The six numbers in wire order."""
         return (

@@ -33,7 +33,7 @@ from overfill.errors import (
 )
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check, check_head, wrong_checksum
-from overfill.kv.codecs import decode
+from overfill.kv.codecs import check_scales, decode
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.joining import to_the_end
 from overfill.kv.native.library import Rows
@@ -408,8 +408,9 @@ class PromptPull:
                 raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
             slot = chunk.head.shared.slot
             chunk.payload = link.payload(chunk.head.shared)
-        if self._spec.codec == common_pb2.KV_CODEC_RAW:
+        if self._spec.codec in (common_pb2.KV_CODEC_RAW, self._cache.codec):
             piece = check_head(self._spec, chunk)
+            check_scales(piece.scales)
         else:
             box = check(self._spec, chunk)
             spec = self._spec.kv

@@ -15,7 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
-from overfill.kv.cache import DeviceEvent, KvCache
+from overfill.kv.cache import KvCache
+from overfill.kv.cells import DeviceEvent
 from overfill.kv.chunks import TransferSpec, blank_piece, lay_out_raw, seal, seal_in_place
 from overfill.kv.codecs import encode
 from overfill.kv.joining import to_the_end

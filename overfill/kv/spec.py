@@ -9,6 +9,9 @@ from overfill.v1 import common_pb2
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
+KvCacheDtype = Literal["auto", "int8"]
+"""How a decode worker holds KV: auto is the dtype that everything is computed in."""
+
 DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
     "float32": common_pb2.DTYPE_FLOAT32,
     "bfloat16": common_pb2.DTYPE_BFLOAT16,

@@ -17,17 +17,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
+from overfill.v1 import common_pb2
 
 
 class AttentionPlan(Protocol):
     """Attention of one step, ready for every layer."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """
         Args:
             q: [T, num_heads, D], rotated.
             k, v: [T, num_kv_heads, D], of the new tokens; the cache holds the same.
-            k_cache, v_cache: [num_slots, num_kv_heads, D], one layer.
+            layer: of the cache.
 
         Returns:
             [T, num_heads * D] in ``q``'s dtype.
@@ -36,7 +37,7 @@ class AttentionPlan(Protocol):
 
 def plan_attention(batch: ForwardBatch, cache: KvCache) -> AttentionPlan:
     """Chooses the form that fits ``batch`` and prepares it."""
-    return _Decode.of(batch, cache) if batch.is_decode else _Varlen.of(batch, cache.block_size)
+    return _Decode.of(batch, cache) if batch.is_decode else _Varlen.of(batch, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class _Decode:
     product.
     """
 
+    cache: KvCache
     slots: Tensor  # [S * L] int64
     mask: Tensor  # [S, 1, 1, L] bool, true where the context is
     k: Tensor  # [S * L, num_kv_heads, D]: room for the gathered context, reused by every layer,
@@ -61,17 +63,17 @@ class _Decode:
         positions = torch.where(mask, positions, 0)
         blocks = batch.block_tables.gather(1, positions // block_size)
         slots = (blocks * block_size + positions % block_size).flatten()
-        room = (len(slots), cache.spec.num_kv_heads, cache.spec.head_dim)
-        return cls(slots, mask[:, None, None, :], cache.k.new_empty(room), cache.v.new_empty(room))
+        return cls(cache, slots, mask[:, None, None, :], cache.new_room(len(slots)), cache.new_room(len(slots)))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         num_seqs, _, head_dim = q.shape
         num_kv_heads = k.shape[1]
         context = (num_seqs, -1, num_kv_heads, head_dim)  # transposed below to [S, kv_heads, L, D]
+        keys, values = self.cache.gather(layer, self.slots, (self.k, self.v))
         out = scaled_dot_product_attention(
             q.reshape(num_seqs, num_kv_heads, -1, head_dim),  # [S, kv_heads, group, D]
-            torch.index_select(k_cache, 0, self.slots, out=self.k).view(context).transpose(1, 2),
-            torch.index_select(v_cache, 0, self.slots, out=self.v).view(context).transpose(1, 2),
+            keys.view(context).transpose(1, 2),
+            values.view(context).transpose(1, 2),
             attn_mask=self.mask,
         )
         return out.reshape(num_seqs, -1)
@@ -82,43 +84,42 @@ class _Segment:
     """New tokens ``rows`` of one sequence, and what they attend to."""
 
     rows: slice
-    slots: Tensor | None  # [context] int64; None: nothing but the new tokens themselves
-    mask: Tensor | None  # [new, context] bool; None: causal without cached tokens, or a single new token
+    slots: (
+        Tensor | None
+    )  # [context] int64; None: nothing but the new tokens themselves, which the cache holds as they are
+    mask: Tensor | None  # [new, context] bool; None: a single new token, or `causal`
+    causal: bool  # all of the context is new
 
 
 @dataclass(frozen=True, slots=True)
 class _Varlen:
     """Any number of new tokens per sequence, one sequence at a time, without padding."""
 
+    cache: KvCache
     segments: list[_Segment]
 
     @classmethod
-    def of(cls, batch: ForwardBatch, block_size: int) -> _Varlen:
-        segments = []
+    def of(cls, batch: ForwardBatch, cache: KvCache) -> _Varlen:
+        segments, block_size = [], cache.block_size
         start = 0
         for table, new, context in zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True):
             slots = mask = None
-            if new < context:
+            if new < context or cache.codec != common_pb2.KV_CODEC_RAW:
                 positions = torch.arange(context, device=table.device)
                 slots = table[positions // block_size] * block_size + positions % block_size
-                if new > 1:
+                if 1 < new < context:
                     mask = positions <= positions[context - new :].unsqueeze(1)
-            segments.append(_Segment(slice(start, start + new), slots, mask))
+            segments.append(_Segment(slice(start, start + new), slots, mask, new == context))
             start += new
-        return cls(segments)
+        return cls(cache, segments)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         num_tokens, num_heads, head_dim = q.shape
         out = q.new_empty(num_tokens, num_heads * head_dim)
         for segment in self.segments:
             rows, slots = segment.rows, segment.slots
-            out[rows] = _attend(
-                q[rows],
-                k[rows] if slots is None else k_cache.index_select(0, slots),
-                v[rows] if slots is None else v_cache.index_select(0, slots),
-                segment.mask,
-                is_causal=slots is None,
-            )
+            keys, values = (k[rows], v[rows]) if slots is None else self.cache.gather(layer, slots)
+            out[rows] = _attend(q[rows], keys, values, segment.mask, segment.causal)
         return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from overfill.kv.cache import KvCache
+from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.model.attention import plan_attention
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig, Quantization
@@ -166,12 +166,10 @@ class Transformer:
                 if on_layer_start is not None:
                     on_layer_start(index)
                 q, k, v = self._project(layer, self._norm(hidden, layer.input_norm), cos, sin)
-                k_cache, v_cache = cache.layer(index)
-                k_cache.index_copy_(0, batch.slots, k)
-                v_cache.index_copy_(0, batch.slots, v)
+                cache.put(index, batch.slots, k, v)
                 if on_kv_written is not None:
                     on_kv_written(index)
-                attended = attend(q, k, v, k_cache, v_cache)
+                attended = attend(q, k, v, index)
                 if index == last:  # behind its keys and values only the rows matter whose logits are asked for
                     attended, hidden = attended[batch.logits_indices], hidden[batch.logits_indices]
                 hidden = hidden + linear(attended, layer.o, layer.o_bias)
@@ -205,7 +203,7 @@ def check_cache(cache: KvCache, config: ModelConfig, dtype: torch.dtype) -> None
     """Raises ValueError unless ``cache`` has the shape and dtype of such a model's."""
     spec = cache.spec
     ours = (config.num_layers, config.num_kv_heads, config.head_dim, dtype)
-    theirs = (spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.k.dtype)
+    theirs = (spec.num_layers, spec.num_kv_heads, spec.head_dim, TORCH_DTYPES[spec.dtype])
     if ours != theirs:
         raise ValueError(f"the cache's (layers, KV heads, head_dim, dtype) are {theirs}; the model's are {ours}")
 

@@ -89,18 +89,20 @@ class KvSpec(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., rope: _Optional[_Union[RopeSpec, _Mapping]] = ...) -> None: ...
 
 class ModelIdentity(_message.Message):
-    __slots__ = ("name", "full_digest", "decoder_digest", "tokenizer_digest", "decoder_quantize")
+    __slots__ = ("name", "full_digest", "decoder_digest", "tokenizer_digest", "decoder_quantize", "kv_cache_dtype")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FULL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DECODER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DECODER_QUANTIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     full_digest: str
     decoder_digest: str
     tokenizer_digest: str
     decoder_quantize: str
-    def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("json_object", "json_schema", "regex", "lark")

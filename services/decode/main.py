@@ -27,7 +27,7 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
-    codec = CODECS[config.kv_codec]
+    codec = CODECS[config.codec]
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.same_host == "on")
     metrics = DecodeMetrics()
     servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec, metrics)

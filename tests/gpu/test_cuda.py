@@ -65,3 +65,22 @@ def test_kv_read_beside_a_running_step_is_what_was_written(pair):
     target.write([1, 7, 2], [[0], [1]], (2, 11), (0, 2), payload)
     taken, placed = source.slots([5, 0, 3], 2, 11), target.slots([1, 7, 2], 2, 11)
     assert torch.equal(target.layer(1)[1][placed], source.layer(1)[1][taken])
+
+
+def test_a_cache_of_int8_gives_what_one_on_the_cpu_does(pair):
+    from overfill.kv.int8_cache import Int8KvCache
+    from overfill.kv.spec import KvSpec, RopeSpec
+
+    spec = KvSpec(2, 2, 8, "bfloat16", RopeSpec())
+    k, v = torch.randn(2, 9, 2, 8).bfloat16()
+    found = []
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        cache = Int8KvCache(spec, 8, 4, device)
+        slots = cache.slots([5, 0, 3], 2, 11)
+        cache.put(1, slots, k.to(device), v.to(device))
+        found.append([half.cpu() for half in cache.gather(1, slots, (cache.new_room(9), cache.new_room(9)))])
+        payload = cache.read([5, 0, 3], [1], (2, 11), (0, 2))
+        cache.write([1, 7, 2], [[0]], (2, 11), (0, 2), payload)
+        found[-1] += [half.cpu() for half in cache.gather(0, cache.slots([1, 7, 2], 2, 11))]
+    for on_gpu, on_cpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)  # a last bit decides which way a code is rounded

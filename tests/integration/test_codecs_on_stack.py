@@ -50,3 +50,20 @@ def test_a_pool_s_codec_is_reported_and_refused_by_the_judge(tiny_pair, tmp_path
         )
     assert done.returncode == 2
     assert "raw codec" in done.stderr
+
+
+def test_a_decode_worker_that_holds_kv_as_int8_asks_for_it_so_and_takes_raw_kv_too(tiny_pair):
+    held_bytes = 4 * 2 * 2 * (16 + 4)
+    with (
+        running_stack(tiny_pair, kv_cache_dtype="int8", kv_memory="256KiB", max_model_len=256) as (_, address),
+        Client(address) as client,
+    ):
+        decode = next(w.process for w in client.status().workers if w.stage == "decode")
+        assert (decode.model.kv_cache_dtype, decode.codec) == ("int8", "int8")
+        assert decode.load.kv_blocks_total == 262144 // (16 * held_bytes)
+        coded = client.generate(PROMPT, sampling=GREEDY, trace=True)
+        assert (coded.codec, coded.trace.kv_bytes) == ("int8", RAW_BYTES * 20 // 64)
+        raw = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec="raw")
+        assert (raw.codec, raw.trace.kv_bytes) == ("raw", RAW_BYTES)
+        assert raw.token_ids == coded.token_ids  # rounded here, or before it left: the same codes
+        wait_until(lambda: idle(address), 5, "all blocks free")

@@ -20,18 +20,61 @@ struct AttentionShape {
     float log2_scale() const { return 1.44269504f / __builtin_sqrtf(static_cast<float>(dim)); }
 };
 
-// One layer of the cache, each [slots][kv_heads][dim].
+// One layer of the cache, each [slots][kv_heads][dim]: bfloat16, or codes and, [slots][kv_heads], their scales.
 struct KvLayer {
     bf16 *k, *v;
+    int8_t *k_codes, *v_codes;
+    float *k_scales, *v_scales;  // null: bfloat16
     size_t block_size, row;  // row: elements from one slot to the next
 
-    size_t at(const int64_t* table, size_t token) const {
-        return (table[token / block_size] * block_size + token % block_size) * row;
+    bool coded() const { return k_scales != nullptr; }
+    size_t slot(const int64_t* table, size_t token) const {
+        return table[token / block_size] * block_size + token % block_size;
+    }
+    size_t at(const int64_t* table, size_t token) const { return slot(table, token) * row; }
+
+    // Slots of tokens start..start + count, one after another; from `last` on that of the token before it.
+    void slots(const int64_t* table, size_t start, size_t count, size_t last, size_t* out) const {
+        size_t block = start / block_size, in = start % block_size, t = 0;
+        for (const size_t known = start < last ? std::min(count, last - start) : 0; t < known; in = 0, ++block) {
+            const size_t here = std::min(block_size - in, known - t), base = table[block] * block_size + in;
+            for (size_t i = 0; i < here; ++i) out[t + i] = base + i;
+            t += here;
+        }
+        for (const size_t end = slot(table, last - 1); t < count; ++t) out[t] = end;
     }
 };
 
+// x [n] as codes and a scale, as `kv.codecs.quantise` has it. A NaN or infinity makes the scale NaN.
+inline void store_codes(const float* x, size_t n, int8_t* codes, float* scale) {
+    __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
+        largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
+        poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
+    }
+    const float one = _mm512_reduce_max_ps(largest) / 127.0f;
+    *scale = one + _mm512_reduce_add_ps(poison);
+    const __m512 divisor = _mm512_set1_ps(one > 0 ? one : 1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i), divisor);
+        _mm512_mask_cvtsepi32_storeu_epi8(codes + i, lanes(n - i), _mm512_cvtps_epi32(v));
+    }
+}
+
 // Into the second-level cache: lines that come into the first one have few places to wait in.
 inline void prefetch(const bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+// o [32] = o * keep + what `low` and `high` hold: products with 16-bit pairs that `unpacklo` and `unpackhi` made. Each
+// 128-bit lane of the first holds four elements, that of the second the next four.
+inline void add_unpacked(float* o, float keep, __m512 low, __m512 high) {
+    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const __m512 factor = _mm512_set1_ps(keep);
+    const __m512 a = _mm512_permutex2var_ps(low, front, high), b = _mm512_permutex2var_ps(low, back, high);
+    _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_loadu_ps(o), factor, a));
+    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(_mm512_loadu_ps(o + 16), factor, b));
+}
 
 // Adds COUNT heads' weighted values of a chunk to their sums: out[i] = out[i] * keep[i] + p[i] @ v.
 // Meanwhile it fetches the next chunk's keys, unless `next_k` is null.
@@ -65,24 +108,15 @@ void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, con
                 sums[g][i] = _mm512_dpbf16_ps(sums[g][i], both, (__m512bh)pair[i]);
         }
     }
-    // Each 128-bit lane of the first vector of two holds four elements, that of the second the next four.
-    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 #pragma GCC unroll 8
     for (int g = 0; g < COUNT; ++g)
 #pragma GCC unroll 8
-        for (int i = 0; i < VECTORS; ++i) {
-            float* o = out + g * out_stride + 32 * i;
-            const __m512 factor = _mm512_set1_ps(keep[g]);
-            const __m512 a = _mm512_permutex2var_ps(sums[g][2 * i], front, sums[g][2 * i + 1]);
-            const __m512 b = _mm512_permutex2var_ps(sums[g][2 * i], back, sums[g][2 * i + 1]);
-            _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_loadu_ps(o), factor, a));
-            _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(_mm512_loadu_ps(o + 16), factor, b));
-        }
+        for (int i = 0; i < VECTORS; ++i)
+            add_unpacked(out + g * out_stride + 32 * i, keep[g], sums[g][2 * i], sums[g][2 * i + 1]);
 }
 
 // Softmax weights of one row of scores, in place of the running maximum and total: 2^(s * scale - maximum), sixteen at a
-// time to `store(i, weights)`, in bfloat16 and zeros behind `n`. Returns what the sums so far must be multiplied with.
+// time to `store(i, weights)`, zeros behind `n`. Returns what the sums so far must be multiplied with.
 template <class Store>
 inline float weigh_into(const float* scores, size_t n, float scale, float& maximum, float& total, Store store) {
     __m512 top = _mm512_set1_ps(-__builtin_inff());
@@ -95,7 +129,7 @@ inline float weigh_into(const float* scores, size_t n, float scale, float& maxim
         const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i), factor, offset);
         const __m512 weight = _mm512_maskz_mov_ps(lanes(n - i), exp2_coarse(x));
         sum = _mm512_add_ps(sum, weight);
-        store(i, narrow(weight));
+        store(i, weight);
     }
     const float keep = maximum == highest ? 1.0f : __builtin_exp2f(maximum - highest);
     total = total * keep + _mm512_reduce_add_ps(sum);
@@ -103,10 +137,10 @@ inline float weigh_into(const float* scores, size_t n, float scale, float& maxim
     return keep;
 }
 
-// The same into an array, filled up to a multiple of 16.
+// The same into an array of bfloat16, filled up to a multiple of 16.
 inline float weigh(const float* scores, size_t n, float scale, float& maximum, float& total, bf16* p) {
-    return weigh_into(scores, n, scale, maximum, total, [&](size_t i, __m256i weights) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), weights);
+    return weigh_into(scores, n, scale, maximum, total, [&](size_t i, __m512 weights) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), narrow(weights));
     });
 }
 
@@ -128,8 +162,14 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
     }
     for (size_t start = first; start < last; start += CHUNK) {
         const size_t n = last - start < CHUNK ? last - start : CHUNK;
-        for (size_t t = 0; t < 2 * CHUNK; ++t)
-            rows[t] = kv.at(table, start + t < last ? start + t : last - 1);
+        if (start == first) {
+            kv.slots(table, start, 2 * CHUNK, last, rows);
+            for (size_t t = 0; t < 2 * CHUNK; ++t) rows[t] *= kv.row;
+        } else {
+            memcpy(rows, rows + CHUNK, CHUNK * sizeof(size_t));
+            kv.slots(table, start + CHUNK, CHUNK, last, rows + CHUNK);
+            for (size_t t = CHUNK; t < 2 * CHUNK; ++t) rows[t] *= kv.row;
+        }
         for (size_t t = 0; t < n; t += 16) {
             // Fetched meanwhile, a few lines after each head: these tokens' values; in the first chunk, the next keys.
             const size_t row_lines = kv.row * sizeof(bf16) / 64, lines = 16 * row_lines;
@@ -150,7 +190,7 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
                                                                                   k + rows[t + j] + 32 * i));
                     dots[j] = sum;
                 }
-                _mm512_storeu_ps(scores + h * CHUNK + t, sums_of_16(dots));
+                _mm512_storeu_ps(scores + h * CHUNK + t, sums_of_16<>(dots));
                 for (size_t i = 0; i < each && fetched < lines; ++i, ++fetched) {
                     const size_t token = t + fetched / row_lines, element = fetched % row_lines * 32;
                     prefetch(kv.v + rows[token] + element);
@@ -214,14 +254,30 @@ inline void join_spans(const AttentionShape& s, const float* partials, size_t co
 inline size_t packed_keys(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
 inline size_t packed_values(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
 
+// Sixteen codes as the bfloat16 that they stand for.
+inline __m256i restore_16(const int8_t* codes, __mmask16 mask, float scale) {
+    const __m512 whole = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, codes)));
+    return narrow(_mm512_mul_ps(whole, _mm512_set1_ps(scale)));
+}
+
 // Packs tokens start..start + 32 of one KV head: keys as [tokens / 32][padded / 2][32][2] and values as
 // [padded / 32][tokens / 2][32][2]. What is beyond the context becomes zero.
 inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const int64_t* table, size_t kv_head,
                              size_t start, size_t context, size_t tokens, bf16* keys, bf16* values) {
     const size_t n = context - start < 32 ? context - start : 32;
     uint32_t* k = reinterpret_cast<uint32_t*>(keys + start * s.padded());
+    alignas(64) bf16 restored[256];
     for (size_t t = 0; t < 32; ++t) {
-        const bf16* row = kv.k + kv.at(table, t < n ? start + t : start) + kv_head * s.dim;
+        const size_t at = kv.at(table, t < n ? start + t : start) + kv_head * s.dim;
+        const bf16* row = restored;
+        if (kv.coded()) {
+            const size_t vector = kv.slot(table, t < n ? start + t : start) * s.kv_heads + kv_head;
+            for (size_t d = 0; d < s.dim; d += 16)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(restored + d),
+                                   restore_16(kv.k_codes + at + d, lanes(s.dim - d), kv.k_scales[vector]));
+        } else {
+            row = kv.k + at;
+        }
         for (size_t d = 0; d < s.padded() / 2; ++d) {
             uint32_t pair = 0;
             if (t < n && 2 * d < s.dim) memcpy(&pair, row + 2 * d, 4);
@@ -232,9 +288,10 @@ inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const i
         for (size_t d = 0; d < s.padded(); d += 16) {
             const __mmask16 mask = d < s.dim ? lanes(s.dim - d) : 0;
             const auto load = [&](size_t token) {
-                return token < n ? _mm256_maskz_loadu_epi16(
-                                       mask, kv.v + kv.at(table, start + token) + kv_head * s.dim + d)
-                                 : _mm256_setzero_si256();
+                if (token >= n) return _mm256_setzero_si256();
+                const size_t slot = kv.slot(table, start + token), at = slot * kv.row + kv_head * s.dim + d;
+                if (kv.coded()) return restore_16(kv.v_codes + at, mask, kv.v_scales[slot * s.kv_heads + kv_head]);
+                return _mm256_maskz_loadu_epi16(mask, kv.v + at);
             };
             const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(load(t)),
                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(load(t + 1)), 16));

@@ -47,7 +47,8 @@ class Batch(Structure):
         *((name, c_int64) for name in ("tokens", "sequences", "table_width", "wanted", "block_size", "slots_in_cache")),
         ("threads", c_int64),
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "query_lens", "context_lens")),
-        *((name, c_void_p) for name in ("block_tables", "wanted_rows", "k_cache", "v_cache", "logits", "best")),
+        *((name, c_void_p) for name in ("block_tables", "wanted_rows", "k_cache", "v_cache", "k_scales", "v_scales")),
+        *((name, c_void_p) for name in ("logits", "best")),
     ]
 
 

@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "pool.h"
 #include "span_amx.h"
+#include "span_int8.h"
 
 extern "C" {
 
@@ -29,7 +30,8 @@ struct OvfBatch {
     const int64_t *token_ids, *positions, *slots;              // [tokens]
     const int64_t *query_lens, *context_lens, *block_tables;   // [sequences], [sequences], [sequences, table_width]
     const int64_t* wanted_rows;                                // [wanted]
-    ovf::bf16 *k_cache, *v_cache;                              // [layers, slots, kv_heads, head_dim]
+    void *k_cache, *v_cache;                                   // [layers, slots, kv_heads, head_dim], bf16 or int8
+    float *k_scales, *v_scales;                                // [layers, slots, kv_heads]; null: the cache is bf16
     float* logits;                                             // [wanted, vocab], or null
     int64_t* best;                                             // [wanted], the most likely token, or -1; or null
 };

@@ -54,22 +54,26 @@ inline __m512 exp2_coarse(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// Sums of sixteen vectors, in order.
+// Sums of sixteen vectors, in order; WHOLE: what is in them are int32.
+template <bool WHOLE = false>
 inline __m512 sums_of_16(const __m512* v) {
+    const auto add = [](__m512 a, __m512 b) {
+        return WHOLE ? (__m512)_mm512_add_epi32((__m512i)a, (__m512i)b) : _mm512_add_ps(a, b);
+    };
     __m512 four[4];
     for (int i = 0; i < 4; ++i) {
         const __m512 *a = v + 4 * i;
-        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-        four[i] = _mm512_add_ps(
+        const __m512 ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+        const __m512 cd = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+        four[i] = add(
             _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
     }
-    const __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+    const __m512 u = add(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
                                    _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-    const __m512 w = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
+    const __m512 w = add(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
                                    _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(u, w, 0x88), _mm512_shuffle_f32x4(u, w, 0xdd));
+    return add(_mm512_shuffle_f32x4(u, w, 0x88), _mm512_shuffle_f32x4(u, w, 0xdd));
 }
 
 }  // namespace ovf

@@ -78,8 +78,8 @@ class BandSpan {
             score(start, n);
             for (size_t h = 0; h < heads_; ++h) {
                 float* own = partial_ + h * s_.partial();
-                keep_[h] = weigh_into(t_.scores[h], n, s_.log2_scale(), own[0], own[1], [&](size_t i, __m256i weights) {
-                    const __m512i wide = _mm512_cvtepu16_epi32(weights);
+                keep_[h] = weigh_into(t_.scores[h], n, s_.log2_scale(), own[0], own[1], [&](size_t i, __m512 weights) {
+                    const __m512i wide = _mm512_cvtepu16_epi32(narrow(weights));
                     _mm512_store_si512(t_.weights[2 * h] + i, wide);
                     _mm512_store_si512(t_.weights[2 * h + 1] + i, _mm512_slli_epi32(wide, 16));
                 });

@@ -12,7 +12,11 @@ constexpr int64_t AMX_FROM = 5;  // tokens of a step from which AMX tiles pay: b
 class Step {
   public:
     Step(Model& model, const OvfBatch& batch, OvfHook hook)
-        : m_(model), b_(batch), hook_(hook), w_(model.work), span_(span_function(model.attention)) {}
+        : m_(model),
+          b_(batch),
+          hook_(hook),
+          w_(model.work),
+          span_(batch.k_scales ? span_int8_function(model.attention) : span_function(model.attention)) {}
 
     bool aborted() const { return aborted_; }
 
@@ -85,8 +89,16 @@ class Step {
     }
 
     KvLayer cache(size_t layer) const {
-        const size_t row = m_.attention.kv_heads * m_.attention.dim, offset = layer * b_.slots_in_cache * row;
-        return {b_.k_cache + offset, b_.v_cache + offset, static_cast<size_t>(b_.block_size), row};
+        const size_t vectors = layer * b_.slots_in_cache * m_.attention.kv_heads, at = vectors * m_.attention.dim;
+        KvLayer kv{};
+        kv.block_size = b_.block_size, kv.row = m_.attention.kv_heads * m_.attention.dim;
+        if (b_.k_scales) {
+            kv.k_codes = static_cast<int8_t*>(b_.k_cache) + at, kv.v_codes = static_cast<int8_t*>(b_.v_cache) + at;
+            kv.k_scales = b_.k_scales + vectors, kv.v_scales = b_.v_scales + vectors;
+        } else {
+            kv.k = static_cast<bf16*>(b_.k_cache) + at, kv.v = static_cast<bf16*>(b_.v_cache) + at;
+        }
+        return kv;
     }
 
     void embed(size_t row) {
@@ -146,23 +158,38 @@ class Step {
         const size_t dim = s.dim, half = dim / 2;
         float* x = w_.qkv + row * w_.qkv_stride;
         const float *cos = m_.cos + b_.positions[row] * half, *sin = m_.sin + b_.positions[row] * half;
-        const size_t slot = b_.slots[row] * kv.row;
+        const size_t slot = b_.slots[row] * kv.row, scale = b_.slots[row] * s.kv_heads;
         for (size_t h = 0; h < s.heads + s.kv_heads; ++h) {
             const bool query = h < s.heads;
             float* head = x + h * dim;
             if (const float* weight = query ? layer.q_norm : layer.k_norm) norm_head(head, weight);
-            bf16* out = query ? w_.q + (row * s.heads + h) * s.padded() : kv.k + slot + (h - s.heads) * dim;
+            const bool coded = !query && kv.coded();
+            bf16* out = coded ? nullptr
+                        : query ? w_.q + (row * s.heads + h) * s.padded() : kv.k + slot + (h - s.heads) * dim;
             for (size_t i = 0; i < half; i += 16) {
                 const __mmask16 mask = lanes(half - i);
                 const __m512 a = _mm512_maskz_loadu_ps(mask, head + i), b = _mm512_maskz_loadu_ps(mask, head + half + i);
                 const __m512 c = _mm512_maskz_loadu_ps(mask, cos + i), d = _mm512_maskz_loadu_ps(mask, sin + i);
                 const __m512 first = _mm512_fnmadd_ps(b, d, _mm512_mul_ps(a, c));
                 const __m512 second = _mm512_fmadd_ps(a, d, _mm512_mul_ps(b, c));
+                if (coded) {
+                    _mm512_mask_storeu_ps(head + i, mask, first), _mm512_mask_storeu_ps(head + half + i, mask, second);
+                    continue;
+                }
                 _mm256_mask_storeu_epi16(out + i, mask, narrow(first));
                 _mm256_mask_storeu_epi16(out + half + i, mask, narrow(second));
             }
+            if (coded) {
+                const size_t k = h - s.heads;
+                store_codes(head, dim, kv.k_codes + slot + k * dim, kv.k_scales + scale + k);
+            }
         }
         const float* v = x + (s.heads + s.kv_heads) * dim;
+        if (kv.coded()) {
+            for (size_t h = 0; h < s.kv_heads; ++h)
+                store_codes(v + h * dim, dim, kv.v_codes + slot + h * dim, kv.v_scales + scale + h);
+            return;
+        }
         for (size_t i = 0; i < kv.row; i += 16) {
             const __mmask16 mask = lanes(kv.row - i);
             _mm256_mask_storeu_epi16(kv.v + slot + i, mask, narrow(_mm512_maskz_loadu_ps(mask, v + i)));
@@ -179,7 +206,7 @@ class Step {
 
     void attend_spans(const KvLayer& kv, int thread) {
         const AttentionShape& s = m_.attention;
-        const bool in_tiles = m_.amx && spans_fit_amx(s);
+        const bool in_tiles = m_.amx && !kv.coded() && spans_fit_amx(s);
         std::optional<AmxScope> tiles;
         if (in_tiles) tiles.emplace();
         for (size_t i; (i = next_span_++) < w_.spans.size();) {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from overfill.errors import InternalError
 from overfill.kv.cache import KvCache
+from overfill.kv.int8_cache import Int8KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
 from overfill.model.head import head_order
@@ -162,6 +163,8 @@ class NativeTransformer:
             wanted_rows=batch.logits_indices.data_ptr(),
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
+            k_scales=cache.k_scales.data_ptr() if isinstance(cache, Int8KvCache) else None,
+            v_scales=cache.v_scales.data_ptr() if isinstance(cache, Int8KvCache) else None,
             logits=None if logits is None else logits.data_ptr(),
             best=None if best is None else best.data_ptr(),
         )

@@ -24,12 +24,13 @@ from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scor
 from overfill.pair.manifest import Pair
 from overfill.pair.progress import Report, silent
 
-Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_fp8", "decoder_alone"]
+Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone"]
 TITLES: dict[Variant, str] = {
     "full": "full model",
     "two_stage": "two-stage",
     "two_stage_int8": "two-stage, int8 KV",
     "two_stage_fp8": "two-stage, fp8 KV",
+    "two_stage_int8_cache": "two-stage, int8 KV cache",
     "decoder_alone": "decoder alone",
 }
 
@@ -120,7 +121,7 @@ def evaluate(
     full = load_model(pair, "full", dtype, where, longest)
     decoder = load_model(pair, "decoder", dtype, where, longest)
     candidates = {"decoder": Candidate(decoder, pair.layer_map)}
-    full_figures, judged = teacher_forced(full, candidates, kept, codecs=("int8", "fp8"), report=report)
+    full_figures, judged = teacher_forced(full, candidates, kept, kv_forms=("int8", "fp8", "int8 cache"), report=report)
     figures = judged["decoder"]
     return Evaluation(
         pair=pair.name,
@@ -135,6 +136,7 @@ def evaluate(
             "two_stage": figures.two_stage,
             "two_stage_int8": figures.through["int8"],
             "two_stage_fp8": figures.through["fp8"],
+            "two_stage_int8_cache": figures.through["int8 cache"],
             "decoder_alone": figures.alone,
         },
         free_running={

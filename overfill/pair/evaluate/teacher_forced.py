@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
 from overfill.model.transformer import Model
-from overfill.names import CODECS, CodecName
+from overfill.names import CODECS
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally
@@ -41,6 +41,9 @@ class TeacherForced:
         return {"nll": self.nll.to_json(), "kl": self.kl.to_json(), "agreement": self.agreement.to_json()}
 
 
+KvForm = Literal["int8", "fp8", "int8 cache"]
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A decoder to judge; ``layer_map`` says which full layer's KV each of its layers reads."""
@@ -54,12 +57,12 @@ class Judgement:
     """A candidate's figures on the full model's KV of the prompt, and as a model that reads the prompt itself.
 
     Attributes:
-        through: on KV that came through each codec that was asked for.
+        through: the former, on each other form of KV that was asked for.
     """
 
     two_stage: TeacherForced
     alone: TeacherForced
-    through: Mapping[CodecName, TeacherForced]
+    through: Mapping[KvForm, TeacherForced]
 
 
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
@@ -79,13 +82,16 @@ def teacher_forced(
     candidates: Mapping[str, Candidate],
     transcripts: Sequence[Transcript],
     *,
-    codecs: Sequence[CodecName] = (),
+    kv_forms: Sequence[KvForm] = (),
     step: str = "Teacher forcing",
     report: Report = silent,
 ) -> tuple[TeacherForced, dict[str, Judgement]]:
     """Figures of the full model and of every candidate; the full model reads each transcript once.
 
     All models are on one device and of one dtype.
+
+    Args:
+        kv_forms: what else the candidates' KV is to be: the prompt's come through a codec, or all of it held as int8.
 
     Raises:
         InvalidRequest: as ``scorable``.
@@ -94,10 +100,13 @@ def teacher_forced(
     room = cache_tokens(transcripts)
     reader = BatchModel(full, room)
     halves = {name: BatchModel(candidate.model, room) for name, candidate in candidates.items()}
+    coded = {}
+    if "int8 cache" in kv_forms:
+        coded = {name: BatchModel(candidate.model, room, "int8") for name, candidate in candidates.items()}
     full_tally = _Tallies()
     two_stage = {name: _Tallies() for name in candidates}
     alone = {name: _Tallies() for name in candidates}
-    through = {name: {codec: _Tallies() for codec in codecs} for name in candidates}
+    through = {name: {form: _Tallies() for form in kv_forms} for name in candidates}
     done = 0
     for batch in batches(transcripts):
         wanted = targets(batch, 1).to(full.device)
@@ -105,8 +114,12 @@ def teacher_forced(
         full_tally.add(batch, truth, truth, wanted)
         for name, half in halves.items():
             two_stage[name].add(batch, truth, half.answer(batch, reader, candidates[name].layer_map), wanted)
-            for codec, tallies in through[name].items():
-                logits = half.answer(batch, reader, candidates[name].layer_map, CODECS[codec])
+            for form, tallies in through[name].items():
+                layer_map = candidates[name].layer_map
+                if form == "int8 cache":
+                    logits = coded[name].answer(batch, reader, layer_map)
+                else:
+                    logits = half.answer(batch, reader, layer_map, CODECS[form])
                 tallies.add(batch, truth, logits, wanted)
             alone[name].add(batch, truth, half.prefill(batch, 1), wanted)
         done += len(batch)
@@ -115,7 +128,7 @@ def teacher_forced(
         name: Judgement(
             two_stage[name].result(),
             alone[name].result(),
-            {codec: tallies.result() for codec, tallies in through[name].items()},
+            {form: tallies.result() for form, tallies in through[name].items()},
         )
         for name in candidates
     }

@@ -35,6 +35,7 @@ ROW = Row(
     context=512,
     dtype="bfloat16",
     weights="int8",
+    kv_cache="int8",
     threads=2,
     device="cpu",
     bandwidth=25e9,

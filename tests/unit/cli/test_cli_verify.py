@@ -11,7 +11,9 @@ from overfill.cli.verify import CannotVerify, check_stack
 
 
 def worker(worker_id: str, stage: str, **changes: Any) -> SimpleNamespace:
-    model = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", decoder_quantize="")
+    model = SimpleNamespace(
+        full_digest="f", tokenizer_digest="t", decoder_digest="d", decoder_quantize="", kv_cache_dtype=""
+    )
     process = SimpleNamespace(id=worker_id, stage=stage, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
     return SimpleNamespace(**{"id": worker_id, "process": process} | changes)
 
@@ -34,3 +36,11 @@ def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:
         check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]
     workers[1].process.model.decoder_quantize = "int8"
     check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]
+
+
+def test_a_worker_that_holds_kv_as_int8_is_not_judged() -> None:
+    pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", quantize="none", folder="p")
+    workers = [worker("p-0", "prefill"), worker("d-0", "decode")]
+    workers[1].process.model.kv_cache_dtype = "int8"
+    with pytest.raises(CannotVerify, match="d-0 runs in float32, raw codec, with KV held as int8"):
+        check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ def make_cache(native, head_dim=8, heads=3, layers=4, blocks=12, block_size=4, d
     generator = torch.Generator().manual_seed(7)
     cache.k.copy_(torch.randn(cache.k.shape, generator=generator))
     cache.v.copy_(torch.randn(cache.v.shape, generator=generator))
-    assert cache._native is not None
+    assert cache._cells._native is not None
     if not native:
-        cache._native = None
+        cache._cells._native = None
     return cache
 
 

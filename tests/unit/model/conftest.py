@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cache import KvCache
+from overfill.kv.int8_cache import Int8KvCache, new_cache
+from overfill.kv.spec import KvCacheDtype
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
 from overfill.model.head import head_order
@@ -50,17 +51,29 @@ def save_model(tmp_path: Path) -> SaveModel:
 class PagedRunner:
     """Runs sequences on one model and cache, each in blocks scattered over the pool."""
 
-    def __init__(self, model: Transformer, num_blocks: int = 64, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int = 64,
+        block_size: int = BLOCK_SIZE,
+        kv_cache_dtype: KvCacheDtype = "auto",
+    ) -> None:
         self.model = model
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.cache = KvCache(model.config.kv_spec(dtype), num_blocks, block_size, model.device)
+        spec = model.config.kv_spec(str(model.dtype).removeprefix("torch."))
+        self.cache = new_cache(spec, num_blocks, block_size, model.device, kv_cache_dtype)
         # Whatever was there before must not be read: poison it.
-        self.cache.k.fill_(float("nan"))
-        self.cache.v.fill_(float("nan"))
+        for part in self.floating:
+            part.fill_(float("nan"))
         self._pool = BlockPool(num_blocks, block_size)
         self._shuffled = torch.randperm(num_blocks).tolist()
         self._tables: dict[str, list[int]] = {}
         self._lengths: dict[str, int] = {}
+
+    @property
+    def floating(self) -> tuple[Tensor, Tensor]:
+        """What of the cache can be NaN."""
+        cache = self.cache
+        return (cache.k_scales, cache.v_scales) if isinstance(cache, Int8KvCache) else (cache.k, cache.v)
 
     def step(self, new: dict[str, Sequence[int]], logits: Sequence[int] | None = None, **hooks) -> Tensor:
         """Feeds each sequence its new tokens; logits of all new tokens, or of the given rows."""

@@ -105,6 +105,48 @@ def test_int8_weights_add_no_error_of_their_own(name: str, amx: bool, save_model
 
 
 @on_both_units
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_of_int8_adds_no_error_of_its_own(
+    name: str, threads: int, amx: bool, save_model, runner, tmp_path: Path
+) -> None:
+    """Held against the reference on such a cache in float32, whose codes are nearly the same."""
+    save_model(CONFIGS[name])
+    exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU), 256, kv_cache_dtype="int8"))
+    eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU), 256, kv_cache_dtype="int8"))
+    torch.set_num_threads(threads)
+    native = through(runner(load(tmp_path, amx=amx), 256, kv_cache_dtype="int8"))
+
+    error = (native - exact).abs()
+    assert error.mean() <= 1.05 * (eager - exact).abs().mean()
+    assert error.max() <= 0.15 * exact.std()
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 24])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(9, 3, 64), (8, 1, 32), (5, 5, 96), (6, 2, 128), (2, 1, 256), (6, 2, 72)],
+    ids=["smollm2", "one-kv-head", "no-groups", "dim-128", "dim-256", "part-of-a-vector"],
+)
+def test_attention_of_single_tokens_to_codes_is_nearer_to_float32_than_that_of_the_reference(
+    heads: int, kv_heads: int, dim: int, block_size: int, save_model, runner, tmp_path: Path
+) -> None:
+    """Contexts that end anywhere in a chunk, beside NaN; those of several spans too."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+    save_model(LlamaConfig(**SHAPE | sizes | {"hidden_size": 360, "num_hidden_layers": 1}))
+    torch.set_num_threads(2)
+    contexts = {"a": 3, "b": 16, "c": 31, "d": 150, "e": 300}
+
+    def singles(model) -> torch.Tensor:
+        run = runner(model, 600 // block_size + 5, block_size, "int8")
+        run.step({name: PROMPT[:length] for name, length in contexts.items()})
+        return torch.cat([run.step({name: [PROMPT[i]] for name in contexts}) for i in range(3)])
+
+    exact, eager = (singles(Transformer.load(tmp_path, dtype, CPU)) for dtype in (torch.float32, torch.bfloat16))
+    assert (singles(load(tmp_path)) - exact).abs().mean() <= 1.05 * (eager - exact).abs().mean()
+
+
+@on_both_units
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
@@ -169,15 +211,17 @@ def test_attention_of_single_tokens_is_the_same_in_amx_tiles(
 
 
 @on_both_units
-def test_a_sequence_of_nan_keeps_to_itself(amx: bool, save_model, runner, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", ["auto", "int8"])
+def test_a_sequence_of_nan_keeps_to_itself(held: str, amx: bool, save_model, runner, tmp_path: Path) -> None:
     """As a failed neighbour leaves it behind; blocks that nobody owns are NaN anyway (see the runner)."""
     save_model(CONFIGS["llama"])
-    run = runner(load(tmp_path, amx=amx), 256)
+    run = runner(load(tmp_path, amx=amx), 256, kv_cache_dtype=held)
     run.step({"a": PROMPT[:50], "b": PROMPT[:60]})
-    alone = runner(load(tmp_path, amx=amx), 256)
+    alone = runner(load(tmp_path, amx=amx), 256, kv_cache_dtype=held)
     alone.step({"a": PROMPT[:50]})
     bad = torch.tensor(run._tables["b"])
-    run.cache.k[:, bad] = run.cache.v[:, bad] = float("nan")
+    for part in run.floating:
+        part[:, bad] = float("nan")
     for new in ([1], PROMPT[50:70]):
         got = run.step({"a": new, "b": new})
         want = alone.step({"a": new})

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str,
     reference = TwoStageReference(pair_folder)
     decoder = load_plain(reference.pair.decoder_path)
     full = load_plain(reference.pair.full_path)
-    names = ("full", "two_stage", "two_stage_int8", "two_stage_fp8", "decoder_alone")
+    names = ("full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     total = 0
     for transcript in transcripts:
@@ -83,10 +84,17 @@ def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str,
             "full": full(whole).logits[0, transcript.answer_start :],
             "decoder_alone": decoder(whole).logits[0, transcript.answer_start :],
         }
-        for name, rounded in (("two_stage", None), ("two_stage_int8", through_int8), ("two_stage_fp8", through_fp8)):
+        for name, rounded in (
+            ("two_stage", None),
+            ("two_stage_int8", through_int8),
+            ("two_stage_fp8", through_fp8),
+            ("two_stage_int8_cache", through_int8),
+        ):
             cache, _ = reference._prefill(transcript.prompt)
             for layer in cache.layers if rounded is not None else ():
                 layer.keys, layer.values = rounded(layer.keys), rounded(layer.values)
+                if name == "two_stage_int8_cache":  # what the decoder writes itself is held so too
+                    layer.update = partial(_update_through, layer.update, rounded)
             logits[name] = _forward(decoder, list(transcript.answer[:-1]), transcript.answer_start, cache)
         targets = torch.tensor(transcript.answer[1:])
         truth = logits["full"].double().log_softmax(-1)
@@ -97,6 +105,10 @@ def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str,
             kl = (truth.exp() * (truth - q)).sum()
             sums[name] += torch.stack([nll, kl, (truth.argmax(-1) == q.argmax(-1)).sum()])
     return {name: tuple((values / total).tolist()) for name, values in sums.items()}
+
+
+def _update_through(update, rounded, keys, values, *args, **kwargs):
+    return update(rounded(keys), rounded(values), *args, **kwargs)
 
 
 def figures(evaluation: Evaluation) -> dict[str, tuple[float, float, float]]:
@@ -114,6 +126,7 @@ def test_figures_are_those_of_plain_transformers(tiny: Path, evaluation: Evaluat
         close = 1e-4 if name in ("full", "two_stage", "decoder_alone") else 5e-3
         assert values == pytest.approx(expected[name], rel=close, abs=close), name
     assert figures(evaluation)["two_stage_int8"] != figures(evaluation)["two_stage"]
+    assert figures(evaluation)["two_stage_int8_cache"] != figures(evaluation)["two_stage_int8"]
     assert evaluation.teacher_forced["two_stage"].kl.overall.mean > 0.1
 
 

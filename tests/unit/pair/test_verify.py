@@ -40,6 +40,7 @@ class Stack:
             tokenizer_digest=pair.tokenizer_digest,
             decoder_digest=pair.decoder_digest if stage == "decode" else "",
             decoder_quantize="",
+            kv_cache_dtype="",
         )
         kv = SimpleNamespace(dtype="float32")
         return SimpleNamespace(id=f"{stage}-0", stage=stage, kv=kv, model=model, codec=codec)
