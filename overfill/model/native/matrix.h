@@ -18,6 +18,7 @@ namespace ovf {
 constexpr size_t PANEL = 32;     // rows of a panel: two vectors of float32 sums
 constexpr int MAX_TILE = 12;     // activations rows of a tile: 24 sums, 2 weights and a broadcast fill the 32 registers
 constexpr size_t STRIP = 192;    // activation rows that stay in the second-level cache while the panels pass
+constexpr size_t ROWS_EACH = 128;  // activation rows for each thread from which these are shared out; below, panels
 constexpr size_t STEP_BYTES = 4 * PANEL;
 constexpr size_t ROW_UNIT = 64;  // operands' rows are zero up to a multiple of it: AMX reads as far
 constexpr size_t AMX_BLOCK = 32; // rows of operands that AMX reads at once: there must be as many, whatever they hold
@@ -208,16 +209,19 @@ void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t fi
     }
 }
 
-// This thread's share of a @ w.T, for `count` rows of a. Calls `take(row, panel, low, high)` for every row and panel,
-// with the sums of the panel's first and second sixteen rows, scales applied.
+// This thread's share of a @ w.T, for `count` rows of a: some panels of all rows or, where there are many, all panels of
+// the rows that it also normalises and rotates, which then stay in its core's caches. Calls `take(row, panel, low, high)`
+// for every row and panel, with the sums of the panel's first and second sixteen rows, scales applied.
 template <class Take>
 void multiply(const Matrix& w, const Activations& a, size_t count, int thread, int threads, Take take) {
     const size_t steps = w.steps(), panels = w.panels(), bytes = w.panel_bytes();
-    const size_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+    const bool by_rows = !a.amx && count >= ROWS_EACH * threads;
+    const size_t first = by_rows ? 0 : panels * thread / threads, last = by_rows ? panels : panels * (thread + 1) / threads;
     if (a.amx) return multiply_amx(w, a, count, first, last, take);
+    const size_t begin = by_rows ? count * thread / threads : 0, end = by_rows ? count * (thread + 1) / threads : count;
     alignas(64) float out[MAX_TILE * PANEL];
-    for (size_t strip = 0; strip < count; strip += STRIP) {
-        const size_t rows = count - strip < STRIP ? count - strip : STRIP, tiles = tiles_over(rows);
+    for (size_t strip = begin; strip < end; strip += STRIP) {
+        const size_t rows = end - strip < STRIP ? end - strip : STRIP, tiles = tiles_over(rows);
         for (size_t p = first; p < last; ++p) {
             const char* panel = w.panel(p);
             for (size_t t = 0; t < tiles; ++t) {

@@ -69,6 +69,7 @@ def through(run) -> torch.Tensor:
     logits = [run.step({"a": PROMPT[:200]}), run.step({"a": PROMPT[200:330], "b": PROMPT[:37]})]
     logits += [run.step({"b": PROMPT[37:39], "a": PROMPT[330:333]})]
     logits += [run.step({"a": [PROMPT[333 + i]], "b": [PROMPT[39 + i]]}) for i in range(5)]
+    logits += [run.step({"c": PROMPT[:390]})]  # so many that threads share rows out, not panels
     return torch.cat(logits)
 
 
