@@ -88,7 +88,8 @@ def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
         if name not in MANAGED:
-            choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+            kinds = (field.annotation, *get_args(field.annotation))  # itself, or one of a union
+            choices = [choice for kind in kinds for choice in get_args(kind) if isinstance(choice, str)]
             described: dict[str, Any] = {"description": field.description}
             properties[flag_name(name)] = described | ({"enum": choices} if choices else {"type": ["string", "number"]})
     return {"type": "object", "additionalProperties": False, "properties": properties}

@@ -76,8 +76,9 @@ def rows_table(rows: Sequence[Row]) -> Table:
         figures.setdefault((row.name, row.batch, row.context), []).append(row)
     for (name, batch, context), same in figures.items():
         row = same[0]
+        coded = "" if row.kv_cache == row.dtype else f", {row.kv_cache} KV"
         table.add_row(
-            f"{name}, {row.weights}" if row.unit != "x" else name,
+            f"{name}, {row.weights}{coded}" if row.unit != "x" else name,
             str(batch),
             str(context),
             _number(row.value, row.unit),

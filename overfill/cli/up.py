@@ -76,7 +76,11 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--max-num-seqs", help="Most sequences in one step.")
 @click.option("--token-budget", help="Most prompt tokens a prefill worker computes in one step.")
 @click.option("--data-streams", help="Parallel connections that carry a request's KV.")
-@click.option("--kv-codec", type=click.Choice(["raw", "int8", "fp8"]), help="How KV travels.  [default: raw]")
+@click.option(
+    "--kv-codec",
+    type=click.Choice(["raw", "int8", "fp8"]),
+    help="How KV travels.  [default: raw, or int8 with --kv-cache-dtype int8]",
+)
 @click.option(
     "--kv-cache-dtype", type=click.Choice(["auto", "int8"]), help="How decode workers hold KV.  [default: auto]"
 )

@@ -260,9 +260,7 @@ def load_half(
         warm = step_tokens if device.type == "cuda" else min(step_tokens, _CPU_WARM_TOKENS)
         scratch = new_cache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
         activations = _profile(model, scratch, step_tokens, max_num_seqs)
-    # Codes are gathered before they become keys and values.
-    coded = 0 if kv_cache_dtype == "auto" else scratch.token_bytes // spec.num_layers
-    gathered = spec.token_layer_bytes + coded
+    gathered = scratch.gathered_layer_bytes
     demand = CacheDemand(scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations)
     full_spec = spec if half == "full" else ModelConfig.load(pair.full_path).kv_spec(dtype)
     return LoadedHalf(half, pair, model, spec, full_spec, demand, kv_cache_dtype)

@@ -55,9 +55,19 @@ class KvCache:
         return TORCH_DTYPES[self.spec.dtype]
 
     @property
+    def lossless(self) -> bool:
+        """Whether what is put in comes out as it was."""
+        return self.codec == common_pb2.KV_CODEC_RAW
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers, as they are held."""
         return self.spec.token_bytes
+
+    @property
+    def gathered_layer_bytes(self) -> int:
+        """Bytes that ``gather`` takes for each token, of what it makes on the way too."""
+        return self.spec.token_layer_bytes
 
     @property
     def block_bytes(self) -> int:

@@ -45,6 +45,11 @@ class Int8KvCache(KvCache):
     def token_bytes(self) -> int:
         return 2 * self.spec.num_layers * self.spec.num_kv_heads * (self.spec.head_dim + SCALE_BYTES)
 
+    @property
+    def gathered_layer_bytes(self) -> int:
+        # Of one half at a time: codes and scales and, on a CPU, two float32 of each element while they are multiplied.
+        return self.spec.token_layer_bytes + self.spec.num_kv_heads * (self.spec.head_dim * (1 + 2 * 4) + SCALE_BYTES)
+
     def put(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         for codes, scales, new in zip(self.layer(layer), self._scales.layer(layer), (k, v), strict=True):
             new_scales, new_codes = quantise(new, _INT8)
@@ -85,8 +90,7 @@ class Int8KvCache(KvCache):
         heads: tuple[int, int],
         payload: Buffer,
     ) -> None:
-        # A copy: torch refuses to look at a read-only buffer without a warning.
-        scales, codes = encode(_INT8, self.spec.dtype, self.spec.head_dim, memoryview(bytearray(payload)))
+        scales, codes = self._coded(payload)
         self._scales.write(block_table, rows, tokens, heads, scales)
         self._cells.write(block_table, rows, tokens, heads, codes)
 
@@ -102,14 +106,15 @@ class Int8KvCache(KvCache):
     def write_pieces(self, block_table: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
         whole = first_damaged(pieces)
         for piece in pieces[:whole]:
-            box = piece.box
-            targets = [rows[layer] for layer in box.layers]
-            if piece.scales:
-                self._scales.write(block_table, targets, box.tokens, box.heads, piece.scales)
-                self._cells.write(block_table, targets, box.tokens, box.heads, piece.payload)
-            else:
-                self.write(block_table, targets, box.tokens, box.heads, piece.payload)
+            scales, codes = (piece.scales, piece.payload) if piece.scales else self._coded(piece.payload)
+            self._scales.write_pieces(block_table, rows, [Piece(piece.box, scales)])
+            self._cells.write_pieces(block_table, rows, [Piece(piece.box, codes)])
         return whole
+
+    def _coded(self, payload: Buffer) -> tuple[Buffer, Buffer]:
+        """Scales and codes of a raw payload."""
+        # A copy: torch refuses to look at a read-only buffer without a warning.
+        return encode(_INT8, self.spec.dtype, self.spec.head_dim, memoryview(bytearray(payload)))
 
 
 def new_cache(

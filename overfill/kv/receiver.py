@@ -408,13 +408,15 @@ class PromptPull:
                 raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
             slot = chunk.head.shared.slot
             chunk.payload = link.payload(chunk.head.shared)
-        if self._spec.codec in (common_pb2.KV_CODEC_RAW, self._cache.codec):
+        spec, codec = self._spec.kv, self._spec.codec
+        if codec == common_pb2.KV_CODEC_RAW:
             piece = check_head(self._spec, chunk)
+        elif codec == self._cache.codec:
+            piece = Piece(check(self._spec, chunk), chunk.payload, scales=chunk.scales)
             check_scales(piece.scales)
         else:
             box = check(self._spec, chunk)
-            spec = self._spec.kv
-            piece = Piece(box, decode(self._spec.codec, spec.dtype, spec.head_dim, chunk.scales, chunk.payload))
+            piece = Piece(box, decode(codec, spec.dtype, spec.head_dim, chunk.scales, chunk.payload))
         self._coverage.add(piece.box)
         return piece, _Taken(piece.box, len(chunk.payload) + len(chunk.scales), slot)
 

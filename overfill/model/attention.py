@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
-from overfill.v1 import common_pb2
 
 
 class AttentionPlan(Protocol):
@@ -84,9 +83,8 @@ class _Segment:
     """New tokens ``rows`` of one sequence, and what they attend to."""
 
     rows: slice
-    slots: (
-        Tensor | None
-    )  # [context] int64; None: nothing but the new tokens themselves, which the cache holds as they are
+    # [context] int64; None: nothing but the new tokens themselves, which the cache holds as they are
+    slots: Tensor | None
     mask: Tensor | None  # [new, context] bool; None: a single new token, or `causal`
     causal: bool  # all of the context is new
 
@@ -104,7 +102,7 @@ class _Varlen:
         start = 0
         for table, new, context in zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True):
             slots = mask = None
-            if new < context or cache.codec != common_pb2.KV_CODEC_RAW:
+            if new < context or not cache.lossless:
                 positions = torch.arange(context, device=table.device)
                 slots = table[positions // block_size] * block_size + positions % block_size
                 if 1 < new < context:

@@ -123,7 +123,7 @@ class GraphedTransformer:
         context = next((n for n in self._contexts if n >= longest), None)
         if sequences is None or context is None:
             return None
-        gathered = sequences * context * self._cache.spec.token_layer_bytes
+        gathered = sequences * context * self._cache.gathered_layer_bytes
         return (sequences, context) if gathered <= GATHERED_BYTES else None
 
     def _recording(self, bucket: tuple[int, int], batch: ForwardBatch) -> _Recording | None:

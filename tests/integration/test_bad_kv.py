@@ -7,15 +7,17 @@ import asyncio
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from overfill import __version__
 from overfill.errors import Incompatible, Overloaded, TransferFailed, Unavailable
 from overfill.kv import receiver
-from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec, checksum, seal
+from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
+from overfill.kv.int8_cache import new_cache
 from overfill.kv.peers import PeerPool
 from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PromptPull, PromptRequest
@@ -61,7 +63,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                 full_digest=self.identity.full_digest, tokenizer_digest=self.identity.tokenizer_digest
             ),
             kv=kv,
-            codecs=[common_pb2.KV_CODEC_RAW],
+            codecs=[common_pb2.KV_CODEC_RAW, common_pb2.KV_CODEC_INT8],
         )
 
     async def Prefill(self, request_iterator, context):
@@ -69,8 +71,9 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             start = (await anext(aiter(request_iterator))).start
             if self.refuse:
                 raise self.refuse
+            tokens = (0, len(start.prompt_token_ids))
             self.specs[start.transfer_id] = TransferSpec(
-                start.transfer_id, start.attempt, KV, tuple(start.layers), (0, len(start.prompt_token_ids))
+                start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
             )
             yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
             if self.silent_after_queued:
@@ -97,8 +100,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         for box in map(KvRange.from_proto, request.ranges):
             for start in range(box.token_start, box.token_end, 3):
                 piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
-                ones = torch.ones(spec.payload_bytes(piece) // 4)
-                chunks.append(kv_pb2.KvChunk.FromString(join([seal(spec, piece, ones.numpy().tobytes())])))
+                scales, payload = b"", torch.ones(spec.cache_bytes(piece) // 4).numpy().tobytes()
+                if spec.codec != common_pb2.KV_CODEC_RAW:
+                    scales, payload = encode(spec.codec, "float32", 4, memoryview(bytearray(payload)))
+                chunks.append(kv_pb2.KvChunk.FromString(join([seal(spec, piece, payload, scales)])))
         self.pulls += 1
         for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:
             yield chunk
@@ -120,10 +125,11 @@ async def pull(worker):
     pool = PeerPool(IDENTITY, streams=2, tls=None)
     with ThreadPoolExecutor(2) as executor:
 
-        async def run(timeout=10.0):
-            cache = KvCache(KV, 4, 4, torch.device("cpu"))
+        async def run(timeout=10.0, held="auto", codec=common_pb2.KV_CODEC_RAW):
+            cache = new_cache(KV, 4, 4, torch.device("cpu"), held)
             tokens = []
-            request = PromptRequest("r", 3, PROMPT, SamplingParams(temperature=0).to_proto(), 0, True)
+            sampling = SamplingParams(temperature=0).to_proto()
+            request = PromptRequest("r", 3, PROMPT, sampling, 0, True, codec=codec)
             target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
             async with pool.use(target) as peer:
                 handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)
@@ -196,6 +202,36 @@ async def test_what_a_wrong_chunk_leaves_out_is_sent_again(pull, worker, kind):
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
     assert pull.stats.broken_streams == 1
+    assert worker.acknowledged == 24
+
+
+def scaled(chunk, scale):
+    chunk.scales = np.full(len(chunk.scales) // 4, scale, np.float32).tobytes()
+    return chunk
+
+
+CODED = {
+    "right": lambda c: c,
+    "bad codes": lambda c: [flipped(c[0]), *c[1:]],
+    "bad scales": lambda c: [scaled(c[0], float("inf")), *c[1:]],
+    "sealed with a scale of NaN": lambda c: [resealed(scaled(c[0], float("nan"))), *c[1:]],
+    "too few scales": lambda c: [resealed(c[0], scales=c[0].scales[:-4]), *c[1:]],
+    "duplicated": lambda c: [c[0], c[0], *c[1:]],
+}
+
+
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("codec", [common_pb2.KV_CODEC_RAW, common_pb2.KV_CODEC_INT8])
+async def test_kv_that_is_held_as_int8_is_checked_as_well(pull, worker, codec, kind):
+    if codec == common_pb2.KV_CODEC_RAW and "scale" in kind:
+        pytest.skip("raw KV has no scales")
+    worker.spoil, worker.spoiled_pulls = CODED[kind], 1
+    cache, _ = await pull(held="int8", codec=codec)
+    for layer in (0, 1):
+        for half in cache.gather(layer, cache.slots([2, 0], 0, 6)):
+            torch.testing.assert_close(half, torch.ones(6, 2, 4))
+    assert cache.k.sum() == 2 * 6 * 2 * 4 * 127  # and nowhere else
+    assert pull.stats.broken_streams == (kind != "right")
     assert worker.acknowledged == 24
 
 

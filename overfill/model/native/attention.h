@@ -1,4 +1,4 @@
-// Attention over the paged cache, bfloat16, grouped queries. Two forms, as in model/attention.py: `attend_span` reads a
+// Attention over the paged cache, grouped queries; bfloat16 (`span_int8.h`: codes). Two forms, as in model/attention.py: `attend_span` reads a
 // stretch of one new token's context straight from the cache; `attend_tile` is for many new tokens, on keys and values
 // that were packed into panels once for all of them.
 #pragma once

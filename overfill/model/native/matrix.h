@@ -4,7 +4,7 @@
 // columns in bfloat16, or four in int8 as 0, 2, 1, 3. One instruction then multiplies a pair of activations, broadcast,
 // with sixteen rows' pairs and adds both products: VDPBF16PS for bfloat16, VPDPWSSD for int8, whose even and odd bytes
 // are each widened to a pair of int16 and multiplied with activations rounded to int16 (13 bits or more, see
-// `int16_limit`). Memory is read once, front to back.
+// `int16_limit`). A thread reads its panels front to back.
 //
 // Where there are AMX tiles, steps of many rows use those. They sum bfloat16 in another order; with int8, which they
 // multiply with the upper and the lower bytes of int16 activations, the sums are the same to the last bit.
@@ -220,8 +220,10 @@ void multiply(const Matrix& w, const Activations& a, size_t count, int thread, i
     if (a.amx) return multiply_amx(w, a, count, first, last, take);
     const size_t begin = by_rows ? count * thread / threads : 0, end = by_rows ? count * (thread + 1) / threads : count;
     alignas(64) float out[MAX_TILE * PANEL];
-    for (size_t strip = begin; strip < end; strip += STRIP) {
-        const size_t rows = end - strip < STRIP ? end - strip : STRIP, tiles = tiles_over(rows);
+    const size_t strips = (end - begin + STRIP - 1) / STRIP;  // of near-equal height
+    for (size_t i = 0; i < strips; ++i) {
+        const size_t strip = begin + (end - begin) * i / strips, rows = begin + (end - begin) * (i + 1) / strips - strip;
+        const size_t tiles = tiles_over(rows);
         for (size_t p = first; p < last; ++p) {
             const char* panel = w.panel(p);
             for (size_t t = 0; t < tiles; ++t) {

@@ -19,7 +19,7 @@ inline float store_int16(const bf16* x, size_t n, int16_t* out) {
         poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
     }
     const float top = _mm512_reduce_max_ps(largest);
-    const __m512 steps = _mm512_set1_ps(top > 0 ? 32767.0f / top : 0.0f);
+    const __m512 steps = _mm512_set1_ps(top > 1e-30f ? 32767.0f / top : 0.0f);
     for (size_t i = 0; i < n; i += 16) {
         const __m512 v = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
@@ -135,7 +135,7 @@ inline float weigh_codes(const float* scores, size_t n, float scale, const float
         largest = _mm512_max_ps(x, largest);  // a NaN stays out
     });
     const float top = _mm512_reduce_max_ps(largest);
-    const __m512 steps = _mm512_set1_ps(top > 0 ? 32767.0f / top : 0.0f);
+    const __m512 steps = _mm512_set1_ps(top > 1e-30f ? 32767.0f / top : 0.0f);
     __m512 poison = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) {
         const __m512 x = _mm512_load_ps(weights + i);

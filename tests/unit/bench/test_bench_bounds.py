@@ -115,6 +115,6 @@ def test_the_table_has_a_line_per_figure_and_a_column_per_peer():
     lines = [line for line in console.export_text().splitlines() if "decode_full" in line]
     assert len(lines) == 2
     assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == [
-        *("decode_full, int8", "8", "512", "80.0", "5", "100", "0.80", "32.0 (2.50×)", "–")
+        *("decode_full, int8, int8 KV", "8", "512", "80.0", "5", "100", "0.80", "32.0 (2.50×)", "–")
     ]
     assert hints(rows) == ["openvino: install it"]

@@ -75,6 +75,16 @@ def test_a_stated_cache_is_what_one_gets(pair):
     assert parts.max_model_len == 256
 
 
+def test_a_cache_of_int8_holds_more_tokens_in_the_same_memory(pair):
+    parts = {held: load(pair, kv_memory=2**20, kv_cache_dtype=held) for held in ("auto", "int8")}
+    spec = parts["auto"].kv
+    coded = (spec.head_dim + 4) / (4 * spec.head_dim)
+    assert parts["int8"].pool.num_blocks == int(parts["auto"].pool.num_blocks / coded)
+    assert parts["int8"].kv == spec  # what travels is the same
+    identities = {held: p.model_identity("decoder").kv_cache_dtype for held, p in parts.items()}
+    assert identities == {"auto": "", "int8": "int8"}
+
+
 def test_without_a_stated_cache_a_cpu_gives_a_gibibyte_at_most(pair, monkeypatch):
     monkeypatch.setattr(build, "_free_memory", lambda device: 100 * GIB)
     parts = load(pair, kv_memory=None)

@@ -60,16 +60,17 @@ def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "SHORTEST_CONTEXT", 8)
 
 
-def graphed(model: Transformer, runner, recorder):
-    run = runner(model)
+def graphed(model: Transformer, runner, recorder, held: str = "auto"):
+    run = runner(model, kv_cache_dtype=held)
     run.model = GraphedTransformer(model, run.cache, recorder)
     return run
 
 
-def test_padded_and_replayed_steps_are_those_of_the_model(model: Transformer, runner) -> None:
+@pytest.mark.parametrize("held", ["auto", "int8"])
+def test_padded_and_replayed_steps_are_those_of_the_model(held: str, model: Transformer, runner) -> None:
     """Batches shrink, grow and change order; contexts cross from one bucket into the next."""
     recorder = Again()
-    plain, replayed = runner(model), graphed(model, runner, recorder)
+    plain, replayed = runner(model, kv_cache_dtype=held), graphed(model, runner, recorder, held)
     torch.testing.assert_close(replayed.step(PROMPTS), plain.step(PROMPTS), atol=0, rtol=0)
     assert recorder.recorded == 0  # a prompt is no decode step
 

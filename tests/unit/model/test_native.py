@@ -6,6 +6,7 @@ import threading
 from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_int8_weights_add_no_error_of_their_own(name: str, amx: bool, save_model
     error = (native - exact).abs()
     assert error.mean() <= 1.05 * (eager - exact).abs().mean()
     assert error.max() <= 0.15 * exact.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "head-in-two-parts", "head-of-chosen-rows"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_most_likely_tokens_are_those_of_the_logits(
+    name: str, threads: int, save_model, runner, tmp_path: Path
+) -> None:
+    """For few rows, of which threads share panels, and for many, which they share out."""
+    save_model(CONFIGS[name])
+    torch.set_num_threads(threads)
+    model = load(tmp_path)
+    logits, named = runner(model, 256), runner(model, 256)
+    named.model = SimpleNamespace(forward=model.most_likely)
+    for new in ({"a": PROMPT[:390]}, {"a": PROMPT[390:], "b": PROMPT[:30]}, {"a": [3], "b": [5]}):
+        assert named.step(new).tolist() == logits.step(new).argmax(-1).tolist()
 
 
 @on_both_units
