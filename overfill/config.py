@@ -355,8 +355,8 @@ class WorkerConfig(ServiceConfig):
     advertise: str = Field("", description="HOST or HOST:PORT that others reach this worker at; empty takes --host")
     dtype: DTypeName | None = Field(
         None,
-        description="element type of weights, activations and KV as it travels, the same on all workers; by default what "
-        "the device computes in: bfloat16, or float32 on a CPU without it",
+        description="element type of weights, activations and KV as it travels, the same on all workers; by default "
+        "what the device computes in: bfloat16, or float32 on a CPU without it",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="CPU threads; all workers of a machine share its cores")
