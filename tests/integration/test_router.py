@@ -404,7 +404,7 @@ async def test_a_client_that_stops_reading_stalls_nobody(stack, client):
 async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), timeout=0.3))
     call = await stack.first.calls.get()
-    assert 0 < call.context.time_remaining() <= 0.3
+    assert 0 < call.context.time_remaining() <= 0.31  # gRPC rounds what it tells the other end up
     with pytest.raises(DeadlineExceeded):
         await asking
     await call.ended.wait()
