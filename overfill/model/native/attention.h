@@ -47,14 +47,9 @@ struct KvLayer {
 
 // x [n] as codes and a scale, as `kv.codecs.quantise` has it. A NaN or infinity makes the scale NaN.
 inline void store_codes(const float* x, size_t n, int8_t* codes, float* scale) {
-    __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
-        largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
-        poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
-    }
-    const float one = _mm512_reduce_max_ps(largest) / 127.0f;
-    *scale = one + _mm512_reduce_add_ps(poison);
+    const Extent all = extent(n, [&](size_t i) { return _mm512_maskz_loadu_ps(lanes(n - i), x + i); });
+    const float one = all.largest / 127.0f;
+    *scale = one + all.poison;
     const __m512 divisor = _mm512_set1_ps(one > 0 ? one : 1.0f);
     for (size_t i = 0; i < n; i += 16) {
         const __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i), divisor);

@@ -62,14 +62,9 @@ inline float int16_limit(size_t cols) {
 inline void store_operand(const float* x, size_t n, Operand kind, uint16_t* out, float* scale) {
     __m512 factor = _mm512_set1_ps(1.0f);
     if (kind != Operand::BF16) {
-        __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-        for (size_t i = 0; i < n; i += 16) {
-            const __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-            poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
-        }
-        const float limit = int16_limit(n), top = _mm512_reduce_max_ps(largest);
-        *scale = top / limit + _mm512_reduce_add_ps(poison);
+        const auto [top, poison] = extent(n, [&](size_t i) { return _mm512_maskz_loadu_ps(lanes(n - i), x + i); });
+        const float limit = int16_limit(n);
+        *scale = top / limit + poison;
         factor = _mm512_set1_ps(top > 0 ? limit / top : 0.0f);
     }
     for (size_t i = 0; i < round_up(n, ROW_UNIT); i += 16) {

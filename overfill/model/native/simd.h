@@ -54,6 +54,23 @@ inline __m512 exp2_coarse(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+// The largest magnitude of n numbers, without NaN among them, and 0, or NaN where one is no finite number.
+struct Extent {
+    float largest, poison;
+};
+
+// `load(i)`: numbers i to i + 16, zeros from n on.
+template <class Load>
+inline Extent extent(size_t n, Load load) {
+    __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = load(i);
+        largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
+        poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
+    }
+    return {_mm512_reduce_max_ps(largest), _mm512_reduce_add_ps(poison)};
+}
+
 // Sums of sixteen vectors, in order; WHOLE: what is in them are int32.
 template <bool WHOLE = false>
 inline __m512 sums_of_16(const __m512* v) {

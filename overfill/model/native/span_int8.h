@@ -12,20 +12,13 @@ constexpr size_t INT8_CHUNK = 32;  // tokens whose scores are held at once; the 
 
 // x [n], bfloat16, as int16; returns what they must be multiplied with.
 inline float store_int16(const bf16* x, size_t n, int16_t* out) {
-    __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 v = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
-        largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
-        poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
-    }
-    const float top = _mm512_reduce_max_ps(largest);
+    const auto load = [&](size_t i) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))); };
+    const auto [top, poison] = extent(n, load);
     const __m512 steps = _mm512_set1_ps(top > 1e-30f ? 32767.0f / top : 0.0f);
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 v = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+    for (size_t i = 0; i < n; i += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                            _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v, steps))));
-    }
-    return top / 32767.0f + _mm512_reduce_add_ps(poison);
+                            _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(load(i), steps))));
+    return top / 32767.0f + poison;
 }
 
 // Fetches tokens' rows of one layer line by line, in the order in which they lie in memory, into the second-level cache,
