@@ -34,7 +34,7 @@ from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceCo
 from overfill.config_file import BadConfigFile, flag_name
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.rpc.access import Role
-from overfill.rpc.server import is_loopback
+from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 

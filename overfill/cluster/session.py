@@ -21,7 +21,7 @@ from typing import Any
 from overfill.cluster import placement
 from overfill.cluster.spec import StackSpec
 from overfill.errors import OverfillError
-from overfill.rpc.server import is_loopback
+from overfill.rpc.addresses import is_loopback
 
 _OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and this is about the least that Ray takes
 _QUIET = {"log_level": "WARNING"}
