@@ -60,12 +60,8 @@ def load_hub(dataset: str, split: str, *columns: str) -> Any:
     """
     dataset, _, own_split = dataset.partition(":")
     split = own_split or split
-    try:
-        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        raise InvalidRequest(
-            "data", f"reading {dataset} from the hub needs the package datasets: pip install 'overfill[train]'"
-        ) from None
+    import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
     try:
         rows = datasets.load_dataset(dataset, split=split)
     except Exception as error:  # the library raises what its many back ends raise

@@ -304,13 +304,7 @@ class Run:
 
 
 def make_accelerator() -> Any:
-    """What knows the devices and the processes.
+    """What knows the devices and the processes."""
+    from accelerate import Accelerator
 
-    Raises:
-        InvalidRequest: the package is missing.
-    """
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise InvalidRequest("", "training needs the package accelerate: pip install 'overfill[train]'") from None
     return Accelerator(mixed_precision="no")
