@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from overfill.errors import InvalidRequest
+from overfill.extras import needs
 from overfill.pair.conversations import Conversation
 
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -57,10 +58,12 @@ def load_hub(dataset: str, split: str, *columns: str) -> Any:
 
     Raises:
         InvalidRequest: it cannot be loaded; the message says what to do.
+        MissingExtra: the package datasets is not installed.
     """
     dataset, _, own_split = dataset.partition(":")
     split = own_split or split
-    import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    with needs("pairs", f"reading {dataset} from the hub"):
+        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     try:
         rows = datasets.load_dataset(dataset, split=split)

@@ -118,6 +118,16 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_extra_of_load_tests_has_what_measures_from_outside() -> None:
+    modules = [
+        *(f"overfill.loadtest.{name}" for name in ("locustfile", "report")),
+        *(f"overfill.simulate.{name}" for name in ("stack", "plot")),
+        *(f"overfill.bench.serve.{name}" for name in ("compare", "targets", "report", "plot")),
+    ]
+    done = run_in(("loadtest",), f"import {', '.join(modules)}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_needs_the_core_only() -> None:
     commands = [leaf for name in COMMANDS for leaf in leaves(cli.get_command(click.Context(cli), name), (name,))]
     assert len(commands) > 30

@@ -17,6 +17,7 @@ from torch import Tensor
 from overfill.compiled import COMPILERS, find_compiler
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.extras import needs
 from overfill.kv.cache import TORCH_DTYPES
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import TeacherCache
@@ -304,7 +305,12 @@ class Run:
 
 
 def make_accelerator() -> Any:
-    """What knows the devices and the processes."""
-    from accelerate import Accelerator
+    """What knows the devices and the processes.
+
+    Raises:
+        MissingExtra: the package accelerate is not installed.
+    """
+    with needs("pairs", "training"):
+        from accelerate import Accelerator
 
     return Accelerator(mixed_precision="no")
