@@ -19,7 +19,10 @@ __all__ = ["LLM", "__version__"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that the SDK and the router start without torch.
     if name == "LLM":
-        from overfill.engine.llm import LLM
+        from overfill.extras import needs
+
+        with needs("server", "overfill.LLM"):
+            from overfill.engine.llm import LLM
 
         return LLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,8 +35,8 @@ from overfill.logs import LogFormat
 from overfill.names import CodecName
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
+from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import MAX_DATA_STREAMS, SPARE_RPCS
-from overfill.rpc.server import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -16,7 +16,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from overfill.errors import OverfillError, Unavailable
+from overfill.errors import OverfillError
+from overfill.extras import needs
 
 TRACEPARENT = "traceparent"
 """HTTP header and gRPC metadata."""
@@ -152,20 +153,15 @@ def configure(service: str, instance: str, version: str, endpoint: str) -> None:
         service, instance, version: who we are: ``service.name``, ``service.instance.id`` and ``service.version``.
 
     Raises:
-        Unavailable: the libraries are not installed.
+        MissingExtra: the libraries are not installed.
     """
     if not endpoint or _collector is not None:
         return
-    try:
+    with needs("tracing", "to send traces (--otlp-endpoint, OTEL_EXPORTER_OTLP_ENDPOINT) this process"):
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise Unavailable(
-            "traces are wanted (--otlp-endpoint, OTEL_EXPORTER_OTLP_ENDPOINT) and their libraries are not here: "
-            "pip install 'overfill[tracing]'"
-        ) from error
     named = {"service.name": service, "service.instance.id": instance, "service.version": version}
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

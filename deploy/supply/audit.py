@@ -2,7 +2,7 @@
 
     python deploy/supply/audit.py [--sbom FILE] [--offline]
 
-Writes a bill of materials (CycloneDX 1.5) of the project and all that it needs to run, as installed here, and has
+Writes a bill of materials (CycloneDX 1.5) of the project and all that a stack needs to run, as installed here, and has
 pip-audit look up what the project names itself. Exits 1 when a vulnerability is known. Where nobody answers that says
 so and is no failure: a build must not depend on an index.
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -23,43 +24,55 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-PROJECT = "overfill"
+PROJECT, EXTRA = "overfill", "server"
 PATIENCE = 90  # seconds for the whole look-up
 
 
-def closure(name: str) -> dict[str, Distribution]:
-    """The distribution and everything that it needs to run, by normalised name; extras of ours left out."""
-    found: dict[str, Distribution] = {}
-    waiting = [name]
+@dataclass
+class Part:
+    """A distribution with those of its extras that something asks for."""
+
+    files: Distribution
+    extras: set[str]
+
+    @property
+    def direct(self) -> list[Requirement]:
+        """What it needs here."""
+        needed = [Requirement(line) for line in self.files.requires or ()]
+        return [one for one in needed if one.marker is None or any(map(one.marker.evaluate, self._environments()))]
+
+    def _environments(self) -> list[dict[str, str]]:
+        return [{"extra": extra} for extra in ("", *sorted(self.extras))]
+
+
+def closure(name: str, extra: str) -> dict[str, Part]:
+    """The distribution with ``extra`` and everything that it needs to run, by normalised name."""
+    found: dict[str, Part] = {}
+    waiting = [(name, {extra})]
     while waiting:
-        one = _normal(waiting.pop())
-        if one in found:
+        name, extras = waiting.pop()
+        name = _normal(name)
+        if name in found and extras <= found[name].extras:
             continue
         try:
-            found[one] = distribution(one)
+            found.setdefault(name, Part(distribution(name), set())).extras |= extras
         except PackageNotFoundError:
             continue  # for another platform
-        waiting += [needed.name for needed in direct(found[one])]
+        waiting += [(needed.name, needed.extras) for needed in found[name].direct]
     return found
 
 
-def direct(of: Distribution) -> list[Requirement]:
-    """What it needs here, without extras."""
-    needed = [Requirement(line) for line in of.requires or ()]
-    return [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-
-
-def bill(parts: dict[str, Distribution]) -> dict[str, Any]:
+def bill(parts: dict[str, Part]) -> dict[str, Any]:
     """A CycloneDX document."""
-    components = [_component(name, part) for name, part in sorted(parts.items()) if name != PROJECT]
+    components = [_component(name, part.files) for name, part in sorted(parts.items()) if name != PROJECT]
     dependencies = [
         {
-            "ref": _purl(name, part),
+            "ref": _purl(name, part.files),
             "dependsOn": sorted(
                 {
-                    _purl(_normal(needed.name), parts[_normal(needed.name)])
-                    for needed in direct(part)
-                    if _normal(needed.name) in parts
+                    _purl(needed, parts[needed].files)
+                    for needed in (_normal(one.name) for one in part.direct)
+                    if needed in parts and needed != name
                 }
             ),
         }
@@ -72,19 +85,19 @@ def bill(parts: dict[str, Distribution]) -> dict[str, Any]:
         "version": 1,
         "metadata": {
             "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "component": _component(PROJECT, parts[PROJECT]) | {"type": "application"},
+            "component": _component(PROJECT, parts[PROJECT].files) | {"type": "application"},
         },
         "components": components,
         "dependencies": dependencies,
     }
 
 
-def vulnerabilities(parts: dict[str, Distribution]) -> tuple[list[str], str]:
+def vulnerabilities(parts: dict[str, Part]) -> tuple[list[str], str]:
     """(one line for each that is known of what the project names itself, what could not be looked up and why)"""
-    own = sorted({_normal(needed.name) for needed in direct(parts[PROJECT])} & parts.keys())
+    own = sorted({_normal(needed.name) for needed in parts[PROJECT].direct} & parts.keys() - {PROJECT})
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         # Without what a local build adds to a version, as in 2.13.0+cpu.
-        file.write("".join(f"{name}=={parts[name].version.partition('+')[0]}\n" for name in own))
+        file.write("".join(f"{name}=={parts[name].files.version.partition('+')[0]}\n" for name in own))
         file.flush()
         command = [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--no-deps", "--disable-pip"]
         command += ["--format=json", "--progress-spinner=off", "--timeout=10"]
@@ -132,7 +145,7 @@ def main() -> int:
     parser.add_argument("--sbom", type=Path, help="where to write the bill of materials")
     parser.add_argument("--offline", action="store_true", help="ask nobody")
     arguments = parser.parse_args()
-    parts = closure(PROJECT)
+    parts = closure(PROJECT, EXTRA)
     if arguments.sbom is not None:
         arguments.sbom.write_text(json.dumps(bill(parts), indent=1) + "\n", encoding="utf-8")
         print(f"{arguments.sbom}: {len(parts)} components")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from overfill.cli.output import print_figures
+from overfill.extras import require
 
 
 @click.command("http")
@@ -22,6 +23,7 @@ def http_command(pair: str, rounds: int, streams: int, tokens: int, as_json: boo
 
     Exits 1 when HTTP adds more than 2 ms to the median time to first token.
     """
+    require("loadtest,server", "`overfill bench http`", "tokenizers", "xxhash")  # in the processes that it starts
     from overfill.bench.protocols import compare
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair

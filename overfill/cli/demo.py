@@ -15,6 +15,7 @@ from overfill.cli.stack import Stack
 from overfill.cli.up import AnyStack, make_plan
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.cluster.session import check_installed
+from overfill.extras import require
 
 WARM_UP = """Write one sentence about a lighthouse."""
 
@@ -43,6 +44,7 @@ def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
 
     One prefill and one decode worker on free local ports; all of it is stopped at the end.
     """
+    require("server", "`overfill demo`", "torch")
     if on_ray:
         check_installed()
     from overfill.pair.progress import progress_bars

@@ -169,18 +169,12 @@ def lm_eval_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads, the decoder answers.
-
-    Needs the harness: pip install 'overfill[eval]'.
-    """
+    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads, the decoder answers."""
     from overfill.cli.output import console, print_json
+    from overfill.pair.evaluate.harness import run_tasks
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 
-    try:
-        from overfill.pair.evaluate.harness import run_tasks
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}; install the harness: pip install 'overfill[eval]'") from None
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
     results = run_tasks(

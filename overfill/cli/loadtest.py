@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import click
 from overfill.cli.processes import tied_to_parent
 from overfill.environment import QUIET_GRPC
 from overfill.errors import InvalidRequest
+from overfill.extras import require
 from overfill.loadtest.plan import API_KEY, LoadPlan
 
 
@@ -49,8 +49,7 @@ def loadtest_command(api_key: str | None, **options: Any) -> int:
     Exits 0 when every objective is met, 1 when one is not (it is named with what was measured), and 2 when nothing
     could be measured.
     """
-    if find_spec("locust") is None:
-        raise click.UsageError("locust is not installed: pip install 'overfill[loadtest]'")
+    require("loadtest", "`overfill loadtest`", "locust")  # which runs in a process of its own
     from overfill.loadtest.workload import Workload
 
     try:

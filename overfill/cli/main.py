@@ -16,6 +16,7 @@ import click
 import overfill
 from overfill.environment import QUIET_GRPC
 from overfill.errors import OverfillError, Overloaded, Unavailable
+from overfill.extras import needs
 
 # Name -> where the click command is, and its line in `overfill --help`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -44,6 +45,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "loadtest": ("overfill.cli.loadtest:loadtest_command", "Load a stack with locust; hold it against objectives."),
     "simulate": ("overfill.cli.simulate:simulate_command", "Play a trace on modelled workers; size pools."),
     "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
+}
+
+# Name -> the extras that have all the command may import. The commands of a client need none and are not here.
+EXTRAS: dict[str, str] = {
+    "up": "server",
+    "verify": "server",
+    "chaos": "loadtest,server",
+    "chaos-clients": "server",
+    "pair": "pairs",
+    "bench": "loadtest,server",
+    "loadtest": "loadtest",
+    "simulate": "loadtest",
+    "demo": "server",
 }
 
 
@@ -77,8 +91,11 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``argv`` (``sys.argv[1:]`` when None) and returns the exit code."""
     os.environ.update(QUIET_GRPC | os.environ)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
     try:
-        result = cli.main(args=argv, prog_name="overfill", standalone_mode=False)
+        with needs(EXTRAS.get(name, ""), f"`overfill {name}`"):
+            result = cli.main(args=arguments, prog_name="overfill", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()

@@ -16,7 +16,6 @@ from typing import Any
 from overfill.cli.stack import Plan, StartFailed, check_port_free
 from overfill.client import Client
 from overfill.cluster import placement
-from overfill.cluster.application import serve_config
 from overfill.cluster.session import Session
 from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec
 from overfill.config import ServiceConfig
@@ -96,6 +95,8 @@ class RayStack:
         else:
             self._session = Session.join(options.address, options.log_dir is None)
         import ray
+
+        from overfill.cluster.application import serve_config  # which needs numpy
 
         spec = spec_of(self.plan, options, ray.cluster_resources())
         if self._session.owned:

@@ -32,9 +32,10 @@ from overfill.cli.up_config import OwnSettings, config_option
 from overfill.cluster.session import check_installed
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.config_file import BadConfigFile, flag_name
+from overfill.extras import require
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.rpc.access import Role
-from overfill.rpc.server import is_loopback
+from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 
@@ -157,6 +158,7 @@ def up_command(
     OVERFILL_PREFILL_BLOCK_SIZE. --prefill, --decode, --router, --pair, --grpc, --http, --log-dir, --config and those
     that concern Ray are variables too: OVERFILL_UP_PREFILL, OVERFILL_UP_RAY=no and so on.
     """
+    require("server", "`overfill up`", "xxhash" if mock else "torch")  # in the processes that it starts
     from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
 

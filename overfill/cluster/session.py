@@ -21,7 +21,8 @@ from typing import Any
 from overfill.cluster import placement
 from overfill.cluster.spec import StackSpec
 from overfill.errors import OverfillError
-from overfill.rpc.server import is_loopback
+from overfill.extras import install_line
+from overfill.rpc.addresses import is_loopback
 
 _OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and this is about the least that Ray takes
 _QUIET = {"log_level": "WARNING"}
@@ -181,7 +182,7 @@ class Session:
 def check_installed() -> None:
     """Raises RayUnavailable, saying what to do, when Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise RayUnavailable("Ray is not installed: pip install 'overfill[ray]', or run plain processes with --no-ray")
+        raise RayUnavailable(f"Ray is not installed: {install_line('server')}, or run plain processes with --no-ray")
 
 
 def _check_head(address: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from overfill.errors import InvalidRequest
+from overfill.extras import needs
 from overfill.pair.conversations import Conversation
 
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -57,15 +58,13 @@ def load_hub(dataset: str, split: str, *columns: str) -> Any:
 
     Raises:
         InvalidRequest: it cannot be loaded; the message says what to do.
+        MissingExtra: the package datasets is not installed.
     """
     dataset, _, own_split = dataset.partition(":")
     split = own_split or split
-    try:
+    with needs("pairs", f"reading {dataset} from the hub"):
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        raise InvalidRequest(
-            "data", f"reading {dataset} from the hub needs the package datasets: pip install 'overfill[train]'"
-        ) from None
+
     try:
         rows = datasets.load_dataset(dataset, split=split)
     except Exception as error:  # the library raises what its many back ends raise

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import grpc.aio
 
 from overfill.errors import Incompatible, OverfillError, Unavailable
+from overfill.rpc.addresses import split_address
 from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.credits import Demand, divide
-from overfill.rpc.server import split_address
 from overfill.rpc.tls import Credentials
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 

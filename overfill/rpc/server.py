@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from overfill.errors import Unavailable
 from overfill.rpc.access import Gate
+from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.channel import server_options
 from overfill.rpc.health import Health
 from overfill.rpc.interceptors import ErrorInterceptor
@@ -108,21 +108,3 @@ class RpcServer:
         self._health.close()
         if self._server is not None:
             await self._server.stop(grace)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """``host:port`` in two; an IPv6 host keeps its brackets. Raises ValueError when there is no port."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"an address is host:port, such as 127.0.0.1:7600; got {address!r}")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``, an IP address or name. Names are not resolved."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
+from overfill.rpc.addresses import split_address
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
-from overfill.rpc.server import RpcServer, split_address
+from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import Credentials
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
 

@@ -10,7 +10,7 @@ from ray.serve import Application, Deployment
 
 from overfill.cluster.application import deployment_options
 from overfill.cluster.spec import DECODE, PREFILL, ROUTER, StackSpec
-from overfill.rpc.server import is_loopback
+from overfill.rpc.addresses import is_loopback
 from services.ray.replicas import Replica, RouterReplica, WorkerReplica
 
 

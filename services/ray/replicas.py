@@ -28,9 +28,9 @@ from overfill.config import ServiceConfig, is_wildcard
 from overfill.environment import SETTINGS
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
+from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.calls import outcome
 from overfill.rpc.channel import open_channel
-from overfill.rpc.server import is_loopback, split_address
 from overfill.rpc.tls import ClientTls
 
 if TYPE_CHECKING:

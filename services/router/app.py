@@ -25,8 +25,9 @@ from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.rpc.access import Gate as AccessGate
+from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.rpc.server import RpcServer, is_loopback
+from overfill.rpc.server import RpcServer
 from overfill.v1 import (
     admin_pb2,
     admin_pb2_grpc,

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -97,27 +96,12 @@ def test_bases_are_pinned_and_every_file_is_in_the_context() -> None:
                 assert source in allowed
 
 
-def test_a_router_s_image_has_what_it_imports_and_no_torch() -> None:
-    """The list is pyproject's, less what no module of a router imports."""
-    lines = (DEPLOY / "docker" / "router.txt").read_text().splitlines()
-    listed = {re.split(r"[<>=]", line)[0]: line for line in lines if not line.startswith("#")}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert set(listed.values()) <= set(project)
-    code = (
-        "import services.router.main, services.router.http.app, services.router.http.server, overfill.cli.main\n"
-        "import overfill.cli.health, overfill.cli.status, overfill.cli.generate, overfill.cli.config\n"
-        "import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
-    )
-    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    distributions = packages_distributions()  # which takes seconds
-    needed = {name.lower() for module in loaded for name in distributions.get(module, [])}
-    direct = {re.split(r"[<>=]", line)[0] for line in project}
-    assert not {"torch", "transformers"} & needed
-    reached = set(listed)
-    for name in listed:
-        reached |= {re.split(r"[^\w-]", line)[0].lower() for line in requires(name) or [] if "extra ==" not in line}
-    missing = {name.replace("_", "-") for name in needed} & direct - {name.replace("_", "-") for name in reached}
-    assert missing == set()
+@pytest.mark.parametrize(("target", "extra"), [("router", "router"), ("prefill", "server"), ("ray", "server")])
+def test_images_are_made_of_an_extra(target: str, extra: str) -> None:
+    files = next(value for name, value in stages()[target] if name == "COPY" and "--from=" in value)
+    of = re.search(r"--from=(\S+)", files)
+    assert of is not None
+    assert f'"${{wheel}}[{extra}]"' in dict(stages()[of[1]])["RUN"]
 
 
 # KubeRay

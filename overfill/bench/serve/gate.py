@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from overfill.bench.serve.outcome import Outcome, samples
 from overfill.errors import InvalidRequest
 
@@ -37,6 +35,8 @@ class Limit:
         if self.name == "errors":
             failed = sum(not outcome.ok for outcome in outcomes)
             return failed / max(1, len(outcomes)) if self.share else float(failed)
+        import numpy as np  # here, since the options of a load test are read without it
+
         latency, _, percentile = self.name.partition("_p")
         if latency == "tpot":
             values = [outcome.itl for outcome in outcomes if outcome.ok and outcome.tokens > 1]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from overfill.client.answers import TTFT_PARTS, Timing
 from overfill.errors import InvalidRequest
 
@@ -127,6 +125,8 @@ def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
 
 def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Figure]:
     """What a run comes to; latencies are None when no request finished."""
+    import numpy as np  # here, since the options of a load test are read without it
+
     done = [outcome for outcome in outcomes if outcome.ok]
     span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
     found = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from overfill.compiled import COMPILERS, find_compiler
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.extras import needs
 from overfill.kv.cache import TORCH_DTYPES
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import TeacherCache
@@ -307,10 +308,9 @@ def make_accelerator() -> Any:
     """What knows the devices and the processes.
 
     Raises:
-        InvalidRequest: the package is missing.
+        MissingExtra: the package accelerate is not installed.
     """
-    try:
+    with needs("pairs", "training"):
         from accelerate import Accelerator
-    except ImportError:
-        raise InvalidRequest("", "training needs the package accelerate: pip install 'overfill[train]'") from None
+
     return Accelerator(mixed_precision="no")

@@ -28,8 +28,8 @@ from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
 from overfill.metrics import CONTENT_TYPE
 from overfill.rpc.access import ROUTES, Gate, bearer, route_rule, unknown
+from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.rpc.server import is_loopback
 from overfill.rpc.status import as_overfill_error
 from overfill.v1 import admin_pb2
 from services.router.generation import Generator

@@ -17,7 +17,7 @@ from overfill.api.openai.answers import encode
 from overfill.api.openai.errors import ApiError, too_many_connections
 from overfill.errors import Unavailable
 from overfill.rpc.access import Role, roles_of
-from overfill.rpc.server import is_loopback
+from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import Reloaded, ServerTls, TlsError, names_of
 
 HEAD_TIMEOUT = 10.0

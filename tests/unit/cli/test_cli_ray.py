@@ -116,7 +116,7 @@ def test_without_ray_it_is_told_what_to_do(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     assert main([command, "--pair", "/no/such/pair"]) == 1
     err = capsys.readouterr().err
-    assert "pip install 'overfill[ray]'" in err
+    assert "[server]'" in err
     assert "--no-ray" in err
 
 

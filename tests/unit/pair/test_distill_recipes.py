@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, OverfillError
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import Column, TeacherCache
 from overfill.pair.distill.data import HubTranscripts, batches, digest, load_data
@@ -108,13 +108,14 @@ def test_data_is_read_from_a_file(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("nowhere.jsonl", "neither `shipped`, nor a file"), ("someone/chats", "package datasets")]
+    ("source", "message"),
+    [("nowhere.jsonl", "neither `shipped`, nor a file"), ("someone/chats", r"needs datasets, .*\[pairs\]")],
 )
 def test_data_that_cannot_be_had_is_named(
     source: str, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InvalidRequest, match=message):
+    with pytest.raises(OverfillError, match=message):
         load_data(Data(source=source), Tokenizer.load(tiny / "full"))
 
 

@@ -15,9 +15,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from overfill import errors
 from overfill.rpc.access import RPCS, Gate, Rule
+from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_MESSAGE_BYTES
-from overfill.rpc.server import RpcServer, is_loopback, split_address
+from overfill.rpc.server import RpcServer
 from overfill.rpc.status import from_rpc_error
 from overfill.rpc.tls import TlsError
 from overfill.v1 import common_pb2

@@ -1,0 +1,218 @@
+"""What the core and the extras of ``pyproject.toml`` promise, in processes that find nothing else installed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import click
+import pytest
+from mocks import mock_stack
+from packaging.requirements import Requirement
+
+from overfill.cli.main import COMMANDS, EXTRAS, cli
+from overfill.testing.tiny import make_tiny_pair
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CLIENT = [name for name in COMMANDS if name not in EXTRAS]
+SERVERS = {"torch", "transformers", "matplotlib", "gguf", "ray"}
+
+# Modules that are not of this installation are found by nobody, as if they were not there.
+_WITHOUT = """
+import sys
+absent = set({absent!r})
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition('.')[0] in absent else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finder, 'find_spec')]
+{code}
+"""
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installation(*extras: str) -> set[str]:
+    """Normalised names of the distributions that the core and ``extras`` bring, of those that are installed here."""
+    found: set[tuple[str, str]] = set()
+    waiting = [(PROJECT["name"], extra) for extra in ("", *extras)]
+    while waiting:
+        name, extra = one = waiting.pop()
+        if one in found:
+            continue
+        found.add(one)
+        if name == PROJECT["name"]:
+            lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+        else:
+            try:
+                lines = requires(name) or []
+            except PackageNotFoundError:
+                continue  # for another platform
+        for needed in map(Requirement, lines):
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                waiting += [(normal(needed.name), of) for of in ("", *needed.extras)]
+    return {name for name, _ in found}
+
+
+@cache
+def modules() -> dict[str, set[str]]:
+    """Distributions by the top-level module that they bring."""
+    return {module: set(map(normal, names)) for module, names in packages_distributions().items()}
+
+
+def run_in(extras: tuple[str, ...], code: str, **options) -> subprocess.CompletedProcess:
+    there = installation(*extras)
+    absent = sorted(module for module, names in modules().items() if not names & there)
+    command = [sys.executable, "-c", _WITHOUT.format(absent=absent, code=code)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def overfill(arguments, extras=(), **options) -> subprocess.CompletedProcess:
+    code = f"from overfill.cli.main import main; sys.exit(main({[str(a) for a in arguments]!r}))"
+    return run_in(extras, code, **options)
+
+
+def leaves(command: click.Command, path: tuple[str, ...]) -> list[tuple[str, ...]]:
+    if not isinstance(command, click.Group):
+        return [path]
+    return [leaf for name, one in command.commands.items() for leaf in leaves(one, (*path, name))]
+
+
+def test_the_core_has_nothing_of_a_server() -> None:
+    assert not installation() & {*SERVERS, "numpy", "safetensors", "tokenizers", "llguidance", "starlette", "uvicorn"}
+
+
+def test_a_router_has_no_torch_and_a_server_has_what_a_router_has() -> None:
+    assert not installation("router") & SERVERS
+    assert installation("router") < installation("server")
+
+
+def test_everything_is_in_the_extra_of_developers() -> None:
+    assert all(installation(extra) <= installation("dev") for extra in PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize("name", CLIENT)
+def test_the_core_has_what_a_client_s_command_imports(name: str) -> None:
+    done = run_in((), f"import {COMMANDS[name][0].partition(':')[0]}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_core_has_what_the_sdk_imports() -> None:
+    done = run_in((), "import overfill.client")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_router_s_extra_has_what_a_router_imports() -> None:
+    code = "import services.router.main, services.router.http.app, services.router.http.server"
+    done = run_in(("router",), code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_extra_of_load_tests_has_what_measures_from_outside() -> None:
+    modules = [
+        *(f"overfill.loadtest.{name}" for name in ("locustfile", "report")),
+        *(f"overfill.simulate.{name}" for name in ("stack", "plot")),
+        *(f"overfill.bench.serve.{name}" for name in ("compare", "targets", "report", "plot")),
+    ]
+    done = run_in(("loadtest",), f"import {', '.join(modules)}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_needs_the_core_only() -> None:
+    commands = [leaf for name in COMMANDS for leaf in leaves(cli.get_command(click.Context(cli), name), (name,))]
+    assert len(commands) > 30
+    code = (
+        "from overfill.cli.main import main\n"
+        f"for path in {[[], *map(list, commands)]!r}:\n"
+        "    if main([*path, '--help']) != 0: sys.exit(f'no help: {path}')\n"
+    )
+    done = run_in((), code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") == len(commands) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["up"], "torch"),
+        (["up", "--no-ray"], "torch"),
+        (["up", "--mock"], "xxhash"),
+        (["demo"], "torch"),
+        (["verify", "--questions", "{questions}", "--max-tokens", "4"], "torch"),
+        (["chaos"], "torch"),
+        (["chaos-clients"], "tokenizers"),
+        (["pair", "build", "--full", "x", "--out", "{folder}"], "huggingface_hub"),
+        (["pair", "lm-eval", "default", "--tasks", "x"], "lm_eval"),
+        (["bench", "decode"], "torch"),
+        (["bench", "serve"], "aiohttp"),
+        (["loadtest"], "locust"),
+        (["simulate"], "numpy"),
+    ],
+)
+def test_a_command_without_its_extra_says_the_line_to_run(arguments: list[str], missing: str, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "Hello"}\n')
+    done = overfill([a.format(questions=questions, folder=tmp_path / "pair") for a in arguments])
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"overfill: `overfill {arguments[0]}` needs {missing}, which is not installed here: "
+        f"pip install -e '.[{EXTRAS[arguments[0]]}]'\n"
+    )
+
+
+@pytest.mark.parametrize(("service", "extra"), [("router", "router"), ("prefill", "server"), ("decode", "server")])
+def test_a_service_without_its_extra_says_the_line_to_run(service: str, extra: str) -> None:
+    done = run_in((), f"from services.console import {service}; {service}()")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"overfill-{service} needs \w+, which is not installed here: pip install -e '\.\[{extra}\]'\n", done.stderr
+    )
+
+
+def test_the_engine_without_its_extra_says_the_line_to_run() -> None:
+    code = "try:\n    from overfill import LLM\nexcept ImportError as error:\n    print(error)"
+    done = run_in((), code)
+    assert done.stdout == ("overfill.LLM needs torch, which is not installed here: pip install -e '.[server]'\n"), (
+        done.stderr
+    )
+
+
+def test_every_extra_of_a_command_exists() -> None:
+    assert EXTRAS.keys() <= COMMANDS.keys()
+    assert {one for extra in EXTRAS.values() for one in extra.split(",")} <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_commands_of_a_client_work_with_the_core_only(tmp_path: Path) -> None:
+    def check(*arguments, **options) -> str:
+        done = overfill(arguments, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with mock_stack(make_tiny_pair(tmp_path / "tiny"), decode=2) as stack:
+        at = f"--address={stack.grpc}"
+        assert check("generate", "-v", "--max-tokens=4", at, "Hello")
+        assert json.loads(check("generate", "--json", "--max-tokens=4", at, "Hello"))["usage"]["completion_tokens"] == 4
+        assert check("chat", "-v", "--max-tokens=4", at, input="Hello\n")
+        assert "decode-1" in check("status", at)
+        assert check("top", "--once", at)
+        assert check("health", stack.grpc) == "SERVING\n"
+        assert check("drain", "--timeout=0", at, "decode-1") == "decode-1 drains\n"
+    keys = f"--file={tmp_path / 'keys.json'}"
+    assert check("keys", "create", "ann", keys)
+    assert check("keys", "list", keys).startswith("ann\t")
+    check("keys", "revoke", "ann", keys)
+    assert "router.key" in check("certs", tmp_path / "certs")
+    assert check("metrics") == (ROOT / "docs" / "metrics.md").read_text()
+    assert "right" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
+    assert "max-decode" in check("config", "show")
