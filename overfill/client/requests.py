@@ -167,8 +167,13 @@ def check_timeout(timeout: float | None) -> None:
 
 
 def split_addresses(address: str) -> list[str]:
-    """Splits a comma-separated list. Raises ValueError when an entry is empty."""
+    """Splits a comma-separated list. Raises ValueError when an entry is empty or a URL."""
     addresses = [part.strip() for part in address.split(",")]
+    if url := next((a for a in addresses if a.lower().startswith(("http://", "https://"))), None):
+        raise ValueError(
+            f"{url!r} is a URL; an address is HOST:PORT, of the router's gRPC port, such as 127.0.0.1:7600. "
+            "The URL of the OpenAI endpoint is for OpenAI's clients"
+        )
     if not all(addresses):
         raise ValueError(f"an address is host:port or unix:path, or a comma-separated list; got {address!r}")
     return addresses

@@ -75,6 +75,7 @@ class Colocated:
         self._decoder_cache = decoder.runner.cache
         self._layer_map = decoder.pair.layer_map
         self._grammars = full.grammars
+        self._eos_ids = full.config.eos_token_ids
         self._on_token = on_token
         self._prefill_events: deque[PrefillEvent] = deque()
         self._decode_events: deque[DecodeEvent] = deque()
@@ -169,12 +170,15 @@ class Colocated:
                 decode = request.decode
                 request.blocks = blocks
                 first = not request.answer
+                processor = (
+                    new_processor(decode.sampling, decode.prompt, self._grammars, self._eos_ids) if first else None
+                )
                 request.prefill = PrefillSequence(
                     decode.id,
                     decode.prompt,
                     decode.sampling,
                     sample_first_token=first,
-                    processor=new_processor(decode.sampling, decode.prompt, self._grammars) if first else None,
+                    processor=processor,
                 )
                 self._prefill.handle(Submit(request.prefill))
             case Preempted(id=id):

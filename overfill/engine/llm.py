@@ -164,8 +164,11 @@ class LLM:
         sampling.check_vocab(self._full.config.vocab_size)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
-        stop = StopRule.of(sampling, self._full.config.eos_token_ids, self.max_model_len - len(prompt))
-        processor = new_processor(sampling, prompt, self._full.grammars)
+        room, eos_ids = self.max_model_len - len(prompt), self._full.config.eos_token_ids
+        if sampling.min_tokens > room:
+            raise PromptTooLong("sampling.min_tokens", f"{sampling.min_tokens} tokens do not fit; {room} do")
+        stop = StopRule.of(sampling, eos_ids, room)
+        processor = new_processor(sampling, prompt, self._full.grammars, eos_ids)
         sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
         return Request(index, sequence)
 

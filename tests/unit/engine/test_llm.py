@@ -1,6 +1,7 @@
 """``LLM``: both halves in one process give the reference's answers, whatever the batch and however small the cache."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -309,3 +310,18 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_only_with_its_reason(l
     with pytest.raises(InvalidRequest, match="too complex"):
         llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=40, grammar=SCHEMA))
     assert_nothing_leaked(llm)
+
+
+@pytest.mark.parametrize("kv_memory", [2**20, 16 * 16 * 1024])
+def test_answers_have_their_least_length_in_both_stages_and_after_preemption(folder, kv_memory):
+    llm = new_llm(folder, kv_memory=kv_memory)
+    ending = dict.fromkeys((llm.tokenizer.end_of_answer, 77), 100.0)
+    least = SamplingParams(temperature=0, min_tokens=30, max_tokens=40, stop_token_ids=(77,), logit_bias=ending)
+    answers = llm.generate(PROMPTS, least)
+    assert {(len(a.token_ids), a.finish_reason) for a in answers} == {(30, "stop")}
+    assert llm.generate(PROMPTS[:1], replace(least, min_tokens=0))[0].token_ids == []
+
+
+def test_a_least_length_that_the_context_does_not_hold_is_refused(llm):
+    with pytest.raises(PromptTooLong, match=r"min_tokens: 300 tokens do not fit; 236 do"):
+        llm.generate(PROMPTS[:1], SamplingParams(min_tokens=300))
