@@ -63,6 +63,20 @@ def test_mistakes_are_found_before_anything_is_sent(field: str, fields: dict[str
     assert caught.value.field == field
 
 
+def test_prompts_are_rendered_and_cut_as_asked() -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    request = build(chat, chat_template_kwargs={"enable_thinking": False}, truncate_prompt_tokens=-1)
+    assert request.chat.chat_template_kwargs == '{"enable_thinking": false}'
+    assert request.truncate_prompt_tokens == -1
+    assert build(chat, continue_final_message=True).chat.continue_final_message
+    assert not build("x").HasField("truncate_prompt_tokens")
+    for field in ("chat_template_kwargs", "continue_final_message"):
+        with pytest.raises(InvalidRequest, match="only for chats"):
+            build("x", **{field: {"a": 1}})
+    with pytest.raises(InvalidRequest, match="is not JSON"):
+        build(chat, chat_template_kwargs={"a": math.nan})
+
+
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
 def test_timeouts_are_positive_and_finite(timeout: float) -> None:
     with pytest.raises(InvalidRequest) as caught:
