@@ -26,7 +26,7 @@ class LogitProcessor:
 
     Args:
         matcher: at the start of the answer; None without a grammar.
-        end_ids: tokens that end the answer.
+        end_ids: tokens that end the answer, and may not before it has ``min_tokens``.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class LogitProcessor:
         """Whether it changes the logits of the token after ``num_emitted`` others."""
         params = self.params
         lasting = params.penalised or bool(params.logit_bias) or self.matcher is not None
-        return lasting or num_emitted < params.min_tokens
+        return lasting or self._too_short(num_emitted)
 
     @property
     def goes_on(self) -> bool:
         """Whether the answer may not end yet."""
-        return self._seen < self.params.min_tokens and len(self.end_ids) > 0
+        return self._too_short(self._seen)
 
     @property
     def penalised(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -77,6 +77,9 @@ class LogitProcessor:
     def biased(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Token ids, and what is added to their logits."""
         return self._biased, self._bias
+
+    def _too_short(self, num_emitted: int) -> bool:
+        return num_emitted < self.params.min_tokens and len(self.end_ids) > 0
 
     def _place(self, token: int) -> int:
         place = self._places.setdefault(token, len(self._places))
@@ -98,13 +101,14 @@ def new_processor(
     Raises:
         InvalidRequest: the grammar cannot be obeyed here.
     """
-    if params.grammar is None and not params.penalised and not params.logit_bias and not params.min_tokens:
+    end_ids = params.end_ids(eos_ids) if params.min_tokens else frozenset()
+    if params.grammar is None and not params.penalised and not params.logit_bias and not end_ids:
         return None
     matcher = None
     if params.grammar is not None:
         assert grammars is not None
         matcher = grammars.matcher(params.grammar)
-    return LogitProcessor(params, prompt, matcher, params.end_ids(eos_ids))
+    return LogitProcessor(params, prompt, matcher, end_ids)
 
 
 async def prepare_processor(

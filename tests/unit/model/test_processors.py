@@ -207,10 +207,11 @@ def test_no_answer_ends_before_min_tokens(grammars: Grammars) -> None:
 
 
 def test_min_tokens_leave_an_end_that_is_ignored_alone(grammars: Grammars) -> None:
-    processor = new_processor(SamplingParams(min_tokens=9, ignore_eos=True), [], grammars, [END])
+    assert new_processor(SamplingParams(min_tokens=9, ignore_eos=True), [], grammars, [END]) is None
+    stopped = SamplingParams(min_tokens=9, ignore_eos=True, stop_token_ids=(7,))
     logits = torch.zeros(1, VOCAB)
-    process(logits, [processor], [[]])
-    assert logits[0, END] == 0
+    process(logits, [new_processor(stopped, [], grammars, [END])], [[]])
+    assert logits[0, [END, 7]].tolist() == [0, float("-inf")]
 
 
 def test_a_grammar_that_is_complete_ends_the_answer_before_min_tokens(grammars: Grammars, tiny_pair: Path) -> None:
