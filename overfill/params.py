@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
 from overfill.errors import InvalidRequest
@@ -81,6 +81,8 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
         seed: 64-bit key of the counter-based generator; None lets the router draw one.
         max_tokens: most tokens in the answer, the first one included; None means what the context leaves.
+        min_tokens: until the answer has so many tokens, those that would end it cannot be sampled, and stop strings are
+            not looked for. A grammar that allows nothing but the end still ends the answer.
         stop_token_ids: end the answer, besides the model's end-of-sequence ids; not part of the text.
         ignore_eos: run on past the model's own end-of-sequence ids.
         logprobs: None, or how many most likely tokens to report beside the chosen one (0 to 20).
@@ -90,6 +92,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for each time that the token is in the answer so far, in [-2, 2].
         logit_bias: token id to what is added to its logit, in [-100, 100].
         grammar: what the whole answer must look like.
+        stop: not taken. The calls of ``Client`` and ``AsyncClient`` take stop strings.
 
     Penalties, bias and grammar change the logits before temperature and filters, in the order above.
 
@@ -103,6 +106,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -111,8 +115,15 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     grammar: Grammar | None = None
+    stop: InitVar[object] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, stop: object) -> None:
+        if stop is not None:
+            raise _invalid(
+                "stop",
+                "is not a sampling parameter: give stop strings to the call, client.generate(prompt, stop=[...]), "
+                "and token ids as stop_token_ids",
+            )
         _check_finite("temperature", self.temperature)
         if self.temperature < 0:
             raise _invalid("temperature", f"must be 0 (greedy) or more, got {self.temperature}")
@@ -128,6 +139,10 @@ class SamplingParams:
             raise _invalid("seed", f"must be in [0, 2^64), got {self.seed}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise _invalid("max_tokens", f"must be at least 1, got {self.max_tokens}")
+        if self.min_tokens < 0:
+            raise _invalid("min_tokens", f"must be at least 0, got {self.min_tokens}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _invalid("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}")
         if any(t < 0 for t in self.stop_token_ids):
             raise _invalid("stop_token_ids", "token ids are not negative")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -160,6 +175,10 @@ class SamplingParams:
         """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    def end_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
+        """Token ids that end an answer; ``eos_ids`` are the model's own."""
+        return frozenset(self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_ids))
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raises InvalidRequest when a stop or biased token id is outside the vocabulary."""
         check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
@@ -173,6 +192,7 @@ class SamplingParams:
             min_p=self.min_p,
             seed=self.seed,
             max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens or None,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import Mode, Tool, as_openai, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
@@ -25,11 +26,13 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
     _check_messages(chat.messages)
     tools = read_tools(chat)
     mode, _ = tool_choice(chat)
+    options = template_options(chat)
     if not chat.messages:
         return []
     shown = tools if mode != "none" else []
     if tokenizer.template_knows_tools:
-        return tokenizer.encode_chat([_native(m) for m in chat.messages], [as_openai(t) for t in shown] or None)
+        native = [_native(m) for m in chat.messages]
+        return tokenizer.encode_chat(native, [as_openai(t) for t in shown] or None, options)
     messages = [_plain(m) for m in chat.messages]
     if shown:
         text = describe_tools(shown)
@@ -37,7 +40,18 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
             messages[0] = {"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}
         else:
             messages.insert(0, {"role": "system", "content": text})
-    return tokenizer.encode_chat(messages)
+    return tokenizer.encode_chat(messages, options=options)
+
+
+def template_options(chat: inference_pb2.Chat) -> TemplateOptions:
+    """How ``chat`` is to be rendered. Raises InvalidRequest."""
+    field = "chat.chat_template_kwargs"
+    variables = _json(field, chat.chat_template_kwargs) if chat.chat_template_kwargs else {}
+    if not isinstance(variables, dict):
+        raise InvalidRequest(field, "is not a JSON object")
+    continued = chat.continue_final_message
+    opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continued
+    return TemplateOptions(variables, opened, continued)
 
 
 def read_tools(chat: inference_pb2.Chat) -> list[Tool]:

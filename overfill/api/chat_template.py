@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -15,6 +16,38 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from overfill.errors import InvalidPair, InvalidRequest
+
+_END_OF_TEXT = "end of the last message 8d0b6c"
+"""Stands behind the text of a message that is to be continued, so that its end is found in what the template writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How a chat is rendered.
+
+    Args:
+        variables: more of what the template sees, such as ``{"enable_thinking": False}``. A template does not look at
+            variables that it does not know.
+        add_generation_prompt: end with what opens the assistant's answer.
+        continue_final_message: end with the last message's text, as the beginning of the answer.
+
+    Raises:
+        InvalidRequest: the last two are both wanted.
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    def __post_init__(self) -> None:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest(
+                "chat.continue_final_message",
+                "contradicts add_generation_prompt: the answer continues the last message or opens one of its own",
+            )
+
+
+_DEFAULT_OPTIONS = TemplateOptions()
 
 
 class ChatTemplate:
@@ -35,30 +68,71 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
-            self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._known = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise InvalidPair(f"the chat template does not compile: {error}") from error
+        self.knows_tools = "tools" in self._known
         self._special_tokens = dict(special_tokens)
+        self._reserved = {*_OWN_VARIABLES, *special_tokens, *environment.globals}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The conversation up to where the assistant's next turn starts.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions = _DEFAULT_OPTIONS,
+    ) -> str:
+        """The conversation up to where the assistant's answer starts.
 
         Args:
             tools: in OpenAI's form; of use only where ``knows_tools``.
 
         Raises:
-            InvalidRequest: the template refuses these messages; the message is the template's own.
+            InvalidRequest: the template refuses these messages, in its own words; a variable is not for requests to
+                set; or the last message cannot be continued.
         """
+        self._check_variables(options.variables)
+        shown = [dict(message) for message in messages]
+        if options.continue_final_message:
+            if not shown or not shown[-1].get("content"):
+                raise InvalidRequest("chat.continue_final_message", "needs a last message that has text")
+            shown[-1]["content"] += _END_OF_TEXT
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
+            text = self._template.render(
+                {"documents": None} | dict(options.variables),
+                messages=shown,
                 tools=[dict(tool) for tool in tools] if tools else None,
-                documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=options.add_generation_prompt,
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
+        if not options.continue_final_message:
+            return text
+        before, found, _ = text.rpartition(_END_OF_TEXT)
+        if not found:
+            raise InvalidRequest(
+                "chat.continue_final_message", "the chat template does not show the last message as it is"
+            )
+        return before
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        for name in variables:
+            place = f"chat.chat_template_kwargs.{name[:80]}"
+            if name in self._reserved:
+                raise InvalidRequest(place, "is the server's to set; leave it out")
+        if variables.get("documents") and "documents" not in self._known:
+            raise InvalidRequest("chat.documents", "the chat template does not show documents; put them into a message")
+
+
+_OWN_VARIABLES = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "tokenize",
+)
+"""What a request says elsewhere, and what it may not say at all."""
 
 
 class _GenerationTag(jinja2.ext.Extension):

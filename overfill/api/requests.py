@@ -81,6 +81,8 @@ def validate_generate(
     if sampling.grammar is not None:
         _check_grammar(sampling.grammar, tools is not None)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
+    if request.HasField("truncate_prompt_tokens"):
+        prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
     max_tokens = _resolve_max_tokens(sampling.max_tokens, len(prompt), max_model_len)
     resume = tuple(request.resume_token_ids)
     _check_resume(resume, sampling, max_tokens, vocab_size)
@@ -95,7 +97,7 @@ def validate_generate(
         trace=request.trace,
         sample_index=request.sample_index,
         kv_codec=request.kv_codec,
-        continues_text=request.WhichOneof("prompt") == "text",
+        continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         calls_tools=tools is not None,
         priority=request.priority,
     )
@@ -126,6 +128,15 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
     if not ids:
         raise InvalidRequest("prompt", f"is empty ({kind})")
     return ids
+
+
+def _truncated(prompt: Sequence[int], count: int, room: int) -> Sequence[int]:
+    """The last ``count`` tokens of ``prompt``; -1: as many as there is room for."""
+    if count == 0 or count < -1:
+        raise InvalidRequest(
+            "truncate_prompt_tokens", f"must be at least 1, or -1 for what the context holds; got {count}"
+        )
+    return prompt[-max(1, room if count == -1 else count) :]
 
 
 def _resolve_max_tokens(asked: int | None, prompt_tokens: int, max_model_len: int) -> int:

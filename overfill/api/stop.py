@@ -16,11 +16,17 @@ class StopStrings:
         self._longest_prefix = max((len(stop) for stop in stops), default=1) - 1
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that is safe to show, and the stop string that ended the answer, which is not in it."""
-        buffer = self._held + text
-        matches = [(start + len(s), start, s) for s in self._stops if (start := buffer.find(s)) >= 0]
-        if matches:
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
+        """Text that is safe to show, and the stop string that ended the answer, which is not in it.
+
+        Args:
+            may_end: whether a stop string that ``text`` completes ends the answer; else it is text.
+        """
+        buffer, held = self._held + text, len(self._held)
+        # Only what ends in the new text: the rest was looked at before.
+        places = ((s, buffer.find(s, max(0, held - len(s) + 1))) for s in self._stops)
+        matches = [(start + len(s), start, s) for s, start in places if start >= 0]
+        if matches and may_end:
             _, start, stop = min(matches)
             self._held = ""
             return buffer[:start], stop

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import tokenizers
 
-from overfill.api.chat_template import ChatTemplate
+from overfill.api.chat_template import ChatTemplate, TemplateOptions
 from overfill.errors import InvalidPair, InvalidRequest
 
 _SPECIAL_TOKENS = (
@@ -122,25 +122,34 @@ class Tokenizer:
         """Whether the chat template shows tools to the model by itself."""
         return self._chat_template is not None and self._chat_template.knows_tools
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions | None = None,
+    ) -> str:
         """A chat as text, up to where the assistant's answer starts.
 
         Args:
             messages: each with ``role`` and ``content``; what else they may hold depends on the template.
             tools: in OpenAI's form; only for a template that knows tools.
+            options: None takes the defaults.
 
         Raises:
             InvalidRequest: there is no chat template, or it refuses these messages.
         """
         if self._chat_template is None:
             raise InvalidRequest("chat", "this model has no chat template; send text or token ids")
-        return self._chat_template.render(messages, tools)
+        return self._chat_template.render(messages, tools, options or TemplateOptions())
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions | None = None,
     ) -> list[int]:
         """Token ids of a chat. The template writes all special tokens itself; none is added. As ``render``."""
-        return self._encode(self.render(messages, tools), add_special_tokens=False)
+        return self._encode(self.render(messages, tools, options), add_special_tokens=False)
 
     def encode_user_opening(self) -> list[int]:
         """Token ids of a chat up to where the user's first words go: what a model continues with a user's message.

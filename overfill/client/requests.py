@@ -81,6 +81,10 @@ class Options(TypedDict, total=False):
         tool_choice: "auto" (text, calls or both; the default with tools), "none", "required" (calls only), or the name
             of the tool to call.
         single_tool_call: at most one call in the answer.
+        chat_template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``; only with a chat.
+        continue_final_message: the answer goes on with the last message's text; only with a chat.
+        truncate_prompt_tokens: keep so many of the prompt's last tokens; -1: as many as the context holds beside
+            ``max_tokens``.
     """
 
     model: str
@@ -96,6 +100,9 @@ class Options(TypedDict, total=False):
     tools: Sequence[Tool]
     tool_choice: str
     single_tool_call: bool
+    chat_template_kwargs: Mapping[str, Any]
+    continue_final_message: bool
+    truncate_prompt_tokens: int
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
@@ -117,6 +124,8 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         kv_codec=_codec(options.get("kv_codec", "")),
         priority=_small("priority", options.get("priority", 0)),
     )
+    if "truncate_prompt_tokens" in options:
+        request.truncate_prompt_tokens = _small("truncate_prompt_tokens", options["truncate_prompt_tokens"])
     if isinstance(prompt, str):
         request.text = _text("text", prompt)
     elif not isinstance(prompt, Sequence):
@@ -128,6 +137,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
     else:
         request.token_ids.ids.extend(_ids("token_ids.ids", prompt))
     _add_tools(request, options)
+    _add_template_options(request, options)
     return request
 
 
@@ -167,8 +177,13 @@ def check_timeout(timeout: float | None) -> None:
 
 
 def split_addresses(address: str) -> list[str]:
-    """Splits a comma-separated list. Raises ValueError when an entry is empty."""
+    """Splits a comma-separated list. Raises ValueError when an entry is empty or a URL."""
     addresses = [part.strip() for part in address.split(",")]
+    if url := next((a for a in addresses if a.lower().startswith(("http://", "https://"))), None):
+        raise ValueError(
+            f"{url!r} is a URL; an address is HOST:PORT, of the router's gRPC port, such as 127.0.0.1:7600. "
+            "The URL of the OpenAI endpoint is for OpenAI's clients"
+        )
     if not all(addresses):
         raise ValueError(f"an address is host:port or unix:path, or a comma-separated list; got {address!r}")
     return addresses
@@ -204,7 +219,7 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
         request.chat.tools.add(
             name=_text("tools.name", tool.name),
             description=_text("tools.description", tool.description),
-            parameters="" if tool.parameters is None else json.dumps(tool.parameters),
+            parameters="" if tool.parameters is None else _json_text("tools.parameters", tool.parameters),
         )
     kind = inference_pb2.ToolChoice
     if choice in _MODES:
@@ -212,6 +227,23 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
     elif choice:
         request.chat.tool_choice.mode, request.chat.tool_choice.name = kind.MODE_REQUIRED, choice
     request.chat.single_tool_call = options.get("single_tool_call", False)
+
+
+def _add_template_options(request: inference_pb2.GenerateRequest, options: Options) -> None:
+    for name in ("chat_template_kwargs", "continue_final_message"):
+        if options.get(name) and not request.HasField("chat"):
+            raise InvalidRequest(name, "is only for chats")
+    if variables := options.get("chat_template_kwargs"):
+        request.chat.chat_template_kwargs = _json_text("chat_template_kwargs", variables)
+    if options.get("continue_final_message"):
+        request.chat.continue_final_message = True
+
+
+def _json_text(field: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(field, f"is not JSON: {error}") from None
 
 
 def _count(field: str, value: int) -> int:

@@ -29,16 +29,22 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import InternalError, InvalidRequest, Overloaded
 from overfill.kv.cache import copy_sequence
+from overfill.kv.prefix import PrefixCache
 from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt on its way through both engines. One sequence object in each; ``blocks`` are the decode engine's."""
+    """A prompt on its way through both engines. One sequence object in each; ``blocks`` are the decode engine's.
+
+    Attributes:
+        cached_tokens: prompt tokens that the first prefill found in the prefix cache; None before it has ended.
+    """
 
     index: int
     decode: DecodeSequence
+    cached_tokens: int | None = None
     blocks: list[int] = field(default_factory=list)
     prefill: PrefillSequence | None = None
     answer: list[SampledToken] = field(default_factory=list)
@@ -48,7 +54,11 @@ class Request:
 class Colocated:
     """Drives both engines of a pair in turn: a step of the one, then a step of the other.
 
+    The engines hold requests and nothing else, so that each ``Colocated`` has new ones. What outlives it is ``prefix``:
+    KV of prompts, computed by the full model. Nothing that the decoder wrote is in it.
+
     Args:
+        prefix: cache on the full model's pool.
         on_token: called with the request and each token of its answer as it is sampled.
     """
 
@@ -56,6 +66,7 @@ class Colocated:
         self,
         full: EngineParts,
         decoder: EngineParts,
+        prefix: PrefixCache,
         token_budget: int,
         max_num_seqs: int,
         on_token: Callable[[Request, SampledToken], None] | None,
@@ -64,10 +75,13 @@ class Colocated:
         self._decoder_cache = decoder.runner.cache
         self._layer_map = decoder.pair.layer_map
         self._grammars = full.grammars
+        self._eos_ids = full.config.eos_token_ids
         self._on_token = on_token
         self._prefill_events: deque[PrefillEvent] = deque()
         self._decode_events: deque[DecodeEvent] = deque()
-        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.extend)
+        self._prefill = PrefillEngine(
+            full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.extend, prefix
+        )
         self._decode = DecodeEngine(
             decoder.runner, decoder.pool, max_num_seqs, token_budget, self._decode_events.extend
         )
@@ -98,12 +112,18 @@ class Colocated:
             raise Overloaded("the KV cache is too small for a request; give more kv_memory")
 
     def close(self) -> None:
-        """Forgets every request and frees its blocks."""
+        """Forgets every request and frees its blocks; those of prompts that were computed stay in the prefix cache.
+
+        Raises:
+            AssertionError: a block is lost.
+        """
         for id in self._requests:
             self._prefill.handle(Release(id))
             self._decode.handle(Release(id))
         self._requests.clear()
         self._waiting.clear()
+        self._prefill.check()
+        self._decode.check()
 
     def _let_in(self) -> bool:
         """Reserves blocks for waiting requests in order of arrival; none overtakes another. Whether one got some."""
@@ -150,12 +170,15 @@ class Colocated:
                 decode = request.decode
                 request.blocks = blocks
                 first = not request.answer
+                processor = (
+                    new_processor(decode.sampling, decode.prompt, self._grammars, self._eos_ids) if first else None
+                )
                 request.prefill = PrefillSequence(
                     decode.id,
                     decode.prompt,
                     decode.sampling,
                     sample_first_token=first,
-                    processor=new_processor(decode.sampling, decode.prompt, self._grammars) if first else None,
+                    processor=processor,
                 )
                 self._prefill.handle(Submit(request.prefill))
             case Preempted(id=id):
@@ -175,6 +198,8 @@ class Colocated:
         decode, prefill = request.decode, request.prefill
         if prefill is None or not prefill.blocks:  # preempted in the meantime; it will be submitted again
             return
+        if request.cached_tokens is None:
+            request.cached_tokens = prefill.cached_tokens
         if first is not None:
             emitted, finish = decode.stop.judge(first.token_id, 0)
             self._accept(request, first if emitted else None, finish)

@@ -26,20 +26,33 @@ from overfill.params import SamplingParams, check_token_ids
 
 Prompt = str | Sequence[int]
 
+DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_tokens=256)
+"""Of ``LLM``'s answers, unless the caller gives its own: an answer that reads well and ends soon."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer. ``token_ids`` and ``text`` leave out the stop id that ended it."""
+    """One answer. ``token_ids`` and ``text`` leave out the stop id that ended it.
+
+    Attributes:
+        finish_reason: "length" when ``max_tokens`` or the context cut the answer.
+        cached_tokens: prompt tokens whose KV came from the prefix cache. Two answers that differ in nothing else are
+            equal.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     logprobs: list[SampledToken] = field(default_factory=list)
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class LLM:
     """A pair, loaded and ready to answer.
+
+    The full model's KV of prompts stays in a prefix cache between calls, so that the next turn of a chat computes only
+    what is new. Not for two threads at once.
 
     Args:
         pair: folder of a pair, or one of the named pairs ("default", "fast", "identity").
@@ -49,6 +62,7 @@ class LLM:
         memory_fraction: share of the free memory that is taken when ``kv_memory`` is None.
         token_budget: most prompt tokens in one prefill step.
         cuda_graphs: record decode steps and replay them, on a CUDA device.
+        prefix_cache: keep prompts for later calls; False computes every prompt anew.
 
     Example:
         >>> llm = LLM("default")  # doctest: +SKIP
@@ -69,6 +83,7 @@ class LLM:
         max_num_seqs: int = 64,
         token_budget: int = 2048,
         cuda_graphs: bool = False,
+        prefix_cache: bool = True,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -93,6 +108,7 @@ class LLM:
         self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction, cuda_graphs)
         self.max_model_len = min(self._full.max_model_len, self._decoder.max_model_len)
         self.tokenizer = Tokenizer.load(loaded.full_path)
+        self._prefix = self._full.prefix_cache(prefix_cache)
         self._token_budget = token_budget
         self._max_num_seqs = max_num_seqs
 
@@ -106,7 +122,8 @@ class LLM:
 
         Args:
             prompts: text, tokenized as it is, or token ids.
-            sampling: one for all prompts, or one for each.
+            sampling: one for all prompts, or one for each, taken as they are; None means ``DEFAULT_SAMPLING``: at most
+                256 tokens at temperature 0.7.
             on_token: called with the prompt's index and each token as it is sampled.
 
         Raises:
@@ -115,7 +132,7 @@ class LLM:
         """
         if isinstance(prompts, str):
             raise InvalidRequest("prompts", "is one string; pass a list of prompts")
-        each = sampling or SamplingParams()
+        each = DEFAULT_SAMPLING if sampling is None else sampling
         choices = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
         if len(choices) != len(prompts):
             raise InvalidRequest("sampling", f"has {len(choices)} entries for {len(prompts)} prompts")
@@ -127,14 +144,14 @@ class LLM:
                 engines.add(request)
             while engines.num_unfinished:
                 engines.step()
-        return [self._completion(request) for request in requests]
+        return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
     def colocated(self, on_token: Callable[[Request, SampledToken], None] | None = None) -> Colocated:
         """The engines themselves, for requests that come one by one; one at a time may be open, and must be closed."""
-        return Colocated(self._full, self._decoder, self._token_budget, self._max_num_seqs, on_token)
+        return Colocated(self._full, self._decoder, self._prefix, self._token_budget, self._max_num_seqs, on_token)
 
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
-        """Answers one conversation, rendered with the checkpoint's chat template."""
+        """Answers one conversation, rendered with the checkpoint's chat template; ``sampling`` as in ``generate``."""
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
     def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> Request:
@@ -147,13 +164,17 @@ class LLM:
         sampling.check_vocab(self._full.config.vocab_size)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
-        stop = StopRule.of(sampling, self._full.config.eos_token_ids, self.max_model_len - len(prompt))
-        processor = new_processor(sampling, prompt, self._full.grammars)
+        room, eos_ids = self.max_model_len - len(prompt), self._full.config.eos_token_ids
+        if sampling.min_tokens > room:
+            raise PromptTooLong("sampling.min_tokens", f"{sampling.min_tokens} tokens do not fit; {room} do")
+        stop = StopRule.of(sampling, eos_ids, room)
+        processor = new_processor(sampling, prompt, self._full.grammars, eos_ids)
         sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
         return Request(index, sequence)
 
-    def _completion(self, request: Request) -> Completion:
-        detokenizer = StreamDetokenizer(self.tokenizer)
+    def _completion(self, prompt: Prompt, request: Request) -> Completion:
+        continued = request.decode.prompt if isinstance(prompt, str) else ()
+        detokenizer = StreamDetokenizer(self.tokenizer, continued)
         ids = [token.token_id for token in request.answer]
         wanted = request.decode.sampling.logprobs is not None
         return Completion(
@@ -162,4 +183,5 @@ class LLM:
             finish_reason="stop" if request.finish is FinishReason.STOP else "length",
             prompt_tokens=len(request.decode.prompt),
             logprobs=request.answer if wanted else [],
+            cached_tokens=request.cached_tokens or 0,
         )

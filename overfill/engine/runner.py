@@ -48,7 +48,8 @@ class Choice:
     @property
     def most_likely(self) -> bool:
         """Whether nothing but the most likely token is asked for."""
-        return self.sampling.greedy and self.processor is None and self.sampling.logprobs is None
+        changed = self.processor is not None and self.processor.needed(len(self.emitted))
+        return self.sampling.greedy and not changed and self.sampling.logprobs is None
 
 
 def choose(

@@ -39,9 +39,8 @@ class StopRule:
     @classmethod
     def of(cls, sampling: SamplingParams, eos_ids: Sequence[int], room: int) -> StopRule:
         """``room``: tokens that the context leaves for the answer."""
-        own = () if sampling.ignore_eos else eos_ids
         limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        return cls(frozenset((*sampling.stop_token_ids, *own)), limit)
+        return cls(sampling.end_ids(eos_ids), limit)
 
     def judge(self, token: int, emitted_before: int) -> tuple[bool, FinishReason | None]:
         """Whether ``token``, sampled after ``emitted_before`` others, is emitted, and whether the sequence ends."""

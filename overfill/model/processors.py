@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen: penalties, logit bias, grammar. Costs nothing where unused.
+"""What changes logits before a token is chosen: penalties, bias, grammar, min_tokens. Costs nothing where unused.
 
 Each row is changed by its own parameters and tokens only, element by element, so that what ``sample`` promises still
 holds: a choice does not depend on the other rows. State is caught up from the tokens whenever a row is due; a
@@ -8,7 +8,7 @@ sequence that moves, or is replayed, needs nothing but its tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -22,15 +22,19 @@ _WORD_BITS = 32
 
 
 class LogitProcessor:
-    """One sequence's penalties, bias and place in its grammar. Made with ``new_processor``.
+    """One sequence's penalties, bias, place in its grammar and least length. Made with ``new_processor``.
 
     Args:
         matcher: at the start of the answer; None without a grammar.
+        end_ids: tokens that end the answer, and may not before it has ``min_tokens``.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None, end_ids: Collection[int] = ()
+    ) -> None:
         self.params = params
         self.matcher = matcher
+        self.end_ids = np.fromiter(sorted(end_ids), np.int64)
         self._seen = 0
         self._biased = np.fromiter(params.logit_bias, np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
@@ -53,6 +57,17 @@ class LogitProcessor:
         if self.matcher is not None:
             self.matcher.accept(new)
 
+    def needed(self, num_emitted: int) -> bool:
+        """Whether it changes the logits of the token after ``num_emitted`` others."""
+        params = self.params
+        lasting = params.penalised or bool(params.logit_bias) or self.matcher is not None
+        return lasting or self._too_short(num_emitted)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer may not end yet."""
+        return self._too_short(self._seen)
+
     @property
     def penalised(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Tokens that a penalty touches, and how often each is in the answer (0: in the prompt only)."""
@@ -63,6 +78,9 @@ class LogitProcessor:
         """Token ids, and what is added to their logits."""
         return self._biased, self._bias
 
+    def _too_short(self, num_emitted: int) -> bool:
+        return num_emitted < self.params.min_tokens and len(self.end_ids) > 0
+
     def _place(self, token: int) -> int:
         place = self._places.setdefault(token, len(self._places))
         if place == len(self._ids):
@@ -72,28 +90,34 @@ class LogitProcessor:
         return place
 
 
-def new_processor(params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None) -> LogitProcessor | None:
+def new_processor(
+    params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None, eos_ids: Sequence[int]
+) -> LogitProcessor | None:
     """What ``params`` ask for; None when they leave logits as they are. Compiling a grammar takes milliseconds.
+
+    Args:
+        eos_ids: the model's own end-of-sequence ids.
 
     Raises:
         InvalidRequest: the grammar cannot be obeyed here.
     """
-    if params.grammar is None and not params.penalised and not params.logit_bias:
+    end_ids = params.end_ids(eos_ids) if params.min_tokens else frozenset()
+    if params.grammar is None and not params.penalised and not params.logit_bias and not end_ids:
         return None
     matcher = None
     if params.grammar is not None:
         assert grammars is not None
         matcher = grammars.matcher(params.grammar)
-    return LogitProcessor(params, prompt, matcher)
+    return LogitProcessor(params, prompt, matcher, end_ids)
 
 
 async def prepare_processor(
-    params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None
+    params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None, eos_ids: Sequence[int]
 ) -> LogitProcessor | None:
     """``new_processor`` for an event loop: a grammar, whose first one takes a second, is compiled in a thread."""
     if params.grammar is None:
-        return new_processor(params, prompt, grammars)
-    return await asyncio.to_thread(new_processor, params, prompt, grammars)
+        return new_processor(params, prompt, grammars, eos_ids)
+    return await asyncio.to_thread(new_processor, params, prompt, grammars, eos_ids)
 
 
 @torch.inference_mode()
@@ -126,6 +150,7 @@ def process(
     _penalise(logits, [(row, p) for row, p in rows if p.params.penalised])
     _add_bias(logits, [(row, p) for row, p in rows if p.params.logit_bias])
     _mask(logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
+    _go_on(logits, [(row, p) for row, p in rows if p.matcher is None and p.goes_on])
     return failed
 
 
@@ -173,12 +198,27 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
             words[line] = -1
     # Unpacked here, in one go: numpy is several times faster at it than torch, and a byte per token is little to move.
     allowed = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    for line, (_, processor) in enumerate(rows):
+        if processor.goes_on:
+            without_end = allowed[line].copy()
+            without_end[processor.end_ids] = 0
+            if without_end.any():  # else the grammar allows nothing but the end
+                allowed[line] = without_end
     forbidden = _tensor(allowed == 0, logits)  # [rows, vocab]
     if len(rows) == len(logits):
         logits.masked_fill_(forbidden, -torch.inf)
         return
     index = torch.tensor([row for row, _ in rows], device=logits.device)
     logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
+
+
+def _go_on(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+    """Rules out what would end answers that are too short. Rows without a grammar only."""
+    if not rows:
+        return
+    ids = _tensor(np.concatenate([p.end_ids for _, p in rows]), logits)
+    index = _tensor(np.repeat(np.array([row for row, _ in rows]), [len(p.end_ids) for _, p in rows]), logits)
+    logits[index, ids] = -torch.inf
 
 
 def _tensor(array: NDArray[np.generic], like: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
         """What changes the sequence's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
         sampling = SamplingParams.from_proto(start.sampling)
-        return await prepare_processor(sampling, list(start.prompt_token_ids), self._parts.grammars)
+        prompt = list(start.prompt_token_ids)
+        return await prepare_processor(sampling, prompt, self._parts.grammars, start.eos_token_ids)
 
     def _check_open(self, start: decode_pb2.StartDecode) -> None:
         """Raises the error that says why nothing is taken from this router now."""

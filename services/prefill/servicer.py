@@ -260,7 +260,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if not start.sample_first_token:
             return None
         sampling = SamplingParams.from_proto(start.sampling)
-        return await prepare_processor(sampling, list(start.prompt_token_ids), self._parts.grammars)
+        parts = self._parts
+        prompt = list(start.prompt_token_ids)
+        return await prepare_processor(sampling, prompt, parts.grammars, parts.config.eos_token_ids)
 
     def _accept(self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None) -> Lease:
         """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""

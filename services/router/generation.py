@@ -215,6 +215,7 @@ class Generator:
             checked.stop,
             replayed=checked.resume_token_ids,
             calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
+            min_tokens=checked.sampling.min_tokens,
         )
         with self.metrics.refusing():
             relay.start()

@@ -19,6 +19,7 @@ class AnswerText:
         replayed: tokens whose text the client already has.
         calls_of: id of the request, when the answer may call tools; the ids of calls are made from it, so that they
             are the same when another router goes on with the answer.
+        min_tokens: tokens within which no stop string ends the answer.
 
     Attributes:
         num_tokens: tokens of the answer, the replayed ones and the last one of a stop string included.
@@ -31,10 +32,12 @@ class AnswerText:
         stops: Sequence[str],
         replayed: Iterable[int] = (),
         calls_of: str | None = None,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
         self._calls_of = calls_of
+        self._min_tokens = min_tokens
         self._reader = None if calls_of is None else ToolCallReader()
         self.num_tokens = 0
         self.stop: str | None = None
@@ -60,7 +63,7 @@ class AnswerText:
 
     def finish(self) -> inference_pb2.Delta | None:
         """What was held back, if anything; it may still hold a stop string."""
-        text, self.stop = self._stops.push(self._detokenizer.finish())
+        text, self.stop = self._stops.push(self._detokenizer.finish(), may_end=self._may_end)
         if self.stop is None:
             text += self._stops.finish()
         text, calls = self._read(text)
@@ -70,14 +73,18 @@ class AnswerText:
             return None
         return inference_pb2.Delta(first_index=self.num_tokens, text=text, tool_calls=calls)
 
+    @property
+    def _may_end(self) -> bool:
+        return self.num_tokens > self._min_tokens
+
     def _take(self, ids: Iterable[int]) -> str:
         pieces = []
         for token in ids:
             if self.stop is not None:
                 break
-            piece, self.stop = self._stops.push(self._detokenizer.push([token]))
-            pieces.append(piece)
             self.num_tokens += 1
+            piece, self.stop = self._stops.push(self._detokenizer.push([token]), may_end=self._may_end)
+            pieces.append(piece)
         return "".join(pieces)
 
     def _read(self, text: str) -> tuple[str, list[inference_pb2.ToolCallDelta]]:

@@ -1,4 +1,4 @@
-"""What we make of every field of OpenAI's reference: the cases that tests run, and the table that docs show.
+"""What we make of every field of OpenAI's reference and of vLLM's: the cases that tests run, and the table of the docs.
 
 ``python tests/integration/openai_cases.py`` writes the table into ``docs/openai.md``; a test fails when it is not what
 the cases say, or when a case is not what the server does.
@@ -7,13 +7,27 @@ the cases say, or when a case is not what the server does.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
+
+from overfill.api.openai.schema import ChatRequest, CompletionRequest, Refused, Sampling, refusals
+
 DOCS = Path(__file__).parents[2] / "docs" / "openai.md"
 BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
+
+
+class NotAnswered(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, error: dict[str, Any]) -> None:
+        super().__init__(status, error)
+        self.status, self.error = status, error
+
 
 Status = Literal["supported", "refused", "ignored"]
 Ask = Callable[..., Any]
@@ -27,7 +41,7 @@ class Case:
     Attributes:
         value: that a refused field is refused with, and that changes nothing where it is ignored.
         check: raises unless a supported field has its effect.
-        note: for the table.
+        note: for the table; of a refused field, the server's own words.
     """
 
     name: str
@@ -48,6 +62,13 @@ def differs(**fields: Any) -> Callable[[Ask], None]:
         assert text(ask(**fields)) != text(ask())
 
     return check
+
+
+def refuses(ask: Ask, param: str, **fields: Any) -> None:
+    """Checks that the endpoint answers 400 and names ``param``."""
+    with pytest.raises(NotAnswered) as caught:
+        ask(**fields)
+    assert (caught.value.status, caught.value.error["param"]) == (400, param), caught.value
 
 
 def _n(ask: Ask) -> None:
@@ -129,6 +150,100 @@ def _old_logprobs(ask: Ask) -> None:
     choice = ask(logprobs=3)["choices"][0]
     assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
     assert all(1 <= len(top) <= 3 for top in choice["logprobs"]["top_logprobs"])
+
+
+def _min_tokens(ask: Ask) -> None:
+    whole = text(ask())
+    word = whole.split()[1]
+    assert ask(stop=word)["usage"]["completion_tokens"] < 20
+    answer = ask(stop=word, min_tokens=20)
+    assert 20 <= answer["usage"]["completion_tokens"] <= 24
+    assert text(answer).startswith(whole[:20])
+    refuses(ask, "min_tokens", min_tokens=25, max_tokens=24)
+
+
+def _truncate(ask: Ask) -> None:
+    assert ask(truncate_prompt_tokens=1)["usage"]["prompt_tokens"] == 1
+    assert ask(truncate_prompt_tokens=-1)["usage"] == ask()["usage"]
+    refuses(ask, "truncate_prompt_tokens", truncate_prompt_tokens=0)
+
+
+def _request_id(ask: Ask) -> None:
+    assert ask(request_id="mine-1")["id"] == "mine-1"
+    refuses(ask, "request_id", request_id="a b")
+
+
+def _structured_outputs(ask: Ask) -> None:
+    assert re.fullmatch("[0-9]{4}", text(ask(structured_outputs={"regex": "[0-9]{4}"})))
+    choices = ["yes", "no", '"quoted" a|b.\n', ""]
+    assert text(ask(structured_outputs={"choice": choices}, max_tokens=60)) in choices
+    assert text(ask(structured_outputs={"grammar": 'start: "x" y\ny: "1" | "2"'})) in ("x1", "x2")
+    for schema in (SCHEMA, json.dumps(SCHEMA)):
+        answer = ask(structured_outputs={"json": schema, "disable_any_whitespace": True}, max_tokens=60)
+        assert json.loads(text(answer))["n"] in (1, 2)
+    empty = {"type": "object", "properties": {}}
+    closed = {"json": empty, "disable_additional_properties": True}
+    assert text(ask(structured_outputs=closed)) == "{}"
+    assert text(ask(structured_outputs={"json_object": True}, max_tokens=3)).startswith("{")
+    assert text(ask(structured_outputs={})) == text(ask())
+    refuses(ask, "structured_outputs.regex", structured_outputs={"regex": "[a-"})
+    refuses(ask, "structured_outputs.grammar", structured_outputs={"grammar": 'root ::= "a"'})
+    refuses(ask, "structured_outputs.json", structured_outputs={"json": "{"})
+    refuses(ask, "structured_outputs.choice", structured_outputs={"choice": []})
+    refuses(ask, "structured_outputs.structural_tag", structured_outputs={"structural_tag": "{}"})
+    refuses(
+        ask,
+        "structured_outputs.whitespace_pattern",
+        structured_outputs={"json_object": True, "whitespace_pattern": " "},
+    )
+    refuses(ask, "structured_outputs.choice", structured_outputs={"regex": "a", "choice": ["a"]})
+    refuses(ask, "guided_regex", structured_outputs={"regex": "a"}, guided_regex="a")
+
+
+def _guided(name: str, value: Any, pattern: str) -> Callable[[Ask], None]:
+    def check(ask: Ask) -> None:
+        assert re.fullmatch(pattern, text(ask(**{name: value}, max_tokens=60)))
+        refuses(ask, name, response_format={"type": "json_object"}, **{name: value})
+
+    return check
+
+
+def _guided_grammar(ask: Ask) -> None:
+    _guided("guided_grammar", 'start: "x" | "y"', "x|y")(ask)
+    with pytest.raises(NotAnswered, match="dialect of Lark"):
+        ask(guided_grammar='root ::= "a"')
+
+
+def _old_response_format(ask: Ask) -> None:
+    """Of ``/v1/completions``."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    assert json.loads(text(ask(response_format=wanted, max_tokens=60)))["n"] in (1, 2)
+
+
+def _template_kwargs(ask: Ask) -> None:
+    """The template here reads none; that one of Qwen's does is tested beside the template."""
+    assert text(ask(chat_template_kwargs={"enable_thinking": False})) == text(ask())
+    for name in ("messages", "tools", "add_generation_prompt", "eos_token", "chat_template", "tokenize"):
+        refuses(ask, f"chat_template_kwargs.{name}", chat_template_kwargs={name: 1})
+
+
+def _generation_prompt(ask: Ask) -> None:
+    assert ask(add_generation_prompt=True)["usage"] == ask()["usage"]
+    assert ask(add_generation_prompt=False)["usage"]["prompt_tokens"] < ask()["usage"]["prompt_tokens"]
+
+
+def _continue(ask: Ask) -> None:
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+    new = ask(messages=begun)["usage"]["prompt_tokens"]
+    for fields in ({}, {"add_generation_prompt": False}):
+        assert ask(messages=begun, continue_final_message=True, **fields)["usage"]["prompt_tokens"] < new
+    refuses(ask, "continue_final_message", messages=begun, continue_final_message=True, add_generation_prompt=True)
+
+
+def _documents(ask: Ask) -> None:
+    """The template here shows none; that others do is tested beside the template."""
+    assert text(ask(documents=[])) == text(ask())
+    refuses(ask, "documents", documents=[{"title": "t", "text": "x"}])
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
@@ -217,56 +332,130 @@ CHAT = [
         "text only; roles system, developer (as system), user, assistant, tool",
         check=_messages,
     ),
-    Case("audio", "refused", "", value={"voice": "x", "format": "wav"}),
-    Case("function_call", "refused", "replaced by `tool_choice`", value="auto"),
-    Case("functions", "refused", "replaced by `tools`", value=[]),
+    Case("audio", "refused", value={"voice": "x", "format": "wav"}),
+    Case("function_call", "refused", value="auto"),
+    Case("functions", "refused", value=[]),
     Case("logprobs", "supported", "after penalties, bias and grammar, before temperature and filters", check=_logprobs),
     Case("max_completion_tokens", "supported", "as `max_tokens`; give one of them", check=_max_completion_tokens),
     Case("metadata", "ignored", "", value={"a": "b"}),
-    Case("modalities", "refused", 'but for `["text"]`', value=["text", "audio"]),
-    Case("moderation", "refused", "", value={"model": "x"}),
+    Case("modalities", "refused", value=["text", "audio"]),
+    Case("moderation", "refused", value={"model": "x"}),
     Case("parallel_tool_calls", "supported", "", check=_parallel),
-    Case("prediction", "refused", "", value={"type": "content", "content": "x"}),
+    Case("prediction", "refused", value={"type": "content", "content": "x"}),
     Case("prompt_cache_key", "ignored", "", value="k"),
     Case("prompt_cache_options", "ignored", "", value={}),
     Case("prompt_cache_retention", "ignored", "", value="24h"),
-    Case("reasoning_effort", "refused", "as OpenAI does for models that do not reason", value="low"),
+    Case("reasoning_effort", "refused", value="low"),
     Case(
         "response_format",
         "supported",
-        "`json_object`, `json_schema` (always strict); what the grammar library cannot obey is 400",
+        "`json_object`, `json_schema`; `strict` rules out keys that the schema does not name; "
+        "what the grammar library cannot obey is 400",
         check=_response_format,
     ),
     Case("safety_identifier", "ignored", "", value="x"),
     Case("service_tier", "ignored", "", value="auto"),
     Case("store", "ignored", "nothing is stored", value=True),
     Case("tool_choice", "supported", "`none`, `auto`, `required`, or a function", check=_tool_choice),
-    Case("tools", "supported", "functions; calls follow a grammar, so their arguments always fit", check=_tools),
+    Case(
+        "tools",
+        "supported",
+        "functions; calls follow a grammar, so their arguments always fit; `strict` as in `response_format`",
+        check=_tools,
+    ),
     Case("top_logprobs", "supported", "0 to 20", check=_top_logprobs),
-    Case("verbosity", "refused", "as OpenAI does for models that have none", value="low"),
-    Case("web_search_options", "refused", "", value={}),
+    Case("verbosity", "refused", value="low"),
+    Case("web_search_options", "refused", value={}),
 ]
 
 COMPLETIONS = [
     *SHARED,
     Case("prompt", "supported", "text, token ids, or an array of either", check=_prompt),
-    Case("best_of", "refused", "but for 1 and the value of `n`", value=3),
+    Case("best_of", "refused", value=3),
     Case("echo", "supported", "400 together with `logprobs`: prompts are not scored", check=_echo),
     Case("logprobs", "supported", "0 to 5", check=_old_logprobs),
-    Case("suffix", "refused", "", value="x"),
+    Case("suffix", "refused", value="x"),
 ]
+
+
+def _refused(names: Iterable[str], marks: Mapping[str, Refused]) -> list[Case]:
+    return [Case(name, "refused", value="x") for name in sorted(names) if name in marks]
+
+
+_BOTH = refusals(Sampling)
 
 EXTENSIONS = [
     Case("top_k", "supported", "0 and -1 are all tokens", check=_accepted(top_k=5)),
     Case("min_p", "supported", "", check=_accepted(min_p=0.1)),
+    Case(
+        "min_tokens",
+        "supported",
+        "until then nothing ends the answer but a grammar that is complete; stop strings are text",
+        check=_min_tokens,
+    ),
+    Case("priority", "supported", "-2 to 2; the smaller goes first", check=_accepted(priority=1)),
     Case(
         "repetition_penalty",
         "supported",
         "over prompt and answer, as Hugging Face; 0.01 to 100",
         check=_accepted(repetition_penalty=2),
     ),
+    Case("request_id", "supported", "the answer's `id`, as the header `x-request-id`", check=_request_id),
     Case("ignore_eos", "supported", "", check=_accepted(ignore_eos=True)),
     Case("stop_token_ids", "supported", "", check=_accepted(stop_token_ids=[3])),
+    Case(
+        "structured_outputs",
+        "supported",
+        "`json`, `regex`, `choice`, `grammar` (llguidance's dialect of Lark) or `json_object`; "
+        "`disable_additional_properties`",
+        check=_structured_outputs,
+    ),
+    Case("guided_choice", "supported", "as in `structured_outputs`", check=_guided("guided_choice", ["a", "b"], "a|b")),
+    Case("guided_grammar", "supported", "as in `structured_outputs`", check=_guided_grammar),
+    Case(
+        "guided_json",
+        "supported",
+        "as in `structured_outputs`",
+        check=_guided("guided_json", {"enum": [1, 2]}, "1|2"),
+    ),
+    Case(
+        "guided_regex", "supported", "as in `structured_outputs`", check=_guided("guided_regex", "[ab]{3}", "[ab]{3}")
+    ),
+    Case("guided_decoding_backend", "ignored", "llguidance is the only one", value="xgrammar"),
+    Case("spaces_between_special_tokens", "ignored", "special tokens are never shown", value=False),
+    Case(
+        "truncate_prompt_tokens",
+        "supported",
+        "the prompt's last tokens are kept; -1: as many as `max_tokens` leaves in the context",
+        check=_truncate,
+    ),
+    *_refused(_BOTH, _BOTH),
+]
+
+CHAT_EXTENSIONS = [
+    Case(
+        "add_generation_prompt",
+        "supported",
+        "true by default, unless `continue_final_message`",
+        check=_generation_prompt,
+    ),
+    Case(
+        "chat_template_kwargs",
+        "supported",
+        'variables of the chat template, such as `{"enable_thinking": false}`; a template does not look at others',
+        check=_template_kwargs,
+    ),
+    Case("continue_final_message", "supported", "contradicts `add_generation_prompt`", check=_continue),
+    Case("documents", "supported", "400 where the chat template does not show them", check=_documents),
+    *_refused(refusals(ChatRequest).keys() - _BOTH.keys() - {case.name for case in CHAT}, refusals(ChatRequest)),
+]
+
+COMPLETIONS_EXTENSIONS = [
+    Case("response_format", "supported", "as for chats", check=_old_response_format),
+    *_refused(
+        refusals(CompletionRequest).keys() - _BOTH.keys() - {case.name for case in COMPLETIONS},
+        refusals(CompletionRequest),
+    ),
 ]
 
 RESPONSE = {
@@ -276,20 +465,32 @@ RESPONSE = {
 }
 """Fields that every answer of ``/v1/chat/completions`` has."""
 
-TABLES = {
-    "/v1/chat/completions": CHAT,
-    "/v1/completions": COMPLETIONS,
-    "Extensions of both, as vLLM names them": EXTENSIONS,
+TABLES: dict[str, tuple[type[Sampling], list[Case]]] = {
+    "/v1/chat/completions": (ChatRequest, CHAT),
+    "/v1/completions": (CompletionRequest, COMPLETIONS),
+    "Extensions of both, as vLLM names them": (Sampling, EXTENSIONS),
+    "Extensions of `POST /v1/chat/completions`": (ChatRequest, CHAT_EXTENSIONS),
+    "Extensions of `POST /v1/completions`": (CompletionRequest, COMPLETIONS_EXTENSIONS),
 }
+
+
+def _note(kind: type[Sampling], case: Case) -> str:
+    if case.status != "refused":
+        return case.note
+    mark = refusals(kind)[case.name]
+    neutral = "".join(f"; `{json.dumps(value)}` is taken" for value in mark.neutral)
+    return mark.reason.replace("'", "`") + neutral
 
 
 def render() -> str:
     """The tables in Markdown."""
     lines = []
-    for title, cases in TABLES.items():
+    for title, (kind, cases) in TABLES.items():
         heading = f"`POST {title}`" if title.startswith("/") else title
         lines += [f"### {heading}", "", "| field | | |", "|---|---|---|"]
-        lines += [f"| `{case.name}` | {case.status} | {case.note} |" for case in sorted(cases, key=lambda c: c.name)]
+        lines += [
+            f"| `{case.name}` | {case.status} | {_note(kind, case)} |" for case in sorted(cases, key=lambda c: c.name)
+        ]
         lines.append("")
     counts = {s: sum(c.status == s for c in (*CHAT, *COMPLETIONS)) for s in ("supported", "ignored", "refused")}
     total = ", ".join(f"{count} {status}" for status, count in counts.items())

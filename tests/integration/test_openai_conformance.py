@@ -10,21 +10,46 @@ from mocks import mock_stack
 from openai.types import completion_create_params
 from openai.types.chat import ChatCompletion
 from openai.types.chat import completion_create_params as chat_create_params
-from openai_cases import CHAT, COMPLETIONS, EXTENSIONS, RESPONSE
+from openai_cases import (
+    CHAT,
+    CHAT_EXTENSIONS,
+    COMPLETIONS,
+    COMPLETIONS_EXTENSIONS,
+    EXTENSIONS,
+    RESPONSE,
+    NotAnswered,
+)
+
+from overfill.api.openai.schema import ChatRequest, CompletionRequest, refusals
 
 PLAIN = {
     "chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "seed": 1, "max_tokens": 24},
     "completions": {"prompt": "Hi", "seed": 1, "max_tokens": 24},
 }
-ALL = [
-    *(("chat/completions", case) for case in CHAT),
-    *(("completions", case) for case in COMPLETIONS),
-    *((endpoint, case) for endpoint in PLAIN for case in EXTENSIONS),
+CASES = {
+    "chat/completions": [*CHAT, *EXTENSIONS, *CHAT_EXTENSIONS],
+    "completions": [*COMPLETIONS, *EXTENSIONS, *COMPLETIONS_EXTENSIONS],
+}
+KINDS = {"chat/completions": ChatRequest, "completions": CompletionRequest}
+ALL = [(endpoint, case) for endpoint, cases in CASES.items() for case in cases]
+
+# What vLLM's own server takes beside OpenAI's reference, the older names included.
+# fmt: off
+VLLM = [
+    "add_special_tokens", "allowed_token_ids", "bad_words", "best_of", "cache_salt", "guided_choice",
+    "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex", "guided_whitespace_pattern",
+    "ignore_eos", "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logits_processors",
+    "max_repetition_pattern_size", "min_p", "min_repetition_pattern_size", "min_tokens", "priority",
+    "prompt_logprobs", "repetition_min_count", "repetition_penalty", "request_id", "response_format",
+    "return_token_ids", "return_tokens_as_token_ids", "skip_special_tokens", "spaces_between_special_tokens",
+    "stop_token_ids", "structured_outputs", "thinking_token_budget", "top_k", "truncate_prompt_tokens",
+    "use_beam_search", "vllm_xargs",
 ]
-
-
-class Refused(Exception):
-    """Status and error object of an answer that is none."""
+VLLM_CHAT = [
+    "add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "echo",
+    "include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "reasoning_effort",
+]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +58,16 @@ def send(tiny_pair):
         with urllib.request.urlopen(f"{stack.url}/v1/models") as response:
             model = json.load(response)["data"][0]["id"]
 
-        def send(endpoint, **fields):
+        def send(endpoint, raw=None, **fields):
             body = {"model": model} | PLAIN[endpoint] | fields
-            request = urllib.request.Request(
-                f"{stack.url}/v1/{endpoint}", json.dumps(body).encode(), {"content-type": "application/json"}
-            )
+            data = json.dumps(body).encode() if raw is None else raw
+            request = urllib.request.Request(f"{stack.url}/v1/{endpoint}", data, {"content-type": "application/json"})
             try:
                 with urllib.request.urlopen(request) as response:
                     data = response.read()
             except urllib.error.HTTPError as error:
                 with error:
-                    raise Refused(error.code, json.load(error)["error"]) from None
+                    raise NotAnswered(error.code, json.load(error)["error"]) from None
             if not body.get("stream"):
                 return json.loads(data)
             events = data.decode().split("\n\n")[:-1]
@@ -68,23 +92,26 @@ def test_fields_do_what_the_table_says(send, endpoint, case):
     elif case.status == "ignored":
         assert same(ask(**{case.name: case.value})) == same(ask())
     else:
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(NotAnswered) as caught:
             ask(**{case.name: case.value})
         status, error = caught.value.args
         assert (status, error["param"], error["code"]) == (400, case.name, "unsupported_parameter")
+        reason = refusals(KINDS[endpoint])[case.name].reason
+        assert error["message"] == f"'{case.name}' is not supported here: {reason}"
+        for neutral in refusals(KINDS[endpoint])[case.name].neutral:
+            assert same(ask(**{case.name: neutral})) == same(ask())
 
 
 @pytest.mark.parametrize("endpoint", PLAIN)
 def test_null_is_as_good_as_nothing(send, endpoint):
-    table = CHAT if endpoint.startswith("chat") else COMPLETIONS
     needed = {"model", *PLAIN[endpoint]}
-    nulls = {case.name: None for case in (*table, *EXTENSIONS) if case.name not in needed}
+    nulls = {case.name: None for case in CASES[endpoint] if case.name not in needed}
     assert same(send(endpoint, **nulls)) == same(send(endpoint))
 
 
 @pytest.mark.parametrize("endpoint", PLAIN)
 def test_unknown_fields_are_refused_as_openai_does(send, endpoint):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(NotAnswered) as caught:
         send(endpoint, made_up=1)
     status, error = caught.value.args
     assert (status, error["message"]) == (400, "Unrecognized request argument supplied: made_up")
@@ -99,6 +126,46 @@ def test_no_field_of_the_reference_is_missing():
         names = [case.name for case in table]
         assert len(names) == len(set(names))
         assert set(params.__annotations__) | {"stream"} <= set(names)
+
+
+@pytest.mark.parametrize("endpoint", PLAIN)
+def test_every_field_has_a_case_and_vllm_s_are_among_them(endpoint):
+    names = [case.name for case in CASES[endpoint]]
+    assert len(names) == len(set(names))
+    assert set(names) == set(KINDS[endpoint].model_fields)
+    vllm = {*VLLM, *(VLLM_CHAT if endpoint.startswith("chat") else ["prompt_embeds"])}
+    assert vllm <= set(names)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("endpoint", "param", "fields"),
+    [
+        ("chat/completions", "temperature", '"temperature": %s'),
+        ("completions", "top_p", '"top_p": %s'),
+        ("completions", "max_tokens", '"max_tokens": %s'),
+        ("completions", "logit_bias.70", '"logit_bias": {"70": %s}'),
+        ("chat/completions", "chat_template_kwargs", '"chat_template_kwargs": {"budget": %s}'),
+        ("completions", "guided_json", '"guided_json": {"minimum": %s}'),
+        ("completions", "structured_outputs.json", '"structured_outputs": {"json": "{\\"maximum\\": %s}"}'),
+        (
+            "chat/completions",
+            "tools[0].function.parameters",
+            '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": %s}}}}]',
+        ),
+        (
+            "chat/completions",
+            "response_format",
+            '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": %s}}}',
+        ),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_field(send, endpoint, param, fields, number):
+    body = json.dumps({"model": "", **PLAIN[endpoint]})[:-1] + ", " + fields % number + "}"
+    with pytest.raises(NotAnswered) as caught:
+        send(endpoint, raw=body.encode())
+    status, error = caught.value.args
+    assert (status, error["param"]) == (400, param), error
 
 
 def test_answers_have_the_reference_s_fields(send):

@@ -146,7 +146,11 @@ def test_the_other_routes(stack, model):
     assert (status, tokens["count"]) == (200, len(tokens["tokens"]))
     status, _, body = post(f"{stack.url}/detokenize", json.dumps({"tokens": tokens["tokens"]}).encode())
     assert (status, json.loads(body)) == (200, {"prompt": "Hello there"})
+    closed = json.dumps({"messages": HI, "add_generation_prompt": False, "chat_template_kwargs": {"x": 1}})
+    status, _, shorter = post(f"{stack.url}/tokenize", closed.encode())
+    assert status == 200
     status, _, body = post(f"{stack.url}/tokenize", json.dumps({"messages": HI}).encode())
+    assert json.loads(shorter)["count"] < json.loads(body)["count"]
     assert (status, json.loads(body)["count"]) == (200, 13)
     assert json.loads(get(f"{stack.url}/health")[2]) == {"status": "ok"}
     assert json.loads(get(f"{stack.url}/version")[2])["wire_version"] == 1

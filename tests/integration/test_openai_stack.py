@@ -66,7 +66,8 @@ def test_one_bias_rules_both_stages(running):
 def test_a_killed_decode_worker_costs_neither_shape_nor_penalties(tiny_pair):
     shaped = SamplingParams(seed=3, max_tokens=800, grammar=Grammar.json_schema(SCHEMA))
     penalised = SamplingParams(seed=3, max_tokens=400, ignore_eos=True, frequency_penalty=1.0, repetition_penalty=1.2)
-    for sampling in (shaped, penalised):
+    least = SamplingParams(seed=3, min_tokens=400, logit_bias={1: 100})  # which ends an answer as soon as it may
+    for sampling in (shaped, penalised, least):
         with running_stack(tiny_pair, decode=2, max_model_len="2048") as (stack, address), Client(address) as client:
             expected = client.generate("Hi", sampling=sampling)
             with client.stream("Hi", sampling=sampling) as stream:

@@ -23,7 +23,6 @@ _INVALID = "invalid_request_error"
 
 # Of our messages: where they keep what OpenAI has at the top of a request.
 _PARAMS = (
-    (re.compile(r"^sampling\.grammar\..*|^sampling\.grammar$"), "response_format"),
     (re.compile(r"^sampling\.max_tokens$"), "max_tokens"),
     (re.compile(r"^(sampling|chat)\."), ""),
     (re.compile(r"^(token_ids\.ids|text|prompt)$"), "prompt"),

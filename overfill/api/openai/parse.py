@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.schema import CompletionRequest, Message, Sampling
+from overfill.api.openai.schema import CompletionRequest, Message, StructuredOutputs, refusals
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -34,20 +34,22 @@ def parse(kind: type[R], body: bytes) -> R:
 
 def _holders(request: BaseModel) -> list[tuple[BaseModel, str]]:
     messages: Sequence[Message] = getattr(request, "messages", None) or ()
-    return [(request, ""), *((message, f"messages[{i}].") for i, message in enumerate(messages))]
+    outputs: StructuredOutputs | None = getattr(request, "structured_outputs", None)
+    return [
+        (request, ""),
+        *((message, f"messages[{i}].") for i, message in enumerate(messages)),
+        *([] if outputs is None else [(outputs, "structured_outputs.")]),
+    ]
 
 
 def _check_refused(holder: BaseModel, place: str) -> None:
-    if not isinstance(holder, Sampling | Message):
-        return
-    for name, neutral in holder.refused.items():
+    for name, refused in refusals(type(holder)).items():
         value = getattr(holder, name)
-        allowed = (*neutral, holder.n) if isinstance(holder, CompletionRequest) and name == "best_of" else neutral
-        if value not in allowed:
+        as_n = name == "best_of" and isinstance(holder, CompletionRequest) and value == holder.n
+        if value is not None and value not in refused.neutral and not as_n:
             param = f"{place}{name}"
-            raise ApiError(
-                400, f"'{param}' is not supported here; leave it out", param=param, code="unsupported_parameter"
-            )
+            message = f"'{param}' is not supported here: {refused.reason}"
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
 
 
 def _explain(error: ValidationError, body: bytes) -> ApiError:

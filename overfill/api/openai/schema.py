@@ -1,12 +1,15 @@
-"""The requests of OpenAI's API, field by field: what is taken, what is ignored, what is refused.
+"""The requests of OpenAI's API and vLLM's additions to it, field by field: taken, ignored or refused.
 
 Types are strict: a number in quotes is no number. A field that no class here has is refused as unknown, as OpenAI
-does. Fields marked ``Ignored`` change nothing in an answer; those in ``refused`` would, and cannot be honoured.
+does. Fields marked ``Ignored`` change nothing in an answer. Those marked ``Refused`` would, and cannot be honoured.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +20,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_PROMPTS = 256
 INT64 = 1 << 63
+MAX_INT32 = (1 << 31) - 1
 
 Ignored = Annotated[Any, Field(default=None, description="ignored")]
 Count = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
@@ -31,12 +35,34 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 """A list of which only the first wrong item is told: a list of a million could make a million complaints."""
 
 Ids = Items[int]
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,100}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Marks a field that is taken only with a value under which it does nothing.
+
+    Args:
+        reason: why, and what to do instead; ends the message that the client gets, and stands in docs/openai.md.
+        neutral: such values, beside None.
+    """
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, and nothing is converted."""
+    """Unknown fields are refused, nothing is converted, and numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@functools.cache
+def refusals(kind: type[BaseModel]) -> Mapping[str, Refused]:
+    """The fields of ``kind`` that are refused."""
+    return {
+        name: mark for name, field in kind.model_fields.items() for mark in field.metadata if isinstance(mark, Refused)
+    }
 
 
 class StreamOptions(Strict):
@@ -45,11 +71,35 @@ class StreamOptions(Strict):
     include_obfuscation: Ignored
 
 
+class JsonSchema(Strict):
+    name: str
+    description: Ignored
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """What an answer looks like, as vLLM says it; one of the first five."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Items[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_any_whitespace: Ignored  # there never is any
+    disable_fallback: Ignored
+    structural_tag: Annotated[Any, Refused("write what it describes as a 'grammar'")] = None
+    whitespace_pattern: Annotated[Any, Refused("JSON is written in one way, without white space to choose")] = None
+
+
 class Sampling(Strict):
     """What every request that generates has."""
-
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Fields that are taken only with one of these values, under which they do nothing."""
 
     model: str
     frequency_penalty: Penalty | None = None
@@ -65,13 +115,58 @@ class Sampling(Strict):
     top_p: Share | None = None
     user: Ignored
 
+    # Of OpenAI's for chats only; of vLLM's for both.
+    response_format: ResponseFormat | None = None
+
     # Extensions, as vLLM names them.
+    guided_choice: Items[str] | None = None
+    guided_grammar: str | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
     ignore_eos: bool | None = None
     min_p: Share | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None  # the smaller goes first
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    request_id: RequestId | None = None
     stop_token_ids: Ids | None = None
+    structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
+
+    guided_decoding_backend: Ignored  # there is one
+    spaces_between_special_tokens: Ignored  # special tokens are never shown
+
+    allowed_token_ids: Annotated[
+        Any, Refused("say what an answer may look like with 'structured_outputs', or give tokens a 'logit_bias'")
+    ] = None
+    bad_words: Annotated[Any, Refused("give the tokens of these words a 'logit_bias' of -100", ([],))] = None
+    cache_salt: Annotated[
+        Any, Refused("give each tenant an API key; requests with different keys share no cached prompt")
+    ] = None
+    guided_whitespace_pattern: Annotated[Any, Refused("JSON is written in one way, without white space to choose")] = (
+        None
+    )
+    include_stop_str_in_output: Annotated[
+        Any, Refused("the string that ended the answer is in 'overfill.choices[].stop'; append it", (False,))
+    ] = None
+    kv_transfer_params: Annotated[Any, Refused("the router chooses the workers between which KV travels", ({},))] = None
+    length_penalty: Annotated[Any, Refused("only beam search has one", (1,))] = None
+    logits_processors: Annotated[Any, Refused("the server runs no code that requests name", ([],))] = None
+    max_repetition_pattern_size: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", (0,))] = None
+    min_repetition_pattern_size: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", (0,))] = None
+    prompt_logprobs: Annotated[Any, Refused("prompts are not scored; 'logprobs' scores the answer")] = None
+    repetition_min_count: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", (0,))] = None
+    return_token_ids: Annotated[
+        Any, Refused("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", (False,))
+    ] = None
+    return_tokens_as_token_ids: Annotated[Any, Refused("'logprobs' has the bytes of every token", (False,))] = None
+    skip_special_tokens: Annotated[Any, Refused("answers never show special tokens", (True,))] = None
+    thinking_token_budget: Annotated[
+        Any, Refused("reasoning is not separated from the answer; use 'max_tokens'", (-1,))
+    ] = None
+    use_beam_search: Annotated[Any, Refused("ask for several answers with 'n'", (False,))] = None
+    vllm_xargs: Annotated[Any, Refused("no extension reads it", ({},))] = None
 
 
 class ContentPart(BaseModel):
@@ -96,8 +191,6 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (None,), "function_call": (None,)}
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Items[ContentPart] | None = None
     tool_calls: Items[ToolCall] | None = None
@@ -105,27 +198,15 @@ class Message(Strict):
     name: Ignored
     refusal: Ignored
     annotations: Ignored
-    audio: Any = None
-    function_call: Any = None
-
-
-class JsonSchema(Strict):
-    name: str
-    description: Ignored
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: Ignored
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    audio: Annotated[Any, Refused("this model reads text only")] = None
+    function_call: Annotated[Any, Refused("use 'tool_calls'")] = None
 
 
 class Function(Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Ignored
+    strict: bool | None = None
 
 
 class FunctionTool(Strict):
@@ -142,28 +223,27 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-class ChatRequest(Sampling):
-    """``POST /v1/chat/completions``."""
+class Templated(Strict):
+    """What is rendered with the chat template, and how."""
 
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "audio": (None,),
-        "function_call": (None,),
-        "functions": (None,),
-        "modalities": (None, ["text"]),
-        "moderation": (None,),
-        "prediction": (None,),
-        "reasoning_effort": (None,),
-        "verbosity": (None,),
-        "web_search_options": (None,),
-    }
+    tools: Items[FunctionTool] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    documents: Items[dict[str, Any]] | None = None
+    chat_template: Annotated[Any, Refused("the model brings its own; 'chat_template_kwargs' sets its variables")] = None
+    media_io_kwargs: Annotated[Any, Refused("this model reads text only", ({},))] = None
+    mm_processor_kwargs: Annotated[Any, Refused("this model reads text only", ({},))] = None
+
+
+class ChatRequest(Sampling, Templated):
+    """``POST /v1/chat/completions``."""
 
     messages: Annotated[Items[Message], Field(min_length=1)]
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: Items[FunctionTool] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     metadata: Ignored
@@ -174,36 +254,48 @@ class ChatRequest(Sampling):
     service_tier: Ignored
     store: Ignored
 
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
+    audio: Annotated[Any, Refused("answers are text")] = None
+    function_call: Annotated[Any, Refused("use 'tool_choice'")] = None
+    functions: Annotated[Any, Refused("use 'tools'")] = None
+    modalities: Annotated[Any, Refused("answers are text; leave it out", (["text"],))] = None
+    moderation: Annotated[Any, Refused("no moderation model is served; leave it out")] = None
+    prediction: Annotated[Any, Refused("leave it out: it changes no answer")] = None
+    reasoning_effort: Annotated[
+        Any, Refused("models that reason have a variable in their chat template; set it with 'chat_template_kwargs'")
+    ] = None
+    verbosity: Annotated[Any, Refused("ask for it in a message")] = None
+    web_search_options: Annotated[Any, Refused("nothing is searched; give the model 'tools'")] = None
+
+    add_special_tokens: Annotated[Any, Refused("the chat template writes special tokens itself", (False,))] = None
+    best_of: Annotated[Any, Refused("ask for several answers with 'n'", (1,))] = None
+    echo: Annotated[Any, Refused("put the last message before the answer yourself", (False,))] = None
+    include_reasoning: Annotated[
+        Any, Refused("reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", (True,))
+    ] = None
 
 
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (None, 1), "suffix": (None, "")}
-
     prompt: str | Items[str] | Ids | Items[Ids]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Any = None
-    suffix: Any = None
+
+    best_of: Annotated[Any, Refused("give 1 or the value of 'n', which asks for several answers", (1,))] = None
+    suffix: Annotated[Any, Refused("leave it out: models here only continue a text", ("",))] = None
+
+    add_special_tokens: Annotated[
+        Any, Refused("send token ids; '/tokenize' makes them without special tokens", (True,))
+    ] = None
+    prompt_embeds: Annotated[Any, Refused("send text or token ids")] = None
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Templated):
     """``POST /tokenize``, as vLLM has it: ``prompt`` or ``messages``."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[Items[Message], Field(min_length=1)] | None = None
-    tools: Items[FunctionTool] | None = None
     add_special_tokens: bool = True
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
+from overfill.api.openai.strict import closed
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -25,6 +30,7 @@ class Asked:
         prompts: one request for each; of a chat, one.
         n: answers to each of them.
         echo: text that goes before the answers to each prompt, or None.
+        grammar_field: the field that says what an answer looks like.
     """
 
     prompts: tuple[inference_pb2.GenerateRequest, ...]
@@ -33,17 +39,28 @@ class Asked:
     include_usage: bool
     continuous_usage: bool
     echo: tuple[str | Sequence[int], ...] | None = None
+    grammar_field: str = ""
+
+    def named(self, error: OverfillError) -> OverfillError:
+        """``error`` with the field that this request has for a grammar, when it is about that."""
+        if not isinstance(error, InvalidRequest) or not error.field.startswith("sampling.grammar"):
+            return error
+        reason = str(error).removeprefix(f"{error.field}: ")
+        if error.field == "sampling.grammar.lark" and self.grammar_field.endswith("grammar"):
+            reason += "; grammars are written in llguidance's dialect of Lark"
+        return InvalidRequest(self.grammar_field, reason)
 
 
 def chat(request: schema.ChatRequest, request_id: str) -> Asked:
     """Raises ApiError."""
     generate = inference_pb2.GenerateRequest(
         model=request.model,
-        chat=_chat(request.messages, request.tools),
+        chat=_chat(request.messages, request),
         sampling=_sampling(request, request.max_completion_tokens or request.max_tokens),
         stop=_stop(request.stop),
         request_id=request_id,
         priority=request.priority or 0,
+        truncate_prompt_tokens=_truncate(request),
     )
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
@@ -52,8 +69,12 @@ def chat(request: schema.ChatRequest, request_id: str) -> Asked:
     if request.logprobs:
         generate.sampling.logprobs = request.top_logprobs or 0
     _tool_choice(request, generate.chat)
-    _response_format(request, generate)
-    return _asked(request, (generate,))
+    field = _set_grammar(request, generate.sampling)
+    if request.tools and request.tool_choice != "none":
+        if field:
+            raise _invalid(field, "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
+        field = "tools"
+    return _asked(request, (generate,), field)
 
 
 def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
@@ -63,7 +84,10 @@ def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
         raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are taken")
     if request.echo and request.logprobs is not None:
         raise _invalid("echo", "cannot be combined with 'logprobs': prompts are not scored here")
+    if request.echo and request.truncate_prompt_tokens is not None:
+        raise _invalid("echo", "cannot be combined with 'truncate_prompt_tokens', which leaves part of the prompt out")
     sampling = _sampling(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    field = _set_grammar(request, sampling)
     if request.logprobs is not None:
         sampling.logprobs = request.logprobs
     made = []
@@ -74,13 +98,14 @@ def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
             stop=_stop(request.stop),
             request_id=f"{request_id}.{index}" if index else request_id,
             priority=request.priority or 0,
+            truncate_prompt_tokens=_truncate(request),
         )
         if isinstance(prompt, str):
             generate.text = prompt
         else:
             _set_ids(generate.token_ids.ids, prompt, "prompt")
         made.append(generate)
-    return _asked(request, tuple(made), tuple(prompts) if request.echo else None)
+    return _asked(request, tuple(made), field, tuple(prompts) if request.echo else None)
 
 
 def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
@@ -88,7 +113,7 @@ def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
     if (request.prompt is None) == (request.messages is None):
         raise _invalid("prompt", "or 'messages' is wanted, one of them")
     if request.messages is not None:
-        chat = _chat(request.messages, request.tools)
+        chat = _chat(request.messages, request)
         return inference_pb2.TokenizeRequest(model=request.model or "", chat=chat)
     return inference_pb2.TokenizeRequest(
         model=request.model or "", text=request.prompt, no_special_tokens=not request.add_special_tokens
@@ -105,6 +130,7 @@ def detokenize(request: schema.DetokenizeRequest) -> inference_pb2.DetokenizeReq
 def _asked(
     request: schema.Sampling,
     prompts: tuple[inference_pb2.GenerateRequest, ...],
+    grammar_field: str,
     echo: tuple[str | Sequence[int], ...] | None = None,
 ) -> Asked:
     options = request.stream_options
@@ -120,6 +146,7 @@ def _asked(
         bool(options and options.include_usage),
         bool(options and options.continuous_usage_stats),
         echo,
+        grammar_field,
     )
 
 
@@ -131,6 +158,7 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
         temperature=temperature,
         seed=None if request.seed is None else request.seed % (1 << 64),
         ignore_eos=bool(request.ignore_eos),
+        min_tokens=None if not request.min_tokens else _uint32("min_tokens", request.min_tokens),
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
@@ -150,8 +178,15 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
     return params
 
 
-def _chat(messages: Sequence[schema.Message], tools: Sequence[schema.FunctionTool] | None) -> inference_pb2.Chat:
-    chat = inference_pb2.Chat()
+def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inference_pb2.Chat:
+    chat = inference_pb2.Chat(continue_final_message=bool(how.continue_final_message))
+    if how.add_generation_prompt is not None:
+        chat.add_generation_prompt = how.add_generation_prompt
+    variables = dict(how.chat_template_kwargs or {})
+    if how.documents is not None:
+        variables["documents"] = how.documents
+    if variables:
+        chat.chat_template_kwargs = _json("chat_template_kwargs", variables)
     for index, message in enumerate(messages):
         made = chat.messages.add(
             role="system" if message.role == "developer" else message.role,
@@ -162,12 +197,15 @@ def _chat(messages: Sequence[schema.Message], tools: Sequence[schema.FunctionToo
             made.tool_calls.add(id=call.id, name=call.function.name, arguments=call.function.arguments)
         if message.role == "tool" and message.tool_call_id is None:
             raise _invalid(f"messages[{index}].tool_call_id", "is wanted in a message of role 'tool'")
-    for tool in tools or ():
+    for index, tool in enumerate(how.tools or ()):
         function = tool.function
+        parameters, field = function.parameters, f"tools[{index}].function.parameters"
+        if parameters and function.strict:
+            parameters = _closed(field, parameters)
         chat.tools.add(
             name=function.name,
             description=function.description or "",
-            parameters=json.dumps(function.parameters) if function.parameters else "",
+            parameters=_json(field, parameters) if parameters else "",
         )
     return chat
 
@@ -195,21 +233,102 @@ def _tool_choice(request: schema.ChatRequest, chat: inference_pb2.Chat) -> None:
     chat.single_tool_call = request.parallel_tool_calls is False or isinstance(choice, schema.NamedTool)
 
 
-def _response_format(request: schema.ChatRequest, generate: inference_pb2.GenerateRequest) -> None:
-    wanted = request.response_format
+def _set_grammar(request: schema.Sampling, sampling: common_pb2.SamplingParams) -> str:
+    """Sets what answers look like; the field that says so, or "". Raises ApiError when two fields do."""
+    said = [*_response_format(request), *_structured_outputs(request), *_guided(request)]
+    if not said:
+        return ""
+    (field, grammar), *others = said
+    if others:
+        raise _invalid(others[0][0], f"and '{field}' both say what the answer looks like; give one of them")
+    sampling.grammar.CopyFrom(grammar.to_proto())
+    return field
+
+
+_Said = Iterator[tuple[str, Grammar]]
+"""A field that says what the answer looks like, and what it says."""
+
+
+def _response_format(request: schema.Sampling) -> _Said:
+    wanted, field = request.response_format, "response_format"
     if wanted is None or wanted.type == "text":
         return
-    if request.tools and request.tool_choice != "none":
-        raise _invalid("response_format", "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
     if wanted.type == "json_object":
-        generate.sampling.grammar.json_object = True
+        yield field, Grammar("json_object")
         return
-    if wanted.json_schema is None:
-        raise _invalid("response_format.json_schema", "is wanted with type 'json_schema'")
-    if wanted.json_schema.schema_ is None:
-        generate.sampling.grammar.json_object = True
+    described = wanted.json_schema
+    if described is None:
+        raise _invalid(f"{field}.json_schema", "is wanted with type 'json_schema'")
+    if described.schema_ is None:
+        yield field, Grammar("json_object")
     else:
-        generate.sampling.grammar.json_schema = json.dumps(wanted.json_schema.schema_)
+        yield field, _schema(field, described.schema_, strict=bool(described.strict))
+
+
+def _structured_outputs(request: schema.Sampling) -> _Said:
+    wanted, field = request.structured_outputs, "structured_outputs"
+    if wanted is None:
+        return
+    if wanted.json_ is not None:
+        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, strict=bool(wanted.disable_additional_properties))
+    if wanted.regex is not None:
+        yield f"{field}.regex", _grammar(f"{field}.regex", "regex", wanted.regex)
+    if wanted.choice is not None:
+        yield f"{field}.choice", _choice(f"{field}.choice", wanted.choice)
+    if wanted.grammar is not None:
+        yield f"{field}.grammar", _grammar(f"{field}.grammar", "lark", wanted.grammar)
+    if wanted.json_object:
+        yield f"{field}.json_object", Grammar("json_object")
+
+
+def _guided(request: schema.Sampling) -> _Said:
+    if request.guided_json is not None:
+        yield "guided_json", _schema("guided_json", request.guided_json, strict=False)
+    if request.guided_regex is not None:
+        yield "guided_regex", _grammar("guided_regex", "regex", request.guided_regex)
+    if request.guided_choice is not None:
+        yield "guided_choice", _choice("guided_choice", request.guided_choice)
+    if request.guided_grammar is not None:
+        yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
+
+
+def _schema(field: str, schema: dict[str, Any] | str, *, strict: bool) -> Grammar:
+    grammar = _grammar(field, "json_schema", schema if isinstance(schema, str) else _json(field, schema))
+    return Grammar.json_schema(_closed(field, json.loads(grammar.text))) if strict else grammar
+
+
+def _closed(field: str, schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return closed(schema)
+    except RecursionError:
+        raise _invalid(field, "is nested too deeply") from None
+
+
+def _choice(field: str, texts: Sequence[str]) -> Grammar:
+    if not texts:
+        raise _invalid(field, "is empty")
+    return Grammar("regex", f"(?:{'|'.join(map(re.escape, texts))})")
+
+
+def _grammar(field: str, kind: GrammarKind, text: str) -> Grammar:
+    try:
+        return Grammar(kind, text)
+    except InvalidRequest as error:
+        raise _invalid(field, str(error).removeprefix(f"{error.field}: ")) from None
+
+
+def _truncate(request: schema.Sampling) -> int | None:
+    count = request.truncate_prompt_tokens
+    if count == 0:
+        raise _invalid("truncate_prompt_tokens", "must be at least 1, or -1 for what the context holds; got 0")
+    return count
+
+
+def _json(field: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise _invalid(field, "holds NaN or an infinite number, which JSON does not have") from None
 
 
 def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:

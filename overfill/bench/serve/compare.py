@@ -197,7 +197,14 @@ def _colocated(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play
     from overfill.bench.colocated import serve_colocated
     from overfill.engine.llm import LLM
 
-    llm = LLM(pair, threads=settings.threads, max_model_len=longest, max_num_seqs=_BATCH, token_budget=_TOKEN_BUDGET)
+    llm = LLM(
+        pair,
+        threads=settings.threads,
+        max_model_len=longest,
+        max_num_seqs=_BATCH,
+        token_budget=_TOKEN_BUDGET,
+        prefix_cache=False,  # a workload is played more than once
+    )
 
     yield lambda requests, progress: _timed(requests, serve_colocated(llm, _asked(requests, settings), progress))
 

@@ -49,7 +49,8 @@ class Speaker:
         if self._matcher is not None:
             return self._constrained(self._matcher, emitted)
         script, place = self._script, len(emitted)
-        if script.length is not None and place >= script.length and script.end is not None:
+        least = self._sampling.min_tokens
+        if script.length is not None and place >= max(script.length, least) and script.end is not None:
             return script.end
         biases = self._sampling.logit_bias
         wanted = [token for token, bias in biases.items() if bias == MAX_LOGIT_BIAS]

@@ -109,13 +109,13 @@ class HttpApi:
     async def _chat(self, request: Request) -> Response:
         received = asyncio.get_running_loop().time()
         body = await read(request, schema.ChatRequest, self._max_body)
-        id = _request_id(request, "chatcmpl")
+        id = body.request_id or _request_id(request, "chatcmpl")
         return await self._generate(request, "chat", id, wire.chat(body, id), received)
 
     async def _completions(self, request: Request) -> Response:
         received = asyncio.get_running_loop().time()
         body = await read(request, schema.CompletionRequest, self._max_body)
-        id = _request_id(request, "cmpl")
+        id = body.request_id or _request_id(request, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
     async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:

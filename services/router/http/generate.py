@@ -66,7 +66,13 @@ class Answers:
         except BaseException as error:
             self._failure = error
             await self.close()
+            self._raise_named(error)
             raise
+
+    def _raise_named(self, error: BaseException) -> None:
+        """Raises an error about the grammar with the name that the request has for it."""
+        if isinstance(error, OverfillError) and (named := self._asked.named(error)) is not error:
+            raise named from error
 
     def _choice(self, prompt: int, generation: Generation) -> Choice:
         return Choice(
@@ -115,6 +121,7 @@ class Answers:
                 yield event
         except OverfillError as error:
             self._failure = error
+            self._raise_named(error)
             raise
 
     async def _events(self) -> AsyncIterator[_Event]:

@@ -64,6 +64,8 @@ def test_text_and_chat_are_tokenized(validate: Any, byte_level_tokenizer: Tokeni
 
 
 BAD = [
+    ("sampling.min_tokens", {"sampling": SamplingParams(max_tokens=4, min_tokens=5)}),
+    ("sampling.min_tokens", {"sampling": SamplingParams(min_tokens=30)}),  # the context leaves 29
     ("prompt", {"no_prompt": True}),
     ("prompt", {"text": ""}),
     ("prompt", {"token_ids": TokenIds()}),

@@ -68,3 +68,13 @@ def test_other_text_passes_at_once() -> None:
     assert matcher.push("hello < world") == ("hello < world", None)
     assert matcher.push(" </ans") == (" ", None)
     assert matcher.push("wers>") == ("</answers>", None)
+
+
+def test_a_stop_string_may_be_text_as_long_as_the_answer_may_not_end() -> None:
+    matcher = StopStrings(["END"])
+    assert matcher.push("an END, E", may_end=False) == ("an END, ", None)
+    assert matcher.push("N", may_end=False) == ("", None)
+    assert matcher.push("D at last") == ("", "END"), "it began before and is complete now"
+    matcher = StopStrings(["a", "ab"])
+    assert matcher.push("xa", may_end=False) == ("x", None)
+    assert matcher.push("c") == ("ac", None), "it was complete before"

@@ -52,6 +52,14 @@ def test_flags_reach_the_request(fake_client: Any) -> None:
     assert (arguments["stop"], arguments["timeout"]) == (("a", "b"), 9.0)
 
 
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["status"], ["top", "--json"]])
+def test_a_url_as_address_is_bad_usage_that_says_what_an_address_is(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--address", "http://127.0.0.1:8000"]) == 2
+    assert "HOST:PORT" in capsys.readouterr().err
+
+
 def test_an_empty_prompt_is_exit_1_naming_what_is_empty(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.errors.append(InvalidRequest("chat.messages[0].content", "is empty"))
     assert main(["generate", ""]) == 1

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
+from overfill.client import AsyncClient, Client
 from overfill.client.requests import Message, Options, build_request, check_timeout, split_addresses
 from overfill.errors import InvalidRequest
 from overfill.params import SamplingParams
@@ -61,6 +63,20 @@ def test_mistakes_are_found_before_anything_is_sent(field: str, fields: dict[str
     assert caught.value.field == field
 
 
+def test_prompts_are_rendered_and_cut_as_asked() -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    request = build(chat, chat_template_kwargs={"enable_thinking": False}, truncate_prompt_tokens=-1)
+    assert request.chat.chat_template_kwargs == '{"enable_thinking": false}'
+    assert request.truncate_prompt_tokens == -1
+    assert build(chat, continue_final_message=True).chat.continue_final_message
+    assert not build("x").HasField("truncate_prompt_tokens")
+    for field in ("chat_template_kwargs", "continue_final_message"):
+        with pytest.raises(InvalidRequest, match="only for chats"):
+            build("x", **{field: {"a": 1}})
+    with pytest.raises(InvalidRequest, match="is not JSON"):
+        build(chat, chat_template_kwargs={"a": math.nan})
+
+
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
 def test_timeouts_are_positive_and_finite(timeout: float) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -68,6 +84,20 @@ def test_timeouts_are_positive_and_finite(timeout: float) -> None:
     assert caught.value.field == "timeout"
     check_timeout(None)
     check_timeout(0.5)
+
+
+def test_stop_strings_are_not_sampling_parameters_and_the_error_says_whose_they_are() -> None:
+    with pytest.raises(InvalidRequest, match=r"generate\(prompt, stop=") as caught:
+        SamplingParams(stop=["\n"])
+    assert caught.value.field == "sampling.stop"
+    assert replace(SamplingParams(seed=1), seed=2) == SamplingParams(seed=2)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8000/v1", "HTTPS://example.org", "127.0.0.1:7600,http://x:8000"])
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_a_url_is_no_address_and_the_error_says_what_is(client: Any, address: str) -> None:
+    with pytest.raises(ValueError, match=r"(?i)http.*is a URL; an address is HOST:PORT.*7600"):
+        client(address)
 
 
 def test_addresses() -> None:

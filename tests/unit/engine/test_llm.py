@@ -1,6 +1,7 @@
 """``LLM``: both halves in one process give the reference's answers, whatever the batch and however small the cache."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 import overfill.grammar
 from overfill import LLM
 from overfill.engine.colocated import Colocated
+from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import Preempted
-from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.errors import InternalError, InvalidRequest, PromptTooLong
 from overfill.pair.reference import TwoStageReference
 from overfill.params import Grammar, SamplingParams
 from overfill.testing.tiny import make_tiny_pair
@@ -35,9 +37,27 @@ def reference(folder):
 
 
 def assert_nothing_leaked(llm):
-    for parts in (llm._full, llm._decoder):
-        assert parts.pool.num_used == 0
-        parts.pool.check_integrity()
+    """No request owns a block; what is left is prefix cache of the full model."""
+    assert llm._prefix.num_used == llm._prefix.num_leaked == 0
+    llm._prefix.check_integrity()
+    assert llm._decoder.pool.num_used == 0
+    llm._decoder.pool.check_integrity()
+
+
+class Computed:
+    """Which token at which position each model computes, as the runners are told."""
+
+    def __init__(self, llm, monkeypatch):
+        names = {id(llm._full.runner): "full", id(llm._decoder.runner): "decoder"}
+        self.by = {"full": set(), "decoder": set()}
+        next_tokens = ModelRunner.next_tokens
+
+        def spy(runner, works, *args, **more):
+            for work in works:
+                self.by[names[id(runner)]] |= {(work.start + i, t) for i, t in enumerate(work.tokens)}
+            return next_tokens(runner, works, *args, **more)
+
+        monkeypatch.setattr(ModelRunner, "next_tokens", spy)
 
 
 def test_a_batch_gets_the_reference_s_answers(llm, reference):
@@ -84,6 +104,89 @@ def test_an_answer_ends_at_its_limit_or_at_a_stop_token(llm):
     first = SamplingParams(temperature=0, stop_token_ids=(whole.token_ids[0],))
     assert llm.generate(PROMPTS[:1], first)[0].token_ids == []  # the full model's own token ends it
     assert_nothing_leaked(llm)
+
+
+def new_llm(folder, **more):
+    settings = {"dtype": "float32", "device": "cpu", "kv_memory": 2**20, "max_model_len": 256, "token_budget": 64}
+    return LLM(folder, **(settings | more))
+
+
+def test_a_second_turn_computes_only_what_is_new(folder, reference, monkeypatch):
+    llm = new_llm(folder)
+    first = llm.generate(PROMPTS[5:], GREEDY)[0]
+    assert first.cached_tokens == 0
+    turn = [*PROMPTS[5], *first.token_ids, 33, 34, 35]
+    computed = Computed(llm, monkeypatch)
+    second = llm.generate([turn], GREEDY)[0]
+    assert second.token_ids == reference.generate(turn, 40)
+    held = len(PROMPTS[5]) // 16 * 16
+    assert second.cached_tokens == held
+    assert {position for position, _ in computed.by["full"]} == set(range(held, len(turn)))
+    assert_nothing_leaked(llm)
+
+
+def test_the_first_turn_s_answer_is_read_by_the_full_model_in_the_second(folder, reference, monkeypatch):
+    """The decoder wrote KV of the answer while it made it; the next prompt's KV is the full model's all the same."""
+    llm = new_llm(folder)
+    prompt = PROMPTS[4][:64]  # whole blocks, so that the answer begins a block of its own
+    answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))[0].token_ids
+    computed = Computed(llm, monkeypatch)
+    turn = [*prompt, *answer, 33]
+    assert llm.generate([turn], GREEDY)[0].token_ids == reference.generate(turn, 40)
+    assert {(64 + i, token) for i, token in enumerate(answer)} <= computed.by["full"]
+    assert all(position >= len(turn) for position, _ in computed.by["decoder"])
+
+
+def test_a_small_cache_forgets_prompts_before_it_refuses_any(folder, reference):
+    llm = new_llm(folder, kv_memory=24 * 16 * 1024)
+    for _ in range(2):
+        for prompt in PROMPTS:
+            assert llm.generate([prompt], GREEDY)[0].token_ids == reference.generate(prompt, 40)
+    assert_nothing_leaked(llm)
+
+
+def test_without_a_prefix_cache_every_prompt_is_computed(folder):
+    llm = new_llm(folder, prefix_cache=False)
+    assert [llm.generate(PROMPTS[5:], GREEDY)[0].cached_tokens for _ in range(2)] == [0, 0]
+    assert llm._full.pool.num_used == 0
+
+
+@pytest.mark.parametrize("half", ["_full", "_decoder"])
+def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(folder, reference, monkeypatch, half):
+    llm = new_llm(folder)
+    llm.generate(PROMPTS[5:], GREEDY)
+    broken = getattr(llm, half).runner
+    run = ModelRunner.run
+
+    def fail(runner, *args, **more):
+        if runner is broken:
+            raise RuntimeError("no such kernel")
+        return run(runner, *args, **more)
+
+    drawn = SamplingParams(temperature=1.0, seed=1, max_tokens=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "run", fail)
+        with pytest.raises(InternalError, match="no such kernel"):
+            llm.generate(PROMPTS, drawn)
+    assert_nothing_leaked(llm)
+    again = llm.generate(PROMPTS, GREEDY)
+    assert [a.token_ids for a in again] == [reference.generate(p, 40) for p in PROMPTS]
+    assert again[5].cached_tokens >= len(PROMPTS[5]) // 16 * 16 - 16
+    assert_nothing_leaked(llm)
+
+
+def test_answers_end_by_themselves_unless_told_otherwise(llm, monkeypatch):
+    asked = []
+    request = LLM.request
+    monkeypatch.setattr(
+        LLM, "request", lambda self, i, ids, choice: asked.append(choice) or request(self, i, ids, choice)
+    )
+    llm.generate(PROMPTS[:1])
+    llm.chat([{"role": "user", "content": "Hi"}])
+    assert {(s.temperature, s.max_tokens) for s in asked} == {(0.7, 256)}
+    own = SamplingParams(top_k=3, max_tokens=2)
+    llm.generate(PROMPTS[:1], own)
+    assert asked[-1] == own, "parameters that are given are taken as they are"
 
 
 def test_chat_is_the_template_s_prompt(llm):
@@ -207,3 +310,18 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_only_with_its_reason(l
     with pytest.raises(InvalidRequest, match="too complex"):
         llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=40, grammar=SCHEMA))
     assert_nothing_leaked(llm)
+
+
+@pytest.mark.parametrize("kv_memory", [2**20, 16 * 16 * 1024])
+def test_answers_have_their_least_length_in_both_stages_and_after_preemption(folder, kv_memory):
+    llm = new_llm(folder, kv_memory=kv_memory)
+    ending = dict.fromkeys((llm.tokenizer.end_of_answer, 77), 100.0)
+    least = SamplingParams(temperature=0, min_tokens=30, max_tokens=40, stop_token_ids=(77,), logit_bias=ending)
+    answers = llm.generate(PROMPTS, least)
+    assert {(len(a.token_ids), a.finish_reason) for a in answers} == {(30, "stop")}
+    assert llm.generate(PROMPTS[:1], replace(least, min_tokens=0))[0].token_ids == []
+
+
+def test_a_least_length_that_the_context_does_not_hold_is_refused(llm):
+    with pytest.raises(PromptTooLong, match=r"min_tokens: 300 tokens do not fit; 236 do"):
+        llm.generate(PROMPTS[:1], SamplingParams(min_tokens=300))

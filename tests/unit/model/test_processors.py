@@ -32,7 +32,7 @@ def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 def test_nothing_is_made_for_requests_that_need_nothing(grammars: Grammars) -> None:
     plain = SamplingParams(temperature=0.5, top_p=0.9, logprobs=3, stop_token_ids=(5,))
-    assert new_processor(plain, [1, 2], grammars) is None
+    assert new_processor(plain, [1, 2], grammars, [END]) is None
     logits = random_logits(2)
     before = logits.clone()
     assert process(logits, [None, None], [[3], []]) == {}
@@ -44,7 +44,7 @@ def test_repetition_penalty_is_hugging_face_s(penalty: float) -> None:
     prompt, emitted = [3, 4, 4, 7], [9, 3, 9]
     logits = random_logits(1)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + emitted]), logits.clone())
-    processor = new_processor(SamplingParams(repetition_penalty=penalty), prompt, None)
+    processor = new_processor(SamplingParams(repetition_penalty=penalty), prompt, None, [END])
     process(logits, [processor], [emitted])
     assert torch.allclose(logits, expected)
 
@@ -57,14 +57,14 @@ def test_presence_and_frequency_penalties_are_openai_s() -> None:
         count = emitted.count(token)
         expected[0, token] -= 0.5 * count + 1.5 * (count > 0)  # the formula of OpenAI's reference
     params = SamplingParams(frequency_penalty=0.5, presence_penalty=1.5)
-    process(logits, [new_processor(params, [3, 4, 5], None)], [emitted])
+    process(logits, [new_processor(params, [3, 4, 5], None, [END])], [emitted])
     assert torch.allclose(logits, expected)
 
 
 def test_bias_is_added_to_its_tokens_only() -> None:
     logits = random_logits(2)
     before = logits.clone()
-    process(logits, [new_processor(SamplingParams(logit_bias={5: 4.0, 500: -100.0}), [], None), None], [[], []])
+    process(logits, [new_processor(SamplingParams(logit_bias={5: 4.0, 500: -100.0}), [], None, [END]), None], [[], []])
     assert torch.allclose(logits[0, [5, 500]], before[0, [5, 500]] + torch.tensor([4.0, -100.0]))
     before[0, [5, 500]] = logits[0, [5, 500]]
     assert torch.equal(logits, before)
@@ -84,22 +84,22 @@ def test_a_row_does_not_depend_on_the_others(grammars: Grammars) -> None:
     logits = random_logits(len(MIXED))
     emitted = [[3] * row if params.grammar is None else [] for row, params in enumerate(MIXED)]
     together = logits.clone()
-    process(together, [new_processor(p, [2, 3], grammars) for p in MIXED], emitted)
+    process(together, [new_processor(p, [2, 3], grammars, [END]) for p in MIXED], emitted)
     for row, params in enumerate(MIXED):
         alone = logits[row : row + 1].clone()
-        process(alone, [new_processor(params, [2, 3], grammars)], [emitted[row]])
+        process(alone, [new_processor(params, [2, 3], grammars, [END])], [emitted[row]])
         assert torch.equal(alone[0], together[row]), params
 
 
 @pytest.mark.parametrize("params", MIXED[1:], ids=str)
 def test_state_is_rebuilt_from_the_tokens_alone(params: SamplingParams, grammars: Grammars) -> None:
     """One that saw every step, one that begins in the middle, and one that catches up do the same."""
-    seeing = new_processor(params, [2, 3], grammars)
+    seeing = new_processor(params, [2, 3], grammars, [END])
     emitted: list[int] = []
     for step in range(6):
         logits, fresh = random_logits(1, step), random_logits(1, step)
         process(logits, [seeing], [emitted])
-        process(fresh, [new_processor(params, [2, 3], grammars)], [emitted])
+        process(fresh, [new_processor(params, [2, 3], grammars, [END])], [emitted])
         assert torch.equal(logits, fresh), step
         token = int(logits.argmax())
         if token == END:
@@ -109,7 +109,7 @@ def test_state_is_rebuilt_from_the_tokens_alone(params: SamplingParams, grammars
 
 def run(params: SamplingParams, grammars: Grammars, seed: int) -> list[int]:
     """Tokens drawn until the end."""
-    processor = new_processor(params, [2, 3], grammars)
+    processor = new_processor(params, [2, 3], grammars, [END])
     emitted: list[int] = []
     for step in range(200):
         logits = random_logits(1, 1000 * seed + step)
@@ -139,18 +139,18 @@ class _Broken:
 
 def test_a_row_that_fails_leaves_the_others_alone(grammars: Grammars) -> None:
     broken = LogitProcessor(SamplingParams(), [], _Broken())  # type: ignore[arg-type]
-    good = new_processor(SamplingParams(grammar=DIGITS), [], grammars)
+    good = new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
     logits = random_logits(2)
     alone = logits[1:].clone()
     failed = process(logits, [broken, good], [[], []])
     assert list(failed) == [0]
     assert isinstance(failed[0], InvalidRequest)
-    process(alone, [new_processor(SamplingParams(grammar=DIGITS), [], grammars)], [[]])
+    process(alone, [new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])], [[]])
     assert torch.equal(logits[1], alone[0])
 
 
 def test_tokens_that_break_the_grammar_are_an_error(grammars: Grammars) -> None:
-    processor = new_processor(SamplingParams(grammar=DIGITS), [], grammars)
+    processor = new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
     letter = 40  # some letter or sign; no digit
     assert list(process(random_logits(1), [processor], [[letter, letter]])) == [0]
 
@@ -174,17 +174,50 @@ def test_what_cannot_be_obeyed_is_refused_with_the_reason(grammars: Grammars, gr
 def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overfill.grammar, "llguidance", None)
     with pytest.raises(InvalidRequest, match="pip install llguidance"):
-        new_processor(SamplingParams(grammar=DIGITS), [], grammars)
-    assert new_processor(SamplingParams(presence_penalty=1), [], grammars) is not None
+        new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
+    assert new_processor(SamplingParams(presence_penalty=1), [], grammars, [END]) is not None
     overfill.grammar.check_grammar(DIGITS)  # a router without it leaves that to the workers
 
 
 def test_logprobs_are_those_of_the_changed_logits(grammars: Grammars) -> None:
     params = SamplingParams(temperature=0, logprobs=20, grammar=DIGITS)
     logits = random_logits(1)
-    process(logits, [new_processor(params, [], grammars)], [[]])
+    process(logits, [new_processor(params, [], grammars, [END])], [[]])
     (token,), _ = sample(logits, [params], [0], [0])
     assert token.top is not None
     listed = [value for _, value in token.top if value != float("-inf")]
     assert sum(torch.tensor(listed).exp()) <= 1.001
     assert token.logprob == pytest.approx(max(listed))
+
+
+def test_no_answer_ends_before_min_tokens(grammars: Grammars) -> None:
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(7,))
+    processor = new_processor(params, [], grammars, [END])
+    for emitted in ([], [5], [5, 5], [5, 5, 5]):
+        logits = torch.zeros(2, VOCAB)
+        logits[:, END], logits[:, 7] = 9, 8
+        process(logits, [processor, None], [emitted, emitted])
+        ends = logits[0, [END, 7]].tolist()
+        assert ends == ([float("-inf")] * 2 if len(emitted) < 2 else [9, 8])
+        assert logits[1, [END, 7]].tolist() == [9, 8], "another request's row"
+    moved = new_processor(params, [], grammars, [END])
+    logits = torch.zeros(1, VOCAB)
+    process(logits, [moved], [[5]])  # on another worker, behind the first token
+    assert logits[0, END] == float("-inf")
+
+
+def test_min_tokens_leave_an_end_that_is_ignored_alone(grammars: Grammars) -> None:
+    assert new_processor(SamplingParams(min_tokens=9, ignore_eos=True), [], grammars, [END]) is None
+    stopped = SamplingParams(min_tokens=9, ignore_eos=True, stop_token_ids=(7,))
+    logits = torch.zeros(1, VOCAB)
+    process(logits, [new_processor(stopped, [], grammars, [END])], [[]])
+    assert logits[0, [END, 7]].tolist() == [0, float("-inf")]
+
+
+def test_a_grammar_that_is_complete_ends_the_answer_before_min_tokens(grammars: Grammars, tiny_pair: Path) -> None:
+    from overfill.api.tokenizer import Tokenizer
+
+    three_or_more = SamplingParams(temperature=1.5, seed=5, grammar=DIGITS, min_tokens=40, max_tokens=50)
+    tokenizer = Tokenizer.load(tiny_pair / "full")
+    answers = {tokenizer.decode(run(three_or_more, grammars, seed)) for seed in range(8)}
+    assert all(re.fullmatch("[0-9]{5}", answer) for answer in answers), "as long as the grammar lets it"

@@ -75,3 +75,16 @@ def test_replayed_tokens_are_not_said_again_but_count_for_stop_strings(tokenizer
 def test_a_stop_string_within_replayed_tokens_ends_the_answer_at_once(tokenizer):
     ids = tokenizer.encode("one END")
     assert AnswerText(StreamDetokenizer(tokenizer), ["END"], ids).stop == "END"
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 100])
+def test_stop_strings_count_behind_min_tokens(tokenizer, cuts):
+    ids = [tokenizer.encode_continuation(letter)[0] for letter in "a.b.c.d"]
+    text = AnswerText(StreamDetokenizer(tokenizer), ["."], min_tokens=4)
+    shown = ""
+    for start in range(0, len(ids), cuts):
+        if text.stop is None:
+            shown += text.push(TokenBatch(start, 0.0, ids[start : start + cuts], [])).text
+    assert (shown, text.stop, text.num_tokens) == ("a.b.c", ".", 6)
+    client_resumed = AnswerText(StreamDetokenizer(tokenizer), ["."], ids[:3], min_tokens=4)
+    assert client_resumed.push(TokenBatch(3, 0.0, ids[3:], [])).text == ".c"

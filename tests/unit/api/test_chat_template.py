@@ -1,0 +1,114 @@
+"""What requests may say to a chat template, and prompts that end within a message."""
+
+import json
+
+import pytest
+
+from overfill.api.chat import encode_chat
+from overfill.api.chat_template import ChatTemplate, TemplateOptions
+from overfill.api.requests import validate_generate
+from overfill.errors import InvalidRequest
+from overfill.v1 import inference_pb2
+
+# As Qwen3's does it: an empty thought, already thought.
+THINKS = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content | trim }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
+{%- endif %}"""
+HI = {"role": "user", "content": "Hi"}
+END = {"role": "assistant", "content": "The end of im_end "}
+
+
+@pytest.fixture(scope="module")
+def template():
+    return ChatTemplate(THINKS, {"bos_token": "<s>"})
+
+
+def test_variables_reach_the_template(template):
+    assert "<think>" not in template.render([HI])
+    off = TemplateOptions({"enable_thinking": False})
+    assert template.render([HI], options=off).endswith("assistant\n<think></think>")
+    assert template.render([HI], options=TemplateOptions({"unknown": 1})) == template.render([HI])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "chat_template", "range"],
+)
+def test_what_the_server_sets_is_not_for_requests(template, name):
+    with pytest.raises(InvalidRequest, match="is the server's to set") as caught:
+        template.render([HI], options=TemplateOptions({name: []}))
+    assert caught.value.field == f"chat.chat_template_kwargs.{name}"
+
+
+def test_a_prompt_may_end_without_opening_an_answer(template):
+    closed = template.render([HI], options=TemplateOptions(add_generation_prompt=False))
+    assert template.render([HI]) == closed + "<|im_start|>assistant\n"
+
+
+def test_a_message_is_continued_from_its_last_character_on(template):
+    options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
+    text = template.render([HI, END], options=options)
+    assert text.endswith("<|im_start|>assistant\nThe end of im_end "), "white space at its end is the client's"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "reason"),
+    [
+        (THINKS, [HI, {"role": "assistant", "content": ""}], "needs a last message that has text"),
+        (THINKS, [], "needs a last message that has text"),
+        ("{{ messages[0].content }}", [HI, END], "does not show the last message as it is"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source, messages, reason):
+    options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        ChatTemplate(source, {}).render(messages, options=options)
+    assert caught.value.field == "chat.continue_final_message"
+
+
+def test_documents_are_shown_or_refused(template):
+    shows = ChatTemplate("{% for d in documents or [] %}{{ d.text }}{% endfor %}", {})
+    documents = [{"title": "t", "text": "what it says"}]
+    assert shows.render([HI], options=TemplateOptions({"documents": documents})) == "what it says"
+    with pytest.raises(InvalidRequest, match="does not show documents"):
+        template.render([HI], options=TemplateOptions({"documents": documents}))
+
+
+def chat(**fields):
+    return inference_pb2.Chat(messages=[HI, {"role": "assistant", "content": "Hello wo"}], **fields)
+
+
+def test_over_the_wire(byte_level_tokenizer):
+    tokenizer = byte_level_tokenizer
+    plain = tokenizer.decode(encode_chat(chat(), tokenizer))
+    assert plain.endswith("Hello wo\nassistant\n")  # special tokens have no text
+    assert tokenizer.decode(encode_chat(chat(add_generation_prompt=False), tokenizer)).endswith("Hello wo\n")
+    begun = chat(continue_final_message=True)
+    assert tokenizer.decode(encode_chat(begun, tokenizer)).endswith("Hello wo")
+    request = inference_pb2.GenerateRequest(chat=begun)
+    assert validate_generate(request, tokenizer, 64, 400).continues_text, "so that a first word keeps its space"
+    with pytest.raises(InvalidRequest, match="contradicts add_generation_prompt"):
+        encode_chat(chat(continue_final_message=True, add_generation_prompt=True), tokenizer)
+    for wrong in ("[]", "{", json.dumps({"messages": []})):
+        with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
+            encode_chat(chat(chat_template_kwargs=wrong), tokenizer)
+
+
+def test_only_the_end_of_a_prompt_is_kept(byte_level_tokenizer):
+    def kept(count, **sampling):
+        request = inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=range(5, 45)), sampling=sampling, truncate_prompt_tokens=count
+        )
+        return list(validate_generate(request, byte_level_tokenizer, 32, 300).prompt_token_ids)
+
+    assert kept(3) == [42, 43, 44]
+    assert kept(-1, max_tokens=10) == list(range(23, 45))
+    assert kept(-1) == list(range(14, 45)), "room for one token"
+    for wrong in (0, -2):
+        with pytest.raises(InvalidRequest, match="truncate_prompt_tokens"):
+            kept(wrong)
