@@ -12,6 +12,7 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.peers import PeerPool
+from overfill.kv.stall import TransferLimits
 from overfill.metrics import DecodeMetrics
 from overfill.names import CODECS
 from overfill.v1 import common_pb2, decode_pb2_grpc
@@ -30,7 +31,8 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     codec = CODECS[config.codec]
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.same_host == "on")
     metrics = DecodeMetrics()
-    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec, metrics)
+    limits = TransferLimits(whole=config.max_transfer_time)
+    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec, metrics, limits)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)

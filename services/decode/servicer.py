@@ -15,6 +15,7 @@ from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.peers import PeerPool
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.metrics import DecodeMetrics
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.names import CODEC_NAMES
@@ -40,8 +41,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         executor: Executor,
         codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
         metrics: DecodeMetrics | None = None,
+        limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
         self._metrics = metrics or DecodeMetrics()
+        self._limits = limits
         self._parts = parts
         self._codec = codec
         self._hello = hello
@@ -187,7 +190,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         cache = self._parts.runner.cache
         layer_map = self._parts.pair.layer_map
         return PromptPull(
-            peer, request, self._parts.kv, layer_map, cache, session.blocks, self._executor, session.held_tokens
+            peer,
+            request,
+            self._parts.kv,
+            layer_map,
+            cache,
+            session.blocks,
+            self._executor,
+            session.held_tokens,
+            self._limits,
         )
 
 

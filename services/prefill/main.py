@@ -12,6 +12,7 @@ from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_p
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.kv.samehost import Lender
+from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
 from overfill.metrics import PrefillMetrics
 from overfill.v1 import common_pb2
@@ -29,7 +30,13 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     lender = Lender(config.same_host == "on")
     metrics = PrefillMetrics()
     servicer = PrefillServicer(
-        parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs, lender, metrics
+        parts,
+        hello,
+        ThreadPoolExecutor(_READERS, "kv-out"),
+        2 * config.max_num_seqs,
+        lender,
+        metrics,
+        TransferLimits(whole=config.max_transfer_time),
     )
 
     def emit(events: list[PrefillEvent]) -> None:

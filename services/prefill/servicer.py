@@ -38,10 +38,10 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
-from overfill.kv.pace import watch_pace
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.metrics import PrefillMetrics, outcome_of
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.names import CODEC_NAMES, CODECS
@@ -122,9 +122,10 @@ class Lease:
         else:
             self.events.put_nowait(None)
 
-    async def watch_pace(self) -> None:
+    async def watch_transfer(self, limits: TransferLimits) -> None:
         """Raises TransferFailed when the decode worker does not take what is ready."""
-        await watch_pace("the decode worker", lambda: self.sender.ready_bytes, lambda: self.sender.acknowledged_bytes)
+        ready, moved = (lambda: self.sender.ready_bytes), (lambda: self.sender.acknowledged_bytes)
+        await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
 
     async def join_readers(self) -> None:
         """Ends every stream that reads the blocks and waits for it."""
@@ -160,8 +161,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         max_leases: int,
         lender: Lender | None = None,
         metrics: PrefillMetrics | None = None,
+        limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
         self._metrics = metrics or PrefillMetrics()
+        self._limits = limits
         self._parts = parts
         self._lender = lender or Lender(enabled=False)
         self._max_leases = max_leases
@@ -221,7 +224,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             lease = self._accept(first.start, processor)
             guards = [
                 asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
-                asyncio.ensure_future(lease.guard(lease.watch_pace())),
+                asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
             ]
             try:
                 async for response in self._serve(lease, first.start.trace):
