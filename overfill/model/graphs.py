@@ -49,6 +49,11 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, step: Step) -> Step:
+        # A recording waits for the thread's current device, which may be another one.
+        with torch.cuda.device(self._device):
+            return self._record(step)
+
+    def _record(self, step: Step) -> Step:
         # Libraries set themselves up in the first run, which may not be recorded; on a stream of its own, as the
         # recording is.
         stream = torch.cuda.Stream(self._device)

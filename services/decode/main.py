@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
+from overfill.engine.device import device_executor
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.peers import PeerPool
@@ -32,7 +32,8 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.same_host == "on")
     metrics = DecodeMetrics()
     limits = TransferLimits(whole=config.max_transfer_time)
-    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec, metrics, limits)
+    writers = device_executor(_WRITERS, "kv-in", parts.runner.device)
+    servicer = DecodeServicer(parts, hello, peers, writers, codec, metrics, limits)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)

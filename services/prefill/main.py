@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from overfill.config import PrefillConfig
+from overfill.engine.device import device_executor
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
@@ -32,7 +32,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     servicer = PrefillServicer(
         parts,
         hello,
-        ThreadPoolExecutor(_READERS, "kv-out"),
+        device_executor(_READERS, "kv-out", parts.runner.device),
         2 * config.max_num_seqs,
         lender,
         metrics,
