@@ -192,7 +192,9 @@ class PrefillEngine:
             if sequence.cancelled:  # its Release is on the way
                 break
             wanted = self._pool.blocks_for(len(sequence.prompt))
-            grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt)
+            if sequence.prompt_blocks is None:
+                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted)
             if grant is None:
                 break
             self._waiting.popleft()

@@ -31,14 +31,14 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     codec = CODECS[config.codec]
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.same_host == "on")
     metrics = DecodeMetrics()
+    prefix = parts.prefix_cache(config.prefix_cache == "on")
     limits = TransferLimits(whole=config.max_transfer_time)
     writers = device_executor(_WRITERS, "kv-in", parts.runner.device)
-    servicer = DecodeServicer(parts, hello, peers, writers, codec, metrics, limits)
+    servicer = DecodeServicer(parts, prefix, hello, peers, writers, codec, metrics, limits)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    prefix = parts.prefix_cache(config.prefix_cache == "on")
     core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit, prefix, metrics)
     try:
         return await serve_engine(

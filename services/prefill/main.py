@@ -29,8 +29,10 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
     lender = Lender(config.same_host == "on")
     metrics = PrefillMetrics()
+    prefix = parts.prefix_cache(config.prefix_cache == "on")
     servicer = PrefillServicer(
         parts,
+        prefix,
         hello,
         device_executor(_READERS, "kv-out", parts.runner.device),
         2 * config.max_num_seqs,
@@ -42,7 +44,6 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     def emit(events: list[PrefillEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    prefix = parts.prefix_cache(config.prefix_cache == "on")
     core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix, metrics)
     lender.start()
     try:
