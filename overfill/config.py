@@ -36,7 +36,7 @@ from overfill.names import CodecName
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.constants import MAX_DATA_STREAMS, SPARE_RPCS
+from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -371,6 +371,12 @@ class WorkerConfig(ServiceConfig):
     )
     prefix_cache: Literal["on", "off"] = Field(
         "on", description="whether the KV of prompts is kept, while there is room, for others that begin the same"
+    )
+    max_transfer_time: float = Field(
+        MAX_TRANSFER_TIME,
+        gt=0,
+        description="seconds that a prompt's KV may take to move once all of it is ready; a transfer that takes longer "
+        "is given up, so that a trickle does not hold KV for ever",
     )
     step_timeout: float | None = Field(
         None,

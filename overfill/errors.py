@@ -109,7 +109,7 @@ class UnsupportedModel(InvalidPair):
 
 
 class TransferFailed(OverfillError):
-    """A KV transfer brought a wrong, missing or damaged chunk, or was too slow."""
+    """A KV transfer brought a wrong, missing or damaged chunk, stalled, or took too long."""
 
 
 class DeadlineExceeded(OverfillError):

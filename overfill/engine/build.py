@@ -144,12 +144,12 @@ class EngineParts:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` means the first CUDA device if there is one, else the CPU."""
+    """``auto`` means the first CUDA device if there is one, else the CPU. A CUDA device has its number."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidRequest("device", f"{device} was asked for, but torch sees no CUDA device; use cpu or auto")
-    return torch.device(device)
+    return torch.device("cuda:0" if device == "cuda" else device)
 
 
 def native_dtype(device: torch.device) -> DTypeName:

@@ -35,6 +35,10 @@ from overfill.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
 
+_MAX_PUBLISHED = 256
+"""Most blocks of received prompts that are shared between two steps. All of a long prompt's at once would hold up every
+stream for tens of milliseconds."""
+
 
 class DecodeEngine:
     """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` in one list per call.
@@ -66,6 +70,8 @@ class DecodeEngine:
         self._emit = emit
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival: oldest first
         self._replayed_last = False
+        self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet shared as a whole
+        self._may_publish = _MAX_PUBLISHED
 
     def load(self) -> EngineLoad:
         """``waiting`` counts sequences whose KV or blocks are not there yet."""
@@ -108,6 +114,8 @@ class DecodeEngine:
     def step(self) -> bool:
         """Computes one token of every running sequence, or one replay. False when nothing runs."""
         events: list[DecodeEvent] = []
+        self._may_publish = _MAX_PUBLISHED
+        self._publish()
         ready, starved = self._with_room()
         if starved:
             self._preempt_youngest(events)
@@ -150,7 +158,9 @@ class DecodeEngine:
     def _acquire(self, sequence: DecodeSequence) -> Reserved | None:
         """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
         wanted = self._pool.blocks_for(sequence.num_tokens + 1)
-        grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt, spare=self._num_growing())
+        if sequence.prompt_blocks is None:
+            sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+        grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted, spare=self._num_growing())
         if grant is None:
             return None
         sequence.blocks = grant.blocks
@@ -169,7 +179,20 @@ class DecodeEngine:
         if sequence.state is DecodeState.RECEIVING:
             sequence.computed = len(sequence.prompt)
             sequence.state = DecodeState.RUNNING
-            self._prefix.publish(sequence.id, len(sequence.prompt))
+            self._unpublished[sequence.id] = sequence
+            self._publish()
+
+    def _publish(self) -> None:
+        """Shares received prompts, oldest first, as far as blocks may be shared before the next step."""
+        while self._unpublished and self._may_publish:
+            sequence = next(iter(self._unpublished.values()))
+            length, before = len(sequence.prompt), self._may_publish
+            left = self._prefix.publish(sequence.id, length, before)
+            if left:
+                self._may_publish = 0
+            else:
+                self._may_publish -= min(before, self._pool.blocks_for(length))
+                del self._unpublished[sequence.id]
 
     def _resume_preempted(self, events: list[DecodeEvent]) -> None:
         """Gives free blocks to preempted sequences, oldest first; none overtakes another."""
@@ -270,5 +293,6 @@ class DecodeEngine:
         sequence.computed += len(part)
 
     def _free(self, sequence: DecodeSequence) -> None:
+        self._unpublished.pop(sequence.id, None)
         self._prefix.release(sequence.id)
         sequence.blocks = []

@@ -21,6 +21,7 @@ import torch
 from overfill import __version__, logs, tracing
 from overfill.config import DecodeConfig, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
+from overfill.engine.device import use_device
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
@@ -48,12 +49,15 @@ OnReady = Callable[[WorkerHost], object]
 async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
     """The half of ``config.pair`` that a worker runs, digests checked, warm; loaded beside the event loop."""
 
+    device = resolve_device(config.device)
+
     def load() -> EngineParts:
+        use_device(device)
         return build_engine_parts(
             Pair.load(config.pair, check_digests=True),
             half,
             dtype=config.dtype,
-            device=resolve_device(config.device),
+            device=device,
             block_size=config.block_size,
             kv_memory=config.kv_memory,
             max_model_len=config.max_model_len,
@@ -171,15 +175,16 @@ async def serve_engine(
     if any(router.startswith("ray:///") for router in config.routers):
         import overfill.cluster.directory  # noqa: F401  # which can look such names up
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
-    loop = asyncio.get_running_loop()
+    loop, device = asyncio.get_running_loop(), resolve_device(config.device)
     engine = EngineThread(
         core,
         f"{service}-engine",
         config.threads,
-        config.step_timeout or (_CUDA_STEP_TIMEOUT if resolve_device(config.device).type == "cuda" else None),
+        config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
         # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
+        device=device,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
     server.add(add_servicer, servicer, service)

@@ -15,8 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import torch
-
 from overfill.engine.runner import Choice, ModelRunner, Work
 from overfill.engine.sequence import (
     ChunkComputed,
@@ -32,7 +30,7 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cells import DeviceEvent
+from overfill.kv.cells import mark
 from overfill.kv.prefix import PrefixCache
 from overfill.metrics import PrefillMetrics
 
@@ -184,8 +182,8 @@ class PrefillEngine:
     def _begin(self, sequence: PrefillSequence) -> None:
         # Steps that computed the cached part may still be running on the device.
         cached = sequence.cached_tokens
-        mark = self._mark() if cached else None
-        self._events.append(PrefillScheduled(sequence.id, sequence.blocks, cached, mark, time.monotonic_ns()))
+        event = mark(self._runner.device) if cached else None
+        self._events.append(PrefillScheduled(sequence.id, sequence.blocks, cached, event, time.monotonic_ns()))
 
     def _admit(self) -> None:
         """Gives blocks to waiting prompts in order of arrival; none overtakes another."""
@@ -194,7 +192,9 @@ class PrefillEngine:
             if sequence.cancelled:  # its Release is on the way
                 break
             wanted = self._pool.blocks_for(len(sequence.prompt))
-            grant = self._prefix.acquire(sequence.id, sequence.prompt, wanted, sequence.salt)
+            if sequence.prompt_blocks is None:
+                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted)
             if grant is None:
                 break
             self._waiting.popleft()
@@ -219,7 +219,7 @@ class PrefillEngine:
             self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
 
         def kv_written(layer: int) -> None:
-            event, worth_telling = self._mark(), False
+            event, worth_telling = mark(self._runner.device), False
             for (sequence, count), end in zip(scheduled, ends, strict=True):
                 written = untold[sequence.id]
                 written.append(KvWritten(sequence.id, layer, end, event))
@@ -248,14 +248,6 @@ class PrefillEngine:
                 self._events.append(SequenceFailed(sequence.id, refused[sequence.id]))
                 continue
             self._events.append(PromptComputed(sequence.id, tokens.get(sequence.id), now))
-
-    def _mark(self) -> DeviceEvent | None:
-        """A mark after all that has been launched so far; None where nothing is left running."""
-        if self._runner.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     def _set_aside(self, sequences: list[PrefillSequence]) -> None:
         for sequence in sequences:

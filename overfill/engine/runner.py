@@ -17,10 +17,16 @@ from overfill.model.sampling import SampledToken, broken, sample
 from overfill.model.transformer import GreedyModel, Model
 from overfill.params import SamplingParams
 
+_KEPT_STEPS = 8
+"""Steps for which an unused row is kept: replays and other steps take turns."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """New tokens of one sequence: ``tokens`` at positions ``start..``; KV below ``start`` is in ``blocks``."""
+    """New tokens of one sequence: ``tokens`` at positions ``start..``; KV below ``start`` is in ``blocks``.
+
+    ``blocks`` is the same list in all steps of a sequence, and only grows. When a block is replaced, the list is too.
+    """
 
     tokens: Sequence[int]
     start: int
@@ -76,6 +82,7 @@ class ModelRunner:
         self.cache = cache
         self.device = cache.device
         self.token_layer_bytes = cache.spec.token_layer_bytes
+        self._tables = BlockTables()
 
     def run(
         self,
@@ -124,10 +131,14 @@ class ModelRunner:
         starts = np.array([work.start for work in works])
         ends = starts + counts
         last = counts.cumsum() - 1  # row of each work's last token
-        tables = _padded([work.blocks for work in works], int(-(-ends.max() // size)))
+        counts_of_blocks = -(-ends // size)
+        rows = self._tables.rows([work.blocks for work in works], counts_of_blocks.tolist())
         owner = np.repeat(np.arange(len(works)), counts)
         positions = np.arange(len(owner)) + np.repeat(ends - 1 - last, counts)
-        slots = tables[owner, positions // size] * size + positions % size
+        slots = self._tables.array[rows[owner], positions // size] * size + positions % size
+        # A device is sent a copy of the rows in this step, cut to the longest.
+        on_host = self.device.type == "cpu"
+        tables = self._tables.array if on_host else self._tables.array[rows, : counts_of_blocks.max()]
         return ForwardBatch(
             token_ids=self._tensor(np.fromiter(chain.from_iterable(w.tokens for w in works), np.int64, len(owner))),
             positions=self._tensor(positions),
@@ -137,6 +148,7 @@ class ModelRunner:
             block_tables=self._tensor(tables),
             context_lens_device=self._tensor(ends),
             logits_indices=self._tensor(last[np.array([work.wants_logits for work in works])]),
+            table_rows=self._tensor(rows) if on_host else None,
         )
 
     def _tensor(self, values: NDArray[np.int64]) -> torch.Tensor:
@@ -144,10 +156,61 @@ class ModelRunner:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
-    """The first ``width`` of each row, and zeros after a shorter one. [len(rows), width]"""
-    lengths = np.array([min(len(row), width) for row in rows])
-    table = np.zeros((len(rows), width), np.int64)
-    cut = (row if len(row) <= width else row[:width] for row in rows)
-    table[np.arange(width) < lengths[:, None]] = np.fromiter(chain.from_iterable(cut), np.int64, int(lengths.sum()))
-    return table
+@dataclass(slots=True)
+class _Row:
+    """A sequence's row: its first ``filled`` entries are those of ``blocks``. ``step`` is the last that wanted it."""
+
+    index: int
+    blocks: Sequence[int]
+    filled: int
+    step: int
+
+
+class BlockTables:
+    """The block tables of all sequences, as rows of one array that are kept from step to step and extended.
+
+    A row belongs to a list of blocks, the object itself, of which it holds a reference. Rows of lists that no step has
+    wanted for a while are used again, so that nobody has to say when a sequence ends.
+
+    Attributes:
+        array: [rows, width] int64. Entries behind a sequence's context mean nothing.
+    """
+
+    def __init__(self) -> None:
+        self.array: NDArray[np.int64] = np.zeros((1, 1), np.int64)
+        self._rows: dict[int, _Row] = {}  # by the identity of their lists
+        self._free = [0]
+        self._step = 0
+
+    def rows(self, tables: Sequence[Sequence[int]], counts: Sequence[int]) -> NDArray[np.int64]:
+        """Where in ``array`` the first ``counts[i]`` blocks of ``tables[i]`` are. [len(tables)]"""
+        self._step += 1
+        self._widen(max(counts, default=0))
+        found = [self._row(blocks, count).index for blocks, count in zip(tables, counts, strict=True)]
+        return np.array(found, np.int64)
+
+    def _row(self, blocks: Sequence[int], count: int) -> _Row:
+        row = self._rows.get(id(blocks))
+        if row is None:
+            row = self._rows[id(blocks)] = _Row(self._take(), blocks, 0, self._step)
+        row.step = self._step
+        if row.filled < count:
+            self.array[row.index, row.filled : count] = blocks[row.filled : count]
+            row.filled = count
+        return row
+
+    def _take(self) -> int:
+        """A row for another list."""
+        if not self._free:
+            old = [key for key, row in self._rows.items() if row.step + _KEPT_STEPS < self._step]
+            self._free = [self._rows.pop(key).index for key in old]
+        if not self._free:
+            self._free = list(range(len(self.array), 2 * len(self.array)))
+            self.array = np.concatenate([self.array, np.zeros_like(self.array)])
+        return self._free.pop()
+
+    def _widen(self, width: int) -> None:
+        if width > self.array.shape[1]:
+            wider = np.zeros((len(self.array), max(width, 2 * self.array.shape[1])), np.int64)
+            wider[:, : self.array.shape[1]] = self.array
+            self.array = wider

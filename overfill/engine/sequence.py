@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from overfill.kv.cells import DeviceEvent
+from overfill.kv.keys import PromptBlocks
 from overfill.model.processors import LogitProcessor
 from overfill.model.sampling import SampledToken
 from overfill.params import SamplingParams
@@ -84,6 +85,7 @@ class PrefillSequence:
 
     Attributes:
         salt: tenant whose prefixes it may share.
+        prompt_blocks: of ``prompt`` and ``salt``; None: the engine hashes the prompt on its own thread.
         cached_tokens: of the prompt, found in the prefix cache.
     """
 
@@ -94,6 +96,7 @@ class PrefillSequence:
     sample_first_token: bool = True
     processor: LogitProcessor | None = None
     salt: str = ""
+    prompt_blocks: PromptBlocks | None = None
     cancelled: bool = False
     cached_tokens: int = 0
     computed: int = 0
@@ -195,6 +198,7 @@ class DecodeSequence:
 
     Attributes:
         salt: whose prefixes it may share, and how their KV came here.
+        prompt_blocks: of ``prompt`` and ``salt``; None: the engine hashes the prompt on its own thread.
     """
 
     id: str
@@ -205,6 +209,7 @@ class DecodeSequence:
     sample_index: int = 0
     processor: LogitProcessor | None = None
     salt: str = ""
+    prompt_blocks: PromptBlocks | None = None
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False
     computed: int = 0

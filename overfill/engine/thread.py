@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
+from overfill.engine.device import use_device
 from overfill.engine.sequence import EngineLoad
 
 log = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
 _IDLE = 1.0
 """Seconds without work after which a core is checked."""
 
@@ -39,6 +41,7 @@ class EngineThread:
 
     Args:
         threads: intra-op threads of torch for this engine's steps.
+        device: current device of the engine's thread.
         step_timeout: seconds after which a step counts as stuck, in a driver or a device that does not answer; None
             lets steps take their time.
         on_stuck: called once, on a thread of its own: the engine's cannot be ended but with the process.
@@ -58,7 +61,9 @@ class EngineThread:
         step_timeout: float | None = None,
         on_stuck: Callable[[], object] = lambda: None,
         on_load_change: Callable[[bool], object] = lambda roomier: None,
+        device: torch.device = _CPU,
     ) -> None:
+        self._device = device
         self._core = core
         self._step_timeout = step_timeout
         self._on_stuck = on_stuck
@@ -101,6 +106,7 @@ class EngineThread:
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         try:
+            use_device(self._device)
             busy, checked = False, True
             while True:
                 try:

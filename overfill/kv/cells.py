@@ -20,6 +20,18 @@ from overfill.kv.wire import Buffer
 DeviceEvent = torch.cuda.Event
 
 
+def mark(device: torch.device) -> DeviceEvent | None:
+    """A mark after all that this thread has launched on ``device`` so far; None where nothing is left running.
+
+    An event without a stream would be recorded on the thread's current device, which may be another one.
+    """
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int, device: torch.device) -> torch.Tensor:
     """Slots of tokens ``start..end`` of a sequence. [end - start], int64, on ``device``."""
     table = torch.tensor(block_table, dtype=torch.int64)

@@ -31,6 +31,11 @@ class TransferSpec:
     tokens: tuple[int, int]
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW
 
+    @property
+    def total_bytes(self) -> int:
+        """What the whole transfer takes in a cache."""
+        return len(self.layers) * (self.tokens[1] - self.tokens[0]) * self.kv.token_layer_bytes
+
     def cache_bytes(self, box: KvRange) -> int:
         """What ``box`` takes in a cache."""
         return 2 * box.cells * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 from collections.abc import Iterator, Sequence
+
+_BLOCKS_AT_ONCE = 128
+"""Blocks that are hashed before other threads get a turn."""
 
 
 def root_key(full_digest: str, dtype: str, salt: str) -> int:
@@ -19,6 +23,40 @@ def root_key(full_digest: str, dtype: str, salt: str) -> int:
 def block_key(parent: int, tokens: Sequence[int]) -> int:
     """64-bit key of a full block of ``tokens`` after the block, or root, of key ``parent``."""
     return _hash64(struct.pack(f"<Q{len(tokens)}I", parent, *tokens))
+
+
+class PromptBlocks:
+    """The full blocks of a prompt as the prefix cache looks for them: the tokens and the key of each.
+
+    Making it hashes the whole prompt. Workers make it on another thread than the engine's, which only reads it.
+
+    Args:
+        root: key of the root for ``salt``; None: nothing of the prompt is shared, and nothing is hashed.
+        salt: tenant whose prefixes the prompt may share.
+
+    Attributes:
+        tokens: of each full block, as little-endian 32-bit numbers. Bytes keep their hash once they have it.
+        keys: of each full block, as ``block_key`` chains them.
+    """
+
+    def __init__(self, tokens: Sequence[int], block_size: int, root: int | None, salt: str) -> None:
+        self.num_tokens = len(tokens)
+        self.salt = salt
+        self.tokens: list[bytes] = []
+        self.keys: list[int] = []
+        if root is None:
+            return
+        end, step = len(tokens) - len(tokens) % block_size, block_size * _BLOCKS_AT_ONCE
+        for start in range(0, end, step):
+            group = tokens[start : min(start + step, end)]
+            data, width = struct.pack(f"<{len(group)}I", *group), 4 * block_size
+            for index in range(0, len(data), width):
+                block = data[index : index + width]
+                hash(block)
+                root = _hash64(root.to_bytes(8, "little") + block)
+                self.tokens.append(block)
+                self.keys.append(root)
+            time.sleep(0)  # the engine's thread may be waiting for the interpreter
 
 
 class PromptKeys:

@@ -37,11 +37,11 @@ from overfill.kv.codecs import check_scales, decode
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.joining import to_the_end
 from overfill.kv.native.library import Rows
-from overfill.kv.pace import watch_pace
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange, share_out
 from overfill.kv.samehost import Borrower
 from overfill.kv.spec import KvSpec
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.wire import WireChunk, decode_all, pull_kv
 from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
@@ -189,9 +189,10 @@ class PromptPull:
         kv: geometry of the full model's KV.
         layer_map: ``layer_map[i]`` is the full-model layer whose KV cache layer i takes.
         held_tokens: leading prompt tokens whose KV is in ``blocks`` already.
+        limits: how long the transfer may take.
 
     Raises (from ``run``):
-        TransferFailed: a chunk was wrong, a range is missing, or the pace fell below the minimum.
+        TransferFailed: a chunk was wrong, a range is missing, or ``limits`` are exceeded.
         Unavailable, Overloaded, DeadlineExceeded, ...: as the prefill worker answered.
     """
 
@@ -205,6 +206,7 @@ class PromptPull:
         blocks: Sequence[int],
         executor: Executor,
         held_tokens: int = 0,
+        limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
         layers = tuple(sorted(set(layer_map)))
         self._peer = peer
@@ -213,6 +215,7 @@ class PromptPull:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
+        self._limits = limits
         self._rows = Rows({layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers})
         self._spec = TransferSpec(
             secrets.token_bytes(TRANSFER_ID_BYTES),
@@ -249,7 +252,7 @@ class PromptPull:
         try:
             async with asyncio.timeout(None) as self._farewell, asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(control))
-                pace = group.create_task(watch_pace(self._worker, lambda: self._ready_bytes, lambda: self._moved_bytes))
+                watch = group.create_task(self._watch())
                 queue_ns = 0
                 async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
@@ -270,7 +273,7 @@ class PromptPull:
                             self._note_ready(message.ready.token_start, message.ready.token_end)
                         case "done":
                             self.stats.prefill = message.done.trace
-                pace.cancel()
+                watch.cancel()
                 sending.cancel()
         except TimeoutError:
             logger.warning("%s has not ended a transfer of which it has given all", self._worker)
@@ -284,6 +287,10 @@ class PromptPull:
             control.cancel()
         if self._unwritten:
             raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
+
+    async def _watch(self) -> None:
+        ready, moved = (lambda: self._ready_bytes), (lambda: self._moved_bytes)
+        await watch_transfer(self._worker, self._spec.total_bytes, self._limits, ready, moved)
 
     @property
     def _has_all(self) -> bool:

@@ -7,7 +7,6 @@ the event loop.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -26,9 +25,31 @@ from overfill.kv.wire import Frame, join
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
 
-_CHUNKS = 4
-"""Most in one message, whose cost hardly depends on what is in it."""
+_MAX_CHUNKS = 4
+"""Most chunks in one message, whose cost hardly depends on what is in it."""
+_QUICK = 0.25
+"""Seconds in which a stream takes a message, so that the next ones may be larger."""
 _local = threading.local()
+
+
+class MessageGrowth:
+    """Most chunks in a stream's next message: more each time, and one again when the stream is slow.
+
+    Both ends see progress in whole messages only, so that on a slow link these are to be small.
+    """
+
+    def __init__(self) -> None:
+        self._most = 1
+
+    def take(self) -> int:
+        """Chunks for the message that is made now."""
+        most, self._most = self._most, min(_MAX_CHUNKS, 2 * self._most)
+        return most
+
+    def sent(self, seconds: float) -> None:
+        """The stream took ``seconds`` for a message."""
+        if seconds > _QUICK:
+            self._most = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +97,7 @@ class KvSender:
 
     @property
     def acknowledged_bytes(self) -> int:
-        total = len(self.spec.layers) * (self.spec.tokens[1] - self.spec.tokens[0]) * self._layer_bytes
-        return total - self._acknowledged.missing_cells * self._layer_bytes // self.spec.kv.num_kv_heads
+        return self.spec.total_bytes - self._acknowledged.missing_cells * self._layer_bytes // self.spec.kv.num_kv_heads
 
     @property
     def complete(self) -> bool:
@@ -124,28 +144,30 @@ class KvSender:
         """
         sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
         reading: asyncio.Future[bytes] | None = None
-        messages = itertools.count()
+        growth = MessageGrowth()
         try:
             while reading is not None or any(sent):
                 if reading is None:
-                    reading = await self._begin(ranges, sent, slots, next(messages))
+                    reading = await self._begin(ranges, sent, slots, growth.take())
                     continue
                 message = await to_the_end(reading)
                 reading = None
                 if self._next_piece(ranges, sent, 1) is not None and (slots is None or slots.free):
-                    reading = await self._begin(ranges, sent, slots, next(messages))
+                    reading = await self._begin(ranges, sent, slots, growth.take())
+                began = time.monotonic_ns()
                 if self.first_sent_ns is None:
-                    self.first_sent_ns = time.monotonic_ns()
+                    self.first_sent_ns = began
                 yield message
                 self.last_sent_ns = time.monotonic_ns()
+                growth.sent((self.last_sent_ns - began) / 1e9)
         finally:
             if reading is not None:
                 await to_the_end(reading)
 
     async def _begin(
-        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None, number: int
+        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None, most: int
     ) -> asyncio.Future[bytes]:
-        """Starts to read the pieces of the stream's message ``number``, once there is one and room for it.
+        """Starts to read up to ``most`` pieces as the stream's next message, once there is one and room for it.
 
         Messages grow from one piece on, and shrink with what is left: nothing else moves while the first one is read
         and the last one written.
@@ -154,7 +176,7 @@ class KvSender:
         while self._next_piece(ranges, sent, largest) is None:
             await self._progress.wait()
         pieces: list[tuple[KvRange, Slot | None]] = []
-        most = min(_CHUNKS, 2**number, max(1, self._left(ranges, sent) // (2 * largest)))
+        most = min(most, max(1, self._left(ranges, sent) // (2 * largest)))
         while len(pieces) < most and (not pieces or slots is None or slots.free):
             piece = self._next_piece(ranges, sent, largest)
             if piece is None:

@@ -60,7 +60,8 @@ class _Decode:
         mask = positions < batch.context_lens_device.unsqueeze(1)  # [S, L]
         # Padding reads the sequence's own first token: a zero weight would not stop another's NaN.
         positions = torch.where(mask, positions, 0)
-        blocks = batch.block_tables.gather(1, positions // block_size)
+        tables = batch.tables(-(-max(batch.context_lens) // block_size))
+        blocks = tables.gather(1, positions // block_size)
         slots = (blocks * block_size + positions % block_size).flatten()
         return cls(cache, slots, mask[:, None, None, :], cache.new_room(len(slots)), cache.new_room(len(slots)))
 
@@ -100,7 +101,8 @@ class _Varlen:
     def of(cls, batch: ForwardBatch, cache: KvCache) -> _Varlen:
         segments, block_size = [], cache.block_size
         start = 0
-        for table, new, context in zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True):
+        tables = batch.tables(-(-max(batch.context_lens) // block_size))
+        for table, new, context in zip(tables, batch.query_lens, batch.context_lens, strict=True):
             slots = mask = None
             if new < context or not cache.lossless:
                 positions = torch.arange(context, device=table.device)

@@ -17,7 +17,8 @@ class ForwardBatch:
         slots: [T] int64, where each token's keys and values are written in the KV cache.
         query_lens: new tokens per sequence, on the host; all 1 in a decode step.
         context_lens: tokens per sequence after this pass (cached + new), on the host.
-        block_tables: [S, max_blocks] int64, rows padded with 0; covers ``context_lens``.
+        block_tables: [rows, max_blocks] int64. A row covers its sequence's context; entries behind that mean nothing.
+        table_rows: [S] int64, each sequence's row; None: row i is that of sequence i.
         context_lens_device: [S] int64, the same as ``context_lens``, on the device.
         logits_indices: [N] int64, rows of the T tokens whose logits are wanted.
     """
@@ -30,6 +31,12 @@ class ForwardBatch:
     block_tables: torch.Tensor
     context_lens_device: torch.Tensor
     logits_indices: torch.Tensor
+    table_rows: torch.Tensor | None = None
+
+    def tables(self, width: int) -> torch.Tensor:
+        """The first ``width`` blocks of each sequence's row. [S, width]"""
+        cut = self.block_tables[:, :width]
+        return cut if self.table_rows is None else cut.index_select(0, self.table_rows)
 
     @property
     def is_decode(self) -> bool:

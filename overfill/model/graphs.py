@@ -49,6 +49,11 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, step: Step) -> Step:
+        # A recording waits for the thread's current device, which may be another one.
+        with torch.cuda.device(self._device):
+            return self._record(step)
+
+    def _record(self, step: Step) -> Step:
         # Libraries set themselves up in the first run, which may not be recorded; on a stream of its own, as the
         # recording is.
         stream = torch.cuda.Stream(self._device)
@@ -182,13 +187,14 @@ def _fill(inputs: ForwardBatch, batch: ForwardBatch) -> None:
 
     Tables keep what was there behind the columns of ``batch``: positions beyond a context are never looked up.
     """
-    count, width = len(batch.query_lens), batch.block_tables.shape[1]
+    count = len(batch.query_lens)
+    width = min(inputs.block_tables.shape[1], batch.block_tables.shape[1])
     pairs = (
         (inputs.token_ids, batch.token_ids),
         (inputs.positions, batch.positions),
         (inputs.slots, batch.slots),
         (inputs.context_lens_device, batch.context_lens_device),
-        (inputs.block_tables[:, :width], batch.block_tables),
+        (inputs.block_tables[:, :width], batch.tables(width)),
     )
     for into, given in pairs:
         into[:count].copy_(given)

@@ -23,11 +23,18 @@ seconds, on a machine with more to do than it can, is not dead.
 KEEPALIVE_MIN_INTERVAL: Final = 1.5
 """Seconds between pings that a server tolerates; must stay below ``KEEPALIVE_TIME``."""
 
-MIN_PULL_RATE: Final = 1 << 20
-"""Bytes per second below which a KV transfer is given up."""
+STALL_TIMEOUT: Final = 30.0
+"""Seconds without a byte moved, while some are ready, after which a KV transfer is given up.
 
-MIN_PULL_GRACE: Final = 2.0
-"""Seconds from the start of a transfer in which ``MIN_PULL_RATE`` is not demanded yet."""
+Keepalive finds peers that are gone or frozen. This finds peers whose connections answer and that take no part. Progress
+counts by whole messages: 128 transfers of 4 streams that share 1 Gbit/s need up to 9 s for one message each.
+"""
+
+MAX_TRANSFER_TIME: Final = 900.0
+"""Seconds that a prompt's KV may take to move once all of it is ready, unless ``--max-transfer-time`` says otherwise.
+
+64 GiB, such as 128 prompts of 512 MiB that share 1 Gbit/s, take 550 s.
+"""
 
 MAX_CHUNK_PAYLOAD: Final = 1 << 20
 """Most payload bytes of one KV chunk that travels."""

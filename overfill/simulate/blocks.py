@@ -102,7 +102,7 @@ class SharedBlocks:
         for _ in range(full + bool(rest) - len(numbers)):
             numbers.append(_ONLY_HERE + self._next % _ONLY_HERE)
             self._next += 1
-        grant = self._cache.acquire(owner, numbers, len(numbers))
+        grant = self._cache.acquire(owner, self._cache.blocks_of(numbers), len(numbers))
         if grant is None:
             return None
         found = grant.cached_tokens * self.block_size

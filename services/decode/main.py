@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
+from overfill.engine.device import device_executor
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.peers import PeerPool
+from overfill.kv.stall import TransferLimits
 from overfill.metrics import DecodeMetrics
 from overfill.names import CODECS
 from overfill.v1 import common_pb2, decode_pb2_grpc
@@ -30,12 +31,14 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     codec = CODECS[config.codec]
     peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.same_host == "on")
     metrics = DecodeMetrics()
-    servicer = DecodeServicer(parts, hello, peers, ThreadPoolExecutor(_WRITERS, "kv-in"), codec, metrics)
+    prefix = parts.prefix_cache(config.prefix_cache == "on")
+    limits = TransferLimits(whole=config.max_transfer_time)
+    writers = device_executor(_WRITERS, "kv-in", parts.runner.device)
+    servicer = DecodeServicer(parts, prefix, hello, peers, writers, codec, metrics, limits)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    prefix = parts.prefix_cache(config.prefix_cache == "on")
     core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit, prefix, metrics)
     try:
         return await serve_engine(

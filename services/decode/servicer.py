@@ -13,8 +13,11 @@ from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
+from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool
+from overfill.kv.prefix import PrefixCache
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.metrics import DecodeMetrics
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.names import CODEC_NAMES
@@ -27,7 +30,10 @@ from services.decode.session import Session
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
-    """Serves Generate and Describe. ``engine`` and ``host`` are set before the server starts."""
+    """Serves Generate and Describe. ``prefix`` is the engine's prefix cache.
+
+    ``engine`` and ``host`` are set before the server starts.
+    """
 
     engine: EngineThread
     host: WorkerHost
@@ -35,14 +41,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     def __init__(
         self,
         parts: EngineParts,
+        prefix: PrefixCache,
         hello: registry_pb2.Hello,
         peers: PeerPool,
         executor: Executor,
         codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
         metrics: DecodeMetrics | None = None,
+        limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
         self._metrics = metrics or DecodeMetrics()
+        self._limits = limits
         self._parts = parts
+        self._prefix = prefix
         self._codec = codec
         self._hello = hello
         self._peers = peers
@@ -95,7 +105,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
         self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
-        session = self._accept(first.start, processor, context)
+        salt = self._salt(first.start)
+        prompt_blocks = await asyncio.to_thread(self._prefix.blocks_of, first.start.prompt_token_ids, salt)
+        session = self._accept(first.start, processor, prompt_blocks, context)
         running = asyncio.ensure_future(session.run())
         running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
         reading = asyncio.ensure_future(_read_requests(session, request_iterator))
@@ -119,7 +131,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
 
-    def _accept(self, start: decode_pb2.StartDecode, processor: LogitProcessor | None, context: Context) -> Session:
+    def _salt(self, start: decode_pb2.StartDecode) -> str:
+        """Whose prefixes a prompt may share.
+
+        What came through a codec is not what the full model computed: it is shared within the codec only.
+        """
+        return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.tenant_salt}"
+
+    def _accept(
+        self,
+        start: decode_pb2.StartDecode,
+        processor: LogitProcessor | None,
+        prompt_blocks: PromptBlocks,
+        context: Context,
+    ) -> Session:
         self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
@@ -132,8 +157,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
             processor=processor,
-            # What came through a codec is not what the full model computed: it is shared within the codec only.
-            salt=f"{CODEC_NAMES[start.codec or self._codec]}/{start.tenant_salt}",
+            salt=prompt_blocks.salt,
+            prompt_blocks=prompt_blocks,
         )
         session = Session(
             start,
@@ -188,7 +213,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         cache = self._parts.runner.cache
         layer_map = self._parts.pair.layer_map
         return PromptPull(
-            peer, request, self._parts.kv, layer_map, cache, session.blocks, self._executor, session.held_tokens
+            peer,
+            request,
+            self._parts.kv,
+            layer_map,
+            cache,
+            session.blocks,
+            self._executor,
+            session.held_tokens,
+            self._limits,
         )
 
 

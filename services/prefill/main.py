@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from overfill.config import PrefillConfig
+from overfill.engine.device import device_executor
 from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.kv.samehost import Lender
+from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
 from overfill.metrics import PrefillMetrics
 from overfill.v1 import common_pb2
@@ -28,14 +29,21 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
     lender = Lender(config.same_host == "on")
     metrics = PrefillMetrics()
+    prefix = parts.prefix_cache(config.prefix_cache == "on")
     servicer = PrefillServicer(
-        parts, hello, ThreadPoolExecutor(_READERS, "kv-out"), 2 * config.max_num_seqs, lender, metrics
+        parts,
+        prefix,
+        hello,
+        device_executor(_READERS, "kv-out", parts.runner.device),
+        2 * config.max_num_seqs,
+        lender,
+        metrics,
+        TransferLimits(whole=config.max_transfer_time),
     )
 
     def emit(events: list[PrefillEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    prefix = parts.prefix_cache(config.prefix_cache == "on")
     core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix, metrics)
     lender.start()
     try:

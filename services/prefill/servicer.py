@@ -38,10 +38,12 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
-from overfill.kv.pace import watch_pace
+from overfill.kv.keys import PromptBlocks
+from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.metrics import PrefillMetrics, outcome_of
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.names import CODEC_NAMES, CODECS
@@ -61,6 +63,7 @@ class Lease:
         parts: EngineParts,
         executor: Executor,
         processor: LogitProcessor | None,
+        prompt_blocks: PromptBlocks,
     ) -> None:
         self.spec = TransferSpec(
             start.transfer_id,
@@ -78,6 +81,7 @@ class Lease:
             sample_first_token=start.sample_first_token,
             processor=processor,
             salt=start.tenant_salt,
+            prompt_blocks=prompt_blocks,
         )
         self.received_ns = time.monotonic_ns()
         # What the RPC has to act on: engine events, an error that ends it, or None for "look again".
@@ -122,9 +126,10 @@ class Lease:
         else:
             self.events.put_nowait(None)
 
-    async def watch_pace(self) -> None:
+    async def watch_transfer(self, limits: TransferLimits) -> None:
         """Raises TransferFailed when the decode worker does not take what is ready."""
-        await watch_pace("the decode worker", lambda: self.sender.ready_bytes, lambda: self.sender.acknowledged_bytes)
+        ready, moved = (lambda: self.sender.ready_bytes), (lambda: self.sender.acknowledged_bytes)
+        await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
 
     async def join_readers(self) -> None:
         """Ends every stream that reads the blocks and waits for it."""
@@ -145,8 +150,9 @@ class Lease:
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill, PullKv and Describe.
 
-    Takes ``max_leases`` prompts at once, waiting ones included. Shares memory through ``lender`` with decode workers on
-    this host. ``engine`` and ``host`` are set before the server starts. Engine events arrive through ``on_events``.
+    Takes ``max_leases`` prompts at once, waiting ones included. ``prefix`` is the engine's prefix cache. Shares memory
+    through ``lender`` with decode workers on this host. ``engine`` and ``host`` are set before the server starts.
+    Engine events arrive through ``on_events``.
     """
 
     engine: EngineThread
@@ -155,14 +161,18 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def __init__(
         self,
         parts: EngineParts,
+        prefix: PrefixCache,
         hello: registry_pb2.Hello,
         executor: Executor,
         max_leases: int,
         lender: Lender | None = None,
         metrics: PrefillMetrics | None = None,
+        limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
         self._metrics = metrics or PrefillMetrics()
+        self._limits = limits
         self._parts = parts
+        self._prefix = prefix
         self._lender = lender or Lender(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
@@ -218,10 +228,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             )
             self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
-            lease = self._accept(first.start, processor)
+            prompt_blocks = await asyncio.to_thread(
+                self._prefix.blocks_of, first.start.prompt_token_ids, first.start.tenant_salt
+            )
+            lease = self._accept(first.start, processor, prompt_blocks)
             guards = [
                 asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
-                asyncio.ensure_future(lease.guard(lease.watch_pace())),
+                asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
             ]
             try:
                 async for response in self._serve(lease, first.start.trace):
@@ -264,13 +277,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         prompt = list(start.prompt_token_ids)
         return await prepare_processor(sampling, prompt, parts.grammars, parts.config.eos_token_ids)
 
-    def _accept(self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None) -> Lease:
+    def _accept(
+        self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
+    ) -> Lease:
         """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
         self._check_open(start)
         _check_start(start, self._parts)
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "a transfer of this id is running")
-        lease = Lease(start, self._parts, self._executor, processor)
+        lease = Lease(start, self._parts, self._executor, processor, prompt_blocks)
         self._leases[start.transfer_id] = lease
         self._by_id[lease.sequence.id] = lease
         self.engine.send(Submit(lease.sequence))

@@ -25,6 +25,7 @@ from overfill.errors import InternalError, TransferFailed
 from overfill.kv.cache import KvCache
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest, PullStats
 from overfill.kv.spec import KvSpec
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.pair.manifest import Pair
 from overfill.params import SamplingParams
 from overfill.testing.message_proxy import (
@@ -87,16 +88,17 @@ class Handoffs:
     async def clean(self, seed: int) -> Received:
         return await self._pull(self._straight, seed)
 
-    async def faulty(self, seed: int) -> Received:
-        return await self._pull(self._proxied, seed)
+    async def faulty(self, seed: int, limits: TransferLimits = DEFAULT_LIMITS) -> Received:
+        return await self._pull(self._proxied, seed, limits)
 
-    async def _pull(self, peer: PrefillPeer, seed: int) -> Received:
+    async def _pull(self, peer: PrefillPeer, seed: int, limits: TransferLimits = DEFAULT_LIMITS) -> Received:
         rng = random.Random(seed)
         prompt = [rng.randrange(2, 500) for _ in range(rng.randrange(20, 120))]
         blocks = list(range(-(-len(prompt) // BLOCK)))
         cache = KvCache(self._spec, len(blocks), BLOCK, torch.device("cpu"))
         request = PromptRequest(f"r{seed}", 0, prompt, SamplingParams(temperature=0).to_proto(), 0, True)
-        pull = PromptPull(peer, request, self._spec, self._pair.layer_map, cache, blocks, self._executor)
+        layer_map = self._pair.layer_map
+        pull = PromptPull(peer, request, self._spec, layer_map, cache, blocks, self._executor, limits=limits)
         await pull.run(20.0, lambda token: None)
         return Received(cache, pull.stats)
 
@@ -204,6 +206,6 @@ async def test_a_slow_link_delivers_the_same(lanes: list[Handoffs]) -> None:
 @pytest.mark.parametrize("fault", [HalfOpen(), Stall()])
 async def test_a_silent_data_stream_is_given_up(lanes: list[Handoffs], fault: Fault) -> None:
     lanes[0].rules.append(Rule(fault, "Prefill/PullKv", remaining=1))
-    with pytest.raises(TransferFailed, match="KV moves too slowly"):
-        await lanes[0].faulty(1)
+    with pytest.raises(TransferFailed, match="no byte has moved for 2 s"):
+        await lanes[0].faulty(1, TransferLimits(stall=2.0))
     assert same(await lanes[0].faulty(1), await lanes[0].clean(1))

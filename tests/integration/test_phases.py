@@ -92,7 +92,7 @@ class Workers:
         self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
 
         hello = new_hello(common_pb2.STAGE_PREFILL, "p", self.full, "full")
-        self.prefill = PrefillServicer(self.full, hello, executor, max_leases=8)
+        self.prefill = PrefillServicer(self.full, self.full.prefix_cache(False), hello, executor, max_leases=8)
         self.prefill.host = HOST
         core = PrefillEngine(
             GatedRunner(self.full.runner, self.prefill_gate),
@@ -111,7 +111,7 @@ class Workers:
         self.peers = PeerPool(self.decoder.kv_identity(), 2, None)
         stack.push_async_callback(self.peers.close)
         self.hello = new_hello(common_pb2.STAGE_DECODE, "d", self.decoder, "decoder")
-        self.decode = DecodeServicer(self.decoder, self.hello, self.peers, executor)
+        self.decode = DecodeServicer(self.decoder, self.decoder.prefix_cache(False), self.hello, self.peers, executor)
         self.decode.host = HOST
         core = DecodeEngine(
             GatedRunner(self.decoder.runner, self.decode_gate),
@@ -136,7 +136,8 @@ class Workers:
     def hold_every_prefill_block(self):
         blocker = PrefillSequence("blocker", [0], SamplingParams())
         self.prefill_core._holding["blocker"] = blocker
-        grant = self.prefill_core._prefix.acquire("blocker", blocker.prompt, self.full.pool.num_free)
+        prefix = self.prefill_core._prefix
+        grant = prefix.acquire("blocker", prefix.blocks_of(blocker.prompt), self.full.pool.num_free)
         blocker.blocks = grant.blocks
 
     async def _serve(self, stack, add, servicer, name):

@@ -44,11 +44,11 @@ class Batch(Structure):
     """``OvfBatch``."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("tokens", "sequences", "table_width", "wanted", "block_size", "slots_in_cache")),
-        ("threads", c_int64),
+        *((name, c_int64) for name in ("tokens", "sequences", "tables", "table_width", "wanted", "block_size")),
+        *((name, c_int64) for name in ("slots_in_cache", "threads")),
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "query_lens", "context_lens")),
-        *((name, c_void_p) for name in ("block_tables", "wanted_rows", "k_cache", "v_cache", "k_scales", "v_scales")),
-        *((name, c_void_p) for name in ("logits", "best")),
+        *((name, c_void_p) for name in ("block_tables", "table_rows", "wanted_rows", "k_cache", "v_cache")),
+        *((name, c_void_p) for name in ("k_scales", "v_scales", "logits", "best")),
     ]
 
 

@@ -26,14 +26,18 @@ struct OvfShape {
 
 // What a step computes: `ForwardBatch`, as pointers. Matches `_Batch` in native/library.py.
 struct OvfBatch {
-    int64_t tokens, sequences, table_width, wanted, block_size, slots_in_cache, threads;
+    int64_t tokens, sequences, tables, table_width, wanted, block_size, slots_in_cache, threads;
     const int64_t *token_ids, *positions, *slots;              // [tokens]
-    const int64_t *query_lens, *context_lens, *block_tables;   // [sequences], [sequences], [sequences, table_width]
+    const int64_t *query_lens, *context_lens, *block_tables;   // [sequences], [sequences], [tables, table_width]
+    const int64_t* table_rows;                                 // [sequences], rows of block_tables; null: 0, 1, 2, ...
     const int64_t* wanted_rows;                                // [wanted]
     void *k_cache, *v_cache;                                   // [layers, slots, kv_heads, head_dim], bf16 or int8
     float *k_scales, *v_scales;                                // [layers, slots, kv_heads]; null: the cache is bf16
     float* logits;                                             // [wanted, vocab], or null
     int64_t* best;                                             // [wanted], the most likely token, or -1; or null
+
+    int64_t table_row(size_t sequence) const { return table_rows ? table_rows[sequence] : sequence; }
+    const int64_t* table(size_t sequence) const { return block_tables + table_row(sequence) * table_width; }
 };
 
 // Called with (layer, 0) before a layer and with (layer, 1) once its keys and values are in the cache. Not 0: give up.

@@ -15,8 +15,10 @@ inline const char* fault_of(const Model& m, const OvfBatch& b) {
         const int64_t context = b.context_lens[i], blocks = (context + b.block_size - 1) / b.block_size;
         if (b.query_lens[i] < 1 || b.query_lens[i] > context) return "a sequence has more new tokens than context";
         if (blocks > b.table_width) return "a block table is shorter than its context";
+        if (b.table_row(i) < 0 || b.table_row(i) >= b.tables) return "a sequence has no block table";
+        const int64_t* table = b.table(i);
         for (int64_t j = 0; j < blocks; ++j) {
-            const int64_t block = b.block_tables[i * b.table_width + j];
+            const int64_t block = table[j];
             if (block < 0 || (block + 1) * b.block_size > b.slots_in_cache) return "a block is not in the cache";
         }
         total += b.query_lens[i];

@@ -245,7 +245,7 @@ class Step {
         }
     }
 
-    const int64_t* table(size_t sequence) const { return b_.block_tables + sequence * b_.table_width; }
+    const int64_t* table(size_t sequence) const { return b_.table(sequence); }
 
     void packed(const TileItem& item, size_t tokens, bf16** keys, bf16** values) {
         const AttentionShape& s = m_.attention;

@@ -149,6 +149,7 @@ class NativeTransformer:
         arguments = library.Batch(
             tokens=len(batch.token_ids),
             sequences=len(query_lens),
+            tables=tables.shape[0],
             table_width=tables.shape[1],
             wanted=len(batch.logits_indices),
             block_size=cache.block_size,
@@ -160,6 +161,7 @@ class NativeTransformer:
             query_lens=query_lens.data_ptr(),
             context_lens=context_lens.data_ptr(),
             block_tables=tables.data_ptr(),
+            table_rows=None if batch.table_rows is None else batch.table_rows.data_ptr(),
             wanted_rows=batch.logits_indices.data_ptr(),
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),

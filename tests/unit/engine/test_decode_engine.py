@@ -286,7 +286,7 @@ def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(run
     assert events[-1] == Reserved("two", again.blocks, held_tokens=4)
     engine.handle(Release("two"))
     prefix.check_integrity()
-    prefix.acquire("everything", [63], 8)  # evicts, so that the pool can be seen to be whole
+    prefix.acquire("everything", prefix.blocks_of([63]), 8)  # evicts, so that the pool can be seen to be whole
     prefix.release("everything")
 
 
@@ -309,7 +309,7 @@ def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
         assert events[-1].held_tokens == held
         engine.handle(Start(name, 10))
         engine.handle(Release(name))
-    prefix.acquire("everything", [63], 8)
+    prefix.acquire("everything", prefix.blocks_of([63]), 8)
     prefix.release("everything")
 
 

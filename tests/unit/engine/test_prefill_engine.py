@@ -328,7 +328,7 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
 
 def make_room(prefix):
     """Evicts everything, so that the pool can be seen to be whole."""
-    assert prefix.acquire("everything", [63], prefix.pool.num_blocks) is not None
+    assert prefix.acquire("everything", prefix.blocks_of([63]), prefix.pool.num_blocks) is not None
     prefix.release("everything")
 
 

@@ -1,14 +1,27 @@
-"""One pass for many sequences: what fails in it fails alone."""
+"""One pass for many sequences: what fails in it fails alone, and a block table is written once."""
+
+import random
 
 import pytest
 import torch
 
+from overfill.engine.decode import DecodeEngine
 from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.sequence import DecodeSequence, Preempted, Release, Reserve, Reserved, Start, StopRule, Yielded
 from overfill.errors import InternalError
+from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
+from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.model.processors import new_processor
 from overfill.params import SamplingParams
+
+BLOCK = 4
+GREEDY = SamplingParams(temperature=0)
+
+
+def new_cache(num_blocks):
+    return KvCache(KvSpec(1, 1, 4, "float32", RopeSpec()), num_blocks, BLOCK, torch.device("cpu"))
 
 
 class OneBroken:
@@ -19,10 +32,9 @@ class OneBroken:
 
 
 def test_a_broken_row_of_a_greedy_step_fails_alone():
-    cache = KvCache(KvSpec(1, 1, 4, "float32", RopeSpec()), 3, 4, torch.device("cpu"))
-    runner = ModelRunner(OneBroken(), cache)
+    runner = ModelRunner(OneBroken(), new_cache(3))
     works = [Work([1], 0, [block], wants_logits=True) for block in range(3)]
-    tokens, failed = runner.next_tokens(works, [Choice(SamplingParams(temperature=0), 0)] * 3)
+    tokens, failed = runner.next_tokens(works, [Choice(GREEDY, 0)] * 3)
     assert [tokens[0].token_id, tokens[2].token_id] == [7, 9]
     assert list(failed) == [1]
     assert isinstance(failed[1], InternalError)
@@ -47,3 +59,114 @@ def test_min_tokens_cost_nothing_once_they_are_there():
     assert runner.next_tokens(works, [Choice(params, 0, processor, [5, 6])])[0][0].token_id == 7
     with pytest.raises(AssertionError, match="logits were asked for"):
         runner.next_tokens(works, [Choice(params, 0, processor, [5])])
+
+
+class Seen:
+    """A model that keeps what it is given: each sequence's blocks, and the slots of all new tokens."""
+
+    def __init__(self):
+        self.tables, self.slots = [], []
+
+    def most_likely(self, batch, cache, *hooks):
+        counts = [-(-context // BLOCK) for context in batch.context_lens]
+        rows = batch.tables(max(counts))
+        self.tables = [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
+        self.slots = batch.slots.tolist()
+        return torch.ones(len(batch.logits_indices), dtype=torch.int64)
+
+
+class Checked(ModelRunner):
+    """Holds every step's tables and slots against ones that are made afresh from the works."""
+
+    def next_tokens(self, works, choices, *hooks):
+        result = super().next_tokens(works, choices, *hooks)
+        assert self.model.tables == [list(work.blocks[: -(-work.end // BLOCK)]) for work in works]
+        positions = [(work, p) for work in works for p in range(work.start, work.end)]
+        assert self.model.slots == [work.blocks[p // BLOCK] * BLOCK + p % BLOCK for work, p in positions]
+        return result
+
+
+class Counted(list):
+    """Blocks of a sequence; counts how many of them are looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        Counted.looked_at += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self):
+        for block in super().__iter__():
+            Counted.looked_at += 1
+            yield block
+
+
+def test_a_step_looks_at_the_blocks_that_are_new_and_at_no_others():
+    runner = ModelRunner(Seen(), new_cache(1))
+    tables = [Counted(range(1000 * i, 1000 * i + 250)) for i in range(64)]
+    works = [Work([1], 999, table, wants_logits=True) for table in tables]
+    runner.next_tokens(works, [Choice(GREEDY, 0)] * 64)
+    for table in tables:
+        table.append(7)
+    for position in range(1000, 1004):
+        Counted.looked_at = 0
+        works = [Work([1], position, table, wants_logits=True) for table in tables]
+        runner.next_tokens(works, [Choice(GREEDY, 0)] * 64)
+        assert Counted.looked_at == (64 if position == 1000 else 0)
+    assert runner.model.tables == [[*range(1000 * i, 1000 * i + 250), 7] for i in range(64)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_sequences_in_any_order_have_their_own_blocks(seed):
+    """They grow, end, are replaced by others, lose their blocks and are left out of steps."""
+    draw = random.Random(seed)
+    runner = Checked(Seen(), new_cache(1))
+    running = []  # [blocks, tokens computed]
+    for _ in range(120):
+        while len(running) < draw.randint(1, 12):
+            running.append([[], 0])
+        for sequence in running:
+            if draw.random() < 0.05:  # ended, preempted, or given other blocks: another list
+                sequence[:] = [[draw.randrange(10_000) for _ in sequence[0]], sequence[1] // 2]
+        draw.shuffle(running)
+        works = []
+        for sequence in running[: draw.randint(1, len(running))]:
+            blocks, start = sequence
+            end = start + draw.choice([1, 1, 1, draw.randint(1, 40)])
+            blocks += [draw.randrange(10_000) for _ in range(-(-end // BLOCK) - len(blocks))]
+            works.append(Work([1] * (end - start), start, blocks, wants_logits=True))
+            sequence[1] = end
+        runner.next_tokens(works, [Choice(GREEDY, 0)] * len(works))
+        del running[draw.randint(1, 12) :]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_tables_are_right_when_sequences_lose_their_blocks_to_others(seed):
+    """A pool that is too small, with prompts that share prefixes."""
+    draw = random.Random(seed)
+    events, pool = [], BlockPool(24, BLOCK)
+    runner, prefix = Checked(Seen(), new_cache(24)), PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
+    prompts = [[draw.randrange(3) for _ in range(draw.randint(1, 20))] for _ in range(40)]
+    waiting = [DecodeSequence(str(i), p, [], GREEDY, StopRule(frozenset(), 12)) for i, p in enumerate(prompts)]
+    preemptions = 0
+    for _ in range(400):
+        if waiting:
+            engine.handle(Reserve(waiting[0]))
+            if any(isinstance(event, Reserved) and event.id == waiting[0].id for event in events):
+                waiting.pop(0)
+        for event in events:
+            match event:
+                case Reserved(id=id):
+                    engine.handle(Start(id, 1))
+                case Preempted(id=id):
+                    preemptions += 1
+                    engine.handle(Yielded(id))
+        events.clear()
+        if draw.random() < 0.05:
+            engine.handle(Release(str(draw.randrange(40))))
+        engine.step()
+        engine.check()
+    assert not waiting
+    assert preemptions

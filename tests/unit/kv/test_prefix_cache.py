@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from overfill.kv import prefix as prefix_module
+from overfill.kv import keys
 from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptKeys, block_key, root_key
@@ -20,7 +20,7 @@ def new_cache(num_blocks=8, **options):
 
 def compute(cache, owner, tokens, salt="", num_blocks=None):
     """A whole prompt, computed and released; the tokens that were found."""
-    grant = cache.acquire(owner, tokens, num_blocks or cache.pool.blocks_for(len(tokens)), salt)
+    grant = cache.acquire(owner, cache.blocks_of(tokens, salt), num_blocks or cache.pool.blocks_for(len(tokens)))
     cache.publish(owner, len(tokens))
     cache.release(owner)
     cache.check_integrity()
@@ -29,9 +29,9 @@ def compute(cache, owner, tokens, salt="", num_blocks=None):
 
 def test_a_prompt_that_begins_the_same_gets_the_same_blocks():
     cache = new_cache()
-    first = cache.acquire("a", range(10), 3)
+    first = cache.acquire("a", cache.blocks_of(range(10)), 3)
     cache.publish("a", 10)
-    second = cache.acquire("b", [*range(8), 99], 3)
+    second = cache.acquire("b", cache.blocks_of([*range(8), 99]), 3)
     assert second.cached_tokens == 8
     assert second.blocks[:2] == first.blocks[:2]
     assert second.blocks[2] not in first.blocks
@@ -65,7 +65,7 @@ def test_tenants_share_nothing():
 
 
 def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
-    monkeypatch.setattr(prefix_module, "block_key", lambda parent, tokens: 1)
+    monkeypatch.setattr(keys, "_hash64", lambda data: 1)
     cache = new_cache()
     compute(cache, "a", list(range(9)))
     assert compute(cache, "b", [7] * 9) == 0
@@ -74,17 +74,17 @@ def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
 
 def test_what_is_not_computed_yet_is_not_shared():
     cache = new_cache()
-    cache.acquire("a", range(12), 3)
-    assert cache.acquire("b", range(12), 3).cached_tokens == 0
+    cache.acquire("a", cache.blocks_of(range(12)), 3)
+    assert cache.acquire("b", cache.blocks_of(range(12)), 3).cached_tokens == 0
     cache.publish("a", 7)
     cache.release("b")
-    assert cache.acquire("c", range(12), 3).cached_tokens == 4
+    assert cache.acquire("c", cache.blocks_of(range(12)), 3).cached_tokens == 4
 
 
 def test_of_two_that_compute_the_same_one_is_kept_and_both_go_on():
     cache = new_cache(num_blocks=8)
-    one = cache.acquire("a", [*range(8), 50, 51, 52, 53], 3)
-    other = cache.acquire("b", [*range(8), 60, 61, 62, 63], 3)
+    one = cache.acquire("a", cache.blocks_of([*range(8), 50, 51, 52, 53]), 3)
+    other = cache.acquire("b", cache.blocks_of([*range(8), 60, 61, 62, 63]), 3)
     assert not set(one.blocks) & set(other.blocks)
     cache.publish("a", 12)
     cache.publish("b", 12)
@@ -99,8 +99,8 @@ def test_of_two_that_compute_the_same_one_is_kept_and_both_go_on():
 def test_a_grant_that_does_not_fit_changes_nothing():
     cache = new_cache(num_blocks=4)
     compute(cache, "a", list(range(9)))
-    cache.acquire("b", [90] * 5, 2)
-    assert cache.acquire("c", [*range(8), *range(20, 29)], 5) is None
+    cache.acquire("b", cache.blocks_of([90] * 5), 2)
+    assert cache.acquire("c", cache.blocks_of([*range(8), *range(20, 29)]), 5) is None
     cache.check_integrity()
     assert (cache.num_used, cache.num_cached) == (2, 2)
 
@@ -108,12 +108,12 @@ def test_a_grant_that_does_not_fit_changes_nothing():
 def test_blocks_in_use_are_never_evicted_and_the_rest_is():
     cache = new_cache(num_blocks=4)
     compute(cache, "a", list(range(9)))
-    held = cache.acquire("b", list(range(9)), 3)
+    held = cache.acquire("b", cache.blocks_of(list(range(9))), 3)
     assert cache.extend("b", 2) is None
     more = cache.extend("b", 1)
     assert not set(more) & set(held.blocks)
     cache.release("b")
-    assert cache.acquire("c", [1] * 16, 4) is not None
+    assert cache.acquire("c", cache.blocks_of([1] * 16), 4) is not None
     assert cache.num_cached == 0
 
 
@@ -130,7 +130,7 @@ def test_a_block_that_costs_more_to_compute_again_stays_longer():
     cache = new_cache(num_blocks=8, attention_tokens=1)  # attention is all the cost
     compute(cache, "long", list(range(16)))
     compute(cache, "short", [77] * 4 + [78])
-    cache.acquire("big", [55] * 16, 4)  # one more than are free
+    cache.acquire("big", cache.blocks_of([55] * 16), 4)  # one more than are free
     cache.release("big")
     assert compute(cache, "again", [*range(16), 1]) == 16
     assert compute(cache, "other", [77] * 4 + [78]) == 0
@@ -152,13 +152,13 @@ def test_the_share_of_found_tokens_is_counted():
 
 def test_keys_chain_and_differ_by_model_dtype_and_tenant():
     root = root_key("digest", "float32", "")
-    keys = {
+    found = {
         root,
         root_key("other", "float32", ""),
         root_key("digest", "bfloat16", ""),
         root_key("digest", "float32", "t"),
     }
-    assert len(keys) == 4
+    assert len(found) == 4
     first = block_key(root, [1, 2, 3, 4])
     assert block_key(first, [5, 6, 7, 8]) != block_key(root, [5, 6, 7, 8])
 
@@ -167,10 +167,28 @@ def test_a_prompts_keys_are_those_that_the_cache_tells():
     journal = KeyJournal()
     cache = new_cache(num_blocks=4, journal=journal)
     compute(cache, "a", list(range(10)))
-    keys = PromptKeys(root_key("digest", "float32", ""), list(range(10)))
-    assert sorted(keys(4)) == sorted(journal.feed().take().added)
-    assert list(keys(2))[1:2] != list(keys(4))[:1], "another block size, other keys"
-    assert len(list(keys(4))) == 2
+    told = PromptKeys(root_key("digest", "float32", ""), list(range(10)))
+    assert sorted(told(4)) == sorted(journal.feed().take().added)
+    assert list(told(2))[1:2] != list(told(4))[:1], "another block size, other keys"
+    assert len(list(told(4))) == 2
+
+
+def test_a_long_prompt_can_be_published_in_parts():
+    cache = new_cache()
+    cache.acquire("a", cache.blocks_of(range(18)), 5)
+    assert cache.publish("a", 18, most=3) == 1
+    assert cache.publish("a", 12) == 0
+    assert cache.acquire("b", cache.blocks_of(range(18)), 5).cached_tokens == 12
+    assert cache.publish("a", 18, most=3) == 0
+    assert cache.acquire("c", cache.blocks_of(range(18)), 5).cached_tokens == 16
+    cache.check_integrity()
+
+
+def test_a_prompt_of_many_groups_has_the_keys_of_its_blocks(monkeypatch):
+    monkeypatch.setattr(keys, "_BLOCKS_AT_ONCE", 3)
+    made = new_cache().blocks_of(range(35))
+    assert made.keys == list(PromptKeys(root_key("digest", "float32", ""), range(35))(BLOCK))
+    assert len(set(made.tokens)) == len(made.keys) == 8
 
 
 def test_the_journal_tells_every_reader_all_and_then_what_changes():
@@ -218,7 +236,7 @@ class Machine(RuleBasedStateMachine):
         owner = str(self.number)
         wanted = self.cache.pool.blocks_for(len(tokens)) + more
         before = self.cache.num_available
-        grant = self.cache.acquire(owner, tokens, wanted, salt)
+        grant = self.cache.acquire(owner, self.cache.blocks_of(tokens, salt), wanted)
         if grant is None:
             assert wanted > before
             return

@@ -86,7 +86,11 @@ class PagedRunner:
             table += [self._shuffled[block] for block in blocks]
             self._lengths[name] = end
         tables = [self._tables[name] for name in new]
-        width = max(map(len, tables))
+        # Rows in any order, among others, with nothing sensible behind a sequence's blocks.
+        rows = torch.randperm(len(tables) + 2)[: len(tables)]
+        block_tables = torch.full((len(tables) + 2, max(map(len, tables)) + 1), 10**9)
+        for row, table in zip(rows.tolist(), tables, strict=True):
+            block_tables[row, : len(table)] = torch.tensor(table)
         spans = list(zip(tables, starts, ends, strict=True))
         total = sum(map(len, new.values()))
         batch = ForwardBatch(
@@ -95,9 +99,10 @@ class PagedRunner:
             slots=torch.cat([self.cache.slots(table, start, end) for table, start, end in spans]),
             query_lens=[end - start for _, start, end in spans],
             context_lens=ends,
-            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+            block_tables=block_tables,
             context_lens_device=torch.tensor(ends),
             logits_indices=torch.arange(total) if logits is None else torch.tensor(logits, dtype=torch.int64),
+            table_rows=rows,
         )
         return self.model.forward(batch, self.cache, **hooks)
 

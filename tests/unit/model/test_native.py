@@ -289,7 +289,9 @@ def test_what_a_hook_sees_is_in_the_cache(save_model, runner, tmp_path: Path) ->
         ({"token_ids": [-1]}, "vocabulary"),
         ({"positions": [5000]}, "beyond the context"),
         ({"slots": [10**6]}, "slot"),
-        ({"block_tables": [[99]]}, "block"),
+        ({"block_tables": [[99]] * 3}, "not in the cache"),
+        ({"table_rows": [3]}, "no block table"),
+        ({"table_rows": [-1]}, "no block table"),
         ({"logits_indices": [3]}, "not in the batch"),
     ],
 )

@@ -10,12 +10,16 @@ import torch
 
 from overfill.engine.sequence import KvWritten, PrefillScheduled, Release
 from overfill.errors import InvalidRequest, Overloaded, TransferFailed
+from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
+from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
 from services.prefill.servicer import PrefillServicer
 
 KV = KvSpec(2, 1, 4, "float32", RopeSpec())
+PREFIX = PrefixCache(BlockPool(4, 4))
+PROMPT = PREFIX.blocks_of([1, 2, 3, 4])
 
 
 class SlowCache(KvCache):
@@ -51,7 +55,7 @@ async def bench():
             released_while_busy.append(cache.busy)
 
     with ThreadPoolExecutor(2) as executor:
-        servicer = PrefillServicer(parts, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
+        servicer = PrefillServicer(parts, PREFIX, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
         servicer.engine = SimpleNamespace(send=send, load=SimpleNamespace(waiting=0))
         servicer.host = SimpleNamespace(draining=False)
         yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy)
@@ -70,7 +74,7 @@ def start(transfer_id=b"t" * 16, **options):
 
 
 def computed(servicer):
-    lease = servicer._accept(start(), None)
+    lease = servicer._accept(start(), None, PROMPT)
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
         lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
@@ -120,11 +124,11 @@ async def test_ranges_that_make_no_sense_are_the_caller_s_fault(bench, layers):
 
 
 async def test_a_full_worker_refuses(bench):
-    leases = [bench.servicer._accept(start(bytes([n]) * 16), None) for n in (1, 2)]
+    leases = [bench.servicer._accept(start(bytes([n]) * 16), None, PROMPT) for n in (1, 2)]
     with pytest.raises(Overloaded, match="2 prompts"):
-        bench.servicer._accept(start(b"3" * 16), None)
+        bench.servicer._accept(start(b"3" * 16), None, PROMPT)
     for lease in leases:
         bench.servicer._end(lease)
     await until(lambda: len(bench.releases) == 2)
-    bench.servicer._end(bench.servicer._accept(start(b"3" * 16), None))
+    bench.servicer._end(bench.servicer._accept(start(b"3" * 16), None, PROMPT))
     await until(lambda: len(bench.releases) == 3)

@@ -1,0 +1,124 @@
+"""Work for ``cuda:1`` names that device, whatever the thread's current one is. No GPU: torch's calls are recorded."""
+
+import threading
+
+import pytest
+import torch
+
+from overfill.engine.build import resolve_device
+from overfill.engine.device import device_executor
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.sequence import EngineLoad, KvWritten, PrefillScheduled, PrefillSequence, Submit
+from overfill.engine.thread import EngineThread
+from overfill.kv.blocks import BlockPool
+from overfill.kv.prefix import PrefixCache
+from overfill.model.graphs import CudaRecorder
+from overfill.params import SamplingParams
+from overfill.testing.counting import CountingRunner
+
+SECOND = torch.device("cuda", 1)
+
+
+class Event:
+    """Knows the device of the stream that it was recorded on; without one, the current device's, which is 0."""
+
+    def __init__(self):
+        self.device = None
+
+    def record(self, stream=None):
+        self.device = torch.device("cuda", 0) if stream is None else stream.device
+
+
+class Stream:
+    def __init__(self, device=None):
+        self.device = device
+
+    def wait_stream(self, other):
+        assert other.device == self.device
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stand-ins for what is used of ``torch.cuda``; the current device of each thread that said one."""
+    current = {}
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.update({threading.get_ident(): device}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return current
+
+
+def test_kv_is_marked_as_written_on_the_device_that_computes_it(cuda):
+    runner = CountingRunner()
+    runner.device = SECOND
+    events, prefix = [], PrefixCache(BlockPool(8, 4))
+    engine = PrefillEngine(runner, prefix.pool, 8, 4, events.extend, prefix)
+    for name in "ab":  # the second one finds a cached prefix, which may still be being computed
+        engine.handle(Submit(PrefillSequence(name, list(range(10)), SamplingParams(temperature=0))))
+        while engine.step():
+            pass
+    marks = [event.event for event in events if isinstance(event, KvWritten)]
+    marks += [event.event for event in events if isinstance(event, PrefillScheduled) and event.cached_tokens]
+    assert len(marks) > 4
+    assert {mark.device for mark in marks} == {SECOND}
+
+
+def test_the_engine_s_thread_uses_its_device(cuda):
+    stepped = []
+
+    class Core:
+        def handle(self, message):
+            stepped.append(threading.get_ident())
+
+        def step(self):
+            return False
+
+        def check(self):
+            pass
+
+        def load(self):
+            return EngineLoad(0, 8, 0, 0)
+
+    engine = EngineThread(Core(), "e", 1, device=SECOND)
+    engine.start()
+    engine.send("work")
+    engine.stop()
+    assert engine.failure is None
+    assert [cuda[thread] for thread in stepped] == [SECOND]
+
+
+def test_threads_that_move_kv_use_the_cache_s_device(cuda):
+    with device_executor(1, "kv", SECOND) as executor:
+        assert cuda[executor.submit(threading.get_ident).result()] == SECOND
+    cuda.clear()  # threads' numbers come again
+    with device_executor(1, "kv", torch.device("cpu")) as executor:
+        assert executor.submit(threading.get_ident).result() not in cuda
+
+
+def test_steps_are_recorded_with_their_device_current(cuda, monkeypatch):
+    entered, inside = [], []
+
+    class Entered:
+        def __init__(self, *args, **options):
+            self.what = args[0]
+
+        def __enter__(self):
+            entered.append(self.what)
+
+        def __exit__(self, *error):
+            entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "stream", Entered)
+    monkeypatch.setattr(torch.cuda, "graph", Entered)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    CudaRecorder(SECOND).record(lambda: inside.append(list(entered)))
+    assert len(inside) == 2
+    assert all(SECOND in around for around in inside)
+
+
+def test_a_cuda_device_has_a_number(cuda):
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == SECOND

@@ -1,0 +1,168 @@
+"""Prompts are hashed for the prefix cache before the engine sees them, on neither its thread nor the event loop's."""
+
+import asyncio
+import itertools
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.sequence import (
+    DecodeSequence,
+    PrefillSequence,
+    PromptComputed,
+    Reserve,
+    Reserved,
+    Start,
+    StopRule,
+    Submit,
+)
+from overfill.kv import keys
+from overfill.kv.blocks import BlockPool
+from overfill.kv.cache import KvCache
+from overfill.kv.prefix import PrefixCache
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.params import SamplingParams
+from overfill.testing.counting import CountingRunner
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
+from services.decode.servicer import DecodeServicer
+from services.prefill.servicer import PrefillServicer
+
+GREEDY = SamplingParams(temperature=0)
+PROMPT = [n % 60 for n in range(42)]
+KV = KvSpec(2, 1, 4, "float32", RopeSpec())
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The threads on which hashes were computed."""
+    threads, original = [], keys._hash64
+
+    def spy(data):
+        threads.append(threading.get_ident())
+        return original(data)
+
+    monkeypatch.setattr(keys, "_hash64", spy)
+    return threads
+
+
+@pytest.fixture
+def prefix():
+    return PrefixCache(BlockPool(32, 4), ("digest", "float32"))
+
+
+def test_a_prefill_engine_hashes_nothing(prefix, hashed):
+    events = []
+    engine = PrefillEngine(CountingRunner(), prefix.pool, 8, 4, events.extend, prefix)
+    prompts = [prefix.blocks_of(PROMPT) for _ in range(2)]
+    hashed.clear()
+    for name, made in zip("ab", prompts, strict=True):
+        engine.handle(Submit(PrefillSequence(name, list(PROMPT), GREEDY, prompt_blocks=made)))
+        while engine.step():
+            pass
+    assert len([event for event in events if isinstance(event, PromptComputed)]) == 2
+    assert prefix.tokens_found == 40
+    assert not hashed
+
+
+def test_a_decode_engine_hashes_nothing_and_shares_a_long_prompt_in_parts(prefix, hashed, monkeypatch):
+    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED", 3)
+    events = []
+    engine = DecodeEngine(CountingRunner(), prefix.pool, 4, 16, events.extend, prefix)
+    prompts = [prefix.blocks_of(PROMPT) for _ in range(2)]
+    hashed.clear()
+    held, shared = [], [0]
+    for name, made in zip("ab", prompts, strict=True):
+        stop = StopRule(frozenset(), 8)
+        engine.handle(Reserve(DecodeSequence(name, list(PROMPT), [], GREEDY, stop, prompt_blocks=made)))
+        held += [event.held_tokens for event in events if isinstance(event, Reserved)]
+        events.clear()
+        engine.handle(Start(name, 1))
+        shared.append(prefix._num_nodes)
+        while engine.step():
+            shared.append(prefix._num_nodes)
+    assert max(after - before for before, after in itertools.pairwise(shared)) == 3
+    assert shared[-1] == 10
+    assert held == [0, 40]
+    assert not hashed
+
+
+async def begun(responses, sent):
+    """Reads until something was sent to the engine, then hangs up."""
+    reading, waiting = asyncio.ensure_future(anext(responses)), asyncio.ensure_future(sent.wait())
+    await asyncio.wait([reading, waiting], timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    if not sent.is_set():
+        reading.result()
+    waiting.cancel()
+    reading.cancel()
+    await asyncio.wait([reading])
+    await responses.aclose()
+
+
+def new_engine(kind):
+    """Takes messages for an engine; keeps the sequence of the first ``kind``."""
+    sent, found = asyncio.Event(), []
+
+    def send(message):
+        if isinstance(message, kind):
+            found.append(message.sequence)
+            sent.set()
+
+    return SimpleNamespace(send=send, load=SimpleNamespace(waiting=0)), sent, found
+
+
+async def stream(message):
+    yield message
+    await asyncio.Event().wait()
+
+
+def parts(prefix):
+    return SimpleNamespace(
+        runner=SimpleNamespace(cache=KvCache(KV, 4, 4, torch.device("cpu"))),
+        kv=KV,
+        pool=prefix.pool,
+        max_model_len=64,
+        config=SimpleNamespace(vocab_size=64, num_layers=2),
+        grammars=None,
+    )
+
+
+def check(sequence, hashed):
+    assert [len(block) for block in sequence.prompt_blocks.tokens] == [16] * 10
+    assert len(hashed) >= 10
+    assert threading.get_ident() not in hashed, "the event loop hashed the prompt"
+
+
+async def test_a_prefill_worker_hashes_prompts_before_it_submits_them(prefix, hashed):
+    servicer = PrefillServicer(parts(prefix), prefix, registry_pb2.Hello(worker_id="p"), None, max_leases=2)
+    servicer.engine, sent, found = new_engine(Submit)
+    servicer.host = SimpleNamespace(draining=False)
+    start = prefill_pb2.StartPrefill(
+        transfer_id=b"t" * 16,
+        prompt_token_ids=PROMPT,
+        layers=[0, 1],
+        codec=common_pb2.KV_CODEC_RAW,
+        sampling=GREEDY.to_proto(),
+        tenant_salt="tenant",
+    )
+    await begun(servicer.Prefill(stream(prefill_pb2.PrefillRequest(start=start)), None), sent)
+    check(found[0], hashed)
+    assert found[0].prompt_blocks.salt == "tenant"
+
+
+async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, hashed):
+    servicer = DecodeServicer(parts(prefix), prefix, registry_pb2.Hello(worker_id="d"), SimpleNamespace(use=None), None)
+    servicer.engine, sent, found = new_engine(Reserve)
+    servicer.host = SimpleNamespace(draining=False)
+    start = decode_pb2.StartDecode(
+        prompt_token_ids=PROMPT,
+        sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
+        tenant_salt="tenant",
+    )
+    context = SimpleNamespace(time_remaining=lambda: 10.0)
+    await begun(servicer.Generate(stream(decode_pb2.DecodeRequest(start=start)), context), sent)
+    check(found[0], hashed)
+    assert found[0].prompt_blocks.salt == found[0].salt == "raw/tenant"
