@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill import __version__, logs, tracing
+from overfill import logs, tracing
 from overfill.config import DecodeConfig, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.sequence import EngineLoad
@@ -36,6 +36,7 @@ from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+from overfill.version import __version__
 
 _KEPT = 64 << 20  # bytes of the largest freed piece that stays with the process
 _CUDA_STEP_TIMEOUT = 60.0

@@ -24,7 +24,7 @@ from overfill.loadtest.session import Session
 from overfill.loadtest.shapes import users_at
 from overfill.loadtest.users import GrpcUser, OpenAiUser, attach, session_of, user_class
 from overfill.loadtest.verdict import Result, conclude
-from overfill.simulate.traces import TraceRequest
+from overfill.traffic.traces import TraceRequest
 
 __all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]
 

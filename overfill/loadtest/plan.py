@@ -8,9 +8,9 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from overfill.bench.serve.gate import Gate
 from overfill.errors import InvalidRequest
 from overfill.loadtest.shapes import DURATIONS, SHAPES, Shape
+from overfill.traffic.gate import Gate
 
 API_KEY = "OVERFILL_API_KEY"
 """Environment variable with the key to show: on a command line, other users of the machine would see it."""

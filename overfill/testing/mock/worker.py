@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from overfill import __version__
 from overfill.config import WorkerConfig
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
@@ -19,6 +18,7 @@ from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import announced
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
+from overfill.version import __version__
 
 
 class Stage(Protocol):
