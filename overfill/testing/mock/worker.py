@@ -12,6 +12,7 @@ from overfill.config import WorkerConfig
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
 from overfill.pair.manifest import Pair
+from overfill.pair.store import resolve_pair
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
@@ -43,7 +44,7 @@ class MockWorker:
 
     def __init__(self, config: WorkerConfig, stage: common_pb2.Stage) -> None:
         self.config = config
-        self.pair = Pair.load(config.pair)
+        self.pair = Pair.load(resolve_pair(config.pair))
         geometry = self.pair.full_config
         self.kv = geometry.kv_spec(config.dtype or "float32")
         self.max_model_len = min(config.max_model_len or geometry.max_positions, geometry.max_positions)
