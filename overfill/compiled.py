@@ -5,8 +5,8 @@
     $OVERFILL_HOME/native/<key>/kernels.so      key: sources, flags and compiler version
     $OVERFILL_HOME/native/<key>/sha256          of kernels.so, so that a damaged one is not loaded
 
-A folder is filled under another name and renamed, by one process at a time; the others wait. What others than us could
-write is not loaded.
+A folder is filled under another name and renamed, by one process at a time; the others wait. The umask says who may
+read it; only its owner may write. A process loads what it or root has compiled and no other user could write.
 Knows nothing of what is in the library.
 """
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,21 +84,21 @@ def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether the library is there, whole and made by us.
+    """Whether the library is there, whole and made by this user or root.
 
     Loading one that was cut short can end the process, and one that others could write runs their code.
     """
     library = folder / _LIBRARY
     try:
-        ours = all(_only_ours(path) for path in (folder, library))
-        return ours and _sha256(library) == (folder / _DIGEST).read_text()
+        trusted = all(_trusted(path) for path in (folder, library))
+        return trusted and _sha256(library) == (folder / _DIGEST).read_text()
     except OSError:
         return False
 
 
-def _only_ours(path: Path) -> bool:
+def _trusted(path: Path) -> bool:
     found = path.lstat()
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _sha256(path: Path) -> str:
@@ -107,8 +107,9 @@ def _sha256(path: Path) -> str:
 
 def _compile(command: list[str], folder: Path) -> None:
     """Fills ``folder``, replacing what is there; the caller holds the lock."""
+    made = folder.with_name(f".building-{secrets.token_hex(4)}")
     try:
-        made = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        made.mkdir(0o755)  # less what the umask takes; see _trusted
     except OSError as error:
         raise CannotBuild(f"{folder.parent} cannot be written: {error}") from error
     try:
@@ -116,8 +117,10 @@ def _compile(command: list[str], folder: Path) -> None:
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             raise CannotBuild(f"{command[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
-        (made / _LIBRARY).chmod(0o500)  # whatever the umask: see _only_ours
         (made / _DIGEST).write_text(_sha256(made / _LIBRARY))
+        readable = made.stat().st_mode & 0o555
+        (made / _LIBRARY).chmod(readable)
+        (made / _DIGEST).chmod(readable & 0o444)
         shutil.rmtree(folder, ignore_errors=True)
         try:
             os.rename(made, folder)

@@ -87,6 +87,8 @@ def _check_positive(size: ByteSize) -> ByteSize:
 Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+# Text: a Path would make ./default, which is a folder, the name of a pair.
+PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]
 
 
 class ServiceConfig(BaseSettings):
@@ -110,7 +112,10 @@ class ServiceConfig(BaseSettings):
     config: Path | None = Field(
         None, description="YAML or TOML file of settings, for what no flag and no variable says; see `overfill config`"
     )
-    pair: Path = Field(description="folder of the pair: pair.json, full/ and decoder/")
+    pair: PairName = Field(
+        description="a named pair (default, fast, identity), prepared in the cache when it is not there, or the folder "
+        "of a pair (./default for one of such a name)"
+    )
     host: str = Field(
         "127.0.0.1", description="address to listen on; anything but loopback needs --tls-cert, --tls-key and --tls-ca"
     )

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from overfill import __version__
+from overfill.version import __version__
 
 Kind = Literal["counter", "gauge", "histogram"]
 Labels = Mapping[str, Sequence[str]]

@@ -19,7 +19,8 @@ from overfill.kv.keys import PromptKeys
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.policies import POLICIES, PolicyName
-from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.routing.pool import Roster
+from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 BLOCK = 16

@@ -13,14 +13,14 @@ import click
 from overfill.cli.options import client_tls, tls_options
 from overfill.cli.output import console
 from overfill.errors import Unavailable
-from overfill.simulate.traces import Arrivals, TraceRequest
+from overfill.traffic.traces import Arrivals, TraceRequest
 
 if TYPE_CHECKING:
     from overfill.bench.serve.compare import Play, TargetSpec
-    from overfill.bench.serve.outcome import Objective, Outcome
     from overfill.bench.serve.report import LoadShape
     from overfill.bench.serve.saturation import Step
     from overfill.pair.progress import Report
+    from overfill.traffic.outcome import Objective, Outcome
 
 
 class _Rate(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -126,10 +126,10 @@ def serve_command(
     1 when a request failed. The --tls options are for stacks over gRPC.
     """
     from overfill.bench.serve.compare import LoadSettings, TargetSpec, opened
-    from overfill.bench.serve.outcome import Objective
     from overfill.bench.serve.report import serve_rows, serve_table
     from overfill.pair.progress import progress_bars
-    from overfill.simulate.traces import set_rate
+    from overfill.traffic.outcome import Objective
+    from overfill.traffic.traces import set_rate
 
     if trace is not None and arrivals is not None:
         raise click.UsageError("--arrivals contradicts --trace, which has its own; leave one out")
@@ -219,9 +219,9 @@ def _played(step: str, play: Play, requests: list[TraceRequest], report: Report)
 
 def _saturation(name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report) -> Step:
     """What ``find_saturation`` finds for an open server; every step is a bar, and a line on stderr."""
-    from overfill.bench.serve.outcome import figures
     from overfill.bench.serve.saturation import find_saturation
-    from overfill.simulate.traces import set_rate
+    from overfill.traffic.outcome import figures
+    from overfill.traffic.traces import set_rate
 
     def attainment(rate: float) -> float:
         found = _played(f"{name} at {rate:.2f} per second", play, set_rate(requests, rate), report)
@@ -244,7 +244,7 @@ def _synthetic(
     output_tokens: int,
     seed: int,
 ) -> list[TraceRequest]:
-    from overfill.simulate.traces import synthetic
+    from overfill.traffic.traces import synthetic
 
     # In a closed loop the server sets the pace.
     kind = arrivals or ("burst" if concurrency is not None and rate is None else "poisson")
@@ -254,7 +254,7 @@ def _synthetic(
 def _traced(
     trace: Path, count: int, rate: float | None, length_scale: float, longest: int | None
 ) -> list[TraceRequest]:
-    from overfill.simulate.traces import read_trace, scale_lengths, set_rate
+    from overfill.traffic.traces import read_trace, scale_lengths, set_rate
 
     requests = scale_lengths(read_trace(trace, count), length_scale, longest)
     return requests if rate is None else set_rate(requests, rate)

@@ -14,6 +14,7 @@ from overfill.cli.options import set_threads
 if TYPE_CHECKING:
     from overfill.model.config import ModelConfig
     from overfill.pair.manifest import Pair
+    from overfill.pair.progress import Report
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -196,25 +197,44 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
 @pair_group.command("show")
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show_command(name: str, as_json: bool) -> None:
-    """Show what the pair NAME (default, fast, identity or a folder) consists of."""
+def show_command(name: str, as_json: bool) -> int:
+    """Show what the pair NAME (default, fast, identity or a folder) consists of.
+
+    Reads all weights, about a second per gigabyte, and shows the digests that they have now. Exits 1 when pair.json
+    says others: services refuse such a pair.
+    """
     from overfill.cli.output import print_json
     from overfill.pair.manifest import Pair
+    from overfill.pair.progress import progress_bars
 
-    facts = describe(Pair.load(_resolve(name)))
+    pair = Pair.load(_resolve(name))
+    with progress_bars() as report:
+        facts = describe(pair, report)
     if as_json:
         print_json(facts)
-        return
-    rows = flatten(facts)
-    width = max(len(key) for key, _ in rows)
-    for key, value in rows:
-        click.echo(f"{key:<{width}}  {value}")
+    else:
+        rows = flatten(facts)
+        width = max(len(key) for key, _ in rows)
+        for key, value in rows:
+            click.echo(f"{key:<{width}}  {value}")
+    stale = [half for half in ("full", "decoder") if "manifest_digest" in facts[half]]
+    for half in stale:
+        found, stated = facts[half]["digest"], facts[half]["manifest_digest"]
+        click.echo(
+            f"overfill: {half}: the weights in {facts[half]['path']} have the digest {found}, but pair.json says "
+            f"{stated}. They changed after the pair was made; services refuse it. Build the pair again.",
+            err=True,
+        )
+    return 1 if stale else 0
 
 
-def describe(pair: Pair) -> dict[str, Any]:
-    """What a pair consists of, as plain values."""
-    from overfill.pair.digest import count_parameters
+def describe(pair: Pair, report: Report) -> dict[str, Any]:
+    """What a pair consists of, as plain values. Digests are those of the files; ``manifest_digest`` is there when
+    the manifest says another."""
+    from overfill.pair.digest import checkpoint_digest, count_parameters
 
+    full = checkpoint_digest(pair.full_path, report)
+    decoder = full if pair.decoder_path == pair.full_path else checkpoint_digest(pair.decoder_path, report)
     return {
         "name": pair.name,
         "folder": str(pair.folder),
@@ -223,14 +243,14 @@ def describe(pair: Pair) -> dict[str, Any]:
             "model_type": pair.full_config.model_type,
             "parameters": count_parameters(pair.full_path),
             **_sizes(pair.full_config),
-            "digest": pair.full_digest,
+            **_digests(full, pair.full_digest),
         },
         "decoder": {
             "path": str(pair.decoder_path),
             "parameters": count_parameters(pair.decoder_path),
             **_sizes(pair.decoder_config),
             "quantize": pair.quantize,
-            "digest": pair.decoder_digest,
+            **_digests(decoder, pair.decoder_digest),
             "recipe": dict(pair.recipe),
         },
         "kv": {
@@ -242,6 +262,10 @@ def describe(pair: Pair) -> dict[str, Any]:
         "tokenizer_digest": pair.tokenizer_digest,
         "eval": dict(pair.eval),
     }
+
+
+def _digests(found: str, stated: str) -> dict[str, str]:
+    return {"digest": found} if found == stated else {"digest": found, "manifest_digest": stated}
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

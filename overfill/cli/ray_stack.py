@@ -211,7 +211,7 @@ def spec_of(plan: Plan, options: RayOptions, resources: dict[str, float]) -> Sta
         gpus = placement.gpu_share(resources.get("GPU", 0.0), most)
     reserved: dict[str, Any] = {"num_cpus": float(prefill.threads) if cpus is None else cpus, "num_gpus": gpus or 0.0}
     return StackSpec(
-        pair=str(router.pair),
+        pair=router.pair,
         mock=plan.mock,
         log_dir=options.log_dir,
         router=routers,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from overfill.cli.output import console, print_json
-from overfill.simulate.traces import Arrivals, TraceKind, TraceRequest
+from overfill.traffic.traces import Arrivals, TraceKind, TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.bench.serve.outcome import Objective
     from overfill.routing.scaling import ScalingConfig
     from overfill.simulate.options import Options
     from overfill.simulate.profiles import Profile
+    from overfill.traffic.outcome import Objective
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -36,7 +36,7 @@ class _Load:
     seed: int
 
     def requests(self) -> list[TraceRequest]:
-        from overfill.simulate.traces import one_after_another, scale_lengths, scale_rate, set_rate
+        from overfill.traffic.traces import one_after_another, scale_lengths, scale_rate, set_rate
 
         parts = []
         for name in self.traces:
@@ -47,7 +47,7 @@ class _Load:
         return scale_rate(one_after_another(parts), self.rate_scale)
 
     def _read(self, name: str) -> list[TraceRequest]:
-        from overfill.simulate.traces import read_trace, synthetic
+        from overfill.traffic.traces import read_trace, synthetic
 
         if name == "synthetic":
             size = self.count or 1000
@@ -149,9 +149,9 @@ def simulate_command(
 
     Placement, queueing and scaling are the router's own code; what a worker takes for its work comes from a profile.
     """
-    from overfill.bench.serve.outcome import Objective
     from overfill.simulate.options import Options
     from overfill.simulate.profiles import load_profile
+    from overfill.traffic.outcome import Objective
 
     if sum((size, compare_policies, autoscale)) > 1:
         raise click.UsageError("--size, --compare-policies and --autoscale exclude each other")

@@ -412,7 +412,7 @@ def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[s
     if plan.openai_urls:
         table.add_row("OpenAI", ", ".join(plan.openai_urls))
         table.add_row("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in plan.openai_urls))
-    table.add_row("pair", str(plan.routers[0].pair))
+    table.add_row("pair", plan.routers[0].pair)
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
         table.add_row(stage, f"{describe_workers(stage)} ({dtype}CPU threads each: {workers[0].threads})")

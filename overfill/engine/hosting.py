@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import math
 import os
 import secrets
@@ -18,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill import __version__, logs, tracing
+from overfill import logs, tracing
 from overfill.config import DecodeConfig, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.device import use_device
@@ -32,11 +33,16 @@ from overfill.metrics_http import MetricsServer
 from overfill.model.sampling import SampledToken
 from overfill.pair.manifest import Pair
 from overfill.pair.memory import freed_memory_kept
+from overfill.pair.progress import log_steps
+from overfill.pair.store import resolve_pair
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+from overfill.version import __version__
+
+logger = logging.getLogger(__name__)
 
 _KEPT = 64 << 20  # bytes of the largest freed piece that stays with the process
 _CUDA_STEP_TIMEOUT = 60.0
@@ -54,7 +60,7 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
     def load() -> EngineParts:
         use_device(device)
         return build_engine_parts(
-            Pair.load(config.pair, check_digests=True),
+            Pair.load(resolve_pair(config.pair, log_steps(logger)), check_digests=True),
             half,
             dtype=config.dtype,
             device=device,

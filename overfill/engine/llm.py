@@ -55,7 +55,7 @@ class LLM:
     what is new. Not for two threads at once.
 
     Args:
-        pair: folder of a pair, or one of the named pairs ("default", "fast", "identity").
+        pair: a named pair ("default", "fast", "identity") or the folder of one; a Path is always a folder.
         dtype: of weights, activations and KV; None takes bfloat16, or float32 on a CPU that does not compute in it.
         threads: CPU threads; None leaves torch's setting.
         kv_memory: bytes of each half's KV cache; None shares what the device leaves (on a CPU at most 1 GiB each).
@@ -87,7 +87,7 @@ class LLM:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = Pair.load(resolve_pair(str(pair)), check_digests=True)
+        loaded = Pair.load(resolve_pair(pair), check_digests=True)
 
         where = resolve_device(device)
 

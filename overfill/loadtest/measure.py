@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from overfill.bench.serve.load import RequestFailed
-from overfill.bench.serve.outcome import Outcome
 from overfill.client.answers import Timing
+from overfill.traffic.outcome import Outcome
 
 
 class Transport(Protocol):

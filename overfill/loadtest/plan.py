@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from overfill.bench.serve.gate import Gate
 from overfill.errors import InvalidRequest
 from overfill.loadtest.shapes import DURATIONS, SHAPES, Shape
+from overfill.traffic.gate import Gate
 
 API_KEY = "OVERFILL_API_KEY"
 """Environment variable with the key to show: on a command line, other users of the machine would see it."""
+
+LOCUST_OWN = {"target": "host", "users": "num_users", "duration": "run_time"}
+"""Options that locust has itself, and where its parser puts them. Those of locust win, for its page edits them."""
 
 
 def _option(default: Any, help: str, kind: type = str, **more: Any) -> Any:
@@ -33,7 +36,7 @@ class LoadPlan:
     shape: Shape | None = _option(
         None, "How the load goes over time. By default arrivals with a trace or rate, else constant.", choices=SHAPES
     )
-    users: int = _option(4, "Most users of all shapes but arrivals.", int, least=1, locust="num_users")
+    users: int = _option(4, "Most users of all shapes but arrivals.", int, least=1)
     duration: float | None = _option(None, "Seconds. By default 60; ramp and spike 120, soak 3600.", float, above=0)
     length_scale: float = _option(1.0, "Prompts and answers of a trace are so many times as long.", float, above=0)
     longest: int | None = _option(None, "Most tokens of a prompt with its answer; prompts are cut.", int, least=2)
@@ -104,13 +107,17 @@ class LoadPlan:
     @classmethod
     def of_locust(cls, options: Mapping[str, Any]) -> LoadPlan:
         """From locust's parsed options, which hold more than ours. Raises InvalidRequest."""
-        given = {f.name: options.get(locust_name(f)) for f in fields(cls)}
-        return cls.of({name: value for name, value in given.items() if value is not None})
+        given: dict[str, Any] = {}
+        for f in fields(cls):
+            for name in (LOCUST_OWN.get(f.name), locust_name(f)):
+                if name is not None and f.name not in given and options.get(name) not in (None, ""):
+                    given[f.name] = plain(f)(options[name])
+        return cls.of(given)
 
     def locust_argv(self) -> list[str]:
-        """The options that differ from their defaults, for locust; the users in any case, of which it has one."""
+        """The options that differ from their defaults, for locust."""
         given = {f: getattr(self, f.name) for f in fields(self)}
-        return [f"{locust_flag(f)}={value}" for f, value in given.items() if value != f.default or f.name == "users"]
+        return [f"{locust_flag(f)}={value}" for f, value in given.items() if value != f.default]
 
 
 def locust_name(f: Field[Any]) -> str:
@@ -119,8 +126,14 @@ def locust_name(f: Field[Any]) -> str:
 
 
 def locust_flag(f: Field[Any]) -> str:
-    """The same on locust's command line. It has users itself."""
-    return "--users" if f.name == "users" else f"--{locust_name(f).replace('_', '-')}"
+    """The same on locust's command line."""
+    return f"--{locust_name(f).replace('_', '-')}"
+
+
+def plain(f: Field[Any]) -> Callable[[Any], Any]:
+    """Makes a value what the option holds in locust. Paths stay text: the master sends options to the workers."""
+    kind: Callable[[Any], Any] = f.metadata["kind"]
+    return kind if kind in (int, float) else str
 
 
 def _check(f: Field[Any], value: Any) -> None:

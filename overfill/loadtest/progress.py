@@ -7,8 +7,8 @@ from typing import TextIO
 
 import gevent
 
-from overfill.bench.serve.outcome import figures
 from overfill.loadtest.session import Session
+from overfill.traffic.outcome import figures
 
 _TERMINAL_SECONDS = 1.0
 _LOG_SECONDS = 10.0

@@ -13,11 +13,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from overfill import __version__
-from overfill.bench.serve.gate import Verdict
-from overfill.bench.serve.outcome import PERCENTILES, Outcome, figures, samples
 from overfill.client import TTFT_PARTS
 from overfill.loadtest.plan import LoadPlan
+from overfill.traffic.gate import Verdict
+from overfill.traffic.outcome import PERCENTILES, Outcome, figures, samples
+from overfill.version import __version__
 
 mpl.use("Agg")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from overfill.bench.serve.outcome import Outcome
 from overfill.loadtest.measure import from_record, to_record
 from overfill.loadtest.plan import LoadPlan
 from overfill.loadtest.workload import Share, Workload
+from overfill.traffic.outcome import Outcome
 
 PREPARE_SECONDS = 60.0
 """Most time for making prompts before the first request; the rest are made as they are sent."""

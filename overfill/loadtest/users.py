@@ -15,11 +15,11 @@ from locust import User, task
 from locust.env import Environment
 
 from overfill.bench.serve.load import RequestFailed
-from overfill.bench.serve.outcome import Outcome
 from overfill.loadtest.measure import measure
 from overfill.loadtest.plan import LoadPlan
 from overfill.loadtest.session import Session
 from overfill.loadtest.transports import GrpcTransport, OpenAiTransport
+from overfill.traffic.outcome import Outcome
 
 grpc.experimental.gevent.init_gevent()  # before the first channel: gRPC's own threads would block all greenlets
 

@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from overfill.bench.serve.gate import Verdict
-from overfill.bench.serve.outcome import PERCENTILES, Outcome, figures, samples
 from overfill.loadtest.measure import from_start, to_record
 from overfill.loadtest.session import Session
+from overfill.traffic.gate import Verdict
+from overfill.traffic.outcome import PERCENTILES, Outcome, figures, samples
 
 _WIDTH = 100
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from overfill.loadtest.plan import LoadPlan
-from overfill.simulate.traces import TraceRequest, read_trace, scale_lengths, set_rate, synthetic
+from overfill.traffic.traces import TraceRequest, read_trace, scale_lengths, set_rate, synthetic
 
 
 class Workload:

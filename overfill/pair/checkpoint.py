@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # noqa: TID251
 
 from overfill.model.config import ModelConfig
 from overfill.model.files import EMBEDDING, HEAD
@@ -45,7 +46,15 @@ def link_full(folder: Path, full: Path) -> None:
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """``folder/model.safetensors``, which plain transformers loads."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(contiguous, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that those may read whom the umask lets; safetensors itself lets only its writer."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(dict(tensors), file, metadata=None if metadata is None else dict(metadata))
+    file.chmod(mode)
 
 
 def write_decoder(folder: Path, full: Path, weights: Weights, head: Mapping[str, Any] | None = None) -> None:

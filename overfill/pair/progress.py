@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,18 @@ Report = Callable[[str, int, int], None]
 
 def silent(step: str, done: int, total: int) -> None:
     """Reports to nobody."""
+
+
+def log_steps(logger: logging.Logger) -> Report:
+    """Logs a line when a step begins, for services."""
+    seen: set[str] = set()
+
+    def report(step: str, done: int, total: int) -> None:
+        if step not in seen:
+            seen.add(step)
+            logger.info("%s", step)
+
+    return report
 
 
 @contextmanager

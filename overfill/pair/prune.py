@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.model.head import lower_rank, mask_of
 from overfill.model.loading import LayerWeights, Weights
+from overfill.pair.checkpoint import save_tensors
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
 from overfill.pair.progress import Report, silent
 from overfill.pair.recipe import Method
@@ -58,7 +58,7 @@ class Scores:
         """``full_digest``: of the checkpoint that they are of (``checkpoint_digest``)."""
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
         tensors["neurons"] = self.neurons.to(torch.int32)
-        save_file(tensors, file, metadata={_DIGEST: full_digest})
+        save_tensors(tensors, file, {_DIGEST: full_digest})
 
     @classmethod
     def load(cls, file: Path, full_digest: str) -> Scores | None:

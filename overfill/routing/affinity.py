@@ -6,12 +6,10 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from overfill.routing.policy import LeastLoad, Policy, Request
-
-if TYPE_CHECKING:
-    from overfill.routing.pool import Worker
+from overfill.routing.worker import Worker
 
 MOST_HOLDERS = 8
 """Workers that are looked at of all that have a prefix."""

@@ -14,8 +14,8 @@ from overfill.errors import Incompatible, InternalError, OverfillError, Overload
 from overfill.routing.answer import Answer
 from overfill.routing.dispatcher import Job
 from overfill.routing.gate import Gate, Grant
-from overfill.routing.pool import Worker
 from overfill.routing.stream import DecodeStream
+from overfill.routing.worker import Worker
 from overfill.v1 import decode_pb2
 
 _Need = decode_pb2.NeedPrefill

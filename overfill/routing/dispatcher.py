@@ -27,7 +27,8 @@ from overfill.routing.admission import Admission
 from overfill.routing.job import Job, JobState
 from overfill.routing.line import Line
 from overfill.routing.policy import Policy
-from overfill.routing.pool import DECODE, PREFILL, Pool, Roster, Worker
+from overfill.routing.pool import Pool, Roster
+from overfill.routing.worker import DECODE, PREFILL, Worker
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 __all__ = ["STAGE_NAMES", "Dispatcher", "Job", "JobState", "Placement", "Rejection"]

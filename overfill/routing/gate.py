@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
-from overfill.routing.pool import Worker
+from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 TICK = 0.5

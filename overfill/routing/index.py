@@ -10,14 +10,10 @@ import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from overfill.routing.policy import Policy
-    from overfill.routing.pool import Worker
-
-STALE_AFTER = 3.0
-"""Seconds without a report (one is due every second) after which a worker gets nothing new."""
+from overfill.routing.policy import Policy
+from overfill.routing.worker import STALE_AFTER, Worker
 
 
 class Capacities:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from overfill.routing.job import Job, JobState
 from overfill.routing.line import Line
-from overfill.routing.pool import Pool, Roster, Worker
+from overfill.routing.pool import Pool, Roster
+from overfill.routing.worker import Worker
 
 
 def check(

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from overfill.routing.pool import Worker
+from overfill.routing.worker import Worker
 
 
 class JobState(enum.Enum):

@@ -11,10 +11,9 @@ import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from overfill.routing.pool import Worker
+from overfill.routing.worker import Worker
 
 
 class Request(Protocol):

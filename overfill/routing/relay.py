@@ -26,8 +26,8 @@ from overfill.routing.answer import Answer, Finish, TokenBatch
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
 from overfill.routing.gate import Gate, Grant
-from overfill.routing.pool import Worker
 from overfill.routing.stream import DecodeConnector
+from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import grpc.aio
 
 from overfill import tracing
 from overfill.errors import OverfillError
-from overfill.routing.pool import WorkerInfo
+from overfill.routing.worker import WorkerInfo
 from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from overfill.routing.pool import PREFILL
 from overfill.routing.scaling import Targets
+from overfill.routing.worker import PREFILL
 from overfill.simulate.clock import Clock
 from overfill.simulate.request import Counters, Sample
 from overfill.simulate.workers import SimWorker

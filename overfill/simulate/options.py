@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overfill.bench.serve.outcome import Objective
 from overfill.routing.scaling import ScalingConfig
+from overfill.traffic.outcome import Objective
 
 
 @dataclass(frozen=True, slots=True)

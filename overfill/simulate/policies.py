@@ -10,7 +10,7 @@ from overfill.kv.keys import PromptKeys, root_key
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
 from overfill.routing.pool import Roster
-from overfill.simulate.traces import TraceRequest
+from overfill.traffic.traces import TraceRequest
 
 DEFAULT = "default"
 NAMES = (DEFAULT, *get_args(PolicyName))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overfill.bench.serve.outcome import Objective
 from overfill.routing.dispatcher import Job
 from overfill.simulate.decode import Sequence as DecodeSequence
 from overfill.simulate.prefill import Ticket
-from overfill.simulate.traces import TraceRequest
+from overfill.traffic.outcome import Objective
+from overfill.traffic.traces import TraceRequest
 
 
 @dataclass(eq=False, slots=True)

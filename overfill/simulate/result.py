@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from overfill.bench.serve.outcome import Objective
 from overfill.simulate.histogram import Histogram
+from overfill.simulate.options import Options
 from overfill.simulate.profiles import Profile
 from overfill.simulate.request import Counters, Sample, SimRequest
-
-if TYPE_CHECKING:
-    from overfill.simulate.options import Options
+from overfill.traffic.outcome import Objective
 
 PERCENTILES = (50, 90, 95, 99)
 

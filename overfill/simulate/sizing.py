@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from overfill.bench.serve.outcome import Objective
 from overfill.errors import InvalidRequest
 from overfill.simulate.options import Options
 from overfill.simulate.profiles import Profile
 from overfill.simulate.result import Result
 from overfill.simulate.stack import Simulation
-from overfill.simulate.traces import TraceRequest
+from overfill.traffic.outcome import Objective
+from overfill.traffic.traces import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

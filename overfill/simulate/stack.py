@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from overfill.errors import OverfillError
 from overfill.routing.dispatcher import Job, JobState, Rejection
-from overfill.routing.pool import PREFILL, Roster
+from overfill.routing.pool import Roster
+from overfill.routing.worker import PREFILL
 from overfill.simulate.autoscale import Autoscaler
 from overfill.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.simulate.clock import Clock
@@ -27,8 +28,8 @@ from overfill.simulate.prefill import Ticket
 from overfill.simulate.profiles import Profile
 from overfill.simulate.request import Attempt, Counters, SimRequest, attempt_of
 from overfill.simulate.result import Result
-from overfill.simulate.traces import TraceRequest
 from overfill.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
+from overfill.traffic.traces import TraceRequest
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 _T = TypeVar("_T")

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from overfill.bench.serve.outcome import Objective
 from overfill.simulate.result import Result
 from overfill.simulate.sizing import Size
+from overfill.traffic.outcome import Objective
 
 
 def title(result: Result) -> str:

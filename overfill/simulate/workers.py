@@ -10,7 +10,7 @@ from typing import Protocol
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.pool import DECODE, PREFILL, Worker, WorkerInfo
+from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.simulate.blocks import Blocks
 from overfill.simulate.clock import Clock, Event
 from overfill.simulate.decode import Sequence, SimDecode

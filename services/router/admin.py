@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.routing.index import STALE_AFTER
-from overfill.routing.pool import Roster, Worker
+from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
+from overfill.routing.worker import STALE_AFTER, Worker
 from overfill.rpc.calls import outcome
 from overfill.rpc.interceptors import Context
 from overfill.v1 import admin_pb2, admin_pb2_grpc

@@ -16,6 +16,8 @@ from overfill.errors import ShuttingDown
 from overfill.metrics import RouterMetrics
 from overfill.metrics_http import MetricsServer
 from overfill.pair.manifest import Pair
+from overfill.pair.progress import log_steps
+from overfill.pair.store import resolve_pair
 from overfill.routing.advice import INTERVAL, Advice
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
 from overfill.routing.gate import Gate
@@ -63,13 +65,14 @@ class Router:
         signals: what decides about the number of workers.
 
     Raises:
-        InvalidPair: the pair folder is damaged.
+        InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
+        SourceUnavailable: it can be, but its full model cannot be downloaded.
         BadKeyFile: the API keys cannot be read.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        pair = Pair.load(config.pair)
+        pair = Pair.load(resolve_pair(config.pair, log_steps(logger)))
         tokenizer = Tokenizer.load(pair.full_path)
         self._id = f"router-{secrets.token_hex(2)}"
         self._incarnation = secrets.randbits(64)

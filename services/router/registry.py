@@ -12,8 +12,9 @@ from overfill.errors import Incompatible, InvalidRequest
 from overfill.metrics import STAGES, WORKER_STATES
 from overfill.routing.dispatcher import STAGE_NAMES
 from overfill.routing.gate import Gate
-from overfill.routing.pool import DECODE, PREFILL, Roster, Worker, WorkerInfo
+from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
+from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc

@@ -63,18 +63,18 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @cache
-def _rendered(values: str, settings: tuple[str, ...]) -> str:
+def _rendered(values: str, settings: tuple[str, ...], release: str) -> str:
     flags = [flag for setting in settings for flag in ("--set", setting)]
     done = helm(
-        "template", "overfill", str(CHART), "--namespace", "serving", "--values", str(CHART / values), *flags
+        "template", release, str(CHART), "--namespace", "serving", "--values", str(CHART / values), *flags
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def render(values: str, *settings: str) -> list[dict]:
+def render(values: str, *settings: str, release: str = "overfill") -> list[dict]:
     """Every object that the chart makes of a values file and ``--set`` settings."""
-    return [json.loads(json.dumps(one)) for one in yaml.safe_load_all(_rendered(values, settings)) if one]
+    return [json.loads(json.dumps(one)) for one in yaml.safe_load_all(_rendered(values, settings, release)) if one]
 
 
 def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:

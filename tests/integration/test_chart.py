@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kmock as kmock_package
 import kubernetes_validate
+import promql_parser
 import pytest
 import yaml
 from charts import CHART, VALUES, helm, of_kind, pods, render, tool
@@ -233,6 +234,56 @@ def test_every_metric_is_exported() -> None:
     used = set(re.findall(r"overfill_\w+", text))
     assert len(used) == 5
     assert used <= exported
+
+
+def series_labels(objects: list[dict], component: str) -> dict[str, str]:
+    """Labels by which series of a component's pods are told apart, as the release's PodMonitor makes them."""
+    (monitor,) = of_kind(objects, "PodMonitor").values()
+    (template,) = (
+        one["spec"]["template"]
+        for one in of_kind(objects, "Deployment").values()
+        if one["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"] == component
+    )
+    pod = {
+        f"__meta_kubernetes_pod_label_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}": value
+        for name, value in template["metadata"]["labels"].items()
+    }
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    made = {"namespace": "serving"}  # by the operator
+    for rule in endpoint["relabelings"]:
+        if "sourceLabels" in rule:
+            (source,) = rule["sourceLabels"]
+            made[rule["targetLabel"]] = pod.get(source, "")
+    return made
+
+
+def selectors(node: object) -> list[promql_parser.VectorSelector]:
+    """Every selector of a parsed query."""
+    if isinstance(node, promql_parser.VectorSelector):
+        return [node]
+    parts = (getattr(node, name, None) for name in ("expr", "lhs", "rhs"))
+    return [one for part in parts if part is not None for one in selectors(part)]
+
+
+@pytest.mark.parametrize(
+    ("other_release", "settings"), [("other", ()), ("overfill", ("nameOverride=other",))], ids=["release", "name"]
+)
+def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: str, settings: tuple[str, ...]) -> None:
+    ours = render("values-prod.yaml")
+    theirs = render("values-prod.yaml", *settings, release=other_release)
+    queries = [
+        trigger["metadata"]["query"]
+        for scaled in of_kind(ours, "ScaledObject").values()
+        for trigger in scaled["spec"]["triggers"]
+    ]
+    asked = [selector for query in queries for selector in selectors(promql_parser.parse(query))]
+    assert len(asked) == 4
+    for selector in asked:
+        component = selector.name.split("_")[1]
+        matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
+        own, other = (series_labels(objects, component) for objects in (ours, theirs))
+        assert {name: own.get(name) for name in matchers} == matchers, "it finds the release's own series"
+        assert {name: other.get(name) for name in matchers} != matchers, "and none of the other release"
 
 
 @pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])

@@ -9,7 +9,7 @@ import urllib.request
 from mocks import mock_stack
 
 from overfill.client import Client, SamplingParams
-from overfill.routing.index import STALE_AFTER
+from overfill.routing.worker import STALE_AFTER
 
 
 def status(stack):

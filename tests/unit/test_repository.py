@@ -6,8 +6,10 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,12 @@ def test_no_large_file_is_tracked() -> None:
 def test_every_console_script_has_its_function(script: str) -> None:
     module, _, function = scripts()[script].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = grimp.build_graph("overfill", "services", cache_dir=None)  # imports for type checkers and lazy ones count
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_licence_is_whole() -> None:

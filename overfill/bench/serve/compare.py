@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.bench.serve.load import Progress, RequestFailed, run_load
-from overfill.bench.serve.outcome import Outcome
 from overfill.bench.serve.targets import GrpcTarget, OpenAiTarget
 from overfill.errors import InvalidRequest, Unavailable
-from overfill.simulate.traces import TraceRequest
+from overfill.traffic.outcome import Outcome
+from overfill.traffic.traces import TraceRequest
 
 if TYPE_CHECKING:
     from overfill.bench.colocated import Asked

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
-from overfill.bench.serve.outcome import Outcome
-from overfill.simulate.traces import TraceRequest
+from overfill.traffic.outcome import Outcome
+from overfill.traffic.traces import TraceRequest
 
 Progress = Callable[[int, int], None]
 

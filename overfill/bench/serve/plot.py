@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from overfill.bench.serve.outcome import Objective, Outcome
+from overfill.traffic.outcome import Objective, Outcome
 
 mpl.use("Agg")
 

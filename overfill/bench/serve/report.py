@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from overfill.bench.serve.outcome import Objective, Outcome, figures
+from overfill.traffic.outcome import Objective, Outcome, figures
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from overfill.model.files import HEAD
 from overfill.pair.atomic import atomic_folder, remove_leftovers
-from overfill.pair.checkpoint import copy_companions, link_full, stored_dtype, write_json, write_weights
+from overfill.pair.checkpoint import copy_companions, link_full, save_tensors, stored_dtype, write_json, write_weights
 from overfill.pair.distill.model import PackedModel
 from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.progress import Report, silent
@@ -50,8 +50,8 @@ class Checkpoints:
             return
         remove_leftovers(target)
         with atomic_folder(target) as folder:
-            save_file(_parameters(decoder), folder / "decoder.safetensors")
-            save_file(_moments(decoder, optimizer), folder / "optimizer.safetensors")
+            save_tensors(_parameters(decoder), folder / "decoder.safetensors")
+            save_tensors(_moments(decoder, optimizer), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", asdict(progress))
         for old in self._folder.glob("step-*"):
             if old != target:

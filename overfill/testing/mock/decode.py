@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from overfill import __version__
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown, Unavailable
 from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
@@ -26,6 +25,7 @@ from overfill.testing.mock.config import MockDecodeConfig
 from overfill.testing.mock.tokens import Script, Speaker
 from overfill.testing.mock.worker import MockWorker
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from overfill.version import __version__
 
 _Response = decode_pb2.DecodeResponse
 _Need = decode_pb2.NeedPrefill

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from overfill import __version__
 from overfill.errors import InvalidRequest, ShuttingDown, TransferFailed, Unavailable
 from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.ranges import KvRange
@@ -18,6 +17,7 @@ from overfill.testing.mock.config import MockPrefillConfig
 from overfill.testing.mock.tokens import Script
 from overfill.testing.mock.worker import MockWorker
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.version import __version__
 
 _Response = prefill_pb2.PrefillResponse
 

@@ -8,17 +8,18 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from overfill import __version__
 from overfill.config import WorkerConfig
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
 from overfill.pair.manifest import Pair
+from overfill.pair.store import resolve_pair
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import announced
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
+from overfill.version import __version__
 
 
 class Stage(Protocol):
@@ -43,7 +44,7 @@ class MockWorker:
 
     def __init__(self, config: WorkerConfig, stage: common_pb2.Stage) -> None:
         self.config = config
-        self.pair = Pair.load(config.pair)
+        self.pair = Pair.load(resolve_pair(config.pair))
         geometry = self.pair.full_config
         self.kv = geometry.kv_spec(config.dtype or "float32")
         self.max_model_len = min(config.max_model_len or geometry.max_positions, geometry.max_positions)

@@ -16,13 +16,13 @@ from overfill.bench.peers.process import PeerFailed
 from overfill.bench.peers.vllm_server import vllm_server
 from overfill.bench.serve.compare import TargetSpec
 from overfill.bench.serve.load import run_load
-from overfill.bench.serve.outcome import Objective, Outcome, figures
 from overfill.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
 from overfill.bench.serve.targets import OpenAiTarget
 from overfill.cli.bench import bench_group
 from overfill.errors import InvalidRequest, Unavailable
 from overfill.rpc.tls import ClientTls
-from overfill.simulate.traces import synthetic
+from overfill.traffic.outcome import Objective, Outcome, figures
+from overfill.traffic.traces import synthetic
 
 
 class FakeServer:

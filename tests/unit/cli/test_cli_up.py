@@ -131,7 +131,7 @@ def test_settings_go_to_those_that_have_them() -> None:
 
 
 def test_the_pair_is_found_from_any_folder() -> None:
-    assert plan().decode[0].pair == Path.cwd() / "pair"
+    assert plan().decode[0].pair == str(Path.cwd() / "pair")
 
 
 def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:

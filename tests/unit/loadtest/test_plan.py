@@ -41,10 +41,19 @@ def test_locust_gets_what_differs_under_its_own_names():
     assert set(plan.locust_argv()) == {
         "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
     }  # fmt: skip
-    assert LoadPlan().locust_argv() == ["--users=4"], "locust's own default is another"
+    assert LoadPlan().locust_argv() == []
     # What its parser then has, with options of its own.
     parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
     assert LoadPlan.of_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
+
+
+def test_options_that_locust_has_itself_win_because_its_page_edits_them():
+    parsed = {"host": "http://h/v1", "target": "grpc://t:1", "run_time": 30, "duration": 60.0, "num_users": 2}
+    plan = LoadPlan.of_locust(parsed)
+    assert (plan.target, plan.duration, plan.users) == ("http://h/v1", 30.0, 2)
+    # Fields of the page that are left empty, and numbers, which come as text.
+    plan = LoadPlan.of_locust({"host": "", "target": "grpc://t:1", "duration": "", "requests": "5"})
+    assert (plan.target, plan.duration, plan.requests) == ("grpc://t:1", None, 5)
 
 
 def test_a_key_is_in_no_option(monkeypatch):

@@ -9,12 +9,12 @@ import json
 import pytest
 
 from overfill.bench.serve.load import RequestFailed
-from overfill.bench.serve.outcome import Outcome
 from overfill.client import Timing
 from overfill.loadtest.measure import from_record, from_start, measure, to_record
 from overfill.loadtest.plan import LoadPlan
 from overfill.loadtest.session import Session
 from overfill.loadtest.verdict import Result, conclude
+from overfill.traffic.outcome import Outcome
 
 TIMING = Timing(ttft=0.9, router_queue=0.2, prefill_compute=0.5, total=2.0)
 

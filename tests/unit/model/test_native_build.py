@@ -67,18 +67,36 @@ def test_a_damaged_library_is_made_again(damage, compiler: Path, tmp_path: Path)
 def test_what_others_could_have_written_is_not_loaded(mode: int, compiler: Path, tmp_path: Path) -> None:
     library = build()
     library.chmod(mode)
-    assert stat.S_IMODE(build().stat().st_mode) == 0o500
+    assert stat.S_IMODE(build().stat().st_mode) & 0o022 == 0
     assert calls(tmp_path) == 2
 
 
-def test_any_umask_will_do(compiler: Path, tmp_path: Path) -> None:
-    before = os.umask(0)
+@pytest.mark.parametrize(("umask", "mode"), [(0, 0o755), (0o022, 0o755), (0o027, 0o750), (0o077, 0o700)])
+def test_the_umask_says_who_may_read_it_and_only_the_owner_may_write(
+    umask: int, mode: int, compiler: Path, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
     try:
-        build()
-        build()
+        library = build()
+        assert build() == library
     finally:
         os.umask(before)
     assert calls(tmp_path) == 1
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (library.parent, *library.parent.iterdir())}
+    assert found == {library.parent.name: mode, library.name: mode & 0o555, "sha256": mode & 0o444}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(("owner", "compilations"), [(0, 1), (1001, 2)], ids=["root", "another"])
+def test_what_root_compiled_is_loaded_and_what_another_user_compiled_is_not(
+    owner: int, compilations: int, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build()
+    for path in (library, library.parent):
+        os.chown(path, owner, -1)
+    monkeypatch.setattr(compiled.os, "geteuid", lambda: 1000)
+    build()
+    assert calls(tmp_path) == compilations
 
 
 def test_another_compiler_version_is_another_library(compiler: Path) -> None:

@@ -167,6 +167,35 @@ def test_a_full_model_is_a_folder_or_an_id(tiny: Path, downloads: Downloads) -> 
             store.resolve_model(wrong)
 
 
+@pytest.mark.parametrize("name", ["defualt", "no/such/folder", "./default"])
+def test_what_is_neither_a_named_pair_nor_a_folder(
+    name: str, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidPair) as error:
+        store.resolve_pair(name)
+    for part in ("default, fast, identity", str(tmp_path / name), "./"):
+        assert part in str(error.value)
+
+
+def test_a_folder_called_like_a_named_pair_has_to_be_given_as_a_path(
+    tiny: Path, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "default")
+    for path in ("./default", "default/", tmp_path / "default", Path("default")):
+        assert store.resolve_pair(path) == tmp_path / "default"
+    assert store.resolve_pair("default") != tmp_path / "default"
+
+
+def test_a_pair_that_cannot_be_prepared_here(
+    downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").touch()  # where the cache's folder would be
+    with pytest.raises(InvalidPair, match=r"cannot prepare the pair default: .*home"):
+        store.resolve_pair("default")
+
+
 def test_a_ready_pair_is_found_without_torch(downloads: Downloads) -> None:
     store.resolve_pair("identity")
     code = (

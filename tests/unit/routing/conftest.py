@@ -4,7 +4,8 @@ import pytest
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.pool import DECODE, Roster, Worker, WorkerInfo
+from overfill.routing.pool import Roster
+from overfill.routing.worker import DECODE, Worker, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())

@@ -12,7 +12,8 @@ from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Re
 from overfill.routing.line import Line
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
-from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.routing.pool import Roster
+from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 

@@ -14,7 +14,8 @@ from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement
 from overfill.routing.policies import POLICIES
-from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.routing.pool import Roster
+from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.rpc.credits import Demand, divide
 from overfill.v1 import decode_pb2, registry_pb2
 

@@ -6,7 +6,8 @@ from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.job import Job
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
-from overfill.routing.pool import PREFILL, Pool, Roster
+from overfill.routing.pool import Pool, Roster
+from overfill.routing.worker import PREFILL
 from overfill.v1 import registry_pb2
 
 

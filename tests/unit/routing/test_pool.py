@@ -4,8 +4,8 @@ import pytest
 
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.index import STALE_AFTER
-from overfill.routing.pool import DECODE, PREFILL, Pool, Roster, WorkerInfo
+from overfill.routing.pool import Pool, Roster
+from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import common_pb2, registry_pb2
 
 

@@ -19,8 +19,9 @@ from overfill.routing.answer import Finish, TokenBatch
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
-from overfill.routing.pool import PREFILL, Roster
+from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.worker import PREFILL
 from overfill.v1 import common_pb2, decode_pb2
 
 NEED = decode_pb2.NeedPrefill

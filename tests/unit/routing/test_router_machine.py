@@ -28,8 +28,9 @@ from overfill.routing.answer import Finish, TokenBatch
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
-from overfill.routing.pool import DECODE, PREFILL, Roster, WorkerInfo
+from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 NEED = decode_pb2.NeedPrefill

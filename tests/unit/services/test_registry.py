@@ -9,7 +9,8 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
-from overfill.routing.pool import DECODE, Roster
+from overfill.routing.pool import Roster
+from overfill.routing.worker import DECODE
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import registry_pb2
 from services.router import registry as registry_module

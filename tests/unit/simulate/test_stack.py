@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfill.bench.serve.outcome import Objective
 from overfill.errors import InvalidRequest
 from overfill.routing.scaling import Bounds, ScalingConfig
 from overfill.simulate.options import Options
@@ -14,7 +13,8 @@ from overfill.simulate.policies import NAMES
 from overfill.simulate.profiles import CPU
 from overfill.simulate.sizing import SizeSearch
 from overfill.simulate.stack import Simulation
-from overfill.simulate.traces import TraceRequest, synthetic
+from overfill.traffic.outcome import Objective
+from overfill.traffic.traces import TraceRequest, synthetic
 
 OBJECTIVE = Objective(ttft=2, itl=0.1)
 TIGHT = replace(

@@ -16,6 +16,14 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end }}
 
+{{/* Matchers of this release's series: labels that the PodMonitor gives them. Another release in the namespace has others. */}}
+{{- define "overfill.series" -}}
+{{- $selector := include "overfill.selector" (dict "root" . "component" "") | fromYaml -}}
+{namespace={{ .Release.Namespace | quote }}
+{{- range $label, $value := $selector }}, {{ regexReplaceAll "[^a-z]" $label "_" }}={{ $value | quote }}{{ end -}}
+}
+{{- end }}
+
 {{- define "overfill.labels" -}}
 {{ include "overfill.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from overfill.errors import InvalidRequest
-from overfill.simulate.traces import (
+from overfill.traffic.traces import (
     TraceRequest,
     one_after_another,
     read_trace,

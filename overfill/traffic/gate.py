@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overfill.bench.serve.outcome import Outcome, samples
 from overfill.errors import InvalidRequest
+from overfill.traffic.outcome import Outcome, samples
 
 LATENCIES = ("ttft", "itl", "tpot", "e2e")
 """``itl``: every gap between two tokens; ``tpot``: the mean gap of each answer."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from overfill.bench.serve.gate import Gate
-from overfill.bench.serve.outcome import Outcome
 from overfill.client import Timing
 from overfill.errors import InvalidRequest
+from overfill.traffic.gate import Gate
+from overfill.traffic.outcome import Outcome
 
 FAST = Outcome(0.0, (0.1, 0.2, 0.3))
 SLOW = Outcome(0.0, (2.0, 2.5, 3.0))

@@ -1,0 +1,168 @@
+"""One worker of a pool: what it said when it joined, what it last reported, and what this router gave it since.
+
+Calls that depend on time take ``now`` (seconds, monotonic).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from overfill.errors import InvalidRequest
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import DTYPE_FROM_PROTO, KvSpec
+from overfill.v1 import common_pb2, registry_pb2
+
+PREFILL = common_pb2.STAGE_PREFILL
+DECODE = common_pb2.STAGE_DECODE
+
+STALE_AFTER = 3.0
+"""Seconds without a report (one is due every second) after which a worker gets nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker says about itself when it joins; fixed for one incarnation."""
+
+    id: str
+    incarnation: int
+    stage: common_pb2.Stage
+    address: str
+    data_address: str
+    identity: KvIdentity
+    max_model_len: int
+    vocab_size: int
+
+    @classmethod
+    def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
+        """Raises InvalidRequest when the message cannot describe a worker."""
+        if not hello.worker_id:
+            raise InvalidRequest("hello.worker_id", "is empty")
+        if not hello.address:
+            raise InvalidRequest("hello.address", "is empty")
+        if hello.stage not in (PREFILL, DECODE):
+            raise InvalidRequest("hello.stage", f"must be prefill or decode, got {hello.stage}")
+        if hello.kv.dtype not in DTYPE_FROM_PROTO:
+            raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
+        return cls(
+            id=hello.worker_id,
+            incarnation=hello.incarnation,
+            stage=hello.stage,
+            address=hello.address,
+            data_address=hello.data_address or hello.address,
+            identity=KvIdentity(
+                wire_version=hello.wire_version,
+                full_digest=hello.model.full_digest,
+                tokenizer_digest=hello.model.tokenizer_digest,
+                kv=KvSpec.from_proto(hello.kv),
+            ),
+            max_model_len=hello.max_model_len,
+            vocab_size=hello.vocab_size,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """One incarnation of a worker.
+
+    Attributes:
+        report: the latest, or None before the first.
+        reported_at: when it came, seconds.
+        in_flight: requests that this router has on the worker now.
+        closed: refused or failed something; gets nothing new until its next report.
+        placed: requests placed since the latest report, which does not count them yet.
+        placed_tokens, placed_blocks: tokens of theirs that are likely to be computed, and blocks that they take.
+        last_placed: ordinal of the latest placement in the pool; 0 for none.
+        prefix_keys: keys of the blocks in its prefix cache (``kv.prefix.block_key``), as last reported.
+    """
+
+    info: WorkerInfo
+    report: registry_pb2.Report | None = None
+    reported_at: float = 0.0
+    in_flight: int = 0
+    closed: bool = False
+    placed: int = 0
+    placed_tokens: int = 0
+    placed_blocks: int = 0
+    last_placed: int = 0
+    prefix_keys: set[int] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        return self.info.id
+
+    @property
+    def credits_left(self) -> int:
+        """Requests that may still be placed; 0 before the first report."""
+        return max(0, self.report.credits - self.in_flight) if self.report else 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Id and incarnation: a restarted worker is another one."""
+        return self.info.id, self.info.incarnation
+
+    @property
+    def staying(self) -> bool:
+        """Whether the worker takes work or will once it is warm; a draining one never does again."""
+        return self.report is None or not self.report.draining
+
+    def alive(self, now: float) -> bool:
+        """Whether the worker works, though it may be full at the moment."""
+        return (
+            self.report is not None
+            and self.report.ready
+            and not self.report.draining
+            and now - self.reported_at <= STALE_AFTER
+        )
+
+    def admissible(self, now: float) -> bool:
+        """Whether the worker may be given one more request of some size."""
+        return self.alive(now) and not self.closed and self.credits_left > 0
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Longest sequence the worker could ever hold, in tokens; None before it has said."""
+        load = self.report.load if self.report else None
+        if load is None or not load.kv_blocks_total:
+            return None
+        tokens = load.kv_blocks_total * load.block_size
+        return min(tokens, self.info.max_model_len) if self.info.max_model_len else tokens
+
+    def could_hold(self, tokens: int) -> bool:
+        """Whether an empty worker holds a sequence of ``tokens``; True while its size is not known."""
+        capacity = self.capacity_tokens
+        return capacity is None or tokens <= capacity
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether ``tokens`` fit now, by the latest report and placements since. Cached blocks give way."""
+        return tokens <= self.room_tokens
+
+    @property
+    def room_tokens(self) -> float:
+        """Most tokens that fit now; infinite while that is not known."""
+        load = self.report.load if self.report else None
+        if load is None or not load.kv_blocks_total or not load.block_size:
+            return math.inf
+        return (load.kv_blocks_total - load.kv_blocks_used - self.placed_blocks) * load.block_size
+
+    @property
+    def requests(self) -> int:
+        """Requests on the worker, those of other routers included, as far as this router knows."""
+        load = self.report.load if self.report else None
+        reported = load.running + load.waiting if load else 0
+        return max(reported + self.placed, self.in_flight)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens ahead of a new request (prefill)."""
+        reported = self.report.load.queued_tokens if self.report else 0
+        return reported + (self.placed_tokens if self.info.stage == PREFILL else 0)
+
+    def forget_placed(self) -> None:
+        """What was placed is part of the load that the worker says it has."""
+        self.placed = self.placed_tokens = self.placed_blocks = 0
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold ``tokens``; 0 while the block size is not known."""
+        block_size = self.report.load.block_size if self.report else 0
+        return -(-tokens // block_size) if block_size else 0

@@ -1,0 +1,130 @@
+"""`locust -f loadtest/locustfile.py` by itself: its own options work, or are refused by name. Against mock workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from mocks import mock_stack
+
+from overfill.cli.stack import free_ports
+
+LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+SHORT = ["--vocab-size=512", "--prompt-tokens=8", "--output-tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with mock_stack(tiny_pair, decode_settings={"mock_step": 0.01}) as stack:
+        yield stack
+
+
+def locust(*arguments):
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=False)
+
+
+def test_locusts_page_and_its_workers_have_what_the_page_says(stack, tmp_path):
+    """The page starts the test, with another host and time than the command line; a worker sends the requests."""
+    told = tmp_path / "told.jsonl"
+    page, bus = free_ports("127.0.0.1", 2)
+    master = [f"--web-port={page}", "--web-host=127.0.0.1", "--master", f"--master-bind-port={bus}"]
+    with started(*master, "--host=grpc://127.0.0.1:9", f"--records={told}", *SHORT) as main:
+        url = f"http://127.0.0.1:{page}"
+        with started("--worker", "--master-host=127.0.0.1", f"--master-port={bus}"):
+            until(lambda: asked(f"{url}/stats/requests")["workers"])
+            form = {"host": f"{stack.url}/v1", "user_count": 3, "spawn_rate": 5, "run_time": "2s"}
+            assert asked(f"{url}/swarm", form)["success"]
+            until(lambda: asked(f"{url}/stats/requests")["state"] == "stopped")
+        main.send_signal(signal.SIGTERM)
+        assert main.wait(30) == 0
+    found = records(told)
+    assert found
+    assert all(record["error"] is None for record in found)
+
+
+@contextmanager
+def started(*arguments):
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def asked(url, form=None):
+    data = None if form is None else urllib.parse.urlencode(form).encode()
+    with urllib.request.urlopen(url, data, timeout=30) as answer:
+        return json.load(answer)
+
+
+def until(holds):
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(OSError):
+            if holds():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_host_users_spawn_rate_and_run_time_are_locusts(stack, tmp_path, protocol):
+    host = f"grpc://{stack.grpc}" if protocol == "grpc" else f"{stack.url}/v1"
+    told = tmp_path / "told.jsonl"
+    done = locust(f"--host={host}", "--users=2", "--spawn-rate=1", "--run-time=3s", f"--records={told}", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert "Shape test updating to 2 users at 1.00 spawn rate" in done.stderr
+    found = records(told)
+    assert found
+    assert all(record["error"] is None for record in found)
+    # The default would be 60 s.
+    assert found[-1]["due"] - found[0]["due"] < 30
+
+
+def test_our_own_names_of_the_same_still_work(stack, tmp_path):
+    told = tmp_path / "told.jsonl"
+    done = locust(f"--target=grpc://{stack.grpc}", "--duration=2.5", "--requests=3", f"--records={told}", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert "Shape test updating to 4 users at 100.00 spawn rate" in done.stderr, "as many as `overfill loadtest` has"
+    assert len(records(told)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--host=grpc://127.0.0.1:1", "--target=grpc://127.0.0.1:2"], "--host"),
+        (["--run-time=5s", "--duration=6"], "--run-time"),
+        (["--stop-timeout=5s"], "--stop-timeout"),
+        (["--exit-code-on-error=3"], "--exit-code-on-error"),
+        (["--class-picker"], "--class-picker"),
+        (["--tags", "a"], "--tags"),
+        (["--exclude-tags", "a"], "--exclude-tags"),
+        (["--config-users", '{"user_class_name": "GrpcUser", "weight": 2}'], "--config-users"),
+        (["--rate=1", "--requests=1", "--spawn-rate=2"], "--spawn-rate"),
+        (["--rate=1", "--requests=1", "--users=2"], "--users"),
+        (["--host=127.0.0.1:7600"], "--host"),
+        (["OpenAiUser"], "OpenAiUser"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(arguments, told):
+    done = locust(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert f"loadtest: {told}: " in done.stderr
+    assert "Shape test starting" not in done.stderr

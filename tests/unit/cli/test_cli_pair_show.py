@@ -1,0 +1,66 @@
+"""`overfill pair show` tells what the files are now, not what the manifest says that they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from overfill.cli.main import main
+from overfill.pair.digest import checkpoint_digest
+from overfill.pair.manifest import Pair
+from overfill.testing.tiny import make_tiny_pair
+
+
+@pytest.fixture
+def pair(tiny_pair: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_pair, tmp_path / "pair"))
+
+
+def change(checkpoint: Path) -> None:
+    """Other weights of the same shapes: only reading them tells."""
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def test_the_digests_of_a_whole_pair(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pair", "show", str(pair), "--json"]) == 0
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    for half in ("full", "decoder"):
+        assert told[half]["digest"] == checkpoint_digest(pair / half)
+        assert "manifest_digest" not in told[half]
+    assert "digest" not in captured.err
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_weights_that_changed_are_told_with_both_digests(
+    half: str, options: list[str], pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stated = getattr(Pair.load(pair), f"{half}_digest")
+    change(pair / half)
+    found = checkpoint_digest(pair / half)
+    assert main(["pair", "show", str(pair), *options]) == 1
+    captured = capsys.readouterr()
+    for digest in (stated, found):
+        assert digest in captured.out
+        assert digest in captured.err
+    assert f"{half}: " in captured.err
+    if options:
+        told = json.loads(captured.out)
+        assert (told[half]["digest"], told[half]["manifest_digest"]) == (found, stated)
+
+
+def test_changed_weights_of_a_pair_whose_decoder_is_the_full_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_tiny_pair(tmp_path / "identity", identity=True)
+    change(pair / "full")
+    assert main(["pair", "show", str(pair), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["decoder"]["digest"] == told["full"]["digest"] == checkpoint_digest(pair / "full")
