@@ -1,7 +1,9 @@
 """API keys: what the file holds, who is let in, what a damaged file does."""
 
+import errno
 import json
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from overfill.api import keys
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
+from overfill.rpc import reload
 from overfill.rpc.access import Scope, bearer
 
 
@@ -31,7 +34,7 @@ def test_a_key_is_known_by_its_hash_only(file):
 
 
 def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
-    monkeypatch.setattr(keys, "_RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
     key = keys.create(file, "ci")
     ring = KeyRing(file)
     later = keys.create(file, "later")
@@ -42,6 +45,23 @@ def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
     assert ring.find(later).name == "later", "the last good version stays in force"
     file.unlink()
     assert ring.find(later).name == "later"
+
+
+def test_a_revoked_key_dies_although_the_first_read_of_the_new_file_fails(file, monkeypatch):
+    monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
+    key = keys.create(file, "ci")
+    ring = KeyRing(file)
+    keys.revoke(file, "ci")
+    failures, read_bytes = [OSError(errno.EIO, "Input/output error")], Path.read_bytes
+
+    def failing_once(path):
+        if failures:
+            raise failures.pop()
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing_once)
+    assert ring.find(key) is not None, "the last good version stays in force"
+    assert ring.find(key) is None
 
 
 def test_names_are_checked_and_taken_once(file):
