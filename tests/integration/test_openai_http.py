@@ -326,7 +326,9 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
         for n, prompts in ((3, ["x"]), (1, ["x", "y", "z"])):
             body = json.dumps({"model": stack.router._generator.model, "prompt": prompts, "n": n, "max_tokens": 2})
             status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
-            assert (status, json.loads(answer)["error"]["param"]) == (400, "n")
+            error = json.loads(answer)["error"]
+            assert (status, error["param"]) == (400, "n")
+            assert "API key 'ci'" in error["message"], "the key by its name, not by a hash"
         body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "n": 2, "max_tokens": 2})
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer

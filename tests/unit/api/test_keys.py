@@ -9,6 +9,7 @@ import pytest
 
 from overfill.api import keys
 from overfill.api.keys import BadKeyFile, KeyRing
+from overfill.cli import keys as cli_keys
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
 from overfill.rpc import reload
@@ -109,6 +110,31 @@ def test_the_command_line(file, capsys):
     assert main(["keys", "revoke", "ci", "--file", str(file)]) == 0
     assert KeyRing(file).find(key) is None
     assert main(["keys", "list", "--file", str(file) + "x"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scopes"),
+    [
+        ([], ["infer", "status"]),
+        (["--scope", "metrics,admin"], ["admin", "metrics"]),
+        (["--scope", "infer, metrics", "--scope", "admin"], ["admin", "infer", "metrics"]),
+    ],
+)
+def test_scopes_are_given_with_commas_or_one_by_one(file, arguments, scopes):
+    assert main(["keys", "create", "ci", "--file", str(file), *arguments]) == 0
+    assert sorted(keys.load(file)[0].scopes) == scopes
+
+
+@pytest.mark.parametrize(("given", "wrong"), [("infer,root", "'root'"), ("infer,", "''"), ("Infer", "'Infer'")])
+def test_a_wrong_scope_is_named_with_those_there_are(file, capsys, given, wrong):
+    assert main(["keys", "create", "ci", "--file", str(file), "--scope", given]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"'--scope': there is no scope {wrong}; give some of infer, status, metrics, admin" in error
+    assert not file.exists()
+
+
+def test_the_command_line_knows_every_scope():
+    assert list(cli_keys._SCOPES) == list(Scope)
 
 
 def test_limits_of_a_key_are_kept_and_checked(tmp_path):
