@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from overfill import startup  # noqa: F401  # it notes the time
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

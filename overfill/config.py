@@ -456,6 +456,12 @@ class RouterConfig(ServiceConfig):
         description="seconds that a request may be expected to wait for a place; those that would wait longer are "
         "refused at once; by default only those that would miss their deadline",
     )
+    absent_after: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without any worker of a stage after which requests that need one fail; by default twice "
+        "the longest start-up time of that stage's workers, and 10 at least",
+    )
     http: Port | None = Field(
         None, description="port of the OpenAI endpoint; 0 picks a free one; by default there is none"
     )

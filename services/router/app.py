@@ -90,6 +90,7 @@ class Router:
             prefill_policy=POLICIES[config.prefill_policy](seed),
             max_queue=config.max_queue,
             max_wait=config.max_wait,
+            absent_after=config.absent_after,
         )
         self.signals = Signals(self.roster, self.dispatcher)
         self._advice = Advice(self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective))

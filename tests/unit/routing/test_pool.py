@@ -175,10 +175,12 @@ def test_hello_becomes_what_it_says():
         model=common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb"),
         kv=kv.to_proto(),
         max_model_len=100,
+        startup_seconds=2.5,
     )
     info = WorkerInfo.from_hello(hello)
     assert (info.id, info.incarnation, info.address, info.data_address) == ("p0", 7, "h:1", "h:1")
     assert info.identity.kv == kv
+    assert info.startup_seconds == 2.5
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,8 @@ def test_hello_becomes_what_it_says():
         ({"address": ""}, "hello.address"),
         ({"stage": common_pb2.STAGE_ROUTER}, "hello.stage"),
         ({"kv": common_pb2.KvSpec()}, "hello.kv.dtype"),
+        ({"startup_seconds": -1.0}, "hello.startup_seconds"),
+        ({"startup_seconds": float("nan")}, "hello.startup_seconds"),
     ],
 )
 def test_a_hello_that_describes_no_worker_names_the_field(change, field):
