@@ -445,8 +445,8 @@ class RouterConfig(ServiceConfig):
 
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
-    expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
-    expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
+    expect_prefill: int = Field(0, ge=0, description="prefill workers that the stack is started with")
+    expect_decode: int = Field(0, ge=0, description="decode workers that the stack is started with")
     prefill_policy: PolicyName = Field(PREFILL_DEFAULT, description="which prefill worker takes a prompt")
     decode_policy: DecodePolicyName = Field(DECODE_DEFAULT, description="which decode worker takes a request")
     max_queue: int = Field(1024, ge=1, description="most waiting requests of one priority; more are refused")

@@ -287,6 +287,11 @@ class Pool:
         self._refresh(worker)
 
     @property
+    def num_ready(self) -> int:
+        """Workers that are ready, right after ``expire``."""
+        return self.index.alive.holding(0)
+
+    @property
     def capacity_tokens(self) -> int | None:
         """Longest sequence that some staying worker could hold; None while none has said."""
         return max((int(capacity) for capacity in self.index.staying.known), default=None)
@@ -321,6 +326,12 @@ class Roster:
     def find(self, worker_id: str) -> Worker | None:
         """The joined worker of that id, of either stage."""
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
+
+    def lacking(self, now: float) -> list[common_pb2.Stage]:
+        """Stages without a worker that is ready now; while there is one, no request can be answered."""
+        for pool in (self.prefill, self.decode):
+            pool.expire(now)
+        return [pool.stage for pool in (self.prefill, self.decode) if not pool.num_ready]
 
     def workers(self) -> list[Worker]:
         """Every joined worker, ordered by stage and id."""

@@ -149,6 +149,7 @@ def test_the_other_routes(stack, model):
     status, _, body = post(f"{stack.url}/tokenize", json.dumps({"messages": HI}).encode())
     assert (status, json.loads(body)["count"]) == (200, 13)
     assert json.loads(get(f"{stack.url}/health")[2]) == {"status": "ok"}
+    assert json.loads(get(f"{stack.url}/status")[2])["serving"] is True
     assert json.loads(get(f"{stack.url}/version")[2])["wire_version"] == 1
     metrics = get(f"{stack.url}/metrics")[2].decode()
     assert 'overfill_router_http_requests_total{route="/v1/chat/completions",status="200"}' in metrics
@@ -345,10 +346,10 @@ def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
     with mock_stack(tiny_pair, prefill=0, decode=0, tls_cert=cert, tls_key=key) as stack:
         url = stack.url.replace("http:", "https:")
         context = ssl.create_default_context(cafile=cert)
-        with urllib.request.urlopen(f"{url}/health", context=context) as response:
+        with urllib.request.urlopen(f"{url}/version", context=context) as response:
             assert response.status == 200
         with pytest.raises(OSError, match=r"."):
-            urllib.request.urlopen(f"{stack.url}/health")
+            urllib.request.urlopen(f"{stack.url}/version")
 
 
 def test_events_are_not_held_back_for_acknowledgements(stack):
