@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from overfill import startup  # noqa: F401  # it notes the time
 from overfill.version import __version__
 
 if TYPE_CHECKING:

@@ -456,8 +456,8 @@ class RouterConfig(ServiceConfig):
 
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
-    expect_prefill: int = Field(0, ge=0, description="prefill workers that make the stack complete")
-    expect_decode: int = Field(0, ge=0, description="decode workers that make the stack complete")
+    expect_prefill: int = Field(0, ge=0, description="prefill workers that the stack is started with")
+    expect_decode: int = Field(0, ge=0, description="decode workers that the stack is started with")
     prefill_policy: PolicyName = Field(PREFILL_DEFAULT, description="which prefill worker takes a prompt")
     decode_policy: DecodePolicyName = Field(DECODE_DEFAULT, description="which decode worker takes a request")
     max_queue: int = Field(1024, ge=1, description="most waiting requests of one priority; more are refused")
@@ -466,6 +466,12 @@ class RouterConfig(ServiceConfig):
         gt=0,
         description="seconds that a request may be expected to wait for a place; those that would wait longer are "
         "refused at once; by default only those that would miss their deadline",
+    )
+    absent_after: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without any worker of a stage after which requests that need one fail; by default twice "
+        "the longest start-up time of that stage's workers, and 10 at least",
     )
     http: Port | None = Field(
         None, description="port of the OpenAI endpoint; 0 picks a free one; by default there is none"

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from overfill.errors import OverfillError, Unauthenticated, Unavailable
 from overfill.rpc.access import METRICS_ROUTES, Gate, bearer, roles_of, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.tls import Reloaded, ServerTls, TlsError, names_of
+from overfill.rpc.reload import Reloaded
+from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 _CONNECTION_TIMEOUT = 10.0
 """Seconds without a byte after which a connection is dropped."""

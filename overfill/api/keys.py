@@ -14,12 +14,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import logging
 import math
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -29,8 +27,7 @@ from typing import Any
 from overfill.api.priority import check_priority
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.rpc.access import Scope
-
-log = logging.getLogger(__name__)
+from overfill.rpc.reload import Reloaded
 
 FORMAT = "overfill-keys/1"
 PREFIX = "ofk-"
@@ -38,7 +35,6 @@ MAX_KEY_LENGTH = 512
 
 _NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-_RELOAD_SECONDS = 1.0
 
 DEFAULT_SCOPES = frozenset({Scope.INFER, Scope.STATUS})
 """What a key is good for unless something else is said: answers, and to see how busy the stack is."""
@@ -84,41 +80,25 @@ class ApiKey:
 
 
 class KeyRing:
-    """The keys of a file, read again when it changes; a damaged new version leaves the old one in force.
+    """The keys of a file, read again when it changes.
+
+    When the file has vanished or is damaged, the keys of the last good read stay in force.
 
     Raises:
-        BadKeyFile: the file cannot be read at first.
+        BadKeyFile: the first read fails.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._keys = load(path)
-        self._version = _version(path)
-        self._looked = time.monotonic()
+        self._keys = Reloaded([path], lambda: load(path), BadKeyFile, "the API keys")
 
     def find(self, key: str) -> ApiKey | None:
         """Who holds ``key``; None when nobody does. Takes the same time whatever part of a key is right."""
-        self._refresh()
         shown = hash_key(key) if len(key) <= MAX_KEY_LENGTH else ""
         found = None
-        for known in self._keys:
+        for known in self._keys.value:
             if hmac.compare_digest(known.sha256, shown):
                 found = known
         return found
-
-    def _refresh(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < _RELOAD_SECONDS:
-            return
-        self._looked = now
-        try:
-            version = _version(self._path)
-            if version != self._version:
-                self._version = version
-                self._keys = load(self._path)
-                log.info("read %d API keys from %s", len(self._keys), self._path)
-        except BadKeyFile as error:
-            log.error("%s; the keys read before stay in force", error)
 
 
 def hash_key(key: str) -> str:
@@ -224,11 +204,3 @@ def _entry(key: ApiKey) -> dict[str, Any]:
     """Without limits that there are not."""
     entry = asdict(key) | {"scopes": sorted(key.scopes)}
     return {name: value for name, value in entry.items() if value is not None and (name, value) != ("priority", 0)}
-
-
-def _version(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise BadKeyFile(f"cannot read the API keys in {path}: {error.strerror}") from error
-    return status.st_mtime_ns, status.st_ino

@@ -13,7 +13,7 @@ from overfill.cli.options import client_tls, tls_options
 @click.argument("address", default="127.0.0.1:7600", envvar="OVERFILL_ADDRESS")
 @click.option("--service", default="", help="A service of the process, such as overfill.v1.Decode.  [default: all]")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds.")
-@click.option("--live", is_flag=True, help="Any answer will do: whether the process lives, not whether it is ready.")
+@click.option("--live", is_flag=True, help="Exit 0 on any answer: whether the process lives, for liveness probes.")
 @tls_options
 def health_command(
     address: str,
@@ -28,7 +28,8 @@ def health_command(
     """Ask the router or worker at ADDRESS whether it is ready (the standard gRPC health service).
 
     Without ADDRESS it asks the first of OVERFILL_ADDRESS, or 127.0.0.1:7600. Prints the answer. Exits 0 when it is
-    ready, 1 when it is not or does not answer. A draining process is not ready but lives; so does one that refuses.
+    ready, 1 when it is not or does not answer. A worker is ready when its model is loaded; a router is ready while a
+    prefill and a decode worker are. A draining process is not ready but lives; so does one that refuses.
     """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc

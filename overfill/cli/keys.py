@@ -8,6 +8,8 @@ import click
 
 from overfill.errors import InvalidRequest
 
+_SCOPES = ("infer", "status", "metrics", "admin")
+
 _FILE_OPTION = click.option(
     "--file",
     "path",
@@ -16,6 +18,14 @@ _FILE_OPTION = click.option(
     show_default=True,
     help="The file; `overfill up --api-keys FILE` reads it, again whenever it changes.",
 )
+
+
+def _split_scopes(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[str]:
+    scopes = [scope.strip() for value in given for scope in value.split(",")]
+    for scope in scopes:
+        if scope not in _SCOPES:
+            raise click.BadParameter(f"there is no scope {scope!r}; give some of {', '.join(_SCOPES)}")
+    return scopes
 
 
 @click.group("keys")
@@ -32,12 +42,13 @@ def keys_group() -> None:
     help="Smallest priority that requests may have, -2 to 2; the smaller goes first.",
 )  # fmt: skip
 @click.option(
-    "--scope", "scopes", type=click.Choice(["infer", "status", "metrics", "admin"]), multiple=True,
-    default=("infer", "status"), show_default=True, help="What it is good for; may be given several times.",
+    "--scope", "scopes", multiple=True, callback=_split_scopes, metavar="SCOPE[,SCOPE…]",
+    default=("infer", "status"), show_default=True,
+    help=f"What the key is good for: {', '.join(_SCOPES)}. Give a list with commas, or the option several times.",
 )  # fmt: skip
 @_FILE_OPTION
 def create_command(
-    name: str, path: Path, rate: float | None, concurrency: int | None, priority: int, scopes: tuple[str, ...]
+    name: str, path: Path, rate: float | None, concurrency: int | None, priority: int, scopes: list[str]
 ) -> None:
     """Make a key for NAME and print it. It is shown this once; the file keeps only its hash."""
     from overfill.api.keys import create

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -96,10 +97,9 @@ def ttft_table(answer: Answer) -> Table:
 
 def status_table(status: StackStatus, tls: bool = False) -> Table:
     """One line per worker."""
-    state = "complete" if status.complete else "not all workers have been ready yet"
     url = openai_url(status, tls)
     metrics = status.process.metrics_address
-    title = f"{status.process.address}: {state}{f'; OpenAI API at {url}' if url else ''}"
+    title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
     title += f"; metrics at {metrics}" if metrics else ""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("worker", "stage", "state", "address"):
@@ -118,6 +118,17 @@ def status_table(status: StackStatus, tls: bool = False) -> Table:
     return table
 
 
+def stack_state(status: StackStatus) -> str:
+    """Whether the stack answers requests now, and the stages that have fewer ready workers than it was started with."""
+    if status.process.draining:
+        return "draining"
+    if status.complete:
+        return "complete"
+    short = [f"{p.ready} of {p.expected} {stage}" for stage, p in status.pools.items() if p.ready < p.expected]
+    state = "ready" if status.serving else "no request can be answered"
+    return f"{state}: {', '.join(short)}" if short else state
+
+
 def openai_url(status: StackStatus, tls: bool) -> str | None:
     """Where OpenAI's clients go; None when there is no such endpoint. ``tls``: whether the stack uses it."""
     return f"http{'s' if tls else ''}://{status.http_address}/v1" if status.http_address else None
@@ -129,6 +140,9 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
         "grpc": status.process.address,
         "openai_url": openai_url(status, tls),
         "metrics_address": status.process.metrics_address,
+        "serving": status.serving,
+        "complete": status.complete,
+        "pools": {stage: asdict(pool) for stage, pool in status.pools.items()},
         "workers": [worker_json(worker) for worker in status.workers],
     }
 

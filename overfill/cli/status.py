@@ -25,9 +25,15 @@ def status_command(
 ) -> int:
     """Show the workers of a running stack, as they answer now.
 
-    Exits 1 when no stack answers, and until all the workers that it was started with have been ready.
+    The stack is complete while as many workers of each stage are ready as it was started with.
+
+    \b
+    Exit code:
+      0  a request could be answered now: a prefill and a decode worker are ready, even if others are missing
+      1  no request could be answered now, or nothing answers at the address
+      2  wrong usage
     """
-    from overfill.cli.output import console, print_json, status_json, status_table
+    from overfill.cli.output import console, print_json, stack_state, status_json, status_table
 
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         status = client.status(timeout=_ANSWER_SECONDS)
@@ -36,6 +42,6 @@ def status_command(
         print_json(status_json(status, tls))
     else:
         console().print(status_table(status, tls))
-    if not status.complete:
-        click.echo("overfill: the stack is starting: not all workers have been ready yet", err=True)
-    return 0 if status.complete else 1
+    if not status.serving:
+        click.echo(f"overfill: {stack_state(status)}", err=True)
+    return 0 if status.serving else 1

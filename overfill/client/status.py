@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from overfill.names import CODEC_NAMES
@@ -195,13 +195,25 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """How many workers of a stage are ready now, and how many were when the stack was complete.
+
+    ``expected`` is what the stack was started with, or the number of ready ones where these are more.
+    """
+
+    ready: int
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
 class StackStatus:
     """A router and its workers, or a worker alone.
 
     Attributes:
         process: the process that was asked.
         workers: of a router, ordered by stage and id.
-        complete: of a router: every worker the stack was started with has been ready at least once.
+        complete: of a router: of each stage as many workers are ready now as the stack was started with.
+        pools: of a router: the workers of each stage, counted.
         http_address: of a router: host:port of the OpenAI endpoint; None when there is none.
         activity: of a router.
     """
@@ -211,15 +223,31 @@ class StackStatus:
     complete: bool
     http_address: str | None
     activity: Activity | None = None
+    pools: dict[Stage, PoolStatus] = field(default_factory=dict)
+
+    @property
+    def serving(self) -> bool:
+        """Whether a request could be answered now: by a router with a ready worker of each stage, or by this worker."""
+        return self.process.ready and all(pool.ready for pool in self.pools.values())
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
+        process = ProcessStatus.from_proto(message.process)
+        entries = [WorkerStatus.from_proto(worker) for worker in message.workers]
+        workers = tuple(worker for worker in entries if worker.address)  # the others are missing
+        stages: tuple[Stage, ...] = ("prefill", "decode") if process.stage == "router" else ()
+        pools = {}
+        for stage in stages:
+            ready = sum(worker.stage == stage and worker.state == "ready" for worker in workers)
+            missing = sum(entry.stage == stage and not entry.address for entry in entries)
+            pools[stage] = PoolStatus(ready, ready + missing)
         return cls(
-            process=ProcessStatus.from_proto(message.process),
-            workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
+            process=process,
+            workers=workers,
             complete=message.complete,
             http_address=message.http_address or None,
             activity=Activity.from_proto(message.activity) if message.HasField("activity") else None,
+            pools=pools,
         )
 
 

@@ -34,6 +34,7 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
     process, activity = status.process, status.activity
     told: dict[str, Any] = {
         "router": {"id": process.id, "state": "draining" if process.draining else "ready"},
+        "serving": status.serving,
         "workers": [_pool_json(worker) for worker in status.workers],
     }
     if activity is not None:

@@ -128,15 +128,17 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one API key; None is no limit.
+    """Limits of one API key; None is no limit.
 
     Attributes:
         rate: requests per second; as many, and one at least, may come at once after a pause.
         concurrency: requests at once.
+        name: how errors name the key.
     """
 
     rate: float | None = None
     concurrency: int | None = None
+    name: str = ""
 
 
 @dataclass(slots=True)
@@ -153,7 +155,7 @@ class KeyLimits:
         self._usage: dict[str, _Usage] = {}
 
     def check(self, key: str, limits: Limits, now: float, count: int = 1) -> None:
-        """Whether ``count`` requests of ``key`` may begin together now.
+        """Whether ``count`` requests of ``key`` may begin together now. ``key`` is no name: see ``ApiKey.id``.
 
         Raises:
             InvalidRequest: so many never may.
@@ -163,10 +165,12 @@ class KeyLimits:
         burst = math.inf if limits.rate is None else max(1.0, limits.rate)
         most = min(burst, math.inf if limits.concurrency is None else limits.concurrency)
         if count > most:
-            raise InvalidRequest("n", f"asks for {count} answers, each a request; API key {key!r} may have {int(most)}")
+            raise InvalidRequest(
+                "n", f"asks for {count} answers, each a request; API key {limits.name!r} may have {int(most)}"
+            )
         if limits.concurrency is not None and usage.running + count > limits.concurrency:
             raise Overloaded(
-                f"API key {key!r} has {usage.running} requests running, the most that it may",
+                f"API key {limits.name!r} has {usage.running} requests running, the most that it may",
                 _UNKNOWN,
                 "key_concurrency",
             )
@@ -175,7 +179,7 @@ class KeyLimits:
             usage.tokens, usage.at = min(burst, usage.tokens + passed), now
             if usage.tokens < count:
                 raise Overloaded(
-                    f"API key {key!r} may ask {limits.rate:g} times a second",
+                    f"API key {limits.name!r} may ask {limits.rate:g} times a second",
                     _retry_after((count - usage.tokens) / limits.rate),
                     "key_rate",
                 )

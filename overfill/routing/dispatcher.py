@@ -35,6 +35,13 @@ __all__ = ["STAGE_NAMES", "Dispatcher", "Job", "JobState", "Placement", "Rejecti
 
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
+MIN_ABSENT_AFTER = 10.0
+"""Least seconds without a worker after which jobs are rejected, unless it is set."""
+
+STARTUP_MARGIN = 2.0
+"""Times the longest start-up seen that a stage may be without a worker, unless it is set. What restarts a worker has to
+notice the loss first, and a start beside others takes longer."""
+
 _TRIES = 16
 """Workers that are looked at in the policy's order before room decides."""
 
@@ -66,7 +73,8 @@ class Dispatcher:
         max_wait: seconds that a new job may be expected to wait before it is refused; None: any.
         reserve_after: seconds after which the oldest blocked job reserves capacity: none after it in the
             order is placed on a decode worker that could hold it.
-        absent_after: seconds without any worker of a stage after which jobs that need one are rejected.
+        absent_after: seconds without any worker of a stage after which jobs that need one are rejected; None: as long
+            as a replacement is likely to take, by the start-up times of the stage's workers.
     """
 
     def __init__(
@@ -78,7 +86,7 @@ class Dispatcher:
         max_queue: int = 1024,
         max_wait: float | None = None,
         reserve_after: float = 5.0,
-        absent_after: float = 10.0,
+        absent_after: float | None = None,
     ) -> None:
         self._roster = roster
         if policy is not None:
@@ -386,7 +394,7 @@ class Dispatcher:
                 self._last_present[pool.stage] = now
                 continue
             absent = now - self._last_present.setdefault(pool.stage, now)
-            if absent < self._absent_after:
+            if absent < self._patience(pool):
                 continue
             waiting = list(self._decode_line)
             if pool.stage == PREFILL:
@@ -395,6 +403,12 @@ class Dispatcher:
                 yield self._reject(
                     job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has been here for {absent:.0f} s")
                 )
+
+    def _patience(self, pool: Pool) -> float:
+        """Seconds for which jobs wait for a first worker of ``pool``."""
+        if self._absent_after is not None:
+            return self._absent_after
+        return max(MIN_ABSENT_AFTER, STARTUP_MARGIN * pool.longest_startup)
 
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)

@@ -20,11 +20,13 @@ class Pool:
 
     Attributes:
         index: what is known of all of them together; right after ``expire``.
+        longest_startup: seconds that the slowest of all workers that ever joined took to start; 0: not known.
     """
 
     def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None) -> None:
         self.stage = stage
         self.index = Index(policy or LeastLoad())
+        self.longest_startup = 0.0
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
@@ -59,6 +61,7 @@ class Pool:
         # What it said on its last stream is history: nothing new before it reports again.
         worker.info, worker.report = info, None
         self._workers[info.id] = worker
+        self.longest_startup = max(self.longest_startup, info.startup_seconds)
         self.index.refresh(worker)
         return worker
 
@@ -124,6 +127,11 @@ class Pool:
         self._refresh(worker)
 
     @property
+    def num_ready(self) -> int:
+        """Workers that are ready, right after ``expire``."""
+        return self.index.alive.holding(0)
+
+    @property
     def capacity_tokens(self) -> int | None:
         """Longest sequence that some staying worker could hold; None while none has said."""
         return max((int(capacity) for capacity in self.index.staying.known), default=None)
@@ -158,6 +166,12 @@ class Roster:
     def find(self, worker_id: str) -> Worker | None:
         """The joined worker of that id, of either stage."""
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
+
+    def lacking(self, now: float) -> list[common_pb2.Stage]:
+        """Stages without a worker that is ready now; while there is one, no request can be answered."""
+        for pool in (self.prefill, self.decode):
+            pool.expire(now)
+        return [pool.stage for pool in (self.prefill, self.decode) if not pool.num_ready]
 
     def workers(self) -> list[Worker]:
         """Every joined worker, ordered by stage and id."""

@@ -22,7 +22,10 @@ STALE_AFTER = 3.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says about itself when it joins; fixed for one incarnation."""
+    """What a worker says about itself when it joins; fixed for one incarnation.
+
+    ``startup_seconds`` is how long it took from the start of its process until it was ready; 0: not known.
+    """
 
     id: str
     incarnation: int
@@ -32,6 +35,7 @@ class WorkerInfo:
     identity: KvIdentity
     max_model_len: int
     vocab_size: int
+    startup_seconds: float = 0.0
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
@@ -44,6 +48,8 @@ class WorkerInfo:
             raise InvalidRequest("hello.stage", f"must be prefill or decode, got {hello.stage}")
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
+        if not 0 <= hello.startup_seconds < math.inf:
+            raise InvalidRequest("hello.startup_seconds", f"must be 0 or more, got {hello.startup_seconds}")
         return cls(
             id=hello.worker_id,
             incarnation=hello.incarnation,
@@ -58,6 +64,7 @@ class WorkerInfo:
             ),
             max_model_len=hello.max_model_len,
             vocab_size=hello.vocab_size,
+            startup_seconds=hello.startup_seconds,
         )
 
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+LOOK_SECONDS = 0.5
+"""Between two looks at the condition while somebody watches."""
+
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Not ready until told. The empty service name stands for the process.
+
+    Args:
+        condition: evaluated at every check; the process is ready only while it holds. None: it always holds.
 
     (The servicer that comes with ``grpcio-health-checking`` forgets the other watchers when one leaves, and
     its watchers hold a stopping server up for the whole grace period.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, condition: Callable[[], bool] | None = None) -> None:
         self._services = {""}
+        self._condition = condition
         self._ready = False
         self._closed = False
         self._changed = asyncio.Event()
@@ -51,7 +59,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 yield response
             if closed:
                 return
-            await changed.wait()
+            # A condition may change without an event: a worker that falls silent says nothing.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if self._condition is None else LOOK_SECONDS):
+                    await changed.wait()
 
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -61,4 +72,5 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         response = health_pb2.HealthCheckResponse
         if service not in self._services:
             return response(status=response.SERVICE_UNKNOWN)
-        return response(status=response.SERVING if self._ready and not self._closed else response.NOT_SERVING)
+        ready = self._ready and not self._closed and (self._condition is None or self._condition())
+        return response(status=response.SERVING if ready else response.NOT_SERVING)

@@ -71,7 +71,7 @@ class Membership:
         hello: what the worker says about itself; read when a stream opens.
         routers: ``host:port`` or ``unix:path`` of one router, or a name for several that is looked up again and
             again: ``dns:///name:port`` (with TLS, their certificates are for the name), or any other scheme that
-            ``RESOLVERS`` knows.
+            ``RESOLVERS`` knows. An address that a name lists no more is left once its stream has ended.
         report: what every router is told, its ``credits`` all that the worker takes; they are divided here.
         on_refused: called when every router has refused the worker for good.
         prefix_keys: whose changes each report carries; None: no prefix cache.
@@ -146,12 +146,17 @@ class Membership:
         task = self._tasks.pop(address)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        self._links.pop(address, None)
+        del self._links[address]
         self._membership_changed()
+        self._check_refusals()
 
     async def _follow(self, router: str, resolver: Resolver) -> None:
-        """Holds one link to each address that a name has at the moment."""
-        mine: set[str] = set()
+        """Adds a link to each address that a name lists, and removes those that have gone.
+
+        A link goes when a look-up finds that the name does not list it and that it is not joined. An open stream
+        proves that the router is there, whatever the look-up answered.
+        """
+        mine: set[str] = set()  # addresses that this name has added: another entry of the list may own others
         tls = self._tls
         if router.startswith("dns:") and tls is not None and tls.tls is not None and not tls.tls.name:
             # Certificates are for names: who knows a router's next address?
@@ -169,10 +174,11 @@ class Membership:
             new = found - self._links.keys()
             for address in new:
                 self._add(address, tls)
-            # Only what this name has added: another entry of the list may own the same address.
             for address in mine - found:
-                await self._remove(address)
-            mine = (mine & found) | new
+                if not self._links[address].joined:
+                    await self._remove(address)
+                    mine.discard(address)
+            mine |= new
             await asyncio.sleep(RESOLVE_INTERVAL if found else SEARCH_INTERVAL)
 
     async def _keep(self, link: _Link) -> None:
@@ -180,9 +186,14 @@ class Membership:
             await link.keep_open()
         except Incompatible as error:
             logger.error("router %s refused this worker: %s", link.address, error)
-            link.refused = True
-            if self._on_refused is not None and all(other.refused for other in self._links.values()):
-                self._on_refused(error)
+            link.refusal = error
+            self._check_refusals()
+
+    def _check_refusals(self) -> None:
+        """Calls ``on_refused`` when no router is left that could take the worker. Follows each refusal and removal."""
+        refusals = [link.refusal for link in self._links.values() if link.refusal is not None]
+        if self._on_refused is not None and refusals and len(refusals) == len(self._links):
+            self._on_refused(refusals[-1])
 
     def _report_for(self, link: _Link) -> registry_pb2.Report:
         report = registry_pb2.Report()
@@ -215,7 +226,7 @@ class _Link:
     ) -> None:
         self.address = address
         self.joined = False
-        self.refused = False
+        self.refusal: Incompatible | None = None
         self.changed = asyncio.Event()
         self._hello = hello
         self._report = report

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from overfill.rpc.tls import Reloaded
+from overfill.rpc.reload import Reloaded
 
 C = TypeVar("C")
 Metadata = Sequence[tuple[str, str | bytes]]

@@ -29,6 +29,7 @@ class RpcServer:
         max_concurrent_rpcs: more than these are refused with RESOURCE_EXHAUSTED; None means no limit.
         gate: who may call what; None: everybody what is in the table.
         interceptors: see every RPC; what they raise, or have a method raise, is mapped as usual.
+        condition: holds while the process, once it was set ready, can do its work; None: always.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class RpcServer:
         max_concurrent_rpcs: int | None = None,
         gate: Gate | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+        condition: Callable[[], bool] | None = None,
     ) -> None:
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._gate = gate
         self._interceptors = tuple(interceptors)
-        self._health = Health()
+        self._health = Health(condition)
         self._servicers: list[tuple[_AddServicer, Any, str]] = []
         self._server: grpc.aio.Server | None = None
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health, _HEALTH)
@@ -100,7 +102,7 @@ class RpcServer:
         return self._tls is not None and self._tls.client_ca is not None
 
     def set_ready(self, ready: bool) -> None:
-        """What health checks answer from now on, for the process ("") and for every service."""
+        """What health checks answer from now on while ``condition`` holds, for the process ("") and every service."""
         self._health.set_ready(ready)
 
     async def stop(self, grace: float | None = None) -> None:

@@ -2,73 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import ssl
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import grpc
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+from overfill.rpc.reload import Reloaded
 
-RELOAD_SECONDS = 1.0
-"""Between looks at the files."""
+_CERTIFICATES = "the TLS certificates"
+"""How log messages name what is read again."""
 
 
 class TlsError(ValueError):
     """TLS is configured wrongly: a file is missing or unreadable, or half of a pair is absent."""
-
-
-class Reloaded(Generic[T]):
-    """What ``read`` makes of ``files``, made again when they have changed. From any thread.
-
-    Files that are damaged, or half replaced, leave the value before in force.
-
-    Raises:
-        TlsError: the files cannot be read at first.
-    """
-
-    def __init__(self, files: Iterable[Path | None], read: Callable[[], T]) -> None:
-        self._files = [file for file in files if file is not None]
-        self._read = read
-        self._lock = threading.Lock()
-        self._version = self._stat()
-        self._value = read()
-        self._looked = time.monotonic()
-        self._told = ""
-
-    @property
-    def value(self) -> T:
-        """As the files are now, or were a second ago."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._looked >= RELOAD_SECONDS:
-                self._looked = now
-                self._look()
-            return self._value
-
-    def _look(self) -> None:
-        version = self._stat()
-        if version == self._version:
-            return
-        try:
-            self._value = self._read()
-            # Of before the reading: what was replaced meanwhile is read once more.
-            self._version, self._told = version, ""
-            log.info("read the certificate again: %s has changed", ", ".join(map(str, self._files)))
-        except TlsError as error:
-            if self._told != (told := str(error)):
-                self._told = told
-                log.warning("%s; the certificate read before stays in force", told)
-
-    def _stat(self) -> list[tuple[int, int, int] | None]:
-        return [_version(file) for file in self._files]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +56,7 @@ class ClientTls:
 
     def reloaded(self) -> Reloaded[grpc.ChannelCredentials]:
         """The credentials, other ones whenever the files have changed. Raises TlsError."""
-        return Reloaded((self.ca, self.cert, self.key), self.credentials)
+        return Reloaded((self.ca, self.cert, self.key), self.credentials, TlsError, _CERTIFICATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +91,7 @@ class ServerTls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """For a gRPC server; every handshake takes the files as they are. Raises TlsError naming the one at fault."""
-        source = Reloaded((self.cert, self.key, self.client_ca), self._configuration)
+        source = Reloaded((self.cert, self.key, self.client_ca), self._configuration, TlsError, _CERTIFICATES)
         first = source.value
 
         def changed() -> Any:
@@ -172,7 +121,7 @@ class ServerTls:
                 raise TlsError(f"cannot read {self.cert}, {self.key} or {self.client_ca}: {error}") from error
             return context
 
-        return Reloaded((self.cert, self.key, self.client_ca), read)
+        return Reloaded((self.cert, self.key, self.client_ca), read, TlsError, _CERTIFICATES)
 
     def _configuration(self) -> Any:
         _check_pair(self.cert, self.key, "server")
@@ -206,11 +155,3 @@ def _read(path: Path, what: str) -> bytes:
     if b"-----BEGIN" not in data:
         raise TlsError(f"the TLS {what} {path} is not a PEM file")
     return data
-
-
-def _version(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from overfill import startup
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
 from overfill.rpc.addresses import split_address
 from overfill.rpc.interceptors import Context
@@ -59,7 +60,7 @@ class WorkerHost:
 
     Args:
         server: with the worker's own service added, not started.
-        hello: complete but for ``address``, ``data_address``.
+        hello: complete but for ``address``, ``data_address`` and ``startup_seconds``.
         advertise: host, or host:port, that others reach this one at; empty is what it listens on.
     """
 
@@ -122,6 +123,7 @@ class WorkerHost:
                 loop.add_signal_handler(number, self.drain)
         bound = await self._server.start(address)
         self._hello.address = self._hello.data_address = announced(bound, self._advertise)
+        self._hello.startup_seconds = startup.seconds()
         self._membership = Membership(
             self._hello,
             self._routers,

@@ -16,7 +16,7 @@ class JoinRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "stage", "address", "data_address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address")
+    __slots__ = ("worker_id", "incarnation", "stage", "address", "data_address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class Hello(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STARTUP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     stage: _common_pb2.Stage
@@ -43,7 +44,8 @@ class Hello(_message.Message):
     vocab_size: int
     pid: int
     metrics_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    startup_seconds: float
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers")

@@ -91,7 +91,7 @@ class Replica:
             if not self._service.draining or asyncio.get_running_loop().time() - self._ended_at >= self.stays:
                 raise RuntimeError("the service has ended")
         elif not self._service.draining:
-            await check_serving(self._service.address, self._tls)
+            await check_alive(self._service.address, self._tls)
 
     async def drain(self) -> None:
         """Drains the service and waits for its end. What still runs after the grace period goes on elsewhere."""
@@ -185,7 +185,7 @@ async def _listening_router(spec: StackSpec) -> Router:
     # A predecessor that drains has its port until its last request is finished.
     deadline = loop.time() + spec.grace_period + DRAIN_MARGIN
     for attempt in itertools.count():
-        router = Router(spec.router_config(attempt % len(spec.router.ports)))
+        router = Router(spec.router_config(attempt % len(spec.router.ports)), scaled=True)
         try:
             await router.start()
             break
@@ -197,16 +197,16 @@ async def _listening_router(spec: StackSpec) -> Router:
     return router
 
 
-async def check_serving(address: str, tls: ClientTls | None) -> None:
-    """Raises unless the process at ``address`` says that it serves."""
+async def check_alive(address: str, tls: ClientTls | None) -> None:
+    """Raises unless the process at ``address`` answers. Whether it is ready is not asked: a router without workers is
+    not, and another router would have none either.
+    """
     channel = open_channel(address, tls)
     try:
         stub = health_pb2_grpc.HealthStub(channel)
-        answer = await outcome(stub.Check(health_pb2.HealthCheckRequest()), address)
+        await outcome(stub.Check(health_pb2.HealthCheckRequest()), address)
     finally:
         await channel.close(None)
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise Unavailable(f"{address} does not serve")
 
 
 async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.pool import Roster
@@ -25,6 +26,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Answers for the router.
 
     Args:
+        expected: how many workers of each stage make the stack complete.
         process: the router's own status.
         drain: drains the router.
         activity: what the router does.
@@ -50,25 +52,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._http_address = http_address
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
-        return admin_pb2.StatusResponse(
-            process=self._process(),
-            # Channels are looked up before the first wait: a worker may leave while others are being asked.
-            workers=await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()]),
-            complete=self._expected.complete,
-            http_address=self._http_address(),
-            activity=self._activity(),
-        )
+        # Channels are looked up before the first wait: a worker may leave while others are being asked.
+        workers = await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()])
+        return self._response(workers)
 
     def known(self) -> admin_pb2.StatusResponse:
         """The same as the router knows it from reports, asking nobody; a worker that is silent has no process."""
         now = asyncio.get_running_loop().time()
-        return admin_pb2.StatusResponse(
-            process=self._process(),
-            workers=[_reported(worker, now) for worker in self._roster.workers()],
-            complete=self._expected.complete,
-            http_address=self._http_address(),
-            activity=self._activity(),
-        )
+        return self._response([_reported(worker, now) for worker in self._roster.workers()])
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         if not request.worker_id:
@@ -81,6 +72,21 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         drained = self._stub(worker).Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT)
         await outcome(drained, f"worker {worker.id}")
         return admin_pb2.DrainResponse()
+
+    def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
+        ready = Counter(w.stage for w in workers if w.process.ready and not w.process.draining)
+        missing = [
+            admin_pb2.WorkerStatus(stage=stage)
+            for stage, expected in self._expected.items()
+            for _ in range(expected - ready[stage])
+        ]
+        return admin_pb2.StatusResponse(
+            process=self._process(),
+            workers=[*workers, *missing],
+            complete=not missing,
+            http_address=self._http_address(),
+            activity=self._activity(),
+        )
 
     def _stub(self, worker: Worker) -> admin_pb2_grpc.AdminStub:
         return admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))

@@ -59,6 +59,7 @@ class Router:
 
     Args:
         config: checked already.
+        scaled: whether something else, such as Ray, decides how many workers there are.
 
     Attributes:
         roster, dispatcher: who is there, and what runs.
@@ -70,7 +71,7 @@ class Router:
         BadKeyFile: the API keys cannot be read.
     """
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, *, scaled: bool = False) -> None:
         self._config = config
         pair = Pair.load(resolve_pair(config.pair, log_steps(logger)))
         tokenizer = Tokenizer.load(pair.full_path)
@@ -94,11 +95,12 @@ class Router:
             prefill_policy=POLICIES[config.prefill_policy](seed),
             max_queue=config.max_queue,
             max_wait=config.max_wait,
+            absent_after=config.absent_after,
         )
         self.signals = Signals(self.roster, self.dispatcher)
         self._advice = Advice(self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective))
         gate = Gate(self.dispatcher)
-        expected = Expected(config.expect_prefill, config.expect_decode)
+        expected = Expected(config.expect_prefill, config.expect_decode, scaled=scaled)
         self._metrics = RouterMetrics()
         self._metrics.watch(
             lambda: self.dispatcher.num_waiting,
@@ -124,7 +126,9 @@ class Router:
         self._metrics_gate = config.metrics_gate(keys)
         self._http_api: HttpApi | None = None
         self._http = None if config.http is None else self._http_server(access)
-        self._server = RpcServer(config.server_tls(), config.max_connections, gate=access)
+        self._server = RpcServer(
+            config.server_tls(), config.max_connections, gate=access, condition=lambda: not self._unready()
+        )
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
             InferenceServicer(self._generator),
@@ -243,7 +247,7 @@ class Router:
             self._generator,
             access,
             self._config.max_request_bytes,
-            lambda: not self._stopping.is_set(),
+            self._unready,
             lambda: self._admin.known(),
             local=is_loopback(self._config.host),
         )
@@ -265,20 +269,27 @@ class Router:
         own = {"targets": [self._exporter.address], "labels": {"stage": "router", "worker": self._id}}
         return [own, *self._registry.targets()]
 
+    def _unready(self) -> str:
+        """Why no request could be answered now; empty when one could."""
+        if self.draining:
+            return "the router is draining"
+        lacking = self.roster.lacking(asyncio.get_running_loop().time())
+        stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in lacking)
+        return f"{stages} is ready" if lacking else ""
+
     def _activity(self) -> admin_pb2.Activity:
         waiting = self.dispatcher.num_waiting
         now = asyncio.get_running_loop().time()
         return self._generator.recent.activity(self.dispatcher.num_jobs - waiting, waiting, now)
 
     def _status(self) -> admin_pb2.ProcessStatus:
-        draining = self._stopping.is_set()
         return admin_pb2.ProcessStatus(
             id=self._id,
             stage=common_pb2.STAGE_ROUTER,
             pid=os.getpid(),
             address=self._address,
-            ready=not draining,
-            draining=draining,
+            ready=not self._unready(),
+            draining=self.draining,
             software_version=__version__,
             incarnation=self._incarnation,
             metrics_address="" if self._exporter is None else self._exporter.address,

@@ -411,7 +411,7 @@ def _name(caller: ApiKey | None) -> str:
 
 
 def _limits(caller: ApiKey) -> Limits:
-    return Limits(caller.rate, caller.concurrency)
+    return Limits(caller.rate, caller.concurrency, caller.name)
 
 
 def _priority(asked: int, caller: ApiKey | None) -> int:

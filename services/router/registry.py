@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from overfill import __version__
@@ -26,21 +26,27 @@ DEMAND_GAP = 0.05
 
 
 class Expected:
-    """Whether every worker that a stack was started with has been ready at least once. Never unsays it."""
+    """How many ready workers of each stage make the stack complete: as many as it was started with, and one at least.
 
-    def __init__(self, prefill: int, decode: int) -> None:
-        self._counts = {PREFILL: prefill, DECODE: decode}
-        self._seen: dict[common_pb2.Stage, set[str]] = {PREFILL: set(), DECODE: set()}
-        self.complete = False
-        self._update()
+    Args:
+        scaled: whether something else, such as Ray, decides how many workers there are. It drains those that it takes
+            away, so a drained worker is then not expected any more, until there are as many as before again.
+    """
 
-    def ready(self, info: WorkerInfo) -> None:
-        if not self.complete:
-            self._seen[info.stage].add(info.id)
-            self._update()
+    def __init__(self, prefill: int, decode: int, *, scaled: bool = False) -> None:
+        self._started = {PREFILL: max(1, prefill), DECODE: max(1, decode)}
+        self._now = dict(self._started)
+        self._scaled = scaled
 
-    def _update(self) -> None:
-        self.complete = all(len(self._seen[stage]) >= count for stage, count in self._counts.items())
+    def items(self) -> Iterable[tuple[common_pb2.Stage, int]]:
+        """Each stage with its number."""
+        return self._now.items()
+
+    def reported(self, stage: common_pb2.Stage, ready: int, *, drained: bool) -> None:
+        """A worker has reported, after which so many are ready. ``drained``: the first report that it drains."""
+        if self._scaled:
+            expected = self._now[stage] - (drained and ready < self._now[stage])
+            self._now[stage] = max(1, expected, min(ready, self._started[stage]))
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
@@ -105,11 +111,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                     raise InvalidRequest("report", "must be all that follows the first message")
                 if not self._current(info, context):
                     return  # it has joined again meanwhile
+                drained = worker.staying and message.report.draining
                 self._gate.report(worker, message.report)
+                self._expected.reported(info.stage, self._roster.pool(info.stage).num_ready, drained=drained)
                 if telling is None and message.report.routers > 1:
                     telling = asyncio.create_task(self._tell_demand(worker, context))
-                if message.report.ready:
-                    self._expected.ready(info)
         finally:
             if telling is not None:
                 telling.cancel()

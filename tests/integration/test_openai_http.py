@@ -153,6 +153,7 @@ def test_the_other_routes(stack, model):
     assert json.loads(shorter)["count"] < json.loads(body)["count"]
     assert (status, json.loads(body)["count"]) == (200, 13)
     assert json.loads(get(f"{stack.url}/health")[2]) == {"status": "ok"}
+    assert json.loads(get(f"{stack.url}/status")[2])["serving"] is True
     assert json.loads(get(f"{stack.url}/version")[2])["wire_version"] == 1
     metrics = get(f"{stack.url}/metrics")[2].decode()
     assert 'overfill_router_http_requests_total{route="/v1/chat/completions",status="200"}' in metrics
@@ -330,7 +331,9 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
         for n, prompts in ((3, ["x"]), (1, ["x", "y", "z"])):
             body = json.dumps({"model": stack.router._generator.model, "prompt": prompts, "n": n, "max_tokens": 2})
             status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
-            assert (status, json.loads(answer)["error"]["param"]) == (400, "n")
+            error = json.loads(answer)["error"]
+            assert (status, error["param"]) == (400, "n")
+            assert "API key 'ci'" in error["message"], "the key by its name, not by a hash"
         body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "n": 2, "max_tokens": 2})
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
@@ -347,10 +350,10 @@ def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
     with mock_stack(tiny_pair, prefill=0, decode=0, tls_cert=cert, tls_key=key) as stack:
         url = stack.url.replace("http:", "https:")
         context = ssl.create_default_context(cafile=cert)
-        with urllib.request.urlopen(f"{url}/health", context=context) as response:
+        with urllib.request.urlopen(f"{url}/version", context=context) as response:
             assert response.status == 200
         with pytest.raises(OSError, match=r"."):
-            urllib.request.urlopen(f"{stack.url}/health")
+            urllib.request.urlopen(f"{stack.url}/version")
 
 
 def test_events_are_not_held_back_for_acknowledgements(stack):

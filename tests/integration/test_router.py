@@ -120,7 +120,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
     async def Status(self, request, context):
         if self.silent:
             await asyncio.Event().wait()
-        process = admin_pb2.ProcessStatus(id=self.hello.worker_id, pid=42, load=self.load)
+        process = admin_pb2.ProcessStatus(id=self.hello.worker_id, pid=42, ready=True, load=self.load)
         return admin_pb2.StatusResponse(process=process)
 
     async def Drain(self, request, context):
@@ -483,17 +483,46 @@ async def test_status_asks_the_workers_and_shows_a_silent_one(stack, client):
     assert status.process.address == stack.address
 
 
-async def test_a_stack_is_complete_once_all_were_ready_and_stays_so(tiny_pair):
-    async with running(tiny_pair, expect_prefill=1, expect_decode=1) as stack, AsyncClient(stack.address) as client:
+async def test_status_counts_the_workers_that_are_ready_now(tiny_pair):
+    async with running(tiny_pair, expect_prefill=1, expect_decode=2) as stack, AsyncClient(stack.address) as client:
+
+        async def look():
+            status = await client.status()
+            pools = [(pool.ready, pool.expected) for pool in (status.pools["prefill"], status.pools["decode"])]
+            return pools, status.serving, status.complete
+
+        assert await look() == ([(0, 1), (0, 2)], False, False)
         prefill = await stack.add("p0", common_pb2.STAGE_PREFILL)
         await stack.joined("p0")
-        assert not (await client.status()).complete
+        assert await look() == ([(1, 1), (0, 2)], False, False)
         await stack.add("d0")
+        second = await stack.add("d1")
+        await stack.joined("p0", "d0", "d1")
+        assert await look() == ([(1, 1), (2, 2)], True, True)
+        third = await stack.add("d2")
+        await stack.joined("p0", "d0", "d1", "d2")
+        assert await look() == ([(1, 1), (3, 3)], True, True), "more than it was started with are no less complete"
+        await third.kill()
+        await second.kill()
         await stack.joined("p0", "d0")
-        assert (await client.status()).complete
+        assert await look() == ([(1, 1), (1, 2)], True, False)
+        prefill.silent = True
+        assert await look() == ([(0, 1), (1, 2)], False, False)
+        prefill.silent = False
         await prefill.kill()
         await stack.joined("d0")
-        assert (await client.status()).complete
+        assert await look() == ([(0, 1), (1, 2)], False, False)
+        assert [worker.id for worker in (await client.status()).workers] == ["d0"]
+        await stack.add("p1", common_pb2.STAGE_PREFILL)
+        await stack.add("d3")
+        await stack.joined("p1", "d0", "d3")
+        assert await look() == ([(1, 1), (2, 2)], True, True)
+
+
+async def test_a_router_that_expects_nothing_is_complete_with_a_worker_of_each_stage(tiny_pair):
+    async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
+        status = await client.status()
+        assert (status.serving, status.complete, status.pools["prefill"].expected) == (False, False, 1)
 
 
 async def test_models_are_listed(stack, client, tiny_pair):

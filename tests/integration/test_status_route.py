@@ -58,4 +58,10 @@ def test_a_worker_that_does_not_report_is_silent(tiny_pair):
             return stack.router._admin.known()
 
         known = stack.call(look_after_silence())
-        assert [w.HasField("process") for w in known.workers] == [True, False]
+        told = [(worker.id, worker.HasField("process")) for worker in known.workers]
+        assert told == [("prefill-0", True), ("decode-0", False), ("", False)], "and one decode worker is missing"
+
+
+def test_workers_say_how_long_they_took_to_start(tiny_pair):
+    with mock_stack(tiny_pair) as stack:
+        assert all(worker.info.startup_seconds > 0 for worker in stack.router.roster.workers())

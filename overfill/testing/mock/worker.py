@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from overfill import startup
 from overfill.config import WorkerConfig
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
@@ -89,6 +90,7 @@ class MockWorker:
         self._server.add(admin_pb2_grpc.add_AdminServicer_to_server, _Admin(self), "overfill.v1.Admin")
         bound = await self._server.start(f"{self.config.host}:{self.config.port}")
         self.hello.address = self.hello.data_address = announced(bound, self.config.advertise)
+        self.hello.startup_seconds = startup.seconds()
         self._membership = Membership(
             self.hello, self.config.routers, self._report, tls=self.config.credentials(), on_refused=self._on_refused
         )

@@ -48,7 +48,7 @@ class HttpApi:
     Args:
         gate: who may come in.
         max_body: most bytes of a request's body.
-        ready: whether requests can be served.
+        unready: why no request could be answered now; empty when one could.
         status: the router and its workers, as the router knows them.
         local: whether only this machine can reach it.
     """
@@ -58,14 +58,14 @@ class HttpApi:
         generator: Generator,
         gate: Gate,
         max_body: int,
-        ready: Callable[[], bool],
+        unready: Callable[[], str],
         status: Callable[[], admin_pb2.StatusResponse],
         *,
         local: bool = True,
     ) -> None:
         self._generator = generator
         self._max_body = max_body
-        self._ready = ready
+        self._unready = unready
         self._status = status
         self._started = int(time.time())
         pair = generator.pair
@@ -146,8 +146,9 @@ class HttpApi:
         return _json({"prompt": await self._generator.detokenize(wire.detokenize(body))})
 
     async def _health(self, request: Request) -> Response:
-        ready = self._ready()
-        return _json({"status": "ok" if ready else "unavailable"}, status=200 if ready else 503)
+        if reason := self._unready():
+            return _json({"status": "unavailable", "reason": reason}, status=503)
+        return _json({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._generator.metrics.render(), media_type=CONTENT_TYPE)

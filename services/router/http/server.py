@@ -18,7 +18,8 @@ from overfill.api.openai.errors import ApiError, too_many_connections
 from overfill.errors import Unavailable
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.tls import Reloaded, ServerTls, TlsError, names_of
+from overfill.rpc.reload import Reloaded
+from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 HEAD_TIMEOUT = 10.0
 """Seconds for the head of a request to arrive, from the connection or the first byte on."""

@@ -1,14 +1,18 @@
 """API keys: what the file holds, who is let in, what a damaged file does."""
 
+import errno
 import json
 import stat
+from pathlib import Path
 
 import pytest
 
 from overfill.api import keys
 from overfill.api.keys import BadKeyFile, KeyRing
+from overfill.cli import keys as cli_keys
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
+from overfill.rpc import reload
 from overfill.rpc.access import Scope, bearer
 
 
@@ -31,7 +35,7 @@ def test_a_key_is_known_by_its_hash_only(file):
 
 
 def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
-    monkeypatch.setattr(keys, "_RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
     key = keys.create(file, "ci")
     ring = KeyRing(file)
     later = keys.create(file, "later")
@@ -42,6 +46,23 @@ def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
     assert ring.find(later).name == "later", "the last good version stays in force"
     file.unlink()
     assert ring.find(later).name == "later"
+
+
+def test_a_revoked_key_dies_although_the_first_read_of_the_new_file_fails(file, monkeypatch):
+    monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
+    key = keys.create(file, "ci")
+    ring = KeyRing(file)
+    keys.revoke(file, "ci")
+    failures, read_bytes = [OSError(errno.EIO, "Input/output error")], Path.read_bytes
+
+    def failing_once(path):
+        if failures:
+            raise failures.pop()
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing_once)
+    assert ring.find(key) is not None, "the last good version stays in force"
+    assert ring.find(key) is None
 
 
 def test_names_are_checked_and_taken_once(file):
@@ -89,6 +110,31 @@ def test_the_command_line(file, capsys):
     assert main(["keys", "revoke", "ci", "--file", str(file)]) == 0
     assert KeyRing(file).find(key) is None
     assert main(["keys", "list", "--file", str(file) + "x"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scopes"),
+    [
+        ([], ["infer", "status"]),
+        (["--scope", "metrics,admin"], ["admin", "metrics"]),
+        (["--scope", "infer, metrics", "--scope", "admin"], ["admin", "infer", "metrics"]),
+    ],
+)
+def test_scopes_are_given_with_commas_or_one_by_one(file, arguments, scopes):
+    assert main(["keys", "create", "ci", "--file", str(file), *arguments]) == 0
+    assert sorted(keys.load(file)[0].scopes) == scopes
+
+
+@pytest.mark.parametrize(("given", "wrong"), [("infer,root", "'root'"), ("infer,", "''"), ("Infer", "'Infer'")])
+def test_a_wrong_scope_is_named_with_those_there_are(file, capsys, given, wrong):
+    assert main(["keys", "create", "ci", "--file", str(file), "--scope", given]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"'--scope': there is no scope {wrong}; give some of infer, status, metrics, admin" in error
+    assert not file.exists()
+
+
+def test_the_command_line_knows_every_scope():
+    assert list(cli_keys._SCOPES) == list(Scope)
 
 
 def test_limits_of_a_key_are_kept_and_checked(tmp_path):

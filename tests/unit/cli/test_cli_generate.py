@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from overfill.cli.main import main
-from overfill.client import Message, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
+from overfill.client import Message, PoolStatus, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
 from overfill.errors import InvalidRequest
 
 
@@ -167,7 +167,8 @@ def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatu
     )  # fmt: skip
 
 
-def stack(complete: bool) -> StackStatus:
+def stack(prefill: int = 1, decode: int = 1) -> StackStatus:
+    """With so many ready workers of each stage; it was started with one prefill and two decode workers."""
     load = WorkerLoad(
         kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0,
         prefix_tokens_looked_up=200, prefix_tokens_found=50,
@@ -178,13 +179,14 @@ def stack(complete: bool) -> StackStatus:
             WorkerStatus("prefill-0", "prefill", "127.0.0.1:2", process("prefill-0", "prefill", load)),
             WorkerStatus("decode-0", "decode", "127.0.0.1:3", None),
         ),
-        complete=complete,
+        complete=(prefill, decode) == (1, 2),
         http_address=None,
+        pools={"prefill": PoolStatus(prefill, 1), "decode": PoolStatus(decode, 2)},
     )
 
 
 def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_client.stack = stack(complete=True)
+    fake_client.stack = stack()
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
@@ -192,6 +194,9 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
         "grpc": "127.0.0.1:1",
         "openai_url": None,
         "metrics_address": "127.0.0.1:9600",
+        "serving": True,
+        "complete": False,
+        "pools": {"prefill": {"ready": 1, "expected": 1}, "decode": {"ready": 1, "expected": 2}},
         "workers": [
             {
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
@@ -205,19 +210,41 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
 
 
 def test_status_prints_a_line_per_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_client.stack = stack(complete=True)
+    fake_client.stack = stack()
     assert main(["status"]) == 0
     out = capsys.readouterr().out
     assert "silent" in next(line for line in out.splitlines() if "decode-0" in line)
     assert "ready" in next(line for line in out.splitlines() if "prefill-0" in line)
 
 
-def test_status_is_1_until_the_stack_is_complete(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_client.stack = stack(complete=False)
-    assert main(["status", "--json"]) == 1
+@pytest.mark.parametrize(
+    ("prefill", "decode", "code", "state"),
+    [
+        (1, 2, 0, "complete"),
+        (1, 1, 0, "ready: 1 of 2 decode"),
+        (0, 2, 1, "no request can be answered: 0 of 1 prefill"),
+        (0, 1, 1, "no request can be answered: 0 of 1 prefill, 1 of 2 decode"),
+        (1, 0, 1, "no request can be answered: 0 of 2 decode"),
+    ],
+)
+def test_status_is_1_while_no_request_could_be_answered(
+    fake_client: Any, capsys: pytest.CaptureFixture[str], prefill: int, decode: int, code: int, state: str
+) -> None:
+    fake_client.stack = stack(prefill, decode)
+    assert main(["status"]) == code
     captured = capsys.readouterr()
-    assert len(json.loads(captured.out)["workers"]) == 2
-    assert "starting" in captured.err
+    assert captured.out.splitlines()[0].startswith(f"127.0.0.1:1: {state};")
+    assert captured.err == ("" if code == 0 else f"overfill: {state}\n")
+    assert main(["status", "--json"]) == code
+    told = json.loads(capsys.readouterr().out)
+    assert (told["serving"], told["complete"]) == (code == 0, state == "complete")
+
+
+def test_status_says_its_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--help"]) == 0
+    help = capsys.readouterr().out
+    assert "  0  a request could be answered now" in help
+    assert "  1  no request could be answered now" in help
 
 
 def test_status_is_1_when_nobody_answers(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,8 +79,10 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
             workers=[
                 admin_pb2.WorkerStatus(id="d0", stage=common_pb2.STAGE_DECODE, address="a", process=process),
                 admin_pb2.WorkerStatus(id="d1", stage=common_pb2.STAGE_DECODE, address="b"),
+                admin_pb2.WorkerStatus(stage=common_pb2.STAGE_PREFILL),
+                admin_pb2.WorkerStatus(stage=common_pb2.STAGE_DECODE),
+                admin_pb2.WorkerStatus(stage=common_pb2.STAGE_DECODE),
             ],
-            complete=True,
         )
 
 

@@ -317,7 +317,10 @@ def test_models_and_status(sdk: Sdk, router: Any) -> None:
     assert (model.name, model.max_model_len, model.dtype) == ("tiny", 64, "float32")
     status = sdk.run(router.address, "status")
     assert (status.process.stage, status.process.load, status.process.codec) == ("router", None, None)
-    assert (status.complete, status.http_address) == (True, None)
+    assert (status.serving, status.complete, status.http_address) == (False, False, None)
+    assert {stage: (pool.ready, pool.expected) for stage, pool in status.pools.items()} == {
+        "prefill": (0, 1), "decode": (1, 3),
+    }  # fmt: skip
     answering, silent = status.workers
     assert (answering.id, answering.stage, silent.process) == ("d0", "decode", None)
     assert answering.process.load.kv_blocks_total == 8

@@ -51,6 +51,16 @@ def test_answers_that_come_together_are_taken_together_or_not_at_all():
         limits = KeyLimits()
 
 
+@pytest.mark.parametrize("limit", [Limits(concurrency=1, name="ci"), Limits(rate=1.0, name="ci")])
+def test_an_error_names_the_key_and_not_its_hash(limit):
+    limits = KeyLimits()
+    limits.enter("27fb1a0cd3f7a2b1", limit, 0.0)
+    for count, error in ((1, Overloaded), (2, InvalidRequest)):
+        with pytest.raises(error, match="API key 'ci'") as caught:
+            limits.check("27fb1a0cd3f7a2b1", limit, 0.0, count)
+        assert "27fb1a0cd3f7a2b1" not in str(caught.value)
+
+
 def test_nothing_is_known_of_a_queue_that_has_hardly_moved():
     rate = DrainRate()
     assert rate.wait(0) == 0.0

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -261,6 +262,41 @@ def test_requests_are_rejected_when_a_stage_stays_empty(roster, dispatcher, add_
     assert isinstance(rejection.error, Unavailable)
     assert "prefill" in str(rejection.error)
     assert dispatcher.num_jobs == 0
+
+
+@pytest.mark.parametrize(
+    ("startups", "absent_after", "patience"),
+    [
+        ((), None, 10.0),
+        ((2.0,), None, 10.0),
+        ((60.0,), None, 120.0),
+        ((5.0, 60.0, 40.0), None, 120.0),
+        ((60.0,), 3.0, 3.0),
+        ((2.0,), 300.0, 300.0),
+    ],
+)
+def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
+    roster, add_worker, make_info, startups, absent_after, patience
+):
+    dispatcher = Dispatcher(roster, LeastLoad(), absent_after=absent_after)
+    add_worker(roster, "p0", PREFILL)
+    for seconds in startups:
+        roster.decode.leave(roster.join(replace(make_info("d0"), startup_seconds=seconds)))
+    dispatcher.submit(job("a"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    assert dispatcher.poll(patience - 0.1) == []
+    [rejection] = dispatcher.poll(patience)
+    assert str(rejection.error) == f"no decode worker has been here for {patience:.0f} s"
+
+
+def test_how_long_one_stage_takes_to_start_says_nothing_of_the_other(roster, add_worker, make_info):
+    dispatcher = Dispatcher(roster, LeastLoad())
+    add_worker(roster, "d0")
+    roster.join(replace(make_info("d1"), startup_seconds=60.0))
+    dispatcher.submit(job("a"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    [rejection] = dispatcher.poll(10.0)
+    assert "prefill" in str(rejection.error)
 
 
 def test_a_worker_that_is_still_warming_up_is_waited_for(roster, dispatcher, add_worker):

@@ -47,6 +47,27 @@ def test_a_worker_that_stopped_reporting_takes_nothing_new(make_info, make_repor
     assert not worker.admissible(STALE_AFTER + 0.1)
 
 
+def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_report):
+    roster = Roster()
+    assert roster.lacking(0.0) == [PREFILL, DECODE]
+    prefill = roster.join(make_info("p0", PREFILL))
+    decode = [roster.join(make_info(name)) for name in ("d0", "d1")]
+    assert roster.lacking(0.0) == [PREFILL, DECODE], "none has reported"
+    roster.prefill.report(prefill, make_report(ready=False), 0.0)
+    for worker in decode:
+        roster.decode.report(worker, make_report(credits=0), 0.0)
+    assert roster.lacking(0.0) == [PREFILL], "a full worker is ready, one that is loading is not"
+    roster.prefill.report(prefill, make_report(), 1.0)
+    assert roster.lacking(1.0) == []
+    roster.decode.leave(decode[0])
+    assert roster.lacking(1.0) == []
+    roster.decode.report(decode[1], make_report(draining=True), 1.0)
+    assert roster.lacking(1.0) == [DECODE]
+    roster.decode.report(decode[1], make_report(), 2.0)
+    assert roster.lacking(1.0 + STALE_AFTER) == []
+    assert roster.lacking(1.1 + STALE_AFTER) == [PREFILL], "silence is enough, without any event"
+
+
 def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, make_report):
     pool = Pool(DECODE)
     old = pool.join(make_info("d0", incarnation=1))
@@ -175,10 +196,12 @@ def test_hello_becomes_what_it_says():
         model=common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb"),
         kv=kv.to_proto(),
         max_model_len=100,
+        startup_seconds=2.5,
     )
     info = WorkerInfo.from_hello(hello)
     assert (info.id, info.incarnation, info.address, info.data_address) == ("p0", 7, "h:1", "h:1")
     assert info.identity.kv == kv
+    assert info.startup_seconds == 2.5
 
 
 @pytest.mark.parametrize(
@@ -188,6 +211,8 @@ def test_hello_becomes_what_it_says():
         ({"address": ""}, "hello.address"),
         ({"stage": common_pb2.STAGE_ROUTER}, "hello.stage"),
         ({"kv": common_pb2.KvSpec()}, "hello.kv.dtype"),
+        ({"startup_seconds": -1.0}, "hello.startup_seconds"),
+        ({"startup_seconds": float("nan")}, "hello.startup_seconds"),
     ],
 )
 def test_a_hello_that_describes_no_worker_names_the_field(change, field):

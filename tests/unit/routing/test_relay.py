@@ -525,6 +525,15 @@ async def test_a_stage_without_workers_ends_the_wait(stack):
             await relay.next()
 
 
+async def test_the_deadline_ends_a_wait_for_a_stage_without_workers(stack):
+    stack.dispatcher._absent_after = 3600.0
+    stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
+    stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
+    async with stack.request(timeout=0.01) as relay:
+        with pytest.raises(DeadlineExceeded):
+            await relay.next()
+
+
 async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
     async with stack.request() as relay:
         first = await stack.stream()

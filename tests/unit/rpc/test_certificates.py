@@ -19,11 +19,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from overfill import certificates
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
-from overfill.rpc import tls as tls_module
+from overfill.rpc import reload as reload_module
 from overfill.rpc.access import ROUTER_RPCS, WORKER_RPCS, Gate, Role, role_uri, roles_of
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.server import RpcServer
-from overfill.rpc.tls import ClientTls, Reloaded, ServerTls, TlsError
+from overfill.rpc.tls import ClientTls, ServerTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 Outcome = grpc.StatusCode | str
@@ -225,7 +225,7 @@ def test_the_command_makes_them_and_keeps_its_authorities(tmp_path: Path, capsys
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls_module, "RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(reload_module, "RELOAD_SECONDS", 0.0)
 
 
 async def test_certificates_are_replaced_under_running_servers_and_channels(tmp_path: Path, at_once: None) -> None:
@@ -303,25 +303,6 @@ def test_threads_follow_too(tmp_path: Path, at_once: None) -> None:
         await task
 
     asyncio.run(run())
-
-
-def test_what_was_read_stays_while_files_are_damaged(tmp_path: Path, at_once: None) -> None:
-    file = tmp_path / "x"
-    file.write_text("1")
-
-    def read() -> str:
-        if not file.exists() or file.read_text() == "bad":
-            raise TlsError("bad")
-        return file.read_text()
-
-    reloaded = Reloaded([file, None], read)
-    assert reloaded.value == "1"
-    file.write_text("bad")
-    assert reloaded.value == "1"
-    file.unlink()
-    assert reloaded.value == "1"
-    file.write_text("23")
-    assert reloaded.value == "23"
 
 
 async def _serial(address: str, folder: Path) -> int:

@@ -224,7 +224,85 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
             await second.report_with(6)
             assert worker.num_joined == 2
             found.discard(one)
+            first.errors += [Unavailable("leaving")] * 1000
+            first.outbox.put_nowait(None)
             await second.report_with(12)
+
+
+class Name:
+    """A name of routers; ``addresses`` is what it lists."""
+
+    def __init__(self, monkeypatch, *addresses):
+        self.addresses = set(addresses)
+        self._looked = asyncio.Event()
+        monkeypatch.setitem(membership_module.RESOLVERS, "dns", self._resolve)
+
+    async def _resolve(self, target):
+        self._looked.set()
+        return set(self.addresses)
+
+    async def looked_up(self, times=4):
+        """Returns when it was looked up so many times, and what was found has been acted on."""
+        for _ in range(times):
+            self._looked.clear()
+            await self._looked.wait()
+
+
+@pytest.mark.parametrize("answer", ["empty", "partial"])
+async def test_an_answer_without_them_leaves_joined_routers_alone(monkeypatch, answer):
+    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
+    async with registry() as (first, one), registry() as (second, two):
+        name = Name(monkeypatch, one, two)
+        async with member("dns:///routers.internal:7600") as worker:
+            await first.report_with(6)
+            await second.report_with(6)
+            name.addresses = {two} if answer == "partial" else set()
+            await name.looked_up()
+            assert worker.num_joined == 2
+            name.addresses = {one, two}
+            await name.looked_up()
+            assert worker.num_joined == 2
+            assert (first.hellos.qsize(), second.hellos.qsize()) == (1, 1), "the streams are the first ones"
+            worker.notify()
+            assert (await first.reports.get()).credits == 6
+
+
+async def test_a_router_that_is_neither_listed_nor_joined_is_left_until_it_is_listed_again(monkeypatch):
+    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
+    async with registry() as (first, one):
+        name = Name(monkeypatch, one)
+        async with registry() as (second, two), member("dns:///routers.internal:7600") as worker:
+            name.addresses.add(two)
+            await first.report_with(6)
+            await second.report_with(6)
+            name.addresses = {two}
+            await name.looked_up()
+            first.errors += [Unavailable("leaving")] * 1000
+            first.outbox.put_nowait(None)
+            await second.report_with(12)
+            await name.looked_up()
+            first.errors.clear()
+            hellos = first.hellos.qsize()
+            await name.looked_up(10)
+            assert (worker.num_joined, first.hellos.qsize()) == (1, hellos), "it is not tried any more"
+            name.addresses = {one, two}
+            await first.report_with(6)
+
+
+async def test_a_worker_is_told_when_only_routers_that_refuse_it_are_left(monkeypatch):
+    refusals = asyncio.Queue()
+    async with registry() as (first, one), registry() as (second, two):
+        name = Name(monkeypatch, one, two)
+        second.errors.append(Incompatible("wire version 1, not 2", ["wire_version"]))
+        async with member("dns:///routers.internal:7600", on_refused=refusals.put_nowait):
+            await first.report_with(12)
+            await second.hellos.get()
+            name.addresses = {two}
+            await name.looked_up()
+            assert refusals.empty(), "the first is still joined"
+            first.errors += [Unavailable("leaving")] * 1000
+            first.outbox.put_nowait(None)
+            assert (await refusals.get()).fields == ("wire_version",)
 
 
 @pytest.mark.parametrize(("told", "expected"), [("", "routers.internal"), ("overfill.internal", "overfill.internal")])

@@ -216,6 +216,25 @@ async def test_every_health_watcher_is_told_and_none_delays_a_stop(
     assert await stayer.read() is grpc.aio.EOF
 
 
+async def test_health_follows_a_condition_that_changes_without_an_event() -> None:
+    holds = False
+    server = RpcServer(condition=lambda: holds)
+    address = await server.start("127.0.0.1:0")
+    async with open_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request, response = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse
+        watcher = stub.Watch(request)
+        server.set_ready(True)
+        assert (await watcher.read()).status == response.NOT_SERVING
+        for holds in (True, False, True):
+            assert (await stub.Check(request)).status == (response.SERVING if holds else response.NOT_SERVING)
+            assert (await watcher.read()).status == (response.SERVING if holds else response.NOT_SERVING)
+        server.set_ready(False)
+        assert (await stub.Check(request)).status == response.NOT_SERVING
+        watcher.cancel()
+    await server.stop()
+
+
 async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")

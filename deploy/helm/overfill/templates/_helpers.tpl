@@ -114,7 +114,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* Exec and not grpc: Kubernetes' own gRPC probe speaks no TLS. Arguments: port, seconds to start. */}}
 {{- define "overfill.probes" -}}
 startupProbe:
-  exec: {command: [overfill, health, "127.0.0.1:{{ .port }}"]}
+  # Not readiness: a router is ready only while workers are, and is not to be restarted for want of them.
+  exec: {command: [overfill, health, --live, "127.0.0.1:{{ .port }}"]}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: {{ div (add (int .startupSeconds) 9) 10 }}
