@@ -196,10 +196,7 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """How many workers of a stage are ready now, and how many were when the stack was complete.
-
-    ``expected`` is what the stack was started with, or the number of ready ones where these are more.
-    """
+    """How many workers of a stage are ready now, and how many make the stack complete."""
 
     ready: int
     expected: int
@@ -232,18 +229,10 @@ class StackStatus:
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
-        process = ProcessStatus.from_proto(message.process)
-        entries = [WorkerStatus.from_proto(worker) for worker in message.workers]
-        workers = tuple(worker for worker in entries if worker.address)  # the others are missing
-        stages: tuple[Stage, ...] = ("prefill", "decode") if process.stage == "router" else ()
-        pools = {}
-        for stage in stages:
-            ready = sum(worker.stage == stage and worker.state == "ready" for worker in workers)
-            missing = sum(entry.stage == stage and not entry.address for entry in entries)
-            pools[stage] = PoolStatus(ready, ready + missing)
+        pools = {_stage(pool.stage): PoolStatus(pool.ready, pool.expected) for pool in message.pools}
         return cls(
-            process=process,
-            workers=workers,
+            process=ProcessStatus.from_proto(message.process),
+            workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
             complete=message.complete,
             http_address=message.http_address or None,
             activity=Activity.from_proto(message.activity) if message.HasField("activity") else None,

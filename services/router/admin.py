@@ -75,17 +75,17 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
         ready = Counter(w.stage for w in workers if w.process.ready and not w.process.draining)
-        missing = [
-            admin_pb2.WorkerStatus(stage=stage)
+        pools = [
+            admin_pb2.PoolStatus(stage=stage, ready=ready[stage], expected=expected)
             for stage, expected in self._expected.items()
-            for _ in range(expected - ready[stage])
         ]
         return admin_pb2.StatusResponse(
             process=self._process(),
-            workers=[*workers, *missing],
-            complete=not missing,
+            workers=workers,
+            complete=all(pool.ready >= pool.expected for pool in pools),
             http_address=self._http_address(),
             activity=self._activity(),
+            pools=pools,
         )
 
     def _stub(self, worker: Worker) -> admin_pb2_grpc.AdminStub:

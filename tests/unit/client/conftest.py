@@ -79,9 +79,10 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
             workers=[
                 admin_pb2.WorkerStatus(id="d0", stage=common_pb2.STAGE_DECODE, address="a", process=process),
                 admin_pb2.WorkerStatus(id="d1", stage=common_pb2.STAGE_DECODE, address="b"),
-                admin_pb2.WorkerStatus(stage=common_pb2.STAGE_PREFILL),
-                admin_pb2.WorkerStatus(stage=common_pb2.STAGE_DECODE),
-                admin_pb2.WorkerStatus(stage=common_pb2.STAGE_DECODE),
+            ],
+            pools=[
+                admin_pb2.PoolStatus(stage=common_pb2.STAGE_PREFILL, expected=1),
+                admin_pb2.PoolStatus(stage=common_pb2.STAGE_DECODE, ready=1, expected=3),
             ],
         )
 
