@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from overfill.cli.options import client_tls, tls_options
+from overfill.cli.options import Number, client_tls, tls_options
 
 
 @click.command("health")
 @click.argument("address", default="127.0.0.1:7600", envvar="OVERFILL_ADDRESS")
 @click.option("--service", default="", help="A service of the process, such as overfill.v1.Decode.  [default: all]")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds.")
+@click.option("--timeout", type=Number(min=0.1), default=3.0, show_default=True, help="Seconds.")
 @click.option("--live", is_flag=True, help="Any answer will do: whether the process lives, not whether it is ready.")
 @tls_options
 def health_command(

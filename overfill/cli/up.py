@@ -23,7 +23,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from overfill.certificates import NAME, RoleFiles, role_files
-from overfill.cli.options import dtype_option
+from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
@@ -107,20 +107,16 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--ray/--no-ray", "on_ray", default=True, help="On Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--address", help="Join this Ray cluster: HOST:PORT, or auto.  [default: start one on this machine]")
 @click.option("--name", default="overfill", show_default=True, help="Of the application on Ray.")
-@click.option(
-    "--worker-cpus", type=click.FloatRange(0), help="CPUs that Ray sets aside per worker.  [default: a share]"
-)
-@click.option(
-    "--worker-gpus", type=click.FloatRange(0), help="GPUs that Ray sets aside per worker.  [default: a share]"
-)
+@click.option("--worker-cpus", type=Number(0), help="CPUs that Ray sets aside per worker.  [default: a share]")
+@click.option("--worker-gpus", type=Number(0), help="GPUs that Ray sets aside per worker.  [default: a share]")
 @click.option("--max-prefill", type=click.IntRange(1), help="Most prefill workers; --prefill are the fewest.")
 @click.option("--max-decode", type=click.IntRange(1), help="Most decode workers; --decode are the fewest.")
 @click.option(
-    "--ttft-objective", type=click.FloatRange(0, min_open=True),
+    "--ttft-objective", type=Number(0, min_open=True),
     help="Seconds to the first token that autoscaling aims at.  [default: 2]",
 )  # fmt: skip
 @click.option(
-    "--itl-objective", type=click.FloatRange(0, min_open=True),
+    "--itl-objective", type=Number(0, min_open=True),
     help="Mean seconds between tokens that autoscaling aims at.  [default: 0.1]",
 )  # fmt: skip
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
