@@ -21,6 +21,7 @@ from overfill.client import Client, ClientTls
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.environment import QUIET_GRPC, SETTINGS, thread_pools
 from overfill.errors import OverfillError
+from overfill.rpc.server import split_address
 
 _POLL_SECONDS = 0.2
 _NEAR = 100  # ports beyond a taken one that are tried for a better one
@@ -52,9 +53,15 @@ class Plan:
 
     @property
     def openai_urls(self) -> tuple[str, ...]:
-        """Base URLs of the OpenAI endpoints, if there are any."""
+        """Base URLs of the OpenAI endpoints, if there are any, as they are reached from this machine."""
+        return self.openai_urls_at(self.addresses)
+
+    def openai_urls_at(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """As ``openai_urls``, of the routers that are reached at these gRPC addresses, wherever they run."""
         scheme = "http" if self.routers[0].tls_cert is None else "https"
-        return tuple(f"{scheme}://{reachable(r.host)}:{r.http}/v1" for r in self.routers if r.http != "off")
+        ports = {router.port: router.http for router in self.routers if router.http != "off"}
+        places = map(split_address, addresses)
+        return tuple(f"{scheme}://{host}:{ports[port]}/v1" for host, port in places if port in ports)
 
     @property
     def model(self) -> str:

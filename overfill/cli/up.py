@@ -54,7 +54,12 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
     name = "port|off"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["off"]:
-        return "off" if value == "off" else int(click.IntRange(0, 65535).convert(value, param, ctx))
+        if value == "off":
+            return "off"
+        try:
+            return int(click.IntRange(0, 65535).convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
 
 
 @click.command("up", cls=OwnSettings)
@@ -439,10 +444,11 @@ def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_worker
         option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
     # Not --api-key, which every user of the machine would see.
     key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
+    urls = plan.openai_urls_at(addresses)
     rows = [("gRPC", ", ".join(addresses))]
-    if plan.openai_urls:
-        rows.append(("OpenAI", ", ".join(plan.openai_urls)))
-        rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in plan.openai_urls)))
+    if urls:
+        rows.append(("OpenAI", ", ".join(urls)))
+        rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
     rows.append(("pair", str(plan.routers[0].pair)))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
@@ -450,8 +456,8 @@ def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_worker
     rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
     rows.append(("", f"{key}overfill chat{option}"))
     rows.append(("", f"{key}overfill status{option}"))
-    if plan.openai_urls and plan.client_tls is None:
-        rows.append(("", _curl(plan)))
+    if urls and plan.client_tls is None:
+        rows.append(("", _curl(plan, urls[0])))
     rows.append(("stop", "ctrl-C"))
     width = min(out.width, _BOX_WIDTH)
     out.print(Rule("OverFill is up", align="left"), width=width)
@@ -460,15 +466,15 @@ def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_worker
     out.print(Rule(), width=width)
 
 
-def _curl(plan: Plan) -> str:
+def _curl(plan: Plan, base: str) -> str:
     body = {
         "model": plan.model,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": DEFAULT_MAX_TOKENS,
     }
-    key = "" if plan.routers[0].api_keys is None else ' -H "authorization: Bearer $OVERFILL_API_KEY"'
-    url = f"{plan.openai_urls[0]}/chat/completions"
-    return f"curl {url}{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+    # Not -H, which every user of the machine would see; curl hides this one.
+    key = "" if plan.routers[0].api_keys is None else ' --oauth2-bearer "$OVERFILL_API_KEY"'
+    return f"curl {base}/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 @contextlib.contextmanager

@@ -203,9 +203,9 @@ def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tm
         assert len(used["stack_secret"].read_text(encoding="utf-8").strip()) == 64
 
 
-def welcome(made: Plan, width: int = 200) -> str:
+def welcome(made: Plan, width: int = 200, address: str = "") -> str:
     console = Console(file=io.StringIO(), width=width)
-    up._welcome(console, made, ["127.0.0.1:7600"], lambda stage: "1")
+    up._welcome(console, made, [address or made.addresses[0]], lambda stage: "1")
     said: str = console.file.getvalue()  # type: ignore[attr-defined]
     return said
 
@@ -229,6 +229,8 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     assert "http://127.0.0.1:8000/ui" in said
     assert "\x1b" not in said
     assert "curl" not in welcome(plan())
+    elsewhere = welcome(plan(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
+    assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, a router may be on another machine"
     assert '"model": "pair"' in welcome(plan(http=8000))
 
 
@@ -260,7 +262,8 @@ def test_the_openai_endpoint_is_on_unless_told_otherwise(
     assert https("--config", str(file)) == [8200]
     monkeypatch.setenv("OVERFILL_UP_HTTP", "off")
     assert https() == ["off"]
-    assert main(["up", "--http", "on"]) == 2
+    for wrong in ("on", "70000"):
+        assert main(["up", "--http", wrong]) == 2
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])
