@@ -66,6 +66,13 @@ def _check_address(address: str) -> str:
     raise ValueError("expected HOST:PORT, dns:///NAME:PORT or ray:///APPLICATION, or several separated by commas")
 
 
+def _check_origin(origin: str) -> str:
+    """As browsers write it: lower case, no path."""
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin.lower()):
+        raise ValueError("expected *, or origins such as https://chat.example.org, without a path, separated by commas")
+    return origin.lower()
+
+
 def _flags(settings: Mapping[str, object]) -> list[str]:
     return [f"--{flag_name(name)}={value}" for name, value in settings.items()]
 
@@ -86,6 +93,8 @@ def _check_positive(size: ByteSize) -> ByteSize:
 
 Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 # Text: a Path would make ./default, which is a folder, the name of a pair.
 PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]
@@ -455,7 +464,11 @@ class RouterConfig(ServiceConfig):
     rpcs = ROUTER_RPCS
 
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
-    model_name: str = Field("", description="name that clients ask for; empty takes the pair's")
+    served_model_name: Names = Field(
+        (),
+        description="names under which clients ask for the model, separated by commas; answers bear the first; by "
+        "default the pair's",
+    )
     expect_prefill: int = Field(0, ge=0, description="prefill workers that the stack is started with")
     expect_decode: int = Field(0, ge=0, description="decode workers that the stack is started with")
     prefill_policy: PolicyName = Field(PREFILL_DEFAULT, description="which prefill worker takes a prompt")
@@ -473,8 +486,13 @@ class RouterConfig(ServiceConfig):
         description="seconds without any worker of a stage after which requests that need one fail; by default twice "
         "the longest start-up time of that stage's workers, and 10 at least",
     )
-    http: Port | None = Field(
-        None, description="port of the OpenAI endpoint; 0 picks a free one; by default there is none"
+    http: Port | Literal["off"] = Field(
+        "off", description="port of the OpenAI endpoint; 0 picks a free one; off: there is none"
+    )
+    allowed_origins: Origins = Field(
+        (),
+        description="origins of the web pages that may use the OpenAI endpoint from a browser, separated by commas, "
+        "such as https://chat.example.org; * allows every page; by default only its own page at /ui may",
     )
     ttft_objective: float = Field(
         2.0, gt=0, description="seconds to the first token that the scaling metrics are computed for"

@@ -27,9 +27,9 @@ COPIED = {"rules": ("prometheus/rules", ("*.yml",)), "dashboards": ("grafana/das
 """Folder in the chart's ``files`` -> the folder of ``deploy`` that its files come from, and their names."""
 
 MANAGED = {
-    "config", "pair", "host", "port", "http", "api_keys", "stack_secret", "model_name", "grace_period", "log_level",
-    "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers", "worker_id",
-    "advertise", "expect_prefill", "expect_decode",
+    "config", "pair", "host", "port", "http", "api_keys", "stack_secret", "served_model_name", "grace_period",
+    "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers",
+    "worker_id", "advertise", "expect_prefill", "expect_decode",
 }  # fmt: skip
 """Settings that the chart makes of other values."""
 

@@ -20,7 +20,7 @@ from overfill.cli.bench_memory import memory_command
 from overfill.cli.bench_route import route_command
 from overfill.cli.bench_router import router_command
 from overfill.cli.bench_serve import serve_command
-from overfill.cli.options import dtype_option
+from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console, print_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ for command in (
 @dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of the worker.")
 @click.option("--streams", type=click.IntRange(1), default=2, show_default=True, help="Data connections.")
-@click.option("--limit", "limit", type=click.FloatRange(min=0, min_open=True), help="MB/s of each data connection.")
+@click.option("--limit", "limit", type=Number(min=0, min_open=True), help="MB/s of each data connection.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timeline to this file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def timeline_command(

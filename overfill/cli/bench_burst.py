@@ -9,16 +9,17 @@ from typing import Any
 
 import click
 
+from overfill.cli.options import Number
 from overfill.cli.output import console, print_json
 
 
 @click.command("burst")
 @click.option("--address", default="127.0.0.1:7600", show_default=True, help="The stack's router.")
-@click.option("--before", type=click.FloatRange(0), default=20.0, show_default=True, help="Quiet seconds before.")
-@click.option("--during", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds of the burst.")
-@click.option("--after", type=click.FloatRange(0), default=120.0, show_default=True, help="Quiet seconds after.")
-@click.option("--rate", type=click.FloatRange(0), default=0.5, show_default=True, help="Requests/s when quiet.")
-@click.option("--burst-rate", type=click.FloatRange(0), default=8.0, show_default=True, help="Requests/s in the burst.")
+@click.option("--before", type=Number(0), default=20.0, show_default=True, help="Quiet seconds before.")
+@click.option("--during", type=Number(0), default=60.0, show_default=True, help="Seconds of the burst.")
+@click.option("--after", type=Number(0), default=120.0, show_default=True, help="Quiet seconds after.")
+@click.option("--rate", type=Number(0), default=0.5, show_default=True, help="Requests/s when quiet.")
+@click.option("--burst-rate", type=Number(0), default=8.0, show_default=True, help="Requests/s in the burst.")
 @click.option("--prompt-words", type=click.IntRange(1), default=32, show_default=True, help="Words of each prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals and prompts.")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 
+from overfill.cli.options import Number
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
 
 
@@ -15,9 +16,7 @@ from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES,
 @click.option(
     "--requests", type=click.IntRange(100), default=20000, show_default=True, help="Requests for each number."
 )
-@click.option(
-    "--rate", type=click.FloatRange(1), default=10000.0, show_default=True, help="Requests per virtual second."
-)
+@click.option("--rate", type=Number(1), default=10000.0, show_default=True, help="Requests per virtual second.")
 @click.option("--prefill-policy", type=click.Choice(list(POLICIES)), default=PREFILL_DEFAULT, show_default=True)
 @click.option("--decode-policy", type=click.Choice(DECODE_POLICIES), default=DECODE_DEFAULT, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document per line on stdout.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from overfill.cli.options import Number
 from overfill.cli.output import print_figures
 
 
@@ -11,12 +12,8 @@ from overfill.cli.output import print_figures
 @click.option(
     "--pair", default="default", show_default=True, help="Whose tokenizer and geometry the mock workers have."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(0.5), default=10.0, show_default=True, help="Of each part of the measurement."
-)
-@click.option(
-    "--overload", type=click.FloatRange(1), help="Instead: ten times the workers' capacity for so many seconds."
-)
+@click.option("--seconds", type=Number(0.5), default=10.0, show_default=True, help="Of each part of the measurement.")
+@click.option("--overload", type=Number(1), help="Instead: ten times the workers' capacity for so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON per figure on stdout.")
 def router_command(pair: str, seconds: float, overload: float | None, as_json: bool) -> int:
     """Measure the router with mock workers: CPU per request and token, saturation, latency, overload.

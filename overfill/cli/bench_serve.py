@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import client_tls, tls_options
+from overfill.cli.options import Number, client_tls, tls_options
 from overfill.cli.output import console
 from overfill.errors import Unavailable
 from overfill.traffic.traces import Arrivals, TraceRequest
@@ -31,7 +31,7 @@ class _Rate(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         if isinstance(value, str) and value.startswith(_SATURATE):
             return value
-        return click.FloatRange(0, min_open=True).convert(value, param, ctx)
+        return Number(0, min_open=True).convert(value, param, ctx)
 
 
 _SATURATE = "saturate="
@@ -56,18 +56,14 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Mean requests per second, or saturate=NAME: the rate that just saturates that target, so that fewer than "
     "90 % of its requests meet --slo.  [default: the trace's; 1]",
 )
-@click.option(
-    "--length-scale", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Of a trace."
-)
+@click.option("--length-scale", type=Number(0, min_open=True), default=1.0, show_default=True, help="Of a trace.")
 @click.option("--longest", type=click.IntRange(2), help="Most tokens of a prompt with its answer; prompts are cut.")
 @click.option("--arrivals", type=click.Choice(get_args(Arrivals)), help="Synthetic.  [default: poisson]")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Synthetic.")
 @click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Synthetic.")
 @click.option("--concurrency", type=click.IntRange(1), help="Most requests at once: a closed loop.")
 @click.option("--slo", help="Count requests that meet it: ttft=2,itl=0.2,e2e=30 in seconds, any of them.")
-@click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Of a request, in s."
-)
+@click.option("--timeout", type=Number(0, min_open=True), default=600, show_default=True, help="Of a request, in s.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of synthetic arrivals.")
 @click.option("--vocab-size", type=click.IntRange(2), default=32_000, show_default=True, help="Prompts hold ids below.")
 @click.option("--model", help="Name for OpenAI endpoints.  [default: the first they list]")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from overfill.cli.options import Number
 from overfill.errors import InvalidRequest
 
 
 @click.command("certs")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("certs"))
 @click.option("--name", "names", multiple=True, help="Host or IP address that routers are reached at; repeatable.")
-@click.option("--days", type=click.FloatRange(0, min_open=True), default=90, show_default=True, help="Of validity.")
+@click.option("--days", type=Number(0, min_open=True), default=90, show_default=True, help="Of validity.")
 @click.option(
     "--role", "roles", type=click.Choice(["router", "worker", "client", "operator", "scraper"]), multiple=True,
     help="Make those of this role only; repeatable.  [default: all]",

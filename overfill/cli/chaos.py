@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from overfill.cli.options import Number
 from overfill.cli.output import console, print_json
 from overfill.testing.chaos.strikes import FAULTS, PHASES, FaultName, Phase, Strike, Target, draw, matrix, replayed
 
@@ -40,15 +41,15 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--strikes", type=click.IntRange(0), default=60, show_default=True, help="Faults, drawn at random.")
 @click.option("--matrix", "times", type=click.IntRange(1), help="Instead: each fault in each phase this often.")
-@click.option("--soak", type=click.FloatRange(0, min_open=True), help="Instead: random faults for so many minutes.")
+@click.option("--soak", type=Number(0, min_open=True), help="Instead: random faults for so many minutes.")
 @click.option(
-    "--rate-share", type=click.FloatRange(0, 1, min_open=True),
+    "--rate-share", type=Number(0, 1, min_open=True),
     help="Share of what the stack can do at which requests arrive.  [default: 0.7 with --soak, else --streams always]",
 )  # fmt: skip
 @click.option("--replay", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The faults of a report.")
 @click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="First fault of the seed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of faults, phases, victims and moments.")
-@click.option("--pause", type=click.FloatRange(0), default=2.0, show_default=True, help="Mean seconds between faults.")
+@click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean seconds between faults.")
 @click.option("--abreast", type=click.IntRange(1), default=2, show_default=True, help="Faults at a time.")
 @click.option("--prefill", type=click.IntRange(2), default=2, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=click.IntRange(2), default=3, show_default=True, help="Decode workers.")
@@ -56,7 +57,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="At least.")
 @click.option("--streams", type=click.IntRange(1), default=16, show_default=True, help="Requests at a time.")
 @click.option("--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Longest answer.")
-@click.option("--limit", type=click.FloatRange(0), default=3600.0, show_default=True, help="Seconds, at most.")
+@click.option("--limit", type=Number(0), default=3600.0, show_default=True, help="Seconds, at most.")
 @click.option("--grace-period", default=1.0, show_default=True, help="Seconds that a drained process has.")
 @click.option("--max-num-seqs", default=4, show_default=True, help="Sequences of a worker; few make requests wait.")
 @click.option("--kv-memory", help="KV cache per worker, such as 512MiB; by default 8MiB for tiny, else sized to fit.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from overfill.cli.answering import note_cut, stream_answer
 from overfill.cli.options import connect, connection_options, sampling, sampling_options
 from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
     from overfill.client import Client, Message
     from overfill.params import SamplingParams
+
+_END = ("/exit", "/quit")
+_COMMAND = re.compile(r"/[a-z]+")
+_HELP = "/new starts over; /exit or /quit ends; every other line is a turn"
 
 
 @click.command("chat")
@@ -37,7 +43,8 @@ def chat_command(
 ) -> int:
     """Talk to the model, turn by turn.
 
-    /new starts over; ctrl-C stops an answer; ctrl-D or /exit ends. Piped input is read as one turn per line.
+    /new starts over; ctrl-C stops an answer; ctrl-D, /exit or /quit ends; /help lists these. Piped input is read as
+    one turn per line: commands work there too, and empty lines are skipped.
     """
     params = sampling(**sampling_flags)
     interactive = sys.stdin.isatty()
@@ -45,10 +52,14 @@ def chat_command(
         chat = Chat(client, params, model, system, verbose)
         for line in _typed_lines() if interactive else sys.stdin:
             turn = line.strip()
-            if turn == "/exit":
+            if turn in _END:
                 break
             if turn == "/new":
                 chat.reset()
+            elif _COMMAND.fullmatch(turn):
+                if turn != "/help":
+                    click.echo(f"overfill: there is no command {turn}; it was not sent", err=True)
+                click.echo(_HELP, err=True)
             elif turn:
                 try:
                     chat.say(turn)
@@ -85,17 +96,15 @@ class Chat:
         from overfill.client import Message
 
         messages = [*self._messages, Message("user", text)]
-        with self._client.stream(messages, model=self._model, sampling=self._sampling) as stream:
-            for delta in stream:
-                click.echo(delta.text, nl=False)
-                sys.stdout.flush()
+        answer = stream_answer(self._client, messages, self._sampling, {"model": self._model})
         click.echo()
-        if stream.answer.text:
-            self._messages = [*messages, Message("assistant", stream.answer.text)]
+        note_cut(answer)
+        if answer.text:
+            self._messages = [*messages, Message("assistant", answer.text)]
         if self._verbose:
             from overfill.cli.output import answer_details, console
 
-            console(stderr=True).print(answer_details(stream.answer))
+            console(stderr=True).print(answer_details(answer))
 
 
 def _typed_lines() -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.options import set_threads
+from overfill.cli.options import AnyNumber, set_threads
 
 if TYPE_CHECKING:
     from overfill.pair.distill.recipe import Data, Recipe
@@ -51,13 +51,13 @@ _HYPERPARAMETERS = (
     help="Models, data and hyperparameters. The other options override it.",
 )
 @click.option("--steps", type=int, help="How long to train, in steps …")
-@click.option("--minutes", type=float, help="… or in minutes of training (the learning rate follows the clock) …")
-@click.option("--epochs", type=float, help="… or in passes over the data.")
-@click.option("--learning-rate", type=float)
+@click.option("--minutes", type=AnyNumber(), help="… or in minutes of training (the learning rate follows the clock) …")
+@click.option("--epochs", type=AnyNumber(), help="… or in passes over the data.")
+@click.option("--learning-rate", type=AnyNumber())
 @click.option("--batch-transcripts", type=int, help="Transcripts per step, over all processes.")
-@click.option("--cross-entropy", type=float, help="Weight of the answers' own tokens in the loss.")
-@click.option("--kl", type=float, help="Weight of the full model's distribution in the loss.")
-@click.option("--temperature", type=float, help="Of the KL term.")
+@click.option("--cross-entropy", type=AnyNumber(), help="Weight of the answers' own tokens in the loss.")
+@click.option("--kl", type=AnyNumber(), help="Weight of the full model's distribution in the loss.")
+@click.option("--temperature", type=AnyNumber(), help="Of the KL term.")
 @click.option("--top-tokens", type=int, help="Most likely tokens of the full model that KL looks at; 0: all.")
 @click.option("--sampled-tokens", type=int, help="Tokens drawn to stand for the rest of the vocabulary; 0: all.")
 @click.option("--seed", type=int, help="Of the data's order and of what is drawn.")
@@ -66,8 +66,8 @@ _HYPERPARAMETERS = (
 @click.option("--max-tokens", type=int, help="Longer transcripts lose the end of their answer.")
 @click.option("--eval-steps", type=int, help="Steps between evaluations.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.")
-@click.option("--checkpoint-minutes", type=float, help="Minutes between checkpoints.")
-@click.option("--cache-gib", type=float, help="Room for what the full model computed; later epochs need not.")
+@click.option("--checkpoint-minutes", type=AnyNumber(), help="Minutes between checkpoints.")
+@click.option("--cache-gib", type=AnyNumber(), help="Room for what the full model computed; later epochs need not.")
 @click.option("--standalone", is_flag=True, help="A fair baseline: the decoder reads the prompts itself.")
 @click.option("--resume", is_flag=True, help="Go on exactly where an interrupted run stopped.")
 @click.option("--threads", type=int, help="CPU threads.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from overfill.cli.options import connect, connection_options
+from overfill.cli.options import Number, connect, connection_options
 
 _POLL = 0.5  # seconds between looks at the worker
 
@@ -15,7 +15,7 @@ _POLL = 0.5  # seconds between looks at the worker
 @click.command("drain")
 @click.argument("worker")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds to wait; 0: do not wait."
+    "--timeout", type=Number(min=0), default=600.0, show_default=True, help="Seconds to wait; 0: do not wait."
 )
 @connection_options
 def drain_command(

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from overfill.cli.options import connect, connection_options, sampling, sampling_options
+from overfill.cli.answering import note_cut, stream_answer
+from overfill.cli.options import AnyNumber, connect, connection_options, sampling, sampling_options
 
 
 @click.command("generate")
@@ -19,7 +20,7 @@ from overfill.cli.options import connect, connection_options, sampling, sampling
 @click.option("--system", help="Instruction before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @click.option("--model", default="", help="Which model, when the stack serves several.")
-@click.option("--timeout", type=float, help="Seconds that the whole answer may take.")
+@click.option("--timeout", type=AnyNumber(), help="Seconds that the whole answer may take.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
 @click.option("-v", "--verbose", is_flag=True, help="Speed, time to first token and workers, on stderr.")
 @connection_options
@@ -51,27 +52,21 @@ def generate_command(
     text = sys.stdin.read() if prompt == "-" else prompt
     turns = [Message("system", system)] if system is not None else []
     params = sampling(**sampling_flags)
-    with (
-        connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client,
-        client.stream(
+    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+        answer = stream_answer(
+            client,
             text if raw else [*turns, Message("user", text)],
-            model=model,
-            sampling=params,
-            stop=stop,
-            timeout=timeout,
-        ) as stream,
-    ):
-        for delta in stream:
-            if not as_json:
-                click.echo(delta.text, nl=False)
-                sys.stdout.flush()
-    answer = stream.answer
+            params,
+            {"model": model, "stop": stop, "timeout": timeout},
+            quiet=as_json,
+        )
     from overfill.cli.output import answer_details, console, print_json
 
     if as_json:
         print_json(dataclasses.asdict(answer))
     elif sys.stdout.isatty():
         click.echo()
+    note_cut(answer)
     if verbose:
         console(stderr=True).print(answer_details(answer))
     return 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -17,6 +19,24 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Before a class of numbers: refuses NaN, which passes every bound of click's, and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+class Number(_Finite, click.FloatRange):
+    """A finite number in a range."""
+
+
+class AnyNumber(_Finite, click.types.FloatParamType):
+    """A finite number."""
 
 
 def connection_options(command: _F) -> _F:
@@ -59,12 +79,16 @@ def sampling_options(command: _F) -> _F:
     """Adds what ``sampling`` takes."""
     for option in (
         click.option("--seed", type=int, help="Draw the same tokens again.  [default: another every time]"),
-        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
-        click.option("--top-p", type=float, help="Keep the smallest set of tokens with this much mass."),
+        click.option("--min-p", type=AnyNumber(), help="Drop tokens below this share of the most likely one."),
+        click.option("--top-p", type=AnyNumber(), help="Keep the smallest set of tokens with this much mass."),
         click.option("--top-k", type=int, help="Keep the k most likely tokens."),
-        click.option("--temperature", type=float, help="Divide the logits; 0 is greedy.  [default: 1]"),
+        click.option(
+            "--temperature",
+            type=AnyNumber(),
+            help=f"Divide the logits by this; 0 is greedy.  [default: {DEFAULT_TEMPERATURE:g}]",
+        ),
         click.option("--greedy", is_flag=True, help="Always take the most likely token."),
-        click.option("--max-tokens", type=int, help="Longest answer.  [default: what the context leaves]"),
+        click.option("--max-tokens", type=int, help=f"Longest answer, in tokens.  [default: {DEFAULT_MAX_TOKENS}]"),
     ):
         command = option(command)
     return command
@@ -117,7 +141,7 @@ def client_tls(
 
 
 def sampling(
-    max_tokens: int,
+    max_tokens: int | None,
     greedy: bool,
     temperature: float | None,
     top_k: int | None,
@@ -125,12 +149,18 @@ def sampling(
     min_p: float | None,
     seed: int | None,
 ) -> SamplingParams:
-    """Sampling parameters from flags. Raises click.UsageError when one is out of range or contradictory."""
+    """Sampling parameters from flags; ``max_tokens`` stays None, which ``stream_answer`` makes a number.
+
+    Raises:
+        click.UsageError: a flag is out of range or contradicts another.
+    """
     from overfill.params import SamplingParams
 
     if greedy and temperature:
         raise click.UsageError("--greedy contradicts --temperature; leave one out")
-    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": 0.0 if greedy else temperature}
+    if temperature is None:
+        temperature = 0.0 if greedy else DEFAULT_TEMPERATURE
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}
     try:
         return SamplingParams(
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,11 +11,14 @@ import click
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
 from overfill.cli.options import set_threads
+from overfill.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from overfill.model.config import ModelConfig
     from overfill.pair.manifest import Pair
     from overfill.pair.progress import Report
+
+_JUDGED = 16  # held-out conversations; more belong into `overfill pair eval`
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -147,7 +151,9 @@ def build_command(
     """Make a pair of any Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
 
     Sizes are exact as whole numbers; as shares of the full model's (0.5) they are rounded to multiples of 64.
-    Attention heads and the KV cache always stay. The pair links to the full model's folder.
+    Attention heads and the KV cache always stay. The pair links to the full model's folder. Prints the pair's folder on
+    stdout; on stderr progress, then what a token costs, how often the decoder agrees with the full model on a few
+    held-out answers, and what to type next.
     """
     from overfill.pair.progress import progress_bars
     from overfill.pair.recipe import DecoderRecipe
@@ -167,7 +173,44 @@ def build_command(
         recipe.check(folder)
         conversations = calibration_text(calibration, folder, tokens, report)
         pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
+        agreement = _agreement(pair, report)
+    _tell(pair, agreement)
     click.echo(pair.folder)
+
+
+def _agreement(pair: Pair, report: Report) -> str:
+    """On a few held-out answers, in words."""
+    from overfill.api.tokenizer import Tokenizer
+    from overfill.pair.conversations import encode, shipped_conversations
+    from overfill.pair.evaluate.evaluation import two_stage_agreement
+
+    if pair.identity:
+        return "100 % of tokens: the decoder is the full model"
+    tokenizer = Tokenizer.load(pair.full_path)
+    context = min(pair.full_config.max_positions, pair.decoder_config.max_positions)
+    try:
+        transcripts = encode(shipped_conversations("held_out")[:_JUDGED], tokenizer, context)
+        found = two_stage_agreement(pair, transcripts, report=report)
+    except InvalidRequest as error:
+        return f"not measured: {error}"
+    share, deviation = 100 * found.mean, 100 * found.standard_error
+    return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {len(transcripts)} held-out answers"
+
+
+def _tell(pair: Pair, agreement: str) -> None:
+    """What was built and what to type next, on stderr."""
+    from overfill.pair.evaluate.costs import DecodeCost
+    from overfill.pair.evaluate.report import cost_line
+
+    cost = DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16")
+    path = shlex.quote(str(pair.folder))
+    for name, words in (
+        ("size", cost_line(DecodeCost.of(pair.full_config, "bf16"), cost)),
+        ("agreement", agreement),
+        ("serve it", f"overfill up --pair {path}"),
+        ("judge it", f"overfill pair eval {path}"),
+    ):
+        click.echo(f"{name:<9}  {words}", err=True)
 
 
 @pair_group.command("calibrate")

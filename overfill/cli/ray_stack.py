@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from overfill.cli.stack import Plan, StartFailed, check_port_free
+from overfill.cli.stack import Plan, StartFailed, check_ports
 from overfill.client import Client
 from overfill.cluster import placement
 from overfill.cluster.session import Session
@@ -86,10 +86,7 @@ class RayStack:
         """
         options = self._options
         if options.address is None:
-            for config in self.plan.routers:
-                for port in (config.port, config.http):
-                    if port:
-                        check_port_free(config.host, port)
+            check_ports(self.plan, metrics=False)  # replicas choose those themselves
             self._report("starting Ray on this machine")
             self._session = Session.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
         else:
@@ -198,7 +195,7 @@ def spec_of(plan: Plan, options: RayOptions, resources: dict[str, float]) -> Sta
     routers = RouterSpec(
         replicas=len(plan.routers),
         ports=tuple(config.port for config in plan.routers),
-        http_ports=tuple(config.http for config in plan.routers if config.http is not None),
+        http_ports=tuple(config.http for config in plan.routers if config.http != "off"),
         # For its metrics; what is followed is the policy.
         settings=_settings(router)
         | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from overfill.cli.options import Number
 from overfill.cli.output import console, print_json
 from overfill.traffic.traces import Arrivals, TraceKind, TraceRequest
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from overfill.simulate.profiles import Profile
     from overfill.traffic.outcome import Objective
 
-_POSITIVE = click.FloatRange(0, min_open=True)
+_POSITIVE = Number(0, min_open=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +99,13 @@ class _Load:
     "--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Requests; more are refused."
 )
 @click.option("--slo", default="ttft=2,itl=0.1", show_default=True, help="The objective, in seconds: ttft, itl, e2e.")
-@click.option(
-    "--startup", type=click.FloatRange(0), help="Seconds until a new worker takes work.  [default: the profile's]"
-)
+@click.option("--startup", type=Number(0), help="Seconds until a new worker takes work.  [default: the profile's]")
 @click.option("--mtbf", type=_POSITIVE, help="Workers die after so many seconds on average and are replaced.")
 @click.option("--autoscale", is_flag=True, help="The scaling policy adds and drains workers.")
 @click.option("--max-workers", type=click.IntRange(2), help="With --autoscale: most of both kinds together.")
 @click.option("--use-all", is_flag=True, help="With --max-workers: always run them all, and only divide them.")
 @click.option("--size", is_flag=True, help="Search how many of each kind the objective needs.")
-@click.option(
-    "--share", type=click.FloatRange(0.5, 1), default=0.95, show_default=True, help="Of requests, for --size."
-)
+@click.option("--share", type=Number(0.5, 1), default=0.95, show_default=True, help="Of requests, for --size.")
 @click.option("--costs", default="1,1", show_default=True, help="Of a prefill and a decode worker, for --size.")
 @click.option("--compare-policies", is_flag=True, help="A table of all policies.")
 @click.option("--check", is_flag=True, help="Hold the books and the waiting rule after every event; slow.")

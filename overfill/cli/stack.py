@@ -6,11 +6,13 @@ is well.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from overfill.cli import processes
@@ -19,8 +21,10 @@ from overfill.client import Client, ClientTls
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.environment import QUIET_GRPC, SETTINGS, thread_pools
 from overfill.errors import OverfillError
+from overfill.rpc.addresses import split_address
 
 _POLL_SECONDS = 0.2
+_NEAR = 100  # ports beyond a taken one that are tried for a better one
 _MARGIN_SECONDS = 2  # beyond the grace period, for a process to leave by itself
 
 
@@ -49,9 +53,21 @@ class Plan:
 
     @property
     def openai_urls(self) -> tuple[str, ...]:
-        """Base URLs of the OpenAI endpoints, if there are any."""
+        """Base URLs of the OpenAI endpoints, if there are any, as they are reached from this machine."""
+        return self.openai_urls_at(self.addresses)
+
+    def openai_urls_at(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """As ``openai_urls``, of the routers that are reached at these gRPC addresses, wherever they run."""
         scheme = "http" if self.routers[0].tls_cert is None else "https"
-        return tuple(f"{scheme}://{reachable(r.host)}:{r.http}/v1" for r in self.routers if r.http is not None)
+        ports = {router.port: router.http for router in self.routers if router.http != "off"}
+        places = map(split_address, addresses)
+        return tuple(f"{scheme}://{host}:{ports[port]}/v1" for host, port in places if port in ports)
+
+    @property
+    def model(self) -> str:
+        """The name that clients ask for."""
+        first = self.routers[0]
+        return first.served_model_name[0] if first.served_model_name else Path(first.pair).name
 
     def workers(self) -> list[tuple[str, PrefillConfig | DecodeConfig]]:
         """Every worker with its stage."""
@@ -80,11 +96,8 @@ class Stack:
         self._reported: set[str] = set()
 
     def start(self) -> None:
-        """Starts every process, routers first. Raises StartFailed when a router's port is taken."""
-        for config in self.plan.routers:
-            check_port_free(config.host, config.port)
-            if config.http is not None:
-                check_port_free(config.host, config.http)
+        """Starts every process, routers first. Raises StartFailed when a port is in use."""
+        check_ports(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += [self._spawn_worker(stage, worker) for stage, worker in self.plan.workers()]
@@ -195,14 +208,43 @@ def free_ports(host: str, count: int) -> list[int]:
             s.close()
 
 
-def check_port_free(host: str, port: int) -> None:
-    """Raises StartFailed, naming the port, when somebody listens on it."""
-    try:
-        _bind(host, port).close()
-    except OSError as error:
-        raise StartFailed(
-            f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or give another port"
-        ) from error
+def check_ports(plan: Plan, metrics: bool = True) -> None:
+    """Raises StartFailed when a port of ``plan`` is in use, naming it and the flag of ``up`` that chooses another.
+
+    Args:
+        metrics: whether the processes will listen on their ports of metrics.
+    """
+    hosts = [(router.host, router.port) for router in plan.routers]
+    _check_free("--grpc", hosts, "0 for free ones")
+    hosts = [(router.host, router.http) for router in plan.routers if router.http != "off"]
+    _check_free("--http", hosts, "off for no OpenAI endpoint")
+    processes = [*plan.routers, *plan.prefill, *plan.decode] if metrics else []
+    hosts = [(process.metrics_host, process.metrics_port) for process in processes if process.metrics_port != "off"]
+    _check_free("--metrics-port", hosts, "0 for free ones, or off")
+
+
+def _check_free(flag: str, servers: Sequence[tuple[str, int]], otherwise: str) -> None:
+    """``servers``: host and port of each; port 0 is any free one."""
+    for host, port in servers:
+        try:
+            _bind(host, port).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}; choose with {flag}") from error
+            free = _free_run(host, servers[0][1], len(servers))
+            raise StartFailed(
+                f"port {port} of {host} is in use: stop what listens there, or give {flag} {free} ({otherwise})"
+            ) from error
+
+
+def _free_run(host: str, after: int, count: int) -> int:
+    """The first of ``count`` neighbouring ports beyond ``after`` that are all free; 0, any ones, if none are near."""
+    for first in range(after + 1, min(after + _NEAR, 65536 - count)):
+        with contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                _bind(host, port).close()
+            return first
+    return 0
 
 
 def reachable(host: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import connect, connection_options
+from overfill.cli.options import Number, connect, connection_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,9 +20,9 @@ _ANSWER_SECONDS = 5.0
 
 
 @click.command("top")
-@click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between looks.")
-@click.option("--once", is_flag=True, help="Print it once and leave.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON line per look.")
+@click.option("--interval", type=Number(0.1), default=1.0, show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Print one look and end, as always when stdout is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per look, until ctrl-C or with --once.")
 @connection_options
 def top_command(
     interval: float,
@@ -44,7 +45,7 @@ def top_command(
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         if as_json:
             return _print_lines(client, None if once else interval)
-        if once:
+        if once or not sys.stdout.isatty():
             console().print(_view(client.status(timeout=_ANSWER_SECONDS)))
             return 0
         return _watch(client, interval)

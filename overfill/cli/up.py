@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import secrets
+import shlex
 import signal
 import sys
 import tempfile
@@ -15,19 +18,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Literal, Protocol, TypeVar
 
 import click
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
+from rich.rule import Rule
+from rich.text import Text
 
 from overfill.certificates import NAME, RoleFiles, role_files
-from overfill.cli.options import dtype_option
+from overfill.cli.answering import DEFAULT_MAX_TOKENS
+from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Plan, Stack, free_ports, reachable, threads_per_worker
+from overfill.cli.stack import Plan, Stack, check_ports, free_ports, reachable, threads_per_worker
 from overfill.cli.up_config import OwnSettings, config_option
 from overfill.cluster.session import check_installed
 from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
@@ -41,7 +45,22 @@ from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 
 _WATCH_SECONDS = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_BOX_WIDTH = 80  # characters, at most
 _Config = TypeVar("_Config", bound=ServiceConfig)
+
+
+class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A port as an int, or ``off``."""
+
+    name = "port|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["off"]:
+        if value == "off":
+            return "off"
+        try:
+            return int(click.IntRange(0, 65535).convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
 
 
 @click.command("up", cls=OwnSettings)
@@ -56,9 +75,13 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
     help="Port of the first router, the others follow; 0 picks free ones.",
 )  # fmt: skip
 @click.option(
-    "--http", "http", type=click.IntRange(0, 65535),
-    help="Port of the OpenAI endpoint (other routers take the following ones); 0 picks free ones.  [default: none]",
+    "--http", "http", type=_PortOrOff(), default="8000", show_default=True,
+    help="Port of the first router's OpenAI endpoint, the others follow; 0 picks free ones; off: no endpoint.",
 )  # fmt: skip
+@click.option("--served-model-name", help="Names for requests, separated by commas; answers bear the first.  "
+              "[default: the pair's]")  # fmt: skip
+@click.option("--allowed-origins", help="Web pages that may use the OpenAI endpoint: origins separated by commas, such "
+              "as https://chat.example.org, or *.  [default: its own page]")  # fmt: skip
 @click.option("--api-keys", type=_FILE, help="Keys that clients must show; see `overfill keys`.")
 @click.option(
     "--stack-secret",
@@ -108,20 +131,16 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 @click.option("--ray/--no-ray", "on_ray", default=True, help="On Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--address", help="Join this Ray cluster: HOST:PORT, or auto.  [default: start one on this machine]")
 @click.option("--name", default="overfill", show_default=True, help="Of the application on Ray.")
-@click.option(
-    "--worker-cpus", type=click.FloatRange(0), help="CPUs that Ray sets aside per worker.  [default: a share]"
-)
-@click.option(
-    "--worker-gpus", type=click.FloatRange(0), help="GPUs that Ray sets aside per worker.  [default: a share]"
-)
+@click.option("--worker-cpus", type=Number(0), help="CPUs that Ray sets aside per worker.  [default: a share]")
+@click.option("--worker-gpus", type=Number(0), help="GPUs that Ray sets aside per worker.  [default: a share]")
 @click.option("--max-prefill", type=click.IntRange(1), help="Most prefill workers; --prefill are the fewest.")
 @click.option("--max-decode", type=click.IntRange(1), help="Most decode workers; --decode are the fewest.")
 @click.option(
-    "--ttft-objective", type=click.FloatRange(0, min_open=True),
+    "--ttft-objective", type=Number(0, min_open=True),
     help="Seconds to the first token that autoscaling aims at.  [default: 2]",
 )  # fmt: skip
 @click.option(
-    "--itl-objective", type=click.FloatRange(0, min_open=True),
+    "--itl-objective", type=Number(0, min_open=True),
     help="Mean seconds between tokens that autoscaling aims at.  [default: 0.1]",
 )  # fmt: skip
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
@@ -132,7 +151,7 @@ def up_command(
     routers: int,
     pair: str,
     port: int,
-    http: int | None,
+    http: int | Literal["off"],
     threads: int | None,
     mock: bool,
     on_ray: bool,
@@ -163,8 +182,8 @@ def up_command(
     from overfill.pair.store import resolve_pair
 
     with _secret(settings, tls) as settings:
-        # Wrong settings are told before a pair is prepared, which can take minutes.
-        make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls)
+        # Wrong settings and ports in use are told before a pair is prepared, which can take minutes.
+        planned = make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls)
         options = RayOptions(
             address=address,
             name=name,
@@ -176,6 +195,8 @@ def up_command(
             log_dir=None if log_dir is None else str(log_dir.absolute()),
         )
         _check_options(options, prefill, decode, on_ray)
+        if address is None:  # elsewhere, the ports are those of other machines
+            check_ports(planned, metrics=not on_ray)
         with progress_bars() as report:
             folder = resolve_pair(pair, report)
         plan = make_plan(
@@ -228,14 +249,14 @@ def make_plan(
     port: int,
     threads: int | None,
     settings: dict[str, Any],
-    http: int | None = None,
+    http: int | Literal["off"] = "off",
     mock: bool = False,
     tls: Path | None = None,
     apart: bool = False,
 ) -> Plan:
     """Configurations for all processes.
 
-    ``http`` is the port of the first OpenAI endpoint: 0 for any, None for no endpoint. ``settings`` are fields of the
+    ``http`` is the port of the first OpenAI endpoint: 0 for any, "off" for no endpoint. ``settings`` are fields of the
     configuration classes, each handed to those that have it; None leaves a field to its environment variable or
     default. ``tls`` is a folder of certificates, one per role, in place of these settings. ``apart``: workers may be on
     several machines. Exits 2 when a value is wrong, as the services do.
@@ -251,15 +272,16 @@ def make_plan(
     _check_host(host, settings | of_router)
     free = free_ports(host, 2 * routers)  # at once, so that no two are the same
     ports = range(port, port + routers) if port else free[:routers]
-    https: Iterable[int | None] = [None] * routers
-    if http is not None:
+    https: Iterable[int | Literal["off"]] = ["off"] * routers
+    if http != "off":
         https = range(http, http + routers) if http else free[routers:]
-        if port and http and abs(port - http) < routers:
-            raise click.UsageError(
-                f"--grpc {port} and --http {http} overlap: {routers} routers take as many ports from each on; "
-                f"give --http {port + routers} or more"
-            )
-    metrics = _metrics_ports(settings.pop("metrics_port", None), routers + prefill + decode)
+    first_metrics = settings.pop("metrics_port", None)
+    metrics = _metrics_ports(first_metrics, routers + prefill + decode)
+    _check_apart(
+        ("--grpc", port, routers),
+        ("--http", http, routers),
+        ("--metrics-port", first_metrics, routers + prefill + decode),
+    )
     routers_all = settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}
     router_configs = [
         _configure(RouterConfig, routers_all | {"port": p, "http": h, "metrics_port": next(metrics)})
@@ -321,6 +343,22 @@ def _client_tls(files: RoleFiles) -> ClientTls:
     return ClientTls(files.ca, files.cert, files.key, NAME)
 
 
+def _check_apart(*ranges: tuple[str, object, int]) -> None:
+    """Raises click.UsageError when two flags claim the same port. Each is a flag, its first port and how many follow.
+
+    A first port that is 0, or no number, claims none.
+    """
+    claimed = [
+        (flag, int(str(first)), count) for flag, first, count in ranges if str(first).isdecimal() and int(str(first))
+    ]
+    for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
+        if first < others_first + others_count and others_first < first + count:
+            raise click.UsageError(
+                f"{flag} {first} and {other} {others_first} overlap: they take {count} and {others_count} ports from "
+                f"there on, one per process; give {other} {first + count} or more"
+            )
+
+
 def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
     """For each process: the first's port and those that follow, or what ``first`` says, if it is no port."""
     if first is None or not first.isdecimal() or int(first) == 0:
@@ -356,7 +394,7 @@ def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            out.print(_welcome(stack.plan, stack.addresses, stack.describe_workers))
+            _welcome(out, stack.plan, stack.addresses, stack.describe_workers)
         while not stopping.wait(_WATCH_SECONDS):
             for line in stack.news():
                 _note(line)
@@ -397,8 +435,8 @@ def _note(line: str) -> None:
     click.echo(f"overfill: {line}", err=True)
 
 
-def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> Panel:
-    table = Table.grid(padding=(0, 2))
+def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
+    """Says on ``out`` what runs, where, and what to type next. A command is one line, to be copied whole."""
     first = addresses[0]
     option = "" if first == "127.0.0.1:7600" else f" --address {first}"
     if plan.client_tls is not None:
@@ -408,21 +446,37 @@ def _welcome(plan: Plan, addresses: Sequence[str], describe_workers: Callable[[s
         option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
     # Not --api-key, which every user of the machine would see.
     key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
-    table.add_row("gRPC", ", ".join(addresses))
-    if plan.openai_urls:
-        table.add_row("OpenAI", ", ".join(plan.openai_urls))
-        table.add_row("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in plan.openai_urls))
-    table.add_row("pair", plan.routers[0].pair)
+    urls = plan.openai_urls_at(addresses)
+    rows = [("gRPC", ", ".join(addresses))]
+    if urls:
+        rows.append(("OpenAI", ", ".join(urls)))
+        rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
+    rows.append(("pair", plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
-        table.add_row(stage, f"{describe_workers(stage)} ({dtype}CPU threads each: {workers[0].threads})")
-    table.add_row("try", f'{key}overfill generate{option} "Why is the sky blue?"')
-    table.add_row("", f"{key}overfill chat{option}")
-    table.add_row("", f"{key}overfill status{option}")
-    if plan.openai_urls and plan.client_tls is None and plan.routers[0].api_keys is None:
-        table.add_row("", f"curl {plan.openai_urls[0]}/models")
-    table.add_row("stop", "ctrl-C")
-    return Panel(table, title="OverFill is up", title_align="left", expand=False)
+        rows.append((stage, f"{describe_workers(stage)} ({dtype}CPU threads each: {workers[0].threads})"))
+    rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
+    rows.append(("", f"{key}overfill chat{option}"))
+    rows.append(("", f"{key}overfill status{option}"))
+    if urls and plan.client_tls is None:
+        rows.append(("", _curl(plan, urls[0])))
+    rows.append(("stop", "ctrl-C"))
+    width = min(out.width, _BOX_WIDTH)
+    out.print(Rule("OverFill is up", align="left"), width=width)
+    for name, words in rows:
+        out.print(Text(f"{name:<7}  {words}"), soft_wrap=True)
+    out.print(Rule(), width=width)
+
+
+def _curl(plan: Plan, base: str) -> str:
+    body = {
+        "model": plan.model,
+        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        "max_tokens": DEFAULT_MAX_TOKENS,
+    }
+    # Not -H, which every user of the machine would see; curl hides this one.
+    key = "" if plan.routers[0].api_keys is None else ' --oauth2-bearer "$OVERFILL_API_KEY"'
+    return f"curl {base}/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 @contextlib.contextmanager

@@ -216,9 +216,10 @@ def failures(judged: Sequence[Judged], decode: Callable[[list[int]], Any]) -> li
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from overfill.cli.output import console
 
     table = Table("question", "problem", "index", "token", "reference", "margin", box=None)
     for row in rows:
@@ -228,4 +229,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             cells += [f"{row['reference_id']} {row['reference']!r}", f"{row['margin']:.4f}"]
         # Text, since brackets in tokens are not markup.
         table.add_row(*map(Text, cells))
-    Console().print(table)
+    console().print(table)

@@ -279,7 +279,7 @@ class AsyncClient:
 
     async def _unary(self, start: StartCall, timeout: float | None) -> Any:
         check_timeout(timeout)
-        attempts = Attempts(self._addresses, timeout)
+        attempts = Attempts(self._addresses, timeout, shared=True)
         while True:
             try:
                 return await start(attempts.address, attempts.timeout())

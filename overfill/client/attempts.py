@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from overfill.errors import OverfillError, RequestCancelled, ShuttingDown, Unavailable
+from overfill.errors import DeadlineExceeded, OverfillError, RequestCancelled, ShuttingDown, Unavailable
 from overfill.rpc.status import from_rpc_error, is_word_of_peer
 
 _MOST_ROUNDS = 4
@@ -23,11 +23,19 @@ class Attempts:
 
     Args:
         timeout: seconds for the whole request, or None.
+        shared: each address that has not failed yet gets an equal share of the time that is left. For short calls:
+            one frozen router must not use up the time of the others.
     """
 
     def __init__(
-        self, addresses: Sequence[str], timeout: float | None, clock: Callable[[], float] = time.monotonic
+        self,
+        addresses: Sequence[str],
+        timeout: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        shared: bool = False,
     ) -> None:
+        self._shared = shared
         self._addresses = deque(addresses)
         self._failures = 0  # since the request was last taken
         self._losses = 0  # since the last part of the answer
@@ -40,8 +48,11 @@ class Attempts:
         return self._addresses[0]
 
     def timeout(self) -> float | None:
-        """Seconds left for the next call."""
-        return None if self._deadline is None else max(self._deadline - self._clock(), 0.0)
+        """Seconds for the next call."""
+        if self._deadline is None:
+            return None
+        left = max(self._deadline - self._clock(), 0.0)
+        return left / (len(self._addresses) - self._failures) if self._shared else left
 
     def taken(self) -> None:
         """The router at ``address`` has taken the request."""
@@ -59,6 +70,7 @@ class Attempts:
         lost = isinstance(failure, ShuttingDown | RequestCancelled) or (
             isinstance(failure, Unavailable) and not is_word_of_peer(error)
         )
+        lost = lost or (self._shared and isinstance(failure, DeadlineExceeded))
         self._failures += 1
         self._losses += 1
         most = len(self._addresses)

@@ -276,7 +276,7 @@ class Client:
 
     def _unary(self, start: StartCall, timeout: float | None) -> Any:
         check_timeout(timeout)
-        attempts = Attempts(self._addresses, timeout)
+        attempts = Attempts(self._addresses, timeout, shared=True)
         while True:
             try:
                 return start(attempts.address, attempts.timeout())

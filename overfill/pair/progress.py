@@ -1,8 +1,10 @@
-"""How long steps report progress, and the bars that show it on stderr."""
+"""How long steps report progress, and what shows it on stderr: bars on a terminal, lines in a pipe or file."""
 
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,9 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 Report = Callable[[str, int, int], None]
 """Called as (step, done, total); steps come one after the other, and the unit is the step's own."""
+
+LINE_SECONDS = 10.0
+"""Seconds between two lines about one step."""
 
 
 def silent(step: str, done: int, total: int) -> None:
@@ -31,9 +36,13 @@ def log_steps(logger: logging.Logger) -> Report:
 
 @contextmanager
 def progress_bars() -> Iterator[Report]:
-    """One bar per step on stderr, created when the step first reports."""
+    """Shows each step on stderr, from its first report on: as a bar on a terminal, as ``progress_lines`` elsewhere."""
+    console = Console(stderr=True)
+    if not sys.stderr.isatty() or console.is_dumb_terminal:
+        yield progress_lines(lambda line: print(line, file=sys.stderr, flush=True))
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True))
+    progress = Progress(*columns, console=console)
     tasks: dict[str, TaskID] = {}
 
     def report(step: str, done: int, total: int) -> None:
@@ -48,3 +57,27 @@ def progress_bars() -> Iterator[Report]:
     finally:
         if tasks:
             progress.stop()
+
+
+def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Report:
+    """A report that says a line when a step begins, every ``LINE_SECONDS`` while it runs, and when it is done."""
+    begun: dict[str, float] = {}
+    said: dict[str, float] = {}
+    ended: set[str] = set()
+
+    def report(step: str, done: int, total: int) -> None:
+        now = clock()
+        if step not in begun:
+            begun[step] = said[step] = now
+            if done < total:
+                say(step)
+        seconds = now - begun[step]
+        if done >= total:
+            if step not in ended:
+                ended.add(step)
+                say(f"{step}: done after {seconds:.0f} s")
+        elif now - said[step] >= LINE_SECONDS:
+            said[step] = now
+            say(f"{step}: {100 * done / total:.0f} % after {seconds:.0f} s")
+
+    return report

@@ -137,6 +137,7 @@ ROUTES: Mapping[str, Rule] = {
     "/version": _STATUS,
     "/status": _STATUS,
     "/ui": _INFER,
+    "/": _OPEN,  # leads to /ui
 }
 """Of the OpenAI endpoint."""
 

@@ -109,7 +109,7 @@ class Router:
         )
         self._exporter: MetricsServer | None = None
         self._generator = Generator(
-            config.model_name or pair.name,
+            config.served_model_name or (pair.name,),
             pair,
             tokenizer,
             self.roster,
@@ -125,7 +125,7 @@ class Router:
         access = config.router_gate(keys)
         self._metrics_gate = config.metrics_gate(keys)
         self._http_api: HttpApi | None = None
-        self._http = None if config.http is None else self._http_server(access)
+        self._http = None if config.http == "off" else self._http_server(access)
         self._server = RpcServer(
             config.server_tls(), config.max_connections, gate=access, condition=lambda: not self._unready()
         )
@@ -172,7 +172,7 @@ class Router:
         tracing.configure(self._config.program, self._id, __version__, self._config.trace_endpoint())
         self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
         if self._http is not None:
-            assert self._config.http is not None
+            assert self._config.http != "off"
             try:
                 self._http_address = await self._http.start(self._config.host, self._config.http)
             except BaseException:
@@ -250,6 +250,7 @@ class Router:
             self._unready,
             lambda: self._admin.known(),
             local=is_loopback(self._config.host),
+            allowed_origins=self._config.allowed_origins,
         )
         return HttpServer(
             self._http_api.asgi,

@@ -55,19 +55,20 @@ class Generator:
     """Serves one pair.
 
     Args:
-        model: the name that clients ask for.
+        models: the names that clients may ask for; answers bear the first.
         max_attempts: workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: most bytes of a request.
         max_request_time: seconds that a request may take, whatever its deadline.
 
     Attributes:
-        pair, tokenizer, model: what is served.
+        pair, tokenizer: what is served.
+        models: its names.
         recent: what was seen in the last minute.
     """
 
     def __init__(
         self,
-        model: str,
+        models: Sequence[str],
         pair: Pair,
         tokenizer: Tokenizer,
         roster: Roster,
@@ -80,7 +81,7 @@ class Generator:
         max_request_bytes: int,
         max_request_time: float = math.inf,
     ) -> None:
-        self.model = model
+        self.models = tuple(models)
         self.pair = pair
         self.tokenizer = tokenizer
         self.metrics = metrics
@@ -110,11 +111,16 @@ class Generator:
         """Whether new requests are refused."""
         return self._draining
 
-    def describe(self) -> inference_pb2.Model:
-        """The model that is served."""
+    @property
+    def model(self) -> str:
+        """The name that answers bear."""
+        return self.models[0]
+
+    def describe(self, name: str = "") -> inference_pb2.Model:
+        """The model that is served, under one of its names; by default the first."""
         worker = next(iter(self._roster.workers()), None)
         return inference_pb2.Model(
-            name=self.model,
+            name=name or self.model,
             max_model_len=self.max_model_len,
             full_digest=self.pair.full_digest,
             decoder_digest=self.pair.decoder_digest,
@@ -284,8 +290,9 @@ class Generator:
     def _check_open(self, model: str) -> None:
         if self._draining:
             raise ShuttingDown("this router is shutting down")
-        if model not in ("", self.model):
-            raise ModelNotFound(f"there is no model {model[:200]!r} here; this router serves {self.model!r}")
+        if model and model not in self.models:
+            names = ", ".join(map(repr, self.models))
+            raise ModelNotFound(f"there is no model {model[:200]!r} here; this router serves {names}")
 
     def _check_size(self, size: int) -> None:
         if size > self._max_request_bytes:

@@ -34,7 +34,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        return inference_pb2.ListModelsResponse(models=[self._generator.describe()])
+        generator = self._generator
+        return inference_pb2.ListModelsResponse(models=[generator.describe(name) for name in generator.models])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context

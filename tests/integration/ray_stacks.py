@@ -25,7 +25,7 @@ class Up:
         self.address = f"127.0.0.1:{self.port}"
         self.lines = []
         self._up = threading.Event()
-        command = [sys.executable, "-m", "overfill.cli.main", "up", f"--grpc={self.port}", *arguments]
+        command = [sys.executable, "-m", "overfill.cli.main", "up", f"--grpc={self.port}", "--http=off", *arguments]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

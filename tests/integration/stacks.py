@@ -41,7 +41,7 @@ class FaultyStack(Stack):
 
 @contextmanager
 def running_stack(
-    pair, prefill=1, decode=1, routers=1, faults=None, http=None, mock=False, tls=None, lines=None, **settings
+    pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, **settings
 ):
     """Yields ``(stack, address)`` when every worker is ready; drains it at the end. ``lines`` gets what they say."""
     if settings.get("api_keys") is not None and tls is None:

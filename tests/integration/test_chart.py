@@ -37,7 +37,7 @@ ALL_ON = (
     "decode.autoscaling.kind=hpa",
     "router.priority.value=5",
     "cache.create=true",
-    "modelName=m",
+    "servedModelName=m",
     "apiKeys.secretName=keys",
     "test.apiKeySecretName=test-key",
 )

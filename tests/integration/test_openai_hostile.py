@@ -182,7 +182,7 @@ def impatient(monkeypatch):
 
 
 def test_a_thousand_hostile_requests(tiny_pair, impatient, caplog):
-    with mock_stack(tiny_pair, max_request_bytes=LIMIT, model_name="tiny") as stack:
+    with mock_stack(tiny_pair, max_request_bytes=LIMIT, served_model_name="tiny") as stack:
         host, _, port = stack.url.removeprefix("http://").partition(":")
         address = (host, int(port))
         rng = random.Random(8)

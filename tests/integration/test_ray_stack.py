@@ -33,6 +33,8 @@ def test_it_answers_and_says_what_runs(up):
     status = status_json(up.address)
     assert {w["id"].partition("-")[0] for w in status["workers"]} == {"prefill", "decode"}
     assert answer.decode_worker in {w["id"] for w in status["workers"]}
+    assert [line for line in up.lines if "joined router" in line], "replicas' lines come through"
+    assert not [line for line in up.lines if "\x1b" in line], "a file or a pipe gets no colours"
 
 
 def test_nothing_listens_where_other_machines_could_reach_it(up):

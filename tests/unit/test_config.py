@@ -173,7 +173,7 @@ def test_configs_are_frozen() -> None:
     [
         (PrefillConfig, ["--kv-memory", "1GiB", "--routers", "a:1,b:2", "--dtype", "float32", "--tls-ca", "x y"]),
         (DecodeConfig, ["--data-streams", "4", "--worker-id", "decode-0", "--grace-period", "0.5"]),
-        (RouterConfig, ["--port", "0", "--model-name", "m=1", "--expect-decode", "2"]),
+        (RouterConfig, ["--port", "0", "--served-model-name", "m=1,other", "--expect-decode", "2"]),
     ],
 )
 def test_to_argv_comes_back_as_the_same(kind: type[ServiceConfig], argv: list[str]) -> None:

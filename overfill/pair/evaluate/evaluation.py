@@ -19,7 +19,7 @@ from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.forward import cache_tokens
 from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
-from overfill.pair.evaluate.tally import finite
+from overfill.pair.evaluate.tally import Estimate, finite
 from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
 from overfill.pair.manifest import Pair
 from overfill.pair.progress import Report, silent
@@ -144,6 +144,22 @@ def evaluate(
             for name, written in answers.items()
         },
     )
+
+
+def two_stage_agreement(pair: Pair, transcripts: Sequence[Transcript], *, report: Report = silent) -> Estimate:
+    """Share of the answers' tokens on which both stages together agree with the full model, computed as served.
+
+    Raises:
+        InvalidRequest: there is nothing to judge, or a transcript does not fit the pair's context.
+    """
+    kept = scorable(transcripts)
+    check_lengths(pair, kept)
+    where = resolve_device("auto")
+    dtype, longest = native_dtype(where), cache_tokens(kept)
+    full, decoder = (load_model(pair, half, dtype, where, longest) for half in ("full", "decoder"))
+    candidates = {"decoder": Candidate(decoder, pair.layer_map)}
+    _, judged = teacher_forced(full, candidates, kept, step="Judging", report=report)
+    return judged["decoder"].two_stage.agreement.overall
 
 
 def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:

@@ -267,7 +267,7 @@ class _Run:
             finally:
                 places.release()
             so_far = len(self._result.struck)
-            self._report(f"Striking, {len(self._result.outcomes)} requests", so_far, max(total, so_far))
+            self._report("Striking", so_far, total or so_far + 1)
 
         async with asyncio.TaskGroup() as group:
             for strike in strikes:

@@ -7,11 +7,12 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -51,6 +52,7 @@ class HttpApi:
         unready: why no request could be answered now; empty when one could.
         status: the router and its workers, as the router knows them.
         local: whether only this machine can reach it.
+        allowed_origins: of pages on other sites that may ask, lower case; ``*`` allows all.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class HttpApi:
         status: Callable[[], admin_pb2.StatusResponse],
         *,
         local: bool = True,
+        allowed_origins: Sequence[str] = (),
     ) -> None:
         self._generator = generator
         self._max_body = max_body
@@ -83,6 +86,7 @@ class HttpApi:
             Route("/version", self._version, methods=["GET"]),
             Route("/status", self._stack_status, methods=["GET"]),
             Route("/ui", page.show, methods=["GET"]),
+            Route("/", page.lead, methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _on_api_error,
@@ -95,16 +99,26 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, gate, generator, local)
+        self.asgi: ASGIApp = _Gate(inner, gate, generator, local, frozenset(allowed_origins))
+        if allowed_origins:
+            # Around the gate: a page has to see refusals too, and a browser asks for leave without a key. No
+            # allow_credentials: what a browser shows by itself, such as a certificate, is for our own page only.
+            self.asgi = CORSMiddleware(
+                self.asgi,
+                allow_origins=allowed_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "x-trace-id", "retry-after"],
+            )
 
     async def _models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_json()]})
+        return _json({"object": "list", "data": [self._model_json(name) for name in self._generator.models]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        if name != self._generator.model:
+        if name not in self._generator.models:
             raise from_error(ModelNotFound(f"there is no model {name[:200]!r} here"))
-        return _json(self._model_json())
+        return _json(self._model_json(name))
 
     async def _chat(self, request: Request) -> Response:
         received = asyncio.get_running_loop().time()
@@ -160,8 +174,8 @@ class HttpApi:
         status = StackStatus.from_proto(self._status())
         return _json({"model": self._generator.model, **stack_json(status)}, headers={"cache-control": "no-store"})
 
-    def _model_json(self) -> dict[str, Any]:
-        model = self._generator.describe()
+    def _model_json(self, name: str) -> dict[str, Any]:
+        model = self._generator.describe(name)
         return {
             "id": model.name,
             "object": "model",
@@ -175,13 +189,15 @@ class HttpApi:
 class _Gate:
     """In front of every route: the caller is checked, the request is counted. A path of no table gets no further.
 
-    A browser asks whatever any page has it ask: what comes from another site's page gets no further either, and, where
-    whoever reaches the port is let in, what was meant for another host, whose name now leads here.
+    A browser sends what any page asks it to send. The gate refuses requests from pages of other sites, unless their
+    origin is among ``origins``. Where no keys are wanted, it also refuses requests for another host, whose name now
+    leads here.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, generator: Generator, local: bool) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, generator: Generator, local: bool, origins: frozenset[str]) -> None:
         self._app = app
         self._gate = gate
+        self._origins = origins
         self._local_names_only = local and gate.keys is None
         self._metrics = generator.metrics
 
@@ -211,8 +227,10 @@ class _Gate:
     async def _admit(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "").lower()
-        if b"origin" in headers and headers[b"origin"].lower().partition("://")[2] != host:
-            raise foreign("origin", headers[b"origin"], "pages of other sites may not ask here")
+        if b"origin" in headers and not self._allows(headers[b"origin"].lower(), host):
+            raise foreign(
+                "origin", headers[b"origin"], "pages of other sites may not ask here; --allowed-origins admits them"
+            )
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "this is 127.0.0.1 and localhost; other names need API keys")
         shown = bearer(headers.get(b"authorization", ""), page=scope["path"] == "/ui")
@@ -222,6 +240,9 @@ class _Gate:
             unknown(self._gate, shown, roles)
             raise unknown_url(scope["method"], scope["path"])
         scope["api_key"] = self._gate.check(rule, shown, roles)
+
+    def _allows(self, origin: str, host: str) -> bool:
+        return origin.partition("://")[2] == host or origin in self._origins or "*" in self._origins
 
 
 def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, bytes]]:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 _FILES = files("services.router.http") / "ui"
 
@@ -35,6 +35,11 @@ async def show(request: Request) -> Response:
     """Needs no key: the page tells nothing, and asks for the key itself."""
     html, headers = page()
     return Response(html, headers=headers, media_type="text/html")
+
+
+async def lead(request: Request) -> Response:
+    """From ``/`` to the page."""
+    return RedirectResponse("/ui")
 
 
 def _hash(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import pytest
 
 from overfill.client import Answer, Delta, StackStatus, Timing, Usage
-from overfill.errors import OverfillError
+from overfill.errors import InvalidRequest, OverfillError
 
 TIMING = Timing(
     ttft=0.100,
@@ -46,15 +46,18 @@ def make_answer(text: str = "It scatters.", **changes: Any) -> Answer:
 
 
 class FakeStream:
-    def __init__(self, pieces: Sequence[str], error: BaseException | None) -> None:
+    def __init__(self, pieces: Sequence[str], error: BaseException | None, finish_reason: str) -> None:
         self._pieces = pieces
         self._error = error
+        self._finish_reason = finish_reason
 
     @property
     def answer(self) -> Answer:
-        return make_answer("".join(self._pieces))
+        return make_answer("".join(self._pieces), finish_reason=self._finish_reason)
 
     def __iter__(self) -> Iterator[Delta]:
+        if isinstance(self._error, InvalidRequest):  # which comes before any token
+            raise self._error
         for index, piece in enumerate(self._pieces):
             yield Delta(index, (index,), piece, None)
         if self._error is not None:
@@ -71,13 +74,14 @@ class FakeClient:
     """Answers every request with ``pieces``; ``requests`` keeps (prompt, arguments)."""
 
     pieces: Sequence[str] = ("It ", "scatters.")
+    finish_reason: str = "stop"
     stack: StackStatus | None = None
     errors: list[OverfillError] = field(default_factory=list)
     requests: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
     def stream(self, prompt: Any, **arguments: Any) -> FakeStream:
         self.requests.append((prompt, arguments))
-        return FakeStream(self.pieces, self.errors.pop(0) if self.errors else None)
+        return FakeStream(self.pieces, self.errors.pop(0) if self.errors else None, self.finish_reason)
 
     def status(self, *, timeout: float | None = None) -> StackStatus:
         if self.errors:

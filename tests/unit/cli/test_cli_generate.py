@@ -11,7 +11,7 @@ import pytest
 
 from overfill.cli.main import main
 from overfill.client import Message, PoolStatus, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, PromptTooLong
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -58,6 +58,54 @@ def test_a_url_as_address_is_bad_usage_that_says_what_an_address_is(
 ) -> None:
     assert main([*command, "--address", "http://127.0.0.1:8000"]) == 2
     assert "HOST:PORT" in capsys.readouterr().err
+
+
+def sampled(fake_client: Any) -> list[tuple[int | None, float]]:
+    return [(a["sampling"].max_tokens, a["sampling"].temperature) for _, a in fake_client.requests]
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
+def test_an_answer_is_short_and_not_too_wild_unless_told_otherwise(
+    command: list[str], fake_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags in ([], ["--greedy"], ["--max-tokens", "9000", "--temperature", "1"]):
+        pipe_in(monkeypatch, "hi\n")
+        assert main([*command, *flags]) == 0
+    assert sampled(fake_client) == [(256, 0.7), (256, 0.0), (9000, 1.0)]
+
+
+def test_a_prompt_that_nearly_fills_the_context_gets_what_is_left(fake_client: Any) -> None:
+    fake_client.errors.append(PromptTooLong("sampling.max_tokens", "256 do not fit; 10 do"))
+    assert main(["generate", "a long one"]) == 0
+    assert sampled(fake_client) == [(256, 0.7), (None, 0.7)]
+    for error, flags in (("sampling.max_tokens", ["--max-tokens", "256"]), ("prompt", [])):
+        fake_client.errors.append(PromptTooLong(error, "does not fit"))
+        assert main(["generate", *flags, "too long"]) == 1
+    assert len(fake_client.requests) == 4
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["generate", "--json", "hi"], ["chat"]])
+def test_an_answer_that_was_cut_says_so_on_stderr_and_how_to_get_more(
+    command: list[str], fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_client.finish_reason = "length"
+    pipe_in(monkeypatch, "hi\n")
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "cut at its limit of 11 tokens; --max-tokens N" in captured.err
+    assert "cut" not in captured.out
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--top-p", "--min-p", "--timeout"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_number_that_is_none_is_refused_by_the_name_of_its_flag(
+    flag: str, value: str, fake_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", flag, value, "hi"]) == 2
+    assert f"'{flag}'" in capsys.readouterr().err
+    assert main(["top", "--interval", value]) == 2
+    assert "'--interval'" in capsys.readouterr().err
+    assert fake_client.requests == []
 
 
 def test_an_empty_prompt_is_exit_1_naming_what_is_empty(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +179,15 @@ def test_chat_keeps_the_turns(
         [system, Message("user", "three")],
     ]
     assert capsys.readouterr().out == "It scatters.\n" * 3
+
+
+def test_piped_commands_work_as_typed_and_none_reaches_the_model(
+    fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(monkeypatch, "/help\n\n/nwe\n/etc/hosts: what is it?\n/quit\nnever sent\n")
+    assert main(["chat"]) == 0
+    assert [prompt for prompt, _ in fake_client.requests] == [[Message("user", "/etc/hosts: what is it?")]]
+    assert "there is no command /nwe" in capsys.readouterr().err
 
 
 def test_a_chat_turn_with_an_empty_answer_leaves_no_trace(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,13 @@ def test_nobody_there_is_not_alive_and_the_next_step_is_said(capsys: pytest.Capt
     assert "overfill up" in capsys.readouterr().err
 
 
+def test_the_next_address_is_asked_when_one_is_dead(full: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", "--live", f"{NOBODY},{full}"]) == 0
+    err = capsys.readouterr().err
+    assert f"{NOBODY}: UNAVAILABLE" in err
+    assert "overfill up" not in err, "there is a stack"
+
+
 def test_the_address_may_come_from_the_environment(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ADDRESS", f"{full},{NOBODY}")
     assert main(["health", "--live"]) == 0

@@ -123,6 +123,7 @@ def test_without_ray_it_is_told_what_to_do(
 def test_plain_processes_can_be_chosen_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[Any] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
     file = tmp_path / "stack.yaml"
     file.write_text("up: {ray: no}")

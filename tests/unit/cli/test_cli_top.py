@@ -72,3 +72,11 @@ def test_a_stack_of_an_older_version_has_no_activity(fake_client: Any, capsys: p
     fake_client.stack = replace(LOOK, activity=None)
     assert main(["top", "--once"]) == 0
     assert "prefill-0" in capsys.readouterr().out
+
+
+def test_into_a_pipe_it_prints_one_look_and_ends(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_client.stack = LOOK
+    assert main(["top"]) == 0  # before, it drew nothing and never ended
+    captured = capsys.readouterr()
+    assert "prefill-0" in captured.out
+    assert "\x1b" not in captured.out

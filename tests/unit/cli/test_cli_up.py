@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
+import re
+import shlex
 import socket
 import sys
 import threading
@@ -28,7 +31,7 @@ PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 
 def plan(**settings: Any) -> Plan:
-    values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": None}
+    values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": "off"}
     values["apart"] = False
     own = {name: settings.pop(name) for name in list(settings) if name in values}
     return up.make_plan(Path("pair"), **(values | own), settings=settings)
@@ -167,6 +170,11 @@ def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.Ca
     assert "overlap" in capsys.readouterr().err
 
 
+def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # with those of both workers
+    assert "--http 8000 and --metrics-port 7998 overlap" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
 def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
     routers = plan(port=grpc, routers=2, http=http).routers
@@ -195,15 +203,83 @@ def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tm
         assert len(used["stack_secret"].read_text(encoding="utf-8").strip()) == 64
 
 
+def welcome(made: Plan, width: int = 200, address: str = "") -> str:
+    console = Console(file=io.StringIO(), width=width)
+    up._welcome(console, made, [address or made.addresses[0]], lambda stage: "1")
+    said: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return said
+
+
 def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path: Path) -> None:
     for name in ("keys.json", "secret"):
         (tmp_path / name).touch()
     made = plan(api_keys=tmp_path / "keys.json", stack_secret=tmp_path / "secret")
-    console = Console(file=io.StringIO(), width=200)
-    console.print(up._welcome(made, ["127.0.0.1:7600"], lambda stage: "1"))
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    said = welcome(made)
     assert "OVERFILL_API_KEY=YOURS overfill status" in said
     assert "--api-key" not in said
+
+
+def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> None:
+    said = welcome(plan(http=8000, served_model_name="mine,other"), width=60)
+    (curl,) = [line for line in said.splitlines() if "curl" in line]
+    words = shlex.split(curl)
+    assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
+    body = json.loads(words[words.index("-d") + 1])
+    assert (body["model"], body["max_tokens"]) == ("mine", 256)
+    assert "http://127.0.0.1:8000/ui" in said
+    assert "\x1b" not in said
+    assert "curl" not in welcome(plan())
+    elsewhere = welcome(plan(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
+    assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, a router may be on another machine"
+    assert '"model": "pair"' in welcome(plan(http=8000))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Plans that ``up`` would have run. Whether their ports are free on this machine does not matter."""
+    plans: list[Plan] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
+    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    return plans
+
+
+def test_the_openai_endpoint_is_on_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[Plan]
+) -> None:
+    def https(*arguments: str) -> list[object]:
+        assert main(["up", "--no-ray", "--pair", "p", *arguments]) == 0
+        return [router.http for router in unchecked.pop().routers]
+
+    assert https("--router", "2") == [8000, 8001]
+    assert https("--http", "off") == ["off"]
+    assert https("--http", "8100") == [8100]
+    assert https("--http", "0")[0] not in (0, 8000, "off")
+    file = tmp_path / "stack.yaml"
+    file.write_text("router: {http: off}")
+    assert https("--config", str(file)) == ["off"]
+    monkeypatch.setenv("OVERFILL_UP_HTTP", "8200")
+    assert https("--config", str(file)) == [8200]
+    monkeypatch.setenv("OVERFILL_UP_HTTP", "off")
+    assert https() == ["off"]
+    for wrong in ("on", "70000"):
+        assert main(["up", "--http", wrong]) == 2
+
+
+@pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])
+def test_a_port_in_use_is_told_before_the_pair_is_looked_for(
+    flag: str, otherwise: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = {"--grpc": "0", "--http": "0", "--metrics-port": "0", flag: str(port)}
+        words = [word for pair in flags.items() for word in pair]
+        assert main(["up", "--no-ray", "--pair", "/no/such/pair", *words]) == 1
+        err = " ".join(capsys.readouterr().err.split())
+    assert f"port {port} of 127.0.0.1 is in use" in err
+    assert otherwise in err
+    (other,) = re.findall(rf"give {flag} (\d+)", err)
+    assert int(other) != port
 
 
 def test_a_taken_port_is_named_and_nothing_starts(gather: Callable[..., Gathering]) -> None:

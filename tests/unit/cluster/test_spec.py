@@ -51,7 +51,7 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
     made = spec(router={"replicas": 2, "ports": [7600, 7601], "http_ports": [8000, 0]}, prefill={"replicas": 2})
     assert [(c.port, c.http) for c in map(made.router_config, (0, 1))] == [(7600, 8000), (7601, 0)]
     assert (made.router_config().expect_prefill, made.router_config().expect_decode) == (2, 1)
-    assert spec().router_config().http is None
+    assert spec().router_config().http == "off"
 
 
 @pytest.mark.parametrize(

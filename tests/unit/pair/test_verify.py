@@ -197,6 +197,15 @@ def test_pair_build_takes_a_number_or_a_share(size: str, expected: int, tiny: Pa
     result = invoke_pair("build", "--full", str(tiny / "full"), *sizes, "--out", str(out))
     assert result.stdout == f"{out}\n", result.output
     assert Pair.load(out, check_digests=True).decoder_config.intermediate_size == expected
+    said = result.stderr.splitlines()
+    (agreement,) = [line for line in said if line.startswith("agreement")]
+    assert "100 %" in agreement if size == "1.0" else "16 held-out answers" in agreement
+    assert any(line.startswith("size") and " MB" in line for line in said)
+    assert [line.split("  ")[-1].strip() for line in said[-2:]] == [
+        f"overfill up --pair {out}",
+        f"overfill pair eval {out}",
+    ]
+    assert not set(result.stderr) & set("\r\x1b"), "lines and no bars, since this is no terminal"
 
 
 @pytest.mark.parametrize("size", ["0", "1.5", "-3", "many"])

@@ -62,7 +62,7 @@ async function* events(response) {
 async function answer() {
   const shown = turn("Answer", "");
   const text = shown.querySelector(".text");
-  let whole = "", told = null, usage = null;
+  let whole = "", told = null, usage = null, finish = null;
   running = new AbortController();
   $("log").setAttribute("aria-busy", "true");
   busy(true);
@@ -82,9 +82,11 @@ async function answer() {
       whole += event.choices[0]?.delta?.content ?? "";
       text.textContent = whole;
       $("log").scrollTop = $("log").scrollHeight;
+      finish = event.choices[0]?.finish_reason ?? finish;
       told = event.overfill?.choices?.[0] ?? told;
       usage = event.usage ?? usage;
     }
+    if (finish === "length") shown.append(node("div", "cut quiet", "Cut at the limit of “Most tokens”; raise it for more."));
     if (told) shown.append(details(told, usage));
   } catch (error) {
     if (error.name !== "AbortError") {

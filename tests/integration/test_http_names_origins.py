@@ -1,0 +1,119 @@
+"""The names under which a router serves its model, the web pages that may ask it, and where ``/`` leads."""
+
+from __future__ import annotations
+
+import http.client
+import json
+
+import openai
+import pytest
+from mocks import mock_stack
+
+from overfill.api import keys
+from overfill.client import Client, ModelNotFound, SamplingParams
+from overfill.config import RouterConfig
+
+PAGE = "https://chat.example.org"
+ASKING = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}
+
+
+@pytest.fixture(scope="module")
+def named(tiny_pair):
+    with mock_stack(tiny_pair, served_model_name="tiny-chat, gpt-4o-mini") as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_pair, tmp_path_factory):
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    key = keys.create(file, "page")
+    with mock_stack(tiny_pair, allowed_origins=f"{PAGE},http://localhost:3000", api_keys=file) as stack:
+        yield stack, key
+
+
+def ask(stack, method, path, headers, body=None):
+    """Status, headers (lower case) and body of one request; redirects are not followed."""
+    connection = http.client.HTTPConnection(stack.url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def test_every_served_name_may_be_asked_for_and_answers_bear_the_first(named):
+    with openai.OpenAI(base_url=f"{named.url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["tiny-chat", "gpt-4o-mini"]
+        for name in ("tiny-chat", "gpt-4o-mini"):
+            assert client.models.retrieve(name).id == name
+            assert client.completions.create(model=name, prompt="x", max_tokens=1).model == "tiny-chat"
+        with pytest.raises(openai.NotFoundError, match="'tiny-chat', 'gpt-4o-mini'"):
+            client.completions.create(model="tiny", prompt="x", max_tokens=1)
+    with Client(named.grpc) as client:
+        assert [model.name for model in client.models()] == ["tiny-chat", "gpt-4o-mini"]
+        one = SamplingParams(max_tokens=1)
+        assert client.generate("x", model="gpt-4o-mini", sampling=one).model == "tiny-chat"
+        with pytest.raises(ModelNotFound):
+            client.generate("x", model="tiny", sampling=one)
+
+
+def test_the_root_leads_to_the_page_and_needs_no_key(named, guarded):
+    for stack in (named, guarded[0]):
+        status, headers, _ = ask(stack, "GET", "/", {})
+        assert (status, headers["location"]) == (307, "/ui")
+
+
+def test_a_page_that_is_allowed_asks_for_leave_without_a_key_and_then_with_one(guarded):
+    stack, key = guarded
+    status, headers, _ = ask(stack, "OPTIONS", "/v1/chat/completions", {"origin": PAGE} | ASKING)
+    assert (status, headers["access-control-allow-origin"]) == (200, PAGE)
+    assert "POST" in headers["access-control-allow-methods"]
+    assert {"authorization", "x-stainless-os"} <= set(headers["access-control-allow-headers"].split(","))
+    assert "access-control-allow-credentials" not in headers
+
+    body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "max_tokens": 1})
+    shown = {"origin": PAGE, "content-type": "application/json"}
+    status, headers, _ = ask(stack, "POST", "/v1/completions", shown | {"authorization": f"Bearer {key}"}, body)
+    assert (status, headers["access-control-allow-origin"]) == (200, PAGE)
+    assert "origin" in headers["vary"].lower()
+    assert "x-request-id" in headers["access-control-expose-headers"]
+    status, headers, _ = ask(stack, "POST", "/v1/completions", shown, body)
+    assert (status, headers["access-control-allow-origin"]) == (401, PAGE), "the page may read why it was refused"
+
+
+def test_other_pages_stay_out(guarded, named):
+    stack, key = guarded
+    other = {"origin": "https://evil.example", "authorization": f"Bearer {key}"}
+    status, headers, _ = ask(stack, "OPTIONS", "/v1/models", other | ASKING)
+    assert status == 400
+    assert "access-control-allow-origin" not in headers
+    status, headers, body = ask(stack, "GET", "/v1/models", other)
+    assert (status, json.loads(body)["error"]["code"]) == (403, "foreign_origin")
+    assert "access-control-allow-origin" not in headers
+    for method in ("OPTIONS", "GET"):  # by default there are no others
+        status, headers, body = ask(named, method, "/v1/models", {"origin": PAGE} | ASKING)
+        assert (status, b"--allowed-origins" in body) == (403, True)
+        assert "access-control-allow-origin" not in headers
+
+
+def test_a_star_allows_every_page_and_never_what_a_browser_shows_by_itself(tiny_pair):
+    with mock_stack(tiny_pair, allowed_origins="*", prefill=0, decode=0) as stack:
+        for origin in (PAGE, "null"):
+            for method in ("OPTIONS", "GET"):
+                status, headers, _ = ask(stack, method, "/v1/models", {"origin": origin} | ASKING)
+                assert (status, headers["access-control-allow-origin"]) == (200, "*")
+                assert "access-control-allow-credentials" not in headers
+        # Names that lead here are refused all the same.
+        assert ask(stack, "GET", "/v1/models", {"origin": PAGE, "host": "evil.example"})[0] == 403
+
+
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://chat.example.org/", "https://a.org/chat", "null"])
+def test_what_no_browser_would_send_is_no_origin(origin, capsys):
+    with pytest.raises(SystemExit):
+        RouterConfig.parse(["--pair=p", f"--allowed-origins={origin}"])
+    assert "--allowed-origins" in capsys.readouterr().err
+    assert RouterConfig.parse(["--pair=p", "--allowed-origins=HTTPS://A.org, *"]).allowed_origins == (
+        "https://a.org",
+        "*",
+    )
