@@ -12,7 +12,7 @@ from overfill.cli.main import main
 DEAD = "127.0.0.1:1"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alive(tiny_pair):
     with mock_stack(tiny_pair) as stack:
         yield stack.grpc

@@ -138,8 +138,8 @@ def watch_prefill(probe: Probe) -> None:
     accept, compute, seal, seal_in_place = servicer._accept, PrefillEngine._compute, sender.seal, sender.seal_in_place
     requests: dict[str, str] = {}  # by sequence
 
-    def accept_and_tell(self: Any, start: Any, processor: Any) -> Any:
-        lease = accept(self, start, processor)
+    def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
+        lease = accept(self, start, *rest)
         requests[lease.sequence.id] = start.request_id
         if len(requests) > 10_000:
             requests.pop(next(iter(requests)))
