@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill import logs, tracing
+from overfill import logs, startup, tracing
 from overfill.config import DecodeConfig, WorkerConfig
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
 from overfill.engine.device import use_device
@@ -59,8 +59,10 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
 
     def load() -> EngineParts:
         use_device(device)
+        with startup.once():
+            folder = resolve_pair(config.pair, log_steps(logger))
         return build_engine_parts(
-            Pair.load(resolve_pair(config.pair, log_steps(logger)), check_digests=True),
+            Pair.load(folder, check_digests=True),
             half,
             dtype=config.dtype,
             device=device,

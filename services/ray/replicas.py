@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from ray.util import get_node_ip_address
 
-from overfill import logs
+from overfill import logs, startup
 from overfill.cluster import directory
 from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, StackSpec, WorkerPlace
 from overfill.config import ServiceConfig, is_wildcard
@@ -219,7 +219,8 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
     level = str(settings.get("log_level", "info"))
     logs.configure(level, form, _log_handler(spec.log_dir, name), each_request=each)
     _keep_serve_local()
-    pair = await asyncio.to_thread(resolve_pair, spec.pair)
+    with startup.once():
+        pair = await asyncio.to_thread(resolve_pair, spec.pair)
     return spec.model_copy(update={"pair": str(pair)})
 
 
