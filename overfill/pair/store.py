@@ -124,7 +124,10 @@ def default_gguf(report: Report = silent) -> Path:
     return next(target.glob("*.gguf"))
 
 
-def _prepare(name: str, source: Source, report: Report) -> None:
+def _prepare(name: str, source: Source, tell: Report) -> None:
+    def report(step: str, done: int, total: int) -> None:
+        tell(f"Preparing the pair {name} (once): {step}", done, total)
+
     try:
         from overfill.pair.build import fill_pair
         from overfill.pair.conversations import shipped_conversations
