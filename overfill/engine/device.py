@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -11,6 +12,11 @@ def use_device(device: torch.device) -> None:
     """Makes ``device`` the current one of the calling thread. Does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one of the calling thread for a while. Does nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def device_executor(threads: int, name: str, device: torch.device) -> ThreadPoolExecutor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,8 +14,10 @@ from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.engine.build import MEMORY_FRACTION, Half, LoadedHalf, load_half, resolve_device, size_pools
 from overfill.engine.colocated import Colocated, Request
+from overfill.engine.device import on_device
 from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
-from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
+from overfill.kv.blocks import BlockPool
 from overfill.kv.spec import DTypeName
 from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
@@ -27,7 +28,7 @@ from overfill.params import SamplingParams, check_token_ids
 Prompt = str | Sequence[int]
 
 DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_tokens=256)
-"""Of ``LLM``'s answers, unless the caller gives its own: an answer that reads well and ends soon."""
+"""Sampling parameters that ``LLM`` uses when the caller gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class LLM:
         memory_fraction: share of the free memory that is taken when ``kv_memory`` is None.
         token_budget: most prompt tokens in one prefill step.
         cuda_graphs: record decode steps and replay them, on a CUDA device.
-        prefix_cache: keep prompts for later calls; False computes every prompt anew.
+        prefix_cache: keep prompts for later calls; False computes every prompt anew. An interrupted call forgets them.
 
     Example:
         >>> llm = LLM("default")  # doctest: +SKIP
@@ -103,11 +104,14 @@ class LLM:
                 max_num_seqs=max_num_seqs,
             )
 
-        # Both halves first: what they leave is shared.
-        halves = [load("full"), load("decoder")]
-        self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction, cuda_graphs)
+        with on_device(where):
+            # Both halves first: what they leave is shared.
+            halves = [load("full"), load("decoder")]
+            self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction, cuda_graphs)
         self.max_model_len = min(self._full.max_model_len, self._decoder.max_model_len)
         self.tokenizer = Tokenizer.load(loaded.full_path)
+        self._device = where
+        self._prefix_cache = prefix_cache
         self._prefix = self._full.prefix_cache(prefix_cache)
         self._token_budget = token_budget
         self._max_num_seqs = max_num_seqs
@@ -139,16 +143,38 @@ class LLM:
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         requests = [self.request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
         told = None if on_token is None else lambda request, token: on_token(request.index, token)
-        with closing(self.colocated(told)) as engines:
-            for request in requests:
-                engines.add(request)
-            while engines.num_unfinished:
-                engines.step()
+        engines = self.colocated(told)
+        try:
+            with on_device(self._device):
+                for request in requests:
+                    engines.add(request)
+                while engines.num_unfinished:
+                    engines.step()
+        except OverfillError:
+            engines.close()
+            raise
+        except BaseException:
+            self._renew_pools()
+            raise
+        engines.close()
         return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
     def colocated(self, on_token: Callable[[Request, SampledToken], None] | None = None) -> Colocated:
         """The engines themselves, for requests that come one by one; one at a time may be open, and must be closed."""
         return Colocated(self._full, self._decoder, self._prefix, self._token_budget, self._max_num_seqs, on_token)
+
+    def _renew_pools(self) -> None:
+        """Forgets who owns which block, and all cached prompts.
+
+        For an interrupt, which may come in the middle of bookkeeping: later calls would find blocks lost.
+        """
+        for parts in (self._full, self._decoder):
+            parts.runner.synchronize()
+        self._full, self._decoder = (
+            replace(parts, pool=BlockPool(parts.pool.num_blocks, parts.pool.block_size))
+            for parts in (self._full, self._decoder)
+        )
+        self._prefix = self._full.prefix_cache(self._prefix_cache)
 
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
         """Answers one conversation, rendered with the checkpoint's chat template; ``sampling`` as in ``generate``."""

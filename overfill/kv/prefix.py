@@ -211,14 +211,14 @@ class PrefixCache:
             most: blocks that are shared now, at most; the next call goes on behind them. None: all.
 
         Returns:
-            How many are left.
+            How many blocks this call shared: fewer than ``most`` when none is left.
         """
         holder = self._holders[owner]
         prompt = holder.prompt
         begin, complete = len(holder.path), min(num_tokens // self.pool.block_size, len(prompt.tokens))
         end = complete if most is None else min(complete, begin + most)
         if begin >= end:
-            return max(0, complete - begin)
+            return 0
         node = holder.path[-1] if holder.path else self._root(prompt.salt)
         part = slice(begin, end)
         for tokens, key, block in zip(prompt.tokens[part], prompt.keys[part], holder.table[part], strict=True):
@@ -233,7 +233,7 @@ class PrefixCache:
                 self._reference(found)
             holder.path.append(found)
             node = found
-        return complete - end
+        return end - begin
 
     def release(self, owner: str) -> None:
         """Takes everything back that ``owner`` has; what is published stays, until its room is wanted."""

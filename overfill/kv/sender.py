@@ -33,23 +33,21 @@ _local = threading.local()
 
 
 class MessageGrowth:
-    """Most chunks in a stream's next message: more each time, and one again when the stream is slow.
+    """Most chunks in a stream's next message: twice as many after each quick one, and one again after a slow one.
 
-    Both ends see progress in whole messages only, so that on a slow link these are to be small.
+    Both ends count progress in whole messages. A slow stream therefore sends messages of one chunk.
     """
 
     def __init__(self) -> None:
         self._most = 1
 
     def take(self) -> int:
-        """Chunks for the message that is made now."""
-        most, self._most = self._most, min(_MAX_CHUNKS, 2 * self._most)
-        return most
+        """Most chunks of the message that is made now."""
+        return self._most
 
     def sent(self, seconds: float) -> None:
         """The stream took ``seconds`` for a message."""
-        if seconds > _QUICK:
-            self._most = 1
+        self._most = 1 if seconds > _QUICK else min(_MAX_CHUNKS, 2 * self._most)
 
 
 @dataclass(frozen=True, slots=True)

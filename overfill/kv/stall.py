@@ -1,6 +1,7 @@
 """When a transfer of KV is given up: it has stalled, or it takes too long. Both ends of a transfer judge it so.
 
-There is no minimum rate: many transfers that share a link are slow each, and all of them finish.
+Many transfers that share a link are slow each, and all of them finish. Progress counts by whole messages, so each
+transfer needs one message, of 1 MiB on a slow stream, in every ``STALL_TIMEOUT``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class StallDetector:
         if now - self._last_progress >= self._limits.stall:
             return f"no byte has moved for {self._limits.stall:g} s"
         if self._all_ready is not None and now - self._all_ready >= self._limits.whole:
-            return f"it is not whole {self._limits.whole:g} s after all of it was ready (--max-transfer-time)"
+            return f"it is unfinished {self._limits.whole:g} s after the prompt was computed (--max-transfer-time)"
         return None
 
 
@@ -77,4 +78,6 @@ async def watch_transfer(
         await asyncio.sleep(_INTERVAL)
         fault = detector.fault(time.monotonic(), ready(), moved())
         if fault is not None:
-            raise TransferFailed(f"KV to or from {peer} is given up at {moved()} of {ready()} bytes ready: {fault}")
+            raise TransferFailed(
+                f"gave up the KV transfer with {peer}, {moved()} of {ready()} ready bytes moved: {fault}"
+            )

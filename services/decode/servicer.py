@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from overfill import __version__, logs, tracing
 from overfill.engine.build import EngineParts
@@ -53,6 +53,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._limits = limits
         self._parts = parts
         self._prefix = prefix
+        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
+        self._hashing = ThreadPoolExecutor(1, "hash")
         self._codec = codec
         self._hello = hello
         self._peers = peers
@@ -106,7 +108,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
         salt = self._salt(first.start)
-        prompt_blocks = await asyncio.to_thread(self._prefix.blocks_of, first.start.prompt_token_ids, salt)
+        prompt_blocks = await asyncio.get_running_loop().run_in_executor(
+            self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, salt
+        )
         session = self._accept(first.start, processor, prompt_blocks, context)
         running = asyncio.ensure_future(session.run())
         running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))

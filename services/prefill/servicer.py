@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import assert_never
 
@@ -173,6 +173,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._limits = limits
         self._parts = parts
         self._prefix = prefix
+        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
+        self._hashing = ThreadPoolExecutor(1, "hash")
         self._lender = lender or Lender(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
@@ -228,8 +230,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             )
             self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
-            prompt_blocks = await asyncio.to_thread(
-                self._prefix.blocks_of, first.start.prompt_token_ids, first.start.tenant_salt
+            prompt_blocks = await asyncio.get_running_loop().run_in_executor(
+                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.tenant_salt
             )
             lease = self._accept(first.start, processor, prompt_blocks)
             guards = [

@@ -290,6 +290,26 @@ def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(run
     prefix.release("everything")
 
 
+def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):
+    """What is shared already does not count against what may be shared between two steps."""
+    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED", 4)
+    pool = BlockPool(64, 4)
+    prefix = PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
+    for name in ("first", "second", "third", "fourth"):
+        arriving = sequence(name, max_tokens=8)
+        arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four common blocks, one of its own
+        engine.handle(Reserve(arriving))
+        engine.handle(Start(name, 10))
+        if name == "first":
+            engine.step()
+    engine.step()
+    for name in ("first", "second", "third", "fourth"):
+        engine.handle(Release(name))
+    assert prefix.num_cached == 8
+    prefix.check_integrity()
+
+
 def test_kv_that_never_came_is_never_held(runner, pool, events):
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, PrefixCache(pool))
     engine.handle(Reserve(sequence("a", prompt=9)))

@@ -175,6 +175,23 @@ def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(fold
     assert_nothing_leaked(llm)
 
 
+@pytest.mark.parametrize("half", ["_full", "_decoder"])
+def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(folder, reference, monkeypatch, half):
+    llm = new_llm(folder)
+    pool = getattr(llm, half).pool
+    acquire = pool.acquire
+
+    def interrupted(owner, count):
+        acquire(owner, count)  # the blocks are taken, and nothing knows of them
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY)
+    assert [a.token_ids for a in llm.generate(PROMPTS, GREEDY)] == [reference.generate(p, 40) for p in PROMPTS]
+    assert_nothing_leaked(llm)
+
+
 def test_answers_end_by_themselves_unless_told_otherwise(llm, monkeypatch):
     asked = []
     request = LLM.request

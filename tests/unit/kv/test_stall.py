@@ -89,11 +89,16 @@ def prompts(count, size, streams, unfair=1.0):
     ]
 
 
-@pytest.mark.parametrize(("streams", "unfair"), [(1, 1.0), (4, 1.0), (4, 3.0)])
+@pytest.mark.parametrize(("streams", "unfair"), [(1, 1.0), (2, 1.0), (4, 1.0), (4, 3.0), (16, 1.0)])
 def test_many_transfers_on_one_link_all_finish(streams, unfair):
     ended, faults = share_link(prompts(128, 512 * MIB, streams, unfair), GIGABIT)
     assert not faults
     assert ended == pytest.approx(128 * 512 * MIB / GIGABIT, rel=0.02)
+
+
+def test_many_transfers_on_a_slow_link_all_finish():
+    _, faults = share_link(prompts(128, 32 * MIB, 2), GIGABIT / 10)
+    assert not faults
 
 
 def test_a_transfer_alone_on_a_slow_link_finishes():
