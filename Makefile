@@ -24,7 +24,9 @@ setup: .venv/.installed  ## Make .venv and install the project with its tools; d
 	  echo "Python 3.11 or newer is needed, and $(PYTHON) is not: name one, as in  make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@echo "Installing the project and its tools in .venv: some minutes and 2.5 GB, once"
+	@# compat: a script beside a clone that is called overfill would else import the clone's folder.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
 demo: setup  ## Start a stack, ask one question, show where the time went

@@ -17,7 +17,8 @@
     ├── DeadlineExceeded      the request's deadline passed                           DEADLINE_EXCEEDED
     ├── RequestCancelled      the caller gave up                                      CANCELLED
     ├── Unavailable           a peer cannot be reached or was lost                    UNAVAILABLE
-    │   └── ShuttingDown      a process is leaving; another one may take the request  UNAVAILABLE
+    │   ├── ShuttingDown      a process is leaving; another one may take the request  UNAVAILABLE
+    │   └── Unreachable       no connection to an address                             UNAVAILABLE
     └── InternalError         a fault of ours                                         INTERNAL
 
 ``overfill.rpc.status`` maps them to gRPC status codes and back.
@@ -122,6 +123,10 @@ class RequestCancelled(OverfillError):
 
 class Unavailable(OverfillError):
     """A peer cannot be reached, or was lost on the way."""
+
+
+class Unreachable(Unavailable):
+    """There is no connection to an address, or it broke: gRPC says so, not a process behind it."""
 
 
 class ShuttingDown(Unavailable):

@@ -78,7 +78,7 @@ class Grammars:
         self.warm()
         matcher = llguidance.LLMatcher(self._tokenizer, _compiled(grammar), log_level=0)
         if matcher.is_error():
-            raise InvalidRequest(f"sampling.grammar.{grammar.kind}", _first_line(matcher.get_error()))
+            raise InvalidRequest(f"sampling.grammar.{grammar.kind}", _in_one_line(matcher.get_error()))
         return Matcher(matcher)
 
 
@@ -92,13 +92,13 @@ class Matcher:
         """Goes on behind ``tokens``, which the mask allowed. Raises GrammarFailed."""
         for token in tokens:
             if not self._matcher.consume_token(token):
-                raise GrammarFailed("sampling.grammar", _first_line(self._matcher.get_error()))
+                raise GrammarFailed("sampling.grammar", _in_one_line(self._matcher.get_error()))
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """Writes which tokens may come next: bit ``i % 32`` of word ``i // 32`` is token i. Raises GrammarFailed."""
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._matcher.is_error():
-            raise GrammarFailed("sampling.grammar", _first_line(self._matcher.get_error()))
+            raise GrammarFailed("sampling.grammar", _in_one_line(self._matcher.get_error()))
 
 
 def check_available() -> None:
@@ -119,7 +119,7 @@ def check_grammar(grammar: Grammar) -> None:
         return
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_compiled(grammar))
     if failed:
-        raise InvalidRequest(f"sampling.grammar.{grammar.kind}", _first_line(messages[0]))
+        raise InvalidRequest(f"sampling.grammar.{grammar.kind}", _in_one_line(messages[0]))
     for message in messages:
         log.debug("grammar: %s", message)
 
@@ -142,5 +142,8 @@ def _compiled(grammar: Grammar) -> str:
             return llguidance.LLMatcher.grammar_from_lark(grammar.text)
 
 
-def _first_line(message: str) -> str:
-    return (message.strip().splitlines() or ["the grammar is not supported"])[0][:500]
+def _in_one_line(message: str) -> str:
+    """The first line, and the line that says what is wrong when the first one announces it."""
+    lines = [line.strip() for line in message.strip().splitlines()] or ["the grammar is not supported"]
+    reason = next((line for line in lines[1:] if line.startswith("error:")), "") if lines[0].endswith(":") else ""
+    return f"{lines[0]} {reason}".strip()[:500]

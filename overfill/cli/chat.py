@@ -50,6 +50,9 @@ def chat_command(
     interactive = sys.stdin.isatty()
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         chat = Chat(client, params, model, system, verbose)
+        if interactive:
+            client.models()  # says at once that nothing answers
+            click.echo("ctrl-C stops an answer, ctrl-D ends, /help lists commands", err=True)
         for line in _typed_lines() if interactive else sys.stdin:
             turn = line.strip()
             if turn in _END:

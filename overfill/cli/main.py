@@ -15,7 +15,7 @@ import click
 
 import overfill
 from overfill.environment import QUIET_GRPC
-from overfill.errors import OverfillError, Overloaded, Unavailable
+from overfill.errors import OverfillError, Overloaded, Unavailable, Unreachable
 from overfill.extras import needs
 
 # Name -> where the click command is, and its line in `overfill --help`.
@@ -114,8 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: OverfillError) -> str:
     message = " ".join(str(error).split())
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unreachable):
         return f"{message} (start a stack with `overfill up`, or say where one is with --address)"
+    if isinstance(error, Unavailable):
+        return f"{message} (`overfill status` shows the workers that there are)"
     if isinstance(error, Overloaded) and error.retry_after is not None:
         return f"{message} (try again in {error.retry_after:.0f} s)"
     return message

@@ -20,6 +20,7 @@ from overfill.client.requests import (
     authorization,
     build_chat,
     build_request,
+    check_messages,
     check_timeout,
     sample_options,
     split_addresses,
@@ -163,6 +164,7 @@ class AsyncClient:
 
     async def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """The whole next turn of a conversation; as ``generate`` with a list of messages."""
+        check_messages(messages)
         return await self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:

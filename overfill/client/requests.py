@@ -141,6 +141,12 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
     return request
 
 
+def check_messages(messages: object) -> None:
+    """Raises InvalidRequest when ``messages`` is text, which would be continued without the chat template."""
+    if isinstance(messages, str):
+        raise InvalidRequest("messages", 'is text; give a list such as [Message("user", text)], or call generate(text)')
+
+
 def build_chat(messages: Sequence[Any]) -> inference_pb2.Chat:
     """Raises InvalidRequest naming the field."""
     return inference_pb2.Chat(messages=[_message(index, message) for index, message in enumerate(messages)])
@@ -184,6 +190,8 @@ def split_addresses(address: str) -> list[str]:
             f"{url!r} is a URL; an address is HOST:PORT, of the router's gRPC port, such as 127.0.0.1:7600. "
             "The URL of the OpenAI endpoint is for OpenAI's clients"
         )
+    if bare := next((a for a in addresses if a and ":" not in a), None):
+        raise ValueError(f"{bare!r} has no port; an address is HOST:PORT, such as {bare}:7600")
     if not all(addresses):
         raise ValueError(f"an address is host:port or unix:path, or a comma-separated list; got {address!r}")
     return addresses

@@ -19,6 +19,7 @@ from overfill.client.requests import (
     authorization,
     build_chat,
     build_request,
+    check_messages,
     check_timeout,
     sample_options,
     split_addresses,
@@ -165,6 +166,7 @@ class Client:
 
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """The whole next turn of a conversation; as ``generate`` with a list of messages."""
+        check_messages(messages)
         return self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:

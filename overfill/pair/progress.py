@@ -67,16 +67,18 @@ def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time
 
     def report(step: str, done: int, total: int) -> None:
         now = clock()
-        if step not in begun:
-            begun[step] = said[step] = now
-            if done < total:
-                say(step)
-        seconds = now - begun[step]
         if done >= total:
             if step not in ended:
                 ended.add(step)
-                say(f"{step}: done after {seconds:.0f} s")
-        elif now - said[step] >= LINE_SECONDS:
+                # A step that reports its end alone began at a time that nobody told.
+                say(f"{step}: done after {now - begun[step]:.0f} s" if step in begun else f"{step}: done")
+            return
+        if step not in begun or step in ended:  # a step of the same name may come again
+            ended.discard(step)
+            begun[step] = said[step] = now
+            say(step)
+        seconds = now - begun[step]
+        if now - said[step] >= LINE_SECONDS:
             said[step] = now
             say(f"{step}: {100 * done / total:.0f} % after {seconds:.0f} s")
 

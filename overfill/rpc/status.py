@@ -31,6 +31,7 @@ from overfill.errors import (
     TransferFailed,
     Unauthenticated,
     Unavailable,
+    Unreachable,
     UnsupportedModel,
 )
 from overfill.tracing import TRACE_ID
@@ -74,7 +75,7 @@ _BY_CODE: dict[grpc.StatusCode, type[OverfillError]] = {
     grpc.StatusCode.DATA_LOSS: TransferFailed,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: RequestCancelled,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.UNAVAILABLE: Unreachable,
 }
 
 
@@ -132,12 +133,21 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
             cls = InvalidRequest  # gRPC's limit on one message, not a lack of capacity
         if peer:
-            message = f"{peer}: {message}"
+            message = f"{peer}: {_plain(message)}"
 
     error = _rebuilt(cls, message, field, status, info)
     if trace_id := _trailers(err).get(TRACE_ID):
         error.trace_id = str(trace_id)
     return error
+
+
+def _plain(message: str) -> str:
+    """What gRPC says of a connection that never came to be, in words that say what to do."""
+    if "failed to connect to all addresses" not in message:
+        return message
+    if "http1.x server" in message:
+        return "this port speaks HTTP/1; give the gRPC port of the router, which is 7600 unless --grpc says otherwise"
+    return "nothing listens there" if "Connection refused" in message else message
 
 
 def _rebuilt(

@@ -77,7 +77,13 @@ class FakeClient:
     finish_reason: str = "stop"
     stack: StackStatus | None = None
     errors: list[OverfillError] = field(default_factory=list)
+    model_errors: list[OverfillError] = field(default_factory=list)
     requests: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+
+    def models(self) -> list[Any]:
+        if self.model_errors:
+            raise self.model_errors.pop(0)
+        return []
 
     def stream(self, prompt: Any, **arguments: Any) -> FakeStream:
         self.requests.append((prompt, arguments))

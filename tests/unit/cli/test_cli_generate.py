@@ -11,7 +11,7 @@ import pytest
 
 from overfill.cli.main import main
 from overfill.client import Message, PoolStatus, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
-from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.errors import InvalidRequest, PromptTooLong, Unreachable
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -217,6 +217,15 @@ def test_typed_chat_goes_on_after_an_error_without_that_turn(
     assert "gone" in capsys.readouterr().err
 
 
+def test_typed_chat_says_at_once_that_nothing_answers(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_client.model_errors.append(Unreachable("127.0.0.1:7600: nothing listens there"))
+    monkeypatch.setattr("overfill.cli.chat._typed_lines", lambda: pytest.fail("a turn was asked for"))
+    stdin = io.StringIO()
+    stdin.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["chat"]) == 1
+
+
 def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatus:
     return ProcessStatus(
         id=worker_id, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
@@ -305,7 +314,7 @@ def test_status_says_its_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_is_1_when_nobody_answers(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_client.errors.append(Unavailable("127.0.0.1:7600 does not answer"))
+    fake_client.errors.append(Unreachable("127.0.0.1:7600: nothing listens there"))
     assert main(["status"]) == 1
     assert "overfill up" in capsys.readouterr().err
 

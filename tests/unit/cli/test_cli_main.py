@@ -49,7 +49,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("error", "says"),
     [
         (errors.InvalidRequest("sampling.top_p", "must be\nin (0, 1]"), "sampling.top_p: must be in (0, 1]"),
-        (errors.Unavailable("127.0.0.1:7600 does not answer"), "overfill up"),
+        (errors.Unreachable("127.0.0.1:7600: nothing listens there"), "overfill up"),
+        (errors.Unavailable("no prefill worker has been here for 12 s"), "overfill status"),
         (errors.Overloaded("the queue is full", retry_after=3.0), "try again in 3 s"),
         (errors.InvalidPair("pair.json: no such file"), "pair.json"),
     ],

@@ -312,6 +312,12 @@ def test_what_a_living_router_says_is_final(sdk: Sdk, router: Any, another_route
     assert another_router.requests == []
 
 
+def test_a_chat_of_plain_text_is_refused_with_what_to_write(sdk: Sdk, router: Any) -> None:
+    with pytest.raises(InvalidRequest, match="generate"):
+        sdk.run(router.address, "chat", "What is a KV cache?")
+    assert router.requests == []
+
+
 def test_models_and_status(sdk: Sdk, router: Any) -> None:
     (model,) = sdk.run(router.address, "models")
     assert (model.name, model.max_model_len, model.dtype) == ("tiny", 64, "float32")

@@ -24,8 +24,19 @@ def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> No
         "Fitting: 40 % after 10 s",
         "Fitting: 80 % after 20 s",
         "Fitting: done after 25 s",
-        "Loading: done after 0 s",
+        "Loading: done",
     ]
+
+
+def test_a_step_that_comes_again_is_told_again() -> None:
+    now, lines = 0.0, list[str]()
+    report = progress_lines(lines.append, lambda: now)
+    for _ in range(2):
+        report("Reading weights", 0, 2)
+        now += 3
+        report("Reading weights", 2, 2)
+        now += 60
+    assert lines == ["Reading weights", "Reading weights: done after 3 s"] * 2
 
 
 def test_a_pipe_gets_lines_and_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:

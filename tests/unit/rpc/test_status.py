@@ -66,7 +66,11 @@ def test_class_message_and_fields_survive(error: errors.OverfillError) -> None:
 
 def test_every_error_class_is_covered() -> None:
     defined = {c for c in all_error_classes() if c.__module__ == errors.__name__}
-    assert {type(e) for e in ERRORS} == defined
+    assert {type(e) for e in ERRORS} == defined - {errors.Unreachable}
+
+
+def test_that_a_worker_cannot_be_reached_is_not_told_of_the_router() -> None:
+    assert type(over_the_wire(errors.Unreachable("10.0.0.1:7: nothing listens there"))) is errors.Unavailable
 
 
 def test_codes_are_those_the_error_tree_documents() -> None:
@@ -134,7 +138,7 @@ def test_a_subclass_made_elsewhere_travels_as_its_parent() -> None:
 @pytest.mark.parametrize(
     ("code", "details", "expected"),
     [
-        (grpc.StatusCode.UNAVAILABLE, "Connection refused", errors.Unavailable),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", errors.Unreachable),
         (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", errors.DeadlineExceeded),
         (grpc.StatusCode.CANCELLED, "", errors.RequestCancelled),
         (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", errors.Incompatible),
@@ -153,6 +157,20 @@ def test_statuses_that_grpc_made_up_name_the_peer(
     received = from_rpc_error(FakeRpcError(code, details), peer="10.0.0.1:7")
     assert type(received) is expected
     assert str(received) == f"10.0.0.1:7: {details or code.name}"
+
+
+@pytest.mark.parametrize(
+    ("details", "says"),
+    [
+        ("last error: UNKNOWN: ipv4:10.0.0.1:7: connect: Connection refused (111)", "nothing listens there"),
+        ("last error: INTERNAL: ipv4:10.0.0.1:7 (Trying to connect an http1.x server (HTTP status 400))", "gRPC port"),
+    ],
+)
+def test_a_connection_that_never_came_to_be_is_told_plainly(details: str, says: str) -> None:
+    message = f"failed to connect to all addresses; {details}"
+    received = from_rpc_error(FakeRpcError(grpc.StatusCode.UNAVAILABLE, message), peer="10.0.0.1:7")
+    assert says in str(received)
+    assert "all addresses" not in str(received)
 
 
 def test_damaged_details_fall_back_to_the_code() -> None:
