@@ -115,6 +115,9 @@ def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
     if request.messages is not None:
         chat = _chat(request.messages, request)
         return inference_pb2.TokenizeRequest(model=request.model or "", chat=chat)
+    for name in schema.Templated.model_fields:
+        if getattr(request, name):
+            raise _invalid(name, "is for 'messages'; leave it out with 'prompt'")
     return inference_pb2.TokenizeRequest(
         model=request.model or "", text=request.prompt, no_special_tokens=not request.add_special_tokens
     )
@@ -184,6 +187,8 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
         chat.add_generation_prompt = how.add_generation_prompt
     variables = dict(how.chat_template_kwargs or {})
     if how.documents is not None:
+        if "documents" in variables:
+            raise _invalid("documents", "and 'chat_template_kwargs.documents' mean the same; give one of them")
         variables["documents"] = how.documents
     if variables:
         chat.chat_template_kwargs = _json("chat_template_kwargs", variables)
