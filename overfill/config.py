@@ -541,7 +541,7 @@ def read_checked(path: Path) -> ConfigFile:
     file.check({COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS})
     # Of TOML, where `off` is written "off". A number's field would take a boolean for 0 or 1.
     faults = [
-        f"{path}: {section}.{key}: expected text or a number, such as \"off\" or 8000, got {str(value).lower()}"
+        f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
         for section, settings in file.sections.items()
         for key, value in settings.items()
         if section != "up" and isinstance(value, bool)

@@ -124,7 +124,9 @@ def test_what_no_browser_would_send_is_no_origin(origin, capsys):
 
 
 def test_origins_are_written_as_browsers_send_them():
-    given = "HTTPS://A.org, *, https://b.org:443, http://[::1]:80, http://c.org:443, https://d.org:80, http://e.org:8080"
+    given = (
+        "HTTPS://A.org, *, https://b.org:443, http://[::1]:80, http://c.org:443, https://d.org:80, http://e.org:8080"
+    )
     assert RouterConfig.parse(["--pair=p", f"--allowed-origins={given}"]).allowed_origins == (
         "https://a.org",
         "*",

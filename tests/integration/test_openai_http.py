@@ -159,7 +159,7 @@ def test_request_ids_are_taken_over(stack, model):
 def test_what_tokenize_would_not_do_with_a_prompt_is_refused_by_name(stack, field):
     status, _, body = post(f"{stack.url}/tokenize", json.dumps({"prompt": "Hi", **field}).encode())
     assert (status, json.loads(body)["error"]["param"]) == (400, next(iter(field)))
-    off = {name: None for name in field}
+    off = dict.fromkeys(field)
     assert post(f"{stack.url}/tokenize", json.dumps({"prompt": "Hi", **off}).encode())[0] == 200
 
 
