@@ -67,10 +67,11 @@ def _check_address(address: str) -> str:
 
 
 def _check_origin(origin: str) -> str:
-    """As browsers write it: lower case, no path."""
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin.lower()):
+    """As browsers write it: lower case, no path, no port that is the scheme's default."""
+    origin = origin.lower()
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
         raise ValueError("expected *, or origins such as https://chat.example.org, without a path, separated by commas")
-    return origin.lower()
+    return re.sub(r"^(http(?=.*:80$)|https(?=.*:443$))(://.+):\d+$", r"\1\2", origin)
 
 
 def _flags(settings: Mapping[str, object]) -> list[str]:
@@ -534,8 +535,17 @@ SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, Decode
 
 
 def read_checked(path: Path) -> ConfigFile:
-    """A file whose keys all exist. Raises BadConfigFile."""
+    """A file whose keys all exist, with no booleans for services. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
     file = read_config_file(path)
     file.check({COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS})
+    # Of TOML, where `off` is written "off". A number's field would take a boolean for 0 or 1.
+    faults = [
+        f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
+        for section, settings in file.sections.items()
+        for key, value in settings.items()
+        if section != "up" and isinstance(value, bool)
+    ]
+    if faults:
+        raise BadConfigFile(faults)
     return file

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from overfill.errors import InvalidPair, InvalidRequest
 
 _END_OF_TEXT = "end of the last message 8d0b6c"
-"""Stands behind the text of a message that is to be continued, so that its end is found in what the template writes."""
+"""The renderer appends this marker to the message to continue, and cuts the output there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,10 @@ class ChatTemplate:
         self._check_variables(options.variables)
         shown = [dict(message) for message in messages]
         if options.continue_final_message:
-            if not shown or not shown[-1].get("content"):
+            content = shown[-1].get("content") if shown else None
+            if not content or not isinstance(content, str):
                 raise InvalidRequest("chat.continue_final_message", "needs a last message that has text")
-            shown[-1]["content"] += _END_OF_TEXT
+            shown[-1]["content"] = content + _END_OF_TEXT
         try:
             text = self._template.render(
                 {"documents": None} | dict(options.variables),
@@ -108,10 +109,12 @@ class ChatTemplate:
             raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
         if not options.continue_final_message:
             return text
+        # The message must stand there once, and as it is: a template may show it twice, or a part of it.
         before, found, _ = text.rpartition(_END_OF_TEXT)
-        if not found:
+        wanted = messages[-1]["content"].strip()
+        if not found or _END_OF_TEXT in before or not before.rstrip().endswith(wanted):
             raise InvalidRequest(
-                "chat.continue_final_message", "the chat template does not show the last message as it is"
+                "chat.continue_final_message", "the chat template does not show the last message once and as it is"
             )
         return before
 
@@ -132,7 +135,7 @@ _OWN_VARIABLES = (
     "chat_template",
     "tokenize",
 )
-"""What a request says elsewhere, and what it may not say at all."""
+"""Variables that `chat_template_kwargs` may not set: other fields set them, or only the server does."""
 
 
 class _GenerationTag(jinja2.ext.Extension):

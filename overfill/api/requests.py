@@ -62,7 +62,7 @@ def validate_generate(
         vocab_size: token ids are below it.
 
     Raises:
-        PromptTooLong: the prompt leaves no room for an answer, or not for ``max_tokens``.
+        PromptTooLong: the prompt leaves no room for an answer, or not for ``max_tokens`` or ``min_tokens``.
         InvalidRequest: anything else is wrong; ``field`` is its path in the proto.
     """
     if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
@@ -83,7 +83,7 @@ def validate_generate(
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
-    max_tokens = _resolve_max_tokens(sampling.max_tokens, len(prompt), max_model_len)
+    max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
     resume = tuple(request.resume_token_ids)
     _check_resume(resume, sampling, max_tokens, vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -139,22 +139,21 @@ def _truncated(prompt: Sequence[int], count: int, room: int) -> Sequence[int]:
     return prompt[-max(1, room if count == -1 else count) :]
 
 
-def _resolve_max_tokens(asked: int | None, prompt_tokens: int, max_model_len: int) -> int:
+def _resolve_max_tokens(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> int:
     room = max_model_len - prompt_tokens
     if room < 1:
         raise PromptTooLong(
             "prompt",
             f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must hold it and an answer",
         )
-    if asked is None:
-        return room
-    if asked > room:
-        raise PromptTooLong(
-            "sampling.max_tokens",
-            f"{asked} tokens after a prompt of {prompt_tokens} do not fit the context of {max_model_len} "
-            f"tokens; {room} do",
-        )
-    return asked
+    for name, asked in (("max_tokens", sampling.max_tokens), ("min_tokens", sampling.min_tokens)):
+        if asked is not None and asked > room:
+            raise PromptTooLong(
+                f"sampling.{name}",
+                f"{asked} tokens after a prompt of {prompt_tokens} do not fit the context of {max_model_len} "
+                f"tokens; {room} do",
+            )
+    return room if sampling.max_tokens is None else sampling.max_tokens
 
 
 def _check_stop(stops: Sequence[str]) -> tuple[str, ...]:

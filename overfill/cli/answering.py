@@ -44,13 +44,19 @@ def stream_answer(
     return _stream(client, prompt, sampling, quiet, options)
 
 
-def note_cut(answer: Answer) -> None:
-    """Says on stderr that a limit ended the answer, if one did, and how to get more."""
-    if answer.finish_reason == "length":
-        count = answer.usage.completion_tokens
-        click.echo(
-            f"overfill: the answer was cut at its limit of {count} tokens; --max-tokens N sets another", err=True
-        )
+def note_cut(answer: Answer, sampling: SamplingParams) -> None:
+    """Says on stderr that a limit ended the answer, if one did, and how to get more.
+
+    ``sampling`` is what ``stream_answer`` got.
+    """
+    if answer.finish_reason != "length":
+        return
+    count = answer.usage.completion_tokens
+    if sampling.max_tokens is None and count < DEFAULT_MAX_TOKENS:
+        told = f"after {count} tokens, because the model's context is full; a shorter prompt leaves more"
+    else:
+        told = f"at its limit of {count} tokens; --max-tokens N sets another"
+    click.echo(f"overfill: the answer was cut {told}", err=True)
 
 
 def _stream(client: Client, prompt: Prompt, sampling: SamplingParams, quiet: bool, options: Options) -> Answer:

@@ -101,7 +101,7 @@ class Chat:
         messages = [*self._messages, Message("user", text)]
         answer = stream_answer(self._client, messages, self._sampling, {"model": self._model})
         click.echo()
-        note_cut(answer)
+        note_cut(answer, self._sampling)
         if answer.text:
             self._messages = [*messages, Message("assistant", answer.text)]
         if self._verbose:

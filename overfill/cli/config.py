@@ -108,7 +108,7 @@ def _rows_of_up(argv: list[str]) -> list[Row]:
             if source is ParameterSource.COMMANDLINE:
                 origin = f"--{flag}"
             elif source is ParameterSource.ENVIRONMENT:
-                origin = str(option.envvar)
+                origin = next(name for name in option.envvar or () if os.environ.get(name))
             elif source is ParameterSource.DEFAULT_MAP:
                 origin = str(ctx.params["config"])
             rows.append((flag, display(ctx.params[option.name or ""]), origin))

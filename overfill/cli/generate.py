@@ -66,7 +66,7 @@ def generate_command(
         print_json(dataclasses.asdict(answer))
     elif sys.stdout.isatty():
         click.echo()
-    note_cut(answer)
+    note_cut(answer, params)
     if verbose:
         console(stderr=True).print(answer_details(answer))
     return 0

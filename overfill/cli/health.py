@@ -36,10 +36,15 @@ def health_command(
     worker is ready when its model is loaded; a router is ready while a prefill and a decode worker are. A draining
     process is not ready but lives; so does one that refuses.
     """
+    from overfill.client.requests import split_addresses
+
     tls = client_tls(tls_ca, tls_cert, tls_key, tls_name)
-    addresses = address.split(",")
-    for one in addresses:
-        last = one is addresses[-1]
+    try:
+        addresses = split_addresses(address)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    for index, one in enumerate(addresses):
+        last = index == len(addresses) - 1
         answered, good = _ask(one, service, timeout / len(addresses), live, tls, last)
         if answered:
             return 0 if good else 1

@@ -47,14 +47,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
 }
 
-# Name -> the extras that have all the command may import. The commands of a client need none and are not here.
+# Name -> the extras that install every module the command imports. The commands of a client need none and are not here.
+# A subcommand that is not here needs what its group does.
 EXTRAS: dict[str, str] = {
     "up": "server",
     "verify": "server",
     "chaos": "loadtest,server",
     "chaos-clients": "server",
     "pair": "pairs",
+    "pair default": "server",
+    "pair fast": "server",
+    "pair path": "server",
+    "pair show": "server",
     "bench": "loadtest,server",
+    "bench burst": "loadtest",
+    "bench serve": "loadtest",
     "loadtest": "loadtest",
     "simulate": "loadtest",
     "demo": "server",
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     try:
-        with needs(EXTRAS.get(name, ""), f"`overfill {name}`"):
+        with needs(EXTRAS.get(" ".join(arguments[:2]), EXTRAS.get(name, "")), f"`overfill {name}`"):
             result = cli.main(args=arguments, prog_name="overfill", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:

@@ -22,7 +22,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 class _Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Before a class of numbers: refuses NaN, which passes every bound of click's, and infinity."""
+    """Mixin that refuses NaN and infinity; list it before a click number type."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)

@@ -43,6 +43,7 @@ from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls
 from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
 
+_GRPC_PORT, _HTTP_PORT = 7600, 8000  # defaults
 _WATCH_SECONDS = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _BOX_WIDTH = 80  # characters, at most
@@ -71,11 +72,11 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 @click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
 @dtype_option
 @click.option(
-    "--grpc", "port", type=click.IntRange(0, 65535), default=7600, show_default=True,
+    "--grpc", "port", type=click.IntRange(0, 65535), default=_GRPC_PORT, show_default=True,
     help="Port of the first router, the others follow; 0 picks free ones.",
 )  # fmt: skip
 @click.option(
-    "--http", "http", type=_PortOrOff(), default="8000", show_default=True,
+    "--http", "http", type=_PortOrOff(), default=str(_HTTP_PORT), show_default=True,
     help="Port of the first router's OpenAI endpoint, the others follow; 0 picks free ones; off: no endpoint.",
 )  # fmt: skip
 @click.option("--served-model-name", help="Names for requests, separated by commas; answers bear the first.  "
@@ -354,9 +355,15 @@ def _check_apart(*ranges: tuple[str, object, int]) -> None:
     for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
         if first < others_first + others_count and others_first < first + count:
             raise click.UsageError(
-                f"{flag} {first} and {other} {others_first} overlap: they take {count} and {others_count} ports from "
-                f"there on, one per process; give {other} {first + count} or more"
+                f"{_claim(flag, first)} and {_claim(other, others_first)} overlap: they take {count} and "
+                f"{others_count} ports from there on, one per process; give {other} {first + count} or more, "
+                f"or {other} off"
             )
+
+
+def _claim(flag: str, port: int) -> str:
+    by_default = (flag, port) in (("--grpc", _GRPC_PORT), ("--http", _HTTP_PORT))
+    return f"{flag} {port}{' (its default)' if by_default else ''}"
 
 
 def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from overfill.config import UP_KEYS, read_checked
+from overfill.config import SERVICES, UP_KEYS, read_checked
 from overfill.config_file import COMMON, BadConfigFile, field_name, nearest
 
 PREFIX = "OVERFILL_UP_"
@@ -28,7 +28,7 @@ class OwnSettings(click.Command):
         for option in self.params:
             flag = option.opts[0].removeprefix("--")
             if flag in OWN:
-                option.envvar = _variable(flag)
+                option.envvar = [_variable(flag), *_service_variable(flag)]
         unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
         if unknown:
             raise click.UsageError("; ".join(f"{name}: no such setting; {nearest(name, known)}" for name in unknown))
@@ -37,6 +37,12 @@ class OwnSettings(click.Command):
 
 def _variable(flag: str) -> str:
     return PREFIX + field_name(flag).upper()
+
+
+def _service_variable(flag: str) -> list[str]:
+    """The variable that the service has for a shared option: ``up`` gives services flags, which hide it from them."""
+    section, key = _SHARED.get(flag, (COMMON, ""))
+    return [f"{kind.model_config['env_prefix']}{key}".upper() for kind in SERVICES if kind.section == section]
 
 
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:

@@ -50,7 +50,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file that those may read whom the umask lets; safetensors itself lets only its writer."""
+    """Writes a safetensors file with the mode that the umask gives; safetensors itself writes 0600."""
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     save_file(dict(tensors), file, metadata=None if metadata is None else dict(metadata))

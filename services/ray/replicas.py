@@ -178,20 +178,29 @@ class RouterReplica(Replica):
 
 
 async def _listening_router(spec: StackSpec) -> Router:
-    """A router that has started, on the first of the ports that is free. Raises Unavailable when none becomes free."""
+    """A router that has started, on the first of the ports that is free. Raises Unavailable when none becomes free.
+
+    Logs one warning when none is free at first.
+    """
     from services.router.app import Router
 
     loop = asyncio.get_running_loop()
     # A predecessor that drains has its port until its last request is finished.
-    deadline = loop.time() + spec.grace_period + DRAIN_MARGIN
+    patience = spec.grace_period + DRAIN_MARGIN
+    deadline = loop.time() + patience
     for attempt in itertools.count():
         router = Router(spec.router_config(attempt % len(spec.router.ports)), scaled=True)
         try:
             await router.start()
             break
-        except Unavailable:
+        except Unavailable as error:
             if loop.time() > deadline:
                 raise
+            if attempt == len(spec.router.ports) - 1:
+                logger.warning(
+                    "%s; the router tries again for %.0f s; where the port is another program's, choose others with "
+                    "--grpc and --http, or --http off", error, patience,
+                )  # fmt: skip
             if attempt % len(spec.router.ports) == len(spec.router.ports) - 1:
                 await asyncio.sleep(_PORT_POLL)
     return router

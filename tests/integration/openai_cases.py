@@ -216,8 +216,14 @@ def _guided_grammar(ask: Ask) -> None:
 
 def _old_response_format(ask: Ask) -> None:
     """Of ``/v1/completions``."""
+    _structural_tag(ask)
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     assert json.loads(text(ask(response_format=wanted, max_tokens=60)))["n"] in (1, 2)
+
+
+def _structural_tag(ask: Ask) -> None:
+    for wanted in ({"format": {}}, {"structures": [], "triggers": []}):
+        refuses(ask, "response_format.type", response_format={"type": "structural_tag", **wanted})
 
 
 def _template_kwargs(ask: Ask) -> None:
@@ -244,6 +250,7 @@ def _documents(ask: Ask) -> None:
     """The template here shows none; that others do is tested beside the template."""
     assert text(ask(documents=[])) == text(ask())
     refuses(ask, "documents", documents=[{"title": "t", "text": "x"}])
+    refuses(ask, "documents", documents=[], chat_template_kwargs={"documents": []})
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
@@ -255,6 +262,7 @@ def _response_format(ask: Ask) -> None:
     assert json.loads(text(ask(response_format=wanted, max_tokens=60)))["n"] in (1, 2)
     assert text(ask(response_format={"type": "json_object"}, max_tokens=3)).startswith("{")
     assert text(ask(response_format={"type": "text"})) == text(ask())
+    _structural_tag(ask)
 
 
 def _tools(ask: Ask) -> None:
@@ -287,7 +295,10 @@ def _messages(ask: Ask) -> None:
         },
         {"role": "tool", "content": "1", "tool_call_id": "c"},
     ]
-    assert ask(messages=messages)["usage"]["prompt_tokens"] > ask()["usage"]["prompt_tokens"]
+    count = ask(messages=messages)["usage"]["prompt_tokens"]
+    assert count > ask()["usage"]["prompt_tokens"]
+    messages[2] |= {"reasoning": "Hm.", "reasoning_content": "Hm."}
+    assert ask(messages=messages)["usage"]["prompt_tokens"] == count
 
 
 def _prompt(ask: Ask) -> None:
@@ -329,7 +340,7 @@ CHAT = [
     Case(
         "messages",
         "supported",
-        "text only; roles system, developer (as system), user, assistant, tool",
+        "text only; roles system, developer (as system), user, assistant, tool; `reasoning` is ignored",
         check=_messages,
     ),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),
@@ -400,7 +411,7 @@ EXTENSIONS = [
         "over prompt and answer, as Hugging Face; 0.01 to 100",
         check=_accepted(repetition_penalty=2),
     ),
-    Case("request_id", "supported", "the answer's `id`, as the header `x-request-id`", check=_request_id),
+    Case("request_id", "supported", "the answer's `id`; the header `x-request-id` goes before it", check=_request_id),
     Case("ignore_eos", "supported", "", check=_accepted(ignore_eos=True)),
     Case("stop_token_ids", "supported", "", check=_accepted(stop_token_ids=[3])),
     Case(
@@ -422,11 +433,16 @@ EXTENSIONS = [
         "guided_regex", "supported", "as in `structured_outputs`", check=_guided("guided_regex", "[ab]{3}", "[ab]{3}")
     ),
     Case("guided_decoding_backend", "ignored", "llguidance is the only one", value="xgrammar"),
+    Case("return_mm_kwargs", "ignored", "vLLM's `render` endpoints alone read it", value=False),
+    Case("return_token_offsets", "ignored", "vLLM's `render` endpoints alone read it", value=True),
+    Case("session_id", "ignored", "prompts that begin the same share their KV without it", value="s"),
+    Case("stream_interval", "ignored", "the router sends tokens as they come", value=8),
     Case("spaces_between_special_tokens", "ignored", "special tokens are never shown", value=False),
     Case(
         "truncate_prompt_tokens",
         "supported",
-        "the prompt's last tokens are kept; -1: as many as `max_tokens` leaves in the context",
+        "the prompt's last tokens are kept; -1: as many as `max_tokens` leaves in the context. Give `max_tokens` too: "
+        "without it a chat's answer has room for one token",
         check=_truncate,
     ),
     *_refused(_BOTH, _BOTH),

@@ -82,6 +82,14 @@ def test_a_page_that_is_allowed_asks_for_leave_without_a_key_and_then_with_one(g
     assert (status, headers["access-control-allow-origin"]) == (401, PAGE), "the page may read why it was refused"
 
 
+def test_a_page_of_the_internet_may_ask_a_stack_in_a_private_network(guarded):
+    stack, _ = guarded
+    asking = ASKING | {"access-control-request-private-network": "true"}
+    status, headers, _ = ask(stack, "OPTIONS", "/v1/chat/completions", {"origin": PAGE} | asking)
+    assert (status, headers["access-control-allow-private-network"]) == (200, "true")
+    assert ask(stack, "OPTIONS", "/v1/chat/completions", {"origin": "https://evil.example"} | asking)[0] == 400
+
+
 def test_other_pages_stay_out(guarded, named):
     stack, key = guarded
     other = {"origin": "https://evil.example", "authorization": f"Bearer {key}"}
@@ -113,7 +121,18 @@ def test_what_no_browser_would_send_is_no_origin(origin, capsys):
     with pytest.raises(SystemExit):
         RouterConfig.parse(["--pair=p", f"--allowed-origins={origin}"])
     assert "--allowed-origins" in capsys.readouterr().err
-    assert RouterConfig.parse(["--pair=p", "--allowed-origins=HTTPS://A.org, *"]).allowed_origins == (
+
+
+def test_origins_are_written_as_browsers_send_them():
+    given = (
+        "HTTPS://A.org, *, https://b.org:443, http://[::1]:80, http://c.org:443, https://d.org:80, http://e.org:8080"
+    )
+    assert RouterConfig.parse(["--pair=p", f"--allowed-origins={given}"]).allowed_origins == (
         "https://a.org",
         "*",
+        "https://b.org",
+        "http://[::1]",
+        "http://c.org:443",
+        "https://d.org:80",
+        "http://e.org:8080",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLIENT = [name for name in COMMANDS if name not in EXTRAS]
 SERVERS = {"torch", "transformers", "matplotlib", "gguf", "ray"}
 
-# Modules that are not of this installation are found by nobody, as if they were not there.
+# No finder finds modules that are not of this installation.
 _WITHOUT = """
 import sys
 absent = set({absent!r})
@@ -33,6 +34,8 @@ class Without:
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
         return None if name.partition('.')[0] in absent else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)  # the metadata is found
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finder, 'find_spec')]
 {code}
 """
@@ -167,8 +170,24 @@ def test_a_command_without_its_extra_says_the_line_to_run(arguments: list[str], 
     assert done.stdout == ""
     assert done.stderr == (
         f"overfill: `overfill {arguments[0]}` needs {missing}, which is not installed here: "
-        f"pip install -e '.[{EXTRAS[arguments[0]]}]'\n"
+        f"pip install -e '.[{EXTRAS.get(' '.join(arguments[:2])) or EXTRAS[arguments[0]]}]'\n"
     )
+
+
+def test_an_extra_that_is_there_is_not_named_again(tmp_path: Path) -> None:
+    done = overfill(["bench", "memory", "--pair", "default"], ("server",))
+    assert done.returncode == 1
+    assert done.stderr == (
+        "overfill: `overfill bench` needs matplotlib, which is not installed here: pip install -e '.[loadtest]'\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["default", "fast", "identity"])
+def test_a_named_pair_needs_no_more_than_a_server_does(name: str, tmp_path: Path) -> None:
+    done = overfill(["pair", "path", name], env=os.environ | {"OVERFILL_HOME": str(tmp_path)})
+    assert done.returncode == 1
+    assert "pip install -e '.[server]'" in done.stderr
+    assert {EXTRAS[f"pair {one}"] for one in ("default", "fast", "path", "show")} == {"server"}
 
 
 @pytest.mark.parametrize(("service", "extra"), [("router", "router"), ("prefill", "server"), ("decode", "server")])
@@ -189,7 +208,10 @@ def test_the_engine_without_its_extra_says_the_line_to_run() -> None:
 
 
 def test_every_extra_of_a_command_exists() -> None:
-    assert EXTRAS.keys() <= COMMANDS.keys()
+    commands = {
+        " ".join(leaf) for name in COMMANDS for leaf in leaves(cli.get_command(click.Context(cli), name), (name,))
+    }
+    assert EXTRAS.keys() <= COMMANDS.keys() | commands
     assert {one for extra in EXTRAS.values() for one in extra.split(",")} <= PROJECT["optional-dependencies"].keys()
 
 

@@ -29,6 +29,22 @@ def stack(tiny_pair):
         yield stack
 
 
+@pytest.fixture
+def init(monkeypatch):
+    """Does what locust does with its arguments before a test, in this process."""
+    monkeypatch.setenv("LOCUST_SKIP_MONKEY_PATCH", "1")
+    from locust.argument_parser import parse_options
+    from locust.env import Environment
+
+    from overfill.loadtest import locustfile
+
+    def init(*arguments):
+        options = parse_options(["-f", str(LOCUSTFILE), "--headless", *arguments])
+        locustfile._init(Environment(parsed_options=options))
+
+    return init
+
+
 def locust(*arguments):
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=False)
@@ -123,8 +139,15 @@ def test_our_own_names_of_the_same_still_work(stack, tmp_path):
         (["OpenAiUser"], "OpenAiUser"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(arguments, told):
-    done = locust(*arguments)
+def test_what_cannot_work_is_refused_by_name(arguments, told, init, capsys):
+    with pytest.raises(SystemExit) as caught:
+        init(*arguments)
+    assert caught.value.code == 2
+    assert f"loadtest: {told}: " in capsys.readouterr().err
+
+
+def test_a_refusal_ends_locust_before_anything_is_sent():
+    done = locust("--host=grpc://127.0.0.1:1", "--tags", "a")
     assert done.returncode == 2, done.stderr
-    assert f"loadtest: {told}: " in done.stderr
+    assert "loadtest: --tags: " in done.stderr
     assert "Shape test starting" not in done.stderr

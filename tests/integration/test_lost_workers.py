@@ -49,9 +49,10 @@ class Look:
         return ready, answer.strip(), self.command("health", "--live", self.address)[0]
 
     def assert_serving(self, state):
-        assert self.status() == (0, state)
-        assert self.health() == (0, "SERVING", 0)
-        assert self.http() == (200, {"status": "ok"})
+        # Each asks at a time of its own, and a worker that has just come back may not be seen by all of them yet.
+        wait_until(lambda: self.status() == (0, state), 30, f"the status is {state}")
+        wait_until(lambda: self.health() == (0, "SERVING", 0), 30, "the health is SERVING")
+        wait_until(lambda: self.http() == (200, {"status": "ok"}), 30, "HTTP's health is ok")
         with Client(self.address) as client:
             assert len(client.generate("x", sampling=SamplingParams(max_tokens=3)).token_ids) == 3
 

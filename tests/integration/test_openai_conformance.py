@@ -36,18 +36,19 @@ ALL = [(endpoint, case) for endpoint, cases in CASES.items() for case in cases]
 # What vLLM's own server takes beside OpenAI's reference, the older names included.
 # fmt: off
 VLLM = [
-    "add_special_tokens", "allowed_token_ids", "bad_words", "best_of", "cache_salt", "guided_choice",
-    "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex", "guided_whitespace_pattern",
-    "ignore_eos", "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logits_processors",
-    "max_repetition_pattern_size", "min_p", "min_repetition_pattern_size", "min_tokens", "priority",
-    "prompt_logprobs", "repetition_min_count", "repetition_penalty", "request_id", "response_format",
-    "return_token_ids", "return_tokens_as_token_ids", "skip_special_tokens", "spaces_between_special_tokens",
-    "stop_token_ids", "structured_outputs", "thinking_token_budget", "top_k", "truncate_prompt_tokens",
-    "use_beam_search", "vllm_xargs",
+    "add_special_tokens", "allowed_token_ids", "bad_words", "best_of", "cache_salt", "ec_transfer_params",
+    "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex",
+    "guided_whitespace_pattern", "ignore_eos", "include_stop_str_in_output", "kv_transfer_params", "length_penalty",
+    "logits_processors", "logprob_token_ids", "min_p", "min_tokens", "priority", "prompt_logprobs",
+    "repetition_detection", "repetition_penalty", "request_id", "response_format", "return_mm_kwargs",
+    "return_token_ids", "return_token_offsets", "return_tokens_as_token_ids", "routed_experts_prompt_start",
+    "session_id", "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids", "stream_interval",
+    "structured_outputs", "thinking_token_budget", "top_k", "truncate_prompt_tokens", "truncation_side",
+    "use_beam_search", "vllm_xargs", "watermarking",
 ]
 VLLM_CHAT = [
     "add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "echo",
-    "include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "reasoning_effort",
+    "include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "reasoning_effort", "return_prompt_text",
 ]
 # fmt: on
 

@@ -138,6 +138,29 @@ def test_request_ids_are_taken_over(stack, model):
     body = json.dumps({"model": model, "messages": HI, "max_tokens": 2}).encode()
     _, headers, answer = post(f"{stack.url}/v1/chat/completions", body, {"x-request-id": "mine-1"})
     assert headers["x-request-id"] == json.loads(answer)["id"] == "mine-1"
+    both = json.dumps({"model": model, "messages": HI, "max_tokens": 2, "request_id": "mine-2"}).encode()
+    for shown, id in (("mine-1", "mine-1"), ("not usable", "mine-2")):
+        _, headers, answer = post(f"{stack.url}/v1/chat/completions", both, {"x-request-id": shown})
+        assert headers["x-request-id"] == json.loads(answer)["id"] == id
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"continue_final_message": True},
+        {"add_generation_prompt": True},
+        {"chat_template_kwargs": {"x": 1}},
+        {"documents": [{}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"return_token_strs": True},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_what_tokenize_would_not_do_with_a_prompt_is_refused_by_name(stack, field):
+    status, _, body = post(f"{stack.url}/tokenize", json.dumps({"prompt": "Hi", **field}).encode())
+    assert (status, json.loads(body)["error"]["param"]) == (400, next(iter(field)))
+    off = dict.fromkeys(field)
+    assert post(f"{stack.url}/tokenize", json.dumps({"prompt": "Hi", **off}).encode())[0] == 200
 
 
 def test_the_other_routes(stack, model):

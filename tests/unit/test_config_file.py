@@ -118,6 +118,19 @@ def test_a_wrong_file_is_told_by_key(text: str, says: str, tmp_path: Path) -> No
     assert says in fault
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_boolean_is_no_setting_of_a_service(value: str, tmp_path: Path) -> None:
+    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nmock = {value}"
+    told = faults(written(tmp_path, text, "overfill.toml"))
+    assert len(told) == 3
+    assert f'router.http: expected text or a number, such as "off" or 8000, got {value}' in told[0]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "router: {http: off}"), ("a.toml", '[router]\nhttp = "off"')])
+def test_off_is_text_in_both_kinds_of_file(name: str, text: str, tmp_path: Path) -> None:
+    assert RouterConfig.parse(["--pair=p", f"--config={written(tmp_path, text, name)}"]).http == "off"
+
+
 def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
     assert len(faults(written(tmp_path, "router:\n  prot: 1\n  hots: x\ndecod:\n  a: b"))) == 3
 

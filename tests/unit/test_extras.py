@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,45 @@ def test_a_repository_is_named_with_its_commit(installed: Any) -> None:
     assert install_line("server") == "pip install 'overfill[server] @ git+https://host/overfill.git@0123abc'"
 
 
-@pytest.mark.parametrize("source", [None, {"url": "file:///no/such/wheel.whl", "archive_info": {}}])
-def test_else_the_name_is_all_there_is(source: dict[str, Any] | None, installed: Any) -> None:
-    installed.source = source
+def test_a_wheel_that_has_gone_is_to_be_installed_again(installed: Any) -> None:
+    installed.source = {"url": "file:///no/such/overfill-1.0-py3-none-any.whl", "archive_info": {}}
+    assert install_line("server") == "install the wheel again with [server]"
+    assert install_line("") == "install the wheel again"
+    installed.source = {"url": "file:///no/such/checkout", "dir_info": {}}
+    assert install_line("server") == "install checkout again with [server]"
+
+
+def test_else_the_name_is_all_there_is(installed: Any) -> None:
     assert install_line("server") == "pip install 'overfill[server]'"
     assert install_line("") == "pip install overfill"
 
 
-def test_a_module_of_others_is_a_missing_extra() -> None:
-    with pytest.raises(MissingExtra, match=r"`overfill up` needs no_such\.module, .* pip install .*\[server\]"):  # noqa: SIM117
+@pytest.mark.parametrize(
+    "module", ["torch.cuda", "huggingface_hub", "grpc_reflection.v1alpha", "opentelemetry.exporter.otlp"]
+)
+def test_a_module_of_an_extra_is_a_missing_extra(module: str) -> None:
+    with pytest.raises(MissingExtra, match=rf"`overfill up` needs {module}, .* pip install .*\[server\]"):  # noqa: SIM117
         with needs("server", "`overfill up`"):
-            raise ModuleNotFoundError("No module named 'no_such.module'", name="no_such.module")
+            raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+
+@pytest.mark.parametrize("module", ["no_such", "pydantic.main", "hypothesis"])
+def test_a_module_that_no_extra_brings_is_not_blamed_on_one(module: str) -> None:
+    with pytest.raises(ModuleNotFoundError) as caught, needs("server", "`overfill up`"):
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+    assert not isinstance(caught.value, MissingExtra)
+
+
+def test_without_metadata_every_module_of_others_is_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> list[str]:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(extras, "requires", none)
+    with pytest.raises(MissingExtra, match="no_such"), needs("server", "`overfill up`"):
+        raise ModuleNotFoundError("No module named 'no_such'", name="no_such")
+
+
+def test_a_module_that_is_asked_for_may_be_missing() -> None:
     with pytest.raises(MissingExtra, match="no_such"):
         require("server", "`overfill up`", "json", "no_such")
 

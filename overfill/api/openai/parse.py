@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.schema import CompletionRequest, Message, StructuredOutputs, refusals
+from overfill.api.openai.schema import CompletionRequest, Message, refusals
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -34,11 +34,11 @@ def parse(kind: type[R], body: bytes) -> R:
 
 def _holders(request: BaseModel) -> list[tuple[BaseModel, str]]:
     messages: Sequence[Message] = getattr(request, "messages", None) or ()
-    outputs: StructuredOutputs | None = getattr(request, "structured_outputs", None)
+    shapes = ((name, getattr(request, name, None)) for name in ("response_format", "structured_outputs"))
     return [
         (request, ""),
         *((message, f"messages[{i}].") for i, message in enumerate(messages)),
-        *([] if outputs is None else [(outputs, "structured_outputs.")]),
+        *((shape, f"{name}.") for name, shape in shapes if shape is not None),
     ]
 
 

@@ -78,9 +78,18 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
+_FORMATS = ("text", "json_object", "json_schema")
+
+
 class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Annotated[
+        Literal["text", "json_object", "json_schema", "structural_tag"],
+        Refused("write what a 'structural_tag' describes as a 'grammar' of 'structured_outputs'", _FORMATS),
+    ]
     json_schema: JsonSchema | None = None
+    format: Annotated[Any, Refused("it is part of a structural tag")] = None
+    structures: Annotated[Any, Refused("it is part of a structural tag")] = None
+    triggers: Annotated[Any, Refused("it is part of a structural tag")] = None
 
 
 class StructuredOutputs(Strict):
@@ -115,7 +124,7 @@ class Sampling(Strict):
     top_p: Share | None = None
     user: Ignored
 
-    # Of OpenAI's for chats only; of vLLM's for both.
+    # OpenAI takes this for chats only; vLLM takes it for both.
     response_format: ResponseFormat | None = None
 
     # Extensions, as vLLM names them.
@@ -132,9 +141,13 @@ class Sampling(Strict):
     stop_token_ids: Ids | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
+    stream_interval: Ignored  # how an answer is cut into chunks does not change it
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
 
     guided_decoding_backend: Ignored  # there is one
+    return_mm_kwargs: Ignored  # vLLM ignores these two here as well
+    return_token_offsets: Ignored
+    session_id: Ignored
     spaces_between_special_tokens: Ignored  # special tokens are never shown
 
     allowed_token_ids: Annotated[
@@ -144,6 +157,7 @@ class Sampling(Strict):
     cache_salt: Annotated[
         Any, Refused("give each tenant an API key; requests with different keys share no cached prompt")
     ] = None
+    ec_transfer_params: Annotated[Any, Refused("this model reads text only", ({},))] = None
     guided_whitespace_pattern: Annotated[Any, Refused("JSON is written in one way, without white space to choose")] = (
         None
     )
@@ -152,21 +166,25 @@ class Sampling(Strict):
     ] = None
     kv_transfer_params: Annotated[Any, Refused("the router chooses the workers between which KV travels", ({},))] = None
     length_penalty: Annotated[Any, Refused("only beam search has one", (1,))] = None
+    logprob_token_ids: Annotated[Any, Refused("'logprobs' scores the likeliest tokens; no others can be named")] = None
     logits_processors: Annotated[Any, Refused("the server runs no code that requests name", ([],))] = None
-    max_repetition_pattern_size: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", (0,))] = None
-    min_repetition_pattern_size: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", (0,))] = None
     prompt_logprobs: Annotated[Any, Refused("prompts are not scored; 'logprobs' scores the answer")] = None
-    repetition_min_count: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", (0,))] = None
+    repetition_detection: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", ({},))] = None
     return_token_ids: Annotated[
         Any, Refused("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", (False,))
     ] = None
     return_tokens_as_token_ids: Annotated[Any, Refused("'logprobs' has the bytes of every token", (False,))] = None
+    routed_experts_prompt_start: Annotated[Any, Refused("answers do not show which experts computed them", (0,))] = None
     skip_special_tokens: Annotated[Any, Refused("answers never show special tokens", (True,))] = None
     thinking_token_budget: Annotated[
         Any, Refused("reasoning is not separated from the answer; use 'max_tokens'", (-1,))
     ] = None
+    truncation_side: Annotated[
+        Any, Refused("'truncate_prompt_tokens' keeps the prompt's last tokens, which is 'left'", ("left",))
+    ] = None
     use_beam_search: Annotated[Any, Refused("ask for several answers with 'n'", (False,))] = None
     vllm_xargs: Annotated[Any, Refused("no extension reads it", ({},))] = None
+    watermarking: Annotated[Any, Refused("the sampler draws without a watermark", (False,))] = None
 
 
 class ContentPart(BaseModel):
@@ -198,6 +216,8 @@ class Message(Strict):
     name: Ignored
     refusal: Ignored
     annotations: Ignored
+    reasoning: Ignored  # clients send answers of reasoning models back as they came
+    reasoning_content: Ignored
     audio: Annotated[Any, Refused("this model reads text only")] = None
     function_call: Annotated[Any, Refused("use 'tool_calls'")] = None
 
@@ -273,6 +293,10 @@ class ChatRequest(Sampling, Templated):
         Any, Refused("reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", (True,))
     ] = None
 
+    return_prompt_text: Annotated[
+        Any, Refused("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", (False,))
+    ] = None
+
 
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
@@ -297,6 +321,7 @@ class TokenizeRequest(Templated):
     prompt: str | None = None
     messages: Annotated[Items[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
+    return_token_strs: Annotated[Any, Refused("'/detokenize' gives the text of tokens", (False,))] = None
 
 
 class DetokenizeRequest(Strict):

@@ -9,42 +9,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 """Keywords whose value maps names to schemas."""
 
-_LISTS = ("items", "prefixItems", "anyOf", "oneOf", "allOf")
+_LISTS = ("items", "prefixItems", "anyOf", "oneOf")
 _SINGLE = ("items", "additionalItems", "additionalProperties", "contains")
-_SAME_INSTANCE = ("anyOf", "oneOf", "allOf", "dependentSchemas")
-"""Keywords whose schemas are for the very object that the schema around them describes."""
+_OF_OBJECTS = ("properties", "patternProperties", "additionalProperties")
+_ELSEWHERE = ("$ref", "anyOf", "oneOf")
+"""Keywords with which other schemas describe the same object."""
+
+
+class CannotClose(ValueError):
+    """Several schemas describe one object, so that none of them can rule out what the others name.
+
+    The message follows the name of a field, and an option's name follows the message.
+    """
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """``schema`` with ``additionalProperties: false`` in every object schema, nested ones too, that does not have it.
 
-    The parts of an ``allOf``, and alternatives beside ``properties``, describe one object together. None of them is
-    closed alone, since it would rule out the properties of the others.
+    Raises:
+        CannotClose: ``schema`` uses ``allOf``, or describes an object beside ``anyOf``, ``oneOf`` or ``$ref``.
     """
-    return _closed(schema, shared=False)
-
-
-def _closed(schema: Mapping[str, Any], shared: bool) -> dict[str, Any]:
+    if "allOf" in schema:
+        raise CannotClose("has 'allOf', which cannot be combined with")
     result = dict(schema)
-    is_object = "properties" in schema or "object" in _types(schema)
+    described = [keyword for keyword in _OF_OBJECTS if keyword in schema]
+    typed = "object" in _types(schema)
+    elsewhere = [keyword for keyword in _ELSEWHERE if keyword in schema]
+    for other in elsewhere:
+        # `$ref` beside `type: object` is harmless: the schema that it names is closed.
+        if beside := described or (["type"] if typed and other != "$ref" else []):
+            raise CannotClose(f"has '{other}' beside '{beside[0]}', which cannot be combined with")
     for keyword, value in schema.items():
-        part_shared = keyword in _SAME_INSTANCE and (shared or is_object or keyword not in ("anyOf", "oneOf"))
         if keyword in _BY_NAME and isinstance(value, Mapping):
-            result[keyword] = {name: _inside(part, part_shared) for name, part in value.items()}
+            result[keyword] = {name: _inside(part) for name, part in value.items()}
         elif keyword in _LISTS and isinstance(value, list):
-            result[keyword] = [_inside(part, part_shared) for part in value]
+            result[keyword] = [_inside(part) for part in value]
         elif keyword in _SINGLE:
-            result[keyword] = _inside(value, False)
-    if is_object and not shared:
+            result[keyword] = _inside(value)
+    # `const` and `enum` list the values that are allowed, keys included.
+    if (described or typed) and not elsewhere and "const" not in schema and "enum" not in schema:
         result.setdefault("additionalProperties", False)
     return result
 
 
-def _inside(part: Any, shared: bool) -> Any:
-    return _closed(part, shared) if isinstance(part, Mapping) else part
+def _inside(part: Any) -> Any:
+    return closed(part) if isinstance(part, Mapping) else part
 
 
 def _types(schema: Mapping[str, Any]) -> list[Any]:

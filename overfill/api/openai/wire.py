@@ -10,7 +10,7 @@ from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.strict import closed
+from overfill.api.openai.strict import CannotClose, closed
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
@@ -115,6 +115,9 @@ def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
     if request.messages is not None:
         chat = _chat(request.messages, request)
         return inference_pb2.TokenizeRequest(model=request.model or "", chat=chat)
+    for name in schema.Templated.model_fields:
+        if getattr(request, name):
+            raise _invalid(name, "is for 'messages'; leave it out with 'prompt'")
     return inference_pb2.TokenizeRequest(
         model=request.model or "", text=request.prompt, no_special_tokens=not request.add_special_tokens
     )
@@ -184,6 +187,8 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
         chat.add_generation_prompt = how.add_generation_prompt
     variables = dict(how.chat_template_kwargs or {})
     if how.documents is not None:
+        if "documents" in variables:
+            raise _invalid("documents", "and 'chat_template_kwargs.documents' mean the same; give one of them")
         variables["documents"] = how.documents
     if variables:
         chat.chat_template_kwargs = _json("chat_template_kwargs", variables)
@@ -200,8 +205,8 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
     for index, tool in enumerate(how.tools or ()):
         function = tool.function
         parameters, field = function.parameters, f"tools[{index}].function.parameters"
-        if parameters and function.strict:
-            parameters = _closed(field, parameters)
+        if function.strict:
+            parameters = _closed(field, parameters or {"type": "object", "properties": {}}, "strict")
         chat.tools.add(
             name=function.name,
             description=function.description or "",
@@ -262,7 +267,7 @@ def _response_format(request: schema.Sampling) -> _Said:
     if described.schema_ is None:
         yield field, Grammar("json_object")
     else:
-        yield field, _schema(field, described.schema_, strict=bool(described.strict))
+        yield field, _schema(field, described.schema_, closed_by="strict" if described.strict else "")
 
 
 def _structured_outputs(request: schema.Sampling) -> _Said:
@@ -270,7 +275,8 @@ def _structured_outputs(request: schema.Sampling) -> _Said:
     if wanted is None:
         return
     if wanted.json_ is not None:
-        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, strict=bool(wanted.disable_additional_properties))
+        closed_by = "disable_additional_properties" if wanted.disable_additional_properties else ""
+        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, closed_by)
     if wanted.regex is not None:
         yield f"{field}.regex", _grammar(f"{field}.regex", "regex", wanted.regex)
     if wanted.choice is not None:
@@ -283,7 +289,7 @@ def _structured_outputs(request: schema.Sampling) -> _Said:
 
 def _guided(request: schema.Sampling) -> _Said:
     if request.guided_json is not None:
-        yield "guided_json", _schema("guided_json", request.guided_json, strict=False)
+        yield "guided_json", _schema("guided_json", request.guided_json)
     if request.guided_regex is not None:
         yield "guided_regex", _grammar("guided_regex", "regex", request.guided_regex)
     if request.guided_choice is not None:
@@ -292,14 +298,17 @@ def _guided(request: schema.Sampling) -> _Said:
         yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
 
 
-def _schema(field: str, schema: dict[str, Any] | str, *, strict: bool) -> Grammar:
+def _schema(field: str, schema: dict[str, Any] | str, closed_by: str = "") -> Grammar:
+    """``closed_by`` is the option that closes the schema's objects, if one does."""
     grammar = _grammar(field, "json_schema", schema if isinstance(schema, str) else _json(field, schema))
-    return Grammar.json_schema(_closed(field, json.loads(grammar.text))) if strict else grammar
+    return Grammar.json_schema(_closed(field, json.loads(grammar.text), closed_by)) if closed_by else grammar
 
 
-def _closed(field: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _closed(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
     try:
         return closed(schema)
+    except CannotClose as error:
+        raise _invalid(field, f"{error} '{option}'; name all properties in one object") from None
     except RecursionError:
         raise _invalid(field, "is nested too deeply") from None
 

@@ -101,13 +101,14 @@ class HttpApi:
         self.routes = tuple(route.path for route in routes)
         self.asgi: ASGIApp = _Gate(inner, gate, generator, local, frozenset(allowed_origins))
         if allowed_origins:
-            # Around the gate: a page has to see refusals too, and a browser asks for leave without a key. No
-            # allow_credentials: what a browser shows by itself, such as a certificate, is for our own page only.
+            # CORS wraps the gate, so that a page can read refusals and a preflight needs no key. Without
+            # allow_credentials, what a browser shows by itself, such as a certificate, is for our own page only.
             self.asgi = CORSMiddleware(
                 self.asgi,
                 allow_origins=allowed_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
+                allow_private_network=True,
                 expose_headers=["x-request-id", "x-trace-id", "retry-after"],
             )
 
@@ -123,13 +124,13 @@ class HttpApi:
     async def _chat(self, request: Request) -> Response:
         received = asyncio.get_running_loop().time()
         body = await read(request, schema.ChatRequest, self._max_body)
-        id = body.request_id or _request_id(request, "chatcmpl")
+        id = _request_id(request, body, "chatcmpl")
         return await self._generate(request, "chat", id, wire.chat(body, id), received)
 
     async def _completions(self, request: Request) -> Response:
         received = asyncio.get_running_loop().time()
         body = await read(request, schema.CompletionRequest, self._max_body)
-        id = body.request_id or _request_id(request, "cmpl")
+        id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
     async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
@@ -250,9 +251,10 @@ def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, bytes
     return ((name.decode("latin-1"), value) for name, value in headers)
 
 
-def _request_id(request: Request, prefix: str) -> str:
+def _request_id(request: Request, body: schema.Sampling, prefix: str) -> str:
+    """The header's where it is usable, as at vLLM; else the field's, else a new one."""
     given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else f"{prefix}-{secrets.token_hex(16)}"
+    return given if _REQUEST_ID.fullmatch(given) else body.request_id or f"{prefix}-{secrets.token_hex(16)}"
 
 
 def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:

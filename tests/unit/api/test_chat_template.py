@@ -19,6 +19,9 @@ THINKS = """{%- for message in messages -%}
 <|im_start|>assistant
 {% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
 {%- endif %}"""
+# As DeepSeek-R1's does it.
+DROPS_THOUGHTS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+NOT_AS_IT_IS = "does not show the last message once and as it is"
 HI = {"role": "user", "content": "Hi"}
 END = {"role": "assistant", "content": "The end of im_end "}
 
@@ -61,7 +64,10 @@ def test_a_message_is_continued_from_its_last_character_on(template):
     [
         (THINKS, [HI, {"role": "assistant", "content": ""}], "needs a last message that has text"),
         (THINKS, [], "needs a last message that has text"),
-        ("{{ messages[0].content }}", [HI, END], "does not show the last message as it is"),
+        (THINKS, [HI, {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}], "needs a last message that"),
+        ("{{ messages[0].content }}", [HI, END], NOT_AS_IT_IS),
+        ("{{ messages[-1].content }} {{ messages[-1].content }}", [HI, END], NOT_AS_IT_IS),
+        (DROPS_THOUGHTS, [HI, {"role": "assistant", "content": "<think>Hm</think>So"}], NOT_AS_IT_IS),
     ],
 )
 def test_what_cannot_be_continued_is_refused(source, messages, reason):
@@ -69,6 +75,11 @@ def test_what_cannot_be_continued_is_refused(source, messages, reason):
     with pytest.raises(InvalidRequest, match=reason) as caught:
         ChatTemplate(source, {}).render(messages, options=options)
     assert caught.value.field == "chat.continue_final_message"
+
+
+def test_a_message_that_such_a_template_leaves_alone_is_continued():
+    options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
+    assert ChatTemplate(DROPS_THOUGHTS, {}).render([HI, END], options=options) == "HiThe end of im_end "
 
 
 def test_documents_are_shown_or_refused(template):

@@ -56,6 +56,13 @@ def test_what_the_client_says_is_kept(validate: Any) -> None:
     assert (request.sampling.seed, request.sampling.max_tokens) == (0, 4)
 
 
+def test_min_tokens_that_do_not_fit_are_told_without_a_limit_that_nobody_gave(validate: Any) -> None:
+    assert validate(sampling=SamplingParams(min_tokens=29)).sampling.max_tokens == 29
+    with pytest.raises(PromptTooLong, match="30 tokens after a prompt of 3 do not fit the context of 32") as caught:
+        validate(sampling=SamplingParams(min_tokens=30))
+    assert caught.value.field == "sampling.min_tokens"
+
+
 def test_text_and_chat_are_tokenized(validate: Any, byte_level_tokenizer: Tokenizer) -> None:
     assert list(validate(text="Hello").prompt_token_ids) == byte_level_tokenizer.encode("Hello")
     message = {"role": "user", "content": "H"}

@@ -69,6 +69,8 @@ def test_show_up(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert own["prefill"] == {"value": "2", "from": str(file)}
     assert own["decode"] == {"value": "5", "from": "OVERFILL_UP_DECODE"}
     assert own["grpc"]["value"] == "7700"
+    monkeypatch.setenv("OVERFILL_ROUTER_HTTP", "off")
+    assert shown(capsys, "up")["up"]["http"] == {"value": "off", "from": "OVERFILL_ROUTER_HTTP"}
     assert own["router"] == {"value": "1", "from": "default"}
 
 

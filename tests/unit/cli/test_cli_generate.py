@@ -90,10 +90,23 @@ def test_an_answer_that_was_cut_says_so_on_stderr_and_how_to_get_more(
 ) -> None:
     fake_client.finish_reason = "length"
     pipe_in(monkeypatch, "hi\n")
-    assert main(command) == 0
+    assert main([*command, "--max-tokens", "11"]) == 0
     captured = capsys.readouterr()
     assert "cut at its limit of 11 tokens; --max-tokens N" in captured.err
     assert "cut" not in captured.out
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
+def test_an_answer_that_the_context_cut_says_so_and_advises_no_limit(
+    command: list[str], fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_client.errors.append(PromptTooLong("sampling.max_tokens", "256 do not fit; 11 do"))
+    fake_client.finish_reason = "length"
+    pipe_in(monkeypatch, "hi\n")
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "cut after 11 tokens, because the model's context is full" in err
+    assert "--max-tokens" not in err
 
 
 @pytest.mark.parametrize("flag", ["--temperature", "--top-p", "--min-p", "--timeout"])

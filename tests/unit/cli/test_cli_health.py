@@ -52,6 +52,21 @@ def test_the_next_address_is_asked_when_one_is_dead(full: str, capsys: pytest.Ca
     assert "overfill up" not in err, "there is a stack"
 
 
+def test_addresses_may_have_spaces_between_them_and_may_be_there_twice(
+    full: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["health", "--live", f"{NOBODY}, {full}"]) == 0
+    capsys.readouterr()
+    assert main(["health", "--live", f"{NOBODY},{NOBODY}"]) == 1
+    assert capsys.readouterr().err.count("overfill up") == 1, "at the end only"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "127.0.0.1:1,", ""])
+def test_what_is_no_address_is_bad_usage(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", address]) == 2
+    assert "address is" in capsys.readouterr().err.lower()
+
+
 def test_the_address_may_come_from_the_environment(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ADDRESS", f"{full},{NOBODY}")
     assert main(["health", "--live"]) == 0

@@ -170,9 +170,16 @@ def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.Ca
     assert "overlap" in capsys.readouterr().err
 
 
+def test_a_port_that_nobody_gave_is_told_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--pair", "/no/such/pair", "--grpc", "8000"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--grpc 8000 and --http 8000 (its default) overlap" in message
+    assert "give --http 8001 or more, or --http off" in message
+
+
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # with those of both workers
-    assert "--http 8000 and --metrics-port 7998 overlap" in " ".join(capsys.readouterr().err.split())
+    assert "--http 8000 (its default) and --metrics-port 7998 overlap" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
@@ -258,12 +265,17 @@ def test_the_openai_endpoint_is_on_unless_told_otherwise(
     file = tmp_path / "stack.yaml"
     file.write_text("router: {http: off}")
     assert https("--config", str(file)) == ["off"]
+    monkeypatch.setenv("OVERFILL_ROUTER_HTTP", "8300")
+    assert https() == https("--config", str(file)) == [8300]
     monkeypatch.setenv("OVERFILL_UP_HTTP", "8200")
     assert https("--config", str(file)) == [8200]
     monkeypatch.setenv("OVERFILL_UP_HTTP", "off")
     assert https() == ["off"]
     for wrong in ("on", "70000"):
         assert main(["up", "--http", wrong]) == 2
+    monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")
+    assert main(["up", "--no-ray", "--pair", "p"]) == 0
+    assert unchecked.pop().addresses == ("127.0.0.1:7700",)
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])

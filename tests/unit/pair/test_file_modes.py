@@ -1,4 +1,4 @@
-"""Whoever prepares a pair decides by the umask who may read it: files and folders have the modes that it leaves."""
+"""The files and folders of a pair have the modes that the umask gives."""
 
 from __future__ import annotations
 
