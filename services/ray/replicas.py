@@ -185,7 +185,7 @@ async def _listening_router(spec: StackSpec) -> Router:
     # A predecessor that drains has its port until its last request is finished.
     deadline = loop.time() + spec.grace_period + DRAIN_MARGIN
     for attempt in itertools.count():
-        router = Router(spec.router_config(attempt % len(spec.router.ports)), scaled=True)
+        router = Router(spec.router_config(attempt % len(spec.router.ports)))
         try:
             await router.start()
             break
@@ -198,8 +198,9 @@ async def _listening_router(spec: StackSpec) -> Router:
 
 
 async def check_alive(address: str, tls: ClientTls | None) -> None:
-    """Raises unless the process at ``address`` answers. Whether it is ready is not asked: a router without workers is
-    not, and another router would have none either.
+    """Raises unless the process at ``address`` answers.
+
+    Ignores readiness: a router without workers is not ready, and a new router would have none either.
     """
     channel = open_channel(address, tls)
     try:
