@@ -169,8 +169,8 @@ class _Row:
 class BlockTables:
     """The block tables of all sequences, as rows of one array that are kept from step to step and extended.
 
-    A row belongs to a list of blocks, the object itself, of which it holds a reference. Rows of lists that no step has
-    wanted for a while are used again, so that nobody has to say when a sequence ends.
+    A row belongs to a list of blocks, the object itself, of which it holds a reference. The engine does not report the
+    end of a sequence: rows that no step has used for 8 steps are reused.
 
     Attributes:
         array: [rows, width] int64. Entries behind a sequence's context mean nothing.

@@ -131,14 +131,14 @@ class Limits:
     """Limits of one API key; None is no limit.
 
     Attributes:
+        name: how errors name the key.
         rate: requests per second; as many, and one at least, may come at once after a pause.
         concurrency: requests at once.
-        name: how errors name the key.
     """
 
+    name: str
     rate: float | None = None
     concurrency: int | None = None
-    name: str = ""
 
 
 @dataclass(slots=True)
@@ -170,7 +170,8 @@ class KeyLimits:
             )
         if limits.concurrency is not None and usage.running + count > limits.concurrency:
             raise Overloaded(
-                f"API key {limits.name!r} has {usage.running} requests running, the most that it may",
+                f"API key {limits.name!r} has {usage.running} request{'s' * (usage.running != 1)} running; "
+                f"its limit is {limits.concurrency}",
                 _UNKNOWN,
                 "key_concurrency",
             )

@@ -35,12 +35,14 @@ __all__ = ["STAGE_NAMES", "Dispatcher", "Job", "JobState", "Placement", "Rejecti
 
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
-MIN_ABSENT_AFTER = 10.0
-"""Least seconds without a worker after which jobs are rejected, unless it is set."""
-
 STARTUP_MARGIN = 2.0
-"""Times the longest start-up seen that a stage may be without a worker, unless it is set. What restarts a worker has to
-notice the loss first, and a start beside others takes longer."""
+"""Default of ``absent_after``, as a multiple of the stage's longest start-up time.
+
+The factor covers noticing the loss and starting beside other processes.
+"""
+
+MIN_ABSENT_AFTER = 10.0
+"""Lower bound of that default, in seconds."""
 
 _TRIES = 16
 """Workers that are looked at in the policy's order before room decides."""
@@ -73,8 +75,9 @@ class Dispatcher:
         max_wait: seconds that a new job may be expected to wait before it is refused; None: any.
         reserve_after: seconds after which the oldest blocked job reserves capacity: none after it in the
             order is placed on a decode worker that could hold it.
-        absent_after: seconds without any worker of a stage after which jobs that need one are rejected; None: as long
-            as a replacement is likely to take, by the start-up times of the stage's workers.
+        absent_after: seconds without any worker of a stage after which jobs that need one are rejected. A worker that
+            was ready and is silent does not count. None: as long as a replacement is likely to take, by the start-up
+            times of the stage's workers.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Dispatcher:
         self._reserving: set[Job] = set()
         self._decode_line: Line[Job] = Line()
         self._prefill_line: Line[Job] = Line(fair=False)
-        self._last_present: dict[common_pb2.Stage, float] = {}
+        self._absent_since: dict[common_pb2.Stage, float] = {}
         self._largest: dict[common_pb2.Stage, float] = {}
         self._queued: list[Job] = []  # since the last poll
 
@@ -390,10 +393,10 @@ class Dispatcher:
 
     def _reject_absent(self, now: float) -> Iterator[Rejection]:
         for pool in (self._roster.prefill, self._roster.decode):
-            if pool.index.staying:
-                self._last_present[pool.stage] = now
+            if pool.index.present:
+                self._absent_since.pop(pool.stage, None)
                 continue
-            absent = now - self._last_present.setdefault(pool.stage, now)
+            absent = now - self._absent_since.setdefault(pool.stage, now)
             if absent < self._patience(pool):
                 continue
             waiting = list(self._decode_line)
@@ -401,11 +404,11 @@ class Dispatcher:
                 waiting += self._prefill_line
             for job in waiting:
                 yield self._reject(
-                    job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has been here for {absent:.0f} s")
+                    job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has reported for {absent:.0f} s")
                 )
 
     def _patience(self, pool: Pool) -> float:
-        """Seconds for which jobs wait for a first worker of ``pool``."""
+        """Seconds for which jobs wait while ``pool`` has no worker."""
         if self._absent_after is not None:
             return self._absent_after
         return max(MIN_ABSENT_AFTER, STARTUP_MARGIN * pool.longest_startup)

@@ -37,6 +37,11 @@ class Capacities:
         return sum(count for capacity, count in self._counts.items() if capacity >= tokens)
 
     @property
+    def total(self) -> int:
+        """How many workers are counted."""
+        return sum(self._counts.values())
+
+    @property
     def most(self) -> float:
         """0 when there is nobody."""
         return max(self._counts, default=0.0)
@@ -55,6 +60,7 @@ class _Entry(NamedTuple):
 
     capacity: float
     staying: bool
+    present: bool
     alive: bool
     credits: int  # 0: not admissible
     room: float
@@ -63,12 +69,14 @@ class _Entry(NamedTuple):
 class Index:
     """Attributes:
     staying, alive, admissible: capacities of the workers of which that is true.
+    present: number of workers that are alive or still start; see ``Worker.starting``.
     free_credits: what may still be placed, on all admissible workers together.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.staying, self.alive, self.admissible = Capacities(), Capacities(), Capacities()
+        self.present = 0
         self.free_credits = 0
         self._entries: dict[Worker, _Entry] = {}
         self._rooms: list[tuple[float, str, Worker]] = []
@@ -121,8 +129,9 @@ class Index:
     def check(self, workers: Iterable[Worker], now: float) -> None:
         """Raises AssertionError unless all of this is what the workers are. Call after ``expire``."""
         staying, alive, admissible = Capacities(), Capacities(), Capacities()
-        free, rooms = 0, []
+        present, free, rooms = 0, 0, []
         for worker in workers:
+            present += worker.starting or worker.alive(now)
             capacity = _capacity(worker)
             if worker.staying:
                 staying.change(capacity, 1)
@@ -139,6 +148,8 @@ class Index:
         ):
             if ours._counts != theirs._counts:
                 raise AssertionError(f"{name} workers: {ours._counts} counted, {theirs._counts} there")
+        if self.present != present:
+            raise AssertionError(f"{self.present} present workers counted, {present} there")
         if self.free_credits != free:
             raise AssertionError(f"{self.free_credits} credits counted, {free} there")
         if self._rooms != sorted(rooms):
@@ -148,7 +159,9 @@ class Index:
     def _set(self, worker: Worker, alive: bool) -> None:
         admissible = alive and not worker.closed
         credits = worker.credits_left if admissible else 0
-        new = _Entry(_capacity(worker), worker.staying, alive, credits, worker.room_tokens if credits else 0.0)
+        present = alive or worker.starting
+        room = worker.room_tokens if credits else 0.0
+        new = _Entry(_capacity(worker), worker.staying, present, alive, credits, room)
         old = self._entries.get(worker)
         if old != new:
             if old is not None:
@@ -163,6 +176,7 @@ class Index:
     def _count(self, worker: Worker, entry: _Entry, by: int) -> None:
         if entry.staying:
             self.staying.change(entry.capacity, by)
+        self.present += by * entry.present
         if entry.alive:
             self.alive.change(entry.capacity, by)
         if not entry.credits:

@@ -14,19 +14,21 @@ from overfill.routing.policy import LeastLoad, Policy
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
+STARTUPS_KEPT = 8
+"""Start-up times that a pool remembers. One exceptional start is forgotten once as many other workers have joined."""
+
 
 class Pool:
     """The joined workers of one stage, one per id. All that changes a worker goes through here.
 
     Attributes:
         index: what is known of all of them together; right after ``expire``.
-        longest_startup: seconds that the slowest of all workers that ever joined took to start; 0: not known.
     """
 
     def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None) -> None:
         self.stage = stage
         self.index = Index(policy or LeastLoad())
-        self.longest_startup = 0.0
+        self._startups: dict[tuple[str, int], float] = {}  # of the last workers that joined, by key
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
@@ -61,7 +63,10 @@ class Pool:
         # What it said on its last stream is history: nothing new before it reports again.
         worker.info, worker.report = info, None
         self._workers[info.id] = worker
-        self.longest_startup = max(self.longest_startup, info.startup_seconds)
+        self._startups.pop(worker.key, None)  # a worker that joins again counts once
+        self._startups[worker.key] = info.startup_seconds
+        if len(self._startups) > STARTUPS_KEPT:
+            del self._startups[next(iter(self._startups))]
         self.index.refresh(worker)
         return worker
 
@@ -129,7 +134,12 @@ class Pool:
     @property
     def num_ready(self) -> int:
         """Workers that are ready, right after ``expire``."""
-        return self.index.alive.holding(0)
+        return self.index.alive.total
+
+    @property
+    def longest_startup(self) -> float:
+        """Longest start-up time of the last ``STARTUPS_KEPT`` workers that joined, in seconds; 0: unknown."""
+        return max(self._startups.values(), default=0.0)
 
     @property
     def capacity_tokens(self) -> int | None:

@@ -24,7 +24,8 @@ STALE_AFTER = 3.0
 class WorkerInfo:
     """What a worker says about itself when it joins; fixed for one incarnation.
 
-    ``startup_seconds`` is how long it took from the start of its process until it was ready; 0: not known.
+    ``startup_seconds``: seconds from the import of ``overfill`` until the worker was ready, without the preparation of
+    a pair; 0: unknown.
     """
 
     id: str
@@ -112,6 +113,11 @@ class Worker:
     def staying(self) -> bool:
         """Whether the worker takes work or will once it is warm; a draining one never does again."""
         return self.report is None or not self.report.draining
+
+    @property
+    def starting(self) -> bool:
+        """Whether the worker is still to become ready: its last report says so, or none has come since it joined."""
+        return self.staying and (self.report is None or not self.report.ready)
 
     def alive(self, now: float) -> bool:
         """Whether the worker works, though it may be full at the moment."""

@@ -12,7 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LOOK_SECONDS = 0.5
-"""Between two looks at the condition while somebody watches."""
+"""Seconds between evaluations of the condition for each `Watch` call."""
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]

@@ -148,18 +148,19 @@ class Membership:
         await asyncio.gather(task, return_exceptions=True)
         del self._links[address]
         self._membership_changed()
-        self._check_refusals()
 
     async def _follow(self, router: str, resolver: Resolver) -> None:
         """Adds a link to each address that a name lists, and removes those that have gone.
 
-        A link goes when a look-up finds that the name does not list it and that it is not joined. An open stream
-        proves that the router is there, whatever the look-up answered.
+        A link goes when two look-ups in a row find that the name does not list it and that it is not joined: a router
+        that restarts may be missing from one. An open stream proves that the router runs, even when the look-up omits
+        it.
         """
         mine: set[str] = set()  # addresses that this name has added: another entry of the list may own others
+        missing: set[str] = set()  # those that the last look-up did not list, and that were not joined
         tls = self._tls
         if router.startswith("dns:") and tls is not None and tls.tls is not None and not tls.tls.name:
-            # Certificates are for names: who knows a router's next address?
+            # Certificates name the DNS entry, because addresses change.
             name = split_address(router.partition(_SCHEME)[2])[0]
             tls = replace(tls, tls=replace(tls.tls, name=name))
         told = ""
@@ -174,10 +175,12 @@ class Membership:
             new = found - self._links.keys()
             for address in new:
                 self._add(address, tls)
-            for address in mine - found:
-                if not self._links[address].joined:
+            was_missing, missing = missing, {one for one in mine - found if not self._links[one].joined}
+            if gone := missing & was_missing:
+                for address in gone:
                     await self._remove(address)
-                    mine.discard(address)
+                mine -= gone
+                self._check_refusals()  # after the last removal: a router that refused may be among them
             mine |= new
             await asyncio.sleep(RESOLVE_INTERVAL if found else SEARCH_INTERVAL)
 
@@ -190,7 +193,7 @@ class Membership:
             self._check_refusals()
 
     def _check_refusals(self) -> None:
-        """Calls ``on_refused`` when no router is left that could take the worker. Follows each refusal and removal."""
+        """Calls ``on_refused`` when no router is left that could take the worker. Follows refusals and removals."""
         refusals = [link.refusal for link in self._links.values() if link.refusal is not None]
         if self._on_refused is not None and refusals and len(refusals) == len(self._links):
             self._on_refused(refusals[-1])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from overfill.kv.blocks import BlockPool
+from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
 from overfill.v1 import registry_pb2
 
@@ -82,6 +83,7 @@ class SharedBlocks:
         self._cache = PrefixCache(self._pool, enabled=enabled, attention_tokens=max(1.0, 4096 / block_size))
         self._feed = self._cache.journal.feed()
         self._next = 0
+        self._refused: tuple[str, PromptBlocks] | None = None  # the owner that was refused last
         self.tokens_looked_up = self.tokens_found = 0
 
     @property
@@ -97,18 +99,29 @@ class SharedBlocks:
         return self._cache.num_cached
 
     def acquire(self, owner: str, prompt_tokens: int, shared: Sequence[int]) -> int | None:
+        if not self._cache.num_available:
+            return None  # the last block of a prompt is never taken from the cache
+        if self._refused is not None and self._refused[0] == owner:
+            prompt = self._refused[1]  # hashing takes long, and a prompt that waits asks again and again
+        else:
+            prompt = self._prompt(prompt_tokens, shared)
+        grant = self._cache.acquire(owner, prompt, prompt.num_tokens)
+        if grant is None:
+            self._refused = owner, prompt
+            return None
+        self._refused = None
+        found = grant.cached_tokens * self.block_size
+        self.tokens_looked_up += prompt_tokens
+        self.tokens_found += found
+        return found
+
+    def _prompt(self, prompt_tokens: int, shared: Sequence[int]) -> PromptBlocks:
         full, rest = divmod(prompt_tokens, self.block_size)
         numbers = list(shared[:full])
         for _ in range(full + bool(rest) - len(numbers)):
             numbers.append(_ONLY_HERE + self._next % _ONLY_HERE)
             self._next += 1
-        grant = self._cache.acquire(owner, self._cache.blocks_of(numbers), len(numbers))
-        if grant is None:
-            return None
-        found = grant.cached_tokens * self.block_size
-        self.tokens_looked_up += prompt_tokens
-        self.tokens_found += found
-        return found
+        return self._cache.blocks_of(numbers)
 
     def publish(self, owner: str, num_tokens: int) -> None:
         # The last block, unless it is full, is nobody else's; nor is it ever looked for.

@@ -189,7 +189,7 @@ async def _listening_router(spec: StackSpec) -> Router:
     patience = spec.grace_period + DRAIN_MARGIN
     deadline = loop.time() + patience
     for attempt in itertools.count():
-        router = Router(spec.router_config(attempt % len(spec.router.ports)), scaled=True)
+        router = Router(spec.router_config(attempt % len(spec.router.ports)))
         try:
             await router.start()
             break
@@ -207,8 +207,9 @@ async def _listening_router(spec: StackSpec) -> Router:
 
 
 async def check_alive(address: str, tls: ClientTls | None) -> None:
-    """Raises unless the process at ``address`` answers. Whether it is ready is not asked: a router without workers is
-    not, and another router would have none either.
+    """Raises unless the process at ``address`` answers.
+
+    Ignores readiness: a router without workers is not ready, and a new router would have none either.
     """
     channel = open_channel(address, tls)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.pool import Roster
@@ -12,8 +12,7 @@ from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import STALE_AFTER, Worker
 from overfill.rpc.calls import outcome
 from overfill.rpc.interceptors import Context
-from overfill.v1 import admin_pb2, admin_pb2_grpc
-from services.router.registry import Expected
+from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 
 STATUS_TIMEOUT = 1.0
 """Seconds after which a worker counts as silent."""
@@ -37,7 +36,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self,
         roster: Roster,
         connector: GrpcConnector,
-        expected: Expected,
+        expected: Mapping[common_pb2.Stage, int],
         process: Callable[[], admin_pb2.ProcessStatus],
         drain: Callable[[], None],
         activity: Callable[[], admin_pb2.Activity],

@@ -26,6 +26,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
+from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.access import Gate as AccessGate
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
@@ -42,7 +43,7 @@ from overfill.v1 import (
 from services.router.admin import AdminServicer
 from services.router.generation import Generator
 from services.router.inference import InferenceServicer
-from services.router.registry import Expected, RegistryServicer, worker_counts
+from services.router.registry import RegistryServicer, worker_counts
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -59,7 +60,6 @@ class Router:
 
     Args:
         config: checked already.
-        scaled: whether something else, such as Ray, decides how many workers there are.
 
     Attributes:
         roster, dispatcher: who is there, and what runs.
@@ -71,7 +71,7 @@ class Router:
         BadKeyFile: the API keys cannot be read.
     """
 
-    def __init__(self, config: RouterConfig, *, scaled: bool = False) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         self._config = config
         pair = Pair.load(resolve_pair(config.pair, log_steps(logger)))
         tokenizer = Tokenizer.load(pair.full_path)
@@ -100,7 +100,7 @@ class Router:
         self.signals = Signals(self.roster, self.dispatcher)
         self._advice = Advice(self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective))
         gate = Gate(self.dispatcher)
-        expected = Expected(config.expect_prefill, config.expect_decode, scaled=scaled)
+        expected = {PREFILL: max(1, config.expect_prefill), DECODE: max(1, config.expect_decode)}
         self._metrics = RouterMetrics()
         self._metrics.watch(
             lambda: self.dispatcher.num_waiting,
@@ -139,7 +139,6 @@ class Router:
             self.roster,
             gate,
             self._connector,
-            expected,
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
         )
         self._server.add(

@@ -418,7 +418,7 @@ def _name(caller: ApiKey | None) -> str:
 
 
 def _limits(caller: ApiKey) -> Limits:
-    return Limits(caller.rate, caller.concurrency, caller.name)
+    return Limits(caller.name, caller.rate, caller.concurrency)
 
 
 def _priority(asked: int, caller: ApiKey | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from overfill import __version__
@@ -14,39 +14,15 @@ from overfill.routing.dispatcher import STAGE_NAMES
 from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
+from overfill.routing.worker import Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
+from overfill.v1 import registry_pb2, registry_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 DEMAND_GAP = 0.05
 """Seconds between looks at what this router needs of a worker that it shares, while that changes."""
-
-
-class Expected:
-    """How many ready workers of each stage make the stack complete: as many as it was started with, and one at least.
-
-    Args:
-        scaled: whether something else, such as Ray, decides how many workers there are. It drains those that it takes
-            away, so a drained worker is then not expected any more, until there are as many as before again.
-    """
-
-    def __init__(self, prefill: int, decode: int, *, scaled: bool = False) -> None:
-        self._started = {PREFILL: max(1, prefill), DECODE: max(1, decode)}
-        self._now = dict(self._started)
-        self._scaled = scaled
-
-    def items(self) -> Iterable[tuple[common_pb2.Stage, int]]:
-        """Each stage with its number."""
-        return self._now.items()
-
-    def reported(self, stage: common_pb2.Stage, ready: int, *, drained: bool) -> None:
-        """A worker has reported, after which so many are ready. ``drained``: the first report that it drains."""
-        if self._scaled:
-            expected = self._now[stage] - (drained and ready < self._now[stage])
-            self._now[stage] = max(1, expected, min(ready, self._started[stage]))
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
@@ -62,7 +38,6 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         roster: Roster,
         gate: Gate,
         connector: GrpcConnector,
-        expected: Expected,
         on_lost: Callable[[WorkerInfo], None] = lambda _: None,
     ) -> None:
         self._on_lost = on_lost
@@ -70,7 +45,6 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._roster = roster
         self._gate = gate
         self._connector = connector
-        self._expected = expected
         self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
         self._metrics_addresses: dict[str, tuple[WorkerInfo, str]] = {}
 
@@ -111,9 +85,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                     raise InvalidRequest("report", "must be all that follows the first message")
                 if not self._current(info, context):
                     return  # it has joined again meanwhile
-                drained = worker.staying and message.report.draining
                 self._gate.report(worker, message.report)
-                self._expected.reported(info.stage, self._roster.pool(info.stage).num_ready, drained=drained)
                 if telling is None and message.report.routers > 1:
                     telling = asyncio.create_task(self._tell_demand(worker, context))
         finally:

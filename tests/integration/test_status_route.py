@@ -66,3 +66,17 @@ def test_a_worker_that_does_not_report_is_silent(tiny_pair):
 def test_workers_say_how_long_they_took_to_start(tiny_pair):
     with mock_stack(tiny_pair) as stack:
         assert all(worker.info.startup_seconds > 0 for worker in stack.router.roster.workers())
+
+
+def test_a_worker_that_drains_is_still_expected(tiny_pair):
+    """Until another has taken its place: a stack that replaces a worker is not complete meanwhile."""
+    with mock_stack(tiny_pair) as stack:
+
+        async def look_while_draining():
+            (worker,) = stack.router.roster.decode
+            worker.report.draining = True
+            return stack.router._admin.known()
+
+        known = stack.call(look_while_draining())
+        assert [(pool.ready, pool.expected) for pool in known.pools] == [(1, 1), (0, 1)]
+        assert not known.complete

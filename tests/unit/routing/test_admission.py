@@ -5,7 +5,7 @@ from overfill.routing.admission import Admission, DrainRate, KeyLimits, Limits
 
 
 def test_a_key_has_its_rate_and_what_came_together_after_a_pause():
-    limits, two = KeyLimits(), Limits(rate=2.0)
+    limits, two = KeyLimits(), Limits("a", rate=2.0)
     for _ in range(2):
         limits.enter("a", two, 0.0)
     with pytest.raises(Overloaded, match="2 times a second") as caught:
@@ -22,14 +22,14 @@ def test_a_key_has_its_rate_and_what_came_together_after_a_pause():
 
 
 def test_asking_whether_a_request_may_begin_takes_nothing():
-    limits, one = KeyLimits(), Limits(rate=1.0, concurrency=1)
+    limits, one = KeyLimits(), Limits("a", rate=1.0, concurrency=1)
     for _ in range(3):
         limits.check("a", one, 0.0)
     limits.enter("a", one, 0.0)
 
 
 def test_a_key_has_its_requests_at_once():
-    limits, two = KeyLimits(), Limits(concurrency=2)
+    limits, two = KeyLimits(), Limits("a", concurrency=2)
     limits.enter("a", two, 0.0)
     limits.enter("a", two, 0.0)
     with pytest.raises(Overloaded, match="2 requests running") as caught:
@@ -41,7 +41,7 @@ def test_a_key_has_its_requests_at_once():
 
 def test_answers_that_come_together_are_taken_together_or_not_at_all():
     limits = KeyLimits()
-    for limit in (Limits(concurrency=4), Limits(rate=4.5)):
+    for limit in (Limits("a", concurrency=4), Limits("a", rate=4.5)):
         limits.enter("a", limit, 0.0, 2)
         with pytest.raises(Overloaded):
             limits.enter("a", limit, 0.0, 3)
@@ -51,7 +51,7 @@ def test_answers_that_come_together_are_taken_together_or_not_at_all():
         limits = KeyLimits()
 
 
-@pytest.mark.parametrize("limit", [Limits(concurrency=1, name="ci"), Limits(rate=1.0, name="ci")])
+@pytest.mark.parametrize("limit", [Limits("ci", concurrency=1), Limits("ci", rate=1.0)])
 def test_an_error_names_the_key_and_not_its_hash(limit):
     limits = KeyLimits()
     limits.enter("27fb1a0cd3f7a2b1", limit, 0.0)

@@ -14,7 +14,7 @@ from overfill.routing.line import Line
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
+from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 
@@ -264,6 +264,12 @@ def test_requests_are_rejected_when_a_stage_stays_empty(roster, dispatcher, add_
     assert dispatcher.num_jobs == 0
 
 
+def keep_reporting(roster, name, now):
+    """Makes worker ``name`` repeat its last report at ``now``."""
+    worker = roster.find(name)
+    roster.pool(worker.info.stage).report(worker, worker.report, now)
+
+
 @pytest.mark.parametrize(
     ("startups", "absent_after", "patience"),
     [
@@ -271,6 +277,7 @@ def test_requests_are_rejected_when_a_stage_stays_empty(roster, dispatcher, add_
         ((2.0,), None, 10.0),
         ((60.0,), None, 120.0),
         ((5.0, 60.0, 40.0), None, 120.0),
+        ((5000.0, *[20.0] * 8), None, 40.0),  # one odd start, some time ago
         ((60.0,), 3.0, 3.0),
         ((2.0,), 300.0, 300.0),
     ],
@@ -280,13 +287,28 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
 ):
     dispatcher = Dispatcher(roster, LeastLoad(), absent_after=absent_after)
     add_worker(roster, "p0", PREFILL)
-    for seconds in startups:
-        roster.decode.leave(roster.join(replace(make_info("d0"), startup_seconds=seconds)))
+    for incarnation, seconds in enumerate(startups):
+        info = replace(make_info("d0", incarnation=incarnation), startup_seconds=seconds)
+        roster.decode.leave(roster.join(info))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
+    keep_reporting(roster, "p0", patience - 0.1)
     assert dispatcher.poll(patience - 0.1) == []
+    keep_reporting(roster, "p0", patience)
     [rejection] = dispatcher.poll(patience)
-    assert str(rejection.error) == f"no decode worker has been here for {patience:.0f} s"
+    assert str(rejection.error) == f"no decode worker has reported for {patience:.0f} s"
+
+
+def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(roster, add_worker, make_info):
+    dispatcher = Dispatcher(roster, LeastLoad())
+    add_worker(roster, "p0", PREFILL)
+    roster.decode.leave(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
+    for _ in range(20):
+        roster.decode.leave(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
+    dispatcher.submit(job("a"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    keep_reporting(roster, "p0", 119.9)
+    assert dispatcher.poll(119.9) == []
 
 
 def test_how_long_one_stage_takes_to_start_says_nothing_of_the_other(roster, add_worker, make_info):
@@ -299,11 +321,60 @@ def test_how_long_one_stage_takes_to_start_says_nothing_of_the_other(roster, add
     assert "prefill" in str(rejection.error)
 
 
+@pytest.mark.parametrize("silent", ["p0", "d0"])
+def test_a_stage_whose_workers_are_joined_and_silent_is_absent(roster, dispatcher, add_worker, silent):
+    """The process hangs, and its transport still answers pings: the stream stays open."""
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0")
+    other = "d0" if silent == "p0" else "p0"
+    dispatcher.poll(STALE_AFTER)
+    keep_reporting(roster, other, STALE_AFTER + 1.0)
+    dispatcher.submit(job("a"), STALE_AFTER + 1.0)
+    assert dispatcher.poll(STALE_AFTER + 1.0) == []
+    keep_reporting(roster, other, STALE_AFTER + 10.9)
+    assert dispatcher.poll(STALE_AFTER + 10.9) == []
+    keep_reporting(roster, other, STALE_AFTER + 11.0)
+    [rejection] = dispatcher.poll(STALE_AFTER + 11.0)
+    stage = "prefill" if silent == "p0" else "decode"
+    assert str(rejection.error) == f"no {stage} worker has reported for 10 s"
+    assert dispatcher.num_jobs == 0
+
+
+def test_a_silent_worker_that_reports_in_time_takes_the_jobs_that_waited(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0")
+    dispatcher.submit(job("a"), 5.0)
+    assert dispatcher.poll(5.0) == []
+    for name in ("p0", "d0"):
+        keep_reporting(roster, name, 14.0)
+    assert placed(dispatcher.poll(14.0)) == [("a", "d0")]
+    dispatcher.submit(job("b"), 20.0)
+    assert dispatcher.poll(20.0) == [], "the time counts from the last silence on"
+
+
+def test_a_router_that_was_stopped_itself_waits_for_reports_before_it_rejects(roster, dispatcher, add_worker):
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0", credits=0)
+    dispatcher.submit(job("a"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    assert dispatcher.poll(500.0) == []
+
+
+def test_a_worker_that_has_not_reported_yet_is_waited_for(roster, dispatcher, add_worker, make_info):
+    roster.join(make_info("d0"))
+    add_worker(roster, "p0", PREFILL)
+    dispatcher.submit(job("a"), 0.0)
+    assert dispatcher.poll(0.0) == []
+    keep_reporting(roster, "p0", 100.0)
+    assert dispatcher.poll(100.0) == []
+
+
 def test_a_worker_that_is_still_warming_up_is_waited_for(roster, dispatcher, add_worker):
     add_worker(roster, "d0", ready=False)
     add_worker(roster, "p0", PREFILL)
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
+    keep_reporting(roster, "p0", 100.0)
     assert dispatcher.poll(100.0) == []
 
 

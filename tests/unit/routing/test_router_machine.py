@@ -416,7 +416,7 @@ class Routing(RuleBasedStateMachine):
             case PromptTooLong():
                 pass  # the workers that could have held it have left
             case error:
-                assert "worker has been here for" in str(error)
+                assert "worker has reported for" in str(error)
         streams = [s for s in self.streams if s.start is not None and s.start.request_id == request.id]
         assert all(s.closed for s in streams)
 

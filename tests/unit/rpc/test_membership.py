@@ -305,6 +305,35 @@ async def test_a_worker_is_told_when_only_routers_that_refuse_it_are_left(monkey
             assert (await refusals.get()).fields == ("wire_version",)
 
 
+@pytest.mark.parametrize("answer", ["partial", "empty"])
+async def test_one_look_up_without_a_router_that_restarts_ends_no_worker(monkeypatch, answer):
+    monkeypatch.setattr(membership_module, "RESOLVE_INTERVAL", 0.0)
+    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
+    refusals = asyncio.Queue()
+    async with registry() as (first, one), registry() as (second, two):
+        addresses, omits = {one, two}, asyncio.Event()
+
+        async def resolve(target):
+            if omits.is_set() and worker.num_joined == 0:
+                omits.clear()
+                return {two} if answer == "partial" else set()
+            return addresses
+
+        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
+        second.errors += [Incompatible("wire version 1, not 2", ["wire_version"])] * 1000
+        async with member("dns:///routers.internal:7600", on_refused=refusals.put_nowait) as worker:
+            await first.report_with(12)
+            await second.hellos.get()
+            omits.set()
+            first.errors += [Unavailable("restarting")] * 3
+            first.outbox.put_nowait(None)
+            while omits.is_set():
+                await first.hellos.get()
+            await first.report_with(12)
+            assert refusals.empty()
+            assert worker.num_joined == 1
+
+
 @pytest.mark.parametrize(("told", "expected"), [("", "routers.internal"), ("overfill.internal", "overfill.internal")])
 async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, expected):
     asked = asyncio.Queue()

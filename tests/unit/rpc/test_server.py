@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from overfill import errors
+from overfill.rpc import health as health_module
 from overfill.rpc.access import RPCS, Gate, Rule
 from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.channel import open_channel
@@ -216,7 +217,8 @@ async def test_every_health_watcher_is_told_and_none_delays_a_stop(
     assert await stayer.read() is grpc.aio.EOF
 
 
-async def test_health_follows_a_condition_that_changes_without_an_event() -> None:
+async def test_health_follows_a_condition_that_changes_without_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "LOOK_SECONDS", 0.01)
     holds = False
     server = RpcServer(condition=lambda: holds)
     address = await server.start("127.0.0.1:0")

@@ -10,11 +10,11 @@ from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.worker import DECODE, PREFILL
+from overfill.routing.worker import DECODE
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import registry_pb2
 from services.router import registry as registry_module
-from services.router.registry import Expected, RegistryServicer
+from services.router.registry import RegistryServicer
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
 HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stage=DECODE, kv=KV.to_proto(), wire_version=WIRE_VERSION)
@@ -61,7 +61,7 @@ async def joined():
     roster = Roster()
     gate = CountingGate(Dispatcher(roster, LeastLoad()))
     stream = Stream()
-    servicer = RegistryServicer("r", roster, gate, Connector(), Expected(0, 0))
+    servicer = RegistryServicer("r", roster, gate, Connector())
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=HELLO))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     assert (await stream.heard.get()).HasField("welcome")
@@ -105,32 +105,3 @@ async def test_a_shared_worker_is_told_what_changes_and_costs_nothing_while_noth
         gate.finish(job)
         assert waiting.cancelled()
         assert (await stream.heard.get()).demand == registry_pb2.Demand()
-
-
-def expected_after(expected, *reports):
-    for ready, drained in reports:
-        expected.reported(DECODE, ready, drained=drained)
-    return dict(expected.items())[DECODE]
-
-
-def test_as_many_workers_are_expected_as_the_stack_was_started_with_and_one_at_least():
-    assert dict(Expected(0, 3).items()) == {PREFILL: 1, DECODE: 3}
-    assert expected_after(Expected(1, 2), (2, False), (1, True)) == 2
-    assert expected_after(Expected(1, 2), (5, False)) == 2
-
-
-@pytest.mark.parametrize(
-    ("reports", "expected"),
-    [
-        ([(1, False), (2, False), (3, False)], 3),
-        ([(3, False), (2, True)], 2),  # a pool that shrinks
-        ([(3, False), (2, True), (1, True), (0, True)], 1),
-        ([(3, False), (2, True), (2, False), (3, False)], 3),  # it grows again
-        ([(3, False), (2, False)], 3),  # one was lost
-        ([(2, False), (1, True)], 2),  # one was lost and another one drained
-        ([(4, False), (3, True)], 3),  # its replacement came before a worker drained
-        ([(8, False), (7, True), (3, True)], 3),  # a pool that had grown shrinks again
-    ],
-)
-def test_where_something_else_scales_a_drained_worker_is_not_missed(reports, expected):
-    assert expected_after(Expected(1, 3, scaled=True), *reports) == expected

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from overfill.bench.bounds import ModelCost, decode_step_seconds, prefill_seconds
 from overfill.bench.machine import Machine
 from overfill.errors import InvalidRequest
+from overfill.kv.keys import PromptBlocks
 from overfill.simulate.blocks import CountedBlocks, SharedBlocks
 from overfill.simulate.clock import Clock
 from overfill.simulate.decode import Sequence, SequenceState, SimDecode
@@ -251,6 +252,37 @@ def test_prompts_share_blocks_and_the_cache_forgets_what_it_has_no_room_for():
     delta = blocks.delta()
     assert delta.replaces
     assert len(delta.added) + len(delta.removed) == 4
+
+
+def test_a_prompt_that_waits_for_room_is_hashed_once(monkeypatch):
+    hashed = []
+
+    class Counted(PromptBlocks):
+        def __init__(self, tokens, *args):
+            hashed.append(len(tokens))
+            super().__init__(tokens, *args)
+
+    monkeypatch.setattr("overfill.kv.prefix.PromptBlocks", Counted)
+    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
+    assert blocks.acquire("a", 1000, (1,)) == 0
+    assert blocks.acquire("b", 300, (2, 3, 4)) is None
+    assert hashed == [10], "there is no free block, whatever is cached"
+    blocks.release("a")
+    assert blocks.acquire("c", 900, (5,)) == 0
+    for _ in range(5):
+        assert blocks.acquire("b", 300, (2, 3, 4)) is None
+    assert hashed == [10, 9, 3]
+    blocks.release("c")
+    assert blocks.acquire("b", 300, (2, 3, 4)) == 0
+    assert hashed == [10, 9, 3]
+
+
+def test_a_prompt_that_gave_up_waiting_leaves_nothing_to_the_next():
+    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
+    assert blocks.acquire("a", 900, (1, 2, 3, 4, 5, 6, 7, 8, 9)) == 0
+    blocks.publish("a", 900)
+    assert blocks.acquire("b", 300, (20, 21, 22)) is None
+    assert blocks.acquire("c", 400, (1, 2, 3, 30)) == 300
 
 
 def test_profiles_are_read_from_files_and_bench_output(tmp_path):
