@@ -26,7 +26,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from overfill.certificates import NAME, RoleFiles, role_files
-from overfill.cli.answering import DEFAULT_MAX_TOKENS
+from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
@@ -480,6 +480,7 @@ def _curl(plan: Plan, base: str) -> str:
         "model": plan.model,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": DEFAULT_MAX_TOKENS,
+        "temperature": DEFAULT_TEMPERATURE,
     }
     # Not -H, which every user of the machine would see; curl hides this one.
     key = "" if plan.routers[0].api_keys is None else ' --oauth2-bearer "$OVERFILL_API_KEY"'
