@@ -270,8 +270,9 @@ def _bind(host: str, port: int) -> socket.socket:
 def _obituary(child: Child) -> str:
     said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
     return (
-        f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack goes on without it. Plain processes are not "
-        f"restarted: start `overfill up` again, or leave --no-ray out, since Ray restarts workers. Its last lines:{said}"
+        f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack goes on without it. Plain processes are "
+        "not restarted: start `overfill up` again, or leave --no-ray out, since Ray restarts workers. "
+        f"Its last lines:{said}"
     )
 
 
