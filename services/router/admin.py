@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from overfill.errors import InvalidRequest, OverfillError
+from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Unavailable
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import STALE_AFTER, Worker
@@ -69,7 +69,12 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             known = ", ".join(w.id for w in self._roster.workers()) or "none"
             raise InvalidRequest("worker_id", f"no worker {request.worker_id!r} has joined; joined: {known}")
         drained = self._stub(worker).Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT)
-        await outcome(drained, f"worker {worker.id}")
+        try:
+            await outcome(drained, f"worker {worker.id}")
+        except (RequestCancelled, Unavailable):
+            # A worker without requests may leave before its answer is written.
+            if self._roster.find(worker.id) is worker and worker.staying:
+                raise
         return admin_pb2.DrainResponse()
 
     def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:

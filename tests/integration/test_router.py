@@ -93,6 +93,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
         self.calls = asyncio.Queue()
         self.silent = False
         self.drained = asyncio.Event()
+        self.breaks_off = None  # "gone", or "there": ends Drain without an answer, and is gone or there
         self.refusal = asyncio.Queue()
         self.credits = 8
         self.hello = registry_pb2.Hello(
@@ -125,7 +126,12 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
 
     async def Drain(self, request, context):
         self.drained.set()
-        return admin_pb2.DrainResponse()
+        if self.breaks_off is None:
+            return admin_pb2.DrainResponse()
+        if self.breaks_off == "gone":
+            await self.membership.stop()
+        self._stopping = asyncio.create_task(self._server.stop(0))
+        await asyncio.Event().wait()
 
     async def serve(self, router):
         self._server = RpcServer()
@@ -590,6 +596,19 @@ async def test_drain_is_passed_on_to_a_worker(stack):
     with pytest.raises(grpc.RpcError) as caught:
         await stub.Drain(admin_pb2.DrainRequest(worker_id="d9"))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await channel.close(None)
+
+
+async def test_a_worker_that_leaves_before_it_answers_has_been_drained(stack):
+    channel = open_channel(stack.address)
+    stub = admin_pb2_grpc.AdminStub(channel)
+    stack.first.breaks_off = "gone"
+    await stub.Drain(admin_pb2.DrainRequest(worker_id="d0"))
+    other = await stack.add("d1")
+    await stack.joined("p0", "d1")
+    other.breaks_off = "there"
+    with pytest.raises(grpc.RpcError):
+        await stub.Drain(admin_pb2.DrainRequest(worker_id="d1"))
     await channel.close(None)
 
 
