@@ -70,7 +70,7 @@ def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time
         if done >= total:
             if step not in ended:
                 ended.add(step)
-                # A step that reports its end alone began at a time that nobody told.
+                # A step whose first report is its end has no known start, so the line has no duration.
                 say(f"{step}: done after {now - begun[step]:.0f} s" if step in begun else f"{step}: done")
             return
         if step not in begun or step in ended:  # a step of the same name may come again

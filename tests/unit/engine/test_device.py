@@ -1,4 +1,4 @@
-"""Work for ``cuda:1`` names that device, whatever the thread's current one is. No GPU: torch's calls are recorded."""
+"""Work for ``cuda:1`` names that device, even where the thread's current one is another. Torch's calls are recorded."""
 
 import threading
 

@@ -266,7 +266,7 @@ def test_a_prompt_that_waits_for_room_is_hashed_once(monkeypatch):
     blocks = SharedBlocks(kv_tokens=1000, block_size=100)
     assert blocks.acquire("a", 1000, (1,)) == 0
     assert blocks.acquire("b", 300, (2, 3, 4)) is None
-    assert hashed == [10], "there is no free block, whatever is cached"
+    assert hashed == [10], "without a free block, a refusal hashes nothing"
     blocks.release("a")
     assert blocks.acquire("c", 900, (5,)) == 0
     for _ in range(5):
