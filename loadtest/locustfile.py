@@ -1,5 +1,5 @@
-"""For ``locust -f loadtest/locustfile.py``: the users, shapes and objectives of ``overfill.loadtest``."""
+"""For ``locust -f loadtest/locustfile.py``: the users, shapes and objectives of ``overfill.lab.loadtest``."""
 
-from overfill.loadtest.locustfile import GrpcUser, OpenAiUser, PlannedShape
+from overfill.lab.loadtest.locustfile import GrpcUser, OpenAiUser, PlannedShape
 
 __all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]

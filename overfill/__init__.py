@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from overfill import startup  # noqa: F401  # it notes the time
+from overfill.process import startup  # noqa: F401  # it notes the time
 from overfill.version import __version__
 
 if TYPE_CHECKING:
-    from overfill.engine.llm import LLM
+    from overfill.pair.llm import LLM
 
 __all__ = ["LLM", "__version__"]
 
@@ -20,10 +20,10 @@ __all__ = ["LLM", "__version__"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that the SDK and the router start without torch.
     if name == "LLM":
-        from overfill.extras import needs
+        from overfill.process.extras import needs
 
         with needs("server", "overfill.LLM"):
-            from overfill.engine.llm import LLM
+            from overfill.pair.llm import LLM
 
         return LLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from overfill.extras import MissingExtra, needs
+from overfill.process.extras import MissingExtra, needs
 
 
 def router() -> NoReturn:

@@ -41,7 +41,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Here, since most unit tests need no torch, which takes seconds to import.
     import torch
 
-    from overfill.testing.tiny import make_tiny_pair
+    from overfill.pair.tiny import make_tiny_pair
 
     torch.set_num_threads(1)
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")

@@ -2,8 +2,8 @@
 
     python deploy/helm/generate.py [--check]
 
-``values.yaml`` says which values there are, with their defaults and comments; ``overfill/config.py`` which settings the
-services have. ``--check`` writes nothing and exits 1, naming what differs.
+``values.yaml`` says which values there are, with their defaults and comments; ``overfill/settings/config.py``, which
+settings the services have. ``--check`` writes nothing and exits 1, naming what differs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, get_args
 
 import yaml
 
-from overfill.config import SERVICES, ServiceConfig
-from overfill.config_file import flag_name
+from overfill.settings.config import SERVICES, ServiceConfig
+from overfill.settings.config_file import flag_name
 
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"

@@ -10,8 +10,8 @@ from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
-from overfill.grammar import check_grammar
-from overfill.params import Grammar, SamplingParams, check_token_ids
+from overfill.request.grammar import check_grammar
+from overfill.request.params import Grammar, SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, inference_pb2
 
 MAX_STOPS = 16

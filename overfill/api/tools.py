@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overfill.errors import InvalidRequest
-from overfill.grammar import compact
+from overfill.request.grammar import compact
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128

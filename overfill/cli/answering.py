@@ -12,7 +12,7 @@ from overfill.errors import PromptTooLong
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, Options, Prompt
-    from overfill.params import SamplingParams
+    from overfill.request.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 """Most tokens of an answer, unless --max-tokens says otherwise."""

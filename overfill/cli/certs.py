@@ -26,7 +26,7 @@ def certs_command(folder: Path, names: tuple[str, ...], days: float, roles: tupl
     seconds. Keep peers-ca.key and clients-ca.key away from the machines that serve. Meant for trials and small
     installations: where there is an authority already, have it make certificates with the same names.
     """
-    from overfill import certificates
+    from overfill.rpc import certificates
     from overfill.rpc.access import Role
 
     try:

@@ -16,7 +16,7 @@ from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
     from overfill.client import Client, Message
-    from overfill.params import SamplingParams
+    from overfill.request.params import SamplingParams
 
 _END = ("/exit", "/quit")
 _COMMAND = re.compile(r"/[a-z]+")

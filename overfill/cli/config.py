@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
-from overfill.config import SERVICES, ServiceConfig, read_checked
-from overfill.config_file import BadConfigFile, ConfigFile, flag_name
+from overfill.settings.config import SERVICES, ServiceConfig, read_checked
+from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")
 Row = tuple[str, str, str]

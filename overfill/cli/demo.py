@@ -15,7 +15,7 @@ from overfill.cli.stack import Stack
 from overfill.cli.up import AnyStack, make_plan
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.cluster.session import check_installed
-from overfill.extras import require
+from overfill.process.extras import require
 
 WARM_UP = """Write one sentence about a lighthouse."""
 
@@ -47,8 +47,8 @@ def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
     require("server", "`overfill demo`", "torch")
     if on_ray:
         check_installed()
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     notes = Console(stderr=True, highlight=False)
     with progress_bars() as report:

@@ -12,7 +12,7 @@ from overfill.cli.options import AnyNumber, set_threads
 
 if TYPE_CHECKING:
     from overfill.pair.distill.recipe import Data, Recipe
-    from overfill.pair.progress import Report
+    from overfill.telemetry.progress import Report
 
 DEFAULT_RECIPE = "smollm2-fast"
 
@@ -131,12 +131,12 @@ def _train(
     name: str | None, recipe: Recipe, data: Data, out: Path, training: Any, *, standalone: bool, resume: bool
 ) -> None:
     from overfill.api.tokenizer import Tokenizer
+    from overfill.model.manifest import Pair
     from overfill.pair.distill.data import load_data
     from overfill.pair.distill.train import Run
-    from overfill.pair.manifest import Pair
-    from overfill.pair.memory import freed_memory_kept
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.process.memory import freed_memory_kept
+    from overfill.telemetry.progress import progress_bars
 
     with progress_bars() as report:
         pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))
@@ -181,7 +181,7 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
 
 def _dry_run(recipe: Recipe) -> None:
     from overfill.pair.distill.dry_run import dry_run
-    from overfill.pair.progress import progress_bars
+    from overfill.telemetry.progress import progress_bars
 
     with tempfile.TemporaryDirectory(prefix="overfill-") as folder, progress_bars() as report:
         tried = dry_run(recipe, Path(folder), report=report)

@@ -76,8 +76,8 @@ def eval_command(
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.evaluation import evaluate
     from overfill.pair.evaluate.report import cost_line, evaluation_rows, save_summary, write_evaluation
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
@@ -126,8 +126,8 @@ def compare_command(
     from overfill.cli.output import console
     from overfill.pair.evaluate.compare import NOTE, compare
     from overfill.pair.evaluate.report import point_rows, write_comparison
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     points = []
     with progress_bars() as report:
@@ -172,8 +172,8 @@ def lm_eval_command(
     """Run tasks of the lm-evaluation-harness on PAIR: the full model reads, the decoder answers."""
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.harness import run_tasks
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     with progress_bars() as report:
         folder = resolve_pair(pair, report)
@@ -201,8 +201,8 @@ def lm_eval_command(
 def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
     """The first ``count`` conversations of ``data``, whole, as the pair's tokens."""
     from overfill.api.tokenizer import Tokenizer
+    from overfill.model.manifest import Pair
     from overfill.pair.conversations import encode, read_conversations, shipped_conversations
-    from overfill.pair.manifest import Pair
 
     conversations = shipped_conversations("held_out") if data is None else read_conversations(data, "data")
     return encode(conversations[:count], Tokenizer.load(Pair.load(pair_folder).full_path))

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import click
 
 import overfill
-from overfill.environment import QUIET_GRPC
 from overfill.errors import OverfillError, Overloaded, Unavailable, Unreachable
-from overfill.extras import needs
+from overfill.process.extras import needs
+from overfill.settings.environment import QUIET_GRPC
 
 # Name -> where the click command is, and its line in `overfill --help`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -35,15 +35,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
     "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
     "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
-    "chaos": ("overfill.cli.chaos:chaos_command", "Break the workers of a stack under load; judge every answer."),
+    "chaos": (
+        "overfill.lab.commands.chaos:chaos_command",
+        "Break the workers of a stack under load; judge every answer.",
+    ),
     "chaos-clients": (
-        "overfill.cli.chaos_clients:chaos_clients_command",
+        "overfill.lab.commands.chaos_clients:chaos_clients_command",
         "Kill clients at random moments; time how soon their KV is free.",
     ),
     "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
-    "bench": ("overfill.cli.bench:bench_group", "Measure a stack."),
-    "loadtest": ("overfill.cli.loadtest:loadtest_command", "Load a stack with locust; hold it against objectives."),
-    "simulate": ("overfill.cli.simulate:simulate_command", "Play a trace on modelled workers; size pools."),
+    "bench": ("overfill.lab.commands.bench:bench_group", "Measure a stack."),
+    "loadtest": (
+        "overfill.lab.commands.loadtest:loadtest_command",
+        "Load a stack with locust; hold it against objectives.",
+    ),
+    "simulate": ("overfill.lab.commands.simulate:simulate_command", "Play a trace on modelled workers; size pools."),
     "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
 }
 

@@ -9,7 +9,7 @@ import click
 
 _INTRODUCTION = """# Metrics
 
-Made by `overfill metrics > docs/metrics.md` from `overfill/metrics.py`; a test holds them together.
+Made by `overfill metrics > docs/metrics.md` from `overfill/telemetry/metrics.py`; a test holds them together.
 
 Every process serves `/metrics` on a port of its own (`--metrics-port`, on loopback unless `--metrics-host` says
 otherwise; `overfill status` shows it), and a router also `/targets`, which lists all of them for Prometheus'
@@ -28,7 +28,7 @@ def metrics_command() -> None:
 
 def metrics_page() -> str:
     """``docs/metrics.md``."""
-    from overfill.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, OUTCOMES, TOKEN_BUCKETS, declared
+    from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, OUTCOMES, TOKEN_BUCKETS, declared
 
     named = {LATENCY_BUCKETS: "seconds", BATCH_BUCKETS: "batch", TOKEN_BUCKETS: "tokens"}
     lines = [_INTRODUCTION]
@@ -46,7 +46,7 @@ def metrics_page() -> str:
 
 
 def _label(name: str, values: Sequence[str]) -> str:
-    from overfill.metrics import OUTCOMES
+    from overfill.telemetry.metrics import OUTCOMES
 
     if set(values) >= set(OUTCOMES[1:]):
         return f"`{name}`: an [outcome](#outcomes)"

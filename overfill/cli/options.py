@@ -14,7 +14,7 @@ from overfill.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from overfill.client import Client
-    from overfill.params import SamplingParams
+    from overfill.request.params import SamplingParams
     from overfill.rpc.tls import ClientTls
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -154,7 +154,7 @@ def sampling(
     Raises:
         click.UsageError: a flag is out of range or contradicts another.
     """
-    from overfill.params import SamplingParams
+    from overfill.request.params import SamplingParams
 
     if greedy and temperature:
         raise click.UsageError("--greedy contradicts --temperature; leave one out")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -14,9 +13,6 @@ from rich.table import Table
 
 from overfill.client import TTFT_PARTS, Answer, StackStatus
 from overfill.client.status_json import worker_json
-
-if TYPE_CHECKING:
-    from overfill.bench.figure import Figure
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200
@@ -41,18 +37,6 @@ def console(stderr: bool = False) -> Console:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def print_figures(figures: Sequence[Figure], as_json: bool) -> int:
-    """A line of JSON for each, or a table of all. Returns the exit code: 1 when one misses its bound."""
-    from overfill.bench.figure import figures_table
-
-    if as_json:
-        for figure in figures:
-            click.echo(figure.to_json())
-    else:
-        console().print(figures_table(figures))
-    return 0 if all(figure.reached for figure in figures) else 1
 
 
 def bar(share: float, width: int = _BAR_WIDTH) -> str:

@@ -15,8 +15,8 @@ from overfill.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from overfill.model.config import ModelConfig
-    from overfill.pair.manifest import Pair
-    from overfill.pair.progress import Report
+    from overfill.model.manifest import Pair
+    from overfill.telemetry.progress import Report
 
 _JUDGED = 16  # held-out conversations; more belong into `overfill pair eval`
 
@@ -155,9 +155,9 @@ def build_command(
     stdout; on stderr progress, then what a token costs, how often the decoder agrees with the full model on a few
     held-out answers, and what to type next.
     """
-    from overfill.pair.progress import progress_bars
     from overfill.pair.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
+    from overfill.telemetry.progress import progress_bars
 
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new folder")
@@ -226,9 +226,9 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     conversation is written as soon as it is done.
     """
     from overfill.pair.conversations import append_jsonl
-    from overfill.pair.progress import progress_bars
     from overfill.pair.selfwrite import write_conversations
     from overfill.pair.store import resolve_model
+    from overfill.telemetry.progress import progress_bars
 
     with progress_bars() as report:
         folder = resolve_model(full, report)
@@ -247,8 +247,8 @@ def show_command(name: str, as_json: bool) -> int:
     says others: services refuse such a pair.
     """
     from overfill.cli.output import print_json
-    from overfill.pair.manifest import Pair
-    from overfill.pair.progress import progress_bars
+    from overfill.model.manifest import Pair
+    from overfill.telemetry.progress import progress_bars
 
     pair = Pair.load(_resolve(name))
     with progress_bars() as report:
@@ -274,7 +274,7 @@ def show_command(name: str, as_json: bool) -> int:
 def describe(pair: Pair, report: Report) -> dict[str, Any]:
     """What a pair consists of, as plain values. Digests are those of the files; ``manifest_digest`` is there when
     the manifest says another."""
-    from overfill.pair.digest import checkpoint_digest, count_parameters
+    from overfill.model.digest import checkpoint_digest, count_parameters
 
     full = checkpoint_digest(pair.full_path, report)
     decoder = full if pair.decoder_path == pair.full_path else checkpoint_digest(pair.decoder_path, report)
@@ -328,8 +328,8 @@ def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _resolve(name: str, source: Literal["wheel", "hub"] | None = None) -> Path:
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     with progress_bars() as report:
         return resolve_pair(name, report, source)

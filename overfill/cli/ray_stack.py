@@ -18,10 +18,10 @@ from overfill.client import Client
 from overfill.cluster import placement
 from overfill.cluster.session import Session
 from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec
-from overfill.config import ServiceConfig
 from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
+from overfill.settings.config import ServiceConfig
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL = 0.2  # seconds between looks while something is waited for

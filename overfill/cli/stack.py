@@ -19,10 +19,10 @@ from pathlib import Path
 from overfill.cli import processes
 from overfill.cli.processes import Child
 from overfill.client import Client, ClientTls
-from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
-from overfill.environment import QUIET_GRPC, SETTINGS, thread_pools
 from overfill.errors import OverfillError
 from overfill.rpc.addresses import split_address
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.environment import QUIET_GRPC, SETTINGS, thread_pools
 
 _POLL_SECONDS = 0.2
 _NEAR = 100  # ports beyond a taken one that are tried for a better one
@@ -37,7 +37,7 @@ class StartFailed(OverfillError):
 class Plan:
     """The processes of a stack, each with its complete configuration. Every router has a fixed port.
 
-    ``mock`` workers compute nothing (``overfill.testing.mock``); their configurations are those of mock workers.
+    ``mock`` workers compute nothing (``services.mock``); their configurations are those of mock workers.
     ``operator`` is the certificate of who runs it; None: the routers' own.
     """
 
@@ -169,7 +169,7 @@ class Stack:
             raise
 
     def _spawn_worker(self, stage: str, config: PrefillConfig | DecodeConfig) -> Child:
-        module = f"overfill.testing.mock {stage}" if self.plan.mock else f"services.{stage}.main"
+        module = f"services.mock {stage}" if self.plan.mock else f"services.{stage}.main"
         return self._spawn(config.worker_id, module, config, config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:

@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from overfill.certificates import NAME, RoleFiles, role_files
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console
@@ -34,14 +33,15 @@ from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Plan, Stack, check_ports, free_ports, reachable, threads_per_worker
 from overfill.cli.up_config import OwnSettings, config_option
 from overfill.cluster.session import check_installed
-from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
-from overfill.config_file import BadConfigFile, flag_name
-from overfill.extras import require
+from overfill.process.extras import require
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback
+from overfill.rpc.certificates import NAME, RoleFiles, role_files
 from overfill.rpc.tls import ClientTls
-from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config_file import BadConfigFile, flag_name
+from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 
 _GRPC_PORT, _HTTP_PORT = 7600, 8000  # defaults
 _WATCH_SECONDS = 0.5
@@ -179,8 +179,8 @@ def up_command(
     that concern Ray are variables too: OVERFILL_UP_PREFILL, OVERFILL_UP_RAY=no and so on.
     """
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # in the processes that it starts
-    from overfill.pair.progress import progress_bars
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     with _secret(settings, tls) as settings:
         # Wrong settings and ports in use are told before a pair is prepared, which can take minutes.

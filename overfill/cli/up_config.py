@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from overfill.config import SERVICES, UP_KEYS, read_checked
-from overfill.config_file import COMMON, BadConfigFile, field_name, nearest
+from overfill.settings.config import SERVICES, UP_KEYS, read_checked
+from overfill.settings.config_file import COMMON, BadConfigFile, field_name, nearest
 
 PREFIX = "OVERFILL_UP_"
 

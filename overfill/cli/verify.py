@@ -19,9 +19,9 @@ from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
-    from overfill.pair.manifest import Pair
-    from overfill.pair.progress import Report
+    from overfill.model.manifest import Pair
     from overfill.pair.reference import Judged, TwoStageReference
+    from overfill.telemetry.progress import Report
 
 Tokenize = Callable[[str], list[int]]
 
@@ -65,11 +65,11 @@ def verify_command(
     one token in a thousand is a tie, and 2 when the stack does not compute in float32 with the raw codec.
     """
     from overfill.cli.output import print_json
-    from overfill.pair.manifest import Pair
+    from overfill.model.manifest import Pair
     from overfill.pair.plain import chat_token_ids, load_tokenizer
-    from overfill.pair.progress import progress_bars
     from overfill.pair.reference import TwoStageReference, summarise
     from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import progress_bars
 
     prompts = read_questions(questions)[:limit]
     with progress_bars() as report:

@@ -58,7 +58,7 @@ from overfill.errors import (
     Unauthenticated,
     Unavailable,
 )
-from overfill.params import Grammar, SamplingParams
+from overfill.request.params import Grammar, SamplingParams
 from overfill.rpc.tls import ClientTls
 
 __all__ = [

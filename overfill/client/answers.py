@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from overfill.client.requests import ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
-from overfill.names import CODEC_NAMES, FINISH_REASONS, FinishReason
+from overfill.request.names import CODEC_NAMES, FINISH_REASONS, FinishReason
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
 E = TypeVar("E", bound=OverfillError)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypedDict
 
 from overfill.errors import InvalidRequest
-from overfill.names import CODECS
-from overfill.params import SamplingParams, check_token_ids
+from overfill.request.names import CODECS
+from overfill.request.params import SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, inference_pb2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from overfill.names import CODEC_NAMES
+from overfill.request.names import CODEC_NAMES
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
 
 Stage = Literal["router", "prefill", "decode", "unspecified"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from overfill.tracing import TRACEPARENT
+from overfill.telemetry.tracing import TRACEPARENT
 
 Metadata = tuple[tuple[str, str], ...]
 

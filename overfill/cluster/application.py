@@ -10,7 +10,7 @@ from typing import Any
 
 from overfill.cluster.policy import scaling_config
 from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, PoolSpec, StackSpec
-from overfill.environment import QUIET_GRPC, thread_pools
+from overfill.settings.environment import QUIET_GRPC, thread_pools
 
 BUILDER = "services.ray.app:build"
 POLICY = "overfill.cluster.policy:ScalingPolicy"

@@ -22,7 +22,7 @@ from typing import Any
 from overfill.cluster import placement
 from overfill.cluster.spec import StackSpec
 from overfill.errors import OverfillError
-from overfill.extras import install_line
+from overfill.process.extras import install_line
 from overfill.rpc.addresses import is_loopback
 
 _OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and this is about the least that Ray takes

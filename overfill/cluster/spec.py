@@ -10,8 +10,8 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from overfill.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig, is_wildcard
-from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig, is_wildcard
+from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 
 APPLICATION = "overfill"
 """Name of the Serve application, unless another is given."""
@@ -103,7 +103,7 @@ class StackSpec(_Model):
 
     Attributes:
         pair: a named pair, or a folder that every machine of the cluster has.
-        mock: workers that compute nothing (``overfill.testing.mock``), for trials of everything else.
+        mock: workers that compute nothing (``services.mock``), for trials of everything else.
         settings: of all deployments that have them.
         log_dir: a folder for one log file per replica; None: Ray's log.
         health_check_period, health_check_timeout: seconds between looks at each replica's own health service, and

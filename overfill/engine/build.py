@@ -18,7 +18,6 @@ import torch
 
 from overfill.engine.runner import ModelRunner, Work
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.grammar import Grammars
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import TORCH_DTYPES, KvCache
 from overfill.kv.handshake import KvIdentity
@@ -27,11 +26,12 @@ from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.model.config import ModelConfig
 from overfill.model.graphs import GATHERED_BYTES, CudaRecorder, GraphedTransformer
+from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest
 from overfill.model.sampling import sample
 from overfill.model.transformer import Model, Transformer
-from overfill.pair.manifest import Pair
-from overfill.params import MAX_LOGPROBS, SamplingParams
+from overfill.request.grammar import Grammars
+from overfill.request.params import MAX_LOGPROBS, SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import common_pb2
 

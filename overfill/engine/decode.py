@@ -31,7 +31,7 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.metrics import DecodeMetrics
+from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
 

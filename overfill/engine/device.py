@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+from overfill.process.memory import freed_memory_kept
+
+_MAX_KEPT_BYTES = 64 << 20
+"""Largest freed piece of memory that stays with the process."""
 
 
 def use_device(device: torch.device) -> None:
@@ -22,3 +28,12 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def device_executor(threads: int, name: str, device: torch.device) -> ThreadPoolExecutor:
     """Threads that work with tensors on ``device``."""
     return ThreadPoolExecutor(threads, name, use_device, (device,))
+
+
+@contextmanager
+def tuned(threads: int) -> Iterator[None]:
+    """Within, this process computes with ``threads`` CPU threads and keeps the memory that messages of KV take."""
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    with freed_memory_kept(_MAX_KEPT_BYTES):  # a message of KV in fresh memory takes twice as long
+        yield

@@ -32,7 +32,7 @@ from overfill.engine.sequence import (
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cells import mark
 from overfill.kv.prefix import PrefixCache
-from overfill.metrics import PrefillMetrics
+from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 

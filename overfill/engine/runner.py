@@ -15,7 +15,7 @@ from overfill.model.batch import ForwardBatch
 from overfill.model.processors import LogitProcessor, process
 from overfill.model.sampling import SampledToken, broken, sample
 from overfill.model.transformer import GreedyModel, Model
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 _KEPT_STEPS = 8
 """Steps for which an unused row is kept: replays and other steps take turns."""

@@ -14,7 +14,7 @@ from overfill.kv.cells import DeviceEvent
 from overfill.kv.keys import PromptBlocks
 from overfill.model.processors import LogitProcessor
 from overfill.model.sampling import SampledToken
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import grpc.aio
 
-from overfill import tracing
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -46,6 +45,7 @@ from overfill.kv.wire import WireChunk, decode_all, pull_kv
 from overfill.rpc.calls import outcome, responses, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
+from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 _DESCRIBE_TIMEOUT = 5.0  # seconds

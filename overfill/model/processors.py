@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from overfill.grammar import Grammars, Matcher
-from overfill.params import SamplingParams
+from overfill.request.grammar import Grammars, Matcher
+from overfill.request.params import SamplingParams
 
 _WORD_BITS = 32
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from overfill.errors import InternalError
 from overfill.model.native.drawing import draw
 from overfill.model.philox import uniform
-from overfill.params import MAX_LOGPROBS, SamplingParams
+from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

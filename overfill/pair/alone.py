@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overfill.pair.manifest import write_manifest
-from overfill.pair.progress import Report, silent
+from overfill.model.manifest import write_manifest
+from overfill.telemetry.progress import Report, silent
 
 
 @contextmanager

@@ -11,21 +11,21 @@ import torch
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.config import ModelConfig
+from overfill.model.digest import checkpoint_digest
 from overfill.model.loading import Weights, load_weights
+from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.atomic import atomic_folder
 from overfill.pair.checkpoint import link_full, write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
 from overfill.pair.depth import choose_layers
-from overfill.pair.digest import checkpoint_digest
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.hf_config import decoder_config
-from overfill.pair.manifest import Pair, write_manifest
-from overfill.pair.memory import freed_memory_kept
 from overfill.pair.packed import Packed, fold_norms
-from overfill.pair.progress import Report, silent
 from overfill.pair.prune import HeadPlan, Scores, make_plan, score, slice_weights
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sensitivity import measure_sensitivity
+from overfill.process.memory import freed_memory_kept
+from overfill.telemetry.progress import Report, silent
 
 SCORES_FILE = "scores.safetensors"
 SHIPPED_SCORES = Path(__file__).parent / "data" / SCORES_FILE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from overfill.errors import InvalidRequest
 from overfill.pair.conversations import Conversation, read_conversations, shipped_conversations
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 _ANSWER_TOKENS = 150  # of a self-written conversation, about
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file  # noqa: TID251
 
 from overfill.model.config import ModelConfig
+from overfill.model.digest import list_tensors
 from overfill.model.files import EMBEDDING, HEAD
 from overfill.model.loading import Weights, state_dict
-from overfill.pair.digest import list_tensors
 from overfill.pair.hf_config import decoder_config
 
 # What makes a checkpoint folder usable besides its weights and config.json.

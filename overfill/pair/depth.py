@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, linear
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
 from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 
 @torch.inference_mode()

@@ -23,9 +23,9 @@ from overfill.errors import InvalidPair, InvalidRequest
 from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
-from overfill.pair.progress import Report, silent
 from overfill.pair.prune import HeadPlan, Plan, keep_neurons, slice_layer
 from overfill.pair.regression import Ridge
+from overfill.telemetry.progress import Report, silent
 
 WRITER_PRIOR_ROWS = 3_000
 READER_PRIOR_ROWS = 50

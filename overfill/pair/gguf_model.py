@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from overfill.errors import InvalidPair
 from overfill.pair.checkpoint import write_json, write_weights
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 _OUTER_NAMES = {
     "token_embd": "model.embed_tokens",

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from overfill.errors import InvalidRequest
-from overfill.extras import needs
 from overfill.pair.conversations import Conversation
+from overfill.process.extras import needs
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _COLUMNS = ("messages", "conversations")

@@ -23,10 +23,10 @@ from overfill.model.head import lower_rank, mask_of
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.checkpoint import save_tensors
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
-from overfill.pair.progress import Report, silent
 from overfill.pair.recipe import Method
 from overfill.pair.selection import removal_order
 from overfill.pair.sensitivity import Sensitivity, root
+from overfill.telemetry.progress import Report, silent
 
 _DIGEST = "full_digest"
 _ROWS_OF_LOGITS = 512  # at a time; each is as wide as the vocabulary

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from overfill.pair.manifest import Pair
+from overfill.model.manifest import Pair
 from overfill.pair.plain import load_plain, round_to_int8
 
 TIE_MARGIN = 1e-3

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from overfill.engine.build import native_dtype, resolve_device
-from overfill.engine.llm import LLM, Completion
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.pair.alone import alone
 from overfill.pair.conversations import Conversation
-from overfill.pair.progress import Report, silent
-from overfill.params import SamplingParams
+from overfill.pair.llm import LLM, Completion
+from overfill.request.params import SamplingParams
+from overfill.telemetry.progress import Report, silent
 
 QUESTION = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
 ANSWER = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)

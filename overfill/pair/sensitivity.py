@@ -17,7 +17,7 @@ from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 _DAMPING = 1e-3  # of the mean of the diagonal: directions that few tokens do not show are not free
 

@@ -19,9 +19,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from overfill.errors import InvalidPair, OverfillError
-from overfill.pair.digest import checkpoint_digest
+from overfill.model.digest import checkpoint_digest
 from overfill.pair.gguf_model import convert_gguf
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 Source = Literal["wheel", "hub"]
 

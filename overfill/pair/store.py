@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidPair
-from overfill.extras import install_line
-from overfill.home import home
+from overfill.model.manifest import MANIFEST
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.intact import is_intact, seal
-from overfill.pair.manifest import MANIFEST
-from overfill.pair.progress import Report, silent
 from overfill.pair.recipe import DecoderRecipe
+from overfill.process.extras import install_line
+from overfill.process.home import home
+from overfill.telemetry.progress import Report, silent
 
 if TYPE_CHECKING:
     from overfill.pair.sources import Source

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from overfill import tracing
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import Answer
 from overfill.routing.dispatcher import Job
 from overfill.routing.gate import Gate, Grant
 from overfill.routing.stream import DecodeStream
 from overfill.routing.worker import Worker
+from overfill.telemetry import tracing
 from overfill.v1 import decode_pb2
 
 _Need = decode_pb2.NeedPrefill

@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-from overfill import tracing
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -28,6 +27,7 @@ from overfill.routing.dispatcher import Job
 from overfill.routing.gate import Gate, Grant
 from overfill.routing.stream import DecodeConnector
 from overfill.routing.worker import Worker
+from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
 
 logger = logging.getLogger(__name__)

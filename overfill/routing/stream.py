@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import grpc.aio
 
-from overfill import tracing
 from overfill.errors import OverfillError
 from overfill.routing.worker import WorkerInfo
 from overfill.rpc.calls import outcome, written
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
+from overfill.telemetry import tracing
 from overfill.v1 import decode_pb2, decode_pb2_grpc
 
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import grpc
 import grpc.aio
 
-from overfill import tracing
 from overfill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
 from overfill.rpc.access import Gate, bearer, caller, roles_of
 from overfill.rpc.constants import FIRST_MESSAGE_TIMEOUT
 from overfill.rpc.status import to_status
+from overfill.telemetry import tracing
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -34,7 +34,7 @@ from overfill.errors import (
     Unreachable,
     UnsupportedModel,
 )
-from overfill.tracing import TRACE_ID
+from overfill.telemetry.tracing import TRACE_ID
 
 M = TypeVar("M", bound=Message)
 

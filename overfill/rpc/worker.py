@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from overfill import startup
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
+from overfill.process import startup
 from overfill.rpc.addresses import split_address
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys

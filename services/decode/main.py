@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Sequence
 from typing import NoReturn
 
-from overfill.config import DecodeConfig
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.device import device_executor
-from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.peers import PeerPool
 from overfill.kv.stall import TransferLimits
-from overfill.metrics import DecodeMetrics
-from overfill.names import CODECS
+from overfill.request.names import CODECS
+from overfill.settings.config import DecodeConfig
+from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
+from services.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 
 SERVICE = "overfill.v1.Decode"
 _WRITERS = 2  # threads that check and write received KV beside the engine

@@ -7,9 +7,8 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from overfill import __version__, logs, tracing
+from overfill import __version__
 from overfill.engine.build import EngineParts
-from overfill.engine.hosting import worker_load
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
@@ -18,15 +17,17 @@ from overfill.kv.peers import PeerPool
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.metrics import DecodeMetrics
 from overfill.model.processors import LogitProcessor, prepare_processor
-from overfill.names import CODEC_NAMES
-from overfill.params import SamplingParams, check_token_ids
+from overfill.request.names import CODEC_NAMES
+from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost
+from overfill.telemetry import logs, tracing
+from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 from services.decode.session import Session
+from services.hosting import worker_load
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):

@@ -14,8 +14,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import assert_never
 
-from overfill import logs, tracing
-from overfill.engine.hosting import logprobs_to_proto
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -40,9 +38,11 @@ from overfill.errors import (
 )
 from overfill.kv.joining import to_the_end
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
-from overfill.metrics import DecodeMetrics, outcome_of
-from overfill.names import CODEC_NAMES
+from overfill.request.names import CODEC_NAMES
+from overfill.telemetry import logs, tracing
+from overfill.telemetry.metrics import DecodeMetrics, outcome_of
 from overfill.v1 import common_pb2, decode_pb2
+from services.hosting import logprobs_to_proto
 
 _Need = decode_pb2.NeedPrefill
 

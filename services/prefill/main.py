@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import NoReturn
 
-from overfill.config import PrefillConfig
 from overfill.engine.device import device_executor
-from overfill.engine.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.kv.samehost import Lender
 from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
-from overfill.metrics import PrefillMetrics
+from overfill.settings.config import PrefillConfig
+from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2
+from services.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"

@@ -10,9 +10,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import assert_never
 
-from overfill import __version__, logs, tracing
+from overfill import __version__
 from overfill.engine.build import EngineParts
-from overfill.engine.hosting import logprobs_to_proto
 from overfill.engine.sequence import (
     ChunkComputed,
     KvWritten,
@@ -44,14 +43,16 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.metrics import PrefillMetrics, outcome_of
 from overfill.model.processors import LogitProcessor, prepare_processor
-from overfill.names import CODEC_NAMES, CODECS
-from overfill.params import SamplingParams, check_token_ids
+from overfill.request.names import CODEC_NAMES, CODECS
+from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost
+from overfill.telemetry import logs, tracing
+from overfill.telemetry.metrics import PrefillMetrics, outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
+from services.hosting import logprobs_to_proto
 
 
 class Lease:

@@ -21,17 +21,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from ray.util import get_node_ip_address
 
-from overfill import logs, startup
 from overfill.cluster import directory
 from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, StackSpec, WorkerPlace
-from overfill.config import ServiceConfig, is_wildcard
-from overfill.environment import SETTINGS
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
+from overfill.process import startup
 from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.calls import outcome
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
+from overfill.settings.config import ServiceConfig, is_wildcard
+from overfill.settings.environment import SETTINGS
+from overfill.telemetry import logs
 
 if TYPE_CHECKING:
     from services.router.app import Router
@@ -117,11 +118,11 @@ class WorkerReplica(Replica):
         config = spec.prefill_config(place) if stage == PREFILL else spec.decode_config(place)
         # Here: only what this replica runs is to be imported, and the variables that Ray sets are read by then.
         if spec.mock:
-            from overfill.testing.mock.running import serve as serve_mock
+            from services.mock.running import serve as serve_mock
 
             await self.start(config, lambda ready: serve_mock(config, ready))  # type: ignore[arg-type]
             return
-        from overfill.engine.hosting import tuned
+        from overfill.engine.device import tuned
 
         self._tuned = tuned(config.threads)
         self._tuned.__enter__()  # for the life of the process

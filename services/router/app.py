@@ -9,14 +9,10 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from overfill import __version__, tracing
+from overfill import __version__
 from overfill.api.tokenizer import Tokenizer
-from overfill.config import RouterConfig
 from overfill.errors import ShuttingDown
-from overfill.metrics import RouterMetrics
-from overfill.metrics_http import MetricsServer
-from overfill.pair.manifest import Pair
-from overfill.pair.progress import log_steps
+from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
 from overfill.routing.advice import INTERVAL, Advice
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
@@ -30,7 +26,12 @@ from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.access import Gate as AccessGate
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
+from overfill.settings.config import RouterConfig
+from overfill.telemetry import tracing
+from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.progress import log_steps
 from overfill.v1 import (
     admin_pb2,
     admin_pb2_grpc,

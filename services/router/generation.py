@@ -10,7 +10,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
-from overfill import logs, tracing
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
@@ -19,9 +18,8 @@ from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, RequestCancelled, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
-from overfill.metrics import RouterMetrics, outcome_of
-from overfill.pair.manifest import Pair
-from overfill.params import check_token_ids
+from overfill.model.manifest import Pair
+from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimits, Limits
 from overfill.routing.answer import Finish
 from overfill.routing.gate import Gate
@@ -30,6 +28,8 @@ from overfill.routing.recent import Recent
 from overfill.routing.relay import Relay, RelayRequest
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
+from overfill.telemetry import logs, tracing
+from overfill.telemetry.metrics import RouterMetrics, outcome_of
 from overfill.v1 import common_pb2, inference_pb2
 from services.router.text import AnswerText
 

@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from overfill import logs
-from overfill.config import RouterConfig
 from overfill.errors import OverfillError
-from overfill.leaving import leave
+from overfill.process.leaving import leave
 from overfill.rpc.tls import TlsError
+from overfill.settings.config import RouterConfig
+from overfill.telemetry import logs
 from services.router.app import Router
 
 

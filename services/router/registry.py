@@ -9,7 +9,6 @@ from typing import Any
 
 from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
-from overfill.metrics import STAGES, WORKER_STATES
 from overfill.routing.dispatcher import STAGE_NAMES
 from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
@@ -17,6 +16,7 @@ from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
+from overfill.telemetry.metrics import STAGES, WORKER_STATES
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 
 logger = logging.getLogger(__name__)

@@ -199,7 +199,7 @@ BROKEN = (
     Broken(
         "a drained process ends with its service",
         "it waits for every thread",
-        "overfill/leaving.py",
+        "overfill/process/leaving.py",
         "    os._exit(code)",
         "    sys.exit(code)",
         "tests/unit/engine/test_build.py::test_the_process_ends_with_what_it_serves_whatever_its_threads_do",

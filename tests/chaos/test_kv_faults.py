@@ -26,9 +26,8 @@ from overfill.kv.cache import KvCache
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest, PullStats
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.pair.manifest import Pair
-from overfill.params import SamplingParams
-from overfill.testing.message_proxy import (
+from overfill.lab.bench.registry import ListeningRegistry
+from overfill.lab.faults.message_proxy import (
     Corrupt,
     Drop,
     Duplicate,
@@ -43,7 +42,8 @@ from overfill.testing.message_proxy import (
     Strike,
     Truncate,
 )
-from overfill.testing.registry import ListeningRegistry
+from overfill.model.manifest import Pair
+from overfill.request.params import SamplingParams
 from overfill.v1 import decode_pb2, registry_pb2
 
 BLOCK = 16

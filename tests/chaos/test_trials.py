@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from overfill.cli.up import make_plan
-from overfill.pair.progress import silent
+from overfill.lab.chaos.report import Report
+from overfill.lab.chaos.strikes import FAULTS, PHASES, Strike, matrix
+from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.pair.reference import TwoStageReference
-from overfill.testing.chaos.report import Report
-from overfill.testing.chaos.strikes import FAULTS, PHASES, Strike, matrix
-from overfill.testing.chaos.trial import Trial, run_trial
+from overfill.telemetry.progress import silent
 
 SETTINGS = {"dtype": "float32", "kv_memory": "4MiB", "max_model_len": "512", "grace_period": 1, "max_num_seqs": 4}
 PROMPTS = [[20 + (7 * i * (seed + 3)) % 470 for i in range(30 + seed)] for seed in range(8)]
@@ -68,7 +68,7 @@ def test_every_fault_in_every_phase(tiny_pair: Path, fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_soak_at_a_share_of_what_the_stack_can_do(tiny_pair: Path) -> None:
-    from overfill.testing.chaos.strikes import draw
+    from overfill.lab.chaos.strikes import draw
 
     report = broken(tiny_pair, draw(3, 2.0), share=0.7, seconds=120.0, abreast=2)  # type: ignore[arg-type]
     assert report.result.rate is not None

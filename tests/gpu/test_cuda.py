@@ -5,8 +5,8 @@ import torch
 
 from overfill import LLM
 from overfill.pair.reference import TwoStageReference
-from overfill.params import SamplingParams
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
+from overfill.request.params import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

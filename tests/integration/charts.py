@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import yaml
 
-from overfill.home import home
+from overfill.process.home import home
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "overfill"

@@ -8,9 +8,9 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
-from overfill.config import RouterConfig
-from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
-from overfill.testing.mock.running import mock_worker
+from overfill.settings.config import RouterConfig
+from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
+from services.mock.running import mock_worker
 from services.router.app import Router
 
 SECRET = "the secret of a mock stack"

@@ -25,7 +25,7 @@ BASE = {
 
 
 class FaultyStack(Stack):
-    """A stack in which the workers named in ``faults`` run with one fault each (overfill.testing.faults)."""
+    """A stack in which the workers named in ``faults`` run with one fault each (overfill.lab.faults.service)."""
 
     def __init__(self, plan, sink, faults):
         super().__init__(plan, sink)
@@ -35,7 +35,7 @@ class FaultyStack(Stack):
         fault = self._faults.get(name)
         if fault is None:
             return super()._spawn(name, module, config, threads)
-        command = [sys.executable, "-m", "overfill.testing.faults", fault, module, *config.to_argv()]
+        command = [sys.executable, "-m", "overfill.lab.faults.service", fault, module, *config.to_argv()]
         return Child(name, command, child_environment(os.environ, threads), self._sink)
 
 

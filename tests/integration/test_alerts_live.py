@@ -15,8 +15,8 @@ import pytest
 from stacks import running_stack, wait_until
 
 from overfill.client import Client, SamplingParams
-from overfill.testing.expressions import filled, panels
-from overfill.testing.prometheus import running_prometheus
+from overfill.lab.monitoring.expressions import filled, panels
+from overfill.lab.monitoring.prometheus import running_prometheus
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

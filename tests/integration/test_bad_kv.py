@@ -23,7 +23,7 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import join
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc

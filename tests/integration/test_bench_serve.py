@@ -7,7 +7,7 @@ import json
 from click.testing import CliRunner
 from stacks import running_stack
 
-from overfill.cli.bench import bench_group
+from overfill.lab.commands.bench import bench_group
 
 
 def test_one_process_gives_every_token_that_a_stack_gives(tiny_pair):

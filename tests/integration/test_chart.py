@@ -15,9 +15,9 @@ import pytest
 import yaml
 from charts import CHART, VALUES, helm, of_kind, pods, render, tool
 
-from overfill.config import SERVICES
-from overfill.config_file import field_name
-from overfill.metrics import declared
+from overfill.settings.config import SERVICES
+from overfill.settings.config_file import field_name
+from overfill.telemetry.metrics import declared
 
 VERSIONS = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
 CUSTOM = {

@@ -19,7 +19,7 @@ from overfill.api import keys as keyfile
 from overfill.cli.processes import Child, stop
 from overfill.cli.stack import free_ports
 from overfill.client import Client, ClientTls, SamplingParams
-from overfill.config import SERVICES, RouterConfig
+from overfill.settings.config import SERVICES, RouterConfig
 
 PROGRAMS = {
     "overfill-router": ["services.router.main"],

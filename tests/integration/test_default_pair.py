@@ -7,13 +7,13 @@ from transformers import AutoModelForCausalLM
 from overfill import LLM
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.cache import KvCache
+from overfill.model.manifest import Pair
 from overfill.model.native import library
 from overfill.model.native.transformer import fastest
 from overfill.model.transformer import Transformer
-from overfill.pair.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
 from overfill.pair.store import resolve_pair
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]  # the pair is made on first use
 

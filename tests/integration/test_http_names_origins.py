@@ -11,7 +11,7 @@ from mocks import mock_stack
 
 from overfill.api import keys
 from overfill.client import Client, ModelNotFound, SamplingParams
-from overfill.config import RouterConfig
+from overfill.settings.config import RouterConfig
 
 PAGE = "https://chat.example.org"
 ASKING = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}

@@ -18,7 +18,7 @@ from mocks import mock_stack
 from packaging.requirements import Requirement
 
 from overfill.cli.main import COMMANDS, EXTRAS, cli
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -123,9 +123,9 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
 
 def test_the_extra_of_load_tests_has_what_measures_from_outside() -> None:
     modules = [
-        *(f"overfill.loadtest.{name}" for name in ("locustfile", "report")),
-        *(f"overfill.simulate.{name}" for name in ("stack", "plot")),
-        *(f"overfill.bench.serve.{name}" for name in ("compare", "targets", "report", "plot")),
+        *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "report")),
+        *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
+        *(f"overfill.lab.bench.serve.{name}" for name in ("compare", "targets", "report", "plot")),
     ]
     done = run_in(("loadtest",), f"import {', '.join(modules)}")
     assert done.returncode == 0, done.stderr

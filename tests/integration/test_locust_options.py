@@ -34,7 +34,7 @@ ASK = """
 import contextlib, io, json, sys
 from locust.argument_parser import parse_options
 from locust.env import Environment
-from overfill.loadtest import locustfile
+from overfill.lab.loadtest import locustfile
 
 for arguments in json.loads(sys.argv[2]):
     said, code = io.StringIO(), 0

@@ -14,8 +14,8 @@ from stacks import wait_until
 from overfill.api import keys
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest, RequestCancelled
-from overfill.testing.mock.config import MockDecodeConfig
-from overfill.testing.mock.running import mock_worker
+from overfill.settings.mock import MockDecodeConfig
+from services.mock.running import mock_worker
 
 
 def scrape(stack, key=None):

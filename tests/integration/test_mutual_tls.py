@@ -18,14 +18,14 @@ import torch
 from cryptography import x509
 from stacks import loads, running_stack, wait_until
 
-from overfill import certificates
 from overfill.api import keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
-from overfill.pair.manifest import Pair
+from overfill.model.manifest import Pair
+from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.constants import WIRE_VERSION

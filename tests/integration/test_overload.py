@@ -1,5 +1,6 @@
-from overfill.bench.router import measure_overload
-from overfill.testing.tiny import make_tiny_pair
+from overfill.lab.bench.router import measure_overload
+
+from overfill.pair.tiny import make_tiny_pair
 
 
 def test_under_ten_times_the_load_what_is_taken_is_answered_and_the_rest_refused_with_a_time_to_retry(tmp_path):

@@ -17,20 +17,20 @@ import torch
 from overfill.engine import prefill
 from overfill.engine.build import build_engine_parts
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.hosting import new_hello
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
-from overfill.pair.manifest import Pair
+from overfill.lab.faults.proxy import TcpProxy
+from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
-from overfill.testing.proxy import TcpProxy
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.decode.servicer import DecodeServicer
+from services.hosting import new_hello
 from services.prefill.servicer import PrefillServicer
 
 PROMPT = [(7 * i) % 400 + 20 for i in range(200)]

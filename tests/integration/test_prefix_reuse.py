@@ -22,9 +22,9 @@ from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
-from overfill.pair.manifest import Pair
+from overfill.lab.bench.registry import ListeningRegistry
+from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
-from overfill.testing.registry import ListeningRegistry
 from overfill.v1 import decode_pb2
 
 BLOCK = 16

@@ -11,7 +11,6 @@ import pytest
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.client import AsyncClient
-from overfill.config import RouterConfig
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -21,12 +20,13 @@ from overfill.errors import (
     PromptTooLong,
     Unavailable,
 )
-from overfill.pair.manifest import Pair
-from overfill.params import SamplingParams
+from overfill.model.manifest import Pair
+from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
+from overfill.settings.config import RouterConfig
 from overfill.v1 import (
     admin_pb2,
     admin_pb2_grpc,

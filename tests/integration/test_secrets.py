@@ -97,8 +97,8 @@ def test_nothing_secret_is_told_to_anybody(tiny_pair, tmp_path):
 
 @pytest.mark.parametrize("name", ["api_keys", "stack_secret"])
 def test_a_damaged_file_of_secrets_is_not_quoted(tiny_pair, tmp_path, name, capsys):
-    from overfill.config import RouterConfig
     from overfill.errors import OverfillError as Error
+    from overfill.settings.config import RouterConfig
 
     file = tmp_path / "file"
     file.write_text("hunter2\x01")

@@ -7,16 +7,16 @@ from contextlib import AsyncExitStack
 import psutil
 import pytest
 import torch
+from overfill.lab.bench.workers import prefill_worker
 
-from overfill.bench.workers import prefill_worker
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
-from overfill.params import SamplingParams
+from overfill.lab.faults.proxy import TcpProxy
+from overfill.pair.tiny import make_tiny_pair
+from overfill.request.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.testing.proxy import TcpProxy
-from overfill.testing.tiny import make_tiny_pair
 from overfill.v1 import decode_pb2
 
 RATE = 100e6 / 8

@@ -430,7 +430,7 @@ def overfill(*arguments):
 
 
 def test_a_prefill_worker_of_another_full_model_is_refused(tiny_pair, tmp_path):
-    from overfill.testing.tiny import make_tiny_pair
+    from overfill.pair.tiny import make_tiny_pair
 
     other = make_tiny_pair(tmp_path / "other", seed=1)
     with running_stack(tiny_pair) as (_, address):

@@ -18,8 +18,8 @@ from stacks import running_stack, wait_until
 
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest
-from overfill.testing.expressions import dashboard_expressions, rule_expressions
-from overfill.testing.prometheus import running_prometheus
+from overfill.lab.monitoring.expressions import dashboard_expressions, rule_expressions
+from overfill.lab.monitoring.prometheus import running_prometheus
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/rules"

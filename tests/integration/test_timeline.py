@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from overfill.lab.bench.timeline import record_timeline
 
-from overfill.bench.timeline import record_timeline
-from overfill.pair.manifest import Pair
-from overfill.testing.tiny import make_tiny_pair
+from overfill.model.manifest import Pair
+from overfill.pair.tiny import make_tiny_pair
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from overfill.client import AsyncClient
-from overfill.config import RouterConfig
-from overfill.params import SamplingParams
-from overfill.testing.mock.config import MockDecodeConfig, MockPrefillConfig
-from overfill.testing.mock.running import mock_worker
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
+from overfill.request.params import SamplingParams
+from overfill.settings.config import RouterConfig
+from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
+from services.mock.running import mock_worker
 from services.router.app import Router
 
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
 
-from overfill.config import SERVICES, read_checked
-from overfill.config_file import flag_name
+from overfill.settings.config import SERVICES, read_checked
+from overfill.settings.config_file import flag_name
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

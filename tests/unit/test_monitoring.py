@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from overfill.metrics import declared
-from overfill.testing.expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
+from overfill.lab.monitoring.expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
+from overfill.telemetry.metrics import declared
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS, RULES = ROOT / "deploy/grafana/dashboards", ROOT / "deploy/prometheus/rules"

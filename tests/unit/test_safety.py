@@ -108,7 +108,7 @@ def test_what_is_fine_is_left_alone(line: str) -> None:
 def test_the_loader_of_settings_makes_no_objects() -> None:
     import yaml
 
-    from overfill.config_file import _TextLoader
+    from overfill.settings.config_file import _TextLoader
 
     assert not issubclass(_TextLoader, yaml.FullLoader | yaml.UnsafeLoader | yaml.Loader)
     try:
@@ -131,7 +131,7 @@ def test_the_index_of_a_checkpoint_names_files_beside_it_only(tiny_pair: Path, t
     import shutil
 
     from overfill.errors import InvalidPair
-    from overfill.pair.digest import checkpoint_digest
+    from overfill.model.digest import checkpoint_digest
 
     folder = tmp_path / "full"
     shutil.copytree((tiny_pair / "full").resolve(), folder)

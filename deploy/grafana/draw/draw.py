@@ -27,8 +27,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-from overfill.testing.expressions import filled, panels
-from overfill.testing.prometheus import Prometheus, Series
+from overfill.lab.monitoring.expressions import filled, panels
+from overfill.lab.monitoring.prometheus import Prometheus, Series
 
 HERE = Path(__file__).parent
 DASHBOARDS = HERE.parent / "dashboards"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.names import CODEC_NAMES, FINISH_REASONS
+from overfill.request.names import CODEC_NAMES, FINISH_REASONS
 from overfill.v1 import inference_pb2
 
 _RULED_OUT = -9999.0

@@ -12,7 +12,7 @@ from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.strict import CannotClose, closed
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.params import Grammar, GrammarKind
+from overfill.request.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
 
 DEFAULT_COMPLETION_TOKENS = 16

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from overfill.compiled import CannotBuild, compiled_library
 from overfill.kv.pieces import Piece, digest, is_damaged
+from overfill.process.compiled import CannotBuild, compiled_library
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from overfill.model.native import library
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64]) -> Tensor | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from overfill.compiled import CannotBuild, compiled_library
+from overfill.process.compiled import CannotBuild, compiled_library
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from overfill.model.files import HEAD
+from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.checkpoint import copy_companions, link_full, save_tensors, stored_dtype, write_json, write_weights
 from overfill.pair.distill.model import PackedModel
-from overfill.pair.manifest import Pair, write_manifest
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 
 from overfill.errors import InvalidPair, InvalidRequest
 from overfill.model.config import ModelConfig
+from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.model import PackedModel
@@ -20,10 +21,9 @@ from overfill.pair.distill.recipe import Recipe, changed
 from overfill.pair.distill.rows import Rows
 from overfill.pair.distill.train import Run
 from overfill.pair.hf_config import decoder_config
-from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.plain import load_plain
-from overfill.pair.progress import Report, silent
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
+from overfill.telemetry.progress import Report, silent
 
 LAYERS = 2
 VOCAB = 512

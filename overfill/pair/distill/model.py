@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
+from overfill.model.digest import list_tensors
 from overfill.model.head import factors, head_order
 from overfill.model.rope import apply_rope, rope_tables
-from overfill.pair.digest import list_tensors
 from overfill.pair.distill.attention import Attention, plan_attention
 from overfill.pair.distill.rows import Rows
 

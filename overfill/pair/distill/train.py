@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overfill.compiled import COMPILERS, find_compiler
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.extras import needs
 from overfill.kv.cache import TORCH_DTYPES
+from overfill.model.manifest import Pair
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import TeacherCache
 from overfill.pair.distill.checkpoint import Checkpoints, Progress, write_pair
@@ -33,8 +32,9 @@ from overfill.pair.distill.schedule import learning_rate
 from overfill.pair.distill.settings import SETTINGS, claim_folder
 from overfill.pair.distill.student import HeldOut, Student, evaluate
 from overfill.pair.distill.teacher import Opinion, Teacher
-from overfill.pair.manifest import Pair
-from overfill.pair.progress import Report, silent
+from overfill.process.compiled import COMPILERS, find_compiler
+from overfill.process.extras import needs
+from overfill.telemetry.progress import Report, silent
 
 # Settings that a resumed run may change: they decide when things are written, not what is computed.
 _FREE = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}

@@ -21,6 +21,7 @@ from overfill.kv.cache import TORCH_DTYPES
 from overfill.kv.spec import DTypeName
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
+from overfill.model.manifest import Pair
 from overfill.model.transformer import Transformer
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import PRECISIONS, DecodeCost, Precision
@@ -29,8 +30,7 @@ from overfill.pair.evaluate.forward import cache_tokens
 from overfill.pair.evaluate.rivals import quantised
 from overfill.pair.evaluate.tally import Estimate
 from overfill.pair.evaluate.teacher_forced import Candidate, Judgement, scorable, teacher_forced
-from overfill.pair.manifest import Pair
-from overfill.pair.progress import Report, silent
+from overfill.telemetry.progress import Report, silent
 
 FULL = "full model"
 NOTE = (

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from overfill.engine.build import Half, load_half, native_dtype, resolve_device
-from overfill.engine.llm import Completion
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
+from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.alone import alone
 from overfill.pair.conversations import Transcript
@@ -21,8 +21,8 @@ from overfill.pair.evaluate.forward import cache_tokens
 from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
 from overfill.pair.evaluate.tally import Estimate, finite
 from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
-from overfill.pair.manifest import Pair
-from overfill.pair.progress import Report, silent
+from overfill.pair.llm import Completion
+from overfill.telemetry.progress import Report, silent
 
 Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone"]
 TITLES: dict[Variant, str] = {

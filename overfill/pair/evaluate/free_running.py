@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from overfill.engine.llm import LLM, Completion
 from overfill.kv.spec import DTypeName
+from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally, finite
-from overfill.pair.manifest import Pair
-from overfill.pair.progress import Report, silent
-from overfill.params import SamplingParams
+from overfill.pair.llm import LLM, Completion
+from overfill.request.params import SamplingParams
+from overfill.telemetry.progress import Report, silent
 
 MAX_TOKENS = 128
 SEQUENCES = 32  # written at once

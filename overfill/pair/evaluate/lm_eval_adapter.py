@@ -17,16 +17,16 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from overfill.engine.build import native_dtype, resolve_device
-from overfill.engine.llm import LLM
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
+from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.evaluation import load_model
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
-from overfill.pair.manifest import Pair
+from overfill.pair.llm import LLM
 from overfill.pair.plain import load_tokenizer
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 MAX_TOKENS = 256  # of a generated answer, unless the task says otherwise
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

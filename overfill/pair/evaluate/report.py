@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from overfill.model.manifest import MANIFEST, Pair
 from overfill.pair.evaluate.compare import NOTE, Point
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.evaluation import TITLES, Evaluation
 from overfill.pair.evaluate.tally import Estimate, Metric
 from overfill.pair.intact import is_intact, reseal
-from overfill.pair.manifest import MANIFEST, Pair
 
 Rows = list[list[str]]
 """A heading and the lines under it, all of the same length."""

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from overfill.errors import InvalidRequest
 from overfill.model.transformer import Model
-from overfill.names import CODECS
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
 from overfill.pair.evaluate.tally import Metric, Tally
-from overfill.pair.progress import Report, silent
+from overfill.request.names import CODECS
+from overfill.telemetry.progress import Report, silent
 
 _ROWS = 128  # whose softmax is computed at once: memory of a few times [rows, vocab]
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overfill import __version__, tracing
+from overfill import __version__
 from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
@@ -27,11 +27,12 @@ from overfill.api.openai.wire import Asked
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
-from overfill.metrics import CONTENT_TYPE
 from overfill.rpc.access import ROUTES, Gate, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.status import as_overfill_error
+from overfill.telemetry import tracing
+from overfill.telemetry.metrics import CONTENT_TYPE
 from overfill.v1 import admin_pb2
 from services.router.generation import Generator
 from services.router.http import page

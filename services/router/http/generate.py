@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from overfill import tracing
 from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope
@@ -20,7 +19,8 @@ from overfill.api.openai.errors import from_error
 from overfill.api.openai.wire import Asked
 from overfill.errors import OverfillError
 from overfill.rpc.status import as_overfill_error
-from overfill.tracing import Span
+from overfill.telemetry import tracing
+from overfill.telemetry.tracing import Span
 from overfill.v1 import inference_pb2
 from services.router.generation import Generation, Generator, choices
 

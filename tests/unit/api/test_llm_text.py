@@ -1,7 +1,7 @@
 """The text of ``LLM``'s answers, with a tokenizer of SentencePiece's family, whose words bring their space along."""
 
 from overfill import LLM
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 
 def test_a_completion_keeps_the_first_word_s_space(tiny_pair, sentencepiece_tokenizer):

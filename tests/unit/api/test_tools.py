@@ -8,8 +8,8 @@ from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
 from overfill.api.tools import Tool, ToolCallReader, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
-from overfill.grammar import Grammars
-from overfill.params import Grammar
+from overfill.request.grammar import Grammars
+from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
 SCHEMA = {

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from overfill.cli import distill
 from overfill.cli.distill import distill_command, distill_plot_command
-from overfill.pair.manifest import Pair
-from overfill.testing.tiny import make_tiny_pair
+from overfill.model.manifest import Pair
+from overfill.pair.tiny import make_tiny_pair
 
 
 @pytest.fixture(autouse=True)

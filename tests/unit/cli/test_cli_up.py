@@ -24,8 +24,8 @@ from overfill.cli import up
 from overfill.cli.main import main
 from overfill.cli.processes import Child
 from overfill.cli.stack import Plan, Stack, StartFailed, child_environment, free_ports, threads_per_worker
-from overfill.config import DecodeConfig, PrefillConfig
 from overfill.errors import Unavailable
+from overfill.settings.config import DecodeConfig, PrefillConfig
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
 

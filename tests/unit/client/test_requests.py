@@ -9,7 +9,7 @@ import pytest
 from overfill.client import AsyncClient, Client
 from overfill.client.requests import Message, Options, build_request, check_timeout, split_addresses
 from overfill.errors import InvalidRequest
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 from overfill.v1 import inference_pb2
 
 

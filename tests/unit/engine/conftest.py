@@ -1,6 +1,5 @@
 import pytest
-
-from overfill.testing.counting import CountingRunner
+from counting import CountingRunner
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 
 from overfill.engine import build
 from overfill.engine.build import CacheDemand, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
-from overfill.pair.manifest import Pair
-from overfill.testing.tiny import make_tiny_pair
+from overfill.model.manifest import Pair
+from overfill.pair.tiny import make_tiny_pair
 
 GIB = 2**30
 
@@ -126,8 +126,8 @@ def test_a_device_that_runs_out_of_memory_says_what_to_change(pair, monkeypatch)
 
 WORKER = """
 import asyncio, concurrent.futures, sys, threading, torch
-from overfill.config import DecodeConfig
-from overfill.engine.hosting import run_worker_process
+from overfill.settings.config import DecodeConfig
+from services.hosting import run_worker_process
 from overfill.errors import InvalidPair
 from overfill.rpc.tls import TlsError
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from counting import CountingRunner
 
 from overfill.engine.build import resolve_device
 from overfill.engine.device import device_executor
@@ -13,8 +14,7 @@ from overfill.engine.thread import EngineThread
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.model.graphs import CudaRecorder
-from overfill.params import SamplingParams
-from overfill.testing.counting import CountingRunner
+from overfill.request.params import SamplingParams
 
 SECOND = torch.device("cuda", 1)
 

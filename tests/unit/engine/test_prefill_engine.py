@@ -1,6 +1,7 @@
 """Prompts go through the full model in chunks under a budget, and their blocks come back."""
 
 import pytest
+from counting import CountingRunner
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -20,8 +21,7 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.params import SamplingParams
-from overfill.testing.counting import CountingRunner
+from overfill.request.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 

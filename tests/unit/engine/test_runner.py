@@ -14,7 +14,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.model.processors import new_processor
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 BLOCK = 4
 GREEDY = SamplingParams(temperature=0)

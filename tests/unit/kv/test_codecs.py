@@ -16,7 +16,7 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import decode_all, join
-from overfill.names import CODECS
+from overfill.request.names import CODECS
 
 SMALLEST = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}  # of the element: its type's own rounding
 

@@ -20,7 +20,7 @@ from overfill.kv.samehost import SLOTS, Borrower, Lender, LenderLink
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import SERVICE, add_prefill_to_server
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 from overfill.rpc.constants import MAX_SHARED_PAYLOAD, WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc

@@ -9,7 +9,7 @@ import torch
 from overfill.model import sampling
 from overfill.model.native import library
 from overfill.model.native.drawing import draw
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
 

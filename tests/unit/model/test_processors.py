@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-import overfill.grammar
+import overfill.request.grammar
 from overfill.errors import InvalidRequest
-from overfill.grammar import GrammarFailed, Grammars
 from overfill.model.processors import LogitProcessor, new_processor, process
 from overfill.model.sampling import sample
-from overfill.params import Grammar, SamplingParams
+from overfill.request.grammar import GrammarFailed, Grammars
+from overfill.request.params import Grammar, SamplingParams
 
 VOCAB = 512
 END = 1
@@ -165,18 +165,18 @@ def test_tokens_that_break_the_grammar_are_an_error(grammars: Grammars) -> None:
     ],
 )
 def test_what_cannot_be_obeyed_is_refused_with_the_reason(grammars: Grammars, grammar: Grammar, message: str) -> None:
-    for attempt in (lambda: grammars.matcher(grammar), lambda: overfill.grammar.check_grammar(grammar)):
+    for attempt in (lambda: grammars.matcher(grammar), lambda: overfill.request.grammar.check_grammar(grammar)):
         with pytest.raises(InvalidRequest, match=message) as caught:
             attempt()
         assert caught.value.field == f"sampling.grammar.{grammar.kind}"
 
 
 def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overfill.grammar, "llguidance", None)
+    monkeypatch.setattr(overfill.request.grammar, "llguidance", None)
     with pytest.raises(InvalidRequest, match="pip install llguidance"):
         new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
     assert new_processor(SamplingParams(presence_penalty=1), [], grammars, [END]) is not None
-    overfill.grammar.check_grammar(DIGITS)  # a router without it leaves that to the workers
+    overfill.request.grammar.check_grammar(DIGITS)  # a router without it leaves that to the workers
 
 
 def test_logprobs_are_those_of_the_changed_logits(grammars: Grammars) -> None:

@@ -21,7 +21,7 @@ from overfill.model import sampling
 from overfill.model.philox import uniform
 from overfill.model.sampling import SampledToken, filtered_weights
 from overfill.model.sampling import sample as sample_rows
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 

@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.config import ModelConfig
+from overfill.model.digest import checkpoint_digest
 from overfill.model.head import head_order
 from overfill.model.loading import load_weights
+from overfill.model.manifest import Pair
 from overfill.pair.build import SCORES_FILE, build_pair, take
 from overfill.pair.conversations import Conversation, Transcript
-from overfill.pair.digest import checkpoint_digest
-from overfill.pair.manifest import Pair
 from overfill.pair.prune import Scores
 from overfill.pair.recipe import DecoderRecipe, resolve_size
-from overfill.testing.tiny import Architecture, make_tiny_pair
+from overfill.pair.tiny import Architecture, make_tiny_pair
 
 CHATS = [
     Conversation(
@@ -52,31 +52,31 @@ def test_a_built_decoder_runs_in_plain_transformers(architecture: Architecture, 
     Pair.load(pair.folder, check_digests=True)
 
 
-def test_building_twice_gives_the_same_decoder(tiny: Path, tmp_path: Path) -> None:
+def test_building_twice_gives_the_same_decoder(tiny_pair: Path, tmp_path: Path) -> None:
     recipe = DecoderRecipe(intermediate_size=64)
-    one, two = (build_pair(tiny / "full", tmp_path / name, recipe, CHATS) for name in ("one", "two"))
+    one, two = (build_pair(tiny_pair / "full", tmp_path / name, recipe, CHATS) for name in ("one", "two"))
     assert one.decoder_digest == two.decoder_digest
 
 
-def test_the_type_of_the_elements_stays(tmp_path: Path, tiny: Path) -> None:
+def test_the_type_of_the_elements_stays(tmp_path: Path, tiny_pair: Path) -> None:
     full = tmp_path / "bf16"
-    model = AutoModelForCausalLM.from_pretrained(tiny / "full", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair / "full", dtype=torch.bfloat16)
     model.save_pretrained(full)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if (tiny / "full" / name).exists():
-            (full / name).write_bytes((tiny / "full" / name).read_bytes())
+        if (tiny_pair / "full" / name).exists():
+            (full / name).write_bytes((tiny_pair / "full" / name).read_bytes())
     pair = build_pair(full, tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
     assert AutoModelForCausalLM.from_pretrained(pair.decoder_path, dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_decoder_of_full_size_is_the_full_model(tiny: Path, tmp_path: Path) -> None:
-    assert build_pair(tiny / "full", tmp_path / "plain", DecoderRecipe(), []).identity
-    quantised = build_pair(tiny / "full", tmp_path / "int8", DecoderRecipe(quantize="int8"), [])
+def test_a_decoder_of_full_size_is_the_full_model(tiny_pair: Path, tmp_path: Path) -> None:
+    assert build_pair(tiny_pair / "full", tmp_path / "plain", DecoderRecipe(), []).identity
+    quantised = build_pair(tiny_pair / "full", tmp_path / "int8", DecoderRecipe(quantize="int8"), [])
     assert quantised.quantize == "int8"
     assert quantised.decoder_path == quantised.full_path
 
 
-def test_a_failed_build_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_build_leaves_nothing(tiny_pair: Path, tmp_path: Path) -> None:
     out = tmp_path / "built"
     for recipe, chats, message in (
         (DecoderRecipe(intermediate_size=129), CHATS, r"intermediate_size: must be in 1\.\.128"),
@@ -84,7 +84,7 @@ def test_a_failed_build_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
         (DecoderRecipe(intermediate_size=64), CHATS[:2], "calibration: has .* answer tokens"),
     ):
         with pytest.raises(InvalidRequest, match=message):
-            build_pair(tiny / "full", out, recipe, chats)
+            build_pair(tiny_pair / "full", out, recipe, chats)
     assert [f.name for f in tmp_path.iterdir()] == []
 
 
@@ -108,8 +108,8 @@ def test_calibration_text_is_cut_to_the_tokens_asked_for() -> None:
     assert take(text, 1000) == text
 
 
-def test_the_config_says_what_changed_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
-    pair = build_pair(tiny / "full", tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
+def test_the_config_says_what_changed_and_nothing_else(tiny_pair: Path, tmp_path: Path) -> None:
+    pair = build_pair(tiny_pair / "full", tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
     before, after = (json.loads((f / "config.json").read_text()) for f in (pair.full_path, pair.decoder_path))
     assert after == before | {"intermediate_size": 64}
     assert ModelConfig.load(pair.decoder_path).eos_token_ids == pair.full_config.eos_token_ids
@@ -139,13 +139,13 @@ def test_a_head_in_two_parts_is_an_ordinary_one_to_plain_transformers(fit: str, 
 
 
 @pytest.mark.parametrize("rank", [0, 64])
-def test_a_rank_that_does_not_fit_is_refused(rank: int, tiny: Path) -> None:
+def test_a_rank_that_does_not_fit_is_refused(rank: int, tiny_pair: Path) -> None:
     with pytest.raises(InvalidRequest, match="tail_rank"):
-        DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=rank).check(tiny / "full")
+        DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=rank).check(tiny_pair / "full")
 
 
-def test_a_decoder_with_such_a_head_is_no_full_model(tiny: Path, tmp_path: Path) -> None:
+def test_a_decoder_with_such_a_head_is_no_full_model(tiny_pair: Path, tmp_path: Path) -> None:
     recipe = DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=9)
-    built = build_pair(tiny / "full", tmp_path / "built", recipe, CHATS)
+    built = build_pair(tiny_pair / "full", tmp_path / "built", recipe, CHATS)
     with pytest.raises(UnsupportedModel, match="head in two parts"):
         build_pair(built.decoder_path, tmp_path / "again", DecoderRecipe(intermediate_size=32), CHATS)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.engine.llm import Completion
 from overfill.errors import InvalidPair, InvalidRequest
 from overfill.pair.calibration import calibration_text
 from overfill.pair.conversations import (
@@ -16,8 +15,9 @@ from overfill.pair.conversations import (
     read_conversations,
     shipped_conversations,
 )
+from overfill.pair.llm import Completion
 from overfill.pair.selfwrite import write_conversations
-from overfill.params import SamplingParams
+from overfill.request.params import SamplingParams
 
 
 def chat(question: str, answer: str) -> Conversation:
@@ -52,8 +52,8 @@ def test_a_line_that_is_no_chat_is_named(line: str, tmp_path: Path) -> None:
         read_conversations(file)
 
 
-def test_a_transcript_is_the_prompt_the_answer_and_its_end(tiny: Path) -> None:
-    tokenizer = Tokenizer.load(tiny / "full")
+def test_a_transcript_is_the_prompt_the_answer_and_its_end(tiny_pair: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_pair / "full")
     (transcript,) = encode([chat("How does this work?", "Step by step.")], tokenizer)
     prompt = tokenizer.encode_chat([{"role": "user", "content": "How does this work?"}])
     assert list(transcript.prompt) == prompt
@@ -95,11 +95,11 @@ class Author:
         return Completion(f" It is this: {len(asked)}. ", [5] * tokens, "length", len(prompt))
 
 
-def test_what_a_model_writes_is_filtered_and_repeatable(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overfill.pair.selfwrite.LLM", Author)
 
     def write(seed: int) -> list[Conversation]:
-        return list(write_conversations(tiny / "full", 10, seed=seed))
+        return list(write_conversations(tiny_pair / "full", 10, seed=seed))
 
     chats = write(0)
     # Questions 0 and 2 to 10: each once, neither cut off, short nor garbled, and none answered in 3 tokens.
@@ -109,14 +109,14 @@ def test_what_a_model_writes_is_filtered_and_repeatable(tiny: Path, monkeypatch:
     assert write(1) != chats
 
 
-def test_a_model_that_writes_nothing_usable_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_writes_nothing_usable_is_told(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overfill.pair.selfwrite.LLM", Author)
     monkeypatch.setattr(Author, "_question", lambda self, seed: Completion("?", [5], "stop", 1))
     with pytest.raises(InvalidPair, match="only 0 of"):
-        list(write_conversations(tiny / "full", 3))
+        list(write_conversations(tiny_pair / "full", 3))
 
 
-def test_an_unknown_source_of_calibration_text_is_refused(tiny: Path) -> None:
+def test_an_unknown_source_of_calibration_text_is_refused(tiny_pair: Path) -> None:
     for source in ("nothing", "some/where.jsonl"):
         with pytest.raises(InvalidRequest, match="calibration"):
-            calibration_text(source, tiny / "full", 1000)
+            calibration_text(source, tiny_pair / "full", 1000)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from overfill.errors import InvalidPair
+from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.checkpoint import write_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill import attention
@@ -18,10 +19,9 @@ from overfill.pair.distill.model import PackedModel
 from overfill.pair.distill.rows import Rows, in_packs
 from overfill.pair.distill.shortlist import make_shortlist
 from overfill.pair.distill.teacher import Teacher
-from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.plain import load_plain
 from overfill.pair.reference import TwoStageReference, _forward
-from overfill.testing.tiny import Architecture, make_tiny_pair
+from overfill.pair.tiny import Architecture, make_tiny_pair
 
 CPU = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(7)
@@ -72,8 +72,8 @@ def test_the_decoder_reads_the_mapped_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(two_stage_logits(folder), reference_logits(folder), rtol=0, atol=1e-4)
 
 
-def test_reading_prompts_itself_is_the_plain_model(tiny: Path) -> None:
-    decoder, plain = load(tiny / "decoder"), load_plain(tiny / "decoder")
+def test_reading_prompts_itself_is_the_plain_model(tiny_pair: Path) -> None:
+    decoder, plain = load(tiny_pair / "decoder"), load_plain(tiny_pair / "decoder")
     rows = Rows.of_whole(TRANSCRIPTS)
     with torch.no_grad():
         found = decoder(rows)[rows.predicting] @ decoder.head.T
@@ -82,8 +82,8 @@ def test_reading_prompts_itself_is_the_plain_model(tiny: Path) -> None:
     assert rows.targets.tolist() == [token for t in TRANSCRIPTS for token in t.answer[1:]]
 
 
-def test_gradients_are_plain_transformers(tiny: Path) -> None:
-    decoder, plain = load(tiny / "decoder"), load_plain(tiny / "decoder")
+def test_gradients_are_plain_transformers(tiny_pair: Path) -> None:
+    decoder, plain = load(tiny_pair / "decoder"), load_plain(tiny_pair / "decoder")
     rows = Rows.of_whole(TRANSCRIPTS)
     sums = distillation_loss(decoder(rows)[rows.predicting], decoder.head, rows.targets, None, LossWeights(1, 0))
     sums.loss.backward()
@@ -97,9 +97,9 @@ def test_gradients_are_plain_transformers(tiny: Path) -> None:
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-4 * scale)
 
 
-def test_recomputing_activations_changes_no_gradient(tiny: Path) -> None:
+def test_recomputing_activations_changes_no_gradient(tiny_pair: Path) -> None:
     def gradients(remember: bool) -> list[torch.Tensor]:
-        decoder = load(tiny / "decoder")
+        decoder = load(tiny_pair / "decoder")
         decoder.remember_activations = remember
         decoder(Rows.of_whole(TRANSCRIPTS)).square().sum().backward()
         return [p.grad for p in decoder.parameters() if p.grad is not None]
@@ -156,9 +156,9 @@ def test_the_fused_loss_is_cross_entropy_plus_kl(temperature: float, ce: float, 
     assert compared.agreed == int((logits.argmax(-1) == theirs.argmax(-1)).sum())
 
 
-def test_a_checkpoint_of_another_shape_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((tiny / "full" / "config.json").read_text())
-    tensors = {name: p.detach().clone() for name, p in load(tiny / "decoder").named_parameters()}
+def test_a_checkpoint_of_another_shape_is_refused_by_name(tiny_pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_pair / "full" / "config.json").read_text())
+    tensors = {name: p.detach().clone() for name, p in load(tiny_pair / "decoder").named_parameters()}
     write_weights(tmp_path, tensors)
     with pytest.raises(InvalidPair, match=r"mlp\.down_proj\.weight has shape \(64, 64\)"):
         load(tmp_path)

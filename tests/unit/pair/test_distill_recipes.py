@@ -98,8 +98,8 @@ def test_options_override_a_recipe_and_a_length_replaces_the_other() -> None:
         changed(training, learning_rate=-1.0)
 
 
-def test_data_is_read_from_a_file(tiny: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(tiny / "full")
+def test_data_is_read_from_a_file(tiny_pair: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_pair / "full")
     file = str(write_chats(tmp_path / "chats.jsonl", 5))
     held_out = str(write_chats(tmp_path / "held_out.jsonl", 4))
     transcripts, judged = load_data(Data(source=file, held_out=held_out, max_held_out=3), tokenizer)
@@ -112,19 +112,19 @@ def test_data_is_read_from_a_file(tiny: Path, tmp_path: Path) -> None:
     [("nowhere.jsonl", "neither `shipped`, nor a file"), ("someone/chats", r"needs datasets, .*\[pairs\]")],
 )
 def test_data_that_cannot_be_had_is_named(
-    source: str, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, message: str, tiny_pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(OverfillError, match=message):
-        load_data(Data(source=source), Tokenizer.load(tiny / "full"))
+        load_data(Data(source=source), Tokenizer.load(tiny_pair / "full"))
 
 
-def test_answers_of_one_token_teach_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_answers_of_one_token_teach_nothing(tiny_pair: Path, tmp_path: Path) -> None:
     file = tmp_path / "empty.jsonl"
     chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}
     file.write_text(json.dumps(chat) + "\n")
     with pytest.raises(InvalidRequest, match="holds no conversation with an answer"):
-        load_data(Data(source=str(file), held_out=str(file)), Tokenizer.load(tiny / "full"))
+        load_data(Data(source=str(file), held_out=str(file)), Tokenizer.load(tiny_pair / "full"))
 
 
 def test_conversations_of_both_spellings_are_read_up_to_their_last_answer() -> None:
@@ -138,11 +138,11 @@ def test_conversations_of_both_spellings_are_read_up_to_their_last_answer() -> N
     assert as_conversation([None]) is None
 
 
-def test_a_hub_row_that_the_chat_template_refuses_is_passed_over(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_row_that_the_chat_template_refuses_is_skipped(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b c {i}"}]} for i in "12"
     ]
-    tokenizer = Tokenizer.load(tiny / "full")
+    tokenizer = Tokenizer.load(tiny_pair / "full")
     encode_chat = tokenizer.encode_chat
 
     def refuse(messages: Any) -> list[int]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from overfill.compiled import find_compiler
 from overfill.errors import InvalidRequest
+from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill import train
 from overfill.pair.distill.metrics import METRICS, read_metrics
@@ -20,8 +20,8 @@ from overfill.pair.distill.plot import metrics_file, plot_runs
 from overfill.pair.distill.recipe import Training
 from overfill.pair.distill.schedule import learning_rate
 from overfill.pair.distill.train import Diverged, Run, run_folder
-from overfill.pair.manifest import Pair, write_manifest
 from overfill.pair.reference import TwoStageReference
+from overfill.process.compiled import find_compiler
 
 
 def make_transcripts(count: int, seed: int) -> list[Transcript]:
@@ -37,8 +37,8 @@ TRANSCRIPTS, HELD_OUT = make_transcripts(10, 0), make_transcripts(3, 1)
 TRAINING = Training(steps=10, batch_transcripts=4, learning_rate=3e-3, eval_steps=5, checkpoint_steps=5, pack_rows=40)
 
 
-def run(tiny: Path, out: Path, training: Training = TRAINING, **options: Any) -> Run:
-    return Run(Pair.load(tiny), out, TRANSCRIPTS, HELD_OUT, training, **options)
+def run(tiny_pair: Path, out: Path, training: Training = TRAINING, **options: Any) -> Run:
+    return Run(Pair.load(tiny_pair), out, TRANSCRIPTS, HELD_OUT, training, **options)
 
 
 def losses(out: Path) -> list[float]:
@@ -57,7 +57,7 @@ class Killed(BaseException):
 
 
 def killed_after(
-    steps: int, tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch, training: Training, **options: Any
+    steps: int, tiny_pair: Path, out: Path, monkeypatch: pytest.MonkeyPatch, training: Training, **options: Any
 ) -> None:
     """A run that dies before step ``steps + 1`` is recorded."""
     with monkeypatch.context() as patch:
@@ -70,17 +70,17 @@ def killed_after(
 
         patch.setattr(Run, "_check_finite", die)
         with pytest.raises(Killed):
-            run(tiny, out, training, **options).train()
+            run(tiny_pair, out, training, **options).train()
 
 
-def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pair: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     lines: list[str] = []
-    pair = run(tiny, out, TRAINING.model_copy(update={"steps": 30, "eval_steps": 10}), tell=lines.append).train()
+    pair = run(tiny_pair, out, TRAINING.model_copy(update={"steps": 30, "eval_steps": 10}), tell=lines.append).train()
 
     first, *_, last = losses(out)
     assert last < 0.7 * first
-    assert pair.full_digest == Pair.load(tiny).full_digest
+    assert pair.full_digest == Pair.load(tiny_pair).full_digest
     assert (out / "full").is_symlink()
     Pair.load(out, check_digests=True)
     assert pair.recipe["method"] == "random"
@@ -95,12 +95,12 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny: Pa
     assert (out / "distill" / "curve.png").stat().st_size > 1000
 
 
-def test_the_written_decoder_is_what_was_judged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "native_dtype", lambda device: "float32")  # the reference's: else near-ties differ
-    pair = run(tiny, tmp_path / "out").train()
+    pair = run(tiny_pair, tmp_path / "out").train()
     reference = TwoStageReference(pair.folder)
     agreed = total = 0
-    full = TwoStageReference(tiny)._full
+    full = TwoStageReference(tiny_pair)._full
     for t in HELD_OUT:
         with torch.inference_mode():
             best = full(torch.tensor([t.token_ids])).logits[0, t.answer_start : -1].argmax(-1).tolist()
@@ -116,32 +116,32 @@ def test_the_written_decoder_is_what_was_judged(tiny: Path, tmp_path: Path, monk
     [({"cache_gib": 0.0}, False), ({}, False), ({}, True), ({"top_tokens": 8, "sampled_tokens": 100}, False)],
 )
 def test_a_resumed_run_is_bit_equal(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float], standalone: bool
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float], standalone: bool
 ) -> None:
     training = TRAINING.model_copy(update=changes)
-    whole = run(tiny, tmp_path / "whole", training, standalone=standalone).train()
-    killed_after(7, tiny, tmp_path / "parts", monkeypatch, training, standalone=standalone)
+    whole = run(tiny_pair, tmp_path / "whole", training, standalone=standalone).train()
+    killed_after(7, tiny_pair, tmp_path / "parts", monkeypatch, training, standalone=standalone)
     assert not (tmp_path / "parts").exists()
     assert len(losses(tmp_path / "parts")) == 7
 
-    resumed = run(tiny, tmp_path / "parts", training, standalone=standalone, resume=True).train()
+    resumed = run(tiny_pair, tmp_path / "parts", training, standalone=standalone, resume=True).train()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert resumed.decoder_digest == whole.decoder_digest
 
 
-def test_a_resumed_run_must_have_the_same_settings(tiny: Path, tmp_path: Path) -> None:
-    run(tiny, tmp_path / "out").train()
+def test_a_resumed_run_must_have_the_same_settings(tiny_pair: Path, tmp_path: Path) -> None:
+    run(tiny_pair, tmp_path / "out").train()
     with pytest.raises(InvalidRequest, match="holds a run already; go on with --resume"):
-        run(tiny, tmp_path / "out")
+        run(tiny_pair, tmp_path / "out")
     other = TRAINING.model_copy(update={"learning_rate": 1e-4, "eval_steps": 7})
     with pytest.raises(InvalidRequest, match=r"other settings: learning_rate \(0\.003 before, 0\.0001 now\)$"):
-        run(tiny, tmp_path / "out", other, resume=True)
+        run(tiny_pair, tmp_path / "out", other, resume=True)
 
 
-def test_a_cache_and_packing_change_nothing_that_matters(tiny: Path, tmp_path: Path) -> None:
+def test_a_cache_and_packing_change_nothing_that_matters(tiny_pair: Path, tmp_path: Path) -> None:
     plain = TRAINING.model_copy(update={"cache_gib": 0.0, "pack_rows": 10_000})
-    run(tiny, tmp_path / "plain", plain).train()
-    run(tiny, tmp_path / "cached").train()
+    run(tiny_pair, tmp_path / "plain", plain).train()
+    run(tiny_pair, tmp_path / "cached").train()
     cached, computed = losses(tmp_path / "cached"), losses(tmp_path / "plain")
     assert cached[0] == pytest.approx(computed[0], rel=1e-3)  # float16 rounding, which training then amplifies
     assert cached == pytest.approx(computed, rel=2e-2)
@@ -149,45 +149,45 @@ def test_a_cache_and_packing_change_nothing_that_matters(tiny: Path, tmp_path: P
     assert not (run_folder(tmp_path / "plain") / "cache").exists()
 
 
-def test_recomputing_activations_changes_nothing(tiny: Path, tmp_path: Path) -> None:
-    run(tiny, tmp_path / "plain").train()
-    run(tiny, tmp_path / "recomputed", TRAINING.model_copy(update={"recompute_activations": True})).train()
+def test_recomputing_activations_changes_nothing(tiny_pair: Path, tmp_path: Path) -> None:
+    run(tiny_pair, tmp_path / "plain").train()
+    run(tiny_pair, tmp_path / "recomputed", TRAINING.model_copy(update={"recompute_activations": True})).train()
     assert losses(tmp_path / "recomputed") == losses(tmp_path / "plain")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-def test_fusing_changes_nothing_but_rounding(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusing_changes_nothing_but_rounding(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "native_dtype", lambda device: "float32")
     training = TRAINING.model_copy(update={"steps": 3})
-    run(tiny, tmp_path / "plain", training).train()
-    run(tiny, tmp_path / "fused", training.model_copy(update={"fused": True})).train()
+    run(tiny_pair, tmp_path / "plain", training).train()
+    run(tiny_pair, tmp_path / "fused", training.model_copy(update={"fused": True})).train()
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
 def test_without_a_compiler_training_goes_on_unfused(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "find_compiler", lambda: None)
     lines: list[str] = []
     training = TRAINING.model_copy(update={"steps": 1, "fused": True})
-    run(tiny, tmp_path / "out", training, tell=lines.append).train()
+    run(tiny_pair, tmp_path / "out", training, tell=lines.append).train()
     assert "unfused" in lines[0]
 
 
-def test_standalone_sees_the_same_tokens_but_not_the_full_models_cache(tiny: Path, tmp_path: Path) -> None:
+def test_standalone_sees_the_same_tokens_but_not_the_full_models_cache(tiny_pair: Path, tmp_path: Path) -> None:
     def tokens(out: Path) -> list[int]:
         return [entry["tokens"] for entry in read_metrics(run_folder(out) / METRICS)]
 
-    run(tiny, tmp_path / "two").train()
-    run(tiny, tmp_path / "alone", standalone=True).train()
+    run(tiny_pair, tmp_path / "two").train()
+    run(tiny_pair, tmp_path / "alone", standalone=True).train()
     assert tokens(tmp_path / "two") == tokens(tmp_path / "alone")
     assert losses(tmp_path / "two")[0] != pytest.approx(losses(tmp_path / "alone")[0], rel=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     original = Run._backward
@@ -197,13 +197,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(Run, "_backward", poisoned)
     with pytest.raises(Diverged, match=r"step 7: the loss is nan .*step-00000005"):
-        run(tiny, out).train()
+        run(tiny_pair, out).train()
     assert [f.name for f in (run_folder(out) / "checkpoints").iterdir()] == ["step-00000005"]
     assert not out.exists()
 
 
 def test_an_interrupted_checkpoint_leaves_the_one_before(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     original = train.Checkpoints.save
@@ -215,17 +215,17 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
 
     monkeypatch.setattr(train.Checkpoints, "save", torn)
     with pytest.raises(Killed):
-        run(tiny, out).train()
+        run(tiny_pair, out).train()
     assert train.Checkpoints(run_folder(out) / "checkpoints").latest() == run_folder(out) / "checkpoints/step-00000005"
 
 
-def test_a_distilled_pair_can_be_distilled_again(tiny: Path, tmp_path: Path) -> None:
-    first = run(tiny, tmp_path / "first").train()
+def test_a_distilled_pair_can_be_distilled_again(tiny_pair: Path, tmp_path: Path) -> None:
+    first = run(tiny_pair, tmp_path / "first").train()
     second = run(first.folder, tmp_path / "second").train()
     assert second.recipe["distill"]["after"] == dict(first.recipe["distill"])
 
 
-def test_the_layer_map_is_kept(tiny: Path, tmp_path: Path, fresh: Any) -> None:
+def test_the_layer_map_is_kept(tiny_pair: Path, tmp_path: Path, fresh: Any) -> None:
     folder = fresh()
     write_manifest(folder, layer_map=[0, 1, 2, 2], recipe={"depth": {}})
     pair = run(folder, tmp_path / "out").train()
@@ -233,12 +233,12 @@ def test_the_layer_map_is_kept(tiny: Path, tmp_path: Path, fresh: Any) -> None:
     assert set(pair.recipe) == {"depth", "distill"}
 
 
-def test_minutes_bound_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_bound_the_run(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Every look at the clock is 0.02 s after the last one: on a busy machine real steps take any time.
     clock = itertools.count()
     monkeypatch.setattr("overfill.pair.distill.train.time", SimpleNamespace(monotonic=lambda: 0.02 * next(clock)))
     training = TRAINING.model_copy(update={"steps": None, "minutes": 0.01, "eval_steps": 10_000})
-    pair = run(tiny, tmp_path / "out", training).train()
+    pair = run(tiny_pair, tmp_path / "out", training).train()
     entries = [e for e in read_metrics(run_folder(tmp_path / "out") / METRICS) if "loss" in e]
     assert entries[-1]["seconds"] >= 0.6 > entries[-2]["seconds"]
     assert entries[-1]["lr"] < 0.3 * max(e["lr"] for e in entries)
@@ -251,8 +251,8 @@ def test_the_learning_rate_rises_then_follows_a_cosine() -> None:
     assert found == pytest.approx([0.5, 1.0, 0.55, 0.1])
 
 
-def test_runs_are_drawn_together(tiny: Path, tmp_path: Path) -> None:
-    run(tiny, tmp_path / "out").train()
+def test_runs_are_drawn_together(tiny_pair: Path, tmp_path: Path) -> None:
+    run(tiny_pair, tmp_path / "out").train()
     runs = [("pair", metrics_file(tmp_path / "out")), ("run", metrics_file(run_folder(tmp_path / "out")))]
     assert runs[0][1] != runs[1][1]
     plot_runs(runs, tmp_path / "both.svg")

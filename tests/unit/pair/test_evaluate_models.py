@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 from overfill.cli.evaluate import _transcripts, compare_command, eval_command
-from overfill.engine.llm import Completion
 from overfill.errors import InvalidRequest
+from overfill.model.manifest import Pair, write_manifest
 from overfill.model.transformer import Transformer
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.compare import compare
@@ -25,10 +25,10 @@ from overfill.pair.evaluate.forward import batches
 from overfill.pair.evaluate.free_running import judge_answers
 from overfill.pair.evaluate.report import save_summary
 from overfill.pair.intact import is_intact, seal
-from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.llm import Completion
 from overfill.pair.plain import load_plain
 from overfill.pair.reference import TwoStageReference, _forward
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
 
 _GENERATOR = torch.Generator().manual_seed(8)
 LENGTHS = ((30, 20), (5, 40), (1, 2), (700, 3), (12, 400), (40, 9))
@@ -40,8 +40,8 @@ ANSWER_TOKENS = sum(answer - 1 for _, answer in LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def evaluation(tiny: Path) -> Evaluation:
-    return evaluate(tiny, TRANSCRIPTS, free_running=False, dtype="float32")
+def evaluation(tiny_pair: Path) -> Evaluation:
+    return evaluate(tiny_pair, TRANSCRIPTS, free_running=False, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def figures(evaluation: Evaluation) -> dict[str, tuple[float, float, float]]:
     }
 
 
-def test_figures_are_those_of_plain_transformers(tiny: Path, evaluation: Evaluation) -> None:
-    expected = plain_figures(tiny, TRANSCRIPTS)
+def test_figures_are_those_of_plain_transformers(tiny_pair: Path, evaluation: Evaluation) -> None:
+    expected = plain_figures(tiny_pair, TRANSCRIPTS)
     assert figures(evaluation).keys() == expected.keys()
     for name, values in figures(evaluation).items():
         # A last bit decides which way a code is rounded.
@@ -161,16 +161,16 @@ def test_an_identity_pair_is_the_full_model(identity: Path) -> None:
     assert full == two_stage == alone
 
 
-def test_free_running_answers_are_scored_by_the_full_model(tiny: Path) -> None:
+def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> None:
     prompts = TRANSCRIPTS
-    result = evaluate(tiny, prompts, dtype="float32", max_tokens=24)
-    reference = TwoStageReference(tiny)
+    result = evaluate(tiny_pair, prompts, dtype="float32", max_tokens=24)
+    reference = TwoStageReference(tiny_pair)
     answers = [reference.generate(t.prompt, 24) for t in prompts]
     written = [Transcript((*t.prompt, *answer), len(t.prompt)) for t, answer in zip(prompts, answers, strict=True)]
     total, count = 0.0, 0
     with torch.inference_mode():
         for transcript in written:
-            logits = load_plain(tiny / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
+            logits = load_plain(tiny_pair / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
             rows = logits[transcript.answer_start - 1 :].double().log_softmax(-1)
             total -= float(rows[torch.arange(len(rows)), torch.tensor(transcript.answer)].sum())
             count += len(rows)
@@ -183,8 +183,8 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny: Path) -> None:
     assert len({figures.nll for figures in result.free_running.values()}) == 3  # three writers
 
 
-def test_empty_answers_count_for_length_only(tiny: Path) -> None:
-    full = Transformer.load(tiny / "full", torch.float32, torch.device("cpu"))
+def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
+    full = Transformer.load(tiny_pair / "full", torch.float32, torch.device("cpu"))
     prompts = [(5, 6, 7)] * 3
     answers = [
         Completion("", [8, 9, 10, 11, 12, 13], "length", 3),
@@ -203,26 +203,26 @@ def test_batches_keep_order_and_are_bounded() -> None:
     assert [len(batch) for batch in batches(TRANSCRIPTS[3:], 100)] == [1, 1, 1]
 
 
-def test_too_short_answers_are_refused(tiny: Path) -> None:
+def test_too_short_answers_are_refused(tiny_pair: Path) -> None:
     with pytest.raises(InvalidRequest, match="two tokens"):
-        evaluate(tiny, [Transcript((5, 6), 1)], free_running=False)
+        evaluate(tiny_pair, [Transcript((5, 6), 1)], free_running=False)
 
 
-def test_too_long_conversations_are_refused(tiny: Path) -> None:
+def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:
     with pytest.raises(InvalidRequest, match="3000 tokens; the pair's context is 2048"):
-        evaluate(tiny, [Transcript((5,) * 3000, 10)], free_running=False)
+        evaluate(tiny_pair, [Transcript((5,) * 3000, 10)], free_running=False)
 
 
-def test_long_conversations_are_judged_whole(tiny: Path, tmp_path: Path) -> None:
+def test_long_conversations_are_judged_whole(tiny_pair: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b " * 600}]}
     file.write_text(json.dumps(chat) + "\n")
-    (transcript,) = _transcripts(tiny, file, None)
+    (transcript,) = _transcripts(tiny_pair, file, None)
     assert len(transcript.answer) > 1024
 
 
-def test_comparison_judges_both_models_at_each_precision(tiny: Path) -> None:
-    points = list(compare([tiny], TRANSCRIPTS, dtype="float32"))
+def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> None:
+    points = list(compare([tiny_pair], TRANSCRIPTS, dtype="float32"))
     found = {(p.name, p.precision): p for p in points}
     assert list(found) == [(n, p) for n in ("full model", "tiny") for p in PRECISIONS]
     full = [found["full model", p] for p in PRECISIONS]
@@ -234,17 +234,17 @@ def test_comparison_judges_both_models_at_each_precision(tiny: Path) -> None:
     assert [p.cost.bytes for p in full] == sorted((p.cost.bytes for p in full), reverse=True)
     assert len({p.cost.flops for p in full}) == 1
     assert found["tiny", "bf16"].cost.flops < full[0].cost.flops
-    unrounded = plain_figures(tiny, TRANSCRIPTS)
+    unrounded = plain_figures(tiny_pair, TRANSCRIPTS)
     assert found["tiny", "bf16"].kl.mean == pytest.approx(unrounded["two_stage"][1], rel=0.05)
     assert found["tiny", "bf16"].agreement.mean == pytest.approx(unrounded["two_stage"][2], abs=0.02)
     assert found["tiny", "bf16"].agreement_alone.mean == pytest.approx(unrounded["decoder_alone"][2], abs=0.02)
     assert found["tiny", "bf16"].nll_alone.mean == pytest.approx(unrounded["decoder_alone"][0], abs=0.005)
 
 
-def test_pairs_of_different_full_models_are_not_comparable(tiny: Path, tmp_path: Path) -> None:
+def test_pairs_of_different_full_models_are_not_comparable(tiny_pair: Path, tmp_path: Path) -> None:
     other = make_tiny_pair(tmp_path / "other", seed=1)
     with pytest.raises(InvalidRequest, match="same full model"):
-        list(compare([tiny, other], TRANSCRIPTS))
+        list(compare([tiny_pair, other], TRANSCRIPTS))
 
 
 def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
@@ -282,8 +282,8 @@ def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: P
     assert Pair.load(folder).eval["full"]["agreement"] == 1
 
 
-def test_eval_prints_a_table(tiny: Path, data: Path) -> None:
-    arguments = [str(tiny), "--data", str(data), "--no-free-running", "--max-transcripts", "2"]
+def test_eval_prints_a_table(tiny_pair: Path, data: Path) -> None:
+    arguments = [str(tiny_pair), "--data", str(data), "--no-free-running", "--max-transcripts", "2"]
     result = CliRunner().invoke(eval_command, arguments)
     assert result.exit_code == 0, result.output
     for text in ("full model", "two-stage", "decoder alone", "100.0 ± 0.0 %", "A decode step reads"):
@@ -291,9 +291,9 @@ def test_eval_prints_a_table(tiny: Path, data: Path) -> None:
     assert "perplexity" not in result.stdout
 
 
-def test_compare_prints_json_lines_and_writes_a_plot(tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_compare_prints_json_lines_and_writes_a_plot(tiny_pair: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    result = CliRunner().invoke(compare_command, [str(tiny), "--data", str(data), "--json", "--out", str(out)])
+    result = CliRunner().invoke(compare_command, [str(tiny_pair), "--data", str(data), "--json", "--out", str(out)])
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["precision"] for line in lines] == [*PRECISIONS] * 2

@@ -14,9 +14,9 @@ from overfill.kv.native.library import Rows
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.lab.faults import service as faults
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Transformer
-from overfill.testing import faults
 
 CPU = torch.device("cpu")
 
@@ -52,15 +52,15 @@ def last_logits(folder: Path, before_last_token: Callable[[], None] = lambda: No
     return model.forward(batch(19, 20), cache)
 
 
-def test_negated_row_changes_the_logits(tiny: Path) -> None:
-    before = last_logits(tiny / "full")
+def test_negated_row_changes_the_logits(tiny_pair: Path) -> None:
+    before = last_logits(tiny_pair / "full")
     faults.negate_weight_row()
-    assert (last_logits(tiny / "full") - before).abs().max() > 0.1
+    assert (last_logits(tiny_pair / "full") - before).abs().max() > 0.1
 
 
-def test_shifted_positions_change_the_logits_of_the_stage_that_has_them(tiny: Path) -> None:
-    before = last_logits(tiny / "full")
-    assert (last_logits(tiny / "full", before_last_token=faults.shift_positions) - before).abs().max() > 0.1
+def test_shifted_positions_change_the_logits_of_the_stage_that_has_them(tiny_pair: Path) -> None:
+    before = last_logits(tiny_pair / "full")
+    assert (last_logits(tiny_pair / "full", before_last_token=faults.shift_positions) - before).abs().max() > 0.1
 
 
 def test_overwritten_chunk_is_zero_only_at_the_start_of_layer_0() -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from overfill.model.manifest import Pair
 from overfill.pair.build import build_pair
 from overfill.pair.conversations import Conversation, Transcript
 from overfill.pair.distill import train
 from overfill.pair.distill.recipe import Training
 from overfill.pair.distill.train import Run
-from overfill.pair.manifest import Pair
 from overfill.pair.recipe import DecoderRecipe
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
 
 CHATS = [
     Conversation(
@@ -51,11 +51,11 @@ def test_a_built_pair_with_its_scores(umask: int, tmp_path: Path) -> None:
 
 
 def test_a_distilled_pair_with_its_checkpoints(
-    umask: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    umask: int, tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "plot_runs", lambda runs, out: out.touch())  # drawing takes seconds
     root = tmp_path / "root"
     transcripts = [Transcript(tuple(torch.arange(2 + i, 16 + i).tolist()), 4) for i in range(4)]
     training = Training(steps=2, batch_transcripts=2, eval_steps=2, checkpoint_steps=1, pack_rows=40)
-    Run(Pair.load(tiny), root / "out", transcripts, transcripts, training).train()
+    Run(Pair.load(tiny_pair), root / "out", transcripts, transcripts, training).train()
     check(root, umask)

@@ -15,7 +15,7 @@ from overfill.pair.packed import LayerMath, Packed, attend_answers, fold_norms, 
 from overfill.pair.prune import Plan, Scores, make_plan, score, slice_weights
 from overfill.pair.regression import Ridge
 from overfill.pair.sensitivity import measure_sensitivity
-from overfill.testing.tiny import Architecture, make_tiny_pair
+from overfill.pair.tiny import Architecture, make_tiny_pair
 
 
 def transcripts(count: int, seed: int = 0) -> list[Transcript]:
@@ -24,9 +24,9 @@ def transcripts(count: int, seed: int = 0) -> list[Transcript]:
 
 
 @pytest.fixture(scope="module")
-def full(tiny: Path) -> tuple[Weights, ModelConfig]:
-    config = ModelConfig.load(tiny / "full")
-    return fold_norms(load_weights(tiny / "full", config, torch.float32, torch.device("cpu"))), config
+def full(tiny_pair: Path) -> tuple[Weights, ModelConfig]:
+    config = ModelConfig.load(tiny_pair / "full")
+    return fold_norms(load_weights(tiny_pair / "full", config, torch.float32, torch.device("cpu"))), config
 
 
 def plan(full: tuple[Weights, ModelConfig], packed: Packed, **sizes: int) -> Plan:

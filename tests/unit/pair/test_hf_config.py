@@ -18,7 +18,7 @@ from overfill.model.transformer import Transformer
 from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.hf_config import decoder_config, loadable_config
 from overfill.pair.plain import load_plain, load_tokenizer
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
 
 CPU = torch.device("cpu")
 PROMPT = torch.randint(2, 512, (30,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -16,7 +16,7 @@ from overfill.errors import InvalidRequest
 from overfill.pair.evaluate.forward import batches
 from overfill.pair.plain import load_plain, load_tokenizer
 from overfill.pair.reference import TwoStageReference, _forward
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 # The harness and its data sets warn about themselves; none of it is ours.
@@ -131,25 +131,25 @@ def test_an_identity_pair_scores_as_the_harness_own_model(identity: Path, tasks:
         assert found[task][f"{metric},none"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4)
 
 
-def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny: Path) -> None:
+def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny_pair: Path) -> None:
     from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
     pairs = [(f"Question: {q['question']}?", f" {choice}") for q in QUESTIONS for choice in q["choices"]]
-    found = OverfillLM(tiny, dtype="float32").loglikelihood(instances(*pairs), disable_tqdm=True)
+    found = OverfillLM(tiny_pair, dtype="float32").loglikelihood(instances(*pairs), disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
-        expected, expected_greedy = two_stage(tiny, context, continuation)
+        expected, expected_greedy = two_stage(tiny_pair, context, continuation)
         assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
         assert greedy is expected_greedy
 
 
-def test_greedy_answers_are_greedy(tiny: Path) -> None:
+def test_greedy_answers_are_greedy(tiny_pair: Path) -> None:
     """What the pair writes itself is what it finds most likely, token by token."""
     from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
-    model = OverfillLM(tiny, dtype="float32")
+    model = OverfillLM(tiny_pair, dtype="float32")
     contexts = ["Numbers such as 0", "Write a short story", "x"]
     written = model.generate_until(instances(*((c, {"until": [], "max_gen_toks": 6}) for c in contexts)))
-    reference, tokenizer = TwoStageReference(tiny), load_tokenizer(tiny / "full")
+    reference, tokenizer = TwoStageReference(tiny_pair), load_tokenizer(tiny_pair / "full")
     expected = [reference.generate(tokenizer(c)["input_ids"], 6) for c in contexts]
     assert written == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
@@ -173,32 +173,32 @@ def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.Monk
     assert model.loglikelihood_rolling(instances((text,))) == [pytest.approx(total, rel=1e-4)]
 
 
-def test_batches_of_any_size_give_the_same(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_any_size_give_the_same(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from overfill.pair.evaluate import lm_eval_adapter
 
-    model = lm_eval_adapter.OverfillLM(tiny, dtype="float32")
+    model = lm_eval_adapter.OverfillLM(tiny_pair, dtype="float32")
     requests = instances(*((q["question"], " " + choice) for q in QUESTIONS for choice in q["choices"]))
     together = flat(model.loglikelihood(requests, disable_tqdm=True))
     monkeypatch.setattr(lm_eval_adapter, "batches", lambda transcripts: batches(transcripts, 1))
     assert flat(model.loglikelihood(requests, disable_tqdm=True)) == pytest.approx(together, rel=1e-4)
 
 
-def test_options_that_nothing_reads_are_refused(tiny: Path) -> None:
+def test_options_that_nothing_reads_are_refused(tiny_pair: Path) -> None:
     from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
-    model = OverfillLM(tiny, dtype="float32")
+    model = OverfillLM(tiny_pair, dtype="float32")
     with pytest.raises(InvalidRequest, match="num_beams is not supported"):
         model.generate_until(instances(("a", {"num_beams": 4})))
     with pytest.raises(InvalidRequest, match="context of 2048"):
         model.generate_until(instances(("a", {"max_gen_toks": 4000})))
 
 
-def test_the_command_prints_json(tiny: Path, tasks: Path) -> None:
+def test_the_command_prints_json(tiny_pair: Path, tasks: Path) -> None:
     from overfill.cli.evaluate import lm_eval_command
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        arguments = [str(tiny), "--tasks", "tiny_choose", "--include-path", str(tasks), "--limit", "4", "--json"]
+        arguments = [str(tiny_pair), "--tasks", "tiny_choose", "--include-path", str(tasks), "--limit", "4", "--json"]
         result = CliRunner().invoke(lm_eval_command, arguments)
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)["tiny_choose"]
@@ -207,8 +207,8 @@ def test_the_command_prints_json(tiny: Path, tasks: Path) -> None:
 
 
 @pytest.mark.slow  # the harness reads all its thousands of task files
-def test_an_unknown_task_is_named(tiny: Path, tasks: Path) -> None:
+def test_an_unknown_task_is_named(tiny_pair: Path, tasks: Path) -> None:
     from overfill.pair.evaluate.harness import run_tasks
 
     with pytest.raises(InvalidRequest, match="no tiny_sing;"):
-        run_tasks(tiny, ["tiny_sing", "tiny_choose"], include_path=tasks)
+        run_tasks(tiny_pair, ["tiny_sing", "tiny_choose"], include_path=tasks)

@@ -20,7 +20,7 @@ from overfill.pair.plain import load_plain
 from overfill.pair.prune import Plan, Scores, leading_directions, make_plan, score, slice_weights
 from overfill.pair.selection import removal_order
 from overfill.pair.sensitivity import measure_sensitivity
-from overfill.testing.tiny import Architecture, make_tiny_pair
+from overfill.pair.tiny import Architecture, make_tiny_pair
 
 TOKENS = torch.randint(2, 512, (2, 20), generator=torch.Generator().manual_seed(0))
 TRANSCRIPTS = [Transcript(tuple(TOKENS[0].tolist()), 5), Transcript(tuple(TOKENS[1, :12].tolist()), 9)]
@@ -90,11 +90,11 @@ def test_neurons_that_others_stand_in_for_go_first() -> None:
     assert places[50] == 63
 
 
-def test_scores_are_measured_on_answer_positions(tiny: Path) -> None:
-    weights, config = loaded(tiny / "full")
+def test_scores_are_measured_on_answer_positions(tiny_pair: Path) -> None:
+    weights, config = loaded(tiny_pair / "full")
     packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
     scores = score(weights, config, packed, measure_sensitivity(weights, config, packed))
-    model = load_plain(tiny / "full")
+    model = load_plain(tiny_pair / "full")
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -155,8 +155,8 @@ def test_leading_directions_are_the_best_measurements_at_every_width() -> None:
     torch.testing.assert_close(plain @ plain.T, principal[:, :8] @ principal[:, :8].T, atol=1e-3, rtol=0)
 
 
-def test_sensitivity_tells_what_the_answers_depend_on(tiny: Path) -> None:
-    weights, config = loaded(tiny / "full")
+def test_sensitivity_tells_what_the_answers_depend_on(tiny_pair: Path) -> None:
+    weights, config = loaded(tiny_pair / "full")
     packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
     for layer in weights.layers[2:]:
         layer.qkv[:, 5] = 0
@@ -189,8 +189,8 @@ def test_an_impossible_size_is_refused(field: str, sizes: dict[str, int]) -> Non
         plan_of(some_scores(), **sizes)  # type: ignore[arg-type]
 
 
-def test_the_layer_that_does_least_goes_first(tiny: Path) -> None:
-    weights, config = loaded(tiny / "full")
+def test_the_layer_that_does_least_goes_first(tiny_pair: Path) -> None:
+    weights, config = loaded(tiny_pair / "full")
     weights.layers[2].o.zero_()
     weights.layers[2].down.mul_(0.01)
     assert choose_layers(weights, config, Packed.of(TRANSCRIPTS), 3) == [0, 1, 3]

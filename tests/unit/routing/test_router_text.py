@@ -2,8 +2,8 @@ import pytest
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
+from overfill.pair.tiny import make_tiny_pair
 from overfill.routing.answer import TokenBatch
-from overfill.testing.tiny import make_tiny_pair
 from overfill.v1 import common_pb2
 from services.router.text import AnswerText
 

@@ -16,9 +16,9 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from overfill import certificates
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
+from overfill.rpc import certificates
 from overfill.rpc import reload as reload_module
 from overfill.rpc.access import ROUTER_RPCS, WORKER_RPCS, Gate, Role, role_uri, roles_of
 from overfill.rpc.channel import open_channel, open_sync_channel

@@ -13,11 +13,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from overfill import metrics_http
-from overfill.metrics_http import MetricsServer
 from overfill.rpc import channel as channel_module
-from overfill.rpc import interceptors
+from overfill.rpc import interceptors, metrics_http
 from overfill.rpc.channel import open_channel
+from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
 
 CHECK = "/grpc.health.v1.Health/Check"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from overfill import startup
+from overfill.process import startup
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import WorkerHandle, WorkerHost, announced
 from overfill.v1 import decode_pb2, registry_pb2

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from counting import CountingRunner
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
@@ -25,8 +26,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.params import SamplingParams
-from overfill.testing.counting import CountingRunner
+from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 from services.decode.servicer import DecodeServicer
 from services.prefill.servicer import PrefillServicer

@@ -4,14 +4,14 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+from counting import CountingRunner
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Release, Reserve, StopRule, Yielded
 from overfill.errors import Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
-from overfill.params import SamplingParams
-from overfill.testing.counting import CountingRunner
+from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, decode_pb2
 from services.decode.session import Outbox, PullEnded, Session
 

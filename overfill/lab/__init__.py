@@ -1,0 +1,1 @@
+"""What measures a stack and what breaks it. Nothing that serves imports this package."""

@@ -1,0 +1,109 @@
+"""Servers under load: any OpenAI endpoint over HTTP, and our own protocol over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from overfill.client import AsyncClient, SamplingParams
+from overfill.errors import OverfillError
+from overfill.lab.bench.serve import openai
+from overfill.lab.bench.serve.load import RequestFailed
+from overfill.rpc.tls import ClientTls
+
+
+class OpenAiTarget:
+    """``/completions`` of an OpenAI endpoint, streamed; prompts are token ids.
+
+    Args:
+        url: up to and with ``/v1``.
+        model: None takes the first that the endpoint lists.
+        extensions: use what vLLM and our own endpoint know and others may refuse: answers of full length
+            (``ignore_eos``), and how many tokens each message brings. Without, a message counts as one token until the
+            usage at the end puts that right.
+    """
+
+    def __init__(self, url: str, model: str | None = None, key: str | None = None, *, extensions: bool = True) -> None:
+        self._url = url.rstrip("/")
+        self._model = model
+        self._extensions = extensions
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        # No limit on connections or time: the load has its own.
+        self._session = aiohttp.ClientSession(
+            headers=self._headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+        )
+        if self._model is None:
+            try:
+                self._model = await self._first_model(self._session)
+            except BaseException:
+                await self._session.close()
+                raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
+        body = openai.completion_body(self._model, prompt, max_tokens, extensions=self._extensions)
+        if self._session is None:
+            raise RequestFailed("the target is not open")
+        events = openai.CompletionEvents()
+        try:
+            async with self._session.post(f"{self._url}/completions", json=body) as response:
+                if response.status != 200:
+                    raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
+                async for line in response.content:
+                    yield events.push(line)
+        except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        events.end()
+
+    async def _first_model(self, session: aiohttp.ClientSession) -> str:
+        try:
+            async with session.get(f"{self._url}/models") as response:
+                return str((await response.json())["data"][0]["id"])
+        except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint: {error!r}") from error
+
+
+class GrpcTarget:
+    """A stack of ours, over its own protocol; ``tls`` and ``key`` as ``AsyncClient`` takes them."""
+
+    def __init__(self, address: str, tls: ClientTls | None = None, key: str | None = None) -> None:
+        self._address, self._tls, self._key = address, tls, key
+        self._client: AsyncClient | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._client = AsyncClient(self._address, tls=self._tls, api_key=self._key)
+        except ValueError as error:
+            raise RequestFailed(str(error)) from error
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
+        if self._client is None:
+            raise RequestFailed("the target is not open")
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        tokens = 0
+        try:
+            async with self._client.stream(list(prompt), sampling=sampling) as stream:
+                async for delta in stream:
+                    tokens += len(delta.token_ids)
+                    yield tokens
+        except OverfillError as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,55 @@
+"""Prefill workers that a benchmark starts itself, and prompts to pull from them as a decode worker does."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from overfill.cli.processes import Child, stop
+from overfill.cli.stack import child_environment
+from overfill.errors import Unavailable
+from overfill.lab.bench.registry import ListeningRegistry
+from overfill.settings.config import PrefillConfig
+from overfill.v1 import registry_pb2
+
+_START_TIMEOUT = 120.0  # seconds
+
+Log = Callable[[str, str], None]
+
+
+@asynccontextmanager
+async def prefill_worker(arguments: Sequence[str], threads: int, log: Log) -> AsyncIterator[registry_pb2.Hello]:
+    """A prefill worker process with ``arguments``, ready; stopped at the end.
+
+    Args:
+        log: takes the worker's output, line by line.
+
+    Raises:
+        Unavailable: it did not start.
+    """
+    registry = ListeningRegistry()
+    router = await registry.start()
+    try:
+        config = PrefillConfig.parse(
+            [f"--routers={router}", f"--threads={threads}", "--grace-period=1", "--log-level=warning", *arguments]
+        )
+        command = [sys.executable, "-m", "services.prefill.main", *config.to_argv()]
+        worker = Child("prefill", command, child_environment({}, threads), log)
+        try:
+            yield await _joined(registry, worker)
+        finally:
+            stop([worker], 5.0)
+    finally:
+        await registry.stop()
+
+
+async def _joined(registry: ListeningRegistry, worker: Child) -> registry_pb2.Hello:
+    waiting = asyncio.ensure_future(registry.next_worker(_START_TIMEOUT))
+    while not waiting.done():
+        await asyncio.wait([waiting], timeout=0.2)
+        if worker.returncode is not None:
+            waiting.cancel()
+            raise Unavailable("the prefill worker did not start:\n" + "\n".join(worker.last_lines()))
+    return waiting.result()

@@ -1,0 +1,95 @@
+"""A stack that can be broken: every process with a probe, a clock of its own and, if wanted, links of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+
+from overfill.cli.processes import Child
+from overfill.cli.stack import Plan, Stack, child_environment, free_ports
+from overfill.lab.chaos.clock import Clocks
+from overfill.lab.faults.proxy import TcpProxy
+from overfill.settings.config import ServiceConfig
+
+_PROBES = "overfill.lab.chaos.probes"
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What lies between the processes.
+
+    Attributes:
+        of: process -> the proxies through which others reach it, and it others.
+        routers: where clients reach the routers.
+    """
+
+    routers: tuple[str, ...]
+    of: dict[str, list[TcpProxy]] = field(default_factory=dict)
+
+
+class BreakableStack(Stack):
+    """``plan`` with probes that connect to ``probes``, a path; routers can be restarted too."""
+
+    def __init__(self, plan: Plan, probes: str, clocks: Clocks) -> None:
+        super().__init__(plan, lambda name, line: None)
+        self._probes = probes
+        self._clocks = clocks
+
+    @property
+    def routers(self) -> list[str]:
+        """Their names, in the order of the plan's addresses."""
+        return [f"router-{index}" for index in range(len(self.plan.routers))]
+
+    def names(self, stage: str) -> list[str]:
+        """The processes of a stage."""
+        if stage == "router":
+            return self.routers
+        return [worker.worker_id for of, worker in self.plan.workers() if of == stage]
+
+    def process(self, name: str) -> Child:
+        """The process that now has the name."""
+        return next(child for child in [*self._routers, *self._workers] if child.name == name)
+
+    def processes(self) -> list[Child]:
+        """Those that run."""
+        return [child for child in [*self._routers, *self._workers] if child.returncode is None]
+
+    def restart(self, name: str) -> None:
+        if name not in self.routers:
+            super().restart(name)
+            return
+        index = self.routers.index(name)
+        config = self.plan.routers[index]
+        self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
+
+    def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
+        command = [sys.executable, "-m", _PROBES, self._probes, name, module, *config.to_argv()]
+        environment = child_environment(os.environ, threads) | self._clocks.environment(name)
+        return Child(name, command, environment, self._sink)
+
+
+async def behind_links(plan: Plan, exits: AsyncExitStack, seed: int) -> tuple[Plan, Links]:
+    """``plan`` with a proxy in front of everything that listens.
+
+    Every worker is reached through one of its own and reaches each router through another; clients have one to each
+    router. A router's links are those of all who reach it; it reaches workers through theirs.
+    """
+    inbound = [await exits.enter_async_context(TcpProxy(a, seed=seed)) for a in plan.addresses]
+    links = Links(tuple(p.address for p in inbound), {f"router-{i}": [proxy] for i, proxy in enumerate(inbound)})
+    ports = iter(free_ports("127.0.0.1", len(plan.workers())))
+    moved = []
+    for number, (stage, worker) in enumerate(plan.workers()):
+        port = next(ports)
+        own = await exits.enter_async_context(TcpProxy(f"127.0.0.1:{port}", seed=seed + number))
+        outbound = [await exits.enter_async_context(TcpProxy(a, seed=seed - number)) for a in plan.addresses]
+        links.of[worker.worker_id] = [own, *outbound]
+        for index, proxy in enumerate(outbound):
+            links.of[f"router-{index}"].append(proxy)
+        update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
+        if stage == "decode" and number % 2:
+            update["same_host"] = "off"  # so that KV takes both ways
+        moved.append(worker.model_copy(update=update))
+    prefill, decode = moved[: len(plan.prefill)], moved[len(plan.prefill) :]
+    return replace(plan, prefill=tuple(prefill), decode=tuple(decode)), links  # type: ignore[arg-type]

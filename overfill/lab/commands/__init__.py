@@ -1,0 +1,1 @@
+"""The commands of the lab: ``overfill bench``, ``chaos``, ``loadtest``, ``simulate``."""

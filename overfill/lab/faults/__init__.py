@@ -1,0 +1,1 @@
+"""Tools that put faults into services and between them."""

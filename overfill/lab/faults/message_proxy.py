@@ -1,0 +1,379 @@
+"""A gRPC proxy that damages, holds up or reorders messages. Seeded; knows no message types.
+
+``overfill.lab.faults.proxy`` works below it, on bytes: keepalive pings pass through that one, and not through this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import grpc
+import grpc.aio
+
+from overfill.rpc.channel import open_channel, server_options
+
+Direction = Literal["request", "response"]
+
+
+class Vanished(Exception):
+    """Raised by a filter: the call ends for the sender, and the receiver does not hear of it."""
+
+
+class Filter(Protocol):
+    """What happens to the messages of one direction of one call."""
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        """What goes on in place of ``message``, in order; anything may take its time. May raise Vanished."""
+
+    def end(self) -> list[bytes]:
+        """What was held back, when the sender has ended."""
+
+
+Strike = Callable[[], None]
+
+
+class Fault(Protocol):
+    """A way to misbehave."""
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        """A filter for one call; it calls ``strike`` whenever it does its worst."""
+
+
+@dataclass(slots=True)
+class Rule:
+    """Which calls a fault befalls.
+
+    Args:
+        method: end of the full method name, such as ``Prefill/PullKv``; empty for all.
+        share: of these calls, chosen at random.
+        remaining: calls that are still to be befallen; None is no limit.
+
+    Attributes:
+        hits: times that the fault has struck so far.
+    """
+
+    fault: Fault
+    method: str = ""
+    direction: Direction = "response"
+    share: float = 1.0
+    remaining: int | None = None
+    hits: int = 0
+
+    def strike(self) -> None:
+        self.hits += 1
+
+
+class MessageProxy:
+    """Forwards every RPC to ``target``, message by message, through the rules that fit it.
+
+    Statuses, metadata, deadlines and cancellation pass unchanged, in both directions.
+    """
+
+    def __init__(self, target: str, rules: Sequence[Rule] = (), seed: int = 0) -> None:
+        self.rules = list(rules)
+        self._rng = random.Random(seed)
+        self._channel = open_channel(target)
+        self._server = grpc.aio.server(options=server_options())
+        self._server.add_generic_rpc_handlers((_AnyMethod(self),))
+        self._half_open: list[Any] = []
+        self.address = ""
+
+    async def __aenter__(self) -> MessageProxy:
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.stop(0)
+        await self._channel.close(None)
+
+    async def forward(self, method: str, requests: AsyncIterator[bytes], context: Any) -> None:
+        """One call. Every gRPC call is a stream both ways on the wire, one with a single message included."""
+        to_server, to_client = self._filters(method)
+        channel: Any = self._channel
+        call = channel.stream_stream(method)(
+            timeout=context.time_remaining(), metadata=_without_transport(context.invocation_metadata())
+        )
+        sending = asyncio.ensure_future(self._send(call, requests, to_server))
+        writing = asyncio.Lock()  # towards the client: gRPC takes one operation at a time
+        receiving = asyncio.ensure_future(self._receive(call, context, writing, to_client))
+        ends = {receiving, sending}
+        try:
+            while not receiving.done():
+                done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if sending in done and isinstance(sending.exception(), Vanished):
+                    self._half_open.append(call)  # to the server the client is still there
+                    async with writing:
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+            receiving.result()
+        except Vanished:
+            call.cancel()
+            await asyncio.Event().wait()  # until the client gives up
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+        finally:
+            sending.cancel()
+            receiving.cancel()
+            if call not in self._half_open:
+                call.cancel()
+
+    async def _receive(self, call: Any, context: Any, writing: asyncio.Lock, filters: Sequence[Filter]) -> None:
+        metadata = await call.initial_metadata()
+        async with writing:
+            await context.send_initial_metadata(metadata)
+        while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            for out in await _through(filters, message):
+                async with writing:
+                    await context.write(out)
+        for out in _rest(filters):
+            async with writing:
+                await context.write(out)
+        context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
+
+    async def _send(self, call: Any, requests: AsyncIterator[bytes], filters: Sequence[Filter]) -> None:
+        try:
+            async for message in requests:
+                for out in await _through(filters, message):
+                    await call.write(out)
+            for out in _rest(filters):
+                await call.write(out)
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the call has ended, which the reading side tells
+
+    def _filters(self, method: str) -> tuple[list[Filter], list[Filter]]:
+        chosen: dict[Direction, list[Filter]] = {"request": [], "response": []}
+        for rule in self.rules:
+            if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.share:
+                continue
+            if rule.remaining is not None:
+                rule.remaining -= 1
+            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64)), rule.strike))
+        return chosen["request"], chosen["response"]
+
+
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    def __init__(self, proxy: MessageProxy) -> None:
+        self._proxy = proxy
+
+    def service(self, handler_call_details: Any) -> Any:
+        method = handler_call_details.method
+
+        # gRPC looks at the function to tell an asynchronous handler.
+        async def handle(requests: AsyncIterator[bytes], context: Any) -> None:
+            await self._proxy.forward(method, requests, context)
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+
+async def _through(filters: Sequence[Filter], message: bytes) -> list[bytes]:
+    messages = [message]
+    for filter_ in filters:
+        messages = [out for item in messages for out in await filter_.pass_on(item)]
+    return messages
+
+
+def _rest(filters: Sequence[Filter]) -> list[bytes]:
+    return [out for filter_ in filters for out in filter_.end()]
+
+
+def _without_transport(metadata: Any) -> list[tuple[str, str | bytes]]:
+    """Metadata that a new call may carry; gRPC sets its own."""
+    return [(key, value) for key, value in metadata or () if not key.startswith((":", "grpc-")) and key != "user-agent"]
+
+
+class _Unbuffered:
+    """Part of a filter that holds nothing back."""
+
+    __slots__ = ()
+
+    def end(self) -> list[bytes]:
+        return []
+
+
+@dataclass(slots=True)
+class _Once(_Unbuffered):
+    """A filter that ``change``s message number ``at`` of the call."""
+
+    change: Callable[[bytes], list[bytes]]
+    at: int
+    strike: Strike
+    seen: int = 0
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        self.seen += 1
+        if self.seen - 1 != self.at:
+            return [message]
+        self.strike()
+        return self.change(message)
+
+
+@dataclass(frozen=True, slots=True)
+class _OneMessage:
+    """A fault that befalls one of the first ``within`` messages of a call."""
+
+    within: int = 1
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Once(lambda message: self._change(message, rng), rng.randrange(self.within), strike)
+
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        raise NotImplementedError
+
+
+class Corrupt(_OneMessage):
+    """Flips one bit of one of the first ``within`` messages."""
+
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        damaged = bytearray(message)
+        if damaged:
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        return [bytes(damaged)]
+
+
+class Truncate(_OneMessage):
+    """Cuts off the end of one of the first ``within`` messages."""
+
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        return [message[: rng.randrange(max(1, len(message)))]]
+
+
+class Duplicate(_OneMessage):
+    """Sends one of the first ``within`` messages twice."""
+
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        return [message, message]
+
+
+class Drop(_OneMessage):
+    """Loses one of the first ``within`` messages."""
+
+    def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """Holds every message up for up to ``seconds``; each counts."""
+
+    seconds: float
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Delaying(self.seconds, rng, strike)
+
+
+@dataclass(slots=True)
+class _Delaying(_Unbuffered):
+    seconds: float
+    rng: random.Random
+    strike: Strike
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        self.strike()
+        await asyncio.sleep(self.rng.random() * self.seconds)
+        return [message]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Lets ``bytes_per_second`` pass; each message that is held up counts."""
+
+    bytes_per_second: float
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Limiting(self.bytes_per_second, strike)
+
+
+@dataclass(slots=True)
+class _Limiting(_Unbuffered):
+    rate: float
+    strike: Strike
+    free_at: float = 0.0
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        now = asyncio.get_running_loop().time()
+        self.free_at = max(self.free_at, now) + len(message) / self.rate
+        self.strike()
+        await asyncio.sleep(self.free_at - now)
+        return [message]
+
+
+@dataclass(frozen=True, slots=True)
+class HalfOpen:
+    """After ``after`` messages the call has ended for the sender, and is open for the receiver, who hears nothing."""
+
+    after: int = 0
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _HalfOpening(self.after, strike)
+
+
+@dataclass(slots=True)
+class _HalfOpening(_Unbuffered):
+    left: int
+    strike: Strike
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        if self.left == 0:
+            self.strike()
+            raise Vanished
+        self.left -= 1
+        return [message]
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Lets ``after`` messages pass and then nothing more, while both ends stay."""
+
+    after: int = 0
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Stalling(self.after, strike)
+
+
+@dataclass(slots=True)
+class _Stalling(_Unbuffered):
+    left: int
+    strike: Strike
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        if self.left == 0:
+            self.strike()
+            await asyncio.Event().wait()
+        self.left -= 1
+        return [message]
+
+
+@dataclass(frozen=True, slots=True)
+class Reorder:
+    """Keeps up to ``window`` messages and lets them go in random order; each that overtakes another counts."""
+
+    window: int = 4
+
+    def begin(self, rng: random.Random, strike: Strike) -> Filter:
+        return _Reordering(self.window, rng, strike)
+
+
+@dataclass(slots=True)
+class _Reordering:
+    window: int
+    rng: random.Random
+    strike: Strike
+    held: list[bytes] = field(default_factory=list)
+
+    async def pass_on(self, message: bytes) -> list[bytes]:
+        self.held.append(message)
+        return [self._take()] if len(self.held) > self.window else []
+
+    def end(self) -> list[bytes]:
+        return [self._take() for _ in range(len(self.held))]
+
+    def _take(self) -> bytes:
+        chosen = self.rng.randrange(len(self.held))
+        if chosen:
+            self.strike()
+        return self.held.pop(chosen)

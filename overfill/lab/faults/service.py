@@ -1,0 +1,170 @@
+"""Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
+
+The first three strike after every check that the service makes has passed, so that only a judge of the answers
+(``overfill verify``) can notice. They are installed in memory and named on stderr.
+
+=====================  ==============================================================================
+negate-weight-row      one row of the down projection of the middle layer changes its sign after loading
+overwrite-kv-chunk     received KV that starts at token 0 of layer 0 is overwritten with zeros (decode)
+shift-positions        every forward pass is given positions that are one too large; for one stage only, since
+                       RoPE is relative
+hang-step              the twentieth step of the engine never ends
+out-of-memory          every fifth step of the engine fails for want of memory
+lose-block             a released sequence's last block is not given back to the pool
+slow-kv                the first KV of every prompt is written 0.8 s late (decode)
+slow-steps             every step of the engine takes 0.15 s longer
+=====================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import overfill.kv.receiver
+from overfill.engine.runner import ModelRunner, Work
+from overfill.kv.blocks import BlockPool
+from overfill.kv.cache import KvCache
+from overfill.kv.native.library import Rows
+from overfill.kv.pieces import Piece
+from overfill.model.batch import ForwardBatch
+from overfill.model.quantize import Int8Matrix
+from overfill.model.transformer import Transformer
+
+_KV_DELAY = 0.8  # seconds
+_STEP_DELAY = 0.15
+
+
+def negate_weight_row() -> None:
+    load = Transformer.load
+
+    def load_and_damage(folder: Path, *args: Any, **kwargs: Any) -> Transformer:
+        model = load(folder, *args, **kwargs)
+        down = model.weights.layers[len(model.weights.layers) // 2].down
+        with torch.inference_mode():
+            # The row that adds most to the residual stream: one of an unused channel would change no answer.
+            if isinstance(down, Int8Matrix):
+                down.values[down.dequantised().norm(dim=1).argmax()].neg_()
+            else:
+                down[down.norm(dim=1).argmax()].neg_()
+        return model
+
+    Transformer.load = load_and_damage  # type: ignore[method-assign]
+
+
+def overwrite_kv_chunk() -> None:
+    write = overfill.kv.receiver.write_chunks
+
+    def write_then_overwrite(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
+        whole = write(cache, blocks, rows, pieces)
+        write(cache, blocks, rows, [Piece(p.box, bytes(len(p.payload))) for p in pieces[:whole] if _starts(p)])
+        return whole
+
+    overfill.kv.receiver.write_chunks = write_then_overwrite
+
+
+def _starts(piece: Piece) -> bool:
+    return piece.box.layer_start == 0 and piece.box.token_start == 0
+
+
+def shift_positions() -> None:
+    forward = Transformer.forward
+
+    def forward_shifted(self: Transformer, batch: ForwardBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The last position has no successor in the tables.
+        positions = (batch.positions + 1).clamp(max=self.max_positions - 1)
+        return forward(self, dataclasses.replace(batch, positions=positions), *args, **kwargs)
+
+    Transformer.forward = forward_shifted  # type: ignore[method-assign]
+
+
+def hang_step() -> None:
+    make_batch = ModelRunner._batch
+    steps = itertools.count(1)
+
+    def make_or_hang(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
+        if next(steps) >= 20:
+            threading.Event().wait()
+        return make_batch(self, works)
+
+    ModelRunner._batch = make_or_hang  # type: ignore[method-assign]
+
+
+def run_out_of_memory() -> None:
+    make_batch = ModelRunner._batch
+    steps = itertools.count(1)
+
+    def make_or_fail(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
+        step = next(steps)
+        if step > 10 and step % 5 == 0:  # what a worker runs to warm up is spared
+            raise torch.OutOfMemoryError("no room for this step")
+        return make_batch(self, works)
+
+    ModelRunner._batch = make_or_fail  # type: ignore[method-assign]
+
+
+def lose_block() -> None:
+    release = BlockPool.release
+
+    def release_most(self: BlockPool, owner: str, blocks: Iterable[int]) -> None:
+        release(self, owner, list(blocks)[:-1])
+
+    BlockPool.release = release_most  # type: ignore[method-assign]
+
+
+def delay_kv() -> None:
+    write = overfill.kv.receiver.write_chunks
+
+    def write_late(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
+        if any(map(_starts, pieces)):
+            time.sleep(_KV_DELAY)
+        return write(cache, blocks, rows, pieces)
+
+    overfill.kv.receiver.write_chunks = write_late
+
+
+def slow_steps() -> None:
+    make_batch = ModelRunner._batch
+
+    def make_late(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
+        time.sleep(_STEP_DELAY)
+        return make_batch(self, works)
+
+    ModelRunner._batch = make_late  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "negate-weight-row": negate_weight_row,
+    "overwrite-kv-chunk": overwrite_kv_chunk,
+    "shift-positions": shift_positions,
+    "hang-step": hang_step,
+    "out-of-memory": run_out_of_memory,
+    "lose-block": lose_block,
+    "slow-kv": delay_kv,
+    "slow-steps": slow_steps,
+}
+
+
+def main() -> None:
+    """Installs ``sys.argv[1]`` and runs the module ``sys.argv[2]`` as ``__main__`` with the rest."""
+    if len(sys.argv) < 3 or sys.argv[1] not in FAULTS:
+        print(f"usage: python -m overfill.lab.faults.service {{{','.join(FAULTS)}}} MODULE [ARGS...]", file=sys.stderr)
+        raise SystemExit(2)
+    fault, module = sys.argv[1:3]
+    FAULTS[fault]()
+    print(f"fault installed: {fault}", file=sys.stderr)
+    sys.argv = [module, *sys.argv[3:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How a load test asks: our own protocol, or any OpenAI endpoint. Blocking calls, which gevent turns into waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from overfill.client import Client, SamplingParams, Timing
+from overfill.errors import OverfillError
+from overfill.lab.bench.serve import openai
+from overfill.lab.bench.serve.load import RequestFailed
+from overfill.lab.loadtest.plan import LoadPlan
+from overfill.rpc.tls import ClientTls
+
+_CONNECT_SECONDS = 10.0
+_CONNECTIONS = 1000
+"""That are kept open for the next request."""
+
+
+class GrpcTransport:
+    """A stack of ours; connections of its own."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
+        tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
+        self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
+
+    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        tokens = 0
+        try:
+            with self._client.stream(list(prompt), sampling=sampling, timeout=timeout) as stream:
+                for delta in stream:
+                    tokens += len(delta.token_ids)
+                    came(tokens)
+                return stream.answer.timing
+        except OverfillError as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class OpenAiTransport:
+    """``/completions`` of an OpenAI endpoint, streamed."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        self._url = plan.target.rstrip("/")
+        self._model = plan.model
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=_CONNECTIONS))
+        if plan.tls_ca is not None:
+            self._session.verify = plan.tls_ca
+        if plan.tls_cert is not None:
+            self._session.cert = plan.tls_cert if plan.tls_key is None else (plan.tls_cert, plan.tls_key)
+        if plan.api_key is not None:
+            self._session.headers["Authorization"] = f"Bearer {plan.api_key}"
+
+    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
+        deadline = time.monotonic() + timeout
+        events = openai.CompletionEvents()
+        try:
+            body = openai.completion_body(self._name(), prompt, max_tokens, extensions=True)
+            with self._session.post(
+                f"{self._url}/completions", json=body, stream=True, timeout=(_CONNECT_SECONDS, timeout)
+            ) as response:
+                if response.status_code != 200:
+                    raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
+                for line in _lines(response.iter_content(None)):
+                    came(events.push(line))
+                    if time.monotonic() > deadline:
+                        raise RequestFailed(f"not finished after {timeout:g} s")
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        events.end()
+        return events.timing
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _name(self) -> str:
+        if self._model is None:
+            with self._session.get(f"{self._url}/models", timeout=_CONNECT_SECONDS) as response:
+                if response.status_code != 200:
+                    raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
+                self._model = str(response.json()["data"][0]["id"])
+        return self._model
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines as soon as they are complete, however they were cut."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines

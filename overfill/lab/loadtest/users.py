@@ -1,0 +1,122 @@
+"""Locust users: one that asks over gRPC, one that asks an OpenAI endpoint. Importing this patches the process (gevent).
+
+Each answer makes three kinds of entries in locust's statistics: ``TTFT``, ``ITL`` (every gap between two tokens) and
+``end to end``, which also counts failures.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import gevent
+import grpc.experimental.gevent
+from gevent.pool import Group
+from locust import User, task
+from locust.env import Environment
+
+from overfill.lab.bench.serve.load import RequestFailed
+from overfill.lab.loadtest.measure import measure
+from overfill.lab.loadtest.plan import LoadPlan
+from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.transports import GrpcTransport, OpenAiTransport
+from overfill.lab.traffic.outcome import Outcome
+
+grpc.experimental.gevent.init_gevent()  # before the first channel: gRPC's own threads would block all greenlets
+
+_IDLE_SECONDS = 0.2
+
+
+class LoadUser(User):
+    """Asks again as soon as it has its answer; in an open loop, sends all of its process's requests when due."""
+
+    abstract = True
+    protocol: ClassVar[str]
+    transport: ClassVar[type[GrpcTransport] | type[OpenAiTransport]]
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self._session = session_of(environment)
+        self._transport = self.transport(self._session.plan)
+
+    def on_stop(self) -> None:
+        self._transport.close()
+
+    @task
+    def ask(self) -> None:
+        share = self._session.share
+        if share is None:
+            gevent.sleep(_IDLE_SECONDS)
+        elif self._session.plan.open_loop:
+            self._send_when_due()
+        elif (ordinal := share.take()) is None:
+            gevent.sleep(_IDLE_SECONDS)
+        else:
+            self._send(ordinal, None)
+
+    def _send_when_due(self) -> None:
+        session, on_their_way = self._session, Group()
+        assert session.share is not None
+        start = session.clock()
+        while (ordinal := session.share.take()) is not None:
+            due = start + session.workload[ordinal].arrival
+            gevent.sleep(max(0.0, due - session.clock()))
+            on_their_way.spawn(self._send, ordinal, due)
+        on_their_way.join()
+        gevent.sleep(_IDLE_SECONDS)
+
+    def _send(self, ordinal: int, due: float | None) -> None:
+        session = self._session
+        request = session.workload[ordinal]
+        prompt = session.workload.prompt(ordinal)
+        outcome = measure(self._transport, prompt, request.output_tokens, session.plan.timeout, due, session.clock)
+        session.outcomes.append(outcome)
+        self._fire(outcome, len(prompt))
+
+    def _fire(self, outcome: Outcome, prompt_tokens: int) -> None:
+        def fire(name: str, seconds: float, exception: Exception | None = None) -> None:
+            self.environment.events.request.fire(
+                request_type=self.protocol,
+                name=name,
+                response_time=1e3 * seconds,
+                response_length=outcome.tokens,
+                exception=exception,
+                context={"prompt_tokens": prompt_tokens},
+            )
+
+        if outcome.ok:
+            fire("TTFT", outcome.ttft)
+            for gap in outcome.gaps:
+                fire("ITL", gap)
+            fire("end to end", outcome.e2e)
+        else:
+            fire("end to end", self._session.clock() - outcome.due, RequestFailed(outcome.error))
+
+
+class GrpcUser(LoadUser):
+    """Over our own protocol."""
+
+    protocol = "gRPC"
+    transport = GrpcTransport
+
+
+class OpenAiUser(LoadUser):
+    """Over HTTP, streaming."""
+
+    protocol = "OpenAI"
+    transport = OpenAiTransport
+
+
+def user_class(plan: LoadPlan) -> type[LoadUser]:
+    """Who can ask the plan's target."""
+    return OpenAiUser if plan.http else GrpcUser
+
+
+def attach(environment: Environment, session: Session) -> None:
+    """Gives an environment its session."""
+    environment.overfill = session  # type: ignore[attr-defined]
+
+
+def session_of(environment: Environment) -> Session:
+    session = environment.overfill  # type: ignore[attr-defined]
+    assert isinstance(session, Session)
+    return session

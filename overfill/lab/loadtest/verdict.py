@@ -1,0 +1,87 @@
+"""The end of a load test: what came of it, as a table, a page and records, and whether the objectives are met."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from overfill.lab.loadtest.measure import from_start, to_record
+from overfill.lab.loadtest.session import Session
+from overfill.lab.traffic.gate import Verdict
+from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
+
+_WIDTH = 100
+
+
+class Result(enum.Enum):
+    MET = "every objective is met"
+    MISSED = "an objective is missed"
+    BROKEN = "nothing was measured"
+
+
+def conclude(session: Session, out: TextIO, err: TextIO) -> Result:
+    """Prints the table on ``out`` and objectives missed on ``err``; writes the files that the plan asks for."""
+    if session.broken is not None or not session.outcomes:
+        print(f"\nloadtest: nothing was measured: {session.broken or 'no request was sent'}", file=err)
+        return Result.BROKEN
+    outcomes = from_start(session.all_outcomes())
+    verdicts = session.plan.gate.judge(outcomes)
+    if err.isatty():
+        print(file=err)  # below the progress
+    console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
+    console.print(summary(outcomes))
+    console.print(_verdict_table(verdicts))
+    errors = [outcome.error for outcome in outcomes if not outcome.ok]
+    if errors:
+        print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=err)
+    for verdict in verdicts:
+        if not verdict.met:
+            print(f"loadtest: missed: {verdict}", file=err)
+    if session.plan.records is not None:
+        lines = (json.dumps(to_record(outcome)) + "\n" for outcome in outcomes)
+        Path(session.plan.records).write_text("".join(lines))
+    if session.plan.report is not None:
+        from overfill.lab.loadtest.report import write_report
+
+        write_report(Path(session.plan.report), session.plan, outcomes, verdicts)
+        print(f"loadtest: the report is {session.plan.report}", file=err)
+    return Result.MET if all(verdict.met for verdict in verdicts) else Result.MISSED
+
+
+def summary(outcomes: list[Outcome]) -> Table:
+    """Latencies in a row each, and rates below."""
+    found = {figure.name: figure for figure in figures(outcomes, None)}
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("")
+    for percentile in PERCENTILES:
+        table.add_column(f"p{percentile}", justify="right")
+    for name, label in (("ttft", "time to first token, ms"), ("itl", "between tokens, ms"), ("e2e", "end to end, ms")):
+        table.add_row(label, *[_cell(found[f"{name}_p{p}"].value, 1e3) for p in PERCENTILES])
+    shares = samples(outcomes, "unattributed")
+    if shares:
+        table.add_row("TTFT unattributed, %", *[_cell(float(np.percentile(shares, p)), 1e2) for p in PERCENTILES])
+    for name in ("requests", "output_tokens"):
+        table.add_row(f"{name.replace('_', ' ')} per second", _cell(found[name].value, 1.0))
+    table.add_row("answered", f"{sum(o.ok for o in outcomes)} of {len(outcomes)}")
+    return table
+
+
+def _verdict_table(verdicts: list[Verdict]) -> Table:
+    table = Table(box=None, padding=(0, 2))
+    for column in ("objective", "measured", "at most", ""):
+        table.add_column(column)
+    for verdict in verdicts:
+        limit = verdict.limit
+        told = "met" if verdict.met else "MISSED"
+        table.add_row(limit.name, limit.text(verdict.measured), limit.text(limit.most), told)
+    return table
+
+
+def _cell(value: float | None, factor: float) -> str:
+    return "–" if value is None else f"{factor * value:,.1f}"

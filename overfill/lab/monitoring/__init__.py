@@ -1,0 +1,1 @@
+"""Holds dashboards and rules against a real Prometheus."""

@@ -1,0 +1,399 @@
+"""A modelled decode worker: continuous batching over paged KV, time from a ``DecodeModel``. An event per phase.
+
+A phase is a run of steps in which the batch stays the same: it ends when a sequence ends, joins, moves or is preempted.
+Within it every step attends to one more token for each sequence, so its length in seconds is a polynomial, and tokens
+need no events of their own. Reservation, refusal and preemption are those of ``engine/decode.py``.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from overfill.lab.simulate.clock import Clock, Event
+from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.profiles import Profile
+
+
+class SequenceState(enum.Enum):
+    RECEIVING = "blocks reserved, KV on its way"
+    JOINING = "KV is there; runs from the next step on"
+    RUNNING = "running"
+    PREEMPTED = "gave its blocks up"
+    ENDED = "ended"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One answer on a decode worker.
+
+    Attributes:
+        prompt_tokens, output_tokens: lengths; the answer ends after ``output_tokens``.
+        emitted: tokens of the answer when it last joined the batch; ``SimDecode.emitted`` counts those since.
+        owner: whatever the listener wants back.
+        reserved: blocks that it holds while it is not running.
+        joined: the worker's step at which it joined.
+        replay: emitted tokens to run through the decoder when it joins.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    emitted: int
+    owner: object
+    state: SequenceState = SequenceState.RECEIVING
+    reserved: int = 0
+    joined: int = 0
+    replay: int = 0
+
+
+class DecodeListener(Protocol):
+    def answer_done(self, sequence: Sequence) -> None: ...
+
+    def kv_wanted(self, sequence: Sequence) -> None:
+        """It was preempted and has blocks again: its prompt's KV must come once more."""
+
+    def preempted(self, sequence: Sequence) -> None:
+        """It gave its blocks up; KV on its way is of no use."""
+
+    def load_changed(self) -> None: ...
+
+
+class SimDecode:
+    """Attributes:
+    gaps: time between tokens, all sequences together.
+    busy: seconds in steps. generated: tokens. preemptions: so far.
+    """
+
+    def __init__(self, clock: Clock, profile: Profile, listener: DecodeListener, gaps: Histogram) -> None:
+        model = profile.decode
+        self._clock, self._model, self._listener, self.gaps = clock, model, listener, gaps
+        self._base, self._per_sequence = model.base, model.per_sequence
+        self._per_kv = model.per_kv_token
+        self._replay_seconds = model.replay_per_token
+        self.total = model.kv_tokens // model.block_size
+        self.busy = 0.0
+        self.generated = 0
+        self.preemptions = 0
+        self._reserved = 0  # blocks held, but for those that the running phase takes
+        self._sequences: dict[Sequence, None] = {}  # oldest first
+        self._num_preempted = 0
+        self._joining: list[Sequence] = []
+        self._leaving: list[Sequence] = []
+        self._heap: list[tuple[int, int, Sequence]] = []  # (step after which it ends, order, sequence)
+        self._order = 0
+        self._batch = 0
+        self._context = 0  # tokens that the next step attends to
+        self._crossings = [0] * model.block_size  # sequences by the step, modulo block_size, that takes a block
+        self._step = 0  # steps done before the running phase
+        self._phase: Event | None = None
+        self._phase_start = 0.0
+        self._phase_steps = 0
+        self._extra = 0.0  # replays within the phase's first step
+
+    @property
+    def num_running(self) -> int:
+        return self._batch
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences) - self._batch
+
+    @property
+    def active(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def used(self) -> int:
+        """Blocks held now."""
+        return self._reserved + (self._wanted(self._steps_begun()) if self._phase is not None else 0)
+
+    def reserve(self, sequence: Sequence) -> bool:
+        """Blocks for prompt + emitted + 1 tokens, or False."""
+        if len(self._sequences) >= self._model.max_seqs or self._num_preempted:
+            return False
+        if not self._acquire(sequence):
+            return False
+        self._sequences[sequence] = None
+        self._listener.load_changed()
+        return True
+
+    def first_token(self, sequence: Sequence) -> None:
+        """The full model has chosen the first token."""
+        if sequence.state is not SequenceState.RECEIVING or sequence.emitted:
+            return
+        sequence.emitted = 1
+        if sequence.output_tokens == 1:
+            self._end(sequence)
+            if self._phase is None:
+                self._begin_phase()
+
+    def kv_arrived(self, sequence: Sequence) -> None:
+        """All KV of the prompt is here: it joins at the next step."""
+        if sequence.state is not SequenceState.RECEIVING:
+            return
+        sequence.state = SequenceState.JOINING
+        self._joining.append(sequence)
+        self._cut()
+
+    def release(self, sequence: Sequence) -> None:
+        """The router takes it back: it moves, or nobody wants it. Its blocks are free after the running step."""
+        if sequence.state is SequenceState.RUNNING:
+            self._leaving.append(sequence)
+            self._cut()
+            return
+        if sequence.state is SequenceState.ENDED:
+            return
+        if sequence.state is SequenceState.JOINING:
+            self._joining.remove(sequence)
+        if sequence.state is SequenceState.PREEMPTED:
+            self._num_preempted -= 1
+        self._forget(sequence)
+        if self._phase is None:
+            self._begin_phase()
+
+    def kill(self) -> list[Sequence]:
+        """The worker dies; the sequences that were on it, ``emitted`` brought up to date."""
+        if self._phase is not None:
+            self._phase.cancel()
+        lost = list(self._sequences)
+        for sequence in lost:
+            sequence.emitted = self.emitted(sequence)
+            sequence.state = SequenceState.ENDED
+        return lost
+
+    def sequences(self) -> list[Sequence]:
+        """Those on the worker, the oldest first."""
+        return list(self._sequences)
+
+    def emitted(self, sequence: Sequence) -> int:
+        """Tokens of its answer by now."""
+        if sequence.state is not SequenceState.RUNNING:
+            return sequence.emitted
+        done = self._steps_done() if self._phase is not None else 0
+        return sequence.emitted + self._step + done - sequence.joined
+
+    def check(self) -> None:
+        """Raises AssertionError unless blocks and sequences are what the counts say."""
+        held = sum(self._blocks_held(sequence) for sequence in self._sequences)
+        _require(held == self._reserved, f"{held} blocks held, {self._reserved} counted")
+        _require(0 <= self.used <= self.total, f"{self.used} of {self.total} blocks used")
+        running = sum(sequence.state is SequenceState.RUNNING for sequence in self._sequences)
+        _require(running == self._batch == len(self._heap), f"{running} run, {self._batch} counted")
+        _require(self._phase is not None or not (self._batch or self._joining), "sequences run in no phase")
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def _seconds(self, steps: int) -> float:
+        """Of the first ``steps`` steps of the phase."""
+        if not steps:
+            return 0.0
+        kv = steps * self._context + self._batch * (steps * (steps - 1) // 2)
+        return self._extra + steps * (self._base + self._per_sequence * self._batch) + self._per_kv * kv
+
+    def _steps_within(self, seconds: float) -> float:
+        """How many steps of the phase fit into ``seconds``; a fraction when the next one has begun."""
+        seconds -= self._extra
+        if seconds <= 0:
+            return 0.0
+        square = self._per_kv * self._batch / 2
+        line = self._base + self._per_sequence * self._batch + self._per_kv * (self._context - self._batch / 2)
+        if square <= 1e-18:
+            return seconds / line
+        return (math.sqrt(line * line + 4 * square * seconds) - line) / (2 * square)
+
+    def _steps_begun(self) -> int:
+        """Steps of the phase that have begun by now; at least 1."""
+        return min(self._phase_steps, max(1, math.ceil(self._steps_within(self._clock.now - self._phase_start) - 1e-6)))
+
+    def _steps_done(self) -> int:
+        return min(self._phase_steps, math.floor(self._steps_within(self._clock.now - self._phase_start) + 1e-6))
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._model.block_size)
+
+    def _blocks_held(self, sequence: Sequence) -> int:
+        if sequence.state is SequenceState.RUNNING:
+            # The pending token's KV is written by the next step, which takes its block.
+            tokens = sequence.prompt_tokens + sequence.emitted + self._step - sequence.joined - 1
+            return self._blocks_for(tokens)
+        return sequence.reserved
+
+    def _wanted(self, steps: int) -> int:
+        """Blocks that the first ``steps`` steps of the phase take."""
+        size = self._model.block_size
+        rounds, rest = divmod(steps, size)
+        wanted = rounds * self._batch
+        for offset in range(rest):
+            wanted += self._crossings[(self._step + offset) % size]
+        return wanted
+
+    def _steps_with_room(self, most: int) -> int:
+        """How many steps, ``most`` at most, the free blocks allow."""
+        free = self.total - self._reserved
+        if self._wanted(most) <= free:
+            return most
+        size = self._model.block_size
+        steps = free // self._batch * size  # whole rounds, each of which takes a block per sequence
+        left = free - self._wanted(steps)
+        while steps < most and (need := self._crossings[(self._step + steps) % size]) <= left:
+            left -= need
+            steps += 1
+        return steps
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
+        if blocks + self._num_growing > self.total - self.used:
+            return False
+        sequence.reserved = blocks
+        sequence.state = SequenceState.RECEIVING
+        self._reserved += blocks
+        if self._phase is not None and self._wanted(self._phase_steps) > self.total - self._reserved:
+            self._cut()  # it had counted on these
+        return True
+
+    @property
+    def _num_growing(self) -> int:
+        """Sequences that hold blocks, and for each of which a block is left when another comes or comes back."""
+        return len(self._sequences) - self._num_preempted
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> None:
+        """Ends the phase with the step that runs now."""
+        if self._phase is None:
+            self._begin_phase()
+            return
+        steps = self._steps_begun()
+        if steps < self._phase_steps:
+            self._phase_steps = steps
+            self._phase.cancel()
+            self._phase = self._clock.at(self._phase_start + self._seconds(steps), self._end_phase)
+
+    def _begin_phase(self) -> None:
+        joined, self._joining = self._joining, []
+        for sequence in joined:
+            self._join(sequence)
+        if not self._batch:
+            self._resume_preempted()
+            return
+        while (steps := self._steps_with_room(self._heap[0][0] - self._step)) == 0:
+            self._preempt_youngest()
+            if not self._batch:
+                self._resume_preempted()
+                return
+        self._resume_preempted()
+        steps = self._steps_with_room(steps)
+        self._phase_start, self._phase_steps = self._clock.now, steps
+        self._phase = self._clock.after(self._seconds(steps), self._end_phase)
+
+    def _end_phase(self) -> None:
+        steps, self._phase = self._phase_steps, None
+        seconds = self._seconds(steps)
+        self.busy += seconds
+        first = self._seconds(1)
+        self.gaps.add(first, self._batch)
+        if steps > 1:
+            self.gaps.add((seconds - first) / (steps - 1), self._batch * (steps - 1))
+        self._extra = 0.0
+        self._reserved += self._wanted(steps)
+        self._step += steps
+        self._context += steps * self._batch
+        self.generated += steps * self._batch
+        while self._heap and self._heap[0][0] == self._step:
+            self._end(heapq.heappop(self._heap)[2], popped=True)
+        for sequence in self._leaving:
+            if sequence.state is SequenceState.RUNNING:
+                self._heap = [entry for entry in self._heap if entry[2] is not sequence]
+                heapq.heapify(self._heap)
+                self._leave(sequence)
+                self._forget(sequence)
+        self._leaving.clear()
+        self._begin_phase()
+        self._listener.load_changed()
+
+    def _join(self, sequence: Sequence) -> None:
+        length = sequence.prompt_tokens + sequence.emitted  # the last token's KV is not written yet
+        sequence.state, sequence.joined = SequenceState.RUNNING, self._step
+        if sequence.replay:
+            self._extra += sequence.replay * self._replay_seconds
+            sequence.replay = 0
+        # Its block for the pending token is taken by the step that writes it, like all later ones.
+        held = self._blocks_for(length - 1)
+        self._reserved -= sequence.reserved - held
+        sequence.reserved = held
+        self._crossings[self._crossing(sequence, length)] += 1
+        self._batch += 1
+        self._context += length
+        self._order += 1
+        ends = self._step + sequence.output_tokens - sequence.emitted
+        heapq.heappush(self._heap, (ends, self._order, sequence))
+
+    def _crossing(self, sequence: Sequence, length: int) -> int:
+        """Which steps, modulo the block size, take a block for a sequence that joined with ``length`` tokens."""
+        return (sequence.joined - (length - 1)) % self._model.block_size
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the batch, between two phases; its entry of the heap is gone already."""
+        length = sequence.prompt_tokens + sequence.emitted
+        steps = self._step - sequence.joined
+        self._crossings[self._crossing(sequence, length)] -= 1
+        self._batch -= 1
+        self._context -= length + steps
+        sequence.reserved = self._blocks_held(sequence)
+        sequence.emitted += steps
+        sequence.state = SequenceState.PREEMPTED
+
+    def _end(self, sequence: Sequence, *, popped: bool = False) -> None:
+        if popped:
+            self._leave(sequence)
+        self._forget(sequence)
+        self._listener.answer_done(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._reserved -= sequence.reserved
+        sequence.reserved = 0
+        sequence.state = SequenceState.ENDED
+        self._sequences.pop(sequence, None)
+        self._listener.load_changed()
+
+    def _preempt_youngest(self) -> None:
+        victim = next(
+            s for s in reversed(self._sequences) if s.state in (SequenceState.RUNNING, SequenceState.RECEIVING)
+        )
+        if victim.state is SequenceState.RUNNING:
+            self._heap = [entry for entry in self._heap if entry[2] is not victim]
+            heapq.heapify(self._heap)
+            self._leave(victim)
+        victim.state = SequenceState.PREEMPTED
+        self._reserved -= victim.reserved
+        victim.reserved = 0
+        self.preemptions += 1
+        self._num_preempted += 1
+        self._listener.preempted(victim)
+
+    def _resume_preempted(self) -> None:
+        """Free blocks go to preempted sequences, oldest first; none overtakes another."""
+        if not self._num_preempted:
+            return
+        for sequence in list(self._sequences):
+            if sequence.state is not SequenceState.PREEMPTED:
+                continue
+            blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
+            if blocks + self._num_growing > self.total - self._reserved:
+                return
+            sequence.reserved = blocks
+            sequence.state = SequenceState.RECEIVING
+            sequence.replay = max(0, sequence.emitted - 1)
+            self._reserved += blocks
+            self._num_preempted -= 1
+            self._listener.kv_wanted(sequence)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)

@@ -1,0 +1,45 @@
+"""The routing policies at work in the simulation, and what they may know of a simulated request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from overfill.errors import InvalidRequest
+from overfill.kv.keys import PromptKeys, root_key
+from overfill.lab.traffic.traces import TraceRequest
+from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
+from overfill.routing.pool import Roster
+
+DEFAULT = "default"
+NAMES = (DEFAULT, *get_args(PolicyName))
+"""``default`` is what the router does when nothing is said: prefix affinity for prefill, least load for decode."""
+
+_ROOT = root_key("", "", "")
+
+
+def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> Dispatcher:
+    """``policy``: one of ``NAMES``, for both stages where decode takes it.
+
+    Raises:
+        InvalidRequest: there is no such policy.
+    """
+    if policy not in NAMES:
+        raise InvalidRequest("policy", f"must be one of {', '.join(NAMES)}, got {policy!r}")
+    prefill: PolicyName = PREFILL_DEFAULT if policy == DEFAULT else policy  # type: ignore[assignment]
+    decode: PolicyName = policy if policy in DECODE_POLICIES else DECODE_DEFAULT
+    return Dispatcher(roster, POLICIES[decode](seed), prefill_policy=POLICIES[prefill](seed), max_queue=max_queue)
+
+
+def make_job(name: str, trace: TraceRequest) -> Job:
+    """As a router makes it of a request; the trace's numbers stand for the tokens of blocks."""
+    job = Job(id=name, prompt_tokens=trace.prompt_tokens, max_tokens=trace.output_tokens)
+    if trace.blocks:
+        keys = PromptKeys(_ROOT, trace.blocks[: trace.prompt_tokens // trace.block_tokens])
+
+        def block_keys(block_size: int) -> Iterator[int]:
+            return keys(1)
+
+        job.block_keys = block_keys
+    return job

@@ -1,0 +1,215 @@
+"""A modelled prefill worker: scheduling as in ``engine/prefill.py``, time from a ``PrefillModel``. An event per step.
+
+It knows requests only as tickets, and tells what happens to them through ``PrefillListener``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from overfill.lab.simulate.blocks import Blocks
+from overfill.lab.simulate.clock import Clock, Event
+from overfill.lab.simulate.profiles import Profile
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One prompt on a prefill worker: the lease.
+
+    Attributes:
+        prompt_tokens, cached, computed: of the prompt; ``computed`` includes what was cached.
+        shared: the trace's numbers for the prompt's blocks.
+        owner: whatever the listener wants back.
+        submitted, started: when it came, and when its first chunk did.
+    """
+
+    id: str
+    prompt_tokens: int
+    shared: Sequence[int]
+    owner: object
+    cached: int = 0
+    computed: int = 0
+    submitted: float = 0.0
+    started: float | None = None
+    sent: float = 0.0  # when the KV computed so far has left
+    cancelled: bool = False
+
+    @property
+    def left(self) -> int:
+        return self.prompt_tokens - self.computed
+
+
+class PrefillListener(Protocol):
+    def prompt_computed(self, ticket: Ticket) -> None:
+        """The first token is known."""
+
+    def kv_sent(self, ticket: Ticket) -> None:
+        """All KV has left the worker; its lease ends."""
+
+    def load_changed(self) -> None: ...
+
+
+class SimPrefill:
+    """Attributes:
+    busy: seconds spent in steps. computed: prompt tokens computed.
+    """
+
+    def __init__(self, clock: Clock, profile: Profile, blocks: Blocks, listener: PrefillListener) -> None:
+        self._clock, self._profile, self._model = clock, profile, profile.prefill
+        self._listener = listener
+        self.blocks = blocks
+        self.busy = 0.0
+        self.computed = 0
+        self.queued_tokens = 0
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[str, Ticket] = {}
+        self._holding: dict[str, Ticket] = {}
+        self._step: Event | None = None
+        self._link_free = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_admitted(self) -> int:
+        return len(self._running) + len(self._holding)
+
+    @property
+    def active(self) -> int:
+        return len(self._waiting) + self.num_admitted
+
+    def submit(self, ticket: Ticket) -> None:
+        ticket.submitted = self._clock.now
+        self._waiting.append(ticket)
+        self.queued_tokens += ticket.prompt_tokens
+        self._advance()
+        self._listener.load_changed()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The decode worker gave up. A prompt in the running step leaves when that ends."""
+        if ticket.cancelled:
+            return
+        ticket.cancelled = True
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            self.queued_tokens -= ticket.left
+        elif ticket.id in self._holding or (ticket.id in self._running and self._step is None):
+            self._drop(ticket)
+        self._advance()
+        self._listener.load_changed()
+
+    def tickets(self) -> list[Ticket]:
+        """Those on the worker."""
+        return [*self._waiting, *self._running.values(), *self._holding.values()]
+
+    def kill(self) -> list[Ticket]:
+        """The worker dies; the tickets that were on it."""
+        if self._step is not None:
+            self._step.cancel()
+        lost = self.tickets()
+        for ticket in lost:
+            ticket.cancelled = True
+        return lost
+
+    def check(self) -> None:
+        """Raises AssertionError unless the counts are what they stand for."""
+        tokens = sum(ticket.left for ticket in (*self._waiting, *self._running.values()))
+        if tokens != self.queued_tokens:
+            raise AssertionError(f"{tokens} tokens are queued, {self.queued_tokens} counted")
+        if not 0 <= self.blocks.used <= self.blocks.total:
+            raise AssertionError(f"{self.blocks.used} of {self.blocks.total} blocks used")
+
+    def _advance(self) -> None:
+        if self._step is not None:
+            return
+        self._admit()
+        chunks = self._schedule()
+        if not chunks:
+            return
+        now = self._clock.now
+        for ticket, _ in chunks:
+            if ticket.started is None:
+                ticket.started = now
+                self._send(ticket, ticket.cached, now)
+        seconds = self._model.step_seconds([(ticket.computed, count) for ticket, count in chunks])
+        self.busy += seconds
+        self._step = self._clock.after(seconds, self._stepped, chunks, now)
+
+    def _admit(self) -> None:
+        while self._waiting and self.num_admitted < self._model.max_seqs:
+            ticket = self._waiting[0]
+            cached = self.blocks.acquire(ticket.id, ticket.prompt_tokens, ticket.shared)
+            if cached is None:
+                break
+            self._waiting.popleft()
+            ticket.cached = ticket.computed = cached
+            self.queued_tokens -= cached
+            self._running[ticket.id] = ticket
+
+    def _schedule(self) -> list[tuple[Ticket, int]]:
+        """As ``PrefillEngine._schedule``: the oldest gets half a budget at least, the rest the shortest first."""
+        if not self._running:
+            return []
+        oldest, *others = self._running.values()
+        left = self._model.token_budget
+        share = left if not others or oldest.left <= left else max(1, left // 2)
+        counts = {oldest.id: min(share, oldest.left)}
+        left -= counts[oldest.id]
+        for ticket in sorted(others, key=_left):
+            if not left:
+                break
+            counts[ticket.id] = min(left, ticket.left)
+            left -= counts[ticket.id]
+        counts[oldest.id] += min(left, oldest.left - counts[oldest.id])
+        return [(self._running[id], count) for id, count in counts.items() if count]
+
+    def _stepped(self, chunks: list[tuple[Ticket, int]], began: float) -> None:
+        self._step = None
+        now = self._clock.now
+        for ticket, count in chunks:
+            ticket.computed += count
+            self.computed += count
+            self.queued_tokens -= count
+            if ticket.cancelled:
+                continue
+            self.blocks.publish(ticket.id, ticket.computed)
+            self._send(ticket, count, began)
+            if ticket.left == 0:
+                del self._running[ticket.id]
+                self._holding[ticket.id] = ticket
+                self._listener.prompt_computed(ticket)
+                # The last layer's KV can leave only now.
+                bandwidth, layers = self._profile.link_bandwidth, self._profile.layers
+                last = now + count * self._profile.kv_token_bytes / layers / bandwidth
+                self._clock.at(max(last, ticket.sent), self._sent, ticket)
+        for ticket in [ticket for ticket in self._running.values() if ticket.cancelled]:
+            self._drop(ticket)
+        self._advance()
+        self._listener.load_changed()
+
+    def _send(self, ticket: Ticket, tokens: int, since: float) -> None:
+        """``tokens`` more may travel from ``since`` on, behind what is on the link already."""
+        seconds = tokens * self._profile.kv_token_bytes / self._profile.link_bandwidth
+        self._link_free = ticket.sent = max(self._link_free, since) + seconds
+
+    def _sent(self, ticket: Ticket) -> None:
+        if ticket.cancelled:
+            return
+        self._drop(ticket)
+        self._listener.kv_sent(ticket)
+        self._advance()
+        self._listener.load_changed()
+
+    def _drop(self, ticket: Ticket) -> None:
+        if self._running.pop(ticket.id, None) is not None:
+            self.queued_tokens -= ticket.left
+        self._holding.pop(ticket.id, None)
+        self.blocks.release(ticket.id)
+
+
+def _left(ticket: Ticket) -> int:
+    return ticket.left

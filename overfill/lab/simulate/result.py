@@ -1,0 +1,111 @@
+"""What a run came to: latencies, goodput, utilisation; named as by ``overfill bench serve`` where they are the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.options import Options
+from overfill.lab.simulate.profiles import Profile
+from overfill.lab.simulate.request import Counters, Sample, SimRequest
+from overfill.lab.traffic.outcome import Objective
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run.
+
+    Attributes:
+        requests: in order of arrival.
+        samples: the stack over time.
+        gaps: time between any two tokens of an answer; a request's own ``itl`` is their mean.
+    """
+
+    profile: Profile
+    options: Options
+    requests: Sequence[SimRequest]
+    samples: Sequence[Sample]
+    gaps: Histogram
+    counters: Counters
+
+    def met(self, objective: Objective) -> list[SimRequest]:
+        """Requests that were answered within the objective."""
+        return [request for request in self.requests if request.meets(objective)]
+
+    def attainment(self, objective: Objective) -> float:
+        """Share of all requests that meet it."""
+        return len(self.met(objective)) / max(1, len(self.requests))
+
+    @property
+    def span(self) -> float:
+        """Seconds from the first arrival to the last token."""
+        return max((r.last for r in self.requests if r.last is not None), default=0.0)
+
+    @property
+    def worker_hours(self) -> float:
+        return (self.counters.prefill_worker_seconds + self.counters.decode_worker_seconds) / 3600
+
+    def figures(self, objective: Objective | None) -> dict[str, float | None]:
+        """By name: seconds, shares of 1, requests and tokens per second. None: there is no such value."""
+        done = [request for request in self.requests if request.ok]
+        counters, span = self.counters, self.span
+        found: dict[str, float | None] = {}
+        for name, values in (
+            ("ttft", [request.ttft for request in done]),
+            ("request_itl", [request.itl for request in done if request.trace.output_tokens > 1]),
+            ("e2e", [request.e2e for request in done]),
+        ):
+            marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
+            for percentile, mark in zip(PERCENTILES, marks, strict=True):
+                found[f"{name}_p{percentile}"] = None if mark is None else float(mark)
+        for percentile in PERCENTILES:
+            found[f"itl_p{percentile}"] = self.gaps.percentile(percentile / 100)
+        found |= {
+            "requests": float(len(self.requests)),
+            "failed": float(len(self.requests) - len(done)),
+            "request_rate": len(done) / span if span else None,
+            "output_tokens": sum(r.trace.output_tokens for r in done) / span if span else None,
+            "cached": counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else None,
+            "prefill_utilisation": _share(counters.prefill_busy, counters.prefill_worker_seconds),
+            "decode_utilisation": _share(counters.decode_busy, counters.decode_worker_seconds),
+            "worker_hours": self.worker_hours,
+            "refusals": float(counters.refusals),
+            "preemptions": float(counters.preemptions),
+            "migrations": float(counters.migrations),
+            "failures": float(counters.failures),
+            "decision_us": 1e6 * counters.decision_seconds / counters.decisions if counters.decisions else None,
+            "report_us": 1e6 * counters.report_seconds / counters.reports if counters.reports else None,
+            "requests_per_cpu_minute": 60 * len(self.requests) / counters.cpu_seconds if counters.cpu_seconds else None,
+        }
+        if objective is not None:
+            found["attainment"] = self.attainment(objective)
+            found["goodput"] = len(self.met(objective)) / span if span else None
+        return found
+
+    def to_json(self, objective: Objective | None) -> dict[str, Any]:
+        """For ``--json``: settings, figures, why requests failed, the timeline."""
+        options = self.options
+        return {
+            "profile": self.profile.name,
+            "profile_source": self.profile.source,
+            "policy": options.policy,
+            "prefill": options.prefill,
+            "decode": options.decode,
+            "autoscale": options.scaling is not None,
+            "objective": None if objective is None else str(objective),
+            "figures": self.figures(objective),
+            "errors": dict(Counter(request.error for request in self.requests if request.error)),
+            "counters": asdict(self.counters),
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

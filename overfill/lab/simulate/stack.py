@@ -1,0 +1,384 @@
+"""The simulated stack: the real dispatcher and roster, modelled workers, and the messages between them.
+
+Everything a router decides is decided by ``routing``; this module carries messages, each of which takes a ``hop``, and
+plays the parts of ``routing/attempt.py`` and ``relay.py`` that need sockets there. One router; clients never leave.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from time import thread_time
+from typing import TypeVar
+
+from overfill.errors import OverfillError
+from overfill.lab.simulate.autoscale import Autoscaler
+from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
+from overfill.lab.simulate.clock import Clock
+from overfill.lab.simulate.decode import Sequence as DecodeSequence
+from overfill.lab.simulate.decode import SequenceState
+from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.observer import Observer
+from overfill.lab.simulate.options import Options
+from overfill.lab.simulate.policies import make_dispatcher, make_job
+from overfill.lab.simulate.prefill import Ticket
+from overfill.lab.simulate.profiles import Profile
+from overfill.lab.simulate.request import Attempt, Counters, SimRequest, attempt_of
+from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
+from overfill.lab.traffic.traces import TraceRequest
+from overfill.routing.dispatcher import Job, JobState, Rejection
+from overfill.routing.pool import Roster
+from overfill.routing.worker import PREFILL
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+
+_T = TypeVar("_T")
+
+
+class Simulation:
+    """One run of ``trace`` on workers of ``profile``. ``run`` once."""
+
+    def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: Options) -> None:
+        self.clock = Clock()
+        self.roster = Roster()
+        self.counters = Counters()
+        self.profile, self.options = profile, options
+        self.dispatcher = make_dispatcher(self.roster, options.policy, options.max_queue, options.seed)
+        self.open: dict[Job, SimRequest] = {}
+        self.workers: dict[str, SimWorker] = {}
+        self._trace = trace
+        self._misses, self._hopeless = 0, False
+        self._shares = any(request.blocks for request in trace)
+        self._requests: list[SimRequest] = []
+        self._gaps = Histogram()
+        self._started = 0
+        self._random = random.Random(options.seed)
+        self._scaler = Autoscaler(self, options.scaling) if options.scaling is not None else None
+        self._observer = Observer(self.clock, self.workers, self.counters)
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Result:
+        """Plays the whole trace; ``progress`` is told how many requests have ended."""
+        began = thread_time()
+        for _ in range(self.options.prefill):
+            self.start_worker(PREFILL, 0.0)
+        for _ in range(self.options.decode):
+            self.start_worker(common_pb2.STAGE_DECODE, 0.0)
+        # Workers have joined and reported before the first request.
+        self.clock.at(self._trace[0].arrival, self._arrive, 0)
+        if self._scaler is not None:
+            self.clock.at(0.0, self._scaler.tick)
+        span = self._trace[-1].arrival
+        self.clock.at(0.0, self._sample, max(1.0, span / 300))
+        limit, told = span + self.options.patience, 0
+        while (self.open or len(self._requests) < len(self._trace)) and self.clock.now < limit and not self._hopeless:
+            self.clock.step()
+            if self.options.check:
+                self._check()
+            if len(self._requests) - len(self.open) - told >= 500:
+                told = len(self._requests) - len(self.open)
+                progress(told, len(self._trace))
+        self._sample(None)
+        for request in list(self.open.values()):
+            self._end(request, "did not end in time")
+        for worker in self.workers.values():
+            self._observer.account(worker)
+        self.counters.events = self.clock.events
+        self.counters.cpu_seconds = thread_time() - began
+        return Result(self.profile, self.options, self._requests, self._observer.samples, self._gaps, self.counters)
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    def start_worker(self, stage: common_pb2.Stage, delay: float) -> SimWorker:
+        """A new worker takes work after ``delay`` seconds."""
+        self._started += 1
+        worker: SimWorker
+        if stage == PREFILL:
+            name = f"p{self._started}"
+            blocks = self._blocks()
+            worker = PrefillWorker(name, self.clock, self, self.options.report_gap, self.profile, blocks)
+        else:
+            name = f"d{self._started}"
+            worker = DecodeWorker(name, self.clock, self, self.options.report_gap, self.profile, self._gaps)
+        self.workers[name] = worker
+        self.clock.after(delay, self._join, worker)
+        if self.options.mtbf is not None:
+            self.clock.after(delay + self._random.expovariate(1 / self.options.mtbf), self._fail, worker)
+        return worker
+
+    def drain_worker(self, worker: SimWorker) -> None:
+        """It takes nothing new; what has not ended after the grace period moves."""
+        if worker.entry is None:  # not there yet
+            self._remove(worker)
+            return
+        worker.draining = True
+        worker.push()
+        self.clock.after(self.profile.grace, self._evict, worker)
+
+    def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None:
+        if worker.entry is not None:
+            began = thread_time()
+            self.dispatcher.report(worker.entry, report, self.clock.now)
+            self.counters.report_seconds += thread_time() - began
+            self.counters.reports += 1
+            if worker.draining and not worker.active:
+                self._remove(worker)
+            self._poll()
+
+    def _blocks(self) -> Blocks:
+        tokens = self.profile.prefill.kv_tokens
+        if not self._shares:
+            return CountedBlocks(tokens, 16)
+        block = next(request.block_tokens for request in self._trace if request.blocks)
+        return SharedBlocks(tokens, block, enabled=self.options.prefix_cache)
+
+    def _join(self, worker: SimWorker) -> None:
+        if not worker.gone:
+            worker.ready_since = self.clock.now
+            worker.entry = self.roster.join(worker.info)
+            worker.push()
+
+    def _remove(self, worker: SimWorker) -> None:
+        worker.leave()
+        self.workers.pop(worker.name, None)
+        self._observer.account(worker)
+        if worker.entry is not None:
+            self.roster.pool(worker.stage).leave(worker.entry)
+
+    def _fail(self, worker: SimWorker) -> None:
+        if worker.gone:
+            return
+        self.counters.failures += 1
+        if isinstance(worker, DecodeWorker):
+            for sequence in worker.kill():
+                self.clock.after(self.profile.hop, self._lost, sequence.owner, sequence.emitted, True)
+        elif isinstance(worker, PrefillWorker):
+            for ticket in worker.kill():
+                self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
+        self._remove(worker)
+        if not worker.draining:
+            self.start_worker(worker.stage, self.profile.startup)
+        self._poll()
+
+    def _evict(self, worker: SimWorker) -> None:
+        """The grace period is over."""
+        if worker.gone:
+            return
+        if isinstance(worker, DecodeWorker):
+            for sequence in worker.engine.sequences():
+                emitted = worker.engine.emitted(sequence)
+                worker.engine.release(sequence)
+                self.clock.after(self.profile.hop, self._lost, sequence.owner, emitted, False)
+        elif isinstance(worker, PrefillWorker):
+            for ticket in worker.engine.tickets():
+                worker.engine.cancel(ticket)
+                self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, False)
+
+    # -- the router's side -----------------------------------------------------------------------------------------
+
+    def _arrive(self, index: int) -> None:
+        trace = self._trace[index]
+        job = make_job(f"r{index}", trace)
+        request = SimRequest(trace, job, trace.blocks)
+        self._requests.append(request)
+        if index + 1 < len(self._trace):
+            self.clock.at(self._trace[index + 1].arrival, self._arrive, index + 1)
+        if self._scaler is not None:
+            self._scaler.arrived(request)
+        self.open[job] = request
+        try:
+            self._ask(self.dispatcher.submit, job, self.clock.now)
+        except OverfillError as error:
+            self._end(request, type(error).__name__)
+            return
+        self._poll()
+
+    def _poll(self) -> None:
+        for outcome in self._ask(self.dispatcher.poll, self.clock.now):
+            self.counters.decisions += 1
+            request = self.open[outcome.job]
+            if isinstance(outcome, Rejection):
+                self._end(request, type(outcome.error).__name__)
+            elif outcome.worker.info.stage == PREFILL:
+                assert request.attempt is not None
+                self.clock.after(2 * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
+            else:
+                if request.placed is None:
+                    request.placed = self.clock.now
+                request.attempt = attempt = Attempt.start(request, outcome.worker.id)
+                self.clock.after(self.profile.hop, self._reserve, attempt)
+
+    def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
+        """Calls the dispatcher, and counts the CPU time that it takes."""
+        began = thread_time()
+        try:
+            return method(*args, **named)
+        finally:
+            self.counters.decision_seconds += thread_time() - began
+
+    def _reserved(self, attempt: Attempt) -> None:
+        if not attempt.over:
+            self._ask(self.dispatcher.reserved, attempt.request.job)
+            self._poll()
+
+    def _refused(self, attempt: Attempt, load: decode_pb2.WorkerLoad) -> None:
+        if not attempt.over:
+            attempt.over = True
+            self.counters.refusals += 1
+            self._ask(self.dispatcher.refused, attempt.request.job, load)
+            self._poll()
+
+    def _tokens(self, attempt: Attempt) -> None:
+        """Tokens reach the client, the first of this attempt."""
+        if attempt.over:
+            return
+        request = attempt.request
+        if request.first is None:
+            request.first, request.emitted = self.clock.now, 1
+        if request.job.prefill is not None:
+            self._ask(self.dispatcher.prefill_done, request.job)
+            self._poll()
+
+    def _done(self, attempt: Attempt) -> None:
+        if not attempt.over:
+            attempt.request.last = self.clock.now
+            self._end(attempt.request, "")
+            self._poll()
+
+    def _lost(self, attempt: Attempt, emitted: int, gone: bool) -> None:
+        """The decode worker failed the request, or sends it elsewhere."""
+        if attempt.over:
+            return
+        self._cancel(attempt)
+        attempt.over = True
+        request = attempt.request
+        if request.first is not None:  # otherwise the first token never got here
+            request.emitted = max(request.emitted, emitted)
+        if request.emitted >= request.trace.output_tokens:
+            request.last = self.clock.now
+            self._end(request, "")
+        else:
+            request.migrations += 1
+            self.counters.migrations += 1
+            request.job.emitted = request.emitted
+            self._ask(self.dispatcher.lost, request.job, self.clock.now, gone=gone)
+        self._poll()
+
+    def _need_prefill(self, attempt: Attempt, failed: bool) -> None:
+        job = attempt.request.job
+        if attempt.over or job.state is JobState.WANTS_PREFILL:  # it gets the one that it waits for
+            return
+        self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, closed=failed)
+        self._poll()
+
+    def _end(self, request: SimRequest, error: str) -> None:
+        if request.ended:
+            raise AssertionError(f"{request.job.id} ended twice")
+        request.ended, request.error = True, error
+        if request.attempt is not None:
+            self._cancel(request.attempt)
+            request.attempt.over = True
+        if self._scaler is not None and not error:
+            self._scaler.finished(request)
+        if (objective := self.options.objective) is not None and not request.meets(objective):
+            self._misses += 1
+            self._hopeless = self._misses > self.options.most_misses
+        self._ask(self.dispatcher.finish, request.job)
+        del self.open[request.job]
+
+    # -- on the way to and from workers ----------------------------------------------------------------------------
+
+    def _reserve(self, attempt: Attempt) -> None:
+        if attempt.over:
+            return
+        worker, hop = self.workers.get(attempt.worker), self.profile.hop
+        if not isinstance(worker, DecodeWorker) or worker.gone:
+            self.clock.after(hop, self._lost, attempt, attempt.sequence.emitted, True)
+        elif not worker.draining and worker.engine.reserve(attempt.sequence):
+            self.clock.after(hop, self._reserved, attempt)
+        else:
+            self.clock.after(hop, self._refused, attempt, worker.load())
+
+    def _submit(self, attempt: Attempt, name: str) -> None:
+        """The decode worker asks the prefill worker that it was told to ask."""
+        request, sequence = attempt.request, attempt.sequence
+        if attempt.over or sequence.state is not SequenceState.RECEIVING:
+            return
+        self._cancel(attempt)
+        attempt.prefill = name
+        attempt.ticket = ticket = Ticket(
+            f"{request.job.id}/{self.clock.events}", sequence.prompt_tokens, request.blocks, attempt
+        )
+        worker = self.workers.get(name)
+        if not isinstance(worker, PrefillWorker) or worker.gone:
+            self.clock.after(2 * self.profile.hop, self._prefill_lost, attempt, ticket, True)
+        else:
+            worker.engine.submit(ticket)
+
+    def prompt_computed(self, worker: SimWorker, ticket: Ticket) -> None:
+        self.counters.prompt_tokens += ticket.prompt_tokens
+        self.counters.cached_tokens += ticket.cached
+        self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
+
+    def _first_token(self, attempt: Attempt, ticket: Ticket) -> None:
+        worker = self._receiver(attempt, ticket)
+        if worker is not None:
+            self.clock.after(self.profile.hop, self._tokens, attempt)
+            worker.engine.first_token(attempt.sequence)
+
+    def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None:
+        self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
+
+    def _kv_arrived(self, attempt: Attempt, ticket: Ticket) -> None:
+        worker = self._receiver(attempt, ticket)
+        if worker is not None:
+            attempt.ticket = None
+            worker.engine.kv_arrived(attempt.sequence)
+
+    def answer_done(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+        attempt = attempt_of(sequence)
+        self._cancel(attempt)  # nobody needs the rest of an answer of one token
+        self.clock.after(self.profile.hop, self._done, attempt)
+
+    def kv_wanted(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+        self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)
+
+    def preempted(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+        self.counters.preemptions += 1
+        self._cancel(attempt_of(sequence))
+
+    def _prefill_lost(self, attempt: Attempt, ticket: Ticket, failed: bool) -> None:
+        if not attempt.over and attempt.ticket is ticket:
+            attempt.ticket = None
+            self._need_prefill(attempt, failed)
+
+    def _cancel(self, attempt: Attempt) -> None:
+        """Ends the prefill that runs for it, if one does."""
+        ticket, attempt.ticket = attempt.ticket, None
+        worker = self.workers.get(attempt.prefill)
+        if ticket is not None and isinstance(worker, PrefillWorker):
+            self.clock.after(self.profile.hop, worker.engine.cancel, ticket)
+
+    def _receiver(self, attempt: Attempt, ticket: Ticket) -> DecodeWorker | None:
+        """The decode worker that a prefill's message reaches; None when it is stale, or the worker is gone, of which
+        the router may not have heard yet."""
+        worker = self.workers.get(attempt.worker)
+        if attempt.over or attempt.ticket is not ticket or not isinstance(worker, DecodeWorker):
+            return None
+        return worker
+
+    # -- books -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self.counters.checks += 1
+        self.dispatcher.check(self.clock.now)
+        for worker in self.workers.values():
+            worker.check()
+        if self.dispatcher.num_jobs != len(self.open):
+            raise AssertionError(f"{len(self.open)} requests are open, the dispatcher knows {self.dispatcher.num_jobs}")
+
+    def _sample(self, interval: float | None) -> None:
+        """Notes how things are; again after ``interval`` seconds, unless that is None."""
+        targets = self._scaler.latest if self._scaler is not None else None
+        self._observer.sample(self.dispatcher.num_waiting, len(self._requests), targets)
+        if interval is not None:
+            self.clock.after(interval, self._sample, interval)

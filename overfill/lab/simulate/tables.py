@@ -1,0 +1,154 @@
+"""Simulated runs as tables, and the sizes of a search as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.sizing import Size
+from overfill.lab.traffic.outcome import Objective
+
+
+def title(result: Result) -> str:
+    """What ran, in a line."""
+    options = result.options
+    size = f"{options.prefill} + {options.decode} workers"
+    if options.scaling is not None:
+        total = options.scaling.max_total
+        size = "scaled pools" + (f" of {total} workers" if total is not None else "")
+    return f"{len(result.requests):,} requests, {size}, profile {result.profile.name}, {options.policy}"
+
+
+def run_table(result: Result, objective: Objective) -> Table:
+    """Latencies, then everything else, a line each."""
+    figures = result.figures(objective)
+    table = Table(title=title(result), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("", "p50", "p90", "p95", "p99"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, label in (
+        ("ttft", "time to first token"),
+        ("itl", "gap between tokens"),
+        ("request_itl", "mean gap of a request"),
+        ("e2e", "whole answer"),
+    ):
+        table.add_row(label, *(_seconds(figures[f"{name}_p{p}"]) for p in (50, 90, 95, 99)))
+    table.add_section()
+    lines: list[tuple[str, str]] = [
+        (f"met {objective}", _share(figures["attainment"])),
+        ("goodput", f"{figures['goodput'] or 0:.2f} requests/s"),
+        ("output", f"{figures['output_tokens'] or 0:,.0f} tokens/s"),
+        ("prompt tokens cached", _share(figures["cached"])),
+        ("prefill workers busy", _share(figures["prefill_utilisation"])),
+        ("decode workers busy", _share(figures["decode_utilisation"])),
+        ("worker hours", f"{figures['worker_hours']:.2f}"),
+        ("failed", f"{figures['failed']:.0f}"),
+        ("refused by a worker, preempted, moved", " / ".join(f"{figures[n]:.0f}" for n in _EVENTS)),
+        (
+            "CPU time per placement, per report",
+            f"{figures['decision_us'] or 0:.0f} us, {figures['report_us'] or 0:.0f} us",
+        ),
+        ("speed", f"{figures['requests_per_cpu_minute'] or 0:,.0f} requests per CPU minute"),
+    ]
+    if result.counters.checks:
+        lines.append(("books and waiting rule held", f"after each of {result.counters.checks:,} events"))
+    for label, value in lines:
+        table.add_row(label, value)
+    return table
+
+
+_EVENTS = ("refusals", "preemptions", "migrations")
+
+
+def errors_text(result: Result) -> str:
+    """Why requests failed, in a line; empty when none did."""
+    errors = Counter(request.error for request in result.requests if request.error)
+    return ", ".join(f"{count} x {error}" for error, count in errors.most_common())
+
+
+def policy_table(results: Sequence[Result], objective: Objective) -> Table:
+    """A line per policy."""
+    first = results[0]
+    table = Table(
+        title=f"{len(first.requests):,} requests, {first.options.prefill} + {first.options.decode} workers, "
+        f"profile {first.profile.name}",
+        title_justify="left",
+    )
+    for column in ("policy", "TTFT p50", "p90", "p99", "ITL p99", f"met {objective}", "cached", "prefill busy"):
+        table.add_column(column, justify="right" if column != "policy" else "left")
+    for result in results:
+        figures = result.figures(objective)
+        table.add_row(
+            result.options.policy,
+            *(_seconds(figures[name]) for name in ("ttft_p50", "ttft_p90", "ttft_p99", "request_itl_p99")),
+            *(_share(figures[name]) for name in ("attainment", "cached", "prefill_utilisation")),
+        )
+    return table
+
+
+def size_table(sizes: Sequence[Size], objective: Objective, share: float, runs: int) -> Table:
+    """The staircase; the cheapest is marked."""
+    table = Table(
+        title=f"Fewest workers for {share:.0%} of requests at {objective} ({runs} runs)", title_justify="left"
+    )
+    for column in (
+        "prefill",
+        "decode",
+        "workers",
+        "cost",
+        "met",
+        "TTFT p99",
+        "ITL p99",
+        "prefill busy",
+        "decode busy",
+        "",
+    ):
+        table.add_column(column, justify="right")
+    cheapest = min(sizes, key=lambda size: size.cost)
+    for size in sizes:
+        figures = size.result.figures(objective)
+        table.add_row(
+            str(size.prefill),
+            str(size.decode),
+            str(size.prefill + size.decode),
+            f"{size.cost:g}",
+            _share(figures["attainment"]),
+            _seconds(figures["ttft_p99"]),
+            _seconds(figures["request_itl_p99"]),
+            _share(figures["prefill_utilisation"]),
+            _share(figures["decode_utilisation"]),
+            "<- cheapest" if size is cheapest else "",
+        )
+    return table
+
+
+def size_json(sizes: Sequence[Size], objective: Objective, share: float, runs: int) -> dict[str, Any]:
+    cheapest = min(sizes, key=lambda size: size.cost)
+    return {
+        "objective": str(objective),
+        "share": share,
+        "runs": runs,
+        "cheapest": {"prefill": cheapest.prefill, "decode": cheapest.decode, "cost": cheapest.cost},
+        "sizes": [
+            {
+                "prefill": size.prefill,
+                "decode": size.decode,
+                "cost": size.cost,
+                "figures": size.result.figures(objective),
+            }
+            for size in sizes
+        ],
+    }
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,193 @@
+"""A modelled worker as the router sees it: it joins, reports and drains. What it computes is in its neighbours.
+
+Reports are the wire's own messages, pushed on change and every second, as ``rpc/membership.py`` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.lab.simulate.blocks import Blocks
+from overfill.lab.simulate.clock import Clock, Event
+from overfill.lab.simulate.decode import Sequence, SimDecode
+from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.prefill import SimPrefill, Ticket
+from overfill.lab.simulate.profiles import Profile
+from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+
+REPORT_INTERVAL = 1.0
+"""Seconds between reports when nothing changes."""
+
+_IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
+
+
+class Router(Protocol):
+    """Whom workers talk to. All of it happens now; who calls has waited for the message to travel."""
+
+    def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None: ...
+
+    def prompt_computed(self, worker: SimWorker, ticket: Ticket) -> None: ...
+
+    def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None: ...
+
+    def answer_done(self, worker: SimWorker, sequence: Sequence) -> None: ...
+
+    def kv_wanted(self, worker: SimWorker, sequence: Sequence) -> None: ...
+
+    def preempted(self, worker: SimWorker, sequence: Sequence) -> None: ...
+
+
+class SimWorker:
+    """Lifecycle and reports.
+
+    Attributes:
+        entry: the worker in the router's roster; None before it has joined.
+        since: when it was started; ready_since: when it first took work, None while it starts.
+        gone: it has left, or died.
+        engine: what computes; each kind of worker makes its own.
+    """
+
+    engine: SimPrefill | SimDecode
+
+    def __init__(self, name: str, stage: common_pb2.Stage, clock: Clock, router: Router, report_gap: float) -> None:
+        self.name, self.stage = name, stage
+        self.clock, self.router = clock, router
+        self.entry: Worker | None = None
+        self.since = clock.now
+        self.ready_since: float | None = None
+        self.draining = self.gone = False
+        self._gap = report_gap
+        self._due: Event | None = None
+        self._due_at = 0.0
+        self._reported = float("-inf")
+
+    @property
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(self.name, 1, self.stage, "", "", _IDENTITY, max_model_len=0, vocab_size=0)
+
+    @property
+    def active(self) -> int:
+        """Requests on the worker."""
+        return self.engine.active
+
+    @property
+    def busy(self) -> float:
+        """Seconds of work so far."""
+        return self.engine.busy
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises AssertionError when its books do not balance."""
+        self.engine.check()
+
+    def report(self) -> registry_pb2.Report:
+        raise NotImplementedError
+
+    def load_changed(self) -> None:
+        """Reports soon, but not more often than every ``report_gap`` seconds."""
+        if not self.gone and self.entry is not None:
+            due = max(self.clock.now, self._reported + self._gap)
+            if self._due is None or due < self._due_at:
+                self._schedule(due)
+
+    def push(self) -> None:
+        """Reports now."""
+        if not self.gone and self.entry is not None:
+            self._reported = self.clock.now
+            self._schedule(self.clock.now + REPORT_INTERVAL)
+            self.router.reported(self, self.report())
+
+    def leave(self) -> None:
+        self.gone = True
+        if self._due is not None:
+            self._due.cancel()
+
+    def _schedule(self, time: float) -> None:
+        if self._due is not None:
+            self._due.cancel()
+        self._due_at = time
+        self._due = self.clock.at(time, self.push)
+
+
+class PrefillWorker(SimWorker):
+    engine: SimPrefill
+
+    def __init__(
+        self, name: str, clock: Clock, router: Router, report_gap: float, profile: Profile, blocks: Blocks
+    ) -> None:
+        super().__init__(name, PREFILL, clock, router, report_gap)
+        self.engine = SimPrefill(clock, profile, blocks, self)
+        self._credits = profile.prefill.max_seqs
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        engine, blocks = self.engine, self.engine.blocks
+        return decode_pb2.WorkerLoad(
+            kv_blocks_used=blocks.used,
+            kv_blocks_cached=blocks.cached,
+            kv_blocks_total=blocks.total,
+            block_size=blocks.block_size,
+            running=engine.num_admitted,
+            waiting=engine.num_waiting,
+            queued_tokens=engine.queued_tokens,
+            prefix_tokens_looked_up=blocks.tokens_looked_up,
+            prefix_tokens_found=blocks.tokens_found,
+        )
+
+    def report(self) -> registry_pb2.Report:
+        delta = self.engine.blocks.delta()
+        return registry_pb2.Report(
+            load=self.load(), credits=self._credits, ready=True, draining=self.draining, prefix=delta
+        )
+
+    def kill(self) -> Many[Ticket]:
+        self.leave()
+        return self.engine.kill()
+
+    def prompt_computed(self, ticket: Ticket) -> None:
+        self.router.prompt_computed(self, ticket)
+
+    def kv_sent(self, ticket: Ticket) -> None:
+        self.router.kv_sent(self, ticket)
+
+
+class DecodeWorker(SimWorker):
+    engine: SimDecode
+
+    def __init__(
+        self, name: str, clock: Clock, router: Router, report_gap: float, profile: Profile, gaps: Histogram
+    ) -> None:
+        super().__init__(name, DECODE, clock, router, report_gap)
+        self.engine = SimDecode(clock, profile, self, gaps)
+        self._model = profile.decode
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        engine = self.engine
+        return decode_pb2.WorkerLoad(
+            kv_blocks_used=engine.used,
+            kv_blocks_total=engine.total,
+            block_size=self._model.block_size,
+            running=engine.num_running,
+            waiting=engine.num_waiting,
+        )
+
+    def report(self) -> registry_pb2.Report:
+        return registry_pb2.Report(load=self.load(), credits=self._model.max_seqs, ready=True, draining=self.draining)
+
+    def kill(self) -> Many[Sequence]:
+        self.leave()
+        return self.engine.kill()
+
+    def answer_done(self, sequence: Sequence) -> None:
+        self.router.answer_done(self, sequence)
+
+    def kv_wanted(self, sequence: Sequence) -> None:
+        self.router.kv_wanted(self, sequence)
+
+    def preempted(self, sequence: Sequence) -> None:
+        self.router.preempted(self, sequence)

@@ -1,0 +1,142 @@
+"""Digests of checkpoints and tokenizers. Reads safetensors files as bytes; knows no torch and no model.
+
+The digest of a checkpoint is SHA-256 over its tensors in name order (by UTF-8 bytes). Each tensor contributes
+
+====================  =====================================================================
+``len(name)``         unsigned 64-bit little-endian, of the UTF-8 bytes
+``name``              UTF-8
+``len(dtype)``        unsigned 64-bit little-endian
+``dtype``             ASCII, as safetensors spells it: ``F32``, ``BF16``, ``F16``, ...
+``rank``              unsigned 64-bit little-endian
+``shape``             ``rank`` unsigned 64-bit little-endian numbers
+``data``              the elements, row-major, little-endian; its length follows from dtype and shape
+====================  =====================================================================
+
+so that it depends neither on how tensors are spread over files nor on metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from overfill.errors import InvalidPair
+from overfill.telemetry.progress import Report, silent
+
+_READ_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies. ``start`` and ``end`` are byte offsets in ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+def list_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of the safetensors checkpoint in ``folder``, in name order. Reads headers only.
+
+    Raises:
+        InvalidPair: a file is missing, malformed or not as long as its header says.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _checkpoint_files(folder):
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                raise InvalidPair(f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}")
+            tensors[tensor.name] = tensor
+    return [tensors[name] for name in sorted(tensors, key=str.encode)]
+
+
+def checkpoint_digest(folder: Path, report: Report = silent) -> str:
+    """Lower-case hex digest of the checkpoint in ``folder``; reports bytes.
+
+    Raises:
+        InvalidPair: as ``list_tensors``.
+    """
+    tensors = list_tensors(folder)
+    total, done = sum(t.end - t.start for t in tensors), 0
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        for text in (tensor.name.encode(), tensor.dtype.encode()):
+            digest.update(struct.pack("<Q", len(text)) + text)
+        digest.update(struct.pack(f"<{len(tensor.shape) + 1}Q", len(tensor.shape), *tensor.shape))
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            remaining = tensor.end - tensor.start
+            while remaining:
+                data = stream.read(min(_READ_BYTES, remaining))
+                if not data:
+                    raise InvalidPair(f"{tensor.file}: ends inside tensor {tensor.name}")
+                digest.update(data)
+                remaining -= len(data)
+                done += len(data)
+                report("Reading weights", done, total)
+    return digest.hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Lower-case hex SHA-256 of the bytes of ``folder``'s tokenizer.json.
+
+    Raises:
+        InvalidPair: there is no such file.
+    """
+    try:
+        return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise InvalidPair(f"{folder / 'tokenizer.json'}: missing; a fast tokenizer is needed") from None
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidPair(f"{index}: malformed index of safetensors files: {error!r}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InvalidPair(f"{index}: {name!r} is not a file name in this folder")
+    return [folder / name for name in sorted(names)]
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_MAX_HEADER_BYTES, size - 8):
+                raise InvalidPair(f"{file}: truncated or not a safetensors file (header of {length} bytes)")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        base = 8 + length
+        tensors = [
+            StoredTensor(name, t["dtype"], tuple(t["shape"]), file, base + begin, base + end)
+            for name, t in header.items()
+            for begin, end in [t["data_offsets"]]
+        ]
+        expected = max((t.end for t in tensors), default=base)
+    except FileNotFoundError:
+        raise InvalidPair(f"{file}: missing") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidPair(f"{file}: not a safetensors file: {error!r}") from None
+    if expected != size:
+        raise InvalidPair(f"{file}: {size} bytes, but its header describes {expected}; the file is damaged")
+    return tensors
+
+
+def count_parameters(folder: Path) -> int:
+    """Elements of all tensors stored in ``folder``."""
+    return sum(math.prod(t.shape) for t in list_tensors(folder))

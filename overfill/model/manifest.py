@@ -1,0 +1,259 @@
+"""``pair.json``: what a pair folder holds, checked against the two checkpoints. Loads no weights.
+
+::
+
+    {
+      "format": "overfill-pair/1",
+      "full":    {"path": "full", "digest": "<hex>"},
+      "decoder": {"path": "decoder", "digest": "<hex>", "recipe": {...}},
+      "kv": {"num_layers", "num_kv_heads", "head_dim", "rope": {...}, "layer_map": [...]},
+      "tokenizer_digest": "<hex>",
+      "eval": {...}
+    }
+
+``layer_map[i]`` is the full-model layer whose KV decoder layer i reads. ``recipe`` says how the decoder was
+made and ``eval`` how good it is; nothing depends on them but for ``recipe["quantize"]``: ``"int8"`` makes the
+decoder's matrices int8 when it is loaded, absent and ``"none"`` leave them. Digests are those of
+``overfill.model.digest``: of the checkpoints, which are never quantised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar, cast, get_args
+
+from overfill.errors import InvalidPair
+from overfill.kv.spec import RopeSpec
+from overfill.model.config import ModelConfig, Quantization
+from overfill.model.digest import checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.telemetry.progress import Report, silent
+
+FORMAT = "overfill-pair/1"
+MANIFEST = "pair.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A full model and the decoder that answers on its KV cache.
+
+    Attributes:
+        folder: absolute, links not followed.
+        full_path, decoder_path: folders of the checkpoints, absolute; the same where the decoder is the full model.
+        full_digest, decoder_digest, tokenizer_digest: lower-case hex SHA-256.
+        full_config, decoder_config: geometry of both halves.
+        layer_map: full-model layer whose KV each decoder layer reads.
+        recipe, eval: how the decoder was made and how good it is; informative, but for ``quantize``.
+    """
+
+    folder: Path
+    full_path: Path
+    decoder_path: Path
+    full_digest: str
+    decoder_digest: str
+    tokenizer_digest: str
+    full_config: ModelConfig
+    decoder_config: ModelConfig
+    layer_map: tuple[int, ...]
+    recipe: Mapping[str, Any]
+    eval: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    @property
+    def identity(self) -> bool:
+        """Whether the decoder computes what the full model does: the same checkpoint, not quantised."""
+        return self.decoder_digest == self.full_digest and self.quantize == "none"
+
+    @property
+    def quantize(self) -> Quantization:
+        """What the decoder's matrices are turned into when it is loaded; the full model's stay as they are.
+
+        Raises:
+            InvalidPair: the recipe names something else.
+        """
+        found = self.recipe.get("quantize", "none")
+        for known in get_args(Quantization):
+            if found == known:
+                return cast(Quantization, known)
+        raise InvalidPair(
+            f"{self.folder / MANIFEST}: decoder.recipe.quantize is {found!r}; "
+            f"supported are {', '.join(get_args(Quantization))}"
+        )
+
+    @classmethod
+    def load(cls, folder: Path, check_digests: bool = False, report: Report = silent) -> Pair:
+        """Reads and checks a pair: files present and as long as they should be, both halves fit.
+
+        Args:
+            check_digests: also read every byte of both checkpoints (about a second per gigabyte) and compare.
+
+        Raises:
+            InvalidPair: the message names the file or the field, what it is and what it should be.
+            UnsupportedModel: the engine does not run one of the halves.
+        """
+        folder = Path(os.path.abspath(folder))
+        manifest = _Section.read(folder / MANIFEST)
+        if (found := manifest.get("format", str)) != FORMAT:
+            raise manifest.error("format", f"is {found!r}; this version reads {FORMAT!r}")
+        full, decoder, kv = manifest.section("full"), manifest.section("decoder"), manifest.section("kv")
+        layer_map = kv.get("layer_map", list)
+        if not all(type(layer) is int for layer in layer_map):
+            raise kv.error("layer_map", f"must be a list of layer numbers, got {layer_map!r}")
+        full_path, decoder_path = full.checkpoint(folder), decoder.checkpoint(folder)
+        pair = cls(
+            folder=folder,
+            full_path=full_path,
+            decoder_path=decoder_path,
+            full_digest=full.get("digest", str),
+            decoder_digest=decoder.get("digest", str),
+            tokenizer_digest=manifest.get("tokenizer_digest", str),
+            full_config=ModelConfig.load(full_path),
+            decoder_config=ModelConfig.load(decoder_path),
+            layer_map=tuple(layer_map),
+            recipe=decoder.get("recipe", dict),
+            eval=manifest.get("eval", dict),
+        )
+        kv.expect_rope(pair.full_config.rope)
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
+            kv.expect(name, getattr(pair.full_config, name))
+        _check_halves(pair, manifest)
+        if check_digests:
+            _check_digest(full, pair.full_path, report)
+            if pair.decoder_path != pair.full_path:
+                _check_digest(decoder, pair.decoder_path, report)
+        return pair
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    full: str = "full",
+    decoder: str = "decoder",
+    full_digest: str | None = None,
+    layer_map: Sequence[int] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    eval: Mapping[str, Any] | None = None,
+    report: Report = silent,
+) -> Pair:
+    """Writes ``folder/pair.json`` for the two checkpoints already in ``folder``, and loads it.
+
+    Args:
+        full, decoder: paths relative to ``folder``; equal for an identity pair.
+        full_digest: the full model's, where it is known already; None reads the checkpoint.
+        layer_map: one full-model layer per decoder layer; None maps each layer to itself.
+
+    Raises:
+        InvalidPair: as ``Pair.load``.
+    """
+    full_config = ModelConfig.load(folder / full)
+    full_digest = full_digest or checkpoint_digest(folder / full, report)
+    manifest = {
+        "format": FORMAT,
+        "full": {"path": full, "digest": full_digest},
+        "decoder": {
+            "path": decoder,
+            "digest": full_digest if decoder == full else checkpoint_digest(folder / decoder, report),
+            "recipe": dict(recipe or {}),
+        },
+        "kv": {
+            "num_layers": full_config.num_layers,
+            "num_kv_heads": full_config.num_kv_heads,
+            "head_dim": full_config.head_dim,
+            "rope": asdict(full_config.rope),
+            "layer_map": list(range(full_config.num_layers) if layer_map is None else layer_map),
+        },
+        "tokenizer_digest": tokenizer_digest(folder / full),
+        "eval": dict(eval or {}),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return Pair.load(folder)
+
+
+class _Section:
+    """An object of the manifest whose errors name the file and the dotted field."""
+
+    def __init__(self, file: Path, prefix: str, values: dict[str, Any]) -> None:
+        self._file = file
+        self._prefix = prefix
+        self._values = values
+
+    @classmethod
+    def read(cls, file: Path) -> _Section:
+        try:
+            values = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise InvalidPair(f"{file}: missing; {file.parent} is not a pair folder") from None
+        except (ValueError, OSError) as error:
+            raise InvalidPair(f"{file}: cannot be read as JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise InvalidPair(f"{file}: must hold a JSON object, got {type(values).__name__}")
+        return cls(file, "", values)
+
+    def error(self, name: str, problem: str) -> InvalidPair:
+        return InvalidPair(f"{self._file}: {self._prefix}{name} {problem}")
+
+    def get(self, name: str, kind: type[T]) -> T:
+        value = self._values.get(name)
+        if not isinstance(value, kind):
+            what = "is missing" if name not in self._values else f"must be {kind.__name__}, got {value!r}"
+            raise self.error(name, what)
+        return value
+
+    def section(self, name: str) -> _Section:
+        return _Section(self._file, f"{self._prefix}{name}.", self.get(name, dict))
+
+    def checkpoint(self, folder: Path) -> Path:
+        """The checkpoint folder named by ``path``, with all its files there and whole."""
+        relative = PurePosixPath(self.get("path", str))
+        if relative.is_absolute() or ".." in relative.parts:
+            raise self.error("path", f"must be inside the pair's folder, got {str(relative)!r}")
+        path = folder / relative
+        if not path.is_dir():
+            raise self.error("path", f"names {path}, which is not there")
+        list_tensors(path)
+        return path
+
+    def expect(self, name: str, actual: object) -> None:
+        if (stated := self._values.get(name)) != actual:
+            raise self.error(name, f"is {stated!r}, but the full model has {actual!r}")
+
+    def expect_rope(self, actual: RopeSpec) -> None:
+        rope = self.section("rope")
+        for name, value in asdict(actual).items():
+            rope.expect(name, value)
+
+
+def _check_halves(pair: Pair, manifest: _Section) -> None:
+    full, decoder, layer_map = pair.full_config, pair.decoder_config, pair.layer_map
+    _ = pair.quantize  # raises for what cannot be loaded
+    for name in ("num_kv_heads", "head_dim", "rope", "vocab_size"):
+        if (a := getattr(full, name)) != (b := getattr(decoder, name)):
+            raise InvalidPair(f"{pair.decoder_path}: {name} is {b}, but the full model has {a}; they must be equal")
+    if len(layer_map) != decoder.num_layers:
+        raise manifest.error(
+            "kv.layer_map", f"has {len(layer_map)} entries, but the decoder has {decoder.num_layers} layers"
+        )
+    if wrong := [layer for layer in layer_map if not 0 <= layer < full.num_layers]:
+        raise manifest.error(
+            "kv.layer_map", f"names layers {wrong}, but the full model has layers 0..{full.num_layers - 1}"
+        )
+    for path in {pair.full_path, pair.decoder_path}:
+        if (actual := tokenizer_digest(path)) != pair.tokenizer_digest:
+            raise manifest.error(
+                "tokenizer_digest", f"is {pair.tokenizer_digest}, but {path}/tokenizer.json has {actual}"
+            )
+
+
+def _check_digest(section: _Section, path: Path, report: Report) -> None:
+    stated, actual = section.get("digest", str), checkpoint_digest(path, report)
+    if stated != actual:
+        raise section.error("digest", f"is {stated}, but the checkpoint in {path} has {actual}; it is damaged")

@@ -1,0 +1,137 @@
+"""Compiles C++ on first use and keeps the result in the cache folder.
+
+::
+
+    $OVERFILL_HOME/native/<key>/kernels.so      key: sources, flags and compiler version
+    $OVERFILL_HOME/native/<key>/sha256          of kernels.so, so that a damaged one is not loaded
+
+A folder is filled under another name and renamed, by one process at a time; the others wait. The umask says who may
+read it; only its owner may write. A process loads what it or root has compiled and no other user could write.
+Knows nothing of what is in the library.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from overfill.process.home import home
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native")
+_LIBRARY, _DIGEST = "kernels.so", "sha256"
+_TIMEOUT = 300  # seconds; it takes about five
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it failed; the message says what to do."""
+
+
+def find_compiler(names: Sequence[str] = COMPILERS) -> str | None:
+    """The first of the programs ``names`` that is installed."""
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def compiled_library(source: Path, flags: Sequence[str]) -> Path:
+    """The shared library of ``source`` and the headers beside it, compiled now unless an earlier process did.
+
+    Args:
+        flags: beside ``FLAGS``: the instructions that it may use.
+
+    Raises:
+        CannotBuild: naming the compiler and what it said.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise CannotBuild(f"none of {', '.join(COMPILERS)} is installed")
+    flags = (*FLAGS, *flags)
+    folder = home() / "native" / _key(compiler, flags, [*sorted(source.parent.glob("*.h")), source])
+    if not _intact(folder):
+        with _alone(folder.parent):
+            if not _intact(folder):  # nobody was faster
+                _compile([compiler, *flags, str(source)], folder)
+    return folder / _LIBRARY
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the lock of ``folder``; the system releases it when the process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise CannotBuild(f"{folder} cannot be written: {error}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
+    digest = hashlib.sha256(" ".join(flags).encode())
+    digest.update(_run([compiler, "--version"]).stdout.encode())
+    for source in sources:
+        digest.update(source.name.encode())
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the library is there, whole and made by this user or root.
+
+    Loading one that was cut short can end the process, and one that others could write runs their code.
+    """
+    library = folder / _LIBRARY
+    try:
+        trusted = all(_trusted(path) for path in (folder, library))
+        return trusted and _sha256(library) == (folder / _DIGEST).read_text()
+    except OSError:
+        return False
+
+
+def _trusted(path: Path) -> bool:
+    found = path.lstat()
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _compile(command: list[str], folder: Path) -> None:
+    """Fills ``folder``, replacing what is there; the caller holds the lock."""
+    made = folder.with_name(f".building-{secrets.token_hex(4)}")
+    try:
+        made.mkdir(0o755)  # less what the umask takes; see _trusted
+    except OSError as error:
+        raise CannotBuild(f"{folder.parent} cannot be written: {error}") from error
+    try:
+        done = _run([*command, "-o", str(made / _LIBRARY)])
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise CannotBuild(f"{command[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
+        (made / _DIGEST).write_text(_sha256(made / _LIBRARY))
+        readable = made.stat().st_mode & 0o555
+        (made / _LIBRARY).chmod(readable)
+        (made / _DIGEST).chmod(readable & 0o444)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(made, folder)
+        except OSError as error:
+            raise CannotBuild(f"{folder} cannot be made: {error}") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(f"{command[0]} failed: {error}") from error

@@ -1,0 +1,238 @@
+"""Sampling parameters: one definition for the SDK, the router and the engines. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Literal, get_args
+
+from overfill.errors import InvalidRequest
+from overfill.v1 import common_pb2
+
+MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 1024
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a whole answer must look like.
+
+    Args:
+        kind: "json_object" (any JSON object; ``text`` is empty), "json_schema" (``text`` is a schema as JSON text),
+            "regex" or "lark" (llguidance's dialect).
+
+    Raises:
+        InvalidRequest: ``text`` is missing or, of a schema, not JSON. Whether the grammar can be obeyed is checked
+            where it is compiled (``overfill.request.grammar``).
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise _invalid("grammar", f"is of kind {self.kind!r}; there are {', '.join(get_args(GrammarKind))}")
+        if (self.kind == "json_object") != (not self.text):
+            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "takes no text")
+        if self.kind == "json_schema":
+            _check_schema("grammar.json_schema", self.text)
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
+        """Answers are JSON texts that ``schema`` accepts."""
+        return cls("json_schema", json.dumps(schema))
+
+    def to_proto(self) -> common_pb2.Grammar:
+        if self.kind == "json_object":
+            return common_pb2.Grammar(json_object=True)
+        message = common_pb2.Grammar()
+        setattr(message, self.kind, self.text)
+        return message
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.Grammar) -> Grammar:
+        kind = message.WhichOneof("kind")
+        if kind is None:
+            raise _invalid("grammar", "is empty: give json_object, json_schema, regex or lark")
+        if kind == "json_object":
+            if not message.json_object:
+                raise _invalid("grammar.json_object", "must be true; leave grammar out for free answers")
+            return cls("json_object")
+        return cls(kind, getattr(message, kind))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Checked on construction.
+
+    Filters apply in this order: temperature, top-k, top-p, min-p (as in Hugging Face *generate*).
+
+    Args:
+        temperature: divides the logits; 0 means greedy.
+        top_k: keep the k most likely tokens; None keeps all.
+        top_p: keep the smallest set of most likely tokens with at least this mass, in (0, 1].
+        min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
+        seed: 64-bit key of the counter-based generator; None lets the router draw one.
+        max_tokens: most tokens in the answer, the first one included; None means what the context leaves.
+        min_tokens: until the answer has so many tokens, those that would end it cannot be sampled, and stop strings are
+            not looked for. A grammar that allows nothing but the end still ends the answer.
+        stop_token_ids: end the answer, besides the model's end-of-sequence ids; not part of the text.
+        ignore_eos: run on past the model's own end-of-sequence ids.
+        logprobs: None, or how many most likely tokens to report beside the chosen one (0 to 20).
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that are in the prompt or
+            in the answer so far (as in Hugging Face *generate*); in [0.01, 100], 1 does nothing.
+        presence_penalty: subtracted from the logit of every token that is in the answer so far, in [-2, 2].
+        frequency_penalty: subtracted once for each time that the token is in the answer so far, in [-2, 2].
+        logit_bias: token id to what is added to its logit, in [-100, 100].
+        grammar: what the whole answer must look like.
+        stop: not taken. The calls of ``Client`` and ``AsyncClient`` take stop strings.
+
+    Penalties, bias and grammar change the logits before temperature and filters, in the order above.
+
+    Raises:
+        InvalidRequest: a value is out of range or contradicts another; ``field`` names it.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    grammar: Grammar | None = None
+    stop: InitVar[object] = None
+
+    def __post_init__(self, stop: object) -> None:
+        if stop is not None:
+            raise _invalid(
+                "stop",
+                "is not a sampling parameter: give stop strings to the call, client.generate(prompt, stop=[...]), "
+                "and token ids as stop_token_ids",
+            )
+        _check_finite("temperature", self.temperature)
+        if self.temperature < 0:
+            raise _invalid("temperature", f"must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise _invalid("top_k", f"must be at least 1, or absent to keep all tokens; got {self.top_k}")
+        _check_finite("top_p", self.top_p)
+        if not 0 < self.top_p <= 1:
+            raise _invalid("top_p", f"must be in (0, 1], got {self.top_p}")
+        _check_finite("min_p", self.min_p)
+        if not 0 <= self.min_p <= 1:
+            raise _invalid("min_p", f"must be in [0, 1], got {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise _invalid("seed", f"must be in [0, 2^64), got {self.seed}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise _invalid("max_tokens", f"must be at least 1, got {self.max_tokens}")
+        if self.min_tokens < 0:
+            raise _invalid("min_tokens", f"must be at least 0, got {self.min_tokens}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _invalid("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}")
+        if any(t < 0 for t in self.stop_token_ids):
+            raise _invalid("stop_token_ids", "token ids are not negative")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise _invalid("logprobs", f"must be in 0..{MAX_LOGPROBS}, got {self.logprobs}")
+        if self.greedy and (self.top_k not in (None, 1) or self.top_p != 1 or self.min_p != 0):
+            raise _invalid("temperature", "0 (greedy) contradicts top_k, top_p and min_p; leave those out")
+        # Beyond these no use is known, and float32 logits are soon infinite.
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            allowed = f"[{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]"
+            raise _invalid("repetition_penalty", f"must be in {allowed}, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not abs(value) <= MAX_PENALTY:
+                raise _invalid(name, f"must be in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], got {value}")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise _invalid("logit_bias", f"has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIASES} are allowed")
+        for token, bias in self.logit_bias.items():
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise _invalid("logit_bias", f"must be in [-100, 100], got {bias} for token {token}")
+        if self.grammar is not None and self.ignore_eos:
+            raise _invalid("grammar", "contradicts ignore_eos: an answer ends where the grammar does")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def end_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
+        """Token ids that end an answer; ``eos_ids`` are the model's own."""
+        return frozenset(self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_ids))
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises InvalidRequest when a stop or biased token id is outside the vocabulary."""
+        check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
+        check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
+
+    def to_proto(self) -> common_pb2.SamplingParams:
+        return common_pb2.SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens or None,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            grammar=None if self.grammar is None else self.grammar.to_proto(),
+        )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
+        """Absent fields take the defaults above; a present zero is a zero."""
+        given = {field.name: value for field, value in message.ListFields()}  # those present, zeros included
+        given |= {"stop_token_ids": tuple(message.stop_token_ids), "logit_bias": dict(message.logit_bias)}
+        if message.HasField("grammar"):
+            given["grammar"] = Grammar.from_proto(message.grammar)
+        return cls(**given)
+
+
+def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises InvalidRequest naming ``field`` and the first id outside ``[0, vocab_size)``."""
+    for index, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(field, f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")
+
+
+def _check_schema(field: str, text: str) -> None:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(field, f"is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise _invalid(field, "is not a JSON object")
+
+
+def _check_finite(field: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise _invalid(field, f"must be a finite number, got {value}")
+
+
+def _invalid(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"sampling.{field}", message)

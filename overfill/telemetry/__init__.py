@@ -1,0 +1,1 @@
+"""What a process tells people: metrics, logs, traces, progress."""

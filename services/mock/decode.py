@@ -1,0 +1,334 @@
+"""A decode worker that fetches KV as a real one does, throws it away, and says what its script says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from overfill.errors import InvalidRequest, OverfillError, ShuttingDown, Unavailable
+from overfill.kv.chunks import TransferSpec, check
+from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.ranges import KvRange
+from overfill.kv.spec import KvSpec
+from overfill.kv.wire import decode_all, pull_kv
+from overfill.request.params import SamplingParams
+from overfill.rpc.calls import outcome, responses, written
+from overfill.rpc.channel import open_channel
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.interceptors import Context
+from overfill.settings.mock import MockDecodeConfig
+from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from overfill.version import __version__
+from services.mock.tokens import Script, Speaker
+from services.mock.worker import MockWorker
+
+_Response = decode_pb2.DecodeResponse
+_Need = decode_pb2.NeedPrefill
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    start: decode_pb2.StartDecode
+    sampling: SamplingParams
+    speaker: Speaker
+    blocks: int
+    emitted: list[int]
+    out: asyncio.Queue[_Response | Exception | None] = field(default_factory=asyncio.Queue)
+    prefill_worker: str = ""
+    first_known: int | None = None
+    first_step: int | None = None
+
+    def take(self, token: int, **timing: int) -> bool:
+        """Emits ``token`` if it is no stop; True when the sequence has ended."""
+        stops = set(self.sampling.stop_token_ids)
+        if not self.sampling.ignore_eos:
+            stops.update(self.start.eos_token_ids)
+        if token in stops:
+            self._done(common_pb2.FINISH_REASON_STOP)
+            return True
+        scored = self.speaker.logprobs(token)
+        tokens = decode_pb2.Tokens(
+            first_index=len(self.emitted), ids=[token], logprobs=[] if scored is None else [scored], **timing
+        )
+        self.emitted.append(token)
+        self.out.put_nowait(_Response(tokens=tokens))
+        if len(self.emitted) >= self.sampling.max_tokens:  # type: ignore[operator]  # checked when accepted
+            self._done(common_pb2.FINISH_REASON_LENGTH)
+            return True
+        return False
+
+    def _done(self, reason: common_pb2.FinishReason) -> None:
+        done = decode_pb2.DecodeDone(
+            reason=reason,
+            usage=common_pb2.Usage(prompt_tokens=len(self.start.prompt_token_ids), completion_tokens=len(self.emitted)),
+            prefill_worker_id=self.prefill_worker,
+            codec=common_pb2.KV_CODEC_RAW,
+        )
+        if self.first_step is not None:
+            done.decode_ns = time.monotonic_ns() - self.first_step
+            if self.first_known is not None:
+                done.handoff_exposed_ns = self.first_step - self.first_known
+        self.out.put_nowait(_Response(done=done))
+        self.out.put_nowait(None)
+
+
+class MockDecode(decode_pb2_grpc.DecodeServicer):
+    """Serves Decode: every step gives all running sequences a token."""
+
+    worker: MockWorker
+
+    def __init__(self, config: MockDecodeConfig, script: Script) -> None:
+        self._config = config
+        self._script = script
+        self._sequences: set[_Sequence] = set()
+        self._running: set[_Sequence] = set()
+        self._wake = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
+        self._peers: dict[tuple[str, int], _Peer] = {}
+
+    @property
+    def active(self) -> int:
+        return len(self._sequences)
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        return decode_pb2.WorkerLoad(
+            kv_blocks_used=sum(sequence.blocks for sequence in self._sequences),
+            kv_blocks_total=self._config.mock_kv_blocks,
+            running=len(self._running),
+            waiting=len(self._sequences) - len(self._running),
+            block_size=self._config.block_size,
+        )
+
+    async def close(self) -> None:
+        """Stops stepping and closes its connections."""
+        if self._stepping is not None:
+            self._stepping.cancel()
+        for peer in self._peers.values():
+            await peer.close()
+
+    async def Describe(
+        self, request: decode_pb2.DescribeDecodeRequest, context: Context
+    ) -> decode_pb2.DescribeDecodeResponse:
+        hello = self.worker.hello
+        return decode_pb2.DescribeDecodeResponse(
+            wire_version=WIRE_VERSION,
+            software_version=__version__,
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            model=hello.model,
+            kv=hello.kv,
+            layer_map=self.worker.pair.layer_map,
+            max_model_len=hello.max_model_len,
+        )
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Context
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        received = time.monotonic_ns()
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidRequest("start", "the first message of Generate is StartDecode")
+        sequence = await self._accept(first.start)
+        if sequence is None:
+            yield _Response(refused=decode_pb2.Refused(load=self.load(), reason="no blocks are free"))
+            return
+        handing_over: asyncio.Task[None] | None = None
+        try:
+            reserved = decode_pb2.Reserved(blocks=sequence.blocks, reservation_ns=time.monotonic_ns() - received)
+            yield _Response(reserved=reserved)
+            handing_over = asyncio.ensure_future(self._hand_over(sequence, request_iterator))
+            while (response := await sequence.out.get()) is not None:
+                if isinstance(response, Exception):
+                    raise response
+                yield response
+            handing_over.cancel()
+        finally:
+            if handing_over is not None:
+                handing_over.cancel()
+            self._sequences.discard(sequence)
+            self._running.discard(sequence)
+            self.worker.notify()
+            self.worker.check_drained()
+
+    async def _accept(self, start: decode_pb2.StartDecode) -> _Sequence | None:
+        """None when there is no room."""
+        if self.worker.draining:
+            raise ShuttingDown(f"{self.worker.hello.worker_id} is draining")
+        if start.expected_incarnation != self.worker.hello.incarnation:
+            raise Unavailable(f"{self.worker.hello.worker_id} was restarted since the router chose it")
+        sampling = SamplingParams.from_proto(start.sampling)
+        if sampling.grammar is not None:
+            speaker = await asyncio.to_thread(self._script.speaker, sampling, start.sample_index)
+        else:
+            speaker = self._script.speaker(sampling, start.sample_index)
+        tokens = len(start.prompt_token_ids) + len(start.emitted_token_ids) + 1
+        blocks = -(-tokens // self._config.block_size)
+        free = self._config.mock_kv_blocks - sum(sequence.blocks for sequence in self._sequences)
+        if blocks > free or len(self._sequences) >= self._config.max_num_seqs:
+            return None
+        sequence = _Sequence(start, sampling, speaker, blocks, list(start.emitted_token_ids))
+        self._sequences.add(sequence)
+        self.worker.notify()
+        return sequence
+
+    async def _hand_over(self, sequence: _Sequence, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
+        """Fetches the prompt from each assigned prefill worker until one has handed it over."""
+        async for request in requests:
+            if request.WhichOneof("message") != "assign_prefill":
+                continue
+            target = request.assign_prefill
+            try:
+                ended = await self._peer(target).prefill(sequence, target, self._config.mock_kv_layers)
+            except InvalidRequest as error:
+                sequence.out.put_nowait(error)
+                return
+            except OverfillError as error:
+                need = _Need(reason=_Need.REASON_PREFILL_FAILED, detail=str(error), worker_id=target.worker_id)
+                sequence.out.put_nowait(_Response(need_prefill=need))
+                continue
+            except Exception as error:  # a defect of the mock: told, or the request would wait for ever
+                sequence.out.put_nowait(error)
+                return
+            sequence.prefill_worker = target.worker_id
+            if not ended:
+                self._running.add(sequence)
+                self._wake.set()
+                if self._stepping is None:
+                    self._stepping = asyncio.ensure_future(self._step())
+
+    async def _step(self) -> None:
+        while True:
+            self._wake.clear()
+            if not self._running:
+                await self._wake.wait()
+            started = time.monotonic_ns()
+            batch = list(self._running)
+            await asyncio.sleep(self._config.mock_step + self._config.mock_per_sequence * len(batch))
+            for sequence in batch:
+                sequence.first_step = sequence.first_step or started
+                try:
+                    ended = sequence.take(sequence.speaker.next(sequence.emitted))
+                except OverfillError as error:
+                    ended = True
+                    sequence.out.put_nowait(error)
+                if ended:
+                    self._running.discard(sequence)
+
+    def _peer(self, target: decode_pb2.AssignPrefill) -> _Peer:
+        key = (target.address, target.incarnation)
+        if key not in self._peers:
+            self._peers[key] = _Peer(self.worker, target)
+        return self._peers[key]
+
+
+class _Peer:
+    """Connections to one prefill worker: one for control, one for KV."""
+
+    def __init__(self, worker: MockWorker, target: decode_pb2.AssignPrefill) -> None:
+        self._worker = worker
+        self._name = target.worker_id
+        tls = worker.config.credentials()
+        self._control = open_channel(target.address, tls)
+        self._data = open_channel(target.data_address or target.address, tls)
+        self._checked = False
+
+    async def close(self) -> None:
+        await self._control.close(None)
+        await self._data.close(None)
+
+    async def prefill(self, sequence: _Sequence, target: decode_pb2.AssignPrefill, num_layers: int) -> bool:
+        """One prompt, to the end of its lease. True when its first token ended the sequence."""
+        await self._handshake()
+        start = sequence.start
+        prompt = len(start.prompt_token_ids)
+        request = prefill_pb2.StartPrefill(
+            request_id=start.request_id,
+            attempt=start.attempt,
+            transfer_id=secrets.token_bytes(16),
+            prompt_token_ids=start.prompt_token_ids,
+            sampling=start.sampling,
+            sample_first_token=not sequence.emitted,
+            layers=list(range(min(num_layers, self._worker.kv.num_layers))),
+            codec=common_pb2.KV_CODEC_RAW,
+            expected_incarnation=target.incarnation,
+            sample_index=start.sample_index,
+            tenant_salt=start.tenant_salt,
+        )
+        spec = TransferSpec(request.transfer_id, request.attempt, self._worker.kv, tuple(request.layers), (0, prompt))
+        call = prefill_pb2_grpc.PrefillStub(self._control).Prefill()
+        ended, queue_ns, pulling = False, 0, None
+        try:
+            await written(call.write(prefill_pb2.PrefillRequest(start=request)), self._name)
+            while True:
+                message = await self._next(call, pulling)
+                kind = message.WhichOneof("message") if message else None
+                if kind == "queued":
+                    pulling = asyncio.ensure_future(self._pull(spec, call))
+                    pulling.add_done_callback(lambda task: _end_if_failed(task, call))
+                elif kind == "scheduled":
+                    queue_ns = message.scheduled.queue_ns
+                elif kind == "first_token":
+                    sequence.first_known = time.monotonic_ns()
+                    token = message.first_token
+                    ended = sequence.take(
+                        token.token_id,
+                        prefill_queue_ns=queue_ns,
+                        prefill_compute_ns=token.compute_ns,
+                        return_ns=token.return_ns,
+                    )
+                    if ended:
+                        return True
+                elif kind == "done":
+                    return ended
+                elif kind is None:
+                    raise Unavailable(f"{self._name} ended the stream before the prompt was handed over")
+        finally:
+            if pulling is not None:
+                pulling.cancel()
+            call.cancel()
+
+    async def _next(self, call: Any, pulling: asyncio.Task[None] | None) -> Any:
+        """The next message of the control stream. Raises what ended the data stream, if that comes first."""
+        reading = asyncio.ensure_future(outcome(call.read(), self._name))
+        try:
+            while not reading.done():
+                watched = {reading} if pulling is None or pulling.done() else {reading, pulling}
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                if pulling is not None and pulling.done():
+                    await pulling
+            return await reading
+        finally:
+            reading.cancel()
+
+    async def _pull(self, spec: TransferSpec, call: Any) -> None:
+        box = KvRange(0, len(spec.layers), *spec.tokens, 0, spec.kv.num_kv_heads)
+        request = prefill_pb2.PullKvRequest(transfer_id=spec.transfer_id, attempt=spec.attempt, ranges=[box.to_proto()])
+        async for message in responses(pull_kv(self._data, request, None), self._name):
+            boxes = [check(spec, chunk) for chunk in decode_all(message)]
+            ack = prefill_pb2.AckKv(ranges=[box.to_proto() for box in boxes])
+            await written(call.write(prefill_pb2.PrefillRequest(ack=ack)), self._name)
+
+    async def _handshake(self) -> None:
+        if not self._checked:
+            described = prefill_pb2_grpc.PrefillStub(self._control).Describe(prefill_pb2.DescribePrefillRequest())
+            answer = await outcome(described, self._name)
+            theirs = KvIdentity(
+                answer.wire_version,
+                answer.model.full_digest,
+                answer.model.tokenizer_digest,
+                KvSpec.from_proto(answer.kv),
+            )
+            check_compatible(self._worker.identity, theirs, self._name)
+            self._checked = True
+
+
+def _end_if_failed(pulling: asyncio.Task[None], call: Any) -> None:
+    """Nobody else would hear of it."""
+    if not pulling.cancelled() and pulling.exception() is not None:
+        logging.error("a pull failed", exc_info=pulling.exception())
+        call.cancel()

@@ -1,0 +1,155 @@
+"""A prefill worker that waits instead of computing and sends zeros for KV."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from overfill.errors import InvalidRequest, ShuttingDown, TransferFailed, Unavailable
+from overfill.kv.chunks import TransferSpec, seal
+from overfill.kv.ranges import KvRange
+from overfill.kv.wire import join
+from overfill.request.params import SamplingParams
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
+from overfill.rpc.interceptors import Context
+from overfill.settings.mock import MockPrefillConfig
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.version import __version__
+from services.mock.tokens import Script
+from services.mock.worker import MockWorker
+
+_Response = prefill_pb2.PrefillResponse
+
+
+class _Lease:
+    """A prompt; its KV is all ready once ``computed`` is set."""
+
+    def __init__(self, start: prefill_pb2.StartPrefill, worker: MockWorker) -> None:
+        tokens = len(start.prompt_token_ids)
+        self.spec = TransferSpec(
+            start.transfer_id, start.attempt, worker.kv, tuple(start.layers), (start.already_held_tokens, tokens)
+        )
+        self.cells = len(start.layers) * (tokens - start.already_held_tokens) * worker.kv.num_kv_heads
+        self.blocks = -(-tokens // worker.config.block_size)
+        self.computed = asyncio.Event()
+        self.acknowledged = asyncio.Event()
+
+    async def take_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
+        async for request in requests:
+            self.cells -= sum(KvRange.from_proto(box).cells for box in request.ack.ranges)
+            if self.cells <= 0:
+                self.acknowledged.set()
+
+
+class MockPrefill(prefill_pb2_grpc.PrefillServicer):
+    """Serves Prefill; one prompt is computed at a time."""
+
+    worker: MockWorker
+
+    def __init__(self, config: MockPrefillConfig, script: Script) -> None:
+        self._config = config
+        self._script = script
+        self._leases: dict[bytes, _Lease] = {}
+        self._device = asyncio.Lock()
+        self._queued_tokens = 0
+
+    @property
+    def active(self) -> int:
+        return len(self._leases)
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        return decode_pb2.WorkerLoad(
+            kv_blocks_used=min(self._config.mock_kv_blocks, sum(lease.blocks for lease in self._leases.values())),
+            kv_blocks_total=self._config.mock_kv_blocks,
+            running=len(self._leases),
+            block_size=self._config.block_size,
+            queued_tokens=self._queued_tokens,
+        )
+
+    async def Describe(
+        self, request: prefill_pb2.DescribePrefillRequest, context: Context
+    ) -> prefill_pb2.DescribePrefillResponse:
+        hello = self.worker.hello
+        return prefill_pb2.DescribePrefillResponse(
+            wire_version=WIRE_VERSION,
+            software_version=__version__,
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            model=hello.model,
+            kv=hello.kv,
+            max_model_len=hello.max_model_len,
+            codecs=[common_pb2.KV_CODEC_RAW],
+        )
+
+    async def Prefill(
+        self, request_iterator: AsyncIterator[prefill_pb2.PrefillRequest], context: Context
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
+        start, received = first.start, time.monotonic_ns()
+        if self.worker.draining:
+            raise ShuttingDown(f"{self.worker.hello.worker_id} is draining")
+        if start.expected_incarnation != self.worker.hello.incarnation:
+            raise Unavailable(f"{self.worker.hello.worker_id} was restarted since the router chose it")
+        lease = self._leases[start.transfer_id] = _Lease(start, self.worker)
+        taking = asyncio.ensure_future(lease.take_acknowledgements(request_iterator))
+        try:
+            async for response in self._serve(lease, start, received):
+                yield response
+        finally:
+            taking.cancel()
+            del self._leases[start.transfer_id]
+            self.worker.notify()
+            self.worker.check_drained()
+
+    async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
+        lease = self._leases.get(request.transfer_id)
+        if lease is None:
+            raise TransferFailed("no such transfer here: it has ended or never began")
+        await lease.computed.wait()
+        for message in request.ranges:
+            for box in _pieces(lease.spec, KvRange.from_proto(message)):
+                yield join([seal(lease.spec, box, bytes(lease.spec.payload_bytes(box)))])
+
+    async def _serve(
+        self, lease: _Lease, start: prefill_pb2.StartPrefill, received: int
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        prompt, sampling = len(start.prompt_token_ids), SamplingParams.from_proto(start.sampling)
+        yield _Response(queued=prefill_pb2.PrefillQueued(waiting=max(0, len(self._leases) - 1)))
+        self._queued_tokens += prompt
+        try:
+            async with self._device:
+                scheduled = time.monotonic_ns()
+                yield _Response(scheduled=prefill_pb2.PrefillScheduled(queue_ns=scheduled - received))
+                await asyncio.sleep(self._config.mock_base + self._config.mock_per_token * prompt)
+        finally:
+            self._queued_tokens -= prompt
+        if start.sample_first_token:
+            speaker = await asyncio.to_thread(self._script.speaker, sampling, start.sample_index)
+            token = speaker.next(())
+            yield _Response(
+                first_token=prefill_pb2.FirstToken(
+                    token_id=token,
+                    logprobs=speaker.logprobs(token),
+                    compute_ns=time.monotonic_ns() - scheduled,
+                    return_ns=0,
+                )
+            )
+        lease.computed.set()
+        yield _Response(ready=prefill_pb2.RangesReady(token_start=start.already_held_tokens, token_end=prompt))
+        await lease.acknowledged.wait()
+        yield _Response(done=prefill_pb2.PrefillDone())
+
+
+def _pieces(spec: TransferSpec, box: KvRange) -> list[KvRange]:
+    """``box`` in pieces that fit a message, cut between tokens."""
+    per_token = spec.payload_bytes(box) // box.num_tokens
+    step = max(1, MAX_CHUNK_PAYLOAD // per_token)
+    ends = [*range(box.token_start + step, box.token_end, step), box.token_end]
+    starts = [box.token_start, *ends[:-1]]
+    return [
+        KvRange(box.layer_start, box.layer_end, start, end, box.head_start, box.head_end)
+        for start, end in zip(starts, ends, strict=True)
+    ]

@@ -1,0 +1,120 @@
+"""The arithmetic of bounds, medians and rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from overfill.lab.bench.bounds import ModelCost, decode_step_seconds, prefill_seconds
+from overfill.lab.bench.machine import Machine, typical
+from overfill.lab.bench.rounds import Plan, Sample, in_turns
+from overfill.lab.bench.rows import Row, hints, rows_table
+from overfill.model.manifest import Pair
+
+COST = ModelCost(
+    weight_bytes=1000,
+    kv_token_bytes=10,
+    layer_flops=600,
+    tail_flops=250,
+    head_flops=400,
+    attention_flops=4,
+    num_layers=2,
+)
+ROW = Row(
+    name="decode_full",
+    batch=8,
+    value=80.0,
+    unit="tokens/s",
+    bound=100.0,
+    spread=0.1,
+    pair="identity",
+    context=512,
+    dtype="bfloat16",
+    weights="int8",
+    kv_cache="int8",
+    threads=2,
+    device="cpu",
+    bandwidth=25e9,
+    matrix_rate=4e11,
+    peer="vllm",
+    peer_value=32.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "weights"),
+    [
+        (1, 1000 / 100),  # reading the weights takes longer than multiplying
+        (40, 40 * 1000 / 2000),  # and here it hides behind the products
+    ],
+)
+def test_a_decode_step_is_bound_by_weights_or_products_and_kv_besides(batch, weights):
+    machine = Machine(bandwidth=100, matrix_rate=2000)
+    assert decode_step_seconds(COST, machine, batch, context=50) == weights + batch * 50 * 10 / 100
+
+
+def test_prefill_counts_causal_attention_and_what_lies_behind_the_last_kv_once_per_prompt():
+    machine = Machine(bandwidth=1e9, matrix_rate=1)
+    first_layer, last_layer = (6 + 3) * 2, (3 + 2) * 2
+    assert prefill_seconds(COST, machine, [3, 2]) == 5 * 350 + 2 * (250 + 400) + first_layer + last_layer
+    assert prefill_seconds(COST, Machine(bandwidth=1, matrix_rate=1e9), [3]) == 1000
+
+
+def test_flops_are_those_of_the_checkpoint_s_matrices(tiny_pair):
+    config = Pair.load(tiny_pair).full_config
+    cost = ModelCost.of(config, 0, 0)
+    # hidden 64, 4 heads and 2 KV heads of 16, MLP 128, 4 layers, vocabulary 512
+    assert cost.layer_flops == 2 * 4 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128)
+    assert cost.head_flops == 2 * 64 * 512
+    assert cost.attention_flops == 4 * 4 * 64
+
+
+def test_everybody_takes_turns():
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+    order = []
+
+    def turn(contender):
+        order.append(contender.name)
+        return [1.0, 3.0]
+
+    def probe():
+        order.append("machine")
+        return Machine(len(order), 1.0)
+
+    samples, machine = in_turns(Plan(rounds=2), [Fake("a"), Fake("b")], turn, probe)
+    assert order == ["machine", "a", "b"] * 2
+    assert samples["a"] == Sample((1.0, 3.0, 1.0, 3.0))
+    assert samples["a"].median == 2.0
+    assert machine == typical([Machine(1, 1.0), Machine(4, 1.0)])
+
+
+def test_a_row_is_a_line_of_json_with_ratios_to_bound_and_peer():
+    line = ROW.to_json()
+    assert "\n" not in line
+    found = json.loads(line)
+    assert list(found)[:8] == ["name", "batch", "value", "unit", "bound", "ratio", "peer", "peer_value"]
+    assert (found["ratio"], found["peer_ratio"]) == (0.8, 2.5)
+    assert {"context", "dtype", "weights", "threads", "bandwidth", "matrix_rate", "spread"} <= found.keys()
+    missing = json.loads(replace(ROW, peer_value=None, hint="install it").to_json())
+    assert missing["peer_value"] is None
+    assert missing["peer_ratio"] is None
+    assert missing["hint"] == "install it"
+
+
+def test_the_table_has_a_line_per_figure_and_a_column_per_peer():
+    rows = [ROW, replace(ROW, peer="openvino", peer_value=None, hint="install it"), replace(ROW, batch=1)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(rows_table(rows))
+    lines = [line for line in console.export_text().splitlines() if "decode_full" in line]
+    assert len(lines) == 2
+    assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == [
+        *("decode_full, int8, int8 KV", "8", "512", "80.0", "5", "100", "0.80", "32.0 (2.50×)", "–")
+    ]
+    assert hints(rows) == ["openvino: install it"]

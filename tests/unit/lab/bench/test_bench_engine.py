@@ -1,0 +1,98 @@
+"""`overfill bench decode` and `prefill` on a tiny pair; the figures themselves mean nothing here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from overfill.lab.bench import machine
+from overfill.lab.bench.ours import Workload, load_engines
+from overfill.lab.commands.bench import bench_group
+from overfill.model.manifest import Pair
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch):
+    monkeypatch.setattr(machine, "_CPU_BUFFER", 1 << 16)
+    monkeypatch.setattr(machine, "_CPU_SHAPES", ((8, 8, 8),))
+
+
+def run(*arguments):
+    result = CliRunner().invoke(bench_group, [*arguments, "--threads=1", "--rounds=2"], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result
+
+
+def rows_of(*arguments):
+    return [json.loads(line) for line in run(*arguments, "--json").stdout.splitlines()]
+
+
+def test_decode_measures_both_halves_and_peers(tiny_pair, tmp_path):
+    plot = tmp_path / "speeds.png"
+    rows = rows_of("decode", f"--pair={tiny_pair}", "--batch=1,3", "--context=32", "--steps=2", f"--plot={plot}")
+    figures = [(row["name"], row["batch"], row["peer"]) for row in rows]
+    assert figures == [
+        (name, batch, peer)
+        for batch in (1, 3)
+        for name, peers in (
+            ("decode_full", ("transformers", "reference")),
+            ("decode_decoder", ("transformers", "reference")),
+            ("decode_gain", (None,)),
+        )
+        for peer in peers
+    ]
+    assert all(row["value"] > 0 and row["ratio"] > 0 and row["context"] == 32 for row in rows)
+    assert all(row["peer_value"] > 0 for row in rows if row["peer"])
+    assert plot.stat().st_size > 0
+
+
+def test_prefill_reads_prompts_alone_and_together(tiny_pair):
+    rows = rows_of("prefill", f"--pair={tiny_pair}", "--batch=1,2", "--context=16,40", "--peers=transformers")
+    assert [(row["batch"], row["context"], row["peer"]) for row in rows] == [
+        (batch, length, "transformers") for length in (16, 40) for batch in (1, 2)
+    ]
+    assert all(row["value"] > 0 and row["peer_value"] > 0 for row in rows)
+
+
+def test_a_peer_that_is_not_installed_is_null_with_a_hint(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    options = ("decode", f"--pair={tiny_pair}", "--batch=1", "--context=32", "--steps=1", "--peers=vllm")
+    row = rows_of(*options)[0]
+    assert (row["peer"], row["peer_value"]) == ("vllm", None)
+    assert row["hint"] == "not installed: overfill bench peers install vllm"
+    table = run(*options).stdout
+    assert "vllm: not installed: overfill bench peers install vllm" in table
+
+
+@pytest.mark.parametrize("flag", ["--batch=0", "--batch=1,x", "--peers=nobody"])
+def test_bad_values_are_named(tiny_pair, flag):
+    with pytest.raises(Exception, match=r"numbers such as|nobody is none of"):
+        run("decode", f"--pair={tiny_pair}", flag)
+
+
+def test_int8_weights_count_as_the_bytes_they_are(tiny_pair):
+    pair = Pair.load(tiny_pair)
+    workload = Workload(batch=1, tokens=32)
+    costs = {}
+    for quantize in ("none", "int8"):
+        full, decoder = load_engines(
+            pair,
+            dtype="bfloat16",
+            device=torch.device("cpu"),
+            quantize=quantize,
+            workload=workload,
+            token_budget=64,
+        )
+        assert full.weights == "bfloat16"
+        costs[decoder.weights] = decoder.cost
+    config = pair.decoder_config
+    norms = 2 * config.hidden_size * (2 * config.num_layers + 1)
+    matrices = costs["bfloat16"].weight_bytes - norms
+    rows = config.num_layers * (64 + 64 + 64 + config.hidden_size + 2 * config.intermediate_size + config.hidden_size)
+    assert costs["int8"].weight_bytes < 0.6 * costs["bfloat16"].weight_bytes + 8 * rows
+    assert costs["int8"].weight_bytes > matrices / 2
+    assert costs["int8"].layer_flops == costs["bfloat16"].layer_flops

@@ -1,0 +1,315 @@
+"""`overfill bench serve` against a small server that speaks OpenAI, and the arithmetic of its figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from click.testing import CliRunner
+
+from overfill.errors import InvalidRequest, Unavailable
+from overfill.lab.bench.peers.process import PeerFailed
+from overfill.lab.bench.peers.vllm_server import vllm_server
+from overfill.lab.bench.serve.compare import TargetSpec
+from overfill.lab.bench.serve.load import run_load
+from overfill.lab.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
+from overfill.lab.bench.serve.targets import OpenAiTarget
+from overfill.lab.commands.bench import bench_group
+from overfill.lab.traffic.outcome import Objective, Outcome, figures
+from overfill.lab.traffic.traces import synthetic
+from overfill.rpc.tls import ClientTls
+
+
+class FakeServer:
+    """Answers ``/v1/completions`` with as many tokens as are asked for; answers of 13 break off.
+
+    A message brings ``per_message`` tokens, or ``texts`` messages one; ``says_why``: a last one without text follows.
+    """
+
+    def __init__(self):
+        self.bodies = []
+        self.per_message = self.texts = 1
+        self.says_why = False
+        self.refuse = False
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": "fake"}]})
+
+    async def completions(self, request):
+        body = await request.json()
+        self.bodies.append(body)
+        if self.refuse:
+            return web.json_response({"error": {"message": "too busy"}}, status=503)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        counting = body["stream_options"].get("continuous_usage_stats")
+        sent = 0
+        while sent < body["max_tokens"]:
+            sent = min(body["max_tokens"], sent + self.per_message)
+            event = {"choices": [{"text": "x"}]}
+            if counting:
+                event["usage"] = {"completion_tokens": sent}
+            await response.write(self.texts * f"data: {json.dumps(event)}\n\n".encode())
+            if body["max_tokens"] == 13:
+                return response
+        if self.says_why:
+            event = {"choices": [{"text": "", "finish_reason": "length"}]}
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        usage = {"choices": [], "usage": {"completion_tokens": sent}}
+        await response.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+        return response
+
+
+@pytest.fixture
+def fake():
+    """A running server, and its address as ``url``."""
+    server = FakeServer()
+    loop = asyncio.new_event_loop()
+    ready = threading.Event()
+    stop = asyncio.Event()
+
+    async def serve():
+        app = web.Application()
+        app.router.add_get("/v1/models", server.models)
+        app.router.add_post("/v1/completions", server.completions)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        ready.set()
+        await stop.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(30)
+    yield server
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()
+
+
+def run(*arguments):
+    return CliRunner().invoke(bench_group, ["serve", *arguments], standalone_mode=False)
+
+
+def rows_of(*arguments):
+    result = run(*arguments, "--json")
+    if result.exception is not None:
+        raise result.exception
+    return result, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+LOAD = ("--requests=5", "--arrivals=burst", "--prompt-tokens=7", "--output-tokens=4")
+
+
+@pytest.mark.parametrize(("per_message", "texts"), [(1, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize("says_why", [True, False])
+@pytest.mark.parametrize("extensions", [True, False])
+def test_every_token_is_counted_once(fake, per_message, texts, says_why, extensions):
+    fake.per_message, fake.texts, fake.says_why = per_message, texts, says_why
+    flags = () if extensions else ("--no-extensions",)
+    _, rows = rows_of(f"--target={fake.url}", *LOAD, "--slo=ttft=60,itl=60", *flags)
+    found = {row["name"]: row["value"] for row in rows}
+    assert found["failed"] == 0
+    assert found["output_tokens"] == pytest.approx(4 * found["requests"], rel=1e-3)
+    assert found["goodput"] == found["requests"]
+    assert found["attainment"] == 1
+    assert found["ttft_p50"] <= found["ttft_p99"] <= found["e2e_p99"]
+    played = fake.bodies[2:]  # after the warm-up
+    assert len(played) == 5
+    assert all(len(body["prompt"]) == 7 and body["model"] == "fake" for body in played)
+    assert all(body.get("ignore_eos", False) is extensions for body in played)
+
+
+async def test_a_message_without_text_is_no_token(fake):
+    fake.says_why = True
+    async with OpenAiTarget(fake.url, extensions=False) as target:
+        assert max([count async for count in target.stream([1], 4)]) == 4
+
+
+def test_two_targets_stand_side_by_side(fake, tmp_path):
+    plot = tmp_path / "latencies.png"
+    arguments = (f"--target=a={fake.url}", f"--target=b={fake.url}", *LOAD)
+    _, rows = rows_of(*arguments, f"--plot={plot}")
+    assert {(row["target"], row["peer"]) for row in rows} == {("a", "b")}
+    assert all(row["peer_value"] is not None for row in rows)
+    assert {"source", "requests", "rate", "slo", "prompt_tokens"} <= rows[0].keys()
+    assert plot.stat().st_size > 0
+    table = run(*arguments).stdout
+    assert table.startswith("5 requests (burst), at once; on average 7 tokens in, 4 out")
+    assert "ttft_p50 (ms)" in table
+
+
+def test_a_trace_is_played_with_its_lengths(fake, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,40,8\n2023-11-16 18:15:46.7805900,60,12\n2023-11-16 18:15:46.8805900,20,16\n"
+    )
+    _, rows = rows_of(f"--target={fake.url}", f"--trace={trace}", "--length-scale=0.5", "--requests=2", "--rate=50")
+    assert sorted((len(b["prompt"]), b["max_tokens"]) for b in fake.bodies[2:]) == [(20, 4), (30, 6)]
+    assert (rows[0]["source"], rows[0]["rate"], rows[0]["prompt_tokens"]) == ("trace.csv", 50, 25)
+
+
+def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
+    load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
+    result, rows = rows_of(*load, "--slo=ttft=0.000001")  # which nobody meets: the rate goes down as far as it may
+    lines = [line for line in result.stderr.splitlines() if "requests per second" in line]
+    assert len(lines) == MOST_STEPS
+    assert all(line.endswith("0 % met the objective") for line in lines)
+    assert {(row["saturates"], row["not_saturated"]) for row in rows} == {("a", None)}
+    assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3, abs=0.01)  # rates differ by 15 %
+
+
+def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
+    load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
+    _, rows = rows_of(*load, "--slo=ttft=60")  # which all meet
+    assert {(row["saturates"], row["not_saturated"]) for row in rows} == {(None, "a")}
+    assert "up to which a was not saturated;" in " ".join(run(*load, "--slo=ttft=60").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--rate=saturate=b", "--slo=ttft=1"), "names no target; there are a"),
+        (("--rate=saturate=a",), "needs --slo"),
+        (("--rate=saturate=a", "--slo=ttft=1", "--concurrency=2"), "contradicts --concurrency"),
+        (("--rate=-1",), "not in the range"),
+    ],
+)
+def test_a_rate_that_cannot_be_found_is_refused(more, message):
+    assert message in str(run("--target=a=http://127.0.0.1:9/v1", *more).exception)
+
+
+@pytest.mark.parametrize("first", [1.0, 6.0, 9.9, 13.0, 100.0])
+def test_saturation_is_the_lowest_rate_that_is_too_much(first):
+    """Of a server that answers 8.9 requests per second in time, from rates below and above."""
+    noted = []
+    found = find_saturation(first, lambda rate: min(1.0, 8.9 / rate), noted.append)
+    assert len({step.rate for step in noted}) == len(noted) <= MOST_STEPS
+    if first in (1, 100):  # too far away
+        assert len(noted) == MOST_STEPS
+        assert found == noted[-1]
+        assert found.saturated is (first == 100)
+        return
+    assert found.saturated
+    assert 8.9 / 0.9 < found.rate < 8.9 / 0.9 * STEP
+
+
+def test_a_server_that_does_not_start_says_why():
+    # An interpreter without vLLM.
+    with (
+        pytest.raises(PeerFailed, match="during start-up") as caught,
+        vllm_server(Path(sys.executable), Path("model"), threads=1, max_model_len=64),
+    ):
+        pass
+    assert any("vllm" in note for note in caught.value.__notes__)
+
+
+class Meeting:
+    """A target whose requests end once ``size`` of them have met."""
+
+    def __init__(self, size):
+        self.barrier = asyncio.Barrier(size)
+        self.together = self.most = 0
+
+    async def stream(self, prompt, max_tokens):
+        self.together += 1
+        self.most = max(self.most, self.together)
+        yield 1
+        await self.barrier.wait()
+        self.together -= 1
+        yield max_tokens
+
+
+@pytest.mark.parametrize(("concurrency", "together"), [(None, 6), (2, 2), (3, 3)])
+async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(concurrency, together):
+    target = Meeting(together)
+    requests = synthetic(6, "burst", 1, 8, 5, 0)
+    outcomes = await run_load(target, requests, 100, concurrency=concurrency, timeout=60)
+    assert target.most == together
+    assert [len(outcome.times) for outcome in outcomes] == [5] * 6
+    assert all(outcome.ok for outcome in outcomes)
+
+
+async def test_a_request_that_takes_too_long_has_failed():
+    (outcome,) = await run_load(Meeting(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
+    assert not outcome.ok
+    assert outcome.error == "not finished after 0.05 s"
+
+
+def test_broken_answers_are_failures_and_not_latencies(fake):
+    result, rows = rows_of(
+        f"--target={fake.url}", "--requests=3", "--arrivals=burst", "--output-tokens=13", "--slo=ttft=60"
+    )
+    found = {row["name"]: row["value"] for row in rows}
+    assert found["failed"] == 3
+    assert found["ttft_p50"] is None
+    assert result.return_value == 1
+
+
+def test_a_server_that_answers_nothing_ends_the_run(fake):
+    fake.refuse = True
+    with pytest.raises(Unavailable, match="answers nothing: HTTP 503: too busy"):
+        rows_of(f"--target=x={fake.url}", *LOAD)
+    with pytest.raises(Unavailable, match="does not answer as an OpenAI endpoint"):
+        rows_of("--target=http://127.0.0.1:9/v1", *LOAD)
+
+
+@pytest.mark.parametrize(("given", "key"), [(("--api-key=given",), "given"), ((), "the stack's")])
+def test_a_stack_over_grpc_is_shown_key_and_certificates(monkeypatch, tmp_path, given, key):
+    opened = []
+
+    def client(address, *, tls, api_key):
+        opened.append((address, tls, api_key))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("overfill.lab.bench.serve.targets.AsyncClient", client)
+    monkeypatch.setenv("OPENAI_API_KEY", "somebody else's")
+    monkeypatch.setenv("OVERFILL_API_KEY", "the stack's")
+    ca = tmp_path / "ca.pem"
+    ca.touch()
+    assert "seen" in str(run("--target=grpc://x:1", f"--tls-ca={ca}", *given).exception)
+    assert opened == [("x:1", ClientTls(ca), key)]
+
+
+def test_goodput_counts_requests_that_meet_every_limit():
+    outcomes = [
+        Outcome(0.0, (1.0, 1.1, 1.2)),
+        Outcome(0.0, (3.0, 3.1)),  # first token too late
+        Outcome(1.0, (2.0, 3.0)),  # tokens too slow
+        Outcome(1.0, (), "HTTP 500"),
+        Outcome(2.0, (2.5, 2.6, 4.0), "broke off"),
+    ]
+    found = {f.name: f.value for f in figures(outcomes, Objective.parse("ttft=1.5, itl=0.5"))}
+    span = 3.1
+    assert found["goodput"] == pytest.approx(1 / span)
+    assert found["attainment"] == pytest.approx(0.2)
+    assert found["failed"] == 2
+    assert found["requests"] == pytest.approx(3 / span)
+    assert found["output_tokens"] == pytest.approx(7 / span)
+    assert found["ttft_p50"] == pytest.approx(1.0)
+    assert outcomes[0].itl == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("text", ["ttft", "ttft=-1", "speed=3", "ttft=x"])
+def test_objectives_are_checked(text):
+    with pytest.raises(InvalidRequest, match="is not a limit in seconds"):
+        Objective.parse(text)
+
+
+def test_targets_are_checked():
+    assert TargetSpec.parse("a=http://x/v1") == TargetSpec("a", "http://x/v1")
+    assert TargetSpec.parse("vllm") == TargetSpec("vllm", "vllm")
+    assert TargetSpec.parse("one=colocated:fast") == TargetSpec("one", "colocated:fast")
+    with pytest.raises(InvalidRequest, match="none of http"):
+        TargetSpec.parse("localhost:8000")
+    same = run("--target=a=http://x/v1", "--target=a=http://y/v1")
+    assert "same name" in str(same.exception)

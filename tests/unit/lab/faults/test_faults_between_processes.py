@@ -1,0 +1,139 @@
+"""The means of a trial: links that are late and lossy, clocks of single processes, probes that hold a request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from overfill.lab.chaos.clock import Clocks
+from overfill.lab.chaos.control import Control
+from overfill.lab.chaos.probes import Probe
+from overfill.lab.faults.proxy import TcpProxy
+
+DATA = bytes(range(256)) * 400  # seven pieces
+
+
+@asynccontextmanager
+async def echo() -> AsyncIterator[TcpProxy]:
+    """A proxy in front of a server that sends everything back."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while piece := await reader.read(65536):
+            writer.write(piece)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, TcpProxy(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", seed=1) as proxy:
+        yield proxy
+
+
+async def through(proxy: TcpProxy) -> tuple[bytes, float]:
+    """What comes back, and the seconds that it took."""
+    host, _, port = proxy.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    started = asyncio.get_running_loop().time()
+    writer.write(DATA)
+    writer.write_eof()
+    back = await reader.read(-1)
+    writer.close()
+    return back, asyncio.get_running_loop().time() - started
+
+
+async def test_a_late_link_delivers_everything_in_order() -> None:
+    async with echo() as proxy:
+        proxy.delay = 0.05
+        back, _ = await through(proxy)
+    assert back == DATA
+
+
+async def test_a_lossy_link_delivers_everything_after_retransmissions() -> None:
+    async with echo() as proxy:
+        proxy.loss = 0.3
+        back, seconds = await through(proxy)
+    assert back == DATA
+    assert seconds > 0.2  # the least that a loss costs
+
+
+async def test_a_link_that_recovers_is_as_before() -> None:
+    async with echo() as proxy:
+        proxy.rate, proxy.delay, proxy.loss = 20_000.0, 1.0, 0.5
+        proxy.rate, proxy.delay, proxy.loss = None, 0.0, 0.0
+        back, seconds = await through(proxy)
+    assert back == DATA
+    assert seconds < 5  # at that rate it took ten
+
+
+CLOCK = """
+import sys, threading, time
+ahead = lambda since=time.time() - time.monotonic(): round(time.time() - time.monotonic() - since)
+print(ahead(), flush=True)
+sys.stdin.readline()
+print(ahead(), flush=True)
+began = time.monotonic()
+threading.Event().wait(0.2)  # as long as ever
+print(0.1 < time.monotonic() - began < 30, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seconds", [3600, -86400])
+def test_a_clock_is_set_for_one_process_while_it_runs(tmp_path: Path, seconds: int) -> None:
+    clocks = Clocks(tmp_path)
+    if not clocks.available:
+        pytest.skip("no C compiler here")
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOCK],
+        env=os.environ | clocks.environment("one"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    clocks.jump("one", seconds)
+    rest, _ = process.communicate("\n", timeout=60)
+    assert rest.splitlines() == [str(seconds), "True"]
+
+
+async def test_a_request_is_held_in_its_phase_until_it_is_let_go(tmp_path: Path) -> None:
+    async with Control(tmp_path) as control:
+        probe = await asyncio.to_thread(Probe, control.path, "decode-0")
+        catching = asyncio.ensure_future(control.catch("reserving", 30.0, 30.0))
+        holding = asyncio.ensure_future(held(probe, "reserving", "r1"))
+        caught = await catching
+        assert (caught.process, caught.request) == ("decode-0", "r1")
+        assert control.where("r1") == {"decode": "decode-0"}
+        assert not holding.done()
+        control.release(caught)
+        await asyncio.wait_for(holding, 10)
+        await probe.hold("reserving", "r2")  # nobody waits for this one
+        probe.close()
+
+
+async def test_nobody_waits_for_longer_than_asked(tmp_path: Path) -> None:
+    async with Control(tmp_path) as control:
+        probe = await asyncio.to_thread(Probe, control.path, "decode-0")
+        with pytest.raises(TimeoutError):
+            await control.catch("decode", 0.05, 0.05)
+        await asyncio.wait_for(held(probe, "decode", "r1"), 10)
+        probe.close()
+
+
+async def held(probe: Probe, phase: str, request: str) -> None:
+    """Comes into the phase again and again, as request after request does, until it was held once."""
+    while True:
+        arm = probe.reached(phase, request, quiet=True)
+        if arm is not None:
+            while arm.holds:
+                await asyncio.sleep(0.005)
+            return
+        if phase == "decode":
+            return
+        await asyncio.sleep(0.005)

@@ -1,0 +1,74 @@
+"""Options of a load test: what contradicts, how they reach locust, how the users go over time."""
+
+from __future__ import annotations
+
+import pytest
+
+from overfill.errors import InvalidRequest
+from overfill.lab.loadtest.plan import LoadPlan
+from overfill.lab.loadtest.shapes import users_at
+
+
+def test_the_shape_follows_from_what_is_given():
+    assert LoadPlan().kind == "constant"
+    assert LoadPlan(trace="x.csv").kind == LoadPlan(rate=1, requests=1).kind == "arrivals"
+    assert LoadPlan(trace="x.csv", shape="ramp").kind == "ramp"
+    assert LoadPlan().seconds == 60
+    assert LoadPlan(shape="soak").seconds == 3600
+    assert LoadPlan(trace="x.csv").seconds is None
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"target": "127.0.0.1:7600"}, "target"),
+        ({"rate": 1.0, "shape": "ramp"}, "rate"),
+        ({"shape": "arrivals"}, "shape"),
+        ({"rate": 1.0}, "rate"),
+        ({"users": 0}, "users"),
+        ({"length_scale": 0.0}, "length_scale"),
+        ({"slo": "ttft=1"}, "slo"),
+    ],
+)
+def test_contradictions_are_told(options, field):
+    with pytest.raises(InvalidRequest) as error:
+        LoadPlan(**options)
+    assert error.value.field == field
+
+
+def test_locust_gets_what_differs_under_its_own_names():
+    plan = LoadPlan(users=7, tls_cert="a.pem", tls_ca="b.pem", shape="spike", slo="errors=1")
+    assert set(plan.locust_argv()) == {
+        "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
+    }  # fmt: skip
+    assert LoadPlan().locust_argv() == []
+    # What its parser then has, with options of its own.
+    parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
+    assert LoadPlan.of_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
+
+
+def test_options_that_locust_has_itself_win_because_its_page_edits_them():
+    parsed = {"host": "http://h/v1", "target": "grpc://t:1", "run_time": 30, "duration": 60.0, "num_users": 2}
+    plan = LoadPlan.of_locust(parsed)
+    assert (plan.target, plan.duration, plan.users) == ("http://h/v1", 30.0, 2)
+    # Fields of the page that are left empty, and numbers, which come as text.
+    plan = LoadPlan.of_locust({"host": "", "target": "grpc://t:1", "duration": "", "requests": "5"})
+    assert (plan.target, plan.duration, plan.requests) == ("grpc://t:1", None, 5)
+
+
+def test_a_key_is_in_no_option(monkeypatch):
+    monkeypatch.setenv("OVERFILL_API_KEY", "secret")
+    plan = LoadPlan()
+    assert plan.api_key == "secret"
+    assert "secret" not in f"{plan}{plan.locust_argv()}"
+
+
+def test_users_over_time():
+    def users(shape, most=10):
+        return [users_at(shape, elapsed, 100.0, most) for elapsed in range(0, 110, 10)]
+
+    assert users("constant") == users("soak") == [10] * 10 + [None]
+    assert users("ramp") == [*range(1, 11), None]
+    assert users("spike") == [1, 1, 1, 1, 10, 10, 1, 1, 1, 1, None]
+    assert users("ramp", most=2) == [1] * 5 + [2] * 5 + [None]
+    assert users("spike", most=1)[4] == 1

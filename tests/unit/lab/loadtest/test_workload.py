@@ -1,0 +1,69 @@
+"""Which requests are sent: shared prefixes of a trace, and shares of several processes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from overfill.lab.loadtest.plan import LoadPlan
+from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.workload import Share, Workload
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """Two requests that share their first block, one that shares none."""
+    path = tmp_path / "mooncake.jsonl"
+    blocks = ([1, 2], [1, 3], [4, 5])
+    lines = [
+        {"timestamp": 1000 * i, "input_length": 1000, "output_length": 20, "hash_ids": ids}
+        for i, ids in enumerate(blocks)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_equal_hashes_are_equal_text_in_every_process(trace):
+    plan = LoadPlan(trace=trace, length_scale=0.125)
+    here, there = Workload(plan), Workload(plan)
+    a, b, c = here.prompt(0), there.prompt(1), there.prompt(2)
+    assert len(a) == len(b) == len(c) == 125
+    assert a[:64] == b[:64]
+    assert a[64:] != b[64:]
+    assert a[:64] != c[:64]
+    assert here.total == 3
+    assert here[1].output_tokens == 2
+
+
+def test_a_trace_may_lend_its_lengths_to_a_shape(trace):
+    workload = Workload(LoadPlan(trace=trace, shape="constant"))
+    assert workload.total is None
+    assert workload[3].blocks == workload[0].blocks
+    assert workload.prompt(3)[:512] == workload.prompt(0)[:512]
+    assert workload.prompt(3) != workload.prompt(0)[:1000] or workload[3].prompt_tokens <= 1024
+
+
+def test_arrivals_end_with_the_time_or_the_count(trace):
+    assert Workload(LoadPlan(trace=trace, duration=1.5)).total == 2
+    assert Workload(LoadPlan(trace=trace, requests=1)).total == 1
+    assert Workload(LoadPlan(rate=10.0, requests=7)).total == 7
+    by_time = Workload(LoadPlan(rate=10.0, duration=20.0))
+    assert 100 < by_time.total < 300
+    assert by_time.last_arrival < 20
+
+
+def test_every_request_falls_to_one_process_once():
+    shares = [Share(10, index, 3) for index in range(3)]
+    assert [list(share.ordinals()) for share in shares] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    taken = [ordinal for share in shares for ordinal in iter(share.take, None)]
+    assert sorted(taken) == list(range(10))
+    endless = Share(None, 1, 2)
+    assert [endless.take() for _ in range(3)] == [1, 3, 5]
+
+
+def test_prompts_made_beforehand_are_the_same(trace):
+    plan = LoadPlan(trace=trace)
+    session, fresh = Session(plan), Workload(plan)
+    session.begin(0, 1)
+    assert [session.workload.prompt(i) for i in range(3)] == [fresh.prompt(i) for i in range(3)]

@@ -1,0 +1,345 @@
+"""Modelled workers alone, without a router: time against the bound model and queueing theory, and every block."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overfill.errors import InvalidRequest
+from overfill.kv.keys import PromptBlocks
+from overfill.lab.bench.bounds import ModelCost, decode_step_seconds, prefill_seconds
+from overfill.lab.bench.machine import Machine
+from overfill.lab.simulate.blocks import CountedBlocks, SharedBlocks
+from overfill.lab.simulate.clock import Clock
+from overfill.lab.simulate.decode import Sequence, SequenceState, SimDecode
+from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.prefill import SimPrefill, Ticket
+from overfill.lab.simulate.profiles import BUILT_IN, CPU, DecodeModel, PrefillModel, Profile, load_profile
+
+
+class Listener:
+    """Writes down what workers say."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.done, self.computed, self.sent, self.wanted, self.lost = {}, {}, {}, [], []
+
+    def answer_done(self, sequence):
+        self.done[sequence.owner] = self.clock.now
+
+    def kv_wanted(self, sequence):
+        self.wanted.append(sequence)
+
+    def preempted(self, sequence):
+        self.lost.append(sequence)
+
+    def prompt_computed(self, ticket):
+        self.computed[ticket.id] = self.clock.now
+
+    def kv_sent(self, ticket):
+        self.sent[ticket.id] = self.clock.now
+
+    def load_changed(self):
+        pass
+
+
+def run(clock):
+    while clock.step():
+        pass
+
+
+def decode_worker(**model):
+    clock = Clock()
+    listener = Listener(clock)
+    profile = replace(CPU, decode=DecodeModel(**model))
+    return clock, listener, SimDecode(clock, profile, listener, Histogram())
+
+
+def start(worker, name, prompt, output):
+    sequence = Sequence(prompt, output, 0, name)
+    assert worker.reserve(sequence)
+    worker.first_token(sequence)
+    worker.kv_arrived(sequence)
+    return sequence
+
+
+def test_a_single_worker_reproduces_the_bound_model():
+    """Answers and prompts of the bound model's own formulas, summed step by step."""
+    cost = ModelCost(
+        6_400_000_000, 131_072, layer_flops=0, tail_flops=0, head_flops=0, attention_flops=0, num_layers=10**12
+    )
+    machine = Machine(bandwidth=240e9, matrix_rate=60e12)
+    clock, listener, worker = decode_worker(
+        base=cost.weight_bytes / machine.bandwidth, per_kv_token=cost.kv_token_bytes / machine.bandwidth
+    )
+    start(worker, "first", 1, 2)  # one step, at whose end the others join, all at once
+    for index in range(8):
+        start(worker, index, 500, 101)
+    run(clock)
+    began = listener.done.pop("first")
+    expected = sum(decode_step_seconds(cost, machine, 8, 501 + step) for step in range(100))
+    assert {round(time - began, 9) for time in listener.done.values()} == {round(expected, 9)}
+    assert worker.gaps.percentile(0.5) == pytest.approx(expected / 100, rel=0.02)
+
+    full = ModelCost(
+        0, 131_072, layer_flops=16_000_000_000, tail_flops=0, head_flops=0, attention_flops=524_288, num_layers=10**12
+    )
+    model = PrefillModel(full.layer_flops / machine.matrix_rate, full.attention_flops / machine.matrix_rate)
+    whole = prefill_seconds(full, machine, [5000])
+    assert model.step_seconds([(0, 5000)]) == pytest.approx(whole, rel=1e-9)
+    chunked = model.step_seconds([(0, 2048)]) + model.step_seconds([(2048, 2048)]) + model.step_seconds([(4096, 904)])
+    assert chunked == pytest.approx(whole, rel=1e-9), "chunks cost what the whole costs"
+
+
+def test_a_sequence_joins_at_the_end_of_the_step_that_runs():
+    clock, listener, worker = decode_worker(base=1.0)
+    start(worker, "a", 10, 6)  # five steps
+    clock.at(1.5, lambda: start(worker, "b", 10, 3))
+    run(clock)
+    assert listener.done == {"a": 5.0, "b": 4.0}, "b waits for the step from 1 to 2, then runs two"
+
+
+def test_steps_slow_down_as_contexts_grow():
+    clock, listener, worker = decode_worker(base=1.0, per_sequence=0.5, per_kv_token=0.01)
+    start(worker, "a", 99, 4)
+    run(clock)
+    assert listener.done["a"] == pytest.approx(sum(1.5 + 0.01 * (100 + i) for i in range(3)))
+
+
+def test_a_preempted_sequence_replays_and_ends():
+    clock, listener, worker = decode_worker(base=1.0, kv_tokens=10 * 4, block_size=4, replay_per_token=0.25)
+    start(worker, "old", 15, 12)
+    young = start(worker, "young", 15, 12)
+    while not listener.lost:
+        clock.step()
+        worker.check()
+    assert young.state is SequenceState.PREEMPTED
+    emitted = young.emitted
+    assert 1 < emitted < 12
+    assert not worker.reserve(Sequence(1, 1, 0, "new")), "preempted sequences come first"
+    while not listener.wanted:
+        clock.step()
+        worker.check()
+    assert listener.done["old"] == 11.0
+    worker.kv_arrived(young)
+    run(clock)
+    worker.check()
+    assert listener.done["young"] == pytest.approx(11 + 0.25 * (emitted - 1) + 12 - emitted)
+    assert worker.used == 0
+
+
+def test_a_reservation_is_refused_when_it_does_not_fit():
+    clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_seqs=2)
+    assert worker.reserve(Sequence(79, 5, 0, "a"))
+    assert not worker.reserve(Sequence(10, 5, 0, "b")), "a block is left for a to grow into"
+    assert worker.reserve(Sequence(9, 5, 0, "c"))
+    assert not worker.reserve(Sequence(1, 1, 0, "d")), "two sequences are the most"
+    clock.step()
+    worker.check()
+
+
+def test_an_answer_of_one_token_needs_no_step():
+    _, listener, worker = decode_worker(base=1.0)
+    sequence = Sequence(10, 1, 0, "a")
+    worker.reserve(sequence)
+    worker.first_token(sequence)
+    assert listener.done == {"a": 0.0}
+    assert worker.used == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12),
+    kv=st.integers(30, 80),
+    block=st.sampled_from([1, 3, 16]),
+)
+def test_blocks_are_counted_to_the_last_one_whatever_happens(sequences, kv, block):
+    """KV arrives two seconds after it is wanted; everything ends, and in between no block is lost or owed."""
+    clock, listener, worker = decode_worker(
+        base=0.5, per_kv_token=0.001, kv_tokens=kv * max(block, 4), block_size=block
+    )
+    waiting = []
+
+    def arrive(sequence):
+        if worker.reserve(sequence):
+            clock.after(1.0, worker.first_token, sequence)
+            clock.after(2.0, worker.kv_arrived, sequence)
+        else:
+            clock.after(5.0, arrive, sequence)
+
+    room = kv * max(block, 4)
+    for index, (time, prompt, output) in enumerate(sequences):
+        if prompt + output + block < room:
+            waiting.append(index)
+            clock.at(time, arrive, Sequence(prompt, output, 0, index))
+    answered = 0
+    while clock.step():
+        worker.check()
+        for sequence in listener.wanted[answered:]:
+            clock.after(1.0, worker.first_token, sequence)
+            clock.after(2.0, worker.kv_arrived, sequence)
+        answered = len(listener.wanted)
+    assert sorted(listener.done) == waiting
+    assert worker.used == 0
+
+
+def prefill_worker(**model):
+    clock = Clock()
+    listener = Listener(clock)
+    link = {name: model.pop(name) for name in ("kv_token_bytes", "link_bandwidth", "layers") if name in model}
+    profile = replace(CPU, prefill=PrefillModel(**model), **link)
+    blocks = CountedBlocks(profile.prefill.kv_tokens, 16)
+    return clock, listener, SimPrefill(clock, profile, blocks, listener)
+
+
+def test_m_d_1_waits_as_the_formula_says():
+    """Poisson arrivals, equal prompts, one at a time: mean wait = rho / (2 mu (1 - rho)) (Pollaczek-Khinchine)."""
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, max_seqs=1, kv_token_bytes=0)
+    generator = random.Random(1)
+    arrivals, now = {}, 0.0
+    for index in range(20_000):
+        now += generator.expovariate(0.7)
+        arrivals[str(index)] = now
+        clock.at(now, worker.submit, Ticket(str(index), 100, (), None))
+    run(clock)
+    waits = [listener.computed[name] - time - 1.0 for name, time in arrivals.items()]
+    assert sum(waits) / len(waits) == pytest.approx(0.7 / (2 * (1 - 0.7)), rel=0.05)
+    assert worker.busy == pytest.approx(20_000)
+
+
+def test_the_oldest_prompt_gets_half_of_a_step_and_short_ones_the_rest():
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, kv_token_bytes=0)
+    worker.submit(Ticket("first", 100, (), None))
+    for name, tokens in (("long", 300), ("short", 30), ("medium", 60)):
+        worker.submit(Ticket(name, tokens, (), None))
+    run(clock)
+    assert {name: round(time, 6) for name, time in listener.computed.items()} == {
+        "first": 1.0,
+        "short": 2.0,
+        "medium": 3.0,
+        "long": 4.9,
+    }
+    worker.check()
+
+
+def test_kv_leaves_while_later_chunks_are_computed():
+    link = {"kv_token_bytes": 100, "link_bandwidth": 10_000.0, "layers": 10}
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, **link)
+    worker.submit(Ticket("a", 100, (), None))
+    run(clock)
+    assert (listener.computed["a"], listener.sent["a"]) == (1.0, 1.1), "a tenth, the last layer, is left"
+    slow = dict(link, link_bandwidth=2_500.0)
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, **slow)
+    worker.submit(Ticket("a", 100, (), None))
+    run(clock)
+    assert (listener.computed["a"], listener.sent["a"]) == (1.0, 4.0), "the link takes four seconds from the start"
+
+
+def test_prompts_share_blocks_and_the_cache_forgets_what_it_has_no_room_for():
+    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
+    assert blocks.acquire("a", 450, (1, 2, 3, 4, 5)) == 0
+    blocks.publish("a", 450)
+    assert blocks.acquire("b", 350, (1, 2, 3, 9)) == 300
+    assert blocks.used == 6
+    assert blocks.acquire("c", 450, (7,)) is None
+    blocks.release("a")
+    blocks.release("b")
+    assert (blocks.used, blocks.cached) == (0, 4)
+    assert blocks.acquire("c", 950, ()) == 0
+    delta = blocks.delta()
+    assert delta.replaces
+    assert len(delta.added) + len(delta.removed) == 4
+
+
+def test_a_prompt_that_waits_for_room_is_hashed_once(monkeypatch):
+    hashed = []
+
+    class Counted(PromptBlocks):
+        def __init__(self, tokens, *args):
+            hashed.append(len(tokens))
+            super().__init__(tokens, *args)
+
+    monkeypatch.setattr("overfill.kv.prefix.PromptBlocks", Counted)
+    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
+    assert blocks.acquire("a", 1000, (1,)) == 0
+    assert blocks.acquire("b", 300, (2, 3, 4)) is None
+    assert hashed == [10], "without a free block, a refusal hashes nothing"
+    blocks.release("a")
+    assert blocks.acquire("c", 900, (5,)) == 0
+    for _ in range(5):
+        assert blocks.acquire("b", 300, (2, 3, 4)) is None
+    assert hashed == [10, 9, 3]
+    blocks.release("c")
+    assert blocks.acquire("b", 300, (2, 3, 4)) == 0
+    assert hashed == [10, 9, 3]
+
+
+def test_a_prompt_that_gave_up_waiting_leaves_nothing_to_the_next():
+    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
+    assert blocks.acquire("a", 900, (1, 2, 3, 4, 5, 6, 7, 8, 9)) == 0
+    blocks.publish("a", 900)
+    assert blocks.acquire("b", 300, (20, 21, 22)) is None
+    assert blocks.acquire("c", 400, (1, 2, 3, 30)) == 300
+
+
+def test_profiles_are_read_from_files_and_bench_output(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(BUILT_IN["h100-l4"].to_json())
+    assert load_profile(str(path)) == BUILT_IN["h100-l4"]
+    rows = [
+        f'{{"name": "prefill", "batch": 1, "context": {n}, "value": {n / (n * 1e-3 + n * (n + 1) / 2 * 1e-6)}, '
+        '"unit": "tokens/s"}'
+        for n in (512, 2048)
+    ]
+    rows += [
+        f'{{"name": "decode_decoder", "batch": {b}, "context": {c}, "value": {b / (0.01 + 0.002 * b + 1e-6 * b * c)}, '
+        '"unit": "tokens/s"}'
+        for b in (1, 8, 32)
+        for c in (256, 4096)
+    ]
+    path.write_text("\n".join(rows))
+    profile = load_profile(str(path))
+    assert profile.prefill.seconds_per_token == pytest.approx(1e-3, rel=1e-3)
+    assert profile.prefill.seconds_per_position == pytest.approx(1e-6, rel=1e-3)
+    assert profile.decode.cost.seconds(16, 1000) == pytest.approx(0.058, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": "x", "speed": 1}', "profile.speed: is not known"),
+        ('{"name": "x", "prefill": {"seconds_per_token": -1}}', "profile.prefill.seconds_per_token: must be a number"),
+        ('{"name": "x", "decode": {"base": "fast"}}', "profile.decode.base: must be a number"),
+        ('{"name": "x", "decode": 3}', "profile.decode: must be an object"),
+        ('{"name": "x"}', "profile: lacks a field"),
+        ("{}\n{}", "line 1 is no line of `overfill bench`"),
+    ],
+)
+def test_a_wrong_profile_is_named(tmp_path, text, message):
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match=message.replace("[", r"\[")):
+        load_profile(str(path))
+    with pytest.raises(InvalidRequest, match="is one of cpu, h100-l4"):
+        load_profile("nothing-here")
+
+
+def test_a_datasheet_s_profile_is_its_arithmetic():
+    profile: Profile = BUILT_IN["h100-l4"]
+    assert profile.kv_token_bytes == 131_072
+    assert profile.decode.base == pytest.approx(6.4e9 / (0.8 * 300e9))
+    assert profile.prefill.seconds_per_token == pytest.approx(2 * 8.03e9 / (0.5 * 989e12))
+    assert "not measured" in profile.source
+
+
+def test_percentiles_of_a_histogram_are_within_a_hundredth():
+    histogram = Histogram()
+    for value in range(1, 10_001):
+        histogram.add(value / 1000)
+    for share in (0.01, 0.5, 0.99):
+        assert histogram.percentile(share) == pytest.approx(10 * share, rel=0.01)
+    assert Histogram().percentile(0.5) is None
+    assert math.isclose(histogram.total, 10_000)

@@ -1,0 +1,65 @@
+"""Objectives of a whole run: how they are written, and when they are met."""
+
+from __future__ import annotations
+
+import pytest
+
+from overfill.client import Timing
+from overfill.errors import InvalidRequest
+from overfill.lab.traffic.gate import Gate
+from overfill.lab.traffic.outcome import Outcome
+
+FAST = Outcome(0.0, (0.1, 0.2, 0.3))
+SLOW = Outcome(0.0, (2.0, 2.5, 3.0))
+FAILED = Outcome(0.0, (), "refused")
+
+
+def verdicts(slo, outcomes):
+    return {verdict.limit.name: (verdict.measured, verdict.met) for verdict in Gate.parse(slo).judge(outcomes)}
+
+
+def test_percentiles_are_held_against_seconds_or_milliseconds():
+    found = verdicts("ttft_p50=1.05,ttft_p100=1999ms,itl_p0=0.1,tpot_p100=500ms,e2e_p99=3", [FAST, SLOW])
+    assert found["ttft_p50"] == (pytest.approx(1.05), True)
+    assert found["ttft_p100"] == (2.0, False)
+    assert found["itl_p0"] == (pytest.approx(0.1), True)
+    assert found["tpot_p100"] == (pytest.approx(0.5), True)
+    assert found["e2e_p99"][1]
+
+
+def test_no_error_is_allowed_unless_some_are():
+    assert verdicts("", [FAST, FAILED]) == {"errors": (1.0, False)}
+    assert verdicts("errors=1", [FAST, FAILED]) == {"errors": (1.0, True)}
+    assert verdicts("errors=49%", [FAST, FAILED]) == {"errors": (0.5, False)}
+    assert verdicts("errors=50%", [FAST, FAILED]) == {"errors": (0.5, True)}
+
+
+def test_what_was_not_measured_is_not_met():
+    assert verdicts("ttft_p95=60,errors=5", [FAILED])["ttft_p95"] == (None, False)
+    assert verdicts("unattributed_p50=100%", [FAST])["unattributed_p50"] == (None, False)
+
+
+def test_unattributed_is_what_no_part_covers_of_what_the_client_saw():
+    timing = Timing(ttft=0.45, router_queue=0.1, prefill_compute=0.2)
+    answer = Outcome(0.0, (1.0, 2.0), sent=0.6, timing=timing)
+    assert answer.unattributed == pytest.approx(0.25)
+    assert verdicts("unattributed_p99=25.1%", [answer])["unattributed_p99"][1]
+    assert not verdicts("unattributed_p99=0.2", [answer])["unattributed_p99"][1]
+
+
+@pytest.mark.parametrize(
+    "slo", ["ttft=2", "ttft_p101=1", "ttft_p95", "ttft_p95=-1", "ttft_p95=5%", "errors=1.5", "errors=2s", "x_p50=1"]
+)
+def test_what_is_no_objective_is_told(slo):
+    with pytest.raises(InvalidRequest, match="no objective such as"):
+        Gate.parse(slo)
+
+
+def test_an_objective_may_not_be_there_twice():
+    with pytest.raises(InvalidRequest, match="ttft_p95 twice"):
+        Gate.parse("ttft_p95=1,ttft_p95=2")
+
+
+def test_a_verdict_says_what_was_measured():
+    missed = Gate.parse("ttft_p95=10ms").judge([FAST])[0]
+    assert str(missed) == "ttft_p95: 100.0 ms (at most 10.0 ms)"

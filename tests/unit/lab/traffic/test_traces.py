@@ -1,0 +1,133 @@
+"""Traces: the two published formats, scaling, and synthetic arrivals."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from overfill.errors import InvalidRequest
+from overfill.lab.traffic.traces import (
+    TraceRequest,
+    one_after_another,
+    read_trace,
+    scale_lengths,
+    scale_rate,
+    set_rate,
+    synthetic,
+)
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,396,109
+2023-11-16 18:15:51.2225670,879,55
+"""
+MOONCAKE = """{"timestamp": 1500, "input_length": 1100, "output_length": 500, "hash_ids": [0, 1, 2]}
+{"timestamp": 3000, "input_length": 1500, "output_length": 3, "hash_ids": [0, 1, 7]}
+"""
+
+
+@pytest.fixture
+def azure(tmp_path):
+    path = tmp_path / "azure.csv"
+    path.write_text(AZURE)
+    return path
+
+
+@pytest.fixture
+def mooncake(tmp_path):
+    path = tmp_path / "mooncake.jsonl"
+    path.write_text(MOONCAKE)
+    return path
+
+
+def test_azure_s_csv(azure):
+    requests = read_trace(azure)
+    assert [(r.prompt_tokens, r.output_tokens) for r in requests] == [(374, 44), (396, 109), (879, 55)]
+    assert [r.arrival for r in requests] == pytest.approx([0, 4.314579, 4.541977], abs=1e-5)
+    assert len(read_trace(azure, 2)) == 2
+
+
+def test_mooncake_s_prompts_share_what_their_hashes_share(mooncake):
+    first, second = read_trace(mooncake)
+    assert (first.arrival, second.arrival) == (0, 1.5)
+    one, two = first.prompt(1000, 0), second.prompt(1000, 1)
+    assert (len(one), len(two)) == (1100, 1500)
+    assert one[:1024] == two[:1024]
+    assert one[1024:1100] != two[1024:1100]
+
+
+def test_shares_survive_scaling(mooncake):
+    first, second = scale_lengths(read_trace(mooncake), 0.25)
+    one, two = first.prompt(1000, 0), second.prompt(1000, 1)
+    assert (len(one), len(two), first.output_tokens, second.output_tokens) == (275, 375, 125, 1)
+    assert one[:256] == two[:256]
+    assert one[256:275] != two[256:275]
+
+
+def test_prompts_are_cut_to_leave_room_for_answers():
+    (cut,) = scale_lengths([TraceRequest(0, 4000, 100)], 0.5, longest=1000)
+    assert (cut.prompt_tokens, cut.output_tokens) == (950, 50)
+    with pytest.raises(InvalidRequest, match="an answer of 100 tokens leaves no room within 100"):
+        scale_lengths([TraceRequest(0, 1, 100)], 1, longest=100)
+
+
+def test_prompts_without_hashes_share_nothing_and_repeat():
+    request = TraceRequest(0, 40, 1)
+    assert request.prompt(1000, 1) == request.prompt(1000, 1)
+    assert request.prompt(1000, 1) != request.prompt(1000, 2)
+    assert all(64 <= token < 1000 for token in request.prompt(1000, 1))
+
+
+def test_the_rate_of_a_trace_can_be_set(azure):
+    requests = set_rate(read_trace(azure), 0.5)
+    assert requests[-1].arrival == pytest.approx(4)
+    assert requests[1].arrival == pytest.approx(4 * 4.314579 / 4.541977, rel=1e-4)
+    with pytest.raises(InvalidRequest, match="arrive at once"):
+        set_rate(synthetic(3, "burst", 1, 1, 1, 0), 2)
+
+
+def test_synthetic_arrivals():
+    assert [r.arrival for r in synthetic(3, "constant", 2, 8, 4, 0)] == [0, 0.5, 1]
+    assert {r.arrival for r in synthetic(3, "burst", 2, 8, 4, 0)} == {0}
+    poisson = synthetic(4000, "poisson", 5, 8, 4, 0)
+    assert poisson[-1].arrival == pytest.approx(800, rel=0.1)
+    assert poisson == synthetic(4000, "poisson", 5, 8, 4, 0)
+
+
+def test_traces_in_a_row_keep_what_they_share_to_themselves(azure, mooncake):
+    joined = one_after_another([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
+    assert [r.arrival for r in joined] == pytest.approx([0, 1.5, 1.5, 5.814579, 6.041977, 6.041977, 7.541977], abs=1e-5)
+    assert [r.blocks for r in joined] == [(0, 1, 2), (0, 1, 7), (), (), (), (8, 9, 10), (8, 9, 15)]
+
+
+def test_the_rate_can_be_scaled(azure):
+    assert scale_rate(read_trace(azure), 2)[1].arrival == pytest.approx(4.314579 / 2, abs=1e-5)
+
+
+def test_a_file_s_kind_can_be_said(tmp_path):
+    path = tmp_path / "requests.txt"
+    path.write_text(AZURE)
+    assert len(read_trace(path, kind="azure")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "when,what\n1,2\n", "line 2: TIMESTAMP is missing; there are when, what"),
+        ("a.csv", AZURE.splitlines()[0], "holds no request"),
+        ("a.csv", AZURE.replace(",44", ",0"), "line 2: GeneratedTokens must be a whole number of at least 1, got '0'"),
+        ("a.csv", AZURE.replace(",396,", ",many,"), "line 3: ContextTokens must be a whole number"),
+        ("a.csv", AZURE.replace("2023-11-16 18:15:51", "yesterday"), "line 4: TIMESTAMP is no date and time"),
+        ("a.jsonl", MOONCAKE + "nonsense\n", "line 3: not JSON"),
+        ("a.jsonl", "[1]\n", "line 1: must be an object"),
+        ("a.jsonl", MOONCAKE.replace("3000", '"soon"'), "line 2: timestamp must be a number of milliseconds"),
+        ("a.jsonl", MOONCAKE.replace(": 500,", ": -1,"), "line 1: output_length must be a whole number"),
+        ("a.jsonl", MOONCAKE.replace("[0, 1, 7]", "[0, 1.5]"), "line 2: hash_ids must be a list of whole numbers"),
+    ],
+)
+def test_line_and_field_of_what_is_wrong_are_named(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match=re.escape(message)):
+        read_trace(path)

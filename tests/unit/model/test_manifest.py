@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.model.manifest import Pair, write_manifest
+from overfill.pair.tiny import make_tiny_pair
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def edit(file: Path, change: Edit) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_a_pair_tells_what_it_is(tiny_pair: Path) -> None:
+    pair = Pair.load(tiny_pair, check_digests=True)
+    assert (pair.name, pair.layer_map) == ("tiny", (0, 1, 2, 3))
+    assert (pair.full_path, pair.decoder_path) == (tiny_pair / "full", tiny_pair / "decoder")
+    assert pair.full_config.intermediate_size == 128
+    assert pair.decoder_config.intermediate_size == 64
+    assert pair.recipe["intermediate_size"] == 64
+
+
+def test_the_full_model_may_be_a_link(tiny_pair: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "full").symlink_to(tiny_pair / "full")
+    assert write_manifest(folder, decoder="full").identity
+
+
+BAD_FIELDS: dict[str, tuple[Edit, str]] = {
+    "format": (lambda m: m.update(format="overfill-pair/9"), "format"),
+    "no-format": (lambda m: m.pop("format"), "format"),
+    "no-full": (lambda m: m.pop("full"), "full"),
+    "full-not-an-object": (lambda m: m.update(full="full"), "full"),
+    "no-digest": (lambda m: m["decoder"].pop("digest"), r"decoder\.digest"),
+    "path-missing": (lambda m: m["decoder"].update(path="elsewhere"), r"decoder\.path"),
+    "path-absolute": (lambda m: m["full"].update(path="/etc"), r"full\.path"),
+    "path-outside": (lambda m: m["full"].update(path="../full"), r"full\.path"),
+    "kv-heads": (lambda m: m["kv"].update(num_kv_heads=4), r"kv\.num_kv_heads is 4"),
+    "head-dim": (lambda m: m["kv"].update(head_dim=8), r"kv\.head_dim"),
+    "num-layers": (lambda m: m["kv"].update(num_layers=5), r"kv\.num_layers"),
+    "rope": (lambda m: m["kv"]["rope"].update(theta=1.0), r"kv\.rope\.theta"),
+    "no-rope": (lambda m: m["kv"].pop("rope"), r"kv\.rope"),
+    "layer-map-short": (lambda m: m["kv"]["layer_map"].pop(), r"kv\.layer_map has 3"),
+    "layer-map-range": (lambda m: m["kv"].update(layer_map=[0, 1, 2, 4]), r"kv\.layer_map names layers \[4\]"),
+    "layer-map-negative": (lambda m: m["kv"].update(layer_map=[0, 1, 2, -1]), r"kv\.layer_map"),
+    "layer-map-type": (lambda m: m["kv"].update(layer_map=[0, 1, 2, "3"]), r"kv\.layer_map"),
+    "tokenizer": (lambda m: m.update(tokenizer_digest="0" * 64), "tokenizer_digest"),
+    "eval": (lambda m: m.update(eval=None), "eval"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_a_bad_field_is_named(case: str, fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    change, message = BAD_FIELDS[case]
+    edit(folder / "pair.json", change)
+    with pytest.raises(InvalidPair, match=message) as caught:
+        Pair.load(folder)
+    assert "pair.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_malformed_manifest_is_named(content: str, fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    (folder / "pair.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InvalidPair, match=r"pair\.json"):
+        Pair.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pair.json", "full/model.safetensors", "decoder/model.safetensors", "full/config.json", "full/tokenizer.json"],
+)
+def test_a_missing_file_is_named(name: str, fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    (folder / name).unlink()
+    with pytest.raises(InvalidPair, match=name):
+        Pair.load(folder)
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+def test_a_flipped_bit_is_found_when_digests_are_checked(half: str, fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    file = folder / half / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    Pair.load(folder)
+    with pytest.raises(InvalidPair, match=rf"{half}\.digest"):
+        Pair.load(folder, check_digests=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(num_key_value_heads=4), "num_kv_heads is 4, but the full model has 2"),
+        (lambda c: c.update(head_dim=8), "head_dim is 8"),
+        (lambda c: c.update(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), "rope is"),
+        (lambda c: c.update(vocab_size=500), "vocab_size is 500"),
+        (lambda c: c.update(num_hidden_layers=3), r"layer_map has 4 entries, but the decoder has 3"),
+    ],
+    ids=["kv-heads", "head-dim", "rope", "vocabulary", "layers"],
+)
+def test_halves_that_do_not_fit_are_refused(change: Edit, message: str, fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    edit(folder / "decoder" / "config.json", change)
+    with pytest.raises(InvalidPair, match=message):
+        Pair.load(folder)
+
+
+def test_a_decoder_with_another_tokenizer_is_refused(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    edit(folder / "decoder" / "tokenizer.json", lambda t: t.update(version="2"))
+    with pytest.raises(InvalidPair, match=r"decoder/tokenizer\.json"):
+        Pair.load(folder)
+
+
+def test_an_unsupported_half_is_refused(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    edit(folder / "decoder" / "config.json", lambda c: c.update(hidden_act="gelu"))
+    with pytest.raises(UnsupportedModel, match="hidden_act"):
+        Pair.load(folder)
+
+
+def test_a_layer_map_that_skips_layers_is_kept(fresh: Callable[[], Path], tmp_path: Path) -> None:
+    folder = fresh()
+    shallow = make_tiny_pair(tmp_path / "shallow", num_layers=2)
+    (shallow / "full").rename(folder / "shallow")
+    pair = write_manifest(folder, decoder="shallow", layer_map=[1, 3])
+    assert pair.layer_map == (1, 3)
+    assert (pair.full_config.num_layers, pair.decoder_config.num_layers) == (4, 2)

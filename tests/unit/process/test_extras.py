@@ -1,0 +1,98 @@
+"""The line that installs an extra, by where an installation came from; what is told as missing and what is not."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overfill.process import extras
+from overfill.process.extras import MissingExtra, install_line, needs, require
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets where pip says that it took the distribution from."""
+
+    class Distribution:
+        source: dict[str, Any] | None = None
+
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return None if self.source is None else json.dumps(self.source)
+
+    found = Distribution()
+    monkeypatch.setattr(extras, "_CHECKOUT", tmp_path / "site-packages")
+    monkeypatch.setattr(extras, "distribution", lambda name: found)
+    return found
+
+
+def test_a_checkout_is_named_as_it_can_be_typed_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
+    assert install_line("server") == f"pip install -e '{tmp_path}[server]'"
+    monkeypatch.chdir(tmp_path)
+    assert install_line("loadtest,server") == "pip install -e '.[loadtest,server]'"
+
+
+def test_a_folder_that_was_installed_is_named(installed: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    installed.source = {"url": folder.as_uri(), "dir_info": {}}
+    assert install_line("router") == f"pip install '{folder}[router]'"
+
+
+def test_a_repository_is_named_with_its_commit(installed: Any) -> None:
+    installed.source = {"url": "https://host/overfill.git", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}}
+    assert install_line("server") == "pip install 'overfill[server] @ git+https://host/overfill.git@0123abc'"
+
+
+def test_a_wheel_that_has_gone_is_to_be_installed_again(installed: Any) -> None:
+    installed.source = {"url": "file:///no/such/overfill-1.0-py3-none-any.whl", "archive_info": {}}
+    assert install_line("server") == "install the wheel again with [server]"
+    assert install_line("") == "install the wheel again"
+    installed.source = {"url": "file:///no/such/checkout", "dir_info": {}}
+    assert install_line("server") == "install checkout again with [server]"
+
+
+def test_else_the_name_is_all_there_is(installed: Any) -> None:
+    assert install_line("server") == "pip install 'overfill[server]'"
+    assert install_line("") == "pip install overfill"
+
+
+@pytest.mark.parametrize(
+    "module", ["torch.cuda", "huggingface_hub", "grpc_reflection.v1alpha", "opentelemetry.exporter.otlp"]
+)
+def test_a_module_of_an_extra_is_a_missing_extra(module: str) -> None:
+    with pytest.raises(MissingExtra, match=rf"`overfill up` needs {module}, .* pip install .*\[server\]"):  # noqa: SIM117
+        with needs("server", "`overfill up`"):
+            raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+
+@pytest.mark.parametrize("module", ["no_such", "pydantic.main", "hypothesis"])
+def test_a_module_that_no_extra_brings_is_not_blamed_on_one(module: str) -> None:
+    with pytest.raises(ModuleNotFoundError) as caught, needs("server", "`overfill up`"):
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+    assert not isinstance(caught.value, MissingExtra)
+
+
+def test_without_metadata_every_module_of_others_is_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> list[str]:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(extras, "requires", none)
+    with pytest.raises(MissingExtra, match="no_such"), needs("server", "`overfill up`"):
+        raise ModuleNotFoundError("No module named 'no_such'", name="no_such")
+
+
+def test_a_module_that_is_asked_for_may_be_missing() -> None:
+    with pytest.raises(MissingExtra, match="no_such"):
+        require("server", "`overfill up`", "json", "no_such")
+
+
+def test_a_module_of_ours_is_a_fault() -> None:
+    with pytest.raises(ModuleNotFoundError), needs("server", "`overfill up`"):
+        import overfill.no_such_module  # type: ignore[import-not-found]  # noqa: F401

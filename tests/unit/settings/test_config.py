@@ -1,0 +1,209 @@
+"""Settings of the services: flags, variables, refusals, and the way back to flags."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overfill.api.keys import BadKeyFile
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+
+KINDS = (PrefillConfig, DecodeConfig, RouterConfig)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in KINDS:
+        for field in kind.model_fields:
+            monkeypatch.delenv(f"{kind.model_config['env_prefix']}{field}".upper(), raising=False)
+
+
+def refused(kind: type[ServiceConfig], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        kind.parse(argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_pair_is_required(kind: type[ServiceConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    config = kind.parse(["--pair", "p"])
+    assert config.pair == "p"
+    assert config.host == "127.0.0.1"
+    message = refused(kind, [], capsys)
+    assert "--pair" in message
+    assert f"{kind.model_config['env_prefix']}PAIR" in message
+
+
+def test_flags_are_kebab_case_and_typed() -> None:
+    config = PrefillConfig.parse(
+        ["--pair", "p", "--kv-memory", "512MiB", "--max-model-len", "4096", "--routers", "a:1,b:2,dns:///c:3"]
+    )
+    assert config.kv_memory == 512 * 2**20
+    assert config.max_model_len == 4096
+    assert config.routers == ("a:1", "b:2", "dns:///c:3")
+
+
+@pytest.mark.parametrize("kind", [PrefillConfig, DecodeConfig])
+def test_a_full_batch_leaves_room_for_other_calls(kind: type[PrefillConfig] | type[DecodeConfig]) -> None:
+    widest = DecodeConfig.parse(["--pair", "p", "--data-streams", "64"]).data_streams
+    for sequences in (1, 64, 2048):
+        config = kind.parse(["--pair", "p", "--max-num-seqs", str(sequences)])
+        assert config.max_rpcs >= sequences * (1 + widest) + 100
+
+
+def test_variables_count_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_PAIR", "/pairs/x")
+    monkeypatch.setenv("OVERFILL_DECODE_KV_MEMORY", "2GiB")
+    monkeypatch.setenv("OVERFILL_DECODE_ROUTERS", "a:1,b:2")
+    config = DecodeConfig.parse(["--kv-memory", "1048576"])
+    assert (config.pair, config.kv_memory, config.routers) == ("/pairs/x", 2**20, ("a:1", "b:2"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--kv-memory", "12XB"], "--kv-memory"),
+        (["--kv-memory", "0"], "512MiB"),
+        (["--threads", "two"], "--threads"),
+        (["--block-size", "0"], "--block-size"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--device", "tpu"], "--device"),
+        (["--routers", "somewhere"], "HOST:PORT"),
+        (["--port", "70000"], "--port"),
+        (["--grace-period", "-1"], "--grace-period"),
+        (["--no-such-flag", "1"], "--no-such-flag"),
+        (["--kv-mem", "1GiB"], "--kv-mem"),  # abbreviations would break when a flag is added
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_flag_is_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(PrefillConfig, ["--pair", "p", *argv], capsys)
+
+
+def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OVERFILL_PREFILL_KV_MEMROY", "1GiB")
+    assert "OVERFILL_PREFILL_KV_MEMROY" in refused(PrefillConfig, ["--pair", "p"], capsys)
+    DecodeConfig.parse(["--pair", "p"])  # somebody else's
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
+@pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
+def test_an_open_host_needs_certificates_of_both_sides(
+    kind: type[ServiceConfig], host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--pair", "p", "--host", host]
+    if kind is not RouterConfig:
+        argv += ["--advertise", "gpu-1.internal"]
+    assert "--tls-cert" in refused(kind, argv, capsys)
+    certified = [*argv, "--tls-cert", "c", "--tls-key", "k"]
+    assert "--tls-ca" in refused(kind, certified, capsys)
+    certified += ["--tls-ca", "a"]
+    if kind is RouterConfig:
+        assert "--api-keys" in refused(kind, certified, capsys)
+        assert "--tls-ca" in refused(kind, [*argv, "--tls-cert", "c", "--tls-key", "k", "--api-keys", "k.json"], capsys)
+        certified += ["--api-keys", "keys.json"]
+    assert kind.parse(certified).host == host
+
+
+def test_with_keys_workers_need_something_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--pair", "p", "--api-keys", "keys.json"]
+    assert "--stack-secret" in refused(RouterConfig, argv, capsys)
+    assert RouterConfig.parse([*argv, "--stack-secret", "s"]).stack_secret == Path("s")
+    assert RouterConfig.parse([*argv, "--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]).stack_secret is None
+
+
+def test_a_secret_that_is_none_is_refused_and_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    config = RouterConfig.parse(["--pair", "p", "--stack-secret", str(file)])
+    for text in (None, "", "short", "\n" * 40):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(BadKeyFile, match="secret"):
+            config.gate()
+    file.write_text("not to be seen by anybody\n")
+    assert config.credentials().secret == "not to be seen by anybody"  # type: ignore[union-attr]
+    assert "seen" not in f"{config.credentials()!r} {config.gate()!r} {config!r}"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+@pytest.mark.parametrize("kind", [PrefillConfig, DecodeConfig])
+def test_a_worker_on_every_address_must_say_where_it_is(
+    kind: type[ServiceConfig], host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--pair", "p", "--host", host, "--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]
+    assert "--advertise" in refused(kind, argv, capsys)
+    assert "--advertise" in refused(kind, [*argv, "--advertise", host], capsys)
+    if host != "::":  # "::" with a port is another address
+        assert "--advertise" in refused(kind, [*argv, "--advertise", f"{host}:7601"], capsys)
+    config = kind.parse([*argv, "--advertise", "gpu-1.internal"])
+    assert (config.host, config.advertise) == (host, "gpu-1.internal")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1"])
+def test_loopback_needs_none(host: str) -> None:
+    assert RouterConfig.parse(["--pair", "p", "--host", host]).server_tls() is None
+
+
+def test_tls_certificate_and_key_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--tls-key" in refused(RouterConfig, ["--pair", "p", "--tls-cert", "c"], capsys)
+
+
+def test_metrics_have_a_port_of_their_own_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert RouterConfig.parse(["--pair", "p"]).metrics_port == 0
+    assert RouterConfig.parse(["--pair", "p", "--metrics-port", "9600"]).metrics_port == 9600
+    off = RouterConfig.parse(["--pair", "p", "--metrics-port", "off", "--metrics-host", "0.0.0.0"])
+    assert off.metrics_port == "off"
+    assert RouterConfig.parse(off.to_argv()) == off
+    assert "--metrics-port" in refused(RouterConfig, ["--pair", "p", "--metrics-port", "on"], capsys)
+    assert "--metrics-host" in refused(RouterConfig, ["--pair", "p", "--metrics-host", "0.0.0.0"], capsys)
+
+
+def test_configs_are_frozen() -> None:
+    config = RouterConfig.parse(["--pair", "p"])
+    with pytest.raises(ValueError, match="frozen"):
+        config.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv"),
+    [
+        (PrefillConfig, ["--kv-memory", "1GiB", "--routers", "a:1,b:2", "--dtype", "float32", "--tls-ca", "x y"]),
+        (DecodeConfig, ["--data-streams", "4", "--worker-id", "decode-0", "--grace-period", "0.5"]),
+        (RouterConfig, ["--port", "0", "--served-model-name", "m=1,other", "--expect-decode", "2"]),
+    ],
+)
+def test_to_argv_comes_back_as_the_same(kind: type[ServiceConfig], argv: list[str]) -> None:
+    config = kind.parse(["--pair=-odd folder", *argv])
+    flags = config.to_argv()
+    assert kind.parse(flags) == config
+    assert len(flags) == 1 + len(argv) // 2, "defaults are left out"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_names_every_flag(kind: type[ServiceConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        kind.parse(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in kind.model_fields:
+        assert f"--{field.replace('_', '-')} " in text
+        assert kind.model_fields[field].description, field
+
+
+def test_loads_no_torch() -> None:
+    code = "import sys, overfill.settings.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_settings_by_name_make_the_same_configuration_and_say_what_is_wrong() -> None:
+    config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
+    assert DecodeConfig.of(config.settings()) == config
+    assert DecodeConfig.of({"pair": "p", "kv_memory": None, "data_streams": 3}).data_streams == 3
+    with pytest.raises(ValueError, match="kv_memroy: no such setting; see overfill-decode --help"):
+        DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
+    with pytest.raises(ValueError, match="--data-streams"):
+        DecodeConfig.of({"pair": "p", "data_streams": 0})

@@ -1,0 +1,248 @@
+"""What is exported: names that documents and dashboards may rely on, honest buckets, failures that count."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from counting import CountingRunner
+from prometheus_client.parser import text_string_to_metric_families
+
+from overfill import errors
+from overfill.cli.metrics import metrics_page
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.sequence import DecodeSequence, Release, Reserve, Reserved, Start, StopRule
+from overfill.kv.blocks import BlockPool
+from overfill.request.params import SamplingParams
+from overfill.routing.admission import Admission
+from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
+from overfill.rpc.metrics_http import MetricsServer
+from overfill.rpc.tls import TlsError
+from overfill.telemetry.metrics import (
+    LATENCY_BUCKETS,
+    MOST_KEYS,
+    OUTCOMES,
+    DecodeMetrics,
+    PrefillMetrics,
+    RouterMetrics,
+    declared,
+    outcome_of,
+)
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def values(metrics, name):
+    """Samples of ``name``, by values of the labels."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def test_the_table_of_metrics_is_up_to_date():
+    assert (DOCS / "metrics.md").read_text() == metrics_page(), "run: overfill metrics > docs/metrics.md"
+
+
+@pytest.mark.parametrize("kind", [RouterMetrics, PrefillMetrics, DecodeMetrics])
+def test_what_is_exported_is_what_is_declared(kind):
+    metrics = kind()
+    families = text_string_to_metric_families(metrics.render().decode())
+    exported = {family.name for family in families if family.name.startswith("overfill")}
+    assert {spec.name.removesuffix("_total") for spec in metrics.specs} == {
+        name.removesuffix("_created") for name in exported
+    }
+    for spec in metrics.specs:
+        assert spec.name.startswith("overfill_")
+        assert spec.kind != "counter" or spec.name.endswith("_total")
+        assert spec.help.endswith(".")
+
+
+def test_buckets_are_honest_at_5_ms_and_at_5_s():
+    assert 0.005 in LATENCY_BUCKETS
+    assert 5.0 in LATENCY_BUCKETS
+    # A quantile is somewhere in its bucket: it is off by less than the bucket is wide.
+    assert all(high / low < 1.7 for low, high in pairwise(LATENCY_BUCKETS) if high <= 10)
+
+
+def test_every_error_is_an_outcome():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    made_of = {errors.InvalidRequest: ("field", "x"), errors.PromptTooLong: ("field", "x")}
+    seen = {outcome_of(kind(*made_of.get(kind, ("x",)))) for kind in kinds}
+    assert seen | {"ok", "cancelled"} == set(OUTCOMES)
+    assert outcome_of(None) == "ok"
+    assert outcome_of(errors.ShuttingDown("x")) == "shutting_down"
+    assert outcome_of(errors.UnsupportedModel("x")) == "internal"
+    assert outcome_of(asyncio.CancelledError()) == "cancelled"
+    assert outcome_of(ValueError()) == "internal"
+
+
+def test_parts_of_the_time_to_first_token_and_what_they_leave():
+    metrics = RouterMetrics()
+    timing = common_pb2.Timing(
+        ttft_ns=100_000_000,
+        router_queue_ns=10_000_000,
+        decode_reservation_ns=1_000_000,
+        prefill_queue_ns=20_000_000,
+        prefill_compute_ns=60_000_000,
+        return_path_ns=5_000_000,
+        total_ns=300_000_000,
+    )
+    usage = common_pb2.Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3)
+    metrics.answered(inference_pb2.Finished(timing=timing, usage=usage, migrations=2))
+    parts = values(metrics, "overfill_router_ttft_part_seconds_sum")
+    assert parts["unattributed",] == pytest.approx(0.004)
+    assert sum(parts.values()) == pytest.approx(0.1)
+    assert values(metrics, "overfill_router_tpot_seconds_sum")[()] == pytest.approx(0.05)
+    assert values(metrics, "overfill_router_migrations_total")[()] == 2
+    assert values(metrics, "overfill_router_cached_prompt_tokens_total")[()] == 3
+
+
+def test_an_answer_that_was_resumed_has_no_time_to_first_token():
+    metrics = RouterMetrics()
+    metrics.answered(inference_pb2.Finished(timing=common_pb2.Timing(total_ns=1)))
+    assert values(metrics, "overfill_router_ttft_seconds_count")[()] == 0
+    assert values(metrics, "overfill_router_request_seconds_count")[()] == 1
+
+
+def test_many_keys_share_a_series():
+    metrics = RouterMetrics()
+    for index in range(MOST_KEYS + 5):
+        metrics.accepted(10, f"key-{index}")
+    metrics.accepted(1, "")
+    metrics.tokens(4, None, "key-0")
+    requests = values(metrics, "overfill_router_key_requests_total")
+    assert len(requests) == MOST_KEYS + 2
+    assert requests["other",] == 5
+    assert requests["none",] == 1
+    tokens = values(metrics, "overfill_router_key_tokens_total")
+    assert tokens["key-0", "completion"] == 4
+    assert tokens["other", "prompt"] == 50
+
+
+class Engine:
+    """A decode engine of 8 blocks with 4 tokens each, and its metrics."""
+
+    def __init__(self, sequences=8):
+        self.pool = BlockPool(8, 4)
+        self.metrics = DecodeMetrics()
+        self.events = []
+        self.core = DecodeEngine(CountingRunner(), self.pool, sequences, 512, self.events.extend, metrics=self.metrics)
+        self.metrics.watch(self.core.load)
+
+    def reserve(self, name, tokens):
+        stop = StopRule(frozenset(), 100)
+        sequence = DecodeSequence(name, list(range(tokens)), [], SamplingParams(temperature=0), stop)
+        self.core.handle(Reserve(sequence))
+        return self.events[-1]
+
+    def value(self, name, *labels):
+        return values(self.metrics, f"overfill_decode_{name}")[labels]
+
+
+def test_steps_refusals_and_preemptions_of_a_decode_engine():
+    engine = Engine(sequences=2)
+    assert isinstance(engine.reserve("a", 11), Reserved)
+    assert engine.value("kv_blocks_reserved") == 3
+    assert isinstance(engine.reserve("b", 15), Reserved)
+    engine.reserve("c", 1)
+    assert engine.value("refusals_total", "sequences") == 1
+    engine.core.handle(Start("a", 7))
+    engine.core.handle(Start("b", 7))
+    assert engine.value("kv_blocks_reserved") == 0
+    assert engine.core.step()
+    assert engine.value("batch_size_sum") == 2
+    assert engine.value("tokens_total") == 2
+    assert engine.value("step_seconds_count") == 1
+    assert engine.value("kv_blocks_used") == 7
+    assert engine.value("kv_blocks_free") == 1
+    for _ in range(4):
+        engine.core.step()
+    assert engine.value("preemptions_total") == 1
+    engine.core.handle(Release("b"))
+    engine.core.handle(Release("a"))
+    engine.reserve("d", 64)
+    assert engine.value("refusals_total", "blocks") == 1
+    assert engine.value("prefix_tokens_total", "miss") == 26
+
+
+def test_a_lost_block_shows():
+    engine = Engine()
+    assert engine.value("kv_blocks_leaked") == 0
+    lost = engine.pool.acquire("nobody", 2)
+    assert engine.value("kv_blocks_leaked") == 2
+    engine.pool.release("nobody", lost)
+    assert engine.value("kv_blocks_leaked") == 0
+
+
+def get(address, path="/metrics"):
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
+        return response.read().decode()
+
+
+def test_metrics_are_served_with_targets():
+    groups = [{"targets": ["127.0.0.1:1"], "labels": {"stage": "router"}}]
+    server = MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, targets=lambda: groups)
+    try:
+        assert 'overfill_build_info{stage="router"' in get(server.address)
+        assert json.loads(get(server.address, "/targets")) == groups
+        with pytest.raises(urllib.error.HTTPError) as missing:
+            get(server.address, "/")
+        assert missing.value.code == 404
+        missing.value.close()
+        port = int(server.address.rpartition(":")[2])
+        with pytest.raises(errors.Unavailable, match=str(port)):
+            MetricsServer(RouterMetrics().registry, "127.0.0.1", port)
+    finally:
+        server.close()
+
+
+def test_metrics_stay_on_this_machine_without_certificates():
+    with pytest.raises(TlsError, match=r"0\.0\.0\.0"):
+        MetricsServer(RouterMetrics().registry, "0.0.0.0", 0)
+
+
+def test_no_name_is_declared_twice():
+    names = [spec.name for spec in declared()]
+    assert len(names) == len(set(names))
+
+
+def test_refusals_by_reason():
+    metrics = RouterMetrics()
+    queue = Admission(max_queue=1)
+    with pytest.raises(errors.Overloaded), metrics.refusing():
+        queue.check(waiting=1, ahead=1, now=0.0, deadline=None)
+    with pytest.raises(errors.PromptTooLong), metrics.refusing():
+        raise errors.PromptTooLong("prompt", "is long")
+    with pytest.raises(errors.Unavailable), metrics.refusing():
+        raise errors.Unavailable("x")
+    refusals = values(metrics, "overfill_router_refusals_total")
+    assert {reason for (reason,), count in refusals.items() if count} == {"queue_full", "too_long", "other"}
+    metrics.prefill_again(decode_pb2.NeedPrefill.REASON_PREFILL_REFUSED)
+    metrics.attempt_failed(errors.TransferFailed("x"))
+    assert values(metrics, "overfill_router_prefill_again_total")["refused",] == 1
+    assert values(metrics, "overfill_router_failed_attempts_total")["transfer_failed",] == 1
+
+
+def test_what_the_scaling_policy_makes_of_things():
+    metrics = RouterMetrics()
+    scaler = Scaler(ScalingConfig())
+    ready = PoolState(ready=1)
+    metrics.scaling(scaler.targets(0.0, ready, ready))
+    assert values(metrics, "overfill_router_scaling_target_workers") == {("prefill",): 1, ("decode",): 1}
+    queued = PoolState(ready=1, waiting_jobs=500, waiting_tokens=500_000)
+    metrics.scaling(scaler.targets(1.0, queued, ready))
+    assert values(metrics, "overfill_router_scaling_target_workers")["prefill",] > 1
+    assert values(metrics, "overfill_router_scaling_needed_workers")["prefill",] > 1
+    assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "prefill"] == 500_000
+    decisions = values(metrics, "overfill_router_scaling_decisions_total")
+    assert decisions["up", "prefill"] == 1
+    assert decisions["up", "decode"] == decisions["down", "prefill"] == 0

@@ -1,0 +1,62 @@
+"""Progress of long steps where no terminal reads it."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from overfill.telemetry import progress
+from overfill.telemetry.progress import LINE_SECONDS, progress_bars, progress_lines
+
+
+def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> None:
+    now, lines = 0.0, list[str]()
+    report = progress_lines(lines.append, lambda: now)
+    for done in range(101):
+        now = done / 100 * 2.5 * LINE_SECONDS
+        report("Fitting", done, 100)
+    report("Fitting", 100, 100)
+    report("Loading", 1, 1)
+    assert lines == [
+        "Fitting",
+        "Fitting: 40 % after 10 s",
+        "Fitting: 80 % after 20 s",
+        "Fitting: done after 25 s",
+        "Loading: done",
+    ]
+
+
+def test_a_step_that_comes_again_is_told_again() -> None:
+    now, lines = 0.0, list[str]()
+    report = progress_lines(lines.append, lambda: now)
+    for _ in range(2):
+        report("Reading weights", 0, 2)
+        now += 3
+        report("Reading weights", 2, 2)
+        now += 60
+    assert lines == ["Reading weights", "Reading weights: done after 3 s"] * 2
+
+
+def test_a_pipe_gets_lines_and_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes everything for a terminal then
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress_bars() as report:
+        for done in range(4):
+            report("Reading weights", done, 3)
+    lines = pipe.getvalue().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["Reading weights"] * 2
+    assert not set(pipe.getvalue()) & set("\r\x1b")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "progress_lines", None)
+    with progress_bars() as report:
+        report("Reading weights", 3, 3)
+    assert "100%" in terminal.getvalue()
