@@ -19,7 +19,7 @@ _V = TypeVar("_V")
 
 REMOVED_IN = "0.3"
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"same_host": "shm"}
 """Earlier field name -> field name, both with underscores, for every service that has the new field."""
 
 
