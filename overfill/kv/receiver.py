@@ -34,7 +34,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import check_scales, decode
 from overfill.kv.handshake import KvIdentity, check_compatible
-from overfill.kv.joining import to_the_end
+from overfill.kv.shielded import shielded
 from overfill.kv.native.library import Rows
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange, share_out
@@ -380,7 +380,7 @@ class PromptPull:
             async for message in responses(call, self._worker):
                 taken: list[_Taken] = []  # also when a later chunk of the message is wrong
                 try:
-                    await to_the_end(loop.run_in_executor(self._executor, self._take_all, message, link, taken))
+                    await shielded(loop.run_in_executor(self._executor, self._take_all, message, link, taken))
                 finally:
                     if link is not None:
                         link.give_back([one.slot for one in taken if one.slot is not None])

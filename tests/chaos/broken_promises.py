@@ -176,7 +176,7 @@ BROKEN = (
         "nor while it is written",
         "writers are not waited for",
         "services/decode/session.py",
-        "                await to_the_end(self._join_pull())\n",
+        "                await shielded(self._join_pull())\n",
         "                pass\n",
         "tests/unit/services/test_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
     ),
