@@ -34,10 +34,10 @@ from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import check_scales, decode
 from overfill.kv.handshake import KvIdentity, check_compatible
-from overfill.kv.shielded import shielded
 from overfill.kv.native.library import Rows
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange, share_out
+from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
@@ -77,7 +77,7 @@ class PromptRequest:
     sampling: common_pb2.SamplingParams
     sample_index: int
     sample_first_token: bool
-    tenant_salt: str = ""
+    cache_namespace: str = ""
     trace: bool = False
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW  # wished for; raw where the prefill worker does not offer it
 
@@ -319,7 +319,7 @@ class PromptPull:
                 already_held_tokens=self._spec.tokens[0],
                 codec=self._spec.codec,
                 expected_incarnation=self._peer.target.incarnation,
-                tenant_salt=request.tenant_salt,
+                cache_namespace=request.cache_namespace,
                 trace=request.trace,
                 sample_index=request.sample_index,
             )

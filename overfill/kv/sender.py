@@ -18,9 +18,9 @@ from overfill.kv.cache import KvCache
 from overfill.kv.cells import DeviceEvent
 from overfill.kv.chunks import TransferSpec, blank_piece, lay_out_raw, seal, seal_in_place
 from overfill.kv.codecs import encode
-from overfill.kv.shielded import shielded
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange
+from overfill.kv.shielded import shielded
 from overfill.kv.wire import Frame, join
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2

@@ -36,8 +36,8 @@ from overfill.errors import (
     Overloaded,
     Unavailable,
 )
-from overfill.kv.shielded import shielded
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
+from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics, outcome_of

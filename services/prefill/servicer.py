@@ -81,7 +81,7 @@ class Lease:
             sample_index=start.sample_index,
             sample_first_token=start.sample_first_token,
             processor=processor,
-            salt=start.tenant_salt,
+            cache_namespace=start.cache_namespace,
             prompt_blocks=prompt_blocks,
         )
         self.received_ns = time.monotonic_ns()
@@ -232,7 +232,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
             prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.tenant_salt
+                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.cache_namespace
             )
             lease = self._accept(first.start, processor, prompt_blocks)
             guards = [
