@@ -183,7 +183,7 @@ async def serve_engine(
         on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
         device=device,
     )
-    server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
+    server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     server.add(add_servicer, servicer, service)
     worker = WorkerHandle(
         load=lambda: worker_load(engine.load, config.block_size),
@@ -202,7 +202,11 @@ async def serve_engine(
     if metrics is not None and config.metrics_port != "off":
         metrics.watch(lambda: engine.load)
         exporter = MetricsServer(
-            metrics.registry, config.metrics_host, config.metrics_port, config.server_tls(), gate=config.metrics_gate()
+            metrics.registry,
+            config.metrics_host,
+            config.metrics_port,
+            config.server_tls(),
+            access=config.metrics_access(),
         )
         hello.metrics_address = exporter.address
     engine.start()

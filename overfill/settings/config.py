@@ -32,7 +32,7 @@ from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.request.names import CodecName
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
-from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
+from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
@@ -276,13 +276,15 @@ class ServiceConfig(BaseSettings):
         tls, secret = self.client_tls(), self._secret()
         return Credentials(tls, secret) if tls is not None or secret else None
 
-    def gate(self) -> Gate:
+    def access(self) -> AccessPolicy:
         """In front of the RPCs. Raises BadKeyFile."""
-        return Gate(self.rpcs, None, self._secret())
+        return AccessPolicy(self.rpcs, None, self._secret())
 
-    def metrics_gate(self, keys: KeyRing | None = None) -> Gate:
+    def metrics_access(self, keys: KeyRing | None = None) -> AccessPolicy:
         """In front of the port of metrics. Raises BadKeyFile."""
-        return Gate(METRICS_ROUTES, None if (keys := keys or self.key_ring()) is None else keys.find, self._secret())
+        return AccessPolicy(
+            METRICS_ROUTES, None if (keys := keys or self.key_ring()) is None else keys.find, self._secret()
+        )
 
     def key_ring(self) -> KeyRing | None:
         """The API keys. Raises BadKeyFile."""
@@ -523,12 +525,12 @@ class RouterConfig(ServiceConfig):
             )
         return self
 
-    def gate(self) -> Gate:
-        return self.router_gate(self.key_ring())
+    def access(self) -> AccessPolicy:
+        return self.router_access(self.key_ring())
 
-    def router_gate(self, keys: KeyRing | None) -> Gate:
+    def router_access(self, keys: KeyRing | None) -> AccessPolicy:
         """In front of RPCs and routes, with keys that are read already."""
-        return Gate(self.rpcs, None if keys is None else keys.find, self._secret())
+        return AccessPolicy(self.rpcs, None if keys is None else keys.find, self._secret())
 
 
 SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, DecodeConfig)

@@ -123,10 +123,10 @@ def test_a_secret_that_is_none_is_refused_and_never_shown(tmp_path: Path) -> Non
         if text is not None:
             file.write_text(text)
         with pytest.raises(BadKeyFile, match="secret"):
-            config.gate()
+            config.access()
     file.write_text("not to be seen by anybody\n")
     assert config.credentials().secret == "not to be seen by anybody"  # type: ignore[union-attr]
-    assert "seen" not in f"{config.credentials()!r} {config.gate()!r} {config!r}"
+    assert "seen" not in f"{config.credentials()!r} {config.access()!r} {config!r}"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
