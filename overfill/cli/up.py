@@ -30,9 +30,9 @@ from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Plan, Stack, check_ports, free_ports, reachable, threads_per_worker
+from overfill.cli.stack import Stack, StackPlan, check_ports, free_ports, reachable, threads_per_worker
 from overfill.cli.up_config import OwnSettings, config_option
-from overfill.cluster.session import check_installed
+from overfill.cluster.connection import check_installed
 from overfill.process.extras import require
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.rpc.access import Role
@@ -180,7 +180,7 @@ def up_command(
     """
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # in the processes that it starts
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     with _secret(settings, tls) as settings:
         # Wrong settings and ports in use are told before a pair is prepared, which can take minutes.
@@ -198,7 +198,7 @@ def up_command(
         _check_options(options, prefill, decode, on_ray)
         if address is None:  # elsewhere, the ports are those of other machines
             check_ports(planned, metrics=not on_ray)
-        with progress_bars() as report:
+        with show_progress() as report:
             folder = resolve_pair(pair, report)
         plan = make_plan(
             folder, prefill, decode, routers, port, threads, settings, http, mock, tls, apart=address is not None
@@ -254,7 +254,7 @@ def make_plan(
     mock: bool = False,
     tls: Path | None = None,
     apart: bool = False,
-) -> Plan:
+) -> StackPlan:
     """Configurations for all processes.
 
     ``http`` is the port of the first OpenAI endpoint: 0 for any, "off" for no endpoint. ``settings`` are fields of the
@@ -301,7 +301,7 @@ def make_plan(
     # wait for each other sleep. Workers that may be on several machines are taken one by one.
     shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
     prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
-    return Plan(
+    return StackPlan(
         tuple(router_configs),
         tuple(
             _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, shares[0])
@@ -376,7 +376,7 @@ def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
 class AnyStack(Protocol):
     """A stack of plain processes, or one on Ray."""
 
-    plan: Plan
+    plan: StackPlan
 
     @property
     def addresses(self) -> tuple[str, ...]: ...
@@ -442,7 +442,7 @@ def _note(line: str) -> None:
     click.echo(f"overfill: {line}", err=True)
 
 
-def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
+def _welcome(out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
     """Says on ``out`` what runs, where, and what to type next. A command is one line, to be copied whole."""
     first = addresses[0]
     option = "" if first == "127.0.0.1:7600" else f" --address {first}"
@@ -475,7 +475,7 @@ def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_worker
     out.print(Rule(), width=width)
 
 
-def _curl(plan: Plan, base: str) -> str:
+def _curl(plan: StackPlan, base: str) -> str:
     body = {
         "model": plan.model,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from overfill.errors import OverfillError, Unauthenticated, Unavailable
 from overfill.rpc.access import METRICS_ROUTES, AccessPolicy, bearer, roles_of, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 _CONNECTION_TIMEOUT = 10.0
@@ -105,7 +105,7 @@ def _admit(access: AccessPolicy, environ: dict[str, Any]) -> None:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    tls: Reloaded[ssl.SSLContext] | None = None
+    tls: ReloadingValue[ssl.SSLContext] | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

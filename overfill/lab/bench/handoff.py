@@ -63,7 +63,7 @@ def measure_handoff(
     """Measures ``rounds`` requests of ``tokens`` random tokens, after one that is not counted.
 
     Args:
-        threads: of each worker; this process, which computes the plain prefills, is ``tuned`` to as many.
+        threads: of each worker; this process, which computes the plain prefills, uses ``cpu_settings`` for as many.
 
     Raises:
         StartFailed: the stack did not come up.
