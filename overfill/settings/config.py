@@ -14,7 +14,7 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
@@ -37,6 +37,7 @@ from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
+from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
 from overfill.telemetry.logs import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -195,7 +196,8 @@ class ServiceConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # Flags come before all of these.
-        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
+        earlier = InitSettingsSource(settings_cls, cls._earlier_variables())
+        return init_settings, env_settings, earlier, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
@@ -203,7 +205,7 @@ class ServiceConfig(BaseSettings):
 
         Prints what to change to stderr and exits 2 when a flag, variable or key is unknown or has a bad value.
         """
-        args = list(sys.argv[1:] if argv is None else argv)
+        args = rename_service_flags(sys.argv[1:] if argv is None else argv, cls.model_fields)
         unknown = sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables())
         if unknown:
             cls._exit("; ".join(f"{name}: no such setting; {nearest(name, cls.variables())}" for name in unknown))
@@ -222,8 +224,24 @@ class ServiceConfig(BaseSettings):
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """Environment variable -> field."""
-        return {f"{cls.model_config['env_prefix']}{name}".upper(): name for name in cls.model_fields}
+        """Environment variable -> field; earlier names come first."""
+        names = {**dict(old_names(cls.model_fields)), **{name: name for name in cls.model_fields}}
+        return {cls.variable(name): field for name, field in names.items()}
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """Environment variable of the field ``name``."""
+        return f"{cls.model_config['env_prefix']}{name}".upper()
+
+    @classmethod
+    def _earlier_variables(cls) -> dict[str, Any]:
+        """Field -> value of those fields whose environment variable has an earlier name only."""
+        values: dict[str, Any] = {}
+        for old, new in old_names(cls.model_fields):
+            if value := os.environ.get(cls.variable(old)):
+                warn(cls.variable(old), cls.variable(new))
+                values[new] = value
+        return values
 
     @classmethod
     def find_file(cls, argv: Sequence[str]) -> ConfigFile | None:
@@ -252,7 +270,7 @@ class ServiceConfig(BaseSettings):
         file = cls.find_file(argv)
         found = {name: f"{file.path}: {key}" for name, (key, _) in cls.file_values(file).items()} if file else {}
         found |= {name: variable for variable, name in cls.variables().items() if os.environ.get(variable)}
-        given = {argument.partition("=")[0] for argument in argv}
+        given = {argument.partition("=")[0] for argument in rename_service_flags(argv, cls.model_fields)}
         return found | {name: flag for name in cls.model_fields if (flag := f"--{flag_name(name)}") in given}
 
     @classmethod
@@ -328,6 +346,7 @@ class ServiceConfig(BaseSettings):
         Raises:
             ValueError: a name is unknown, or a value wrong; the message names the flag.
         """
+        settings = rename_fields(settings, cls.model_fields)
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
             raise ValueError(f"{', '.join(unknown)}: no such setting; see {cls.program} --help for those there are")
         argv = _flags({name: value for name, value in settings.items() if value is not None})
@@ -346,7 +365,7 @@ class ServiceConfig(BaseSettings):
                 continue
             name = str(item["loc"][0])
             flag = f"--{flag_name(name)}"
-            variable = f"{cls.model_config['env_prefix']}{name}".upper()
+            variable = cls.variable(name)
             if item["type"] == "missing":
                 yield f"{flag} (or {variable}) is required: {cls.model_fields[name].description}"
                 continue
@@ -539,8 +558,9 @@ SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, Decode
 def read_checked(path: Path) -> ConfigFile:
     """A file whose keys all exist, with no booleans for services. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
-    file = read_config_file(path)
-    file.check({COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS})
+    known = {COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS}
+    file = _with_new_keys(read_config_file(path), known)
+    file.check(known)
     # Of TOML, where `off` is written "off". A number's field would take a boolean for 0 or 1.
     faults = [
         f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
@@ -551,3 +571,16 @@ def read_checked(path: Path) -> ConfigFile:
     if faults:
         raise BadConfigFile(faults)
     return file
+
+
+def _with_new_keys(file: ConfigFile, known: Mapping[str, Collection[str]]) -> ConfigFile:
+    """``file`` with earlier keys replaced. Raises BadConfigFile when a setting is there under both names."""
+    sections, faults = {}, []
+    for section, settings in file.sections.items():
+        try:
+            sections[section] = rename_keys(section, settings, known.get(section, ()))
+        except ValueError as error:
+            faults.append(f"{file.path}: {error}")
+    if faults:
+        raise BadConfigFile(faults)
+    return ConfigFile(file.path, sections)
