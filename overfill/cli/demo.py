@@ -12,7 +12,8 @@ from rich.console import Console
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
 from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Stack
-from overfill.cli.up import AnyStack, make_plan
+from overfill.cli.up import AnyStack
+from overfill.cli.up_plan import make_plan
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.cluster.connection import check_installed
 from overfill.process.extras import require

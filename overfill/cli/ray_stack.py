@@ -124,8 +124,8 @@ class RayStack:
     def describe_workers(self, stage: str) -> str:
         """The workers of a stage, for people. Ray names them: `overfill status` lists them."""
         fewest = sum(of == stage for of, _ in self.plan.workers())
-        most = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
-        return f"{fewest} on Ray" if most is None else f"{fewest} to {most} on Ray"
+        limit = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
+        return f"{fewest} on Ray" if limit is None else f"{fewest} to {limit} on Ray"
 
     def news(self) -> list[str]:
         """What has changed since the last call, in words."""
@@ -200,12 +200,12 @@ def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -
         settings=_settings(router)
         | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},
     )
-    most = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
+    max_workers = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
     cpus, gpus = options.worker_cpus, options.worker_gpus
     if cpus is None and options.address is None:
-        cpus = placement.share(resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas, most)
+        cpus = placement.share(resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas, max_workers)
     if gpus is None and options.address is None and prefill.device in ("auto", "cuda"):
-        gpus = placement.gpu_share(resources.get("GPU", 0.0), most)
+        gpus = placement.gpu_share(resources.get("GPU", 0.0), max_workers)
     reserved: dict[str, Any] = {"num_cpus": float(prefill.threads) if cpus is None else cpus, "num_gpus": gpus or 0.0}
     return StackSpec(
         pair=router.pair,

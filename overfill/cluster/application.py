@@ -76,7 +76,7 @@ def _autoscaling(pool: PoolSpec) -> dict[str, Any]:
     return {
         "min_replicas": pool.replicas,
         "initial_replicas": pool.replicas,
-        "max_replicas": pool.most,
+        "max_replicas": pool.max_replicas_total,
         # The policy's scaler waits and smooths as its own rules say.
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,

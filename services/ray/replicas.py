@@ -30,8 +30,9 @@ from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
-from overfill.settings.config import ServiceConfig, is_wildcard
+from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import SETTINGS
+from overfill.settings.values import is_wildcard
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:

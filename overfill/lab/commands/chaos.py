@@ -175,7 +175,7 @@ def prepare(
     pair: str, prefill: int, decode: int, routers: int, exits: ExitStack, report: Report, settings: dict[str, Any]
 ) -> tuple[StackPlan, list[list[int]], Path]:
     """A float32 stack of ``pair``, what to ask it, and the pair's folder; that of a tiny pair goes with ``exits``."""
-    from overfill.cli.up import make_plan
+    from overfill.cli.up_plan import make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.plain import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair

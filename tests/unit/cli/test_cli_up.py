@@ -24,6 +24,7 @@ from overfill.cli import up
 from overfill.cli.main import main
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, StackPlan, StartFailed, child_environment, free_ports, threads_per_worker
+from overfill.cli.up_plan import make_plan
 from overfill.errors import Unavailable
 from overfill.settings.config import DecodeConfig, PrefillConfig
 
@@ -34,7 +35,7 @@ def plan(**settings: Any) -> StackPlan:
     values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": "off"}
     values["apart"] = False
     own = {name: settings.pop(name) for name in list(settings) if name in values}
-    return up.make_plan(Path("pair"), **(values | own), settings=settings)
+    return make_plan(Path("pair"), **(values | own), settings=settings)
 
 
 class Gathering(Stack):
@@ -125,8 +126,8 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
 
 
 def test_settings_go_to_those_that_have_them() -> None:
-    made = plan(token_budget="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
-    assert made.prefill[0].token_budget == 512
+    made = plan(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
+    assert made.prefill[0].max_num_batched_tokens == 512
     assert made.decode[0].data_streams == 3
     assert made.prefill[0].kv_memory == made.decode[0].kv_memory == 64 * 2**20
     assert made.prefill[0].dtype == made.decode[0].dtype == "float32"
