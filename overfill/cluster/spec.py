@@ -10,9 +10,10 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig, is_wildcard
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.renamed import rename_fields
+from overfill.settings.values import is_wildcard
 
 APPLICATION = "overfill"
 """Name of the Serve application, unless another is given."""
@@ -75,7 +76,7 @@ class PoolSpec(_Model):
         return self
 
     @property
-    def most(self) -> int:
+    def max_replicas_total(self) -> int:
         """Replicas that there may ever be, but for those that take the place of others."""
         return self.max_replicas or self.replicas
 

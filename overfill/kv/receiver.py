@@ -42,7 +42,7 @@ from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.wire import WireChunk, decode_all, pull_kv
-from overfill.rpc.calls import outcome, responses, written
+from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
 from overfill.telemetry import tracing
@@ -148,7 +148,7 @@ class PrefillPeer:
         name = self.target.worker_id
         call = self.control.Describe(prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT)
         try:
-            described: prefill_pb2.DescribePrefillResponse = await outcome(call, name)
+            described: prefill_pb2.DescribePrefillResponse = await checked_response(call, name)
         except (DeadlineExceeded, RequestCancelled, Unavailable) as error:
             raise Unavailable(f"prefill worker {name} did not answer: {error}") from error
         if described.incarnation != self.target.incarnation:
@@ -335,7 +335,7 @@ class PromptPull:
                         await asyncio.wait_for(self._whole.wait(), _ACK_DELAY)
                 while message.HasField("ack") and not self._outgoing.empty():  # only acknowledgements follow the start
                     message.ack.ranges.extend(self._outgoing.get_nowait().ack.ranges)
-                await written(control.write(message), self._worker)
+                await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
         return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))

@@ -149,7 +149,7 @@ _UNKNOWN = Rule(None, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class AccessPolicy:
     """Holds callers against a table. The default lets everybody call what is in it: for loopback, and tests.
 
     Args:
@@ -211,11 +211,11 @@ def route_rule(rules: Mapping[str, Rule], path: str) -> Rule | None:
     return None
 
 
-def unknown(gate: Gate, shown: str | None, roles: frozenset[Role] | None) -> None:
-    """Raises as ``Gate.check`` unless the caller may learn what is not here, with any key or certificate."""
-    if roles or (gate.keys is not None and shown is not None and gate.keys(shown) is not None):
+def unknown(access: AccessPolicy, shown: str | None, roles: frozenset[Role] | None) -> None:
+    """Raises as ``AccessPolicy.check`` unless the caller may learn what is not here, with any key or certificate."""
+    if roles or (access.keys is not None and shown is not None and access.keys(shown) is not None):
         return
-    gate.check(_UNKNOWN, shown, None)
+    access.check(_UNKNOWN, shown, None)
 
 
 def bearer(header: str, *, page: bool = False) -> str | None:

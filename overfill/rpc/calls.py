@@ -15,20 +15,20 @@ from overfill.rpc.status import from_rpc_error
 T = TypeVar("T")
 
 
-async def outcome(operation: Awaitable[T], peer: str) -> T:
+async def checked_response(operation: Awaitable[T], peer: str) -> T:
     """Awaits ``call.read()`` or a whole call to ``peer``.
 
     Raises:
         InternalError: what came is no message of its type; gRPC gives None then and only logs it.
-        OverfillError: as ``written``.
+        OverfillError: as ``checked_write``.
     """
-    message = await written(operation, peer)
+    message = await checked_write(operation, peer)
     if message is None:
         raise InternalError(f"{peer} sent what is no message of its type")
     return message
 
 
-async def written(operation: Awaitable[T], peer: str) -> T:
+async def checked_write(operation: Awaitable[T], peer: str) -> T:
     """Awaits ``call.write(...)`` to ``peer``.
 
     Raises:
@@ -51,6 +51,6 @@ async def written(operation: Awaitable[T], peer: str) -> T:
 
 
 async def responses(call: Any, peer: str) -> AsyncIterator[Any]:
-    """The messages of a streaming ``call`` to ``peer``, to its end; raises as ``outcome`` does."""
-    while (message := await outcome(call.read(), peer)) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+    """The messages of a streaming ``call`` to ``peer``, to its end; raises as ``checked_response`` does."""
+    while (message := await checked_response(call.read(), peer)) is not grpc.aio.EOF:  # type: ignore[attr-defined]
         yield message

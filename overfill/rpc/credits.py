@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class RouterDemand:
     """What a router has said.
 
     Attributes:
@@ -19,7 +19,7 @@ class Demand:
     queued: int
 
 
-def divide(capacity: int, demands: Sequence[Demand | None]) -> list[int]:
+def divide(capacity: int, demands: Sequence[RouterDemand | None]) -> list[int]:
     """Credits of each router: most requests that it may have on the worker at once.
 
     What is not in use goes first to routers with requests waiting, one by one to the one that would have least, then

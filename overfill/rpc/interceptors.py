@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from overfill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
-from overfill.rpc.access import Gate, bearer, caller, roles_of
+from overfill.rpc.access import AccessPolicy, bearer, caller, roles_of
 from overfill.rpc.constants import FIRST_MESSAGE_TIMEOUT
 from overfill.rpc.status import to_status
 from overfill.telemetry import tracing
@@ -36,15 +36,15 @@ TRACED = {
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Refuses whom ``gate`` does not let in; maps exceptions with ``to_status``, undecodable requests to
+    """Refuses whom ``access`` does not let in; maps exceptions with ``to_status``, undecodable requests to
     INVALID_ARGUMENT.
 
     Args:
         certificates: callers have shown one, which says their roles.
     """
 
-    def __init__(self, gate: Gate | None = None, certificates: bool = False) -> None:
-        self._gate = gate or Gate()
+    def __init__(self, access: AccessPolicy | None = None, certificates: bool = False) -> None:
+        self._access = access or AccessPolicy()
         self._certificates = certificates
 
     async def intercept_service(
@@ -72,14 +72,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         return guarded
 
     def _admit(self, method: str, shown: str | None, context: Context) -> None:
-        rule = self._gate.rpc(method)
+        rule = self._access.rpc(method)
         if rule is None:
             raise PermissionDenied(f"{method} is open to nobody here")
         roles = None
         if self._certificates:
             names = context.auth_context().get("x509_subject_alternative_name", ())
             roles = roles_of(bytes(name).decode(errors="replace") for name in names)
-        caller.set(self._gate.check(rule, shown, roles))  # gRPC runs the handler of an RPC in a task of its own
+        caller.set(self._access.check(rule, shown, roles))  # gRPC runs the handler of an RPC in a task of its own
 
 
 def _traced(behaviour: Behaviour, name: str) -> Behaviour:

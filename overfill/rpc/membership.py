@@ -17,9 +17,9 @@ import grpc.aio
 
 from overfill.errors import Incompatible, OverfillError, Unavailable
 from overfill.rpc.addresses import split_address
-from overfill.rpc.calls import outcome, written
+from overfill.rpc.calls import checked_response, checked_write
 from overfill.rpc.channel import open_channel
-from overfill.rpc.credits import Demand, divide
+from overfill.rpc.credits import RouterDemand, divide
 from overfill.rpc.tls import Credentials
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 
@@ -237,7 +237,7 @@ class _Link:
         self._on_demand = on_demand
         self._tls = tls
         self._prefix_keys = prefix_keys
-        self.demand: Demand | None = None
+        self.demand: RouterDemand | None = None
         self._later: asyncio.TimerHandle | None = None
 
     def change_later(self) -> None:
@@ -250,7 +250,7 @@ class _Link:
         delay = BACKOFF_FIRST
         while True:
             try:
-                await self._session()
+                await self._run_stream()
             except Incompatible:
                 raise
             except OverfillError as error:
@@ -266,13 +266,13 @@ class _Link:
             delay = BACKOFF_FIRST if was_joined else min(BACKOFF_CAP, 2 * delay)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
-    async def _session(self) -> None:
+    async def _run_stream(self) -> None:
         # A new channel each time: a kept one would add its own back-off to ours.
         channel = open_channel(self.address, self._tls)
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
             with suppress(OverfillError):  # of an ended call; the read says how it ended
-                await written(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
+                await checked_write(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
             welcome = await self._read(call)
             logger.info("joined router %s at %s", welcome.welcome.router_id, self.address)
             self.joined = True
@@ -294,7 +294,7 @@ class _Link:
         while True:
             message = await self._read(call)
             if message.HasField("demand"):
-                self.demand = Demand(message.demand.in_use, message.demand.queued)
+                self.demand = RouterDemand(message.demand.in_use, message.demand.queued)
                 self._on_demand()
 
     async def _tell(self, call: Any) -> None:
@@ -314,7 +314,7 @@ class _Link:
             report = self._report(self)
             if feed is not None and (delta := feed.take()) is not None:
                 report.prefix.CopyFrom(delta)
-            await written(call.write(registry_pb2.JoinRequest(report=report)), self.address)
+            await checked_write(call.write(registry_pb2.JoinRequest(report=report)), self.address)
             await asyncio.sleep(REPORT_GAP)
             try:
                 await asyncio.wait_for(self.changed.wait(), REPORT_INTERVAL - REPORT_GAP)
@@ -322,7 +322,7 @@ class _Link:
                 continue
 
     async def _read(self, call: Any) -> registry_pb2.JoinResponse:
-        message = await outcome(call.read(), self.address)
+        message = await checked_response(call.read(), self.address)
         if message is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise Unavailable(f"{self.address}: the router closed the stream")
         assert isinstance(message, registry_pb2.JoinResponse)

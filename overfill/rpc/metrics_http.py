@@ -14,9 +14,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from overfill.errors import OverfillError, Unauthenticated, Unavailable
-from overfill.rpc.access import METRICS_ROUTES, Gate, bearer, roles_of, route_rule, unknown
+from overfill.rpc.access import METRICS_ROUTES, AccessPolicy, bearer, roles_of, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 _CONNECTION_TIMEOUT = 10.0
@@ -35,7 +35,7 @@ class MetricsServer:
         host, port: where to listen; port 0 takes any free one.
         tls: certificate and key, and who must show one; None serves in the clear, on loopback only.
         targets: groups of addresses and their labels.
-        gate: who may read; None: everybody.
+        access: who may read; None: everybody.
 
     Attributes:
         address: host:port in use.
@@ -52,17 +52,17 @@ class MetricsServer:
         port: int,
         tls: ServerTls | None = None,
         targets: Callable[[], Sequence[dict[str, Any]]] | None = None,
-        gate: Gate | None = None,
+        access: AccessPolicy | None = None,
     ) -> None:
         if tls is None and not is_loopback(host):
             raise TlsError(f"refusing to serve metrics on {host} in the clear: configure a TLS certificate and key")
         metrics = make_wsgi_app(registry)
-        access = gate or Gate()
+        policy = access or AccessPolicy()
 
         def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             path = environ["PATH_INFO"]
             try:
-                _admit(access, environ)
+                _admit(policy, environ)
             except OverfillError as error:
                 status = "401 Unauthorized" if isinstance(error, Unauthenticated) else "403 Forbidden"
                 start_response(status, [("content-type", "text/plain"), ("www-authenticate", "Bearer")])
@@ -94,18 +94,18 @@ class MetricsServer:
         self._thread.join()
 
 
-def _admit(gate: Gate, environ: dict[str, Any]) -> None:
+def _admit(access: AccessPolicy, environ: dict[str, Any]) -> None:
     shown, roles = bearer(environ.get("HTTP_AUTHORIZATION", "")), environ["overfill.roles"]
     rule = route_rule(METRICS_ROUTES, environ["PATH_INFO"])
     if rule is None:
-        unknown(gate, shown, roles)
+        unknown(access, shown, roles)
     else:
-        gate.check(rule, shown, roles)
+        access.check(rule, shown, roles)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    tls: Reloaded[ssl.SSLContext] | None = None
+    tls: ReloadingValue[ssl.SSLContext] | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

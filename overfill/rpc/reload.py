@@ -17,7 +17,7 @@ RELOAD_SECONDS = 1.0
 """Between looks at the files."""
 
 
-class Reloaded(Generic[T]):
+class ReloadingValue(Generic[T]):
     """What ``read`` returns for ``files``; a look at ``value`` reads them again when they have changed. Thread-safe.
 
     When ``read`` fails, the old value stays in force, and every later look reads again until that succeeds.

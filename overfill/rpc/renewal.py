@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 
 C = TypeVar("C")
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -59,7 +59,7 @@ class RenewedChannel(Generic[C]):
     def __init__(
         self,
         open_one: Callable[[C | None], Any],
-        credentials: Reloaded[C] | None,
+        credentials: ReloadingValue[C] | None,
         metadata: Metadata,
         close: Callable[[Any], None],
     ) -> None:

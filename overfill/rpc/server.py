@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from overfill.errors import Unavailable
-from overfill.rpc.access import Gate
+from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.channel import server_options
 from overfill.rpc.health import Health
@@ -27,7 +27,7 @@ class RpcServer:
     Args:
         tls: certificate and key; None serves in the clear, on loopback only.
         max_concurrent_rpcs: more than these are refused with RESOURCE_EXHAUSTED; None means no limit.
-        gate: who may call what; None: everybody what is in the table.
+        access: who may call what; None: everybody what is in the table.
         interceptors: see every RPC; what they raise, or have a method raise, is mapped as usual.
         condition: holds while the process, once it was set ready, can do its work; None: always.
     """
@@ -36,13 +36,13 @@ class RpcServer:
         self,
         tls: ServerTls | None = None,
         max_concurrent_rpcs: int | None = None,
-        gate: Gate | None = None,
+        access: AccessPolicy | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
         condition: Callable[[], bool] | None = None,
     ) -> None:
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
-        self._gate = gate
+        self._access = access
         self._interceptors = tuple(interceptors)
         self._health = Health(condition)
         self._servicers: list[tuple[_AddServicer, Any, str]] = []
@@ -78,7 +78,7 @@ class RpcServer:
                 "configure a TLS certificate and key, or listen on 127.0.0.1"
             )
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(self._gate, self._wants_certificates), *self._interceptors],
+            interceptors=[ErrorInterceptor(self._access, self._wants_certificates), *self._interceptors],
             options=server_options(),
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )

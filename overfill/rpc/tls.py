@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 
 _CERTIFICATES = "the TLS certificates"
 """How log messages name what is read again."""
@@ -54,9 +54,9 @@ class ClientTls:
             certificate_chain=_read(self.cert, "client certificate") if self.cert else None,
         )
 
-    def reloaded(self) -> Reloaded[grpc.ChannelCredentials]:
+    def reloaded(self) -> ReloadingValue[grpc.ChannelCredentials]:
         """The credentials, other ones whenever the files have changed. Raises TlsError."""
-        return Reloaded((self.ca, self.cert, self.key), self.credentials, TlsError, _CERTIFICATES)
+        return ReloadingValue((self.ca, self.cert, self.key), self.credentials, TlsError, _CERTIFICATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ServerTls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """For a gRPC server; every handshake takes the files as they are. Raises TlsError naming the one at fault."""
-        source = Reloaded((self.cert, self.key, self.client_ca), self._configuration, TlsError, _CERTIFICATES)
+        source = ReloadingValue((self.cert, self.key, self.client_ca), self._configuration, TlsError, _CERTIFICATES)
         first = source.value
 
         def changed() -> Any:
@@ -107,7 +107,7 @@ class ServerTls:
             first, changed, require_client_authentication=self.client_ca is not None
         )
 
-    def contexts(self, client_certificates: bool = True) -> Reloaded[ssl.SSLContext]:
+    def contexts(self, client_certificates: bool = True) -> ReloadingValue[ssl.SSLContext]:
         """For a server on Python's sockets; take the value at each handshake. Raises TlsError."""
 
         def read() -> ssl.SSLContext:
@@ -121,7 +121,7 @@ class ServerTls:
                 raise TlsError(f"cannot read {self.cert}, {self.key} or {self.client_ca}: {error}") from error
             return context
 
-        return Reloaded((self.cert, self.key, self.client_ca), read, TlsError, _CERTIFICATES)
+        return ReloadingValue((self.cert, self.key, self.client_ca), read, TlsError, _CERTIFICATES)
 
     def _configuration(self) -> Any:
         _check_pair(self.cert, self.key, "server")

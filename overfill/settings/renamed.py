@@ -19,7 +19,11 @@ _V = TypeVar("_V")
 
 REMOVED_IN = "0.3"
 
-RENAMED: dict[str, str] = {"same_host": "shm"}
+RENAMED: dict[str, str] = {
+    "same_host": "shm",
+    "token_budget": "max_num_batched_tokens",
+    "otlp_endpoint": "otlp_traces_endpoint",
+}
 """Earlier field name -> field name, both with underscores, for every service that has the new field."""
 
 

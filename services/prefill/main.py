@@ -25,7 +25,7 @@ _READERS = 2  # threads that copy KV out of the cache beside the engine
 async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
     """Loads the full model, serves until drained, and returns the exit code. ``on_ready`` is called once it serves."""
     loop = asyncio.get_running_loop()
-    parts = await load_parts(config, "full", config.token_budget)
+    parts = await load_parts(config, "full", config.max_num_batched_tokens)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
     shm_server = ShmServer(config.shm == "on")
     metrics = PrefillMetrics()
@@ -44,7 +44,9 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     def emit(events: list[PrefillEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix, metrics)
+    core = PrefillEngine(
+        parts.runner, parts.pool, config.max_num_batched_tokens, config.max_num_seqs, emit, prefix, metrics
+    )
     shm_server.start()
     try:
         return await serve_engine(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overfill.cli.stack import Stack
-from overfill.cli.up import make_plan
+from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from overfill.cli.stack import Stack
-from overfill.cli.up import make_plan
+from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
 from overfill.engine.build import build_engine_parts
 from overfill.engine.prefill import PrefillEngine
@@ -63,12 +63,12 @@ def measure_handoff(
     """Measures ``rounds`` requests of ``tokens`` random tokens, after one that is not counted.
 
     Args:
-        threads: of each worker; this process, which computes the plain prefills, is ``tuned`` to as many.
+        threads: of each worker; this process, which computes the plain prefills, uses ``cpu_settings`` for as many.
 
     Raises:
         StartFailed: the stack did not come up.
     """
-    settings = {"dtype": dtype, "log_level": "error", "token_budget": tokens, "grace_period": 2}
+    settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
     settings |= {"shm": shm, "kv_codec": kv_codec}
     plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
     stack = Stack(plan, log)

@@ -76,9 +76,9 @@ def timeline_command(
     from overfill.lab.bench.timeline import record_timeline, save_plot
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
 
     def log(name: str, line: str) -> None:

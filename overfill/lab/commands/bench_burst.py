@@ -32,10 +32,10 @@ def burst_command(address: str, plot: Path | None, as_json: bool, **burst: Any) 
     """
     from overfill.client import AsyncClient
     from overfill.lab.bench.burst import Burst, BurstResult, quantile, run_burst
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     async def run() -> BurstResult:
-        with progress_bars() as report:
+        with show_progress() as report:
             async with AsyncClient(address) as client:
                 return await run_burst(client, Burst(**burst), report)
 

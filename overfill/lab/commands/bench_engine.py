@@ -145,9 +145,9 @@ def peers_group() -> None:
 def install_command(names: tuple[str, ...]) -> None:
     """Download engines (up to 3 GB) into OVERFILL_HOME/envs."""
     from overfill.lab.bench.peers.environment import install
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         installed = [install(name, report) for name in names]
     for python in installed:
         click.echo(python)
@@ -178,10 +178,10 @@ def _setting(
 
 def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | None, as_json: bool) -> None:
     from overfill.lab.bench.rows import hints, rows_table
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     rows = []
-    with progress_bars() as report:
+    with show_progress() as report:
         for row in measure(report):
             rows.append(row)
             if as_json:

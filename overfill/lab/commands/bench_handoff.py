@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def _pair(name: str) -> Pair:
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         return Pair.load(resolve_pair(name, report))
 
 
@@ -50,10 +50,10 @@ def handoff_command(
 
     Exit code 1 when a bound is not reached.
     """
-    from overfill.engine.device import tuned
+    from overfill.engine.device import cpu_settings
     from overfill.lab.bench.handoff import measure_handoff
 
-    with tuned(threads):  # as a worker is
+    with cpu_settings(threads):  # as a worker is
         figures = measure_handoff(
             _pair(pair),
             tokens,

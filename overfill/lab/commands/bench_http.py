@@ -26,8 +26,8 @@ def http_command(pair: str, rounds: int, streams: int, tokens: int, as_json: boo
     require("loadtest,server", "`overfill bench http`", "tokenizers", "xxhash")  # in the processes that it starts
     from overfill.lab.bench.protocols import compare
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
     return print_figures(compare(folder, rounds, streams, tokens), as_json)

@@ -41,11 +41,11 @@ def instrumentation_command(
     from overfill.lab.bench.instrumentation import measure_instrumentation
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with progress_bars() as report:
+    with show_progress() as report:
         figures = measure_instrumentation(
             Pair.load(resolve_pair(pair, report)),
             batch=batch,

@@ -27,9 +27,9 @@ def memory_command(
     from overfill.lab.bench.memory import MIB, measure_memory
     from overfill.lab.bench.plots import save_memory
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
         run = measure_memory(folder, requests, threads, lambda done: report("Answering", done, requests))
     if plot is not None:

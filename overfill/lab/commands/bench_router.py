@@ -22,9 +22,9 @@ def router_command(pair: str, seconds: float, overload: float | None, as_json: b
     """
     from overfill.lab.bench.router import measure_cost, measure_overload
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
     figures = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
     return print_figures(figures, as_json)

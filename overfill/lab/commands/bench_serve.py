@@ -125,7 +125,7 @@ def serve_command(
     from overfill.lab.bench.serve.report import serve_rows, serve_table
     from overfill.lab.traffic.outcome import Objective
     from overfill.lab.traffic.traces import set_rate
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     if trace is not None and arrivals is not None:
         raise click.UsageError("--arrivals contradicts --trace, which has its own; leave one out")
@@ -155,7 +155,7 @@ def serve_command(
     most = max(r.prompt_tokens + r.output_tokens for r in requests)
     found: dict[str, list[Outcome]] = {}
     chosen: Step | None = None
-    with progress_bars() as report:
+    with show_progress() as report:
 
         def run(spec: TargetSpec, play: Play) -> None:
             found[spec.name] = _played(f"Load on {spec.name}", play, requests, report)

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from overfill.api import keys
 from overfill.api.keys import KeyRing
 from overfill.client import AsyncClient
-from overfill.rpc.access import RPCS, Gate, caller
+from overfill.rpc.access import RPCS, AccessPolicy, caller
 from overfill.rpc.server import RpcServer
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 
@@ -22,8 +22,8 @@ class Telling(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.DetokenizeResponse(text=caller.get().cache_namespace if caller.get() else "")
 
 
-async def namespaces(shown, gate):
-    server = RpcServer(None, gate=gate)
+async def namespaces(shown, access):
+    server = RpcServer(None, access=access)
     name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
     server.add(inference_pb2_grpc.add_InferenceServicer_to_server, Telling(len(shown)), name)
     address = await server.start("127.0.0.1:0")
@@ -42,7 +42,7 @@ async def test_every_rpc_has_the_namespace_of_its_own_key(tmp_path):
     assert of_a
     assert of_b
     assert of_a != of_b
-    assert await namespaces([a, b, a], Gate(RPCS, KeyRing(file).find)) == [of_a, of_b, of_a]
+    assert await namespaces([a, b, a], AccessPolicy(RPCS, KeyRing(file).find)) == [of_a, of_b, of_a]
 
 
 async def test_a_new_key_of_the_same_name_is_another_tenant(tmp_path):
