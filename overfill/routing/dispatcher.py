@@ -7,9 +7,9 @@ while no admissible combination of the two exists::
               ^         |             ^             |
               +-refused-+             +-need_prefill+
 
-The order is that of ``routing.line``. A request that does not fit now may be overtaken by one that does, until it
+The order is that of ``routing.fair_queue``. A request that does not fit now may be overtaken by one that does, until it
 has waited ``reserve_after`` seconds. No decision looks at every worker, nor at every request that waits in vain: the
-pools' indexes and the line say when there is nothing to be had. ``routing.invariant`` holds all of it to the rule.
+pools' indexes and the queue say when there is nothing to be had. ``routing.invariant`` holds all of it to the rule.
 
 Callers say what happened (``submit``, ``reserved``, ``refused`` ...) and then ask ``poll`` for what follows.
 """
@@ -24,8 +24,8 @@ from itertools import islice
 from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing import invariant
 from overfill.routing.admission import Admission
+from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
-from overfill.routing.line import Line
 from overfill.routing.policy import Policy
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import DECODE, PREFILL, Worker
@@ -100,8 +100,8 @@ class Dispatcher:
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()
-        self._decode_line: Line[Job] = Line()
-        self._prefill_line: Line[Job] = Line(fair=False)
+        self._decode_queue: FairQueue[Job] = FairQueue()
+        self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
         self._absent_since: dict[common_pb2.Stage, float] = {}
         self._largest: dict[common_pb2.Stage, float] = {}
         self._queued: list[Job] = []  # since the last poll
@@ -109,19 +109,19 @@ class Dispatcher:
     @property
     def num_waiting(self) -> int:
         """Jobs waiting for a worker of either stage."""
-        return len(self._decode_line) + len(self._prefill_line)
+        return len(self._decode_queue) + len(self._prefill_queue)
 
     def waiting(self) -> Iterator[Job]:
         """Those jobs."""
-        yield from self._decode_line
-        yield from self._prefill_line
+        yield from self._decode_queue
+        yield from self._prefill_queue
 
     def queued(self, stage: common_pb2.Stage) -> int:
         """Jobs that wait for a worker of ``stage``; for prefill, those too that have no slot to hope for."""
         if stage == DECODE:
-            return len(self._decode_line)
-        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
-        return len(self._prefill_line) + (len(self._decode_line) if free <= 0 else 0)
+            return len(self._decode_queue)
+        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
+        return len(self._prefill_queue) + (len(self._decode_queue) if free <= 0 else 0)
 
     @property
     def num_jobs(self) -> int:
@@ -137,8 +137,8 @@ class Dispatcher:
         Raises:
             Overloaded: it would not; says when to try again.
         """
-        line = self._decode_line
-        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)
+        queue = self._decode_queue
+        self._admission.check(queue.waiting(priority), queue.ahead(priority, key), now, deadline, begun=begun)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
@@ -168,7 +168,7 @@ class Dispatcher:
             self._roster.decode.refused(job.decode, load)
         self._detach(job)
         job.state = JobState.WAITING
-        self._decode_line.push_front(job)
+        self._decode_queue.push_front(job)
         self._queued.append(job)
 
     def lost(self, job: Job, now: float, *, gone: bool) -> None:
@@ -217,7 +217,7 @@ class Dispatcher:
     def finish(self, job: Job) -> None:
         """Forgets the job and frees what it holds, in any state, any number of times."""
         if job in self._jobs:
-            self._decode_line.used_less(job, max(0, job.charged - job.used_tokens))
+            self._decode_queue.refund(job, max(0, job.charged - job.used_tokens))
         self._detach(job)
         job.state = JobState.FINISHED
         self._jobs.discard(job)
@@ -228,15 +228,15 @@ class Dispatcher:
 
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now and rejects what waits in vain."""
-        self._admission.drain.look(now, len(self._decode_line))
+        self._admission.drain.look(now, len(self._decode_queue))
         for pool in (self._roster.prefill, self._roster.decode):
             pool.expire(now)
         outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
-        if self._prefill_line:
+        if self._prefill_queue:
             outcomes += self._place_prefill()
-        if self._decode_line:
+        if self._decode_queue:
             outcomes += self._place_decode(now)
-        self._admission.drain.look(now, len(self._decode_line))
+        self._admission.drain.look(now, len(self._decode_queue))
         return outcomes
 
     def check(self, now: float) -> None:
@@ -245,8 +245,8 @@ class Dispatcher:
             self._roster,
             self._jobs,
             self._reserving,
-            self._decode_line,
-            self._prefill_line,
+            self._decode_queue,
+            self._prefill_queue,
             self._reserve_after,
             now,
         )
@@ -254,19 +254,19 @@ class Dispatcher:
     def _wait(self, job: Job, now: float) -> None:
         job.state = JobState.WAITING
         job.waiting_since = now
-        self._decode_line.append(job)
+        self._decode_queue.append(job)
         self._queued.append(job)
 
     def _want_prefill(self, job: Job) -> None:
         job.state = JobState.WANTS_PREFILL
-        self._prefill_line.append(job)
+        self._prefill_queue.append(job)
         self._queued.append(job)
 
     def _detach(self, job: Job) -> None:
-        """Takes the job out of every line and off every worker."""
+        """Takes the job out of every queue and off every worker."""
         self._reserving.discard(job)
-        self._decode_line.discard(job)
-        self._prefill_line.discard(job)
+        self._decode_queue.discard(job)
+        self._prefill_queue.discard(job)
         self.prefill_done(job)
         if job.decode is not None:
             self._roster.decode.release(job.decode)
@@ -274,7 +274,7 @@ class Dispatcher:
 
     def _place_prefill(self) -> Iterator[Placement]:
         pool = self._roster.prefill
-        for job in self._prefill_line:
+        for job in self._prefill_queue:
             if not pool.index.free_credits:
                 return
             worker = self._find(pool, job, job.prompt_tokens)
@@ -282,17 +282,17 @@ class Dispatcher:
                 continue
             job.prefill = worker
             pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
-            self._prefill_line.take(job)
+            self._prefill_queue.take(job)
             job.state = JobState.RUNNING
             yield Placement(job, worker)
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
-        pool, line = self._roster.decode, self._decode_line
+        pool, queue = self._roster.decode, self._decode_queue
         holder: Job | None = None  # the blocked job that reserves capacity
-        for job in line:
+        for job in queue:
             # A prefill slot must be left beyond those that jobs on decode workers are about to take.
-            free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
-            if free <= 0 or pool.index.most_room < line.least_need:
+            free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
+            if free <= 0 or pool.index.most_room < queue.smallest_need:
                 return
             if holder is not None and pool.index.admissible.least >= holder.total_tokens:
                 return  # all that is left is reserved
@@ -319,7 +319,7 @@ class Dispatcher:
         job.decode, job.placed_at = worker, now
         pool.policy.placed(job, worker)
         pool.place(worker, job.reserve_tokens)
-        self._decode_line.take(job)
+        self._decode_queue.take(job)
         self._reserving.add(job)
         job.state = JobState.PLACED
 
@@ -386,7 +386,7 @@ class Dispatcher:
             smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
             self._largest[pool.stage] = largest
         queued, self._queued = self._queued, []
-        for job in [*self._decode_line, *self._prefill_line] if smaller else queued:
+        for job in [*self._decode_queue, *self._prefill_queue] if smaller else queued:
             waits = job.state in (JobState.WAITING, JobState.WANTS_PREFILL)
             if waits and (error := self._too_large(job)):
                 yield self._reject(job, error)
@@ -399,9 +399,9 @@ class Dispatcher:
             absent = now - self._absent_since.setdefault(pool.stage, now)
             if absent < self._patience(pool):
                 continue
-            waiting = list(self._decode_line)
+            waiting = list(self._decode_queue)
             if pool.stage == PREFILL:
-                waiting += self._prefill_line
+                waiting += self._prefill_queue
             for job in waiting:
                 yield self._reject(
                     job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has reported for {absent:.0f} s")

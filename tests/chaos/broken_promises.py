@@ -265,7 +265,7 @@ BROKEN = (
         "too much load is refused at once",
         "queues have no end",
         "overfill/routing/dispatcher.py",
-        "self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)\n",
+        "self._admission.check(queue.waiting(priority), queue.ahead(priority, key), now, deadline, begun=begun)\n",
         "del now, deadline, begun\n",
         "tests/integration/test_overload.py",
     ),

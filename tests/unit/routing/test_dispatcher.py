@@ -10,7 +10,7 @@ from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
-from overfill.routing.line import Line
+from overfill.routing.fair_queue import FairQueue
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
@@ -431,7 +431,7 @@ def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
     dispatcher.submit(job("a2", prompt=10, answer=10, key="a"), 0.0)
     dispatcher.submit(job("b2", prompt=10, answer=10, key="b"), 0.0)
     assert [j.id for j in dispatcher.waiting()] == ["a", "b", "b2", "a2"], "as if the others had never been"
-    moved = Line()
+    moved = FairQueue()
     moved_job = job("moved", key="a")
     moved_job.resumed = True
     moved.append(moved_job)
