@@ -281,7 +281,7 @@ class Router:
     def _activity(self) -> admin_pb2.Activity:
         waiting = self.dispatcher.num_waiting
         now = asyncio.get_running_loop().time()
-        return self._generator.recent.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        return self._generator.rolling_stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
 
     def _status(self) -> admin_pb2.ProcessStatus:
         return admin_pb2.ProcessStatus(

@@ -24,8 +24,8 @@ from overfill.routing.admission import KeyLimits, Limits
 from overfill.routing.answer import Finish
 from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
-from overfill.routing.recent import Recent
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
@@ -63,7 +63,7 @@ class Generator:
     Attributes:
         pair, tokenizer: what is served.
         models: its names.
-        recent: what was seen in the last minute.
+        rolling_stats: what was seen in the last minute.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.signals = signals
-        self.recent = Recent()
+        self.rolling_stats = RollingStats()
         self._roster = roster
         self._gate = gate
         self._connector = connector
@@ -361,7 +361,7 @@ class Generation:
             yield delta
             now = loop.time()
             metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
-            self._generator.recent.tokens(len(event.ids), now)
+            self._generator.rolling_stats.tokens(len(event.ids), now)
             last = now
             # A resumed answer has its first token already: nothing was waited for.
             if ttft_ns is None and not relay.resumed:
@@ -375,7 +375,7 @@ class Generation:
         metrics.answered(self._finished)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         self._generator.signals.finished(self._finished, loop.time())
-        self._generator.recent.answered(self._finished, loop.time())
+        self._generator.rolling_stats.answered(self._finished, loop.time())
 
     async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
         """All of the answer's text as deltas. Raises OverfillError."""
