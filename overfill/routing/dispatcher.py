@@ -128,17 +128,21 @@ class Dispatcher:
         """Jobs that are not finished."""
         return len(self._jobs)
 
-    def admit(self, priority: int, key: str, now: float, deadline: float | None, *, begun: bool = False) -> None:
+    def admit(
+        self, priority: int, key: str, now: float, deadline: float | None, *, client_resumes: bool = False
+    ) -> None:
         """Whether a new job would be taken now; cheap, for before anything else is done about it.
 
         Args:
-            begun: its client has part of the answer.
+            client_resumes: its client has part of the answer.
 
         Raises:
             Overloaded: it would not; says when to try again.
         """
         queue = self._decode_queue
-        self._admission.check(queue.waiting(priority), queue.ahead(priority, key), now, deadline, begun=begun)
+        self._admission.check(
+            queue.waiting(priority), queue.ahead(priority, key), now, deadline, client_resumes=client_resumes
+        )
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
@@ -149,7 +153,7 @@ class Dispatcher:
         """
         if error := self._too_large(job):
             raise error
-        self.admit(job.priority, job.key, now, job.deadline, begun=bool(job.emitted))
+        self.admit(job.priority, job.key, now, job.deadline, client_resumes=bool(job.emitted))
         self._jobs.add(job)
         self._wait(job, now)
 
@@ -182,7 +186,7 @@ class Dispatcher:
             if gone:
                 self._roster.decode.close(job.decode)
         self._detach(job)
-        job.resumed = True
+        job.migrated = True
         self._wait(job, now)
 
     def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, closed: bool) -> None:
@@ -199,7 +203,7 @@ class Dispatcher:
             if closed:
                 self._roster.prefill.close(tried)
         self.prefill_done(job)
-        job.resumed = True
+        job.migrated = True
         self._want_prefill(job)
 
     def prefill_done(self, job: Job, now: float | None = None) -> None:
@@ -211,7 +215,7 @@ class Dispatcher:
         if job.prefill is not None:
             self._roster.prefill.release(job.prefill)
             job.prefill = None
-            if now is not None and job.placed_at is not None and not job.resumed:
+            if now is not None and job.placed_at is not None and not job.migrated:
                 self._admission.first_token(now - job.placed_at)
 
     def finish(self, job: Job) -> None:

@@ -17,7 +17,7 @@ _MAX_KEYS = 1024  # shares that are remembered before those that no longer matte
 class Queueable(Protocol):
     """What a line knows of a job."""
 
-    resumed: bool
+    migrated: bool
     priority: int
     key: str
 
@@ -112,20 +112,20 @@ class FairQueue(Generic[J]):
         """Behind all that have the same claim."""
         self._count += 1
         tag = 0.0
-        if self._fair and not job.resumed:
+        if self._fair and not job.migrated:
             job.charged = job.share_tokens
             tag = self._clocks.setdefault(job.priority, VirtualClock()).start_tag(job.key, job.charged)
-        self._add(job, (not job.resumed, job.priority, 1, tag, self._count))
+        self._add(job, (not job.migrated, job.priority, 1, tag, self._count))
 
     def push_front(self, job: J) -> None:
         """Before all that have the same claim: it had its turn, and lost it through no fault of its own."""
         self._count += 1
-        self._add(job, (not job.resumed, job.priority, 0, 0.0, -self._count))
+        self._add(job, (not job.migrated, job.priority, 0, 0.0, -self._count))
 
     def take(self, job: J) -> None:
         """It has its turn."""
         _, priority, behind, tag, _ = self._positions[job][0]
-        if self._fair and behind and not job.resumed:
+        if self._fair and behind and not job.migrated:
             self._clocks[priority].advance_virtual_time(tag)
         self.discard(job)
 
@@ -148,5 +148,5 @@ class FairQueue(Generic[J]):
         self._positions[job] = place, job.reserve_tokens
         insort(self._order, (place, job), key=lambda entry: entry[0])
         insort(self._sorted_needs, job.reserve_tokens)
-        if not job.resumed:
+        if not job.migrated:
             self._num_new[job.priority] = self._num_new.get(job.priority, 0) + 1

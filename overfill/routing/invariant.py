@@ -71,7 +71,7 @@ def _check_books(
 
 
 def _ordered(queue: Iterable[Job]) -> bool:
-    claims = [(not job.resumed, job.priority) for job in queue]
+    claims = [(not job.migrated, job.priority) for job in queue]
     return claims == sorted(claims)
 
 

@@ -143,7 +143,7 @@ class Relay:
         return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
 
     @property
-    def resumed(self) -> bool:
+    def client_resumed(self) -> bool:
         """Whether the answer's first token was there before the request came."""
         return bool(self._request.emitted_token_ids)
 

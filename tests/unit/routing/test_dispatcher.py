@@ -433,7 +433,7 @@ def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
     assert [j.id for j in dispatcher.waiting()] == ["a", "b", "b2", "a2"], "as if the others had never been"
     moved = FairQueue()
     moved_job = job("moved", key="a")
-    moved_job.resumed = True
+    moved_job.migrated = True
     moved.append(moved_job)
     assert moved_job.charged == 0, "so nothing can be given back for it"
 
@@ -487,7 +487,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.admit(0, "", now, now + 0.3, begun=True)
+    dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
     dispatcher.admit(-1, "", now, now + 0.3)  # nobody goes before an urgent one
 
 
