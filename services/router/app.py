@@ -14,8 +14,8 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
-from overfill.routing.gate import Gate
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.scaling import ScalingConfig
@@ -23,7 +23,7 @@ from overfill.routing.scaling_advisor import INTERVAL, ScalingAdvisor
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, PREFILL
-from overfill.rpc.access import Gate as AccessGate
+from overfill.rpc.access import Gate
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
@@ -102,7 +102,7 @@ class Router:
         self._scaling_advisor = ScalingAdvisor(
             self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective)
         )
-        gate = Gate(self.dispatcher)
+        async_dispatcher = AsyncDispatcher(self.dispatcher)
         expected = {PREFILL: max(1, config.expect_prefill), DECODE: max(1, config.expect_decode)}
         self._metrics = RouterMetrics()
         self._metrics.watch(
@@ -116,7 +116,7 @@ class Router:
             pair,
             tokenizer,
             self.roster,
-            gate,
+            async_dispatcher,
             self._connector,
             self._metrics,
             self.signals,
@@ -140,7 +140,7 @@ class Router:
         self._registry = RegistryServicer(
             self._id,
             self.roster,
-            gate,
+            async_dispatcher,
             self._connector,
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
         )
@@ -240,7 +240,7 @@ class Router:
             self._exporter.close()
         await tracing.flush()
 
-    def _http_server(self, access: AccessGate) -> HttpServer:
+    def _http_server(self, access: Gate) -> HttpServer:
         # Here, so that a router without the endpoint does not import its libraries.
         from services.router.http.app import HttpApi
         from services.router.http.server import HttpServer

@@ -22,7 +22,7 @@ from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimits, Limits
 from overfill.routing.answer import Finish
-from overfill.routing.gate import Gate
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
 from overfill.routing.rolling_stats import RollingStats
@@ -72,7 +72,7 @@ class Generator:
         pair: Pair,
         tokenizer: Tokenizer,
         roster: Roster,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         metrics: RouterMetrics,
         signals: Signals,
@@ -88,7 +88,7 @@ class Generator:
         self.signals = signals
         self.rolling_stats = RollingStats()
         self._roster = roster
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
@@ -155,8 +155,10 @@ class Generator:
         check_priority(request.priority)
         if caller is not None:
             self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
-        client_resumes = bool(request.resume_token_ids)
-        self._gate.admit(_priority(request.priority, caller), _name(caller), time_left, client_resumes=client_resumes)
+        resumes = bool(request.resume_token_ids)
+        self._dispatcher.admit(
+            _priority(request.priority, caller), _name(caller), time_left, client_resumes=client_resumes
+        )
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Grammars, those of tools included, may take long to check.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
@@ -211,7 +213,7 @@ class Generator:
                 key=key,
                 block_keys=self._block_keys(checked.prompt_token_ids, tenant_salt),
             ),
-            self._gate,
+            self._dispatcher,
             self._connector,
             max_attempts=self._max_attempts,
             observer=self.metrics,

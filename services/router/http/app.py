@@ -100,7 +100,7 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, gate, generator, local, frozenset(allowed_origins))
+        self.asgi: ASGIApp = AccessMiddleware(inner, gate, generator, local, frozenset(allowed_origins))
         if allowed_origins:
             # CORS wraps the gate, so that a page can read refusals and a preflight needs no key. Without
             # allow_credentials, what a browser shows by itself, such as a certificate, is for our own page only.
@@ -188,7 +188,7 @@ class HttpApi:
         }
 
 
-class _Gate:
+class AccessMiddleware:
     """In front of every route: the caller is checked, the request is counted. A path of no table gets no further.
 
     A browser sends what any page asks it to send. The gate refuses requests from pages of other sites, unless their

@@ -16,8 +16,8 @@ from overfill.errors import (
 )
 from overfill.routing import attempt
 from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
@@ -82,7 +82,7 @@ class Stack:
     def __init__(self, roster, report):
         self.roster = roster
         self.dispatcher = Dispatcher(roster, LeastLoad(), max_queue=4, absent_after=0.0)
-        self.gate = Gate(self.dispatcher)
+        self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.streams = asyncio.Queue()
         self._report = report
 
@@ -97,7 +97,7 @@ class Stack:
     def report(self, worker_id, **report):
         pool = self.roster.decode if worker_id.startswith("d") else self.roster.prefill
         pool.report(pool.get(worker_id), self._report(**report), asyncio.get_running_loop().time())
-        self.gate.poll()
+        self.async_dispatcher.poll()
 
     def assert_nothing_in_flight(self):
         assert [w.in_flight for w in self.roster.workers()] == [0] * len(self.roster.workers())
@@ -115,7 +115,7 @@ class Stack:
             deadline=None if timeout is None else now + timeout,
             emitted_token_ids=emitted,
         )
-        relay = Relay(request, self.gate, self, max_attempts=max_attempts)
+        relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
         relay.start()
         try:
             yield relay
