@@ -180,7 +180,7 @@ async def serve_engine(
         config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
         # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
+        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, debounce=not roomier)),
         device=device,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
