@@ -26,7 +26,7 @@ from overfill.rpc.worker import WorkerHost
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
-from services.decode.session import Session
+from services.decode.sequence_session import SequenceSession
 from services.hosting import worker_load
 
 
@@ -60,7 +60,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._hello = hello
         self._peers = peers
         self._executor = executor
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, SequenceSession] = {}
 
     @property
     def active(self) -> int:
@@ -149,7 +149,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         processor: LogitProcessor | None,
         prompt_blocks: PromptBlocks,
         context: Context,
-    ) -> Session:
+    ) -> SequenceSession:
         self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
@@ -165,7 +165,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             salt=prompt_blocks.salt,
             prompt_blocks=prompt_blocks,
         )
-        session = Session(
+        session = SequenceSession(
             start,
             sequence,
             self.engine.send,
@@ -202,7 +202,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if sampling.seed is None and not sampling.greedy:
             raise InvalidRequest("sampling.seed", "is required between router and worker")
 
-    def _new_pull(self, peer: PrefillPeer, session: Session) -> PromptPull:
+    def _new_pull(self, peer: PrefillPeer, session: SequenceSession) -> PromptPull:
         start = session.start
         request = PromptRequest(
             request_id=start.request_id,
@@ -230,7 +230,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
 
 
-async def _read_requests(session: Session, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
+async def _read_requests(session: SequenceSession, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
     try:
         async for request in requests:
             match request.WhichOneof("message"):

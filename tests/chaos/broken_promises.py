@@ -63,7 +63,7 @@ BROKEN = (
     Broken(
         "a request outlives its prefill worker",
         "a failed handoff ends the request",
-        "services/decode/session.py",
+        "services/decode/sequence_session.py",
         "                self._need_prefill(_reason_for(error), str(error), worker)",
         "                raise error",
         "tests/integration/test_phases.py::test_a_prefill_worker_that_fails_is_reported_and_another_may_follow",
@@ -175,10 +175,10 @@ BROKEN = (
     Broken(
         "nor while it is written",
         "writers are not waited for",
-        "services/decode/session.py",
+        "services/decode/sequence_session.py",
         "                await to_the_end(self._join_pull())\n",
         "                pass\n",
-        "tests/unit/services/test_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
+        "tests/unit/services/test_sequence_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
     ),
     Broken(
         "a lost block ends the worker",
@@ -274,10 +274,10 @@ BROKEN = (
     Broken(
         "a slow reader holds nobody up",
         "tokens wait for who reads them",
-        "services/decode/session.py",
+        "services/decode/sequence_session.py",
         "        if last is not None and last.HasField",
         "        if False and last.HasField",
-        "tests/unit/services/test_session.py::test_tokens_that_nobody_reads_become_one_message",
+        "tests/unit/services/test_sequence_session.py::test_tokens_that_nobody_reads_become_one_message",
     ),
     Broken(
         "lost shared memory costs speed only",

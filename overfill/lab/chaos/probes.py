@@ -173,7 +173,7 @@ def watch_decode(probe: Probe) -> None:
     from overfill.engine.sequence import Reserved, TokenSampled
     from overfill.kv.receiver import PromptPull
 
-    session = importlib.import_module("services.decode.session").Session
+    session = importlib.import_module("services.decode.sequence_session").SequenceSession
     receiver: Any = overfill.kv.receiver
     handle, take_all, check = session._handle, PromptPull._take_all, receiver.check_head
 
