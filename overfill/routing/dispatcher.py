@@ -139,10 +139,8 @@ class Dispatcher:
         Raises:
             Overloaded: it would not; says when to try again.
         """
-        queue = self._decode_queue
-        self._admission.check(
-            queue.waiting(priority), queue.ahead(priority, key), now, deadline, client_resumes=client_resumes
-        )
+        waiting, ahead = self._decode_queue.waiting(priority), self._decode_queue.ahead(priority, key)
+        self._admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
