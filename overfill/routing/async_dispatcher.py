@@ -70,9 +70,9 @@ class AsyncDispatcher:
         self._dispatcher.reserved(job)
         return self._await_placement(job)
 
-    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, closed: bool) -> PlacementFuture:
+    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, pause: bool) -> PlacementFuture:
         """Grants a prefill slot again; see ``Dispatcher.need_prefill``."""
-        self._dispatcher.need_prefill(job, tried, failed=failed, closed=closed)
+        self._dispatcher.need_prefill(job, tried, failed=failed, pause=pause)
         return self._await_placement(job)
 
     def prefill_done(self, job: Job) -> None:

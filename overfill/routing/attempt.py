@@ -171,7 +171,7 @@ class Attempt:
             self._job,
             tried,
             failed=failed,
-            closed=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
+            pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
         )
 
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:

@@ -182,24 +182,24 @@ class Dispatcher:
         if job.decode is not None:
             job.avoid.add(job.decode.key)
             if gone:
-                self._roster.decode.close(job.decode)
+                self._roster.decode.pause(job.decode)
         self._detach(job)
         job.migrated = True
         self._wait(job, now)
 
-    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, closed: bool) -> None:
+    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, pause: bool) -> None:
         """The decode worker wants KV again.
 
         Args:
             tried: the prefill worker that was assigned last, if it had a part in it.
             failed: it failed the job, so another is tried while there is one.
-            closed: nothing goes to it until its next report.
+            pause: nothing goes to it until its next report.
         """
         if tried is not None:
             if failed:
                 job.avoid.add(tried.key)
-            if closed:
-                self._roster.prefill.close(tried)
+            if pause:
+                self._roster.prefill.pause(tried)
         self.prefill_done(job)
         job.migrated = True
         self._want_prefill(job)
@@ -367,8 +367,8 @@ class Dispatcher:
     def _too_large(self, job: Job) -> PromptTooLong | None:
         needs = ((self._roster.prefill, job.prompt_tokens), (self._roster.decode, job.total_tokens))
         for pool, tokens in needs:
-            staying = pool.index.staying
-            if staying and staying.most < tokens:
+            not_draining = pool.index.not_draining
+            if not_draining and not_draining.most < tokens:
                 field = "prompt" if job.prompt_tokens >= (pool.capacity_tokens or 0) else "sampling.max_tokens"
                 what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
                 return PromptTooLong(
@@ -383,8 +383,8 @@ class Dispatcher:
         worker when the largest left, and all when the largest has become smaller."""
         smaller = False
         for pool in (self._roster.prefill, self._roster.decode):
-            staying = pool.index.staying
-            largest = staying.most if staying else math.inf  # nobody there: whoever comes may be of any size
+            not_draining = pool.index.not_draining
+            largest = not_draining.most if not_draining else math.inf  # nobody there: whoever comes may be of any size
             smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
             self._largest[pool.stage] = largest
         queued, self._queued = self._queued, []

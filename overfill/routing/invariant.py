@@ -29,8 +29,10 @@ def check(
         pool.check(now)
     for job in (*decode_queue, *prefill_queue):
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode, job.total_tokens)):
-            staying = [w for w in pool if w.staying]
-            _require(not staying or any(w.could_hold(tokens) for w in staying), f"{job.id} is too large, and waits")
+            not_draining = [w for w in pool if not w.draining]
+            _require(
+                not not_draining or any(w.could_hold(tokens) for w in not_draining), f"{job.id} is too large, and waits"
+            )
     for job in prefill_queue:
         _require(not _prefill_choices(roster, job, now), f"{job.id} waits for a prefill slot that there is")
     slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)

@@ -170,7 +170,7 @@ def _reported(pool: Pool, now: float) -> dict[str, float]:
     loads = [worker.report.load for worker in pool if worker.report is not None]
     return {
         "ready": float(sum(worker.alive(now) for worker in pool)),
-        "draining": float(sum(not worker.staying for worker in pool)),
+        "draining": float(sum(worker.draining for worker in pool)),
         "waiting_jobs": float(sum(load.waiting for load in loads)),
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
         "running": float(sum(load.running for load in loads)),

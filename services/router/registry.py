@@ -95,10 +95,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
                 del self._streams[info.id], self._metrics_addresses[info.id]
-                if worker.staying:
+                if not worker.draining:
                     self._on_lost(info)
                 self._connector.forget(info)
-                self._roster.pool(info.stage).leave(worker)
+                self._roster.pool(info.stage).remove(worker)
                 self._dispatcher.poll()
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
@@ -141,7 +141,7 @@ def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int
     counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}
     for pool in (roster.prefill, roster.decode):
         for worker in list(pool):
-            state = "ready" if worker.alive(now) else "silent" if worker.staying else "draining"
+            state = "ready" if worker.alive(now) else "silent" if not worker.draining else "draining"
             counts[STAGE_NAMES[pool.stage], state] += 1
     return list(counts.items())
 

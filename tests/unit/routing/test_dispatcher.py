@@ -169,11 +169,11 @@ def test_a_failed_prefill_goes_to_another_worker_before_new_requests(roster, dis
     dispatcher.reserved(a)
     dispatcher.reserved(b)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0"), ("b", "p1")]
-    dispatcher.need_prefill(a, p0, failed=True, closed=False)
+    dispatcher.need_prefill(a, p0, failed=True, pause=False)
     assert dispatcher.poll(0.0) == [], "p1 is alive, so a waits for it rather than try p0 again"
     dispatcher.prefill_done(b)
     assert placed(dispatcher.poll(0.0)) == [("a", "p1")]
-    dispatcher.need_prefill(a, p1, failed=True, closed=True)
+    dispatcher.need_prefill(a, p1, failed=True, pause=True)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")], "every worker has failed it: any will do"
 
 
@@ -190,7 +190,7 @@ def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatche
     roster.prefill.place(p0, 1)
     roster.prefill.place(p0, 1)  # no slot for now
     dispatcher.reserved(b)
-    dispatcher.need_prefill(a, p0, failed=False, closed=False)
+    dispatcher.need_prefill(a, p0, failed=False, pause=False)
     assert dispatcher.poll(0.0) == []
     roster.prefill.release(p0)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
@@ -289,7 +289,7 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
     add_worker(roster, "p0", PREFILL)
     for incarnation, seconds in enumerate(startups):
         info = replace(make_info("d0", incarnation=incarnation), startup_seconds=seconds)
-        roster.decode.leave(roster.join(info))
+        roster.decode.remove(roster.join(info))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
     keep_reporting(roster, "p0", patience - 0.1)
@@ -302,9 +302,9 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
 def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(roster, add_worker, make_info):
     dispatcher = Dispatcher(roster, LeastLoad())
     add_worker(roster, "p0", PREFILL)
-    roster.decode.leave(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
+    roster.decode.remove(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
     for _ in range(20):
-        roster.decode.leave(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
+        roster.decode.remove(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
     keep_reporting(roster, "p0", 119.9)
@@ -628,7 +628,7 @@ class Dispatching(RuleBasedStateMachine):
     def worker_leaves(self, name):
         pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
         if (worker := pool.get(name)) is not None:
-            pool.leave(worker)
+            pool.remove(worker)
         self.poll()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
@@ -692,10 +692,10 @@ class Dispatching(RuleBasedStateMachine):
             self.dispatcher.lost(job, self.now, gone=gone)
             self.poll()
 
-    @rule(data=st.data(), failed=st.booleans(), closed=st.booleans())
-    def prefill_is_needed_again(self, data, failed, closed):
+    @rule(data=st.data(), failed=st.booleans(), pause=st.booleans())
+    def prefill_is_needed_again(self, data, failed, pause):
         if job := self.pick(data, JobState.RUNNING):
-            self.dispatcher.need_prefill(job, job.prefill, failed=failed, closed=closed)
+            self.dispatcher.need_prefill(job, job.prefill, failed=failed, pause=pause)
             self.poll()
 
     @rule(data=st.data())

@@ -224,7 +224,7 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         await stack.stream()
         worker = stack.roster.decode.get(stream.worker)
         assert worker.report.load == load
-        assert worker.closed, "opens at its next report"
+        assert worker.paused_until_report, "opens at its next report"
 
 
 async def test_refusals_do_not_count_as_lost_workers(stack):
@@ -518,8 +518,8 @@ async def test_a_resubmitted_answer_that_was_whole_needs_no_worker(stack):
 
 
 async def test_a_stage_without_workers_ends_the_wait(stack):
-    stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
-    stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p0"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
     async with stack.request() as relay:
         with pytest.raises(Unavailable, match="no prefill worker"):
             await relay.next()
@@ -527,8 +527,8 @@ async def test_a_stage_without_workers_ends_the_wait(stack):
 
 async def test_the_deadline_ends_a_wait_for_a_stage_without_workers(stack):
     stack.dispatcher._absent_after = 3600.0
-    stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
-    stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p0"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
     async with stack.request(timeout=0.01) as relay:
         with pytest.raises(DeadlineExceeded):
             await relay.next()

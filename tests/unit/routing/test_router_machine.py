@@ -227,7 +227,7 @@ class Routing(RuleBasedStateMachine):
         if (worker := self.pool(name).get(name)) is not None:
             if dies:
                 self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
-            self.pool(name).leave(worker)
+            self.pool(name).remove(worker)
             self.act(self.async_dispatcher.poll)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
