@@ -230,7 +230,7 @@ class Dispatcher:
 
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now and rejects what waits in vain."""
-        self._admission.drain.look(now, len(self._decode_queue))
+        self._admission.departure_rate.observe(now, len(self._decode_queue))
         for pool in (self._roster.prefill, self._roster.decode):
             pool.expire(now)
         outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
@@ -238,7 +238,7 @@ class Dispatcher:
             outcomes += self._place_prefill()
         if self._decode_queue:
             outcomes += self._place_decode(now)
-        self._admission.drain.look(now, len(self._decode_queue))
+        self._admission.departure_rate.observe(now, len(self._decode_queue))
         return outcomes
 
     def check(self, now: float) -> None:
@@ -316,7 +316,7 @@ class Dispatcher:
 
     def _place(self, job: Job, worker: Worker, now: float) -> None:
         if now > job.waiting_since:
-            self._admission.drain.departed()
+            self._admission.departure_rate.departed()
         pool = self._roster.decode
         job.decode, job.placed_at = worker, now
         pool.policy.placed(job, worker)

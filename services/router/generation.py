@@ -20,7 +20,7 @@ from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, Reques
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
-from overfill.routing.admission import KeyLimits, Limits
+from overfill.routing.admission import KeyLimiter, KeyQuota
 from overfill.routing.answer import Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
@@ -94,7 +94,7 @@ class Generator:
         self._max_request_bytes = max_request_bytes
         self._max_request_time = max_request_time
         self._running: dict[Relay, ApiKey | None] = {}
-        self._limits = KeyLimits()
+        self._key_limiter = KeyLimiter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -154,7 +154,7 @@ class Generator:
         self._check_size(request.ByteSize())
         check_priority(request.priority)
         if caller is not None:
-            self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
+            self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
         self._dispatcher.admit(priority, _name(caller), time_left, client_resumes=client_resumes)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
@@ -173,7 +173,7 @@ class Generator:
         left = answers
         if caller is not None:
             with self.metrics.refusing():
-                self._limits.enter(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
+                self._key_limiter.acquire(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
 
         def start(checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
             nonlocal left
@@ -185,7 +185,7 @@ class Generator:
             yield start
         finally:
             for _ in range(left):
-                self._leave(caller)
+                self._release(caller)
 
     def _start(
         self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
@@ -267,7 +267,7 @@ class Generator:
         """Ends ``relay`` and forgets it."""
         await relay.close()
         if relay in self._running:
-            self._leave(self._running.pop(relay))
+            self._release(self._running.pop(relay))
         if not self._running:
             self._idle.set()
 
@@ -275,9 +275,9 @@ class Generator:
         left = min(self._max_request_time, math.inf if time_left is None else time_left)
         return None if left == math.inf else now + left
 
-    def _leave(self, caller: ApiKey | None) -> None:
+    def _release(self, caller: ApiKey | None) -> None:
         if caller is not None:
-            self._limits.leave(caller.id)
+            self._key_limiter.release(caller.id)
 
     def _block_keys(self, tokens: Sequence[int], tenant_salt: str) -> PromptKeys | None:
         """Names that the prompt's blocks have in the prefill workers' caches; None while there is no worker."""
@@ -417,8 +417,8 @@ def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
 
 
-def _limits(caller: ApiKey) -> Limits:
-    return Limits(caller.name, caller.rate, caller.concurrency)
+def _quota(caller: ApiKey) -> KeyQuota:
+    return KeyQuota(caller.name, caller.rate, caller.concurrency)
 
 
 def _priority(asked: int, caller: ApiKey | None) -> int:
