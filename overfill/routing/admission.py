@@ -109,12 +109,12 @@ class Admission:
         if client_resumes or not wait:
             return
         # The quickest of late is what no request beats; without a queue nothing is refused, so it cannot stick.
-        least = wait + min(self._first_tokens, default=0.0)
-        if deadline is not None and now + least > deadline:
+        ttft_bound = wait + min(self._first_tokens, default=0.0)
+        if deadline is not None and now + ttft_bound > deadline:
             raise Overloaded(
                 f"{ahead} requests go first, which takes about {_seconds(wait)}; the deadline is in "
                 f"{max(0.0, deadline - now):.3g} s",
-                _retry_after(now + least - deadline),
+                _retry_after(now + ttft_bound - deadline),
                 "deadline",
             )
         # What is taken is to keep it, so where requests leave in clumps the whole wait for the next one counts.
@@ -134,7 +134,7 @@ class KeyQuota:
 
     Attributes:
         name: how errors name the key.
-        rate: requests per second; as many, and one at least, may come at once after a pause.
+        rate: requests per second; as many, and one at ttft_bound, may come at once after a pause.
         concurrency: requests at once.
     """
 
@@ -165,10 +165,10 @@ class KeyLimiter:
         """
         usage = self._usage.setdefault(key, _Usage())
         burst = math.inf if quota.rate is None else max(1.0, quota.rate)
-        most = min(burst, math.inf if quota.concurrency is None else quota.concurrency)
-        if count > most:
+        max_count = min(burst, math.inf if quota.concurrency is None else quota.concurrency)
+        if count > max_count:
             raise InvalidRequest(
-                "n", f"asks for {count} answers, each a request; API key {quota.name!r} may have {int(most)}"
+                "n", f"asks for {count} answers, each a request; API key {quota.name!r} may have {int(max_count)}"
             )
         if quota.concurrency is not None and usage.running + count > quota.concurrency:
             raise Overloaded(

@@ -294,9 +294,9 @@ class Dispatcher:
         for job in queue:
             # A prefill slot must be left beyond those that jobs on decode workers are about to take.
             free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
-            if free <= 0 or pool.index.most_room < queue.smallest_need:
+            if free <= 0 or pool.index.max_room < queue.smallest_need:
                 return
-            if holder is not None and pool.index.admissible.least >= holder.total_tokens:
+            if holder is not None and pool.index.admissible.smallest >= holder.total_tokens:
                 return  # all that is left is reserved
             worker = None
             if self._prefill_may_come(job):
@@ -311,7 +311,7 @@ class Dispatcher:
         """Whether a prefill worker would take the job now; which one is decided when its blocks are reserved."""
         pool = self._roster.prefill
         if not job.avoid:
-            return pool.index.admissible.most >= job.prompt_tokens
+            return pool.index.admissible.largest >= job.prompt_tokens
         return self._find(pool, job, job.prompt_tokens) is not None
 
     def _place(self, job: Job, worker: Worker, now: float) -> None:
@@ -336,7 +336,7 @@ class Dispatcher:
             holder: a job for which all that could hold it are kept.
         """
         index = pool.index
-        if index.admissible.most < tokens or (room is not None and index.most_room < room):
+        if index.admissible.largest < tokens or (room is not None and index.max_room < room):
             return None
         # Those that failed the job are tried again only when none of the others is alive.
         avoid = job.avoid if job.avoid and self._others_alive(pool, job, tokens) else ()
@@ -368,7 +368,7 @@ class Dispatcher:
         needs = ((self._roster.prefill, job.prompt_tokens), (self._roster.decode, job.total_tokens))
         for pool, tokens in needs:
             not_draining = pool.index.not_draining
-            if not_draining and not_draining.most < tokens:
+            if not_draining and not_draining.largest < tokens:
                 field = "prompt" if job.prompt_tokens >= (pool.capacity_tokens or 0) else "sampling.max_tokens"
                 what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
                 return PromptTooLong(
@@ -384,7 +384,9 @@ class Dispatcher:
         smaller = False
         for pool in (self._roster.prefill, self._roster.decode):
             not_draining = pool.index.not_draining
-            largest = not_draining.most if not_draining else math.inf  # nobody there: whoever comes may be of any size
+            largest = (
+                not_draining.largest if not_draining else math.inf
+            )  # nobody there: whoever comes may be of any size
             smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
             self._largest[pool.stage] = largest
         queued, self._queued = self._queued, []

@@ -42,12 +42,12 @@ class Capacities:
         return sum(self._counts.values())
 
     @property
-    def most(self) -> float:
+    def largest(self) -> float:
         """0 when there is nobody."""
         return max(self._counts, default=0.0)
 
     @property
-    def least(self) -> float:
+    def smallest(self) -> float:
         return min(self._counts, default=0.0)
 
     @property
@@ -83,7 +83,7 @@ class Index:
         self._reports: OrderedDict[Worker, float] = OrderedDict()  # alive workers, the longest silent first
 
     @property
-    def most_room(self) -> float:
+    def max_room(self) -> float:
         """Tokens that the emptiest admissible worker takes now; -1 without one."""
         return self._rooms[-1][0] if self._rooms else -1.0
 

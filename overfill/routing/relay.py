@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)
 """Errors of a worker, after which another may succeed. All others are the request's own."""
 
-_MOST_LOSSES = 8
+_MAX_LOSSES_FACTOR = 8
 """Times ``max_attempts``: workers that one request may lose altogether, in case that it is the cause."""
 
 
@@ -82,7 +82,7 @@ class Observer(Protocol):
         """A decode worker wants the prompt's KV again."""
 
 
-class _Nobody:
+class _NoObserver:
     def attempt_failed(self, error: BaseException) -> None: ...
     def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None: ...
 
@@ -121,7 +121,7 @@ class Relay:
         self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
-        self._observer = observer or _Nobody()
+        self._observer = observer or _NoObserver()
         self._task: asyncio.Task[None] | None = None
         self._opened = 0
         self._job = Job(
@@ -217,7 +217,7 @@ class Relay:
                 known = len(self.answer.emitted)
                 if self.answer.full:
                     return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
-                if in_vain >= self._max_attempts or losses >= _MOST_LOSSES * self._max_attempts:
+                if in_vain >= self._max_attempts or losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
                     raise GaveUp(
                         Unavailable(f"gave up after {losses} attempts; {self.answer.progress}; the last: {error}")
                     ) from error

@@ -117,7 +117,7 @@ class SignalReader:
         return pool_states(routers.values())
 
     def _feed(self, now: float, new: Mapping[str, float]) -> None:
-        for tokens in spread(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
+        for tokens in two_point_values(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
             self.scaler.arrived(now, tokens)
         if finished := round(new["finished"]):
             prompt, answer = (round(new[f"finished_{key}_tokens"] / finished) for key in ("prompt", "answer"))
@@ -155,7 +155,7 @@ def pool_states(routers: Iterable[Mapping[str, float]]) -> tuple[PoolState, Pool
     )
 
 
-def spread(count: int, total: float, squares: float) -> list[int]:
+def two_point_values(count: int, total: float, squares: float) -> list[int]:
     """``count`` whole numbers, half of them low and half high, with about this total and sum of squares."""
     if count <= 0:
         return []

@@ -37,7 +37,7 @@ from overfill.v1 import admin_pb2
 from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
-from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
+from services.router.http.generate import ClientGone, EventStream, RunningChoices, while_connected
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _PORT = re.compile(r":\d+$")
@@ -138,7 +138,7 @@ class HttpApi:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
-        answers = Answers(self._generator, asked, envelope, key, span)
+        answers = RunningChoices(self._generator, asked, envelope, key, span)
         await answers.start(received)
         try:
             if asked.stream:
