@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from overfill import __version__
 from overfill.engine.build import EngineParts
@@ -27,7 +27,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 from services.decode.sequence_session import SequenceSession
-from services.hosting import worker_load
+from services.hosting import PromptHasher, worker_load
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
@@ -53,9 +53,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._metrics = metrics or DecodeMetrics()
         self._limits = limits
         self._parts = parts
-        self._prefix = prefix
-        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
-        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._hasher = PromptHasher(prefix)
         self._codec = codec
         self._hello = hello
         self._peers = peers
@@ -108,10 +106,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
         self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
-        salt = self._salt(first.start)
-        prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-            self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, salt
-        )
+        prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, self._namespace(first.start))
         session = self._accept(first.start, processor, prompt_blocks, context)
         running = asyncio.ensure_future(session.run())
         running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
@@ -136,7 +131,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
 
-    def _salt(self, start: decode_pb2.StartDecode) -> str:
+    def _namespace(self, start: decode_pb2.StartDecode) -> str:
         """Whose prefixes a prompt may share.
 
         What came through a codec is not what the full model computed: it is shared within the codec only.
