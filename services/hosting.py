@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -24,6 +25,8 @@ from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
 from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import PromptBlocks
+from overfill.kv.prefix import PrefixCache
 from overfill.model.manifest import Pair
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
@@ -107,6 +110,25 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
     )
 
 
+class PromptHasher:
+    """Computes the prefix-cache keys of prompts on a thread of its own, so that the event loop stays free.
+
+    It does not use asyncio's default executor, where prompts would wait behind grammars that are being compiled.
+
+    Args:
+        prefix: the engine's prefix cache, which defines the keys.
+    """
+
+    def __init__(self, prefix: PrefixCache) -> None:
+        self._prefix = prefix
+        self._executor = ThreadPoolExecutor(1, "hash")
+
+    async def blocks_of(self, prompt: Sequence[int], namespace: str) -> PromptBlocks:
+        """Returns the blocks of ``prompt`` with their keys; prompts share KV within one ``namespace`` only."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._prefix.blocks_of, prompt, namespace)
+
+
 def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
     """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1.
 
@@ -180,7 +202,7 @@ async def serve_engine(
         config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
         # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
+        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, debounce=not roomier)),
         device=device,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())

@@ -11,17 +11,17 @@ from typing import TypeAlias
 from overfill.routing.policy import LeastLoad, Policy, Request
 from overfill.routing.worker import Worker
 
-MOST_HOLDERS = 8
+MAX_HOLDERS = 8
 """Workers that are looked at of all that have a prefix."""
 
 PROMISED_BLOCKS = 64
 """Blocks of a placed prompt that its worker is expected to have before it reports them."""
 
-MOST_PROMISES = 1 << 16
+MAX_PROMISES = 1 << 16
 """Keys of such blocks that are remembered."""
 
 
-LEAST_LOADED = 4
+NUM_LEAST_LOADED = 4
 """Workers that are looked at whatever they have."""
 
 _Level: TypeAlias = "tuple[dict[Worker, None], Worker | None]"
@@ -80,7 +80,7 @@ class PrefixAffinity(Policy):
                 if worker not in self._holders.get(key, ()):
                     self._promised[key] = worker
                     self._promised.move_to_end(key)
-        while len(self._promised) > MOST_PROMISES:
+        while len(self._promised) > MAX_PROMISES:
             self._promised.popitem(last=False)
         return min(cached, request.prompt_tokens - 1)
 
@@ -117,10 +117,10 @@ class PrefixAffinity(Policy):
                 found[promised] = None
             if len(holders) != seen:  # shorter prefixes have the same holders, or more
                 seen = len(holders)
-                found |= {holder: None for holder in islice(holders, MOST_HOLDERS) if holder in self._admissible}
-            if len(found) >= MOST_HOLDERS:
+                found |= {holder: None for holder in islice(holders, MAX_HOLDERS) if holder in self._admissible}
+            if len(found) >= MAX_HOLDERS:
                 break
-        return found | dict.fromkeys(islice(self._load.best(request), LEAST_LOADED))
+        return found | dict.fromkeys(islice(self._load.best(request), NUM_LEAST_LOADED))
 
 
 def _depth(levels: list[_Level], worker: Worker) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import Answer
+from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.dispatcher import Job
-from overfill.routing.gate import Gate, Grant
 from overfill.routing.stream import DecodeStream
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
@@ -35,7 +35,7 @@ class Attempt:
     def __init__(
         self,
         stream: DecodeStream,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         job: Job,
         answer: Answer,
         *,
@@ -44,12 +44,12 @@ class Attempt:
     ) -> None:
         self._on_need = on_need_prefill
         self._stream = stream
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._job = job
         self._answer = answer
         self._max_prefill_failures = max_prefill_failures
         self._reserved = False
-        self._grant: Grant | None = None
+        self._placement: PlacementFuture | None = None
         self._prefill: Worker | None = None
         self._receiving: asyncio.Task[decode_pb2.DecodeResponse | None] | None = None
         self._wanted_since = 0.0
@@ -93,24 +93,24 @@ class Attempt:
 
     async def _next(self) -> decode_pb2.DecodeResponse:
         """The next message. While a prefill slot is awaited, whichever comes first is dealt with first."""
-        while self._grant is not None:
+        while self._placement is not None:
             if self._receiving is None:
                 self._receiving = asyncio.ensure_future(self._stream.receive())
-            either: set[asyncio.Future[Any]] = {self._receiving, self._grant}
+            either: set[asyncio.Future[Any]] = {self._receiving, self._placement}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._receiving.done():
                 break
-            await self._assign(self._grant)
+            await self._assign(self._placement)
         receiving, self._receiving = self._receiving, None
         message = await (receiving or self._stream.receive())
         if message is None:
             raise Unavailable("the decode worker ended the stream before the answer")
         return message
 
-    async def _assign(self, grant: Grant) -> None:
-        self._grant = None
+    async def _assign(self, placement: PlacementFuture) -> None:
+        self._placement = None
         try:
-            worker = grant.result()
+            worker = placement.result()
         except OverfillError as error:
             raise GaveUp(error) from error
         self._prefill = worker
@@ -133,7 +133,7 @@ class Attempt:
         self._reservation_ns = message.reserved.reservation_ns
         self._answer.reservations += 1
         self._wanted_since = _now()
-        self._grant = self._gate.reserved(self._job)
+        self._placement = self._dispatcher.reserved(self._job)
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()
@@ -141,7 +141,7 @@ class Attempt:
             self._note_first_token(tokens)
         if self._answer.accept(tokens, now):
             self._answer.prefill_failures = 0
-        self._gate.prefill_done(self._job)
+        self._dispatcher.prefill_done(self._job)
 
     def _note_first_token(self, tokens: decode_pb2.Tokens) -> None:
         timing = self._answer.timing
@@ -156,7 +156,7 @@ class Attempt:
 
     def _on_need_prefill(self, need: decode_pb2.NeedPrefill) -> None:
         self._on_need(need.reason)
-        if self._grant is not None:
+        if self._placement is not None:
             return  # it gets the one that is awaited already
         failed = need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_INCOMPATIBLE)
         if failed:
@@ -167,11 +167,11 @@ class Attempt:
         if self._answer.emitted:
             self._wanted_since = _now()
         # Otherwise what a failed prefill took counts as waiting for one.
-        self._grant = self._gate.need_prefill(
+        self._placement = self._dispatcher.need_prefill(
             self._job,
             tried,
             failed=failed,
-            closed=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
+            pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
         )
 
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:

@@ -23,12 +23,12 @@ class StepCost:
     def seconds(self, batch: float, context: float) -> float:
         return self.base + batch * (self.per_sequence + self.per_kv_token * context)
 
-    def batch_within(self, seconds: float, context: float, most: float) -> float:
-        """Largest batch whose step takes ``seconds`` at most; 1 when none does, ``most`` when all do."""
+    def batch_within(self, seconds: float, context: float, max_batch: float) -> float:
+        """Largest batch whose step takes ``seconds`` at most; 1 when none does, ``max_batch`` when all do."""
         slope = self.per_sequence + self.per_kv_token * context
         if slope <= 0:
-            return most if self.base <= seconds else 1.0
-        return min(most, max(1.0, (seconds - self.base) / slope))
+            return max_batch if self.base <= seconds else 1.0
+        return min(max_batch, max(1.0, (seconds - self.base) / slope))
 
 
 class PrefillRate:

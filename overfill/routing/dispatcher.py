@@ -7,9 +7,9 @@ while no admissible combination of the two exists::
               ^         |             ^             |
               +-refused-+             +-need_prefill+
 
-The order is that of ``routing.line``. A request that does not fit now may be overtaken by one that does, until it
+The order is that of ``routing.fair_queue``. A request that does not fit now may be overtaken by one that does, until it
 has waited ``reserve_after`` seconds. No decision looks at every worker, nor at every request that waits in vain: the
-pools' indexes and the line say when there is nothing to be had. ``routing.invariant`` holds all of it to the rule.
+pools' indexes and the queue say when there is nothing to be had. ``routing.invariant`` holds all of it to the rule.
 
 Callers say what happened (``submit``, ``reserved``, ``refused`` ...) and then ask ``poll`` for what follows.
 """
@@ -24,8 +24,8 @@ from itertools import islice
 from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing import invariant
 from overfill.routing.admission import Admission
+from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
-from overfill.routing.line import Line
 from overfill.routing.policy import Policy
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import DECODE, PREFILL, Worker
@@ -100,8 +100,8 @@ class Dispatcher:
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()
-        self._decode_line: Line[Job] = Line()
-        self._prefill_line: Line[Job] = Line(fair=False)
+        self._decode_queue: FairQueue[Job] = FairQueue()
+        self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
         self._absent_since: dict[common_pb2.Stage, float] = {}
         self._largest: dict[common_pb2.Stage, float] = {}
         self._queued: list[Job] = []  # since the last poll
@@ -109,36 +109,38 @@ class Dispatcher:
     @property
     def num_waiting(self) -> int:
         """Jobs waiting for a worker of either stage."""
-        return len(self._decode_line) + len(self._prefill_line)
+        return len(self._decode_queue) + len(self._prefill_queue)
 
     def waiting(self) -> Iterator[Job]:
         """Those jobs."""
-        yield from self._decode_line
-        yield from self._prefill_line
+        yield from self._decode_queue
+        yield from self._prefill_queue
 
     def queued(self, stage: common_pb2.Stage) -> int:
         """Jobs that wait for a worker of ``stage``; for prefill, those too that have no slot to hope for."""
         if stage == DECODE:
-            return len(self._decode_line)
-        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
-        return len(self._prefill_line) + (len(self._decode_line) if free <= 0 else 0)
+            return len(self._decode_queue)
+        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
+        return len(self._prefill_queue) + (len(self._decode_queue) if free <= 0 else 0)
 
     @property
     def num_jobs(self) -> int:
         """Jobs that are not finished."""
         return len(self._jobs)
 
-    def admit(self, priority: int, key: str, now: float, deadline: float | None, *, begun: bool = False) -> None:
+    def admit(
+        self, priority: int, key: str, now: float, deadline: float | None, *, client_resumes: bool = False
+    ) -> None:
         """Whether a new job would be taken now; cheap, for before anything else is done about it.
 
         Args:
-            begun: its client has part of the answer.
+            client_resumes: its client has part of the answer.
 
         Raises:
             Overloaded: it would not; says when to try again.
         """
-        line = self._decode_line
-        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)
+        waiting, ahead = self._decode_queue.waiting(priority), self._decode_queue.ahead(priority, key)
+        self._admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
@@ -149,7 +151,7 @@ class Dispatcher:
         """
         if error := self._too_large(job):
             raise error
-        self.admit(job.priority, job.key, now, job.deadline, begun=bool(job.emitted))
+        self.admit(job.priority, job.key, now, job.deadline, client_resumes=bool(job.emitted))
         self._jobs.add(job)
         self._wait(job, now)
 
@@ -168,7 +170,7 @@ class Dispatcher:
             self._roster.decode.refused(job.decode, load)
         self._detach(job)
         job.state = JobState.WAITING
-        self._decode_line.push_front(job)
+        self._decode_queue.push_front(job)
         self._queued.append(job)
 
     def lost(self, job: Job, now: float, *, gone: bool) -> None:
@@ -180,26 +182,26 @@ class Dispatcher:
         if job.decode is not None:
             job.avoid.add(job.decode.key)
             if gone:
-                self._roster.decode.close(job.decode)
+                self._roster.decode.pause(job.decode)
         self._detach(job)
-        job.resumed = True
+        job.migrated = True
         self._wait(job, now)
 
-    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, closed: bool) -> None:
+    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, pause: bool) -> None:
         """The decode worker wants KV again.
 
         Args:
             tried: the prefill worker that was assigned last, if it had a part in it.
             failed: it failed the job, so another is tried while there is one.
-            closed: nothing goes to it until its next report.
+            pause: nothing goes to it until its next report.
         """
         if tried is not None:
             if failed:
                 job.avoid.add(tried.key)
-            if closed:
-                self._roster.prefill.close(tried)
+            if pause:
+                self._roster.prefill.pause(tried)
         self.prefill_done(job)
-        job.resumed = True
+        job.migrated = True
         self._want_prefill(job)
 
     def prefill_done(self, job: Job, now: float | None = None) -> None:
@@ -211,13 +213,13 @@ class Dispatcher:
         if job.prefill is not None:
             self._roster.prefill.release(job.prefill)
             job.prefill = None
-            if now is not None and job.placed_at is not None and not job.resumed:
+            if now is not None and job.placed_at is not None and not job.migrated:
                 self._admission.first_token(now - job.placed_at)
 
     def finish(self, job: Job) -> None:
         """Forgets the job and frees what it holds, in any state, any number of times."""
         if job in self._jobs:
-            self._decode_line.used_less(job, max(0, job.charged - job.used_tokens))
+            self._decode_queue.refund(job, max(0, job.charged - job.used_tokens))
         self._detach(job)
         job.state = JobState.FINISHED
         self._jobs.discard(job)
@@ -228,15 +230,15 @@ class Dispatcher:
 
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now and rejects what waits in vain."""
-        self._admission.drain.look(now, len(self._decode_line))
+        self._admission.departure_rate.observe(now, len(self._decode_queue))
         for pool in (self._roster.prefill, self._roster.decode):
             pool.expire(now)
         outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
-        if self._prefill_line:
+        if self._prefill_queue:
             outcomes += self._place_prefill()
-        if self._decode_line:
+        if self._decode_queue:
             outcomes += self._place_decode(now)
-        self._admission.drain.look(now, len(self._decode_line))
+        self._admission.departure_rate.observe(now, len(self._decode_queue))
         return outcomes
 
     def check(self, now: float) -> None:
@@ -245,8 +247,8 @@ class Dispatcher:
             self._roster,
             self._jobs,
             self._reserving,
-            self._decode_line,
-            self._prefill_line,
+            self._decode_queue,
+            self._prefill_queue,
             self._reserve_after,
             now,
         )
@@ -254,19 +256,19 @@ class Dispatcher:
     def _wait(self, job: Job, now: float) -> None:
         job.state = JobState.WAITING
         job.waiting_since = now
-        self._decode_line.append(job)
+        self._decode_queue.append(job)
         self._queued.append(job)
 
     def _want_prefill(self, job: Job) -> None:
         job.state = JobState.WANTS_PREFILL
-        self._prefill_line.append(job)
+        self._prefill_queue.append(job)
         self._queued.append(job)
 
     def _detach(self, job: Job) -> None:
-        """Takes the job out of every line and off every worker."""
+        """Takes the job out of every queue and off every worker."""
         self._reserving.discard(job)
-        self._decode_line.discard(job)
-        self._prefill_line.discard(job)
+        self._decode_queue.discard(job)
+        self._prefill_queue.discard(job)
         self.prefill_done(job)
         if job.decode is not None:
             self._roster.decode.release(job.decode)
@@ -274,7 +276,7 @@ class Dispatcher:
 
     def _place_prefill(self) -> Iterator[Placement]:
         pool = self._roster.prefill
-        for job in self._prefill_line:
+        for job in self._prefill_queue:
             if not pool.index.free_credits:
                 return
             worker = self._find(pool, job, job.prompt_tokens)
@@ -282,19 +284,19 @@ class Dispatcher:
                 continue
             job.prefill = worker
             pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
-            self._prefill_line.take(job)
+            self._prefill_queue.take(job)
             job.state = JobState.RUNNING
             yield Placement(job, worker)
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
-        pool, line = self._roster.decode, self._decode_line
+        pool, queue = self._roster.decode, self._decode_queue
         holder: Job | None = None  # the blocked job that reserves capacity
-        for job in line:
+        for job in queue:
             # A prefill slot must be left beyond those that jobs on decode workers are about to take.
-            free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_line)
-            if free <= 0 or pool.index.most_room < line.least_need:
+            free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
+            if free <= 0 or pool.index.max_room < queue.smallest_need:
                 return
-            if holder is not None and pool.index.admissible.least >= holder.total_tokens:
+            if holder is not None and pool.index.admissible.smallest >= holder.total_tokens:
                 return  # all that is left is reserved
             worker = None
             if self._prefill_may_come(job):
@@ -309,17 +311,17 @@ class Dispatcher:
         """Whether a prefill worker would take the job now; which one is decided when its blocks are reserved."""
         pool = self._roster.prefill
         if not job.avoid:
-            return pool.index.admissible.most >= job.prompt_tokens
+            return pool.index.admissible.largest >= job.prompt_tokens
         return self._find(pool, job, job.prompt_tokens) is not None
 
     def _place(self, job: Job, worker: Worker, now: float) -> None:
         if now > job.waiting_since:
-            self._admission.drain.departed()
+            self._admission.departure_rate.departed()
         pool = self._roster.decode
         job.decode, job.placed_at = worker, now
         pool.policy.placed(job, worker)
         pool.place(worker, job.reserve_tokens)
-        self._decode_line.take(job)
+        self._decode_queue.take(job)
         self._reserving.add(job)
         job.state = JobState.PLACED
 
@@ -334,7 +336,7 @@ class Dispatcher:
             holder: a job for which all that could hold it are kept.
         """
         index = pool.index
-        if index.admissible.most < tokens or (room is not None and index.most_room < room):
+        if index.admissible.largest < tokens or (room is not None and index.max_room < room):
             return None
         # Those that failed the job are tried again only when none of the others is alive.
         avoid = job.avoid if job.avoid and self._others_alive(pool, job, tokens) else ()
@@ -365,8 +367,8 @@ class Dispatcher:
     def _too_large(self, job: Job) -> PromptTooLong | None:
         needs = ((self._roster.prefill, job.prompt_tokens), (self._roster.decode, job.total_tokens))
         for pool, tokens in needs:
-            staying = pool.index.staying
-            if staying and staying.most < tokens:
+            not_draining = pool.index.not_draining
+            if not_draining and not_draining.largest < tokens:
                 field = "prompt" if job.prompt_tokens >= (pool.capacity_tokens or 0) else "sampling.max_tokens"
                 what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
                 return PromptTooLong(
@@ -381,12 +383,14 @@ class Dispatcher:
         worker when the largest left, and all when the largest has become smaller."""
         smaller = False
         for pool in (self._roster.prefill, self._roster.decode):
-            staying = pool.index.staying
-            largest = staying.most if staying else math.inf  # nobody there: whoever comes may be of any size
+            not_draining = pool.index.not_draining
+            largest = (
+                not_draining.largest if not_draining else math.inf
+            )  # nobody there: whoever comes may be of any size
             smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
             self._largest[pool.stage] = largest
         queued, self._queued = self._queued, []
-        for job in [*self._decode_line, *self._prefill_line] if smaller else queued:
+        for job in [*self._decode_queue, *self._prefill_queue] if smaller else queued:
             waits = job.state in (JobState.WAITING, JobState.WANTS_PREFILL)
             if waits and (error := self._too_large(job)):
                 yield self._reject(job, error)
@@ -399,9 +403,9 @@ class Dispatcher:
             absent = now - self._absent_since.setdefault(pool.stage, now)
             if absent < self._patience(pool):
                 continue
-            waiting = list(self._decode_line)
+            waiting = list(self._decode_queue)
             if pool.stage == PREFILL:
-                waiting += self._prefill_line
+                waiting += self._prefill_queue
             for job in waiting:
                 yield self._reject(
                     job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has reported for {absent:.0f} s")

@@ -42,12 +42,12 @@ class Capacities:
         return sum(self._counts.values())
 
     @property
-    def most(self) -> float:
+    def largest(self) -> float:
         """0 when there is nobody."""
         return max(self._counts, default=0.0)
 
     @property
-    def least(self) -> float:
+    def smallest(self) -> float:
         return min(self._counts, default=0.0)
 
     @property
@@ -59,7 +59,7 @@ class _Entry(NamedTuple):
     """What of a worker is counted now."""
 
     capacity: float
-    staying: bool
+    not_draining: bool
     present: bool
     alive: bool
     credits: int  # 0: not admissible
@@ -68,14 +68,14 @@ class _Entry(NamedTuple):
 
 class Index:
     """Attributes:
-    staying, alive, admissible: capacities of the workers of which that is true.
+    not_draining, alive, admissible: capacities of the workers of which that is true.
     present: number of workers that are alive or still start; see ``Worker.starting``.
     free_credits: what may still be placed, on all admissible workers together.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.staying, self.alive, self.admissible = Capacities(), Capacities(), Capacities()
+        self.not_draining, self.alive, self.admissible = Capacities(), Capacities(), Capacities()
         self.present = 0
         self.free_credits = 0
         self._entries: dict[Worker, _Entry] = {}
@@ -83,7 +83,7 @@ class Index:
         self._reports: OrderedDict[Worker, float] = OrderedDict()  # alive workers, the longest silent first
 
     @property
-    def most_room(self) -> float:
+    def max_room(self) -> float:
         """Tokens that the emptiest admissible worker takes now; -1 without one."""
         return self._rooms[-1][0] if self._rooms else -1.0
 
@@ -128,13 +128,13 @@ class Index:
 
     def check(self, workers: Iterable[Worker], now: float) -> None:
         """Raises AssertionError unless all of this is what the workers are. Call after ``expire``."""
-        staying, alive, admissible = Capacities(), Capacities(), Capacities()
+        not_draining, alive, admissible = Capacities(), Capacities(), Capacities()
         present, free, rooms = 0, 0, []
         for worker in workers:
             present += worker.starting or worker.alive(now)
             capacity = _capacity(worker)
-            if worker.staying:
-                staying.change(capacity, 1)
+            if not worker.draining:
+                not_draining.change(capacity, 1)
             if worker.alive(now):
                 alive.change(capacity, 1)
             if worker.admissible(now):
@@ -142,7 +142,7 @@ class Index:
                 free += worker.credits_left
                 rooms.append((worker.room_tokens, worker.id, worker))
         for name, ours, theirs in (
-            ("staying", self.staying, staying),
+            ("not_draining", self.not_draining, not_draining),
             ("alive", self.alive, alive),
             ("admissible", self.admissible, admissible),
         ):
@@ -157,11 +157,11 @@ class Index:
         self.policy.check([worker for _, _, worker in rooms])
 
     def _set(self, worker: Worker, alive: bool) -> None:
-        admissible = alive and not worker.closed
+        admissible = alive and not worker.paused_until_report
         credits = worker.credits_left if admissible else 0
         present = alive or worker.starting
         room = worker.room_tokens if credits else 0.0
-        new = _Entry(_capacity(worker), worker.staying, present, alive, credits, room)
+        new = _Entry(_capacity(worker), not worker.draining, present, alive, credits, room)
         old = self._entries.get(worker)
         if old != new:
             if old is not None:
@@ -174,8 +174,8 @@ class Index:
             self.policy.drop(worker)
 
     def _count(self, worker: Worker, entry: _Entry, by: int) -> None:
-        if entry.staying:
-            self.staying.change(entry.capacity, by)
+        if entry.not_draining:
+            self.not_draining.change(entry.capacity, by)
         self.present += by * entry.present
         if entry.alive:
             self.alive.change(entry.capacity, by)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
-from overfill.routing.line import Line
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import Worker
 
@@ -14,8 +14,8 @@ def check(
     roster: Roster,
     jobs: set[Job],
     reserving: set[Job],
-    decode_line: Line[Job],
-    prefill_line: Line[Job],
+    decode_queue: FairQueue[Job],
+    prefill_queue: FairQueue[Job],
     reserve_after: float,
     now: float,
 ) -> None:
@@ -24,18 +24,20 @@ def check(
     Args:
         jobs: all that are not finished; ``reserving`` those on a decode worker that has not answered yet.
     """
-    _check_books(roster, jobs, reserving, decode_line, prefill_line)
+    _check_books(roster, jobs, reserving, decode_queue, prefill_queue)
     for pool in (roster.prefill, roster.decode):
         pool.check(now)
-    for job in (*decode_line, *prefill_line):
+    for job in (*decode_queue, *prefill_queue):
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode, job.total_tokens)):
-            staying = [w for w in pool if w.staying]
-            _require(not staying or any(w.could_hold(tokens) for w in staying), f"{job.id} is too large, and waits")
-    for job in prefill_line:
+            not_draining = [w for w in pool if not w.draining]
+            _require(
+                not not_draining or any(w.could_hold(tokens) for w in not_draining), f"{job.id} is too large, and waits"
+            )
+    for job in prefill_queue:
         _require(not _prefill_choices(roster, job, now), f"{job.id} waits for a prefill slot that there is")
-    slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_line)
+    slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)
     holder: Job | None = None
-    for job in decode_line:
+    for job in decode_queue:
         choices: list[Worker] = []
         if slots > 0 and _prefill_choices(roster, job, now):
             large = _usable(roster.decode, job, job.total_tokens, now)
@@ -48,7 +50,7 @@ def check(
 
 
 def _check_books(
-    roster: Roster, jobs: set[Job], reserving: set[Job], decode_line: Line[Job], prefill_line: Line[Job]
+    roster: Roster, jobs: set[Job], reserving: set[Job], decode_queue: FairQueue[Job], prefill_queue: FairQueue[Job]
 ) -> None:
     for pool, attribute in ((roster.decode, "decode"), (roster.prefill, "prefill")):
         held: dict[Worker, int] = {}
@@ -59,19 +61,19 @@ def _check_books(
             _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight}")
     for job in jobs:
         _require(job.state is not JobState.FINISHED, f"{job.id} is finished and kept")
-        _require((job in decode_line) == (job.state is JobState.WAITING), f"{job.id}: decode line")
-        _require((job in prefill_line) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill line")
+        _require((job in decode_queue) == (job.state is JobState.WAITING), f"{job.id}: decode queue")
+        _require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
         _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
         _require(job.prefill is None or job.state is JobState.RUNNING, f"{job.id}: prefill")
-    _require({*decode_line, *prefill_line} <= jobs, "a finished job waits")
+    _require({*decode_queue, *prefill_queue} <= jobs, "a finished job waits")
     _require(reserving == {j for j in jobs if j.state is JobState.PLACED}, "reserving jobs")
-    for line in (decode_line, prefill_line):
-        _require(line.least_need == min((j.reserve_tokens for j in line), default=0), "the smallest need")
-        _require(_ordered(line), "resumed work and higher priorities go first")
+    for queue in (decode_queue, prefill_queue):
+        _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
+        _require(_ordered(queue), "resumed work and higher priorities go first")
 
 
-def _ordered(line: Iterable[Job]) -> bool:
-    claims = [(not job.resumed, job.priority) for job in line]
+def _ordered(queue: Iterable[Job]) -> bool:
+    claims = [(not job.migrated, job.priority) for job in queue]
     return claims == sorted(claims)
 
 

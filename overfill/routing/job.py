@@ -25,7 +25,7 @@ class Job:
     Attributes:
         id: of the request, for messages.
         prompt_tokens, max_tokens: tokens of the prompt, and most tokens of the answer.
-        resumed: whether this router has had it on a worker before; then it goes before new work. What a client says
+        migrated: whether this router has had it on a worker before; then it goes before new work. What a client says
             that another router has begun is new here: anybody could say so.
         emitted: tokens of the answer so far.
         priority: the smaller goes first.
@@ -41,7 +41,7 @@ class Job:
     id: str
     prompt_tokens: int
     max_tokens: int
-    resumed: bool = field(default=False, init=False)
+    migrated: bool = field(default=False, init=False)
     emitted: int = 0
     priority: int = 0
     key: str = ""

@@ -14,7 +14,7 @@ from overfill.routing.policy import LeastLoad, Policy
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
-STARTUPS_KEPT = 8
+MAX_STARTUP_TIMES = 8
 """Start-up times that a pool remembers. One exceptional start is forgotten once as many other workers have joined."""
 
 
@@ -58,14 +58,14 @@ class Pool:
         """Adds a worker. The same incarnation keeps its count of requests; another one replaces the old."""
         old = self._workers.get(info.id)
         if old is not None:
-            self.leave(old)
+            self.remove(old)
         worker = self._detached.pop((info.id, info.incarnation), None) or Worker(info)
         # What it said on its last stream is history: nothing new before it reports again.
         worker.info, worker.report = info, None
         self._workers[info.id] = worker
         self._startups.pop(worker.key, None)  # a worker that joins again counts once
         self._startups[worker.key] = info.startup_seconds
-        if len(self._startups) > STARTUPS_KEPT:
+        if len(self._startups) > MAX_STARTUP_TIMES:
             del self._startups[next(iter(self._startups))]
         self.index.refresh(worker)
         return worker
@@ -74,7 +74,7 @@ class Pool:
         """Takes a pushed report; opens the worker again after a refusal."""
         worker.report = report
         worker.reported_at = now
-        worker.closed = False
+        worker.paused_until_report = False
         worker.forget_placed()
         joined = self._joined(worker)
         if report.HasField("prefix"):
@@ -89,18 +89,18 @@ class Pool:
 
     def refused(self, worker: Worker, load: decode_pb2.WorkerLoad | None) -> None:
         """Closes the worker until its next report; ``load`` is what it said of itself, if it did."""
-        worker.closed = True
+        worker.paused_until_report = True
         if load is not None and worker.report is not None:
             worker.report.load.CopyFrom(load)
             worker.forget_placed()
         self._refresh(worker)
 
-    def close(self, worker: Worker) -> None:
+    def pause(self, worker: Worker) -> None:
         """Nothing goes to the worker until its next report."""
-        worker.closed = True
+        worker.paused_until_report = True
         self._refresh(worker)
 
-    def leave(self, worker: Worker) -> None:
+    def remove(self, worker: Worker) -> None:
         """Stops new placements on ``worker``. What runs there judges itself and still counts."""
         if self._joined(worker):
             del self._workers[worker.id]
@@ -138,13 +138,13 @@ class Pool:
 
     @property
     def longest_startup(self) -> float:
-        """Longest start-up time of the last ``STARTUPS_KEPT`` workers that joined, in seconds; 0: unknown."""
+        """Longest start-up time of the last ``MAX_STARTUP_TIMES`` workers that joined, in seconds; 0: unknown."""
         return max(self._startups.values(), default=0.0)
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Longest sequence that some staying worker could hold; None while none has said."""
-        return max((int(capacity) for capacity in self.index.staying.known), default=None)
+        """Longest sequence that some not_draining worker could hold; None while none has said."""
+        return max((int(capacity) for capacity in self.index.not_draining.known), default=None)
 
     def check(self, now: float) -> None:
         """Raises AssertionError unless ``index`` is what the workers are. Call after ``expire``."""

@@ -22,9 +22,9 @@ from overfill.errors import (
 )
 from overfill.kv.keys import PromptKeys
 from overfill.routing.answer import Answer, Finish, TokenBatch
+from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
-from overfill.routing.gate import Gate, Grant
 from overfill.routing.stream import DecodeConnector
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)
 """Errors of a worker, after which another may succeed. All others are the request's own."""
 
-_MOST_LOSSES = 8
+_MAX_LOSSES_FACTOR = 8
 """Times ``max_attempts``: workers that one request may lose altogether, in case that it is the cause."""
 
 
@@ -82,7 +82,7 @@ class Observer(Protocol):
         """A decode worker wants the prompt's KV again."""
 
 
-class _Nobody:
+class _NoObserver:
     def attempt_failed(self, error: BaseException) -> None: ...
     def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None: ...
 
@@ -111,17 +111,17 @@ class Relay:
     def __init__(
         self,
         request: RelayRequest,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         *,
         max_attempts: int = 4,
         observer: Observer | None = None,
     ) -> None:
         self._request = request
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
-        self._observer = observer or _Nobody()
+        self._observer = observer or _NoObserver()
         self._task: asyncio.Task[None] | None = None
         self._opened = 0
         self._job = Job(
@@ -143,7 +143,7 @@ class Relay:
         return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
 
     @property
-    def resumed(self) -> bool:
+    def client_resumed(self) -> bool:
         """Whether the answer's first token was there before the request came."""
         return bool(self._request.emitted_token_ids)
 
@@ -157,8 +157,8 @@ class Relay:
         if self.answer.full:
             self.answer.end(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
             return
-        grant = self._gate.submit(self._job)
-        self._task = asyncio.create_task(self._run(grant), name=f"relay {self._request.id}")
+        placement = self._dispatcher.submit(self._job)
+        self._task = asyncio.create_task(self._run(placement), name=f"relay {self._request.id}")
 
     async def next(self) -> TokenBatch | Finish:
         """The tokens that came since the last call, waiting for some; in the end, the Finish.
@@ -182,12 +182,12 @@ class Relay:
             self._task.cancel()
             await asyncio.wait([self._task])
             # A task that is cancelled before its first step never comes to its own finally.
-            self._gate.finish(self._job)
+            self._dispatcher.finish(self._job)
 
-    async def _run(self, grant: Grant) -> None:
+    async def _run(self, placement: PlacementFuture) -> None:
         try:
             async with asyncio.timeout_at(self._request.deadline):
-                self.answer.end(await self._answer(grant))
+                self.answer.end(await self._answer(placement))
         except TimeoutError:
             self.answer.end(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
         except GaveUp as gave_up:
@@ -199,14 +199,14 @@ class Relay:
             self.answer.end(InternalError(f"the router failed: {error}"))
         finally:
             self._job.emitted = len(self.answer.emitted)
-            self._gate.finish(self._job)
+            self._dispatcher.finish(self._job)
 
-    async def _answer(self, grant: Grant) -> Finish:
+    async def _answer(self, placement: PlacementFuture) -> Finish:
         losses, in_vain = 0, 0  # in all, and since the last new token
         known = len(self.answer.emitted)
         while True:
             with tracing.child("router.queue"):
-                worker = await grant
+                worker = await placement
             try:
                 done = await self._attempt(worker)
             except RETRIED as error:
@@ -217,16 +217,16 @@ class Relay:
                 known = len(self.answer.emitted)
                 if self.answer.full:
                     return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
-                if in_vain >= self._max_attempts or losses >= _MOST_LOSSES * self._max_attempts:
+                if in_vain >= self._max_attempts or losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
                     raise GaveUp(
                         Unavailable(f"gave up after {losses} attempts; {self.answer.progress}; the last: {error}")
                     ) from error
                 self._job.emitted = len(self.answer.emitted)
-                grant = self._gate.lost(self._job, gone=isinstance(error, Unavailable))
+                placement = self._dispatcher.lost(self._job, gone=isinstance(error, Unavailable))
             else:
                 if isinstance(done, decode_pb2.DecodeDone):
                     return self._finish(done)
-                grant = self._gate.refused(self._job, done.load if done.HasField("load") else None)
+                placement = self._dispatcher.refused(self._job, done.load if done.HasField("load") else None)
 
     async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | decode_pb2.Refused:
         """One stream with one worker, to its end."""
@@ -238,7 +238,7 @@ class Relay:
         with tracing.child("router.attempt", "client", worker=worker.id, attempt=self._opened) as span:
             attempt = Attempt(
                 self._connector.open(worker.info, left),
-                self._gate,
+                self._dispatcher,
                 self._job,
                 self.answer,
                 max_prefill_failures=self._max_attempts,

@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
+from overfill.routing.arrivals import AnswerLengths, Arrivals
 from overfill.routing.capacity import PrefillRate, StepCost, StepTime
-from overfill.routing.demand import Answers, Arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class Scaler:
     def __init__(self, config: ScalingConfig) -> None:
         self.config = config
         self._arrivals = Arrivals(config.short_window, config.long_window, config.significance)
-        self._answers = Answers(config.long_window, config.prompt_tokens, config.answer_tokens)
+        self._answers = AnswerLengths(config.long_window, config.prompt_tokens, config.answer_tokens)
         self._prefill_rate = PrefillRate(config.prefill_rate)
         self._step = StepTime(config.step)
         self._prefill = _Follower(config.prefill, config)
@@ -262,10 +262,10 @@ class Scaler:
         config, rate, answer = self.config, self._arrivals.rate(now), self._answers.shape()
         cost = self._step.cost()
         kv_tokens = state.kv_tokens or config.kv_tokens or 0
-        most = float(config.max_batch)
+        batch_limit = float(config.max_batch)
         if kv_tokens:
-            most = min(most, max(1.0, 0.9 * kv_tokens / answer.context))
-        batch = cost.batch_within(config.itl * config.itl_share, answer.context, most)
+            batch_limit = min(batch_limit, max(1.0, 0.9 * kv_tokens / answer.context))
+        batch = cost.batch_within(config.itl * config.itl_share, answer.context, batch_limit)
         step = cost.seconds(batch, answer.context)
         concurrency = rate.arrivals * answer.tokens * step
         margin = _normal_quantile(config.quantile) * math.sqrt(concurrency)
@@ -287,7 +287,7 @@ class Scaler:
                 "step_base_seconds": cost.base,
                 "step_per_sequence_seconds": cost.per_sequence,
                 "step_per_kv_token_seconds": cost.per_kv_token,
-                "batch_limit": most,
+                "batch_limit": batch_limit,
                 "batch": batch,
                 "step_seconds": step,
                 "concurrency": concurrency,
@@ -306,7 +306,7 @@ class Scaler:
         if sum(now) <= limit:
             # A split that serves both stays: a worker that goes back and forth serves nobody.
             if current is None or not now[0] <= current <= limit - now[1]:
-                lately = [max(0, f.most - n) for f, n in zip((self._prefill, self._decode), now, strict=True)]
+                lately = [max(0, f.recent_max - n) for f, n in zip((self._prefill, self._decode), now, strict=True)]
                 share = lately[0] / sum(lately) if sum(lately) else 0.5
                 current = now[0] + round((limit - sum(now)) * share)
         else:
@@ -329,7 +329,7 @@ class _Follower:
         self.target: int | None = None
 
     @property
-    def most(self) -> int:
+    def recent_max(self) -> int:
         """Most workers that were wanted in the last ``stabilise`` seconds."""
         return self._wanted[0][1]
 
@@ -346,7 +346,7 @@ class _Follower:
         self._wanted.append((now, down))
         while self._wanted[0][0] < now - config.stabilise:
             self._wanted.popleft()
-        held = min(self.target, self.most)
+        held = min(self.target, self.recent_max)
         wanted = max(up, held)
         self.target = min(bounds.max, max(bounds.min, wanted))
         if wanted > bounds.max:

@@ -117,7 +117,7 @@ class SignalReader:
         return pool_states(routers.values())
 
     def _feed(self, now: float, new: Mapping[str, float]) -> None:
-        for tokens in spread(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
+        for tokens in two_point_values(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
             self.scaler.arrived(now, tokens)
         if finished := round(new["finished"]):
             prompt, answer = (round(new[f"finished_{key}_tokens"] / finished) for key in ("prompt", "answer"))
@@ -155,7 +155,7 @@ def pool_states(routers: Iterable[Mapping[str, float]]) -> tuple[PoolState, Pool
     )
 
 
-def spread(count: int, total: float, squares: float) -> list[int]:
+def two_point_values(count: int, total: float, squares: float) -> list[int]:
     """``count`` whole numbers, half of them low and half high, with about this total and sum of squares."""
     if count <= 0:
         return []
@@ -170,7 +170,7 @@ def _reported(pool: Pool, now: float) -> dict[str, float]:
     loads = [worker.report.load for worker in pool if worker.report is not None]
     return {
         "ready": float(sum(worker.alive(now) for worker in pool)),
-        "draining": float(sum(not worker.staying for worker in pool)),
+        "draining": float(sum(worker.draining for worker in pool)),
         "waiting_jobs": float(sum(load.waiting for load in loads)),
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
         "running": float(sum(load.running for load in loads)),

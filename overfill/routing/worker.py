@@ -77,7 +77,7 @@ class Worker:
         report: the latest, or None before the first.
         reported_at: when it came, seconds.
         in_flight: requests that this router has on the worker now.
-        closed: refused or failed something; gets nothing new until its next report.
+        paused_until_report: refused or failed something; gets nothing new until its next report.
         placed: requests placed since the latest report, which does not count them yet.
         placed_tokens, placed_blocks: tokens of theirs that are likely to be computed, and blocks that they take.
         last_placed: ordinal of the latest placement in the pool; 0 for none.
@@ -88,7 +88,7 @@ class Worker:
     report: registry_pb2.Report | None = None
     reported_at: float = 0.0
     in_flight: int = 0
-    closed: bool = False
+    paused_until_report: bool = False
     placed: int = 0
     placed_tokens: int = 0
     placed_blocks: int = 0
@@ -110,14 +110,14 @@ class Worker:
         return self.info.id, self.info.incarnation
 
     @property
-    def staying(self) -> bool:
-        """Whether the worker takes work or will once it is warm; a draining one never does again."""
-        return self.report is None or not self.report.draining
+    def draining(self) -> bool:
+        """True once the worker has reported that it drains. It never takes work again."""
+        return self.report is not None and self.report.draining
 
     @property
     def starting(self) -> bool:
         """Whether the worker is still to become ready: its last report says so, or none has come since it joined."""
-        return self.staying and (self.report is None or not self.report.ready)
+        return not self.draining and (self.report is None or not self.report.ready)
 
     def alive(self, now: float) -> bool:
         """Whether the worker works, though it may be full at the moment."""
@@ -130,7 +130,7 @@ class Worker:
 
     def admissible(self, now: float) -> bool:
         """Whether the worker may be given one more request of some size."""
-        return self.alive(now) and not self.closed and self.credits_left > 0
+        return self.alive(now) and not self.paused_until_report and self.credits_left > 0
 
     @property
     def capacity_tokens(self) -> int | None:

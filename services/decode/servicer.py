@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from overfill import __version__
 from overfill.engine.build import EngineParts
@@ -26,8 +26,8 @@ from overfill.rpc.worker import WorkerHost
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
-from services.decode.session import Session
-from services.hosting import worker_load
+from services.decode.sequence_session import SequenceSession
+from services.hosting import PromptHasher, worker_load
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
@@ -53,14 +53,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._metrics = metrics or DecodeMetrics()
         self._limits = limits
         self._parts = parts
-        self._prefix = prefix
-        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
-        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._hasher = PromptHasher(prefix)
         self._codec = codec
         self._hello = hello
         self._peers = peers
         self._executor = executor
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, SequenceSession] = {}
 
     @property
     def active(self) -> int:
@@ -108,10 +106,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
         self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
-        cache_namespace = self._cache_namespace(first.start)
-        prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-            self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, cache_namespace
-        )
+        prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, self._cache_namespace(first.start))
         session = self._accept(first.start, processor, prompt_blocks, context)
         running = asyncio.ensure_future(session.run())
         running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
@@ -149,7 +144,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         processor: LogitProcessor | None,
         prompt_blocks: PromptBlocks,
         context: Context,
-    ) -> Session:
+    ) -> SequenceSession:
         self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
@@ -165,7 +160,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             cache_namespace=prompt_blocks.cache_namespace,
             prompt_blocks=prompt_blocks,
         )
-        session = Session(
+        session = SequenceSession(
             start,
             sequence,
             self.engine.send,
@@ -202,7 +197,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if sampling.seed is None and not sampling.greedy:
             raise InvalidRequest("sampling.seed", "is required between router and worker")
 
-    def _new_pull(self, peer: PrefillPeer, session: Session) -> PromptPull:
+    def _new_pull(self, peer: PrefillPeer, session: SequenceSession) -> PromptPull:
         start = session.start
         request = PromptRequest(
             request_id=start.request_id,
@@ -230,7 +225,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
 
 
-async def _read_requests(session: Session, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
+async def _read_requests(session: SequenceSession, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
     try:
         async for request in requests:
             match request.WhichOneof("message"):

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import assert_never
 
@@ -52,7 +52,7 @@ from overfill.rpc.worker import WorkerHost
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics, outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
-from services.hosting import logprobs_to_proto
+from services.hosting import PromptHasher, logprobs_to_proto
 
 
 class Lease:
@@ -173,9 +173,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._metrics = metrics or PrefillMetrics()
         self._limits = limits
         self._parts = parts
-        self._prefix = prefix
-        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
-        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._hasher = PromptHasher(prefix)
         self._shm_server = shm_server or ShmServer(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
@@ -231,9 +229,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             )
             self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
-            prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.cache_namespace
-            )
+            prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, first.start.cache_namespace)
             lease = self._accept(first.start, processor, prompt_blocks)
             guards = [
                 asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),

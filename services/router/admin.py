@@ -73,7 +73,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await checked_response(drained, f"worker {worker.id}")
         except (RequestCancelled, Unavailable):
             # A worker without requests may leave before its answer is written.
-            if self._roster.find(worker.id) is worker and worker.staying:
+            if self._roster.find(worker.id) is worker and not worker.draining:
                 raise
         return admin_pb2.DrainResponse()
 

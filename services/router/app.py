@@ -14,12 +14,12 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
-from overfill.routing.advice import INTERVAL, Advice
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
-from overfill.routing.gate import Gate
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.scaling import ScalingConfig
+from overfill.routing.scaling_advisor import INTERVAL, ScalingAdvisor
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, PREFILL
@@ -99,8 +99,10 @@ class Router:
             absent_after=config.absent_after,
         )
         self.signals = Signals(self.roster, self.dispatcher)
-        self._advice = Advice(self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective))
-        gate = Gate(self.dispatcher)
+        self._scaling_advisor = ScalingAdvisor(
+            self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective)
+        )
+        async_dispatcher = AsyncDispatcher(self.dispatcher)
         expected = {PREFILL: max(1, config.expect_prefill), DECODE: max(1, config.expect_decode)}
         self._metrics = RouterMetrics()
         self._metrics.watch(
@@ -114,7 +116,7 @@ class Router:
             pair,
             tokenizer,
             self.roster,
-            gate,
+            async_dispatcher,
             self._connector,
             self._metrics,
             self.signals,
@@ -138,7 +140,7 @@ class Router:
         self._registry = RegistryServicer(
             self._id,
             self.roster,
-            gate,
+            async_dispatcher,
             self._connector,
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
         )
@@ -262,7 +264,7 @@ class Router:
     async def _advise(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._metrics.scaling(self._advice.look(loop.time()))
+            self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
             await asyncio.sleep(INTERVAL)
 
     def _targets(self) -> list[dict[str, Any]]:
@@ -281,7 +283,7 @@ class Router:
     def _activity(self) -> admin_pb2.Activity:
         waiting = self.dispatcher.num_waiting
         now = asyncio.get_running_loop().time()
-        return self._generator.recent.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        return self._generator.rolling_stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
 
     def _status(self) -> admin_pb2.ProcessStatus:
         return admin_pb2.ProcessStatus(

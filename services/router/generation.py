@@ -20,12 +20,12 @@ from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, Reques
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
-from overfill.routing.admission import KeyLimits, Limits
+from overfill.routing.admission import KeyLimiter, KeyQuota
 from overfill.routing.answer import Finish
-from overfill.routing.gate import Gate
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
-from overfill.routing.recent import Recent
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
@@ -63,7 +63,7 @@ class Generator:
     Attributes:
         pair, tokenizer: what is served.
         models: its names.
-        recent: what was seen in the last minute.
+        rolling_stats: what was seen in the last minute.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Generator:
         pair: Pair,
         tokenizer: Tokenizer,
         roster: Roster,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         metrics: RouterMetrics,
         signals: Signals,
@@ -86,15 +86,15 @@ class Generator:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.signals = signals
-        self.recent = Recent()
+        self.rolling_stats = RollingStats()
         self._roster = roster
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
         self._max_request_time = max_request_time
         self._running: dict[Relay, ApiKey | None] = {}
-        self._limits = KeyLimits()
+        self._key_limiter = KeyLimiter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -154,9 +154,9 @@ class Generator:
         self._check_size(request.ByteSize())
         check_priority(request.priority)
         if caller is not None:
-            self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
-        begun = bool(request.resume_token_ids)
-        self._gate.admit(_priority(request.priority, caller), _name(caller), time_left, begun=begun)
+            self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
+        priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
+        self._dispatcher.admit(priority, _name(caller), time_left, client_resumes=client_resumes)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Grammars, those of tools included, may take long to check.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
@@ -173,7 +173,7 @@ class Generator:
         left = answers
         if caller is not None:
             with self.metrics.refusing():
-                self._limits.enter(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
+                self._key_limiter.acquire(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
 
         def start(checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
             nonlocal left
@@ -185,7 +185,7 @@ class Generator:
             yield start
         finally:
             for _ in range(left):
-                self._leave(caller)
+                self._release(caller)
 
     def _start(
         self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
@@ -211,7 +211,7 @@ class Generator:
                 key=key,
                 block_keys=self._block_keys(checked.prompt_token_ids, cache_namespace),
             ),
-            self._gate,
+            self._dispatcher,
             self._connector,
             max_attempts=self._max_attempts,
             observer=self.metrics,
@@ -267,7 +267,7 @@ class Generator:
         """Ends ``relay`` and forgets it."""
         await relay.close()
         if relay in self._running:
-            self._leave(self._running.pop(relay))
+            self._release(self._running.pop(relay))
         if not self._running:
             self._idle.set()
 
@@ -275,9 +275,9 @@ class Generator:
         left = min(self._max_request_time, math.inf if time_left is None else time_left)
         return None if left == math.inf else now + left
 
-    def _leave(self, caller: ApiKey | None) -> None:
+    def _release(self, caller: ApiKey | None) -> None:
         if caller is not None:
-            self._limits.leave(caller.id)
+            self._key_limiter.release(caller.id)
 
     def _block_keys(self, tokens: Sequence[int], cache_namespace: str) -> PromptKeys | None:
         """Names that the prompt's blocks have in the prefill workers' caches; None while there is no worker."""
@@ -361,10 +361,10 @@ class Generation:
             yield delta
             now = loop.time()
             metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
-            self._generator.recent.tokens(len(event.ids), now)
+            self._generator.rolling_stats.tokens(len(event.ids), now)
             last = now
             # A resumed answer has its first token already: nothing was waited for.
-            if ttft_ns is None and not relay.resumed:
+            if ttft_ns is None and not relay.client_resumed:
                 ttft_ns = _nanoseconds_since(relay.answer.received)
                 tracing.current().event("first token")
                 if relay.answer.timing.HasField("return_path_ns"):
@@ -375,7 +375,7 @@ class Generation:
         metrics.answered(self._finished)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         self._generator.signals.finished(self._finished, loop.time())
-        self._generator.recent.answered(self._finished, loop.time())
+        self._generator.rolling_stats.answered(self._finished, loop.time())
 
     async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
         """All of the answer's text as deltas. Raises OverfillError."""
@@ -417,8 +417,8 @@ def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
 
 
-def _limits(caller: ApiKey) -> Limits:
-    return Limits(caller.name, caller.rate, caller.concurrency)
+def _quota(caller: ApiKey) -> KeyQuota:
+    return KeyQuota(caller.name, caller.rate, caller.concurrency)
 
 
 def _priority(asked: int, caller: ApiKey | None) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES
-from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker, WorkerInfo
@@ -36,14 +36,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self,
         router_id: str,
         roster: Roster,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: GrpcConnector,
         on_lost: Callable[[WorkerInfo], None] = lambda _: None,
     ) -> None:
         self._on_lost = on_lost
         self._router_id = router_id
         self._roster = roster
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
         self._metrics_addresses: dict[str, tuple[WorkerInfo, str]] = {}
@@ -85,7 +85,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                     raise InvalidRequest("report", "must be all that follows the first message")
                 if not self._current(info, context):
                     return  # it has joined again meanwhile
-                self._gate.report(worker, message.report)
+                self._dispatcher.report(worker, message.report)
                 if telling is None and message.report.routers > 1:
                     telling = asyncio.create_task(self._tell_demand(worker, context))
         finally:
@@ -95,23 +95,23 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
                 del self._streams[info.id], self._metrics_addresses[info.id]
-                if worker.staying:
+                if not worker.draining:
                     self._on_lost(info)
                 self._connector.forget(info)
-                self._roster.pool(info.stage).leave(worker)
-                self._gate.poll()
+                self._roster.pool(info.stage).remove(worker)
+                self._dispatcher.poll()
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
         """Tells the worker, which divides itself among several routers, what this one would do with it."""
         said: registry_pb2.Demand | None = None
         while True:
-            moves = self._gate.moves
-            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._gate.queued(worker.info.stage))
+            version = self._dispatcher.version
+            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._dispatcher.queued(worker.info.stage))
             if demand != said:
                 said = demand
                 await context.write(registry_pb2.JoinResponse(demand=demand))
             await asyncio.sleep(DEMAND_GAP)
-            await self._gate.moved(moves)
+            await self._dispatcher.changed_since(version)
 
     def targets(self) -> list[dict[str, Any]]:
         """Where the workers' metrics are, as Prometheus' ``http_sd_configs`` wants it. From any thread."""
@@ -141,7 +141,7 @@ def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int
     counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}
     for pool in (roster.prefill, roster.decode):
         for worker in list(pool):
-            state = "ready" if worker.alive(now) else "silent" if worker.staying else "draining"
+            state = "ready" if worker.alive(now) else "silent" if not worker.draining else "draining"
             counts[STAGE_NAMES[pool.stage], state] += 1
     return list(counts.items())
 

@@ -37,7 +37,7 @@ from overfill.v1 import admin_pb2
 from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
-from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
+from services.router.http.generate import ClientGone, EventStream, RunningChoices, while_connected
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _PORT = re.compile(r":\d+$")
@@ -100,7 +100,7 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, access, generator, local, frozenset(allowed_origins))
+        self.asgi: ASGIApp = AccessMiddleware(inner, access, generator, local, frozenset(allowed_origins))
         if allowed_origins:
             # CORS wraps the gate, so that a page can read refusals and a preflight needs no key. Without
             # allow_credentials, what a browser shows by itself, such as a certificate, is for our own page only.
@@ -138,7 +138,7 @@ class HttpApi:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
-        answers = Answers(self._generator, asked, envelope, key, span)
+        answers = RunningChoices(self._generator, asked, envelope, key, span)
         await answers.start(received)
         try:
             if asked.stream:
@@ -188,7 +188,7 @@ class HttpApi:
         }
 
 
-class _Gate:
+class AccessMiddleware:
     """In front of every route: the caller is checked, the request is counted. A path of no table gets no further.
 
     A browser sends what any page asks it to send. The gate refuses requests from pages of other sites, unless their

@@ -30,7 +30,7 @@ _Event = tuple[Choice, inference_pb2.Delta | None]
 """What a choice says; None when it is complete."""
 
 
-class Answers:
+class RunningChoices:
     """All choices of one request, running."""
 
     def __init__(
@@ -188,7 +188,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answers: Answers, request_id: str) -> None:
+    def __init__(self, answers: RunningChoices, request_id: str) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": request_id}
         super().__init__(headers=headers)
         del self.headers["content-length"]

@@ -121,7 +121,7 @@ class World:
                 dispatcher.refused(job, model.report(router).load)
         elif job.state is JobState.RUNNING and job.prefill is not None:
             if len(self.model(job.prefill).held) >= self.model(job.prefill).capacity:
-                dispatcher.need_prefill(job, job.prefill, failed=False, closed=True)
+                dispatcher.need_prefill(job, job.prefill, failed=False, pause=True)
             else:
                 dispatcher.prefill_done(job, self.now)
         elif job.state is JobState.RUNNING:

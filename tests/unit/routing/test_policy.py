@@ -154,7 +154,7 @@ def test_blocks_that_were_evicted_or_whose_worker_left_draw_nobody(affinity, mak
     pool.report(pool.get("p1"), report, 0.0)
     assert choose(pool, 40, prompt).id == "p0"
     tell(affinity, pool.get("p2"), make_report, prompt)
-    pool.leave(pool.get("p2"))
+    pool.remove(pool.get("p2"))
     assert choose(pool, 40, prompt).id == "p0"
     pool.check(0.0)
 

@@ -24,7 +24,7 @@ def test_a_draining_worker_takes_nothing_new(make_info, make_report):
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(draining=True), 0.0)
     assert not worker.admissible(0.0)
-    assert not worker.staying
+    assert worker.draining
 
 
 def test_credits_bound_what_is_in_flight(make_info, make_report):
@@ -59,7 +59,7 @@ def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_r
     assert roster.lacking(0.0) == [PREFILL], "a full worker is ready, one that is loading is not"
     roster.prefill.report(prefill, make_report(), 1.0)
     assert roster.lacking(1.0) == []
-    roster.decode.leave(decode[0])
+    roster.decode.remove(decode[0])
     assert roster.lacking(1.0) == []
     roster.decode.report(decode[1], make_report(draining=True), 1.0)
     assert roster.lacking(1.0) == [DECODE]
@@ -78,7 +78,7 @@ def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, ma
     assert new.in_flight == 0
     pool.release(old)  # the old one's request ends later and touches only the old one
     assert (old.in_flight, new.in_flight) == (0, 0)
-    pool.leave(old)
+    pool.remove(old)
     assert list(pool) == [new]
 
 
@@ -87,7 +87,7 @@ def test_the_same_incarnation_that_joins_again_still_has_its_requests(make_info,
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(credits=1), 0.0)
     pool.place(worker, 10)
-    pool.leave(worker)
+    pool.remove(worker)
     assert len(pool) == 0
     back = pool.join(make_info("d0"))
     assert back is worker

@@ -11,13 +11,13 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
-_MOST_KEYS = 1024  # shares that are remembered before those that no longer matter are looked for
+_MAX_KEYS = 1024  # shares that are remembered before those that no longer matter are looked for
 
 
-class Waiting(Protocol):
+class Queueable(Protocol):
     """What a line knows of a job."""
 
-    resumed: bool
+    migrated: bool
     priority: int
     key: str
 
@@ -32,39 +32,39 @@ class Waiting(Protocol):
         """Tokens that it takes of its key's share."""
 
 
-J = TypeVar("J", bound=Waiting)
+J = TypeVar("J", bound=Queueable)
 
 
-class Shares:
+class VirtualClock:
     """What each key has had of one priority, in tokens."""
 
     def __init__(self) -> None:
-        self._now = 0.0
-        self._ends: dict[str, float] = {}
+        self._virtual_time = 0.0
+        self._finish_tags: dict[str, float] = {}
 
-    def tag(self, key: str, tokens: int) -> float:
+    def start_tag(self, key: str, tokens: int) -> float:
         """Of a job that comes now."""
-        if len(self._ends) >= _MOST_KEYS:
-            self._ends = {key: end for key, end in self._ends.items() if end > self._now}
-        start = self.next(key)
-        self._ends[key] = start + tokens
+        if len(self._finish_tags) >= _MAX_KEYS:
+            self._finish_tags = {key: end for key, end in self._finish_tags.items() if end > self._virtual_time}
+        start = self.next_start_tag(key)
+        self._finish_tags[key] = start + tokens
         return start
 
-    def next(self, key: str) -> float:
+    def next_start_tag(self, key: str) -> float:
         """Tag of the key's next job, were it to come now."""
-        return max(self._now, self._ends.get(key, 0.0))
+        return max(self._virtual_time, self._finish_tags.get(key, 0.0))
 
-    def served(self, tag: float) -> None:
+    def advance_virtual_time(self, tag: float) -> None:
         """The job of that tag has its turn."""
-        self._now = max(self._now, tag)
+        self._virtual_time = max(self._virtual_time, tag)
 
-    def back(self, key: str, tokens: int) -> None:
+    def refund(self, key: str, tokens: int) -> None:
         """The key did not use so many tokens that a job of its was to take."""
-        if key in self._ends:
-            self._ends[key] -= tokens
+        if key in self._finish_tags:
+            self._finish_tags[key] -= tokens
 
 
-class Line(Generic[J]):
+class FairQueue(Generic[J]):
     """Jobs that wait, in order.
 
     Args:
@@ -73,11 +73,11 @@ class Line(Generic[J]):
 
     def __init__(self, *, fair: bool = True) -> None:
         self._fair = fair
-        self._shares: dict[int, Shares] = {}
+        self._clocks: dict[int, VirtualClock] = {}
         self._order: list[tuple[Any, J]] = []
-        self._places: dict[J, tuple[Any, int]] = {}  # where it is, and how much room it needs
-        self._needs: list[int] = []
-        self._classes: dict[int, int] = {}
+        self._positions: dict[J, tuple[Any, int]] = {}  # where it is, and how much room it needs
+        self._sorted_needs: list[int] = []
+        self._num_new: dict[int, int] = {}
         self._count = 0
 
     def __iter__(self) -> Iterator[J]:
@@ -92,61 +92,61 @@ class Line(Generic[J]):
         return len(self._order)
 
     def __contains__(self, job: object) -> bool:
-        return job in self._places
+        return job in self._positions
 
     @property
-    def least_need(self) -> int:
+    def smallest_need(self) -> int:
         """Room that the smallest job wants, in tokens; 0 when nobody waits."""
-        return self._needs[0] if self._needs else 0
+        return self._sorted_needs[0] if self._sorted_needs else 0
 
     def waiting(self, priority: int) -> int:
         """New jobs of that priority."""
-        return self._classes.get(priority, 0)
+        return self._num_new.get(priority, 0)
 
     def ahead(self, priority: int, key: str) -> int:
         """Jobs that would go before a new one."""
-        tag = self._shares[priority].next(key) if priority in self._shares else 0.0
+        tag = self._clocks[priority].next_start_tag(key) if priority in self._clocks else 0.0
         return bisect_left(self._order, (1, priority, 1, tag, self._count + 1), key=lambda entry: entry[0])
 
     def append(self, job: J) -> None:
         """Behind all that have the same claim."""
         self._count += 1
         tag = 0.0
-        if self._fair and not job.resumed:
+        if self._fair and not job.migrated:
             job.charged = job.share_tokens
-            tag = self._shares.setdefault(job.priority, Shares()).tag(job.key, job.charged)
-        self._add(job, (not job.resumed, job.priority, 1, tag, self._count))
+            tag = self._clocks.setdefault(job.priority, VirtualClock()).start_tag(job.key, job.charged)
+        self._add(job, (not job.migrated, job.priority, 1, tag, self._count))
 
     def push_front(self, job: J) -> None:
         """Before all that have the same claim: it had its turn, and lost it through no fault of its own."""
         self._count += 1
-        self._add(job, (not job.resumed, job.priority, 0, 0.0, -self._count))
+        self._add(job, (not job.migrated, job.priority, 0, 0.0, -self._count))
 
     def take(self, job: J) -> None:
         """It has its turn."""
-        _, priority, behind, tag, _ = self._places[job][0]
-        if self._fair and behind and not job.resumed:
-            self._shares[priority].served(tag)
+        _, priority, behind, tag, _ = self._positions[job][0]
+        if self._fair and behind and not job.migrated:
+            self._clocks[priority].advance_virtual_time(tag)
         self.discard(job)
 
     def discard(self, job: J) -> None:
         """It waits no longer, if it did."""
-        if job not in self._places:
+        if job not in self._positions:
             return
-        place, need = self._places.pop(job)
+        place, need = self._positions.pop(job)
         del self._order[bisect_left(self._order, place, key=lambda entry: entry[0])]
-        del self._needs[bisect_left(self._needs, need)]
+        del self._sorted_needs[bisect_left(self._sorted_needs, need)]
         if place[0]:
-            self._classes[place[1]] -= 1
+            self._num_new[place[1]] -= 1
 
-    def used_less(self, job: J, tokens: int) -> None:
+    def refund(self, job: J, tokens: int) -> None:
         """The job has ended and took so many tokens less of its key's share than was thought."""
-        if self._fair and job.priority in self._shares:
-            self._shares[job.priority].back(job.key, tokens)
+        if self._fair and job.priority in self._clocks:
+            self._clocks[job.priority].refund(job.key, tokens)
 
     def _add(self, job: J, place: Any) -> None:
-        self._places[job] = place, job.reserve_tokens
+        self._positions[job] = place, job.reserve_tokens
         insort(self._order, (place, job), key=lambda entry: entry[0])
-        insort(self._needs, job.reserve_tokens)
-        if not job.resumed:
-            self._classes[job.priority] = self._classes.get(job.priority, 0) + 1
+        insort(self._sorted_needs, job.reserve_tokens)
+        if not job.migrated:
+            self._num_new[job.priority] = self._num_new.get(job.priority, 0) + 1

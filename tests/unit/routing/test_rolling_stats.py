@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overfill.routing.recent import Recent
+from overfill.routing.rolling_stats import RollingStats
 from overfill.v1 import common_pb2, inference_pb2
 
 
@@ -20,10 +20,10 @@ def by_name(activity):
 
 
 def test_percentiles_are_of_answers_that_occurred_and_unattributed_is_what_is_left():
-    recent = Recent()
+    stats = RollingStats()
     for ttft in range(100, 200):
-        recent.answered(finished(ttft, router_queue=20, prefill_compute=60), now=10.0)
-    activity = recent.activity(running=3, waiting=4, now=20.0)
+        stats.answered(finished(ttft, router_queue=20, prefill_compute=60), now=10.0)
+    activity = stats.activity(running=3, waiting=4, now=20.0)
     found = by_name(activity)
     assert (activity.running, activity.waiting, activity.answers) == (3, 4, 100)
     assert found["ttft"].p50_seconds == pytest.approx(0.149)
@@ -34,21 +34,21 @@ def test_percentiles_are_of_answers_that_occurred_and_unattributed_is_what_is_le
 
 
 def test_answers_are_forgotten_after_a_minute():
-    recent = Recent()
-    recent.answered(finished(100), now=0.0)
-    recent.answered(finished(200), now=50.0)
-    assert recent.activity(0, 0, now=59.0).answers == 2
-    later = recent.activity(0, 0, now=61.0)
+    stats = RollingStats()
+    stats.answered(finished(100), now=0.0)
+    stats.answered(finished(200), now=50.0)
+    assert stats.activity(0, 0, now=59.0).answers == 2
+    later = stats.activity(0, 0, now=61.0)
     assert later.answers == 1
     assert by_name(later)["ttft"].p50_seconds == pytest.approx(0.2)
-    assert list(recent.activity(0, 0, now=200.0).timing) == []
+    assert list(stats.activity(0, 0, now=200.0).timing) == []
 
 
 def test_tokens_per_second_are_those_of_the_last_ten():
-    recent = Recent()
+    stats = RollingStats()
     for second in range(100):
         for _ in range(5):
-            recent.tokens(4, now=second + 0.5)
-    assert recent.activity(0, 0, now=100.0).tokens_per_second == pytest.approx(20.0)
-    assert recent.activity(0, 0, now=105.0).tokens_per_second == pytest.approx(10.0)
-    assert recent.activity(0, 0, now=120.0).tokens_per_second == 0
+            stats.tokens(4, now=second + 0.5)
+    assert stats.activity(0, 0, now=100.0).tokens_per_second == pytest.approx(20.0)
+    assert stats.activity(0, 0, now=105.0).tokens_per_second == pytest.approx(10.0)
+    assert stats.activity(0, 0, now=120.0).tokens_per_second == 0

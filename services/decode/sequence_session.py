@@ -97,10 +97,10 @@ Inbox = asyncio.Queue[
     DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception
 ]
 UsePeer = Callable[[decode_pb2.AssignPrefill], AbstractAsyncContextManager[PrefillPeer]]
-NewPull = Callable[[PrefillPeer, "Session"], PromptPull]
+NewPull = Callable[[PrefillPeer, "SequenceSession"], PromptPull]
 
 
-class Session:
+class SequenceSession:
     """The life of one attempt. ``run`` returns when the outbox has been closed.
 
     Args:

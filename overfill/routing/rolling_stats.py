@@ -16,16 +16,16 @@ RATE_SECONDS = 10
 
 _PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 _WHOLE = ("ttft", "handoff_exposed", "decode", "total")
-_MOST_ANSWERS = 10_000
+_MAX_ANSWERS = 10_000
 """That are remembered; of more in a minute, the latest count."""
 
 
-class Recent:
+class RollingStats:
     """Fed by the running answers, on one thread. ``now``: seconds, monotonic, wherever it is asked for."""
 
     def __init__(self) -> None:
         self._tokens: deque[tuple[int, int]] = deque()  # second, tokens in it
-        self._answers: deque[tuple[float, dict[str, int]]] = deque(maxlen=_MOST_ANSWERS)
+        self._answers: deque[tuple[float, dict[str, int]]] = deque(maxlen=_MAX_ANSWERS)
 
     def tokens(self, count: int, now: float) -> None:
         """So many tokens were handed to a client."""

@@ -13,7 +13,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, decode_pb2
-from services.decode.session import Outbox, PullEnded, Session
+from services.decode.sequence_session import Outbox, PullEnded, SequenceSession
 
 
 class Pull:
@@ -45,7 +45,7 @@ class Bench:
         sequence = DecodeSequence("s", [1, 2, 3], [7], SamplingParams(temperature=0), StopRule(frozenset(), 4))
         self.sent = []
         self.pulls = []
-        self.session = Session(
+        self.session = SequenceSession(
             decode_pb2.StartDecode(emitted_token_ids=[7]),
             sequence,
             self.send,

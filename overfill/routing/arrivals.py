@@ -97,13 +97,13 @@ class AnswerShape:
     context: float
 
 
-class Answers:
+class AnswerLengths:
     """Lengths of finished requests, older ones fading with ``memory`` seconds.
 
-    The last ``_LEAST`` requests never fade, so that an idle hour does not undo what is known.
+    The last ``_MIN_WEIGHT`` requests never fade, so that an idle hour does not undo what is known.
     """
 
-    _LEAST = 50.0
+    _MIN_WEIGHT = 50.0
 
     def __init__(self, memory: float, prior_prompt: float, prior_answer: float) -> None:
         self._memory = memory
@@ -112,8 +112,8 @@ class Answers:
         self._sums = [w * 5.0 for w in (1.0, prior_answer, prior_prompt * prior_answer, prior_answer**2)]
 
     def add(self, now: float, prompt_tokens: int, answer_tokens: int) -> None:
-        if self._sums[0] > self._LEAST:
-            fade = max(math.exp(-max(0.0, now - self._at) / self._memory), self._LEAST / self._sums[0])
+        if self._sums[0] > self._MIN_WEIGHT:
+            fade = max(math.exp(-max(0.0, now - self._at) / self._memory), self._MIN_WEIGHT / self._sums[0])
             self._sums = [value * fade for value in self._sums]
         self._at = now
         answer = float(max(1, answer_tokens))

@@ -13,14 +13,14 @@ INTERVAL = 1.0
 """Seconds between looks, as the policy's own."""
 
 
-class Advice:
+class ScalingAdvisor:
     """Feeds a ``Scaler`` with ``signals``, as the policy would."""
 
     def __init__(self, signals: Signals, config: ScalingConfig) -> None:
         self._signals = signals
         self._reader = SignalReader(Scaler(config), {})
 
-    def look(self, now: float) -> Targets:
+    def recommend(self, now: float) -> Targets:
         """The pools as they should be. ``now`` is in seconds, monotonic; to be called about every ``INTERVAL``."""
         prefill, decode = self._reader.read(now, {"": self._signals.read(now)})
         return self._reader.scaler.targets(now, prefill, decode)
