@@ -10,7 +10,7 @@ from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.strict import CannotClose, closed
+from overfill.api.openai.strict import CannotForbid, forbid_additional_properties
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
@@ -206,7 +206,7 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
         function = tool.function
         parameters, field = function.parameters, f"tools[{index}].function.parameters"
         if function.strict:
-            parameters = _closed(field, parameters or {"type": "object", "properties": {}}, "strict")
+            parameters = _forbid_additional(field, parameters or {"type": "object", "properties": {}}, "strict")
         chat.tools.add(
             name=function.name,
             description=function.description or "",
@@ -267,7 +267,7 @@ def _response_format(request: schema.Sampling) -> _Said:
     if described.schema_ is None:
         yield field, Grammar("json_object")
     else:
-        yield field, _schema(field, described.schema_, closed_by="strict" if described.strict else "")
+        yield field, _schema(field, described.schema_, forbidden_by="strict" if described.strict else "")
 
 
 def _structured_outputs(request: schema.Sampling) -> _Said:
@@ -275,8 +275,8 @@ def _structured_outputs(request: schema.Sampling) -> _Said:
     if wanted is None:
         return
     if wanted.json_ is not None:
-        closed_by = "disable_additional_properties" if wanted.disable_additional_properties else ""
-        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, closed_by)
+        forbidden_by = "disable_additional_properties" if wanted.disable_additional_properties else ""
+        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, forbidden_by)
     if wanted.regex is not None:
         yield f"{field}.regex", _grammar(f"{field}.regex", "regex", wanted.regex)
     if wanted.choice is not None:
@@ -298,16 +298,22 @@ def _guided(request: schema.Sampling) -> _Said:
         yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
 
 
-def _schema(field: str, schema: dict[str, Any] | str, closed_by: str = "") -> Grammar:
-    """``closed_by`` is the option that closes the schema's objects, if one does."""
+def _schema(field: str, schema: dict[str, Any] | str, forbidden_by: str = "") -> Grammar:
+    """A grammar for ``schema``.
+
+    Args:
+        forbidden_by: name of the option that forbids additional properties; empty means none does.
+    """
     grammar = _grammar(field, "json_schema", schema if isinstance(schema, str) else _json(field, schema))
-    return Grammar.json_schema(_closed(field, json.loads(grammar.text), closed_by)) if closed_by else grammar
+    if not forbidden_by:
+        return grammar
+    return Grammar.json_schema(_forbid_additional(field, json.loads(grammar.text), forbidden_by))
 
 
-def _closed(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
+def _forbid_additional(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
     try:
-        return closed(schema)
-    except CannotClose as error:
+        return forbid_additional_properties(schema)
+    except CannotForbid as error:
         raise _invalid(field, f"{error} '{option}'; name all properties in one object") from None
     except RecursionError:
         raise _invalid(field, "is nested too deeply") from None
