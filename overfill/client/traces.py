@@ -38,12 +38,12 @@ class RequestSpan:
             self._span.end()
 
 
-def begin() -> RequestSpan | None:
+def start_span() -> RequestSpan | None:
     """A span that has begun now, in the application's current one; None where the application does not trace."""
     trace = sys.modules.get("opentelemetry.trace")
     return None if trace is None else RequestSpan(trace)
 
 
-def joined(metadata: Metadata, span: RequestSpan | None) -> Metadata:
+def with_span(metadata: Metadata, span: RequestSpan | None) -> Metadata:
     """What is sent with every request of a client, and what this one's span adds."""
     return metadata if span is None else metadata + span.metadata
