@@ -23,7 +23,7 @@ _MODES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Cho
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ApiRequest:
     """What a request wants.
 
     Attributes:
@@ -41,7 +41,7 @@ class Asked:
     echo: tuple[str | Sequence[int], ...] | None = None
     grammar_field: str = ""
 
-    def named(self, error: OverfillError) -> OverfillError:
+    def with_grammar_field(self, error: OverfillError) -> OverfillError:
         """``error`` with the field that this request has for a grammar, when it is about that."""
         if not isinstance(error, InvalidRequest) or not error.field.startswith("sampling.grammar"):
             return error
@@ -51,7 +51,7 @@ class Asked:
         return InvalidRequest(self.grammar_field, reason)
 
 
-def chat(request: schema.ChatRequest, request_id: str) -> Asked:
+def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     """Raises ApiError."""
     generate = inference_pb2.GenerateRequest(
         model=request.model,
@@ -74,10 +74,10 @@ def chat(request: schema.ChatRequest, request_id: str) -> Asked:
         if field:
             raise _invalid(field, "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
         field = "tools"
-    return _asked(request, (generate,), field)
+    return _api_request(request, (generate,), field)
 
 
-def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
+def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest:
     """Raises ApiError."""
     prompts = _prompts(request.prompt)
     if len(prompts) > schema.MAX_PROMPTS:
@@ -105,7 +105,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
         else:
             _set_ids(generate.token_ids.ids, prompt, "prompt")
         made.append(generate)
-    return _asked(request, tuple(made), field, tuple(prompts) if request.echo else None)
+    return _api_request(request, tuple(made), field, tuple(prompts) if request.echo else None)
 
 
 def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
@@ -130,19 +130,19 @@ def detokenize(request: schema.DetokenizeRequest) -> inference_pb2.DetokenizeReq
     return message
 
 
-def _asked(
+def _api_request(
     request: schema.Sampling,
     prompts: tuple[inference_pb2.GenerateRequest, ...],
     grammar_field: str,
     echo: tuple[str | Sequence[int], ...] | None = None,
-) -> Asked:
+) -> ApiRequest:
     options = request.stream_options
     if options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when 'stream' is true")
     n = request.n or 1
     if len(prompts) * n > schema.MAX_PROMPTS:
         raise _invalid("n", f"answers to each of {len(prompts)} prompts are more than {schema.MAX_PROMPTS} in all")
-    return Asked(
+    return ApiRequest(
         prompts,
         n,
         bool(request.stream),
