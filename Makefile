@@ -12,7 +12,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 # One thread per process: thread pools that together exceed the cores slow each other many times over.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo audit check test test-all bench proto dashboards chart
+.PHONY: help setup demo audit check test test-all bench proto sdk dashboards chart
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench: setup  ## Measure the hand-off and the engine on this machine, in short
 
 proto: setup  ## Regenerate overfill/v1 from proto/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)
+
+sdk: setup  ## Regenerate the blocking client from the asyncio one
+	$(BIN)/python overfill/client/generate_sync.py
 
 dashboards: setup  ## Regenerate Grafana's dashboards, and the chart's copies
 	$(BIN)/python deploy/grafana/generate.py

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from overfill.errors import InvalidRequest
 
-MOST_PRIORITY = 2
+MAX_PRIORITY = 2
 """They go from -2 to 2; 0 is usual."""
 
 
 def check_priority(priority: int) -> None:
     """Raises InvalidRequest."""
-    if not isinstance(priority, int) or not -MOST_PRIORITY <= priority <= MOST_PRIORITY:
-        raise InvalidRequest("priority", f"must be from {-MOST_PRIORITY} to {MOST_PRIORITY}, got {priority!r}")
+    if not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}")

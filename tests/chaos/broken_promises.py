@@ -71,7 +71,7 @@ BROKEN = (
     Broken(
         "a request outlives its router",
         "the SDK asks the same address again",
-        "overfill/client/attempts.py",
+        "overfill/client/failover.py",
         "self._addresses.rotate(-1)",
         "self._addresses.rotate(0)",
         "tests/unit/client/test_client.py::test_an_answer_goes_on_at_the_next_router_when_one_is_lost",
@@ -79,9 +79,9 @@ BROKEN = (
     Broken(
         "and a second one, if the first is back",
         "being taken again counts for nothing",
-        "overfill/client/attempts.py",
-        'has taken the request."""\n        self._failures = 0',
-        'has taken the request."""',
+        "overfill/client/failover.py",
+        'has accepted the request."""\n        self._failures = 0',
+        'has accepted the request."""',
         "tests/unit/client/test_client.py::test_a_router_that_is_back_is_asked_again",
     ),
     Broken(

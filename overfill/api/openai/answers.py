@@ -91,7 +91,7 @@ class Choice:
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def take(self, delta: inference_pb2.Delta) -> None:
+    def add(self, delta: inference_pb2.Delta) -> None:
         """Adds ``delta`` to the whole answer."""
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)

@@ -13,7 +13,7 @@ from overfill.api.openai.schema import CompletionRequest, Message, refusals
 
 R = TypeVar("R", bound=BaseModel)
 
-_MOST_PROBLEMS = 1000
+_MAX_PROBLEMS = 1000
 """More are only counted: to tell them apart takes longer, and more memory, than the request did."""
 
 _BAD_JSON = "We could not parse the JSON body of your request"
@@ -53,7 +53,7 @@ def _check_refused(holder: BaseModel, place: str) -> None:
 
 
 def _explain(error: ValidationError, body: bytes) -> ApiError:
-    if error.error_count() > _MOST_PROBLEMS:
+    if error.error_count() > _MAX_PROBLEMS:
         return ApiError(400, f"{error.error_count()} fields of the request are wrong", code="invalid_value")
     problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":

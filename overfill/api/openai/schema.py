@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from overfill.api.priority import MOST_PRIORITY
+from overfill.api.priority import MAX_PRIORITY
 from overfill.request.params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 
 MAX_CHOICES = 128
@@ -25,7 +25,7 @@ MAX_INT32 = (1 << 31) - 1
 Ignored = Annotated[Any, Field(default=None, description="ignored")]
 Count = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
-Share = Annotated[float, Field(ge=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
@@ -121,7 +121,7 @@ class Sampling(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Temperature | None = None
-    top_p: Share | None = None
+    top_p: UnitInterval | None = None
     user: Ignored
 
     # OpenAI takes this for chats only; vLLM takes it for both.
@@ -133,9 +133,9 @@ class Sampling(Strict):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     ignore_eos: bool | None = None
-    min_p: Share | None = None
+    min_p: UnitInterval | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None  # the smaller goes first
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # the smaller goes first
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     request_id: RequestId | None = None
     stop_token_ids: Ids | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.strict import CannotClose, closed
+from overfill.api.openai.strict import CannotForbid, forbid_additional_properties
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
@@ -23,7 +23,7 @@ _MODES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Cho
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ApiRequest:
     """What a request wants.
 
     Attributes:
@@ -41,7 +41,7 @@ class Asked:
     echo: tuple[str | Sequence[int], ...] | None = None
     grammar_field: str = ""
 
-    def named(self, error: OverfillError) -> OverfillError:
+    def with_grammar_field(self, error: OverfillError) -> OverfillError:
         """``error`` with the field that this request has for a grammar, when it is about that."""
         if not isinstance(error, InvalidRequest) or not error.field.startswith("sampling.grammar"):
             return error
@@ -51,7 +51,7 @@ class Asked:
         return InvalidRequest(self.grammar_field, reason)
 
 
-def chat(request: schema.ChatRequest, request_id: str) -> Asked:
+def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     """Raises ApiError."""
     generate = inference_pb2.GenerateRequest(
         model=request.model,
@@ -74,10 +74,10 @@ def chat(request: schema.ChatRequest, request_id: str) -> Asked:
         if field:
             raise _invalid(field, "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
         field = "tools"
-    return _asked(request, (generate,), field)
+    return _api_request(request, (generate,), field)
 
 
-def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
+def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest:
     """Raises ApiError."""
     prompts = _prompts(request.prompt)
     if len(prompts) > schema.MAX_PROMPTS:
@@ -105,7 +105,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
         else:
             _set_ids(generate.token_ids.ids, prompt, "prompt")
         made.append(generate)
-    return _asked(request, tuple(made), field, tuple(prompts) if request.echo else None)
+    return _api_request(request, tuple(made), field, tuple(prompts) if request.echo else None)
 
 
 def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
@@ -130,19 +130,19 @@ def detokenize(request: schema.DetokenizeRequest) -> inference_pb2.DetokenizeReq
     return message
 
 
-def _asked(
+def _api_request(
     request: schema.Sampling,
     prompts: tuple[inference_pb2.GenerateRequest, ...],
     grammar_field: str,
     echo: tuple[str | Sequence[int], ...] | None = None,
-) -> Asked:
+) -> ApiRequest:
     options = request.stream_options
     if options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when 'stream' is true")
     n = request.n or 1
     if len(prompts) * n > schema.MAX_PROMPTS:
         raise _invalid("n", f"answers to each of {len(prompts)} prompts are more than {schema.MAX_PROMPTS} in all")
-    return Asked(
+    return ApiRequest(
         prompts,
         n,
         bool(request.stream),
@@ -206,7 +206,7 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
         function = tool.function
         parameters, field = function.parameters, f"tools[{index}].function.parameters"
         if function.strict:
-            parameters = _closed(field, parameters or {"type": "object", "properties": {}}, "strict")
+            parameters = _forbid_additional(field, parameters or {"type": "object", "properties": {}}, "strict")
         chat.tools.add(
             name=function.name,
             description=function.description or "",
@@ -267,7 +267,7 @@ def _response_format(request: schema.Sampling) -> _Said:
     if described.schema_ is None:
         yield field, Grammar("json_object")
     else:
-        yield field, _schema(field, described.schema_, closed_by="strict" if described.strict else "")
+        yield field, _schema(field, described.schema_, forbidden_by="strict" if described.strict else "")
 
 
 def _structured_outputs(request: schema.Sampling) -> _Said:
@@ -275,8 +275,8 @@ def _structured_outputs(request: schema.Sampling) -> _Said:
     if wanted is None:
         return
     if wanted.json_ is not None:
-        closed_by = "disable_additional_properties" if wanted.disable_additional_properties else ""
-        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, closed_by)
+        forbidden_by = "disable_additional_properties" if wanted.disable_additional_properties else ""
+        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, forbidden_by)
     if wanted.regex is not None:
         yield f"{field}.regex", _grammar(f"{field}.regex", "regex", wanted.regex)
     if wanted.choice is not None:
@@ -298,16 +298,22 @@ def _guided(request: schema.Sampling) -> _Said:
         yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
 
 
-def _schema(field: str, schema: dict[str, Any] | str, closed_by: str = "") -> Grammar:
-    """``closed_by`` is the option that closes the schema's objects, if one does."""
+def _schema(field: str, schema: dict[str, Any] | str, forbidden_by: str = "") -> Grammar:
+    """A grammar for ``schema``.
+
+    Args:
+        forbidden_by: name of the option that forbids additional properties; empty means none does.
+    """
     grammar = _grammar(field, "json_schema", schema if isinstance(schema, str) else _json(field, schema))
-    return Grammar.json_schema(_closed(field, json.loads(grammar.text), closed_by)) if closed_by else grammar
+    if not forbidden_by:
+        return grammar
+    return Grammar.json_schema(_forbid_additional(field, json.loads(grammar.text), forbidden_by))
 
 
-def _closed(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
+def _forbid_additional(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
     try:
-        return closed(schema)
-    except CannotClose as error:
+        return forbid_additional_properties(schema)
+    except CannotForbid as error:
         raise _invalid(field, f"{error} '{option}'; name all properties in one object") from None
     except RecursionError:
         raise _invalid(field, "is nested too deeply") from None

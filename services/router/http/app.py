@@ -23,7 +23,7 @@ from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
-from overfill.api.openai.wire import Asked
+from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
@@ -134,7 +134,7 @@ class HttpApi:
         id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
-    async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
+    async def _generate(self, request: Request, kind: Kind, id: str, asked: ApiRequest, received: float) -> Response:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])

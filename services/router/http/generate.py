@@ -16,7 +16,7 @@ from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope
 from overfill.api.openai.errors import from_error
-from overfill.api.openai.wire import Asked
+from overfill.api.openai.wire import ApiRequest
 from overfill.errors import OverfillError
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
@@ -36,7 +36,7 @@ class RunningChoices:
     def __init__(
         self,
         generator: Generator,
-        asked: Asked,
+        asked: ApiRequest,
         envelope: Envelope,
         key: ApiKey | None,
         span: Span = tracing.OFF,
@@ -71,7 +71,7 @@ class RunningChoices:
 
     def _raise_named(self, error: BaseException) -> None:
         """Raises an error about the grammar with the name that the request has for it."""
-        if isinstance(error, OverfillError) and (named := self._asked.named(error)) is not error:
+        if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
             raise named from error
 
     def _choice(self, prompt: int, generation: Generation) -> Choice:
@@ -88,7 +88,7 @@ class RunningChoices:
         """The response, once every choice is complete. Raises OverfillError."""
         async for choice, delta in self.events():
             if delta is not None:
-                choice.take(delta)
+                choice.add(delta)
         return self._envelope.wrap(
             [choice.whole() for choice in self.choices],
             chunk=False,

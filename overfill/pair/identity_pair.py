@@ -14,7 +14,7 @@ from overfill.telemetry.progress import Report, silent
 
 
 @contextmanager
-def alone(checkpoint: Path, recipe: Mapping[str, Any] | None = None, report: Report = silent) -> Iterator[Path]:
+def identity_pair(checkpoint: Path, recipe: Mapping[str, Any] | None = None, report: Report = silent) -> Iterator[Path]:
     """The folder of a pair whose halves are both ``checkpoint``; it is temporary.
 
     Args:
