@@ -70,7 +70,6 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
             warm_tokens=warm_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_dtype=config.kv_cache_dtype if isinstance(config, DecodeConfig) else "auto",
-            cuda_graphs=isinstance(config, DecodeConfig) and config.cuda_graphs == "on",
         )
 
     return await asyncio.to_thread(load)

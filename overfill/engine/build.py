@@ -25,7 +25,6 @@ from overfill.kv.int8_cache import new_cache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.model.config import ModelConfig
-from overfill.model.graphs import GATHERED_BYTES, CudaRecorder, GraphedTransformer
 from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest
 from overfill.model.sampling import sample
@@ -187,7 +186,6 @@ def build_engine_parts(
     max_num_seqs: int = 64,
     kv_cache_dtype: KvCacheDtype = "auto",
     memory_fraction: float = MEMORY_FRACTION,
-    cuda_graphs: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EngineParts:
     """One half alone: ``load_half``, then ``size_pools``; arguments and errors are theirs.
@@ -207,7 +205,7 @@ def build_engine_parts(
         kv_cache_dtype=kv_cache_dtype,
         progress=progress,
     )
-    return size_pools([loaded], kv_memory, max_model_len, memory_fraction, cuda_graphs)[0]
+    return size_pools([loaded], kv_memory, max_model_len, memory_fraction)[0]
 
 
 def load_half(
@@ -271,7 +269,6 @@ def size_pools(
     kv_memory: int | None,
     max_model_len: int | None,
     memory_fraction: float = MEMORY_FRACTION,
-    cuda_graphs: bool = False,
 ) -> list[EngineParts]:
     """Gives every half of one process and device its KV cache; the halves must not step at the same time.
 
@@ -280,16 +277,13 @@ def size_pools(
             tokens (on a CPU at most 1 GiB each).
         max_model_len: None cuts the longest sequence to what a cache holds.
         memory_fraction: share of the free memory that caches and steps may take when ``kv_memory`` is None.
-        cuda_graphs: record decode steps and replay them, on a CUDA device; it takes up to a step's memory more.
 
     Raises:
         NotEnoughMemory: naming both numbers and what to change.
     """
     device = halves[0].model.device
     demands = [h.demand for h in halves]
-    cuda_graphs = cuda_graphs and device.type == "cuda"
-    recorded = sum(GATHERED_BYTES + d.activations for d in demands) if cuda_graphs else 0
-    free = _free_memory(device) - recorded
+    free = _free_memory(device)
     if kv_memory is None:
         fitting = fit_blocks(demands, int(free * memory_fraction))
         if device.type == "cpu":  # the machine has other uses for its memory
@@ -313,10 +307,7 @@ def size_pools(
             "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
         )
-        model = half.model
-        if cuda_graphs and isinstance(model, Transformer):
-            model = GraphedTransformer(model, cache, CudaRecorder(device))
-        runner, pool = ModelRunner(model, cache), BlockPool(num_blocks, cache.block_size)
+        runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
         grammars = _grammars(half)
         parts.append(
             EngineParts(
