@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
-from overfill.engine.device import tuned, use_device
+from overfill.engine.device import cpu_settings, use_device
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
@@ -117,7 +117,7 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
-    with tuned(config.threads):
+    with cpu_settings(config.threads):
         asyncio.run(_to_the_exit(serve))
     raise AssertionError("the process has ended")
 
@@ -179,7 +179,7 @@ async def serve_engine(
         config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
         # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
+        on_load_change=lambda freed: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not freed)),
         device=device,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())

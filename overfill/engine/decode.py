@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -159,7 +159,7 @@ class DecodeEngine:
         """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
         wanted = self._pool.blocks_for(sequence.num_tokens + 1)
         if sequence.prompt_blocks is None:
-            sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+            sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
         grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted, spare=self._num_growing())
         if grant is None:
             return None
@@ -247,8 +247,8 @@ class DecodeEngine:
                 return []
             replayed = sum(len(s.pending()) - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            choices = [Choice(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
-            sampled, refused = self._runner.next_tokens(works, choices)
+            specs = [SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
+            sampled, refused = self._runner.next_tokens(works, specs)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)

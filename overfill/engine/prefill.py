@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -193,7 +193,7 @@ class PrefillEngine:
                 break
             wanted = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
-                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
             grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted)
             if grant is None:
                 break
@@ -230,8 +230,8 @@ class PrefillEngine:
             if worth_telling:
                 self._tell()
 
-        choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
-        sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
+        specs = [SamplingSpec(s.sampling, s.sample_index, s.processor) for s in sampling]
+        sampled, failed = self._runner.next_tokens(works, specs, layer_start, kv_written)
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()

@@ -70,7 +70,7 @@ class EngineLoad:
     blocks_reserved: int = 0
     blocks_leaked: int = 0
 
-    def roomier_than(self, other: EngineLoad) -> bool:
+    def freed_capacity_since(self, other: EngineLoad) -> bool:
         """Whether something has ended since ``other``, or fits that did not."""
         ended = self.running + self.waiting < other.running + other.waiting
         return ended or self.blocks_used < other.blocks_used
@@ -84,8 +84,8 @@ class PrefillSequence:
     """A prompt in a prefill engine. ``cancelled`` may be set from any thread; everything else is the engine's.
 
     Attributes:
-        salt: tenant whose prefixes it may share.
-        prompt_blocks: of ``prompt`` and ``salt``; None: the engine hashes the prompt on its own thread.
+        cache_namespace: tenant whose prefixes it may share.
+        prompt_blocks: of ``prompt`` and ``cache_namespace``; None: the engine hashes the prompt on its own thread.
         cached_tokens: of the prompt, found in the prefix cache.
     """
 
@@ -95,7 +95,7 @@ class PrefillSequence:
     sample_index: int = 0
     sample_first_token: bool = True
     processor: LogitProcessor | None = None
-    salt: str = ""
+    cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     cancelled: bool = False
     cached_tokens: int = 0
@@ -197,8 +197,8 @@ class DecodeSequence:
     """A sequence in a decode engine. ``computed`` counts tokens (prompt and answer) whose KV is in our blocks.
 
     Attributes:
-        salt: whose prefixes it may share, and how their KV came here.
-        prompt_blocks: of ``prompt`` and ``salt``; None: the engine hashes the prompt on its own thread.
+        cache_namespace: whose prefixes it may share, and how their KV came here.
+        prompt_blocks: of ``prompt`` and ``cache_namespace``; None: the engine hashes the prompt on its own thread.
     """
 
     id: str
@@ -208,7 +208,7 @@ class DecodeSequence:
     stop: StopRule
     sample_index: int = 0
     processor: LogitProcessor | None = None
-    salt: str = ""
+    cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False

@@ -162,7 +162,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
             processor=processor,
-            salt=prompt_blocks.salt,
+            cache_namespace=prompt_blocks.salt,
             prompt_blocks=prompt_blocks,
         )
         session = Session(

@@ -81,7 +81,7 @@ class Lease:
             sample_index=start.sample_index,
             sample_first_token=start.sample_first_token,
             processor=processor,
-            salt=start.tenant_salt,
+            cache_namespace=start.tenant_salt,
             prompt_blocks=prompt_blocks,
         )
         self.received_ns = time.monotonic_ns()

@@ -122,10 +122,10 @@ class WorkerReplica(Replica):
 
             await self.start(config, lambda ready: serve_mock(config, ready))  # type: ignore[arg-type]
             return
-        from overfill.engine.device import tuned
+        from overfill.engine.device import cpu_settings
 
-        self._tuned = tuned(config.threads)
-        self._tuned.__enter__()  # for the life of the process
+        self._cpu_settings = cpu_settings(config.threads)
+        self._cpu_settings.__enter__()  # for the life of the process
         if stage == PREFILL:
             from services.prefill.main import serve as serve_prefill
 

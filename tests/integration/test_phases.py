@@ -56,13 +56,13 @@ class GatedRunner:
         self.device, self.cache, self.token_layer_bytes = runner.device, runner.cache, runner.token_layer_bytes
         self.synchronize, self.clean_up = runner.synchronize, runner.clean_up
 
-    def next_tokens(self, works, choices, on_layer_start=None, on_kv_written=None):
+    def next_tokens(self, works, specs, on_layer_start=None, on_kv_written=None):
         def start(layer):
             self._gate.hold(layer)
             if on_layer_start is not None:
                 on_layer_start(layer)
 
-        return self._runner.next_tokens(works, choices, start, on_kv_written)
+        return self._runner.next_tokens(works, specs, start, on_kv_written)
 
 
 HOST = SimpleNamespace(draining=False, notify=lambda: None)

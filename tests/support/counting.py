@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from overfill.engine.runner import Choice, Work, choose
+from overfill.engine.runner import SamplingSpec, Work, sample_next
 from overfill.model.sampling import SampledToken
 
 VOCAB_SIZE = 64
@@ -37,12 +37,12 @@ class CountingRunner:
     def next_tokens(
         self,
         works: Sequence[Work],
-        choices: Sequence[Choice],
+        specs: Sequence[SamplingSpec],
         on_layer_start: Callable[[int], None] | None = None,
         on_kv_written: Callable[[int], None] | None = None,
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """As ``ModelRunner.next_tokens``."""
-        return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
+        return sample_next(self.run(works, on_layer_start, on_kv_written), works, specs)
 
     def run(
         self,

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from overfill.engine.device import tuned
+from overfill.engine.device import cpu_settings
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import KvRange
@@ -97,5 +97,5 @@ async def _serve(layers: str, heads: str, head_dim: str, dtype: str, tokens: str
 
 
 if __name__ == "__main__":
-    with tuned(threads=1):  # as a worker is
+    with cpu_settings(threads=1):  # as a worker is
         asyncio.run(_serve(*sys.argv[1:]))

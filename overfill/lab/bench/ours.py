@@ -85,7 +85,7 @@ def load_engines(
             max_num_seqs=workload.batch,
             kv_cache_dtype="auto" if half == "full" else kv_cache_dtype,
         )
-        memory = workload.cache_bytes(loaded.demand.block_bytes // _BLOCK_SIZE)
+        memory = workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
         return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE)[0]
 
     full = load("full")

@@ -50,10 +50,10 @@ def handoff_command(
 
     Exit code 1 when a bound is not reached.
     """
-    from overfill.engine.device import tuned
+    from overfill.engine.device import cpu_settings
     from overfill.lab.bench.handoff import measure_handoff
 
-    with tuned(threads):  # as a worker is
+    with cpu_settings(threads):  # as a worker is
         figures = measure_handoff(
             _pair(pair),
             tokens,

@@ -28,13 +28,13 @@ def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: i
 
     Beside it, in the same rounds, a raw gRPC stream of 1 MiB messages. Exit code 1 when a bound is not reached.
     """
-    from overfill.engine.device import tuned
+    from overfill.engine.device import cpu_settings
     from overfill.lab.bench.kv import measure
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import progress_bars
 
-    with tuned(threads=1):  # as a worker is
+    with cpu_settings(threads=1):  # as a worker is
         with progress_bars() as report:
             folder = resolve_pair(pair, report)
         spec = Pair.load(folder).full_config.kv_spec(dtype)

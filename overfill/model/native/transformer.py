@@ -19,7 +19,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.int8_cache import Int8KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_order
+from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
@@ -40,7 +40,7 @@ def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     return device.type == "cpu" and dtype == torch.bfloat16 and fits and heads
 
 
-def fastest(model: Transformer) -> Model:
+def fastest_model(model: Transformer) -> Model:
     """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
         weights = "int8" if model.quantize == "int8" else "bfloat16"
@@ -56,7 +56,7 @@ class NativeTransformer:
         amx: whether steps of many tokens use AMX tiles where there are any; tests compare both.
 
     Raises:
-        InternalError: the kernels do not run here; ``fastest`` asks first.
+        InternalError: the kernels do not run here; ``fastest_model`` asks first.
     """
 
     def __init__(self, model: Transformer, *, amx: bool = True) -> None:
@@ -91,7 +91,7 @@ class NativeTransformer:
             amx=amx,
             norm_eps=config.rms_norm_eps,
         )
-        self._order = head_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
+        self._order = tokens_in_row_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
         handle = library_.ovf_create(
             byref(shape),
             None if self._embedding is None else self._embedding.data_ptr(),

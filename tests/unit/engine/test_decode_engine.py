@@ -324,7 +324,7 @@ def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     for name, salt, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):
         arriving = sequence(name, prompt=9)
-        arriving.salt = salt
+        arriving.cache_namespace = salt
         engine.handle(Reserve(arriving))
         assert events[-1].held_tokens == held
         engine.handle(Start(name, 10))

@@ -165,4 +165,4 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
     context = SimpleNamespace(time_remaining=lambda: 10.0)
     await begun(servicer.Generate(stream(decode_pb2.DecodeRequest(start=start)), context), sent)
     check(found[0], hashed)
-    assert found[0].prompt_blocks.salt == found[0].salt == "raw/tenant"
+    assert found[0].prompt_blocks.salt == found[0].cache_namespace == "raw/tenant"
