@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,7 +14,7 @@ from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import LogitProcessor, process
 from overfill.model.sampling import SampledToken, broken, sample
-from overfill.model.transformer import GreedyModel, Model
+from overfill.model.transformer import NO_HOOKS, GreedyModel, LayerHooks, Model
 from overfill.request.params import SamplingParams
 
 _KEPT_STEPS = 8
@@ -84,21 +84,12 @@ class ModelRunner:
         self.token_layer_bytes = cache.spec.token_layer_bytes
         self._tables = BlockTables()
 
-    def run(
-        self,
-        works: Sequence[Work],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
-    ) -> torch.Tensor:
+    def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
         """Logits [number of works that want them, vocab_size], float32; the last token's of each such work."""
-        return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
+        return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
-        self,
-        works: Sequence[Work],
-        specs: Sequence[SamplingSpec],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
+        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """The token after each work that wants logits, and errors as ``sample_next`` gives them; raises as ``sample``.
 
@@ -106,9 +97,9 @@ class ModelRunner:
             specs: one for each of those works.
         """
         if specs and all(c.most_likely for c in specs) and isinstance(self.model, GreedyModel):
-            tokens = self.model.most_likely(self._batch(works), self.cache, on_layer_start, on_kv_written).tolist()
+            tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], broken(tokens)
-        return sample_next(self.run(works, on_layer_start, on_kv_written), works, specs)
+        return sample_next(self.run(works, hooks), works, specs)
 
     def synchronize(self) -> None:
         """Returns when nothing launched before touches the cache any more."""

@@ -17,7 +17,7 @@ from overfill.kv.spec import KvCacheDtype
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
 from overfill.model.head import tokens_in_row_order
-from overfill.model.transformer import Transformer
+from overfill.model.transformer import LayerHooks, Transformer
 
 BLOCK_SIZE = 4
 SaveModel = Callable[[PretrainedConfig], PreTrainedModel]
@@ -104,7 +104,7 @@ class PagedRunner:
             logits_indices=torch.arange(total) if logits is None else torch.tensor(logits, dtype=torch.int64),
             table_rows=rows,
         )
-        return self.model.forward(batch, self.cache, **hooks)
+        return self.model.forward(batch, self.cache, LayerHooks(**hooks))
 
 
 @pytest.fixture

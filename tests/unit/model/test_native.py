@@ -255,11 +255,11 @@ def test_hooks_run_in_order_and_may_give_up(save_model, runner, tmp_path: Path) 
     calls: list[tuple[str, int]] = []
     run.step(
         {"a": PROMPT[:20]},
-        on_layer_start=lambda layer: calls.append(("start", layer)),
-        on_kv_written=lambda layer: calls.append(("written", layer)),
+        layer_start=lambda layer: calls.append(("start", layer)),
+        kv_written=lambda layer: calls.append(("written", layer)),
     )
     assert calls == [(kind, layer) for layer in range(3) for kind in ("start", "written")]
-    for hook in ("on_layer_start", "on_kv_written"):
+    for hook in ("layer_start", "kv_written"):
 
         def give_up(layer: int) -> None:
             if layer == 1:
@@ -280,7 +280,7 @@ def test_what_a_hook_sees_is_in_the_cache(save_model, runner, tmp_path: Path) ->
         k, v = run.cache.layer(layer)
         seen.append(bool(k[slots].isfinite().all() and v[slots].isfinite().all()))
 
-    run.step({"a": PROMPT[:20]}, on_kv_written=written)
+    run.step({"a": PROMPT[:20]}, kv_written=written)
     assert seen == [True] * 3
 
 
