@@ -73,7 +73,6 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
             warm_tokens=warm_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_dtype=config.kv_cache_dtype if isinstance(config, DecodeConfig) else "auto",
-            cuda_graphs=isinstance(config, DecodeConfig) and config.cuda_graphs == "on",
         )
 
     return await asyncio.to_thread(load)
@@ -202,7 +201,7 @@ async def serve_engine(
         config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
         # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, debounce=not roomier)),
+        on_load_change=lambda freed: loop.call_soon_threadsafe(partial(servicer.host.notify, debounce=not freed)),
         device=device,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())

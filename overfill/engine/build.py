@@ -1,7 +1,7 @@
 """From a pair folder to a warm model with its KV cache: what every engine is made of.
 
 Two steps, so that both halves can share one device: ``load_half`` loads and profiles, ``size_pools`` divides what is
-left. ``fit_blocks`` and ``CacheDemand`` are the arithmetic; they see numbers only.
+left. ``fit_blocks`` and ``MemoryRequirement`` are the arithmetic; they see numbers only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from overfill.kv.int8_cache import new_cache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.model.config import ModelConfig
-from overfill.model.graphs import GATHERED_BYTES, CudaRecorder, GraphedTransformer
 from overfill.model.manifest import Pair
-from overfill.model.native.transformer import fastest
+from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import Model, Transformer
 from overfill.request.grammar import Grammars
@@ -52,7 +51,7 @@ class NotEnoughMemory(OverfillError):
 
 
 @dataclass(frozen=True, slots=True)
-class CacheDemand:
+class MemoryRequirement:
     """What one half takes of memory besides its weights, as a function of its number of KV blocks.
 
     Attributes:
@@ -84,18 +83,18 @@ class CacheDemand:
         return self.activations + max(decode, chunk)
 
 
-def memory_needed(demands: Sequence[CacheDemand], blocks: Sequence[int]) -> tuple[int, int]:
+def memory_needed(requirements: Sequence[MemoryRequirement], blocks: Sequence[int]) -> tuple[int, int]:
     """Bytes of all caches with so many blocks each, and of the largest step; halves of one process step in turn."""
-    caches = sum(d.block_bytes * n for d, n in zip(demands, blocks, strict=True))
-    return caches, max(d.step_bytes(n) for d, n in zip(demands, blocks, strict=True))
+    caches = sum(d.block_bytes * n for d, n in zip(requirements, blocks, strict=True))
+    return caches, max(d.step_bytes(n) for d, n in zip(requirements, blocks, strict=True))
 
 
-def fit_blocks(demands: Sequence[CacheDemand], available: int) -> int:
+def fit_blocks(requirements: Sequence[MemoryRequirement], available: int) -> int:
     """Most blocks that every half's cache may have, the same number each, within ``available`` bytes; 0 if none."""
-    most = max(0, available) // sum(d.block_bytes for d in demands)
+    most = max(0, available) // sum(d.block_bytes for d in requirements)
 
     def needed(num_blocks: int) -> int:
-        return sum(memory_needed(demands, [num_blocks] * len(demands)))
+        return sum(memory_needed(requirements, [num_blocks] * len(requirements)))
 
     return max(0, bisect.bisect_right(range(most + 1), available, key=needed) - 1)
 
@@ -170,7 +169,7 @@ class LoadedHalf:
     model: Model
     spec: KvSpec
     full_spec: KvSpec
-    demand: CacheDemand
+    requirement: MemoryRequirement
     kv_cache_dtype: KvCacheDtype
 
 
@@ -187,7 +186,6 @@ def build_engine_parts(
     max_num_seqs: int = 64,
     kv_cache_dtype: KvCacheDtype = "auto",
     memory_fraction: float = MEMORY_FRACTION,
-    cuda_graphs: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EngineParts:
     """One half alone: ``load_half``, then ``size_pools``; arguments and errors are theirs.
@@ -207,7 +205,7 @@ def build_engine_parts(
         kv_cache_dtype=kv_cache_dtype,
         progress=progress,
     )
-    return size_pools([loaded], kv_memory, max_model_len, memory_fraction, cuda_graphs)[0]
+    return size_pools([loaded], kv_memory, max_model_len, memory_fraction)[0]
 
 
 def load_half(
@@ -252,7 +250,7 @@ def load_half(
             progress=progress,
             quantize="none" if half == "full" else pair.quantize,
         )
-        model = fastest(loaded)
+        model = fastest_model(loaded)
     spec = config.kv_spec(dtype)
     step_tokens = min(warm_tokens, longest)
     advice = "free some of it, or give a smaller --max-num-batched-tokens or --max-num-seqs"
@@ -261,9 +259,11 @@ def load_half(
         scratch = new_cache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
         activations = _profile(model, scratch, step_tokens, max_num_seqs)
     gathered = scratch.gathered_layer_bytes
-    demand = CacheDemand(scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations)
+    requirement = MemoryRequirement(
+        scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations
+    )
     full_spec = spec if half == "full" else ModelConfig.load(pair.full_path).kv_spec(dtype)
-    return LoadedHalf(half, pair, model, spec, full_spec, demand, kv_cache_dtype)
+    return LoadedHalf(half, pair, model, spec, full_spec, requirement, kv_cache_dtype)
 
 
 def size_pools(
@@ -271,7 +271,6 @@ def size_pools(
     kv_memory: int | None,
     max_model_len: int | None,
     memory_fraction: float = MEMORY_FRACTION,
-    cuda_graphs: bool = False,
 ) -> list[EngineParts]:
     """Gives every half of one process and device its KV cache; the halves must not step at the same time.
 
@@ -280,24 +279,21 @@ def size_pools(
             tokens (on a CPU at most 1 GiB each).
         max_model_len: None cuts the longest sequence to what a cache holds.
         memory_fraction: share of the free memory that caches and steps may take when ``kv_memory`` is None.
-        cuda_graphs: record decode steps and replay them, on a CUDA device; it takes up to a step's memory more.
 
     Raises:
         NotEnoughMemory: naming both numbers and what to change.
     """
     device = halves[0].model.device
-    demands = [h.demand for h in halves]
-    cuda_graphs = cuda_graphs and device.type == "cuda"
-    recorded = sum(GATHERED_BYTES + d.activations for d in demands) if cuda_graphs else 0
-    free = _free_memory(device) - recorded
+    requirements = [h.requirement for h in halves]
+    free = _free_memory(device)
     if kv_memory is None:
-        fitting = fit_blocks(demands, int(free * memory_fraction))
+        fitting = fit_blocks(requirements, int(free * memory_fraction))
         if device.type == "cpu":  # the machine has other uses for its memory
-            fitting = min(fitting, _DEFAULT_CPU_KV_BYTES // max(d.block_bytes for d in demands))
+            fitting = min(fitting, _DEFAULT_CPU_KV_BYTES // max(d.block_bytes for d in requirements))
         blocks = [fitting] * len(halves)
     else:
-        blocks = [kv_memory // d.block_bytes for d in demands]
-    caches, step = memory_needed(demands, blocks)
+        blocks = [kv_memory // d.block_bytes for d in requirements]
+    caches, step = memory_needed(requirements, blocks)
     if caches + step > free:
         raise NotEnoughMemory(
             f"{_mib(caches)} of KV cache and {_mib(step)} for the largest step are more than the {_mib(free)} that are "
@@ -306,17 +302,14 @@ def size_pools(
     advice = "give a smaller --kv-memory"
     parts = []
     for half, num_blocks in zip(halves, blocks, strict=True):
-        longest = _longest(half.demand, num_blocks, max_model_len)
-        with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.demand.block_bytes)}", device, advice):
-            cache = new_cache(half.spec, num_blocks, half.demand.block_size, device, half.kv_cache_dtype)
+        longest = _longest(half.requirement, num_blocks, max_model_len)
+        with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.requirement.block_bytes)}", device, advice):
+            cache = new_cache(half.spec, num_blocks, half.requirement.block_size, device, half.kv_cache_dtype)
         log.info(
             "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
         )
-        model = half.model
-        if cuda_graphs and isinstance(model, Transformer):
-            model = GraphedTransformer(model, cache, CudaRecorder(device))
-        runner, pool = ModelRunner(model, cache), BlockPool(num_blocks, cache.block_size)
+        runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
         grammars = _grammars(half)
         parts.append(
             EngineParts(
@@ -331,15 +324,15 @@ def _grammars(half: LoadedHalf) -> Grammars:
     return Grammars(half.pair.full_path / "tokenizer.json", config.vocab_size, config.eos_token_ids)
 
 
-def _longest(demand: CacheDemand, num_blocks: int, max_model_len: int | None) -> int:
+def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int | None) -> int:
     """Tokens of the longest sequence that a cache of ``num_blocks`` serves."""
-    capacity = num_blocks * demand.block_size
-    longest = min(demand.longest, capacity) if max_model_len is None else max_model_len
+    capacity = num_blocks * requirement.block_size
+    longest = min(requirement.longest, capacity) if max_model_len is None else max_model_len
     if capacity < max(longest, 2):
         wanted = max(longest, 2)
-        least = -(-wanted // demand.block_size) * demand.block_bytes // MIB + 1
+        least = -(-wanted // requirement.block_size) * requirement.block_bytes // MIB + 1
         raise NotEnoughMemory(
-            f"a KV cache of {_mib(num_blocks * demand.block_bytes)} holds {capacity} tokens, fewer than "
+            f"a KV cache of {_mib(num_blocks * requirement.block_bytes)} holds {capacity} tokens, fewer than "
             f"--max-model-len {wanted}; give at least --kv-memory {least}MiB, or a smaller --max-model-len"
         )
     return longest

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -32,6 +32,7 @@ from overfill.engine.sequence import (
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cells import mark
 from overfill.kv.prefix import PrefixCache
+from overfill.model.transformer import LayerHooks
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -230,8 +231,8 @@ class PrefillEngine:
             if worth_telling:
                 self._tell()
 
-        choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
-        sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
+        specs = [SamplingSpec(s.sampling, s.sample_index, s.processor) for s in sampling]
+        sampled, failed = self._runner.next_tokens(works, specs, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()

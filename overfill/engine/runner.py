@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,7 +14,7 @@ from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import LogitProcessor, process
 from overfill.model.sampling import SampledToken, broken, sample
-from overfill.model.transformer import GreedyModel, Model
+from overfill.model.transformer import NO_HOOKS, GreedyModel, LayerHooks, Model
 from overfill.request.params import SamplingParams
 
 _KEPT_STEPS = 8
@@ -39,7 +39,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SamplingSpec:
     """How the token after a work is chosen.
 
     Attributes:
@@ -58,15 +58,15 @@ class Choice:
         return self.sampling.greedy and not changed and self.sampling.logprobs is None
 
 
-def choose(
-    logits: torch.Tensor, works: Sequence[Work], choices: Sequence[Choice]
+def sample_next(
+    logits: torch.Tensor, works: Sequence[Work], specs: Sequence[SamplingSpec]
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
     """A token for every row of ``logits``, and errors of rows that cannot go on, whose tokens mean nothing."""
-    if not choices:
+    if not specs:
         return [], {}
-    refused = process(logits, [c.processor for c in choices], [c.emitted for c in choices])
+    refused = process(logits, [c.processor for c in specs], [c.emitted for c in specs])
     positions = [work.end for work in works if work.wants_logits]
-    tokens, failed = sample(logits, [c.sampling for c in choices], positions, [c.sample_index for c in choices])
+    tokens, failed = sample(logits, [c.sampling for c in specs], positions, [c.sample_index for c in specs])
     return tokens, failed | refused  # a row that was refused may be broken because of it
 
 
@@ -84,31 +84,22 @@ class ModelRunner:
         self.token_layer_bytes = cache.spec.token_layer_bytes
         self._tables = BlockTables()
 
-    def run(
-        self,
-        works: Sequence[Work],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
-    ) -> torch.Tensor:
+    def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
         """Logits [number of works that want them, vocab_size], float32; the last token's of each such work."""
-        return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
+        return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
-        self,
-        works: Sequence[Work],
-        choices: Sequence[Choice],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
+        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """The token after each work that wants logits, and errors as ``choose`` gives them; raises as ``sample``.
+        """The token after each work that wants logits, and errors as ``sample_next`` gives them; raises as ``sample``.
 
         Args:
-            choices: one for each of those works.
+            specs: one for each of those works.
         """
-        if choices and all(c.most_likely for c in choices) and isinstance(self.model, GreedyModel):
-            tokens = self.model.most_likely(self._batch(works), self.cache, on_layer_start, on_kv_written).tolist()
+        if specs and all(c.most_likely for c in specs) and isinstance(self.model, GreedyModel):
+            tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], broken(tokens)
-        return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
+        return sample_next(self.run(works, hooks), works, specs)
 
     def synchronize(self) -> None:
         """Returns when nothing launched before touches the cache any more."""

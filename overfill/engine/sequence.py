@@ -70,7 +70,7 @@ class EngineLoad:
     blocks_reserved: int = 0
     blocks_leaked: int = 0
 
-    def roomier_than(self, other: EngineLoad) -> bool:
+    def freed_capacity_since(self, other: EngineLoad) -> bool:
         """Whether something has ended since ``other``, or fits that did not."""
         ended = self.running + self.waiting < other.running + other.waiting
         return ended or self.blocks_used < other.blocks_used

@@ -60,7 +60,7 @@ class EngineThread:
         threads: int,
         step_timeout: float | None = None,
         on_stuck: Callable[[], object] = lambda: None,
-        on_load_change: Callable[[bool], object] = lambda roomier: None,
+        on_load_change: Callable[[bool], object] = lambda freed: None,
         device: torch.device = _CPU,
     ) -> None:
         self._device = device
@@ -136,4 +136,4 @@ class EngineThread:
         load = self._core.load()
         if load != self.load:
             before, self.load = self.load, load
-            self._on_load_change(load.roomier_than(before))
+            self._on_load_change(load.freed_capacity_since(before))

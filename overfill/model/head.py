@@ -24,25 +24,25 @@ _RESIDUE = 1e-2  # share of the tail's norm that rounding to bfloat16 stays far 
 
 
 @dataclass(frozen=True, slots=True)
-class Tail(Generic[M_co]):
+class LowRankRows(Generic[M_co]):
     """The head's rows of rare tokens: ``left @ right``.
 
     Attributes:
         left: [vocab - head_tokens, tail_rank].
         right: [tail_rank, hidden].
-        places: [vocab] int64, of every token among the rows of the head and then of ``left``.
+        row_index: [vocab] int64, of every token among the rows of the head and then of ``left``.
     """
 
     left: M_co
     right: M_co
-    places: Tensor
+    row_index: Tensor
 
     @property
     def nbytes(self) -> int:
         return self.left.nbytes + self.right.nbytes
 
 
-def head_order(vocab_size: int, mask: bytes) -> Tensor:
+def tokens_in_row_order(vocab_size: int, mask: bytes) -> Tensor:
     """[vocab] int64: the tokens whose rows are whole, by id, and then the others; ``mask`` as in ``ModelConfig``."""
     if not mask:
         return torch.arange(vocab_size)
@@ -51,14 +51,14 @@ def head_order(vocab_size: int, mask: bytes) -> Tensor:
     return torch.cat([whole.nonzero().squeeze(1), (~whole).nonzero().squeeze(1)])
 
 
-def mask_of(tokens: Tensor, vocab_size: int) -> bytes:
+def head_mask_of(tokens: Tensor, vocab_size: int) -> bytes:
     """``ModelConfig.head_mask`` of these tokens."""
     bits = torch.zeros((vocab_size + 7) // 8 * 8, dtype=torch.uint8)
     bits[tokens] = 1
     return bytes((bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8).tolist())
 
 
-def factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank_factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``left`` and ``right``, float32, whose product is ``rows``, [n, hidden] of at most that rank, up to rounding.
 
     Raises:
@@ -92,9 +92,9 @@ def lower_rank(rows: Tensor, covariance: Tensor, rank: int) -> Tensor:
     return lowered.float()
 
 
-def logits_of(x: Tensor, head: Matrix, tail: Tail[Matrix] | None) -> Tensor:
+def logits_of(x: Tensor, head: Matrix, tail: LowRankRows[Matrix] | None) -> Tensor:
     """[tokens, hidden] -> [tokens, vocab], in ``x``'s dtype."""
     common = linear(x, head)
     if tail is None:
         return common
-    return torch.cat([common, linear(linear(x, tail.right), tail.left)], dim=1).index_select(1, tail.places)
+    return torch.cat([common, linear(linear(x, tail.right), tail.left)], dim=1).index_select(1, tail.row_index)

@@ -18,7 +18,7 @@ from typing_extensions import TypeVar
 
 from overfill.model.config import ModelConfig
 from overfill.model.files import EMBEDDING, HEAD, check_tied_head, checked_files, open_tensors
-from overfill.model.head import Tail, factors, head_order
+from overfill.model.head import LowRankRows, low_rank_factors, tokens_in_row_order
 from overfill.model.quantize import Int8Matrix, Matrix
 
 M_co = TypeVar("M_co", bound=Matrix, default=Tensor, covariant=True)
@@ -71,7 +71,7 @@ class Weights(Generic[M_co]):
     layers: tuple[LayerWeights[M_co], ...]
     norm: Tensor
     head: M_co
-    tail: Tail[M_co] | None = None
+    tail: LowRankRows[M_co] | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -157,10 +157,10 @@ def _with_tail(weights: Weights[M], head: Tensor, config: ModelConfig, made: Cal
     """``weights`` with ``head`` [vocab, hidden] float32 in two parts, if it is one of two; ``made`` makes matrices."""
     if not config.tail_rank:
         return weights
-    order = head_order(config.vocab_size, config.head_mask).to(head.device)
+    order = tokens_in_row_order(config.vocab_size, config.head_mask).to(head.device)
     whole, rest = order.split([config.head_tokens, config.vocab_size - config.head_tokens])
-    left, right = factors(head[rest], config.tail_rank)
-    return replace(weights, head=made(head[whole]), tail=Tail(made(left), made(right), order.argsort()))
+    left, right = low_rank_factors(head[rest], config.tail_rank)
+    return replace(weights, head=made(head[whole]), tail=LowRankRows(made(left), made(right), order.argsort()))
 
 
 def _allocate(config: ModelConfig, embedding: Tensor, head: M, matrix: Callable[[int, int], M]) -> Weights[M]:

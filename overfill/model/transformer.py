@@ -6,7 +6,7 @@ Tokens in, logits out. Knows neither requests nor sampling; whoever builds the b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -24,6 +24,27 @@ from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
 
 LayerHook = Callable[[int], None]
+
+
+def _ignore(layer: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHooks:
+    """Functions that a forward pass calls with each layer's index. A function that raises aborts the step.
+
+    Attributes:
+        layer_start: Called before a layer.
+        kv_written: Called before a layer's attention, once the new keys and values are in the cache (on CUDA: once
+            their writes are queued on the current stream).
+    """
+
+    layer_start: LayerHook = _ignore
+    kv_written: LayerHook = _ignore
+
+
+NO_HOOKS = LayerHooks()
 
 
 class Model(Protocol):
@@ -46,26 +67,14 @@ class Model(Protocol):
     def quantize(self) -> Quantization:
         """How the matrices are held."""
 
-    def forward(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor: ...
+    def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor: ...
 
 
 @runtime_checkable
 class GreedyModel(Protocol):
     """A model that can name the most likely tokens without writing all logits down."""
 
-    def most_likely(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
+    def most_likely(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
         """As ``forward``, but [N] int64: the most likely token of each row, -1 where the logits are not finite."""
 
 
@@ -134,21 +143,12 @@ class Transformer:
     def device(self) -> torch.device:
         return self.weights.embedding.device
 
-    def forward(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
         """Writes the new tokens' keys and values into ``cache`` and computes the logits that are asked for.
 
         Args:
             cache: layer ``i`` of the model uses layer ``i`` of the cache; same dtype and device as the model.
-            on_layer_start: called with ``i`` before layer ``i``.
-            on_kv_written: called with ``i`` before layer ``i``'s attention, once its keys and values are in
-                the cache (on CUDA: once their writes are queued on the current stream). A hook that raises
-                aborts the step.
+            hooks: functions that the pass calls at each layer.
 
         Returns:
             Logits, [N, vocab] float32, for the N rows of ``batch.logits_indices``.
@@ -163,12 +163,10 @@ class Transformer:
             attend = plan_attention(batch, cache)
             last = len(self.weights.layers) - 1
             for index, layer in enumerate(self.weights.layers):
-                if on_layer_start is not None:
-                    on_layer_start(index)
+                hooks.layer_start(index)
                 q, k, v = self._project(layer, self._norm(hidden, layer.input_norm), cos, sin)
                 cache.put(index, batch.slots, k, v)
-                if on_kv_written is not None:
-                    on_kv_written(index)
+                hooks.kv_written(index)
                 attended = attend(q, k, v, index)
                 if index == last:  # behind its keys and values only the rows matter whose logits are asked for
                     attended, hidden = attended[batch.logits_indices], hidden[batch.logits_indices]

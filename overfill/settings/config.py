@@ -279,9 +279,6 @@ class DecodeConfig(WorkerConfig):
         description="what KV is held as: auto is --dtype; int8 takes half of bfloat16's memory and bytes per token, "
         "and costs some quality",
     )
-    cuda_graphs: Literal["on", "off"] = Field(
-        "off", description="whether decode steps on a GPU are recorded and replayed as CUDA graphs"
-    )
     data_streams: int = Field(
         2, ge=1, le=MAX_DATA_STREAMS, description="parallel connections that carry a request's KV"
     )

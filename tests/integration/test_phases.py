@@ -24,6 +24,7 @@ from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
+from overfill.model.transformer import NO_HOOKS, LayerHooks
 from overfill.pair.reference import TwoStageReference
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
@@ -56,13 +57,12 @@ class GatedRunner:
         self.device, self.cache, self.token_layer_bytes = runner.device, runner.cache, runner.token_layer_bytes
         self.synchronize, self.clean_up = runner.synchronize, runner.clean_up
 
-    def next_tokens(self, works, choices, on_layer_start=None, on_kv_written=None):
+    def next_tokens(self, works, specs, hooks=NO_HOOKS):
         def start(layer):
             self._gate.hold(layer)
-            if on_layer_start is not None:
-                on_layer_start(layer)
+            hooks.layer_start(layer)
 
-        return self._runner.next_tokens(works, choices, start, on_kv_written)
+        return self._runner.next_tokens(works, specs, LayerHooks(start, hooks.kv_written))
 
 
 HOST = SimpleNamespace(draining=False, notify=lambda: None)

@@ -35,7 +35,6 @@ class Setting:
         dtype: None takes what the device computes in.
         quantize: of the decoder's matrices; None: as the pair says.
         kv_cache_dtype: how the decoder holds KV.
-        cuda_graphs: whether our decode steps are replayed; on a CUDA device only.
         token_budget: most prompt tokens in a step, ours and the peers'.
     """
 
@@ -47,7 +46,6 @@ class Setting:
     peers: tuple[str, ...]
     plan: Plan
     kv_cache_dtype: KvCacheDtype = "auto"
-    cuda_graphs: bool = False
     token_budget: int = 2048
 
 
@@ -191,7 +189,6 @@ def _loaded(setting: Setting, workload: Workload, report: Report) -> Iterator[_B
             device=device,
             quantize=setting.quantize,
             kv_cache_dtype=setting.kv_cache_dtype,
-            cuda_graphs=setting.cuda_graphs,
             workload=workload,
             token_budget=setting.token_budget,
         )

@@ -60,7 +60,6 @@ def load_engines(
     kv_cache_dtype: KvCacheDtype = "auto",
     workload: Workload,
     token_budget: int,
-    cuda_graphs: bool = False,
 ) -> tuple[OurEngine, OurEngine | None]:
     """The full model and, unless it is the same, the decoder, each with a KV cache of its own.
 
@@ -86,8 +85,8 @@ def load_engines(
             max_num_seqs=workload.batch,
             kv_cache_dtype="auto" if half == "full" else kv_cache_dtype,
         )
-        memory = workload.cache_bytes(loaded.demand.block_bytes // _BLOCK_SIZE)
-        return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE, cuda_graphs=cuda_graphs)[0]
+        memory = workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
+        return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE)[0]
 
     full = load("full")
     ours = OurEngine("full", full, full, token_budget)

@@ -76,7 +76,6 @@ def _common_options(command: _F) -> _F:
     show_default=True,
     help="How the decoder holds KV; with int8, --pair identity has a decoder too.",
 )
-@click.option("--cuda-graphs", is_flag=True, help="Record our steps and replay them, on a CUDA device.")
 def decode_command(
     pair: str,
     peers: str,
@@ -91,7 +90,6 @@ def decode_command(
     steps: int,
     quantize: Quantization | None,
     kv_cache_dtype: KvCacheDtype,
-    cuda_graphs: bool,
 ) -> None:
     """Tokens per second while answers are written: full model and decoder, at each batch.
 
@@ -102,7 +100,7 @@ def decode_command(
 
     def measure(report: Report) -> Iterator[Row]:
         setting = _setting(pair, peers, dtype, threads, device, quantize, Plan(rounds, steps), report)
-        setting = replace(setting, kv_cache_dtype=kv_cache_dtype, cuda_graphs=cuda_graphs)
+        setting = replace(setting, kv_cache_dtype=kv_cache_dtype)
         return bench_decode(setting, batches, context, report)
 
     _print("decode, tokens/s", measure, plot, as_json)

@@ -64,7 +64,7 @@ class Draws(Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library, compiled if need be; None where it cannot run. The reason is logged, once."""
-    reason = why_not()
+    reason = unavailable_reason()
     if reason is not None:
         log.warning("native kernels are not used, and steps on this CPU are slower: %s", reason)
         return None
@@ -72,7 +72,7 @@ def load() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the library cannot run here; None when it can, in which case it has been compiled."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     lacking = [name for name in _NEEDED if not capabilities.get(name)]
@@ -89,7 +89,7 @@ def why_not() -> str | None:
 
 def has_amx() -> bool:
     """Whether steps of many tokens are computed in AMX tiles here: the CPU has them and the system lets us."""
-    return why_not() is None and bool(_library().ovf_has_amx())
+    return unavailable_reason() is None and bool(_library().ovf_has_amx())
 
 
 @functools.cache

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from ctypes import byref
 
 import torch
@@ -19,11 +18,11 @@ from overfill.kv.cache import KvCache
 from overfill.kv.int8_cache import Int8KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_order
+from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
-from overfill.model.transformer import LayerHook, Model, Transformer, check_cache
+from overfill.model.transformer import NO_HOOKS, LayerHooks, Model, Transformer, check_cache
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     return device.type == "cpu" and dtype == torch.bfloat16 and fits and heads
 
 
-def fastest(model: Transformer) -> Model:
+def fastest_model(model: Transformer) -> Model:
     """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
         weights = "int8" if model.quantize == "int8" else "bfloat16"
@@ -56,7 +55,7 @@ class NativeTransformer:
         amx: whether steps of many tokens use AMX tiles where there are any; tests compare both.
 
     Raises:
-        InternalError: the kernels do not run here; ``fastest`` asks first.
+        InternalError: the kernels do not run here; ``fastest_model`` asks first.
     """
 
     def __init__(self, model: Transformer, *, amx: bool = True) -> None:
@@ -91,7 +90,7 @@ class NativeTransformer:
             amx=amx,
             norm_eps=config.rms_norm_eps,
         )
-        self._order = head_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
+        self._order = tokens_in_row_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
         handle = library_.ovf_create(
             byref(shape),
             None if self._embedding is None else self._embedding.data_ptr(),
@@ -105,42 +104,24 @@ class NativeTransformer:
         weakref.finalize(self, library_.ovf_destroy, handle)
         self._fill(weights, model.release_layers())
 
-    def forward(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
         """As ``Transformer.forward``; a hook may run while other threads go on with its layer's attention.
 
         Raises:
             ValueError: the cache does not fit the model, or the batch reaches outside of it or the vocabulary.
         """
         logits = torch.empty(len(batch.logits_indices), self.config.vocab_size, dtype=torch.float32)
-        self._run(batch, cache, logits, None, on_layer_start, on_kv_written)
+        self._run(batch, cache, logits, None, hooks)
         return logits
 
-    def most_likely(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
+    def most_likely(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
         """As ``GreedyModel.most_likely``; of equal tokens the first."""
         best = torch.empty(len(batch.logits_indices), dtype=torch.int64)
-        self._run(batch, cache, None, best, on_layer_start, on_kv_written)
+        self._run(batch, cache, None, best, hooks)
         return best
 
     def _run(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        logits: Tensor | None,
-        best: Tensor | None,
-        on_layer_start: LayerHook | None,
-        on_kv_written: LayerHook | None,
+        self, batch: ForwardBatch, cache: KvCache, logits: Tensor | None, best: Tensor | None, hooks: LayerHooks
     ) -> None:
         check_cache(cache, self.config, self.dtype)
         tables = batch.block_tables.contiguous()
@@ -170,10 +151,10 @@ class NativeTransformer:
             logits=None if logits is None else logits.data_ptr(),
             best=None if best is None else best.data_ptr(),
         )
-        hooks = _Hooks(on_layer_start, on_kv_written)
-        fault = self._library.ovf_forward(self._handle, byref(arguments), hooks.pointer)
-        if hooks.raised is not None:
-            raise hooks.raised
+        callback = _HookCallback(hooks)
+        fault = self._library.ovf_forward(self._handle, byref(arguments), callback.pointer)
+        if callback.raised is not None:
+            raise callback.raised
         if fault is not None:
             raise ValueError(f"this step cannot be computed: {fault.decode()}")
 
@@ -205,20 +186,22 @@ class NativeTransformer:
         self._library.ovf_set_vector(self._handle, index, kind, wide.data_ptr(), len(wide))
 
 
-class _Hooks:
-    """Two Python hooks as one C function; what they raise is kept, since it cannot pass through C."""
+class _HookCallback:
+    """Hooks as one C function. It keeps what a hook raises, because an exception cannot pass through C.
 
-    def __init__(self, on_layer_start: LayerHook | None, on_kv_written: LayerHook | None) -> None:
+    Attributes:
+        pointer: The function; null without hooks.
+        raised: The exception that aborted the step.
+    """
+
+    def __init__(self, hooks: LayerHooks) -> None:
         self.raised: BaseException | None = None
-        self._hooks = (on_layer_start, on_kv_written)
-        absent = on_layer_start is None and on_kv_written is None
-        self.pointer = library.NO_HOOK if absent else library.Hook(self._call)
+        self._hooks = (hooks.layer_start, hooks.kv_written)
+        self.pointer = library.NO_HOOK if hooks == NO_HOOKS else library.Hook(self._call)
 
     def _call(self, layer: int, written: int) -> int:
-        hook: Callable[[int], None] | None = self._hooks[written]
         try:
-            if hook is not None:
-                hook(layer)
+            self._hooks[written](layer)
         except BaseException as error:
             self.raised = error
             return 1

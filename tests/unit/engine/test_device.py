@@ -13,7 +13,6 @@ from overfill.engine.sequence import EngineLoad, KvWritten, PrefillScheduled, Pr
 from overfill.engine.thread import EngineThread
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.model.graphs import CudaRecorder
 from overfill.request.params import SamplingParams
 
 SECOND = torch.device("cuda", 1)
@@ -32,9 +31,6 @@ class Event:
 class Stream:
     def __init__(self, device=None):
         self.device = device
-
-    def wait_stream(self, other):
-        assert other.device == self.device
 
 
 @pytest.fixture
@@ -94,29 +90,6 @@ def test_threads_that_move_kv_use_the_cache_s_device(cuda):
     cuda.clear()  # threads' numbers come again
     with device_executor(1, "kv", torch.device("cpu")) as executor:
         assert executor.submit(threading.get_ident).result() not in cuda
-
-
-def test_steps_are_recorded_with_their_device_current(cuda, monkeypatch):
-    entered, inside = [], []
-
-    class Entered:
-        def __init__(self, *args, **options):
-            self.what = args[0]
-
-        def __enter__(self):
-            entered.append(self.what)
-
-        def __exit__(self, *error):
-            entered.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", Entered)
-    monkeypatch.setattr(torch.cuda, "stream", Entered)
-    monkeypatch.setattr(torch.cuda, "graph", Entered)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
-    CudaRecorder(SECOND).record(lambda: inside.append(list(entered)))
-    assert len(inside) == 2
-    assert all(SECOND in around for around in inside)
 
 
 def test_a_cuda_device_has_a_number(cuda):

@@ -16,8 +16,8 @@ from overfill.kv.int8_cache import Int8KvCache, new_cache
 from overfill.kv.spec import KvCacheDtype
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
-from overfill.model.head import head_order
-from overfill.model.transformer import Transformer
+from overfill.model.head import tokens_in_row_order
+from overfill.model.transformer import LayerHooks, Transformer
 
 BLOCK_SIZE = 4
 SaveModel = Callable[[PretrainedConfig], PreTrainedModel]
@@ -40,7 +40,7 @@ def save_model(tmp_path: Path) -> SaveModel:
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
             if (parts := getattr(config, HEAD_KEY, None)) is not None:
                 head, rank = model.lm_head.weight, parts["tail_rank"]
-                rare = head_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
+                rare = tokens_in_row_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
                 head[rare] = torch.randn(len(rare), rank) @ torch.randn(rank, head.shape[1]) * 0.15 / rank**0.5
         model.save_pretrained(tmp_path)
         return model
@@ -104,7 +104,7 @@ class PagedRunner:
             logits_indices=torch.arange(total) if logits is None else torch.tensor(logits, dtype=torch.int64),
             table_rows=rows,
         )
-        return self.model.forward(batch, self.cache, **hooks)
+        return self.model.forward(batch, self.cache, LayerHooks(**hooks))
 
 
 @pytest.fixture

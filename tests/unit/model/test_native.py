@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from overfill.model.head import mask_of
+from overfill.model.head import head_mask_of
 from overfill.model.native import library
-from overfill.model.native.transformer import NativeTransformer, fastest, supported
+from overfill.model.native.transformer import NativeTransformer, fastest_model, supported
 from overfill.model.transformer import Transformer
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -33,7 +35,7 @@ SHAPE = {
 CHOSEN_ROWS = {
     "tokens": 90,
     "tail_rank": 7,
-    "whole": b64encode(mask_of(torch.arange(3, 183, 2), SHAPE["vocab_size"])).decode(),
+    "whole": b64encode(head_mask_of(torch.arange(3, 183, 2), SHAPE["vocab_size"])).decode(),
 }
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
@@ -60,7 +62,7 @@ on_both_units = pytest.mark.parametrize(
 
 def load(folder: Path, quantize: str = "none", amx: bool | None = None) -> NativeTransformer:
     loaded = Transformer.load(folder, torch.bfloat16, CPU, quantize=quantize)
-    model = fastest(loaded) if amx is None else NativeTransformer(loaded, amx=amx)
+    model = fastest_model(loaded) if amx is None else NativeTransformer(loaded, amx=amx)
     assert isinstance(model, NativeTransformer)
     return model
 
@@ -253,11 +255,11 @@ def test_hooks_run_in_order_and_may_give_up(save_model, runner, tmp_path: Path) 
     calls: list[tuple[str, int]] = []
     run.step(
         {"a": PROMPT[:20]},
-        on_layer_start=lambda layer: calls.append(("start", layer)),
-        on_kv_written=lambda layer: calls.append(("written", layer)),
+        layer_start=lambda layer: calls.append(("start", layer)),
+        kv_written=lambda layer: calls.append(("written", layer)),
     )
     assert calls == [(kind, layer) for layer in range(3) for kind in ("start", "written")]
-    for hook in ("on_layer_start", "on_kv_written"):
+    for hook in ("layer_start", "kv_written"):
 
         def give_up(layer: int) -> None:
             if layer == 1:
@@ -278,7 +280,7 @@ def test_what_a_hook_sees_is_in_the_cache(save_model, runner, tmp_path: Path) ->
         k, v = run.cache.layer(layer)
         seen.append(bool(k[slots].isfinite().all() and v[slots].isfinite().all()))
 
-    run.step({"a": PROMPT[:20]}, on_kv_written=written)
+    run.step({"a": PROMPT[:20]}, kv_written=written)
     assert seen == [True] * 3
 
 
@@ -335,7 +337,7 @@ def test_two_engines_of_one_process_compute_at_once(save_model, runner, tmp_path
 def test_what_the_kernels_do_not_cover_runs_on_the_reference(save_model, tmp_path: Path) -> None:
     save_model(LlamaConfig(**SHAPE | {"head_dim": 160}))
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        assert type(fastest(Transformer.load(tmp_path, dtype, CPU))) is Transformer
+        assert type(fastest_model(Transformer.load(tmp_path, dtype, CPU))) is Transformer
     config = Transformer.load(tmp_path, torch.bfloat16, CPU).config
     assert not supported(config, torch.bfloat16, CPU)
 

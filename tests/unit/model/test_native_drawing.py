@@ -11,7 +11,9 @@ from overfill.model.native import library
 from overfill.model.native.drawing import draw
 from overfill.request.params import SamplingParams
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 
 FILTERS = [
     {},

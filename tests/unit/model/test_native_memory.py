@@ -11,7 +11,9 @@ from transformers import LlamaConfig
 
 from overfill.model.native import library
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 
 # Limits are a process's own, so it is another one that runs out of memory.
 SCRIPT = """
@@ -20,12 +22,12 @@ from pathlib import Path
 import torch
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.cache import KvCache
-from overfill.model.native.transformer import NativeTransformer, fastest
+from overfill.model.native.transformer import NativeTransformer, fastest_model
 from overfill.model.transformer import Transformer
 
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
-model = fastest(Transformer.load(Path(sys.argv[1]), torch.bfloat16, cpu))
+model = fastest_model(Transformer.load(Path(sys.argv[1]), torch.bfloat16, cpu))
 assert isinstance(model, NativeTransformer)
 runner = ModelRunner(model, KvCache(model.config.kv_spec("bfloat16"), 2048, 16, cpu))
 few = [Work(list(range(8)), 0, [0], wants_logits=True)]
