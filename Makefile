@@ -77,9 +77,8 @@ bench: setup  ## Measure the hand-off and the engine on this machine, in short
 proto: setup  ## Regenerate overfill/v1 from proto/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)
 
-dashboards: setup  ## Regenerate Grafana's dashboards, and the chart's copies
+dashboards: setup  ## Regenerate the Grafana dashboards in deploy/helm/overfill/files
 	$(BIN)/python deploy/grafana/generate.py
-	$(BIN)/python deploy/helm/generate.py
 
-chart: setup  ## Regenerate what the Helm chart has from elsewhere: README, schema, rules, dashboards
+chart: setup  ## Regenerate the Helm chart's README and values schema
 	$(BIN)/python deploy/helm/generate.py

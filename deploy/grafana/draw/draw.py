@@ -31,7 +31,7 @@ from overfill.lab.monitoring.expressions import filled, panels
 from overfill.lab.monitoring.prometheus import Prometheus, Series
 
 HERE = Path(__file__).parent
-DASHBOARDS = HERE.parent / "dashboards"
+DASHBOARDS = HERE.parents[1] / "helm/overfill/files/dashboards"
 WIDTH = 1500  # pixels
 POINTS = 180  # per line
 PATIENCE = 120.0  # seconds for a page
