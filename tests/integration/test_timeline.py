@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from overfill.lab.bench.timeline import record_timeline
 
+from overfill.lab.bench.timeline import record_timeline
 from overfill.model.manifest import Pair
 from overfill.pair.tiny import make_tiny_pair
 
