@@ -136,7 +136,7 @@ def described(text: str) -> Iterator[tuple[str, str]]:
 
 def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
     head = (HELM / "README.head.md").read_text().rstrip()
-    lines = [head, "", "## Values", "", "| value | default | what |", "|---|---|---|"]
+    lines = [head, "", "## Values", "", "| value | default | description |", "|---|---|---|"]
     for path, what in descriptions.items():
         default: Any = values
         for key in path.split("."):
@@ -144,7 +144,7 @@ def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
         lines.append(f"| `{path}` | `{json.dumps(default)}` | {_cell(what)} |")
     lines += ["", "## Settings", "", "Keys of `router.settings`, `prefill.settings` and `decode.settings`."]
     for kind in SERVICES:
-        lines += ["", f"### {kind.section}", "", "| setting | what |", "|---|---|"]
+        lines += ["", f"### {kind.section}", "", "| setting | description |", "|---|---|"]
         for key, property in settings_schema(kind)["properties"].items():
             lines.append(f"| `{key}` | {_cell(property['description'])} |")
     return "\n".join(lines) + "\n"
