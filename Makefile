@@ -80,9 +80,8 @@ proto: setup  ## Regenerate overfill/v1 from proto/
 sdk: setup  ## Regenerate the blocking client from the asyncio one
 	$(BIN)/python overfill/client/generate_sync.py
 
-dashboards: setup  ## Regenerate Grafana's dashboards, and the chart's copies
+dashboards: setup  ## Regenerate the Grafana dashboards in deploy/helm/overfill/files
 	$(BIN)/python deploy/grafana/generate.py
-	$(BIN)/python deploy/helm/generate.py
 
-chart: setup  ## Regenerate what the Helm chart has from elsewhere: README, schema, rules, dashboards
+chart: setup  ## Regenerate the Helm chart's README and values schema
 	$(BIN)/python deploy/helm/generate.py
