@@ -1,4 +1,4 @@
-"""SDK for a running stack, sync and asyncio. Loads neither torch nor transformers.
+"""SDK for a running stack, blocking and asyncio; loads neither torch nor transformers.
 
 ::
 
