@@ -1,4 +1,4 @@
-"""A stack on Ray Serve: what it consists of, how it is deployed, found and scaled. Tokens and KV never pass here.
+"""Describes, deploys, finds and scales a stack on Ray Serve; tokens and KV never pass through it.
 
-Only ``connection`` and ``directory`` import Ray; the rest is data. The replicas are ``services/ray``.
+Only ``session`` and ``directory`` import Ray; the rest is data. The replicas are in ``services/ray``.
 """

@@ -1,1 +1,1 @@
-"""Request parameters, grammars and the names of enum values, as the wire carries them. No torch."""
+"""Parameters and grammars that a request may carry, and the names of the wire's enumerations."""

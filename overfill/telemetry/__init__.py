@@ -1,1 +1,1 @@
-"""What a process tells people: metrics, logs, traces, progress."""
+"""Metrics, logs, traces and progress of a process."""
