@@ -1,6 +1,6 @@
 """API keys: reads and writes the file of their hashes, and finds the entry of a key. No sockets.
 
-The file is JSON and holds only SHA-256 hashes of keys. Keys are 32 random bytes, so that trying all of them is impossible::
+The file is JSON and holds only SHA-256 hashes of keys. A key is 32 random bytes, too many to find it by trying::
 
     {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z",
                                             "scopes": ["infer", "status"],
