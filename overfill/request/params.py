@@ -41,7 +41,7 @@ class Grammar:
         if self.kind not in get_args(GrammarKind):
             raise _invalid("grammar", f"is of kind {self.kind!r}; known are {', '.join(get_args(GrammarKind))}")
         if (self.kind == "json_object") != (not self.text):
-            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "takes no text")
+            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "has a text; leave it out")
         if self.kind == "json_schema":
             _check_schema("grammar.json_schema", self.text)
 
@@ -73,7 +73,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Checked on construction.
+    """Rules for choosing the next token, checked on construction.
 
     Filters apply in this order: temperature, top-k, top-p, min-p (as in Hugging Face *generate*).
 
