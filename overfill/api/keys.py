@@ -76,7 +76,7 @@ class ApiKey:
         """Namespace of this key's cached KV, which separates it from other keys' KV. The same on every router.
 
         It is a hash, so that workers see neither the key's name nor its entry in the file. It is derived from the key,
-        not the name, so that a new key with an old name does not share the old key's cached KV.
+        so that a new key with an old name does not share the old key's cached KV.
         """
         return hashlib.sha256(f"overfill-tenant/2 {self.sha256}".encode()).hexdigest()
 

@@ -90,8 +90,8 @@ class SamplingParams:
         stop_token_ids: Token ids that end the answer, besides the model's end-of-sequence ids; not part of the text.
         ignore_eos: Whether the answer continues past the model's own end-of-sequence ids.
         logprobs: Number of most likely tokens to report beside the chosen one, 0 to 20; None reports nothing.
-        repetition_penalty: Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
-            in the answer so far (as in Hugging Face *generate*); in [0.01, 100], 1 has no effect.
+        repetition_penalty: Divisor of positive logits and factor of negative logits, for tokens in the prompt or the
+            answer so far (as in Hugging Face *generate*). In [0.01, 100]; 1 has no effect.
         presence_penalty: Value subtracted from the logit of every token in the answer so far, in [-2, 2].
         frequency_penalty: Value subtracted from a token's logit once per occurrence in the answer so far, in [-2, 2].
         logit_bias: Token id to the value added to its logit, in [-100, 100].
