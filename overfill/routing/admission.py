@@ -81,9 +81,7 @@ class Admission:
         """A request had its first token so long after it got its place."""
         self._first_tokens.append(seconds)
 
-    def check(
-        self, waiting: int, ahead: int, now: float, deadline: float | None, *, client_resumes: bool = False
-    ) -> None:
+    def check(self, waiting: int, ahead: int, now: float, deadline: float | None, *, begun: bool = False) -> None:
         """Refuses a new request, or not.
 
         An answer that a lost router had begun is not to end because this one's queue is slow, nor because it is full of
@@ -93,20 +91,20 @@ class Admission:
             waiting: requests of its priority that wait.
             ahead: requests that would go before it.
             now, deadline: on one clock, seconds.
-            client_resumes: its client has part of the answer, or says so.
+            begun: its client has part of the answer, or says so.
 
         Raises:
             Overloaded: the queue is full, or too slow for it.
         """
         wait = self.drain.wait(ahead)
-        if waiting >= self._max_queue * (2 if client_resumes else 1):
+        if waiting >= self._max_queue * (2 if begun else 1):
             half = None if wait is None else wait / 2
             raise Overloaded(
                 f"{waiting} requests are waiting, which is the most of one priority that this router queues",
                 _retry_after(half),
                 "queue_full",
             )
-        if client_resumes or not wait:
+        if begun or not wait:
             return
         # The quickest of late is what no request beats; without a queue nothing is refused, so it cannot stick.
         least = wait + min(self._first_tokens, default=0.0)

@@ -128,21 +128,17 @@ class Dispatcher:
         """Jobs that are not finished."""
         return len(self._jobs)
 
-    def admit(
-        self, priority: int, key: str, now: float, deadline: float | None, *, client_resumes: bool = False
-    ) -> None:
+    def admit(self, priority: int, key: str, now: float, deadline: float | None, *, begun: bool = False) -> None:
         """Whether a new job would be taken now; cheap, for before anything else is done about it.
 
         Args:
-            client_resumes: its client has part of the answer.
+            begun: its client has part of the answer.
 
         Raises:
             Overloaded: it would not; says when to try again.
         """
         line = self._decode_line
-        self._admission.check(
-            line.waiting(priority), line.ahead(priority, key), now, deadline, client_resumes=client_resumes
-        )
+        self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a new job in.
@@ -153,7 +149,7 @@ class Dispatcher:
         """
         if error := self._too_large(job):
             raise error
-        self.admit(job.priority, job.key, now, job.deadline, client_resumes=bool(job.emitted))
+        self.admit(job.priority, job.key, now, job.deadline, begun=bool(job.emitted))
         self._jobs.add(job)
         self._wait(job, now)
 

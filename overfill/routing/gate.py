@@ -39,12 +39,10 @@ class Gate:
             self._moved.clear()
             await self._moved.wait()
 
-    def admit(self, priority: int, key: str, time_left: float | None, *, client_resumes: bool = False) -> None:
+    def admit(self, priority: int, key: str, time_left: float | None, *, begun: bool = False) -> None:
         """Whether a new job would be taken now; raises Overloaded. See ``Dispatcher.admit``."""
         now = self._now()
-        self._dispatcher.admit(
-            priority, key, now, None if time_left is None else now + time_left, client_resumes=client_resumes
-        )
+        self._dispatcher.admit(priority, key, now, None if time_left is None else now + time_left, begun=begun)
 
     def submit(self, job: Job) -> Grant:
         """Grants a decode worker. Raises PromptTooLong or Overloaded at once."""

@@ -155,8 +155,8 @@ class Generator:
         check_priority(request.priority)
         if caller is not None:
             self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
-        client_resumes = bool(request.resume_token_ids)
-        self._gate.admit(_priority(request.priority, caller), _name(caller), time_left, client_resumes=client_resumes)
+        begun = bool(request.resume_token_ids)
+        self._gate.admit(_priority(request.priority, caller), _name(caller), time_left, begun=begun)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Grammars, those of tools included, may take long to check.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST

@@ -265,10 +265,8 @@ BROKEN = (
         "too much load is refused at once",
         "queues have no end",
         "overfill/routing/dispatcher.py",
-        "self._admission.check(\n"
-        "            line.waiting(priority), line.ahead(priority, key), now, deadline, client_resumes=client_resumes\n"
-        "        )\n",
-        "del now, deadline, client_resumes\n",
+        "self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)\n",
+        "del now, deadline, begun\n",
         "tests/integration/test_overload.py",
     ),
     Broken(

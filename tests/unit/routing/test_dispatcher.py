@@ -487,7 +487,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
+    dispatcher.admit(0, "", now, now + 0.3, begun=True)
     dispatcher.admit(-1, "", now, now + 0.3)  # nobody goes before an urgent one
 
 
