@@ -1,1 +1,1 @@
-"""The router's text side: tokenizer, detokenizer, chats, stop strings, request checks, API keys. No torch."""
+"""Text to tokens and back, for the router: tokenizer, detokenizer, stop strings, request checks. No torch."""

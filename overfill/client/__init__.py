@@ -1,4 +1,4 @@
-"""The SDK: clients of a running stack, blocking and asyncio. Loads neither torch nor transformers.
+"""SDK for a running stack, sync and asyncio. Loads neither torch nor transformers.
 
 ::
 

@@ -1,1 +1,1 @@
-"""Request parameters, grammars and the names of enum values, as the wire carries them. No torch."""
+"""What a request may ask for and how the wire names it: parameters, grammars, enumerations."""
