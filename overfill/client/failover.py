@@ -19,8 +19,8 @@ class AddressFailover:
     """The address that serves a request: the first one that can be reached, then the next, in a circle.
 
     It gives up once every address has failed since a router last accepted the request or sent a part of the answer.
-    Routers that accept the request and fail again and again are tried for four rounds, because a failed router may be
-    back by the time that the next one fails.
+    Routers that accept the request and then fail are tried for four rounds: a failed router may be back before the next
+    one fails.
 
     Args:
         timeout: Seconds for the whole request; None means no limit.

@@ -1,6 +1,7 @@
 """Generates ``sync.py`` from ``aio.py``: the blocking client is the asyncio client without ``async`` and ``await``.
 
-What cannot be said by leaving words out is in ``concurrency.py``, once for each client. ``make sdk`` runs this script.
+``concurrency.py`` holds, for each of the two clients, the parts that differ in more than these words. ``make sdk`` runs
+this script.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _PHRASES = {
     "for one event loop": "safe to share between threads",
     "an async context manager": "a context manager",
 }
-"""Text in ``aio.py`` to its replacement, applied in this order before ``_WORDS``."""
+"""Replacement of each phrase in ``aio.py``; the generator applies them before ``_WORDS``."""
 
 _WORDS = {
     r"async (?=def|for|with)": "",
@@ -29,11 +30,11 @@ _WORDS = {
     r"StopAsyncIteration": "StopIteration",
     r"run_as_tasks": "run_in_threads",
 }
-"""Regular expressions to their replacement."""
+"""Replacement of each regular expression."""
 
 
 def blocking(source: str) -> str:
-    """The blocking twin of ``source``. Raises ValueError when ``source`` lacks a phrase or an asyncio word is left."""
+    """Blocking code for ``source``. Raises ValueError if ``source`` lacks a phrase, or an asyncio word remains."""
     for phrase, replacement in _PHRASES.items():
         if phrase not in source:
             raise ValueError(f"aio.py lacks {phrase!r}; change _PHRASES too")

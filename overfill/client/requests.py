@@ -196,7 +196,9 @@ def split_addresses(address: str) -> list[str]:
     if bare := next((a for a in addresses if a and ":" not in a), None):
         raise ValueError(f"{bare!r} has no port; an address is HOST:PORT, such as {bare}:7600")
     if not all(addresses):
-        raise ValueError(f"{address!r} has an empty entry; give host:port or unix:path, or several separated by commas")
+        raise ValueError(
+            f"{address!r} has an empty entry; an address is host:port or unix:path, or several separated by commas"
+        )
     return addresses
 
 

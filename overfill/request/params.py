@@ -41,7 +41,7 @@ class Grammar:
         if self.kind not in get_args(GrammarKind):
             raise _invalid("grammar", f"is of kind {self.kind!r}; known are {', '.join(get_args(GrammarKind))}")
         if (self.kind == "json_object") != (not self.text):
-            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "takes no text")
+            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "has a text; leave it out")
         if self.kind == "json_schema":
             _check_schema("grammar.json_schema", self.text)
 
@@ -73,7 +73,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Checked on construction.
+    """Rules for choosing the next token, checked on construction.
 
     Filters apply in this order: temperature, top-k, top-p, min-p (as in Hugging Face *generate*).
 
@@ -90,8 +90,8 @@ class SamplingParams:
         stop_token_ids: Token ids that end the answer, besides the model's end-of-sequence ids; not part of the text.
         ignore_eos: Whether the answer continues past the model's own end-of-sequence ids.
         logprobs: Number of most likely tokens to report beside the chosen one, 0 to 20; None reports nothing.
-        repetition_penalty: Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
-            in the answer so far (as in Hugging Face *generate*); in [0.01, 100], 1 has no effect.
+        repetition_penalty: Divisor of positive logits and factor of negative logits, for tokens in the prompt or the
+            answer so far (as in Hugging Face *generate*). In [0.01, 100]; 1 has no effect.
         presence_penalty: Value subtracted from the logit of every token in the answer so far, in [-2, 2].
         frequency_penalty: Value subtracted from a token's logit once per occurrence in the answer so far, in [-2, 2].
         logit_bias: Token id to the value added to its logit, in [-100, 100].
