@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from overfill.lab.bench.timeline import record_timeline
 
+from overfill.lab.bench.handoff.timeline import record_timeline
 from overfill.model.manifest import Pair
 from overfill.pair.tiny import make_tiny_pair
 
@@ -50,9 +50,13 @@ async def test_the_first_token_does_not_wait_for_kv_on_a_slow_link(wide_pair):
 
 def test_the_command_prints_one_json_document_and_draws(wide_pair, tmp_path):
     plot = tmp_path / "timeline.svg"
-    command = [sys.executable, "-m", "overfill.cli.main", "bench", "timeline", f"--pair={wide_pair}", "--tokens=1500"]
+    command = [sys.executable, "-m", "overfill.cli.main", "bench", "handoff", "--timeline"]
     done = subprocess.run(
-        [*command, "--json", f"--plot={plot}"], capture_output=True, text=True, timeout=120, check=False
+        [*command, f"--pair={wide_pair}", "--tokens=1500", "--json", f"--plot={plot}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

@@ -1,1 +1,1 @@
-"""Load on anything that serves: arrivals in, times of tokens out. No torch."""
+"""Load on one or more servers: when requests arrive goes in, when tokens arrived comes out. No torch at import."""

@@ -17,7 +17,7 @@ from overfill.lab.traffic.outcome import Outcome
 from overfill.lab.traffic.traces import TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.lab.bench.colocated import Asked
+    from overfill.lab.bench.serve.colocated import Asked
     from overfill.model.manifest import Pair
     from overfill.rpc.tls import ClientTls
 
@@ -147,12 +147,12 @@ def _target(where: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
 
 @contextmanager
 def _vllm(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
-    from overfill.lab.bench.peers.environment import install_hint, python_of
-    from overfill.lab.bench.peers.vllm_server import vllm_server
+    from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, python_of
+    from overfill.lab.bench.engine.peers.vllm_server import vllm_server
 
     python = python_of("vllm")
     if python is None:
-        raise InvalidRequest("target", f"vllm is not installed: {install_hint('vllm')}")
+        raise InvalidRequest("target", f"vllm: {NOT_INSTALLED}")
     model = _loaded(pair).full_path
     with vllm_server(
         python,
@@ -169,13 +169,13 @@ def _vllm(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
 def _openvino(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
     import torch
 
-    from overfill.lab.bench.ours import Workload
-    from overfill.lab.bench.peers.choose import Missing, PeerSetting, open_process
+    from overfill.lab.bench.engine.overfill_engine import Workload
+    from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_process
 
     with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
         peer = open_process(
             "openvino",
-            PeerSetting(
+            PeerSettings(
                 _loaded(pair),
                 torch.bfloat16,
                 torch.device("cpu"),
@@ -187,14 +187,14 @@ def _openvino(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]
             ),
         )
         if isinstance(peer, Missing):
-            raise InvalidRequest("target", f"openvino is {peer.hint}")
+            raise InvalidRequest("target", f"openvino: {peer.hint}")
         with closing(peer):
             yield lambda requests, progress: _timed(requests, peer.serve(_asked(requests, settings)))
 
 
 @contextmanager
 def _colocated(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
-    from overfill.lab.bench.colocated import serve_colocated
+    from overfill.lab.bench.serve.colocated import serve_colocated
     from overfill.pair.llm import LLM
 
     llm = LLM(

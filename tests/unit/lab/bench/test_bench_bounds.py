@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from overfill.lab.bench.bounds import ModelCost, decode_step_seconds, prefill_seconds
-from overfill.lab.bench.machine import Machine, typical
-from overfill.lab.bench.rounds import Plan, Sample, in_turns
-from overfill.lab.bench.rows import Row, hints, rows_table
+from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, prefill_seconds
+from overfill.lab.bench.engine.machine import Machine, median_machine
+from overfill.lab.bench.engine.rows import Row, hints, rows_table
+from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns
 from overfill.model.manifest import Pair
 
 COST = ModelCost(
@@ -88,11 +88,11 @@ def test_everybody_takes_turns():
         order.append("machine")
         return Machine(len(order), 1.0)
 
-    samples, machine = in_turns(Plan(rounds=2), [Fake("a"), Fake("b")], turn, probe)
+    samples, machine = in_turns(BenchPlan(rounds=2), [Fake("a"), Fake("b")], turn, probe)
     assert order == ["machine", "a", "b"] * 2
-    assert samples["a"] == Sample((1.0, 3.0, 1.0, 3.0))
+    assert samples["a"] == Timings((1.0, 3.0, 1.0, 3.0))
     assert samples["a"].median == 2.0
-    assert machine == typical([Machine(1, 1.0), Machine(4, 1.0)])
+    assert machine == median_machine([Machine(1, 1.0), Machine(4, 1.0)])
 
 
 def test_a_row_is_a_line_of_json_with_ratios_to_bound_and_peer():

@@ -13,8 +13,8 @@ from aiohttp import web
 from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest, Unavailable
-from overfill.lab.bench.peers.process import PeerFailed
-from overfill.lab.bench.peers.vllm_server import vllm_server
+from overfill.lab.bench.engine.peers.process import PeerFailed
+from overfill.lab.bench.engine.peers.vllm_server import vllm_server
 from overfill.lab.bench.serve.compare import TargetSpec
 from overfill.lab.bench.serve.load import run_load
 from overfill.lab.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
