@@ -1,4 +1,4 @@
-"""Starts prefill workers for benchmarks and tests that take the part of the router and the decode worker."""
+"""Starts prefill workers for benchmarks and tests that stand in for the router and the decode worker."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ModelCost:
 
 
 def decode_step_seconds(cost: ModelCost, machine: Machine, batch: int, context: float) -> float:
-    """Least seconds of a decode step for ``batch`` sequences with a mean context of ``context`` tokens.
+    """Minimum seconds of a decode step for ``batch`` sequences with a mean context of ``context`` tokens.
 
     The formula is max(weight bytes / bandwidth, flops / matrix rate) + KV bytes / bandwidth. Reading weights and
     multiplying with them can overlap; reading KV comes on top.
@@ -63,7 +63,7 @@ def decode_step_seconds(cost: ModelCost, machine: Machine, batch: int, context: 
 
 
 def prefill_seconds(cost: ModelCost, machine: Machine, lengths: Sequence[int]) -> float:
-    """Least seconds to prefill prompts of these lengths in one pass and compute the logits of each last token.
+    """Minimum seconds to prefill prompts of these lengths in one pass and compute the logits of each last token.
 
     Attention is causal: token i attends to i tokens. After the last layer's keys and values, only the last token of
     each prompt is computed.

@@ -84,7 +84,7 @@ class _Loaded:
 
         Args:
             tokens: Tokens that one timing covers.
-            bound: Least seconds that this machine needs for them.
+            bound: Minimum seconds that this machine needs for them.
         """
         own = result.timings[engine.name]
         row = Row(

@@ -40,7 +40,7 @@ _BLOCK_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The largest batch of a run, and the most tokens (prompt and answer) of one sequence."""
+    """The largest batch of a run, and the maximum tokens (prompt and answer) of a sequence."""
 
     batch: int
     tokens: int

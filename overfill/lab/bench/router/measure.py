@@ -71,7 +71,7 @@ class ServerCost:
 
 
 def measure_cost(pair: Path, seconds: float) -> list[Measurement]:
-    """Measures CPU and throughput at saturation, and added latency at half of it; takes about 6 x ``seconds``.
+    """Measures CPU and throughput at saturation, and added latency at half of it, in about 6 x ``seconds``.
 
     The peer is ``bare_server``, which answers the same RPC at once. The same client sends it the same requests, at the
     same rate where latency is measured. The difference is the cost of the router, its hops and the mock workers.

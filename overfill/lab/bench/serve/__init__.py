@@ -1,1 +1,1 @@
-"""Load on one or more servers: when requests arrive goes in, when tokens arrived comes out. No torch at import."""
+"""Plays loads on servers and records when tokens arrive. Modules import torch only when they start an engine."""

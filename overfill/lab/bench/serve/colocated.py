@@ -1,5 +1,7 @@
-"""One process of ours under load: both engines in turn, without sockets or a router. Requests are taken in between
-two steps, and a token counts from the end of the step that made it."""
+"""Plays a load on our engines in this process: prefill and decode in turns, without sockets or a router.
+
+Requests are added between two steps. A token's time is the end of the step that computed it.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +14,46 @@ from overfill.model.sampling import SampledToken
 from overfill.pair.llm import LLM
 from overfill.request.params import SamplingParams
 
-Asked = tuple[float, list[int], int]
-"""Seconds after the start at which a request is due, its prompt, and how many tokens it is answered with."""
+TimedRequest = tuple[float, list[int], int]
+"""A request: when it is due (seconds after the start), its prompt, and the number of tokens of its answer."""
 
 
 def serve_colocated(
-    llm: LLM, requests: Sequence[Asked], progress: Callable[[int, int], None] | None = None
+    llm: LLM, requests: Sequence[TimedRequest], progress: Callable[[int, int], None] | None = None
 ) -> list[list[float]]:
-    """Plays ``requests``; when each one's tokens came, in seconds since the start.
+    """Plays ``requests``.
+
+    Returns:
+        For each request, when each of its tokens was computed, in seconds since the start.
 
     Raises:
-        InvalidRequest: a prompt is empty or too long.
-        Overloaded: a request does not fit the KV cache.
+        InvalidRequest: A prompt is empty or too long.
+        Overloaded: A request does not fit into the KV cache.
     """
     waiting = sorted(range(len(requests)), key=lambda i: requests[i][0], reverse=True)
-    made = [
+    prepared = [
         llm.request(i, prompt, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
         for i, (_, prompt, count) in enumerate(requests)
     ]
     times: list[list[float]] = [[] for _ in requests]
-    came: list[int] = []
+    new_tokens: list[int] = []
 
     def on_token(request: Request, token: SampledToken) -> None:
-        came.append(request.index)
+        new_tokens.append(request.index)
 
     start = time.perf_counter()
     with closing(llm.colocated(on_token)) as engines:
         while waiting or engines.num_unfinished:
             while waiting and requests[waiting[-1]][0] <= time.perf_counter() - start:
-                engines.add(made[waiting.pop()])
+                engines.add(prepared[waiting.pop()])
             if not engines.num_unfinished:
                 time.sleep(max(0.0, requests[waiting[-1]][0] - (time.perf_counter() - start)))
                 continue
             engines.step()
             now = time.perf_counter() - start
-            for index in came:
+            for index in new_tokens:
                 times[index].append(now)
-            came.clear()
+            new_tokens.clear()
             if progress is not None:
                 progress(len(requests) - len(waiting) - engines.num_unfinished, len(requests))
     return times

@@ -1,4 +1,4 @@
-"""The arithmetic of bounds, medians and rows."""
+"""Arithmetic of bounds and medians; rows as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ ROW = Row(
 @pytest.mark.parametrize(
     ("batch", "weights"),
     [
-        (1, 1000 / 100),  # reading the weights takes longer than multiplying
-        (40, 40 * 1000 / 2000),  # and here it hides behind the products
+        (1, 1000 / 100),  # memory-bound: reading the weights is slower than multiplying
+        (40, 40 * 1000 / 2000),  # compute-bound: reading overlaps with multiplying
     ],
 )
 def test_a_decode_step_is_bound_by_weights_or_products_and_kv_besides(batch, weights):
@@ -73,15 +73,15 @@ def test_flops_are_those_of_the_checkpoint_s_matrices(tiny_pair):
     assert cost.attention_flops == 4 * 4 * 64
 
 
-def test_everybody_takes_turns():
+def test_every_engine_has_a_turn_per_round():
     class Fake:
         def __init__(self, name):
             self.name = name
 
     order = []
 
-    def turn(contender):
-        order.append(contender.name)
+    def turn(engine):
+        order.append(engine.name)
         return [1.0, 3.0]
 
     def probe():

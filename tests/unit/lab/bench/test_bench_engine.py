@@ -1,4 +1,4 @@
-"""`overfill bench decode` and `prefill` on a tiny pair; the figures themselves mean nothing here."""
+"""`overfill bench decode` and `prefill` on a tiny pair. Only the form of the output is tested, not the speed."""
 
 from __future__ import annotations
 

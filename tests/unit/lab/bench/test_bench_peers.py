@@ -1,4 +1,4 @@
-"""Peers in environments of their own: the environment, and the process behind JSON lines."""
+"""Peers in environments of their own: installation, and the process that is driven over JSON lines."""
 
 from __future__ import annotations
 

@@ -53,9 +53,8 @@ class TransformersGenerate:
 
     @torch.inference_mode()
     def prefill(self, lengths: Sequence[int]) -> float:
-        (length,) = set(
-            lengths
-        )  # generate would pad prompts of unequal length, and compute more tokens than the other engines
+        # Only equal lengths: generate would pad shorter prompts, and compute more tokens than the other engines do.
+        (length,) = set(lengths)
         ids = _prompts(self._model, [length] * len(lengths), self._device)
         start = time.perf_counter()
         self._generate(ids, 1, None, _Clock())

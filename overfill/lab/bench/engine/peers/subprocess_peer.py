@@ -144,9 +144,8 @@ class Peer:
         return {"version": self._engine.version}
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
-        self._add(
-            [prompt_tokens] * batch, steps + 8
-        )  # more than is measured, so that no sequence ends during the measurement
+        # More tokens than are measured, so that no sequence ends during the measurement.
+        self._add([prompt_tokens] * batch, steps + 8)
         self._until(batch)
         return {}
 
