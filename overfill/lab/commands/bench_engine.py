@@ -48,7 +48,7 @@ def _common_options(command: _F) -> _F:
     return command
 
 
-@click.command("decode")
+@click.command("decode", short_help="Tokens per second of decode, beside the bound and other engines.")
 @_common_options
 @click.option(
     "--batch", "batches", type=Counts(), default="1,8,32,64", show_default=True, help="Sequences in a decode step."
@@ -97,7 +97,7 @@ def decode_command(
     _print("decode, tokens/s", measure, plot, as_json)
 
 
-@click.command("prefill")
+@click.command("prefill", short_help="Prompt tokens per second of prefill, beside the bound and other engines.")
 @_common_options
 @click.option("--context", "lengths", type=Counts(), default="512,2048", show_default=True, help="Tokens per prompt.")
 @click.option("--batch", "batches", type=Counts(), default="1,4", show_default=True, help="Prompts at once.")

@@ -13,7 +13,7 @@ from rich.table import Table
 from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console, print_json
 from overfill.lab.bench.measurement import print_measurements
-from overfill.lab.commands.bench_options import json_option, load_pair, log_line, pair_option, plot_option
+from overfill.lab.commands.bench_options import json_option, load_pair, log_line, pair_option
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
@@ -23,7 +23,7 @@ _TIMELINE_ONLY = ("streams", "bandwidth", "plot")
 _COST_ONLY = ("rounds", "same_host", "kv_codec")
 
 
-@click.command("handoff")
+@click.command("handoff", short_help="Cost of a handoff for a request; the timeline of one handoff.")
 @pair_option
 @click.option("--tokens", type=click.IntRange(2), help="Length of a prompt.  [default: 2048; 2000 with --timeline]")
 @dtype_option
@@ -48,7 +48,11 @@ _COST_ONLY = ("rounds", "same_host", "kv_codec")
     type=Number(min=0, min_open=True),
     help="With --timeline: limit of each data connection, MB/s.  [default: none]",
 )
-@plot_option
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --timeline: draw it to this file (.png, .svg).",
+)
 @json_option
 @click.pass_context
 def handoff_command(

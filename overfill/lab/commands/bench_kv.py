@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
 
 
-@click.command("kv")
+@click.command("kv", short_help="Rate of KV between two processes, beside a raw gRPC stream.")
 @geometry_option
 @click.option("--tokens", type=click.IntRange(16), default=8192, show_default=True, help="Tokens in one transfer.")
 @click.option(

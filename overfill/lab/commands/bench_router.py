@@ -9,7 +9,7 @@ from overfill.lab.bench.measurement import print_measurements
 from overfill.lab.commands.bench_options import Counts, geometry_option, json_option, pair_folder
 
 
-@click.command("router")
+@click.command("router", short_help="CPU, latency and overload of the router, beside a bare gRPC server.")
 @geometry_option
 @click.option(
     "--seconds", type=Number(0.5), default=10.0, show_default=True, help="Duration of each part of the measurement."

@@ -39,7 +39,7 @@ _SATURATE = "saturate="
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command("serve")
+@click.command("serve", short_help="Latency, throughput and goodput of servers under load.")
 @click.option(
     "--target",
     "targets",

@@ -120,16 +120,15 @@ class _VirtualRouter:
 def measure_decisions(counts: Sequence[int], requests: int = REQUESTS) -> list[Measurement]:
     """Measures ``requests`` requests for each number of workers per stage.
 
-    The peer of every figure is the same figure with the first number of workers. The goal is that both are equal.
+    The peer of a figure is the same figure with the first number of workers. The goal is that both are equal.
     """
-    first: dict[str, float] = {}
-    measurements = []
-    for count in counts:
+    first, *others = counts
+    beside = _microseconds(first, requests)
+    measurements = [Measurement(f"{name}_{first}_workers", value, "us") for name, value in beside.items()]
+    for count in others:
         for name, value in _microseconds(count, requests).items():
-            peer_value = first.setdefault(name, value)
-            measurements.append(
-                Measurement(f"{name}_{count}_workers", value, "us", peer=f"{counts[0]} workers", peer_value=peer_value)
-            )
+            peer = f"{first} workers"
+            measurements.append(Measurement(f"{name}_{count}_workers", value, "us", peer=peer, peer_value=beside[name]))
     return measurements
 
 

@@ -13,6 +13,7 @@ from aiohttp import web
 from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest, Unavailable
+from overfill.lab.bench.engine.peers import environment
 from overfill.lab.bench.engine.peers.process import PeerFailed
 from overfill.lab.bench.engine.peers.vllm_server import vllm_server
 from overfill.lab.bench.serve.compare import TargetSpec
@@ -318,3 +319,13 @@ def test_targets_are_checked():
         TargetSpec.parse("localhost:8000")
     same = run("--target=a=http://x/v1", "--target=a=http://y/v1")
     assert "same name" in str(same.exception)
+
+
+def test_a_missing_engine_is_installed_only_on_demand(monkeypatch, tmp_path):
+    installed = []
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    monkeypatch.setattr(environment, "install", lambda name, report: installed.append(name))
+    assert "vllm: not installed; add --install-peers" in str(run("--target=vllm", *LOAD).exception)
+    assert installed == []
+    run("--target=vllm", "--target=colocated:fast", "--install-peers", *LOAD)
+    assert installed == ["vllm"]
