@@ -70,7 +70,7 @@ class ApiKey:
         return self.sha256[:16]
 
     @property
-    def tenant_salt(self) -> str:
+    def cache_namespace(self) -> str:
         """Keeps cached KV of this key's requests from others; the same on every router.
 
         A hash, so that workers learn neither names nor what the file has; of the key, so that who comes after under the

@@ -103,7 +103,7 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 @click.option(
     "--kv-cache-dtype", type=click.Choice(["auto", "int8"]), help="How decode workers hold KV.  [default: auto]"
 )
-@click.option("--same-host", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
+@click.option("--shm", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
 @click.option("--prefix-cache", type=click.Choice(["on", "off"]), help="Keep prompts' KV for others.  [default: on]")
 @click.option("--prefill-policy", type=click.Choice(list(POLICIES)), help=f"[default: {PREFILL_DEFAULT}]")
 @click.option("--decode-policy", type=click.Choice(DECODE_POLICIES), help=f"[default: {DECODE_DEFAULT}]")

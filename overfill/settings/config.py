@@ -217,8 +217,8 @@ class WorkerConfig(ServiceConfig):
         None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
-    same_host: Literal["on", "off"] = Field(
-        "on", description="whether KV goes through shared memory between workers on one host, instead of sockets"
+    shm: Literal["on", "off"] = Field(
+        "on", description="whether workers on one host exchange KV through shared memory instead of sockets"
     )
     prefix_cache: Literal["on", "off"] = Field(
         "on", description="whether the KV of prompts is kept, while there is room, for others that begin the same"

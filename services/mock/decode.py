@@ -257,7 +257,7 @@ class _Peer:
             codec=common_pb2.KV_CODEC_RAW,
             expected_incarnation=target.incarnation,
             sample_index=start.sample_index,
-            tenant_salt=start.tenant_salt,
+            cache_namespace=start.cache_namespace,
         )
         spec = TransferSpec(request.transfer_id, request.attempt, self._worker.kv, tuple(request.layers), (0, prompt))
         call = prefill_pb2_grpc.PrefillStub(self._control).Prefill()

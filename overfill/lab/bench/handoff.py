@@ -56,7 +56,7 @@ def measure_handoff(
     dtype: DTypeName | None,
     threads: int,
     rounds: int,
-    same_host: str,
+    shm: str,
     kv_codec: str,
     log: Callable[[str, str], None],
 ) -> list[Figure]:
@@ -69,7 +69,7 @@ def measure_handoff(
         StartFailed: the stack did not come up.
     """
     settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
-    settings |= {"same_host": same_host, "kv_codec": kv_codec}
+    settings |= {"shm": shm, "kv_codec": kv_codec}
     plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
     stack = Stack(plan, log)
     plain = _PlainPrefill(pair, dtype, tokens)

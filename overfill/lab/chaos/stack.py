@@ -89,7 +89,7 @@ async def behind_links(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tup
             links.of[f"router-{index}"].append(proxy)
         update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
         if stage == "decode" and number % 2:
-            update["same_host"] = "off"  # so that KV takes both ways
+            update["shm"] = "off"  # so that KV takes both ways
         moved.append(worker.model_copy(update=update))
     prefill, decode = moved[: len(plan.prefill)], moved[len(plan.prefill) :]
     return replace(plan, prefill=tuple(prefill), decode=tuple(decode)), links  # type: ignore[arg-type]

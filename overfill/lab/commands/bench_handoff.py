@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import dtype_option
+from overfill.cli.options import RenamedFlags, dtype_option
 from overfill.lab.bench.figure import print_figures
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ def _log(name: str, line: str) -> None:
     click.echo(f"{name} | {line}", err=True)
 
 
-@click.command("handoff")
+@click.command("handoff", cls=RenamedFlags)
 @click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
 @click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="Length of the prompts.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Requests that are counted.")
 @dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
-@click.option("--same-host", type=click.Choice(["on", "off"]), default="on", show_default=True)
+@click.option("--shm", type=click.Choice(["on", "off"]), default="on", show_default=True)
 @click.option("--kv-codec", type=click.Choice(["raw", "int8", "fp8"]), default="raw", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
 def handoff_command(
@@ -42,7 +42,7 @@ def handoff_command(
     rounds: int,
     dtype: DTypeName | None,
     threads: int,
-    same_host: str,
+    shm: str,
     kv_codec: str,
     as_json: bool,
 ) -> int:
@@ -60,7 +60,7 @@ def handoff_command(
             dtype=dtype,
             threads=threads,
             rounds=rounds,
-            same_host=same_host,
+            shm=shm,
             kv_codec=kv_codec,
             log=_log,
         )

@@ -69,7 +69,8 @@ def test_a_key_of_a_file_comes_after_variables(
 
 def test_a_file_with_both_names_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "prefill: {kv-space: 2GiB, kv-memory: 2GiB}")
-    with pytest.raises(BadConfigFile, match=r"prefill\.kv-space: this is the earlier name of kv-memory: remove kv-space"):
+    said = r"prefill\.kv-space: this is the earlier name of kv-memory: remove kv-space"
+    with pytest.raises(BadConfigFile, match=said):
         read_checked(path)
 
 
