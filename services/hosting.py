@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
-from overfill.engine.device import tuned, use_device
+from overfill.engine.device import cpu_settings, use_device
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
@@ -28,7 +28,7 @@ from overfill.model.manifest import Pair
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.process.leaving import leave
+from overfill.process.leaving import exit_now
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
@@ -118,7 +118,7 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
-    with tuned(config.threads):
+    with cpu_settings(config.threads):
         asyncio.run(_to_the_exit(serve))
     raise AssertionError("the process has ended")
 
@@ -133,7 +133,7 @@ async def _to_the_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
         print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
     except Exception:
         traceback.print_exc()
-    leave(code)
+    exit_now(code)
 
 
 class EngineServicer(Protocol):
@@ -183,7 +183,7 @@ async def serve_engine(
         on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
         device=device,
     )
-    server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
+    server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     server.add(add_servicer, servicer, service)
     worker = WorkerHandle(
         load=lambda: worker_load(engine.load, config.block_size),
@@ -202,7 +202,11 @@ async def serve_engine(
     if metrics is not None and config.metrics_port != "off":
         metrics.watch(lambda: engine.load)
         exporter = MetricsServer(
-            metrics.registry, config.metrics_host, config.metrics_port, config.server_tls(), gate=config.metrics_gate()
+            metrics.registry,
+            config.metrics_host,
+            config.metrics_port,
+            config.server_tls(),
+            access=config.metrics_access(),
         )
         hello.metrics_address = exporter.address
     engine.start()

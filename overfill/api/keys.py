@@ -27,7 +27,7 @@ from typing import Any
 from overfill.api.priority import check_priority
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.rpc.access import Scope
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 
 FORMAT = "overfill-keys/1"
 PREFIX = "ofk-"
@@ -70,7 +70,7 @@ class ApiKey:
         return self.sha256[:16]
 
     @property
-    def tenant_salt(self) -> str:
+    def cache_namespace(self) -> str:
         """Keeps cached KV of this key's requests from others; the same on every router.
 
         A hash, so that workers learn neither names nor what the file has; of the key, so that who comes after under the
@@ -89,7 +89,7 @@ class KeyRing:
     """
 
     def __init__(self, path: Path) -> None:
-        self._keys = Reloaded([path], lambda: load(path), BadKeyFile, "the API keys")
+        self._keys = ReloadingValue([path], lambda: load(path), BadKeyFile, "the API keys")
 
     def find(self, key: str) -> ApiKey | None:
         """Who holds ``key``; None when nobody does. Takes the same time whatever part of a key is right."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overfill.cli.answering import note_cut, stream_answer
-from overfill.cli.options import connect, connection_options, sampling, sampling_options
+from overfill.cli.options import RenamedFlags, connect, connection_options, sampling, sampling_options
 from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ _COMMAND = re.compile(r"/[a-z]+")
 _HELP = "/new starts over; /exit or /quit ends; every other line is a turn"
 
 
-@click.command("chat")
+@click.command("chat", cls=RenamedFlags, renamed={"system": "system-prompt"})
 @sampling_options
-@click.option("--system", help="Instruction before the first turn.")
+@click.option("--system-prompt", "system", help="Instruction before the first turn.")
 @click.option("--model", default="", help="Which model, when the stack serves several.")
 @click.option("-v", "--verbose", is_flag=True, help="Speed and workers after every answer, on stderr.")
 @connection_options

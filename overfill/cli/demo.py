@@ -12,9 +12,10 @@ from rich.console import Console
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
 from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Stack
-from overfill.cli.up import AnyStack, make_plan
+from overfill.cli.up import AnyStack
+from overfill.cli.up_plan import make_plan
 from overfill.client import Answer, Client, Message, SamplingParams
-from overfill.cluster.session import check_installed
+from overfill.cluster.connection import check_installed
 from overfill.process.extras import require
 
 WARM_UP = """Write one sentence about a lighthouse."""
@@ -48,10 +49,10 @@ def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
     if on_ray:
         check_installed()
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     notes = Console(stderr=True, highlight=False)
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
     settings = {"log_level": "error", "grace_period": 5}
     plan = make_plan(folder, prefill=1, decode=1, routers=1, port=0, threads=None, settings=settings)

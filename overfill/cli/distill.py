@@ -136,9 +136,9 @@ def _train(
     from overfill.pair.distill.train import Run
     from overfill.pair.store import resolve_pair
     from overfill.process.memory import freed_memory_kept
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))
         transcripts, held_out = load_data(data, Tokenizer.load(pair.full_path))
         run = Run(
@@ -181,9 +181,9 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
 
 def _dry_run(recipe: Recipe) -> None:
     from overfill.pair.distill.dry_run import dry_run
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with tempfile.TemporaryDirectory(prefix="overfill-") as folder, progress_bars() as report:
+    with tempfile.TemporaryDirectory(prefix="overfill-") as folder, show_progress() as report:
         tried = dry_run(recipe, Path(folder), report=report)
     for name, shape in tried.shapes.items():
         click.echo(f"{name}  {' x '.join(map(str, shape))}")

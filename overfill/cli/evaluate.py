@@ -77,9 +77,9 @@ def eval_command(
     from overfill.pair.evaluate.evaluation import evaluate
     from overfill.pair.evaluate.report import cost_line, evaluation_rows, save_summary, write_evaluation
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
         result = evaluate(
             folder,
@@ -127,10 +127,10 @@ def compare_command(
     from overfill.pair.evaluate.compare import NOTE, compare
     from overfill.pair.evaluate.report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     points = []
-    with progress_bars() as report:
+    with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
         transcripts = _transcripts(folders[0], data, max_transcripts)
         for point in compare(folders, transcripts, dtype=dtype, device=device, threads=threads, report=report):
@@ -173,9 +173,9 @@ def lm_eval_command(
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.harness import run_tasks
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
     results = run_tasks(
         folder,

@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from overfill.cli.answering import note_cut, stream_answer
-from overfill.cli.options import AnyNumber, connect, connection_options, sampling, sampling_options
+from overfill.cli.options import AnyNumber, RenamedFlags, connect, connection_options, sampling, sampling_options
 
 
-@click.command("generate")
+@click.command("generate", cls=RenamedFlags, renamed={"system": "system-prompt"})
 @click.argument("prompt")
 @sampling_options
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
-@click.option("--system", help="Instruction before the prompt.")
+@click.option("--system-prompt", "system", help="Instruction before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @click.option("--model", default="", help="Which model, when the stack serves several.")
 @click.option("--timeout", type=AnyNumber(), help="Seconds that the whole answer may take.")
@@ -46,7 +46,7 @@ def generate_command(
     PROMPT is sent as a user's turn of a chat; `-` reads it from stdin.
     """
     if raw and system is not None:
-        raise click.UsageError("--system is part of the chat template, which --raw leaves out")
+        raise click.UsageError("--system-prompt is part of the chat template, which --raw skips: drop one of them")
     from overfill.client import Message
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -16,7 +16,7 @@ import click
 import overfill
 from overfill.errors import OverfillError, Overloaded, Unavailable, Unreachable
 from overfill.process.extras import needs
-from overfill.settings.environment import QUIET_GRPC
+from overfill.settings.environment import GRPC_ENVIRONMENT
 
 # Name -> where the click command is, and its line in `overfill --help`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -102,7 +102,7 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``argv`` (``sys.argv[1:]`` when None) and returns the exit code."""
-    os.environ.update(QUIET_GRPC | os.environ)
+    os.environ.update(GRPC_ENVIRONMENT | os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     try:

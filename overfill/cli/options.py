@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class RenamedFlags(click.Command):
+    """A command whose flags' earlier names work with a warning: those of renamed settings, and ``renamed``.
+
+    Args:
+        renamed: earlier name -> name, both without dashes, of flags that are no service's settings.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self._renamed = dict(renamed or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from overfill.settings.config_file import field_name, flag_name
+        from overfill.settings.renamed import old_names, rename_flags
+
+        flags = [flag.removeprefix("--") for option in self.params for flag in option.opts]
+        settings = {flag_name(old): flag_name(new) for old, new in old_names([field_name(flag) for flag in flags])}
+        return super().parse_args(ctx, rename_flags(args, settings | self._renamed))
 
 
 class _Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on

@@ -157,14 +157,14 @@ def build_command(
     """
     from overfill.pair.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new folder")
     recipe = DecoderRecipe(
         hidden_size, intermediate_size, layers, method, fit, quantize, tokens, head_tokens, tail_rank
     )
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_model(full, report)
         set_threads(threads)
         from overfill.pair.build import build_pair
@@ -228,9 +228,9 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     from overfill.pair.conversations import append_jsonl
     from overfill.pair.selfwrite import write_conversations
     from overfill.pair.store import resolve_model
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_model(full, report)
         for conversation in write_conversations(folder, count, seed=seed, threads=threads, report=report):
             append_jsonl(out, [conversation])
@@ -248,10 +248,10 @@ def show_command(name: str, as_json: bool) -> int:
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     pair = Pair.load(_resolve(name))
-    with progress_bars() as report:
+    with show_progress() as report:
         facts = describe(pair, report)
     if as_json:
         print_json(facts)
@@ -329,7 +329,7 @@ def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _resolve(name: str, source: Literal["wheel", "hub"] | None = None) -> Path:
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         return resolve_pair(name, report, source)

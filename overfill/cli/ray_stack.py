@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from overfill.cli.stack import Plan, StartFailed, check_ports
+from overfill.cli.stack import StackPlan, StartFailed, check_ports
 from overfill.client import Client
 from overfill.cluster import placement
-from overfill.cluster.session import Session
+from overfill.cluster.connection import RayConnection
 from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec
 from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
@@ -59,11 +59,11 @@ class RayOptions:
 class RayStack:
     """``plan`` as a Serve application. ``report`` gets a line whenever there is something to tell."""
 
-    def __init__(self, plan: Plan, options: RayOptions, report: Callable[[str], None]) -> None:
+    def __init__(self, plan: StackPlan, options: RayOptions, report: Callable[[str], None]) -> None:
         self.plan = plan
         self._options = options
         self._report = report
-        self._session: Session | None = None
+        self._cluster: RayConnection | None = None
         self._deployed = False
         self._seen: dict[str, str] = {}
         self._looked_at = 0.0
@@ -88,17 +88,17 @@ class RayStack:
         if options.address is None:
             check_ports(self.plan, metrics=False)  # replicas choose those themselves
             self._report("starting Ray on this machine")
-            self._session = Session.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
+            self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
         else:
-            self._session = Session.join(options.address, options.log_dir is None)
+            self._cluster = RayConnection.join(options.address, options.log_dir is None)
         import ray
 
         from overfill.cluster.application import serve_config  # which needs numpy
 
         spec = spec_of(self.plan, options, ray.cluster_resources())
-        if self._session.owned:
-            self._session.check_room(spec)
-        self._session.deploy(serve_config(spec, options.name, options.objectives))
+        if self._cluster.owned:
+            self._cluster.check_room(spec)
+        self._cluster.deploy(serve_config(spec, options.name, options.objectives))
         self._deployed = True
 
     def wait_ready(self, cancelled: threading.Event) -> None:
@@ -107,11 +107,11 @@ class RayStack:
         Raises:
             StartFailed: the application could not be deployed, or there is no room for it.
         """
-        assert self._session is not None
+        assert self._cluster is not None
         since = time.monotonic()
         told = ""
         while not cancelled.is_set():
-            status = self._session.status(self._options.name)
+            status = self._cluster.status(self._options.name)
             if status is not None:
                 if told != (told := progress(status)) and told:
                     self._report(told)
@@ -124,18 +124,18 @@ class RayStack:
     def describe_workers(self, stage: str) -> str:
         """The workers of a stage, for people. Ray names them: `overfill status` lists them."""
         fewest = sum(of == stage for of, _ in self.plan.workers())
-        most = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
-        return f"{fewest} on Ray" if most is None else f"{fewest} to {most} on Ray"
+        limit = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
+        return f"{fewest} on Ray" if limit is None else f"{fewest} to {limit} on Ray"
 
     def news(self) -> list[str]:
         """What has changed since the last call, in words."""
-        if self._session is None or time.monotonic() - self._looked_at < _LOOK:
+        if self._cluster is None or time.monotonic() - self._looked_at < _LOOK:
             return []
         self._looked_at = time.monotonic()
         try:
-            status = self._session.status(self._options.name)
+            status = self._cluster.status(self._options.name)
         except Exception as error:  # of Ray, in as many classes as there are reasons
-            self._reachable = self._session.alive()
+            self._reachable = self._cluster.alive()
             return [] if self._reachable else [f"Ray does not answer any more: {error}"]
         if status is None:
             self._reachable = False
@@ -154,17 +154,17 @@ class RayStack:
 
     def stop(self) -> list[Any]:
         """Drains the routers, which finish what runs, takes the application away, and ends a Ray started here."""
-        session = self._session
-        if session is None:
+        cluster = self._cluster
+        if cluster is None:
             return []
         grace = self.plan.routers[0].grace_period
         try:
-            if self._deployed and session.alive():
+            if self._deployed and cluster.alive():
                 self._drain_routers(grace)
-                if not session.remove(self._options.name, grace + DRAIN_MARGIN + _MARGIN):
+                if not cluster.remove(self._options.name, grace + DRAIN_MARGIN + _MARGIN):
                     self._report(f"not all replicas of {self._options.name} have left in time")
         finally:
-            session.close()
+            cluster.close()
         return []
 
     def _complete(self) -> bool:
@@ -189,7 +189,7 @@ class RayStack:
             time.sleep(_POLL)
 
 
-def spec_of(plan: Plan, options: RayOptions, resources: dict[str, float]) -> StackSpec:
+def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -> StackSpec:
     """``plan`` as a stack on a cluster with ``resources``."""
     router, prefill, decode = plan.routers[0], plan.prefill[0], plan.decode[0]
     routers = RouterSpec(
@@ -200,12 +200,12 @@ def spec_of(plan: Plan, options: RayOptions, resources: dict[str, float]) -> Sta
         settings=_settings(router)
         | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},
     )
-    most = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
+    max_workers = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
     cpus, gpus = options.worker_cpus, options.worker_gpus
     if cpus is None and options.address is None:
-        cpus = placement.share(resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas, most)
+        cpus = placement.share(resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas, max_workers)
     if gpus is None and options.address is None and prefill.device in ("auto", "cuda"):
-        gpus = placement.gpu_share(resources.get("GPU", 0.0), most)
+        gpus = placement.gpu_share(resources.get("GPU", 0.0), max_workers)
     reserved: dict[str, Any] = {"num_cpus": float(prefill.threads) if cpus is None else cpus, "num_gpus": gpus or 0.0}
     return StackSpec(
         pair=router.pair,

@@ -22,7 +22,7 @@ from overfill.client import Client, ClientTls
 from overfill.errors import OverfillError
 from overfill.rpc.addresses import split_address
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
-from overfill.settings.environment import QUIET_GRPC, SETTINGS, thread_pools
+from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
 
 _POLL_SECONDS = 0.2
 _NEAR = 100  # ports beyond a taken one that are tried for a better one
@@ -34,18 +34,18 @@ class StartFailed(OverfillError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StackPlan:
     """The processes of a stack, each with its complete configuration. Every router has a fixed port.
 
     ``mock`` workers compute nothing (``services.mock``); their configurations are those of mock workers.
-    ``operator`` is the certificate of who runs it; None: the routers' own.
+    ``operator_tls`` is the certificate of who runs it; None: the routers' own.
     """
 
     routers: tuple[RouterConfig, ...]
     prefill: tuple[PrefillConfig, ...]
     decode: tuple[DecodeConfig, ...]
     mock: bool = False
-    operator: ClientTls | None = None
+    operator_tls: ClientTls | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Plan:
     @property
     def client_tls(self) -> ClientTls | None:
         """How whoever runs the stack talks to the routers."""
-        return self.operator or self.routers[0].client_tls()
+        return self.operator_tls or self.routers[0].client_tls()
 
     @property
     def secret(self) -> str | None:
@@ -89,7 +89,7 @@ class Plan:
 class Stack:
     """The running processes of a plan. ``sink`` gets ``(process, line)`` for each line they write."""
 
-    def __init__(self, plan: Plan, sink: Callable[[str, str], None]) -> None:
+    def __init__(self, plan: StackPlan, sink: Callable[[str, str], None]) -> None:
         self.plan = plan
         self._sink = sink
         self._routers: list[Child] = []
@@ -189,7 +189,7 @@ class Stack:
 def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """``environ`` without the settings that flags already carry, every thread pool at ``threads``."""
     kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
-    return QUIET_GRPC | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
+    return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
 
 
 def threads_per_worker(workers: int) -> int:
@@ -209,7 +209,7 @@ def free_ports(host: str, count: int) -> list[int]:
             s.close()
 
 
-def check_ports(plan: Plan, metrics: bool = True) -> None:
+def check_ports(plan: StackPlan, metrics: bool = True) -> None:
     """Raises StartFailed when a port of ``plan`` is in use, naming it and the flag of ``up`` that chooses another.
 
     Args:

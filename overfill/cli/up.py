@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import secrets
 import shlex
@@ -15,10 +14,10 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal, Protocol, TypeVar
+from typing import IO, Any, Literal, Protocol
 
 import click
 from rich.console import Console
@@ -30,24 +29,16 @@ from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Plan, Stack, check_ports, free_ports, reachable, threads_per_worker
+from overfill.cli.stack import Stack, StackPlan, check_ports
 from overfill.cli.up_config import OwnSettings, config_option
-from overfill.cluster.session import check_installed
+from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT, make_plan
+from overfill.cluster.connection import check_installed
 from overfill.process.extras import require
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
-from overfill.rpc.access import Role
-from overfill.rpc.addresses import is_loopback
-from overfill.rpc.certificates import NAME, RoleFiles, role_files
-from overfill.rpc.tls import ClientTls
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
-from overfill.settings.config_file import BadConfigFile, flag_name
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 
-_GRPC_PORT, _HTTP_PORT = 7600, 8000  # defaults
 _WATCH_SECONDS = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _BOX_WIDTH = 80  # characters, at most
-_Config = TypeVar("_Config", bound=ServiceConfig)
 
 
 class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -72,11 +63,11 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 @click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
 @dtype_option
 @click.option(
-    "--grpc", "port", type=click.IntRange(0, 65535), default=_GRPC_PORT, show_default=True,
+    "--grpc", "port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True,
     help="Port of the first router, the others follow; 0 picks free ones.",
 )  # fmt: skip
 @click.option(
-    "--http", "http", type=_PortOrOff(), default=str(_HTTP_PORT), show_default=True,
+    "--http", "http", type=_PortOrOff(), default=str(HTTP_PORT), show_default=True,
     help="Port of the first router's OpenAI endpoint, the others follow; 0 picks free ones; off: no endpoint.",
 )  # fmt: skip
 @click.option("--served-model-name", help="Names for requests, separated by commas; answers bear the first.  "
@@ -99,7 +90,10 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 @click.option("--kv-memory", help="KV cache per worker, such as 512MiB.")
 @click.option("--max-model-len", help="Longest prompt with its answer, tokens.")
 @click.option("--max-num-seqs", help="Most sequences in one step.")
-@click.option("--token-budget", help="Most prompt tokens a prefill worker computes in one step.")
+@click.option(
+    "--max-num-batched-tokens",
+    help="Maximum prompt tokens that a prefill worker computes in one step.  [default: 2048]",
+)
 @click.option("--data-streams", help="Parallel connections that carry a request's KV.")
 @click.option(
     "--kv-codec",
@@ -109,7 +103,7 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 @click.option(
     "--kv-cache-dtype", type=click.Choice(["auto", "int8"]), help="How decode workers hold KV.  [default: auto]"
 )
-@click.option("--same-host", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
+@click.option("--shm", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
 @click.option("--prefix-cache", type=click.Choice(["on", "off"]), help="Keep prompts' KV for others.  [default: on]")
 @click.option("--prefill-policy", type=click.Choice(list(POLICIES)), help=f"[default: {PREFILL_DEFAULT}]")
 @click.option("--decode-policy", type=click.Choice(DECODE_POLICIES), help=f"[default: {DECODE_DEFAULT}]")
@@ -180,7 +174,7 @@ def up_command(
     """
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # in the processes that it starts
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     with _secret(settings, tls) as settings:
         # Wrong settings and ports in use are told before a pair is prepared, which can take minutes.
@@ -198,7 +192,7 @@ def up_command(
         _check_options(options, prefill, decode, on_ray)
         if address is None:  # elsewhere, the ports are those of other machines
             check_ports(planned, metrics=not on_ray)
-        with progress_bars() as report:
+        with show_progress() as report:
             folder = resolve_pair(pair, report)
         plan = make_plan(
             folder, prefill, decode, routers, port, threads, settings, http, mock, tls, apart=address is not None
@@ -242,141 +236,10 @@ def _check_options(options: RayOptions, prefill: int, decode: int, on_ray: bool)
             raise click.UsageError(f"--max-{stage} {most} is less than --{stage} {fewest}")
 
 
-def make_plan(
-    pair: Path,
-    prefill: int,
-    decode: int,
-    routers: int,
-    port: int,
-    threads: int | None,
-    settings: dict[str, Any],
-    http: int | Literal["off"] = "off",
-    mock: bool = False,
-    tls: Path | None = None,
-    apart: bool = False,
-) -> Plan:
-    """Configurations for all processes.
-
-    ``http`` is the port of the first OpenAI endpoint: 0 for any, "off" for no endpoint. ``settings`` are fields of the
-    configuration classes, each handed to those that have it; None leaves a field to its environment variable or
-    default. ``tls`` is a folder of certificates, one per role, in place of these settings. ``apart``: workers may be on
-    several machines. Exits 2 when a value is wrong, as the services do.
-
-    Raises:
-        click.UsageError: two servers would get the same port, certificates are given twice, or the host is open to
-            other machines and something is missing for that.
-        CertificatesError: the folder lacks some.
-    """
-    settings = settings | {"pair": pair.resolve()}
-    of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
-    host = settings.get("host") or "127.0.0.1"
-    _check_host(host, settings | of_router)
-    free = free_ports(host, 2 * routers)  # at once, so that no two are the same
-    ports = range(port, port + routers) if port else free[:routers]
-    https: Iterable[int | Literal["off"]] = ["off"] * routers
-    if http != "off":
-        https = range(http, http + routers) if http else free[routers:]
-    first_metrics = settings.pop("metrics_port", None)
-    metrics = _metrics_ports(first_metrics, routers + prefill + decode)
-    _check_apart(
-        ("--grpc", port, routers),
-        ("--http", http, routers),
-        ("--metrics-port", first_metrics, routers + prefill + decode),
-    )
-    routers_all = settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}
-    router_configs = [
-        _configure(RouterConfig, routers_all | {"port": p, "http": h, "metrics_port": next(metrics)})
-        for p, h in zip(ports, https, strict=True)
-    ]
-    workers = (
-        settings
-        | of_worker
-        | {
-            "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
-            "threads": threads,
-            "advertise": None if reachable(host) == host else reachable(host),
-        }
-    )
-    # Cores are divided within a stage: the other one would leave its own idle much of the time, and engine threads that
-    # wait for each other sleep. Workers that may be on several machines are taken one by one.
-    shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
-    prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
-    return Plan(
-        tuple(router_configs),
-        tuple(
-            _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, shares[0])
-            for i in range(prefill)
-        ),
-        tuple(
-            _configure(decode_kind, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, shares[1])
-            for i in range(decode)
-        ),
-        mock,
-        None if tls is None else _client_tls(role_files(tls.absolute(), Role.OPERATOR)),
-    )
-
-
-def _check_host(host: str, settings: dict[str, Any]) -> None:
-    """All that an open host needs, at once; the services would name one thing after the other."""
-    given = _origins(RouterConfig, _flags(RouterConfig, settings))
-    needs = []
-    if not {"tls_cert", "tls_key", "tls_ca"} <= given.keys():
-        needs.append("--tls FOLDER (`overfill certs FOLDER` makes it)")
-    if "api_keys" not in given:
-        needs.append("--api-keys FILE (`overfill keys create NAME --file FILE` makes it)")
-    if needs and not is_loopback(host):
-        raise click.UsageError(
-            f"--host {host} is open to other machines: give {' and '.join(needs)}, or leave --host out"
-        )
-
-
-def _certificates(folder: Path | None, settings: dict[str, Any], role: Role) -> dict[str, Any]:
-    if folder is None:
-        return {}
-    if any(settings.get(name) is not None for name in ("tls_cert", "tls_key", "tls_ca")):
-        raise click.UsageError("--tls has all certificates: leave --tls-cert, --tls-key and --tls-ca out")
-    files = role_files(folder.absolute(), role)
-    name = settings.get("tls_name") or NAME
-    return {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": name}
-
-
-def _client_tls(files: RoleFiles) -> ClientTls:
-    return ClientTls(files.ca, files.cert, files.key, NAME)
-
-
-def _check_apart(*ranges: tuple[str, object, int]) -> None:
-    """Raises click.UsageError when two flags claim the same port. Each is a flag, its first port and how many follow.
-
-    A first port that is 0, or no number, claims none.
-    """
-    claimed = [
-        (flag, int(str(first)), count) for flag, first, count in ranges if str(first).isdecimal() and int(str(first))
-    ]
-    for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
-        if first < others_first + others_count and others_first < first + count:
-            raise click.UsageError(
-                f"{_claim(flag, first)} and {_claim(other, others_first)} overlap: they take {count} and "
-                f"{others_count} ports from there on, one per process; give {other} {first + count} or more, "
-                f"or {other} off"
-            )
-
-
-def _claim(flag: str, port: int) -> str:
-    by_default = (flag, port) in (("--grpc", _GRPC_PORT), ("--http", _HTTP_PORT))
-    return f"{flag} {port}{' (its default)' if by_default else ''}"
-
-
-def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
-    """For each process: the first's port and those that follow, or what ``first`` says, if it is no port."""
-    if first is None or not first.isdecimal() or int(first) == 0:
-        return iter([first] * count)
-    return iter([str(int(first) + index) for index in range(count)])
-
-
 class AnyStack(Protocol):
     """A stack of plain processes, or one on Ray."""
 
-    plan: Plan
+    plan: StackPlan
 
     @property
     def addresses(self) -> tuple[str, ...]: ...
@@ -415,34 +278,11 @@ def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
             click.echo(f"overfill: {child.name} did not stop in time and was killed", err=True)
 
 
-def _configure(kind: type[_Config], settings: dict[str, Any], otherwise: dict[str, Any] | None = None) -> _Config:
-    """``otherwise`` are values for fields that neither ``settings`` nor a variable nor the file sets."""
-    argv = _flags(kind, settings)
-    origins = _origins(kind, argv)
-    rest = {name: value for name, value in (otherwise or {}).items() if name not in origins}
-    return kind.parse(argv + _flags(kind, rest))
-
-
-def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
-    try:
-        return kind.origins(argv)
-    except BadConfigFile:
-        return {}  # ``parse`` says so
-
-
-def _flags(kind: type[ServiceConfig], settings: dict[str, Any]) -> list[str]:
-    return [
-        f"--{flag_name(name)}={value}"
-        for name, value in settings.items()
-        if value is not None and name in kind.model_fields
-    ]
-
-
 def _note(line: str) -> None:
     click.echo(f"overfill: {line}", err=True)
 
 
-def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
+def _welcome(out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
     """Says on ``out`` what runs, where, and what to type next. A command is one line, to be copied whole."""
     first = addresses[0]
     option = "" if first == "127.0.0.1:7600" else f" --address {first}"
@@ -475,7 +315,7 @@ def _welcome(out: Console, plan: Plan, addresses: Sequence[str], describe_worker
     out.print(Rule(), width=width)
 
 
-def _curl(plan: Plan, base: str) -> str:
+def _curl(plan: StackPlan, base: str) -> str:
     body = {
         "model": plan.model,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from overfill.cli.options import RenamedFlags
 from overfill.settings.config import SERVICES, UP_KEYS, read_checked
 from overfill.settings.config_file import COMMON, BadConfigFile, field_name, nearest
 
@@ -20,7 +21,7 @@ OWN = ("config", *UP_KEYS, *_SHARED)
 """Options of ``up`` that are variables; its other ones are handed to services, which have variables for them."""
 
 
-class OwnSettings(click.Command):
+class OwnSettings(RenamedFlags):
     """A command whose own options are also variables; an unknown variable of its prefix is an error."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:

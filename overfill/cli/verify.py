@@ -69,10 +69,10 @@ def verify_command(
     from overfill.pair.plain import chat_token_ids, load_tokenizer
     from overfill.pair.reference import TwoStageReference, summarise
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     prompts = read_questions(questions)[:limit]
-    with progress_bars() as report:
+    with show_progress() as report:
         folder = resolve_pair(pair, report)
         with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
             check_stack(client.status(), Pair.load(folder))

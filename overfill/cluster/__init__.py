@@ -1,4 +1,4 @@
 """A stack on Ray Serve: what it consists of, how it is deployed, found and scaled. Tokens and KV never pass here.
 
-Only ``session`` and ``directory`` import Ray; the rest is data. The replicas are ``services/ray``.
+Only ``connection`` and ``directory`` import Ray; the rest is data. The replicas are ``services/ray``.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 from overfill.cluster.policy import scaling_config
 from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, PoolSpec, StackSpec
-from overfill.settings.environment import QUIET_GRPC, thread_pools
+from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 
 BUILDER = "services.ray.app:build"
 POLICY = "overfill.cluster.policy:ScalingPolicy"
@@ -65,7 +65,7 @@ def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
 def environment(spec: StackSpec, name: str) -> dict[str, str]:
     """Variables of a replica's process: threads first of all, which Ray would set to its share of CPUs, rounded up."""
     threads = 1 if name == ROUTER else (spec.prefill_config() if name == PREFILL else spec.decode_config()).threads
-    return QUIET_GRPC | thread_pools(threads) | {
+    return GRPC_ENVIRONMENT | thread_pools(threads) | {
         # One event loop for the replica and the service in it: grpc.aio serves one loop of a process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(SIGNAL_INTERVAL),
@@ -76,7 +76,7 @@ def _autoscaling(pool: PoolSpec) -> dict[str, Any]:
     return {
         "min_replicas": pool.replicas,
         "initial_replicas": pool.replicas,
-        "max_replicas": pool.most,
+        "max_replicas": pool.max_replicas_total,
         # The policy's scaler waits and smooths as its own rules say.
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig, is_wildcard
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
+from overfill.settings.renamed import rename_fields
+from overfill.settings.values import is_wildcard
 
 APPLICATION = "overfill"
 """Name of the Serve application, unless another is given."""
@@ -22,7 +24,11 @@ ROUTER, PREFILL, DECODE = "router", "prefill", "decode"
 DRAIN_MARGIN = 10.0
 """Seconds beyond the grace period for a replica to leave by itself, before Ray kills it."""
 
-Settings = dict[str, str | int | float | bool]
+_FIELDS = {*RouterConfig.model_fields, *MockPrefillConfig.model_fields, *MockDecodeConfig.model_fields}
+
+Settings = Annotated[
+    dict[str, str | int | float | bool], AfterValidator(lambda settings: rename_fields(settings, _FIELDS))
+]
 """Fields of the configuration classes by name (``kv_memory: 512MiB``), as the services' flags."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
@@ -70,7 +76,7 @@ class PoolSpec(_Model):
         return self
 
     @property
-    def most(self) -> int:
+    def max_replicas_total(self) -> int:
         """Replicas that there may ever be, but for those that take the place of others."""
         return self.max_replicas or self.replicas
 

@@ -255,7 +255,7 @@ def load_half(
         model = fastest(loaded)
     spec = config.kv_spec(dtype)
     step_tokens = min(warm_tokens, longest)
-    advice = "free some of it, or give a smaller --token-budget or --max-num-seqs"
+    advice = "free some of it, or give a smaller --max-num-batched-tokens or --max-num-seqs"
     with _out_of_memory(f"a step of {step_tokens} tokens", device, advice):
         warm = step_tokens if device.type == "cuda" else min(step_tokens, _CPU_WARM_TOKENS)
         scratch = new_cache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)

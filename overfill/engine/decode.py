@@ -159,7 +159,7 @@ class DecodeEngine:
         """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
         wanted = self._pool.blocks_for(sequence.num_tokens + 1)
         if sequence.prompt_blocks is None:
-            sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+            sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
         grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted, spare=self._num_growing())
         if grant is None:
             return None

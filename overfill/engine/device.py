@@ -31,7 +31,7 @@ def device_executor(threads: int, name: str, device: torch.device) -> ThreadPool
 
 
 @contextmanager
-def tuned(threads: int) -> Iterator[None]:
+def cpu_settings(threads: int) -> Iterator[None]:
     """Within, this process computes with ``threads`` CPU threads and keeps the memory that messages of KV take."""
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)

@@ -193,7 +193,7 @@ class PrefillEngine:
                 break
             wanted = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
-                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.salt)
+                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
             grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted)
             if grant is None:
                 break

@@ -84,8 +84,8 @@ class PrefillSequence:
     """A prompt in a prefill engine. ``cancelled`` may be set from any thread; everything else is the engine's.
 
     Attributes:
-        salt: tenant whose prefixes it may share.
-        prompt_blocks: of ``prompt`` and ``salt``; None: the engine hashes the prompt on its own thread.
+        cache_namespace: the prompt shares prefixes with prompts of the same namespace only.
+        prompt_blocks: of ``prompt`` and ``cache_namespace``; None: the engine hashes the prompt on its own thread.
         cached_tokens: of the prompt, found in the prefix cache.
     """
 
@@ -95,7 +95,7 @@ class PrefillSequence:
     sample_index: int = 0
     sample_first_token: bool = True
     processor: LogitProcessor | None = None
-    salt: str = ""
+    cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     cancelled: bool = False
     cached_tokens: int = 0
@@ -197,8 +197,8 @@ class DecodeSequence:
     """A sequence in a decode engine. ``computed`` counts tokens (prompt and answer) whose KV is in our blocks.
 
     Attributes:
-        salt: whose prefixes it may share, and how their KV came here.
-        prompt_blocks: of ``prompt`` and ``salt``; None: the engine hashes the prompt on its own thread.
+        cache_namespace: tenant and codec of the KV; prompts of one namespace share prefixes.
+        prompt_blocks: of ``prompt`` and ``cache_namespace``; None: the engine hashes the prompt on its own thread.
     """
 
     id: str
@@ -208,7 +208,7 @@ class DecodeSequence:
     stop: StopRule
     sample_index: int = 0
     processor: LogitProcessor | None = None
-    salt: str = ""
+    cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False

@@ -15,9 +15,9 @@ _BLOCKS_AT_ONCE = 128
 """Blocks that are hashed before other threads get a turn."""
 
 
-def root_key(full_digest: str, dtype: str, salt: str) -> int:
+def root_key(full_digest: str, dtype: str, cache_namespace: str) -> int:
     """Where the chain of keys begins: other models, element types and tenants share nothing."""
-    return _hash64(f"{full_digest}\0{dtype}\0{salt}".encode())
+    return _hash64(f"{full_digest}\0{dtype}\0{cache_namespace}".encode())
 
 
 def block_key(parent: int, tokens: Sequence[int]) -> int:
@@ -31,17 +31,17 @@ class PromptBlocks:
     Making it hashes the whole prompt. Workers make it on another thread than the engine's, which only reads it.
 
     Args:
-        root: key of the root for ``salt``; None: nothing of the prompt is shared, and nothing is hashed.
-        salt: tenant whose prefixes the prompt may share.
+        root: key of the root for ``cache_namespace``; None: nothing of the prompt is shared, and nothing is hashed.
+        cache_namespace: tenant whose prefixes the prompt may share.
 
     Attributes:
         tokens: of each full block, as little-endian 32-bit numbers. Bytes keep their hash once they have it.
         keys: of each full block, as ``block_key`` chains them.
     """
 
-    def __init__(self, tokens: Sequence[int], block_size: int, root: int | None, salt: str) -> None:
+    def __init__(self, tokens: Sequence[int], block_size: int, root: int | None, cache_namespace: str) -> None:
         self.num_tokens = len(tokens)
-        self.salt = salt
+        self.cache_namespace = cache_namespace
         self.tokens: list[bytes] = []
         self.keys: list[int] = []
         if root is None:

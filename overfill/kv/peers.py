@@ -34,14 +34,14 @@ class PeerPool:
     Args:
         identity: what this worker's KV means; every peer is held against it.
         streams: data connections per peer.
-        same_host: whether to share memory with peers on this host.
+        shm: whether to share memory with peers on this host.
     """
 
-    def __init__(self, identity: KvIdentity, streams: int, tls: Credentials | None, same_host: bool = True) -> None:
+    def __init__(self, identity: KvIdentity, streams: int, tls: Credentials | None, shm: bool = True) -> None:
         self._identity = identity
         self._streams = streams
         self._tls = tls
-        self._same_host = same_host
+        self._shm = shm
         self._entries: dict[tuple[str, int], _Entry] = {}
 
     @asynccontextmanager
@@ -59,7 +59,7 @@ class PeerPool:
         retired: list[PrefillPeer] = []
         if entry is None or (entry.peer.lost_link and entry.users == 0):
             retired = self._retire(target.worker_id)
-            peer = PrefillPeer(target, self._streams, self._tls, self._same_host)
+            peer = PrefillPeer(target, self._streams, self._tls, self._shm)
             entry = _Entry(peer, asyncio.ensure_future(peer.handshake(self._identity)))
             self._entries[key] = entry
         entry.users += 1

@@ -129,14 +129,14 @@ class PrefixCache:
     def _num_known(self) -> int:
         return sum(len(holder.own) for holder in self._holders.values()) + self._num_nodes
 
-    def blocks_of(self, tokens: Sequence[int], salt: str = "") -> PromptBlocks:
+    def blocks_of(self, tokens: Sequence[int], cache_namespace: str = "") -> PromptBlocks:
         """What ``acquire`` takes for a prompt of ``tokens``. Callable from any thread; takes 3 us for each block.
 
         Args:
-            salt: tenant whose prefixes the prompt may share.
+            cache_namespace: tenant whose prefixes the prompt may share.
         """
-        root = root_key(*self._identity, salt) if self._enabled else None
-        return PromptBlocks(tokens, self.pool.block_size, root, salt)
+        root = root_key(*self._identity, cache_namespace) if self._enabled else None
+        return PromptBlocks(tokens, self.pool.block_size, root, cache_namespace)
 
     def acquire(self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0) -> Grant | None:
         """``num_blocks`` blocks for ``owner``, the first of them those that hold the start of its ``prompt``.
@@ -146,7 +146,7 @@ class PrefixCache:
         Returns:
             None, changing nothing, when there are not that many blocks and ``spare`` more.
         """
-        path = list(self._walk(self._roots.get(prompt.salt), prompt, 0))
+        path = list(self._walk(self._roots.get(prompt.cache_namespace), prompt, 0))
         lacking = num_blocks - len(path)
         if lacking + spare > self.num_available - sum(node.refs == 0 for node in path):
             return None
@@ -167,7 +167,7 @@ class PrefixCache:
         """
         holder = self._holders[owner]
         begin = len(holder.path)
-        last = holder.path[-1] if holder.path else self._roots.get(holder.prompt.salt)
+        last = holder.path[-1] if holder.path else self._roots.get(holder.prompt.cache_namespace)
         found = list(self._walk(last, holder.prompt, begin))
         if not found:
             return None
@@ -188,7 +188,7 @@ class PrefixCache:
         index = len(holder.path)
         if index >= len(holder.prompt.tokens):
             return None
-        parent = holder.path[-1] if holder.path else holder.prompt.salt
+        parent = holder.path[-1] if holder.path else holder.prompt.cache_namespace
         return parent, holder.prompt.tokens[index]
 
     def may_share(self, owner: str) -> bool:
@@ -219,7 +219,7 @@ class PrefixCache:
         end = complete if most is None else min(complete, begin + most)
         if begin >= end:
             return 0
-        node = holder.path[-1] if holder.path else self._root(prompt.salt)
+        node = holder.path[-1] if holder.path else self._root(prompt.cache_namespace)
         part = slice(begin, end)
         for tokens, key, block in zip(prompt.tokens[part], prompt.keys[part], holder.table[part], strict=True):
             parent, found = node, node.children.get(tokens)
@@ -290,10 +290,10 @@ class PrefixCache:
                 return
             yield node
 
-    def _root(self, salt: str) -> _Node:
-        root = self._roots.get(salt)
+    def _root(self, cache_namespace: str) -> _Node:
+        root = self._roots.get(cache_namespace)
         if root is None:
-            root = self._roots[salt] = _Node(-1, b"", None, 0, -1)
+            root = self._roots[cache_namespace] = _Node(-1, b"", None, 0, -1)
         return root
 
     def _reference(self, node: _Node) -> None:
@@ -341,7 +341,7 @@ class PrefixCache:
             if parent.refs == 0:
                 self._offer(parent)
         elif not parent.children:
-            self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
+            self._roots = {cache_namespace: root for cache_namespace, root in self._roots.items() if root is not parent}
 
     def _nodes(self) -> Iterator[_Node]:
         stack = [child for root in self._roots.values() for child in root.children.values()]

@@ -34,15 +34,15 @@ from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import check_scales, decode
 from overfill.kv.handshake import KvIdentity, check_compatible
-from overfill.kv.joining import to_the_end
 from overfill.kv.native.library import Rows
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange, share_out
-from overfill.kv.samehost import Borrower
+from overfill.kv.shielded import shielded
+from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.wire import WireChunk, decode_all, pull_kv
-from overfill.rpc.calls import outcome, responses, written
+from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
 from overfill.telemetry import tracing
@@ -77,7 +77,7 @@ class PromptRequest:
     sampling: common_pb2.SamplingParams
     sample_index: int
     sample_first_token: bool
-    tenant_salt: str = ""
+    cache_namespace: str = ""
     trace: bool = False
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW  # wished for; raw where the prefill worker does not offer it
 
@@ -126,19 +126,19 @@ class PrefillPeer:
     """A checked connection to one incarnation of one prefill worker.
 
     Args:
-        same_host: whether to share memory with a worker that is on this host and offers it.
+        shm: whether to share memory with a worker that is on this host and offers it.
 
     Attributes:
         link: shared memory, once the handshake has found it.
     """
 
     def __init__(
-        self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, same_host: bool = True
+        self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, shm: bool = True
     ) -> None:
         self.target = target
-        self.link: Borrower | None = None
+        self.link: ShmClient | None = None
         self.codecs: frozenset[int] = frozenset()
-        self._same_host = same_host
+        self._shm = shm
         self._control = open_channel(target.address, tls)
         self.data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
@@ -148,7 +148,7 @@ class PrefillPeer:
         name = self.target.worker_id
         call = self.control.Describe(prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT)
         try:
-            described: prefill_pb2.DescribePrefillResponse = await outcome(call, name)
+            described: prefill_pb2.DescribePrefillResponse = await checked_response(call, name)
         except (DeadlineExceeded, RequestCancelled, Unavailable) as error:
             raise Unavailable(f"prefill worker {name} did not answer: {error}") from error
         if described.incarnation != self.target.incarnation:
@@ -163,9 +163,9 @@ class PrefillPeer:
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
         self.codecs = frozenset(described.codecs)
-        if self._same_host and described.HasField("same_host"):
+        if self._shm and described.HasField("shm"):
             try:
-                self.link = await Borrower.connect(described.same_host)
+                self.link = await ShmClient.connect(described.shm)
             except (OSError, TimeoutError, ValueError) as error:
                 logger.info("prefill worker %s shares no memory with this one: %s", name, error)
 
@@ -319,7 +319,7 @@ class PromptPull:
                 already_held_tokens=self._spec.tokens[0],
                 codec=self._spec.codec,
                 expected_incarnation=self._peer.target.incarnation,
-                tenant_salt=request.tenant_salt,
+                cache_namespace=request.cache_namespace,
                 trace=request.trace,
                 sample_index=request.sample_index,
             )
@@ -335,7 +335,7 @@ class PromptPull:
                         await asyncio.wait_for(self._whole.wait(), _ACK_DELAY)
                 while message.HasField("ack") and not self._outgoing.empty():  # only acknowledgements follow the start
                     message.ack.ranges.extend(self._outgoing.get_nowait().ack.ranges)
-                await written(control.write(message), self._worker)
+                await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
         return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))
@@ -364,7 +364,7 @@ class PromptPull:
             await asyncio.sleep(_REPEAT_DELAY * 2**repeats)
 
     async def _pull_once(
-        self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, link: Borrower | None
+        self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, link: ShmClient | None
     ) -> None:
         loop = asyncio.get_running_loop()
         stream = link.new_stream() if link is not None else 0
@@ -380,7 +380,7 @@ class PromptPull:
             async for message in responses(call, self._worker):
                 taken: list[_Taken] = []  # also when a later chunk of the message is wrong
                 try:
-                    await to_the_end(loop.run_in_executor(self._executor, self._take_all, message, link, taken))
+                    await shielded(loop.run_in_executor(self._executor, self._take_all, message, link, taken))
                 finally:
                     if link is not None:
                         link.give_back([one.slot for one in taken if one.slot is not None])
@@ -392,7 +392,7 @@ class PromptPull:
             if link is not None:
                 link.end_stream(stream)
 
-    def _take_all(self, message: bytes, link: Borrower | None, taken: list[_Taken]) -> None:
+    def _take_all(self, message: bytes, link: ShmClient | None, taken: list[_Taken]) -> None:
         """Writes the chunks of a message that are right; ``taken`` tells which, also when a later one is wrong."""
         found: list[tuple[Piece, _Taken]] = []
         try:
@@ -407,7 +407,7 @@ class PromptPull:
         if whole < len(pieces):
             raise wrong_checksum(pieces[whole].box)
 
-    def _claim(self, chunk: WireChunk, link: Borrower | None) -> tuple[Piece, _Taken]:
+    def _claim(self, chunk: WireChunk, link: ShmClient | None) -> tuple[Piece, _Taken]:
         """What is to be written of a chunk, its cells marked as there: nobody else may write to them."""
         slot = None
         if chunk.head.HasField("shared"):

@@ -18,9 +18,9 @@ from overfill.kv.cache import KvCache
 from overfill.kv.cells import DeviceEvent
 from overfill.kv.chunks import TransferSpec, blank_piece, lay_out_raw, seal, seal_in_place
 from overfill.kv.codecs import encode
-from overfill.kv.joining import to_the_end
 from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange
+from overfill.kv.shielded import shielded
 from overfill.kv.wire import Frame, join
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
@@ -148,7 +148,7 @@ class KvSender:
                 if reading is None:
                     reading = await self._begin(ranges, sent, slots, growth.take())
                     continue
-                message = await to_the_end(reading)
+                message = await shielded(reading)
                 reading = None
                 if self._next_piece(ranges, sent, 1) is not None and (slots is None or slots.free):
                     reading = await self._begin(ranges, sent, slots, growth.take())
@@ -160,7 +160,7 @@ class KvSender:
                 growth.sent((self.last_sent_ns - began) / 1e9)
         finally:
             if reading is not None:
-                await to_the_end(reading)
+                await shielded(reading)
 
     async def _begin(
         self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None, most: int

@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Ends the process now, once what it has said is out. Whatever else has to happen at the end has happened.
 
     An orderly end would also join every thread of gRPC, torch and the executors, which takes seconds on a busy machine

@@ -51,7 +51,7 @@ class RelayRequest:
         trace: ask for ``Finish.trace``.
         sample_index: which of several answers to the same prompt.
         codec: how the prompt's KV is to travel; 0 leaves it to the decode worker.
-        tenant_salt: requests of different salts share no cached KV.
+        cache_namespace: requests of different namespaces share no cached KV.
         priority, key: whose turn it is; see ``Job``.
         block_keys: names of the prompt's blocks in prefix caches; None: not known.
     """
@@ -66,7 +66,7 @@ class RelayRequest:
     trace: bool = False
     sample_index: int = 0
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
-    tenant_salt: str = ""
+    cache_namespace: str = ""
     priority: int = 0
     key: str = ""
     block_keys: PromptKeys | None = None
@@ -263,7 +263,7 @@ class Relay:
             trace=self._request.trace,
             codec=self._request.codec,
             sample_index=self._request.sample_index,
-            tenant_salt=self._request.tenant_salt,
+            cache_namespace=self._request.cache_namespace,
         )
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:

@@ -11,7 +11,7 @@ import grpc.aio
 
 from overfill.errors import OverfillError
 from overfill.routing.worker import WorkerInfo
-from overfill.rpc.calls import outcome, written
+from overfill.rpc.calls import checked_response, checked_write
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
 from overfill.telemetry import tracing
@@ -103,10 +103,10 @@ class GrpcDecodeStream:
 
     async def send(self, message: decode_pb2.DecodeRequest) -> None:
         with suppress(OverfillError):
-            await written(self._call.write(message), self._peer)
+            await checked_write(self._call.write(message), self._peer)
 
     async def receive(self) -> decode_pb2.DecodeResponse | None:
-        message = await outcome(self._call.read(), self._peer)
+        message = await checked_response(self._call.read(), self._peer)
         return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]
 
     def close(self) -> None:

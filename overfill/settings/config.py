@@ -10,36 +10,28 @@ Everything is checked once, here, with a message that names the place; services 
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from overfill.api.keys import BadKeyFile, KeyRing
+from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.request.names import CodecName
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
-from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, ROUTER_RPCS, WORKER_RPCS, Gate, Rule
+from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_TRANSFER_TIME, SPARE_RPCS
-from overfill.rpc.tls import ClientTls, Credentials, ServerTls
+from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
-from overfill.telemetry.logs import LogFormat
-
-LogLevel = Literal["debug", "info", "warning", "error"]
+from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
+from overfill.settings.values import Addresses, Bytes, Names, Origins, Port, is_wildcard
 
 UP_KEYS = (
     "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
@@ -51,139 +43,12 @@ _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", defa
 """Values for the configuration that ``parse`` is about to make; where nothing else says anything."""
 
 
-def _split(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _check_address(address: str) -> str:
-    port = address.rpartition(":")[2]
-    if address.startswith("unix:") or (":" in address and port.isdecimal() and int(port) < 65536):
-        return address
-    if re.fullmatch(r"ray:///[\w.-]+", address):
-        return address
-    raise ValueError("expected HOST:PORT, dns:///NAME:PORT or ray:///APPLICATION, or several separated by commas")
-
-
-def _check_origin(origin: str) -> str:
-    """As browsers write it: lower case, no path, no port that is the scheme's default."""
-    origin = origin.lower()
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-        raise ValueError("expected *, or origins such as https://chat.example.org, without a path, separated by commas")
-    return re.sub(r"^(http(?=.*:80$)|https(?=.*:443$))(://.+):\d+$", r"\1\2", origin)
-
-
 def _flags(settings: Mapping[str, object]) -> list[str]:
     return [f"--{flag_name(name)}={value}" for name, value in settings.items()]
 
 
-def is_wildcard(host: str) -> bool:
-    """Whether a server on ``host`` listens on every address of its machine."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_unspecified
-    except ValueError:
-        return False
-
-
-def _check_positive(size: ByteSize) -> ByteSize:
-    if size <= 0:
-        raise ValueError("must be more than 0, such as 512MiB or 2GiB")
-    return size
-
-
-Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
-Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-# Text: a Path would make ./default, which is a folder, the name of a pair.
-PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]
-
-
-class ServiceConfig(BaseSettings):
+class ServiceConfig(CommonSettings):
     """What every service has. A subclass adds its program name and the prefix of its variables."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        protected_namespaces=(),
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        env_ignore_empty=True,
-    )
-    program: ClassVar[str]
-    section: ClassVar[str]
-    """Of a file."""
-    rpcs: ClassVar[Mapping[str, Rule]] = WORKER_RPCS
-    """Who may call what here."""
-
-    config: Path | None = Field(
-        None, description="YAML or TOML file of settings, for what no flag and no variable says; see `overfill config`"
-    )
-    pair: PairName = Field(
-        description="a named pair (default, fast, identity), prepared in the cache when it is not there, or the folder "
-        "of a pair (./default for one of such a name)"
-    )
-    host: str = Field(
-        "127.0.0.1", description="address to listen on; anything but loopback needs --tls-cert, --tls-key and --tls-ca"
-    )
-    port: Port = Field(0, description="port to listen on; 0 picks a free one")
-    grace_period: float = Field(30.0, ge=0, description="seconds for running requests to finish at shutdown")
-    tls_cert: Path | None = Field(None, description="PEM certificate of this process")
-    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
-    tls_ca: Path | None = Field(None, description="PEM certificates that peers are checked against")
-    tls_name: str = Field(
-        "", description="name that all other processes' certificates bear, whatever their address; empty: their host's"
-    )
-    api_keys: Path | None = Field(
-        None,
-        description="file of API keys (`overfill keys create`) that clients must show; by default none is wanted; "
-        "on workers for /metrics only",
-    )
-    stack_secret: Path | None = Field(
-        None,
-        description="file with the secret that processes of the stack show each other; without certificates of both "
-        "sides, where there are API keys, it is what lets workers join",
-    )
-    log_level: LogLevel = Field("info", description="how much is logged to stderr")
-    log_format: LogFormat = Field("text", description="lines for people, or one JSON object per line")
-    log_requests: Literal["on", "off"] = Field(
-        "off", description="whether a line is logged at the end of each request; prompts and answers never are"
-    )
-    otlp_endpoint: str = Field(
-        "",
-        pattern=r"^(https?://.+)?$",
-        description="where traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; by default what "
-        "OTEL_EXPORTER_OTLP_ENDPOINT says, and nowhere without it",
-    )
-    metrics_port: Port | Literal["off"] = Field(
-        0, description="port of /metrics, for Prometheus; 0 picks a free one, which `overfill status` shows; or off"
-    )
-    metrics_host: str = Field(
-        "127.0.0.1", description="address of /metrics; anything but loopback needs --tls-cert, --tls-key and --tls-ca"
-    )
-
-    @model_validator(mode="after")
-    def _check_tls(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
-        certain = self.tls_cert is not None and self.tls_ca is not None
-        if self.metrics_port != "off" and not certain and not is_loopback(self.metrics_host):
-            raise ValueError(
-                f"--metrics-host {self.metrics_host} is open to other machines: give --tls-cert, --tls-key and "
-                "--tls-ca, which signs the scraper's certificate, or keep --metrics-host 127.0.0.1"
-            )
-        # Without --tls-ca nobody has to show a certificate: anyone could join as a worker, or drain the stack. API
-        # keys guard neither of these.
-        if not certain and not is_loopback(self.host):
-            raise ValueError(
-                f"--host {self.host} is open to other machines, and without certificates of both sides to anyone "
-                "there: give --tls-cert, --tls-key and --tls-ca (which signed the certificates of all other "
-                "processes), or keep --host 127.0.0.1"
-            )
-        return self
 
     @classmethod
     def settings_customise_sources(
@@ -195,7 +60,8 @@ class ServiceConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # Flags come before all of these.
-        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
+        earlier = InitSettingsSource(settings_cls, cls._earlier_variables())
+        return init_settings, env_settings, earlier, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
@@ -203,7 +69,7 @@ class ServiceConfig(BaseSettings):
 
         Prints what to change to stderr and exits 2 when a flag, variable or key is unknown or has a bad value.
         """
-        args = list(sys.argv[1:] if argv is None else argv)
+        args = rename_service_flags(sys.argv[1:] if argv is None else argv, cls.model_fields)
         unknown = sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables())
         if unknown:
             cls._exit("; ".join(f"{name}: no such setting; {nearest(name, cls.variables())}" for name in unknown))
@@ -222,8 +88,24 @@ class ServiceConfig(BaseSettings):
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """Environment variable -> field."""
-        return {f"{cls.model_config['env_prefix']}{name}".upper(): name for name in cls.model_fields}
+        """Environment variable -> field; earlier names come first."""
+        names = {**dict(old_names(cls.model_fields)), **{name: name for name in cls.model_fields}}
+        return {cls.variable(name): field for name, field in names.items()}
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """Environment variable of the field ``name``."""
+        return f"{cls.model_config['env_prefix']}{name}".upper()
+
+    @classmethod
+    def _earlier_variables(cls) -> dict[str, Any]:
+        """Field -> value of those fields whose environment variable has an earlier name only."""
+        values: dict[str, Any] = {}
+        for old, new in old_names(cls.model_fields):
+            if value := os.environ.get(cls.variable(old)):
+                warn(cls.variable(old), cls.variable(new))
+                values[new] = value
+        return values
 
     @classmethod
     def find_file(cls, argv: Sequence[str]) -> ConfigFile | None:
@@ -252,59 +134,12 @@ class ServiceConfig(BaseSettings):
         file = cls.find_file(argv)
         found = {name: f"{file.path}: {key}" for name, (key, _) in cls.file_values(file).items()} if file else {}
         found |= {name: variable for variable, name in cls.variables().items() if os.environ.get(variable)}
-        given = {argument.partition("=")[0] for argument in argv}
+        given = {argument.partition("=")[0] for argument in rename_service_flags(argv, cls.model_fields)}
         return found | {name: flag for name in cls.model_fields if (flag := f"--{flag_name(name)}") in given}
 
     @classmethod
     def _is_ours(cls, variable: str) -> bool:
         return variable.startswith(cls.model_config["env_prefix"])
-
-    def server_tls(self) -> ServerTls | None:
-        """Certificates to serve with; with ``tls_ca``, clients must show one that it signed. None: in the clear."""
-        if self.tls_cert is None or self.tls_key is None:
-            return None
-        return ServerTls(self.tls_cert, self.tls_key, self.tls_ca)
-
-    def client_tls(self) -> ClientTls | None:
-        """Certificates for talking to the other processes of the stack; None: in the clear."""
-        if self.tls_cert is None and self.tls_ca is None:
-            return None
-        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
-
-    def credentials(self) -> Credentials | None:
-        """What this process shows to the others of the stack; None: nothing, and it talks in the clear."""
-        tls, secret = self.client_tls(), self._secret()
-        return Credentials(tls, secret) if tls is not None or secret else None
-
-    def gate(self) -> Gate:
-        """In front of the RPCs. Raises BadKeyFile."""
-        return Gate(self.rpcs, None, self._secret())
-
-    def metrics_gate(self, keys: KeyRing | None = None) -> Gate:
-        """In front of the port of metrics. Raises BadKeyFile."""
-        return Gate(METRICS_ROUTES, None if (keys := keys or self.key_ring()) is None else keys.find, self._secret())
-
-    def key_ring(self) -> KeyRing | None:
-        """The API keys. Raises BadKeyFile."""
-        return None if self.api_keys is None else KeyRing(self.api_keys)
-
-    def _secret(self) -> str:
-        if self.stack_secret is None:
-            return ""
-        try:
-            secret = self.stack_secret.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise BadKeyFile(f"cannot read the stack's secret in {self.stack_secret}: {error}") from error
-        if len(secret) < MIN_SECRET or not (secret.isascii() and secret.isprintable()):
-            raise BadKeyFile(
-                f"{self.stack_secret} holds no secret of {MIN_SECRET} printable characters or more; "
-                "make one with `openssl rand -hex 32`"
-            )
-        return secret
-
-    def trace_endpoint(self) -> str:
-        """Where traces are sent; empty: nowhere."""
-        return self.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 
     def to_argv(self) -> list[str]:
         """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""
@@ -326,6 +161,7 @@ class ServiceConfig(BaseSettings):
         Raises:
             ValueError: a name is unknown, or a value wrong; the message names the flag.
         """
+        settings = rename_fields(settings, cls.model_fields)
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
             raise ValueError(f"{', '.join(unknown)}: no such setting; see {cls.program} --help for those there are")
         argv = _flags({name: value for name, value in settings.items() if value is not None})
@@ -344,7 +180,7 @@ class ServiceConfig(BaseSettings):
                 continue
             name = str(item["loc"][0])
             flag = f"--{flag_name(name)}"
-            variable = f"{cls.model_config['env_prefix']}{name}".upper()
+            variable = cls.variable(name)
             if item["type"] == "missing":
                 yield f"{flag} (or {variable}) is required: {cls.model_fields[name].description}"
                 continue
@@ -381,8 +217,8 @@ class WorkerConfig(ServiceConfig):
         None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
-    same_host: Literal["on", "off"] = Field(
-        "on", description="whether KV goes through shared memory between workers on one host, instead of sockets"
+    shm: Literal["on", "off"] = Field(
+        "on", description="whether workers on one host exchange KV through shared memory instead of sockets"
     )
     prefix_cache: Literal["on", "off"] = Field(
         "on", description="whether the KV of prompts is kept, while there is room, for others that begin the same"
@@ -423,7 +259,7 @@ class PrefillConfig(WorkerConfig):
     program = "overfill-prefill"
     section = "prefill"
 
-    token_budget: int = Field(2048, ge=1, description="most prompt tokens computed in one step")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="most prompt tokens computed in one step")
 
 
 class DecodeConfig(WorkerConfig):
@@ -523,12 +359,12 @@ class RouterConfig(ServiceConfig):
             )
         return self
 
-    def gate(self) -> Gate:
-        return self.router_gate(self.key_ring())
+    def access(self) -> AccessPolicy:
+        return self.router_access(self.key_ring())
 
-    def router_gate(self, keys: KeyRing | None) -> Gate:
+    def router_access(self, keys: KeyRing | None) -> AccessPolicy:
         """In front of RPCs and routes, with keys that are read already."""
-        return Gate(self.rpcs, None if keys is None else keys.find, self._secret())
+        return AccessPolicy(self.rpcs, None if keys is None else keys.find, self._secret())
 
 
 SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, DecodeConfig)
@@ -537,8 +373,9 @@ SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, Decode
 def read_checked(path: Path) -> ConfigFile:
     """A file whose keys all exist, with no booleans for services. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
-    file = read_config_file(path)
-    file.check({COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS})
+    known = {COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS}
+    file = _with_new_keys(read_config_file(path), known)
+    file.check(known)
     # Of TOML, where `off` is written "off". A number's field would take a boolean for 0 or 1.
     faults = [
         f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
@@ -549,3 +386,16 @@ def read_checked(path: Path) -> ConfigFile:
     if faults:
         raise BadConfigFile(faults)
     return file
+
+
+def _with_new_keys(file: ConfigFile, known: Mapping[str, Collection[str]]) -> ConfigFile:
+    """``file`` with earlier keys replaced. Raises BadConfigFile when a setting is there under both names."""
+    sections, faults = {}, []
+    for section, settings in file.sections.items():
+        try:
+            sections[section] = rename_keys(section, settings, known.get(section, ()))
+        except ValueError as error:
+            faults.append(f"{file.path}: {error}")
+    if faults:
+        raise BadConfigFile(faults)
+    return ConfigFile(file.path, sections)

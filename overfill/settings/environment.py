@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-QUIET_GRPC = {
+GRPC_ENVIRONMENT = {
     "GRPC_VERBOSITY": "ERROR",  # not a line for every peer that goes away; our own log says what matters
     "GRPC_ENABLE_FORK_SUPPORT": "0",  # we fork only to exec
 }

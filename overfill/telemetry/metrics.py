@@ -58,7 +58,7 @@ REFUSALS = (
 PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
 """Why a decode worker wanted a prompt's KV again (``NeedPrefill.Reason``)."""
 
-MOST_KEYS = 100
+MAX_KEY_SERIES = 100
 """API keys with series of their own; the others share ``other``."""
 
 _OUTCOMES: dict[type[BaseException], str] = {
@@ -337,7 +337,7 @@ class RouterMetrics(MetricSet):
     def _key(self, key: str) -> str:
         if not key:
             return "none"
-        if key not in self._keys and len(self._keys) >= MOST_KEYS:
+        if key not in self._keys and len(self._keys) >= MAX_KEY_SERIES:
             return "other"
         self._keys.add(key)
         return key

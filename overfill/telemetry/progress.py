@@ -35,7 +35,7 @@ def log_steps(logger: logging.Logger) -> Report:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Report]:
+def show_progress() -> Iterator[Report]:
     """Shows each step on stderr, from its first report on: as a bar on a terminal, as ``progress_lines`` elsewhere."""
     console = Console(stderr=True)
     if not sys.stderr.isatty() or console.is_dumb_terminal:

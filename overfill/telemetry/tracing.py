@@ -157,7 +157,7 @@ def configure(service: str, instance: str, version: str, endpoint: str) -> None:
     """
     if not endpoint or _collector is not None:
         return
-    with needs("tracing", "to send traces (--otlp-endpoint, OTEL_EXPORTER_OTLP_ENDPOINT) this process"):
+    with needs("tracing", "to send traces (--otlp-traces-endpoint, OTEL_EXPORTER_OTLP_ENDPOINT) this process"):
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider

@@ -43,7 +43,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[StartDecode, _Mapping]] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ...) -> None: ...
 
 class StartDecode(_message.Message):
-    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "tenant_salt", "trace", "sample_index", "codec")
+    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -51,7 +51,7 @@ class StartDecode(_message.Message):
     EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
@@ -62,11 +62,11 @@ class StartDecode(_message.Message):
     emitted_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.SamplingParams
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    tenant_salt: str
+    cache_namespace: str
     trace: bool
     sample_index: int
     codec: _common_pb2.KvCodec
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tenant_salt: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
 
 class AssignPrefill(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address", "data_address")

@@ -29,7 +29,7 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
     codec = CODECS[config.codec]
-    peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.same_host == "on")
+    peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.shm == "on")
     metrics = DecodeMetrics()
     prefix = parts.prefix_cache(config.prefix_cache == "on")
     limits = TransferLimits(whole=config.max_transfer_time)

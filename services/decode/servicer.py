@@ -108,9 +108,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
         self._check_open(first.start)  # before a grammar is compiled, and again behind it
         processor = await self._processor(first.start)
-        salt = self._salt(first.start)
+        cache_namespace = self._cache_namespace(first.start)
         prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-            self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, salt
+            self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, cache_namespace
         )
         session = self._accept(first.start, processor, prompt_blocks, context)
         running = asyncio.ensure_future(session.run())
@@ -136,12 +136,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
 
-    def _salt(self, start: decode_pb2.StartDecode) -> str:
+    def _cache_namespace(self, start: decode_pb2.StartDecode) -> str:
         """Whose prefixes a prompt may share.
 
         What came through a codec is not what the full model computed: it is shared within the codec only.
         """
-        return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.tenant_salt}"
+        return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.cache_namespace}"
 
     def _accept(
         self,
@@ -162,7 +162,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             stop=StopRule.of(sampling, start.eos_token_ids, room),
             sample_index=start.sample_index,
             processor=processor,
-            salt=prompt_blocks.salt,
+            cache_namespace=prompt_blocks.cache_namespace,
             prompt_blocks=prompt_blocks,
         )
         session = Session(
@@ -211,7 +211,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             sampling=start.sampling,
             sample_index=start.sample_index,
             sample_first_token=session.wants_first_token,
-            tenant_salt=start.tenant_salt,
+            cache_namespace=start.cache_namespace,
             codec=start.codec or self._codec,
             trace=start.trace,
         )

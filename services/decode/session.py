@@ -36,8 +36,8 @@ from overfill.errors import (
     Overloaded,
     Unavailable,
 )
-from overfill.kv.joining import to_the_end
 from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
+from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics, outcome_of
@@ -174,7 +174,7 @@ class Session:
             raise
         finally:
             try:
-                await to_the_end(self._join_pull())
+                await shielded(self._join_pull())
             finally:
                 self._send(Release(self.sequence.id))
                 self._log()

@@ -17,7 +17,7 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
 from overfill.kv.wire import decode_all, pull_kv
 from overfill.request.params import SamplingParams
-from overfill.rpc.calls import outcome, responses, written
+from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -257,13 +257,13 @@ class _Peer:
             codec=common_pb2.KV_CODEC_RAW,
             expected_incarnation=target.incarnation,
             sample_index=start.sample_index,
-            tenant_salt=start.tenant_salt,
+            cache_namespace=start.cache_namespace,
         )
         spec = TransferSpec(request.transfer_id, request.attempt, self._worker.kv, tuple(request.layers), (0, prompt))
         call = prefill_pb2_grpc.PrefillStub(self._control).Prefill()
         ended, queue_ns, pulling = False, 0, None
         try:
-            await written(call.write(prefill_pb2.PrefillRequest(start=request)), self._name)
+            await checked_write(call.write(prefill_pb2.PrefillRequest(start=request)), self._name)
             while True:
                 message = await self._next(call, pulling)
                 kind = message.WhichOneof("message") if message else None
@@ -294,7 +294,7 @@ class _Peer:
 
     async def _next(self, call: Any, pulling: asyncio.Task[None] | None) -> Any:
         """The next message of the control stream. Raises what ended the data stream, if that comes first."""
-        reading = asyncio.ensure_future(outcome(call.read(), self._name))
+        reading = asyncio.ensure_future(checked_response(call.read(), self._name))
         try:
             while not reading.done():
                 watched = {reading} if pulling is None or pulling.done() else {reading, pulling}
@@ -311,12 +311,12 @@ class _Peer:
         async for message in responses(pull_kv(self._data, request, None), self._name):
             boxes = [check(spec, chunk) for chunk in decode_all(message)]
             ack = prefill_pb2.AckKv(ranges=[box.to_proto() for box in boxes])
-            await written(call.write(prefill_pb2.PrefillRequest(ack=ack)), self._name)
+            await checked_write(call.write(prefill_pb2.PrefillRequest(ack=ack)), self._name)
 
     async def _handshake(self) -> None:
         if not self._checked:
             described = prefill_pb2_grpc.PrefillStub(self._control).Describe(prefill_pb2.DescribePrefillRequest())
-            answer = await outcome(described, self._name)
+            answer = await checked_response(described, self._name)
             theirs = KvIdentity(
                 answer.wire_version,
                 answer.model.full_digest,

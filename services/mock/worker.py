@@ -69,7 +69,7 @@ class MockWorker:
         )
         self.draining = False
         self.drained = asyncio.Event()
-        self._server = RpcServer(config.server_tls(), config.max_rpcs, gate=config.gate())
+        self._server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
         self._membership: Membership | None = None
         self._stage: Stage | None = None
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 from overfill.engine.device import device_executor
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
-from overfill.kv.samehost import Lender
+from overfill.kv.shm import ShmServer
 from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
 from overfill.settings.config import PrefillConfig
@@ -25,9 +25,9 @@ _READERS = 2  # threads that copy KV out of the cache beside the engine
 async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
     """Loads the full model, serves until drained, and returns the exit code. ``on_ready`` is called once it serves."""
     loop = asyncio.get_running_loop()
-    parts = await load_parts(config, "full", config.token_budget)
+    parts = await load_parts(config, "full", config.max_num_batched_tokens)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
-    lender = Lender(config.same_host == "on")
+    shm_server = ShmServer(config.shm == "on")
     metrics = PrefillMetrics()
     prefix = parts.prefix_cache(config.prefix_cache == "on")
     servicer = PrefillServicer(
@@ -36,7 +36,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
         hello,
         device_executor(_READERS, "kv-out", parts.runner.device),
         2 * config.max_num_seqs,
-        lender,
+        shm_server,
         metrics,
         TransferLimits(whole=config.max_transfer_time),
     )
@@ -44,8 +44,10 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     def emit(events: list[PrefillEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    core = PrefillEngine(parts.runner, parts.pool, config.token_budget, config.max_num_seqs, emit, prefix, metrics)
-    lender.start()
+    core = PrefillEngine(
+        parts.runner, parts.pool, config.max_num_batched_tokens, config.max_num_seqs, emit, prefix, metrics
+    )
+    shm_server.start()
     try:
         return await serve_engine(
             config,
@@ -59,7 +61,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
             on_ready=on_ready,
         )
     finally:
-        await lender.stop()
+        await shm_server.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

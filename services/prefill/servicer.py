@@ -40,8 +40,8 @@ from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
-from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
+from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES, CODECS
@@ -81,7 +81,7 @@ class Lease:
             sample_index=start.sample_index,
             sample_first_token=start.sample_first_token,
             processor=processor,
-            salt=start.tenant_salt,
+            cache_namespace=start.cache_namespace,
             prompt_blocks=prompt_blocks,
         )
         self.received_ns = time.monotonic_ns()
@@ -152,7 +152,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill, PullKv and Describe.
 
     Takes ``max_leases`` prompts at once, waiting ones included. ``prefix`` is the engine's prefix cache. Shares memory
-    through ``lender`` with decode workers on this host. ``engine`` and ``host`` are set before the server starts.
+    through ``shm_server`` with decode workers on this host. ``engine`` and ``host`` are set before the server starts.
     Engine events arrive through ``on_events``.
     """
 
@@ -166,7 +166,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         hello: registry_pb2.Hello,
         executor: Executor,
         max_leases: int,
-        lender: Lender | None = None,
+        shm_server: ShmServer | None = None,
         metrics: PrefillMetrics | None = None,
         limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
@@ -176,7 +176,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._prefix = prefix
         # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
         self._hashing = ThreadPoolExecutor(1, "hash")
-        self._lender = lender or Lender(enabled=False)
+        self._shm_server = shm_server or ShmServer(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
         self._executor = executor
@@ -211,7 +211,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             kv=self._hello.kv,
             max_model_len=self._parts.max_model_len,
             codecs=CODECS.values(),
-            same_host=self._lender.offer,
+            shm=self._shm_server.offer,
         )
 
     async def Prefill(
@@ -232,7 +232,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             self._check_open(first.start)  # before a grammar is compiled, and again behind it
             processor = await self._processor(first.start)
             prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.tenant_salt
+                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.cache_namespace
             )
             lease = self._accept(first.start, processor, prompt_blocks)
             guards = [
@@ -260,7 +260,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequest("ranges", str(error)) from error
         task = asyncio.current_task()
         assert task is not None
-        slots = self._lender.link(request.link_id).stream(request.stream) if request.link_id else None
+        slots = self._shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
         lease.readers.add(task)
         try:
             async with aclosing(lease.sender.chunks(ranges, slots)) as chunks:

@@ -27,11 +27,12 @@ from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
 from overfill.rpc.addresses import is_loopback, split_address
-from overfill.rpc.calls import outcome
+from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
-from overfill.settings.config import ServiceConfig, is_wildcard
+from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import SETTINGS
+from overfill.settings.values import is_wildcard
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:
@@ -122,10 +123,10 @@ class WorkerReplica(Replica):
 
             await self.start(config, lambda ready: serve_mock(config, ready))  # type: ignore[arg-type]
             return
-        from overfill.engine.device import tuned
+        from overfill.engine.device import cpu_settings
 
-        self._tuned = tuned(config.threads)
-        self._tuned.__enter__()  # for the life of the process
+        self._cpu_settings = cpu_settings(config.threads)
+        self._cpu_settings.__enter__()  # for the life of the process
         if stage == PREFILL:
             from services.prefill.main import serve as serve_prefill
 
@@ -215,7 +216,7 @@ async def check_alive(address: str, tls: ClientTls | None) -> None:
     channel = open_channel(address, tls)
     try:
         stub = health_pb2_grpc.HealthStub(channel)
-        await outcome(stub.Check(health_pb2.HealthCheckRequest()), address)
+        await checked_response(stub.Check(health_pb2.HealthCheckRequest()), address)
     finally:
         await channel.close(None)
 

@@ -10,7 +10,7 @@ from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Una
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import STALE_AFTER, Worker
-from overfill.rpc.calls import outcome
+from overfill.rpc.calls import checked_response
 from overfill.rpc.interceptors import Context
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 
@@ -70,7 +70,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             raise InvalidRequest("worker_id", f"no worker {request.worker_id!r} has joined; joined: {known}")
         drained = self._stub(worker).Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT)
         try:
-            await outcome(drained, f"worker {worker.id}")
+            await checked_response(drained, f"worker {worker.id}")
         except (RequestCancelled, Unavailable):
             # A worker without requests may leave before its answer is written.
             if self._roster.find(worker.id) is worker and worker.staying:
@@ -98,7 +98,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def _ask(self, worker: Worker, stub: admin_pb2_grpc.AdminStub) -> admin_pb2.WorkerStatus:
         status = admin_pb2.WorkerStatus(id=worker.id, stage=worker.info.stage, address=worker.info.address)
         try:
-            answer = await outcome(
+            answer = await checked_response(
                 stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT), f"worker {worker.id}"
             )
         except OverfillError:

@@ -23,7 +23,7 @@ from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, PREFILL
-from overfill.rpc.access import Gate as AccessGate
+from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
@@ -123,12 +123,12 @@ class Router:
             max_request_time=config.max_request_time,
         )
         keys = config.key_ring()
-        access = config.router_gate(keys)
-        self._metrics_gate = config.metrics_gate(keys)
+        access = config.router_access(keys)
+        self._metrics_access = config.metrics_access(keys)
         self._http_api: HttpApi | None = None
         self._http = None if config.http == "off" else self._http_server(access)
         self._server = RpcServer(
-            config.server_tls(), config.max_connections, gate=access, condition=lambda: not self._unready()
+            config.server_tls(), config.max_connections, access=access, condition=lambda: not self._unready()
         )
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
@@ -186,7 +186,7 @@ class Router:
                 self._config.metrics_port,
                 self._config.server_tls(),
                 self._targets,
-                self._metrics_gate,
+                self._metrics_access,
             )
             logger.info("%s serves metrics on %s", self._id, self._exporter.address)
         self._server.set_ready(True)
@@ -238,7 +238,7 @@ class Router:
             self._exporter.close()
         await tracing.flush()
 
-    def _http_server(self, access: AccessGate) -> HttpServer:
+    def _http_server(self, access: AccessPolicy) -> HttpServer:
         # Here, so that a router without the endpoint does not import its libraries.
         from services.router.http.app import HttpApi
         from services.router.http.server import HttpServer

@@ -193,7 +193,7 @@ class Generator:
         logs.request_id.set(checked.request_id)
         tracing.current().set(request_id=checked.request_id, prompt_tokens=len(checked.prompt_token_ids))
         now = asyncio.get_running_loop().time()
-        key, tenant_salt = _name(caller), "" if caller is None else caller.tenant_salt
+        key, cache_namespace = _name(caller), "" if caller is None else caller.cache_namespace
         relay = Relay(
             RelayRequest(
                 id=checked.request_id,
@@ -206,10 +206,10 @@ class Generator:
                 trace=checked.trace,
                 sample_index=checked.sample_index,
                 codec=checked.kv_codec,
-                tenant_salt=tenant_salt,
+                cache_namespace=cache_namespace,
                 priority=_priority(checked.priority, caller),
                 key=key,
-                block_keys=self._block_keys(checked.prompt_token_ids, tenant_salt),
+                block_keys=self._block_keys(checked.prompt_token_ids, cache_namespace),
             ),
             self._gate,
             self._connector,
@@ -279,13 +279,13 @@ class Generator:
         if caller is not None:
             self._limits.leave(caller.id)
 
-    def _block_keys(self, tokens: Sequence[int], tenant_salt: str) -> PromptKeys | None:
+    def _block_keys(self, tokens: Sequence[int], cache_namespace: str) -> PromptKeys | None:
         """Names that the prompt's blocks have in the prefill workers' caches; None while there is no worker."""
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
         identity = worker.info.identity
-        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, tenant_salt), tokens)
+        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, cache_namespace), tokens)
 
     def _check_open(self, model: str) -> None:
         if self._draining:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from overfill.errors import OverfillError
-from overfill.process.leaving import leave
+from overfill.process.leaving import exit_now
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.telemetry import logs
@@ -30,11 +30,11 @@ async def _serve(config: RouterConfig) -> NoReturn:
         await _run(config)
     except (OverfillError, TlsError) as error:
         print(f"{config.program}: {error}", file=sys.stderr)
-        leave(1)
+        exit_now(1)
     except Exception:
         traceback.print_exc()
-        leave(1)
-    leave(0)
+        exit_now(1)
+    exit_now(0)
 
 
 async def _run(config: RouterConfig) -> None:

@@ -176,7 +176,7 @@ BROKEN = (
         "nor while it is written",
         "writers are not waited for",
         "services/decode/session.py",
-        "                await to_the_end(self._join_pull())\n",
+        "                await shielded(self._join_pull())\n",
         "                pass\n",
         "tests/unit/services/test_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
     ),
@@ -283,15 +283,15 @@ BROKEN = (
         "overfill/kv/receiver.py",
         "if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None",
         "if self._peer.link is not None and self._peer.link.alive else None",
-        "tests/unit/kv/test_same_host.py::test_a_link_that_only_the_lender_has_lost_makes_payloads_travel",
+        "tests/unit/kv/test_shm.py::test_a_link_that_only_the_server_has_lost_makes_payloads_travel",
     ),
     Broken(
         "so does a full disk",
         "memory that cannot be set aside is a bug",
-        "overfill/kv/samehost.py",
+        "overfill/kv/shm.py",
         "            except OSError as error:  # no memory",
         "            except ZeroDivisionError as error:  # no memory",
-        "tests/unit/kv/test_same_host.py::test_when_no_memory_can_be_set_aside_payloads_travel",
+        "tests/unit/kv/test_shm.py::test_when_no_memory_can_be_set_aside_payloads_travel",
     ),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.cli.up import make_plan
+from overfill.cli.up_plan import make_plan
 from overfill.lab.chaos.report import Report
 from overfill.lab.chaos.strikes import FAULTS, PHASES, Strike, matrix
 from overfill.lab.chaos.trial import Trial, run_trial

@@ -239,7 +239,7 @@ def http_case(number):
 
 def run(pair, http_count, rpc_count, frame_count):
     wrong, counts = [], collections.Counter()
-    with running_stack(pair, http=0, same_host="on") as (stack, address):
+    with running_stack(pair, http=0, shm="on") as (stack, address):
         with Client(address) as client:
             status = client.status()
         by_id = {worker.id: worker for worker in status.workers}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, child_environment
-from overfill.cli.up import make_plan
+from overfill.cli.up_plan import make_plan
 from overfill.client import Client
 
 SECRET = "the secret of a stack of tests"

@@ -83,7 +83,7 @@ def worst(prometheus, board, title):
         ),
         pytest.param(
             "OverfillPrefillOverloaded", ("router", "Prefill backlog"), {"prefill-0": "slow-steps"},
-            {"token_budget": "64"}, 10, 200, 4, id="overloaded prefill",
+            {"max_num_batched_tokens": "64"}, 10, 200, 4, id="overloaded prefill",
         ),
         pytest.param(
             "OverfillDecodeStarved", ("router", "Waiting for decode workers"), {"decode-0": "slow-steps"},

@@ -1,4 +1,4 @@
-"""What one tenant learns of another's prompts from how fast its own are read: nothing where keys salt the prefix cache.
+"""What one tenant learns of another's prompts from how fast its own are read: nothing where keys separate the prefix cache.
 
 Judged by what time follows from, the counters of blocks found; times are printed, and prove nothing on a busy machine.
 """
@@ -26,12 +26,12 @@ def probe(client, address, guess, secret):
     return after - before, answer.usage.cached_tokens, answer.timing.prefill_compute
 
 
-@pytest.mark.parametrize("salted", [True, False], ids=["keys", "no-keys"])
-def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path, salted):
+@pytest.mark.parametrize("with_keys", [True, False], ids=["keys", "no-keys"])
+def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path, with_keys):
     rng = random.Random(5)
     file = tmp_path / "keys.json"
     settings, victim_key, attacker_key, heir = {}, None, None, None
-    if salted:
+    if with_keys:
         victim_key, attacker_key = keys.create(file, "victim"), keys.create(file, "attacker")
         settings["api_keys"] = file
     right, wrong = [], []
@@ -41,17 +41,17 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
             for _ in range(10):
                 prompt = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
                 victim.generate(prompt, sampling=SAMPLING)
-                assert salted or probe(victim, address, prompt, secret)[0] > 0
+                assert with_keys or probe(victim, address, prompt, secret)[0] > 0
                 other = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
                 # Each guess once: a second time the attacker would find its own.
                 right.append(probe(attacker, address, [*prompt[: 5 * BLOCK], *other[5 * BLOCK :]], secret))
                 wrong.append(probe(attacker, address, other, secret))
-            if salted:
+            if with_keys:
                 assert probe(victim, address, prompt, secret)[0] == 5 * BLOCK, "the victim itself finds its blocks"
                 # Who is given the victim's name later is somebody else.
                 keys.revoke(file, "victim")
                 heir = keys.create(file, "victim")
-        if salted:
+        if with_keys:
             _wait_accepted(address, heir)
             with Client(address, api_key=heir) as client:
                 assert probe(client, address, prompt, secret)[:2] == (0, 0)
@@ -59,7 +59,7 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
     times = {name: statistics.median(p[2] for p in probes) for name, probes in (("right", right), ("wrong", wrong))}
     print(f"tokens found: {found}; median prefill of a right guess {times['right'] * 1e3:.2f} ms, "
           f"of a wrong one {times['wrong'] * 1e3:.2f} ms")  # fmt: skip
-    if salted:
+    if with_keys:
         assert found == {"right": {(0, 0)}, "wrong": {(0, 0)}}
     else:
         assert found == {"right": {(5 * BLOCK, 5 * BLOCK)}, "wrong": {(0, 0)}}

@@ -49,7 +49,7 @@ def shown(folder, role):
 
 def test_roles_on_a_whole_stack(tiny_pair, certs):
     """Without keys a client's certificate is enough for answers; a worker's is not, and a client's joins nothing."""
-    with running_stack(tiny_pair, tls=certs, same_host="off") as (_, address):
+    with running_stack(tiny_pair, tls=certs, shm="off") as (_, address):
         with Client(address, tls=shown(certs, Role.CLIENT)) as client:
             assert len(client.generate("Hello", sampling=GREEDY).token_ids) == 8
             workers = client.status().workers
@@ -107,7 +107,7 @@ async def pull(tiny_pair, worker, prompt, credentials):
     pair = Pair.load(tiny_pair)
     spec = pair.full_config.kv_spec("float32")
     assert isinstance(spec, KvSpec)
-    peer = PrefillPeer(target, 1, credentials, same_host=False)
+    peer = PrefillPeer(target, 1, credentials, shm=False)
     try:
         cache = KvCache(spec, 8, 16, torch.device("cpu"))
         await peer.handshake(KvIdentity(WIRE_VERSION, pair.full_digest, pair.tokenizer_digest, spec))
@@ -139,7 +139,7 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
     file = tmp_path / "keys.json"
     key = keys.create(file, "ci")
     settings = {"tls": certs} if secured else {}
-    with running_stack(tiny_pair, http=0, api_keys=file, same_host="off", **settings) as (stack, address):
+    with running_stack(tiny_pair, http=0, api_keys=file, shm="off", **settings) as (stack, address):
         operator = shown(certs, Role.OPERATOR) if secured else None
         with captured() as packets:
 
@@ -196,7 +196,7 @@ def test_rotation_under_load_loses_no_request(tiny_pair, certs, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "load")
     rotations, answered, failures, stop = 5, [], [], threading.Event()
-    with running_stack(tiny_pair, decode=2, http=0, tls=certs, api_keys=file, same_host="off") as (stack, address):
+    with running_stack(tiny_pair, decode=2, http=0, tls=certs, api_keys=file, shm="off") as (stack, address):
         operator = shown(certs, Role.OPERATOR)
         url = f"{stack.plan.openai_urls[0]}/completions"
         http_address = url.split("/")[2]

@@ -12,7 +12,7 @@ import pytest
 from mocks import mock_stack
 from stacks import running_stack
 
-from overfill.cli.up import make_plan
+from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
 from overfill.pair import store
 from overfill.pair.recipe import DecoderRecipe

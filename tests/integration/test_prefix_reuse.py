@@ -139,9 +139,11 @@ async def worker(tiny_pair):
     layer_map = Pair.load(tiny_pair).layer_map
     with ThreadPoolExecutor(2) as executor:
 
-        async def pull(prompt, salt="", held=0):
+        async def pull(prompt, namespace="", held=0):
             cache = KvCache(spec, 8, BLOCK, torch.device("cpu"))
-            request = PromptRequest("r", 0, prompt, SamplingParams(temperature=0).to_proto(), 0, True, tenant_salt=salt)
+            request = PromptRequest(
+                "r", 0, prompt, SamplingParams(temperature=0).to_proto(), 0, True, cache_namespace=namespace
+            )
             handoff = PromptPull(peer, request, spec, layer_map, cache, list(range(8)), executor, held)
             await handoff.run(20.0, lambda token: None)
             return cache, handoff.stats
@@ -154,13 +156,13 @@ async def worker(tiny_pair):
 
 async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     prompt = list(range(100, 170))
-    cold, stats = await worker(prompt, salt="one")
+    cold, stats = await worker(prompt, namespace="one")
     assert stats.cached_tokens == 0
-    warm, stats = await worker(prompt, salt="one")
+    warm, stats = await worker(prompt, namespace="one")
     assert stats.cached_tokens == 64
     assert torch.equal(cold.k[:, :4], warm.k[:, :4])  # the same cells
     assert torch.allclose(cold.k, warm.k, atol=1e-4)
-    _, stats = await worker(prompt, salt="two")
+    _, stats = await worker(prompt, namespace="two")
     assert stats.cached_tokens == 0
 
 

@@ -107,5 +107,5 @@ def test_a_damaged_file_of_secrets_is_not_quoted(tiny_pair, tmp_path, name, caps
     )
     (tmp_path / "s").write_text("a good secret of the stack")
     with contextlib.redirect_stdout(None), pytest.raises(Error) as error:
-        config.gate()
+        config.access()
     assert "hunter2" not in str(error.value)

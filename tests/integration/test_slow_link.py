@@ -36,7 +36,7 @@ def heavy_pair(tmp_path_factory):
 class Pull:
     """One prompt on its way to a decode worker of its own; ``run`` returns the cache."""
 
-    def __init__(self, hello, data_address, prompt, executor, same_host):
+    def __init__(self, hello, data_address, prompt, executor, shm):
         self._spec = KvSpec.from_proto(hello.kv)
         self._identity = KvIdentity(WIRE_VERSION, hello.model.full_digest, hello.model.tokenizer_digest, self._spec)
         target = decode_pb2.AssignPrefill(
@@ -45,7 +45,7 @@ class Pull:
             address=hello.address,
             data_address=data_address,
         )
-        self._peer = PrefillPeer(target, 1, None, same_host)
+        self._peer = PrefillPeer(target, 1, None, shm)
         self._prompt = prompt
         self._executor = executor
         self.first_token = asyncio.Event()
@@ -64,24 +64,24 @@ class Pull:
         return cache
 
 
-@pytest.mark.parametrize("same_host", [False, True])
-async def test_a_slow_link_holds_up_neither_its_first_token_nor_others(heavy_pair, same_host):
+@pytest.mark.parametrize("shm", [False, True])
+async def test_a_slow_link_holds_up_neither_its_first_token_nor_others(heavy_pair, shm):
     prompt = [(7 * i) % 470 + 20 for i in range(TOKENS)]
     arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
     with ThreadPoolExecutor(2) as executor:
         async with AsyncExitStack() as stack:
             hello = await stack.enter_async_context(prefill_worker(arguments, 1, lambda name, line: None))
             proxy = await stack.enter_async_context(TcpProxy(hello.data_address, RATE))
-            slow = Pull(hello, proxy.address, prompt, executor, same_host=False)
+            slow = Pull(hello, proxy.address, prompt, executor, shm=False)
             slow_run = asyncio.ensure_future(slow.run())
             await asyncio.wait_for(slow.first_token.wait(), 60)
             assert not slow_run.done(), "the KV cannot have come yet"
             for turn in range(3):
-                other = Pull(hello, hello.data_address, [*prompt[:500], 30 + turn], executor, same_host)
+                other = Pull(hello, hello.data_address, [*prompt[:500], 30 + turn], executor, shm)
                 await asyncio.wait_for(other.run(), 60)
             assert not slow_run.done(), "others waited for the slow link"
             through_slow = await slow_run
-            straight = await Pull(hello, hello.data_address, prompt, executor, same_host).run()
+            straight = await Pull(hello, hello.data_address, prompt, executor, shm).run()
     assert torch.equal(through_slow.k[:, :62], straight.k[:, :62])
     assert torch.allclose(through_slow.v, straight.v, atol=1e-4)
 
@@ -92,10 +92,10 @@ async def test_a_receiver_that_does_not_read_does_not_bloat_the_worker(heavy_pai
     arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
     with ThreadPoolExecutor(2) as executor:
         async with prefill_worker(arguments, 1, lambda name, line: None) as hello:
-            await Pull(hello, hello.data_address, prompt, executor, same_host=False).run()  # touches all memory
+            await Pull(hello, hello.data_address, prompt, executor, shm=False).run()  # touches all memory
             worker = psutil.Process(hello.pid)
             async with TcpProxy(hello.data_address, 2e6) as proxy:
-                stuck = [Pull(hello, proxy.address, prompt, executor, same_host=False) for _ in range(3)]
+                stuck = [Pull(hello, proxy.address, prompt, executor, shm=False) for _ in range(3)]
                 before = worker.memory_info().rss
                 runs = [asyncio.ensure_future(pull.run()) for pull in stuck]
                 await asyncio.wait_for(asyncio.gather(*(pull.first_token.wait() for pull in stuck)), 60)

@@ -81,7 +81,7 @@ def traced(tiny_pair, collector):
     with running_stack(
         tiny_pair,
         http=0,
-        otlp_endpoint=collector.endpoint,
+        otlp_traces_endpoint=collector.endpoint,
         log_format="json",
         log_level="debug",
         log_requests="on",
@@ -209,7 +209,7 @@ def test_logs_have_ids_and_no_prompts(traced, application):
 
 
 def test_spans_leave_before_a_process_ends(tiny_pair, collector):
-    with running_stack(tiny_pair, otlp_endpoint=collector.endpoint) as (_, address), Client(address) as client:
+    with running_stack(tiny_pair, otlp_traces_endpoint=collector.endpoint) as (_, address), Client(address) as client:
         before = len(collector.spans)
         client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=3, ignore_eos=True))
     # Batches leave every five seconds; the stack was stopped at once.

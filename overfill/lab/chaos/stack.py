@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
 from overfill.cli.processes import Child
-from overfill.cli.stack import Plan, Stack, child_environment, free_ports
+from overfill.cli.stack import Stack, StackPlan, child_environment, free_ports
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.settings.config import ServiceConfig
@@ -32,7 +32,7 @@ class Links:
 class BreakableStack(Stack):
     """``plan`` with probes that connect to ``probes``, a path; routers can be restarted too."""
 
-    def __init__(self, plan: Plan, probes: str, clocks: Clocks) -> None:
+    def __init__(self, plan: StackPlan, probes: str, clocks: Clocks) -> None:
         super().__init__(plan, lambda name, line: None)
         self._probes = probes
         self._clocks = clocks
@@ -70,7 +70,7 @@ class BreakableStack(Stack):
         return Child(name, command, environment, self._sink)
 
 
-async def behind_links(plan: Plan, exits: AsyncExitStack, seed: int) -> tuple[Plan, Links]:
+async def behind_links(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tuple[StackPlan, Links]:
     """``plan`` with a proxy in front of everything that listens.
 
     Every worker is reached through one of its own and reaches each router through another; clients have one to each
@@ -89,7 +89,7 @@ async def behind_links(plan: Plan, exits: AsyncExitStack, seed: int) -> tuple[Pl
             links.of[f"router-{index}"].append(proxy)
         update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
         if stage == "decode" and number % 2:
-            update["same_host"] = "off"  # so that KV takes both ways
+            update["shm"] = "off"  # so that KV takes both ways
         moved.append(worker.model_copy(update=update))
     prefill, decode = moved[: len(plan.prefill)], moved[len(plan.prefill) :]
     return replace(plan, prefill=tuple(prefill), decode=tuple(decode)), links  # type: ignore[arg-type]

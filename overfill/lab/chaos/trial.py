@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from overfill.cli.stack import Plan
+from overfill.cli.stack import StackPlan
 from overfill.client import AsyncClient
 from overfill.client.status import WorkerStatus
 from overfill.errors import OverfillError
@@ -160,7 +160,7 @@ class Result:
         return summarise(judged), wrong
 
 
-async def run_trial(plan: Plan, trial: Trial, report: Callable[[str, int, int], None]) -> Result:
+async def run_trial(plan: StackPlan, trial: Trial, report: Callable[[str, int, int], None]) -> Result:
     """Runs ``trial`` on a stack of its own. On the main thread: children are tied to the thread that starts them."""
     async with AsyncExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-chaos-")))

@@ -150,12 +150,12 @@ def _settings(
 
 def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | None, as_json: bool) -> None:
     from overfill.lab.bench.engine.rows import hints, rows_table
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     if plot is not None:  # before the measurement, so that a missing matplotlib is reported at once
         from overfill.lab.bench.engine.plot import save_speeds
     rows = []
-    with progress_bars() as report:
+    with show_progress() as report:
         for row in measure(report):
             rows.append(row)
             if as_json:

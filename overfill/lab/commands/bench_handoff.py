@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from overfill.cli.options import Number, dtype_option
+from overfill.cli.options import Number, RenamedFlags, dtype_option
 from overfill.cli.output import console, print_json
 from overfill.lab.bench.measurement import print_measurements
 from overfill.lab.commands.bench_options import json_option, load_pair, log_line, pair_option
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from overfill.lab.bench.handoff.timeline import Timeline
 
 _TIMELINE_ONLY = ("streams", "bandwidth", "plot")
-_COST_ONLY = ("rounds", "same_host", "kv_codec")
+_COST_ONLY = ("rounds", "shm", "kv_codec")
 
 
-@click.command("handoff", short_help="Cost of a handoff for a request; the timeline of one handoff.")
+@click.command("handoff", cls=RenamedFlags, short_help="Cost of a handoff for a request; the timeline of one handoff.")
 @pair_option
 @click.option("--tokens", type=click.IntRange(2), help="Length of a prompt.  [default: 2048; 2000 with --timeline]")
 @dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured requests.")
 @click.option(
-    "--same-host", type=click.Choice(["on", "off"]), default="on", show_default=True, help="KV through shared memory."
+    "--shm", type=click.Choice(["on", "off"]), default="on", show_default=True, help="KV through shared memory."
 )
 @click.option(
     "--kv-codec",
@@ -62,7 +62,7 @@ def handoff_command(
     dtype: DTypeName | None,
     threads: int,
     rounds: int,
-    same_host: str,
+    shm: str,
     kv_codec: str,
     timeline: bool,
     streams: int,
@@ -80,17 +80,17 @@ def handoff_command(
     _refuse_unused(ctx, _COST_ONLY if timeline else _TIMELINE_ONLY, timeline)
     if timeline:
         return _timeline(pair, tokens or 2000, dtype, threads, streams, bandwidth, plot, as_json)
-    from overfill.engine.device import tuned
+    from overfill.engine.device import cpu_settings
     from overfill.lab.bench.handoff.measure import measure_handoff
 
-    with tuned(threads):  # as a worker is
+    with cpu_settings(threads):  # as a worker is
         measurements = measure_handoff(
             load_pair(pair),
             tokens or 2048,
             dtype=dtype,
             threads=threads,
             rounds=rounds,
-            same_host=same_host,
+            shm=shm,
             kv_codec=kv_codec,
             log=log_line,
         )

@@ -29,10 +29,10 @@ def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: i
 
     The peer in the same rounds is a raw gRPC stream of 1 MiB messages. Exits with 1 when a bound is missed.
     """
-    from overfill.engine.device import tuned
+    from overfill.engine.device import cpu_settings
     from overfill.lab.bench.kv.measure import measure
 
-    with tuned(threads=1):  # as a worker is
+    with cpu_settings(threads=1):  # as a worker is
         spec = load_pair(pair).full_config.kv_spec(dtype)
         measurements = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
     size = tokens * spec.token_bytes / 1e6

@@ -69,9 +69,9 @@ def install_option(command: _F) -> _F:
 def pair_folder(name: str) -> Path:
     """Folder of a pair; prepares a named pair on first use, with progress bars."""
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         return resolve_pair(name, report)
 
 

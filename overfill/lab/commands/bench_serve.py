@@ -157,7 +157,7 @@ def serve_command(
     from overfill.lab.bench.serve.report import serve_rows, serve_table
     from overfill.lab.traffic.outcome import Objective
     from overfill.lab.traffic.traces import set_rate
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     if trace is not None and arrivals is not None:
         raise click.UsageError("--arrivals cannot be used with --trace, which has its own arrivals; leave one out")
@@ -174,7 +174,7 @@ def serve_command(
     if install_peers:
         from overfill.lab.bench.engine.peers.environment import install_missing
 
-        with progress_bars() as report:
+        with show_progress() as report:
             install_missing([spec.location.partition(":")[0] for spec in specs], report)
     if plot is not None:  # before the measurement, so that a missing matplotlib is reported at once
         from overfill.lab.bench.serve.plot import save_latencies
@@ -194,7 +194,7 @@ def serve_command(
     max_model_len = max(r.prompt_tokens + r.output_tokens for r in requests)
     found: dict[str, list[Outcome]] = {}
     chosen: RateStep | None = None
-    with progress_bars() as report:
+    with show_progress() as report:
 
         def run(spec: TargetSpec, play: Play) -> None:
             found[spec.name] = _played(f"Load on {spec.name}", play, requests, report)

@@ -18,7 +18,7 @@ from overfill.cli.output import console, print_json
 from overfill.lab.chaos.strikes import FAULTS, PHASES, FaultName, Phase, Strike, Target, draw, matrix, replayed
 
 if TYPE_CHECKING:
-    from overfill.cli.stack import Plan
+    from overfill.cli.stack import StackPlan
     from overfill.telemetry.progress import Report
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -105,14 +105,14 @@ def chaos_command(
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.watch import draw as draw_memory
     from overfill.pair.reference import TwoStageReference
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     among = (faults or FAULTS, phases or PHASES, targets or None)
     chosen = _strikes(*among, strikes, times, soak, replay, first, seed, pause)
     trial_settings = {"grace_period": grace_period, "kv_memory": kv_memory, "max_num_seqs": max_num_seqs}
     with ExitStack() as exits:
-        report = exits.enter_context(progress_bars())
+        report = exits.enter_context(show_progress())
         plan, prompts, folder = prepare(pair, prefill, decode, routers, exits, report, trial_settings)
         trial = Trial(
             strikes=chosen,
@@ -173,9 +173,9 @@ def _strikes(
 
 def prepare(
     pair: str, prefill: int, decode: int, routers: int, exits: ExitStack, report: Report, settings: dict[str, Any]
-) -> tuple[Plan, list[list[int]], Path]:
+) -> tuple[StackPlan, list[list[int]], Path]:
     """A float32 stack of ``pair``, what to ask it, and the pair's folder; that of a tiny pair goes with ``exits``."""
-    from overfill.cli.up import make_plan
+    from overfill.cli.up_plan import make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.plain import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair

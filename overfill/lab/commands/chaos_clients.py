@@ -31,10 +31,10 @@ def chaos_clients_command(
     """
     from overfill.lab.commands.chaos import prepare
     from overfill.lab.faults.vanishing import run_vanishing
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     with ExitStack() as exits:
-        report = exits.enter_context(progress_bars())
+        report = exits.enter_context(show_progress())
         plan, prompts, _ = prepare(pair, prefill, decode, 1, exits, report, {})
         result = asyncio.run(run_vanishing(plan, prompts, kills, max_tokens, seed, report))
     delays = sorted(result.delays)

@@ -17,7 +17,7 @@ from overfill.cli.processes import tied_to_parent
 from overfill.errors import InvalidRequest
 from overfill.lab.loadtest.plan import API_KEY, LoadPlan
 from overfill.process.extras import require
-from overfill.settings.environment import QUIET_GRPC
+from overfill.settings.environment import GRPC_ENVIRONMENT
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def _run(plan: LoadPlan, api_key: str | None) -> int:
     command += ["--headless", "--only-summary", "--loglevel", "WARNING", "--json-file", os.devnull]
     # Locust takes options from variables too; a test is what its command line says.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    environment = QUIET_GRPC | inherited | ({} if api_key is None else {API_KEY: api_key})
+    environment = GRPC_ENVIRONMENT | inherited | ({} if api_key is None else {API_KEY: api_key})
     child = subprocess.Popen([*tied_to_parent(), *command, *plan.locust_argv()], env=environment)
     while True:
         try:

@@ -192,9 +192,9 @@ def _run(
 ) -> int:
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import errors_text, run_table, title
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         simulation = Simulation(requests, profile, options)
         result = simulation.run(lambda done, total: report("Simulating", done, total))
     if plot is not None:
@@ -221,9 +221,9 @@ def _size(
 ) -> int:
     from overfill.lab.simulate.sizing import SizeSearch
     from overfill.lab.simulate.tables import size_json, size_table
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
-    with progress_bars() as report:
+    with show_progress() as report:
         runs: list[tuple[int, int]] = []
 
         def tried(prefill: int, decode: int, met: bool) -> None:
@@ -245,10 +245,10 @@ def _compare(
     from overfill.lab.simulate.policies import NAMES
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import policy_table
-    from overfill.telemetry.progress import progress_bars
+    from overfill.telemetry.progress import show_progress
 
     results = []
-    with progress_bars() as report:
+    with show_progress() as report:
         for number, name in enumerate(NAMES):
             report("Policies", number, len(NAMES))
             results.append(Simulation(requests, profile, replace(options, policy=name)).run())

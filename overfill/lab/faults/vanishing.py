@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from overfill.cli.stack import Plan, Stack
+from overfill.cli.stack import Stack, StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 
@@ -44,7 +44,7 @@ class Vanished:
 
 
 async def run_vanishing(
-    plan: Plan,
+    plan: StackPlan,
     prompts: Sequence[Sequence[int]],
     kills: int,
     max_tokens: int,

@@ -27,7 +27,7 @@ from overfill.api.openai.wire import Asked
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
-from overfill.rpc.access import ROUTES, Gate, bearer, route_rule, unknown
+from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.status import as_overfill_error
@@ -48,7 +48,7 @@ class HttpApi:
     """The application. ``asgi`` is what a server runs.
 
     Args:
-        gate: who may come in.
+        access: who may come in.
         max_body: most bytes of a request's body.
         unready: why no request could be answered now; empty when one could.
         status: the router and its workers, as the router knows them.
@@ -59,7 +59,7 @@ class HttpApi:
     def __init__(
         self,
         generator: Generator,
-        gate: Gate,
+        access: AccessPolicy,
         max_body: int,
         unready: Callable[[], str],
         status: Callable[[], admin_pb2.StatusResponse],
@@ -100,7 +100,7 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, gate, generator, local, frozenset(allowed_origins))
+        self.asgi: ASGIApp = _Gate(inner, access, generator, local, frozenset(allowed_origins))
         if allowed_origins:
             # CORS wraps the gate, so that a page can read refusals and a preflight needs no key. Without
             # allow_credentials, what a browser shows by itself, such as a certificate, is for our own page only.
@@ -196,11 +196,13 @@ class _Gate:
     leads here.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, generator: Generator, local: bool, origins: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, access: AccessPolicy, generator: Generator, local: bool, origins: frozenset[str]
+    ) -> None:
         self._app = app
-        self._gate = gate
+        self._access = access
         self._origins = origins
-        self._local_names_only = local and gate.keys is None
+        self._local_names_only = local and access.keys is None
         self._metrics = generator.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -239,9 +241,9 @@ class _Gate:
         roles = scope.get("overfill.roles")
         rule = route_rule(ROUTES, scope["path"])
         if rule is None:
-            unknown(self._gate, shown, roles)
+            unknown(self._access, shown, roles)
             raise unknown_url(scope["method"], scope["path"])
-        scope["api_key"] = self._gate.check(rule, shown, roles)
+        scope["api_key"] = self._access.check(rule, shown, roles)
 
     def _allows(self, origin: str, host: str) -> bool:
         return origin.partition("://")[2] == host or origin in self._origins or "*" in self._origins

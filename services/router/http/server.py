@@ -18,7 +18,7 @@ from overfill.api.openai.errors import ApiError, too_many_connections
 from overfill.errors import Unavailable
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 HEAD_TIMEOUT = 10.0
@@ -263,7 +263,7 @@ _PHRASES = {
 }
 
 
-def _renewing(contexts: Reloaded[ssl.SSLContext]) -> ssl.SSLContext:
+def _renewing(contexts: ReloadingValue[ssl.SSLContext]) -> ssl.SSLContext:
     """A context of which every handshake takes the certificate as it is now."""
     first = contexts.value
 

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from overfill.cli import up
 from overfill.cli.config import display
 from overfill.cli.main import main
+from overfill.cli.stack import threads_per_worker
 
 FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
@@ -106,7 +107,7 @@ def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatc
     assert plan.routers[0].http == 8000
     assert plan.prefill[0].kv_memory == 64 << 20
     assert plan.decode[0].threads == 3
-    assert plan.prefill[0].threads == up.threads_per_worker(2)
+    assert plan.prefill[0].threads == threads_per_worker(2)
     assert {str(config.pair) for config in (*plan.routers, *plan.prefill, *plan.decode)} == {"/pairs/mine"}
     assert (file.parent / "logs").is_dir()
 

@@ -12,6 +12,7 @@ import pytest
 from overfill.cli.main import main
 from overfill.client import Message, PoolStatus, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
 from overfill.errors import InvalidRequest, PromptTooLong, Unreachable
+from overfill.settings import renamed
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -33,13 +34,20 @@ def test_without_v_stderr_is_silent(fake_client: Any, capsys: pytest.CaptureFixt
 
 def test_the_prompt_is_a_chat_turn_and_raw_sends_it_as_it_is(fake_client: Any) -> None:
     main(["generate", "hello"])
-    main(["generate", "--system", "Be brief.", "hello"])
+    main(["generate", "--system-prompt", "Be brief.", "hello"])
     main(["generate", "--raw", "hello"])
     assert [prompt for prompt, _ in fake_client.requests] == [
         [Message("user", "hello")],
         [Message("system", "Be brief."), Message("user", "hello")],
         "hello",
     ]
+
+
+def test_the_earlier_name_of_system_prompt_works(fake_client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    renamed.warn.cache_clear()
+    assert main(["generate", "--system", "Be brief.", "hello"]) == 0
+    assert fake_client.requests[0][0][0] == Message("system", "Be brief.")
+    assert "--system is now --system-prompt" in caplog.text
 
 
 def test_flags_reach_the_request(fake_client: Any) -> None:
@@ -141,7 +149,7 @@ def test_greedy_is_temperature_0(fake_client: Any) -> None:
         (["--temperature", "-1"], "--temperature"),
         (["--max-tokens", "0"], "--max-tokens"),
         (["--seed", "-1"], "--seed"),
-        (["--raw", "--system", "x"], "--system"),
+        (["--raw", "--system-prompt", "x"], "--system-prompt"),
     ],
 )
 def test_contradictory_flags_are_bad_usage(
@@ -184,7 +192,7 @@ def test_chat_keeps_the_turns(
     fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe_in(monkeypatch, "one\n\ntwo\n/new\nthree\n/exit\nfour\n")
-    assert main(["chat", "--system", "S", "--greedy"]) == 0
+    assert main(["chat", "--system-prompt", "S", "--greedy"]) == 0
     system, said = Message("system", "S"), Message("assistant", "It scatters.")
     assert [prompt for prompt, _ in fake_client.requests] == [
         [system, Message("user", "one")],

@@ -13,13 +13,14 @@ import pytest
 from overfill.cli import up
 from overfill.cli.main import main
 from overfill.cli.ray_stack import RayOptions, describe, failed, progress, spec_of
+from overfill.cli.up_plan import make_plan
 from overfill.cluster.spec import StackSpec
 
 TWO_CORES = {"CPU": 2.0}
 
 
 def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settings: Any) -> Any:
-    return up.make_plan(Path("pair"), 2, 3, routers, 7600, 1, settings, http, mock)
+    return make_plan(Path("pair"), 2, 3, routers, 7600, 1, settings, http, mock)
 
 
 def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
@@ -40,7 +41,7 @@ def test_several_routers_have_a_port_each() -> None:
 
 def test_on_this_machine_everything_fits_with_room_for_the_most_workers() -> None:
     made = spec_of(plan(), RayOptions(max_decode=8), TWO_CORES)
-    assert (made.decode.replicas, made.decode.most) == (3, 8)
+    assert (made.decode.replicas, made.decode.max_replicas_total) == (3, 8)
     assert made.router.num_cpus + 10 * made.decode.num_cpus <= 2
     assert made.prefill.num_gpus == 0
 

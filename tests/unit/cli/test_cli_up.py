@@ -23,18 +23,19 @@ from overfill.cli import stack as stack_module
 from overfill.cli import up
 from overfill.cli.main import main
 from overfill.cli.processes import Child
-from overfill.cli.stack import Plan, Stack, StartFailed, child_environment, free_ports, threads_per_worker
+from overfill.cli.stack import Stack, StackPlan, StartFailed, child_environment, free_ports, threads_per_worker
+from overfill.cli.up_plan import make_plan
 from overfill.errors import Unavailable
 from overfill.settings.config import DecodeConfig, PrefillConfig
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 
-def plan(**settings: Any) -> Plan:
+def plan(**settings: Any) -> StackPlan:
     values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": "off"}
     values["apart"] = False
     own = {name: settings.pop(name) for name in list(settings) if name in values}
-    return up.make_plan(Path("pair"), **(values | own), settings=settings)
+    return make_plan(Path("pair"), **(values | own), settings=settings)
 
 
 class Gathering(Stack):
@@ -125,8 +126,8 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
 
 
 def test_settings_go_to_those_that_have_them() -> None:
-    made = plan(token_budget="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
-    assert made.prefill[0].token_budget == 512
+    made = plan(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
+    assert made.prefill[0].max_num_batched_tokens == 512
     assert made.decode[0].data_streams == 3
     assert made.prefill[0].kv_memory == made.decode[0].kv_memory == 64 * 2**20
     assert made.prefill[0].dtype == made.decode[0].dtype == "float32"
@@ -210,7 +211,7 @@ def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tm
         assert len(used["stack_secret"].read_text(encoding="utf-8").strip()) == 64
 
 
-def welcome(made: Plan, width: int = 200, address: str = "") -> str:
+def welcome(made: StackPlan, width: int = 200, address: str = "") -> str:
     console = Console(file=io.StringIO(), width=width)
     up._welcome(console, made, [address or made.addresses[0]], lambda stage: "1")
     said: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -242,9 +243,9 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
     """Plans that ``up`` would have run. Whether their ports are free on this machine does not matter."""
-    plans: list[Plan] = []
+    plans: list[StackPlan] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
@@ -252,7 +253,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 def test_the_openai_endpoint_is_on_unless_told_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[Plan]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[StackPlan]
 ) -> None:
     def https(*arguments: str) -> list[object]:
         assert main(["up", "--no-ray", "--pair", "p", *arguments]) == 0

@@ -23,11 +23,11 @@ def spec(**fields: Any) -> StackSpec:
 
 def test_shared_settings_reach_those_that_have_them_and_a_pools_own_go_first() -> None:
     made = spec(
-        settings={"dtype": "float32", "token_budget": 256, "log_level": "error"},
-        prefill={"settings": {"token_budget": 512}},
+        settings={"dtype": "float32", "max_num_batched_tokens": 256, "log_level": "error"},
+        prefill={"settings": {"max_num_batched_tokens": 512}},
         decode={"settings": {"data_streams": 3}},
     )
-    assert made.prefill_config().token_budget == 512
+    assert made.prefill_config().max_num_batched_tokens == 512
     assert (made.decode_config().dtype, made.decode_config().data_streams) == ("float32", 3)
     assert made.router_config().log_level == "error"
 

@@ -322,9 +322,9 @@ def test_kv_that_never_came_is_never_held(runner, pool, events):
 def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
-    for name, salt, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):
+    for name, namespace, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):
         arriving = sequence(name, prompt=9)
-        arriving.salt = salt
+        arriving.cache_namespace = namespace
         engine.handle(Reserve(arriving))
         assert events[-1].held_tokens == held
         engine.handle(Start(name, 10))

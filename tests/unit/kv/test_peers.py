@@ -15,7 +15,7 @@ from overfill.v1 import decode_pb2
 class Peer:
     made: ClassVar[list["Peer"]] = []
 
-    def __init__(self, target, streams, tls, same_host):
+    def __init__(self, target, streams, tls, shm):
         self.closed = self.lost_link = False
         Peer.made.append(self)
 

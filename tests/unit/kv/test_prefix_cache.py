@@ -18,9 +18,9 @@ def new_cache(num_blocks=8, **options):
     return PrefixCache(BlockPool(num_blocks, BLOCK), ("digest", "float32"), **options)
 
 
-def compute(cache, owner, tokens, salt="", num_blocks=None):
+def compute(cache, owner, tokens, namespace="", num_blocks=None):
     """A whole prompt, computed and released; the tokens that were found."""
-    grant = cache.acquire(owner, cache.blocks_of(tokens, salt), num_blocks or cache.pool.blocks_for(len(tokens)))
+    grant = cache.acquire(owner, cache.blocks_of(tokens, namespace), num_blocks or cache.pool.blocks_for(len(tokens)))
     cache.publish(owner, len(tokens))
     cache.release(owner)
     cache.check_integrity()
@@ -58,10 +58,10 @@ def test_only_whole_blocks_after_the_same_tokens_are_found(prompt, found):
 
 def test_tenants_share_nothing():
     cache = new_cache()
-    compute(cache, "a", list(range(9)), salt="one")
-    assert compute(cache, "b", list(range(9)), salt="two") == 0
-    assert compute(cache, "c", list(range(9)), salt="") == 0
-    assert compute(cache, "d", list(range(9)), salt="one") == 8
+    compute(cache, "a", list(range(9)), namespace="one")
+    assert compute(cache, "b", list(range(9)), namespace="two") == 0
+    assert compute(cache, "c", list(range(9)), namespace="") == 0
+    assert compute(cache, "d", list(range(9)), namespace="one") == 8
 
 
 def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
@@ -221,44 +221,44 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.cache = new_cache(num_blocks=10, attention_tokens=8)
-        self.written = {}  # block -> (salt, every token up to its end)
-        self.live = {}  # owner -> [salt, tokens, computed, blocks]
+        self.written = {}  # block -> (namespace, every token up to its end)
+        self.live = {}  # owner -> [namespace, tokens, computed, blocks]
         self.number = 0
 
     # Few tokens and lengths, so that prompts often begin the same.
     @rule(
         tokens=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20),
-        salt=st.sampled_from(["", "t"]),
+        namespace=st.sampled_from(["", "t"]),
         more=st.integers(0, 2),
     )
-    def acquire(self, tokens, salt, more):
+    def acquire(self, tokens, namespace, more):
         self.number += 1
         owner = str(self.number)
         wanted = self.cache.pool.blocks_for(len(tokens)) + more
         before = self.cache.num_available
-        grant = self.cache.acquire(owner, self.cache.blocks_of(tokens, salt), wanted)
+        grant = self.cache.acquire(owner, self.cache.blocks_of(tokens, namespace), wanted)
         if grant is None:
             assert wanted > before
             return
         assert len(grant.blocks) == len(set(grant.blocks)) == wanted
         assert grant.cached_tokens < len(tokens)
         for index in range(grant.cached_tokens // BLOCK):
-            assert self.written[grant.blocks[index]] == (salt, tuple(tokens[: (index + 1) * BLOCK]))
+            assert self.written[grant.blocks[index]] == (namespace, tuple(tokens[: (index + 1) * BLOCK]))
         fresh = grant.blocks[grant.cached_tokens // BLOCK :]
         for _, _, _, blocks in self.live.values():
             assert not set(fresh) & set(blocks), "a block that is in use was handed out"
         for block in fresh:
             self.written.pop(block, None)
-        self.live[owner] = [salt, tokens, grant.cached_tokens, grant.blocks]
+        self.live[owner] = [namespace, tokens, grant.cached_tokens, grant.blocks]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def compute(self, data):
         owner = data.draw(st.sampled_from(sorted(self.live)))
-        salt, tokens, computed, blocks = self.live[owner]
+        namespace, tokens, computed, blocks = self.live[owner]
         end = data.draw(st.integers(computed, len(tokens)))
         for index in range(computed // BLOCK, end // BLOCK):
-            self.written[blocks[index]] = (salt, tuple(tokens[: (index + 1) * BLOCK]))
+            self.written[blocks[index]] = (namespace, tuple(tokens[: (index + 1) * BLOCK]))
         self.live[owner][2] = end
         self.cache.publish(owner, end)
 

@@ -16,7 +16,7 @@ from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
-from overfill.rpc.credits import Demand, divide
+from overfill.rpc.credits import RouterDemand, divide
 from overfill.v1 import decode_pb2, registry_pb2
 
 BLOCK = 16
@@ -81,7 +81,7 @@ class World:
     def demand(self, router, model):
         roster, dispatcher = self.routers[router]
         worker = roster.find(model.name)
-        model.demands[router] = Demand(worker.in_flight, dispatcher.queued(model.stage))
+        model.demands[router] = RouterDemand(worker.in_flight, dispatcher.queued(model.stage))
 
     def submit(self, router, prompt, answer):
         job = Job(str(next(self.ids)), prompt, answer)

@@ -20,7 +20,7 @@ from overfill.cli.main import main
 from overfill.errors import InvalidRequest
 from overfill.rpc import certificates
 from overfill.rpc import reload as reload_module
-from overfill.rpc.access import ROUTER_RPCS, WORKER_RPCS, Gate, Role, role_uri, roles_of
+from overfill.rpc.access import ROUTER_RPCS, WORKER_RPCS, AccessPolicy, Role, role_uri, roles_of
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import ClientTls, ServerTls
@@ -68,8 +68,8 @@ def client_tls(folder: Path, role: Role, **changes: Path | None) -> ClientTls:
 
 async def serve(folder: Path, role: Role, trusted: Path | None = None) -> tuple[RpcServer, str]:
     files = certificates.role_files(folder, role)
-    gate = Gate(ROUTER_RPCS if role is Role.ROUTER else WORKER_RPCS)
-    server = RpcServer(ServerTls(files.cert, files.key, trusted or files.ca), gate=gate)
+    access = AccessPolicy(ROUTER_RPCS if role is Role.ROUTER else WORKER_RPCS)
+    server = RpcServer(ServerTls(files.cert, files.key, trusted or files.ca), access=access)
     servicer = Everything()
     server.add(admin_pb2_grpc.add_AdminServicer_to_server, servicer, "overfill.v1.Admin")
     server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, "overfill.v1.Decode")
@@ -154,7 +154,9 @@ async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None
         "other": certificates.role_files(folder / "other", Role.WORKER),
     }
     for what, files in impostors.items():
-        server = RpcServer(ServerTls(files.cert, files.key, folder / certificates.BOTH_CA), gate=Gate(WORKER_RPCS))
+        server = RpcServer(
+            ServerTls(files.cert, files.key, folder / certificates.BOTH_CA), access=AccessPolicy(WORKER_RPCS)
+        )
         address = await server.start("127.0.0.1:0")
         tls = client_tls(folder, Role.ROUTER)
         # Without a name to check: the certificate itself has to be the reason.
@@ -176,7 +178,7 @@ async def test_a_client_s_certificate_is_refused_for_what_it_is_not_for(folder: 
     key.write_bytes(pem_key)
     for serves, expected in ((True, OK), (False, "handshake")):
         files = (cert, key) if serves else _without_server_use(folder, peers)
-        server = RpcServer(ServerTls(*files, folder / certificates.BOTH_CA), gate=Gate(WORKER_RPCS))
+        server = RpcServer(ServerTls(*files, folder / certificates.BOTH_CA), access=AccessPolicy(WORKER_RPCS))
         server.set_ready(True)
         address = await server.start("127.0.0.1:0")
         found = await outcome(address, client_tls(folder, Role.ROUTER), "/grpc.health.v1.Health/Check")

@@ -1,9 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overfill.rpc.credits import Demand, divide
+from overfill.rpc.credits import RouterDemand, divide
 
-DEMANDS = st.lists(st.none() | st.builds(Demand, st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6)
+DEMANDS = st.lists(st.none() | st.builds(RouterDemand, st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6)
 
 
 def test_routers_that_have_said_nothing_have_equal_shares():
@@ -12,20 +12,20 @@ def test_routers_that_have_said_nothing_have_equal_shares():
 
 
 def test_idle_routers_share_what_is_there():
-    assert divide(12, [Demand(0, 0)] * 3) == [4, 4, 4]
+    assert divide(12, [RouterDemand(0, 0)] * 3) == [4, 4, 4]
 
 
 def test_a_router_that_queues_gets_what_another_does_not_use_but_for_one():
-    assert divide(12, [Demand(6, 20), Demand(0, 0)]) == [11, 1]
+    assert divide(12, [RouterDemand(6, 20), RouterDemand(0, 0)]) == [11, 1]
 
 
 def test_two_that_queue_come_to_equal_shares():
-    assert divide(12, [Demand(3, 50), Demand(1, 50)]) == [6, 6]
-    assert divide(12, [Demand(9, 50), Demand(1, 50)]) == [9, 3], "what runs is not taken away"
+    assert divide(12, [RouterDemand(3, 50), RouterDemand(1, 50)]) == [6, 6]
+    assert divide(12, [RouterDemand(9, 50), RouterDemand(1, 50)]) == [9, 3], "what runs is not taken away"
 
 
 def test_everybody_may_have_one_request_even_of_a_tiny_worker():
-    assert divide(1, [Demand(1, 5), Demand(0, 5), None]) == [1, 1, 1]
+    assert divide(1, [RouterDemand(1, 5), RouterDemand(0, 5), None]) == [1, 1, 1]
 
 
 @given(st.integers(1, 64), DEMANDS)
@@ -42,5 +42,5 @@ def test_nobody_is_given_room_that_others_fill_and_none_is_left_while_somebody_q
 
 
 def test_nothing_is_not_divided():
-    assert divide(0, [None, Demand(1, 5)]) == [0, 0]
+    assert divide(0, [None, RouterDemand(1, 5)]) == [0, 0]
     assert divide(8, []) == []

@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overfill.errors import Unavailable
-from overfill.rpc.access import Gate, Rule
+from overfill.rpc.access import AccessPolicy, Rule
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import KEEPALIVE_MIN_INTERVAL, KEEPALIVE_TIME, KEEPALIVE_TIMEOUT
 from overfill.rpc.server import RpcServer
@@ -111,7 +111,7 @@ async def test_calls_from_a_frozen_client_are_cancelled() -> None:
         handlers = {"Hang": grpc.unary_stream_rpc_method_handler(servicer)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Hang", handlers),))
 
-    server = RpcServer(gate=Gate({"/test.Hang/Hang": Rule(open=True)}))
+    server = RpcServer(access=AccessPolicy({"/test.Hang/Hang": Rule(open=True)}))
     server.add(add, hang, "test.Hang")
     with child(CLIENT, await server.start("127.0.0.1:0")) as process:
         await called.wait()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from overfill.rpc import reload
-from overfill.rpc.reload import Reloaded
+from overfill.rpc.reload import ReloadingValue
 
 
 class BadFileError(Exception):
@@ -41,7 +41,7 @@ def reader(file: Path) -> Callable[[], str]:
 
 
 def test_the_last_good_value_stays_while_the_files_are_damaged(file: Path) -> None:
-    reloaded = Reloaded([file, None], reader(file), BadFileError, "the values")
+    reloaded = ReloadingValue([file, None], reader(file), BadFileError, "the values")
     assert reloaded.value == "1"
     file.write_text("bad")
     assert reloaded.value == "1"
@@ -61,7 +61,7 @@ def test_a_read_that_fails_is_repeated_although_the_file_does_not_change_again(f
         return read()
 
     reads: list[None] = []
-    reloaded = Reloaded([file], failing, BadFileError, "the values")
+    reloaded = ReloadingValue([file], failing, BadFileError, "the values")
     file.write_text("23")
     assert [reloaded.value for _ in range(3)] == ["1", "1", "23"]
     assert [reloaded.value for _ in range(3)] == ["23"] * 3
@@ -77,13 +77,13 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(file: Path) -> N
             file.write_text(texts.pop() + "0" * len(texts))
         return text
 
-    reloaded = Reloaded([file], read, BadFileError, "the values")
+    reloaded = ReloadingValue([file], read, BadFileError, "the values")
     file.write_text("other")
     assert [reloaded.value for _ in range(3)] == ["other", "20", "3"]
 
 
 def test_each_error_is_logged_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    reloaded = Reloaded([file], reader(file), BadFileError, "the values")
+    reloaded = ReloadingValue([file], reader(file), BadFileError, "the values")
     good = os.stat(file).st_mtime_ns
     with caplog.at_level(logging.INFO):
         for text in ("bad once", "bad twice", "fine"):
@@ -99,14 +99,14 @@ def test_each_error_is_logged_once(file: Path, caplog: pytest.LogCaptureFixture)
 
 def test_the_first_read_has_to_succeed_and_other_errors_are_not_hidden(file: Path) -> None:
     with pytest.raises(BadFileError):
-        Reloaded([], reader(file.with_name("none")), BadFileError, "the values")
+        ReloadingValue([], reader(file.with_name("none")), BadFileError, "the values")
 
     def broken() -> str:
         if file.read_text() == "1":
             return "1"
         raise KeyError("a fault of the reader")
 
-    reloaded = Reloaded([file], broken, BadFileError, "the values")
+    reloaded = ReloadingValue([file], broken, BadFileError, "the values")
     file.write_text("23")
     with pytest.raises(KeyError):
         _ = reloaded.value

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from overfill import errors
 from overfill.rpc import health as health_module
-from overfill.rpc.access import RPCS, Gate, Rule
+from overfill.rpc.access import RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback, split_address
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_MESSAGE_BYTES
@@ -80,7 +80,7 @@ class Echo:
 
 
 KINDS = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
-GATE = Gate({**RPCS, **{f"/{SERVICE}/{kind}": Rule(open=True) for kind in KINDS}})
+GATE = AccessPolicy({**RPCS, **{f"/{SERVICE}/{kind}": Rule(open=True) for kind in KINDS}})
 
 
 def add_echo(servicer: Echo, server: Any) -> None:
@@ -100,7 +100,7 @@ async def echo() -> Echo:
 
 @pytest.fixture
 async def server(echo: Echo) -> AsyncIterator[RpcServer]:
-    server = RpcServer(gate=GATE)
+    server = RpcServer(access=GATE)
     server.add(add_echo, echo, SERVICE)
     yield server
     await server.stop()
@@ -272,12 +272,12 @@ async def test_a_unix_socket_serves(server: RpcServer, tmp_path: Path) -> None:
 
 
 async def test_other_hosts_are_refused_without_tls() -> None:
-    with pytest.raises(TlsError, match=r"0\.0\.0\.0:0 in the clear"):
+    with pytest.raises(TlsError, match=r"0\.0\.0\.0:0 without TLS"):
         await RpcServer().start("0.0.0.0:0")
 
 
 async def test_more_rpcs_than_allowed_are_refused_as_overload(echo: Echo) -> None:
-    server = RpcServer(max_concurrent_rpcs=1, gate=GATE)
+    server = RpcServer(max_concurrent_rpcs=1, access=GATE)
     server.add(add_echo, echo, SERVICE)
     async with open_channel(await server.start("127.0.0.1:0")) as channel:
         first = asyncio.create_task(call(channel, "unary_unary", Message(name="hang")))

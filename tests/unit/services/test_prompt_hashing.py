@@ -146,11 +146,11 @@ async def test_a_prefill_worker_hashes_prompts_before_it_submits_them(prefix, ha
         layers=[0, 1],
         codec=common_pb2.KV_CODEC_RAW,
         sampling=GREEDY.to_proto(),
-        tenant_salt="tenant",
+        cache_namespace="tenant",
     )
     await begun(servicer.Prefill(stream(prefill_pb2.PrefillRequest(start=start)), None), sent)
     check(found[0], hashed)
-    assert found[0].prompt_blocks.salt == "tenant"
+    assert found[0].prompt_blocks.cache_namespace == "tenant"
 
 
 async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, hashed):
@@ -160,9 +160,9 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
     start = decode_pb2.StartDecode(
         prompt_token_ids=PROMPT,
         sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
-        tenant_salt="tenant",
+        cache_namespace="tenant",
     )
     context = SimpleNamespace(time_remaining=lambda: 10.0)
     await begun(servicer.Generate(stream(decode_pb2.DecodeRequest(start=start)), context), sent)
     check(found[0], hashed)
-    assert found[0].prompt_blocks.salt == found[0].salt == "raw/tenant"
+    assert found[0].prompt_blocks.cache_namespace == found[0].cache_namespace == "raw/tenant"

@@ -1,4 +1,4 @@
-"""Whose request it is reaches the workers as a salt: of the key, and of no other request's."""
+"""Whose request it is reaches the workers as the cache namespace of its own key."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -6,24 +6,24 @@ from contextlib import AsyncExitStack
 from overfill.api import keys
 from overfill.api.keys import KeyRing
 from overfill.client import AsyncClient
-from overfill.rpc.access import RPCS, Gate, caller
+from overfill.rpc.access import RPCS, AccessPolicy, caller
 from overfill.rpc.server import RpcServer
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 
 
 class Telling(inference_pb2_grpc.InferenceServicer):
-    """Says which salt it sees, once all RPCs are there."""
+    """Says which namespace it sees, once all RPCs are there."""
 
     def __init__(self, calls):
         self._barrier = asyncio.Barrier(calls)
 
     async def Detokenize(self, request, context):
         await self._barrier.wait()
-        return inference_pb2.DetokenizeResponse(text=caller.get().tenant_salt if caller.get() else "")
+        return inference_pb2.DetokenizeResponse(text=caller.get().cache_namespace if caller.get() else "")
 
 
-async def salts(shown, gate):
-    server = RpcServer(None, gate=gate)
+async def namespaces(shown, access):
+    server = RpcServer(None, access=access)
     name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
     server.add(inference_pb2_grpc.add_InferenceServicer_to_server, Telling(len(shown)), name)
     address = await server.start("127.0.0.1:0")
@@ -35,14 +35,14 @@ async def salts(shown, gate):
         await server.stop(0)
 
 
-async def test_every_rpc_has_the_salt_of_its_own_key(tmp_path):
+async def test_every_rpc_has_the_namespace_of_its_own_key(tmp_path):
     file = tmp_path / "keys.json"
     a, b = keys.create(file, "a"), keys.create(file, "b")
-    of_a, of_b = (key.tenant_salt for key in keys.load(file))
+    of_a, of_b = (key.cache_namespace for key in keys.load(file))
     assert of_a
     assert of_b
     assert of_a != of_b
-    assert await salts([a, b, a], Gate(RPCS, KeyRing(file).find)) == [of_a, of_b, of_a]
+    assert await namespaces([a, b, a], AccessPolicy(RPCS, KeyRing(file).find)) == [of_a, of_b, of_a]
 
 
 async def test_a_new_key_of_the_same_name_is_another_tenant(tmp_path):
@@ -53,9 +53,9 @@ async def test_a_new_key_of_the_same_name_is_another_tenant(tmp_path):
     keys.create(file, "a")
     (after,) = keys.load(file)
     assert before.name == after.name
-    assert before.tenant_salt != after.tenant_salt
+    assert before.cache_namespace != after.cache_namespace
     assert before.id != after.id
 
 
 async def test_without_keys_there_is_one_tenant():
-    assert await salts([None, None], None) == ["", ""]
+    assert await namespaces([None, None], None) == ["", ""]

@@ -123,10 +123,10 @@ def test_a_secret_that_is_none_is_refused_and_never_shown(tmp_path: Path) -> Non
         if text is not None:
             file.write_text(text)
         with pytest.raises(BadKeyFile, match="secret"):
-            config.gate()
+            config.access()
     file.write_text("not to be seen by anybody\n")
     assert config.credentials().secret == "not to be seen by anybody"  # type: ignore[union-attr]
-    assert "seen" not in f"{config.credentials()!r} {config.gate()!r} {config!r}"
+    assert "seen" not in f"{config.credentials()!r} {config.access()!r} {config!r}"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
@@ -207,3 +207,11 @@ def test_settings_by_name_make_the_same_configuration_and_say_what_is_wrong() ->
         DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
     with pytest.raises(ValueError, match="--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})
+
+
+def test_earlier_names_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PrefillConfig.parse(["--pair=p", "--token-budget=512"]).max_num_batched_tokens == 512
+    monkeypatch.setenv("OVERFILL_PREFILL_TOKEN_BUDGET", "256")
+    monkeypatch.setenv("OVERFILL_PREFILL_OTLP_ENDPOINT", "http://collector:4317")
+    config = PrefillConfig.parse(["--pair=p"])
+    assert (config.max_num_batched_tokens, config.trace_endpoint()) == (256, "http://collector:4317")

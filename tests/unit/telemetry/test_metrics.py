@@ -25,7 +25,7 @@ from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.tls import TlsError
 from overfill.telemetry.metrics import (
     LATENCY_BUCKETS,
-    MOST_KEYS,
+    MAX_KEY_SERIES,
     OUTCOMES,
     DecodeMetrics,
     PrefillMetrics,
@@ -115,12 +115,12 @@ def test_an_answer_that_was_resumed_has_no_time_to_first_token():
 
 def test_many_keys_share_a_series():
     metrics = RouterMetrics()
-    for index in range(MOST_KEYS + 5):
+    for index in range(MAX_KEY_SERIES + 5):
         metrics.accepted(10, f"key-{index}")
     metrics.accepted(1, "")
     metrics.tokens(4, None, "key-0")
     requests = values(metrics, "overfill_router_key_requests_total")
-    assert len(requests) == MOST_KEYS + 2
+    assert len(requests) == MAX_KEY_SERIES + 2
     assert requests["other",] == 5
     assert requests["none",] == 1
     tokens = values(metrics, "overfill_router_key_tokens_total")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from overfill.telemetry import progress
-from overfill.telemetry.progress import LINE_SECONDS, progress_bars, progress_lines
+from overfill.telemetry.progress import LINE_SECONDS, progress_lines, show_progress
 
 
 def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> None:
@@ -43,7 +43,7 @@ def test_a_pipe_gets_lines_and_no_control_characters(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes everything for a terminal then
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)
-    with progress_bars() as report:
+    with show_progress() as report:
         for done in range(4):
             report("Reading weights", done, 3)
     lines = pipe.getvalue().splitlines()
@@ -57,6 +57,6 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress, "progress_lines", None)
-    with progress_bars() as report:
+    with show_progress() as report:
         report("Reading weights", 3, 3)
     assert "100%" in terminal.getvalue()

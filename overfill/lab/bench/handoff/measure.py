@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from overfill.cli.stack import Stack
-from overfill.cli.up import make_plan
+from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
 from overfill.engine.build import build_engine_parts
 from overfill.engine.prefill import PrefillEngine
@@ -58,7 +58,7 @@ def measure_handoff(
     dtype: DTypeName | None,
     threads: int,
     rounds: int,
-    same_host: str,
+    shm: str,
     kv_codec: str,
     log: Callable[[str, str], None],
 ) -> list[Measurement]:
@@ -71,8 +71,8 @@ def measure_handoff(
     Raises:
         StartFailed: The stack did not start.
     """
-    settings = {"dtype": dtype, "log_level": "error", "token_budget": tokens, "grace_period": 2}
-    settings |= {"same_host": same_host, "kv_codec": kv_codec}
+    settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
+    settings |= {"shm": shm, "kv_codec": kv_codec}
     plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
     stack = Stack(plan, log)
     plain = _PlainPrefill(pair, dtype, tokens)

@@ -92,7 +92,7 @@ async def record_timeline(
     Raises:
         Unavailable: The worker did not start.
     """
-    arguments = [f"--pair={pair.folder}", f"--token-budget={tokens}", "--prefix-cache=off"]
+    arguments = [f"--pair={pair.folder}", f"--max-num-batched-tokens={tokens}", "--prefix-cache=off"]
     if dtype is not None:
         arguments.append(f"--dtype={dtype}")
     async with AsyncExitStack() as stack:

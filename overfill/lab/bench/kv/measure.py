@@ -96,7 +96,7 @@ class _Receiver:
         self._blocks = list(range(-(-tokens // BLOCK_SIZE)))
         self._cache = KvCache(spec, len(self._blocks), BLOCK_SIZE, torch.device("cpu"))
         target = decode_pb2.AssignPrefill(worker_id="bench", address=address)
-        self._connections = {shared: PrefillPeer(target, streams, None, same_host=shared) for shared in (False, True)}
+        self._connections = {shared: PrefillPeer(target, streams, None, shm=shared) for shared in (False, True)}
 
     async def connect(self) -> None:
         for connection in self._connections.values():

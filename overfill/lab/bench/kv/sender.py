@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import torch
 
-from overfill.engine.device import tuned
+from overfill.engine.device import cpu_settings
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import KvRange
-from overfill.kv.samehost import Lender
 from overfill.kv.sender import KvSender
+from overfill.kv.shm import ShmServer
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
 from overfill.kv.wire import SERVICE, add_prefill_to_server
 from overfill.rpc.constants import WIRE_VERSION
@@ -41,7 +41,7 @@ class _Sender(prefill_pb2_grpc.PrefillServicer):
         self._cache.v.normal_()
         self._executor = ThreadPoolExecutor(_READERS, "kv-out")
         self._senders: dict[bytes, KvSender] = {}
-        self.lender = Lender()
+        self.shm_server = ShmServer()
 
     async def Describe(self, request: Any, context: Any) -> prefill_pb2.DescribePrefillResponse:
         return prefill_pb2.DescribePrefillResponse(
@@ -49,7 +49,7 @@ class _Sender(prefill_pb2_grpc.PrefillServicer):
             worker_id="bench",
             kv=self._spec.to_proto(),
             codecs=[common_pb2.KV_CODEC_RAW],
-            same_host=self.lender.offer,
+            shm=self.shm_server.offer,
         )
 
     async def Prefill(
@@ -74,7 +74,7 @@ class _Sender(prefill_pb2_grpc.PrefillServicer):
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Any) -> AsyncIterator[bytes]:
         sender = self._senders[request.transfer_id]
-        slots = self.lender.link(request.link_id).stream(request.stream) if request.link_id else None
+        slots = self.shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
         try:
             async with aclosing(sender.chunks([KvRange.from_proto(box) for box in request.ranges], slots)) as chunks:
                 async for chunk in chunks:
@@ -87,7 +87,7 @@ class _Sender(prefill_pb2_grpc.PrefillServicer):
 async def _serve(layers: str, heads: str, head_dim: str, dtype: str, tokens: str) -> None:
     spec = KvSpec(int(layers), int(heads), int(head_dim), cast(DTypeName, dtype), RopeSpec())
     sender = _Sender(spec, int(tokens))
-    sender.lender.start()
+    sender.shm_server.start()
     server = RpcServer()
     server.add(add_prefill_to_server, sender, SERVICE)
     address = await server.start("127.0.0.1:0")
@@ -97,5 +97,5 @@ async def _serve(layers: str, heads: str, head_dim: str, dtype: str, tokens: str
 
 
 if __name__ == "__main__":
-    with tuned(threads=1):  # as a worker is
+    with cpu_settings(threads=1):  # as a worker is
         asyncio.run(_serve(*sys.argv[1:]))

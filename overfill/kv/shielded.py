@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def to_the_end(work: Awaitable[T]) -> T:
+async def shielded(work: Awaitable[T]) -> T:
     """The result of ``work``, which is never cancelled from here.
 
     When this task is cancelled meanwhile, however often, that takes effect once ``work`` has ended.

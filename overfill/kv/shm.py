@@ -1,12 +1,13 @@
-"""Memory that a prefill and a decode worker on one host share, so that payloads need not pass through sockets.
+"""KV payloads through memory that a prefill and a decode worker on one host share, instead of sockets.
 
-``Lender`` is the prefill worker's end, ``Borrower`` the decode worker's; the messages are described at ``SameHost`` in
-prefill.proto. A link is a Unix socket and a segment of slots. The socket proves that both are on one host and of one
-user, carries the segment's descriptor, and tells each end at once when the other has gone. Neither has a name in a file
-system, so nothing is left behind by any death.
+``ShmServer`` is the prefill worker's end, ``ShmClient`` the decode worker's; prefill.proto describes the messages at
+``ShmOffer``. A link is a Unix socket and a segment of slots. The socket proves that both ends are on one host and run
+as one user, and carries the segment's descriptor. When one end exits, the other sees the socket close at once. Neither
+socket nor segment has a name in a file system, so no exit leaves anything behind.
 
-What protects a payload there: a slot belongs to the lender until its chunk is sent, and to the borrower until that
-gives it back or its socket closes; in between nobody writes to it. The chunk's checksum covers it, as on the network.
+A slot belongs to the server until the chunk in it is sent. It then belongs to the client until the client gives it back
+or the client's socket closes. Nobody writes to the slot in between. The chunk's checksum covers the payload, as it does
+on the network.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ _TIMEOUT = 2.0  # seconds for an end to introduce itself
 _ACCEPT_AGAIN = 0.1  # seconds
 
 
-class LenderStream:
+class ShmStream:
     """The slots of one PullKv stream; a ``Slots`` of ``kv.sender``.
 
     Attributes:
         held: slots that are not free; of a stream that ends early, until both ends are done with them.
     """
 
-    def __init__(self, link: LenderLink, number: int) -> None:
+    def __init__(self, link: ShmLink, number: int) -> None:
         self._link = link
         self.number = number
         self.held: set[int] = set()
@@ -64,7 +65,7 @@ class LenderStream:
         return bool(self._link.free)
 
     async def acquire(self) -> Slot:
-        """Raises Unavailable when the borrower has gone."""
+        """Raises Unavailable when the client has gone."""
         number = await self._link.take()
         self.held.add(number)
         return Slot(number, self._link.memory[number * MAX_SHARED_PAYLOAD :][:MAX_SHARED_PAYLOAD])
@@ -75,11 +76,11 @@ class LenderStream:
         self._link.settle(self)
 
 
-class LenderLink:
-    """One borrower: its segment, and who has which slot.
+class ShmLink:
+    """One client: its segment, and who has which slot.
 
     Attributes:
-        descriptor: of the segment, for the borrower; whoever sends it closes it.
+        descriptor: of the segment, for the client; whoever sends it closes it.
     """
 
     def __init__(self) -> None:
@@ -91,26 +92,26 @@ class LenderLink:
             # A segment that shrinks would kill whoever touches it.
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self.memory = memoryview(mmap.mmap(descriptor, SLOTS * MAX_SHARED_PAYLOAD))
-            # For the borrower, opened for reading only, so that it cannot write there by accident.
+            # For the client, opened for reading only, so that it cannot write there by accident.
             self.descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(descriptor)
         self.free = list(range(SLOTS))  # last in, first out: what was used last is in the cache
         self.closed = False
-        self._streams: dict[int, LenderStream] = {}
-        self._ended: set[int] = set()  # streams of which the borrower's last word came first
+        self._streams: dict[int, ShmStream] = {}
+        self._ended: set[int] = set()  # streams of which the client's last word came first
         self._changed = asyncio.Event()
 
-    def stream(self, number: int) -> LenderStream:
+    def stream(self, number: int) -> ShmStream:
         """A new one; call its ``written`` at its end. Raises Unavailable when the link or the stream is closed."""
         if self.closed or number in self._streams or number in self._ended:
             self._ended.discard(number)
             raise Unavailable("the link of shared memory, or its stream, is closed")
-        self._streams[number] = LenderStream(self, number)
+        self._streams[number] = ShmStream(self, number)
         return self._streams[number]
 
     async def take(self) -> int:
-        """A free slot, waiting for one. Raises Unavailable when the borrower has gone."""
+        """A free slot, waiting for one. Raises Unavailable when the client has gone."""
         while not self.free and not self.closed:
             self._changed.clear()
             await self._changed.wait()
@@ -119,7 +120,7 @@ class LenderLink:
         return self.free.pop()
 
     def returned(self, kind: int, number: int) -> None:
-        """The borrower gave a slot back, or all of a stream's; raises ValueError when it had no such thing."""
+        """The client gave a slot back, or all of a stream's; raises ValueError when it had no such thing."""
         if kind == _STREAM:
             stream = self._streams.get(number)
             if stream is None:
@@ -130,12 +131,12 @@ class LenderLink:
         else:
             holder = next((s for s in self._streams.values() if number in s.held), None)
             if kind != _SLOT or holder is None:
-                raise ValueError(f"a slot was given back that was not lent: {number}")
+                raise ValueError(f"the client gave back slot {number}, which it does not hold")
             holder.held.discard(number)
             self.free.append(number)
         self._changed.set()
 
-    def settle(self, stream: LenderStream) -> None:
+    def settle(self, stream: ShmStream) -> None:
         """Takes back all that ``stream`` has once both ends are done with it."""
         if not stream.writing and not stream.reading:
             del self._streams[stream.number]
@@ -143,12 +144,12 @@ class LenderLink:
             self._changed.set()
 
     def close(self) -> None:
-        """Nothing more is lent. The memory itself goes with the last payload that is being written or read."""
+        """Stops handing out slots. The memory itself goes with the last payload that is being written or read."""
         self.closed = True
         self._changed.set()
 
 
-class Lender:
+class ShmServer:
     """Listens for decode workers on this host.
 
     Attributes:
@@ -156,12 +157,12 @@ class Lender:
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.offer: prefill_pb2.SameHost | None = None
-        self._links: dict[bytes, LenderLink] = {}
+        self.offer: prefill_pb2.ShmOffer | None = None
+        self._links: dict[bytes, ShmLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         if enabled and SUPPORTED:
-            self.offer = prefill_pb2.SameHost(
+            self.offer = prefill_pb2.ShmOffer(
                 name=f"overfill-kv-{secrets.token_hex(16)}", token=secrets.token_bytes(_TOKEN_BYTES)
             )
 
@@ -173,7 +174,7 @@ class Lender:
             self._listener.listen()
             self._spawn(self._accept(self._listener))
 
-    def link(self, id: bytes) -> LenderLink:
+    def link(self, id: bytes) -> ShmLink:
         """Raises Unavailable when there is no such link, any more or at all."""
         if id not in self._links:
             raise Unavailable("no such link of shared memory: the payloads have to travel")
@@ -196,14 +197,14 @@ class Lender:
         while True:
             try:
                 peer, _ = await loop.sock_accept(listener)
-            except OSError as error:  # too many open files: borrowers wait in the queue until some are closed
+            except OSError as error:  # too many open files: clients wait in the queue until some are closed
                 logger.warning("a decode worker on this host has to wait: %s", error)
                 await asyncio.sleep(_ACCEPT_AGAIN)
                 continue
             self._spawn(self._serve(peer))
 
     async def _serve(self, peer: socket.socket) -> None:
-        """One borrower, until its socket closes."""
+        """One client, until its socket closes."""
         with peer:
             try:
                 async with asyncio.timeout(_TIMEOUT):
@@ -212,8 +213,8 @@ class Lender:
             except (OSError, TimeoutError, asyncio.IncompleteReadError):
                 return
             try:
-                link = LenderLink()
-            except OSError as error:  # no memory, too many open files: the borrower sees the socket close
+                link = ShmLink()
+            except OSError as error:  # no memory, too many open files: the client sees the socket close
                 logger.warning("no memory can be shared, so payloads travel: %s", error)
                 return
             self._links[link.id] = link
@@ -230,7 +231,7 @@ class Lender:
                         link.returned(kind, number)
                     rest = rest[whole:]
             except OSError:
-                pass  # the borrower has gone
+                pass  # the client has gone
             except ValueError as error:
                 logger.warning("closing a link of shared memory: %s", error)
             finally:
@@ -245,7 +246,7 @@ class Lender:
         return user == os.getuid() and hmac.compare_digest(token, self.offer.token)
 
 
-class Borrower:
+class ShmClient:
     """A decode worker's end of a link. Made by ``connect``.
 
     Attributes:
@@ -263,11 +264,11 @@ class Borrower:
         self._memory = memoryview(mapped)
         self._streams = 0
         self.alive = True
-        asyncio.get_running_loop().add_reader(sock, self.close)  # the lender says nothing more; its end is readable
+        asyncio.get_running_loop().add_reader(sock, self.close)  # the server says nothing more; its end is readable
 
     @classmethod
-    async def connect(cls, offer: prefill_pb2.SameHost) -> Borrower:
-        """Raises OSError, TimeoutError or ValueError when the lender is not on this host, or will not share."""
+    async def connect(cls, offer: prefill_pb2.ShmOffer) -> ShmClient:
+        """Raises OSError, TimeoutError or ValueError when the server is not on this host, or will not share."""
         if not SUPPORTED:
             raise OSError("this system cannot share memory")
         loop = asyncio.get_running_loop()
@@ -286,9 +287,9 @@ class Borrower:
             if size != MAX_SHARED_PAYLOAD:
                 os.close(descriptors[0])
                 raise ValueError(f"the prefill worker's slots are of {size} bytes")
-            borrower = cls(sock, descriptors[0], id, slots)
+            client = cls(sock, descriptors[0], id, slots)
             stack.pop_all()
-        return borrower
+        return client
 
     def new_stream(self) -> int:
         """A number for a PullKv stream."""

@@ -41,7 +41,7 @@ class RayUnavailable(OverfillError):
     """There is no Ray here, or no cluster where it should be."""
 
 
-class Session:
+class RayConnection:
     """A connection to a cluster. Make it with ``start_local`` or ``join``; ``close`` ends what it started.
 
     Attributes:
@@ -53,7 +53,7 @@ class Session:
         self._folder = folder
 
     @classmethod
-    def start_local(cls, cpus: int, show_logs: bool) -> Session:
+    def start_local(cls, cpus: int, show_logs: bool) -> RayConnection:
         """A cluster of this machine alone, whose every port is on loopback; it dies with this process.
 
         Args:
@@ -93,7 +93,7 @@ class Session:
         return cls(True, folder)
 
     @classmethod
-    def join(cls, address: str, show_logs: bool) -> Session:
+    def join(cls, address: str, show_logs: bool) -> RayConnection:
         """The cluster at ``address``: ``auto``, or HOST:PORT of its head. This machine must be part of it.
 
         Raises:

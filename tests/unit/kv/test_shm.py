@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from overfill.errors import TransferFailed, Unavailable
-from overfill.kv import samehost
+from overfill.kv import shm
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
-from overfill.kv.samehost import SLOTS, Borrower, Lender, LenderLink
 from overfill.kv.sender import KvSender
+from overfill.kv.shm import SLOTS, ShmClient, ShmLink, ShmServer
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import SERVICE, add_prefill_to_server
 from overfill.request.params import SamplingParams
@@ -25,7 +25,7 @@ from overfill.rpc.constants import MAX_SHARED_PAYLOAD, WIRE_VERSION
 from overfill.rpc.server import RpcServer
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
-pytestmark = pytest.mark.skipif(not samehost.SUPPORTED, reason="needs Linux")
+pytestmark = pytest.mark.skipif(not shm.SUPPORTED, reason="needs Linux")
 
 KV = KvSpec(3, 2, 8, "float32", RopeSpec())
 TOKENS = 45
@@ -35,7 +35,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
     """Sends one prompt's KV, that of its cache; ``spoil`` may change a chunk, or the memory under it."""
 
     def __init__(self):
-        self.lender = Lender()
+        self.shm_server = ShmServer()
         self.cache = KvCache(KV, 4, 16, torch.device("cpu"))
         self.cache.k.normal_()
         self.cache.v.normal_()
@@ -49,7 +49,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
             wire_version=WIRE_VERSION,
             kv=KV.to_proto(),
             codecs=[common_pb2.KV_CODEC_RAW],
-            same_host=self.lender.offer,
+            shm=self.shm_server.offer,
         )
 
     async def Prefill(self, request_iterator, context):
@@ -67,7 +67,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 
     async def PullKv(self, request, context):
         self.pulls.append(request)
-        slots = self.lender.link(request.link_id).stream(request.stream) if request.link_id else None
+        slots = self.shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
         try:
             ranges = [KvRange.from_proto(box) for box in request.ranges]
             async for chunk in self.senders[request.transfer_id].chunks(ranges, slots):
@@ -80,13 +80,13 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 @pytest.fixture
 async def worker():
     servicer = Prefill()
-    servicer.lender.start()
+    servicer.shm_server.start()
     server = RpcServer()
     server.add(add_prefill_to_server, servicer, SERVICE)
     servicer.address = await server.start("127.0.0.1:0")
     yield servicer
     await server.stop()
-    await servicer.lender.stop()
+    await servicer.shm_server.stop()
     servicer.executor.shutdown()
 
 
@@ -94,9 +94,9 @@ async def worker():
 async def connect(worker):
     peers = []
 
-    async def new_peer(same_host=True):
+    async def new_peer(shm=True):
         target = decode_pb2.AssignPrefill(worker_id="p", address=worker.address)
-        peers.append(PrefillPeer(target, 2, None, same_host))
+        peers.append(PrefillPeer(target, 2, None, shm))
         await peers[-1].handshake(KvIdentity(WIRE_VERSION, "", "", KV))
         return peers[-1]
 
@@ -124,7 +124,7 @@ def arrived(worker, cache):
 
 
 def the_link(worker):
-    (link,) = worker.lender._links.values()
+    (link,) = worker.shm_server._links.values()
     return link
 
 
@@ -144,13 +144,13 @@ async def test_peers_on_one_host_share_memory_by_themselves(worker, connect):
 
 
 async def test_either_end_may_decline(worker, connect, monkeypatch):
-    peer = await connect(same_host=False)
+    peer = await connect(shm=False)
     cache, stats = await pull(peer)
     assert arrived(worker, cache)
     assert stats.shared_bytes == 0
-    worker.lender.offer = None
+    worker.shm_server.offer = None
     assert (await connect()).link is None
-    assert Lender(enabled=False).offer is None
+    assert ShmServer(enabled=False).offer is None
 
 
 async def test_a_wrong_payload_in_shared_memory_is_noticed_and_travels_instead(worker, connect):
@@ -183,7 +183,7 @@ async def test_memory_outside_the_segment_is_never_read(worker, connect, shared)
 async def test_when_the_link_is_lost_payloads_travel(worker, connect):
     peer = await connect()
     the_link(worker)
-    await worker.lender.stop()
+    await worker.shm_server.stop()
     await until(lambda: not peer.link.alive)
     cache, stats = await pull(peer)
     assert arrived(worker, cache)
@@ -203,18 +203,18 @@ async def test_when_no_memory_can_be_set_aside_payloads_travel(worker, connect, 
     assert "no memory can be shared, so payloads travel: [Errno 28]" in caplog.text
 
 
-async def test_a_link_that_only_the_lender_has_lost_makes_payloads_travel(worker, connect):
+async def test_a_link_that_only_the_server_has_lost_makes_payloads_travel(worker, connect):
     peer = await connect()
-    worker.lender._links.clear()  # before the socket tells
+    worker.shm_server._links.clear()  # before the socket tells
     cache, stats = await pull(peer)
     assert arrived(worker, cache)
     assert stats.shared_bytes == 0
     assert stats.broken_streams == 2
-    worker.lender._links[b""] = LenderLink()  # for the socket's end, which forgets it
+    worker.shm_server._links[b""] = ShmLink()  # for the socket's end, which forgets it
     peer.link.close()
 
 
-async def test_a_borrower_that_goes_frees_what_waits_for_it(worker, connect):
+async def test_a_client_that_goes_frees_what_waits_for_it(worker, connect):
     peer = await connect()
     link = the_link(worker)
     stream = link.stream(99)
@@ -226,51 +226,51 @@ async def test_a_borrower_that_goes_frees_what_waits_for_it(worker, connect):
     with pytest.raises(Unavailable):
         await waiting
     slots[0].memory[:] = bytes(len(slots[0].memory))  # a payload on its way in does no harm
-    await until(lambda: not worker.lender._links)
+    await until(lambda: not worker.shm_server._links)
     with pytest.raises(Unavailable):
-        worker.lender.link(link.id)
+        worker.shm_server.link(link.id)
 
 
 async def test_slots_of_a_stream_come_back_when_both_ends_are_done_with_them():
-    link = LenderLink()
+    link = ShmLink()
     os.close(link.descriptor)
     stream = link.stream(1)
     await stream.acquire()
     link.returned(1, 1)
-    assert len(link.free) == SLOTS - 1  # the lender may still be writing
+    assert len(link.free) == SLOTS - 1  # the server may still be writing
     stream.written()
     assert len(link.free) == SLOTS
     other = link.stream(2)
     slot = await other.acquire()
     other.written()
-    assert len(link.free) == SLOTS - 1  # the borrower may still be reading
+    assert len(link.free) == SLOTS - 1  # the client may still be reading
     link.returned(0, slot.number)
     assert len(link.free) == SLOTS
     link.returned(1, 3)  # its end came first
     with pytest.raises(Unavailable):
         link.stream(3)
-    with pytest.raises(ValueError, match="not lent"):
+    with pytest.raises(ValueError, match="does not hold"):
         link.returned(0, slot.number)
 
 
 async def test_without_the_token_nothing_is_shared(worker):
-    stranger = prefill_pb2.SameHost(name=worker.lender.offer.name, token=bytes(16))
+    stranger = prefill_pb2.ShmOffer(name=worker.shm_server.offer.name, token=bytes(16))
     with pytest.raises(ValueError, match="closed the link"):
-        await Borrower.connect(stranger)
-    assert not worker.lender._links
+        await ShmClient.connect(stranger)
+    assert not worker.shm_server._links
 
 
 async def test_nobody_there_is_an_error_at_once():
     with pytest.raises(OSError, match="refused"):
-        await Borrower.connect(prefill_pb2.SameHost(name="overfill-kv-nobody", token=bytes(16)))
+        await ShmClient.connect(prefill_pb2.ShmOffer(name="overfill-kv-nobody", token=bytes(16)))
 
 
 async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.connect(f"\0{worker.lender.offer.name}")
+        silent.connect(f"\0{worker.shm_server.offer.name}")
         peer = await connect()
         assert arrived(worker, (await pull(peer))[0])
-        assert len(worker.lender._links) == 1
+        assert len(worker.shm_server._links) == 1
 
 
 async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, caplog):
@@ -289,7 +289,7 @@ async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, c
     assert "has to wait" in caplog.text
 
 
-async def test_the_borrower_cannot_write(worker, connect):
+async def test_the_client_cannot_write(worker, connect):
     peer = await connect()
     with pytest.raises(TypeError):
         peer.link.payload(kv_pb2.SharedPayload(slot=0, length=4))[0] = 1

@@ -1,0 +1,179 @@
+"""The processes of ``overfill up``: a complete configuration for each, from flags, variables and the file of settings.
+
+Starts nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from overfill.cli.stack import StackPlan, free_ports, reachable, threads_per_worker
+from overfill.rpc.access import Role
+from overfill.rpc.addresses import is_loopback
+from overfill.rpc.certificates import NAME, RoleFiles, role_files
+from overfill.rpc.tls import ClientTls
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config_file import BadConfigFile, flag_name
+from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
+
+GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
+_Config = TypeVar("_Config", bound=ServiceConfig)
+
+
+def make_plan(
+    pair: Path,
+    prefill: int,
+    decode: int,
+    routers: int,
+    port: int,
+    threads: int | None,
+    settings: dict[str, Any],
+    http: int | Literal["off"] = "off",
+    mock: bool = False,
+    tls: Path | None = None,
+    apart: bool = False,
+) -> StackPlan:
+    """Configurations for all processes.
+
+    ``http`` is the port of the first OpenAI endpoint: 0 for any, "off" for no endpoint. ``settings`` are fields of the
+    configuration classes, each handed to those that have it; None leaves a field to its environment variable or
+    default. ``tls`` is a folder of certificates, one per role, in place of these settings. ``apart``: workers may be on
+    several machines. Exits 2 when a value is wrong, as the services do.
+
+    Raises:
+        click.UsageError: two servers would get the same port, certificates are given twice, or the host is open to
+            other machines and something is missing for that.
+        CertificatesError: the folder lacks some.
+    """
+    settings = settings | {"pair": pair.resolve()}
+    of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
+    host = settings.get("host") or "127.0.0.1"
+    _check_host(host, settings | of_router)
+    free = free_ports(host, 2 * routers)  # at once, so that no two are the same
+    ports = range(port, port + routers) if port else free[:routers]
+    https: Iterable[int | Literal["off"]] = ["off"] * routers
+    if http != "off":
+        https = range(http, http + routers) if http else free[routers:]
+    first_metrics = settings.pop("metrics_port", None)
+    metrics = _metrics_ports(first_metrics, routers + prefill + decode)
+    _check_apart(
+        ("--grpc", port, routers),
+        ("--http", http, routers),
+        ("--metrics-port", first_metrics, routers + prefill + decode),
+    )
+    routers_all = settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}
+    router_configs = [
+        _configure(RouterConfig, routers_all | {"port": p, "http": h, "metrics_port": next(metrics)})
+        for p, h in zip(ports, https, strict=True)
+    ]
+    workers = (
+        settings
+        | of_worker
+        | {
+            "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
+            "threads": threads,
+            "advertise": None if reachable(host) == host else reachable(host),
+        }
+    )
+    # Cores are divided within a stage: the other one would leave its own idle much of the time, and engine threads that
+    # wait for each other sleep. Workers that may be on several machines are taken one by one.
+    shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
+    prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
+    return StackPlan(
+        tuple(router_configs),
+        tuple(
+            _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, shares[0])
+            for i in range(prefill)
+        ),
+        tuple(
+            _configure(decode_kind, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, shares[1])
+            for i in range(decode)
+        ),
+        mock,
+        None if tls is None else _client_tls(role_files(tls.absolute(), Role.OPERATOR)),
+    )
+
+
+def _check_host(host: str, settings: dict[str, Any]) -> None:
+    """All that an open host needs, at once; the services would name one thing after the other."""
+    given = _origins(RouterConfig, _flags(RouterConfig, settings))
+    needs = []
+    if not {"tls_cert", "tls_key", "tls_ca"} <= given.keys():
+        needs.append("--tls FOLDER (`overfill certs FOLDER` makes it)")
+    if "api_keys" not in given:
+        needs.append("--api-keys FILE (`overfill keys create NAME --file FILE` makes it)")
+    if needs and not is_loopback(host):
+        raise click.UsageError(
+            f"--host {host} is open to other machines: give {' and '.join(needs)}, or leave --host out"
+        )
+
+
+def _certificates(folder: Path | None, settings: dict[str, Any], role: Role) -> dict[str, Any]:
+    if folder is None:
+        return {}
+    if any(settings.get(name) is not None for name in ("tls_cert", "tls_key", "tls_ca")):
+        raise click.UsageError("--tls has all certificates: leave --tls-cert, --tls-key and --tls-ca out")
+    files = role_files(folder.absolute(), role)
+    name = settings.get("tls_name") or NAME
+    return {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": name}
+
+
+def _client_tls(files: RoleFiles) -> ClientTls:
+    return ClientTls(files.ca, files.cert, files.key, NAME)
+
+
+def _check_apart(*ranges: tuple[str, object, int]) -> None:
+    """Raises click.UsageError when two flags claim the same port. Each is a flag, its first port and how many follow.
+
+    A first port that is 0, or no number, claims none.
+    """
+    claimed = [
+        (flag, int(str(first)), count) for flag, first, count in ranges if str(first).isdecimal() and int(str(first))
+    ]
+    for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
+        if first < others_first + others_count and others_first < first + count:
+            raise click.UsageError(
+                f"{_claim(flag, first)} and {_claim(other, others_first)} overlap: they take {count} and "
+                f"{others_count} ports from there on, one per process; give {other} {first + count} or more, "
+                f"or {other} off"
+            )
+
+
+def _claim(flag: str, port: int) -> str:
+    by_default = (flag, port) in (("--grpc", GRPC_PORT), ("--http", HTTP_PORT))
+    return f"{flag} {port}{' (its default)' if by_default else ''}"
+
+
+def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
+    """For each process: the first's port and those that follow, or what ``first`` says, if it is no port."""
+    if first is None or not first.isdecimal() or int(first) == 0:
+        return iter([first] * count)
+    return iter([str(int(first) + index) for index in range(count)])
+
+
+def _configure(kind: type[_Config], settings: dict[str, Any], otherwise: dict[str, Any] | None = None) -> _Config:
+    """``otherwise`` are values for fields that neither ``settings`` nor a variable nor the file sets."""
+    argv = _flags(kind, settings)
+    origins = _origins(kind, argv)
+    rest = {name: value for name, value in (otherwise or {}).items() if name not in origins}
+    return kind.parse(argv + _flags(kind, rest))
+
+
+def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
+    try:
+        return kind.origins(argv)
+    except BadConfigFile:
+        return {}  # ``parse`` says so
+
+
+def _flags(kind: type[ServiceConfig], settings: dict[str, Any]) -> list[str]:
+    return [
+        f"--{flag_name(name)}={value}"
+        for name, value in settings.items()
+        if value is not None and name in kind.model_fields
+    ]

@@ -1,0 +1,59 @@
+"""Types of settings' values, with their checks. No torch."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
+from pydantic_settings import NoDecode
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _check_address(address: str) -> str:
+    port = address.rpartition(":")[2]
+    if address.startswith("unix:") or (":" in address and port.isdecimal() and int(port) < 65536):
+        return address
+    if re.fullmatch(r"ray:///[\w.-]+", address):
+        return address
+    raise ValueError("expected HOST:PORT, dns:///NAME:PORT or ray:///APPLICATION, or several separated by commas")
+
+
+def _check_origin(origin: str) -> str:
+    """As browsers write it: lower case, no path, no port that is the scheme's default."""
+    origin = origin.lower()
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        raise ValueError("expected *, or origins such as https://chat.example.org, without a path, separated by commas")
+    return re.sub(r"^(http(?=.*:80$)|https(?=.*:443$))(://.+):\d+$", r"\1\2", origin)
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a server on ``host`` listens on every address of its machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
+
+
+def _check_positive(size: ByteSize) -> ByteSize:
+    if size <= 0:
+        raise ValueError("must be more than 0, such as 512MiB or 2GiB")
+    return size
+
+
+Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
+Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+# Text: a Path would make ./default, which is a folder, the name of a pair.
+PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]
