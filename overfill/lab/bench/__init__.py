@@ -1,4 +1,6 @@
-"""The measurements behind ``overfill bench``: a package per verb.
+"""Benchmarks of the engine, the KV handoff and the router, each beside its bound and its peers.
+
+A package per verb of ``overfill bench``:
 
 - ``engine``: ``decode`` and ``prefill``, our engine and other engines against the limits of this machine.
 - ``kv``: ``kv``, how fast KV moves between two processes.

@@ -1,1 +1,4 @@
-"""Plays loads on servers and records when tokens arrive. Modules import torch only when they start an engine."""
+"""Puts the same load on one or more servers, and compares what clients see.
+
+Torch is imported only to start an engine.
+"""

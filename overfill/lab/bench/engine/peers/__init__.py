@@ -1,5 +1,5 @@
-"""Other engines that are measured beside ours: transformers, a plain two-stage loop, OpenVINO GenAI and vLLM.
+"""Other engines as peers: plain transformers here, OpenVINO and vLLM in environments of their own.
 
-The first two run in this process (``hf_baseline``). The others run as processes in environments of their own:
+``hf_baseline`` runs transformers in this process. The others are processes in environments of their own:
 ``environment`` installs them, ``process`` starts ``subprocess_peer`` there, ``vllm_server`` starts vLLM's server.
 """
