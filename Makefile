@@ -70,7 +70,7 @@ test-all: setup check .venv/.browser .venv/.prometheus  ## check, then every tes
 	@touch $@
 
 bench: setup  ## Measure the hand-off and the engine on this machine, in short
-	$(BIN)/overfill bench timeline
+	$(BIN)/overfill bench handoff --timeline
 	$(BIN)/overfill bench decode --batch 1,8 --rounds 3 --steps 8
 	$(BIN)/overfill bench prefill --context 512 --rounds 3
 

@@ -1,14 +1,14 @@
-"""Who may call what: a table of every RPC and route, and the gate that holds callers against it. No sockets.
+"""Access control: a table with the rule of every RPC and route, and the policy that applies it. Opens no sockets.
 
-What is not in the table is refused, so a new RPC or route that nobody thought about is closed and not open. A caller
-shows one or more of
+The policy refuses every RPC and route that the table does not list, so a new one is closed until it gets a rule. A
+caller sends one or more of these credentials:
 
-* a certificate, where the listener wants one; its subject alternative names say which roles its bearer has:
+* a certificate, if the listener requires one. Its subject alternative names carry the caller's roles:
   ``URI:overfill://role/worker``, or ``DNS:worker.role.overfill.internal`` for issuers that make DNS names only;
 * an API key (``authorization: Bearer KEY``), which has scopes;
-* the stack's secret, in the same place: processes of one stack on one machine, where there are no certificates.
+* the stack's secret, in the same header. Processes of one stack use it where they have no certificates.
 
-Where none of the three is configured everything in the table is open; that is so on loopback only.
+If none of the three is configured, everything in the table is open. Servers allow that on loopback only.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from typing import Protocol
 from overfill.errors import PermissionDenied, Unauthenticated
 
 MIN_SECRET = 16
-"""Characters that the stack's secret has at least."""
+"""Minimum length of the stack's secret, in characters."""
 
 _URI = "overfill://role/"
 _DNS = ".role.overfill.internal"
 
 
 class Scope(StrEnum):
-    """What an API key is good for."""
+    """Permission of an API key."""
 
-    INFER = "infer"  # answers, models, tokens
-    STATUS = "status"  # who is there and how busy
+    INFER = "infer"  # answers, list of models, tokenizer
+    STATUS = "status"  # workers and their load
     METRICS = "metrics"
     ADMIN = "admin"  # drains, reflection
 
 
 class Role(StrEnum):
-    """What the bearer of a certificate is."""
+    """Role of a certificate's owner."""
 
     ROUTER = "router"
     WORKER = "worker"
     CLIENT = "client"  # sends requests
-    OPERATOR = "operator"  # and drains
+    OPERATOR = "operator"  # sends requests and drains
     SCRAPER = "scraper"  # reads metrics
 
 
 class KeyHolder(Protocol):
-    """Who holds an API key."""
+    """Owner of an API key, with its scopes."""
 
     @property
     def name(self) -> str: ...
@@ -61,20 +61,20 @@ class KeyHolder(Protocol):
 
 
 FindKey = Callable[[str], KeyHolder | None]
-"""Who holds a key; None when nobody does."""
+"""Returns the owner of a key; None for an unknown key."""
 
 caller: ContextVar[KeyHolder | None] = ContextVar("caller", default=None)
-"""The API key that the RPC being served came with; None where none was needed."""
+"""Owner of the API key that admitted the current RPC; None when the RPC needed no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a caller must show.
+    """Credentials that an RPC or route requires.
 
     Attributes:
-        scope: that an API key must have; None: no key is good enough.
-        roles: of certificates, one of which is wanted where certificates are.
-        open: anybody may call.
+        scope: scope that an API key needs; None means that no API key admits a caller.
+        roles: roles of which a certificate needs at least one, if the listener requires certificates.
+        open: admits every caller, without credentials.
     """
 
     scope: Scope | None = None
@@ -108,7 +108,7 @@ ROUTER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Admin/Status": _STATUS,
     "/overfill.v1.Admin/Drain": _ADMIN,
 }
-"""Of a router."""
+"""Rules of a router's RPCs."""
 
 WORKER_RPCS: Mapping[str, Rule] = {
     **_HEALTH,
@@ -121,7 +121,7 @@ WORKER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Admin/Status": _FROM_ROUTERS,
     "/overfill.v1.Admin/Drain": _FROM_ROUTERS,
 }
-"""Of a worker, which takes no API keys: its callers are processes of its stack."""
+"""Rules of a worker's RPCs. Workers accept no API keys, because only processes of the stack call them."""
 
 RPCS: Mapping[str, Rule] = {**WORKER_RPCS, **ROUTER_RPCS}
 
@@ -137,25 +137,25 @@ ROUTES: Mapping[str, Rule] = {
     "/version": _STATUS,
     "/status": _STATUS,
     "/ui": _INFER,
-    "/": _OPEN,  # leads to /ui
+    "/": _OPEN,  # redirects to /ui
 }
-"""Of the OpenAI endpoint."""
+"""Rules of the OpenAI endpoint's routes."""
 
 METRICS_ROUTES: Mapping[str, Rule] = {"/metrics": _METRICS, "/targets": _METRICS}
-"""Of the port of metrics, which every process has."""
+"""Rules of the metrics port, which every process has."""
 
 _UNKNOWN = Rule(None, frozenset())
-"""What is in no table: only who has the stack's secret, or comes where all is open, learns that it is not there."""
+"""Rule for unlisted RPCs and routes; see ``unknown``."""
 
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Holds callers against a table. The default lets everybody call what is in it: for loopback, and tests.
+    """Checks callers against a table of rules. The default admits every caller to every listed RPC.
 
     Args:
         rpcs: full method name -> rule.
-        keys: who holds an API key; None: no keys are taken.
-        secret: of the stack; empty: there is none.
+        keys: finds the owner of an API key; None means that API keys are not accepted.
+        secret: the stack's secret; empty means that there is none.
     """
 
     rpcs: Mapping[str, Rule] = field(default_factory=lambda: RPCS)
@@ -163,19 +163,19 @@ class AccessPolicy:
     secret: str = field(default="", repr=False)
 
     def rpc(self, method: str) -> Rule | None:
-        """The rule of ``/package.Service/Method``; None when it is in no table, and so refused."""
+        """Returns the rule of ``/package.Service/Method``; None when no rule exists and the caller must be refused."""
         return self.rpcs.get(method)
 
     def check(self, rule: Rule, shown: str | None, roles: frozenset[Role] | None) -> KeyHolder | None:
-        """The holder of the key that let the caller in; None when something else did.
+        """Admits the caller and returns the owner of its API key; None when no key was needed.
 
         Args:
-            shown: key or secret.
-            roles: of the caller's certificate; None where the listener asks for none.
+            shown: API key or secret that the caller sent.
+            roles: roles in the caller's certificate; None if the listener does not require certificates.
 
         Raises:
-            Unauthenticated: nothing that is known here was shown.
-            PermissionDenied: what was shown is known, and not good for this.
+            Unauthenticated: the caller sent no valid credential.
+            PermissionDenied: the credential is valid, but lacks the required scope or role.
         """
         if rule.open or (self.keys is None and not self.secret and roles is None):
             return None
@@ -183,25 +183,27 @@ class AccessPolicy:
             return None
         if roles is not None:
             if not roles & rule.roles:
-                has = ", ".join(sorted(roles)) or "no role (`overfill certs` makes certificates that have one)"
-                wanted = " or ".join(sorted(rule.roles)) or "nobody"
-                raise PermissionDenied(f"this is for {wanted}; the certificate's bearer is {has}")
+                has = ", ".join(sorted(roles)) or "no role (`overfill certs` makes certificates with roles)"
+                needed = " or ".join(sorted(rule.roles)) or "the stack's secret, and no certificate is enough"
+                raise PermissionDenied(f"this call needs the role {needed}; the caller's certificate has {has}")
             if roles & rule.roles - {Role.CLIENT} or self.keys is None:
                 return None
         if rule.scope is None or self.keys is None:
-            raise Unauthenticated("only processes of the stack may call this: they show a certificate or its secret")
+            raise Unauthenticated(
+                "only processes of the stack may call this: send a certificate of the stack, or its secret"
+            )
         if shown is None:
-            raise Unauthenticated("an API key is wanted: 'authorization: Bearer KEY'")
+            raise Unauthenticated("an API key is required: send 'authorization: Bearer KEY'")
         key = self.keys(shown)
         if key is None:
-            raise Unauthenticated("nobody holds this API key")
+            raise Unauthenticated("unknown API key: use one that `overfill keys create` has made")
         if rule.scope not in key.scopes:
-            raise PermissionDenied(f"the key of {key.name} has no scope {rule.scope!s}; make one that has")
+            raise PermissionDenied(f"the key of {key.name} lacks the scope {rule.scope!s}: use a key that has it")
         return key
 
 
 def route_rule(rules: Mapping[str, Rule], path: str) -> Rule | None:
-    """The rule of a request's path, templates such as ``/v1/models/{model:path}`` included; None: there is none."""
+    """Returns the rule of a path, also by templates such as ``/v1/models/{model:path}``; None if no rule exists."""
     if path in rules:
         return None if "{" in path else rules[path]
     for template, rule in rules.items():
@@ -212,17 +214,24 @@ def route_rule(rules: Mapping[str, Rule], path: str) -> Rule | None:
 
 
 def unknown(access: AccessPolicy, shown: str | None, roles: frozenset[Role] | None) -> None:
-    """Raises as ``AccessPolicy.check`` unless the caller may learn what is not here, with any key or certificate."""
+    """Checks whether a caller may learn that an RPC or route does not exist.
+
+    A valid API key, a certificate with a role, the stack's secret, or a policy without credentials admits the caller.
+    The server then answers "not found".
+
+    Raises:
+        OverfillError: as ``AccessPolicy.check``, for all other callers.
+    """
     if roles or (access.keys is not None and shown is not None and access.keys(shown) is not None):
         return
     access.check(_UNKNOWN, shown, None)
 
 
 def bearer(header: str, *, page: bool = False) -> str | None:
-    """What an ``Authorization`` header shows; None when there is nothing.
+    """Returns the key or secret in an ``Authorization`` header; None when the header has neither.
 
-    For a ``page`` the password of ``Basic`` is as good: browsers have no other way to show a key. Elsewhere it is not,
-    since they show it by themselves, whoever had them ask.
+    For a ``page``, the password of ``Basic`` counts too, because a browser has no other way to send a key. Other routes
+    refuse ``Basic``: a browser sends it automatically, even for requests started by another site (CSRF).
     """
     scheme, _, rest = header.partition(" ")
     rest = rest.strip()
@@ -237,7 +246,7 @@ def bearer(header: str, *, page: bool = False) -> str | None:
 
 
 def roles_of(names: Iterable[str]) -> frozenset[Role]:
-    """The roles in a certificate's subject alternative names; names of unknown roles are ignored."""
+    """Returns the roles in a certificate's subject alternative names; unknown roles are ignored."""
     words = [
         name.removeprefix(_URI) if name.startswith(_URI) else name.removesuffix(_DNS)
         for name in names
@@ -247,5 +256,5 @@ def roles_of(names: Iterable[str]) -> frozenset[Role]:
 
 
 def role_uri(role: Role) -> str:
-    """The subject alternative name, a URI, that gives ``role``."""
+    """Returns the subject alternative name, a URI, that gives a certificate ``role``."""
     return f"{_URI}{role}"

@@ -1,4 +1,4 @@
-"""Reads and writes of an asyncio call, with every failure as an OverfillError."""
+"""Reads and writes of asyncio gRPC calls, with every failure raised as an OverfillError."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ T = TypeVar("T")
 
 
 async def checked_response(operation: Awaitable[T], peer: str) -> T:
-    """Awaits ``call.read()`` or a whole call to ``peer``.
+    """Awaits ``call.read()``, or the response of a unary call, and returns the message. ``peer`` names the other end.
 
     Raises:
-        InternalError: what came is no message of its type; gRPC gives None then and only logs it.
+        InternalError: the message could not be decoded. gRPC only logs this and returns None.
         OverfillError: as ``checked_write``.
     """
     message = await checked_write(operation, peer)
     if message is None:
-        raise InternalError(f"{peer} sent what is no message of its type")
+        raise InternalError(f"{peer} sent a message that cannot be decoded")
     return message
 
 
 async def checked_write(operation: Awaitable[T], peer: str) -> T:
-    """Awaits ``call.write(...)`` to ``peer``.
+    """Awaits ``call.write(...)``. ``peer`` names the other end in messages.
 
     Raises:
-        RequestCancelled: the peer answered CANCELLED, which gRPC otherwise raises as asyncio.CancelledError, as
-            if this task had been cancelled.
-        Unavailable: written to a call that has ended; a read tells how it ended.
-        OverfillError: the peer's error, or the connection's.
+        RequestCancelled: the peer answered CANCELLED. gRPC raises asyncio.CancelledError for this, as if this task had
+            been cancelled.
+        Unavailable: the call had already ended. A read raises the error that ended it.
+        OverfillError: the peer sent an error, or the connection failed.
     """
     try:
         return await operation
@@ -51,6 +51,6 @@ async def checked_write(operation: Awaitable[T], peer: str) -> T:
 
 
 async def responses(call: Any, peer: str) -> AsyncIterator[Any]:
-    """The messages of a streaming ``call`` to ``peer``, to its end; raises as ``checked_response`` does."""
+    """Yields the messages of a streaming ``call`` until it ends. Raises as ``checked_response`` does."""
     while (message := await checked_response(call.read(), peer)) is not grpc.aio.EOF:  # type: ignore[attr-defined]
         yield message

@@ -1,9 +1,9 @@
-"""Certificates for trials and small installations: two authorities of one's own, and a certificate per role.
+"""Certificates for trials and small installations: two private certificate authorities, and a certificate per role.
 
-Processes of the stack (router, worker, scraper) and those who use it (client, operator) have an authority each. Workers
-trust the first only, so that a client's certificate is refused by them at the handshake, whatever it says; routers
-trust both. What a certificate may do is in it: its role, as a URI, and whether it may be a server's
-(``extendedKeyUsage``).
+One authority signs the certificates of the stack's processes (router, worker, scraper), the other those of its users
+(client, operator). Workers trust only the first, so they refuse a client's certificate at the handshake, whatever role
+it claims. Routers trust both. A certificate names its role as a URI, and ``extendedKeyUsage`` says whether a server may
+use it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from overfill.rpc.access import Role, role_uri
 
 PEERS_CA, CLIENTS_CA, BOTH_CA = "peers-ca.crt", "clients-ca.crt", "ca.crt"
 NAME = "overfill"
-"""That all processes of a stack bear, whatever their address."""
+"""DNS name in every server certificate of a stack. Clients check it in place of the address."""
 
 _PEERS = (Role.ROUTER, Role.WORKER, Role.SCRAPER)
 _SERVERS = (Role.ROUTER, Role.WORKER)
 _CA_DAYS = 3650
-_EARLY = timedelta(minutes=5)  # for clocks that are behind
+_EARLY = timedelta(minutes=5)  # tolerates clocks that are behind
 
 
 class CertificatesError(OverfillError):
-    """A folder of certificates is not there, damaged, or cannot be written."""
+    """A folder of certificates is missing, damaged, or not writable."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoleFiles:
-    """What one process is given.
+    """Certificate files of one process.
 
     Attributes:
-        ca: those that it trusts.
+        cert, key: the process's own certificate and private key.
+        ca: certificates of the authorities that the process trusts.
     """
 
     cert: Path
@@ -52,27 +53,27 @@ class RoleFiles:
 
 
 def role_files(folder: Path, role: Role) -> RoleFiles:
-    """Where ``make`` puts what ``role`` needs. Raises CertificatesError when it is not there."""
+    """Returns the files that ``make`` wrote for ``role``. Raises CertificatesError when one is missing."""
     ca = BOTH_CA if role is Role.ROUTER else PEERS_CA
     files = RoleFiles(folder / f"{role}.crt", folder / f"{role}.key", folder / ca)
     missing = [path.name for path in (files.cert, files.key, files.ca) if not path.exists()]
     if missing:
-        raise CertificatesError(f"{folder} has no {', '.join(missing)}: `overfill certs {folder}` makes them")
+        raise CertificatesError(f"{folder} lacks {', '.join(missing)}: make them with `overfill certs {folder}`")
     return files
 
 
 def make(folder: Path, names: Sequence[str] = (), days: float = 90, roles: Sequence[Role] = tuple(Role)) -> list[Path]:
-    """Makes certificates of ``roles`` in ``folder``, and the authorities if there are none; returns what it wrote.
+    """Writes certificates for ``roles`` to ``folder`` and returns the paths; makes missing authorities first.
 
-    Certificates that are there are replaced, which running processes notice.
+    Existing certificates are replaced. Running processes read the new ones within seconds.
 
     Args:
-        names: host names and IP addresses that routers are reached at, besides loopback's.
-        days: that certificates are good for.
+        names: host names and IP addresses of routers, in addition to loopback's.
+        days: validity of the certificates, in days.
 
     Raises:
-        InvalidRequest: a name is none.
-        CertificatesError: the folder cannot be written, or its authorities are damaged.
+        InvalidRequest: a name is neither a host name nor an IP address.
+        CertificatesError: the folder is not writable, or an authority in it is damaged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def make(folder: Path, names: Sequence[str] = (), days: float = 90, roles: Seque
         for role in roles:
             issuer = peers if role in _PEERS else clients
             certificate, key = issue(issuer, role, names, days)
-            # Between the two the pair does not fit, and what was read before stays in use.
+            # Between these writes, key and certificate do not match; processes keep using the previous ones.
             _write(folder / f"{role}.key", key, 0o600)
             _write(folder / f"{role}.crt", certificate, 0o644)
             written += [folder / f"{role}.crt", folder / f"{role}.key"]
@@ -93,14 +94,14 @@ def make(folder: Path, names: Sequence[str] = (), days: float = 90, roles: Seque
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """Who signs."""
+    """A certificate authority: its certificate and its private key."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
 
 
 def new_authority(name: str) -> Authority:
-    """A certificate authority that signs itself."""
+    """Makes a self-signed certificate authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = _builder(subject, subject, key, _CA_DAYS)
@@ -110,7 +111,11 @@ def new_authority(name: str) -> Authority:
 
 
 def issue(issuer: Authority, role: Role, names: Sequence[str] = (), days: float = 90) -> tuple[bytes, bytes]:
-    """A new certificate of ``role`` and its key, both PEM. Raises InvalidRequest when a name is none."""
+    """Issues a certificate for ``role`` and returns it and its key, both PEM.
+
+    Raises:
+        InvalidRequest: a name is neither a host name nor an IP address.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{NAME}-{role}")])
     builder = _builder(subject, issuer.certificate.subject, key, days)
@@ -199,7 +204,7 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """Whole or not at all."""
+    """Writes the file atomically: under another name first, then renamed."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)

@@ -1,7 +1,7 @@
-"""Channels, and the HTTP/2 options of both ends. Addresses are ``host:port`` or ``unix:path``.
+"""gRPC channels, and the HTTP/2 options of channels and servers. Addresses are ``host:port`` or ``unix:path``.
 
-Every channel owns its TCP connection. Channels that share one, as gRPC's do unless told otherwise, put a
-first token behind megabytes of KV and turn *n* parallel streams into one.
+Every channel owns its TCP connection. By default gRPC lets channels to one address share a connection. Then a first
+token would queue behind megabytes of KV, and *n* data streams would not be parallel.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ Options = list[tuple[str, int]]
 
 
 def open_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.aio.Channel:
-    """An asyncio channel with its own connection, opened on first use. Raises TlsError on bad TLS files.
+    """Returns an asyncio channel with its own connection, which opens on first use.
 
-    When the files of ``shown`` change, new RPCs go over a new connection.
+    When the files in ``shown`` change, new RPCs use a new connection with the new certificate.
+
+    Raises:
+        TlsError: a TLS file is missing, unreadable or does not match the others.
     """
     return cast(grpc.aio.Channel, _open(address, shown, grpc.aio))
 
 
 def open_sync_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.Channel:
-    """As ``open_channel``, for threads."""
+    """Returns a blocking channel; otherwise as ``open_channel``."""
     return cast(grpc.Channel, _open(address, shown, grpc))
 
 
@@ -64,10 +67,10 @@ def channel_options() -> Options:
     """Options of every channel."""
     return [
         ("grpc.use_local_subchannel_pool", 1),
-        # Peers are named by address; a proxy from the environment never belongs between them.
+        # Processes of a stack connect directly: ignore http_proxy and similar variables.
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        # Which is also how long a connection may take, before its address counts as one that cannot be reached.
+        # gRPC also uses this as the connect timeout.
         ("grpc.min_reconnect_backoff_ms", _milliseconds(CONNECT_TIMEOUT)),
         ("grpc.max_reconnect_backoff_ms", 2000),
         *_common_options(),
@@ -77,10 +80,10 @@ def channel_options() -> Options:
 def server_options() -> Options:
     """Options of every server."""
     return [
-        # With SO_REUSEPORT a second server on a taken port would silently get half of the connections.
+        # With SO_REUSEPORT, a second server on the same port would silently get half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_MIN_INTERVAL)),
-        # A connection that says nothing, or half of a handshake, does not stay.
+        # Closes connections that stay silent or do not finish their handshake.
         ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),
         ("grpc.max_connection_idle_ms", _milliseconds(IDLE_TIMEOUT)),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
@@ -92,14 +95,14 @@ def _common_options() -> Options:
     return [
         ("grpc.keepalive_time_ms", _milliseconds(KEEPALIVE_TIME)),
         ("grpc.keepalive_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),
-        # gRPC core waits this long for the answer to any ping, 60 s by default, and never uses the line above
-        # (grpc/grpc#39239): without it a frozen peer is noticed after more than a minute.
+        # gRPC core uses this timeout (60 s by default) for every ping and ignores keepalive_timeout_ms
+        # (grpc/grpc#39239). Without it, a frozen peer is detected only after more than a minute.
         ("grpc.http2.ping_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # Error messages travel twice in a trailer, percent-encoded and in base64.
+        # A trailer carries an error message twice: percent-encoded and in base64.
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ]
 

@@ -1,4 +1,4 @@
-"""Numbers that both ends of a connection must agree on. Defined here and nowhere else."""
+"""Timeouts and limits of connections, on which both ends must agree. Defined only here."""
 
 from __future__ import annotations
 
@@ -8,61 +8,61 @@ WIRE_VERSION: Final = 1
 """Version of the messages in ``proto/overfill/v1``; workers of different versions refuse each other."""
 
 CONNECT_TIMEOUT: Final = 5.0
-"""Seconds for a connection and its first frames, on a busy machine or a slow link too."""
+"""Seconds for a connection to open and carry its first frames; enough for a busy machine or a slow link."""
 
 KEEPALIVE_TIME: Final = 2.0
 """Seconds without traffic after which an end sends an HTTP/2 ping."""
 
 KEEPALIVE_TIMEOUT: Final = 8.0
-"""Seconds a ping may stay unanswered before the connection is closed.
+"""Seconds that a ping may stay unanswered before the connection is closed.
 
-With ``KEEPALIVE_TIME`` it is the 10 s after which a silent peer is left; most of them, since one that gets no CPU for
-seconds, on a machine with more to do than it can, is not dead.
+A silent peer is given up after ``KEEPALIVE_TIME`` plus this: 10 s. Most of them are spent here, because a process on an
+overloaded machine may get no CPU for seconds and still be alive.
 """
 
 KEEPALIVE_MIN_INTERVAL: Final = 1.5
-"""Seconds between pings that a server tolerates; must stay below ``KEEPALIVE_TIME``."""
+"""Minimum seconds between pings that a server accepts; must be less than ``KEEPALIVE_TIME``."""
 
 STALL_TIMEOUT: Final = 30.0
-"""Seconds without a byte moved, while some are ready, after which a KV transfer is given up.
+"""Seconds without progress, while KV is ready to send, after which a KV transfer is given up.
 
-Keepalive finds peers that are gone or frozen. This finds peers whose connections answer and that take no part. Progress
-counts by whole messages, of 1 MiB on a slow stream. A link of 1 Gbit/s moves 3,500 of them in this time, so that as
-many streams may share it.
+Keepalive detects peers that are dead or frozen. This detects peers that answer pings but move no data. Progress is
+counted in whole messages of up to 1 MiB. A link of 1 Gbit/s moves 3,500 of them in this time, so that many streams may
+share it.
 """
 
 MAX_TRANSFER_TIME: Final = 900.0
-"""Seconds that a prompt's KV may take to move once all of it is ready, unless ``--max-transfer-time`` says otherwise.
+"""Default of ``--max-transfer-time``: seconds for a prompt's KV to move once all of it is computed.
 
-64 GiB, such as 128 prompts of 512 MiB that share 1 Gbit/s, take 550 s.
+64 GiB over 1 Gbit/s, such as 128 prompts of 512 MiB at once, take 550 s.
 """
 
 MAX_CHUNK_PAYLOAD: Final = 1 << 20
-"""Most payload bytes of one KV chunk that travels."""
+"""Maximum payload of a KV chunk sent over a socket, in bytes."""
 
 MAX_SHARED_PAYLOAD: Final = 8 << 20
-"""Most payload bytes of one KV chunk whose payload stays in shared memory."""
+"""Maximum payload of a KV chunk passed through shared memory, in bytes."""
 
 MAX_MESSAGE_BYTES: Final = 8 << 20
-"""Most bytes of one message, either way."""
+"""Maximum size of a message in either direction, in bytes."""
 
 MAX_METADATA_BYTES: Final = 32 << 10
-"""Most bytes of an RPC's metadata, either way."""
+"""Maximum size of an RPC's metadata in either direction, in bytes."""
 
 MAX_CONNECTIONS: Final = 4096
-"""Most connections that a gRPC server keeps at once."""
+"""Maximum number of open connections of a gRPC server."""
 
 MAX_DATA_STREAMS: Final = 64
-"""Most parallel connections that carry one prompt's KV."""
+"""Maximum number of parallel connections for one prompt's KV."""
 
 SPARE_RPCS: Final = 256
-"""RPCs that a worker serves beside those of its sequences: probes, status, requests that it is about to refuse."""
+"""Concurrent RPCs that a worker allows in addition to its sequences': health checks, status, requests to be refused."""
 
 HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds for a connection to become one: TLS and HTTP/2."""
+"""Seconds for the TLS and HTTP/2 handshakes of a new connection."""
 
 FIRST_MESSAGE_TIMEOUT: Final = 10.0
 """Seconds for the first message of an RPC to arrive whole."""
 
 IDLE_TIMEOUT: Final = 1800.0
-"""Seconds that a connection may stay without an RPC; clients open another one when they need it."""
+"""Seconds without an RPC after which a server closes a connection. Clients reconnect when they need to."""

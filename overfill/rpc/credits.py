@@ -1,4 +1,4 @@
-"""How a worker divides the requests that it takes at once among the routers that it has joined. Pure arithmetic."""
+"""Divides a worker's request slots among the routers that it has joined. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RouterDemand:
-    """What a router has said.
+    """Load that a router last reported to the worker.
 
     Attributes:
-        in_use: requests that it has on the worker.
-        queued: requests that wait in it.
+        in_use: number of this router's requests on the worker.
+        queued: number of requests waiting in the router.
     """
 
     in_use: int
@@ -20,19 +20,20 @@ class RouterDemand:
 
 
 def divide(capacity: int, demands: Sequence[RouterDemand | None]) -> list[int]:
-    """Credits of each router: most requests that it may have on the worker at once.
+    """Returns the credits of each router: the maximum number of requests it may have on the worker at once.
 
-    What is not in use goes first to routers with requests waiting, one by one to the one that would have least, then
-    in the same way to all, so that a router has something to begin with. A router that has said nothing (None) gets an
-    equal share. No router is given room that another one's requests fill; each may always have one request, lest it
-    wait for ever on a worker smaller than the number of routers. Of a capacity of nothing everybody gets nothing.
+    A router keeps credits for its running requests; one without a report (None) gets an equal share. Unused credits are
+    handed out one at a time, each to the router with the fewest credits. First, each router without a queue gets one,
+    so that it can start a request without asking. Routers with queued requests come next, then all that have reported.
+
+    Every router gets at least one credit, even if the worker has fewer slots than there are routers; otherwise a router
+    could wait for ever. With capacity 0, all credits are 0.
     """
     if not capacity or not demands:
         return [0] * len(demands)
     equal = capacity // len(demands)
     credits = [equal if demand is None else min(demand.in_use, capacity) for demand in demands]
     free = max(0, capacity - sum(credits))
-    # Routers without a queue keep one to begin with, so that they need not ask first.
     for index in sorted(range(len(demands)), key=lambda i: credits[i]):
         demand = demands[index]
         if free and demand is not None and not demand.queued:
@@ -45,7 +46,7 @@ def divide(capacity: int, demands: Sequence[RouterDemand | None]) -> list[int]:
 
 
 def _pour(credits: list[int], wanted: list[int], free: int) -> int:
-    """Gives ``free`` credits, each to the one with fewest that wants more; returns what nobody wants."""
+    """Hands out ``free`` credits, each to the router with the fewest that still wants one; returns the rest."""
     while free and any(wanted):
         index = min((i for i, want in enumerate(wanted) if want), key=lambda i: credits[i])
         credits[index] += 1

@@ -1,4 +1,4 @@
-"""The standard health service, ``grpc.health.v1.Health``: one readiness for the process and its services."""
+"""The standard service ``grpc.health.v1.Health``; all services of the process share one status."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LOOK_SECONDS = 0.5
-"""Seconds between evaluations of the condition for each `Watch` call."""
+"""Seconds between evaluations of the condition in each ``Watch`` call."""
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Not ready until told. The empty service name stands for the process.
+    """Health servicer that reports NOT_SERVING until ``set_ready(True)``. The empty service name means the process.
 
     Args:
-        condition: evaluated at every check; the process is ready only while it holds. None: it always holds.
+        condition: evaluated at every check; the process is ready only while it returns True. None means always ready.
 
-    (The servicer that comes with ``grpcio-health-checking`` forgets the other watchers when one leaves, and
-    its watchers hold a stopping server up for the whole grace period.)
+    It replaces the servicer of ``grpcio-health-checking``. That one drops all watchers of a service when one leaves,
+    and its open ``Watch`` calls delay a stopping server for the whole grace period.
     """
 
     def __init__(self, condition: Callable[[], bool] | None = None) -> None:
@@ -40,13 +40,13 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._announce()
 
     def close(self) -> None:
-        """Not ready for good; every watcher is told and let go."""
+        """Reports NOT_SERVING permanently: sends it to every ``Watch`` call and ends these calls."""
         self._ready, self._closed = False, True
         self._announce()
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"this server has no service {request.service!r}")
         return self._response(request.service)
 
     async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
@@ -59,7 +59,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 yield response
             if closed:
                 return
-            # A condition may change without an event: a worker that falls silent says nothing.
+            # Re-evaluate the condition from time to time: a worker that stops reporting causes no event.
             with suppress(TimeoutError):
                 async with asyncio.timeout(None if self._condition is None else LOOK_SECONDS):
                     await changed.wait()

@@ -1,8 +1,8 @@
-"""In front of every RPC: who may call it, what is a message, and which status an exception becomes.
+"""Server interceptor: checks access, decodes requests and maps exceptions to statuses, for every RPC.
 
-Servicers are asyncio: coroutines or async generators. Streamed requests are read by iterating over them. On the wire
-every RPC is a stream both ways, and is taken as one here: callers are judged before a byte of their message is read,
-and have ``FIRST_MESSAGE_TIMEOUT`` for it.
+Servicers are asyncio: coroutines or async generators, which iterate over streamed requests. The interceptor handles
+every RPC as a request stream, as it is on the wire. So it checks the caller before it reads the message, and gives the
+caller ``FIRST_MESSAGE_TIMEOUT`` to send it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ TRACED = {
     "/overfill.v1.Decode/Generate": "decode.attempt",
     "/overfill.v1.Prefill/Prefill": "prefill.prompt",
 }
-"""RPCs that are spans, and these spans' names."""
+"""RPCs that are traced, with the names of their spans."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Refuses whom ``access`` does not let in; maps exceptions with ``to_status``, undecodable requests to
-    INVALID_ARGUMENT.
+    """Refuses callers that ``access`` does not admit, and maps exceptions to statuses with ``to_status``.
+
+    A request that cannot be decoded ends with INVALID_ARGUMENT.
 
     Args:
-        certificates: callers have shown one, which says their roles.
+        access: the policy; None admits every caller to every listed RPC.
+        certificates: the listener requires client certificates, so roles are read from them.
     """
 
     def __init__(self, access: AccessPolicy | None = None, certificates: bool = False) -> None:
@@ -74,7 +76,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     def _admit(self, method: str, shown: str | None, context: Context) -> None:
         rule = self._access.rpc(method)
         if rule is None:
-            raise PermissionDenied(f"{method} is open to nobody here")
+            raise PermissionDenied(f"{method} has no access rule on this server, so every call is refused")
         roles = None
         if self._certificates:
             names = context.auth_context().get("x509_subject_alternative_name", ())
@@ -83,7 +85,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
 
 def _traced(behaviour: Behaviour, name: str) -> Behaviour:
-    """``behaviour`` as a span, which the task of the RPC is in to its end."""
+    """Wraps ``behaviour`` in a span that is current in the RPC's task until the RPC ends."""
 
     async def traced(request: Any, context: Context) -> Any:
         span = tracing.serve(name, context.invocation_metadata() or ())
@@ -103,13 +105,13 @@ def _traced(behaviour: Behaviour, name: str) -> Behaviour:
 
 
 class _Undecodable(NamedTuple):
-    """Takes the place of a request that could not be decoded, where gRPC would answer INTERNAL."""
+    """Stands for a request that could not be decoded. If decoding raised instead, gRPC would answer INTERNAL."""
 
     reason: str
 
 
 def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Context], None]) -> Behaviour:
-    # A coroutine even around a generator: it closes the generator at once, also when a write is cancelled.
+    # A coroutine, even for a generator: it closes the generator at once, also when a write is cancelled.
     async def guarded(requests: Any, context: Context) -> Any:
         try:
             admit(context)
@@ -124,7 +126,7 @@ def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Conte
             raise
         except Exception as error:
             if _is_of_a_gone_caller(error):
-                raise asyncio.CancelledError from None  # which it is; gRPC logs nothing
+                raise asyncio.CancelledError from None  # gRPC logs nothing for a cancelled call
             await _abort(context, error)
 
     return guarded
@@ -138,12 +140,12 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
         await context.abort(code, message, trailing_metadata)
     except Exception as failure:
         if _is_of_a_gone_caller(failure):
-            raise asyncio.CancelledError from None  # which it is; gRPC logs nothing
+            raise asyncio.CancelledError from None  # gRPC logs nothing for a cancelled call
         raise
 
 
 def _is_of_a_gone_caller(error: Exception) -> bool:
-    """Whether gRPC could not send since the call has been reset. Its class is not public."""
+    """Returns True if gRPC could not send because the caller reset the call. The error's class is not public."""
     return type(error).__name__ == "ExecuteBatchError"
 
 
@@ -177,7 +179,7 @@ async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 async def _only(requests: AsyncIterator[Any]) -> Any:
-    """The message of an RPC that has one."""
+    """Returns the single message of a unary request."""
     first = await _first(aiter(requests))
     if first is None:
         raise InvalidRequest("", "the request has no message")
@@ -185,7 +187,7 @@ async def _only(requests: AsyncIterator[Any]) -> Any:
 
 
 async def _first(messages: AsyncIterator[Any]) -> Any:
-    """None when there is none."""
+    """Returns the first message; None when the stream ends without one."""
     try:
         async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT):
             return await anext(messages, None)
@@ -194,11 +196,11 @@ async def _first(messages: AsyncIterator[Any]) -> Any:
 
 
 async def _unimplemented(request: Any, context: Context) -> NoReturn:
-    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not do that")
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not implement the RPC")
 
 
 def _shown(call: grpc.HandlerCallDetails) -> str | None:
-    """The API key or secret in an RPC's metadata."""
+    """Returns the API key or secret in an RPC's metadata."""
     header = next((value for key, value in call.invocation_metadata or () if key == "authorization"), "")
     return bearer(header) if isinstance(header, str) else None
 

@@ -1,6 +1,6 @@
-"""A worker's place in every router's list: Registry.Join kept open, with reports on it.
+"""A worker's membership: keeps a ``Registry.Join`` stream open to every router and sends reports on it.
 
-A broken stream is opened again, for ever; only a router that says that the worker does not fit ends it.
+A broken stream is reopened without limit. Only a router that refuses the worker as incompatible ends the attempts.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from overfill.v1 import registry_pb2, registry_pb2_grpc
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL = 1.0
-"""Seconds between reports when nothing changes."""
+"""Maximum seconds between two reports."""
 
 REPORT_GAP = 0.02
-"""Seconds between reports at least; changes in between travel together."""
+"""Minimum seconds between two reports; one report carries all changes in between."""
 
 PASSING_GAP = 0.2
 """Seconds until a change is reported for which nobody waits; a busy worker has one with every step."""
 
 RESOLVE_INTERVAL = 5.0
-"""Seconds between look-ups of a name."""
+"""Seconds between two resolutions of a router's name."""
 
 SEARCH_INTERVAL = 0.5
-"""The same while nothing has been found yet: routers and workers start at the same time."""
+"""The same while the name has no addresses yet, because routers and workers start at the same time."""
 
 BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
-"""Seconds before the first retry, and the most; doubled each time, with jitter."""
+"""Seconds before the first retry, and their maximum; doubled after each failure, with jitter."""
 
 
 _SCHEME = ":///"
 
 Resolver = Callable[[str], Awaitable[set[str]]]
-"""The addresses ``host:port`` that a name stands for now. Raises OSError while it cannot tell."""
+"""Returns the current addresses ``host:port`` of a name. Raises OSError when the look-up fails."""
 
 
 class PrefixFeed(Protocol):
-    """What one router has not been told yet of a prefix cache's keys."""
+    """Changes of a prefix cache's keys that one router has not received yet."""
 
     def take(self) -> registry_pb2.PrefixDelta | None: ...
 
@@ -59,28 +59,29 @@ class PrefixFeed(Protocol):
 
 
 class PrefixKeys(Protocol):
-    """The keys of a prefix cache; each feed begins with all there are."""
+    """Keys of a prefix cache. Each feed starts with all current keys."""
 
     def feed(self) -> PrefixFeed: ...
 
 
 class Membership:
-    """Joins routers and keeps them informed. Use it from one event loop.
+    """Joins routers and sends them reports. Use it from one event loop.
 
     Args:
-        hello: what the worker says about itself; read when a stream opens.
-        routers: ``host:port`` or ``unix:path`` of one router, or a name for several that is looked up again and
-            again: ``dns:///name:port`` (with TLS, their certificates are for the name), or any other scheme that
-            ``RESOLVERS`` knows. An address that a name lists no more is left once its stream has ended.
-        report: what every router is told, its ``credits`` all that the worker takes; they are divided here.
-        on_refused: called when every router has refused the worker for good.
-        prefix_keys: whose changes each report carries; None: no prefix cache.
+        hello: description of the worker; read when a stream opens.
+        routers: addresses of routers, ``host:port`` or ``unix:path``, or names that stand for several addresses and are
+            resolved repeatedly: ``dns:///name:port`` (with TLS, certificates name the DNS entry), or another scheme in
+            ``RESOLVERS``. The worker leaves an address that its name no longer lists once the stream has ended.
+        report: makes the current report. Its ``credits`` are the worker's total; each router gets its share.
+        tls: certificates and secret to send; None sends none, without TLS.
+        on_refused: called when every router has refused the worker as incompatible.
+        prefix_keys: keys whose changes each report carries; None means that the worker has no prefix cache.
 
     Attributes:
         joined: set while at least one router has welcomed the worker.
 
     Raises:
-        ValueError: nobody here can look one of the names up.
+        ValueError: a name has a scheme that ``RESOLVERS`` does not know.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class Membership:
 
     @property
     def num_joined(self) -> int:
-        """Routers that have welcomed the worker and are still connected."""
+        """Number of routers that have welcomed the worker and are still connected."""
         return sum(link.joined for link in self._links.values())
 
     async def start(self) -> None:
-        """Begins to join; does not wait for any router. ``joined`` tells."""
+        """Starts to join routers in the background; ``joined`` is set once one has welcomed the worker."""
         for router, resolver in self._routers.items():
             if resolver is not None:
                 self._resolvers.append(asyncio.create_task(self._follow(router, resolver)))
@@ -125,7 +126,7 @@ class Membership:
                 link.changed.set()
 
     async def stop(self) -> None:
-        """Leaves every router."""
+        """Closes the streams to all routers."""
         tasks = [*self._resolvers, *self._tasks.values()]
         for task in tasks:
             task.cancel()
@@ -150,37 +151,36 @@ class Membership:
         self._membership_changed()
 
     async def _follow(self, router: str, resolver: Resolver) -> None:
-        """Adds a link to each address that a name lists, and removes those that have gone.
+        """Adds a link for each address that a name lists, and removes links that are no longer needed.
 
-        A link goes when two look-ups in a row find that the name does not list it and that it is not joined: a router
-        that restarts may be missing from one. An open stream proves that the router runs, even when the look-up omits
-        it.
+        A link is removed after two look-ups in a row that do not list its address while it is not joined. One look-up
+        may omit a router that restarts. An open stream proves that the router runs, even if look-ups omit it.
         """
-        mine: set[str] = set()  # addresses that this name has added: another entry of the list may own others
-        missing: set[str] = set()  # those that the last look-up did not list, and that were not joined
+        mine: set[str] = set()  # addresses that this name has added; other entries of the list own the rest
+        missing: set[str] = set()  # of these, addresses that the last look-up omitted while they were not joined
         tls = self._tls
         if router.startswith("dns:") and tls is not None and tls.tls is not None and not tls.tls.name:
             # Certificates name the DNS entry, because addresses change.
             name = split_address(router.partition(_SCHEME)[2])[0]
             tls = replace(tls, tls=replace(tls.tls, name=name))
-        told = ""
+        logged = ""
         while True:
             try:
                 found = await resolver(router.partition(_SCHEME)[2])
-                told = ""
-            except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
-                if told != (told := str(error)):
+                logged = ""
+            except (OSError, ValueError) as error:  # ValueError: a malformed name
+                if logged != (logged := str(error)):
                     logger.warning("cannot resolve %s: %s", router, error)
                 found = mine
             new = found - self._links.keys()
             for address in new:
                 self._add(address, tls)
             was_missing, missing = missing, {one for one in mine - found if not self._links[one].joined}
-            if gone := missing & was_missing:
-                for address in gone:
+            if removed := missing & was_missing:
+                for address in removed:
                     await self._remove(address)
-                mine -= gone
-                self._check_refusals()  # after the last removal: a router that refused may be among them
+                mine -= removed
+                self._check_refusals()  # once all are removed, because a router that refused may be among them
             mine |= new
             await asyncio.sleep(RESOLVE_INTERVAL if found else SEARCH_INTERVAL)
 
@@ -193,7 +193,7 @@ class Membership:
             self._check_refusals()
 
     def _check_refusals(self) -> None:
-        """Calls ``on_refused`` when no router is left that could take the worker. Follows refusals and removals."""
+        """Calls ``on_refused`` when every known router has refused the worker. Runs after refusals and removals."""
         refusals = [link.refusal for link in self._links.values() if link.refusal is not None]
         if self._on_refused is not None and refusals and len(refusals) == len(self._links):
             self._on_refused(refusals[-1])
@@ -215,7 +215,7 @@ class Membership:
 
 
 class _Link:
-    """The stream to one router."""
+    """The Join stream to one router."""
 
     def __init__(
         self,
@@ -241,12 +241,12 @@ class _Link:
         self._later: asyncio.TimerHandle | None = None
 
     def change_later(self) -> None:
-        """Sets ``changed`` in a while, unless a report comes first."""
+        """Sets ``changed`` after a delay; a report sent in the meantime cancels this."""
         if self._later is None:
             self._later = asyncio.get_running_loop().call_later(PASSING_GAP, self.changed.set)
 
     async def keep_open(self) -> None:
-        """Opens the stream whenever there is none. Raises Incompatible when the router refuses the worker."""
+        """Opens the stream and reopens it whenever it ends. Raises Incompatible when the router refuses the worker."""
         delay = BACKOFF_FIRST
         while True:
             try:
@@ -255,9 +255,9 @@ class _Link:
                 raise
             except OverfillError as error:
                 level = logging.INFO if self.joined else logging.DEBUG
-                logger.log(level, "router %s has gone: %s", self.address, error)
+                logger.log(level, "lost router %s: %s", self.address, error)
             except Exception:
-                # Such as a certificate that is being replaced: the worker stays, and tries again.
+                # For instance a certificate that is being replaced. Keep the worker and try again.
                 logger.exception("router %s: joining failed", self.address)
             finally:
                 was_joined, self.joined, self.demand = self.joined, False, None
@@ -267,11 +267,11 @@ class _Link:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     async def _run_stream(self) -> None:
-        # A new channel each time: a kept one would add its own back-off to ours.
+        # A new channel for each attempt, because gRPC would add its own back-off to ours on an old one.
         channel = open_channel(self.address, self._tls)
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
-            with suppress(OverfillError):  # of an ended call; the read says how it ended
+            with suppress(OverfillError):  # the call may have ended; the read below raises its error
                 await checked_write(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
             welcome = await self._read(call)
             logger.info("joined router %s at %s", welcome.welcome.router_id, self.address)
@@ -334,12 +334,12 @@ def _resolver(router: str) -> Resolver | None:
     if not found:
         return None
     if scheme not in RESOLVERS:
-        raise ValueError(f"{router}: names of this kind cannot be looked up here; known are {', '.join(RESOLVERS)}")
+        raise ValueError(f"{router}: cannot resolve names of this scheme; known schemes are {', '.join(RESOLVERS)}")
     return RESOLVERS[scheme]
 
 
 async def resolve(target: str) -> set[str]:
-    """The addresses ``ip:port`` that ``name:port`` stands for now. Raises OSError."""
+    """Returns the current addresses ``ip:port`` of ``name:port``. Raises OSError when the look-up fails."""
     name, port = split_address(target)
     infos = await asyncio.get_running_loop().getaddrinfo(name.strip("[]"), port)
     hosts = {str(sockaddr[0]) for *_, sockaddr in infos}
@@ -347,4 +347,4 @@ async def resolve(target: str) -> set[str]:
 
 
 RESOLVERS: dict[str, Resolver] = {"dns": resolve}
-"""Who looks up a ``scheme:///name`` of routers. ``overfill.cluster.directory`` adds ``ray``."""
+"""Scheme of ``scheme:///name`` -> its resolver. ``overfill.cluster.directory`` adds ``ray``."""

@@ -1,4 +1,4 @@
-"""``/metrics`` of a process, on a port of its own and from a thread of its own: the event loop carries tokens."""
+"""HTTP server of ``/metrics``, on its own port and threads, so that scrapes do not delay tokens on the event loop."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 _CONNECTION_TIMEOUT = 10.0
-"""Seconds without a byte after which a connection is dropped."""
+"""Seconds without a byte after which the server drops a connection."""
 
 MAX_CONNECTIONS = 64
-"""More than these at once are closed unanswered."""
+"""Maximum open connections; the server closes further ones without an answer."""
 
 
 class MetricsServer:
-    """Serves ``registry`` from its construction until ``close``.
-
-    ``/targets``, where there is one, is what Prometheus' ``http_sd_configs`` reads.
+    """Serves the metrics of ``registry`` from construction until ``close``.
 
     Args:
-        host, port: where to listen; port 0 takes any free one.
-        tls: certificate and key, and who must show one; None serves in the clear, on loopback only.
-        targets: groups of addresses and their labels.
-        access: who may read; None: everybody.
+        host, port: address to listen on; port 0 picks a free one.
+        tls: certificate and key, and the CA of client certificates; None serves without TLS, on loopback only.
+        targets: makes the groups of addresses and labels that ``/targets`` returns, for Prometheus'
+            ``http_sd_configs``; None serves no ``/targets``.
+        access: access policy; None admits every caller.
 
     Attributes:
-        address: host:port in use.
+        address: ``host:port`` in use.
 
     Raises:
-        Unavailable: the address is taken or not this machine's.
-        TlsError: the host is open to other machines and there is no TLS, or a file cannot be read.
+        Unavailable: the address is taken, or does not belong to this machine.
+        TlsError: the host is not loopback and ``tls`` is None, or a TLS file cannot be read.
     """
 
     def __init__(
@@ -55,7 +54,9 @@ class MetricsServer:
         access: AccessPolicy | None = None,
     ) -> None:
         if tls is None and not is_loopback(host):
-            raise TlsError(f"refusing to serve metrics on {host} in the clear: configure a TLS certificate and key")
+            raise TlsError(
+                f"refusing to serve metrics on {host} without TLS: configure a certificate and key, or use 127.0.0.1"
+            )
         metrics = make_wsgi_app(registry)
         policy = access or AccessPolicy()
 
@@ -74,7 +75,7 @@ class MetricsServer:
                 start_response("200 OK", [("content-type", "application/json")])
                 return [json.dumps(targets()).encode()]
             start_response("404 Not Found", [("content-type", "text/plain")])
-            return [b"there is /metrics here\n"]
+            return [b"not found; this port serves /metrics\n"]
 
         bare = host.strip("[]")
         family = socket.AF_INET6 if ":" in bare else socket.AF_INET
@@ -109,32 +110,32 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not self._slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self._places.release()
+            self._slots.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self._slots.release()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
-        if self.tls is not None:  # shakes hands on the connection's own thread
+        if self.tls is not None:  # the handshake runs on the connection's own thread
             connection = self.tls.value.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
     def server_bind(self) -> None:
-        # WSGIServer looks its own name up, which may take seconds.
+        # WSGIServer would resolve its own host name here, which may take seconds.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -142,7 +143,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that went away is not worth a traceback."""
+        """Ignores errors of a connection: a scraper that disconnects needs no traceback."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -151,9 +152,9 @@ class _Handler(WSGIRequestHandler):
     def get_environ(self) -> dict[str, Any]:
         environ = super().get_environ()
         peer = self.connection
-        wanted = isinstance(peer, ssl.SSLSocket) and peer.context.verify_mode == ssl.CERT_REQUIRED
-        environ["overfill.roles"] = roles_of(names_of(peer.getpeercert())) if wanted else None
+        verified = isinstance(peer, ssl.SSLSocket) and peer.context.verify_mode == ssl.CERT_REQUIRED
+        environ["overfill.roles"] = roles_of(names_of(peer.getpeercert())) if verified else None
         return environ
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
+        """Logs nothing, because scrapes are frequent."""

@@ -1,4 +1,4 @@
-"""A value that is read from files, and read again when they change. Knows nothing of what the files hold."""
+"""A value read from files, and read again when the files change. Knows nothing about their contents."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RELOAD_SECONDS = 1.0
-"""Between looks at the files."""
+"""Minimum seconds between two checks of the files."""
 
 
 class ReloadingValue(Generic[T]):
-    """What ``read`` returns for ``files``; a look at ``value`` reads them again when they have changed. Thread-safe.
+    """Holds the result of ``read`` and calls it again when one of ``files`` has changed. Thread-safe.
 
-    When ``read`` fails, the old value stays in force, and every later look reads again until that succeeds.
+    The check happens on access to ``value``. When ``read`` fails, the old value stays in force, and later accesses
+    retry until a read succeeds.
 
     Args:
-        files: those that ``read`` reads; None stands for a file that is not configured.
-        errors: what ``read`` raises when it cannot read the files. Other errors propagate.
-        what: names the value in log messages.
+        files: files that ``read`` reads; None stands for a file that is not configured.
+        read: reads the files and returns the value.
+        errors: exceptions of ``read`` that mean unreadable files; other exceptions propagate.
+        what: name of the value in log messages.
 
     Raises:
         Exception: one of ``errors``, when the first read fails.
@@ -50,7 +52,7 @@ class ReloadingValue(Generic[T]):
 
     @property
     def value(self) -> T:
-        """The value as the files were at most ``RELOAD_SECONDS`` ago."""
+        """The value, which reflects the files as of at most ``RELOAD_SECONDS`` ago."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked >= RELOAD_SECONDS:
@@ -59,8 +61,8 @@ class ReloadingValue(Generic[T]):
             return self._value
 
     def _look(self) -> None:
-        # Taken before the read, so that a file which is replaced during the read is read again. Stored after the
-        # read, so that a read which fails is repeated.
+        # Take the files' versions before the read, so that a replacement during the read is read again. Store them only
+        # after the read, so that a failed read is repeated.
         versions = self._stat()
         if versions == self._versions:
             return

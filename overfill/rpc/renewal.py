@@ -1,7 +1,7 @@
-"""A channel that shows who it is, and opens another connection when its certificate has been replaced.
+"""A channel that sends credentials, and opens a new connection when its certificate has been replaced.
 
-A connection that stands is not affected by a new certificate, so running RPCs go on where they are; the old connection
-is closed when the last of them has ended. Wraps only what generated stubs and our own code use of a channel.
+Running RPCs stay on the old connection, which closes when the last of them has ended. New RPCs use the new connection.
+Wraps only those methods of a channel that generated stubs and this package call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class _Connection:
-    """One underlying channel and the RPCs on it."""
+    """An underlying gRPC channel, with the number of RPCs that run on it."""
 
     def __init__(self, channel: Any, credentials: object, close: Callable[[Any], None]) -> None:
         self.channel = channel
@@ -36,7 +36,7 @@ class _Connection:
         self._close_idle()
 
     def retire(self) -> None:
-        """No new RPC will come."""
+        """Marks the connection as old: it closes once no RPC runs on it."""
         self._retired = True
         self._close_idle()
 
@@ -47,13 +47,13 @@ class _Connection:
 
 
 class RenewedChannel(Generic[C]):
-    """Stands for a ``grpc.Channel`` or ``grpc.aio.Channel``.
+    """Replaces a ``grpc.Channel`` or ``grpc.aio.Channel`` and renews its connection.
 
     Args:
-        open_one: a channel with these credentials.
-        credentials: None for one that talks in the clear.
-        metadata: added to every RPC.
-        close: closes an underlying channel that nothing runs on any more.
+        open_one: opens an underlying channel with the given credentials.
+        credentials: current TLS credentials; None means a channel without TLS, which is never renewed.
+        metadata: metadata added to every RPC.
+        close: closes an underlying channel on which no RPC runs any more.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RenewedChannel(Generic[C]):
         return self._callable("stream_stream", method, args, kwargs)
 
     def close(self, *args: Any) -> Any:
-        """As the underlying channel's; a retired one closes with its last RPC."""
+        """Closes the current underlying channel; older ones close with their last RPC."""
         return self._connection.channel.close(*args)
 
     def __enter__(self) -> RenewedChannel[C]:
@@ -129,7 +129,7 @@ class RenewedChannel(Generic[C]):
 
 
 def _when_done(started: Any, ended: Callable[[], None]) -> None:
-    """Calls ``ended`` when an RPC has ended: a call of asyncio, one of threads, or a response that is there already."""
+    """Calls ``ended`` when an RPC has ended. ``started`` is an asyncio or blocking call, or a finished response."""
     if hasattr(started, "add_done_callback"):
         started.add_done_callback(lambda _: ended())
     elif hasattr(started, "add_callback"):
@@ -140,7 +140,7 @@ def _when_done(started: Any, ended: Callable[[], None]) -> None:
 
 
 def close_soon(channel: Any) -> None:
-    """Closes either kind of channel; one of asyncio in a task of the running loop."""
+    """Closes a channel; an asyncio channel is closed by a task of the running loop."""
     closing = channel.close(None) if inspect.iscoroutinefunction(channel.close) else channel.close()
     if closing is not None:
         task = asyncio.ensure_future(closing)

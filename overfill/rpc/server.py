@@ -1,4 +1,4 @@
-"""A gRPC server with what every process here needs: health, reflection, error mapping, a guarded bind."""
+"""gRPC server of every process: health, reflection, access control, error mapping, and TLS off loopback."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _AddServicer = Callable[[Any, Any], None]
 
 
 class RpcServer:
-    """Servicers are added, then the server starts, then it is set ready. Use it from one event loop.
+    """A gRPC server: add servicers, then ``start``, then ``set_ready``. Use it from one event loop.
 
     Args:
-        tls: certificate and key; None serves in the clear, on loopback only.
-        max_concurrent_rpcs: more than these are refused with RESOURCE_EXHAUSTED; None means no limit.
-        access: who may call what; None: everybody what is in the table.
-        interceptors: see every RPC; what they raise, or have a method raise, is mapped as usual.
-        condition: holds while the process, once it was set ready, can do its work; None: always.
+        tls: certificate and key; None serves without TLS, on loopback only.
+        max_concurrent_rpcs: limit on concurrent RPCs; further ones end with RESOURCE_EXHAUSTED. None means no limit.
+        access: access policy; None admits every caller to every listed RPC.
+        interceptors: further interceptors, called for every RPC; their exceptions are mapped to statuses too.
+        condition: returns True while the process can do its work. Health checks report ready only while it does. None
+            means always.
     """
 
     def __init__(
@@ -50,31 +51,33 @@ class RpcServer:
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health, _HEALTH)
 
     def add(self, add_servicer: _AddServicer, servicer: Any, service: str) -> None:
-        """Registers ``servicer`` with the generated ``add_..._to_server``.
+        """Adds a servicer, before the server starts.
 
-        ``service`` is its full name, such as ``decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name``.
+        Args:
+            add_servicer: the generated ``add_..._to_server``.
+            service: full name, such as ``decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name``.
 
         Raises:
-            RuntimeError: the server has started.
+            RuntimeError: the server has already started.
         """
         if self._server is not None:
-            raise RuntimeError("servicers are added before the server starts")
+            raise RuntimeError("the server has started: add servicers before start()")
         self._servicers.append((add_servicer, servicer, service))
         self._health.add(service)
 
     async def start(self, address: str) -> str:
-        """Listens on ``host:port`` (port 0: any free one) or ``unix:path``; returns the address in use.
+        """Listens on ``host:port`` or ``unix:path`` and returns the address in use. Port 0 picks a free one.
 
         Raises:
-            TlsError: the host is not loopback and there is no TLS, or TLS files cannot be read.
-            Unavailable: the address cannot be bound, most often because the port is taken.
+            TlsError: the host is not loopback and TLS is not configured, or a TLS file cannot be read.
+            Unavailable: the address cannot be bound, usually because the port is taken.
             ValueError: ``address`` has neither form.
         """
         is_unix = address.startswith("unix:")
         host = "localhost" if is_unix else split_address(address)[0]
         if self._tls is None and not is_loopback(host):
             raise TlsError(
-                f"refusing to listen on {address} in the clear: {host} can be reached from other machines; "
+                f"refusing to listen on {address} without TLS, because other machines can reach {host}: "
                 "configure a TLS certificate and key, or listen on 127.0.0.1"
             )
         server = grpc.aio.server(
@@ -92,7 +95,9 @@ class RpcServer:
             else:
                 port = server.add_secure_port(address, self._tls.credentials())
         except RuntimeError as error:
-            raise Unavailable(f"cannot listen on {address}: the address is taken or not this machine's") from error
+            raise Unavailable(
+                f"cannot listen on {address}: the port is taken, or the host is not an address of this machine"
+            ) from error
         await server.start()
         self._server = server
         return address if is_unix else f"{host}:{port}"
@@ -102,11 +107,11 @@ class RpcServer:
         return self._tls is not None and self._tls.client_ca is not None
 
     def set_ready(self, ready: bool) -> None:
-        """What health checks answer from now on while ``condition`` holds, for the process ("") and every service."""
+        """Sets the answer of health checks, for the process ("") and every service, while ``condition`` holds."""
         self._health.set_ready(ready)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Takes no new RPCs; running ones get ``grace`` seconds (None: none) before they are cancelled."""
+        """Refuses new RPCs, and cancels running ones after ``grace`` seconds; None cancels them at once."""
         self._health.close()
         if self._server is not None:
             await self._server.stop(grace)

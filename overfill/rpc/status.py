@@ -1,6 +1,6 @@
-"""Errors to gRPC status and back. The class, its fields and its message survive the trip.
+"""Converts errors to gRPC statuses and back, with their class, fields and message.
 
-What the code alone cannot say travels in ``grpc-status-details-bin`` as a ``google.rpc.Status``: ErrorInfo
+What the status code cannot express travels in ``grpc-status-details-bin`` as a ``google.rpc.Status``: ErrorInfo
 (class and ``fields``), BadRequest (``field``), RetryInfo (``retry_after``).
 """
 
@@ -63,7 +63,7 @@ _CODES: dict[type[OverfillError], grpc.StatusCode] = {
 }
 _BY_NAME = {cls.__name__: cls for cls in _CODES}
 
-# For statuses that some other program, or gRPC itself, made up.
+# Classes for statuses that gRPC itself or another program made.
 _BY_CODE: dict[grpc.StatusCode, type[OverfillError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
@@ -80,7 +80,7 @@ _BY_CODE: dict[grpc.StatusCode, type[OverfillError]] = {
 
 
 class StatusDetails(NamedTuple):
-    """What ``context.abort`` takes."""
+    """Arguments of ``context.abort``."""
 
     code: grpc.StatusCode
     message: str
@@ -88,19 +88,19 @@ class StatusDetails(NamedTuple):
 
 
 def to_status(exc: BaseException) -> StatusDetails:
-    """The status that tells a client about ``exc``.
+    """Returns the status that reports ``exc`` to a client.
 
-    A failed call to another server passes its own status on. Of an exception group the least expected member
-    counts. An exception nobody foresaw becomes INTERNAL with an incident id; the log has its traceback.
+    The error of a failed call to another server is passed on. An exception group counts as its most unexpected member.
+    Any other exception becomes INTERNAL with an incident id, and the log gets its traceback.
 
     Raises:
-        BaseException: ``exc`` itself when it is no error, such as asyncio.CancelledError.
+        BaseException: ``exc`` itself if it is not an Exception, such as asyncio.CancelledError.
     """
     return _encode(as_overfill_error(exc))
 
 
 def as_overfill_error(exc: BaseException) -> OverfillError:
-    """The error that a client is told about, whatever was raised; see ``to_status``."""
+    """Returns the error that a client gets for ``exc``; see ``to_status``."""
     if isinstance(exc, BaseExceptionGroup):
         leaves = list(_leaves(exc))
         exc = next((e for e in leaves if not isinstance(e, OverfillError | grpc.RpcError)), leaves[0])
@@ -112,11 +112,11 @@ def as_overfill_error(exc: BaseException) -> OverfillError:
         raise exc
     incident = secrets.token_hex(4)
     logger.error("incident %s: unexpected %s", incident, type(exc).__name__, exc_info=exc)
-    return InternalError(f"internal error; incident {incident} in the server's log")
+    return InternalError(f"internal error: the server's log has the details under incident {incident}")
 
 
 def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
-    """The error that ``err`` stands for; ``peer`` names the other end in messages that gRPC itself wrote."""
+    """Returns the error for ``err``. ``peer`` names the other end in messages that gRPC itself wrote."""
     code, message = err.code(), err.details() or err.code().name
     status = _attached_status(err)
     info = _unpack(status, error_details_pb2.ErrorInfo())
@@ -131,7 +131,7 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
     else:
         cls = _BY_CODE.get(code, InternalError)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
-            cls = InvalidRequest  # gRPC's limit on one message, not a lack of capacity
+            cls = InvalidRequest  # gRPC's limit on message size, not a lack of capacity
         if peer:
             message = f"{peer}: {_plain(message)}"
 
@@ -142,11 +142,11 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
 
 
 def _plain(message: str) -> str:
-    """What gRPC says of a connection that never came to be, in words that say what to do."""
+    """Rewords gRPC's message about a failed connection, so that it says what to do."""
     if "failed to connect to all addresses" not in message:
         return message
     if "http1.x server" in message:
-        return "this port speaks HTTP/1; give the gRPC port of the router, which is 7600 unless --grpc says otherwise"
+        return "this port speaks HTTP/1: give the router's gRPC port, which is 7600 by default (overfill up --grpc)"
     return "nothing listens there" if "Connection refused" in message else message
 
 
@@ -166,7 +166,7 @@ def _rebuilt(
 
 
 def is_word_of_peer(err: grpc.RpcError) -> bool:
-    """Whether one of our processes wrote ``err``; otherwise gRPC did, about a connection."""
+    """Returns True if a process of a stack sent ``err``, and False if gRPC itself made it about a connection."""
     return bool(_unpack(_attached_status(err), error_details_pb2.ErrorInfo()).domain == _DOMAIN)
 
 
@@ -206,7 +206,7 @@ def _attached_status(err: grpc.RpcError) -> status_pb2.Status:
 
 
 def _unpack(status: status_pb2.Status, into: M) -> M:
-    """``into``, filled from the first detail of its type, or empty."""
+    """Returns ``into``, filled from the status's first detail of its type; empty when none is present."""
     for detail in status.details:
         if detail.Is(into.DESCRIPTOR):
             try:
@@ -218,7 +218,7 @@ def _unpack(status: status_pb2.Status, into: M) -> M:
 
 
 def _clean(text: str) -> str:
-    """Valid, short UTF-8: trailers have a size limit, and a status must never fail to be sent."""
+    """Makes ``text`` valid UTF-8 and cuts it, because trailers have a size limit and sending a status must not fail."""
     data = text.encode("utf-8", errors="replace")
     if len(data) <= _MAX_MESSAGE_BYTES:
         return data.decode()

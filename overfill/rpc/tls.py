@@ -1,4 +1,4 @@
-"""TLS material for either end of a connection, read again when its files change. Knows no channels and no servers."""
+"""TLS files of clients and servers, read again when they change. Knows nothing about channels and servers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import grpc
 from overfill.rpc.reload import ReloadingValue
 
 _CERTIFICATES = "the TLS certificates"
-"""How log messages name what is read again."""
+"""Name of the value in log messages about reloading."""
 
 
 class TlsError(ValueError):
-    """TLS is configured wrongly: a file is missing or unreadable, or half of a pair is absent."""
+    """The TLS configuration is wrong: a file is missing or unreadable, or a certificate has no matching key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientTls:
-    """What a client needs to trust a server, and to prove itself when the server asks.
+    """A client's TLS files: certificates to trust, and its own certificate for mutual TLS.
 
     Args:
         ca: PEM file with the certificates to trust; None trusts the system's.
-        cert: PEM file with the client's certificate chain, for mutual TLS; goes with ``key``.
+        cert: PEM file with the client's certificate chain; requires ``key``.
         key: PEM file with the private key of ``cert``.
-        name: what the server's certificate has to be for; empty: the host that is connected to. Where addresses come
-            and go, as in a cluster, all processes bear one name.
+        name: name that the server's certificate must have; empty means the host of the address. In a cluster,
+            addresses change, so all processes have certificates for one name.
 
     Raises:
         TlsError: only one of ``cert`` and ``key`` is given.
@@ -42,10 +42,10 @@ class ClientTls:
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
-            raise TlsError("a TLS client certificate needs both a certificate and a key; give both or neither")
+            raise TlsError("a TLS client certificate needs a certificate and a key: give both, or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Reads the files. Raises TlsError naming the one that cannot be read."""
+        """Reads the files. Raises TlsError naming the file that cannot be read."""
         if self.cert is not None and self.key is not None:
             _check_pair(self.cert, self.key, "client")
         return grpc.ssl_channel_credentials(
@@ -55,17 +55,17 @@ class ClientTls:
         )
 
     def reloaded(self) -> ReloadingValue[grpc.ChannelCredentials]:
-        """The credentials, other ones whenever the files have changed. Raises TlsError."""
+        """Returns the credentials as a value that follows changes of the files. Raises TlsError."""
         return ReloadingValue((self.ca, self.cert, self.key), self.credentials, TlsError, _CERTIFICATES)
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a process shows to the others of its stack.
+    """Credentials that a process sends to the other processes of its stack.
 
     Args:
-        tls: certificates; None talks in the clear.
-        secret: of the stack; empty: there is none.
+        tls: TLS files; None connects without TLS.
+        secret: the stack's secret; empty means that there is none.
     """
 
     tls: ClientTls | None = None
@@ -77,12 +77,12 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """A server's certificate and key, and whose client certificates it demands.
+    """A server's certificate and key, and the CA of the client certificates that it requires.
 
     Args:
         cert: PEM file with the server's certificate chain.
         key: PEM file with the private key of ``cert``.
-        client_ca: PEM file; when given, clients must show a certificate that it signed (mutual TLS).
+        client_ca: PEM file of a CA. If given, clients must have a certificate that it signed (mutual TLS).
     """
 
     cert: Path
@@ -90,12 +90,12 @@ class ServerTls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For a gRPC server; every handshake takes the files as they are. Raises TlsError naming the one at fault."""
+        """Returns server credentials that follow changes of the files. Raises TlsError naming the bad file."""
         source = ReloadingValue((self.cert, self.key, self.client_ca), self._configuration, TlsError, _CERTIFICATES)
         first = source.value
 
         def changed() -> Any:
-            """None tells gRPC that nothing has changed."""
+            """Returns the new configuration; None tells gRPC that nothing has changed."""
             nonlocal first
             now = source.value
             if now is first:
@@ -108,7 +108,7 @@ class ServerTls:
         )
 
     def contexts(self, client_certificates: bool = True) -> ReloadingValue[ssl.SSLContext]:
-        """For a server on Python's sockets; take the value at each handshake. Raises TlsError."""
+        """Returns the context for a server on Python's sockets; read its value at each handshake. Raises TlsError."""
 
         def read() -> ssl.SSLContext:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -132,19 +132,21 @@ class ServerTls:
 
 
 def names_of(peer: dict[str, Any] | None) -> list[str]:
-    """Subject alternative names of a certificate as Python's ``getpeercert`` describes it."""
+    """Returns the subject alternative names of a certificate as ``ssl.SSLSocket.getpeercert`` describes it."""
     names: Iterable[tuple[str, str]] = (peer or {}).get("subjectAltName", ())
     return [name for kind, name in names if kind in ("URI", "DNS")]
 
 
 def _check_pair(cert: Path, key: Path, whose: str) -> None:
-    """Raises TlsError unless the key is the certificate's: of a pair being replaced, one may be new and one old."""
+    """Raises TlsError unless ``key`` belongs to ``cert``. While both files are being replaced, only one may be new."""
     _read(key, f"{whose} key")
     _read(cert, f"{whose} certificate")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:
-        raise TlsError(f"the TLS {whose} key {key} is not that of {cert}, or one of them is damaged") from error
+        raise TlsError(
+            f"the TLS {whose} key {key} does not belong to the certificate {cert}, or one of the files is damaged"
+        ) from error
 
 
 def _read(path: Path, what: str) -> bytes:

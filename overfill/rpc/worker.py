@@ -1,6 +1,6 @@
-"""The shell around a worker's own service: Admin, membership, readiness, signals and draining. No torch.
+"""Runs a worker around its own service: Admin service, membership, readiness, signals and draining. No torch.
 
-A worker process builds its servicer, hands it to ``WorkerHost`` and awaits ``run``.
+A worker process adds its servicer to an ``RpcServer``, passes that to ``WorkerHost`` and awaits ``run``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, regis
 log = logging.getLogger(__name__)
 
 ADMIN_SERVICE = "overfill.v1.Admin"
-_POLL = 0.05  # seconds between looks at what still runs while draining
+_POLL = 0.05  # seconds between checks for running requests while draining
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerHandle:
-    """What the host asks of the worker inside it.
+    """Interface through which ``WorkerHost`` uses a worker.
 
     Attributes:
-        load: a snapshot of the engine.
-        active: requests being served.
-        end_all: ends every request with an error after which it goes on elsewhere.
-        capacity: most requests at once; divided among the routers as credits.
-        healthy: False once the engine can serve nothing any more.
-        codec: encoding in which a decode worker asks for KV.
-        prefix_keys: the changes of a prefill worker's prefix cache, for one router each.
+        load: returns a snapshot of the engine's load.
+        active: returns the number of running requests.
+        end_all: ends every request with the given error, so that its router moves it to another worker.
+        capacity: maximum concurrent requests; routers get shares of it as credits.
+        healthy: returns False once the engine can no longer serve requests.
+        codec: codec in which a decode worker requests KV.
+        prefix_keys: keys of a prefill worker's prefix cache; None means that there is none.
     """
 
     load: Callable[[], decode_pb2.WorkerLoad]
@@ -53,15 +53,20 @@ class WorkerHandle:
 
 
 class WorkerHost:
-    """Runs a worker until it is told to stop.
+    """Runs a worker until it has drained.
 
-    SIGTERM, SIGINT (in a process of its own) and ``Admin.Drain`` drain it: readiness off at once, nothing new is taken,
-    running requests have ``grace`` seconds to finish; those that do not are told, and go on elsewhere.
+    ``Admin.Drain``, and in a process of its own SIGTERM and SIGINT, start a drain. The worker then reports not ready
+    and refuses new requests. Running requests have ``grace`` seconds to finish; after that the worker ends them with an
+    error, and their routers move them to other workers.
 
     Args:
-        server: with the worker's own service added, not started.
-        hello: complete but for ``address``, ``data_address`` and ``startup_seconds``.
-        advertise: host, or host:port, that others reach this one at; empty is what it listens on.
+        server: server with the worker's own service added, not started.
+        hello: description of the worker, without ``address``, ``data_address`` and ``startup_seconds``.
+        worker: the worker itself.
+        routers: routers to join, as for ``Membership``.
+        tls: credentials to send to routers; None sends none, without TLS.
+        grace: seconds for running requests to finish after a drain has started.
+        advertise: host or ``host:port`` at which others reach this worker; empty means the address it listens on.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class WorkerHost:
 
     @property
     def draining(self) -> bool:
-        """Nothing new is to be taken."""
+        """True once a drain has started: the worker must refuse new requests."""
         return self._stop.is_set()
 
     def drain(self) -> None:
@@ -106,18 +111,18 @@ class WorkerHost:
 
     @property
     def address(self) -> str:
-        """Where others reach this worker, ``host:port``; empty before it listens."""
+        """Address at which others reach this worker, ``host:port``; empty before it listens."""
         return self._hello.address
 
     async def run(self, address: str, on_ready: Callable[[WorkerHost], object] = lambda host: None) -> int:
-        """Serves on ``address`` until drained; returns the process's exit code. ``on_ready`` is called once it serves.
+        """Serves on ``address`` until drained and returns the process's exit code. Calls ``on_ready`` once it serves.
 
         Raises:
             Unavailable: the address cannot be bound.
-            Incompatible: every router refused the worker for good.
+            Incompatible: every router refused the worker.
         """
         loop = asyncio.get_running_loop()
-        # Within another process, such as a Ray replica's, signals are that process's affair.
+        # Inside another process, such as a Ray replica, that process handles signals.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.drain)
@@ -149,7 +154,7 @@ class WorkerHost:
     async def _until_stopped(self) -> None:
         while not self._stop.is_set():
             if not self._worker.healthy():
-                log.critical("the engine has died; leaving")
+                log.critical("the engine has failed; draining and exiting")
                 self.drain()
             try:
                 await asyncio.wait_for(self._stop.wait(), timeout=1.0)
@@ -159,12 +164,12 @@ class WorkerHost:
     async def _until_idle(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._grace
-        # A poll, since the counts belong to the servicer and its engine, which know nothing of hosts.
+        # Poll, because the servicer and its engine own the counts and do not know the host.
         while self._worker.active() and self._worker.healthy() and loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_POLL)
         if self._worker.active():
-            log.warning("leaving with %d requests unfinished", self._worker.active())
-            self._worker.end_all(ShuttingDown(f"{self._hello.worker_id} leaves before the request is finished"))
+            log.warning("exiting with %d requests unfinished", self._worker.active())
+            self._worker.end_all(ShuttingDown(f"{self._hello.worker_id} shuts down before the request has finished"))
 
     def _report(self) -> registry_pb2.Report:
         return registry_pb2.Report(
@@ -198,7 +203,7 @@ class WorkerHost:
 
 
 def announced(bound: str, advertise: str) -> str:
-    """The address that others are told: ``bound``, a ``host:port``, with the host or host:port of ``advertise``."""
+    """Returns the address to announce: ``bound`` (``host:port``) with the host, or host and port, of ``advertise``."""
     if not advertise:
         return bound
     if re.fullmatch(r"(\[.*\]|[^:]+):\d+", advertise):

@@ -20,9 +20,9 @@ _V = TypeVar("_V")
 REMOVED_IN = "0.3"
 
 RENAMED: dict[str, str] = {
+    "otlp_endpoint": "otlp_traces_endpoint",
     "same_host": "shm",
     "token_budget": "max_num_batched_tokens",
-    "otlp_endpoint": "otlp_traces_endpoint",
 }
 """Earlier field name -> field name, both with underscores, for every service that has the new field."""
 

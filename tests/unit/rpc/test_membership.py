@@ -462,5 +462,5 @@ async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):
 
 
 def test_a_kind_of_name_that_nobody_can_look_up_is_told_at_once():
-    with pytest.raises(ValueError, match=r"board:///stack.*known are dns"):
+    with pytest.raises(ValueError, match=r"board:///stack.*known schemes are dns"):
         Membership(registry_pb2.Hello(), ["board:///stack"], lambda routers: registry_pb2.Report())

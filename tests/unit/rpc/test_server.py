@@ -272,7 +272,7 @@ async def test_a_unix_socket_serves(server: RpcServer, tmp_path: Path) -> None:
 
 
 async def test_other_hosts_are_refused_without_tls() -> None:
-    with pytest.raises(TlsError, match=r"0\.0\.0\.0:0 in the clear"):
+    with pytest.raises(TlsError, match=r"0\.0\.0\.0:0 without TLS"):
         await RpcServer().start("0.0.0.0:0")
 
 

@@ -1,4 +1,4 @@
 """Puts the same load on one or more servers, and compares what clients see.
 
-No torch.
+Torch is imported only to start an engine.
 """
