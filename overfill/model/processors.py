@@ -39,12 +39,12 @@ class LogitProcessor:
         self._biased = np.fromiter(params.logit_bias, np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
         # Every token that a penalty touches has a place in the arrays below.
-        self._places: dict[int, int] = {}
+        self._index: dict[int, int] = {}
         self._ids = np.empty(64, np.int64)
         self._counts = np.zeros(64, np.float32)
         if params.repetition_penalty != 1:
             for token in prompt:
-                self._place(token)
+                self._index_of(token)
 
     def catch_up(self, emitted: Sequence[int]) -> None:
         """Takes the tokens of the answer that are new. Raises GrammarFailed."""
@@ -52,8 +52,8 @@ class LogitProcessor:
         self._seen = len(emitted)
         if self.params.penalised:
             for token in new:
-                place = self._place(token)  # first: it may replace the array
-                self._counts[place] += 1
+                index = self._index_of(token)  # first: it may replace the array
+                self._counts[index] += 1
         if self.matcher is not None:
             self.matcher.accept(new)
 
@@ -64,14 +64,14 @@ class LogitProcessor:
         return lasting or self._too_short(num_emitted)
 
     @property
-    def goes_on(self) -> bool:
+    def end_forbidden(self) -> bool:
         """Whether the answer may not end yet."""
         return self._too_short(self._seen)
 
     @property
     def penalised(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Tokens that a penalty touches, and how often each is in the answer (0: in the prompt only)."""
-        return self._ids[: len(self._places)], self._counts[: len(self._places)]
+        return self._ids[: len(self._index)], self._counts[: len(self._index)]
 
     @property
     def biased(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -81,13 +81,13 @@ class LogitProcessor:
     def _too_short(self, num_emitted: int) -> bool:
         return num_emitted < self.params.min_tokens and len(self.end_ids) > 0
 
-    def _place(self, token: int) -> int:
-        place = self._places.setdefault(token, len(self._places))
-        if place == len(self._ids):
+    def _index_of(self, token: int) -> int:
+        index = self._index.setdefault(token, len(self._index))
+        if index == len(self._ids):
             self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._ids[place] = token
-        return place
+        self._ids[index] = token
+        return index
 
 
 def new_processor(
@@ -150,7 +150,7 @@ def process(
     _penalise(logits, [(row, p) for row, p in rows if p.params.penalised])
     _add_bias(logits, [(row, p) for row, p in rows if p.params.logit_bias])
     _mask(logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
-    _go_on(logits, [(row, p) for row, p in rows if p.matcher is None and p.goes_on])
+    _forbid_end(logits, [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden])
     return failed
 
 
@@ -163,14 +163,14 @@ def _penalise(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> Non
     counts = _tensor(np.concatenate([counts for _, counts in parts]), logits)
     index = _tensor(np.repeat(np.array([row for row, _ in rows]), sizes), logits)
 
-    def spread(values: Sequence[float]) -> Tensor:
+    def repeat_for_tokens(values: Sequence[float]) -> Tensor:
         return _tensor(np.repeat(np.array(values, np.float32), sizes), logits)
 
     values = logits[index, ids]  # [penalised tokens of all rows]
-    repetition = spread([p.params.repetition_penalty for _, p in rows])
+    repetition = repeat_for_tokens([p.params.repetition_penalty for _, p in rows])
     values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= counts * spread([p.params.frequency_penalty for _, p in rows])
-    values -= (counts > 0) * spread([p.params.presence_penalty for _, p in rows])
+    values -= counts * repeat_for_tokens([p.params.frequency_penalty for _, p in rows])
+    values -= (counts > 0) * repeat_for_tokens([p.params.presence_penalty for _, p in rows])
     logits[index, ids] = values
 
 
@@ -199,7 +199,7 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
     # Unpacked here, in one go: numpy is several times faster at it than torch, and a byte per token is little to move.
     allowed = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
     for line, (_, processor) in enumerate(rows):
-        if processor.goes_on:
+        if processor.end_forbidden:
             without_end = allowed[line].copy()
             without_end[processor.end_ids] = 0
             if without_end.any():  # else the grammar allows nothing but the end
@@ -212,7 +212,7 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
     logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
-def _go_on(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+def _forbid_end(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
     """Rules out what would end answers that are too short. Rows without a grammar only."""
     if not rows:
         return

@@ -71,7 +71,7 @@ def sample(
         )
         chosen[rows] = _draw(logits[rows], [params[row] for row in drawn], u)
     tokens = chosen.tolist()
-    failed = broken(tokens)
+    failed = non_finite_errors(tokens)
     wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None and row not in failed}
     result = [SampledToken(token) for token in tokens]
     for row, scored in zip(wanted, _logprobs(logits, chosen, wanted), strict=True):
@@ -79,7 +79,7 @@ def sample(
     return result, failed
 
 
-def broken(tokens: Sequence[int]) -> dict[int, Exception]:
+def non_finite_errors(tokens: Sequence[int]) -> dict[int, Exception]:
     """Row -> error of tokens that are -1, which stands for a row of logits that is not finite."""
     return {row: InternalError("the logits are not finite") for row, token in enumerate(tokens) if token < 0}
 
