@@ -158,7 +158,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidRequest("device", f"{device} was asked for, but torch sees no CUDA device; use cpu or auto")
+        raise InvalidRequest("device", f"{device} needs a CUDA device, but torch finds none; use cpu or auto")
     return torch.device("cuda:0" if device == "cuda" else device)
 
 
@@ -353,11 +353,11 @@ def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int
     capacity = num_blocks * requirement.block_size
     longest = min(requirement.longest, capacity) if max_model_len is None else max_model_len
     if capacity < max(longest, 2):
-        wanted = max(longest, 2)
-        least = -(-wanted // requirement.block_size) * requirement.block_bytes // MIB + 1
+        needed = max(longest, 2)
+        least = -(-needed // requirement.block_size) * requirement.block_bytes // MIB + 1
         raise NotEnoughMemory(
             f"a KV cache of {_mib(num_blocks * requirement.block_bytes)} holds {capacity} tokens, fewer than "
-            f"--max-model-len {wanted}; give at least --kv-memory {least}MiB, or a smaller --max-model-len"
+            f"--max-model-len {needed}; give at least --kv-memory {least}MiB, or a smaller --max-model-len"
         )
     return longest
 

@@ -148,9 +148,9 @@ class DecodeEngine:
             return self._refuse(sequence, "preempted", "preempted sequences resume first")
         reserved = self._acquire(sequence)
         if reserved is None:
-            wanted = self._pool.blocks_for(sequence.num_tokens + 1)
+            needed = self._pool.blocks_for(sequence.num_tokens + 1)
             free, kept = self._prefix.num_available, self._num_growing()
-            reason = f"{wanted} KV blocks needed; {free} free, {kept} of them kept for running sequences"
+            reason = f"{needed} KV blocks needed; {free} free, {kept} of them kept for running sequences"
             return self._refuse(sequence, "blocks", reason)
         self._sequences[sequence.id] = sequence
         return reserved
@@ -165,10 +165,10 @@ class DecodeEngine:
 
         Returns None, and acquires nothing, when too few blocks are free.
         """
-        wanted = self._pool.blocks_for(sequence.num_tokens + 1)
+        needed = self._pool.blocks_for(sequence.num_tokens + 1)
         if sequence.prompt_blocks is None:
             sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
-        grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted, spare=self._num_growing())
+        grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
         if grant is None:
             return None
         sequence.blocks = grant.blocks

@@ -199,10 +199,10 @@ class PrefillEngine:
             sequence = self._waiting[0]
             if sequence.cancelled:  # its Release will arrive
                 break
-            wanted = self._pool.blocks_for(len(sequence.prompt))
+            needed = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
                 sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
-            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted)
+            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
             if grant is None:
                 break
             self._waiting.popleft()

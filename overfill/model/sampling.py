@@ -73,9 +73,9 @@ def sample(
         chosen[rows] = _draw(logits[rows], [params[row] for row in drawn], u)
     tokens = chosen.tolist()
     failed = non_finite_errors(tokens)
-    wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None and row not in failed}
+    requested = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None and row not in failed}
     result = [SampledToken(token) for token in tokens]
-    for row, scored in zip(wanted, _logprobs(logits, chosen, wanted), strict=True):
+    for row, scored in zip(requested, _logprobs(logits, chosen, requested), strict=True):
         result[row] = scored
     return result, failed
 
@@ -187,15 +187,15 @@ def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
-def _logprobs(logits: Tensor, chosen: Tensor, wanted: dict[int, int]) -> list[SampledToken]:
-    """Adds log-probabilities to the tokens of the rows in ``wanted``, in its order.
+def _logprobs(logits: Tensor, chosen: Tensor, requested: dict[int, int]) -> list[SampledToken]:
+    """Adds log-probabilities to the tokens of the rows in ``requested``, in its order.
 
     Args:
-        wanted: row -> number of most likely tokens to list.
+        requested: row -> number of most likely tokens to list.
     """
-    if not wanted:
+    if not requested:
         return []
-    rows = torch.tensor(list(wanted), device=logits.device)
+    rows = torch.tensor(list(requested), device=logits.device)
     scores = logits[rows].log_softmax(dim=-1)
     ids = chosen[rows]
     own = scores.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
@@ -204,6 +204,6 @@ def _logprobs(logits: Tensor, chosen: Tensor, wanted: dict[int, int]) -> list[Sa
     return [
         SampledToken(token, logprob, list(zip(best_ids, best, strict=True))[:count])
         for token, logprob, best_ids, best, count in zip(
-            ids.tolist(), own, top.indices.tolist(), top.values.tolist(), wanted.values(), strict=True
+            ids.tolist(), own, top.indices.tolist(), top.values.tolist(), requested.values(), strict=True
         )
     ]

@@ -47,10 +47,10 @@ class Batch(Structure):
     """The struct ``OvfBatch``."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("tokens", "sequences", "tables", "table_width", "wanted", "block_size")),
+        *((name, c_int64) for name in ("tokens", "sequences", "tables", "table_width", "num_logits", "block_size")),
         *((name, c_int64) for name in ("slots_in_cache", "threads")),
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "query_lens", "context_lens")),
-        *((name, c_void_p) for name in ("block_tables", "table_rows", "wanted_rows", "k_cache", "v_cache")),
+        *((name, c_void_p) for name in ("block_tables", "table_rows", "logits_indices", "k_cache", "v_cache")),
         *((name, c_void_p) for name in ("k_scales", "v_scales", "logits", "best")),
     ]
 

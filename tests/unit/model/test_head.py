@@ -1,4 +1,4 @@
-"""Heads whose rows of rare tokens are of low rank: found again exactly, lowered where it costs least."""
+"""Tests heads with rows of low rank: their factors are recovered exactly, and lowering the rank costs the least."""
 
 from __future__ import annotations
 
