@@ -135,7 +135,7 @@ class Workers:
 
     def hold_every_prefill_block(self):
         blocker = PrefillSequence("blocker", [0], SamplingParams())
-        self.prefill_core._holding["blocker"] = blocker
+        self.prefill_core._awaiting_release["blocker"] = blocker
         prefix = self.prefill_core._prefix
         grant = prefix.acquire("blocker", prefix.blocks_of(blocker.prompt), self.full.pool.num_free)
         blocker.blocks = grant.blocks
@@ -196,7 +196,7 @@ class Workers:
 
 @pytest.fixture
 async def workers(tiny_pair, monkeypatch):
-    monkeypatch.setattr(prefill, "_WORTH_TELLING", 1)  # tiny KV is sent layer by layer, as that of large models
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # tiny KV is sent layer by layer, as that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)
@@ -317,7 +317,7 @@ async def test_a_full_worker_refuses_and_says_why(workers):
     call = workers.stub.Generate()
     await call.write(workers.start_message())
     refused = await call.read()
-    assert "KV blocks wanted" in refused.refused.reason
+    assert "KV blocks needed" in refused.refused.reason
     assert await call.read() is grpc.aio.EOF
     workers.decoder.pool.release("blocker", blocker)
     first.cancel()

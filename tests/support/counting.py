@@ -17,8 +17,8 @@ class CountingRunner:
     """Stands in for ``ModelRunner``: the next token is always the last one plus 1, modulo ``VOCAB_SIZE``.
 
     Attributes:
-        steps: for each step, the new tokens and their first position, per sequence.
-        fail_next: raised by the next step.
+        steps: per step and sequence, the new tokens and the position of the first.
+        fail_next: error that the next step raises.
     """
 
     def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
@@ -30,19 +30,19 @@ class CountingRunner:
         self._block_size = block_size
 
     def synchronize(self) -> None:
-        """Everything is done when ``run`` returns."""
+        """Does nothing: ``run`` has finished when it returns."""
 
     def clean_up(self, error: Exception) -> None:
-        """A failed step leaves nothing behind."""
+        """Does nothing: a failed step leaves nothing behind."""
 
     def next_tokens(
         self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """As ``ModelRunner.next_tokens``."""
+        """Runs one step and samples, as ``ModelRunner.next_tokens``."""
         return sample_next(self.run(works, hooks), works, specs)
 
     def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
-        """Logits [number of works that want them, VOCAB_SIZE]."""
+        """Runs one step; returns logits, [number of works that want them, VOCAB_SIZE]."""
         self.steps.append([(list(work.tokens), work.start) for work in works])
         for work in works:
             if work.end > len(work.blocks) * self._block_size:

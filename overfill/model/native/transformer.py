@@ -1,7 +1,8 @@
-"""The forward pass in the native library: the same model as ``Transformer``, in bfloat16 on a CPU.
+"""The forward pass in the native library: computes the same model as ``Transformer``, in bfloat16 on a CPU.
 
-Takes a loaded ``Transformer`` over: its weights are copied into the kernels' layout and freed as that goes. Between
-operations everything is float32; operands of products and the KV cache are bfloat16 (int8 weights: operands are int16).
+A ``NativeTransformer`` takes over a loaded ``Transformer``: it copies the weights into the kernels' layout and frees
+the originals layer by layer. Activations between operations are float32. Operands of products are bfloat16, or int16
+with int8 weights. The KV cache is bfloat16 or int8.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from overfill.model.transformer import NO_HOOKS, LayerHooks, Model, Transformer,
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("qkv", "o", "gate_up", "down")  # the order of `Part` in overfill.cpp; then the head and its tail
+_PARTS = ("qkv", "o", "gate_up", "down")  # in the order of `Part` in overfill.cpp; the head and its tail follow
 _VECTORS = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "gate_up_bias", "down_bias")
 _NORM = len(_VECTORS)
 _MAX_HEADS, _MAX_GROUP = 64, 48
 
 
 def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels cover such a model; where they do, ``library.load`` says whether they run here."""
+    """True if the kernels implement this model. ``library.load`` says whether they run on this machine."""
     fits = config.head_dim <= 128 or config.head_dim == 256
     heads = config.num_heads <= _MAX_HEADS and config.num_heads // config.num_kv_heads <= _MAX_GROUP
     return device.type == "cpu" and dtype == torch.bfloat16 and fits and heads
 
 
 def fastest_model(model: Transformer) -> Model:
-    """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
+    """Turns ``model`` into the fastest one that runs here: a native one that takes it over, or ``model`` itself."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
         weights = "int8" if model.quantize == "int8" else "bfloat16"
         log.info("native kernels, %s weights, %s AMX", weights, "with" if library.has_amx() else "without")
@@ -49,13 +50,16 @@ def fastest_model(model: Transformer) -> Model:
 
 
 class NativeTransformer:
-    """Takes ``model`` over, which cannot run any more. Several threads may call ``forward``; one waits for the other.
+    """A model in the native library. It takes over ``model``, which cannot run any more.
+
+    Several threads may call ``forward``; a lock lets them compute one after the other.
 
     Args:
-        amx: whether steps of many tokens use AMX tiles where there are any; tests compare both.
+        amx: True lets the kernels use AMX tiles if the CPU has them; tests compare both.
 
     Raises:
-        InternalError: the kernels do not run here; ``fastest_model`` asks first.
+        InternalError: the kernels do not run here; ``fastest_model`` checks that first.
+        MemoryError: memory does not suffice for the weights.
     """
 
     def __init__(self, model: Transformer, *, amx: bool = True) -> None:
@@ -70,7 +74,7 @@ class NativeTransformer:
         self.bytes_read = model.bytes_read
         self.quantize = model.quantize
         weights = model.weights
-        # A bfloat16 head that is tied holds the embedding as well.
+        # A tied bfloat16 head also serves as the embedding.
         tied = weights.head is weights.embedding
         self._embedding = None if tied else weights.embedding.contiguous()
         self._cos, self._sin = model.rope
@@ -99,23 +103,25 @@ class NativeTransformer:
             self._sin.data_ptr(),
         )
         if not handle:
-            raise MemoryError("no memory for the model's weights")
+            raise MemoryError("not enough memory for the model's weights")
         self._handle = handle
         weakref.finalize(self, library_.ovf_destroy, handle)
         self._fill(weights, model.release_layers())
 
     def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
-        """As ``Transformer.forward``; a hook may run while other threads go on with its layer's attention.
+        """Computes a step as ``Transformer.forward`` does.
+
+        ``hooks.kv_written`` may run while other threads already compute its layer's attention.
 
         Raises:
-            ValueError: the cache does not fit the model, or the batch reaches outside of it or the vocabulary.
+            ValueError: the cache does not fit the model, or the batch exceeds the cache, the context or the vocabulary.
         """
         logits = torch.empty(len(batch.logits_indices), self.config.vocab_size, dtype=torch.float32)
         self._run(batch, cache, logits, None, hooks)
         return logits
 
     def most_likely(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
-        """As ``GreedyModel.most_likely``; of equal tokens the first."""
+        """Implements ``GreedyModel.most_likely``; among equal tokens it returns the first."""
         best = torch.empty(len(batch.logits_indices), dtype=torch.int64)
         self._run(batch, cache, None, best, hooks)
         return best
@@ -132,7 +138,7 @@ class NativeTransformer:
             sequences=len(query_lens),
             tables=tables.shape[0],
             table_width=tables.shape[1],
-            wanted=len(batch.logits_indices),
+            num_logits=len(batch.logits_indices),
             block_size=cache.block_size,
             slots_in_cache=cache.num_blocks * cache.block_size,
             threads=torch.get_num_threads(),
@@ -143,7 +149,7 @@ class NativeTransformer:
             context_lens=context_lens.data_ptr(),
             block_tables=tables.data_ptr(),
             table_rows=None if batch.table_rows is None else batch.table_rows.data_ptr(),
-            wanted_rows=batch.logits_indices.data_ptr(),
+            logits_indices=batch.logits_indices.data_ptr(),
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
             k_scales=cache.k_scales.data_ptr() if isinstance(cache, Int8KvCache) else None,
@@ -156,10 +162,10 @@ class NativeTransformer:
         if callback.raised is not None:
             raise callback.raised
         if fault is not None:
-            raise ValueError(f"this step cannot be computed: {fault.decode()}")
+            raise ValueError(f"invalid step: {fault.decode()}")
 
     def _fill(self, weights: Weights[Matrix], layers: list[LayerWeights[Matrix]]) -> None:
-        """Copies all weights; ``layers`` is emptied on the way, so that little is there twice."""
+        """Copies all weights into the library; empties ``layers`` meanwhile, so that at most one is held twice."""
         self._set_vector(0, _NORM, weights.norm)
         self._set_matrix(0, len(_PARTS), weights.head)
         if weights.tail is not None:
@@ -190,8 +196,8 @@ class _HookCallback:
     """Hooks as one C function. It keeps what a hook raises, because an exception cannot pass through C.
 
     Attributes:
-        pointer: The function; null without hooks.
-        raised: The exception that aborted the step.
+        pointer: the C function; null without hooks.
+        raised: the exception that aborted the step, if one did.
     """
 
     def __init__(self, hooks: LayerHooks) -> None:

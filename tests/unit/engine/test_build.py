@@ -1,4 +1,4 @@
-"""How memory is divided, as numbers; and how a worker process ends when it cannot start."""
+"""Tests how memory is divided between caches and steps, and how a worker process ends when it cannot start."""
 
 import signal
 import subprocess
@@ -139,7 +139,7 @@ async def loads():
     await asyncio.to_thread(threading.Event().wait)
 
 async def leaves(code):
-    # A thread that an orderly end of the interpreter would join, and it never ends.
+    # The interpreter would join this thread at an orderly exit, and the thread never ends.
     concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)
     asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
     print("served", end="")

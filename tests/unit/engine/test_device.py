@@ -1,4 +1,4 @@
-"""Work for ``cuda:1`` names that device, even where the thread's current one is another. Torch's calls are recorded."""
+"""Tests that work for ``cuda:1`` names that device, whatever the thread's current device is. Torch is replaced."""
 
 import threading
 
@@ -19,7 +19,7 @@ SECOND = torch.device("cuda", 1)
 
 
 class Event:
-    """Knows the device of the stream that it was recorded on; without one, the current device's, which is 0."""
+    """Keeps the device of the stream that recorded it; without a stream, the current device 0."""
 
     def __init__(self):
         self.device = None
@@ -35,7 +35,7 @@ class Stream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Stand-ins for what is used of ``torch.cuda``; the current device of each thread that said one."""
+    """Replaces the parts of ``torch.cuda`` that the engine uses; returns the device that each thread has set."""
     current = {}
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -87,7 +87,7 @@ def test_the_engine_s_thread_uses_its_device(cuda):
 def test_threads_that_move_kv_use_the_cache_s_device(cuda):
     with device_executor(1, "kv", SECOND) as executor:
         assert cuda[executor.submit(threading.get_ident).result()] == SECOND
-    cuda.clear()  # threads' numbers come again
+    cuda.clear()  # thread ids are reused
     with device_executor(1, "kv", torch.device("cpu")) as executor:
         assert executor.submit(threading.get_ident).result() not in cuda
 

@@ -1,4 +1,4 @@
-"""An engine that is idle, or stopped, has lost no block; one that has ends."""
+"""Tests that an idle or stopped engine checks for lost blocks, and ends if it finds one."""
 
 import threading
 from dataclasses import replace
@@ -11,7 +11,7 @@ from overfill.engine.thread import EngineThread
 
 
 class Core:
-    """Counts what it is asked; ``fault`` is raised by the next check."""
+    """An engine core that counts its calls; its next check raises ``fault``."""
 
     def __init__(self):
         self.checked = threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""One pass for many sequences: what fails in it fails alone, and a block table is written once."""
+"""Tests one step for many sequences: a failed row fails alone, and a block table is written once."""
 
 import random
 
@@ -25,7 +25,7 @@ def new_cache(num_blocks):
 
 
 class OneBroken:
-    """A model that names most likely tokens itself, and none for its second row."""
+    """A model that returns the most likely tokens itself, and -1 for its second row."""
 
     def most_likely(self, batch, cache, *hooks):
         return torch.tensor([7, -1, 9])
@@ -41,7 +41,7 @@ def test_a_broken_row_of_a_greedy_step_fails_alone():
 
 
 class MostLikely(OneBroken):
-    """Names the most likely tokens, and has no logits to be changed."""
+    """A model that returns the most likely tokens and refuses to compute logits."""
 
     def forward(self, *args):
         raise AssertionError("logits were asked for")
@@ -62,7 +62,7 @@ def test_min_tokens_cost_nothing_once_they_are_there():
 
 
 class Seen:
-    """A model that keeps what it is given: each sequence's blocks, and the slots of all new tokens."""
+    """A model that records each sequence's blocks, and the slots of all new tokens."""
 
     def __init__(self):
         self.tables, self.slots = [], []
@@ -76,7 +76,7 @@ class Seen:
 
 
 class Checked(ModelRunner):
-    """Holds every step's tables and slots against ones that are made afresh from the works."""
+    """Compares every step's tables and slots with ones computed from the works alone."""
 
     def next_tokens(self, works, specs, *hooks):
         result = super().next_tokens(works, specs, *hooks)
@@ -87,7 +87,7 @@ class Checked(ModelRunner):
 
 
 class Counted(list):
-    """Blocks of a sequence; counts how many of them are looked at."""
+    """A sequence's blocks; counts how many of them are read."""
 
     looked_at = 0
 
@@ -119,7 +119,7 @@ def test_a_step_looks_at_the_blocks_that_are_new_and_at_no_others():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_sequences_in_any_order_have_their_own_blocks(seed):
-    """They grow, end, are replaced by others, lose their blocks and are left out of steps."""
+    """Sequences grow, end, are replaced, lose their blocks and skip steps."""
     draw = random.Random(seed)
     runner = Checked(Seen(), new_cache(1))
     running = []  # [blocks, tokens computed]
@@ -143,7 +143,7 @@ def test_any_sequences_in_any_order_have_their_own_blocks(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_tables_are_right_when_sequences_lose_their_blocks_to_others(seed):
-    """A pool that is too small, with prompts that share prefixes."""
+    """Uses a pool that is too small, and prompts that share prefixes."""
     draw = random.Random(seed)
     events, pool = [], BlockPool(24, BLOCK)
     runner, prefix = Checked(Seen(), new_cache(24)), PrefixCache(pool)

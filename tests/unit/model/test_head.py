@@ -1,4 +1,4 @@
-"""Heads whose rows of rare tokens are of low rank: found again exactly, lowered where it costs least."""
+"""Tests heads with rows of low rank: their factors are recovered exactly, and lowering the rank costs the least."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_factors_of_rows_of_low_rank_are_exact() -> None:
 
 
 def test_rows_of_higher_rank_are_refused() -> None:
-    with pytest.raises(InvalidPair, match="not of rank 6"):
+    with pytest.raises(InvalidPair, match="exceed rank 6"):
         low_rank_factors(torch.randn(60, 32), 6)
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints the engine takes, what it reads from them, and how it refuses the rest."""
+"""Tests which checkpoints the engine accepts, what it reads from their config, and how it refuses others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.model.config import ModelConfig
 from overfill.model.head import head_mask_of, tokens_in_row_order
 
-# As Llama 3.1 8B ships it, written by transformers 4.
+# The config of Llama 3.1 8B, written by transformers 4.
 LLAMA_31 = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,

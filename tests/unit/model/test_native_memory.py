@@ -1,4 +1,4 @@
-"""A step that there is no memory for fails, and the ones after it are computed as ever."""
+"""Tests that a step without enough memory fails, and that later steps succeed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
 )
 
-# Limits are a process's own, so it is another one that runs out of memory.
+# A memory limit applies to a process, so a child process runs out of memory.
 SCRIPT = """
 import resource, sys
 from pathlib import Path

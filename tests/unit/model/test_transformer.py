@@ -1,4 +1,4 @@
-"""Our logits are Hugging Face's, however a sequence is cut into steps and wherever its blocks lie."""
+"""Tests that logits equal Hugging Face's, for any division of a sequence into steps and any placement of its blocks."""
 
 from __future__ import annotations
 
