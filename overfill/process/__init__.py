@@ -1,1 +1,1 @@
-"""What a process has from its machine: cache folder, installed extras, compiled libraries, start and end."""
+"""The process and its machine: cache folder, installed extras, compiled libraries, memory, start and exit."""

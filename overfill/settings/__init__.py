@@ -1,1 +1,1 @@
-"""Settings of the services: files, variables, flags."""
+"""Settings of the services, from flags, environment variables and a file."""

@@ -1,1 +1,1 @@
-"""What a process tells people: metrics, logs, traces, progress."""
+"""Output for people who run a stack: metrics, logs, traces and progress."""
