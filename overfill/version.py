@@ -1,3 +1,3 @@
-"""The distribution's version."""
+"""Version of the distribution."""
 
 __version__ = "0.1.0"

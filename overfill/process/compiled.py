@@ -3,11 +3,11 @@
 ::
 
     $OVERFILL_HOME/native/<key>/kernels.so      key: sources, flags and compiler version
-    $OVERFILL_HOME/native/<key>/sha256          of kernels.so, so that a damaged one is not loaded
+    $OVERFILL_HOME/native/<key>/sha256          checksum of kernels.so, so that a damaged file is not loaded
 
-A folder is filled under another name and renamed, by one process at a time; the others wait. The umask says who may
-read it; only its owner may write. A process loads what it or root has compiled and no other user could write.
-Knows nothing of what is in the library.
+One process at a time compiles into a temporary folder and renames it; other processes wait. The umask decides who may
+read the folder, and only its owner may write. A process loads only libraries that its own user or root compiled and
+that no other user can write. Knows nothing about the library's contents.
 """
 
 from __future__ import annotations
@@ -28,42 +28,43 @@ from overfill.process.home import home
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native")
 _LIBRARY, _DIGEST = "kernels.so", "sha256"
-_TIMEOUT = 300  # seconds; it takes about five
+_TIMEOUT = 300  # seconds; compiling takes about 5
 
 
 class CannotBuild(Exception):
-    """There is no compiler, or it failed; the message says what to do."""
+    """The library cannot be compiled; the message names the reason."""
 
 
 def find_compiler(names: Sequence[str] = COMPILERS) -> str | None:
-    """The first of the programs ``names`` that is installed."""
+    """Returns the path of the first program in ``names`` that is installed; None without any."""
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def compiled_library(source: Path, flags: Sequence[str]) -> Path:
-    """The shared library of ``source`` and the headers beside it, compiled now unless an earlier process did.
+    """Returns the shared library of ``source`` and its headers, and compiles it if it is not in the cache.
 
     Args:
-        flags: beside ``FLAGS``: the instructions that it may use.
+        source: C++ file; headers are in the same folder.
+        flags: compiler flags in addition to ``FLAGS``, such as the CPU instructions to use.
 
     Raises:
-        CannotBuild: naming the compiler and what it said.
+        CannotBuild: no compiler is installed, the compiler failed, or the cache folder is not writable.
     """
     compiler = find_compiler()
     if compiler is None:
-        raise CannotBuild(f"none of {', '.join(COMPILERS)} is installed")
+        raise CannotBuild(f"no C++ compiler is installed: install one of {', '.join(COMPILERS)}")
     flags = (*FLAGS, *flags)
     folder = home() / "native" / _key(compiler, flags, [*sorted(source.parent.glob("*.h")), source])
     if not _intact(folder):
-        with _alone(folder.parent):
-            if not _intact(folder):  # nobody was faster
+        with _locked(folder.parent):
+            if not _intact(folder):  # another process may have compiled it while this one waited
                 _compile([compiler, *flags, str(source)], folder)
     return folder / _LIBRARY
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the lock of ``folder``; the system releases it when the process dies."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of ``folder``; the kernel releases it if the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -84,9 +85,9 @@ def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether the library is there, whole and made by this user or root.
+    """Returns True if the library exists, matches its checksum, and only this user or root can have written it.
 
-    Loading one that was cut short can end the process, and one that others could write runs their code.
+    Loading a truncated library can crash the process. Loading one that others can write would run their code.
     """
     library = folder / _LIBRARY
     try:
@@ -106,10 +107,10 @@ def _sha256(path: Path) -> str:
 
 
 def _compile(command: list[str], folder: Path) -> None:
-    """Fills ``folder``, replacing what is there; the caller holds the lock."""
+    """Compiles into ``folder`` and replaces its contents. The caller holds the lock."""
     made = folder.with_name(f".building-{secrets.token_hex(4)}")
     try:
-        made.mkdir(0o755)  # less what the umask takes; see _trusted
+        made.mkdir(0o755)  # the umask may remove permissions; see _trusted
     except OSError as error:
         raise CannotBuild(f"{folder.parent} cannot be written: {error}") from error
     try:

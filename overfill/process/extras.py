@@ -1,7 +1,7 @@
-"""The extras of the distribution: what is told when one is missing. Imports the standard library only.
+"""Checks that optional dependencies are installed, and says how to install them. Imports only the standard library.
 
-``pip install overfill`` brings the SDK and the commands of a client. Everything else belongs to an extra of
-``pyproject.toml``, and its modules may be absent.
+``pip install overfill`` installs the SDK and the client commands. Everything else needs an extra of ``pyproject.toml``,
+whose modules may be missing.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _RENAMED = {
     "opentelemetry_exporter_otlp_proto_grpc": "opentelemetry",
     "opentelemetry_sdk": "opentelemetry",
 }
-"""Requirements whose module has another name."""
+"""Requirement -> its module, where the names differ."""
 
 _CHECKOUT = Path(__file__).parents[2]
 
 
 class MissingExtra(OverfillError, ImportError):
-    """A module of an extra is not installed; the message has the line that installs it."""
+    """A module of an extra is not installed; the message contains the command that installs it."""
 
 
 def install_line(extra: str) -> str:
-    """The line that adds ``extra``, which may be several separated by commas, to this installation.
+    """Returns the command that adds ``extra`` (or several, separated by commas) to this installation.
 
-    It names the source of this installation: a checkout, a repository, a file or folder that has gone since, or an
-    index when none is known.
+    The command names the source of this installation: a checkout, a repository, a file or folder, or the package index
+    if the source is unknown. If the file or folder no longer exists, the text asks to install it again.
     """
     wanted = f"[{extra}]" if extra else ""
     if (_CHECKOUT / "pyproject.toml").exists():
@@ -60,21 +60,21 @@ def install_line(extra: str) -> str:
 
 @contextmanager
 def needs(extra: str, user: str) -> Iterator[None]:
-    """Raises MissingExtra, naming ``extra``, when the body imports a module that is not installed.
+    """Raises MissingExtra naming ``extra`` if the body imports a module that is not installed.
 
-    Modules that no extra brings raise what they raise. ``user`` is the message's subject.
+    Modules that belong to no extra raise ModuleNotFoundError as usual. ``user`` is the message's subject.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         package, brought = (error.name or "").partition(".")[0], _modules()
         if package in ("", *_OURS) or (brought and not any(package in modules for modules in brought.values())):
-            raise  # a fault of ours, or one of an installation that no extra mends
+            raise  # a bug of this package, or a broken installation that no extra repairs
         raise _missing(extra, user, error.name or "") from error
 
 
 def require(extra: str, user: str, *modules: str) -> None:
-    """Raises MissingExtra unless all ``modules`` are installed. Imports none of them."""
+    """Raises MissingExtra unless all ``modules`` are installed. Does not import them."""
     for name in modules:
         if importlib.util.find_spec(name) is None:
             raise _missing(extra, user, name)
@@ -89,7 +89,7 @@ def _missing(extra: str, user: str, module: str) -> MissingExtra:
 
 
 def _modules() -> dict[str, set[str]]:
-    """Extra -> the packages that its requirements bring; empty when the distribution has no metadata."""
+    """Returns extra -> modules that it installs; empty when the distribution has no metadata."""
     found: dict[str, set[str]] = {}
     try:
         lines = requires("overfill") or []
@@ -105,7 +105,7 @@ def _modules() -> dict[str, set[str]]:
 
 
 def _pip(options: str, target: str) -> str:
-    # Always in quotes: some shells take brackets for a pattern.
+    # Quoted, because some shells expand brackets.
     return f"pip install {options}{shlex.quote(target)}"
 
 
@@ -114,7 +114,7 @@ def _path(path: Path) -> str:
 
 
 def _source() -> dict[str, Any]:
-    """Where pip took this installation from (PEP 610); empty when it was an index."""
+    """Returns the source from which pip installed the package (PEP 610); empty for a package index."""
     try:
         found: dict[str, Any] = json.loads(distribution("overfill").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Where this package keeps what it has made: prepared pairs, compiled kernels."""
+"""The cache folder, for prepared pairs and compiled kernels."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """The folder of the cache, absolute: $OVERFILL_HOME, or ~/.cache/overfill."""
+    """Returns the absolute path of the cache folder: $OVERFILL_HOME, or ~/.cache/overfill."""
     return Path(os.path.abspath(os.environ.get("OVERFILL_HOME") or Path.home() / ".cache" / "overfill"))

@@ -1,4 +1,4 @@
-"""How the processes of a stack end."""
+"""Ends a process of a stack."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NoReturn
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends the process now, once what it has said is out. Whatever else has to happen at the end has happened.
+    """Flushes logs and output and ends the process at once. Call it after all other cleanup.
 
-    An orderly end would also join every thread of gRPC, torch and the executors, which takes seconds on a busy machine
-    and is of use to nobody.
+    A normal exit would also join every thread of gRPC, torch and the executors. That takes seconds on a busy machine
+    and has no benefit.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # the reader has closed it
             stream.flush()
     os._exit(code)

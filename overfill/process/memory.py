@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what large tensors leave behind while a long computation runs."""
+"""Makes glibc's allocator keep freed memory of large tensors during a long computation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Of mallopt(3), with glibc's defaults.
+# Parameters of mallopt(3), and glibc's default value.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _DEFAULT = 128 << 10
@@ -14,10 +14,11 @@ _DEFAULT = 128 << 10
 
 @contextmanager
 def freed_memory_kept(largest: int = 1 << 30) -> Iterator[None]:
-    """Within, freed pieces of up to ``largest`` bytes stay with the process; they go back to the system at the end.
+    """Keeps freed memory blocks of up to ``largest`` bytes in the process until the body ends.
 
-    glibc returns every large tensor to the system at once, and the system clears its pages when they are asked for
-    again: a sixth of the time of a small model's training or fit on a CPU. Does nothing on other C libraries.
+    By default glibc returns the memory of a large tensor to the kernel at once, and the kernel clears the pages when
+    they are allocated again. That costs a sixth of the time of training or fitting a small model on a CPU. Does nothing
+    with other C libraries.
     """
     library = ctypes.CDLL(None)
     mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""How long this process took to start. The package imports this module first of all."""
+"""Measures how long this process took to start. The package imports this module first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _began = time.monotonic()
 
 
 def seconds() -> float:
-    """Seconds since the process imported this package: a worker that calls it when it is ready has its start-up time.
+    """Returns the seconds since the process imported this package. Called by a ready worker, that is its start-up time.
 
     The process itself may be older, because Ray starts processes before it has work for them.
     """
@@ -19,7 +19,7 @@ def seconds() -> float:
 
 @contextmanager
 def once() -> Iterator[None]:
-    """Leaves a block out of ``seconds``: work that the next start does not repeat, such as preparing a pair."""
+    """Excludes the body from ``seconds``. Use it for work that later starts do not repeat, such as preparing a pair."""
     global _began
     before = time.monotonic()
     try:

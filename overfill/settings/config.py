@@ -1,10 +1,10 @@
-"""Configuration of the three services: one frozen class each, from flags, environment and a file. No torch.
+"""Settings of the three services: one frozen class each, read from flags, environment variables and a file. No torch.
 
-A flag ``--kv-memory 512MiB`` of the prefill worker is also ``OVERFILL_PREFILL_KV_MEMORY``, and ``kv-memory`` under
-``prefill`` or ``common`` in the file that ``--config`` names. The first of these wins that says something: flag,
-variable, the service's section of the file, ``common``, default. Declaring a field here is all that it takes.
+Declaring a field adds a setting. For instance, ``kv_memory`` of a prefill worker is the flag ``--kv-memory``, the
+variable ``OVERFILL_PREFILL_KV_MEMORY``, and the key ``kv-memory`` under ``prefill`` or ``common`` in the file that
+``--config`` names. The first of these that sets it wins: flag, variable, the service's section, ``common``, default.
 
-Everything is checked once, here, with a message that names the place; services read values, never the environment.
+All values are checked once, here; messages name the flag, variable or key. Services never read the environment.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ UP_KEYS = (
     "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
     "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
-"""Settings of ``overfill up`` in a file; everything else is a setting of the services that it starts."""
+"""Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
-"""Values for the configuration that ``parse`` is about to make; where nothing else says anything."""
+"""Values from the file, which ``parse`` passes to the class that it instantiates."""
 
 
 def _flags(settings: Mapping[str, object]) -> list[str]:
@@ -48,7 +48,7 @@ def _flags(settings: Mapping[str, object]) -> list[str]:
 
 
 class ServiceConfig(CommonSettings):
-    """What every service has. A subclass adds its program name and the prefix of its variables."""
+    """Reads a service's settings. A subclass adds its program name, section and prefix of variables."""
 
     @classmethod
     def settings_customise_sources(
@@ -59,15 +59,15 @@ class ServiceConfig(CommonSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # Flags come before all of these.
+        # pydantic-settings puts flags in front of all of these.
         earlier = InitSettingsSource(settings_cls, cls._earlier_variables())
         return init_settings, env_settings, earlier, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
-        """Reads flags (``sys.argv[1:]`` when None) over environment variables over the file over defaults.
+        """Returns the settings from flags (None means ``sys.argv[1:]``), variables, file and defaults, in this order.
 
-        Prints what to change to stderr and exits 2 when a flag, variable or key is unknown or has a bad value.
+        When a flag, variable or key is unknown or has a bad value, prints what to change on stderr and exits with 2.
         """
         args = rename_service_flags(sys.argv[1:] if argv is None else argv, cls.model_fields)
         unknown = sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables())
@@ -88,18 +88,18 @@ class ServiceConfig(CommonSettings):
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """Environment variable -> field; earlier names come first."""
+        """Returns environment variable -> field; earlier names come first."""
         names = {**dict(old_names(cls.model_fields)), **{name: name for name in cls.model_fields}}
         return {cls.variable(name): field for name, field in names.items()}
 
     @classmethod
     def variable(cls, name: str) -> str:
-        """Environment variable of the field ``name``."""
+        """Returns the environment variable of the field ``name``."""
         return f"{cls.model_config['env_prefix']}{name}".upper()
 
     @classmethod
     def _earlier_variables(cls) -> dict[str, Any]:
-        """Field -> value of those fields whose environment variable has an earlier name only."""
+        """Returns field -> value for fields that a variable's earlier name sets, and warns of each."""
         values: dict[str, Any] = {}
         for old, new in old_names(cls.model_fields):
             if value := os.environ.get(cls.variable(old)):
@@ -109,24 +109,24 @@ class ServiceConfig(CommonSettings):
 
     @classmethod
     def find_file(cls, argv: Sequence[str]) -> ConfigFile | None:
-        """The file that ``--config`` or its variable names, its keys checked. Raises BadConfigFile."""
+        """Reads the file that ``--config`` or its variable names, and checks its keys. Raises BadConfigFile."""
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         finder.add_argument("--config")
         try:
             path = finder.parse_known_args(argv)[0].config
         except argparse.ArgumentError:
-            return None  # no value: the real parser says so
+            return None  # --config without a value: the real parser reports it
         path = path or os.environ.get(f"{cls.model_config['env_prefix']}CONFIG")
         return read_checked(Path(path)) if path else None
 
     @classmethod
     def file_values(cls, file: ConfigFile | None) -> dict[str, tuple[str, Any]]:
-        """Field -> (``section.key``, value) of what the file says to this service."""
+        """Returns field -> (``section.key``, value) for the fields of this service that the file sets."""
         return {} if file is None else file.values(cls.section, cls.model_fields)
 
     @classmethod
     def origins(cls, argv: Sequence[str]) -> dict[str, str]:
-        """Field -> where its value comes from: a flag, a variable, or FILE: KEY. Those with defaults are not there.
+        """Returns field -> origin of its value: a flag, a variable, or ``FILE: KEY``; omits fields with defaults.
 
         Raises:
             BadConfigFile: as ``find_file``.
@@ -142,28 +142,30 @@ class ServiceConfig(CommonSettings):
         return variable.startswith(cls.model_config["env_prefix"])
 
     def to_argv(self) -> list[str]:
-        """Flags from which ``parse`` makes this configuration when the environment is empty; no defaults."""
+        """Returns flags from which ``parse`` makes equal settings in an empty environment; omits defaults."""
         return _flags(self.settings())
 
     def settings(self) -> dict[str, str]:
-        """What ``of`` makes this configuration from: all fields but those that have their default, as text."""
+        """Returns field -> value as text, from which ``of`` makes equal settings; omits defaults."""
         changed = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if name != "config" and (field.is_required() or value != field.default):  # what it said is in here
+            if name != "config" and (
+                field.is_required() or value != field.default
+            ):  # --config is omitted, because its values are included
                 changed[name] = ",".join(value) if isinstance(value, tuple) else str(value)
         return changed
 
     @classmethod
     def of(cls, settings: Mapping[str, object]) -> Self:
-        """A configuration from fields by name; None leaves one to its environment variable or default.
+        """Returns settings from fields by name; None leaves a field to its environment variable or default.
 
         Raises:
-            ValueError: a name is unknown, or a value wrong; the message names the flag.
+            ValueError: a name is unknown or a value is wrong; the message names the flag.
         """
         settings = rename_fields(settings, cls.model_fields)
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
-            raise ValueError(f"{', '.join(unknown)}: no such setting; see {cls.program} --help for those there are")
+            raise ValueError(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
         argv = _flags({name: value for name, value in settings.items() if value is not None})
         try:
             return cls(_cli_parse_args=argv, _cli_prog_name=cls.program)  # type: ignore[call-arg]
@@ -172,7 +174,7 @@ class ServiceConfig(CommonSettings):
 
     @classmethod
     def explain(cls, error: ValidationError, origins: Mapping[str, str], where: str = "") -> Iterator[str]:
-        """One line for each thing that is wrong, naming its origin, or ``where`` if several settings do not fit."""
+        """Yields one line per fault. It names the origin of the value, or ``where`` if several settings conflict."""
         for item in error.errors():
             message = item["msg"].removeprefix("Value error, ")
             if not item["loc"]:
@@ -195,75 +197,84 @@ class ServiceConfig(CommonSettings):
 
 
 class WorkerConfig(ServiceConfig):
-    """What both kinds of worker have."""
+    """Settings of both kinds of worker."""
 
     routers: Addresses = Field(
         (),
         description="routers to join, separated by commas: HOST:PORT, dns:///NAME:PORT for all addresses of a name, or "
-        "ray:///APPLICATION for those of an application on the Ray cluster of this machine",
+        "ray:///APPLICATION for all routers of an application on this machine's Ray cluster",
     )
-    worker_id: str = Field("", description="name of this worker; empty makes one")
-    advertise: str = Field("", description="HOST or HOST:PORT that others reach this worker at; empty takes --host")
+    worker_id: str = Field("", description="name of this worker; empty generates one")
+    advertise: str = Field(
+        "", description="HOST or HOST:PORT at which other processes reach this worker; empty means --host"
+    )
     dtype: DTypeName | None = Field(
         None,
-        description="element type of weights, activations and KV as it travels, the same on all workers; by default "
-        "what the device computes in: bfloat16, or float32 on a CPU without it",
+        description="data type of weights, activations and transferred KV; must be equal on all workers; by default "
+        "bfloat16, or float32 on a CPU without bfloat16 instructions",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(1, ge=1, description="CPU threads; all workers of a machine share its cores")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda or cuda:N"
+    )
+    threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
     block_size: int = Field(16, ge=1, description="tokens per KV block")
-    kv_memory: Bytes | None = Field(None, description="memory of the KV cache, such as 512MiB; by default sized to fit")
-    max_model_len: int | None = Field(
-        None, ge=2, description="longest prompt with its answer, in tokens; by default the model's"
+    kv_memory: Bytes | None = Field(
+        None, description="size of the KV cache, such as 512MiB; by default as much as fits in memory"
     )
-    max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
+    max_model_len: int | None = Field(
+        None, ge=2, description="maximum tokens of a prompt with its answer; by default the model's context length"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="maximum number of sequences in one step")
     shm: Literal["on", "off"] = Field(
         "on", description="whether workers on one host exchange KV through shared memory instead of sockets"
     )
     prefix_cache: Literal["on", "off"] = Field(
-        "on", description="whether the KV of prompts is kept, while there is room, for others that begin the same"
+        "on", description="keep the KV of prompts, while memory allows, for later prompts with the same beginning"
     )
     max_transfer_time: float = Field(
         MAX_TRANSFER_TIME,
         gt=0,
-        description="seconds that a prompt's KV may take to move once all of it is ready; a transfer that takes longer "
-        "is given up, so that a trickle does not hold KV for ever",
+        description="seconds within which a prompt's KV must be transferred once all of it is computed; slower "
+        "transfers are given up, so that they do not hold KV blocks for ever",
     )
     step_timeout: float | None = Field(
         None,
         gt=0,
-        description="seconds after which a step counts as stuck and the worker exits, its requests going on elsewhere; "
-        "by default 60 on a GPU, and no limit on a CPU",
+        description="seconds after which a step counts as stuck and the worker exits; its requests move to other "
+        "workers; by default 60 on a GPU, and no limit on a CPU",
     )
 
     @property
     def max_rpcs(self) -> int:
-        """Most RPCs that it serves at once: what every sequence can take (one, and one per data stream of its prompt,
-        of which the other end decides), so that a full worker still answers probes."""
+        """Limit on concurrent RPCs.
+
+        It allows every sequence one RPC and the maximum number of data streams, because the peer chooses how many to
+        open. ``SPARE_RPCS`` come on top, so that a full worker still answers health checks.
+        """
         return self.max_num_seqs * (1 + MAX_DATA_STREAMS) + SPARE_RPCS
 
     @model_validator(mode="after")
     def _check_advertise(self) -> Self:
         if is_wildcard(re.sub(r"(?<=[^:]):\d+$", "", self.advertise) or self.host):
             raise ValueError(
-                f"{self.advertise or self.host} is no address that others can connect to: "
-                "give the host that they reach this worker at with --advertise"
+                f"other processes cannot connect to {self.advertise or self.host}: "
+                "give the host at which they reach this worker with --advertise"
             )
         return self
 
 
 class PrefillConfig(WorkerConfig):
-    """A prefill worker: the full model. Flags are also variables: OVERFILL_PREFILL_KV_MEMORY and so on."""
+    """Prefill worker: runs the full model. Each flag is also a variable, such as OVERFILL_PREFILL_KV_MEMORY."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_PREFILL_")
     program = "overfill-prefill"
     section = "prefill"
 
-    max_num_batched_tokens: int = Field(2048, ge=1, description="most prompt tokens computed in one step")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="maximum number of prompt tokens computed in one step")
 
 
 class DecodeConfig(WorkerConfig):
-    """A decode worker: the decoder. Flags are also variables: OVERFILL_DECODE_KV_MEMORY and so on."""
+    """Decode worker: runs the decoder. Each flag is also a variable, such as OVERFILL_DECODE_KV_MEMORY."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_DECODE_")
     program = "overfill-decode"
@@ -271,26 +282,26 @@ class DecodeConfig(WorkerConfig):
 
     kv_codec: CodecName | None = Field(
         None,
-        description="how prompts' KV travels, unless a request says; int8 and fp8 halve it and cost some quality; by "
-        "default raw, and int8 where it is to be held so",
+        description="encoding of transferred KV; a request may choose another; int8 and fp8 halve the bytes and cost "
+        "some quality; by default raw, or int8 with --kv-cache-dtype int8",
     )
     kv_cache_dtype: KvCacheDtype = Field(
         "auto",
-        description="what KV is held as: auto is --dtype; int8 takes half of bfloat16's memory and bytes per token, "
-        "and costs some quality",
+        description="data type of the KV cache: auto means --dtype; int8 needs half of bfloat16's memory and costs "
+        "some quality",
     )
     data_streams: int = Field(
-        2, ge=1, le=MAX_DATA_STREAMS, description="parallel connections that carry a request's KV"
+        2, ge=1, le=MAX_DATA_STREAMS, description="number of parallel connections that transfer a request's KV"
     )
 
     @property
     def codec(self) -> CodecName:
-        """In which KV is asked for, unless a request says."""
+        """Codec in which the worker requests KV, unless the request chooses one."""
         return self.kv_codec or ("int8" if self.kv_cache_dtype == "int8" else "raw")
 
 
 class RouterConfig(ServiceConfig):
-    """The router: text, queue, placement. Flags are also variables: OVERFILL_ROUTER_MAX_QUEUE and so on."""
+    """Router: clients' APIs, queue, placement. Each flag is also a variable, such as OVERFILL_ROUTER_MAX_QUEUE."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_ROUTER_")
     program = "overfill-router"
@@ -300,59 +311,78 @@ class RouterConfig(ServiceConfig):
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     served_model_name: Names = Field(
         (),
-        description="names under which clients ask for the model, separated by commas; answers bear the first; by "
-        "default the pair's",
+        description="model names that clients may request, separated by commas; answers carry the first; by default "
+        "the pair's name",
     )
-    expect_prefill: int = Field(0, ge=0, description="prefill workers that the stack is started with")
-    expect_decode: int = Field(0, ge=0, description="decode workers that the stack is started with")
-    prefill_policy: PolicyName = Field(PREFILL_DEFAULT, description="which prefill worker takes a prompt")
-    decode_policy: DecodePolicyName = Field(DECODE_DEFAULT, description="which decode worker takes a request")
-    max_queue: int = Field(1024, ge=1, description="most waiting requests of one priority; more are refused")
+    expect_prefill: int = Field(
+        0, ge=0, description="number of prefill workers that must be ready before the stack counts as complete"
+    )
+    expect_decode: int = Field(
+        0, ge=0, description="number of decode workers that must be ready before the stack counts as complete"
+    )
+    prefill_policy: PolicyName = Field(
+        PREFILL_DEFAULT, description="policy that chooses the prefill worker of a prompt"
+    )
+    decode_policy: DecodePolicyName = Field(
+        DECODE_DEFAULT, description="policy that chooses the decode worker of a request"
+    )
+    max_queue: int = Field(
+        1024, ge=1, description="maximum number of queued requests per priority; the router refuses further ones"
+    )
     max_wait: float | None = Field(
         None,
         gt=0,
-        description="seconds that a request may be expected to wait for a place; those that would wait longer are "
-        "refused at once; by default only those that would miss their deadline",
+        description="maximum expected seconds in the queue; the router refuses requests that would wait longer; by "
+        "default it refuses only requests that would miss their deadline",
     )
     absent_after: float | None = Field(
         None,
         gt=0,
         description="seconds without any worker of a stage after which requests that need one fail; by default twice "
-        "the longest start-up time of that stage's workers, and 10 at least",
+        "the longest start-up time of the stage's workers, but at least 10",
     )
     http: Port | Literal["off"] = Field(
-        "off", description="port of the OpenAI endpoint; 0 picks a free one; off: there is none"
+        "off", description="port of the OpenAI endpoint; 0 picks a free port; off disables the endpoint"
     )
     allowed_origins: Origins = Field(
         (),
-        description="origins of the web pages that may use the OpenAI endpoint from a browser, separated by commas, "
-        "such as https://chat.example.org; * allows every page; by default only its own page at /ui may",
+        description="origins of web pages that may use the OpenAI endpoint from a browser, separated by commas, such "
+        "as https://chat.example.org; * allows every page; by default only the router's own page at /ui",
     )
     ttft_objective: float = Field(
-        2.0, gt=0, description="seconds to the first token that the scaling metrics are computed for"
+        2.0,
+        gt=0,
+        description="target for the time to first token, in seconds, for which the scaling metrics are computed",
     )
     itl_objective: float = Field(
-        0.1, gt=0, description="seconds between tokens that the scaling metrics are computed for"
+        0.1,
+        gt=0,
+        description="target for the mean time between tokens, in seconds, for which the scaling metrics are computed",
     )
-    max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="most bytes of one request")
-    max_connections: int = Field(4096, ge=1, description="most HTTP connections, and most RPCs, at once")
+    max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="maximum size of a request, in bytes")
+    max_connections: int = Field(
+        4096, ge=1, description="maximum number of concurrent HTTP connections, and also of concurrent RPCs"
+    )
     max_attempts: int = Field(
-        4, ge=1, description="workers lost in a row, without a new token, after which a request fails"
+        4,
+        ge=1,
+        description="number of workers lost in a row, without a new token in between, after which a request fails",
     )
-    max_request_time: float = Field(3600.0, gt=0, description="seconds that a request may take at most")
+    max_request_time: float = Field(
+        3600.0, gt=0, description="maximum seconds for a request, from its arrival to the end of its answer"
+    )
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.api_keys is None and not is_loopback(self.host):
             raise ValueError(
-                f"--host {self.host} is open to other machines: give --api-keys, a file that `overfill keys create` "
-                "makes, or keep --host 127.0.0.1"
+                f"--host {self.host} is open to other machines: give --api-keys FILE (`overfill keys create` makes the "
+                "file), or keep --host 127.0.0.1"
             )
         if self.api_keys is not None and self.stack_secret is None and self.tls_ca is None:
             raise ValueError(
-                "with --api-keys workers have to prove that they belong here: give --stack-secret, a file with a "
-                "secret (`openssl rand -hex 32`) that all processes of the stack are given, or --tls-cert, --tls-key "
-                "and --tls-ca"
+                "with --api-keys, workers must prove that they belong to the stack: give all processes the same "
+                "--stack-secret FILE (`openssl rand -hex 32` makes a secret), or --tls-cert, --tls-key and --tls-ca"
             )
         return self
 
@@ -360,7 +390,7 @@ class RouterConfig(ServiceConfig):
         return self.router_access(self.key_ring())
 
     def router_access(self, keys: KeyRing | None) -> AccessPolicy:
-        """In front of RPCs and routes, with keys that are read already."""
+        """Returns the access policy of RPCs and HTTP routes; ``keys`` are already loaded. Raises BadKeyFile."""
         return AccessPolicy(self.rpcs, None if keys is None else keys.find, self._secret())
 
 
@@ -368,12 +398,12 @@ SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, Decode
 
 
 def read_checked(path: Path) -> ConfigFile:
-    """A file whose keys all exist, with no booleans for services. Raises BadConfigFile."""
+    """Reads a settings file and checks that all its keys exist. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
     known = {COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS}
     file = _with_new_keys(read_config_file(path), known)
     file.check(known)
-    # Of TOML, where `off` is written "off". A number's field would take a boolean for 0 or 1.
+    # TOML has booleans, which a numeric field would accept as 0 or 1, and `off` must be written "off" there.
     faults = [
         f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
         for section, settings in file.sections.items()
@@ -386,7 +416,7 @@ def read_checked(path: Path) -> ConfigFile:
 
 
 def _with_new_keys(file: ConfigFile, known: Mapping[str, Collection[str]]) -> ConfigFile:
-    """``file`` with earlier keys replaced. Raises BadConfigFile when a setting is there under both names."""
+    """Returns ``file`` with earlier keys replaced. Raises BadConfigFile when both names of a setting are present."""
     sections, faults = {}, []
     for section, settings in file.sections.items():
         try:

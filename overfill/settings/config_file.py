@@ -1,16 +1,16 @@
-"""The file of settings: YAML or TOML, a section per service, keys that are flags without their dashes. No torch.
+"""The settings file: YAML or TOML, one section per service; keys are flags without the leading dashes. No torch.
 
 ::
 
-    common:               # for every service that has the setting
+    common:               # all services that have the setting
       pair: /pairs/mine
     prefill:
       kv-memory: 8GiB
-    up:                   # how many processes `overfill up` starts
+    up:                   # numbers of processes, for `overfill up`
       decode: 2
 
-Reads and checks names only. Values are checked by whoever takes them, as if a variable had them: YAML scalars stay text
-(``on`` is not a boolean), and an empty one is no setting.
+This module checks only names. Each service checks its values as if they came from a variable: YAML scalars stay text
+(``on`` is not a boolean), and an empty value counts as not set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMMON = "common"
 
 
 class BadConfigFile(OverfillError):
-    """A file of settings cannot be read, or names something that does not exist. One line per fault in ``faults``."""
+    """A settings file is unreadable or has unknown names. ``faults`` has one line per fault."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("; ".join(faults))
@@ -39,13 +39,16 @@ class BadConfigFile(OverfillError):
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What a file says. Section name -> key (as in the file: kebab-case) -> value."""
+    """Contents of a settings file: section -> key, in kebab-case as in the file -> value."""
 
     path: Path
     sections: Mapping[str, Mapping[str, Any]]
 
     def values(self, section: str, fields: Iterable[str]) -> dict[str, tuple[str, Any]]:
-        """Field name -> (``section.key``, value) of the ``fields`` that the file sets; the section beats ``common``."""
+        """Returns field -> (``section.key``, value) for those of ``fields`` that the file sets.
+
+        A value in ``section`` takes precedence over one in ``common``.
+        """
         found = {}
         for name in (COMMON, section):
             for key, value in self.sections.get(name, {}).items():
@@ -54,12 +57,12 @@ class ConfigFile:
         return found
 
     def check(self, schema: Mapping[str, Iterable[str]]) -> None:
-        """Compares names with ``schema``: section -> its keys. Raises BadConfigFile naming each unknown one."""
+        """Raises BadConfigFile naming each section and key that is not in ``schema`` (section -> keys)."""
         known = {section: set(keys) for section, keys in schema.items()}
         faults = []
         for section, keys in self.sections.items():
             if section not in known:
-                faults.append(f"{self.path}: {section}: no such section; {nearest(section, known)}")
+                faults.append(f"{self.path}: {section}: unknown section; {nearest(section, known)}")
                 continue
             for key in keys:
                 if key not in known[section]:
@@ -71,12 +74,12 @@ class ConfigFile:
     def _hint(section: str, key: str, known: Mapping[str, set[str]]) -> str:
         elsewhere = [other for other, keys in known.items() if key in keys and other != COMMON]
         if elsewhere:
-            return f"{key} belongs to {' and '.join(elsewhere)}"
+            return f"{key} is a setting of {' and '.join(elsewhere)}"
         return nearest(key, known[section])
 
 
 def read_config_file(path: Path) -> ConfigFile:
-    """Parses a ``.yaml``, ``.yml`` or ``.toml`` file. Raises BadConfigFile; names are not checked yet."""
+    """Parses a ``.yaml``, ``.yml`` or ``.toml`` file without checking its names. Raises BadConfigFile."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,9 +89,9 @@ def read_config_file(path: Path) -> ConfigFile:
         if path.suffix == ".toml":
             data: Any = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            data = yaml.load(text, Loader=_TextLoader)  # a SafeLoader's kin: makes no objects
+            data = yaml.load(text, Loader=_TextLoader)  # as safe as SafeLoader: creates no objects
         else:
-            raise BadConfigFile([f"{path}: name it .yaml, .yml or .toml"])
+            raise BadConfigFile([f"{path}: unknown kind of file; its name must end in .yaml, .yml or .toml"])
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise BadConfigFile([f"{path}: {' '.join(str(error).split())}"]) from error
     return ConfigFile(path, _sections(path, data))
@@ -97,9 +100,13 @@ def read_config_file(path: Path) -> ConfigFile:
 def _sections(path: Path, data: Any) -> dict[str, dict[str, Any]]:
     data = data or {}
     if not isinstance(data, dict):
-        raise BadConfigFile([f"{path}: expected sections with settings, such as  router:  and below it  port: 7600"])
+        raise BadConfigFile(
+            [f"{path}: expected sections with settings, such as  router:  followed by an indented  port: 7600"]
+        )
     faults = [
-        f"{path}: {name}: expected settings below it" for name, s in data.items() if s and not isinstance(s, dict)
+        f"{path}: {name}: expected settings in this section"
+        for name, s in data.items()
+        if s and not isinstance(s, dict)
     ]
     if faults:
         raise BadConfigFile(faults)
@@ -110,27 +117,29 @@ def _sections(path: Path, data: Any) -> dict[str, dict[str, Any]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean X?`` with the known name that is most like ``name``."""
+    """Returns ``did you mean X?`` with the known name that is most similar to ``name``."""
     return f"did you mean {difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]}?"
 
 
 def field_name(key: str) -> str:
-    """Of a file's key or a flag's name: ``kv-memory`` is the field ``kv_memory``."""
+    """Returns the field of a flag or key: ``kv-memory`` -> ``kv_memory``."""
     return key.replace("-", "_")
 
 
 def flag_name(field: str) -> str:
-    """Of a field, without dashes in front, which is also its key in a file."""
+    """Returns a field's flag without leading dashes, which is also its key in a file."""
     return field.replace("_", "-")
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Every scalar is text, and a key that is there twice is an error."""
+    """Loads every scalar as text and refuses duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} appears twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,18 +1,18 @@
-"""Variables that the processes of a stack are given, or kept from. Imports nothing, so it may come before anything."""
+"""Environment variables of a stack's processes. Imports nothing, so that it can run before any other import."""
 
 from __future__ import annotations
 
 GRPC_ENVIRONMENT = {
-    "GRPC_VERBOSITY": "ERROR",  # not a line for every peer that goes away; our own log says what matters
-    "GRPC_ENABLE_FORK_SUPPORT": "0",  # we fork only to exec
+    "GRPC_VERBOSITY": "ERROR",  # no log line for every peer that disconnects; the services log what matters
+    "GRPC_ENABLE_FORK_SUPPORT": "0",  # processes fork only to exec
 }
-"""Environment of every process of ours, unless the user's says otherwise. gRPC reads it when it is imported."""
+"""gRPC's settings for every process; variables of the user take precedence. gRPC reads them when it is imported."""
 
 SETTINGS = ("OVERFILL_ROUTER_", "OVERFILL_PREFILL_", "OVERFILL_DECODE_", "OVERFILL_MOCK_")
-"""How variables begin that are settings of a service. Who plans a stack reads them; a planned process does not."""
+"""Prefixes of variables that set a service. The planner of a stack reads them and passes flags to its processes."""
 
 
 def thread_pools(threads: int) -> dict[str, str]:
-    """Every library's thread pool at ``threads``. They are read when the libraries are imported."""
+    """Returns variables that set the thread pools of all libraries, which read them when imported."""
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     return dict.fromkeys(pools, str(threads))

@@ -1,4 +1,4 @@
-"""Configuration of mock workers: that of the real ones, and how fast they pretend to be."""
+"""Settings of mock workers: those of the real workers, and the speed to simulate."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ ANSWER = (
 
 
 class MockFields(BaseModel):
-    """What both kinds of mock worker have besides the real one's settings."""
+    """Settings of both kinds of mock worker, in addition to the real worker's."""
 
-    mock_answer: str = Field(ANSWER, min_length=1, description="text that answers are made of, over and over")
+    mock_answer: str = Field(ANSWER, min_length=1, description="text that answers repeat")
     mock_answer_tokens: int | None = Field(
-        None, ge=0, description="tokens after which an answer ends by itself; by default at max_tokens only"
+        None, ge=0, description="tokens after which an answer ends; by default only at the request's max_tokens"
     )
-    mock_kv_blocks: int = Field(4096, ge=1, description="KV blocks of this worker")
-    mock_kv_layers: int = Field(1, ge=1, description="layers whose KV travels")
+    mock_kv_blocks: int = Field(4096, ge=1, description="number of KV blocks of this worker")
+    mock_kv_layers: int = Field(1, ge=1, description="number of layers whose KV is transferred")
 
 
 class MockPrefillConfig(MockFields, PrefillConfig):
-    """A prefill worker that computes nothing. Flags are also variables: OVERFILL_MOCK_PREFILL_..."""
+    """A prefill worker that computes nothing. Each flag is also a variable: OVERFILL_MOCK_PREFILL_..."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_PREFILL_")
     program = "overfill-mock-prefill"
 
-    mock_base: float = Field(0.0, ge=0, description="seconds that a prompt takes, whatever its length")
-    mock_per_token: float = Field(0.0, ge=0, description="seconds that each prompt token takes")
+    mock_base: float = Field(0.0, ge=0, description="fixed seconds per prompt")
+    mock_per_token: float = Field(0.0, ge=0, description="seconds per prompt token")
 
 
 class MockDecodeConfig(MockFields, DecodeConfig):
-    """A decode worker that computes nothing. Flags are also variables: OVERFILL_MOCK_DECODE_..."""
+    """A decode worker that computes nothing. Each flag is also a variable: OVERFILL_MOCK_DECODE_..."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_DECODE_")
     program = "overfill-mock-decode"
 
-    mock_step: float = Field(0.0, ge=0, description="seconds of a step, which gives every running sequence a token")
-    mock_per_sequence: float = Field(0.0, ge=0, description="seconds that each sequence adds to a step")
+    mock_step: float = Field(
+        0.0, ge=0, description="seconds per step; a step computes one token of every running sequence"
+    )
+    mock_per_sequence: float = Field(0.0, ge=0, description="seconds per sequence in a step, added to --mock-step")

@@ -29,7 +29,7 @@ def _check_address(address: str) -> str:
 
 
 def _check_origin(origin: str) -> str:
-    """As browsers write it: lower case, no path, no port that is the scheme's default."""
+    """Returns the origin as browsers write it: lower case, without path and without the scheme's default port."""
     origin = origin.lower()
     if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
         raise ValueError("expected *, or origins such as https://chat.example.org, without a path, separated by commas")
@@ -37,7 +37,7 @@ def _check_origin(origin: str) -> str:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether a server on ``host`` listens on every address of its machine."""
+    """Returns True if ``host`` is a wildcard address, such as 0.0.0.0, on which a server accepts every interface."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_unspecified
     except ValueError:
@@ -55,5 +55,5 @@ Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-# Text: a Path would make ./default, which is a folder, the name of a pair.
+# Text, because a Path would turn the folder ./default into the name default.
 PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]

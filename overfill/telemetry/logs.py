@@ -1,6 +1,6 @@
-"""What the services log: lines for people, or one JSON object per line. Both carry the request and its trace.
+"""Log formats of the services: text lines, or one JSON object per line. Both carry the request's id and its trace.
 
-Prompts and answers are in no message of ours; ``tests/integration/test_tracing.py`` holds us to it.
+The services never log prompts or answers; ``tests/integration/test_tracing.py`` checks it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from overfill.telemetry import tracing
 LogFormat = Literal["text", "json"]
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The request that this task works for."""
+"""Id of the request that the current task serves."""
 
 _requests = logging.getLogger("overfill.requests")
 _requests.setLevel(logging.WARNING)
@@ -27,7 +27,7 @@ _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people."""
+    """Formats a record as a text line, followed by the request's and trace's ids."""
 
     def __init__(self) -> None:
         super().__init__(_TEXT)
@@ -39,7 +39,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line; what is given as ``extra`` becomes fields."""
+    """Formats a record as one JSON object per line; the keys of ``extra`` become fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
@@ -58,10 +58,12 @@ class JsonFormatter(logging.Formatter):
 def configure(
     level: str, form: LogFormat, handler: logging.Handler | None = None, *, each_request: bool = False
 ) -> None:
-    """Logs to ``handler``, by default to stderr, from now on, and to nothing else.
+    """Sends all log records to ``handler`` only; without one, to stderr.
 
     Args:
-        each_request: whether ``ended`` says something.
+        level: lowest level to log, such as ``info``.
+        form: format of the lines.
+        each_request: makes ``ended`` log a line for every request.
     """
     handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
@@ -70,7 +72,7 @@ def configure(
 
 
 def ended(stage: str, outcome: str, **fields: str | float) -> None:
-    """A request has ended here. Nothing that its client wrote or got is to be among the fields."""
+    """Logs the end of a request. ``fields`` must not contain text of the client or of the answer."""
     if _requests.isEnabledFor(logging.INFO):
         said = " ".join(
             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items()

@@ -1,4 +1,4 @@
-"""How metrics are declared, started at zero, read and rendered. What there is, is in ``overfill.telemetry.metrics``."""
+"""Declares, initialises, reads and renders metrics. ``overfill.telemetry.metrics`` lists them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from overfill.version import __version__
 
 Kind = Literal["counter", "gauge", "histogram"]
 Labels = Mapping[str, Sequence[str]]
-"""Names of labels, each with the values that are known beforehand."""
+"""Label name -> values that are known in advance; their series exist from the start."""
 
 Sampled = Iterable[tuple[Sequence[str], float]]
-"""Values by those of the labels."""
+"""Pairs of label values and the metric's value."""
 
 _M = TypeVar("_M", Counter, Histogram)
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A declared metric."""
+    """Declaration of a metric."""
 
     name: str
     kind: Kind
@@ -35,10 +35,11 @@ class Spec:
 
 
 class MetricSet:
-    """The metrics of one process, in a registry of their own, so that several sets may live in one process.
+    """Metrics of one service. Each set has its own registry, so that several sets may exist in one process.
 
     Attributes:
-        specs: what is declared.
+        registry: Prometheus registry of the set.
+        specs: declarations of its metrics.
     """
 
     def __init__(self, stage: str) -> None:
@@ -56,7 +57,7 @@ class MetricSet:
         self._prefix = f"overfill_{stage}"
 
     def render(self) -> bytes:
-        """In Prometheus' text format."""
+        """Renders all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, what: str, help: str, labels: Labels | None = None) -> Counter:
@@ -75,7 +76,7 @@ class MetricSet:
         read: Callable[[], Sampled],
         labels: Labels | None = None,
     ) -> None:
-        """A metric whose values are read when Prometheus asks, on the thread that serves it."""
+        """Declares a metric whose values are read at each scrape, on the thread that serves it."""
         self.registry.register(_Reader(self._declare(what, kind, help, labels), read))
 
     def _declare(self, what: str, kind: Kind, help: str, labels: Labels | None, buckets: Sequence[float] = ()) -> Spec:
@@ -105,7 +106,7 @@ class _Reader(Collector):
 
 
 def _begin(metric: _M, spec: Spec) -> _M:
-    """Makes the series of every combination of label values that is known beforehand."""
+    """Creates a series for every combination of label values known in advance."""
     if spec.labels:
         for combination in itertools.product(*spec.labels.values()):
             metric.labels(*combination)

@@ -1,8 +1,8 @@
-"""Every metric that our processes export: names, labels, buckets. No torch; knows no service.
+"""Every metric that the services export: names, labels, buckets. No torch; knows no service.
 
-``docs/metrics.md`` is made from what is declared here (``overfill metrics``). A name is
-``overfill_<stage>_<what>_<unit>``; a label has few values, all of them there from the start where they are known, so
-that a rate never lacks its first increase. What an engine knows anyway is read when Prometheus asks.
+``overfill metrics`` makes ``docs/metrics.md`` from the declarations here. A name is
+``overfill_<stage>_<what>_<unit>``. A label has few values. Series of known values exist from the start, so that a rate
+includes their first increase. Numbers that an engine keeps anyway are read at each scrape.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LATENCY_BUCKETS = tuple(
     )
     for digit in digits
 )
-"""Seconds, 0.5 ms to 60 s; below 10 s no bound is more than 1.7 times the one before: honest at 5 ms and at 5 s."""
+"""Seconds, 0.5 ms to 60 s. Up to 10 s, each bound is at most 1.7 times the previous one."""
 
 BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0)
 TOKEN_BUCKETS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
@@ -53,13 +53,13 @@ REFUSALS = (
     "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "too_long", "invalid", "not_found",
     "shutting_down", "other",
 )  # fmt: skip
-"""Why a request was not taken. The first ones are ``Overloaded.reason``, as admission gives it."""
+"""Reasons for refusing a request. The first ones are the values of ``Overloaded.reason`` that admission sets."""
 
 PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
-"""Why a decode worker wanted a prompt's KV again (``NeedPrefill.Reason``)."""
+"""Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
 
 MAX_KEY_SERIES = 100
-"""API keys with series of their own; the others share ``other``."""
+"""Maximum number of API keys with their own series; further keys share the series ``other``."""
 
 _OUTCOMES: dict[type[BaseException], str] = {
     PromptTooLong: "too_long",
@@ -81,20 +81,20 @@ OUTCOMES = tuple(dict.fromkeys(("ok", *_OUTCOMES.values(), "internal")))
 
 
 def outcome_of(error: BaseException | None) -> str:
-    """How something ended, as a label; None is success, an error of no class of ours "internal"."""
+    """Returns the outcome label of an error: "ok" for None, "internal" for an exception without its own label."""
     if error is None:
         return "ok"
     return next((_OUTCOMES[kind] for kind in type(error).__mro__ if kind in _OUTCOMES), "internal")
 
 
 def refusal_reason(error: BaseException) -> str:
-    """Why a request was not taken, as a label."""
+    """Returns the label for the reason of a refused request."""
     reason = error.reason if isinstance(error, Overloaded) else outcome_of(error)
     return reason if reason in REFUSALS else "other"
 
 
 class EngineNumbers(Protocol):
-    """What is read of an engine's load (``engine.sequence.EngineLoad``) when Prometheus asks."""
+    """Part of an engine's load (``engine.sequence.EngineLoad``) that is read at each scrape."""
 
     @property
     def blocks_used(self) -> int: ...
@@ -119,7 +119,7 @@ class EngineNumbers(Protocol):
 
 
 class PullNumbers(Protocol):
-    """What is counted of a handoff (``kv.receiver.PullStats``): nanoseconds since it was asked for, and bytes."""
+    """Numbers of a handoff (``kv.receiver.PullStats``): bytes, and nanoseconds since the decode worker requested it."""
 
     @property
     def first_kv_ns(self) -> int: ...
@@ -134,7 +134,7 @@ class PullNumbers(Protocol):
 
 
 class PoolTarget(Protocol):
-    """What the scaling policy wants of one pool; see ``overfill.routing.scaling.PoolTarget``."""
+    """The scaling policy's target for one pool; see ``overfill.routing.scaling.PoolTarget``."""
 
     @property
     def workers(self) -> int: ...
@@ -147,7 +147,7 @@ class PoolTarget(Protocol):
 
 
 class ScalingTargets(Protocol):
-    """What the scaling policy wants of both pools; see ``overfill.routing.scaling.Targets``."""
+    """The scaling policy's targets for both pools; see ``overfill.routing.scaling.Targets``."""
 
     @property
     def prefill_pool(self) -> PoolTarget: ...
@@ -157,113 +157,120 @@ class ScalingTargets(Protocol):
 
 
 class RouterMetrics(MetricSet):
-    """What a router counts. All calls on its event loop."""
+    """Metrics of a router. Call all methods on its event loop."""
 
     def __init__(self) -> None:
         super().__init__("router")
         counter, histogram = self._counter, self._histogram
         self._http = counter("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
         self._requests = counter(
-            "requests_total", "Requests for an answer that have ended, by how.", {"outcome": OUTCOMES}
+            "requests_total", "Generation requests that have ended, by outcome.", {"outcome": OUTCOMES}
         )
-        self._ttft = histogram("ttft_seconds", "Request received to first token handed to the client.", LATENCY_BUCKETS)
+        self._ttft = histogram(
+            "ttft_seconds", "Time from receiving a request to handing its first token to the client.", LATENCY_BUCKETS
+        )
         self._parts = histogram(
             "ttft_part_seconds",
-            "Parts of the time to first token, each measured by itself; unattributed is what they leave.",
+            "Parts of the time to first token, each measured on its own; unattributed is the rest.",
             LATENCY_BUCKETS,
             {"part": TTFT_PARTS},
         )
         self._itl = histogram(
-            "itl_seconds", "Between two messages of tokens to a client (inter-token latency).", LATENCY_BUCKETS
+            "itl_seconds", "Time between two messages with tokens to a client (inter-token latency).", LATENCY_BUCKETS
         )
         self._tpot = histogram(
-            "tpot_seconds", "Per token after the first, of a whole answer (time per output token).", LATENCY_BUCKETS
+            "tpot_seconds",
+            "Mean time per token after the first, over a whole answer (time per output token).",
+            LATENCY_BUCKETS,
         )
-        self._total = histogram("request_seconds", "Request received to answer complete.", LATENCY_BUCKETS)
-        self._prompt = counter("prompt_tokens_total", "Prompt tokens of requests taken.")
+        self._total = histogram(
+            "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS
+        )
+        self._prompt = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
         self._cached = counter(
-            "cached_prompt_tokens_total", "Prompt tokens of complete answers that the full model did not compute."
+            "cached_prompt_tokens_total",
+            "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
         )
         self._completion = counter("completion_tokens_total", "Tokens handed to clients.")
-        self._migrations = counter("migrations_total", "Moves of an answer to another decode worker.")
-        self._key_requests = counter("key_requests_total", "Requests taken, by name of API key.", {"key": ()})
+        self._migrations = counter("migrations_total", "Migrations of an answer to another decode worker.")
+        self._key_requests = counter("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
         self._key_tokens = counter(
             "key_tokens_total",
-            "Tokens of requests taken, by name of API key.",
+            "Tokens of accepted requests, by name of API key.",
             {"key": (), "kind": ("prompt", "completion")},
         )
         self._refusals = counter(
-            "refusals_total", "Requests that were not taken, by reason; they are in requests_total too.",
+            "refusals_total", "Refused requests, by reason; requests_total includes them.",
             {"reason": REFUSALS},
         )  # fmt: skip
         self._failed_attempts = counter(
             "failed_attempts_total",
-            "Attempts that a decode worker failed, after which the request goes on at another, by how.",
+            "Attempts that failed on a decode worker and were retried on another, by outcome.",
             {"reason": OUTCOMES[1:]},
         )
         self._again = counter(
-            "prefill_again_total", "Times a decode worker asked for a prompt's KV again, by reason.",
+            "prefill_again_total", "Repeated requests of decode workers for a prompt's KV, by reason.",
             {"reason": PREFILL_AGAIN},
         )  # fmt: skip
         self._scaled = counter(
             "scaling_decisions_total",
-            "Times that scaling_target_workers changed, by stage and direction.",
+            "Changes of scaling_target_workers, by stage and direction.",
             {"stage": STAGES, "direction": ("up", "down")},
         )
         self._targets: ScalingTargets | None = None
         self._read(
             "scaling_target_workers",
             "gauge",
-            "Workers that the scaling policy makes of this router's numbers; nobody has to follow it.",
+            "Number of workers that the scaling policy computes from this router's load; only a recommendation.",
             lambda: self._scaling(lambda pool: [((), pool.workers)]),
             {"stage": STAGES},
         )
         self._read(
             "scaling_needed_workers",
             "gauge",
-            "The same before rounding, hysteresis and bounds.",
+            "scaling_target_workers before rounding, hysteresis and bounds.",
             lambda: self._scaling(lambda pool: [((), pool.need)]),
             {"stage": STAGES},
         )
         self._read(
             "scaling_input",
             "gauge",
-            "Every number that the policy used; docs/operations.md explains them.",
+            "Inputs of the scaling policy; docs/operations.md explains them.",
             lambda: self._scaling(lambda pool: [((name,), value) for name, value in pool.inputs.items()]),
             {"stage": STAGES, "input": ()},
         )
-        self._lost = counter("workers_lost_total", "Workers that left without having been drained.", {"stage": STAGES})
+        self._lost = counter("workers_lost_total", "Workers that disconnected without a drain.", {"stage": STAGES})
         self._keys: set[str] = set()
         self._waiting: Callable[[], int] = lambda: 0
         self._running: Callable[[], int] = lambda: 0
         self._workers: Callable[[], Sampled] = lambda: []
-        self._read("waiting_requests", "gauge", "Requests without a place.", lambda: [((), self._waiting())])
-        self._read("running_requests", "gauge", "Requests on workers.", lambda: [((), self._running())])
+        self._read("waiting_requests", "gauge", "Requests in the router's queue.", lambda: [((), self._waiting())])
+        self._read("running_requests", "gauge", "Requests running on workers.", lambda: [((), self._running())])
         self._read(
             "workers",
             "gauge",
-            "Workers joined, by stage and state.",
+            "Joined workers, by stage and state.",
             lambda: self._workers(),
             {"stage": STAGES, "state": WORKER_STATES},
         )
 
     def watch(self, waiting: Callable[[], int], running: Callable[[], int], workers: Callable[[], Sampled]) -> None:
-        """Where numbers of the moment are read; ``workers`` gives them by stage and state."""
+        """Sets the functions that gauges read at each scrape; ``workers`` returns counts by stage and state."""
         self._waiting, self._running, self._workers = waiting, running, workers
 
     def http(self, route: str, status: int) -> None:
-        """An HTTP request to ``route`` (a pattern, or "unknown") ended with ``status``."""
+        """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
         self._http.labels(route, str(status)).inc()
 
     def accepted(self, prompt_tokens: int, key: str) -> None:
-        """A request was taken; ``key`` is the name of its API key, empty without keys."""
+        """Counts an accepted request. ``key`` is the name of its API key; empty without keys."""
         self._prompt.inc(prompt_tokens)
         key = self._key(key)
         self._key_requests.labels(key).inc()
         self._key_tokens.labels(key, "prompt").inc(prompt_tokens)
 
     def tokens(self, count: int, since_last: float | None, key: str) -> None:
-        """``count`` tokens are handed to a client, ``since_last`` seconds after the last ones; None: the first."""
+        """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
         self._completion.inc(count)
         self._key_tokens.labels(self._key(key), "completion").inc(count)
         if since_last is not None:
@@ -271,7 +278,7 @@ class RouterMetrics(MetricSet):
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around what may refuse a request: what it raises is how the request ended."""
+        """Counts a request as refused when the body raises; the exception sets the outcome and the reason."""
         try:
             yield
         except BaseException as error:
@@ -280,16 +287,16 @@ class RouterMetrics(MetricSet):
             raise
 
     def attempt_failed(self, error: BaseException) -> None:
-        """A decode worker failed a request, which goes on at another or is given up."""
+        """Counts an attempt that failed on a decode worker, whether or not the request is retried."""
         self._failed_attempts.labels(outcome_of(error)).inc()
 
     def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None:
-        """A decode worker asked for KV again."""
+        """Counts a decode worker's repeated request for a prompt's KV."""
         name = decode_pb2.NeedPrefill.Reason.Name(reason).lower().rpartition("_")[2]
         self._again.labels(name if name in PREFILL_AGAIN else "failed").inc()
 
     def scaling(self, targets: ScalingTargets) -> None:
-        """What the scaling policy makes of things now."""
+        """Sets the scaling policy's current targets and counts their changes."""
         before, self._targets = self._targets, targets
         if before is None:
             return
@@ -308,11 +315,11 @@ class RouterMetrics(MetricSet):
         return [((stage, *labels), value) for stage, pool in pools for labels, value in values(pool)]
 
     def ended(self, error: BaseException | None) -> None:
-        """A request ended, with ``error`` or well."""
+        """Counts a request that has ended; ``error`` is None after success."""
         self._requests.labels(outcome_of(error)).inc()
 
     def answered(self, finished: inference_pb2.Finished) -> None:
-        """An answer is complete."""
+        """Records timing and token counts of a complete answer."""
         timing, usage = finished.timing, finished.usage
         total = timing.total_ns / 1e9
         self._total.observe(total)
@@ -331,7 +338,7 @@ class RouterMetrics(MetricSet):
             self._tpot.observe((total - ttft) / (usage.completion_tokens - 1))
 
     def worker_lost(self, stage: str) -> None:
-        """A worker left that was not draining."""
+        """Counts a worker that disconnected without a drain."""
         self._lost.labels(stage).inc()
 
     def _key(self, key: str) -> str:
@@ -344,34 +351,36 @@ class RouterMetrics(MetricSet):
 
 
 class EngineMetrics(MetricSet):
-    """What both kinds of worker count. ``step``, ``step_failed`` on the engine's thread, the rest on the event loop."""
+    """Metrics of both kinds of worker. ``step`` and ``step_failed`` run on the engine's thread, others on the loop."""
 
     def __init__(self, stage: str) -> None:
         super().__init__(stage)
         self._load: Callable[[], EngineNumbers] | None = None
-        self._step = self._histogram("step_seconds", "One step of the model.", LATENCY_BUCKETS)
-        self._batch = self._histogram("batch_size", "Sequences in a step.", BATCH_BUCKETS)
-        self._step_failures = self._counter("step_failures_total", "Steps that failed, with all their sequences.")
+        self._step = self._histogram("step_seconds", "Duration of one step of the model.", LATENCY_BUCKETS)
+        self._batch = self._histogram("batch_size", "Sequences in one step.", BATCH_BUCKETS)
+        self._step_failures = self._counter(
+            "step_failures_total", "Steps that failed; all sequences in a failed step fail."
+        )
 
         gauge = self._gauge
         gauge("running", "Sequences being computed or handed over.", lambda n: n.running)
-        gauge("waiting", "Sequences taken that are not computed yet.", lambda n: n.waiting)
-        gauge("kv_blocks", "Blocks of the KV cache.", lambda n: n.blocks_total)
-        gauge("kv_blocks_used", "Blocks referenced by live requests, reserved ones included.", lambda n: n.blocks_used)
-        gauge("kv_blocks_cached", "Blocks not referenced that hold prefixes.", lambda n: n.blocks_cached)
-        gauge("kv_blocks_free", "Blocks that hold nothing.", lambda n: n.blocks_total - n.blocks_used - n.blocks_cached)
-        gauge("kv_blocks_reserved", "Used blocks of prompts whose KV is not all there.", lambda n: n.blocks_reserved)
-        gauge("kv_blocks_leaked", "Blocks that are nobody's and not free; must be 0.", lambda n: n.blocks_leaked)
+        gauge("waiting", "Accepted sequences that are not being computed yet.", lambda n: n.waiting)
+        gauge("kv_blocks", "Total blocks of the KV cache.", lambda n: n.blocks_total)
+        gauge("kv_blocks_used", "Blocks referenced by live requests, including reserved ones.", lambda n: n.blocks_used)
+        gauge("kv_blocks_cached", "Unreferenced blocks that hold cached prefixes.", lambda n: n.blocks_cached)
+        gauge("kv_blocks_free", "Empty blocks.", lambda n: n.blocks_total - n.blocks_used - n.blocks_cached)
+        gauge("kv_blocks_reserved", "Used blocks of prompts whose KV is incomplete.", lambda n: n.blocks_reserved)
+        gauge("kv_blocks_leaked", "Blocks that are neither free nor owned; must be 0.", lambda n: n.blocks_leaked)
         self._read(
             "prefix_tokens_total",
             "counter",
-            "Prompt tokens given blocks, by whether the prefix cache had their KV.",
+            "Prompt tokens that got blocks, by whether the prefix cache had their KV.",
             lambda: [] if self._load is None else _hits(self._load()),
             {"result": ("hit", "miss")},
         )
 
     def watch(self, load: Callable[[], EngineNumbers]) -> None:
-        """Where the engine's numbers are read."""
+        """Sets the function that returns the engine's load at each scrape."""
         self._load = load
 
     def _gauge(self, what: str, help: str, value: Callable[[EngineNumbers], int]) -> None:
@@ -385,17 +394,21 @@ class EngineMetrics(MetricSet):
 
 
 class PrefillMetrics(EngineMetrics):
-    """What a prefill worker counts."""
+    """Metrics of a prefill worker."""
 
     def __init__(self) -> None:
         super().__init__("prefill")
-        self._tokens = self._histogram("batch_tokens", "Prompt tokens in a step.", TOKEN_BUCKETS)
-        self._prompts = self._counter("prompts_total", "Prompts that have ended, by how.", {"outcome": OUTCOMES})
-        self._queue = self._histogram("queue_seconds", "Prompt received to its first chunk scheduled.", LATENCY_BUCKETS)
-        self._compute = self._histogram(
-            "compute_seconds", "First chunk scheduled to first token sampled.", LATENCY_BUCKETS
+        self._tokens = self._histogram("batch_tokens", "Prompt tokens in one step.", TOKEN_BUCKETS)
+        self._prompts = self._counter("prompts_total", "Prompts that have ended, by outcome.", {"outcome": OUTCOMES})
+        self._queue = self._histogram(
+            "queue_seconds", "Time from receiving a prompt to scheduling its first chunk.", LATENCY_BUCKETS
         )
-        self._gauge("queued_tokens", "Prompt tokens taken and not computed.", lambda n: n.queued_tokens)
+        self._compute = self._histogram(
+            "compute_seconds",
+            "Time from scheduling a prompt's first chunk to sampling its first token.",
+            LATENCY_BUCKETS,
+        )
+        self._gauge("queued_tokens", "Accepted prompt tokens that are not computed yet.", lambda n: n.queued_tokens)
 
     def step(self, seconds: float, sequences: int, tokens: int) -> None:
         self._step.observe(seconds)
@@ -410,7 +423,7 @@ class PrefillMetrics(EngineMetrics):
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
-        """Around all that is done for one prompt, refusing it included."""
+        """Counts a prompt with its outcome, including a refused one. Wraps all work for it."""
         try:
             yield
         except BaseException as error:
@@ -428,33 +441,38 @@ class DecodeMetrics(EngineMetrics):
         super().__init__("decode")
         counter, histogram, codec = self._counter, self._histogram, {"codec": tuple(CODECS)}
         self._tokens = counter("tokens_total", "Tokens computed by the decoder.")
-        self._replayed = counter("replayed_tokens_total", "Tokens run again after a move or a preemption.")
-        self._preemptions = counter("preemptions_total", "Sequences that lost their blocks to older ones.")
+        self._replayed = counter(
+            "replayed_tokens_total", "Known tokens computed again after a migration or preemption."
+        )
+        self._preemptions = counter("preemptions_total", "Sequences whose blocks were given to older sequences.")
         self._refusals = counter(
             "refusals_total",
-            "Sequences refused: too many sequences, preempted ones come first, or too few blocks.",
+            "Refused sequences, by reason: too many sequences, preempted sequences waiting, or too few blocks.",
             {"reason": self.REFUSALS},
         )
-        self._sequences = counter("sequences_total", "Attempts that have ended, by how.", {"outcome": OUTCOMES})
+        self._sequences = counter("sequences_total", "Attempts that have ended, by outcome.", {"outcome": OUTCOMES})
         self._reservation = histogram(
-            "reservation_seconds", "Sequence received to its blocks reserved.", LATENCY_BUCKETS
+            "reservation_seconds", "Time from receiving a sequence to reserving its blocks.", LATENCY_BUCKETS
         )
         self._handoff = histogram(
-            "handoff_seconds", "Prompt sent to a prefill worker to all its KV here.", LATENCY_BUCKETS, codec
+            "handoff_seconds",
+            "Time from sending a prompt to a prefill worker to having all of its KV.",
+            LATENCY_BUCKETS,
+            codec,
         )
         self._transfer = histogram(
-            "kv_transfer_seconds", "First KV of a prompt here to the last.", LATENCY_BUCKETS, codec
+            "kv_transfer_seconds", "Time from a prompt's first KV to its last.", LATENCY_BUCKETS, codec
         )
         self._exposed = histogram(
-            "handoff_exposed_seconds", "First token known to the first decode step.", LATENCY_BUCKETS
+            "handoff_exposed_seconds", "Time from a sequence's first token to its first decode step.", LATENCY_BUCKETS
         )
-        self._bytes = counter("kv_received_bytes_total", "KV received, by codec and by the way it took.",
+        self._bytes = counter("kv_received_bytes_total", "Bytes of KV received, by codec and path.",
             {**codec, "path": ("socket", "shared")})  # fmt: skip
-        self._failures = counter("handoff_failures_total", "Handoffs that failed, by how.", {"reason": OUTCOMES[1:]})
-        self._broken = counter("broken_streams_total", "Data streams that broke and were begun anew.")
+        self._failures = counter("handoff_failures_total", "Failed handoffs, by outcome.", {"reason": OUTCOMES[1:]})
+        self._broken = counter("broken_streams_total", "Data streams that broke and were reopened.")
 
     def step(self, seconds: float, sequences: int, tokens: int, replayed: int) -> None:
-        """A step computed ``tokens`` new tokens and ran ``replayed`` known ones again."""
+        """Records a step that computed ``tokens`` new tokens and recomputed ``replayed`` known ones."""
         self._step.observe(seconds)
         self._batch.observe(sequences)
         self._tokens.inc(tokens)
@@ -471,13 +489,13 @@ class DecodeMetrics(EngineMetrics):
         self._reservation.observe(seconds)
 
     def handed_over(self, codec: common_pb2.KvCodec, pull: PullNumbers) -> None:
-        """All of a prompt's KV is here."""
+        """Records a handoff that has delivered all of a prompt's KV."""
         name = CODEC_NAMES[codec]
         self._handoff.labels(name).observe(pull.last_kv_ns / 1e9)
         self._transfer.labels(name).observe((pull.last_kv_ns - pull.first_kv_ns) / 1e9)
 
     def received(self, codec: common_pb2.KvCodec, pull: PullNumbers) -> None:
-        """A handoff has ended, however."""
+        """Counts the bytes and broken streams of a handoff that has ended, successfully or not."""
         name = CODEC_NAMES[codec]
         self._bytes.labels(name, "socket").inc(pull.kv_bytes - pull.shared_bytes)
         self._bytes.labels(name, "shared").inc(pull.shared_bytes)
@@ -490,7 +508,7 @@ class DecodeMetrics(EngineMetrics):
         self._exposed.observe(seconds)
 
     def ended(self, error: BaseException | None) -> None:
-        """An attempt ended."""
+        """Counts an attempt that has ended; ``error`` is None after success."""
         self._sequences.labels(outcome_of(error)).inc()
 
 
@@ -500,6 +518,6 @@ def _hits(load: EngineNumbers) -> Sampled:
 
 
 def declared() -> list[Spec]:
-    """Every metric of ours, by process and then in the order of declaration; ``build_info`` comes once."""
+    """Returns every metric by service, in the order of declaration; ``build_info`` appears once."""
     sets = (RouterMetrics(), PrefillMetrics(), DecodeMetrics())
     return list({spec.name: spec for each in sets for spec in each.specs}.values())

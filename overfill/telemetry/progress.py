@@ -1,4 +1,4 @@
-"""How long steps report progress, and what shows it on stderr: bars on a terminal, lines in a pipe or file."""
+"""Progress of long steps, shown on stderr: bars on a terminal, lines in a pipe or file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Report = Callable[[str, int, int], None]
-"""Called as (step, done, total); steps come one after the other, and the unit is the step's own."""
+"""Callback (step, done, total). Steps run one after the other; each chooses its own unit."""
 
 LINE_SECONDS = 10.0
 """Seconds between two lines about one step."""
 
 
 def silent(step: str, done: int, total: int) -> None:
-    """Reports to nobody."""
+    """Ignores progress."""
 
 
 def log_steps(logger: logging.Logger) -> Report:
-    """Logs a line when a step begins, for services."""
+    """Returns a callback that logs a line when a step begins. Services use it."""
     seen: set[str] = set()
 
     def report(step: str, done: int, total: int) -> None:
@@ -36,7 +36,7 @@ def log_steps(logger: logging.Logger) -> Report:
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Shows each step on stderr, from its first report on: as a bar on a terminal, as ``progress_lines`` elsewhere."""
+    """Shows progress on stderr: a bar per step on a terminal, otherwise lines of ``progress_lines``."""
     console = Console(stderr=True)
     if not sys.stderr.isatty() or console.is_dumb_terminal:
         yield progress_lines(lambda line: print(line, file=sys.stderr, flush=True))
@@ -46,7 +46,7 @@ def show_progress() -> Iterator[Report]:
     tasks: dict[str, TaskID] = {}
 
     def report(step: str, done: int, total: int) -> None:
-        # Not earlier: a display without bars would still print an empty line.
+        # Start the display only now, because one without bars would print an empty line.
         progress.start()
         if step not in tasks:
             tasks[step] = progress.add_task(step, total=total)
@@ -60,7 +60,7 @@ def show_progress() -> Iterator[Report]:
 
 
 def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Report:
-    """A report that says a line when a step begins, every ``LINE_SECONDS`` while it runs, and when it is done."""
+    """Returns a callback that prints a line when a step begins, every ``LINE_SECONDS`` and when it ends."""
     begun: dict[str, float] = {}
     said: dict[str, float] = {}
     ended: set[str] = set()
@@ -70,10 +70,10 @@ def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time
         if done >= total:
             if step not in ended:
                 ended.add(step)
-                # A step whose first report is its end has no known start, so the line has no duration.
+                # If the first report of a step is its end, the start is unknown, and the line has no duration.
                 say(f"{step}: done after {now - begun[step]:.0f} s" if step in begun else f"{step}: done")
             return
-        if step not in begun or step in ended:  # a step of the same name may come again
+        if step not in begun or step in ended:  # a later step may have the same name
             ended.discard(step)
             begun[step] = said[step] = now
             say(step)

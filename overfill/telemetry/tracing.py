@@ -1,9 +1,10 @@
-"""Traces across processes: W3C trace context taken from requests and handed on, spans where somebody collects them.
+"""Distributed tracing: passes W3C trace context from requests to other processes, and records spans if configured.
 
-Knows no service. OpenTelemetry is imported by ``configure`` alone. Without it the ``traceparent`` that a request brings
-is handed on to the workers unchanged, so that logs and errors carry its trace; one that brings none costs a look-up.
+Knows no service. Only ``configure`` and what it sets up import OpenTelemetry. Without it, the ``traceparent`` of a
+request is passed to the workers unchanged, so that logs and errors carry its trace. A request without one costs a
+look-up.
 
-A span is current in the task that began it and in the tasks that this one starts afterwards.
+A span is current in the task that began it, and in tasks that this task starts afterwards.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from overfill.errors import OverfillError
 from overfill.process.extras import needs
 
 TRACEPARENT = "traceparent"
-"""HTTP header and gRPC metadata."""
+"""Name of the HTTP header and gRPC metadata entry."""
 
 TRACE_ID = "overfill-trace-id"
-"""Trailing metadata of RPCs that failed."""
+"""Entry in the trailing metadata of failed RPCs."""
 
 _FLUSH_TIMEOUT = 3.0
-"""Seconds for the last spans to leave at the end of a process."""
+"""Seconds to send the last spans when a process ends."""
 
 _FORM = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 
@@ -35,11 +36,11 @@ Value = str | int | float | bool
 
 
 class Span:
-    """Part of a trace. This one records nothing, and hands ``traceparent`` on.
+    """A span that records nothing and only passes ``traceparent`` on.
 
     Attributes:
-        traceparent: what its children in other processes are told; empty outside any trace.
-        trace_id: 32 hexadecimal digits; empty outside any trace.
+        traceparent: trace context for child spans in other processes; empty outside a trace.
+        trace_id: 32 hexadecimal digits; empty outside a trace.
     """
 
     def __init__(self, traceparent: str = "") -> None:
@@ -48,16 +49,16 @@ class Span:
         self._token: Token[Span] | None = None
 
     def set(self, **attributes: Value) -> None:
-        """Adds attributes, or changes them."""
+        """Sets attributes."""
 
     def event(self, name: str, **attributes: Value) -> None:
-        """Something happened now."""
+        """Records an event at the current time."""
 
     def past(self, name: str, start_ns: int, end_ns: int, **attributes: Value) -> None:
-        """A child that has ended already; times by ``time.monotonic_ns``."""
+        """Records a child span that has already ended; times are of ``time.monotonic_ns``."""
 
     def end(self, error: BaseException | None = None) -> None:
-        """Ends the span, with ``error`` or well; only the first call counts."""
+        """Ends the span; ``error`` is None after success. Only the first call has an effect."""
 
     def __enter__(self) -> Self:
         if self is not OFF:
@@ -78,7 +79,7 @@ _current: ContextVar[Span] = ContextVar("_current", default=OFF)
 
 
 class _Recorded(Span):
-    """A span of OpenTelemetry."""
+    """A span recorded by OpenTelemetry."""
 
     def __init__(self, collector: _Collector, span: Any) -> None:
         context = span.get_span_context()
@@ -113,7 +114,7 @@ class _Recorded(Span):
 
 
 class _Collector:
-    """OpenTelemetry, set up. Our spans never use its own notion of the current one."""
+    """A configured OpenTelemetry provider. Spans here do not use OpenTelemetry's own current span."""
 
     def __init__(self, provider: Any) -> None:
         from opentelemetry import trace
@@ -145,15 +146,15 @@ _collector: _Collector | None = None
 
 
 def configure(service: str, instance: str, version: str, endpoint: str) -> None:
-    """Collects spans from now on and sends them to ``endpoint`` over OTLP/gRPC; does nothing without one.
+    """Starts to record spans and send them to ``endpoint`` over OTLP/gRPC. Does nothing if ``endpoint`` is empty.
 
-    The variables ``OTEL_*`` of OpenTelemetry's SDK count for the rest: headers, certificates, sampling.
+    The environment variables ``OTEL_*`` of OpenTelemetry's SDK set headers, certificates and sampling.
 
     Args:
-        service, instance, version: who we are: ``service.name``, ``service.instance.id`` and ``service.version``.
+        service, instance, version: ``service.name``, ``service.instance.id`` and ``service.version`` of the process.
 
     Raises:
-        MissingExtra: the libraries are not installed.
+        MissingExtra: OpenTelemetry is not installed.
     """
     if not endpoint or _collector is not None:
         return
@@ -169,21 +170,21 @@ def configure(service: str, instance: str, version: str, endpoint: str) -> None:
 
 
 def use(provider: Any) -> None:
-    """Records spans with an OpenTelemetry ``TracerProvider`` from now on; None records none."""
+    """Records spans with an OpenTelemetry ``TracerProvider``; None stops recording."""
     global _collector
     _collector = None if provider is None else _Collector(provider)
 
 
 async def flush() -> None:
-    """Sends what is left. To be awaited at the end of a service, behind which its process may just end."""
+    """Sends the remaining spans. Await it at the end of a service, because its process may exit at once afterwards."""
     if _collector is not None and hasattr(_collector.provider, "force_flush"):
         await asyncio.to_thread(_collector.provider.force_flush, round(_FLUSH_TIMEOUT * 1000))
 
 
 def serve(name: str, headers: Iterable[tuple[str, str | bytes]], **attributes: Value) -> Span:
-    """Begins the span of a request that came with ``headers``, and makes it current in this task for good.
+    """Begins the span of a request with ``headers`` and makes it current until the task ends.
 
-    It must be ended. To be called in a task of the request's own.
+    Call it in the request's own task, and end the span.
     """
     given = next((value for key, value in headers if key == TRACEPARENT), "")
     given = given.decode("latin-1") if isinstance(given, bytes) else given
@@ -195,19 +196,19 @@ def serve(name: str, headers: Iterable[tuple[str, str | bytes]], **attributes: V
 
 
 def child(name: str, kind: Kind = "internal", **attributes: Value) -> Span:
-    """A part of the current span, to be used as a context manager, within which it is the current one."""
+    """Begins a child of the current span. Use it as a context manager, which makes it current."""
     if _collector is None:
         return OFF
     return _collector.start(name, kind, _current.get(), attributes)
 
 
 def current() -> Span:
-    """The span that this task works for."""
+    """Returns the current span of this task."""
     return _current.get()
 
 
 def outgoing() -> tuple[tuple[str, str], ...] | None:
-    """Metadata for an RPC that is part of the current span; None: nothing to say."""
+    """Returns metadata that makes an RPC part of the current span; None outside a trace."""
     traceparent = _current.get().traceparent
     return ((TRACEPARENT, traceparent),) if traceparent else None
 

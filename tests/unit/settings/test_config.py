@@ -203,7 +203,7 @@ def test_settings_by_name_make_the_same_configuration_and_say_what_is_wrong() ->
     config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
     assert DecodeConfig.of(config.settings()) == config
     assert DecodeConfig.of({"pair": "p", "kv_memory": None, "data_streams": 3}).data_streams == 3
-    with pytest.raises(ValueError, match="kv_memroy: no such setting; see overfill-decode --help"):
+    with pytest.raises(ValueError, match="kv_memroy: no such setting; overfill-decode --help lists"):
         DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
     with pytest.raises(ValueError, match="--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})

@@ -101,12 +101,15 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
     [
         ("prefill:\n  kv-memroy: 1GiB", "prefill.kv-memroy: no such setting; did you mean kv-memory?"),
         ("prefill:\n  kv_memory: 1GiB", "did you mean kv-memory?"),
-        ("prefil:\n  threads: 1", "prefil: no such section; did you mean prefill?"),
+        ("prefil:\n  threads: 1", "prefil: unknown section; did you mean prefill?"),
         ("common:\n  config: x.yaml", "common.config: no such setting"),
-        ("router:\n  kv-memory: 1GiB", "router.kv-memory: no such setting; kv-memory belongs to prefill and decode"),
-        ("up:\n  threads: 2", "threads belongs to prefill and decode"),
-        ("prefill:\n  threads: 1\n  threads: 2", "threads is there twice"),
-        ("prefill: 3", "prefill: expected settings below it"),
+        (
+            "router:\n  kv-memory: 1GiB",
+            "router.kv-memory: no such setting; kv-memory is a setting of prefill and decode",
+        ),
+        ("up:\n  threads: 2", "threads is a setting of prefill and decode"),
+        ("prefill:\n  threads: 1\n  threads: 2", "the key threads appears twice"),
+        ("prefill: 3", "prefill: expected settings in this section"),
         ("- a", "expected sections"),
         ("a: [", "expected"),
     ],
@@ -140,7 +143,7 @@ def test_a_file_that_is_not_there_or_of_another_kind(tmp_path: Path, capsys: pyt
         RouterConfig.parse(["--config", str(tmp_path / "no.yaml")])
     assert caught.value.code == 2
     assert "no.yaml: cannot be read" in capsys.readouterr().err
-    assert "name it .yaml, .yml or .toml" in faults(written(tmp_path, "", "overfill.ini"))[0]
+    assert "its name must end in .yaml, .yml or .toml" in faults(written(tmp_path, "", "overfill.ini"))[0]
 
 
 def test_a_wrong_value_is_told_with_its_place_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
