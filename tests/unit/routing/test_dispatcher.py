@@ -484,7 +484,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     assert dispatcher.num_waiting == 2
     dispatcher.admit(0, "", now, now + 0.7)
-    with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
+    with pytest.raises(Overloaded, match="the deadline in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
     dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
@@ -504,7 +504,7 @@ def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, m
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for index in range(2):
         dispatcher.submit(job(f"more{index}"), now)
-    with pytest.raises(Overloaded, match="the most here is 1 s"):
+    with pytest.raises(Overloaded, match="the limit 1 s"):
         for index in range(4):
             dispatcher.submit(job(f"too many{index}"), now)
 

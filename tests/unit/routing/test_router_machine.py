@@ -411,7 +411,7 @@ class Routing(RuleBasedStateMachine):
                 assert self.loop.now >= request.deadline
             case ShuttingDown():
                 assert request.aborted
-            case error if "gave up after" in str(error) or "no prefill worker fits" in str(error):
+            case error if "gave up after" in str(error) or "no prefill worker is compatible" in str(error):
                 assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
             case PromptTooLong():
                 pass  # the workers that could have held it have left
