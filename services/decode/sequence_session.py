@@ -249,7 +249,7 @@ class SequenceSession:
 
     def _announce_reservation(self) -> None:
         if self._reserved:
-            self._need_prefill(_Need.REASON_PREEMPTED, "an older sequence had taken the sequence's blocks", "")
+            self._need_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
             return
         self._reserved = True
         reservation_ns = time.monotonic_ns() - self._received_ns

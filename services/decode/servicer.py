@@ -119,7 +119,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 yield response
         finally:
             reading.cancel()
-            running.cancel()  # goes on until the blocks may be freed; the session then releases the sequence
+            running.cancel()  # the session first waits until its blocks may be freed
 
     async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
         """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""

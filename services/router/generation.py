@@ -161,7 +161,7 @@ class Generator:
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
         self._dispatcher.admit(priority, _name(caller), time_left, client_resumes=client_resumes)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
-        # Checking a grammar, also one of tools, may take long.
+        # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
@@ -173,7 +173,7 @@ class Generator:
         within the block are released.
 
         Raises:
-            InvalidRequest, Overloaded: the key's quota does not admit so many answers.
+            InvalidRequest, Overloaded: the key's quota does not admit this number of answers.
         """
         left = answers
         if caller is not None:
