@@ -82,7 +82,7 @@ def test_a_queue_that_stands_still_is_known_in_the_end():
 
 @pytest.mark.parametrize(("at_once", "gap"), [(1, 0.1), (4, 0.4)])
 def test_where_requests_leave_in_clumps_less_is_taken(at_once, gap):
-    """Ten leave per second either way; who comes must be done waiting within one second."""
+    """Ten requests leave per second in both cases; an admitted request must be placed within one second."""
     admission, now = Admission(100, max_wait=1.0), 0.0
     while now < 30:
         now += 0.1 * at_once

@@ -488,7 +488,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
     dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
-    dispatcher.admit(-1, "", now, now + 0.3)  # nobody goes before an urgent one
+    dispatcher.admit(-1, "", now, now + 0.3)  # an urgent request has none ahead of it
 
 
 def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
@@ -718,7 +718,7 @@ class Dispatching(RuleBasedStateMachine):
         assert self.dispatcher.num_jobs == len(self.open)
 
     def teardown(self):
-        """With healthy workers and nobody failing any more, everything is answered or refused."""
+        """With healthy workers and no more failures, every request is answered or refused."""
         for name in ("d0", "d1", "d2", "p0", "p1"):
             pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
             worker = self.join(name, pool.stage, 99)

@@ -1,4 +1,4 @@
-"""What Ray asks of a replica's service."""
+"""Replicas of Ray Serve: start, health and drain of their service."""
 
 from __future__ import annotations
 
