@@ -141,11 +141,11 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     with tuned(config.threads):
-        asyncio.run(_to_the_exit(serve))
+        asyncio.run(_serve_and_exit(serve))
     raise AssertionError("the process has ended")
 
 
-async def _to_the_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
+async def _serve_and_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
     code = 1
     try:
         code = await serve

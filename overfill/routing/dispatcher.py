@@ -405,7 +405,7 @@ class Dispatcher:
                 self._absent_since.pop(pool.stage, None)
                 continue
             absent = now - self._absent_since.setdefault(pool.stage, now)
-            if absent < self._patience(pool):
+            if absent < self._max_absence(pool):
                 continue
             waiting = list(self._decode_queue)
             if pool.stage == PREFILL:
@@ -415,7 +415,7 @@ class Dispatcher:
                     job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has reported for {absent:.0f} s")
                 )
 
-    def _patience(self, pool: Pool) -> float:
+    def _max_absence(self, pool: Pool) -> float:
         """Returns the seconds for which jobs wait while ``pool`` has no worker."""
         if self._absent_after is not None:
             return self._absent_after

@@ -177,7 +177,7 @@ class Roster:
         """Returns the joined worker with this id, of either stage, or None."""
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
 
-    def lacking(self, now: float) -> list[common_pb2.Stage]:
+    def unready_stages(self, now: float) -> list[common_pb2.Stage]:
         """Returns the stages without a ready worker. No request can be answered unless the list is empty."""
         for pool in (self.prefill, self.decode):
             pool.expire(now)

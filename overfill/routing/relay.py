@@ -205,7 +205,7 @@ class Relay:
             self._dispatcher.finish(self._job)
 
     async def _answer(self, placement: PlacementFuture) -> Finish:
-        losses, in_vain = 0, 0  # lost workers: in total, and since the last new token
+        losses, consecutive = 0, 0  # lost workers: in total, and since the last new token
         known = len(self.answer.emitted)
         while True:
             with tracing.child("router.queue"):
@@ -216,11 +216,11 @@ class Relay:
                 logger.warning("request %s: decode worker %s failed: %s", self._request.id, worker.id, error)
                 self._observer.attempt_failed(error)
                 losses += 1
-                in_vain = 1 if len(self.answer.emitted) > known else in_vain + 1
+                consecutive = 1 if len(self.answer.emitted) > known else consecutive + 1
                 known = len(self.answer.emitted)
                 if self.answer.full:
                     return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
-                if in_vain >= self._max_attempts or losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
+                if consecutive >= self._max_attempts or losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
                     raise GaveUp(
                         Unavailable(
                             f"gave up after {losses} attempts; {self.answer.progress}; the last failure: {error}"

@@ -305,13 +305,13 @@ class Scaler:
         config, current = self.config, self._shared
         low = max(1, config.prefill.min, limit - config.decode.max)
         high = min(config.prefill.max, limit - max(1, config.decode.min))
-        now = [max(1, math.ceil(need - 1e-9)) for need in needs]
-        if sum(now) <= limit:
+        needed = [max(1, math.ceil(need - 1e-9)) for need in needs]
+        if sum(needed) <= limit:
             # Keep the current split while it meets both needs: a worker that changes pools serves neither for a while.
-            if current is None or not now[0] <= current <= limit - now[1]:
-                lately = [max(0, f.recent_max - n) for f, n in zip((self._prefill, self._decode), now, strict=True)]
-                share = lately[0] / sum(lately) if sum(lately) else 0.5
-                current = now[0] + round((limit - sum(now)) * share)
+            if current is None or not needed[0] <= current <= limit - needed[1]:
+                surplus = [max(0, f.recent_max - n) for f, n in zip((self._prefill, self._decode), needed, strict=True)]
+                share = surplus[0] / sum(surplus) if sum(surplus) else 0.5
+                current = needed[0] + round((limit - sum(needed)) * share)
         else:
             ideal = limit * needs[0] / sum(needs)
             if current is None or abs(ideal - current) >= max(0.75, config.hysteresis * current):

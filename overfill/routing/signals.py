@@ -46,11 +46,11 @@ class Signals:
         self._dispatcher = dispatcher
         self._counts = dict.fromkeys(COUNTS, 0.0)
         self._occupancy = _Occupancy()
-        self._found = 0.0  # prefix-cache hit rate of finished prompts, in tokens
+        self._hit_rate = 0.0  # prefix-cache hit rate of finished prompts, in tokens
 
     def arrived(self, prompt_tokens: int, now: float) -> None:
         """Counts a queued request. ``now`` is in seconds, monotonic, in every method."""
-        tokens = max(1.0, prompt_tokens * (1 - self._found))
+        tokens = max(1.0, prompt_tokens * (1 - self._hit_rate))
         self._add(arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
     def finished(self, answer: inference_pb2.Finished, now: float) -> None:
@@ -64,16 +64,16 @@ class Signals:
         if usage.completion_tokens > 1 and timing.decode_ns:
             seconds = timing.decode_ns / 1e9
             # Average over the whole decode time: at its end, the sequences beside it may all have left already.
-            beside = self._occupancy.mean(answer.decode_worker, now - seconds, now)
-            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=beside)
+            concurrent = self._occupancy.mean(answer.decode_worker, now - seconds, now)
+            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
             # Divide the seconds by the number of prompts that shared the worker's steps.
             began = now - (timing.decode_ns + timing.prefill_compute_ns) / 1e9
-            beside = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
-            self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / beside)
+            concurrent = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
+            self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
         if usage.prompt_tokens:
-            self._found = _FADE * self._found + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
+            self._hit_rate = _FADE * self._hit_rate + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
     def read(self, now: float) -> dict[str, float]:
         """Returns all signals: ``COUNTS``, ``<stage>_<field of PoolState>`` from workers' reports, and the queue.

@@ -35,7 +35,7 @@ class _Lease:
         self.computed = asyncio.Event()
         self.acknowledged = asyncio.Event()
 
-    async def take_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
+    async def read_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
             self.cells -= sum(KvRange.from_proto(box).cells for box in request.ack.ranges)
             if self.cells <= 0:
@@ -94,7 +94,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         if start.expected_incarnation != self.worker.hello.incarnation:
             raise Unavailable(f"{self.worker.hello.worker_id} was restarted since the router chose it")
         lease = self._leases[start.transfer_id] = _Lease(start, self.worker)
-        taking = asyncio.ensure_future(lease.take_acknowledgements(request_iterator))
+        taking = asyncio.ensure_future(lease.read_acknowledgements(request_iterator))
         try:
             async for response in self._serve(lease, start, received):
                 yield response

@@ -234,7 +234,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, first.start.tenant_salt)
             lease = self._accept(first.start, processor, prompt_blocks)
             guards = [
-                asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
+                asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
                 asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
             ]
             try:
@@ -363,7 +363,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             case _:
                 return None
 
-    async def _take_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
+    async def _read_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
             if request.WhichOneof("message") != "ack":
                 raise InvalidRequest("message", "only AckKv may follow StartPrefill")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRAINED_STAYS = 30.0
+ROUTER_HEALTHY_AFTER_DRAIN = 30.0
 """Seconds for which a drained router still counts as healthy: the operator may be about to end the application."""
 
 _PORT_POLL = 0.5  # seconds between attempts to bind a port that the previous router still uses
@@ -64,7 +64,7 @@ Ready = Callable[[Any], None]
 class Replica:
     """Starts a service, reports its health, and drains it before Serve ends the replica."""
 
-    stays = 0.0
+    healthy_after_drain = 0.0
     """Seconds for which the replica counts as healthy after its service has drained and ended."""
 
     _service: Service
@@ -89,7 +89,8 @@ class Replica:
         """Queries the service's own health service through its port. Raises if Serve should replace the replica."""
         if self._serving.done():
             self._serving.result()
-            if not self._service.draining or asyncio.get_running_loop().time() - self._ended_at >= self.stays:
+            since_end = asyncio.get_running_loop().time() - self._ended_at
+            if not self._service.draining or since_end >= self.healthy_after_drain:
                 raise RuntimeError("the service has ended")
         elif not self._service.draining:
             await check_alive(self._service.address, self._tls)
@@ -144,7 +145,7 @@ class WorkerReplica(Replica):
 class RouterReplica(Replica):
     """Runs a router, which stays in the application's directory while it accepts requests."""
 
-    stays = DRAINED_STAYS
+    healthy_after_drain = ROUTER_HEALTHY_AFTER_DRAIN
 
     async def __init__(self, spec: StackSpec, *pools: object) -> None:  # type: ignore[misc]
         """``pools`` only make the workers' deployments part of the application; the router does not call them."""

@@ -277,9 +277,9 @@ class Router:
         """Returns why the router cannot answer requests now; empty if it can."""
         if self.draining:
             return "the router is draining"
-        lacking = self.roster.lacking(asyncio.get_running_loop().time())
-        stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in lacking)
-        return f"{stages} is ready" if lacking else ""
+        unready = self.roster.unready_stages(asyncio.get_running_loop().time())
+        stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in unready)
+        return f"{stages} is ready" if unready else ""
 
     def _activity(self) -> admin_pb2.Activity:
         waiting = self.dispatcher.num_waiting

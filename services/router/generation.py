@@ -225,7 +225,7 @@ class Generator:
             StreamDetokenizer(self.tokenizer, checked.prompt_token_ids if checked.continues_text else ()),
             checked.stop,
             replayed=checked.resume_token_ids,
-            calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
+            tool_call_id_seed=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
             min_tokens=checked.sampling.min_tokens,
         )
         with self.metrics.refusing():

@@ -78,7 +78,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
         logger.info("worker %s joined at %s", info.id, info.address)
         await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
-        telling: asyncio.Task[None] | None = None
+        demand_task: asyncio.Task[None] | None = None
         try:
             async for message in request_iterator:
                 if not message.HasField("report"):
@@ -86,11 +86,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 if not self._current(info, context):
                     return  # the worker has joined again on another stream
                 self._dispatcher.report(worker, message.report)
-                if telling is None and message.report.routers > 1:
-                    telling = asyncio.create_task(self._tell_demand(worker, context))
+                if demand_task is None and message.report.routers > 1:
+                    demand_task = asyncio.create_task(self._tell_demand(worker, context))
         finally:
-            if telling is not None:
-                telling.cancel()
+            if demand_task is not None:
+                demand_task.cancel()
             # A worker's older stream may end after its newer one has begun: only the newer one removes the worker.
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
@@ -103,12 +103,12 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
         """Sends this router's demand to the worker, which divides its credits among several routers."""
-        said: registry_pb2.Demand | None = None
+        sent: registry_pb2.Demand | None = None
         while True:
             version = self._dispatcher.version
             demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._dispatcher.queued(worker.info.stage))
-            if demand != said:
-                said = demand
+            if demand != sent:
+                sent = demand
                 await context.write(registry_pb2.JoinResponse(demand=demand))
             await asyncio.sleep(DEMAND_GAP)
             await self._dispatcher.changed_since(version)

@@ -17,8 +17,8 @@ class AnswerText:
 
     Args:
         replayed: tokens whose text the client already has.
-        calls_of: request id if the answer may call tools, else None. The ids of tool calls are derived from it, so that
-            they stay the same if another router continues the answer.
+        tool_call_id_seed: id of the answer if it may call tools, else None. The ids of tool calls derive from it, so
+            that they stay the same if another router continues the answer.
         min_tokens: number of tokens before which no stop string ends the answer.
 
     Attributes:
@@ -31,14 +31,14 @@ class AnswerText:
         detokenizer: StreamDetokenizer,
         stops: Sequence[str],
         replayed: Iterable[int] = (),
-        calls_of: str | None = None,
+        tool_call_id_seed: str | None = None,
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
-        self._calls_of = calls_of
+        self._tool_call_id_seed = tool_call_id_seed
         self._min_tokens = min_tokens
-        self._reader = None if calls_of is None else ToolCallReader()
+        self._reader = None if tool_call_id_seed is None else ToolCallReader()
         self.num_tokens = 0
         self.stop: str | None = None
         self._read(self._take(replayed))
@@ -96,6 +96,6 @@ class AnswerText:
     def _delta(self, part: ToolCallPart) -> inference_pb2.ToolCallDelta:
         delta = inference_pb2.ToolCallDelta(index=part.index, name=part.name, arguments=part.arguments)
         if part.name:
-            seed = f"{self._calls_of}/{part.index}".encode()
+            seed = f"{self._tool_call_id_seed}/{part.index}".encode()
             delta.id = f"call_{hashlib.sha256(seed).hexdigest()[:24]}"
         return delta
