@@ -152,7 +152,7 @@ def check_wire_version(hello: registry_pb2.Hello) -> None:
     """Raises Incompatible, which names both versions, if the worker uses another version of the wire."""
     if hello.wire_version != WIRE_VERSION:
         raise Incompatible(
-            f"worker {hello.worker_id} uses wire version {hello.wire_version} (software "
-            f"{hello.software_version or 'unknown'}); this router uses {WIRE_VERSION} (software {__version__})",
+            f"worker {hello.worker_id} speaks wire version {hello.wire_version} (software "
+            f"{hello.software_version or 'unknown'}); this router speaks {WIRE_VERSION} (software {__version__})",
             ["wire_version"],
         )
