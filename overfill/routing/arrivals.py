@@ -1,4 +1,4 @@
-"""What is asked of the pools: rates of arrivals and lengths of answers, over sliding windows. No clock, no I/O.
+"""Load on the pools: arrival rates and answer lengths over sliding windows. No clock, no I/O.
 
 ``now`` is in seconds, monotonic, and never goes back.
 """
@@ -14,16 +14,16 @@ _BUCKET = 1.0  # seconds that one bucket of arrivals covers
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Arrivals per second and what they bring.
+    """Arrivals per second and their prompt tokens.
 
     Attributes:
         arrivals: requests per second.
-        tokens: prompt tokens to be computed per second, those in the prefix cache left out.
+        tokens: prompt tokens to compute per second, without those in the prefix cache.
         recent_tokens: the same over the short window alone.
-        rising: the short window is above the long one by more than chance explains, so ``arrivals`` and
-            ``tokens`` are the short one's.
-        mean_tokens: per request.
-        scv: squared coefficient of variation of a request's tokens.
+        rising: True if the short window exceeds the long one by more than chance explains. ``arrivals`` and
+            ``tokens`` are then those of the short window, where they are larger.
+        mean_tokens: prompt tokens to compute per request.
+        scv: squared coefficient of variation of the tokens per request.
     """
 
     arrivals: float
@@ -37,9 +37,9 @@ class Rate:
 class Arrivals:
     """Requests and prompt tokens over a long and a short window.
 
-    The long one is what load is judged by. The short one takes over when it brings more than the long one lets
-    expect, by ``significance`` standard deviations of a compound Poisson process: growth is seen within seconds,
-    and chance is not taken for it.
+    The long window normally gives the rate. The short one takes over when it exceeds the long window's expectation by
+    ``significance`` standard deviations of a compound Poisson process. So growth shows within seconds, and random
+    variation does not look like growth.
     """
 
     def __init__(self, short: float, long: float, significance: float) -> None:
@@ -48,7 +48,7 @@ class Arrivals:
         self._first: float | None = None
 
     def add(self, now: float, tokens: int) -> None:
-        """A request came whose prompt has ``tokens`` tokens to be computed."""
+        """Counts a request with ``tokens`` prompt tokens to compute."""
         if self._first is None:
             self._first = now
         start = math.floor(now / _BUCKET) * _BUCKET
@@ -60,12 +60,12 @@ class Arrivals:
         bucket[3] += float(tokens) * tokens
 
     def rate(self, now: float) -> Rate:
-        """As of ``now``."""
+        """Returns the rates at ``now``."""
         while self._buckets and self._buckets[0][0] < now - self._long:
             self._buckets.popleft()
         if self._first is None or not self._buckets:
             return Rate(0.0, 0.0, 0.0, False, 0.0, 0.0)
-        # What came before the first request is not known to have been nothing.
+        # Load before the first request is unknown, not zero.
         long = max(self._short, min(self._long, now - self._first))
         count, tokens, squares = (sum(bucket[i] for bucket in self._buckets) for i in (1, 2, 3))
         recent = [bucket for bucket in self._buckets if bucket[0] >= now - self._short]
@@ -88,9 +88,9 @@ class AnswerShape:
     """Means over finished requests.
 
     Attributes:
-        tokens: of an answer.
-        context: tokens that a decode step attends to for one sequence: long answers are running more often than
-            short ones, so each request counts as much as its answer is long.
+        tokens: tokens per answer.
+        context: tokens that a decode step attends to per sequence. Each request is weighted by the length of its
+            answer, because long answers are in more steps than short ones.
     """
 
     tokens: float
@@ -98,9 +98,9 @@ class AnswerShape:
 
 
 class AnswerLengths:
-    """Lengths of finished requests, older ones fading with ``memory`` seconds.
+    """Mean lengths of finished requests, weighted by exp(-age / ``memory``), ``memory`` in seconds.
 
-    The last ``_MIN_WEIGHT`` requests never fade, so that an idle hour does not undo what is known.
+    The total weight never falls below ``_MIN_WEIGHT`` requests, so that an idle hour does not erase the estimate.
     """
 
     _MIN_WEIGHT = 50.0
@@ -108,7 +108,7 @@ class AnswerLengths:
     def __init__(self, memory: float, prior_prompt: float, prior_answer: float) -> None:
         self._memory = memory
         self._at = -math.inf
-        # Weight, answer, prompt x answer, answer squared. What is believed at first counts as a few requests.
+        # Weight, answer, prompt x answer, answer squared. The prior counts as 5 requests.
         self._sums = [w * 5.0 for w in (1.0, prior_answer, prior_prompt * prior_answer, prior_answer**2)]
 
     def add(self, now: float, prompt_tokens: int, answer_tokens: int) -> None:

@@ -1,6 +1,7 @@
-"""One attempt at one request: the conversation with one decode worker.
+"""One attempt at one request: the exchange with one decode worker.
 
-Start; Reserved or Refused; a prefill slot, AssignPrefill; Tokens; Done. NeedPrefill at any time in between.
+The router sends Start; the worker answers Reserved or Refused. The router gets a prefill slot and sends AssignPrefill.
+Then the worker sends Tokens and Done. After Reserved, it may send NeedPrefill at any time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _Need = decode_pb2.NeedPrefill
 
 
 class GaveUp(Exception):
-    """The request ends with ``error``; another attempt would not help."""
+    """Ends the request with ``error``, without another attempt."""
 
     def __init__(self, error: OverfillError) -> None:
         super().__init__(str(error))
@@ -30,7 +31,7 @@ class GaveUp(Exception):
 
 
 class Attempt:
-    """Talks to a decode worker on which ``job`` is placed, and adds what it says to ``answer``."""
+    """Runs the exchange with the decode worker on which ``job`` is placed, and adds its tokens to ``answer``."""
 
     def __init__(
         self,
@@ -53,14 +54,14 @@ class Attempt:
         self._prefill: Worker | None = None
         self._receiving: asyncio.Task[decode_pb2.DecodeResponse | None] | None = None
         self._wanted_since = 0.0
-        self._queued = 0.0  # seconds in the router, in front of either stage
+        self._queued = 0.0  # seconds queued in the router, for both stages
         self._reservation_ns = 0
 
     async def run(self, start: decode_pb2.StartDecode) -> decode_pb2.DecodeDone | decode_pb2.Refused:
-        """The worker's last word.
+        """Runs the attempt to its end and returns the worker's last message.
 
         Raises:
-            GaveUp: no prefill worker can be had.
+            GaveUp: no prefill worker is available.
             OverfillError: the attempt failed.
         """
         await self._stream.send(decode_pb2.DecodeRequest(start=start))
@@ -85,14 +86,14 @@ class Attempt:
                 raise _unexpected(message)
 
     async def close(self) -> None:
-        """Ends the conversation, on the worker's side too."""
+        """Ends the exchange, on the worker's side too."""
         if self._receiving is not None:
             self._receiving.cancel()
             await asyncio.wait([self._receiving])
         self._stream.close()
 
     async def _next(self) -> decode_pb2.DecodeResponse:
-        """The next message. While a prefill slot is awaited, whichever comes first is dealt with first."""
+        """Returns the worker's next message. Sends AssignPrefill first if a prefill slot becomes free before it."""
         while self._placement is not None:
             if self._receiving is None:
                 self._receiving = asyncio.ensure_future(self._stream.receive())
@@ -157,7 +158,7 @@ class Attempt:
     def _on_need_prefill(self, need: decode_pb2.NeedPrefill) -> None:
         self._on_need(need.reason)
         if self._placement is not None:
-            return  # it gets the one that is awaited already
+            return  # the attempt already waits for a prefill slot
         failed = need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_INCOMPATIBLE)
         if failed:
             self._answer.prefill_failures += 1
@@ -166,7 +167,7 @@ class Attempt:
         tried = self._prefill if self._prefill and need.worker_id in ("", self._prefill.id) else None
         if self._answer.emitted:
             self._wanted_since = _now()
-        # Otherwise what a failed prefill took counts as waiting for one.
+        # Before the first token, the time of a failed prefill counts as queueing.
         self._placement = self._dispatcher.need_prefill(
             self._job,
             tried,
@@ -176,10 +177,10 @@ class Attempt:
 
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:
         if need.reason == _Need.REASON_INCOMPATIBLE:
-            return Incompatible(f"no prefill worker fits the decode worker: {need.detail}")
+            return Incompatible(f"no prefill worker is compatible with the decode worker: {need.detail}")
         return Unavailable(
             f"gave up after {self._answer.prefill_failures} failed prefills; "
-            f"{self._answer.progress}; the last: {need.detail or need.worker_id}"
+            f"{self._answer.progress}; the last failure: {need.detail or need.worker_id}"
         )
 
 

@@ -1,8 +1,8 @@
-"""Who goes first: resumed work before new work, then priority, then fair share among API keys, then arrival.
+"""Order of waiting jobs: migrated work before new work, then priority, then fair share among API keys, then arrival.
 
-Fair share is start-time fair queueing (Goyal, Vin and Cheng, 1996): a job's tag is when its key would have come to it,
-had all keys had equal shares of the tokens; the smallest tag goes first. A key that asks for much waits behind one that
-asks for little, and nobody gains from having been away.
+Fair share is start-time fair queueing (Goyal, Vin and Cheng, 1996). Each job gets a start tag: the virtual time at
+which its key would reach it if all keys had equal shares of the tokens. The smallest tag goes first, so a key that asks
+for many tokens waits behind one that asks for few. An idle key saves up no share.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
-_MAX_KEYS = 1024  # shares that are remembered before those that no longer matter are looked for
+_MAX_KEYS = 1024  # number of finish tags from which on the queue drops past ones
 
 
 class Queueable(Protocol):
-    """What a line knows of a job."""
+    """The part of a job that the queue reads; only ``charged`` is written."""
 
     migrated: bool
     priority: int
@@ -25,25 +25,25 @@ class Queueable(Protocol):
 
     @property
     def reserve_tokens(self) -> int:
-        """Tokens for which a worker must have room; the same for as long as the job is in the line."""
+        """Tokens for which a worker must have room; constant while the job is in the queue."""
 
     @property
     def share_tokens(self) -> int:
-        """Tokens that it takes of its key's share."""
+        """Tokens charged to the share of the job's key."""
 
 
 J = TypeVar("J", bound=Queueable)
 
 
 class VirtualClock:
-    """What each key has had of one priority, in tokens."""
+    """Virtual time of one priority, and the finish tag of each key's latest job, in tokens."""
 
     def __init__(self) -> None:
         self._virtual_time = 0.0
         self._finish_tags: dict[str, float] = {}
 
     def start_tag(self, key: str, tokens: int) -> float:
-        """Of a job that comes now."""
+        """Returns the start tag of a job of ``tokens`` that arrives now, and charges the job to ``key``."""
         if len(self._finish_tags) >= _MAX_KEYS:
             self._finish_tags = {key: end for key, end in self._finish_tags.items() if end > self._virtual_time}
         start = self.next_start_tag(key)
@@ -51,37 +51,37 @@ class VirtualClock:
         return start
 
     def next_start_tag(self, key: str) -> float:
-        """Tag of the key's next job, were it to come now."""
+        """Returns the start tag that the next job of ``key`` would get now."""
         return max(self._virtual_time, self._finish_tags.get(key, 0.0))
 
     def advance_virtual_time(self, tag: float) -> None:
-        """The job of that tag has its turn."""
+        """Moves virtual time to the start tag of a job that leaves the queue for a worker."""
         self._virtual_time = max(self._virtual_time, tag)
 
     def refund(self, key: str, tokens: int) -> None:
-        """The key did not use so many tokens that a job of its was to take."""
+        """Refunds ``tokens`` that were charged to ``key`` and not used."""
         if key in self._finish_tags:
             self._finish_tags[key] -= tokens
 
 
 class FairQueue(Generic[J]):
-    """Jobs that wait, in order.
+    """Waiting jobs, in the order in which they are placed.
 
     Args:
-        fair: whether keys share; otherwise jobs of one priority go in order of arrival.
+        fair: True to divide each priority fairly among keys; False to serve it in order of arrival.
     """
 
     def __init__(self, *, fair: bool = True) -> None:
         self._fair = fair
         self._clocks: dict[int, VirtualClock] = {}
         self._order: list[tuple[Any, J]] = []
-        self._positions: dict[J, tuple[Any, int]] = {}  # where it is, and how much room it needs
+        self._positions: dict[J, tuple[Any, int]] = {}  # place in the order, tokens to reserve
         self._sorted_needs: list[int] = []
         self._num_new: dict[int, int] = {}
         self._count = 0
 
     def __iter__(self) -> Iterator[J]:
-        """In order. The job that was given out last may leave the line meanwhile."""
+        """Iterates in order. The caller may remove the job that was yielded last."""
         index = 0
         while index < len(self._order):
             entry = self._order[index]
@@ -96,20 +96,20 @@ class FairQueue(Generic[J]):
 
     @property
     def smallest_need(self) -> int:
-        """Room that the smallest job wants, in tokens; 0 when nobody waits."""
+        """Tokens that the smallest waiting job must reserve; 0 when the queue is empty."""
         return self._sorted_needs[0] if self._sorted_needs else 0
 
     def waiting(self, priority: int) -> int:
-        """New jobs of that priority."""
+        """Number of waiting jobs of ``priority``, migrated ones excluded."""
         return self._num_new.get(priority, 0)
 
     def ahead(self, priority: int, key: str) -> int:
-        """Jobs that would go before a new one."""
+        """Number of jobs that would go before a new one."""
         tag = self._clocks[priority].next_start_tag(key) if priority in self._clocks else 0.0
         return bisect_left(self._order, (1, priority, 1, tag, self._count + 1), key=lambda entry: entry[0])
 
     def append(self, job: J) -> None:
-        """Behind all that have the same claim."""
+        """Adds a job behind the others of its rank."""
         self._count += 1
         tag = 0.0
         if self._fair and not job.migrated:
@@ -118,19 +118,19 @@ class FairQueue(Generic[J]):
         self._add(job, (not job.migrated, job.priority, 1, tag, self._count))
 
     def push_front(self, job: J) -> None:
-        """Before all that have the same claim: it had its turn, and lost it through no fault of its own."""
+        """Adds a job before the others of its rank: a worker refused it after it had its turn."""
         self._count += 1
         self._add(job, (not job.migrated, job.priority, 0, 0.0, -self._count))
 
     def take(self, job: J) -> None:
-        """It has its turn."""
+        """Removes a job that goes to a worker, and advances virtual time."""
         _, priority, behind, tag, _ = self._positions[job][0]
         if self._fair and behind and not job.migrated:
             self._clocks[priority].advance_virtual_time(tag)
         self.discard(job)
 
     def discard(self, job: J) -> None:
-        """It waits no longer, if it did."""
+        """Removes ``job`` if it waits."""
         if job not in self._positions:
             return
         place, need = self._positions.pop(job)
@@ -140,7 +140,7 @@ class FairQueue(Generic[J]):
             self._num_new[place[1]] -= 1
 
     def refund(self, job: J, tokens: int) -> None:
-        """The job has ended and took so many tokens less of its key's share than was thought."""
+        """Refunds ``tokens`` of an ended job to its key: those charged and not used."""
         if self._fair and job.priority in self._clocks:
             self._clocks[job.priority].refund(job.key, tokens)
 

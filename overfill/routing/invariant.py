@@ -1,4 +1,4 @@
-"""The *Waiting* rule, worked out the long way: every job against every worker. For tests and simulation."""
+"""Checks the dispatcher against the *Waiting* rule by brute force: every job against every worker. For tests."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ def check(
     reserve_after: float,
     now: float,
 ) -> None:
-    """Raises AssertionError unless the books balance and nobody waits for what is there.
+    """Raises AssertionError if a count is wrong, or if a job waits although an admissible worker exists.
 
     Args:
-        jobs: all that are not finished; ``reserving`` those on a decode worker that has not answered yet.
+        jobs: all jobs that are not finished.
+        reserving: jobs on a decode worker that has not answered yet.
     """
     _check_books(roster, jobs, reserving, decode_queue, prefill_queue)
     for pool in (roster.prefill, roster.decode):
         pool.check(now)
     for job in (*decode_queue, *prefill_queue):
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode, job.total_tokens)):
-            not_draining = [w for w in pool if not w.draining]
-            _require(
-                not not_draining or any(w.could_hold(tokens) for w in not_draining), f"{job.id} is too large, and waits"
-            )
+            lasting = [w for w in pool if not w.draining]
+            _require(not lasting or any(w.could_hold(tokens) for w in lasting), f"{job.id} waits although too large")
     for job in prefill_queue:
-        _require(not _prefill_choices(roster, job, now), f"{job.id} waits for a prefill slot that there is")
+        _require(not _prefill_choices(roster, job, now), f"{job.id} waits although a prefill slot is free")
     slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)
     holder: Job | None = None
     for job in decode_queue:
@@ -46,7 +45,7 @@ def check(
             choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
         elif now - job.waiting_since >= reserve_after:
             holder = job
-        _require(not choices, f"{job.id} waits for a decode worker that there is")
+        _require(not choices, f"{job.id} waits although a decode worker can take it")
 
 
 def _check_books(
@@ -58,9 +57,9 @@ def _check_books(
             if (worker := getattr(job, attribute)) is not None:
                 held[worker] = held.get(worker, 0) + 1
         for worker in {*pool, *held}:
-            _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight}")
+            _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight} requests")
     for job in jobs:
-        _require(job.state is not JobState.FINISHED, f"{job.id} is finished and kept")
+        _require(job.state is not JobState.FINISHED, f"{job.id} is finished and still listed")
         _require((job in decode_queue) == (job.state is JobState.WAITING), f"{job.id}: decode queue")
         _require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
         _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
@@ -69,7 +68,7 @@ def _check_books(
     _require(reserving == {j for j in jobs if j.state is JobState.PLACED}, "reserving jobs")
     for queue in (decode_queue, prefill_queue):
         _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
-        _require(_ordered(queue), "resumed work and higher priorities go first")
+        _require(_ordered(queue), "migrated work and smaller priorities go first")
 
 
 def _ordered(queue: Iterable[Job]) -> bool:
@@ -82,7 +81,7 @@ def _prefill_choices(roster: Roster, job: Job, now: float) -> list[Worker]:
 
 
 def _usable(pool: Pool, job: Job, tokens: int, now: float) -> list[Worker]:
-    """Workers large enough; those that failed the job only when none of the others is alive."""
+    """Returns the workers that are large enough, with those that failed the job only if no other is alive."""
     large = [w for w in pool if w.could_hold(tokens)]
     others = [w for w in large if w.key not in job.avoid and w.alive(now)]
     return others or large

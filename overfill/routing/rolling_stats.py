@@ -1,4 +1,4 @@
-"""What a router saw in the last minute: tokens per second, and where the time of the answers went. No I/O."""
+"""A router's last minute: tokens per second, and the quantiles of the answers' times. No I/O."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Iterator, Sequence
 from overfill.v1 import admin_pb2, common_pb2, inference_pb2
 
 WINDOW = 60.0
-"""Seconds that answers count."""
+"""Seconds for which a finished answer counts."""
 
 RATE_SECONDS = 10
-"""Over which tokens per second are averaged."""
+"""Seconds over which tokens per second are averaged."""
 
 _PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 _WHOLE = ("ttft", "handoff_exposed", "decode", "total")
 _MAX_ANSWERS = 10_000
-"""That are remembered; of more in a minute, the latest count."""
+"""Maximum number of answers kept. If more finish in a minute, the latest are used."""
 
 
 class RollingStats:
-    """Fed by the running answers, on one thread. ``now``: seconds, monotonic, wherever it is asked for."""
+    """Rolling statistics of one router, fed by its answers on one thread. ``now`` is in seconds, monotonic."""
 
     def __init__(self) -> None:
         self._tokens: deque[tuple[int, int]] = deque()  # second, tokens in it
         self._answers: deque[tuple[float, dict[str, int]]] = deque(maxlen=_MAX_ANSWERS)
 
     def tokens(self, count: int, now: float) -> None:
-        """So many tokens were handed to a client."""
+        """Counts ``count`` tokens that the router handed to a client."""
         second = int(now)
         if self._tokens and self._tokens[-1][0] == second:
             count += self._tokens.pop()[1]
@@ -37,14 +37,14 @@ class RollingStats:
             self._tokens.popleft()
 
     def answered(self, finished: inference_pb2.Finished, now: float) -> None:
-        """An answer is complete."""
+        """Counts a complete answer."""
         self._answers.append((now, dict(_times(finished))))
 
     def activity(self, running: int, waiting: int, now: float) -> admin_pb2.Activity:
-        """As it is told to operators. ``running``, ``waiting``: requests now."""
+        """Returns the statistics as the Status RPC reports them. ``running`` and ``waiting`` are requests now."""
         while self._answers and self._answers[0][0] < now - WINDOW:
             self._answers.popleft()
-        # Whole seconds before the present one, which is not over.
+        # Count whole seconds only, so leave out the current one.
         last = int(now)
         tokens = sum(count for second, count in self._tokens if last - RATE_SECONDS <= second < last)
         activity = admin_pb2.Activity(
@@ -59,7 +59,7 @@ class RollingStats:
 
 
 def _times(finished: inference_pb2.Finished) -> Iterator[tuple[str, int]]:
-    """Nanoseconds of everything that is known."""
+    """Yields the name and nanoseconds of each time that ``finished`` holds."""
     timing = finished.timing
     for name in (*_WHOLE, *_PARTS):
         if timing.HasField(f"{name}_ns"):
@@ -75,5 +75,5 @@ def _covered(timing: common_pb2.Timing) -> int:
 
 
 def _rank(ordered: Sequence[int], percentile: int) -> int:
-    """Nearest rank: a value that occurred."""
+    """Returns the percentile by nearest rank, which is always one of the values."""
     return ordered[max(0, math.ceil(percentile / 100 * len(ordered)) - 1)]

@@ -1,7 +1,7 @@
-"""What the scaling policy makes of one router's numbers, for its metrics: whether or not somebody follows it.
+"""Runs the scaling policy on one router's own signals, so that its metrics show the recommended pool sizes.
 
-On Ray the application's own policy adds up all routers and decides (``overfill.cluster.policy``); with one router the
-two see the same. Elsewhere it tells whoever sizes the pools what they should be.
+On Ray the application's policy adds up all routers and decides (``overfill.cluster.policy``); with one router both see
+the same signals. Without Ray, operators read the recommendation and size the pools themselves.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from overfill.routing.scaling import Scaler, ScalingConfig, Targets
 from overfill.routing.signals import SignalReader, Signals
 
 INTERVAL = 1.0
-"""Seconds between looks, as the policy's own."""
+"""Seconds between recommendations; the same as in the policy on Ray."""
 
 
 class ScalingAdvisor:
-    """Feeds a ``Scaler`` with ``signals``, as the policy would."""
+    """Feeds a ``Scaler`` with ``signals``, as the policy on Ray does."""
 
     def __init__(self, signals: Signals, config: ScalingConfig) -> None:
         self._signals = signals
         self._reader = SignalReader(Scaler(config), {})
 
     def recommend(self, now: float) -> Targets:
-        """The pools as they should be. ``now`` is in seconds, monotonic; to be called about every ``INTERVAL``."""
+        """Returns the recommended pool sizes. Call it about every ``INTERVAL``; ``now`` is in seconds, monotonic."""
         prefill, decode = self._reader.read(now, {"": self._signals.read(now)})
         return self._reader.scaler.targets(now, prefill, decode)

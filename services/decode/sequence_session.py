@@ -1,7 +1,7 @@
-"""One attempt at one sequence: an actor between router, engine and prefill worker.
+"""One attempt at one sequence: an actor between the router, the engine and a prefill worker.
 
-Everything that happens to the sequence arrives in one inbox and is handled in order, on the event loop. What the router
-is to hear goes into the outbox, where tokens merge while nobody reads.
+All events of the sequence arrive in one inbox, and the session handles them in order on the event loop. Messages for
+the router go into an outbox. Consecutive unread tokens merge there, so a slow router never blocks an engine step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _Need = decode_pb2.NeedPrefill
 
 
 class Outbox:
-    """Responses for the router, in order. Tokens that follow each other unread become one message."""
+    """Responses for the router, in order. Consecutive unread Tokens messages merge into one."""
 
     def __init__(self) -> None:
         self._items: deque[decode_pb2.DecodeResponse] = deque()
@@ -66,7 +66,7 @@ class Outbox:
         self._changed.set()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream after what is in the box; with ``error``, if there is one."""
+        """Ends the stream after the queued messages, with ``error`` if given."""
         self._closed, self._error = True, error
         self._changed.set()
 
@@ -86,9 +86,9 @@ class Outbox:
 
 @dataclass(frozen=True, slots=True)
 class PullEnded:
-    """The prompt's KV is in place, or is not because of ``error``."""
+    """The end of a pull: the prompt's KV is in place, or ``error`` says why not."""
 
-    pull: int  # which pull of the session; the end of one that was given up means nothing
+    pull: int  # number of the pull within the session; the session ignores the end of an abandoned one
     worker_id: str
     error: OverfillError | None
 
@@ -101,15 +101,19 @@ NewPull = Callable[[PrefillPeer, "SequenceSession"], PromptPull]
 
 
 class SequenceSession:
-    """The life of one attempt. ``run`` returns when the outbox has been closed.
+    """Runs one attempt at one sequence. ``run`` closes the outbox before it returns.
 
     Args:
-        send: hands a message to the engine.
+        send: sends a message to the engine.
         use_peer: connects to a prefill worker.
-        new_pull: prepares the handoff of the prompt into ``blocks``.
-        time_left: seconds until the request's deadline, None without one.
-        load: of the worker, for a refusal.
-        metrics: told of the reservation, handoffs and the end; None counts for nobody.
+        new_pull: creates the pull of the prompt's KV into ``blocks``.
+        time_left: returns the seconds until the request's deadline, or None without one.
+        load: returns the worker's load, which a refusal reports.
+        metrics: counts the reservation, the handoffs and the end. None means no metrics.
+
+    Attributes:
+        blocks: blocks as last reserved.
+        held_tokens: number of leading prompt tokens whose KV is in ``blocks`` already.
     """
 
     def __init__(
@@ -128,8 +132,8 @@ class SequenceSession:
         self.sequence = sequence
         self.inbox: Inbox = asyncio.Queue()
         self.outbox = Outbox()
-        self.blocks: list[int] = []  # as last reserved
-        self.held_tokens = 0  # leading prompt tokens whose KV is in them
+        self.blocks: list[int] = []
+        self.held_tokens = 0
         self._send = send
         self._use_peer = use_peer
         self._new_pull = new_pull
@@ -143,7 +147,7 @@ class SequenceSession:
         self._prefill_worker = ""
         self._handoff: PromptPull | None = None
         self._cached_tokens: int | None = None
-        self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # that the KV in use came through
+        self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
         self._reserved = self._refused = False
         self._failure: BaseException | None = None
         self._wants_kv = False
@@ -152,17 +156,17 @@ class SequenceSession:
 
     @property
     def wants_first_token(self) -> bool:
-        """Whether no token of the answer is known yet, so that the full model has to sample one."""
+        """True while the answer has no token, so that the full model must sample the first one."""
         return self._emitted == 0
 
     async def run(self) -> None:
-        """Handles what happens until the sequence ends, here or for good; the engine forgets it last."""
+        """Handles events until the attempt ends. Then joins the pull and has the engine release the sequence."""
         self._send(Reserve(self.sequence))
         try:
             while not await self._handle(await self.inbox.get()):
                 pass
             self.outbox.close()
-            if not self._refused:  # refusals are counted by the engine
+            if not self._refused:  # the engine counts refusals
                 self._metrics.ended(None)
         except Exception as error:
             self._failure = error
@@ -194,7 +198,7 @@ class SequenceSession:
         self,
         item: DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception,
     ) -> bool:
-        """True when the session is over."""
+        """Handles one event. Returns True when the session is over."""
         match item:
             case Reserved(blocks=blocks, held_tokens=held):
                 self.blocks, self.held_tokens = blocks, held
@@ -206,7 +210,7 @@ class SequenceSession:
                 self._refused = True
                 return True
             case decode_pb2.AssignPrefill():
-                # Stale when the sequence lost its blocks in the meantime; it will ask again.
+                # Ignore an assignment that arrives after the sequence lost its blocks: it will ask again.
                 if self._wants_kv and self._pull is None:
                     self._pulls += 1
                     self._pull = asyncio.ensure_future(self._fetch(item, self._pulls))
@@ -232,7 +236,7 @@ class SequenceSession:
             case TokenSampled():
                 return self._on_token(item)
             case SequenceFailed(error=InvalidRequest() as failure):
-                raise failure  # the request's own fault; no other worker would do better
+                raise failure  # the request is invalid, so every worker would fail it
             case SequenceFailed(error=failure):
                 raise InternalError(f"decode failed: {failure}") from failure
             case decode_pb2.Evict():
@@ -245,7 +249,7 @@ class SequenceSession:
 
     def _announce_reservation(self) -> None:
         if self._reserved:
-            self._need_prefill(_Need.REASON_PREEMPTED, "the sequence had lost its blocks to an older one", "")
+            self._need_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
             return
         self._reserved = True
         reservation_ns = time.monotonic_ns() - self._received_ns
@@ -259,7 +263,7 @@ class SequenceSession:
         self.outbox.put(decode_pb2.DecodeResponse(need_prefill=need))
 
     async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:
-        """Has the prompt prefilled by ``target`` and its KV written into our blocks; reports to the inbox."""
+        """Has ``target`` prefill the prompt, and writes its KV into ``blocks``. Puts the outcome into the inbox."""
         error: OverfillError | None = None
         try:
             with tracing.child("decode.handoff", "client", worker=target.worker_id) as span:
@@ -288,12 +292,12 @@ class SequenceSession:
             self._pull = None
 
     def _note_cached_tokens(self) -> None:
-        """What the first prefill found counts; a later one finds what that one left."""
+        """Keeps the cached tokens of the first prefill. A later prefill would find the blocks that the first left."""
         if self._cached_tokens is None and self._handoff is not None:
             self._cached_tokens = self._handoff.stats.cached_tokens
 
     def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
-        if not self.wants_first_token:  # known from an earlier prefill of this session
+        if not self.wants_first_token:  # an earlier prefill of this session has sent it
             return False
         self._note_cached_tokens()
         token = arrived.token
@@ -359,7 +363,7 @@ class SequenceSession:
 def _reason_for(error: OverfillError) -> decode_pb2.NeedPrefill.Reason:
     match error:
         case InvalidRequest():
-            raise error  # another prefill worker would say the same
+            raise error  # every prefill worker would refuse the request
         case Incompatible():
             return _Need.REASON_INCOMPATIBLE
         case Overloaded():

@@ -1,1 +1,1 @@
-"""The services as deployments of Ray Serve; the only package that imports all three."""
+"""The services as deployments of Ray Serve. Only this package imports all three services."""

@@ -152,8 +152,8 @@ BROKEN = (
         "a client that goes frees decode blocks",
         "its sequence runs on",
         "services/decode/servicer.py",
-        "            running.cancel()  # goes on",
-        "            pass  # goes on",
+        "            running.cancel()  # the session",
+        "            pass  # the session",
         "tests/integration/test_phases.py::test_a_router_that_vanishes_frees_both_sides",
     ),
     Broken(

@@ -1,4 +1,4 @@
-"""One generating request of the OpenAI API, from what it asks for to its last byte."""
+"""Runs one generating request of the OpenAI API, from its choices to the last byte of the response."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from services.router.generation import Generation, Generator, choices
 T = TypeVar("T")
 
 _Event = tuple[Choice, inference_pb2.Delta | None]
-"""What a choice says; None when it is complete."""
+"""A delta of a choice; None when the choice is complete."""
 
 
 class RunningChoices:
-    """All choices of one request, running."""
+    """The running choices of one request."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class RunningChoices:
         self._failure: BaseException | None = None
 
     async def start(self, received: float) -> None:
-        """Queues every choice. Raises ApiError or OverfillError; nothing runs then."""
+        """Queues every choice. If it raises ApiError or OverfillError, no choice runs."""
         asked, generator = self._asked, self._generator
         try:
             total = len(asked.prompts) * asked.n
@@ -70,7 +70,7 @@ class RunningChoices:
             raise
 
     def _raise_named(self, error: BaseException) -> None:
-        """Raises an error about the grammar with the name that the request has for it."""
+        """Raises an error about the grammar again, with the grammar's field as the client named it."""
         if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
             raise named from error
 
@@ -85,7 +85,7 @@ class RunningChoices:
         )
 
     async def whole(self) -> dict[str, Any]:
-        """The response, once every choice is complete. Raises OverfillError."""
+        """Waits until every choice is complete; returns the response. Raises OverfillError."""
         async for choice, delta in self.events():
             if delta is not None:
                 choice.add(delta)
@@ -97,7 +97,7 @@ class RunningChoices:
         )
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The response as server-sent events. Raises OverfillError."""
+        """Yields the response as server-sent events. Raises OverfillError."""
         begun: set[int] = set()
         async for choice, delta in self.events():
             if choice.index not in begun:
@@ -115,7 +115,7 @@ class RunningChoices:
         yield answers.DONE
 
     async def events(self) -> AsyncIterator[_Event]:
-        """What the choices say, as it comes."""
+        """Yields the deltas of all choices as they arrive."""
         try:
             async for event in self._events():
                 yield event
@@ -127,7 +127,7 @@ class RunningChoices:
     async def _events(self) -> AsyncIterator[_Event]:
         if len(self._running) == 1:
             choice, generation = self.choices[0], self._running[0]
-            async for delta in generation.to_the_end():
+            async for delta in generation.all_deltas():
                 yield choice, delta
             choice.finished = generation.finished
             yield choice, None
@@ -150,7 +150,7 @@ class RunningChoices:
                 pump.cancel()
 
     async def close(self) -> None:
-        """Ends what still runs."""
+        """Ends the choices that still run."""
         try:
             await self._stack.aclose()
         finally:
@@ -175,7 +175,7 @@ class RunningChoices:
 
 async def _pump(choice: Choice, generation: Generation, said: asyncio.Queue[_Event | Exception]) -> None:
     try:
-        async for delta in generation.to_the_end():
+        async for delta in generation.all_deltas():
             await said.put((choice, delta))
         choice.finished = generation.finished
         await said.put((choice, None))
@@ -184,7 +184,7 @@ async def _pump(choice: Choice, generation: Generation, said: asyncio.Queue[_Eve
 
 
 class EventStream(Response):
-    """Streams ``answers``; what goes wrong before the first event is raised by ``begin``."""
+    """Streams the choices. ``begin`` raises errors that occur before the first event."""
 
     media_type = "text/event-stream"
 
@@ -197,7 +197,7 @@ class EventStream(Response):
         self._first = b""
 
     async def begin(self, request: Request) -> None:
-        """Waits for the first event. Raises OverfillError, or ClientGone."""
+        """Waits for the first event. Raises OverfillError or ClientGone."""
         self._first = await while_connected(request.receive, self._next())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -227,7 +227,7 @@ class ClientGone(Exception):
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes. Raises ClientGone then."""
+    """Returns the result of ``work``. If the client disconnects first, cancels ``work`` and raises ClientGone."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_gone(receive))
     try:

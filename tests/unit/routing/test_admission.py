@@ -8,7 +8,7 @@ def test_a_key_has_its_rate_and_what_came_together_after_a_pause():
     limits, two = KeyLimiter(), KeyQuota("a", rate=2.0)
     for _ in range(2):
         limits.acquire("a", two, 0.0)
-    with pytest.raises(Overloaded, match="2 times a second") as caught:
+    with pytest.raises(Overloaded, match="2 requests per second") as caught:
         limits.acquire("a", two, 0.0)
     assert caught.value.retry_after == pytest.approx(0.5)
     limits.acquire("b", two, 0.0)
@@ -46,7 +46,7 @@ def test_answers_that_come_together_are_taken_together_or_not_at_all():
         with pytest.raises(Overloaded):
             limits.acquire("a", limit, 0.0, 3)
         limits.acquire("a", limit, 0.0, 2)
-        with pytest.raises(InvalidRequest, match=r"n: asks for 5 answers.* may have 4"):
+        with pytest.raises(InvalidRequest, match=r"n: asks for 5 answers.* at most 4"):
             limits.check("a", limit, 100.0, 5)
         limits = KeyLimiter()
 
@@ -82,7 +82,7 @@ def test_a_queue_that_stands_still_is_known_in_the_end():
 
 @pytest.mark.parametrize(("at_once", "gap"), [(1, 0.1), (4, 0.4)])
 def test_where_requests_leave_in_clumps_less_is_taken(at_once, gap):
-    """Ten leave per second either way; who comes must be done waiting within one second."""
+    """Ten requests leave per second in both cases; an admitted request must be placed within one second."""
     admission, now = Admission(100, max_wait=1.0), 0.0
     while now < 30:
         now += 0.1 * at_once
@@ -92,5 +92,5 @@ def test_where_requests_leave_in_clumps_less_is_taken(at_once, gap):
     assert admission.departure_rate.expected_gap == pytest.approx(gap, rel=0.1)
     most = round((1.0 - gap) * 10)
     admission.check(5, most - 1, now, None)
-    with pytest.raises(Overloaded, match="the most here is 1 s"):
+    with pytest.raises(Overloaded, match="the limit 1 s"):
         admission.check(5, most + 1, now, None)

@@ -484,11 +484,11 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     assert dispatcher.num_waiting == 2
     dispatcher.admit(0, "", now, now + 0.7)
-    with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
+    with pytest.raises(Overloaded, match="the deadline in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
     dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
-    dispatcher.admit(-1, "", now, now + 0.3)  # nobody goes before an urgent one
+    dispatcher.admit(-1, "", now, now + 0.3)  # an urgent request has none ahead of it
 
 
 def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
@@ -504,7 +504,7 @@ def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, m
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for index in range(2):
         dispatcher.submit(job(f"more{index}"), now)
-    with pytest.raises(Overloaded, match="the most here is 1 s"):
+    with pytest.raises(Overloaded, match="the limit 1 s"):
         for index in range(4):
             dispatcher.submit(job(f"too many{index}"), now)
 
@@ -718,7 +718,7 @@ class Dispatching(RuleBasedStateMachine):
         assert self.dispatcher.num_jobs == len(self.open)
 
     def teardown(self):
-        """With healthy workers and nobody failing any more, everything is answered or refused."""
+        """With healthy workers and no more failures, every request is answered or refused."""
         for name in ("d0", "d1", "d2", "p0", "p1"):
             pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
             worker = self.join(name, pool.stage, 99)

@@ -83,7 +83,7 @@ def test_of_two_drawn_workers_the_less_loaded_is_taken(add_worker):
         add_worker(roster, f"d{index}", running=index)
     chosen = [choose(roster.decode).id for _ in range(200)]
     assert len(set(chosen)) > 5, "not all the same one"
-    assert "d9" not in chosen, "the most loaded loses against anyone"
+    assert "d9" not in chosen, "the most loaded worker loses every comparison"
 
 
 # Prefix affinity ---------------------------------------------------------------------------------------------------

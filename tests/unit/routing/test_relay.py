@@ -284,7 +284,7 @@ async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack)
             if attempt < 2:  # what gets on is not given up
                 stream.tokens(attempt, 7)
             stream.fail(InternalError("bug"))
-        with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last: bug"):
+        with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last failure: bug"):
             await read_all(relay)
 
 
@@ -407,7 +407,9 @@ async def test_prefill_that_keeps_failing_ends_the_request(stack):
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="slow"))
         await stream.assigned()
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="too slow"))
-        with pytest.raises(Unavailable, match="2 failed prefills; 0 tokens had been produced; the last: too slow"):
+        with pytest.raises(
+            Unavailable, match="2 failed prefills; 0 tokens had been produced; the last failure: too slow"
+        ):
             await relay.next()
 
 

@@ -1,4 +1,4 @@
-"""What a router tells of the last minute."""
+"""The statistics of a router's last minute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_percentiles_are_of_answers_that_occurred_and_unattributed_is_what_is_le
     assert found["ttft"].p99_seconds == pytest.approx(0.198)
     assert found["unattributed"].p50_seconds == pytest.approx(0.069)
     assert found["itl"].p90_seconds == pytest.approx(0.1)
-    assert "return_path" not in found, "what nobody measured is not shown as nothing"
+    assert "return_path" not in found, "a time that was not measured is missing, not 0"
 
 
 def test_answers_are_forgotten_after_a_minute():

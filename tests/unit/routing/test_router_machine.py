@@ -41,7 +41,7 @@ STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 
 
 class ManualLoop(asyncio.SelectorEventLoop):
-    """Time stands still unless it is told to pass."""
+    """An event loop whose clock moves only when the test moves it."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ class Routing(RuleBasedStateMachine):
     def begin(self):
         for name in ("d0", "d1", "p0"):
             self.act(lambda name=name: self.report(self.join(name, 0)))
-        for _ in range(2):  # something runs already: it takes rules many steps to come that far
+        for _ in range(2):  # start with running requests: the rules need many steps to get there
             self.take(Request(next(self.numbers), 10, 12, 0, None), 20)
         self.advance_all(1)
         self.advance_all(1)
@@ -311,7 +311,7 @@ class Routing(RuleBasedStateMachine):
                 self.advance(stream, count)
 
     def advance(self, stream, count):
-        """Reserves; then some tokens; then the end, when there are none left."""
+        """Sends Reserved, then tokens, then the end of the answer."""
         if not stream.reserved:
             stream.reserved = True
             self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1))
@@ -411,7 +411,7 @@ class Routing(RuleBasedStateMachine):
                 assert self.loop.now >= request.deadline
             case ShuttingDown():
                 assert request.aborted
-            case error if "gave up after" in str(error) or "no prefill worker fits" in str(error):
+            case error if "gave up after" in str(error) or "no prefill worker is compatible" in str(error):
                 assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
             case PromptTooLong():
                 pass  # the workers that could have held it have left
@@ -421,7 +421,7 @@ class Routing(RuleBasedStateMachine):
         assert all(s.closed for s in streams)
 
     def teardown(self):
-        """With healthy workers and nobody failing any more, whatever is left is answered."""
+        """With healthy workers and no more failures, every remaining request is answered."""
         for name in NAMES:
             if (worker := self.pool(name).get(name)) is not None:
                 self.act(self.break_streams, worker.key, Unavailable("the connection broke"))

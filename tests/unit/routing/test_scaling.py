@@ -220,7 +220,7 @@ def test_targets_are_never_out_of_bounds(events, low, extra, total):
         ({"ttft": 0.0}, "ttft must be above 0"),
         ({"quantile": 1.0}, "quantile must be"),
         ({"long_window": 5.0}, "shorter than short_window"),
-        ({"max_total": 1}, "less than both pools' minima"),
+        ({"max_total": 1}, "less than the sum of both pools' minima"),
     ],
 )
 def test_a_wrong_configuration_is_named(wrong, message):

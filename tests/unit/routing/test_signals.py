@@ -13,7 +13,7 @@ from overfill.v1 import common_pb2, inference_pb2
 
 
 class Heard:
-    """Takes down what a scaler is told."""
+    """Records the calls to a scaler."""
 
     def __init__(self) -> None:
         self.config = ScalingConfig()

@@ -1,4 +1,4 @@
-"""What a router says to workers that it shares, and when."""
+"""When a router sends its demand to workers that it shares with other routers."""
 
 import asyncio
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""One attempt as an actor: what it tells the engine, whatever order things happen in."""
+"""One attempt as an actor: its messages to the engine, for every order of events."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ from services.decode.sequence_session import Outbox, PullEnded, SequenceSession
 
 
 class Pull:
-    """A handoff that ends when it is told to, and takes its time to let go of the blocks."""
+    """A pull that ends when the test says so, and holds its blocks for a while after it is cancelled."""
 
     codec = common_pb2.KV_CODEC_RAW
 
