@@ -99,12 +99,12 @@ def fit_blocks(requirements: Sequence[MemoryRequirement], available: int) -> int
 
     Returns 0 when not even one block fits.
     """
-    most = max(0, available) // sum(d.block_bytes for d in requirements)
+    upper = max(0, available) // sum(d.block_bytes for d in requirements)
 
     def needed(num_blocks: int) -> int:
         return sum(memory_needed(requirements, [num_blocks] * len(requirements)))
 
-    return max(0, bisect.bisect_right(range(most + 1), available, key=needed) - 1)
+    return max(0, bisect.bisect_right(range(upper + 1), available, key=needed) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 - **Budget.** The oldest prompt gets the tokens it needs, or half of the budget if it needs more than all of it. The
   rest goes to the other prompts, those with the fewest remaining tokens first. What they leave goes to the oldest.
 - **Fairness.** A short prompt waits for shorter ones only, never for a long prompt as a whole. The oldest prompt
-  advances by at least half of the budget in every step.
+  finishes, or advances by at least half of the budget, in every step.
 - **Sharing.** A prompt that has not started waits while another one computes its next block. It then starts behind
   that block, which it takes from the prefix cache.
 """
