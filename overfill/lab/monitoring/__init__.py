@@ -1,1 +1,1 @@
-"""Holds dashboards and rules against a real Prometheus."""
+"""Checks dashboards and rules against a real Prometheus."""
