@@ -1,4 +1,4 @@
-"""For ``locust -f loadtest/locustfile.py``: the users, shapes and objectives of ``overfill.lab.loadtest``."""
+"""Locust file for ``locust -f loadtest/locustfile.py``: exports users and load shapes of ``overfill.lab.loadtest``."""
 
 from overfill.lab.loadtest.locustfile import GrpcUser, OpenAiUser, PlannedShape
 

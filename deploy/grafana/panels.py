@@ -1,4 +1,4 @@
-"""What the dashboards are made of: panels of a few kinds, all of one look. Knows no metric."""
+"""Building blocks of the dashboards: a few kinds of panels with one look. Contains no metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grafana_foundation_sdk.models import prometheus as query_model
 
 Panel = timeseries.Panel | stat.Panel | heatmap.Panel | bargauge.Panel
 Queries = Mapping[str, str]
-"""Legend -> expression. ``{{label}}`` in a legend stands for a label's value."""
+"""Legend -> PromQL expression. Grafana replaces ``{{label}}`` in a legend by the label's value."""
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="$datasource")
 WIDTH = 24  # columns of a dashboard
@@ -28,7 +28,7 @@ _PALETTES = {
     "{{stage}}": {"prefill": "#F2495C", "decode": "#5794F2"},
     "used": {"used": "#F2495C", "cached": "#FADE2A", "free": "#73BF69"},
 }  # fmt: skip
-"""Legend -> colours of its names: a part or stage looks the same on all dashboards."""
+"""Legend -> colours by name, so that a part or stage has the same colour on all dashboards."""
 
 
 def lines(
@@ -43,14 +43,15 @@ def lines(
     height: int = 8,
     limit: float | None = None,
 ) -> timeseries.Panel:
-    """Lines over time.
+    """Return a panel with lines over time.
 
     Args:
-        what: what the panel shows, and what to make of it.
-        stacked: areas on top of each other, which must be parts of a whole.
-        shares: stacked, as shares of the whole.
-        span, height: of 24 columns, and in grid rows.
-        limit: where a line turns bad; drawn as a threshold.
+        what: Description: meaning of the values, and how to read them.
+        stacked: Stack the areas; the values must be parts of a whole.
+        shares: Stack the areas as shares of the whole.
+        span: Width in columns, of 24.
+        height: Height in grid rows.
+        limit: Threshold to draw; values above it are bad.
     """
     panel = timeseries.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height)
     panel = (
@@ -75,7 +76,7 @@ def lines(
 
 
 def number(title: str, query: str, unit: str = COUNT, *, what: str = "", limit: float | None = None, span: int = 3):
-    """One number, with its course behind it; red beyond ``limit``."""
+    """Return a panel with the latest value in large digits over its graph; red above ``limit``."""
     panel = stat.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(4)
     panel = panel.graph_mode(look.BigValueGraphMode.AREA).color_mode(look.BigValueColorMode.VALUE)
     panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
@@ -85,7 +86,7 @@ def number(title: str, query: str, unit: str = COUNT, *, what: str = "", limit: 
 
 
 def cells(title: str, buckets: str, *, what: str = "", span: int = 12, height: int = 8) -> heatmap.Panel:
-    """How a histogram's observations are spread, over time. ``buckets``: observations by ``le``, in seconds."""
+    """Return a heatmap of a histogram over time. ``buckets`` is an expression by ``le``, in seconds."""
     panel = heatmap.Panel().title(title).description(what).datasource(SOURCE).span(span).height(height)
     axis = heatmap.YAxisConfig().unit(SECONDS).axis_placement(look.AxisPlacement.LEFT)
     colours = heatmap.HeatmapColorOptions().mode(heatmap_model.HeatmapColorMode.SCHEME).scheme("Spectral").steps(64)
@@ -101,7 +102,7 @@ def cells(title: str, buckets: str, *, what: str = "", span: int = 12, height: i
 def bars(
     title: str, queries: Queries, unit: str = COUNT, *, what: str = "", span: int = 8, height: int = 8
 ) -> bargauge.Panel:
-    """The newest value of each series, as bars."""
+    """Return a panel with the latest value of each series as a bar."""
     panel = (
         bargauge.Panel().title(title).description(what).datasource(SOURCE).unit(unit).span(span).height(height).min(0)
     )
@@ -113,10 +114,10 @@ def bars(
 def board(
     uid: str, title: str, what: str, rows: Mapping[str, Sequence[Panel]], workers: bool = False
 ) -> dashboard.Dashboard:
-    """A dashboard of titled rows.
+    """Return a dashboard of titled rows.
 
     Args:
-        workers: whether the expressions have ``$worker``, a choice of workers.
+        workers: Add the variable ``$worker``, with which the user selects workers.
     """
     made = dashboard.Dashboard(f"Overfill / {title}").uid(f"overfill-{uid}").description(what).tags(["overfill"])
     made = made.refresh("10s").time("now-30m", "now").timezone("browser").tooltip(model.DashboardCursorSync.CROSSHAIR)

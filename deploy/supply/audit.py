@@ -1,10 +1,10 @@
-"""What the project is made of, and whether anything of it is known to be vulnerable.
+"""Writes the project's bill of materials, and looks for known vulnerabilities in its dependencies.
 
     python deploy/supply/audit.py [--sbom FILE] [--offline]
 
-Writes a bill of materials (CycloneDX 1.5) of the project and all that a stack needs to run, as installed here, and has
-pip-audit look up what the project names itself. Exits 1 when a vulnerability is known. Where nobody answers that says
-so and is no failure: a build must not depend on an index.
+The bill of materials (CycloneDX 1.5) lists the project and all packages that a stack needs, in the installed versions.
+pip-audit looks up the direct dependencies. The program exits 1 when a vulnerability is known. If the look-up fails, the
+program says so and exits 0, because a build must not depend on a service.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import Any
 from packaging.requirements import Requirement
 
 PROJECT, EXTRA = "overfill", "server"
-PATIENCE = 90  # seconds for the whole look-up
+PATIENCE = 90  # seconds that the look-up may take
 
 
 @dataclass
 class Part:
-    """A distribution with those of its extras that something asks for."""
+    """An installed distribution, and those of its extras that are required."""
 
     files: Distribution
     extras: set[str]
 
     @property
     def direct(self) -> list[Requirement]:
-        """What it needs here."""
+        """Requirements that apply on this platform."""
         needed = [Requirement(line) for line in self.files.requires or ()]
         return [one for one in needed if one.marker is None or any(map(one.marker.evaluate, self._environments()))]
 
@@ -46,7 +46,7 @@ class Part:
 
 
 def closure(name: str, extra: str) -> dict[str, Part]:
-    """The distribution with ``extra`` and everything that it needs to run, by normalised name."""
+    """Return the distribution with ``extra`` and all its dependencies, by normalised name."""
     found: dict[str, Part] = {}
     waiting = [(name, {extra})]
     while waiting:
@@ -63,7 +63,7 @@ def closure(name: str, extra: str) -> dict[str, Part]:
 
 
 def bill(parts: dict[str, Part]) -> dict[str, Any]:
-    """A CycloneDX document."""
+    """Return the bill of materials as a CycloneDX document."""
     components = [_component(name, part.files) for name, part in sorted(parts.items()) if name != PROJECT]
     dependencies = [
         {
@@ -93,10 +93,10 @@ def bill(parts: dict[str, Part]) -> dict[str, Any]:
 
 
 def vulnerabilities(parts: dict[str, Part]) -> tuple[list[str], str]:
-    """(one line for each that is known of what the project names itself, what could not be looked up and why)"""
+    """Return known vulnerabilities of direct dependencies, a line each, and why the look-up is incomplete (or \"\")."""
     own = sorted({_normal(needed.name) for needed in parts[PROJECT].direct} & parts.keys() - {PROJECT})
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        # Without what a local build adds to a version, as in 2.13.0+cpu.
+        # The index does not know local version suffixes, as in 2.13.0+cpu.
         file.write("".join(f"{name}=={parts[name].files.version.partition('+')[0]}\n" for name in own))
         file.flush()
         command = [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--no-deps", "--disable-pip"]
@@ -105,7 +105,7 @@ def vulnerabilities(parts: dict[str, Part]) -> tuple[list[str], str]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
             answers = json.loads(done.stdout)["dependencies"]
         except subprocess.TimeoutExpired:
-            return [], f"nobody answered within {PATIENCE} s"
+            return [], f"no answer within {PATIENCE} s"
         except (ValueError, KeyError):
             return [], (done.stderr.strip().splitlines() or ["no answer"])[-1]
     known = [
@@ -114,7 +114,7 @@ def vulnerabilities(parts: dict[str, Part]) -> tuple[list[str], str]:
         for issue in one.get("vulns", ())
     ]
     skipped = [one["name"] for one in answers if "skip_reason" in one]
-    return known, f"{len(skipped)} of {len(own)} are not known where it was asked" if skipped else ""
+    return known, f"the service does not know {len(skipped)} of {len(own)} packages" if skipped else ""
 
 
 def _component(name: str, part: Distribution) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def _normal(name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Bill of materials and known vulnerabilities.")
-    parser.add_argument("--sbom", type=Path, help="where to write the bill of materials")
-    parser.add_argument("--offline", action="store_true", help="ask nobody")
+    parser.add_argument("--sbom", type=Path, help="file to write the bill of materials to")
+    parser.add_argument("--offline", action="store_true", help="skip the look-up")
     arguments = parser.parse_args()
     parts = closure(PROJECT, EXTRA)
     if arguments.sbom is not None:

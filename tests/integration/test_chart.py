@@ -1,4 +1,4 @@
-"""The Helm chart: what it renders is valid, safe, and accepted by an API; what it does not know, it refuses."""
+"""The Helm chart renders valid and safe objects, which an API server accepts, and refuses unknown values."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("prefill.replica=2", "replica"),
         ("prefill.settings.kv-memroy=1GiB", "kv-memroy"),
         ("router.settings.kv-memory=1GiB", "kv-memory"),
-        ("decode.settings.host=0.0.0.0", "host"),  # the chart's own
+        ("decode.settings.host=0.0.0.0", "host"),  # the chart sets it itself
         ("decode.settings.prefix-cache=true", "prefix-cache"),
         ("decode.autoscaling.kind=vpa", "autoscaling/kind"),
         ("pair.source=ftp", "pair/source"),
@@ -198,7 +198,7 @@ def test_ports_probes_and_services_agree(values: str) -> None:
         assert str(ports.get("https", "")) == flags.get("http", "")
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert container[probe]["exec"]["command"][-1] == f"127.0.0.1:{ports['grpc']}"
-        # Only readiness may depend on whether workers are there: the others restart the container.
+        # Only readiness may depend on workers, because the other probes restart the container.
         for probe, live in (("startupProbe", True), ("readinessProbe", False), ("livenessProbe", True)):
             assert ("--live" in container[probe]["exec"]["command"]) is live
         for service in of_kind(objects, "Service").values():
@@ -268,7 +268,7 @@ def test_every_flag_and_variable_is_of_the_code(values: str, settings: tuple[str
         for container in [*pod.get("initContainers", []), *pod["containers"]]:
             for variable in container["env"]:
                 if variable["name"].startswith("OVERFILL_"):
-                    # OVERFILL_TLS_CA and its like are made of one pattern.
+                    # The code builds OVERFILL_TLS_CA and the like from one pattern.
                     pattern = re.sub(r"_TLS_\w+", "_TLS_{", variable["name"])
                     assert pattern in source, variable["name"]
         kind = next((kind for kind in SERVICES if kind.section == component), None)
@@ -287,7 +287,7 @@ def test_every_metric_is_exported() -> None:
 
 
 def series_labels(objects: list[dict], component: str) -> dict[str, str]:
-    """Labels by which series of a component's pods are told apart, as the release's PodMonitor makes them."""
+    """Return the labels that the release's PodMonitor gives to series of a component's pods."""
     (monitor,) = of_kind(objects, "PodMonitor").values()
     (template,) = (
         one["spec"]["template"]
@@ -299,7 +299,7 @@ def series_labels(objects: list[dict], component: str) -> dict[str, str]:
         for name, value in template["metadata"]["labels"].items()
     }
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
-    made = {"namespace": "serving"}  # by the operator
+    made = {"namespace": "serving"}  # added by the operator
     for rule in endpoint["relabelings"]:
         if "sourceLabels" in rule:
             (source,) = rule["sourceLabels"]
@@ -308,7 +308,7 @@ def series_labels(objects: list[dict], component: str) -> dict[str, str]:
 
 
 def selectors(node: object) -> list[promql_parser.VectorSelector]:
-    """Every selector of a parsed query."""
+    """Return every selector of a parsed query."""
     if isinstance(node, promql_parser.VectorSelector):
         return [node]
     parts = (getattr(node, name, None) for name in ("expr", "lhs", "rhs"))
@@ -338,12 +338,12 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
 
 @pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])
 async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
-    """A stateful stand-in of an API server takes everything, twice; the second time nothing changes."""
+    """A stateful stand-in of an API server accepts all objects, twice; the second time nothing changes."""
     objects = [one for one in render(values) if one["kind"] != "Pod"]
-    with warnings.catch_warnings():  # it reads its own data in a way that Python 3.11 gives up
+    with warnings.catch_warnings():  # kmock reads its data by a way that Python 3.11 deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         kmock.resources.load_bundled()
-    kmock["get /api/v1"] << {  # kmock 0.8 calls this group "/v1", which kubectl does not know
+    kmock["get /api/v1"] << {  # kmock 0.8 names this group "/v1", which kubectl does not know
         "kind": "APIResourceList",
         "groupVersion": "v1",
         "resources": [
@@ -362,7 +362,7 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
     first = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
     assert first.count(" created") == len(objects), first
     second = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
-    # kubectl replaces a budget's selector as a whole, in words that the stand-in stores.
+    # kubectl replaces a budget's selector as a whole, and the stand-in counts that as a change.
     changed = [line for line in second.splitlines() if not line.endswith(" unchanged")]
     assert all(line.startswith("poddisruptionbudget.policy/") for line in changed), second
     assert len(second.splitlines()) == len(objects)

@@ -1,4 +1,4 @@
-"""The services start with exactly the commands that the chart renders, and are probed as it says."""
+"""The services start with exactly the commands that the chart renders, and its probes succeed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ METRICS = 7690
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the chart's secret holds, by the script that docs/deploy.md uses."""
+    """Folder with the files of the chart's TLS secret, made by the script of docs/deploy.md."""
     folder = tmp_path_factory.mktemp("tls") / "tls"
     subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder], check=True, capture_output=True)
     return folder
 
 
 class Machine:
-    """One machine in place of a cluster: every port of a pod is another one here, every path a folder of the test."""
+    """Stands in for a cluster: replaces pods' ports by free ones of this machine, and their paths by the test's."""
 
     def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
         self._folder = folder
@@ -51,14 +51,14 @@ class Machine:
         self.lines: list[str] = []
 
     def port(self, component: str, port: int) -> int:
-        """The port here that stands for a pod's. Routers and workers are found under the same one everywhere."""
+        """Return this machine's port for a pod's port. All components find routers and workers under the same ports."""
         owner = component if port in (METRICS, 8000) else ""
         if (owner, port) not in self._ports:
             (self._ports[owner, port],) = free_ports("127.0.0.1", 1)
         return self._ports[owner, port]
 
     def command(self, component: str, container: dict, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-        """``argv`` of a container, and its environment, with this machine's paths and ports."""
+        """Return ``argv`` and environment of a container, with this machine's paths and ports."""
         env = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
@@ -69,7 +69,7 @@ class Machine:
             if "value" in variable:
                 env[variable["name"]] = self._here(component, variable["value"])
         env["OVERFILL_HOME"] = str(self._folder)
-        # As Kubernetes does.
+        # Kubernetes expands $(NAME) in the same way.
         words = [re.sub(r"\$\((\w+)\)", lambda match: env[match[1]], self._here(component, word)) for word in argv]
         return [sys.executable, "-m", *PROGRAMS[words[0]], *words[1:]], env
 
@@ -103,7 +103,7 @@ def running(machine: Machine, specs: dict[str, dict]) -> Iterator[dict[str, Chil
         stop(children.values(), 20)
 
 
-# What the tiny pair, and a machine without a GPU, cannot do; all else is as it is rendered.
+# Settings for the tiny pair and a machine without a GPU; all others stay as rendered.
 HERE = tuple(
     f"{stage}.settings.{setting}"
     for stage in ("prefill", "decode")
@@ -130,7 +130,7 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
             wait_until(lambda: {w.id for w in client.status().workers} == {"prefill-x7", "decode-x7"}, 60, "both join")
             answer = client.generate([20, 21, 22], sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
         assert len(answer.token_ids) == 4
-        # The test of `helm test`, less its question: the tiny pair has no words.
+        # The command of `helm test` without its prompt, because the tiny pair has no tokenizer.
         (container,) = specs["test"]["containers"]
         first = container["command"][2].partition(";")[0]
         command, env = machine.command("test", container, shlex.split(first))
@@ -158,7 +158,7 @@ def test_the_services_take_every_rendered_flag(values: str) -> None:
 def test_the_variables_of_kubernetes_services_would_be_refused(
     values: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Why pods have no service links: the service ``overfill-router`` of a release would break its routers."""
+    """Pods have no service links, because the variables of the service ``overfill-router`` would break its routers."""
     monkeypatch.setenv("OVERFILL_ROUTER_PORT_7600_TCP", "tcp://10.0.0.1:7600")
     with pytest.raises(SystemExit):
         RouterConfig.parse(["--pair", "p"])

@@ -1,7 +1,4 @@
-"""KV through a codec on a real stack: chosen per pool and per request, and never judged as if it were exact."""
-
-import subprocess
-import sys
+"""KV through a codec on a real stack: chosen per pool and per request, and reported."""
 
 import pytest
 from stacks import idle, running_stack, wait_until
@@ -34,22 +31,10 @@ def test_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
         wait_until(lambda: idle(address), 5, "all blocks free")
 
 
-def test_a_pool_s_codec_is_reported_and_refused_by_the_judge(tiny_pair, tmp_path):
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text('{"prompt": "Why?"}\n')
+def test_a_pool_s_codec_is_reported(tiny_pair):
     with running_stack(tiny_pair, kv_codec="int8") as (_, address), Client(address) as client:
         assert client.generate(PROMPT, sampling=GREEDY, trace=True).trace.kv_bytes == RAW_BYTES * 20 // 64
         assert {w.process.codec for w in client.status().workers if w.stage == "decode"} == {"int8"}
-        arguments = [f"--questions={questions}", "--max-tokens=4", f"--address={address}", f"--pair={tiny_pair}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "overfill.cli.main", "verify", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert "raw codec" in done.stderr
 
 
 def test_a_decode_worker_that_holds_kv_as_int8_asks_for_it_so_and_takes_raw_kv_too(tiny_pair):

@@ -29,7 +29,9 @@ def downloads(tiny_pair, tmp_path, monkeypatch):
 
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("overfill.pair.sources.fetch_default", fetch)
-    monkeypatch.setattr(store, "NAMED", {"default": DecoderRecipe(intermediate_size=64), "identity": DecoderRecipe()})
+    monkeypatch.setattr(
+        store, "NAMED", {"default": DecoderRecipe(intermediate_size=64, tokens=512), "identity": DecoderRecipe()}
+    )
     # A folder that has the name of a pair: only ./default is this one.
     (tmp_path / "here" / "default").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")

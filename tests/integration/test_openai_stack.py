@@ -66,9 +66,15 @@ def test_one_bias_rules_both_stages(running):
 def test_a_killed_decode_worker_costs_neither_shape_nor_penalties(tiny_pair):
     shaped = SamplingParams(seed=3, max_tokens=800, grammar=Grammar.json_schema(SCHEMA))
     penalised = SamplingParams(seed=3, max_tokens=400, ignore_eos=True, frequency_penalty=1.0, repetition_penalty=1.2)
-    least = SamplingParams(seed=3, min_tokens=400, logit_bias={1: 100})  # which ends an answer as soon as it may
-    for sampling in (shaped, penalised, least):
-        with running_stack(tiny_pair, decode=2, max_model_len="2048") as (stack, address), Client(address) as client:
+    least = SamplingParams(seed=3, min_tokens=400, logit_bias={1: 100})  # ends the answer as soon as min_tokens allows
+    greedy = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    kinds = (shaped, penalised, least, greedy)
+    # One stack, of which each kind costs a decode worker.
+    with (
+        running_stack(tiny_pair, decode=len(kinds) + 1, max_model_len="2048") as (stack, address),
+        Client(address) as client,
+    ):
+        for sampling in kinds:
             expected = client.generate("Hi", sampling=sampling)
             with client.stream("Hi", sampling=sampling) as stream:
                 next(stream)
@@ -83,6 +89,7 @@ def test_a_killed_decode_worker_costs_neither_shape_nor_penalties(tiny_pair):
             assert stream.answer.token_ids == expected.token_ids
             if sampling.grammar is not None:
                 jsonschema.validate(json.loads(stream.answer.text), SCHEMA)
+        wait_until(lambda: idle(address), 5, "all blocks free")
 
 
 def test_the_sdk_calls_tools(running):

@@ -16,6 +16,7 @@ import torch
 from stacks import children, idle, loads, running_stack, wait_until
 
 from overfill.api import keys
+from overfill.cli.main import main
 from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
@@ -64,8 +65,16 @@ def judged(reference, chats):
     )
 
 
-def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(tiny_pair, reference):
-    with running_stack(tiny_pair) as (_, address), Client(address) as client, ThreadPoolExecutor(3) as pool:
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    """Address and client of a stack with caches, which no test has filled with its own prompts."""
+    with running_stack(tiny_pair) as (_, address), Client(address) as client:
+        yield address, client
+
+
+def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(stack, reference):
+    address, client = stack
+    with ThreadPoolExecutor(3) as pool:
         chats = list(pool.map(lambda seed: chat(client, seed), range(3)))
         for turns in chats:
             assert turns[0][1].usage.cached_tokens == turns[0][1].trace.held_tokens == 0
@@ -85,14 +94,12 @@ def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(tiny_pair, 
     assert summary.passed, str(summary)
 
 
-def test_without_caches_the_answers_are_the_same(tiny_pair, reference):
-    chats = []
-    for setting in ("on", "off"):
-        with running_stack(tiny_pair, prefix_cache=setting) as (_, address), Client(address) as client:
-            chats.append(chat(client, 7))
-            if setting == "off":
-                assert all(load.kv_blocks_cached == 0 for load in loads(address).values())
-                assert loads(address)["prefill-0"].prefix_hit_rate == 0
+def test_without_caches_the_answers_are_the_same(stack, tiny_pair, reference):
+    chats = [chat(stack[1], 7)]
+    with running_stack(tiny_pair, prefix_cache="off") as (_, address), Client(address) as client:
+        chats.append(chat(client, 7))
+        assert all(load.kv_blocks_cached == 0 for load in loads(address).values())
+        assert loads(address)["prefill-0"].prefix_hit_rate == 0
     assert all(answer.usage.cached_tokens == 0 for _, answer in chats[1])
     assert [answer.token_ids for _, answer in chats[0]] == [answer.token_ids for _, answer in chats[1]]
     assert judged(reference, chats).passed
@@ -213,18 +220,17 @@ async def test_what_is_held_does_not_travel(worker):
     assert torch.allclose(rest.k[:, 3:], whole.k[:, 3:], atol=1e-4)
 
 
-def test_status_shows_the_hit_rate(tiny_pair):
-    import subprocess
+def test_status_shows_the_hit_rate(stack, capsys):
+    address, client = stack
 
-    with running_stack(tiny_pair) as (_, address), Client(address) as client:
-        for _ in range(2):
-            client.generate(list(range(100, 170)), sampling=GREEDY)
-        done = subprocess.run(
-            [sys.executable, "-m", "overfill.cli.main", "status", "--json", f"--address={address}"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-    workers = {worker["id"]: worker for worker in json.loads(done.stdout)["workers"]}
-    assert workers["prefill-0"]["prefix_hit_rate"] == pytest.approx(64 / 140)
+    def tokens():
+        load = loads(address)["prefill-0"]
+        return load.prefix_tokens_found, load.prefix_tokens_looked_up
+
+    found, looked_up = tokens()
+    for _ in range(2):
+        client.generate(list(range(100, 170)), sampling=GREEDY)
+    assert tokens() == (found + 64, looked_up + 140)
+    assert main(["status", "--json", f"--address={address}"]) == 0
+    workers = {worker["id"]: worker for worker in json.loads(capsys.readouterr().out)["workers"]}
+    assert workers["prefill-0"]["prefix_hit_rate"] == pytest.approx((found + 64) / (looked_up + 140))

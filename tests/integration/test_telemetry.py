@@ -1,5 +1,7 @@
-"""The telemetry check: a stack, a real Prometheus and a load. Every panel and rule has data, no metric is missing or
-undocumented, and histograms agree with what clients measured."""
+"""The telemetry check: a stack under load, watched by a real Prometheus.
+
+Every panel and rule has data, no metric is missing or undocumented, and histograms agree with clients' measurements.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from overfill.lab.monitoring.prometheus import running_prometheus
 ROOT = Path(__file__).parents[2]
 DASHBOARDS, RULES = (ROOT / "deploy/helm/overfill/files" / folder for folder in ("dashboards", "rules"))
 INTERVAL = 0.5  # seconds between scrapes
-LOAD = 12.0  # seconds of it before anything is asked
+LOAD = 12.0  # seconds of load before the queries
 CLIENTS = 3
 
 pytestmark = [
@@ -35,7 +37,7 @@ pytestmark = [
 
 @dataclass
 class Measured:
-    """What clients saw of successful answers; seconds by their own clocks."""
+    """Clients' measurements of successful answers; seconds by their own clocks."""
 
     answers: int = 0
     prompt_tokens: int = 0
@@ -47,7 +49,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def watched(tiny_pair, tmp_path_factory):
-    """(Prometheus, what clients measured) after a load that has ended and been scraped."""
+    """(Prometheus, clients' measurements), after the load has ended and Prometheus has scraped it."""
     with running_stack(tiny_pair, prefill=2, decode=2, http=0) as (_, address):
         with Client(address) as client:
             status = client.status()
@@ -139,7 +141,7 @@ def test_no_metric_is_missing_or_undocumented(watched):
     exported = {
         re.sub(r"_(bucket|sum|count|created)$", "", name) for name in prometheus.names() if name.startswith("overfill_")
     }
-    # What a counter's "_created" is of has "_total" in its own name.
+    # A counter's "_created" series lacks the "_total" of its name.
     exported = {name if name in documented else f"{name}_total" for name in exported}
     assert exported == documented
 
@@ -150,7 +152,7 @@ def test_counters_agree_with_what_clients_had(watched):
     assert total(prometheus, "overfill_router_prompt_tokens_total") == measured.prompt_tokens
     assert total(prometheus, "overfill_router_request_seconds_count") == measured.answers
     assert total(prometheus, "overfill_router_ttft_seconds_count") == measured.answers
-    # Of each answer one token is the full model's.
+    # The full model computes the first token of each answer.
     assert total(prometheus, "overfill_decode_tokens_total") == measured.tokens - measured.answers
     looked_up = total(prometheus, "overfill_prefill_prefix_tokens_total")
     assert looked_up == measured.prompt_tokens
@@ -158,7 +160,7 @@ def test_counters_agree_with_what_clients_had(watched):
 
 
 def test_histogram_sums_agree_with_clients_clocks(watched, capsys):
-    """The router cannot see what is before it received a request and behind its last write, and nothing else."""
+    """The router misses only the time before it receives a request and after its last write."""
     prometheus, measured = watched
     seen = total(prometheus, "overfill_router_request_seconds_sum")
     with capsys.disabled():
@@ -173,7 +175,7 @@ def test_parts_add_up_to_the_time_to_first_token(watched):
     prometheus, _ = watched
     ttft = total(prometheus, "overfill_router_ttft_seconds_sum")
     assert total(prometheus, "overfill_router_ttft_part_seconds_sum") == pytest.approx(ttft, rel=1e-3)
-    # Each part is measured where it happens, and by itself.
+    # The process that causes a part measures it, independently of the others.
     for part, histogram in (
         ("prefill_queue", "overfill_prefill_queue_seconds_sum"),
         ("prefill_compute", "overfill_prefill_compute_seconds_sum"),

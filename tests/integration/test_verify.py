@@ -1,11 +1,11 @@
-"""``overfill verify`` passes on a right stack and fails on one with any fault that no check can see."""
+"""``overfill verify`` passes on a correct stack and fails on one with a fault that no other check can see."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from stacks import running_stack
+
+from overfill.cli.main import main
 
 QUESTIONS = [f"Question {i}: what comes after {i * 7} blocks of sixteen tokens, and why is that so?" for i in range(12)]
 
@@ -17,24 +17,21 @@ def questions(tmp_path_factory):
     return path
 
 
-def verify(address, pair, questions):
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "overfill.cli.main", "verify", f"--questions={questions}", "--max-tokens=24"),
-            *(f"--address={address}", f"--pair={pair}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def verify(tiny_pair, questions, capsys):
+    """Run the command in this process, which has imported torch already; return exit code and last line."""
+
+    def run(address):
+        arguments = [f"--questions={questions}", "--max-tokens=24", f"--address={address}", f"--pair={tiny_pair}"]
+        code = main(["verify", *arguments])
+        return code, capsys.readouterr().out.splitlines()[-1]
+
+    return run
 
 
-def test_a_right_stack_passes(tiny_pair, questions):
+def test_a_right_stack_passes(tiny_pair, verify):
     with running_stack(tiny_pair, decode=2) as (_, address):
-        done = verify(address, tiny_pair, questions)
-    assert done.stdout.splitlines()[-1] == "12/12 correct (12 identical, 0 ties)"
-    assert done.returncode == 0
+        assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
 
 
 @pytest.mark.parametrize(
@@ -47,15 +44,8 @@ def test_a_right_stack_passes(tiny_pair, questions):
     ],
     ids=lambda faults: "-".join(*faults.items()),
 )
-def test_a_fault_is_caught(tiny_pair, questions, faults):
+def test_a_fault_is_caught(tiny_pair, verify, faults):
     with running_stack(tiny_pair, faults=faults) as (_, address):
-        done = verify(address, tiny_pair, questions)
-    assert "/12 correct" in done.stdout.splitlines()[-1]
-    assert done.returncode == 1
-
-
-def test_a_stack_that_is_not_float32_cannot_be_verified(tiny_pair, questions):
-    with running_stack(tiny_pair, dtype="bfloat16") as (_, address):
-        done = verify(address, tiny_pair, questions)
-    assert done.returncode == 2
-    assert "float32" in done.stderr
+        code, line = verify(address)
+    assert code == 1
+    assert "/12 correct" in line

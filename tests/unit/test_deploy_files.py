@@ -1,4 +1,4 @@
-"""What is under ``deploy``: in step with the code, and right as far as it can be told without containers."""
+"""The files of ``deploy``: up to date with the code, and correct as far as a test without containers can tell."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dockerfile() -> list[dict[str, Any]]:
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """Instructions of each stage, its bases' first."""
+    """Instructions of each stage of the Dockerfile, after those of its base stages."""
     found: dict[str, list[tuple[str, str]]] = {}
     current: list[tuple[str, str]] = []
     for step in dockerfile():
@@ -69,14 +69,14 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("target", ["router", "prefill", "decode", "ray"])
 def test_images_run_as_nobody_and_tell_their_health(target: str) -> None:
-    steps = dict(stages()[target])  # the last of each instruction counts
+    steps = dict(stages()[target])  # Docker uses the last one of each instruction
     assert steps["USER"] == "10001:10001"
     if target == "ray":
         return
     assert json.loads(steps["ENTRYPOINT"]) == [f"overfill-{target}"]
     port = {"router": "7600", "prefill": "7601", "decode": "7602"}[target]
     assert port in steps["EXPOSE"].split()
-    # A router without workers is not ready but alive, and to start it again would not help.
+    # A router without workers is alive but not ready, and a restart would not help.
     live = ["--live"] * (target == "router")
     assert steps["HEALTHCHECK"].endswith(f"CMD {json.dumps(['overfill', 'health', *live, f'127.0.0.1:{port}'])}")
 
@@ -169,7 +169,7 @@ def test_compose_starts_what_there_is() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         for volume in service["volumes"]:
             source = volume.partition(":")[0]
-            if source.startswith("../"):  # ./tls is made
+            if source.startswith("../"):  # users create ./tls
                 assert (DEPLOY / "compose" / source).exists(), source
             elif not source.startswith("./"):
                 assert source in compose["volumes"]

@@ -1,5 +1,7 @@
-"""Dashboards and rules: made of what is exported, all of it, and explained. Whether they return data is in
-``tests/integration/test_telemetry.py``."""
+"""Dashboards and rules use every exported metric and no other, and every alert has a runbook.
+
+``tests/integration/test_telemetry.py`` checks that they return data.
+"""
 
 from __future__ import annotations
 

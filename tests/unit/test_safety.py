@@ -1,4 +1,4 @@
-"""What the code does not do: no pickle, no code from elsewhere, no archive that decides where it is unpacked."""
+"""The code loads no pickle, runs no downloaded code, and lets no archive decide where it is unpacked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [*(ROOT / "overfill").rglob("*.py"), *(ROOT / "services").rglob("*.py"), *(ROOT / "deploy").rglob("*.py")]
 
 MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle", "imp"}
-"""Of which loading a file can run what is in it."""
+"""Modules whose loading functions can run code from the loaded file."""
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
@@ -22,9 +22,9 @@ CALLS = {
     "torch.jit.load": "runs code from elsewhere",
     "os.system": "a shell",
     "os.popen": "a shell",
-    "tempfile.mktemp": "a name that somebody else may take first",
-    "yaml.unsafe_load": "makes objects",
-    "yaml.full_load": "makes objects",
+    "tempfile.mktemp": "another process may create the file first",
+    "yaml.unsafe_load": "creates arbitrary objects",
+    "yaml.full_load": "creates arbitrary objects",
 }
 METHODS = {"extractall": "an archive's own paths decide", "load_pickle": "pickle"}
 FLAGS = {
@@ -37,7 +37,7 @@ FLAGS = {
 
 
 def faults(source: str) -> Iterator[str]:
-    """What is wrong with a module, as ``line: what``."""
+    """Yield the unsafe places of a module, as ``line: description``."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found = [name.name for name in node.names]

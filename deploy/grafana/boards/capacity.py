@@ -41,13 +41,13 @@ def capacity() -> Dashboard:
             lines(
                 "Size",
                 {stage: f"sum(overfill_{stage}_kv_blocks{{{WORKER}}})" for stage in ("prefill", "decode")},
-                what="Blocks of all workers.",
+                what="KV blocks of all workers.",
             ),
             lines(
                 "Preemptions",
                 {"{{worker}}": rate("overfill_decode_preemptions_total", "worker", WORKER)},
                 PER_SECOND,
-                what="Sequences that lost their blocks to older ones, and are computed again.",
+                what="Sequences that lost their KV blocks to older ones and are recomputed later.",
             ),
             lines(
                 "Tokens run again",
@@ -78,7 +78,7 @@ def capacity() -> Dashboard:
                 "Time in steps",
                 {"{{stage}} {{worker}}": f"overfill:busy:ratio_rate5m{{{WORKER}}}"},
                 SHARE,
-                what="Over 5 minutes. 1: a step begins as soon as the last one ends.",
+                what="Over 5 minutes. At 1, each step begins as soon as the last one ends.",
             ),
             lines(
                 "Sequences by worker",

@@ -24,7 +24,7 @@ def latency() -> Dashboard:
                 {"{{part}}": quantile(0.95, part, by="part")},
                 SECONDS,
                 span=12,
-                what="Of each part by itself: these do not add up.",
+                what="Percentiles of single parts; they do not add up.",
             ),
             lines(
                 "Unattributed share",
@@ -34,7 +34,7 @@ def latency() -> Dashboard:
                 SHARE,
                 limit=0.05,
                 span=12,
-                what="Of the time to first token, what no part explains.",
+                what="Share of the time to first token that no part explains.",
             ),
         ],
         "After the first token": [
@@ -63,8 +63,8 @@ def latency() -> Dashboard:
                 },
                 SECONDS,
                 span=12,
-                what="Over 5 minutes, as the rules keep them.",
+                what="Over 5 minutes, from the recording rules.",
             ),
         ],
     }
-    return board("latency", "Latency", "How long clients wait, and for what.", rows)
+    return board("latency", "Latency", "How long clients wait, and for which part of the request.", rows)

@@ -19,12 +19,17 @@ def overview() -> Dashboard:
                 ratio(failed, rate("overfill_router_requests_total")),
                 SHARE,
                 limit=0.001,
-                what="Share of requests that failed through no fault of the client's.",
+                what="Share of requests that failed through a fault of the stack.",
             ),
             number("TTFT p95", quantile(0.95, "overfill_router_ttft_seconds"), SECONDS, limit=TTFT_OBJECTIVE),
             number("ITL p99", quantile(0.99, "overfill_router_itl_seconds"), SECONDS, limit=ITL_OBJECTIVE),
             number("Tokens/s", rate("overfill_router_completion_tokens_total"), PER_SECOND),
-            number("Waiting", "sum(overfill_router_waiting_requests)", limit=100, what="Requests without a place."),
+            number(
+                "Waiting",
+                "sum(overfill_router_waiting_requests)",
+                limit=100,
+                what="Requests that wait in a router's queue.",
+            ),
             number("Prefill workers", 'sum(overfill:workers:ready{stage="prefill"})'),
             number("Decode workers", 'sum(overfill:workers:ready{stage="decode"})'),
         ],
@@ -59,7 +64,7 @@ def overview() -> Dashboard:
                     "{{slo}}, 1 h": "overfill:slo_errors:ratio_rate1h / on (slo) overfill:slo_budget:ratio",
                 },
                 limit=14.4,
-                what="1 uses the error budget up exactly in the time that it is for; alerts fire at 14.4 and 6.",
+                what="At 1, the error budget lasts exactly its 30 days; alerts fire above 14.4 and 6.",
             ),
         ],
         "Where the time goes": [
@@ -69,7 +74,7 @@ def overview() -> Dashboard:
                 SECONDS,
                 stacked=True,
                 span=12,
-                what="Means. Each part is measured by itself; what they leave is unattributed.",
+                what="Means. Each part is measured separately; the rest is unattributed.",
             ),
             lines(
                 "Workers",
@@ -94,8 +99,8 @@ def overview() -> Dashboard:
                 "Workers lost",
                 {"{{stage}}": rate("overfill_router_workers_lost_total", "stage")},
                 PER_SECOND,
-                what="Workers that left without having been drained.",
+                what="Workers that left without being drained.",
             ),
         ],
     }
-    return board("overview", "Overview", "Is it well, and if not, where to look.", rows)
+    return board("overview", "Overview", "Is the stack well, and if not, where to look.", rows)

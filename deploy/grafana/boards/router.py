@@ -35,7 +35,7 @@ def router() -> Dashboard:
                     "attempts failed": rate("overfill_router_failed_attempts_total"),
                 },
                 PER_SECOND,
-                what="To another decode worker.",
+                what="Answers that continued on another decode worker.",
             ),
             lines(
                 "Refused by decode workers",
@@ -63,7 +63,7 @@ def router() -> Dashboard:
                         "target": f'sum(overfill_router_scaling_target_workers{{stage="{stage}"}})',
                         "needed": f'sum(overfill_router_scaling_needed_workers{{stage="{stage}"}})',
                     },
-                    what="What there is, what the scaling policy makes of the load, and the same before rounding.",
+                    what="Ready workers, the scaling policy's target, and the computed need before rounding.",
                 )
                 for stage in ("prefill", "decode")
             ),
@@ -72,20 +72,20 @@ def router() -> Dashboard:
                 {"{{stage}}": "overfill:pool_pressure:ratio"},
                 SHARE,
                 limit=1,
-                what="Workers needed over workers ready. One pool high and the other low: move workers.",
+                what="Workers needed / workers ready. If one pool is high and the other low, move workers.",
             ),
             lines(
                 "Prefill backlog",
                 {"backlog": "overfill:prefill_backlog:seconds"},
                 SECONDS,
                 limit=1,
-                what="Time that the prefill workers need for the prompts that they have taken.",
+                what="Time that the prefill workers need for the prompts in their queues.",
             ),
             lines(
                 "Waiting for decode workers",
                 {"requests": "overfill:decode_waiting:requests"},
                 limit=1,
-                what="Requests without a decode worker, while the prefill pool keeps up: KV or slots are short.",
+                what="Requests that wait for a decode worker while the prefill pool keeps up: KV or slots are short.",
             ),
             lines(
                 "Scaling decisions",
@@ -93,7 +93,7 @@ def router() -> Dashboard:
                     "{{stage}} {{direction}}": "sum by (stage, direction) "
                     "(increase(overfill_router_scaling_decisions_total[15m]))",
                 },
-                what="In 15 minutes.",
+                what="Changes of the target within 15 minutes.",
             ),
         ],
         "What scaling goes by": [
@@ -102,14 +102,14 @@ def router() -> Dashboard:
                 "Prompt tokens to compute",
                 input_of("prefill", "tokens", "recent_tokens", "worker_rate"),
                 PER_SECOND,
-                what="Arriving over a minute and over 10 s, and what a worker was measured to do.",
+                what="Arrivals over a minute and over 10 s, and a worker's measured rate.",
             ),
             lines("Prefill: waits", input_of("prefill", "service_seconds", "wait_budget_seconds"), SECONDS),
             lines(
                 "Decode: sequences",
                 input_of("decode", "concurrency", "margin", "batch", "running"),
                 COUNT,
-                what="Running at once as predicted, a margin for chance, what a worker runs in the objective, and now.",
+                what="Predicted concurrency, safety margin, a worker's batch within the objective, running now.",
             ),
             lines("Decode: a step", input_of("decode", "step_seconds", "step_base_seconds"), SECONDS),
             lines(
@@ -126,4 +126,4 @@ def router() -> Dashboard:
             lines("Open files", {"{{worker}}": 'process_open_fds{stage="router"}'}),
         ],
     }
-    return board("router", "Router and scaling", "What comes in, what waits, and how large the pools should be.", rows)
+    return board("router", "Router and scaling", "Arrivals, queues, and how large the pools should be.", rows)

@@ -39,7 +39,7 @@ def stages() -> Dashboard:
                     {"{{worker}}": f"rate(overfill_{s}_step_seconds_sum{{{WORKER}}}[$__rate_interval])"},
                     SHARE,
                     span=12,
-                    what="1: a step begins as soon as the last one ends.",
+                    what="At 1, each step begins as soon as the last one ends.",
                 )
             ),
         ],
@@ -52,7 +52,7 @@ def stages() -> Dashboard:
                 },
                 COUNT,
                 span=12,
-                what="Computed per second; queued now.",
+                what="Computed: tokens per second. Queued: tokens now.",
             ),
             lines(
                 "Decode: tokens",

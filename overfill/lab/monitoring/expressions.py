@@ -1,5 +1,6 @@
-"""Every PromQL expression of ``deploy``: of dashboards with their variables filled in, of rules without the comparison
-that makes them an alert. Needs promql-parser.
+"""Reads the PromQL expressions of dashboards and rules: variables filled in, alerts without their comparisons.
+
+Needs promql-parser.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ _SETS = {"and", "or", "unless"}
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """``text`` as Prometheus takes it; ``where`` names the file and the panel or rule."""
+    """A PromQL expression.
+
+    Attributes:
+        where: Name of the file and panel, or of the rule, for messages.
+        text: The expression, without Grafana's variables.
+    """
 
     where: str
     text: str
 
 
 def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expression]:
-    """Of the dashboards in ``folder``, with all workers chosen."""
+    """Yield the expressions of the dashboards in ``folder``, with all workers selected."""
     for path in sorted(folder.glob("*.json")):
         for panel in panels(json.loads(path.read_text())):
             for target in panel["targets"]:
@@ -34,7 +40,7 @@ def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expressi
 
 
 def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All panels that show data, those of folded rows too."""
+    """Yield all panels that show data, including those of collapsed rows."""
     for panel in dashboard["panels"]:
         if panel["type"] == "row":
             yield from panels({"panels": panel.get("panels") or []})
@@ -43,19 +49,19 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def filled(expression: str, rate_interval: str) -> str:
-    """``expression`` as Grafana sends it."""
+    """Replace Grafana's variables in ``expression``; ``$worker`` selects all workers."""
     return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+")
 
 
 def rules(folder: Path) -> Iterator[dict[str, Any]]:
-    """Recording and alert rules in ``folder``."""
+    """Yield the recording and alert rules in ``folder``."""
     for path in sorted(folder.glob("*.yml")):
         for group in yaml.safe_load(path.read_text())["groups"]:
             yield from group["rules"]
 
 
 def rule_expressions(folder: Path) -> Iterator[Expression]:
-    """Of the rules in ``folder``: of alerts, what is compared."""
+    """Yield the expressions of the rules in ``folder``; of alerts, the compared sides."""
     for rule in rules(folder):
         if "alert" in rule:
             for text in compared(rule["expr"]):
@@ -65,7 +71,10 @@ def rule_expressions(folder: Path) -> Iterator[Expression]:
 
 
 def compared(alert: str) -> Iterator[str]:
-    """The sides of an alert's comparisons that may be empty: of ``a > 1 and b > 2``, ``a`` and ``b``."""
+    """Yield the compared sides of an alert: of ``a > 1 and b > 2``, ``a`` and ``b``.
+
+    The alert itself has data only while it fires; these sides must always have some.
+    """
     yield from _compared(promql_parser.parse(alert))
 
 
@@ -82,7 +91,7 @@ def _compared(node: Any) -> Iterator[str]:
 
 
 def names(expression: str) -> set[str]:
-    """Metrics that ``expression`` reads. Raises ValueError when it is no PromQL."""
+    """Return the names of the metrics that ``expression`` reads. Raises ValueError when it is not PromQL."""
     return set(_names(promql_parser.parse(expression)))
 
 

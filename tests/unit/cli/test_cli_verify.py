@@ -38,9 +38,19 @@ def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:
     check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]
 
 
-def test_a_worker_that_holds_kv_as_int8_is_not_judged() -> None:
+@pytest.mark.parametrize(
+    ("part", "name", "value", "says"),
+    [
+        ("kv", "dtype", "bfloat16", "d-0 runs in bfloat16, raw codec; answers can be compared only in float32"),
+        ("", "codec", "int8", "d-0 runs in float32, int8 codec; .* with the raw codec"),
+        ("model", "kv_cache_dtype", "int8", "d-0 runs in float32, raw codec, with KV held as int8"),
+    ],
+)
+def test_a_worker_whose_answers_are_not_exact_is_not_judged(part: str, name: str, value: str, says: str) -> None:
     pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", quantize="none", folder="p")
     workers = [worker("p-0", "prefill"), worker("d-0", "decode")]
-    workers[1].process.model.kv_cache_dtype = "int8"
-    with pytest.raises(CannotVerify, match="d-0 runs in float32, raw codec, with KV held as int8"):
+    process = workers[1].process
+    setattr(getattr(process, part) if part else process, name, value)
+    with pytest.raises(CannotVerify, match=says) as caught:
         check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
