@@ -30,8 +30,8 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cells import mark
 from overfill.kv.prefix import PrefixCache
+from overfill.kv.tensors import record_event
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class PrefillEngine:
     def _begin(self, sequence: PrefillSequence) -> None:
         # Steps that computed the cached part may still be running on the device.
         cached = sequence.cached_tokens
-        event = mark(self._runner.device) if cached else None
+        event = record_event(self._runner.device) if cached else None
         self._events.append(PrefillScheduled(sequence.id, sequence.blocks, cached, event, time.monotonic_ns()))
 
     def _admit(self) -> None:
@@ -219,7 +219,7 @@ class PrefillEngine:
             self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
 
         def kv_written(layer: int) -> None:
-            event, worth_telling = mark(self._runner.device), False
+            event, worth_telling = record_event(self._runner.device), False
             for (sequence, count), end in zip(scheduled, ends, strict=True):
                 written = untold[sequence.id]
                 written.append(KvWritten(sequence.id, layer, end, event))

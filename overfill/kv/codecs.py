@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from overfill.errors import TransferFailed
-from overfill.kv.cache import TORCH_DTYPES
 from overfill.kv.spec import DTypeName
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.kv.wire import Buffer
 from overfill.v1 import common_pb2
 

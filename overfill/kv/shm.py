@@ -70,8 +70,8 @@ class ShmStream:
         self.held.add(number)
         return Slot(number, self._link.memory[number * MAX_SHARED_PAYLOAD :][:MAX_SHARED_PAYLOAD])
 
-    def written(self) -> None:
-        """Nothing of this stream is written to a slot any more."""
+    def writes_finished(self) -> None:
+        """Records that this end writes nothing more to the stream's slots."""
         self.writing = False
         self._link.settle(self)
 
@@ -103,7 +103,11 @@ class ShmLink:
         self._changed = asyncio.Event()
 
     def stream(self, number: int) -> ShmStream:
-        """A new one; call its ``written`` at its end. Raises Unavailable when the link or the stream is closed."""
+        """Opens a stream. The caller calls ``writes_finished`` at its end.
+
+        Raises:
+            Unavailable: the link or the stream is closed.
+        """
         if self.closed or number in self._streams or number in self._ended:
             self._ended.discard(number)
             raise Unavailable("the link of shared memory, or its stream, is closed")

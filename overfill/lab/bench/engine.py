@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from overfill.engine.build import native_dtype, resolve_device
-from overfill.kv.cache import TORCH_DTYPES
 from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.contender import Contender
 from overfill.lab.bench.machine import Machine, MachineProbe

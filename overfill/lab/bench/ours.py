@@ -126,7 +126,7 @@ class OurEngine:
     @property
     def kv_cache(self) -> str:
         """What KV is held as while answers are written."""
-        return str(self._parts.runner.cache.held_as).removeprefix("torch.")
+        return str(self._parts.runner.cache.k.dtype).removeprefix("torch.")
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)
