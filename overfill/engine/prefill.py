@@ -165,14 +165,14 @@ class PrefillEngine:
     def _wanting(self) -> list[PrefillSequence]:
         """Prompts to be computed now, the oldest first; not those that can have their next block from one of them."""
         running = [s for s in self._running.values() if not s.cancelled]
-        computing = {self._prefix.next_block(s.id) for s in running if _begun(s)}
+        computing = {self._prefix.next_unpublished_key(s.id) for s in running if _begun(s)}
         wanting = []
         for sequence in running:
             if not _begun(sequence):
-                if (grant := self._prefix.look_again(sequence.id)) is not None:
+                if (grant := self._prefix.extend_cached_prefix(sequence.id)) is not None:
                     sequence.blocks = grant.blocks
                     sequence.computed = sequence.cached_tokens = grant.cached_tokens
-                block = self._prefix.next_block(sequence.id)
+                block = self._prefix.next_unpublished_key(sequence.id)
                 if block is not None and block in computing and self._prefix.may_share(sequence.id):
                     continue
                 computing.add(block)
