@@ -30,7 +30,7 @@ class Chunk:
 
     Attributes:
         payload: keys then values, each [layers, tokens, heads, head_dim].
-        header: bytes that the checksum covers before scales and payload; empty: there is no checksum.
+        header: bytes that the checksum covers before scales and payload; empty means that there is no checksum.
         checksum: XXH3-64 of header, scales and payload.
         scales: of a payload of codes, keys' then values', each [layers, tokens, heads] float32; otherwise empty.
     """

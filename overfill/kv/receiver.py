@@ -284,7 +284,7 @@ class PromptPull:
                             now = time.monotonic_ns()
                             self.stats.first_token_ns = now - self.stats.started_ns
                             on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
-                            self._look_for_the_end()
+                            self._limit_farewell()
                         case "ready":
                             self._note_ready(message.ready.token_start, message.ready.token_end)
                         case "done":
@@ -313,7 +313,7 @@ class PromptPull:
         """Whether all KV and the first token, if requested, have arrived."""
         return not self._unwritten and (self.stats.first_token_ns > 0 or not self._request.sample_first_token)
 
-    def _look_for_the_end(self) -> None:
+    def _limit_farewell(self) -> None:
         if self._has_all:
             self._farewell.reschedule(asyncio.get_running_loop().time() + _FAREWELL)
 
@@ -467,7 +467,7 @@ class PromptPull:
             self.stats.shared_bytes += one.size if one.slot is not None else 0
         if not self._unwritten:
             self._whole.set()
-            self._look_for_the_end()
+            self._limit_farewell()
         ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 
