@@ -19,11 +19,11 @@ import torch
 from overfill.engine.runner import ModelRunner, Work
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cache import TORCH_DTYPES, KvCache
+from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
-from overfill.kv.int8_cache import new_cache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest_model
@@ -278,7 +278,7 @@ def load_half(
     advice = "free some of it, or give a smaller --max-num-batched-tokens or --max-num-seqs"
     with _out_of_memory(f"a step of {step_tokens} tokens", device, advice):
         warm = step_tokens if device.type == "cuda" else min(step_tokens, _CPU_WARM_TOKENS)
-        scratch = new_cache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
+        scratch = KvCache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
         activations = _profile(model, scratch, step_tokens, max_num_seqs)
     gathered = scratch.gathered_layer_bytes
     requirement = MemoryRequirement(
@@ -328,7 +328,7 @@ def size_pools(
     for half, num_blocks in zip(halves, blocks, strict=True):
         longest = _longest(half.requirement, num_blocks, max_model_len)
         with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.requirement.block_bytes)}", device, advice):
-            cache = new_cache(half.spec, num_blocks, half.requirement.block_size, device, half.kv_cache_dtype)
+            cache = KvCache(half.spec, num_blocks, half.requirement.block_size, device, half.kv_cache_dtype)
         log.info(
             "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),

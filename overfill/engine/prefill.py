@@ -32,8 +32,8 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cells import mark
 from overfill.kv.prefix import PrefixCache
+from overfill.kv.tensors import record_event
 from overfill.model.transformer import LayerHooks
 from overfill.telemetry.metrics import PrefillMetrics
 
@@ -173,14 +173,14 @@ class PrefillEngine:
         Leaves out a prompt that has not started and whose next block another prompt is computing.
         """
         running = [s for s in self._running.values() if not s.cancelled]
-        computing = {self._prefix.next_block(s.id) for s in running if _started(s)}
+        computing = {self._prefix.next_unpublished_key(s.id) for s in running if _started(s)}
         candidates = []
         for sequence in running:
             if not _started(sequence):
-                if (grant := self._prefix.look_again(sequence.id)) is not None:
+                if (grant := self._prefix.extend_cached_prefix(sequence.id)) is not None:
                     sequence.blocks = grant.blocks
                     sequence.computed = sequence.cached_tokens = grant.cached_tokens
-                block = self._prefix.next_block(sequence.id)
+                block = self._prefix.next_unpublished_key(sequence.id)
                 if block is not None and block in computing and self._prefix.may_share(sequence.id):
                     continue
                 computing.add(block)
@@ -190,7 +190,7 @@ class PrefillEngine:
     def _start(self, sequence: PrefillSequence) -> None:
         # Earlier steps, which compute the cached part, may still be running on the device.
         cached = sequence.cached_tokens
-        event = mark(self._runner.device) if cached else None
+        event = record_event(self._runner.device) if cached else None
         self._events.append(PrefillScheduled(sequence.id, sequence.blocks, cached, event, time.monotonic_ns()))
 
     def _admit(self) -> None:
@@ -227,7 +227,7 @@ class PrefillEngine:
             self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
 
         def kv_written(layer: int) -> None:
-            event, notify = mark(self._runner.device), False
+            event, notify = record_event(self._runner.device), False
             for (sequence, count), end in zip(scheduled, ends, strict=True):
                 written = unsent[sequence.id]
                 written.append(KvWritten(sequence.id, layer, end, event))

@@ -10,8 +10,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from overfill.kv.cells import DeviceEvent
 from overfill.kv.keys import PromptBlocks
+from overfill.kv.tensors import DeviceEvent
 from overfill.model.processors import LogitProcessor
 from overfill.model.sampling import SampledToken
 from overfill.request.params import SamplingParams

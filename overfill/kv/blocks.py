@@ -1,4 +1,4 @@
-"""Which block of the paged KV cache belongs to whom. Integers only; the tensors are in ``kv.cache``."""
+"""Owners of the blocks of a paged KV cache. Integers only; the tensors are in ``kv.cache``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """Hands out block ids and takes them back; one owner per acquire.
+    """Hands out block ids and takes them back. Each block in use has one owner.
 
-    "Cannot allocate" is a return value that the scheduler acts on, not an exception. Not thread-safe:
-    only the engine that owns the pool calls it.
+    ``acquire`` returns None if it cannot allocate, for the scheduler to act on. Not thread-safe: only the engine that
+    owns the pool calls it.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"a pool needs blocks: num_blocks={num_blocks}, block_size={block_size}")
+            raise ValueError(f"num_blocks={num_blocks} and block_size={block_size} must both be 1 or more")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free: deque[int] = deque(range(num_blocks))
@@ -30,11 +30,11 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold ``num_tokens`` tokens."""
+        """Number of blocks needed for ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
     def acquire(self, owner: str, count: int) -> list[int] | None:
-        """``count`` free blocks for ``owner``, or None, changing nothing, when there are not that many."""
+        """Gives ``owner`` ``count`` free blocks. Returns None, changing nothing, if fewer are free."""
         if count > len(self._free):
             return None
         blocks = [self._free.popleft() for _ in range(count)]
@@ -46,7 +46,7 @@ class BlockPool:
         """Takes ``blocks`` back.
 
         Raises:
-            ValueError: a block is not ``owner``'s; nothing is released then.
+            ValueError: ``owner`` does not own a block, or a block is listed twice; nothing is released.
         """
         blocks = list(blocks)
         wrong = [b for b in blocks if self._owner[b] != owner]
@@ -57,17 +57,17 @@ class BlockPool:
         self._free.extend(blocks)
 
     def owner(self, block: int) -> str | None:
-        """Who owns ``block``; None when it is free."""
+        """The owner of ``block``; None if it is free."""
         return self._owner[block]
 
     def give(self, owner: str, block: int, to: str) -> None:
-        """Makes ``owner``'s block one of ``to``. Raises ValueError when it is not ``owner``'s."""
+        """Transfers ``block`` from ``owner`` to ``to``. Raises ValueError if ``owner`` does not own it."""
         if self._owner[block] != owner:
-            raise ValueError(f"{owner!r} gave block {block} away, which it does not own")
+            raise ValueError(f"{owner!r} cannot give block {block}, which it does not own")
         self._owner[block] = to
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless every block is either free once or owned once."""
+        """Raises AssertionError unless every block is free or owned, and not both."""
         free = set(self._free)
         if len(free) != len(self._free):
             raise AssertionError("a block is free twice")

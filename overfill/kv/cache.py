@@ -1,76 +1,92 @@
-"""The paged KV cache: two tensors, addressed by slot.
+"""The paged KV cache: keys and values of all blocks, addressed by slot.
 
-Token ``t`` of a sequence with block table ``table`` lives in slot
-``table[t // block_size] * block_size + t % block_size``. ``kv.int8_cache`` holds the same in half the bytes.
+Token ``t`` of a sequence with block table ``table`` is in slot
+``table[t // block_size] * block_size + t % block_size``.
+
+An int8 cache holds codes, and a float32 scale for each key and each value vector: half of bfloat16's bytes. The codes
+are those of the int8 codec (``kv.codecs``). Chunks in that codec are stored unchanged. All other KV is rounded when it
+is written, by half a step at most: 1/254 of the vector's largest magnitude.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import ClassVar
 
 import torch
 
-from overfill.kv.cells import Cells, DeviceEvent, slots_of
-from overfill.kv.native.library import Rows
-from overfill.kv.pieces import Piece
-from overfill.kv.spec import KvSpec
+from overfill.kv.chunks import Chunk, digest, num_undamaged
+from overfill.kv.codecs import decode, encode, quantise
+from overfill.kv.native import library
+from overfill.kv.spec import SCALE_BYTES, KvCacheDtype, KvSpec
+from overfill.kv.tensors import (
+    TORCH_DTYPES,
+    DeviceEvent,
+    DeviceTensors,
+    LayerTargets,
+    NumpyTensors,
+    PagedTensors,
+    slots_of,
+    zeros,
+)
 from overfill.kv.wire import Buffer
 from overfill.v1 import common_pb2
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_INT8 = common_pb2.KV_CODEC_INT8
 
 
 class KvCache:
     """Keys and values of all blocks.
 
-    ``read`` and ``write`` may be called from any thread, beside a running step: they use a stream of their own.
+    ``read`` and ``write`` may be called from any thread, beside a running step.
+
+    Args:
+        dtype: how elements are stored; "auto" is ``spec.dtype``.
 
     Attributes:
-        k, v: [num_layers, num_blocks, block_size, num_kv_heads, head_dim], ``held_as``. Keys are post-RoPE.
-        spec: of what travels and is computed with, however it is held.
+        spec: geometry and dtype of the KV that is put in and taken out, however it is stored.
+        codec: chunks in this codec are stored unchanged.
+        k, v: [num_layers, num_blocks, block_size, num_kv_heads, head_dim]: elements, or int8 codes. Keys are post-RoPE.
+        k_scales, v_scales: [num_layers, num_blocks, block_size, num_kv_heads, 1] float32, factors of the codes. None
+            means that ``k`` and ``v`` are elements.
     """
 
-    codec: ClassVar[common_pb2.KvCodec] = common_pb2.KV_CODEC_RAW
-    """What is held as it travels in this codec: its chunks are written as they come."""
-
-    def __init__(self, spec: KvSpec, num_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: KvSpec, num_blocks: int, block_size: int, device: torch.device, dtype: KvCacheDtype = "auto"
+    ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
-        self.k, self.v = (self._zeros(self.held_as, spec.head_dim) for _ in range(2))
-        self._cells = Cells(self.k, self.v)
-
-    @property
-    def held_as(self) -> torch.dtype:
-        """Element type of ``k`` and ``v``."""
-        return TORCH_DTYPES[self.spec.dtype]
+        self.codec = _INT8 if dtype == "int8" else common_pb2.KV_CODEC_RAW
+        self._elements = self._new_tensors(torch.int8 if dtype == "int8" else TORCH_DTYPES[spec.dtype], spec.head_dim)
+        self._scales = self._new_tensors(torch.float32, 1) if dtype == "int8" else None
+        self.k, self.v = self._elements.k, self._elements.v
+        self.k_scales = None if self._scales is None else self._scales.k
+        self.v_scales = None if self._scales is None else self._scales.v
 
     @property
     def lossless(self) -> bool:
-        """Whether what is put in comes out as it was."""
-        return self.codec == common_pb2.KV_CODEC_RAW
+        """Whether ``gather`` returns exactly what was put."""
+        return self._scales is None
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers, as they are held."""
-        return self.spec.token_bytes
+        """Bytes that store one token's keys and values in all layers."""
+        if self._scales is None:
+            return self.spec.token_bytes
+        return 2 * self.spec.num_layers * self.spec.num_kv_heads * (self.spec.head_dim + SCALE_BYTES)
 
     @property
     def gathered_layer_bytes(self) -> int:
-        """Bytes that ``gather`` takes for each token, of what it makes on the way too."""
-        return self.spec.token_layer_bytes
+        """Bytes that ``gather`` allocates per token, temporaries included."""
+        if self._scales is None:
+            return self.spec.token_layer_bytes
+        # Temporaries are of keys or of values: codes, scales and, on a CPU, two float32 per element for the product.
+        return self.spec.token_layer_bytes + self.spec.num_kv_heads * (self.spec.head_dim * (1 + 2 * 4) + SCALE_BYTES)
 
     @property
     def block_bytes(self) -> int:
+        """Bytes that store one block."""
         return self.token_bytes * self.block_size
 
     def slots(self, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
@@ -78,81 +94,83 @@ class KvCache:
         return slots_of(block_table, start, end, self.block_size, self.device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``k`` and ``v`` of one layer, each [num_slots, num_kv_heads, head_dim], as views."""
-        return self._cells.layer(index)
+        """Views of one layer's ``k`` and ``v``, each [num_slots, num_kv_heads, head_dim]."""
+        return self._elements.layer(index)
 
     def put(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Writes new tokens' keys and values, each [len(slots), num_kv_heads, head_dim], in the current stream."""
-        for flat, new in zip(self.layer(layer), (k, v), strict=True):
-            flat.index_copy_(0, slots, new)
+        if self._scales is None:
+            for flat, new in zip(self.layer(layer), (k, v), strict=True):
+                flat.index_copy_(0, slots, new)
+            return
+        for codes, scales, new in zip(self.layer(layer), self._scales.layer(layer), (k, v), strict=True):
+            new_scales, new_codes = quantise(new, _INT8)
+            codes.index_copy_(0, slots, new_codes)
+            scales.index_copy_(0, slots, new_scales)
 
     def gather(
-        self, layer: int, slots: torch.Tensor, room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self, layer: int, slots: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of ``slots`` in one layer, each [len(slots), num_kv_heads, head_dim] of ``spec.dtype``.
 
         Args:
-            room: where to put them; None takes fresh memory.
+            out: the two tensors that are filled and returned; None allocates them.
         """
-        k, v = self.layer(layer)
-        k_room, v_room = room or (None, None)
-        return torch.index_select(k, 0, slots, out=k_room), torch.index_select(v, 0, slots, out=v_room)
+        if self._scales is None:
+            k, v = self.layer(layer)
+            k_out, v_out = out or (None, None)
+            return torch.index_select(k, 0, slots, out=k_out), torch.index_select(v, 0, slots, out=v_out)
+        out = out or (self.new_scratch(len(slots)), self.new_scratch(len(slots)))
+        for codes, scales, half in zip(self.layer(layer), self._scales.layer(layer), out, strict=True):
+            torch.mul(codes.index_select(0, slots), scales.index_select(0, slots), out=half)
+        return out
 
-    def new_room(self, count: int) -> torch.Tensor:
-        """Room for ``count`` tokens' keys or values, as ``gather`` gives them."""
+    def new_scratch(self, count: int) -> torch.Tensor:
+        """Uninitialised memory for the keys or the values that ``gather`` returns for ``count`` slots."""
         shape = (count, self.spec.num_kv_heads, self.spec.head_dim)
         return torch.empty(shape, dtype=TORCH_DTYPES[self.spec.dtype], device=self.device)
 
     def read(
-        self,
-        block_table: Sequence[int],
-        layers: Sequence[int],
-        tokens: tuple[int, int],
-        heads: tuple[int, int],
-        after: DeviceEvent | None = None,
-        out: memoryview | None = None,
-    ) -> memoryview:
-        """Keys then values of one sequence, each [layers, tokens, heads, head_dim] of ``spec.dtype``, as bytes.
-
-        Arguments as ``Cells.read`` takes them.
-        """
-        return self._cells.read(block_table, layers, tokens, heads, after, out)
-
-    def write(
-        self,
-        block_table: Sequence[int],
-        rows: Sequence[Sequence[int]],
-        tokens: tuple[int, int],
-        heads: tuple[int, int],
-        payload: Buffer,
+        self, block_table: Sequence[int], chunks: Sequence[Chunk], after: Mapping[int, DeviceEvent | None]
     ) -> None:
-        """Writes what ``read`` gave; arguments as ``Cells.write`` takes them."""
-        self._cells.write(block_table, rows, tokens, heads, payload)
+        """Fills ``chunks`` with keys and values of ``spec.dtype``; as ``PagedTensors.read``."""
+        if self._scales is None:
+            self._elements.read(block_table, chunks, after)
+            return
+        for chunk in chunks:
+            num_vectors = 2 * chunk.range.num_cells
+            codes = Chunk(chunk.range, bytearray(num_vectors * self.spec.head_dim))
+            scales = Chunk(chunk.range, bytearray(num_vectors * SCALE_BYTES))
+            self._elements.read(block_table, [codes], after)
+            self._scales.read(block_table, [scales], after)
+            vectors = decode(_INT8, self.spec.dtype, self.spec.head_dim, scales.payload, codes.payload)
+            memoryview(chunk.payload)[:] = vectors
+            if chunk.header:
+                chunk.checksum = digest(chunk.header, chunk.payload)
 
-    def read_pieces(
-        self, block_table: Sequence[int], pieces: Sequence[Piece], after: Mapping[int, DeviceEvent | None]
-    ) -> None:
-        """As ``Cells.read_pieces``."""
-        self._cells.read_pieces(block_table, pieces, after)
+    def write(self, block_table: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+        """Writes ``chunks``, which are raw or in this cache's codec; as ``PagedTensors.write``."""
+        if self._scales is None:
+            return self._elements.write(block_table, targets, chunks)
+        undamaged = num_undamaged(chunks)
+        for chunk in chunks[:undamaged]:
+            scales, codes = (chunk.scales, chunk.payload) if chunk.scales else self._encode(chunk.payload)
+            self._scales.write(block_table, targets, [Chunk(chunk.range, scales)])
+            self._elements.write(block_table, targets, [Chunk(chunk.range, codes)])
+        return undamaged
 
-    def write_pieces(self, block_table: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
-        """As ``Cells.write_pieces``."""
-        return self._cells.write_pieces(block_table, rows, pieces)
+    def _encode(self, payload: Buffer) -> tuple[Buffer, Buffer]:
+        """Scales and codes of a raw payload."""
+        # The copy avoids torch's warning about read-only buffers.
+        return encode(_INT8, self.spec.dtype, self.spec.head_dim, memoryview(bytearray(payload)))
 
-    def _zeros(self, dtype: torch.dtype, width: int) -> torch.Tensor:
-        """[num_layers, num_blocks, block_size, num_kv_heads, width] zeros.
-
-        On a Linux CPU in huge pages: attention jumps from block to block, and finding 4 KiB pages costs more time than
-        reading them.
-        """
+    def _new_tensors(self, dtype: torch.dtype, width: int) -> PagedTensors:
         shape = (self.spec.num_layers, self.num_blocks, self.block_size, self.spec.num_kv_heads, width)
-        size = math.prod(shape) * dtype.itemsize
-        if self.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-        memory = mmap.mmap(-1, size)
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=dtype).view(shape)
+        k, v = (zeros(shape, dtype, self.device) for _ in range(2))
+        if self.device.type != "cpu":
+            return DeviceTensors(k, v)
+        native = library.load()
+        return NumpyTensors(k, v) if native is None else library.NativeTensors(native, k, v)
 
 
 def copy_sequence(
@@ -165,9 +183,9 @@ def copy_sequence(
 ) -> None:
     """Copies a sequence's first ``num_tokens`` tokens between caches of one process.
 
-    ``layer_map[i]`` is the source layer that target layer i takes.
+    ``layer_map[i]`` is the source layer that is copied to layer i of ``target``.
     """
-    taken = source.slots(source_blocks, 0, num_tokens)
-    placed = target.slots(target_blocks, 0, num_tokens)
-    for row, layer in enumerate(layer_map):
-        target.put(row, placed, *source.gather(layer, taken))
+    source_slots = source.slots(source_blocks, 0, num_tokens)
+    target_slots = target.slots(target_blocks, 0, num_tokens)
+    for target_layer, source_layer in enumerate(layer_map):
+        target.put(target_layer, target_slots, *source.gather(source_layer, source_slots))

@@ -1,4 +1,7 @@
-"""One KV chunk: sealed by the sender, checked by the receiver. Bytes only; no sockets, no tensors."""
+"""KV chunks: a range of a sequence's KV with its bytes, sealed by the sender and checked by the receiver.
+
+Bytes only: no sockets, no tensors. ``kv.wire`` puts chunks into messages.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import xxhash
+
 from overfill.errors import TransferFailed
-from overfill.kv.pieces import Piece, digest, is_damaged
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, SCALE_BYTES, KvSpec
-from overfill.kv.wire import Blank, Buffer, Frame, WireChunk, frame, lay_out
+from overfill.kv.wire import Buffer, ChunkParts, ParsedChunk, UnwrittenChunk, chunk_parts, lay_out_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
 
@@ -20,9 +24,50 @@ TRANSFER_ID_BYTES = 16
 _HEADER = struct.Struct("<16sI6I2I2I")
 
 
+@dataclass(slots=True)
+class Chunk:
+    """A range and its bytes: read out of a cache or written into one.
+
+    Attributes:
+        payload: keys then values, each [layers, tokens, heads, head_dim].
+        header: bytes that the checksum covers before scales and payload; empty means that there is no checksum.
+        checksum: XXH3-64 of header, scales and payload.
+        scales: of a payload of codes, keys' then values', each [layers, tokens, heads] float32; otherwise empty.
+    """
+
+    range: KvRange
+    payload: Buffer
+    header: bytes = b""
+    checksum: int = 0
+    scales: Buffer = b""
+
+
+def digest(*parts: Buffer) -> int:
+    """XXH3-64 of the parts, one after another."""
+    hasher = xxhash.xxh3_64()
+    for part in parts:
+        hasher.update(part)
+    return hasher.intdigest()
+
+
+def is_damaged(chunk: Chunk) -> bool:
+    """Whether ``chunk`` has a checksum that does not match."""
+    return bool(chunk.header) and digest(chunk.header, chunk.scales, chunk.payload) != chunk.checksum
+
+
+def num_undamaged(chunks: Sequence[Chunk]) -> int:
+    """Number of chunks before the first damaged one."""
+    return next((index for index, chunk in enumerate(chunks) if is_damaged(chunk)), len(chunks))
+
+
 @dataclass(frozen=True, slots=True)
 class TransferSpec:
-    """What both ends know about a transfer before its first chunk."""
+    """Properties of a transfer that both ends know before its first chunk.
+
+    Attributes:
+        layers: full-model layers that travel, ascending.
+        tokens: half-open range of prompt positions that travel.
+    """
 
     transfer_id: bytes
     attempt: int
@@ -33,27 +78,117 @@ class TransferSpec:
 
     @property
     def total_bytes(self) -> int:
-        """What the whole transfer takes in a cache."""
+        """Bytes of the whole transfer's raw KV."""
         return len(self.layers) * (self.tokens[1] - self.tokens[0]) * self.kv.token_layer_bytes
 
-    def cache_bytes(self, box: KvRange) -> int:
-        """What ``box`` takes in a cache."""
-        return 2 * box.cells * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]
+    def raw_bytes(self, kv_range: KvRange) -> int:
+        """Bytes of the raw KV of ``kv_range``."""
+        return 2 * kv_range.num_cells * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]
 
-    def payload_bytes(self, box: KvRange) -> int:
-        """Length of a payload that covers ``box``."""
+    def payload_bytes(self, kv_range: KvRange) -> int:
+        """Bytes of the payload of a chunk of ``kv_range``."""
         if self.codec == common_pb2.KV_CODEC_RAW:
-            return self.cache_bytes(box)
-        return 2 * box.cells * self.kv.head_dim
+            return self.raw_bytes(kv_range)
+        return 2 * kv_range.num_cells * self.kv.head_dim
 
-    def scales_bytes(self, box: KvRange) -> int:
-        """Length of the scales that go with it."""
-        return 0 if self.codec == common_pb2.KV_CODEC_RAW else 2 * box.cells * SCALE_BYTES
+    def scales_bytes(self, kv_range: KvRange) -> int:
+        """Bytes of the scales of a chunk of ``kv_range``."""
+        return 0 if self.codec == common_pb2.KV_CODEC_RAW else 2 * kv_range.num_cells * SCALE_BYTES
 
 
 def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
     """XXH3-64 over the header struct, the scales and the payload (see ``KvChunk.checksum``)."""
     return digest(_header(head, scales, payload), scales, payload)
+
+
+def seal(
+    spec: TransferSpec,
+    kv_range: KvRange,
+    payload: Buffer,
+    scales: Buffer = b"",
+    slot: int | None = None,
+    known: int | None = None,
+) -> ChunkParts:
+    """The encoded chunk, checksum included, for ``wire.join_chunks``.
+
+    Args:
+        slot: slot of shared memory that holds the payload; None puts the payload into the message.
+        known: the checksum if it is computed already.
+    """
+    head = _head(spec, kv_range)
+    if slot is not None:
+        head.shared.slot, head.shared.length = slot, len(payload)
+    known = checksum(head, scales, payload) if known is None else known
+    return chunk_parts(head, scales, b"" if slot is not None else payload, known)
+
+
+def raw_chunk(spec: TransferSpec, kv_range: KvRange, payload: memoryview) -> Chunk:
+    """A raw chunk whose ``payload`` and checksum the cache fills."""
+    return Chunk(kv_range, payload, _header(_head(spec, kv_range), b"", payload))
+
+
+def lay_out_raw(spec: TransferSpec, ranges: Sequence[KvRange]) -> tuple[bytes, list[UnwrittenChunk]]:
+    """A message of raw chunks whose payloads are still to be written, then sealed by ``seal_in_place``."""
+    return lay_out_message([(_head(spec, kv_range), spec.raw_bytes(kv_range)) for kv_range in ranges])
+
+
+def seal_in_place(chunk: UnwrittenChunk, known: int | None = None) -> None:
+    """Writes the checksum of a chunk whose payload has been written; ``known`` if it is computed already."""
+    known = checksum(chunk.head, b"", chunk.payload) if known is None else known
+    chunk.checksum[:] = known.to_bytes(8, "little")
+
+
+def check(spec: TransferSpec, received: ParsedChunk) -> KvRange:
+    """The range of a received chunk that belongs to the transfer and is undamaged. ``Coverage`` checks its place.
+
+    Raises:
+        TransferFailed: transfer, attempt, dtype, codec, a length or the checksum is wrong; the message says which.
+    """
+    chunk = check_head(spec, received)
+    if is_damaged(chunk):
+        raise wrong_checksum(chunk.range)
+    return chunk.range
+
+
+def wrong_checksum(kv_range: KvRange) -> TransferFailed:
+    """The error for a damaged chunk."""
+    return TransferFailed(f"chunk of {kv_range} has a wrong checksum")
+
+
+def check_head(spec: TransferSpec, received: ParsedChunk) -> Chunk:
+    """The received chunk; as ``check``, without comparing the checksum."""
+    head = received.head
+    kv_range = KvRange.from_proto(head.range)
+    if head.transfer_id != spec.transfer_id:
+        raise TransferFailed("chunk belongs to another transfer")
+    if head.attempt != spec.attempt:
+        raise TransferFailed(f"chunk belongs to attempt {head.attempt}, this is attempt {spec.attempt}")
+    if head.dtype != DTYPE_TO_PROTO[spec.kv.dtype]:
+        raise TransferFailed(f"chunk of {kv_range} has dtype {head.dtype}, expected {spec.kv.dtype}")
+    if head.codec != spec.codec:
+        raise TransferFailed(f"chunk of {kv_range} has codec {head.codec}, expected {spec.codec}")
+    limit = MAX_SHARED_PAYLOAD if head.HasField("shared") else MAX_CHUNK_PAYLOAD
+    size, scales_size = len(received.payload), len(received.scales)
+    if size > limit:
+        raise TransferFailed(f"chunk of {kv_range} has {size} bytes, the limit is {limit}")
+    expected = spec.payload_bytes(kv_range)
+    if size != expected:
+        raise TransferFailed(f"chunk of {kv_range} has {size} bytes, its shape needs {expected}")
+    expected = spec.scales_bytes(kv_range)
+    if scales_size != expected:
+        raise TransferFailed(f"chunk of {kv_range} has {scales_size} bytes of scales, its shape needs {expected}")
+    header = _header(head, received.scales, received.payload)
+    return Chunk(kv_range, received.payload, header, head.checksum, received.scales)
+
+
+def _head(spec: TransferSpec, kv_range: KvRange) -> kv_pb2.KvChunk:
+    return kv_pb2.KvChunk(
+        transfer_id=spec.transfer_id,
+        attempt=spec.attempt,
+        range=kv_range.to_proto(),
+        dtype=DTYPE_TO_PROTO[spec.kv.dtype],
+        codec=spec.codec,
+    )
 
 
 def _header(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> bytes:
@@ -66,89 +201,3 @@ def _header(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> bytes:
         len(scales),
         len(payload),
     )
-
-
-def seal(
-    spec: TransferSpec,
-    box: KvRange,
-    payload: Buffer,
-    scales: Buffer = b"",
-    slot: int | None = None,
-    known: int | None = None,
-) -> Frame:
-    """A chunk with its checksum, for ``wire.join``; with ``slot``, its payload stays where it is, in that slot.
-
-    Args:
-        known: the checksum, where it was computed before.
-    """
-    head = _head(spec, box)
-    if slot is not None:
-        head.shared.slot, head.shared.length = slot, len(payload)
-    known = checksum(head, scales, payload) if known is None else known
-    return frame(head, scales, b"" if slot is not None else payload, known)
-
-
-def blank_piece(spec: TransferSpec, box: KvRange, payload: memoryview) -> Piece:
-    """What a chunk that is not encoded is read into, where its payload is to be."""
-    return Piece(box, payload, _header(_head(spec, box), b"", payload))
-
-
-def lay_out_raw(spec: TransferSpec, boxes: Sequence[KvRange]) -> tuple[bytes, list[Blank]]:
-    """A message of chunks that are not encoded: their payloads are to be written, then sealed in place."""
-    return lay_out([(_head(spec, box), spec.cache_bytes(box)) for box in boxes])
-
-
-def seal_in_place(blank: Blank, known: int | None = None) -> None:
-    """Writes the checksum of a chunk whose payload has been written; ``known`` where it was computed before."""
-    known = checksum(blank.head, b"", blank.payload) if known is None else known
-    blank.checksum[:] = known.to_bytes(8, "little")
-
-
-def _head(spec: TransferSpec, box: KvRange) -> kv_pb2.KvChunk:
-    return kv_pb2.KvChunk(
-        transfer_id=spec.transfer_id,
-        attempt=spec.attempt,
-        range=box.to_proto(),
-        dtype=DTYPE_TO_PROTO[spec.kv.dtype],
-        codec=spec.codec,
-    )
-
-
-def check(spec: TransferSpec, chunk: WireChunk) -> KvRange:
-    """The range of a chunk that is right in every respect but its place in the transfer (``Coverage`` knows that).
-
-    Raises:
-        TransferFailed: naming what is wrong: transfer, attempt, dtype, codec, length or checksum.
-    """
-    piece = check_head(spec, chunk)
-    if is_damaged(piece):
-        raise wrong_checksum(piece.box)
-    return piece.box
-
-
-def wrong_checksum(box: KvRange) -> TransferFailed:
-    """What to raise for a chunk that is damaged."""
-    return TransferFailed(f"chunk of {box} has a wrong checksum")
-
-
-def check_head(spec: TransferSpec, chunk: WireChunk) -> Piece:
-    """As ``check``, but for the checksum, which is yet to be held against the payload."""
-    head = chunk.head
-    box = KvRange.from_proto(head.range)
-    if head.transfer_id != spec.transfer_id:
-        raise TransferFailed("chunk belongs to another transfer")
-    if head.attempt != spec.attempt:
-        raise TransferFailed(f"chunk belongs to attempt {head.attempt}, this is attempt {spec.attempt}")
-    if head.dtype != DTYPE_TO_PROTO[spec.kv.dtype]:
-        raise TransferFailed(f"chunk of {box} has dtype {head.dtype}, expected {spec.kv.dtype}")
-    if head.codec != spec.codec:
-        raise TransferFailed(f"chunk of {box} has codec {head.codec}, expected {spec.codec}")
-    most = MAX_SHARED_PAYLOAD if head.HasField("shared") else MAX_CHUNK_PAYLOAD
-    if len(chunk.payload) > most:
-        raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, the limit is {most}")
-    expected = spec.payload_bytes(box)
-    if len(chunk.payload) != expected:
-        raise TransferFailed(f"chunk of {box} has {len(chunk.payload)} bytes, its shape needs {expected}")
-    if len(chunk.scales) != spec.scales_bytes(box):
-        raise TransferFailed(f"chunk of {box} has {len(chunk.scales)} bytes of scales, not {spec.scales_bytes(box)}")
-    return Piece(box, chunk.payload, _header(head, chunk.scales, chunk.payload), head.checksum, chunk.scales)

@@ -1,4 +1,4 @@
-"""Do these two workers fit? Compared once per connection, before any tensor moves."""
+"""Comparison of two workers' models and KV, once per connection, before any tensor moves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overfill.kv.spec import KvSpec
 
 @dataclass(frozen=True, slots=True)
 class KvIdentity:
-    """What decides whether one worker's KV means the same to another."""
+    """Properties that must be equal for one worker to use another's KV."""
 
     wire_version: int
     full_digest: str
@@ -19,6 +19,7 @@ class KvIdentity:
     kv: KvSpec
 
     def flat(self) -> dict[str, object]:
+        """Every field by its dotted name."""
         return {
             "wire_version": self.wire_version,
             "full_digest": self.full_digest,
@@ -27,12 +28,12 @@ class KvIdentity:
 
 
 def check_compatible(mine: KvIdentity, theirs: KvIdentity, peer: str) -> None:
-    """Raises Incompatible listing every differing field with both values; ``peer`` is named in the message."""
+    """Raises Incompatible if the identities differ. The message names ``peer`` and every differing field."""
     check_same(mine.flat(), theirs.flat(), f"{peer} serves KV that does not fit this worker")
 
 
 def check_same(here: Mapping[str, object], there: Mapping[str, object], verdict: str) -> None:
-    """Raises Incompatible when a field of ``here`` differs ``there``: ``verdict``, then each with both values."""
+    """Raises Incompatible if fields of ``here`` differ in ``there``: ``verdict``, then each with both values."""
     differing = [name for name in here if here[name] != there[name]]
     if differing:
         lines = ", ".join(f"{name} (here {here[name]!r}, there {there[name]!r})" for name in differing)

@@ -1,4 +1,4 @@
-"""What a prefix cache holds, told to every router: the keys at first, then what changes. Thread-safe; no I/O."""
+"""Reports of a prefix cache's keys to every router: all keys at first, then the changes. Thread-safe; no I/O."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 
 from overfill.v1 import registry_pb2
 
-MOST_KEYS = 1 << 16
-"""Keys in one report; what is left goes with the next one."""
+MAX_KEYS = 1 << 16
+"""Limit on keys per report. The rest goes into the next report."""
 
 
 class KeyJournal:
-    """Takes the keys that come and go on the engine's thread, and feeds them to readers on the event loop."""
+    """Records added and removed keys on the engine's thread, and feeds them to readers on the event loop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,13 +26,14 @@ class KeyJournal:
         self._change(key, False)
 
     def feed(self) -> KeyFeed:
-        """A reader that begins with everything there is; ``close`` it."""
+        """A new reader, which first receives all present keys. The caller closes it."""
         with self._lock:
             feed = KeyFeed(self, self._lock, dict.fromkeys(self._keys, True))
             self._feeds.add(feed)
         return feed
 
     def forget(self, feed: KeyFeed) -> None:
+        """Stops feeding ``feed``."""
         with self._lock:
             self._feeds.discard(feed)
 
@@ -44,10 +45,10 @@ class KeyJournal:
 
 
 class KeyFeed:
-    """What one reader has not been told yet; a key that came and went in between is told as gone.
+    """Changes that one reader has not received yet. A key that was added and removed meanwhile is reported as removed.
 
     Attributes:
-        pending: by key, whether it is there now. Under the journal's lock.
+        pending: key -> whether it is present now. Guarded by the journal's lock.
     """
 
     def __init__(self, journal: KeyJournal, lock: threading.Lock, pending: dict[int, bool]) -> None:
@@ -57,16 +58,19 @@ class KeyFeed:
         self._first = True
 
     def take(self) -> registry_pb2.PrefixDelta | None:
-        """The next ``MOST_KEYS`` changes at most; the first one replaces what the reader knew. None: nothing new."""
+        """The next report, with at most ``MAX_KEYS`` changes; None if there are none.
+
+        The first report has ``replaces`` set: the router forgets the keys that it knew before.
+        """
         with self._lock:
             if not self.pending and not self._first:
                 return None
-            keys = list(itertools.islice(self.pending, MOST_KEYS))
-            told = {key: self.pending.pop(key) for key in keys}
+            keys = list(itertools.islice(self.pending, MAX_KEYS))
+            changes = {key: self.pending.pop(key) for key in keys}
         first, self._first = self._first, False
         return registry_pb2.PrefixDelta(
-            added=[key for key, present in told.items() if present],
-            removed=[key for key, present in told.items() if not present],
+            added=[key for key, present in changes.items() if present],
+            removed=[key for key, present in changes.items() if not present],
             replaces=first,
         )
 

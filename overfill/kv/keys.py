@@ -1,7 +1,7 @@
-"""64-bit names of the full blocks of a prompt, chained, so that a key stands for all tokens up to its block's end.
+"""64-bit keys of a prompt's full blocks. Keys are chained: each one depends on all tokens up to its block's end.
 
-Workers tell routers which keys they have (``PrefixDelta``); a router makes the same keys of a prompt. Hints only:
-whoever serves KV compares tokens.
+Workers report the keys of their cached blocks to routers (``PrefixDelta``); a router computes the same keys from a
+prompt. Keys are hints for placement. A worker compares tokens before it serves KV.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import time
 from collections.abc import Iterator, Sequence
 
 _BLOCKS_AT_ONCE = 128
-"""Blocks that are hashed before other threads get a turn."""
+"""Blocks that are hashed before the thread yields to others."""
 
 
 def root_key(full_digest: str, dtype: str, cache_namespace: str) -> int:
-    """Where the chain of keys begins: other models, element types and tenants share nothing."""
+    """The start of a chain of keys, different for each model, element type and cache namespace."""
     return _hash64(f"{full_digest}\0{dtype}\0{cache_namespace}".encode())
 
 
 def block_key(parent: int, tokens: Sequence[int]) -> int:
-    """64-bit key of a full block of ``tokens`` after the block, or root, of key ``parent``."""
+    """64-bit key of a full block of ``tokens`` that follows the block or root with key ``parent``."""
     return _hash64(struct.pack(f"<Q{len(tokens)}I", parent, *tokens))
 
 
 class PromptBlocks:
-    """The full blocks of a prompt as the prefix cache looks for them: the tokens and the key of each.
+    """Tokens and key of each full block of a prompt, for lookups in the prefix cache.
 
-    Making it hashes the whole prompt. Workers make it on another thread than the engine's, which only reads it.
+    The constructor hashes the whole prompt. Workers call it on another thread than the engine's.
 
     Args:
-        root: key of the root for ``cache_namespace``; None: nothing of the prompt is shared, and nothing is hashed.
-        cache_namespace: tenant whose prefixes the prompt may share.
+        root: ``root_key`` of the namespace. None means that the prompt is not shared, and nothing is hashed.
+        cache_namespace: the prompt shares prefixes with prompts of the same namespace only.
 
     Attributes:
-        tokens: of each full block, as little-endian 32-bit numbers. Bytes keep their hash once they have it.
-        keys: of each full block, as ``block_key`` chains them.
+        tokens: each full block's tokens, as little-endian 32-bit numbers. Python caches the hash of these bytes.
+        keys: each full block's ``block_key``.
     """
 
     def __init__(self, tokens: Sequence[int], block_size: int, root: int | None, cache_namespace: str) -> None:
@@ -56,11 +56,11 @@ class PromptBlocks:
                 root = _hash64(root.to_bytes(8, "little") + block)
                 self.tokens.append(block)
                 self.keys.append(root)
-            time.sleep(0)  # the engine's thread may be waiting for the interpreter
+            time.sleep(0)  # the engine's thread may be waiting for the interpreter lock
 
 
 class PromptKeys:
-    """Keys of the full blocks of ``tokens``, chained from ``root``; made when asked for, and once."""
+    """Keys of the full blocks of ``tokens``, chained from ``root``. Each is computed on first use and kept."""
 
     def __init__(self, root: int, tokens: Sequence[int]) -> None:
         self._root = root
@@ -69,7 +69,7 @@ class PromptKeys:
         self._keys: list[int] = []
 
     def __call__(self, block_size: int) -> Iterator[int]:
-        """The keys for that block size, in order."""
+        """Yields the keys for blocks of ``block_size`` tokens, in order."""
         if block_size != self._block_size:
             self._block_size, self._keys = block_size, []
         for index in range(len(self._tokens) // block_size):

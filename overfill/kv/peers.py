@@ -1,4 +1,4 @@
-"""A decode worker's open connections to prefill workers: checked once, shared, closed when nobody needs them."""
+"""A decode worker's open connections to prefill workers: checked once, shared by requests, closed when unused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from overfill.kv.receiver import PrefillPeer
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2
 
-_KEPT_UNUSED = 300.0
-"""Seconds after which a peer that nobody used is closed when another one comes: workers whose pods or replicas are
-gone never come back under their name."""
+_MAX_IDLE_TIME = 300.0
+"""Seconds without use after which a peer is closed, at the next new connection. Its worker may have gone: pods and
+replicas do not return under their old name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +32,8 @@ class PeerPool:
     """One ``PrefillPeer`` per incarnation of a prefill worker.
 
     Args:
-        identity: what this worker's KV means; every peer is held against it.
-        streams: data connections per peer.
+        identity: this worker's identity, which every peer is compared with.
+        streams: number of data connections per peer.
         shm: whether to share memory with peers on this host.
     """
 
@@ -46,13 +46,13 @@ class PeerPool:
 
     @asynccontextmanager
     async def use(self, target: decode_pb2.AssignPrefill) -> AsyncIterator[PrefillPeer]:
-        """The peer, connected and compatible, for as long as the context lasts.
+        """Provides the connected and compatible peer within the context.
 
-        A peer that proves unavailable or incompatible is forgotten, and closed with its last user.
+        The pool drops a peer that is unavailable or incompatible, and closes it after its last user.
 
         Raises:
-            Incompatible: with the differing fields.
-            Unavailable: the worker is not there, or is another incarnation.
+            Incompatible: the identities differ; names the differing fields.
+            Unavailable: the worker does not answer, or is another incarnation.
         """
         key = (target.worker_id, target.incarnation)
         entry = self._entries.get(key)
@@ -84,11 +84,12 @@ class PeerPool:
             del self._entries[key]
 
     def _retire(self, worker_id: str) -> list[PrefillPeer]:
-        """Forgets all connections to a worker that is to be connected anew, and what was not used for long.
+        """Drops all connections to a worker that is about to be connected anew, and all connections idle for long.
 
-        Returns those to close now; the rest end with their last user.
+        Returns:
+            Peers to close now. The others are closed by their last user.
         """
-        unused = time.monotonic() - _KEPT_UNUSED
+        unused = time.monotonic() - _MAX_IDLE_TIME
         old = [
             (key, entry)
             for key, entry in self._entries.items()
@@ -99,7 +100,7 @@ class PeerPool:
         return [entry.peer for _, entry in old if entry.users == 0]
 
     async def close(self) -> None:
-        """Closes every connection; nothing may be in use."""
+        """Closes every connection. None may be in use."""
         for entry in self._entries.values():
             entry.checked.cancel()
             await entry.peer.close()

@@ -1,12 +1,12 @@
-"""The prefix cache: blocks that hold the start of some prompt, shared while in use and kept afterwards.
+"""The prefix cache: blocks that hold the start of a prompt. Sequences share them, and they stay cached afterwards.
 
-Only full blocks of a prompt, computed by the full model, are in it. They form a trie: a block is found under its
-parent by its tokens, compared one by one, so that no collision of hashes can ever serve another prompt's KV. Integers
-only; the tensors are in ``kv.cache``. The 64-bit keys that chain along a path serve as names for the router.
+It holds only full blocks of prompts, computed by the full model. They form a trie: a block is found below its parent
+by its tokens. Tokens are compared one by one, so that a hash collision cannot serve another prompt's KV. Integers only;
+the tensors are in ``kv.cache``. Routers know a block by its 64-bit key, which depends on all blocks along its path.
 
-Eviction is GreedyDual (Young 1994; Cao and Irani 1997): a block is worth what computing it again costs, which grows
-with its position, on top of a level that rises with every eviction; the least worthy leaf goes first, among equals the
-least recently used one.
+Eviction is GreedyDual (Young 1994; Cao and Irani 1997). A block's worth is the cost of computing it again, which grows
+with its position, plus a level that rises with every eviction. The leaf with the lowest worth is evicted first; among
+equals, the least recently used one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks, root_key
 
-_CACHE = "prefix cache"  # owner, in the pool, of every block that is in the trie
+_CACHE = "prefix cache"  # the pool's owner of every block in the trie
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +28,9 @@ class _Node:
     """One cached block, or the root of a tenant's trie.
 
     Attributes:
-        refs: owners that hold it; all of them hold its ancestors too.
-        worth: what eviction goes by; ``stamp`` orders equals, and tells outdated entries of the heap.
+        refs: number of owners that hold it. Each of them holds its ancestors too.
+        worth: priority against eviction.
+        stamp: orders nodes of equal worth. An entry of the heap with another stamp is outdated.
     """
 
     block: int
@@ -45,13 +46,13 @@ class _Node:
 
 @dataclass(slots=True, eq=False)
 class _Holder:
-    """What one owner has.
+    """The blocks of one owner.
 
     Attributes:
-        table: the blocks of its prompt, in order.
-        own: blocks that nobody else may read.
-        path: nodes that it holds, from the root down; not all need be in ``table``, since another owner may have
-            published the same tokens first.
+        table: blocks of the prompt, in order.
+        own: private blocks.
+        path: referenced nodes, from the root down. A node's block is not in ``table`` if another owner published the
+            same tokens first.
     """
 
     prompt: PromptBlocks
@@ -62,23 +63,23 @@ class _Holder:
 
 @dataclass(frozen=True, slots=True)
 class BlockAllocation:
-    """Blocks for a sequence; the KV of its first ``cached_tokens`` tokens is in them."""
+    """Blocks for a sequence. They hold the KV of its first ``cached_tokens`` tokens."""
 
     blocks: list[int]
     cached_tokens: int
 
 
 class PrefixCache:
-    """Hands out the blocks of ``pool``, those that hold a prompt's prefix first. Not thread-safe, as the pool.
+    """Hands out the blocks of ``pool``, including those that hold a prompt's prefix already. Not thread-safe.
 
     Args:
         identity: full-model digest and KV element type; part of every key.
-        enabled: False finds and keeps nothing.
-        attention_tokens: context at which attention costs as much as all else that is computed for a token.
-        journal: told the keys that come and go.
+        enabled: False disables sharing: nothing is cached.
+        attention_tokens: context length at which attention costs as much as the rest of a token's computation.
+        journal: records keys that are added and removed.
 
     Attributes:
-        tokens_looked_up, tokens_found: prompt tokens of all grants so far, and those that were cached.
+        tokens_looked_up, tokens_found: prompt tokens of all grants so far, and the cached ones among them.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class PrefixCache:
         self._attention_tokens = attention_tokens
         self._roots: dict[str, _Node] = {}
         self._holders: dict[str, _Holder] = {}
-        self._leaves: list[tuple[float, int, _Node]] = []  # heap; entries may be outdated
+        self._leaves: list[tuple[float, int, _Node]] = []  # a heap; entries may be outdated
         self._stamps = itertools.count(1)
         self._level = 0.0
         self._num_nodes = 0
@@ -107,22 +108,22 @@ class PrefixCache:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that hold prefixes and that nobody references; all of them can be evicted."""
+        """Cached blocks without references. All of them can be evicted."""
         return self._num_idle
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody references."""
+        """Blocks with references."""
         return self.pool.num_used - self._num_idle
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be handed out now."""
+        """Blocks that can be handed out now: free or without references."""
         return self.pool.num_free + self._num_idle
 
     @property
     def num_leaked(self) -> int:
-        """Blocks that are owned, and neither cached nor a holder's."""
+        """Blocks that the pool counts as owned although they are neither cached nor an owner's."""
         return self.pool.num_used - self._num_known
 
     @property
@@ -130,21 +131,24 @@ class PrefixCache:
         return sum(len(holder.own) for holder in self._holders.values()) + self._num_nodes
 
     def blocks_of(self, tokens: Sequence[int], cache_namespace: str = "") -> PromptBlocks:
-        """What ``acquire`` takes for a prompt of ``tokens``. Callable from any thread; takes 3 us for each block.
+        """Hashes a prompt for ``acquire``. Callable from any thread; takes 3 us per block.
 
         Args:
-            cache_namespace: tenant whose prefixes the prompt may share.
+            cache_namespace: the prompt shares prefixes with prompts of the same namespace only.
         """
         root = root_key(*self._identity, cache_namespace) if self._enabled else None
         return PromptBlocks(tokens, self.pool.block_size, root, cache_namespace)
 
     def acquire(self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0) -> BlockAllocation | None:
-        """``num_blocks`` blocks for ``owner``, the first of them those that hold the start of its ``prompt``.
+        """Gives ``owner`` ``num_blocks`` blocks. The first ones are cached blocks with the start of its ``prompt``.
 
-        At least one token of the prompt is never taken from the cache, so that there is something to compute.
+        At least one token of the prompt is left to compute, even if all are cached.
+
+        Args:
+            spare: blocks that must remain available afterwards.
 
         Returns:
-            None, changing nothing, when there are not that many blocks and ``spare`` more.
+            None, changing nothing, if not enough blocks are available.
         """
         path = list(self._walk(self._roots.get(prompt.cache_namespace), prompt, 0))
         lacking = num_blocks - len(path)
@@ -160,10 +164,13 @@ class PrefixCache:
         self.tokens_found += cached
         return BlockAllocation(blocks, cached)
 
-    def look_again(self, owner: str) -> BlockAllocation | None:
-        """What ``owner`` has now that more of its prompt may have been published; None when nothing has.
+    def extend_cached_prefix(self, owner: str) -> BlockAllocation | None:
+        """Replaces blocks of ``owner`` by cached ones if more of its prompt has been published since ``acquire``.
 
-        Nothing may have been written to its blocks yet, nor read from those that were not cached.
+        Call it before ``owner``'s private blocks are written or read.
+
+        Returns:
+            The new grant; None if no more of the prompt is cached.
         """
         holder = self._holders[owner]
         begin = len(holder.path)
@@ -171,19 +178,21 @@ class PrefixCache:
         found = list(self._walk(last, holder.prompt, begin))
         if not found:
             return None
-        unwanted = holder.table[begin : begin + len(found)]
+        replaced = holder.table[begin : begin + len(found)]
         for node in found:
             self._reference(node)
-        holder.own.difference_update(unwanted)
-        self.pool.release(owner, unwanted)
+        holder.own.difference_update(replaced)
+        self.pool.release(owner, replaced)
         holder.table[begin : begin + len(found)] = [node.block for node in found]
         holder.path += found
         self.tokens_found += len(found) * self.pool.block_size
         return BlockAllocation(list(holder.table), len(holder.path) * self.pool.block_size)
 
-    def next_block(self, owner: str) -> Hashable:
-        """Stands for the first block of ``owner``'s prompt that is not published, and all before it: equal for those
-        that would publish the same one. None when it would publish none."""
+    def next_unpublished_key(self, owner: str) -> Hashable:
+        """Returns a key for the first unpublished block of ``owner``'s prompt and all blocks before it.
+
+        Two owners have equal keys if they would publish the same block. None means that nothing is left to publish.
+        """
         holder = self._holders[owner]
         index = len(holder.path)
         if index >= len(holder.prompt.tokens):
@@ -192,31 +201,31 @@ class PrefixCache:
         return parent, holder.prompt.tokens[index]
 
     def may_share(self, owner: str) -> bool:
-        """Whether ``owner`` would take its next block from the cache, were it there."""
+        """Whether ``owner`` may use a cached block as its next one; the last token is always computed."""
         holder = self._holders[owner]
-        return len(holder.path) < self._most(holder.prompt)
+        return len(holder.path) < self._max_cached_blocks(holder.prompt)
 
     def extend(self, owner: str, count: int) -> list[int] | None:
-        """``count`` more blocks for ``owner``, or None, changing nothing, when there are not that many."""
+        """Gives ``owner`` ``count`` more blocks. Returns None, changing nothing, if not enough are available."""
         if count > self.num_available:
             return None
         blocks = self._take(owner, count)
         self._holders[owner].own.update(blocks)
         return blocks
 
-    def publish(self, owner: str, num_tokens: int, most: int | None = None) -> int:
-        """The KV of the first ``num_tokens`` tokens of ``owner``'s prompt is complete: others may share it.
+    def publish(self, owner: str, num_tokens: int, max_blocks: int | None = None) -> int:
+        """Lets other owners share the first ``num_tokens`` tokens of ``owner``'s prompt, whose KV is complete.
 
         Args:
-            most: blocks that are shared now, at most; the next call goes on behind them. None: all.
+            max_blocks: limit on blocks of this call; the next call continues after them. None means no limit.
 
         Returns:
-            How many blocks this call shared: fewer than ``most`` when none is left.
+            Number of blocks that this call published; less than ``max_blocks`` if no more are left.
         """
         holder = self._holders[owner]
         prompt = holder.prompt
         begin, complete = len(holder.path), min(num_tokens // self.pool.block_size, len(prompt.tokens))
-        end = complete if most is None else min(complete, begin + most)
+        end = complete if max_blocks is None else min(complete, begin + max_blocks)
         if begin >= end:
             return 0
         node = holder.path[-1] if holder.path else self._root(prompt.cache_namespace)
@@ -229,14 +238,14 @@ class PrefixCache:
                 found = parent.children[tokens] = _Node(block, tokens, parent, key, parent.depth + 1, refs=1)
                 self._num_nodes += 1
                 self.journal.add(key)
-            else:  # computed by two at once; this one stays private, and its owner vouches for the other's ancestors
+            else:  # two owners computed the block at once: this one stays private, the published one is referenced
                 self._reference(found)
             holder.path.append(found)
             node = found
         return end - begin
 
     def release(self, owner: str) -> None:
-        """Takes everything back that ``owner`` has; what is published stays, until its room is wanted."""
+        """Takes back all blocks of ``owner``. Published blocks stay cached until they are evicted."""
         holder = self._holders.pop(owner, None)
         if holder is None:
             return
@@ -245,12 +254,15 @@ class PrefixCache:
             node.refs -= 1
             if node.refs == 0:
                 self._num_idle += 1
-                self._rest(node)
+                self._set_worth(node)
 
     def check_owners(self, owners: Iterable[str]) -> None:
-        """Raises AssertionError unless every block is free, cached or one of ``owners``' own. Quick: walks no trie."""
+        """Raises AssertionError unless every block is free, cached or owned by one of ``owners``.
+
+        Quick, because it does not walk the trie.
+        """
         self.pool.check_integrity()
-        _require(self._holders.keys() == set(owners), "blocks are held for another than those that have some")
+        _require(self._holders.keys() == set(owners), "the owners of blocks are not the expected ones")
         self._check_count()
 
     def check_integrity(self) -> None:
@@ -267,22 +279,25 @@ class PrefixCache:
         for node in nodes:
             _require(self.pool.owner(node.block) == _CACHE, f"block {node.block} is cached and not the cache's")
             _require(node.refs == refs.pop(node.block, 0), f"block {node.block} counts {node.refs} references")
-            _require(node.parent is None or node.parent.refs >= node.refs or not node.parent.tokens, "lonely child")
-        _require(not refs, "a holder references what is not cached")
+            _require(
+                node.parent is None or node.parent.refs >= node.refs or not node.parent.tokens,
+                "a block has more references than its parent",
+            )
+        _require(not refs, "an owner references a block that is not cached")
         _require(sum(node.refs == 0 for node in nodes) == self._num_idle, "idle blocks are miscounted")
         self._check_count()
 
     def _check_count(self) -> None:
         used, known = self.pool.num_used, self._num_known
-        _require(used == known, f"{used} blocks are owned, and their owners and the cache know of {known}")
+        _require(used == known, f"{used} blocks are owned in the pool, but owners and cache hold {known}")
 
-    def _most(self, prompt: PromptBlocks) -> int:
-        """Blocks that may be taken from the cache: something is left to compute."""
+    def _max_cached_blocks(self, prompt: PromptBlocks) -> int:
+        """Limit on blocks of ``prompt`` from the cache: at least one token is left to compute."""
         return (prompt.num_tokens - 1) // self.pool.block_size
 
     def _walk(self, node: _Node | None, prompt: PromptBlocks, begin: int) -> Iterator[_Node]:
-        """Cached blocks of ``prompt`` from ``begin`` on, below ``node``, as far as they are there and may be taken."""
-        for index in range(begin, self._most(prompt)):
+        """Yields the cached blocks of ``prompt`` below ``node``, from index ``begin`` to the first one not cached."""
+        for index in range(begin, self._max_cached_blocks(prompt)):
             if node is None:
                 return
             node = node.children.get(prompt.tokens[index])
@@ -300,10 +315,10 @@ class PrefixCache:
         if node.refs == 0:
             self._num_idle -= 1
         node.refs += 1
-        node.stamp = 0  # its entry in the heap, if any, is outdated
+        node.stamp = 0  # outdates its entry in the heap
 
-    def _rest(self, node: _Node) -> None:
-        """Nobody references ``node`` any more; a leaf may be evicted from now on."""
+    def _set_worth(self, node: _Node) -> None:
+        """Computes the worth of ``node``, which has lost its last reference. A leaf can be evicted from now on."""
         position = (node.depth + 1) * self.pool.block_size
         node.worth = self._level + 1.0 + position / self._attention_tokens
         self._offer(node)
@@ -341,7 +356,7 @@ class PrefixCache:
             if parent.refs == 0:
                 self._offer(parent)
         elif not parent.children:
-            self._roots = {cache_namespace: root for cache_namespace, root in self._roots.items() if root is not parent}
+            self._roots = {name: root for name, root in self._roots.items() if root is not parent}
 
     def _nodes(self) -> Iterator[_Node]:
         stack = [child for root in self._roots.values() for child in root.children.values()]

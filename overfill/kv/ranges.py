@@ -1,4 +1,4 @@
-"""Boxes of a KV cache and the record of which of them have been moved. No tensors."""
+"""Ranges of a prompt's KV, and the record of which of them have moved. No tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from overfill.v1 import kv_pb2
 
 @dataclass(frozen=True, slots=True)
 class KvRange:
-    """Full-model layers x prompt positions x KV heads, each half-open."""
+    """Full-model layers x prompt positions x KV heads, each half-open.
+
+    A cell is one layer, position and head: one key and one value vector.
+    """
 
     layer_start: int
     layer_end: int
@@ -37,8 +40,7 @@ class KvRange:
         return self.head_end - self.head_start
 
     @property
-    def cells(self) -> int:
-        """Layer x token x head cells; each holds one key and one value of head_dim elements."""
+    def num_cells(self) -> int:
         return self.num_layers * self.num_tokens * self.num_heads
 
     @property
@@ -88,7 +90,7 @@ class KvRange:
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive numbers in ascending ``numbers``, half-open."""
+    """Yields the maximal runs of consecutive numbers in ascending ``numbers``, as half-open ranges."""
     start = previous = None
     for number in numbers:
         if start is None or previous is None:
@@ -101,12 +103,17 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, previous + 1
 
 
-def share_out(layers: Sequence[int], tokens: tuple[int, int], num_heads: int, streams: int) -> list[list[KvRange]]:
-    """Divides a transfer among ``streams``: small groups of layers in turn, so that all have work as layers appear.
+def share_among_streams(
+    layers: Sequence[int], tokens: tuple[int, int], num_heads: int, streams: int
+) -> list[list[KvRange]]:
+    """Divides a transfer among ``streams``, which take small groups of layers in turn.
 
-    Returns one list of ranges per stream; fewer lists when there are fewer layers than streams.
+    Layers are computed in order, so that all streams have work at any time. Neighbours in a group can share a chunk if
+    the prompt is short.
+
+    Returns:
+        The ranges of each stream. With fewer layers than streams, there are fewer lists than ``streams``.
     """
-    # Neighbours in a group can share a chunk when the prompt is short.
     size = max(1, len(layers) // (4 * streams))
     groups = [layers[i : i + size] for i in range(0, len(layers), size)]
     shares = [groups[i::streams] for i in range(min(streams, len(groups)))]
@@ -114,11 +121,11 @@ def share_out(layers: Sequence[int], tokens: tuple[int, int], num_heads: int, st
 
 
 class Coverage:
-    """Which cells of a transfer have been moved: a bitmap over layers x tokens x heads. Thread-safe.
+    """Bitmap of the cells of a transfer that have moved. Thread-safe.
 
     Args:
         layers: full-model layers that travel, ascending.
-        tokens: half-open range of prompt positions.
+        tokens: half-open range of prompt positions that travel.
         num_heads: KV heads of the full model.
     """
 
@@ -138,63 +145,68 @@ class Coverage:
     def complete(self) -> bool:
         return self._missing == 0
 
-    def check_inside(self, box: KvRange) -> None:
-        """Raises TransferFailed when ``box`` is empty or reaches outside the transfer."""
+    def check_inside(self, kv_range: KvRange) -> None:
+        """Raises TransferFailed if ``kv_range`` is empty or reaches outside the transfer."""
         inside = (
-            all(layer in self._row for layer in range(box.layer_start, box.layer_end))
-            and self._tokens[0] <= box.token_start < box.token_end <= self._tokens[1]
-            and 0 <= box.head_start < box.head_end <= self._num_heads
-            and box.layer_start < box.layer_end
+            all(layer in self._row for layer in range(kv_range.layer_start, kv_range.layer_end))
+            and self._tokens[0] <= kv_range.token_start < kv_range.token_end <= self._tokens[1]
+            and 0 <= kv_range.head_start < kv_range.head_end <= self._num_heads
+            and kv_range.layer_start < kv_range.layer_end
         )
         if not inside:
-            raise TransferFailed(f"range {box} lies outside the transfer or is empty")
+            raise TransferFailed(f"range {kv_range} lies outside the transfer or is empty")
 
     def missing(self, ranges: Sequence[KvRange]) -> list[KvRange]:
-        """What of ``ranges``, which lie inside, has not been marked, in boxes that overlap nothing that has."""
-        boxes: list[KvRange] = []
-        for box in ranges:
+        """The unmarked cells of ``ranges`` as ranges that do not overlap. ``ranges`` lie inside the transfer."""
+        found: list[KvRange] = []
+        for kv_range in ranges:
             with self._lock:
-                if self._cells(box).all():  # as nearly always: looking layer by layer takes milliseconds
+                if self._marks(kv_range).all():  # the usual case; the search layer by layer takes milliseconds
                     continue
-            tokens = slice(box.token_start - self._tokens[0], box.token_end - self._tokens[0])
-            for layer in range(box.layer_start, box.layer_end):
+            tokens = slice(kv_range.token_start - self._tokens[0], kv_range.token_end - self._tokens[0])
+            for layer in range(kv_range.layer_start, kv_range.layer_end):
                 with self._lock:
-                    lacks = ~self._done[self._row[layer], tokens, box.head_start : box.head_end]
+                    lacks = ~self._done[self._row[layer], tokens, kv_range.head_start : kv_range.head_end]
                 together = np.array_equal(lacks.any(axis=1), lacks.all(axis=1))
-                heads = [(0, box.num_heads)] if together else [(i, i + 1) for i in range(box.num_heads)]
+                heads = [(0, kv_range.num_heads)] if together else [(i, i + 1) for i in range(kv_range.num_heads)]
                 for first, last in heads:
-                    positions = (np.flatnonzero(lacks[:, first]) + box.token_start).tolist()
+                    head_start, head_end = kv_range.head_start + first, kv_range.head_start + last
+                    positions = (np.flatnonzero(lacks[:, first]) + kv_range.token_start).tolist()
                     for start, end in runs(positions):
-                        piece = KvRange(layer, layer + 1, start, end, box.head_start + first, box.head_start + last)
-                        above = boxes[-1] if boxes and boxes[-1].layer_end == layer else None
-                        if above and replace(above, layer_start=layer, layer_end=layer + 1) == piece:
-                            boxes[-1] = replace(above, layer_end=layer + 1)
+                        one = KvRange(layer, layer + 1, start, end, head_start, head_end)
+                        above = found[-1] if found and found[-1].layer_end == layer else None
+                        if above and replace(above, layer_start=layer, layer_end=layer + 1) == one:
+                            found[-1] = replace(above, layer_end=layer + 1)
                         else:
-                            boxes.append(piece)
-        return boxes
+                            found.append(one)
+        return found
 
-    def add(self, box: KvRange) -> None:
-        """Marks ``box``; raises TransferFailed, changing nothing, when it lies outside or overlaps what is marked."""
-        self.check_inside(box)
-        view = self._cells(box)
+    def add(self, kv_range: KvRange) -> None:
+        """Marks ``kv_range``.
+
+        Raises:
+            TransferFailed: it lies outside the transfer or overlaps a marked range; nothing is marked.
+        """
+        self.check_inside(kv_range)
+        view = self._marks(kv_range)
         with self._lock:
             if view.any():
-                raise TransferFailed(f"range {box} overlaps one that arrived before")
+                raise TransferFailed(f"range {kv_range} overlaps one that arrived before")
             view[...] = True
             self._missing -= view.size
 
-    def remove(self, box: KvRange) -> None:
-        """Takes back ``add``."""
+    def remove(self, kv_range: KvRange) -> None:
+        """Unmarks ``kv_range``, which ``add`` marked."""
         with self._lock:
-            self._cells(box)[...] = False
-            self._missing += box.cells
+            self._marks(kv_range)[...] = False
+            self._missing += kv_range.num_cells
 
-    def _cells(self, box: KvRange) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """The marks of ``box``, which lies inside, as a view: [layers, tokens, heads]."""
-        first = self._row[box.layer_start]
+    def _marks(self, kv_range: KvRange) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """View of the bitmap of ``kv_range``, which lies inside the transfer. [layers, tokens, heads]"""
+        first = self._row[kv_range.layer_start]
         offset = self._tokens[0]
         return self._done[
-            first : first + box.num_layers,
-            box.token_start - offset : box.token_end - offset,
-            box.head_start : box.head_end,
+            first : first + kv_range.num_layers,
+            kv_range.token_start - offset : kv_range.token_end - offset,
+            kv_range.head_start : kv_range.head_end,
         ]

@@ -1,8 +1,8 @@
-"""The receiving half of a handoff: one prompt prefilled elsewhere, its KV written into our blocks.
+"""The receiving half of a handoff: writes a prompt's KV from a prefill worker into blocks of a decode worker.
 
-``PrefillPeer`` is a decode worker's connection to one prefill worker: a control channel and ``streams`` data
-channels, each its own connection, checked once by the handshake. ``PromptPull`` is one prompt on it. Token ids
-and bytes only; sampling and scheduling are the engine's.
+``PrefillPeer`` is a decode worker's connection to one prefill worker: a control channel and ``streams`` data channels,
+each its own TCP connection. ``PromptPull`` transfers one prompt over it. Both handle token ids and bytes only; sampling
+and scheduling are the engine's.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec, check, check_head, wrong_checksum
+from overfill.kv.chunks import TRANSFER_ID_BYTES, Chunk, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import check_scales, decode
 from overfill.kv.handshake import KvIdentity, check_compatible
-from overfill.kv.native.library import Rows
-from overfill.kv.pieces import Piece
-from overfill.kv.ranges import Coverage, KvRange, share_out
+from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.kv.wire import WireChunk, decode_all, pull_kv
+from overfill.kv.tensors import LayerTargets
+from overfill.kv.wire import ParsedChunk, parse_message, pull_kv
 from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
@@ -51,25 +50,28 @@ from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2
 _DESCRIBE_TIMEOUT = 5.0  # seconds
 
 MAX_REPEATS = 3
-"""Times a data stream is begun anew for what is missing of its ranges, before the transfer is given up."""
+"""Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
 
-
-_ACK_DELAY = 0.01  # seconds in which acknowledgements gather, but for the last ones
-_FAREWELL = 1.0  # seconds for a prefill worker to end its RPC, once it has nothing more that is wanted
-_REPEAT_DELAY = 0.02  # seconds before the first repeat, twice as long before each further one
+_ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
+_FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
+_REPEAT_DELAY = 0.02  # seconds before the first repeat; doubled for each further one
 _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 
 logger = logging.getLogger(__name__)
 
 
-def write_chunks(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
-    """Writes chunks into the blocks of a sequence; returns how many, from the first, are not damaged and in place."""
-    return cache.write_pieces(blocks, rows, pieces)
+def write_chunks(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+    """Writes chunks into a sequence's blocks. Returns how many, from the first, are undamaged and in place."""
+    return cache.write(blocks, targets, chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """What a prefill worker needs to know to compute one prompt for us."""
+    """A prompt that a prefill worker is asked to compute.
+
+    Attributes:
+        codec: preferred codec; KV travels raw if the prefill worker does not offer it.
+    """
 
     request_id: str
     attempt: int
@@ -79,21 +81,26 @@ class PromptRequest:
     sample_first_token: bool
     cache_namespace: str = ""
     trace: bool = False
-    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW  # wished for; raw where the prefill worker does not offer it
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW
 
 
 @dataclass(frozen=True, slots=True)
 class FirstTokenArrived:
-    """The full model's token, with what the prefill worker measured, in nanoseconds."""
+    """The full model's token.
+
+    Attributes:
+        queue_ns: nanoseconds that the prompt waited in the prefill worker's queue.
+        received_ns: arrival on this process's monotonic clock.
+    """
 
     token: prefill_pb2.FirstToken
     queue_ns: int
-    received_ns: int  # our monotonic clock
+    received_ns: int
 
 
 @dataclass(slots=True)
 class PullStats:
-    """A handoff in numbers; times are nanoseconds since the request was sent."""
+    """Measurements of one handoff. Times are nanoseconds since the request was sent."""
 
     started_ns: int = field(default_factory=time.monotonic_ns)
     first_token_ns: int = 0
@@ -101,10 +108,10 @@ class PullStats:
     last_kv_ns: int = 0
     kv_bytes: int = 0
     kv_chunks: int = 0
-    shared_bytes: int = 0  # of kv_bytes, through memory shared with the prefill worker
-    cached_tokens: int = 0  # of the prompt, in the prefill worker's prefix cache
-    held_tokens: int = 0  # of the prompt, in our blocks before
-    broken_streams: int = 0  # data streams that ended with a wrong chunk, too little or an error
+    shared_bytes: int = 0  # part of kv_bytes that came through shared memory
+    cached_tokens: int = 0  # of the prompt, found in the prefill worker's prefix cache
+    held_tokens: int = 0  # of the prompt, in this worker's blocks before the transfer
+    broken_streams: int = 0  # data streams that ended with a wrong chunk, missing ranges or an error
     prefill: kv_pb2.PrefillTrace | None = None
 
     def to_proto(self) -> kv_pb2.HandoffTrace:
@@ -123,13 +130,15 @@ class PullStats:
 
 
 class PrefillPeer:
-    """A checked connection to one incarnation of one prefill worker.
+    """Connection to one incarnation of one prefill worker, usable after ``handshake``.
 
     Args:
+        streams: number of connections for data streams.
         shm: whether to share memory with a worker that is on this host and offers it.
 
     Attributes:
-        link: shared memory, once the handshake has found it.
+        link: shared memory; None means that payloads travel.
+        codecs: codecs that the worker can send.
     """
 
     def __init__(
@@ -144,7 +153,12 @@ class PrefillPeer:
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
 
     async def handshake(self, mine: KvIdentity) -> None:
-        """Raises Incompatible with the list of differing fields, or Unavailable when the worker is not there."""
+        """Compares identities, and connects the shared memory.
+
+        Raises:
+            Incompatible: the identities differ; names every differing field.
+            Unavailable: the worker does not answer, or was restarted.
+        """
         name = self.target.worker_id
         call = self.control.Describe(prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT)
         try:
@@ -171,7 +185,7 @@ class PrefillPeer:
 
     @property
     def lost_link(self) -> bool:
-        """Whether memory was shared, and is no longer."""
+        """Whether memory was shared and the link has closed."""
         return self.link is not None and not self.link.alive
 
     async def close(self) -> None:
@@ -181,19 +195,19 @@ class PrefillPeer:
 
 
 class PromptPull:
-    """One prompt on its way from a prefill worker into ``blocks``.
+    """Transfers one prompt's KV from a prefill worker into ``blocks``.
 
-    Every task and thread that may touch the blocks has ended when ``run`` ends, however it ends.
+    When ``run`` ends, for whatever reason, every task and thread that may touch the blocks has ended.
 
     Args:
         kv: geometry of the full model's KV.
-        layer_map: ``layer_map[i]`` is the full-model layer whose KV cache layer i takes.
+        layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
         held_tokens: leading prompt tokens whose KV is in ``blocks`` already.
-        limits: how long the transfer may take.
+        limits: time limits of the transfer.
 
     Raises (from ``run``):
         TransferFailed: a chunk was wrong, a range is missing, or ``limits`` are exceeded.
-        Unavailable, Overloaded, DeadlineExceeded, ...: as the prefill worker answered.
+        Unavailable, Overloaded, DeadlineExceeded, ...: the prefill worker's answer.
     """
 
     def __init__(
@@ -216,7 +230,9 @@ class PromptPull:
         self._blocks = blocks
         self._executor = executor
         self._limits = limits
-        self._rows = Rows({layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers})
+        self._targets = LayerTargets(
+            {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
+        )
         self._spec = TransferSpec(
             secrets.token_bytes(TRANSFER_ID_BYTES),
             request.attempt,
@@ -227,21 +243,21 @@ class PromptPull:
         )
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
-        self._unwritten = self._coverage.missing_cells  # claimed by a checked chunk is not yet written
+        self._unwritten = self._coverage.missing_cells  # cells; coverage marks a chunk before it is written
         self._farewell = asyncio.timeout(None)
-        self._whole = asyncio.Event()  # all of it is written
-        self._ready_bytes = self._moved_bytes = 0  # as the KV is in a cache, whatever the codec
+        self._whole = asyncio.Event()  # set when all KV is written
+        self._ready_bytes = self._moved_bytes = 0  # of raw KV, whatever the codec
         self.stats = PullStats(held_tokens=held_tokens)
 
     @property
     def codec(self) -> common_pb2.KvCodec:
-        """In which the KV travels."""
+        """Codec in which the KV travels."""
         return self._spec.codec
 
     async def run(self, timeout: float | None, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
-        """Runs the prefill RPC and the data streams; returns when every range is in place and acknowledged.
+        """Runs the prefill RPC and the data streams. Returns when every range is in place and acknowledged.
 
-        A worker that freezes when it has given all is waited for no longer than ``_FAREWELL``.
+        If the worker freezes after it has sent everything, returns after ``_FAREWELL``.
 
         Args:
             timeout: seconds left of the request's deadline.
@@ -257,7 +273,7 @@ class PromptPull:
                 async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
                         case "queued":
-                            # Only now does the worker know the transfer by its id.
+                            # From now on the worker knows the transfer's id, which PullKv names.
                             for channel, ranges in zip(self._peer.data, self._shares(), strict=False):
                                 group.create_task(self._pull(channel, ranges, timeout))
                         case "scheduled":
@@ -268,7 +284,7 @@ class PromptPull:
                             now = time.monotonic_ns()
                             self.stats.first_token_ns = now - self.stats.started_ns
                             on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
-                            self._look_for_the_end()
+                            self._limit_farewell()
                         case "ready":
                             self._note_ready(message.ready.token_start, message.ready.token_end)
                         case "done":
@@ -276,14 +292,14 @@ class PromptPull:
                 watch.cancel()
                 sending.cancel()
         except TimeoutError:
-            logger.warning("%s has not ended a transfer of which it has given all", self._worker)
+            logger.warning("%s sent all KV but did not end the transfer within %g s", self._worker, _FAREWELL)
         except BaseExceptionGroup as errors:
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
             if not self._has_all or not lost_peer:
                 raise _cause(errors) from errors
-            # All that was asked for is in place; a worker that leaves now does no harm.
+            # Everything is in place; it does not matter that the worker has gone.
         finally:
-            # TaskGroup has joined its tasks; the worker frees its side when the RPC ends.
+            # TaskGroup has joined its tasks. The worker frees the KV when the RPC ends.
             control.cancel()
         if self._unwritten:
             raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
@@ -294,10 +310,10 @@ class PromptPull:
 
     @property
     def _has_all(self) -> bool:
-        """Whether the prefill worker has nothing more that is wanted."""
+        """Whether all KV and the first token, if requested, have arrived."""
         return not self._unwritten and (self.stats.first_token_ns > 0 or not self._request.sample_first_token)
 
-    def _look_for_the_end(self) -> None:
+    def _limit_farewell(self) -> None:
         if self._has_all:
             self._farewell.reschedule(asyncio.get_running_loop().time() + _FAREWELL)
 
@@ -326,8 +342,8 @@ class PromptPull:
         )
 
     async def _send(self, control: Any) -> None:
-        # Not as an iterator of requests: gRPC would wait for the next one in a task that outlives the call.
-        with suppress(OverfillError):  # the call has ended; reading it tells how
+        # Not as an iterator of requests: gRPC would wait for the next request in a task that outlives the call.
+        with suppress(OverfillError):  # the call has ended; the reader of its responses raises the reason
             while True:
                 message = await self._outgoing.get()
                 if message.HasField("ack"):
@@ -338,13 +354,15 @@ class PromptPull:
                 await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
-        return share_out(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data))
+        return share_among_streams(
+            self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data)
+        )
 
     async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
-        """Pulls ``ranges``. What a wrong chunk or a broken stream leaves out is asked for again: it is computed."""
+        """Pulls ``ranges``. Requests the ranges that a wrong chunk or a broken stream leaves out again."""
         for repeats in itertools.count():
             error: OverfillError | None = None
-            # What shared memory did not bring travels.
+            # On a repeat, payloads travel.
             link = self._peer.link if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None
             try:
                 await self._pull_once(channel, ranges, timeout, link)
@@ -371,92 +389,105 @@ class PromptPull:
         request = prefill_pb2.PullKvRequest(
             transfer_id=self._spec.transfer_id,
             attempt=self._spec.attempt,
-            ranges=[box.to_proto() for box in ranges],
+            ranges=[kv_range.to_proto() for kv_range in ranges],
             link_id=link.id if link is not None else b"",
             stream=stream,
         )
         call = pull_kv(channel, request, timeout)
         try:
             async for message in responses(call, self._worker):
-                taken: list[_Taken] = []  # also when a later chunk of the message is wrong
+                in_place: list[_InPlace] = []  # filled even if a later chunk of the message is wrong
                 try:
-                    await shielded(loop.run_in_executor(self._executor, self._take_all, message, link, taken))
+                    await shielded(loop.run_in_executor(self._executor, self._write_message, message, link, in_place))
                 finally:
                     if link is not None:
-                        link.give_back([one.slot for one in taken if one.slot is not None])
-                    self._note_taken(taken)
-        except InvalidRequest as error:  # of the ranges, which are ours and not the user's
+                        link.give_back([one.slot for one in in_place if one.slot is not None])
+                    self._note_in_place(in_place)
+        except InvalidRequest as error:  # it concerns this worker's ranges, not the user's request
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
         finally:
             call.cancel()
             if link is not None:
                 link.end_stream(stream)
 
-    def _take_all(self, message: bytes, link: ShmClient | None, taken: list[_Taken]) -> None:
-        """Writes the chunks of a message that are right; ``taken`` tells which, also when a later one is wrong."""
-        found: list[tuple[Piece, _Taken]] = []
-        try:
-            for chunk in decode_all(message):
-                found.append(self._claim(chunk, link))
-        finally:
-            pieces = [piece for piece, _ in found]
-            whole = write_chunks(self._cache, self._blocks, self._rows, pieces)
-            taken += [one for _, one in found[:whole]]
-            for piece in pieces[whole:]:
-                self._coverage.remove(piece.box)
-        if whole < len(pieces):
-            raise wrong_checksum(pieces[whole].box)
+    def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[_InPlace]) -> None:
+        """Writes a message's chunks up to the first wrong one and appends them to ``in_place``, even if it raises.
 
-    def _claim(self, chunk: WireChunk, link: ShmClient | None) -> tuple[Piece, _Taken]:
-        """What is to be written of a chunk, its cells marked as there: nobody else may write to them."""
+        Raises:
+            TransferFailed: a chunk is wrong.
+        """
+        claimed: list[tuple[Chunk, _InPlace]] = []
+        try:
+            for received in parse_message(message):
+                claimed.append(self._claim(received, link))
+        finally:
+            chunks = [chunk for chunk, _ in claimed]
+            num_written = write_chunks(self._cache, self._blocks, self._targets, chunks)
+            in_place += [one for _, one in claimed[:num_written]]
+            for chunk in chunks[num_written:]:
+                self._coverage.remove(chunk.range)
+        if num_written < len(chunks):
+            raise wrong_checksum(chunks[num_written].range)
+
+    def _claim(self, received: ParsedChunk, link: ShmClient | None) -> tuple[Chunk, _InPlace]:
+        """The chunk to write. Marks its range in the coverage first, so that no other thread writes there.
+
+        The checksum of a raw chunk is compared while it is written, that of an encoded one here.
+        """
         slot = None
-        if chunk.head.HasField("shared"):
+        if received.head.HasField("shared"):
             if link is None:
                 raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
-            slot = chunk.head.shared.slot
-            chunk.payload = link.payload(chunk.head.shared)
+            slot = received.head.shared.slot
+            received.payload = link.payload(received.head.shared)
         spec, codec = self._spec.kv, self._spec.codec
         if codec == common_pb2.KV_CODEC_RAW:
-            piece = check_head(self._spec, chunk)
+            chunk = check_head(self._spec, received)
         elif codec == self._cache.codec:
-            piece = Piece(check(self._spec, chunk), chunk.payload, scales=chunk.scales)
-            check_scales(piece.scales)
+            chunk = Chunk(check(self._spec, received), received.payload, scales=received.scales)
+            check_scales(chunk.scales)
         else:
-            box = check(self._spec, chunk)
-            piece = Piece(box, decode(codec, spec.dtype, spec.head_dim, chunk.scales, chunk.payload))
-        self._coverage.add(piece.box)
-        return piece, _Taken(piece.box, len(chunk.payload) + len(chunk.scales), slot)
+            kv_range = check(self._spec, received)
+            chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
+        self._coverage.add(chunk.range)
+        return chunk, _InPlace(chunk.range, len(received.payload) + len(received.scales), slot)
 
-    def _note_taken(self, taken: Sequence[_Taken]) -> None:
-        if not taken:
+    def _note_in_place(self, chunks: Sequence[_InPlace]) -> None:
+        """Counts and acknowledges ``chunks``."""
+        if not chunks:
             return
         now = time.monotonic_ns() - self.stats.started_ns
         self.stats.first_kv_ns = self.stats.first_kv_ns or now
         self.stats.last_kv_ns = now
-        self.stats.kv_chunks += len(taken)
-        for one in taken:
-            self._unwritten -= one.box.cells
+        self.stats.kv_chunks += len(chunks)
+        for one in chunks:
+            self._unwritten -= one.range.num_cells
             self.stats.kv_bytes += one.size
-            self._moved_bytes += self._spec.cache_bytes(one.box)
+            self._moved_bytes += self._spec.raw_bytes(one.range)
             self.stats.shared_bytes += one.size if one.slot is not None else 0
         if not self._unwritten:
             self._whole.set()
-            self._look_for_the_end()
-        ack = prefill_pb2.AckKv(ranges=[one.box.to_proto() for one in taken])
+            self._limit_farewell()
+        ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
-    """A chunk that is in place: what it covers, bytes of payload, and the slot they were in."""
+class _InPlace:
+    """A chunk that has been written.
 
-    box: KvRange
+    Attributes:
+        size: bytes of payload and scales.
+        slot: slot of shared memory that held the payload; None means that it travelled.
+    """
+
+    range: KvRange
     size: int
     slot: int | None
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that broke a transfer: our own finding first, a stream that was merely cancelled last."""
+    """The error to report: first this worker's own finding, last a stream that was only cancelled."""
     found = [*errors.exceptions]
     found.sort(key=lambda error: (isinstance(error, RequestCancelled), not isinstance(error, TransferFailed)))
     return found[0]

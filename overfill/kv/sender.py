@@ -1,7 +1,7 @@
-"""The sending half of a handoff: hands out each piece of a prompt's KV as soon as it is computed.
+"""The sending half of a handoff: reads a prompt's KV into messages of chunks as soon as it is computed.
 
-Knows the cache and the progress of the prefill; knows nothing of RPCs. Everything but ``_read`` runs on
-the event loop.
+Knows the cache and the progress of the prefill, but no RPCs. ``_read_message`` runs on a thread of the executor;
+everything else runs on the event loop.
 """
 
 from __future__ import annotations
@@ -15,51 +15,46 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overfill.kv.cache import KvCache
-from overfill.kv.cells import DeviceEvent
-from overfill.kv.chunks import TransferSpec, blank_piece, lay_out_raw, seal, seal_in_place
+from overfill.kv.chunks import Chunk, TransferSpec, lay_out_raw, raw_chunk, seal, seal_in_place
 from overfill.kv.codecs import encode
-from overfill.kv.pieces import Piece
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.kv.shielded import shielded
-from overfill.kv.wire import Frame, join
+from overfill.kv.tensors import DeviceEvent
+from overfill.kv.wire import ChunkParts, join_chunks
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
 
 _MAX_CHUNKS = 4
-"""Most chunks in one message, whose cost hardly depends on what is in it."""
+"""Limit on chunks per message. The cost of a message hardly depends on its size."""
 _QUICK = 0.25
-"""Seconds in which a stream takes a message, so that the next ones may be larger."""
+"""Seconds. A stream that takes a message in less time gets a larger one next."""
 _local = threading.local()
 
 
 class MessageGrowth:
-    """Most chunks in a stream's next message: twice as many after each quick one, and one again after a slow one.
+    """Limit on the chunks of a stream's next message: doubled after a quick message, reset to 1 after a slow one.
 
-    Both ends count progress in whole messages. A slow stream therefore sends messages of one chunk.
+    Both ends count progress in whole messages, so a slow stream sends messages of one chunk.
     """
 
     def __init__(self) -> None:
-        self._most = 1
-
-    def take(self) -> int:
-        """Most chunks of the message that is made now."""
-        return self._most
+        self.max_chunks = 1
 
     def sent(self, seconds: float) -> None:
-        """The stream took ``seconds`` for a message."""
-        self._most = 1 if seconds > _QUICK else min(_MAX_CHUNKS, 2 * self._most)
+        """Adjusts ``max_chunks`` after the stream took ``seconds`` for a message."""
+        self.max_chunks = 1 if seconds > _QUICK else min(_MAX_CHUNKS, 2 * self.max_chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Room for one payload in shared memory."""
+    """Shared memory for one payload."""
 
     number: int
     memory: memoryview
 
 
 class Slots(Protocol):
-    """Where payloads go that do not travel; whoever reads them says when a slot is free again."""
+    """Shared memory of one stream, for payloads that do not travel. The receiver gives slots back."""
 
     @property
     def free(self) -> bool: ...
@@ -68,13 +63,15 @@ class Slots(Protocol):
 
 
 class KvSender:
-    """One prompt's KV on its way out.
+    """Sends one prompt's KV.
 
-    ``begin`` is called once, then ``written`` as layers are computed; ``chunks`` serves one data stream;
-    ``acknowledge`` records what has arrived. Blocks must stay put until every ``chunks`` iterator has been closed.
+    The engine calls ``begin`` once, then ``mark_ready`` for each layer that it has computed. ``messages`` serves one
+    data stream. ``acknowledge`` records the ranges that have arrived. The blocks must not be released before every
+    ``messages`` iterator is closed.
 
     Attributes:
-        ready_bytes: KV bytes computed so far, of the layers that travel.
+        ready_bytes: bytes of raw KV computed so far, in the layers that travel.
+        first_sent_ns, last_sent_ns: monotonic time of the first and the latest message; None means none yet.
     """
 
     def __init__(self, spec: TransferSpec, cache: KvCache, executor: Executor) -> None:
@@ -83,10 +80,10 @@ class KvSender:
         self._block_table: Sequence[int] = ()
         self._executor = executor
         self._acknowledged = Coverage(spec.layers, spec.tokens, spec.kv.num_kv_heads)
-        # Per full-model layer: positions below this are in the cache.
+        # Full-model layer -> the cache holds the positions below this.
         self._ready = dict.fromkeys(spec.layers, spec.tokens[0])
         self._event: dict[int, DeviceEvent | None] = {}
-        self._progress = asyncio.Event()  # a fresh one for each wait
+        self._progress = asyncio.Event()  # replaced after each change
         self._layer_bytes = spec.kv.token_layer_bytes
         self._raw = spec.codec == common_pb2.KV_CODEC_RAW
         self.ready_bytes = 0
@@ -95,6 +92,7 @@ class KvSender:
 
     @property
     def acknowledged_bytes(self) -> int:
+        """Bytes of raw KV that the receiver has acknowledged."""
         return self.spec.total_bytes - self._acknowledged.missing_cells * self._layer_bytes // self.spec.kv.num_kv_heads
 
     @property
@@ -103,14 +101,14 @@ class KvSender:
         return self._acknowledged.complete
 
     def begin(self, block_table: Sequence[int], cached_tokens: int, event: DeviceEvent | None) -> None:
-        """The prompt's blocks; all layers of its first ``cached_tokens`` are in them once ``event`` has passed."""
+        """Sets the prompt's blocks, which hold all layers of its first ``cached_tokens`` once ``event`` has passed."""
         self._block_table = block_table
         if cached_tokens:
             for layer in self.spec.layers:
-                self.written(layer, cached_tokens, event)
+                self.mark_ready(layer, cached_tokens, event)
 
-    def written(self, layer: int, token_end: int, event: DeviceEvent | None) -> None:
-        """Positions below ``token_end`` of ``layer`` are in the cache once ``event`` has passed."""
+    def mark_ready(self, layer: int, token_end: int, event: DeviceEvent | None) -> None:
+        """Records that the cache holds the positions below ``token_end`` of ``layer`` once ``event`` has passed."""
         if layer not in self._ready:  # the decoder does not read this layer
             return
         token_end = max(token_end, self._ready[layer])
@@ -120,38 +118,43 @@ class KvSender:
         self._progress.set()
         self._progress = asyncio.Event()
 
-    def acknowledge(self, box: KvRange) -> None:
-        """Raises TransferFailed when ``box`` is not part of the transfer or was acknowledged before."""
-        self._acknowledged.add(box)
+    def acknowledge(self, kv_range: KvRange) -> None:
+        """Records that ``kv_range`` has arrived.
+
+        Raises:
+            TransferFailed: it lies outside the transfer, or was acknowledged before.
+        """
+        self._acknowledged.add(kv_range)
 
     def check_ranges(self, ranges: Sequence[KvRange]) -> None:
-        """Raises TransferFailed when a range lies outside the transfer or overlaps another one."""
-        asked = Coverage(self.spec.layers, self.spec.tokens, self.spec.kv.num_kv_heads)
-        for box in ranges:
-            asked.add(box)
+        """Raises TransferFailed if a range lies outside the transfer or overlaps another one."""
+        requested = Coverage(self.spec.layers, self.spec.tokens, self.spec.kv.num_kv_heads)
+        for kv_range in ranges:
+            requested.add(kv_range)
 
-    async def chunks(self, ranges: Sequence[KvRange], slots: Slots | None = None) -> AsyncGenerator[bytes, None]:
-        """Messages of encoded chunks that cover ``ranges``, each as soon as it is computed.
+    async def messages(self, ranges: Sequence[KvRange], slots: Slots | None = None) -> AsyncGenerator[bytes, None]:
+        """Yields messages whose chunks cover ``ranges``, each as soon as its KV is computed.
 
-        Chunks that are ready together share a message. While one is being sent, the next is read. ``ranges`` have
-        passed ``check_ranges``.
+        Chunks that are ready together share a message. While one message is sent, the next is read.
 
         Args:
-            slots: shared memory that takes the payloads, of ``MAX_SHARED_PAYLOAD`` bytes at most; None leaves payloads
-                in the chunks, of ``MAX_CHUNK_PAYLOAD`` at most.
+            ranges: ranges that ``check_ranges`` accepts.
+            slots: shared memory for the payloads, each at most ``MAX_SHARED_PAYLOAD`` bytes. None puts payloads into
+                the messages, each at most ``MAX_CHUNK_PAYLOAD`` bytes.
         """
-        sent = [dict.fromkeys(range(box.layer_start, box.layer_end), box.token_start) for box in ranges]
+        # For each range: full-model layer -> first position that is not sent yet.
+        sent = [dict.fromkeys(kv_range.layers, kv_range.token_start) for kv_range in ranges]
         reading: asyncio.Future[bytes] | None = None
         growth = MessageGrowth()
         try:
             while reading is not None or any(sent):
                 if reading is None:
-                    reading = await self._begin(ranges, sent, slots, growth.take())
+                    reading = await self._begin(ranges, sent, slots, growth.max_chunks)
                     continue
                 message = await shielded(reading)
                 reading = None
-                if self._next_piece(ranges, sent, 1) is not None and (slots is None or slots.free):
-                    reading = await self._begin(ranges, sent, slots, growth.take())
+                if self._next_range(ranges, sent, 1) is not None and (slots is None or slots.free):
+                    reading = await self._begin(ranges, sent, slots, growth.max_chunks)
                 began = time.monotonic_ns()
                 if self.first_sent_ns is None:
                     self.first_sent_ns = began
@@ -163,99 +166,105 @@ class KvSender:
                 await shielded(reading)
 
     async def _begin(
-        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None, most: int
+        self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], slots: Slots | None, max_chunks: int
     ) -> asyncio.Future[bytes]:
-        """Starts to read up to ``most`` pieces as the stream's next message, once there is one and room for it.
+        """Waits for the next chunk and a slot for it, then starts to read the stream's next message.
 
-        Messages grow from one piece on, and shrink with what is left: nothing else moves while the first one is read
-        and the last one written.
+        The first and the last messages are small, because nothing overlaps reading the first or writing the last one.
         """
         largest = MAX_CHUNK_PAYLOAD if slots is None else MAX_SHARED_PAYLOAD
-        while self._next_piece(ranges, sent, largest) is None:
+        while self._next_range(ranges, sent, largest) is None:
             await self._progress.wait()
-        pieces: list[tuple[KvRange, Slot | None]] = []
-        most = min(most, max(1, self._left(ranges, sent) // (2 * largest)))
-        while len(pieces) < most and (not pieces or slots is None or slots.free):
-            piece = self._next_piece(ranges, sent, largest)
-            if piece is None:
+        chosen: list[tuple[KvRange, Slot | None]] = []
+        max_chunks = min(max_chunks, max(1, self._unsent_bytes(ranges, sent) // (2 * largest)))
+        while len(chosen) < max_chunks and (not chosen or slots is None or slots.free):
+            found = self._next_range(ranges, sent, largest)
+            if found is None:
                 break
             slot = await slots.acquire() if slots is not None else None
-            index, box = piece
-            for layer in range(box.layer_start, box.layer_end):
-                if box.token_end == ranges[index].token_end:
+            index, kv_range = found
+            for layer in kv_range.layers:
+                if kv_range.token_end == ranges[index].token_end:
                     del sent[index][layer]
                 else:
-                    sent[index][layer] = box.token_end
-            pieces.append((box, slot))
-        return asyncio.get_running_loop().run_in_executor(self._executor, self._read_all, pieces)
+                    sent[index][layer] = kv_range.token_end
+            chosen.append((kv_range, slot))
+        return asyncio.get_running_loop().run_in_executor(self._executor, self._read_message, chosen)
 
-    def _left(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:
-        """Bytes of ``ranges`` that are not sent."""
+    def _unsent_bytes(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:
+        """Bytes of raw KV of ``ranges`` that are not sent."""
         cells = sum(
-            box.num_heads * (box.token_end - start)
-            for box, cursors in zip(ranges, sent, strict=True)
+            kv_range.num_heads * (kv_range.token_end - start)
+            for kv_range, cursors in zip(ranges, sent, strict=True)
             for start in cursors.values()
         )
         return cells * self._layer_bytes // self.spec.kv.num_kv_heads
 
-    def _next_piece(
+    def _next_range(
         self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], largest: int
     ) -> tuple[int, KvRange] | None:
-        """The next computed and unsent piece: whole neighbouring layers together while they fit ``largest`` bytes."""
-        for index, (box, cursors) in enumerate(zip(ranges, sent, strict=True)):
-            head_bytes = self._layer_bytes * box.num_heads // self.spec.kv.num_kv_heads
-            most_tokens = max(1, largest // head_bytes)
-            if most_tokens > self._cache.block_size:  # whole blocks are copied faster
-                most_tokens -= most_tokens % self._cache.block_size
+        """Finds the next range that is computed, not sent and at most ``largest`` bytes.
+
+        Neighbouring layers share a chunk if they fit.
+
+        Returns:
+            Its index in ``ranges`` and the range itself; None if no layer has progressed.
+        """
+        for index, (kv_range, cursors) in enumerate(zip(ranges, sent, strict=True)):
+            token_bytes = self._layer_bytes * kv_range.num_heads // self.spec.kv.num_kv_heads  # in one layer
+            max_tokens = max(1, largest // token_bytes)
+            if max_tokens > self._cache.block_size:  # whole blocks are copied faster
+                max_tokens -= max_tokens % self._cache.block_size
             for layer, start in cursors.items():
-                end = min(self._ready[layer], box.token_end, start + most_tokens)
+                end = min(self._ready[layer], kv_range.token_end, start + max_tokens)
                 if end <= start:
                     continue
                 last = layer + 1
                 while (
                     cursors.get(last) == start
-                    and min(self._ready[last], box.token_end) >= end
-                    and (last + 1 - layer) * (end - start) * head_bytes <= largest
+                    and min(self._ready[last], kv_range.token_end) >= end
+                    and (last + 1 - layer) * (end - start) * token_bytes <= largest
                 ):
                     last += 1
-                return index, KvRange(layer, last, start, end, box.head_start, box.head_end)
+                return index, KvRange(layer, last, start, end, *kv_range.heads)
         return None
 
-    def _read_all(self, pieces: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
+    def _read_message(self, chosen: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
+        """A message with a chunk of each range; its payload is in the range's slot if there is one."""
         if not self._raw:
-            return join([self._encoded(box, slot) for box, slot in pieces])
-        if pieces[0][1] is not None:
-            return self._read_into_slots([(box, slot) for box, slot in pieces if slot is not None])
-        message, blanks = lay_out_raw(self.spec, [box for box, _ in pieces])
-        read = [blank_piece(self.spec, box, blank.payload) for (box, _), blank in zip(pieces, blanks, strict=True)]
-        self._cache.read_pieces(self._block_table, read, self._event)
-        for blank, piece in zip(blanks, read, strict=True):
-            seal_in_place(blank, piece.checksum)
+            return join_chunks([self._encode(kv_range, slot) for kv_range, slot in chosen])
+        if chosen[0][1] is not None:
+            return self._read_into_slots([(kv_range, slot) for kv_range, slot in chosen if slot is not None])
+        message, unwritten = lay_out_raw(self.spec, [kv_range for kv_range, _ in chosen])
+        chunks = [raw_chunk(self.spec, r, place.payload) for (r, _), place in zip(chosen, unwritten, strict=True)]
+        self._cache.read(self._block_table, chunks, self._event)
+        for place, chunk in zip(unwritten, chunks, strict=True):
+            seal_in_place(place, chunk.checksum)
         return message
 
-    def _read_into_slots(self, pieces: Sequence[tuple[KvRange, Slot]]) -> bytes:
-        read = [blank_piece(self.spec, box, slot.memory[: self.spec.cache_bytes(box)]) for box, slot in pieces]
-        self._cache.read_pieces(self._block_table, read, self._event)
-        return join(
+    def _read_into_slots(self, chosen: Sequence[tuple[KvRange, Slot]]) -> bytes:
+        chunks = [raw_chunk(self.spec, r, slot.memory[: self.spec.raw_bytes(r)]) for r, slot in chosen]
+        self._cache.read(self._block_table, chunks, self._event)
+        return join_chunks(
             [
-                seal(self.spec, box, piece.payload, b"", slot.number, piece.checksum)
-                for (box, slot), piece in zip(pieces, read, strict=True)
+                seal(self.spec, kv_range, chunk.payload, b"", slot.number, chunk.checksum)
+                for (kv_range, slot), chunk in zip(chosen, chunks, strict=True)
             ]
         )
 
-    def _encoded(self, box: KvRange, slot: Slot | None) -> Frame:
-        read = Piece(box, _scratch()[: self.spec.cache_bytes(box)])
-        self._cache.read_pieces(self._block_table, [read], self._event)
-        raw = memoryview(read.payload)
+    def _encode(self, kv_range: KvRange, slot: Slot | None) -> ChunkParts:
+        """A chunk in the transfer's codec."""
+        raw = _scratch()[: self.spec.raw_bytes(kv_range)]
+        self._cache.read(self._block_table, [Chunk(kv_range, raw)], self._event)
         scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)
         if slot is None:
-            return seal(self.spec, box, payload, scales)
+            return seal(self.spec, kv_range, payload, scales)
         slot.memory[: len(payload)] = payload
-        return seal(self.spec, box, slot.memory[: len(payload)], scales, slot.number)
+        return seal(self.spec, kv_range, slot.memory[: len(payload)], scales, slot.number)
 
 
 def _scratch() -> memoryview:
-    """Memory of this thread, used again for whatever is encoded: fresh memory costs more than the copy."""
+    """This thread's memory for KV to encode. It is reused, because allocating it costs more than the copy."""
     if not hasattr(_local, "scratch"):
         _local.scratch = memoryview(bytearray(MAX_SHARED_PAYLOAD))
     scratch: memoryview = _local.scratch

@@ -1,4 +1,4 @@
-"""Waiting that cancellation does not cut short: a block may only be freed when nothing touches it any more."""
+"""Awaiting work to its end despite cancellation. Blocks may be released only when no thread touches them any more."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 async def shielded(work: Awaitable[T]) -> T:
-    """The result of ``work``, which is never cancelled from here.
+    """Awaits ``work`` and returns its result. Unlike ``asyncio.shield``, does not return before ``work`` has ended.
 
-    When this task is cancelled meanwhile, however often, that takes effect once ``work`` has ended.
+    If this task is cancelled meanwhile, once or several times, CancelledError is raised after ``work`` has ended.
     """
     future = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     try:
-        return await asyncio.shield(future)  # the common case, which costs least
+        return await asyncio.shield(future)  # the common case, and the cheapest way
     except asyncio.CancelledError as error:
         if future.done():
             raise
@@ -29,6 +29,6 @@ async def shielded(work: Awaitable[T]) -> T:
             cancelled = error
     if cancelled is not None:
         if not future.cancelled():
-            future.exception()  # looked at, so that asyncio does not report it as lost
+            future.exception()  # marks the exception as retrieved, so that asyncio does not log it
         raise cancelled
     return future.result()

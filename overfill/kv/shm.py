@@ -33,25 +33,25 @@ from overfill.v1 import kv_pb2, prefill_pb2
 logger = logging.getLogger(__name__)
 
 SUPPORTED = sys.platform == "linux"
-"""Abstract Unix sockets and memory without a name."""
+"""Whether this system has abstract Unix sockets and anonymous memory files."""
 
 SLOTS = 8
-"""Of 8 MiB each per link: enough for two streams of which both ends are busy with a message's chunks."""
+"""Slots of 8 MiB per link: enough for two streams while both ends work on a message's chunks."""
 
 _TOKEN_BYTES = _ID_BYTES = 16
 _GRANT = struct.Struct("<16sII")
 _RETURN = struct.Struct("<BI")
 _SLOT, _STREAM = 0, 1
 _PEER_CREDENTIALS = struct.Struct("3i")
-_TIMEOUT = 2.0  # seconds for an end to introduce itself
-_ACCEPT_AGAIN = 0.1  # seconds
+_TIMEOUT = 2.0  # seconds for the handshake on the socket
+_ACCEPT_RETRY_DELAY = 0.1  # seconds
 
 
 class ShmStream:
     """The slots of one PullKv stream; a ``Slots`` of ``kv.sender``.
 
     Attributes:
-        held: slots that are not free; of a stream that ends early, until both ends are done with them.
+        held: slots that are in use. If the stream ends early, they stay in use until both ends are done with them.
     """
 
     def __init__(self, link: ShmLink, number: int) -> None:
@@ -65,53 +65,57 @@ class ShmStream:
         return bool(self._link.free)
 
     async def acquire(self) -> Slot:
-        """Raises Unavailable when the client has gone."""
+        """Waits for a free slot. Raises Unavailable if the client has gone."""
         number = await self._link.take()
         self.held.add(number)
         return Slot(number, self._link.memory[number * MAX_SHARED_PAYLOAD :][:MAX_SHARED_PAYLOAD])
 
-    def written(self) -> None:
-        """Nothing of this stream is written to a slot any more."""
+    def writes_finished(self) -> None:
+        """Records that this end writes nothing more to the stream's slots."""
         self.writing = False
         self._link.settle(self)
 
 
 class ShmLink:
-    """One client: its segment, and who has which slot.
+    """The server's end of a link to one client: its segment and the state of its slots.
 
     Attributes:
-        descriptor: of the segment, for the client; whoever sends it closes it.
+        descriptor: file descriptor of the segment, for the client. The caller closes it after it is sent.
     """
 
     def __init__(self) -> None:
         self.id = secrets.token_bytes(_ID_BYTES)
         descriptor = os.memfd_create("overfill-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.fchmod(descriptor, 0o600)  # whoever finds it in /proc has to be this user
+            os.fchmod(descriptor, 0o600)  # other users cannot open it through /proc
             os.ftruncate(descriptor, SLOTS * MAX_SHARED_PAYLOAD)
-            # A segment that shrinks would kill whoever touches it.
+            # If the segment shrank, access to it would kill both processes with SIGBUS.
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self.memory = memoryview(mmap.mmap(descriptor, SLOTS * MAX_SHARED_PAYLOAD))
-            # For the client, opened for reading only, so that it cannot write there by accident.
+            # The client's descriptor is read-only, so that it cannot write by accident.
             self.descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(descriptor)
-        self.free = list(range(SLOTS))  # last in, first out: what was used last is in the cache
+        self.free = list(range(SLOTS))  # a stack: the slot used last is still in the CPU's caches
         self.closed = False
         self._streams: dict[int, ShmStream] = {}
-        self._ended: set[int] = set()  # streams of which the client's last word came first
+        self._ended: set[int] = set()  # streams that the client ended before they were opened here
         self._changed = asyncio.Event()
 
     def stream(self, number: int) -> ShmStream:
-        """A new one; call its ``written`` at its end. Raises Unavailable when the link or the stream is closed."""
+        """Opens a stream. The caller calls ``writes_finished`` at its end.
+
+        Raises:
+            Unavailable: the link or the stream is closed.
+        """
         if self.closed or number in self._streams or number in self._ended:
             self._ended.discard(number)
-            raise Unavailable("the link of shared memory, or its stream, is closed")
+            raise Unavailable("the link of shared memory or the stream is closed")
         self._streams[number] = ShmStream(self, number)
         return self._streams[number]
 
     async def take(self) -> int:
-        """A free slot, waiting for one. Raises Unavailable when the client has gone."""
+        """Waits for a free slot and takes it. Raises Unavailable if the client has gone."""
         while not self.free and not self.closed:
             self._changed.clear()
             await self._changed.wait()
@@ -120,7 +124,7 @@ class ShmLink:
         return self.free.pop()
 
     def returned(self, kind: int, number: int) -> None:
-        """The client gave a slot back, or all of a stream's; raises ValueError when it had no such thing."""
+        """Handles the client's return of a slot or of a whole stream. Raises ValueError if it has no such slot."""
         if kind == _STREAM:
             stream = self._streams.get(number)
             if stream is None:
@@ -137,23 +141,23 @@ class ShmLink:
         self._changed.set()
 
     def settle(self, stream: ShmStream) -> None:
-        """Takes back all that ``stream`` has once both ends are done with it."""
+        """Frees the slots of ``stream`` if both ends are done with it."""
         if not stream.writing and not stream.reading:
             del self._streams[stream.number]
             self.free.extend(stream.held)
             self._changed.set()
 
     def close(self) -> None:
-        """Stops handing out slots. The memory itself goes with the last payload that is being written or read."""
+        """Stops handing out slots. The memory is freed after the last payload that is being written or read."""
         self.closed = True
         self._changed.set()
 
 
 class ShmServer:
-    """Listens for decode workers on this host.
+    """Shares memory with decode workers on this host.
 
     Attributes:
-        offer: what Describe says about it; None when this system cannot share memory, or ``enabled`` is false.
+        offer: socket name and token for Describe. None means that this system cannot share memory, or not ``enabled``.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -167,7 +171,7 @@ class ShmServer:
             )
 
     def start(self) -> None:
-        """Begins to listen, on the running event loop."""
+        """Starts to listen, on the running event loop."""
         if self.offer is not None:
             self._listener = _new_socket()
             self._listener.bind(f"\0{self.offer.name}")
@@ -175,12 +179,13 @@ class ShmServer:
             self._spawn(self._accept(self._listener))
 
     def link(self, id: bytes) -> ShmLink:
-        """Raises Unavailable when there is no such link, any more or at all."""
+        """The link with that id. Raises Unavailable if it does not exist or has closed."""
         if id not in self._links:
-            raise Unavailable("no such link of shared memory: the payloads have to travel")
+            raise Unavailable("no such link of shared memory: payloads must travel")
         return self._links[id]
 
     async def stop(self) -> None:
+        """Stops to listen and closes all links."""
         for task in [*self._tasks]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -197,14 +202,14 @@ class ShmServer:
         while True:
             try:
                 peer, _ = await loop.sock_accept(listener)
-            except OSError as error:  # too many open files: clients wait in the queue until some are closed
-                logger.warning("a decode worker on this host has to wait: %s", error)
-                await asyncio.sleep(_ACCEPT_AGAIN)
+            except OSError as error:  # too many open files: clients wait in the socket's queue
+                logger.warning("cannot accept a link of shared memory yet; the decode worker waits: %s", error)
+                await asyncio.sleep(_ACCEPT_RETRY_DELAY)
                 continue
             self._spawn(self._serve(peer))
 
     async def _serve(self, peer: socket.socket) -> None:
-        """One client, until its socket closes."""
+        """Serves one client until its socket closes."""
         with peer:
             try:
                 async with asyncio.timeout(_TIMEOUT):
@@ -215,7 +220,7 @@ class ShmServer:
             try:
                 link = ShmLink()
             except OSError as error:  # no memory, too many open files: the client sees the socket close
-                logger.warning("no memory can be shared, so payloads travel: %s", error)
+                logger.warning("cannot share memory with a decode worker, so payloads travel: %s", error)
                 return
             self._links[link.id] = link
             try:
@@ -239,6 +244,7 @@ class ShmServer:
                 link.close()
 
     async def _trusted(self, peer: socket.socket) -> bool:
+        """Whether the client runs as this user and has the token."""
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
         token = await _receive(peer, _TOKEN_BYTES)
@@ -247,10 +253,11 @@ class ShmServer:
 
 
 class ShmClient:
-    """A decode worker's end of a link. Made by ``connect``.
+    """The client's end of a link. Made by ``connect``.
 
     Attributes:
-        id: names the link in PullKv.
+        id: the link's id in PullKv.
+        alive: False once the link has closed.
     """
 
     def __init__(self, sock: socket.socket, descriptor: int, id: bytes, slots: int) -> None:
@@ -264,11 +271,15 @@ class ShmClient:
         self._memory = memoryview(mapped)
         self._streams = 0
         self.alive = True
-        asyncio.get_running_loop().add_reader(sock, self.close)  # the server says nothing more; its end is readable
+        asyncio.get_running_loop().add_reader(sock, self.close)  # the server sends nothing more: readable means closed
 
     @classmethod
     async def connect(cls, offer: prefill_pb2.ShmOffer) -> ShmClient:
-        """Raises OSError, TimeoutError or ValueError when the server is not on this host, or will not share."""
+        """Connects to the server that made ``offer``.
+
+        Raises:
+            OSError, TimeoutError, ValueError: the server is on another host, or refuses to share memory.
+        """
         if not SUPPORTED:
             raise OSError("this system cannot share memory")
         loop = asyncio.get_running_loop()
@@ -286,47 +297,49 @@ class ShmClient:
             id, slots, size = _GRANT.unpack(data)
             if size != MAX_SHARED_PAYLOAD:
                 os.close(descriptors[0])
-                raise ValueError(f"the prefill worker's slots are of {size} bytes")
+                raise ValueError(f"the prefill worker's slots have {size} bytes, expected {MAX_SHARED_PAYLOAD}")
             client = cls(sock, descriptors[0], id, slots)
             stack.pop_all()
         return client
 
     def new_stream(self) -> int:
-        """A number for a PullKv stream."""
+        """A new number for a PullKv stream."""
         self._streams += 1
         return self._streams
 
     def payload(self, shared: kv_pb2.SharedPayload) -> memoryview:
-        """Raises TransferFailed when there is no such slot."""
+        """View of the payload. Raises TransferFailed if there is no such slot or it is too small."""
         if shared.slot >= self._slots or shared.length > MAX_SHARED_PAYLOAD:
-            raise TransferFailed(f"a payload is said to be in slot {shared.slot}, of {shared.length} bytes")
+            raise TransferFailed(
+                f"a chunk names slot {shared.slot} and {shared.length} bytes, which the shared memory does not have"
+            )
         start = shared.slot * MAX_SHARED_PAYLOAD
         return self._memory[start : start + shared.length]
 
     def give_back(self, slots: Sequence[int]) -> None:
-        """Their payloads are not looked at any more."""
+        """Gives back slots whose payloads have been read."""
         if slots:
-            self._tell(b"".join(_RETURN.pack(_SLOT, slot) for slot in slots))
+            self._send(b"".join(_RETURN.pack(_SLOT, slot) for slot in slots))
 
     def end_stream(self, stream: int) -> None:
-        """No payload of the stream is looked at any more."""
-        self._tell(_RETURN.pack(_STREAM, stream))
+        """Gives back all slots of the stream, which has ended."""
+        self._send(_RETURN.pack(_STREAM, stream))
 
     def close(self) -> None:
-        """Idempotent. Payloads that are being read stay readable."""
+        """Closes the link. Idempotent. Payloads that are being read stay readable."""
         if self.alive:
             self.alive = False
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
 
-    def _tell(self, words: bytes) -> None:
+    def _send(self, words: bytes) -> None:
         if self.alive:
             try:
                 sent = self._socket.send(words)
             except OSError:
                 sent = 0
-            if sent != len(words):  # gone, or frozen for very long
-                logger.warning("a link of shared memory is lost: payloads travel until the worker is connected anew")
+            if sent != len(words):  # the server has gone, or has been frozen for long
+                logger.warning("a link of shared memory is lost: payloads travel until the worker reconnects")
                 self.close()
 
 
@@ -337,17 +350,18 @@ def _new_socket() -> socket.socket:
 
 
 async def _receive(sock: socket.socket, size: int) -> bytes:
-    """Exactly ``size`` bytes. Raises asyncio.IncompleteReadError at the end of the stream."""
+    """Receives exactly ``size`` bytes. Raises asyncio.IncompleteReadError at the end of the stream."""
     data = b""
     while len(data) < size:
-        piece = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
-        if not piece:
+        received = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
+        if not received:
             raise asyncio.IncompleteReadError(data, size)
-        data += piece
+        data += received
     return data
 
 
 async def _readable(sock: socket.socket) -> None:
+    """Waits until ``sock`` is readable."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     settle: Callable[[], None] = lambda: None if ready.done() else ready.set_result(None)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Geometry of a KV cache: what two processes must agree on before keys and values may travel. No torch."""
+"""Geometry of KV, which two processes must agree on before keys and values travel. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from overfill.v1 import common_pb2
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 KvCacheDtype = Literal["auto", "int8"]
-"""How a decode worker holds KV: auto is the dtype that everything is computed in."""
+"""Element type in which a decode worker stores KV; "auto" is the dtype of its activations."""
 
 DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
     "float32": common_pb2.DTYPE_FLOAT32,
@@ -19,14 +19,14 @@ DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
 }
 DTYPE_FROM_PROTO: dict[int, DTypeName] = {v: k for k, v in DTYPE_TO_PROTO.items()}  # type: ignore[misc]
 SCALE_BYTES = 4
-"""Of a scale of a key or value vector: float32."""
+"""Bytes of the float32 scale of a key or value vector."""
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Everything that decides the rotation of a key. Fields as in ``RopeSpec`` of common.proto."""
+    """All parameters of the rotation of keys. The fields are those of ``RopeSpec`` in common.proto."""
 
     type: Literal["default", "linear", "llama3", "yarn"] = "default"
     theta: float = 10000.0
@@ -85,12 +85,12 @@ class KvSpec:
             num_layers=message.num_layers,
             num_kv_heads=message.num_kv_heads,
             head_dim=message.head_dim,
-            # A type we do not know is a difference for the handshake to name, not a failure to read.
+            # An unknown type must not fail here: the handshake names it as a difference.
             dtype=DTYPE_FROM_PROTO.get(message.dtype, cast(DTypeName, f"unknown ({message.dtype})")),
             rope=RopeSpec.from_proto(message.rope),
         )
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name, for comparison and messages."""
+        """Every field by its dotted name, for comparisons and messages."""
         own: dict[str, Any] = {f"kv.{f.name}": getattr(self, f.name) for f in fields(self) if f.name != "rope"}
         return own | {f"kv.rope.{f.name}": getattr(self.rope, f.name) for f in fields(self.rope)}

@@ -1,7 +1,7 @@
-"""When a transfer of KV is given up: it has stalled, or it takes too long. Both ends of a transfer judge it so.
+"""Detection of KV transfers that have stalled or take too long. Both ends of a transfer use it.
 
-Many transfers that share a link are slow each, and all of them finish. Progress counts by whole messages, so each
-transfer needs one message, of 1 MiB on a slow stream, in every ``STALL_TIMEOUT``.
+A transfer is judged by stalls, not by its rate: when many transfers share a link, each is slow but all finish. Progress
+is counted in whole messages, so a transfer needs one message per ``STALL_TIMEOUT``. On a slow stream that is 1 MiB.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from overfill.errors import TransferFailed
 from overfill.rpc.constants import MAX_TRANSFER_TIME, STALL_TIMEOUT
 
-_INTERVAL = 0.5  # seconds between looks at a transfer
+_INTERVAL = 0.5  # seconds between checks of a transfer
 
 
 @dataclass(frozen=True, slots=True)
 class TransferLimits:
-    """How long a transfer may take, in seconds.
+    """Time limits of a transfer.
 
     Attributes:
-        stall: longest time without a byte moved while some are ready.
-        whole: longest time from the moment all of the prompt's KV is ready until all of it has moved.
+        stall: seconds without progress, while bytes are ready, after which the transfer fails.
+        whole: seconds that the transfer may take after all of the prompt's KV is ready.
     """
 
     stall: float = STALL_TIMEOUT
@@ -34,9 +34,9 @@ DEFAULT_LIMITS = TransferLimits()
 
 
 class StallDetector:
-    """Judges one transfer of ``total`` bytes that begins at ``now``. Times are seconds of any clock that only rises.
+    """Checks one transfer of ``total`` bytes that starts at ``now``. Times are seconds of any monotonic clock.
 
-    A transfer that owes nothing is never given up, however long the prompt takes to compute.
+    While all ready bytes have moved, the transfer does not stall, however long the prompt takes to compute.
     """
 
     def __init__(self, now: float, total: int, limits: TransferLimits) -> None:
@@ -47,10 +47,10 @@ class StallDetector:
         self._all_ready: float | None = None
 
     def fault(self, now: float, ready: int, moved: int) -> str | None:
-        """Why the transfer is to be given up; None: it goes on.
+        """Returns the reason why the transfer must be given up, or None.
 
         Args:
-            ready, moved: bytes since the transfer began.
+            ready, moved: bytes since the transfer started.
         """
         if moved > self._moved or moved >= ready:
             self._moved, self._last_progress = moved, now
@@ -68,10 +68,14 @@ class StallDetector:
 async def watch_transfer(
     peer: str, total: int, limits: TransferLimits, ready: Callable[[], int], moved: Callable[[], int]
 ) -> None:
-    """Watches a transfer until it is cancelled. ``ready`` and ``moved`` give bytes since the transfer began.
+    """Checks a transfer periodically until this task is cancelled.
+
+    Args:
+        peer: name of the other end, for the error.
+        ready, moved: return bytes since the transfer started.
 
     Raises:
-        TransferFailed: the transfer has stalled or takes too long; ``peer`` is named.
+        TransferFailed: the transfer has stalled or takes too long.
     """
     detector = StallDetector(time.monotonic(), total, limits)
     while True:

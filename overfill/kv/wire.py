@@ -1,8 +1,8 @@
-"""``KvChunk`` on the wire without copying its payload: protobuf's framing written and read by hand around it.
+"""Messages of KV chunks, encoded and parsed without copying payloads through protobuf.
 
-The small fields go through the generated class; ``scales`` and ``payload`` are sliced out of the message, or joined
-into it. Any valid encoding is read, and what is written any protobuf reader understands. Knows nothing of what is in a
-chunk.
+A message is one ``KvChunk`` with further ones in its ``also``. The generated class encodes the small fields. This
+module writes the framing of ``scales`` and ``payload`` around their bytes, or slices them out of a message. It parses
+every valid encoding, and every protobuf parser reads its messages. It does not look into payloads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from overfill.errors import TransferFailed
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
-Frame: TypeAlias = list[Buffer]
-"""A chunk's message in pieces."""
+ChunkParts: TypeAlias = list[Buffer]
+"""An encoded chunk, as consecutive parts that are not joined yet."""
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 
@@ -41,16 +41,16 @@ _view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, c
 
 
 @dataclass(slots=True)
-class WireChunk:
-    """A chunk as it came: ``head`` has all fields but the two long ones, which are views into the message."""
+class ParsedChunk:
+    """A received chunk. ``head`` has all fields except ``scales`` and ``payload``, which are views into the message."""
 
     head: kv_pb2.KvChunk
     scales: Buffer
     payload: Buffer
 
 
-def frame(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) -> Frame:
-    """A chunk's message in pieces, of which ``scales`` and ``payload`` are two. ``head`` must not have the checksum."""
+def chunk_parts(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) -> ChunkParts:
+    """Encodes a chunk around ``scales`` and ``payload``, without copying them. ``head`` must lack the checksum."""
     parts: list[Buffer] = [head.SerializeToString()]
     for field, data in ((_SCALES, scales), (_PAYLOAD, payload)):
         if data:
@@ -59,27 +59,27 @@ def frame(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) 
     return parts
 
 
-def join(frames: Sequence[Frame]) -> bytes:
+def join_chunks(chunks: Sequence[ChunkParts]) -> bytes:
     """One message of all chunks: the first, with the others in its ``also``. Every byte is copied once."""
-    parts = list(frames[0])
-    for other in frames[1:]:
+    parts = list(chunks[0])
+    for other in chunks[1:]:
         parts += [bytes([_ALSO << 3 | _BYTES]), _varint(sum(map(len, other))), *other]
     return b"".join(parts)
 
 
 @dataclass(slots=True)
-class Blank:
-    """A chunk whose payload and checksum are yet to be written into the message that it is part of."""
+class UnwrittenChunk:
+    """A chunk of a laid-out message. ``payload`` and ``checksum`` are views that the caller has to fill."""
 
     head: kv_pb2.KvChunk
     payload: memoryview
     checksum: memoryview
 
 
-def lay_out(chunks: Sequence[tuple[kv_pb2.KvChunk, int]]) -> tuple[bytes, list[Blank]]:
-    """As ``join``, but that payloads are written where they leave from, without a copy: heads and lengths of payloads.
+def lay_out_message(chunks: Sequence[tuple[kv_pb2.KvChunk, int]]) -> tuple[bytes, list[UnwrittenChunk]]:
+    """A message of ``chunks`` (head, bytes of payload) whose payloads the caller writes in place: no copy follows.
 
-    The message must outlive the use of the blanks, and nobody else may see it before they are written.
+    The message must outlive the views of the chunks. It must not be used before they are filled.
     """
     starts: list[bytes] = []
     for number, (head, length) in enumerate(chunks):
@@ -88,8 +88,9 @@ def lay_out(chunks: Sequence[tuple[kv_pb2.KvChunk, int]]) -> tuple[bytes, list[B
             whole = len(start) + length + _CHECKSUM_FIELD.size
             start = bytes([_ALSO << 3 | _BYTES]) + _varint(whole) + start
         starts.append(start)
-    message, view = _unwritten(sum(len(s) + n + _CHECKSUM_FIELD.size for s, (_, n) in zip(starts, chunks, strict=True)))
-    blanks: list[Blank] = []
+    size = sum(len(s) + n + _CHECKSUM_FIELD.size for s, (_, n) in zip(starts, chunks, strict=True))
+    message, view = _new_message(size)
+    unwritten: list[UnwrittenChunk] = []
     position = 0
     for start, (head, length) in zip(starts, chunks, strict=True):
         payload_at = position + len(start)
@@ -97,25 +98,25 @@ def lay_out(chunks: Sequence[tuple[kv_pb2.KvChunk, int]]) -> tuple[bytes, list[B
         view[position:payload_at] = start
         view[checksum_at] = _CHECKSUM << 3 | _FIXED64
         position = checksum_at + _CHECKSUM_FIELD.size
-        blanks.append(Blank(head, view[payload_at:checksum_at], view[checksum_at + 1 : position]))
-    return message, blanks
+        unwritten.append(UnwrittenChunk(head, view[payload_at:checksum_at], view[checksum_at + 1 : position]))
+    return message, unwritten
 
 
-def decode_all(message: Buffer) -> list[WireChunk]:
-    """Every chunk in ``message``, those in its ``also`` last. Raises TransferFailed when it is no KvChunk."""
-    chunk, also = _split(memoryview(message))
-    return [chunk, *(decode(other) for other in also)]
+def parse_message(message: Buffer) -> list[ParsedChunk]:
+    """All chunks of ``message``, those in its ``also`` last. Raises TransferFailed if it is not a valid KvChunk."""
+    first, also = _split(memoryview(message))
+    return [first, *(parse_chunk(other) for other in also)]
 
 
-def decode(message: Buffer) -> WireChunk:
-    """The chunk that ``message`` is. Raises TransferFailed when it is no KvChunk, or more than one."""
+def parse_chunk(message: Buffer) -> ParsedChunk:
+    """The only chunk of ``message``. Raises TransferFailed if it is not a valid KvChunk, or has further chunks."""
     chunk, also = _split(memoryview(message))
     if also:
-        raise TransferFailed("a chunk has others in it")
+        raise TransferFailed("a chunk in `also` has an `also` of its own")
     return chunk
 
 
-def _split(view: memoryview) -> tuple[WireChunk, list[memoryview]]:
+def _split(view: memoryview) -> tuple[ParsedChunk, list[memoryview]]:
     rest: list[Buffer] = []
     found: dict[int, list[memoryview]] = {_SCALES: [], _PAYLOAD: [], _ALSO: []}
     position = start = 0
@@ -134,7 +135,7 @@ def _split(view: memoryview) -> tuple[WireChunk, list[memoryview]]:
             elif kind == _BYTES:
                 length, position = _read_varint(view, position)
             else:
-                raise TransferFailed(f"a chunk has a field of kind {kind}")
+                raise TransferFailed(f"a chunk has a field of wire type {kind}")
             end = position + length
             if end > len(view):
                 raise TransferFailed("a chunk is cut off")
@@ -146,14 +147,14 @@ def _split(view: memoryview) -> tuple[WireChunk, list[memoryview]]:
         rest.append(view[start:])
         head = kv_pb2.KvChunk.FromString(b"".join(rest))
     except (DecodeError, IndexError) as error:
-        raise TransferFailed(f"a message is no KV chunk: {error}") from error
-    # Of a field that is repeated by mistake, protobuf takes the last one.
+        raise TransferFailed(f"a message is not a valid KvChunk: {error}") from error
+    # When a field is repeated by mistake, protobuf takes the last one.
     scales, payload = (found[field][-1] if found[field] else b"" for field in (_SCALES, _PAYLOAD))
-    return WireChunk(head, scales, payload), found[_ALSO]
+    return ParsedChunk(head, scales, payload), found[_ALSO]
 
 
 def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: Any) -> None:
-    """As the generated ``add_PrefillServicer_to_server``, but that PullKv yields encoded chunks."""
+    """As the generated ``add_PrefillServicer_to_server``, except that PullKv yields encoded messages."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
             servicer.Describe,
@@ -171,15 +172,15 @@ def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: An
 
 
 def pull_kv(channel: grpc.aio.Channel, request: prefill_pb2.PullKvRequest, timeout: float | None) -> Any:
-    """Opens PullKv on ``channel``; its responses are encoded chunks, for ``decode``."""
+    """Opens PullKv on ``channel``; its responses are encoded messages, for ``parse_message``."""
     method: Any = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
     return method(request, timeout=timeout)
 
 
-def _unwritten(size: int) -> tuple[bytes, memoryview]:
-    """Bytes as C code makes them, to be written before anybody sees them, and what to write them through.
+def _new_message(size: int) -> tuple[bytes, memoryview]:
+    """Uninitialised ``bytes`` and a writable view of them, which must be filled before the bytes are used.
 
-    gRPC sends nothing but ``bytes``, and Python fills those from something else only: one more copy of everything.
+    gRPC sends only ``bytes``, and Python's own way to make ``bytes`` copies everything once more.
     """
     message = _new_bytes(None, size)
     return message, _view(_address(message), size, _WRITABLE)
@@ -195,7 +196,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
-    """The number at ``position`` and where the next field begins. Raises IndexError at the end."""
+    """The number at ``position``, and the position after it. Raises IndexError at the end of ``view``."""
     result = shift = 0
     while True:
         byte = view[position]

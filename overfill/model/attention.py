@@ -62,7 +62,7 @@ class _Decode:
         tables = batch.tables(-(-max(batch.context_lens) // block_size))
         blocks = tables.gather(1, positions // block_size)
         slots = (blocks * block_size + positions % block_size).flatten()
-        return cls(cache, slots, mask[:, None, None, :], cache.new_room(len(slots)), cache.new_room(len(slots)))
+        return cls(cache, slots, mask[:, None, None, :], cache.new_scratch(len(slots)), cache.new_scratch(len(slots)))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         num_seqs, _, head_dim = q.shape

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from overfill.kv.cache import TORCH_DTYPES, KvCache
+from overfill.kv.cache import KvCache
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.attention import plan_attention
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig, Quantization

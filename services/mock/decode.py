@@ -15,7 +15,7 @@ from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
-from overfill.kv.wire import decode_all, pull_kv
+from overfill.kv.wire import parse_message, pull_kv
 from overfill.request.params import SamplingParams
 from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
@@ -309,7 +309,7 @@ class _Peer:
         box = KvRange(0, len(spec.layers), *spec.tokens, 0, spec.kv.num_kv_heads)
         request = prefill_pb2.PullKvRequest(transfer_id=spec.transfer_id, attempt=spec.attempt, ranges=[box.to_proto()])
         async for message in responses(pull_kv(self._data, request, None), self._name):
-            boxes = [check(spec, chunk) for chunk in decode_all(message)]
+            boxes = [check(spec, chunk) for chunk in parse_message(message)]
             ack = prefill_pb2.AckKv(ranges=[box.to_proto() for box in boxes])
             await checked_write(call.write(prefill_pb2.PrefillRequest(ack=ack)), self._name)
 

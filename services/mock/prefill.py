@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from overfill.errors import InvalidRequest, ShuttingDown, TransferFailed, Unavailable
 from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.ranges import KvRange
-from overfill.kv.wire import join
+from overfill.kv.wire import join_chunks
 from overfill.request.params import SamplingParams
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
 from overfill.rpc.interceptors import Context
@@ -37,7 +37,7 @@ class _Lease:
 
     async def read_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
-            self.cells -= sum(KvRange.from_proto(box).cells for box in request.ack.ranges)
+            self.cells -= sum(KvRange.from_proto(box).num_cells for box in request.ack.ranges)
             if self.cells <= 0:
                 self.acknowledged.set()
 
@@ -111,7 +111,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         await lease.computed.wait()
         for message in request.ranges:
             for box in _pieces(lease.spec, KvRange.from_proto(message)):
-                yield join([seal(lease.spec, box, bytes(lease.spec.payload_bytes(box)))])
+                yield join_chunks([seal(lease.spec, box, bytes(lease.spec.payload_bytes(box)))])
 
     async def _serve(
         self, lease: _Lease, start: prefill_pb2.StartPrefill, received: int

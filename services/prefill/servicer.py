@@ -108,7 +108,7 @@ class Lease:
                 self.trace.layer_start_ns.append(now - self.scheduled_ns)
                 return
             case KvWritten(layer=layer, token_end=end, event=mark):
-                self.sender.written(layer, end, mark)
+                self.sender.mark_ready(layer, end, mark)
                 return
             case PromptComputed(time_ns=now):
                 self.trace.layer_end_ns.append(now - self.scheduled_ns)
@@ -261,13 +261,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         slots = self._shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
         lease.readers.add(task)
         try:
-            async with aclosing(lease.sender.chunks(ranges, slots)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async with aclosing(lease.sender.messages(ranges, slots)) as messages:
+                async for message in messages:
+                    yield message
         finally:
             lease.readers.discard(task)
             if slots is not None:
-                slots.written()
+                slots.writes_finished()
 
     async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
         """Returns the first token's logit processor. Raises InvalidRequest when its grammar is not supported."""

@@ -42,7 +42,10 @@ def test_both_halves_fit_one_device_without_a_stated_cache(pair, exact_float32):
 
 def test_kv_read_beside_a_running_step_is_what_was_written(pair):
     from overfill.kv.cache import KvCache
+    from overfill.kv.chunks import Chunk
+    from overfill.kv.ranges import KvRange
     from overfill.kv.spec import KvSpec, RopeSpec
+    from overfill.kv.tensors import LayerTargets
 
     device = torch.device("cuda")
     source = KvCache(KvSpec(2, 2, 8, "bfloat16", RopeSpec()), 8, 4, device)
@@ -51,26 +54,31 @@ def test_kv_read_beside_a_running_step_is_what_was_written(pair):
     source.v.normal_()
     written = torch.cuda.Event()
     written.record()
-    payload = source.read([5, 0, 3], [0, 1], (2, 11), (0, 2), after=written)
-    target.write([1, 7, 2], [[0], [1]], (2, 11), (0, 2), payload)
+    chunk = Chunk(KvRange(0, 2, 2, 11, 0, 2), bytearray(2 * 2 * 9 * 2 * 8 * 2))
+    source.read([5, 0, 3], [chunk], {0: written, 1: written})
+    target.write([1, 7, 2], LayerTargets({0: [0], 1: [1]}), [chunk])
     taken, placed = source.slots([5, 0, 3], 2, 11), target.slots([1, 7, 2], 2, 11)
-    assert torch.equal(target.layer(1)[1][placed], source.layer(1)[1][taken])
+    assert torch.equal(target.gather(1, placed)[1], source.gather(1, taken)[1])
 
 
 def test_a_cache_of_int8_gives_what_one_on_the_cpu_does(pair):
-    from overfill.kv.int8_cache import Int8KvCache
+    from overfill.kv.cache import KvCache
+    from overfill.kv.chunks import Chunk
+    from overfill.kv.ranges import KvRange
     from overfill.kv.spec import KvSpec, RopeSpec
+    from overfill.kv.tensors import LayerTargets
 
     spec = KvSpec(2, 2, 8, "bfloat16", RopeSpec())
     k, v = torch.randn(2, 9, 2, 8).bfloat16()
     found = []
     for device in (torch.device("cuda"), torch.device("cpu")):
-        cache = Int8KvCache(spec, 8, 4, device)
+        cache = KvCache(spec, 8, 4, device, "int8")
         slots = cache.slots([5, 0, 3], 2, 11)
         cache.put(1, slots, k.to(device), v.to(device))
-        found.append([half.cpu() for half in cache.gather(1, slots, (cache.new_room(9), cache.new_room(9)))])
-        payload = cache.read([5, 0, 3], [1], (2, 11), (0, 2))
-        cache.write([1, 7, 2], [[0]], (2, 11), (0, 2), payload)
+        found.append([half.cpu() for half in cache.gather(1, slots, (cache.new_scratch(9), cache.new_scratch(9)))])
+        chunk = Chunk(KvRange(1, 2, 2, 11, 0, 2), bytearray(2 * 9 * 2 * 8 * 2))
+        cache.read([5, 0, 3], [chunk], {})
+        cache.write([1, 7, 2], LayerTargets({1: [0]}), [chunk])
         found[-1] += [half.cpu() for half in cache.gather(0, cache.slots([1, 7, 2], 2, 11))]
     for on_gpu, on_cpu in zip(*found, strict=True):
         torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)  # a last bit decides which way a code is rounded

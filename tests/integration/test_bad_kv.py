@@ -14,15 +14,15 @@ import torch
 from overfill import __version__
 from overfill.errors import Incompatible, Overloaded, TransferFailed, Unavailable
 from overfill.kv import receiver
+from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec, checksum, seal
 from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
-from overfill.kv.int8_cache import new_cache
 from overfill.kv.peers import PeerPool
 from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import join
+from overfill.kv.wire import join_chunks
 from overfill.request.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
@@ -83,7 +83,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
             cells = 2 * 6 * 2
             async for request in request_iterator:
-                self.acknowledged += sum(KvRange.from_proto(r).cells for r in request.ack.ranges)
+                self.acknowledged += sum(KvRange.from_proto(r).num_cells for r in request.ack.ranges)
                 if self.acknowledged == cells:
                     break
             if self.hold_done:
@@ -100,10 +100,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         for box in map(KvRange.from_proto, request.ranges):
             for start in range(box.token_start, box.token_end, 3):
                 piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
-                scales, payload = b"", torch.ones(spec.cache_bytes(piece) // 4).numpy().tobytes()
+                scales, payload = b"", torch.ones(spec.raw_bytes(piece) // 4).numpy().tobytes()
                 if spec.codec != common_pb2.KV_CODEC_RAW:
                     scales, payload = encode(spec.codec, "float32", 4, memoryview(bytearray(payload)))
-                chunks.append(kv_pb2.KvChunk.FromString(join([seal(spec, piece, payload, scales)])))
+                chunks.append(kv_pb2.KvChunk.FromString(join_chunks([seal(spec, piece, payload, scales)])))
         self.pulls += 1
         for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:
             yield chunk
@@ -126,7 +126,7 @@ async def pull(worker):
     with ThreadPoolExecutor(2) as executor:
 
         async def run(timeout=10.0, held="auto", codec=common_pb2.KV_CODEC_RAW):
-            cache = new_cache(KV, 4, 4, torch.device("cpu"), held)
+            cache = KvCache(KV, 4, 4, torch.device("cpu"), held)
             tokens = []
             sampling = SamplingParams(temperature=0).to_proto()
             request = PromptRequest("r", 3, PROMPT, sampling, 0, True, codec=codec)
@@ -284,7 +284,7 @@ async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for
         await worker.ended.wait()
     assert cache.k.sum() == 2 * 6 * 2 * 4
     assert tokens[0].token.token_id == 9
-    assert "has not ended a transfer" in caplog.text
+    assert "did not end the transfer" in caplog.text
 
 
 async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worker):

@@ -1,5 +1,5 @@
-// Chunks between a paged KV cache and contiguous memory, their checksums computed on the way; see library.py for the
-// other side. Takes no locks and starts no threads: callers let go of Python's lock while it runs.
+// Copies chunks between a paged KV cache and contiguous memory, and computes their checksums meanwhile. library.py is the
+// Python side. Takes no locks and starts no threads; ctypes releases Python's lock during a call.
 #include <algorithm>
 
 #include "xxh3.h"
@@ -8,22 +8,22 @@ using namespace ovf;
 
 namespace {
 
-// Keys and values of a cache: [layers, blocks, block_size, heads, cell], cell in bytes.
-struct OvfCells {
+// Keys and values of a cache: [layers, blocks, block_size, heads, vector_bytes]. A vector is one head of one token.
+struct OvfCache {
     uint8_t *k, *v;
-    int64_t layers, blocks, block_size, heads, cell;
+    int64_t layers, blocks, block_size, heads, vector_bytes;
 };
 
-// A box of a sequence and where its payload is: keys then values, each [layers, tokens, heads, cell].
-struct OvfPiece {
+// A range of a sequence and the address of its payload: keys then values, each [layers, tokens, heads, vector_bytes].
+struct OvfChunk {
     int64_t layer_start, layer_end, token_start, token_end, head_start, head_end;
     uint8_t* payload;
     uint64_t checksum;  // of header and payload
-    int64_t header_bytes;  // 0: no checksum is wanted
+    int64_t header_bytes;  // 0 means that the chunk has no checksum
     uint8_t header[64];
 };
 
-// Copies to memory that is not looked at soon: past the caches, which saves reading it first.
+// Copies past the CPU's caches: the target is not read soon, and its lines need not be loaded before they are written.
 void stream(uint8_t* to, const uint8_t* from, size_t size) {
     const size_t head = std::min(size, -reinterpret_cast<uintptr_t>(to) % 32);
     memcpy(to, from, head);
@@ -36,85 +36,86 @@ void stream(uint8_t* to, const uint8_t* from, size_t size) {
     memcpy(to, from, size);
 }
 
-bool inside(const OvfCells& cells, int64_t table_length, const OvfPiece& p) {
-    return 0 <= p.layer_start && p.layer_start < p.layer_end && 0 <= p.token_start && p.token_start < p.token_end &&
-           p.token_end <= table_length * cells.block_size && 0 <= p.head_start && p.head_start < p.head_end &&
-           p.head_end <= cells.heads;
+bool inside(const OvfCache& cache, int64_t table_length, const OvfChunk& c) {
+    return 0 <= c.layer_start && c.layer_start < c.layer_end && 0 <= c.token_start && c.token_start < c.token_end &&
+           c.token_end <= table_length * cache.block_size && 0 <= c.head_start && c.head_start < c.head_end &&
+           c.head_end <= cache.heads;
 }
 
-// Calls `each(cell of the cache, bytes)` for what lies together, in the order of the payload's tokens.
+// Calls `each(address in the cache, bytes)` for each contiguous run of the chunk in one layer, in the order of tokens.
 template <class Each>
-void runs(const OvfCells& cells, const int64_t* table, const OvfPiece& p, uint8_t* half, int64_t layer, Each each) {
-    const size_t token = cells.heads * cells.cell, width = (p.head_end - p.head_start) * cells.cell;
-    uint8_t* const base = half + layer * cells.blocks * cells.block_size * token + p.head_start * cells.cell;
-    const int64_t most = width == token ? cells.block_size : 1;
-    for (int64_t t = p.token_start; t < p.token_end;) {
-        const int64_t in_block = t % cells.block_size;
-        const int64_t count = std::min({cells.block_size - in_block, p.token_end - t, most});
-        each(base + (table[t / cells.block_size] * cells.block_size + in_block) * token, count * width);
+void each_run(const OvfCache& cache, const int64_t* table, const OvfChunk& c, uint8_t* half, int64_t layer, Each each) {
+    const size_t token = cache.heads * cache.vector_bytes, width = (c.head_end - c.head_start) * cache.vector_bytes;
+    uint8_t* const base = half + layer * cache.blocks * cache.block_size * token + c.head_start * cache.vector_bytes;
+    const int64_t max_tokens = width == token ? cache.block_size : 1;
+    for (int64_t t = c.token_start; t < c.token_end;) {
+        const int64_t in_block = t % cache.block_size;
+        const int64_t count = std::min({cache.block_size - in_block, c.token_end - t, max_tokens});
+        each(base + (table[t / cache.block_size] * cache.block_size + in_block) * token, count * width);
         t += count;
     }
 }
 
-bool table_inside(const OvfCells& cells, const int64_t* table, int64_t length) {
-    return std::all_of(table, table + length, [&](int64_t block) { return 0 <= block && block < cells.blocks; });
+bool table_inside(const OvfCache& cache, const int64_t* table, int64_t length) {
+    return std::all_of(table, table + length, [&](int64_t block) { return 0 <= block && block < cache.blocks; });
 }
 
 }  // namespace
 
 extern "C" {
 
-// Reads pieces out of the cache, and sets the checksums of those with a header. 0, or 1 when something is out of range.
-int ovf_kv_gather(const OvfCells* cells, const int64_t* table, int64_t length, OvfPiece* pieces, int64_t count) {
-    if (!table_inside(*cells, table, length)) return 1;
-    for (OvfPiece* p = pieces; p < pieces + count; ++p) {
-        if (!inside(*cells, length, *p) || p->layer_end > cells->layers) return 1;
-        const int64_t cells_in = (p->layer_end - p->layer_start) * (p->token_end - p->token_start) * (p->head_end - p->head_start);
-        Xxh3 hash(p->header_bytes + 2 * cells_in * cells->cell);
-        if (p->header_bytes) hash.feed(p->header, p->header_bytes);
-        uint8_t* to = p->payload;
-        for (uint8_t* half : {cells->k, cells->v})
-            for (int64_t layer = p->layer_start; layer < p->layer_end; ++layer)
-                runs(*cells, table, *p, half, layer, [&](const uint8_t* from, size_t size) {
+// Reads chunks out of the cache and sets the checksums of those with a header. Returns 1 if a chunk or a block of the
+// table lies outside the cache, otherwise 0.
+int ovf_kv_gather(const OvfCache* cache, const int64_t* table, int64_t length, OvfChunk* chunks, int64_t count) {
+    if (!table_inside(*cache, table, length)) return 1;
+    for (OvfChunk* c = chunks; c < chunks + count; ++c) {
+        if (!inside(*cache, length, *c) || c->layer_end > cache->layers) return 1;
+        const int64_t num_cells = (c->layer_end - c->layer_start) * (c->token_end - c->token_start) * (c->head_end - c->head_start);
+        Xxh3 hash(c->header_bytes + 2 * num_cells * cache->vector_bytes);
+        if (c->header_bytes) hash.feed(c->header, c->header_bytes);
+        uint8_t* to = c->payload;
+        for (uint8_t* half : {cache->k, cache->v})
+            for (int64_t layer = c->layer_start; layer < c->layer_end; ++layer)
+                each_run(*cache, table, *c, half, layer, [&](const uint8_t* from, size_t size) {
                     memcpy(to, from, size);
-                    if (p->header_bytes) hash.feed(to, size);  // while it is in the nearest cache
+                    if (c->header_bytes) hash.feed(to, size);  // while the bytes are in the L1 cache
                     to += size;
                 });
-        if (p->header_bytes) p->checksum = hash.finish();
+        if (c->header_bytes) c->checksum = hash.finish();
     }
     return 0;
 }
 
-// Writes pieces into the cache: payload layer l of the full model into layers targets[starts[l]] .. targets[starts[l + 1]].
-// What was written of a piece whose checksum is not its own is void. The index of the first such piece, `count` when there
-// is none, -1 when something is out of range. Pieces without a header are not checked.
-int64_t ovf_kv_scatter(const OvfCells* cells, const int64_t* table, int64_t length, const OvfPiece* pieces,
+// Writes chunks into the cache: full-model layer l goes to the layers targets[starts[l]] up to targets[starts[l + 1]].
+// Checks chunks that have a header while it writes them. Returns the index of the first damaged chunk, whose range is then
+// undefined; `count` if none is damaged; -1 if a chunk, a block of the table or a target layer lies outside the cache.
+int64_t ovf_kv_scatter(const OvfCache* cache, const int64_t* table, int64_t length, const OvfChunk* chunks,
                        int64_t count, const int64_t* starts, int64_t full_layers, const int64_t* targets) {
-    if (!table_inside(*cells, table, length)) return -1;
+    if (!table_inside(*cache, table, length)) return -1;
     for (int64_t t = 0; t < starts[full_layers]; ++t)
-        if (targets[t] < 0 || targets[t] >= cells->layers) return -1;
+        if (targets[t] < 0 || targets[t] >= cache->layers) return -1;
     for (int64_t i = 0; i < count; ++i) {
-        const OvfPiece& p = pieces[i];
-        if (!inside(*cells, length, p) || p.layer_end > full_layers) return -1;
-        const size_t layer_bytes = (p.token_end - p.token_start) * (p.head_end - p.head_start) * cells->cell;
-        Xxh3 hash(p.header_bytes + 2 * (p.layer_end - p.layer_start) * layer_bytes);
-        if (p.header_bytes) hash.feed(p.header, p.header_bytes);
-        const uint8_t* from = p.payload;
-        for (uint8_t* half : {cells->k, cells->v})
-            for (int64_t layer = p.layer_start; layer < p.layer_end; ++layer, from += layer_bytes) {
-                bool first = p.header_bytes > 0;
+        const OvfChunk& c = chunks[i];
+        if (!inside(*cache, length, c) || c.layer_end > full_layers) return -1;
+        const size_t layer_bytes = (c.token_end - c.token_start) * (c.head_end - c.head_start) * cache->vector_bytes;
+        Xxh3 hash(c.header_bytes + 2 * (c.layer_end - c.layer_start) * layer_bytes);
+        if (c.header_bytes) hash.feed(c.header, c.header_bytes);
+        const uint8_t* from = c.payload;
+        for (uint8_t* half : {cache->k, cache->v})
+            for (int64_t layer = c.layer_start; layer < c.layer_end; ++layer, from += layer_bytes) {
+                bool first = c.header_bytes > 0;
                 for (int64_t t = starts[layer]; t < starts[layer + 1]; ++t, first = false) {
                     const uint8_t* at = from;
-                    runs(*cells, table, p, half, targets[t], [&](uint8_t* to, size_t size) {
+                    each_run(*cache, table, c, half, targets[t], [&](uint8_t* to, size_t size) {
                         if (first) hash.feed(at, size);
                         stream(to, at, size);
                         at += size;
                     });
                 }
-                if (first) hash.feed(from, layer_bytes);  // a layer that nobody takes
+                if (first) hash.feed(from, layer_bytes);  // this layer is stored nowhere
             }
         _mm_sfence();
-        if (p.header_bytes && hash.finish() != p.checksum) return i;
+        if (c.header_bytes && hash.finish() != c.checksum) return i;
     }
     return count;
 }

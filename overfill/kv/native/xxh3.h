@@ -1,4 +1,4 @@
-// XXH3-64, default secret, seed 0, of inputs of more than 240 bytes whose length is known, fed piece by piece.
+// XXH3-64, default secret, seed 0, of inputs of more than 240 bytes whose length is known. The input is fed in parts of any size.
 // After the specification at https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 #pragma once
 #include <immintrin.h>
@@ -39,7 +39,7 @@ class Xxh3 {
             const size_t taken = size < STRIPE - carried_ ? size : STRIPE - carried_;
             memcpy(carry_ + carried_, data, taken);
             carried_ += taken, data += taken, size -= taken;
-            if (carried_ < STRIPE || done_ == stripes_) return;  // the last stripe stays, even a whole one
+            if (carried_ < STRIPE || done_ == stripes_) return;  // finish() needs the last stripe, even a whole one
             take(carry_, 1);
             memcpy(previous_, carry_, STRIPE);
             carried_ = 0;
@@ -55,7 +55,7 @@ class Xxh3 {
         carried_ = size;
     }
 
-    // Everything has been fed.
+    // The hash. All `total` bytes must have been fed.
     uint64_t finish() {
         uint8_t last[STRIPE];
         memcpy(last, previous_ + carried_, STRIPE - carried_);
@@ -100,7 +100,7 @@ class Xxh3 {
         return _mm256_add_epi64(_mm256_mul_epu32(sum, prime), _mm256_slli_epi64(high, 32));
     }
 
-    // The next stripes; every sixteenth ends a block.
+    // Adds the next stripes to the sums. A block ends after every sixteenth stripe.
     void take(const uint8_t* data, size_t count) {
         auto* sums = reinterpret_cast<__m256i*>(sums_);
         __m256i low = sums[0], high = sums[1];

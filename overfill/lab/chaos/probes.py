@@ -175,7 +175,7 @@ def watch_decode(probe: Probe) -> None:
 
     session = importlib.import_module("services.decode.sequence_session").SequenceSession
     receiver: Any = overfill.kv.receiver
-    handle, take_all, check = session._handle, PromptPull._take_all, receiver.check_head
+    handle, write_message, check = session._handle, PromptPull._write_message, receiver.check_head
 
     async def handle_held(self: Any, item: Any) -> bool:
         request = self.start.request_id
@@ -188,9 +188,9 @@ def watch_decode(probe: Probe) -> None:
                 await probe.hold("decode", request, quiet=True)
         return bool(await handle(self, item))
 
-    def take_held(self: PromptPull, *arguments: Any) -> None:
+    def write_held(self: PromptPull, *arguments: Any) -> None:
         probe.hold_thread("handoff", self._request.request_id)
-        take_all(self, *arguments)
+        write_message(self, *arguments)
 
     def damage_and_check(spec: Any, chunk: Any) -> Any:
         if (flip := probe.flip(len(chunk.payload))) is not None:
@@ -200,7 +200,7 @@ def watch_decode(probe: Probe) -> None:
         return check(spec, chunk)
 
     session._handle = handle_held
-    receiver.PromptPull._take_all = take_held
+    receiver.PromptPull._write_message = write_held
     receiver.check_head = damage_and_check
 
 

@@ -34,8 +34,8 @@ import overfill.kv.receiver
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.native.library import Rows
-from overfill.kv.pieces import Piece
+from overfill.kv.chunks import Chunk
+from overfill.kv.tensors import LayerTargets
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -64,16 +64,19 @@ def negate_weight_row() -> None:
 def overwrite_kv_chunk() -> None:
     write = overfill.kv.receiver.write_chunks
 
-    def write_then_overwrite(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
-        whole = write(cache, blocks, rows, pieces)
-        write(cache, blocks, rows, [Piece(p.box, bytes(len(p.payload))) for p in pieces[:whole] if _starts(p)])
-        return whole
+    def write_then_overwrite(
+        cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
+    ) -> int:
+        written = write(cache, blocks, targets, chunks)
+        zeros = [Chunk(c.range, bytes(len(c.payload))) for c in chunks[:written] if _starts(c)]
+        write(cache, blocks, targets, zeros)
+        return written
 
     overfill.kv.receiver.write_chunks = write_then_overwrite
 
 
-def _starts(piece: Piece) -> bool:
-    return piece.box.layer_start == 0 and piece.box.token_start == 0
+def _starts(chunk: Chunk) -> bool:
+    return chunk.range.layer_start == 0 and chunk.range.token_start == 0
 
 
 def shift_positions() -> None:
@@ -124,10 +127,10 @@ def lose_block() -> None:
 def delay_kv() -> None:
     write = overfill.kv.receiver.write_chunks
 
-    def write_late(cache: KvCache, blocks: Sequence[int], rows: Rows, pieces: Sequence[Piece]) -> int:
-        if any(map(_starts, pieces)):
+    def write_late(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+        if any(map(_starts, chunks)):
             time.sleep(_KV_DELAY)
-        return write(cache, blocks, rows, pieces)
+        return write(cache, blocks, targets, chunks)
 
     overfill.kv.receiver.write_chunks = write_late
 

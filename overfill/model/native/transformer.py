@@ -16,7 +16,6 @@ from torch import Tensor
 
 from overfill.errors import InternalError
 from overfill.kv.cache import KvCache
-from overfill.kv.int8_cache import Int8KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
 from overfill.model.head import tokens_in_row_order
@@ -152,8 +151,8 @@ class NativeTransformer:
             logits_indices=batch.logits_indices.data_ptr(),
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
-            k_scales=cache.k_scales.data_ptr() if isinstance(cache, Int8KvCache) else None,
-            v_scales=cache.v_scales.data_ptr() if isinstance(cache, Int8KvCache) else None,
+            k_scales=None if cache.k_scales is None else cache.k_scales.data_ptr(),
+            v_scales=None if cache.v_scales is None else cache.v_scales.data_ptr(),
             logits=None if logits is None else logits.data_ptr(),
             best=None if best is None else best.data_ptr(),
         )

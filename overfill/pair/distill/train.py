@@ -16,7 +16,7 @@ from torch import Tensor
 
 from overfill.engine.build import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.kv.cache import TORCH_DTYPES
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Pair
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.cache import TeacherCache

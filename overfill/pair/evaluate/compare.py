@@ -17,8 +17,8 @@ import torch
 
 from overfill.engine.build import native_dtype, resolve_device
 from overfill.errors import InvalidRequest
-from overfill.kv.cache import TORCH_DTYPES
 from overfill.kv.spec import DTypeName
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overfill.kv.cache import TORCH_DTYPES, copy_sequence
+from overfill.kv.cache import KvCache, copy_sequence
 from overfill.kv.codecs import quantise, restore
-from overfill.kv.int8_cache import new_cache
 from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
@@ -68,7 +68,7 @@ class BatchModel:
     def __init__(self, model: Model, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
         self.model = model
         spec = model.config.kv_spec(_dtype_name(model.dtype))
-        self.cache = new_cache(spec, max_tokens, 1, model.device, kv_cache_dtype)
+        self.cache = KvCache(spec, max_tokens, 1, model.device, kv_cache_dtype)
 
     def prefill(self, batch: Sequence[Transcript], skip: int) -> Tensor:
         """Reads prompts and answers, and predicts the answers' tokens from the one with index ``skip``.

@@ -58,7 +58,10 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
     ("fields", "message"),
     [
         ({"settings": {"kv_memroy": "1GiB"}}, "kv_memroy: no service has such a setting"),
-        ({"prefill": {"settings": {"data_streams": 2}}}, "data_streams: no such setting; overfill-prefill --help lists"),
+        (
+            {"prefill": {"settings": {"data_streams": 2}}},
+            "data_streams: no such setting; overfill-prefill --help lists",
+        ),
         ({"decode": {"settings": {"kv_memory": "much"}}}, "--kv-memory"),
         ({"settings": {"host": "0.0.0.0"}}, "--tls-cert"),
         ({"decode": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
 from overfill.kv.cache import KvCache, copy_sequence
-from overfill.kv.chunks import TransferSpec, check
-from overfill.kv.ranges import Coverage, KvRange, share_out
+from overfill.kv.chunks import Chunk, TransferSpec, check
+from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.sender import KvSender
-from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import decode_all
+from overfill.kv.spec import DTYPE_BYTES, KvSpec, RopeSpec
+from overfill.kv.tensors import LayerTargets
+from overfill.kv.wire import parse_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 
 CPU = torch.device("cpu")
@@ -28,6 +29,12 @@ def make_cache(dtype="float32", layers=4, heads=2, blocks=8, block_size=4, head_
     return cache
 
 
+def read_range(cache, table, kv_range):
+    payload = bytearray(2 * kv_range.num_cells * cache.spec.head_dim * DTYPE_BYTES[cache.spec.dtype])
+    cache.read(table, [Chunk(kv_range, payload)], {})
+    return payload
+
+
 @pytest.fixture
 def executor():
     with ThreadPoolExecutor(2) as pool:
@@ -38,18 +45,20 @@ def executor():
 def test_what_is_read_can_be_written_elsewhere(dtype):
     source, target = make_cache(dtype), make_cache(dtype, layers=3, seed=1)
     table, other = [5, 0, 3], [1, 7, 2]
-    payload = source.read(table, [1, 3], (2, 11), (0, 2))
-    target.write(other, [[0], [1, 2]], (2, 11), (0, 2), payload)
+    kv_range = KvRange(1, 4, 2, 11, 0, 2)
+    chunk = Chunk(kv_range, read_range(source, table, kv_range))
+    assert target.write(other, LayerTargets({1: [0], 3: [1, 2]}), [chunk]) == 1
     taken, placed = source.slots(table, 2, 11), target.slots(other, 2, 11)
     for row, layer in ((0, 1), (1, 3), (2, 3)):
         for half in (0, 1):
-            assert torch.equal(target.layer(row)[half][placed], source.layer(layer)[half][taken])
+            assert torch.equal(target.gather(row, placed)[half], source.gather(layer, taken)[half])
 
 
 def test_a_head_range_leaves_the_other_heads_alone():
     source, target = make_cache(), make_cache(seed=1)
     before = target.k.clone()
-    target.write([0], [[0]], (0, 4), (1, 2), source.read([2], [0], (0, 4), (1, 2)))
+    kv_range = KvRange(0, 1, 0, 4, 1, 2)
+    target.write([0], LayerTargets({0: [0]}), [Chunk(kv_range, read_range(source, [2], kv_range))])
     assert torch.equal(target.k[0, 0, :, 1], source.k[0, 2, :, 1])
     assert torch.equal(target.k[0, 0, :, 0], before[0, 0, :, 0])
     assert torch.equal(target.k[1:], before[1:])
@@ -59,8 +68,8 @@ def test_copy_within_a_process_follows_the_layer_map():
     source, target = make_cache(), make_cache(layers=2, seed=1)
     copy_sequence(source, [4, 1], target, [0, 6], [3, 1], 7)
     taken, placed = source.slots([4, 1], 0, 7), target.slots([0, 6], 0, 7)
-    assert torch.equal(target.layer(0)[1][placed], source.layer(3)[1][taken])
-    assert torch.equal(target.layer(1)[0][placed], source.layer(1)[0][taken])
+    assert torch.equal(target.gather(0, placed)[1], source.gather(3, taken)[1])
+    assert torch.equal(target.gather(1, placed)[0], source.gather(1, taken)[0])
 
 
 def new_sender(cache, executor, tokens=(0, 10), layers=(0, 1, 2, 3)):
@@ -70,8 +79,8 @@ def new_sender(cache, executor, tokens=(0, 10), layers=(0, 1, 2, 3)):
 
 
 async def chunks_of(sender, ranges):
-    async for message in sender.chunks(ranges):
-        for chunk in decode_all(message):
+    async for message in sender.messages(ranges):
+        for chunk in parse_message(message):
             yield chunk
 
 
@@ -82,17 +91,15 @@ async def test_every_stream_together_sends_everything_once(executor):
 
     async def pull(ranges):
         async for chunk in chunks_of(sender, ranges):
-            box = check(sender.spec, chunk)
-            coverage.add(box)
-            layers = range(box.layer_start, box.layer_end)
-            heads = (box.head_start, box.head_end)
-            assert chunk.payload == cache.read([5, 0, 3], layers, (box.token_start, box.token_end), heads)
-            sender.acknowledge(box)
+            kv_range = check(sender.spec, chunk)
+            coverage.add(kv_range)
+            assert chunk.payload == read_range(cache, [5, 0, 3], kv_range)
+            sender.acknowledge(kv_range)
 
-    pulls = [asyncio.ensure_future(pull(r)) for r in share_out((0, 2, 3), (3, 10), 2, 2)]
+    pulls = [asyncio.ensure_future(pull(r)) for r in share_among_streams((0, 2, 3), (3, 10), 2, 2)]
     for end in (4, 10):  # two chunks of the prompt
         for layer in range(4):
-            sender.written(layer, end, None)
+            sender.mark_ready(layer, end, None)
             await asyncio.sleep(0)
     await asyncio.gather(*pulls)
     assert coverage.complete
@@ -102,10 +109,10 @@ async def test_every_stream_together_sends_everything_once(executor):
 
 async def test_a_layer_leaves_before_the_next_one_is_computed(executor):
     sender = new_sender(make_cache(), executor)
-    chunks = sender.chunks([KvRange(0, 4, 0, 10, 0, 2)])
+    chunks = sender.messages([KvRange(0, 4, 0, 10, 0, 2)])
     for layer in range(4):
-        sender.written(layer, 10, None)
-        (received,) = decode_all(await anext(chunks))
+        sender.mark_ready(layer, 10, None)
+        (received,) = parse_message(await anext(chunks))
         chunk = received.head
         assert (chunk.range.layer_start, chunk.range.layer_end) == (layer, layer + 1)
     with pytest.raises(StopAsyncIteration):
@@ -115,7 +122,7 @@ async def test_a_layer_leaves_before_the_next_one_is_computed(executor):
 async def test_layers_that_wait_together_travel_together(executor):
     sender = new_sender(make_cache(), executor)
     for layer in range(4):
-        sender.written(layer, 10, None)
+        sender.mark_ready(layer, 10, None)
     sent = [chunk async for chunk in chunks_of(sender, [KvRange(0, 4, 0, 10, 0, 2)])]
     assert len(sent) == 1
 
@@ -126,13 +133,13 @@ def new_large_sender(executor, layers=2):
     sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, tuple(range(layers)), (0, 1000)), cache, executor)
     sender.begin(range(64), 0, None)
     for layer in range(layers):
-        sender.written(layer, 1000, None)
+        sender.mark_ready(layer, 1000, None)
     return sender, cache
 
 
 async def test_messages_grow_from_one_chunk_on_and_end_with_one(executor):
     sender, _ = new_large_sender(executor, layers=6)  # 24 chunks of 1 MiB
-    counts = [len(decode_all(message)) async for message in sender.chunks([KvRange(0, 6, 0, 1000, 0, 8)])]
+    counts = [len(parse_message(message)) async for message in sender.messages([KvRange(0, 6, 0, 1000, 0, 8)])]
     assert counts[:4] == [1, 1, 2, 4], "the second is read ahead"
     assert max(counts) == 4
     assert counts[-1] == 1
@@ -172,7 +179,7 @@ async def test_a_range_is_acknowledged_once(executor):
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_any_box_is_read_and_written_right_between_caches_of_other_block_sizes(data):
+def test_any_range_is_read_and_written_right_between_caches_of_other_block_sizes(data):
     """The same cells, and no others, whether blocks are whole or not and heads are all or some."""
     source, target = (
         make_cache(layers=3, heads=4, blocks=20, block_size=4),
@@ -185,13 +192,14 @@ def test_any_box_is_read_and_written_right_between_caches_of_other_block_sizes(d
     tokens = (start, data.draw(st.integers(start + 1, 40)))
     first = data.draw(st.integers(0, 3))
     heads = (first, data.draw(st.integers(first + 1, 4)))
-    target.write(other, [[0], [2, 1]], tokens, heads, source.read(table, [2, 0], tokens, heads))
+    kv_range = KvRange(0, 3, *tokens, *heads)
+    target.write(other, LayerTargets({2: [0], 0: [2, 1]}), [Chunk(kv_range, read_range(source, table, kv_range))])
     taken, placed = source.slots(table, *tokens), target.slots(other, *tokens)
     columns = slice(*heads)
     for row, layer in ((0, 2), (2, 0), (1, 0)):
         for half in (0, 1):
             assert torch.equal(
-                target.layer(row)[half][placed][:, columns], source.layer(layer)[half][taken][:, columns]
+                target.gather(row, placed)[half][:, columns], source.gather(layer, taken)[half][:, columns]
             )
     untouched = torch.ones(30 * 8, dtype=torch.bool)
     untouched[placed] = False

@@ -11,7 +11,7 @@ from overfill.errors import TransferFailed
 from overfill.kv.chunks import TransferSpec, check, checksum, lay_out_raw, seal, seal_in_place
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import decode, decode_all, frame, join
+from overfill.kv.wire import chunk_parts, join_chunks, parse_chunk, parse_message
 from overfill.v1 import common_pb2, kv_pb2
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=4, dtype="float32", rope=RopeSpec())
@@ -21,11 +21,11 @@ BOX = KvRange(1, 3, 2, 5, 0, 2)
 
 def sealed(payload=None):
     payload = bytes(i % 251 for i in range(SPEC.payload_bytes(BOX))) if payload is None else payload
-    return kv_pb2.KvChunk.FromString(join([seal(SPEC, BOX, payload)]))
+    return kv_pb2.KvChunk.FromString(join_chunks([seal(SPEC, BOX, payload)]))
 
 
 def received(chunk):
-    return decode(chunk.SerializeToString())
+    return parse_chunk(chunk.SerializeToString())
 
 
 def test_a_good_chunk_survives_the_wire():
@@ -48,7 +48,7 @@ def test_a_good_chunk_survives_the_wire():
     )
 )
 def test_the_framing_by_hand_is_what_the_generated_class_writes_and_reads(chunk):
-    wire = decode(chunk.SerializeToString())
+    wire = parse_chunk(chunk.SerializeToString())
     assert (bytes(wire.scales), bytes(wire.payload)) == (chunk.scales, chunk.payload)
     head = kv_pb2.KvChunk()
     head.CopyFrom(chunk)
@@ -56,7 +56,7 @@ def test_the_framing_by_hand_is_what_the_generated_class_writes_and_reads(chunk)
     head.ClearField("payload")
     assert wire.head == head
     head.ClearField("checksum")
-    message = join([frame(head, chunk.scales, memoryview(chunk.payload), chunk.checksum)])
+    message = join_chunks([chunk_parts(head, chunk.scales, memoryview(chunk.payload), chunk.checksum)])
     assert kv_pb2.KvChunk.FromString(message) == chunk
 
 
@@ -67,20 +67,20 @@ def test_payloads_written_in_place_are_the_message_that_joining_makes():
     for blank, payload in zip(blanks, payloads, strict=True):
         blank.payload[:] = payload
         seal_in_place(blank)
-    assert message == join([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
+    assert message == join_chunks([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
 
 
 def test_several_chunks_in_one_message_are_read_as_several():
     boxes = [KvRange(layer, layer + 1, 2, 5, 0, 2) for layer in (0, 1, 3)]
     payloads = [bytes([n]) * SPEC.payload_bytes(box) for n, box in enumerate(boxes)]
-    message = join([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
-    chunks = decode_all(message)
+    message = join_chunks([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
+    chunks = parse_message(message)
     assert [check(SPEC, chunk) for chunk in chunks] == boxes
     assert [bytes(chunk.payload) for chunk in chunks] == payloads
     read = kv_pb2.KvChunk.FromString(message)  # as any protobuf reader sees it
     assert [read.payload, *(other.payload for other in read.also)] == payloads
-    with pytest.raises(TransferFailed, match="others"):
-        decode(message)
+    with pytest.raises(TransferFailed, match="of its own"):
+        parse_chunk(message)
 
 
 @settings(deadline=None)
@@ -91,10 +91,10 @@ def test_what_is_no_message_is_refused(data):
     except DecodeError:
         # Groups, which protobuf skips, are refused here too.
         with pytest.raises(TransferFailed):
-            decode(data)
+            parse_chunk(data)
         return
     try:
-        wire = decode(data)
+        wire = parse_chunk(data)
     except TransferFailed:
         return
     assert bytes(wire.payload) == expected.payload
@@ -104,7 +104,7 @@ def test_a_message_that_is_cut_off_is_refused():
     message = sealed().SerializeToString()
     for end in range(1, len(message)):
         with pytest.raises(TransferFailed):
-            check(SPEC, decode(message[:end]))
+            check(SPEC, parse_chunk(message[:end]))
 
 
 def test_the_checksum_is_what_the_wire_says():
@@ -154,9 +154,9 @@ def test_a_truncated_payload_is_refused():
 
 def test_a_payload_above_the_limit_is_refused():
     long = dataclasses.replace(SPEC, tokens=(0, 10**6))
-    message = join([seal(long, KvRange(0, 1, 0, 20_000, 0, 2), b"\0" * (2 * 20_000 * 2 * 4 * 4))])
+    message = join_chunks([seal(long, KvRange(0, 1, 0, 20_000, 0, 2), b"\0" * (2 * 20_000 * 2 * 4 * 4))])
     with pytest.raises(TransferFailed, match="the limit is"):
-        check(long, decode(message))
+        check(long, parse_chunk(message))
 
 
 @given(st.integers(0, 383), st.integers(1, 255))

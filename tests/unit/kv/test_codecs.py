@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import TransferFailed
-from overfill.kv.cache import TORCH_DTYPES, KvCache
-from overfill.kv.chunks import TransferSpec, check, seal
+from overfill.kv.cache import KvCache
+from overfill.kv.chunks import Chunk, TransferSpec, check, seal
 from overfill.kv.codecs import decode, encode, quantise, restore
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import decode_all, join
+from overfill.kv.tensors import TORCH_DTYPES
+from overfill.kv.wire import join_chunks, parse_message
 from overfill.request.names import CODECS
 
 SMALLEST = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}  # of the element: its type's own rounding
@@ -75,11 +76,12 @@ async def test_chunks_go_through_the_codec_and_take_half_the_bytes(codec):
     with ThreadPoolExecutor(1) as executor:
         sender = KvSender(spec, cache, executor)
         sender.begin([2, 0, 3, 1], 50, None)
-        chunks = [chunk async for message in sender.chunks([whole]) for chunk in decode_all(message)]
+        chunks = [chunk async for message in sender.messages([whole]) for chunk in parse_message(message)]
     assert len(chunks) == 1
     assert check(spec, chunks[0]) == whole
-    assert len(chunks[0].payload) + len(chunks[0].scales) == spec.cache_bytes(whole) * 68 // 128
-    raw = cache.read([2, 0, 3, 1], range(3), (0, 50), (0, 2))
+    assert len(chunks[0].payload) + len(chunks[0].scales) == spec.raw_bytes(whole) * 68 // 128
+    raw = bytearray(spec.raw_bytes(whole))
+    cache.read([2, 0, 3, 1], [Chunk(whole, raw)], {})
     back = decode(CODECS[codec], "bfloat16", 64, chunks[0].scales, chunks[0].payload)
     ours, theirs = (torch.frombuffer(bytearray(data), dtype=torch.bfloat16).float() for data in (back, raw))
     assert (ours - theirs).abs().max() < 0.2
@@ -90,9 +92,9 @@ def test_scales_are_checked_and_covered_by_the_checksum():
     kv = KvSpec(1, 1, 4, "float32", RopeSpec())
     spec = TransferSpec(b"x" * 16, 0, kv, (0,), (0, 2), CODECS["int8"])
     box = KvRange(0, 1, 0, 2, 0, 1)
-    (good,) = decode_all(join([seal(spec, box, bytes(16), bytes(16))]))
+    (good,) = parse_message(join_chunks([seal(spec, box, bytes(16), bytes(16))]))
     assert check(spec, good) == box
-    (short,) = decode_all(join([seal(spec, box, bytes(16), bytes(12))]))
+    (short,) = parse_message(join_chunks([seal(spec, box, bytes(16), bytes(12))]))
     with pytest.raises(TransferFailed, match="bytes of scales"):
         check(spec, short)
     good.scales = bytes([1, *bytes(15)])

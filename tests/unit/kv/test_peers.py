@@ -42,7 +42,7 @@ async def test_workers_that_are_gone_are_closed_in_time(pool, monkeypatch):
     await use(pool, "prefill-0")
     await use(pool, "prefill-1")
     assert [peer.closed for peer in Peer.made] == [False, False]
-    monkeypatch.setattr(peers, "_KEPT_UNUSED", 0.0)
+    monkeypatch.setattr(peers, "_MAX_IDLE_TIME", 0.0)
     await use(pool, "prefill-2")
     assert [peer.closed for peer in Peer.made] == [True, True, False]
 
@@ -59,7 +59,7 @@ async def test_a_peer_that_has_lost_its_shared_memory_is_connected_anew_once_nob
 
 
 async def test_a_peer_in_use_stays_however_long(pool, monkeypatch):
-    monkeypatch.setattr(peers, "_KEPT_UNUSED", 0.0)
+    monkeypatch.setattr(peers, "_MAX_IDLE_TIME", 0.0)
     target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
     async with pool.use(target) as peer:
         await use(pool, "prefill-1")

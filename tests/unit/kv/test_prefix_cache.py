@@ -176,10 +176,10 @@ def test_a_prompts_keys_are_those_that_the_cache_tells():
 def test_a_long_prompt_can_be_published_in_parts():
     cache = new_cache()
     cache.acquire("a", cache.blocks_of(range(18)), 5)
-    assert cache.publish("a", 18, most=3) == 3
+    assert cache.publish("a", 18, max_blocks=3) == 3
     assert cache.publish("a", 12) == 0
     assert cache.acquire("b", cache.blocks_of(range(18)), 5).cached_tokens == 12
-    assert cache.publish("a", 18, most=3) == 1
+    assert cache.publish("a", 18, max_blocks=3) == 1
     assert cache.acquire("c", cache.blocks_of(range(18)), 5).cached_tokens == 16
     cache.check_integrity()
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from overfill.errors import TransferFailed
-from overfill.kv.ranges import Coverage, KvRange, runs, share_out
+from overfill.kv.ranges import Coverage, KvRange, runs, share_among_streams
 
 
 def test_complete_after_all_cells_in_any_order():
@@ -51,7 +51,7 @@ def test_shares_of_all_streams_cover_the_transfer_once(layers, streams, start, l
     ordered = sorted(layers)
     tokens = (start, start + length)
     coverage = Coverage(ordered, tokens, num_heads=2)
-    for share in share_out(ordered, tokens, 2, streams):
+    for share in share_among_streams(ordered, tokens, 2, streams):
         assert share
         for box in share:
             coverage.add(box)
@@ -126,7 +126,7 @@ class Receiving(RuleBasedStateMachine):
     @invariant()
     def what_is_missing_is_what_has_not_arrived(self):
         missing = self.coverage.missing(self.WHOLE)
-        assert sum(box.cells for box in missing) == len(cells(missing))  # no two overlap
+        assert sum(box.num_cells for box in missing) == len(cells(missing))  # no two overlap
         assert cells(missing) == cells(self.WHOLE) - self.arrived
         assert self.coverage.missing_cells == len(cells(missing))
         assert self.coverage.complete == (not missing)

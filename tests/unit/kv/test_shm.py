@@ -70,11 +70,11 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
         slots = self.shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
         try:
             ranges = [KvRange.from_proto(box) for box in request.ranges]
-            async for chunk in self.senders[request.transfer_id].chunks(ranges, slots):
+            async for chunk in self.senders[request.transfer_id].messages(ranges, slots):
                 yield self.spoil(chunk)
         finally:
             if slots is not None:
-                slots.written()
+                slots.writes_finished()
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ async def test_when_no_memory_can_be_set_aside_payloads_travel(worker, connect, 
     cache, stats = await pull(peer)
     assert arrived(worker, cache)
     assert stats.shared_bytes == 0
-    assert "no memory can be shared, so payloads travel: [Errno 28]" in caplog.text
+    assert "cannot share memory with a decode worker, so payloads travel: [Errno 28]" in caplog.text
 
 
 async def test_a_link_that_only_the_server_has_lost_makes_payloads_travel(worker, connect):
@@ -238,11 +238,11 @@ async def test_slots_of_a_stream_come_back_when_both_ends_are_done_with_them():
     await stream.acquire()
     link.returned(1, 1)
     assert len(link.free) == SLOTS - 1  # the server may still be writing
-    stream.written()
+    stream.writes_finished()
     assert len(link.free) == SLOTS
     other = link.stream(2)
     slot = await other.acquire()
-    other.written()
+    other.writes_finished()
     assert len(link.free) == SLOTS - 1  # the client may still be reading
     link.returned(0, slot.number)
     assert len(link.free) == SLOTS
@@ -286,7 +286,7 @@ async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, c
     (await connect()).link.close()  # by the accept that was waiting already
     assert (await connect()).link is not None
     assert not failures
-    assert "has to wait" in caplog.text
+    assert "the decode worker waits" in caplog.text
 
 
 async def test_the_client_cannot_write(worker, connect):

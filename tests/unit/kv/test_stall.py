@@ -26,7 +26,7 @@ class Stream:
 
     def __post_init__(self):
         self.growth = MessageGrowth()
-        self.chunks, self.ahead = self.growth.take(), self.growth.take()
+        self.chunks, self.ahead = self.growth.max_chunks, self.growth.max_chunks
 
     def advance(self, amount: float, seconds: float) -> int:
         """Moves ``amount`` bytes; returns the bytes of the messages that are whole by that."""
@@ -38,7 +38,7 @@ class Stream:
             self.left -= size
             done += size
             self.growth.sent(self.seconds)
-            self.chunks, self.ahead, self.seconds = self.ahead, self.growth.take(), 0.0
+            self.chunks, self.ahead, self.seconds = self.ahead, self.growth.max_chunks, 0.0
         return done
 
 

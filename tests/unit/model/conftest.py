@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from overfill.kv.blocks import BlockPool
-from overfill.kv.int8_cache import Int8KvCache, new_cache
+from overfill.kv.cache import KvCache
 from overfill.kv.spec import KvCacheDtype
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
@@ -60,7 +60,7 @@ class PagedRunner:
     ) -> None:
         self.model = model
         spec = model.config.kv_spec(str(model.dtype).removeprefix("torch."))
-        self.cache = new_cache(spec, num_blocks, block_size, model.device, kv_cache_dtype)
+        self.cache = KvCache(spec, num_blocks, block_size, model.device, kv_cache_dtype)
         # The model must not read cells that it has not written, so they hold NaN.
         for part in self.floating:
             part.fill_(float("nan"))
@@ -73,7 +73,7 @@ class PagedRunner:
     def floating(self) -> tuple[Tensor, Tensor]:
         """The cache's parts that can hold NaN."""
         cache = self.cache
-        return (cache.k_scales, cache.v_scales) if isinstance(cache, Int8KvCache) else (cache.k, cache.v)
+        return (cache.k, cache.v) if cache.k_scales is None else (cache.k_scales, cache.v_scales)
 
     def step(self, new: dict[str, Sequence[int]], logits: Sequence[int] | None = None, **hooks) -> Tensor:
         """Feeds each sequence its new tokens; returns the logits of all new tokens, or of the given rows."""

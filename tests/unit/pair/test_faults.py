@@ -10,10 +10,10 @@ import torch
 
 import overfill.kv.receiver
 from overfill.kv.cache import KvCache
-from overfill.kv.native.library import Rows
-from overfill.kv.pieces import Piece
+from overfill.kv.chunks import Chunk
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.tensors import LayerTargets
 from overfill.lab.faults import service as faults
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Transformer
@@ -72,7 +72,7 @@ def test_overwritten_chunk_is_zero_only_at_the_start_of_layer_0() -> None:
     faults.overwrite_kv_chunk()
     for layer, tokens in ((0, (0, 4)), (0, (4, 8)), (1, (0, 4))):
         box = KvRange(layer, layer + 1, *tokens, 0, 1)
-        overfill.kv.receiver.write_chunks(cache, [0, 1], Rows({layer: [layer]}), [Piece(box, payload)])
+        overfill.kv.receiver.write_chunks(cache, [0, 1], LayerTargets({layer: [layer]}), [Chunk(box, payload)])
     sums = cache.k.sum(dim=(2, 3, 4))
     assert sums.tolist() == [[0, 8], [8, 72]]
     assert torch.equal(cache.v, cache.k)

@@ -31,12 +31,12 @@ class SlowCache(KvCache):
         self.go_on = threading.Event()
         self.busy = 0
 
-    def read_pieces(self, *args, **kwargs):
+    def read(self, *args, **kwargs):
         self.busy += 1
         self.reading.set()
         self.go_on.wait(10)
         self.busy -= 1
-        return super().read_pieces(*args, **kwargs)
+        return super().read(*args, **kwargs)
 
 
 @pytest.fixture

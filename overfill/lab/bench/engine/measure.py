@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from overfill.engine.build import native_dtype, resolve_device
-from overfill.kv.cache import TORCH_DTYPES
 from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, MachineProbe
 from overfill.lab.bench.engine.overfill_engine import OverfillEngine, Workload, load_engines

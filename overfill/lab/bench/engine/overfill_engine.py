@@ -129,7 +129,7 @@ class OverfillEngine:
     @property
     def kv_cache(self) -> str:
         """Element type of the KV cache that decode reads."""
-        return str(self._parts.runner.cache.held_as).removeprefix("torch.")
+        return str(self._parts.runner.cache.k.dtype).removeprefix("torch.")
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)

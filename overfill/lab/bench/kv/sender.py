@@ -76,12 +76,14 @@ class _Sender(prefill_pb2_grpc.PrefillServicer):
         sender = self._senders[request.transfer_id]
         slots = self.shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
         try:
-            async with aclosing(sender.chunks([KvRange.from_proto(box) for box in request.ranges], slots)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async with aclosing(
+                sender.messages([KvRange.from_proto(box) for box in request.ranges], slots)
+            ) as messages:
+                async for message in messages:
+                    yield message
         finally:
             if slots is not None:
-                slots.written()
+                slots.writes_finished()
 
 
 async def _serve(layers: str, heads: str, head_dim: str, dtype: str, tokens: str) -> None:
