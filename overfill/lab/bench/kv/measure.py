@@ -30,7 +30,7 @@ from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
 from overfill.v1 import decode_pb2
 
-BOUNDS = {"kv_grpc": 0.85, "kv_same_host": 2.0}
+BOUNDS = {"kv_grpc": 0.85, "kv_shm": 2.0}
 """Lower limits for the rates of KV, as multiples of the raw stream's rate in the same round."""
 
 
@@ -65,7 +65,7 @@ async def measure(spec: KvSpec, tokens: int, *, streams: int, rounds: int) -> li
         transfers: dict[str, Callable[[], Awaitable[int]]] = {
             "grpc_raw": lambda: pull_raw(channels, messages),
             "kv_grpc": lambda: receiver.pull(shared=False),
-            "kv_same_host": lambda: receiver.pull(shared=True),
+            "kv_shm": lambda: receiver.pull(shared=True),
         }
         rates: dict[str, list[float]] = {name: [] for name in transfers}
         for number in range(rounds + 1):

@@ -22,9 +22,9 @@ def bench(*arguments):
 
 def test_kv_is_compared_with_the_raw_stream(tiny_pair):
     figures = bench("kv", f"--pair={tiny_pair}", "--tokens=4096", "--rounds=2")
-    assert list(figures) == ["grpc_raw", "kv_grpc", "kv_grpc_rate", "kv_same_host", "kv_same_host_rate"]
-    assert (figures["kv_grpc"]["bound"], figures["kv_same_host"]["bound"]) == (0.85, 2.0)
-    for name in ("kv_grpc", "kv_same_host"):
+    assert list(figures) == ["grpc_raw", "kv_grpc", "kv_grpc_rate", "kv_shm", "kv_shm_rate"]
+    assert (figures["kv_grpc"]["bound"], figures["kv_shm"]["bound"]) == (0.85, 2.0)
+    for name in ("kv_grpc", "kv_shm"):
         rate = figures[f"{name}_rate"]
         assert 0 < rate["low"] <= rate["value"] <= rate["high"]
         assert rate["peer_value"] == figures["grpc_raw"]["value"]
