@@ -1,4 +1,5 @@
-"""A stack on Ray Serve: what it consists of, how it is deployed, found and scaled. Tokens and KV never pass here.
+"""A stack on Ray Serve: its specification, deployment, directory of routers, and scaling. Carries no tokens and no KV.
 
-Only ``connection`` and ``directory`` import Ray; the rest is data. The replicas are ``services/ray``.
+Only ``connection`` and ``directory`` import Ray; the other modules are plain data and arithmetic. ``services/ray`` has
+the replicas.
 """

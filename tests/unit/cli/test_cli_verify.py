@@ -42,5 +42,5 @@ def test_a_worker_that_holds_kv_as_int8_is_not_judged() -> None:
     pair: Any = SimpleNamespace(full_digest="f", tokenizer_digest="t", decoder_digest="d", quantize="none", folder="p")
     workers = [worker("p-0", "prefill"), worker("d-0", "decode")]
     workers[1].process.model.kv_cache_dtype = "int8"
-    with pytest.raises(CannotVerify, match="d-0 runs in float32, raw codec, with KV held as int8"):
+    with pytest.raises(CannotVerify, match="d-0 runs in float32, raw codec, with a KV cache in int8"):
         check_stack(SimpleNamespace(workers=workers), pair)  # type: ignore[arg-type]

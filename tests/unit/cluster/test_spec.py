@@ -58,13 +58,16 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
     ("fields", "message"),
     [
         ({"settings": {"kv_memroy": "1GiB"}}, "kv_memroy: no service has such a setting"),
-        ({"prefill": {"settings": {"data_streams": 2}}}, "data_streams: no such setting; see overfill-prefill"),
+        (
+            {"prefill": {"settings": {"data_streams": 2}}},
+            "data_streams: no such setting; overfill-prefill --help lists",
+        ),
         ({"decode": {"settings": {"kv_memory": "much"}}}, "--kv-memory"),
         ({"settings": {"host": "0.0.0.0"}}, "--tls-cert"),
         ({"decode": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
         ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
-        ({"router": {"http_ports": [8000, 8001]}}, "as many as ports, 1, or none"),
-        ({"router": {"ports": []}}, "give one at least"),
+        ({"router": {"http_ports": [8000, 8001]}}, "one for each of the 1 ports, or none"),
+        ({"router": {"ports": []}}, "give at least one"),
         ({"dekode": {}}, "dekode"),
     ],
 )
