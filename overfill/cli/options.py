@@ -25,7 +25,7 @@ class RenamedFlags(click.Command):
     """A command whose flags' earlier names work with a warning: those of renamed settings, and ``renamed``.
 
     Args:
-        renamed: earlier name -> name, both without dashes, of flags that are no service's settings.
+        renamed: earlier name -> name, both without dashes, of flags that are not settings of a service.
     """
 
     def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **extra: Any) -> None:

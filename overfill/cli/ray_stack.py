@@ -109,12 +109,12 @@ class RayStack:
         """
         assert self._cluster is not None
         since = time.monotonic()
-        told = ""
+        reported = ""
         while not cancelled.is_set():
             status = self._cluster.status(self._options.name)
             if status is not None:
-                if told != (told := progress(status)) and told:
-                    self._report(told)
+                if reported != (reported := progress(status)) and reported:
+                    self._report(reported)
                 if failure := failed(status, time.monotonic() - since > _ROOM_PATIENCE):
                     raise StartFailed(failure)
                 if status.status.value == "RUNNING" and self._complete():
@@ -123,9 +123,9 @@ class RayStack:
 
     def describe_workers(self, stage: str) -> str:
         """Returns the number of workers of a stage, as text. `overfill status` lists their names."""
-        fewest = sum(of == stage for of, _ in self.plan.workers())
+        minimum = sum(of == stage for of, _ in self.plan.workers())
         limit = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
-        return f"{fewest} on Ray" if limit is None else f"{fewest} to {limit} on Ray"
+        return f"{minimum} on Ray" if limit is None else f"{minimum} to {limit} on Ray"
 
     def news(self) -> list[str]:
         """Returns lines about changes since the last call."""
@@ -134,12 +134,12 @@ class RayStack:
         self._looked_at = time.monotonic()
         try:
             status = self._cluster.status(self._options.name)
-        except Exception as error:  # of Ray, in as many classes as there are reasons
+        except Exception as error:  # Ray raises various exceptions
             self._reachable = self._cluster.alive()
             return [] if self._reachable else [f"Ray does not answer any more: {error}"]
         if status is None:
             self._reachable = False
-            return [f"somebody has taken the application {self._options.name} away"]
+            return [f"the application {self._options.name} was removed from the cluster"]
         lines = []
         for name, state in describe(status).items():
             if self._seen.get(name, "") not in ("", state):

@@ -25,7 +25,7 @@ from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, 
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
 
 _POLL_SECONDS = 0.2
-_NEAR = 100  # number of ports after a taken one that are tried as a replacement
+_NEAR = 100  # number of ports after a used one that are tried as a replacement
 _MARGIN_SECONDS = 2  # time after the grace period for a process to exit by itself
 
 
@@ -83,7 +83,7 @@ class StackPlan:
 
     @property
     def secret(self) -> str | None:
-        """The stack's secret, with which ``overfill up`` calls the routers; None if there is none."""
+        """The stack's secret, with which ``overfill up`` calls the routers; None without one."""
         shown = self.routers[0].credentials()
         return None if shown is None else shown.secret or None
 
