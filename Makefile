@@ -12,7 +12,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 # One thread per process: thread pools that together exceed the cores slow each other many times over.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo audit check test test-all bench proto dashboards chart
+.PHONY: help setup demo audit check test test-all bench proto sdk dashboards chart
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,16 +70,18 @@ test-all: setup check .venv/.browser .venv/.prometheus  ## check, then every tes
 	@touch $@
 
 bench: setup  ## Measure the hand-off and the engine on this machine, in short
-	$(BIN)/overfill bench timeline
+	$(BIN)/overfill bench handoff --timeline
 	$(BIN)/overfill bench decode --batch 1,8 --rounds 3 --steps 8
 	$(BIN)/overfill bench prefill --context 512 --rounds 3
 
 proto: setup  ## Regenerate overfill/v1 from proto/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)
 
-dashboards: setup  ## Regenerate Grafana's dashboards, and the chart's copies
-	$(BIN)/python deploy/grafana/generate.py
-	$(BIN)/python deploy/helm/generate.py
+sdk: setup  ## Regenerate the blocking client from the asyncio one
+	$(BIN)/python overfill/client/generate_sync.py
 
-chart: setup  ## Regenerate what the Helm chart has from elsewhere: README, schema, rules, dashboards
+dashboards: setup  ## Regenerate the Grafana dashboards in deploy/helm/overfill/files
+	$(BIN)/python deploy/grafana/generate.py
+
+chart: setup  ## Regenerate the Helm chart's README and values schema
 	$(BIN)/python deploy/helm/generate.py

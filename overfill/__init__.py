@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from overfill.process import startup  # noqa: F401  # it notes the time
+from overfill.process import startup  # noqa: F401  # records the start time on import
 from overfill.version import __version__
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = ["LLM", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that the SDK and the router start without torch.
+    # Imported on first use, so that the SDK and the router start without torch.
     if name == "LLM":
         from overfill.process.extras import needs
 

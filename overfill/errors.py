@@ -1,4 +1,4 @@
-"""Every error a user of the library, the SDK or a service can meet.
+"""All errors that the library, the SDK and the services raise on purpose.
 
 ::
 
@@ -7,19 +7,19 @@
     │   └── PromptTooLong     prompt and answer do not fit the context                INVALID_ARGUMENT
     ├── ModelNotFound         no such model here                                      NOT_FOUND
     ├── Unauthenticated       no API key, or a wrong one                              UNAUTHENTICATED
-    ├── PermissionDenied      who calls is known, and may not call this               PERMISSION_DENIED
+    ├── PermissionDenied      the caller is known and may not call this               PERMISSION_DENIED
     ├── Overloaded            no capacity now; ``retry_after`` seconds, if known      RESOURCE_EXHAUSTED
     ├── Incompatible          the two ends do not fit; ``fields`` differ              FAILED_PRECONDITION
     ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
     │   └── UnsupportedModel  an architecture or option that the engine does not run  FAILED_PRECONDITION
-    ├── SourceUnavailable     a model cannot be fetched from where it was asked for   (local)
-    ├── TransferFailed        KV did not arrive whole and right                       DATA_LOSS
+    ├── SourceUnavailable     a model cannot be fetched from the given source         (local)
+    ├── TransferFailed        KV arrived incomplete or damaged, or not in time        DATA_LOSS
     ├── DeadlineExceeded      the request's deadline passed                           DEADLINE_EXCEEDED
-    ├── RequestCancelled      the caller gave up                                      CANCELLED
+    ├── RequestCancelled      the caller cancelled the request                        CANCELLED
     ├── Unavailable           a peer cannot be reached or was lost                    UNAVAILABLE
-    │   ├── ShuttingDown      a process is leaving; another one may take the request  UNAVAILABLE
+    │   ├── ShuttingDown      a process shuts down; another one may accept requests   UNAVAILABLE
     │   └── Unreachable       no connection to an address                             UNAVAILABLE
-    └── InternalError         a fault of ours                                         INTERNAL
+    └── InternalError         a fault inside OverFill                                 INTERNAL
 
 ``overfill.rpc.status`` maps them to gRPC status codes and back.
 """
@@ -32,13 +32,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """What there is of an answer that could not be finished.
+    """The part of an answer that arrived before the request failed.
 
-    To go on with it, ask again with ``resume_token_ids=token_ids`` and ``sampling.seed=seed``.
+    To continue the answer, send the request again with ``resume_token_ids=token_ids`` and ``sampling.seed=seed``.
 
     Attributes:
-        text: less than ``token_ids`` when a character, or what may become a stop string, was incomplete.
-        token_ids: without those that were given as ``resume_token_ids``.
+        text: Text of ``token_ids``, without an incomplete character or possible stop string at the end.
+        token_ids: New tokens; those given as ``resume_token_ids`` are not repeated.
+        request_id: Id of the failed request.
+        seed: Seed that the router used.
     """
 
     text: str
@@ -48,12 +50,12 @@ class Produced:
 
 
 class OverfillError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors that OverFill raises on purpose.
 
     Attributes:
-        produced: what the SDK had received of the answer; None when the request was not taken, and for errors of
-            something else than a request.
-        trace_id: of the trace that the request was in where the error came from; empty without one.
+        produced: The part of the answer that the SDK had received. None means that no router accepted the request, or
+            that the error does not belong to a request.
+        trace_id: Id of the request's trace in the process that raised the error; empty when it traces nothing.
     """
 
     produced: Produced | None = None
@@ -61,7 +63,7 @@ class OverfillError(Exception):
 
 
 class InvalidRequest(OverfillError):
-    """The request is wrong. ``field`` is its path in the request, such as ``sampling.top_p``."""
+    """The request is wrong. ``field`` is the path of the wrong part, such as ``sampling.top_p``."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}" if field else message)
@@ -69,23 +71,28 @@ class InvalidRequest(OverfillError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt, or the prompt with its answer, does not fit; the message gives both numbers."""
+    """The prompt, or prompt and answer together, exceed the context; the message gives both lengths."""
 
 
 class ModelNotFound(OverfillError):
-    """The requested model is not served here."""
+    """This router does not serve the requested model."""
 
 
 class Unauthenticated(OverfillError):
-    """The request comes without an API key, or with one that nobody holds."""
+    """The request has no API key, or one that is not in the server's key file."""
 
 
 class PermissionDenied(OverfillError):
-    """Who calls is known, and may not call this: a certificate of another role, or a key without the scope."""
+    """The caller is known and may not make this call: its certificate's role or its key's scopes do not allow it."""
 
 
 class Overloaded(OverfillError):
-    """No capacity now. ``retry_after`` is in seconds, or None when it is not known; ``reason`` is for counting."""
+    """The server has no capacity now.
+
+    Attributes:
+        retry_after: Seconds after which to try again; None means unknown.
+        reason: Short name of the limit that was reached, for metrics.
+    """
 
     def __init__(self, message: str, retry_after: float | None = None, reason: str = "") -> None:
         super().__init__(message)
@@ -94,7 +101,7 @@ class Overloaded(OverfillError):
 
 
 class Incompatible(OverfillError):
-    """Two processes hold different models or speak different versions; ``fields`` lists what differs."""
+    """Two processes hold different models or speak different wire versions; ``fields`` lists the differences."""
 
     def __init__(self, message: str, fields: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -102,7 +109,7 @@ class Incompatible(OverfillError):
 
 
 class InvalidPair(OverfillError):
-    """A pair folder lacks a file, has a wrong digest, or its halves do not fit."""
+    """A pair folder lacks a file or has a wrong digest, or its two models do not fit each other."""
 
 
 class UnsupportedModel(InvalidPair):
@@ -110,28 +117,28 @@ class UnsupportedModel(InvalidPair):
 
 
 class TransferFailed(OverfillError):
-    """A KV transfer brought a wrong, missing or damaged chunk, stalled, or took too long."""
+    """A KV transfer delivered a wrong or damaged chunk, missed one, stalled, or took too long."""
 
 
 class DeadlineExceeded(OverfillError):
-    """The deadline of the request passed."""
+    """The request's deadline has passed."""
 
 
 class RequestCancelled(OverfillError):
-    """The caller cancelled, or vanished."""
+    """The caller cancelled the request or closed its connection."""
 
 
 class Unavailable(OverfillError):
-    """A peer cannot be reached, or was lost on the way."""
+    """A peer cannot be reached, or the connection to it was lost during the call."""
 
 
 class Unreachable(Unavailable):
-    """There is no connection to an address, or it broke: gRPC says so, not a process behind it."""
+    """The connection to an address failed or broke. gRPC itself reports this; no process answered."""
 
 
 class ShuttingDown(Unavailable):
-    """A process is leaving, and takes or finishes nothing any more; another one may."""
+    """A process shuts down and neither accepts nor finishes requests. Another process may serve the request."""
 
 
 class InternalError(OverfillError):
-    """A fault inside a worker; the request failed, the worker lives."""
+    """A fault inside OverFill: the request failed, and the process continues to run."""

@@ -1,0 +1,1 @@
+"""The runnable services: thin processes around the library, which never import each other."""

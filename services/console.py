@@ -1,4 +1,4 @@
-"""The console scripts of the services. A service whose extra is not installed is told in one line."""
+"""Console scripts of the services. A script whose extra is not installed exits with a one-line message."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from overfill.process.extras import MissingExtra, needs
 
 
 def router() -> NoReturn:
-    """``overfill-router``."""
+    """Runs ``overfill-router``."""
     _run("router", "router")
 
 
 def prefill() -> NoReturn:
-    """``overfill-prefill``."""
+    """Runs ``overfill-prefill``."""
     _run("prefill", "server")
 
 
 def decode() -> NoReturn:
-    """``overfill-decode``."""
+    """Runs ``overfill-decode``."""
     _run("decode", "server")
 
 

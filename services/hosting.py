@@ -1,4 +1,4 @@
-"""What both kinds of worker process do around their engine: threads, logging, exit codes, self-description."""
+"""Hosts an engine in a worker process, for both stages: loading, threads, logging, exit codes, the Hello."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -24,6 +25,8 @@ from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
 from overfill.errors import OverfillError
 from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import PromptBlocks
+from overfill.kv.prefix import PrefixCache
 from overfill.model.manifest import Pair
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
@@ -44,15 +47,14 @@ from overfill.version import __version__
 logger = logging.getLogger(__name__)
 
 _CUDA_STEP_TIMEOUT = 60.0
-"""Seconds, unless ``step_timeout`` is given. A CPU cannot hang, and its steps may be long."""
+"""Default of ``step_timeout`` on CUDA, in seconds. There is none on the CPU, which cannot hang and may be slow."""
 
 OnReady = Callable[[WorkerHost], object]
-"""Is told that a worker serves."""
+"""Called with the worker's host once the worker serves."""
 
 
 async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
-    """The half of ``config.pair`` that a worker runs, digests checked, warm; loaded beside the event loop."""
-
+    """Loads and warms the ``half`` of ``config.pair`` that a worker runs, in a thread. Checks the digests."""
     device = resolve_device(config.device)
 
     def load() -> EngineParts:
@@ -70,14 +72,13 @@ async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> Engi
             warm_tokens=warm_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_dtype=config.kv_cache_dtype if isinstance(config, DecodeConfig) else "auto",
-            cuda_graphs=isinstance(config, DecodeConfig) and config.cuda_graphs == "on",
         )
 
     return await asyncio.to_thread(load)
 
 
 def new_hello(stage: common_pb2.Stage, worker_id: str, parts: EngineParts, half: Half) -> registry_pb2.Hello:
-    """A worker's introduction; its addresses are filled in once it listens. The incarnation is new each time."""
+    """Creates a worker's Hello with a new incarnation. The host fills in the addresses once it listens."""
     kind = "prefill" if stage == common_pb2.STAGE_PREFILL else "decode"
     return registry_pb2.Hello(
         worker_id=worker_id or f"{kind}-{socket.gethostname()}-{secrets.token_hex(2)}",
@@ -94,6 +95,7 @@ def new_hello(stage: common_pb2.Stage, worker_id: str, parts: EngineParts, half:
 
 
 def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
+    """Converts an engine's load to its message."""
     return decode_pb2.WorkerLoad(
         kv_blocks_used=load.blocks_used,
         kv_blocks_total=load.blocks_total,
@@ -107,23 +109,42 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
     )
 
 
+class PromptHasher:
+    """Computes the prefix-cache keys of prompts on a thread of its own, so that the event loop stays free.
+
+    It does not use asyncio's default executor, where prompts would wait behind grammars that are being compiled.
+
+    Args:
+        prefix: the engine's prefix cache, which defines the keys.
+    """
+
+    def __init__(self, prefix: PrefixCache) -> None:
+        self._prefix = prefix
+        self._executor = ThreadPoolExecutor(1, "hash")
+
+    async def blocks_of(self, prompt: Sequence[int], namespace: str) -> PromptBlocks:
+        """Returns the blocks of ``prompt`` with their keys; prompts share KV within one ``namespace`` only."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._prefix.blocks_of, prompt, namespace)
+
+
 def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
-    """Runs ``serve`` as the whole process. An expected failure is one clear line on stderr and exit code 1.
+    """Runs ``serve`` as the whole process. An expected failure prints one line to stderr and exits with code 1.
 
-    Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds nothing
-    that others wait for, and a thread that loads a model cannot be interrupted.
+    Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds no
+    requests yet, and a thread that loads a model cannot be interrupted.
 
-    The process ends with ``serve``: whatever has to happen at the end happens in there.
+    The process exits when ``serve`` returns, so ``serve`` must do all cleaning up.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     with cpu_settings(config.threads):
-        asyncio.run(_to_the_exit(serve))
+        asyncio.run(_serve_and_exit(serve))
     raise AssertionError("the process has ended")
 
 
-async def _to_the_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
+async def _serve_and_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
     code = 1
     try:
         code = await serve
@@ -137,7 +158,7 @@ async def _to_the_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
 
 
 class EngineServicer(Protocol):
-    """A worker's own service, as its process sees it; ``engine`` and ``host`` are given to it before it serves."""
+    """The stage's servicer, as ``serve_engine`` uses it. ``serve_engine`` sets ``engine`` and ``host``."""
 
     engine: EngineThread
     host: WorkerHost
@@ -163,14 +184,14 @@ async def serve_engine(
     """Runs ``core`` on its thread and ``servicer`` on the network until drained; returns the exit code.
 
     Args:
-        add_servicer, service: as ``RpcServer.add`` takes them.
-        codec: encoding in which a decode worker asks for KV.
-        prefix_keys: what a prefill worker's prefix cache holds.
-        metrics: served on a port of their own, unless the configuration says no.
-        on_ready: called once the worker serves, with what can drain it.
+        add_servicer, service: arguments of ``RpcServer.add``.
+        codec: encoding in which a decode worker requests KV.
+        prefix_keys: changes to a prefill worker's prefix cache, which the worker reports to routers.
+        metrics: metrics to serve on a separate port, unless ``config.metrics_port`` is ``off``.
+        on_ready: called with the host once the worker serves.
     """
     if any(router.startswith("ray:///") for router in config.routers):
-        import overfill.cluster.directory  # noqa: F401  # which can look such names up
+        import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop, device = asyncio.get_running_loop(), resolve_device(config.device)
     engine = EngineThread(
@@ -178,9 +199,9 @@ async def serve_engine(
         f"{service}-engine",
         config.threads,
         config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
-        # At once: whatever would be orderly may wait for the device too. Peers see their connections break.
+        # Exit at once: an orderly shutdown might wait for the stuck device. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda roomier: loop.call_soon_threadsafe(partial(servicer.host.notify, passing=not roomier)),
+        on_load_change=lambda freed: loop.call_soon_threadsafe(partial(servicer.host.notify, debounce=not freed)),
         device=device,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
@@ -211,7 +232,7 @@ async def serve_engine(
         hello.metrics_address = exporter.address
     engine.start()
     try:
-        # What is there now stays: the collector need not go through all of it again and again.
+        # Exclude the objects that exist now from garbage collection: they live as long as the process.
         gc.collect()
         gc.freeze()
         code = await host.run(f"{config.host}:{config.port}", on_ready)
@@ -224,10 +245,10 @@ async def serve_engine(
 
 
 def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:
-    """None unless log-probabilities were asked for."""
+    """Converts a token's log-probabilities; returns None unless the request asked for them."""
     if token.logprob is None:
         return None
-    # What a grammar rules out has no probability.
+    # Leave out tokens that a grammar rules out: their log-probability is -inf.
     top = [(id, value) for id, value in token.top or [] if value != -math.inf]
     return common_pb2.TokenLogprobs(
         logprob=token.logprob,

@@ -1,8 +1,9 @@
-"""Writes the dashboards, as Grafana reads them, into ``dashboards/``. Run from anywhere; needs grafana-foundation-sdk.
+"""Writes the dashboards, as Grafana reads them, into the Helm chart: ``deploy/helm/overfill/files/dashboards``.
 
     python deploy/grafana/generate.py [--check]
 
-``--check`` writes nothing and exits 1, naming what differs.
+The chart is their only place, because Helm reads no file outside of it. With ``--check`` the program writes nothing; it
+prints the names of files that differ and exits 1. Runs from any folder; needs grafana-foundation-sdk.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 from boards import BOARDS
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-FOLDER = Path(__file__).parent / "dashboards"
+FOLDER = Path(__file__).parents[1] / "helm/overfill/files/dashboards"
 
 
 def outputs() -> dict[Path, str]:
-    """Every dashboard's file with what it has to say."""
+    """Path of each dashboard's file -> its contents."""
     encoder = JSONEncoder(sort_keys=True, indent=1)
     return {FOLDER / f"{name}.json": encoder.encode(make().build()) + "\n" for name, make in BOARDS.items()}
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     changed = sorted(path for path, text in files.items() if not path.exists() or path.read_text() != text)
     if argv == ["--check"]:
         for path in [*stale, *changed]:
-            print(f"{path.name} is not what it is made of; run python deploy/grafana/generate.py")
+            print(f"{path.name} is not up to date; run make dashboards")
         return 1 if stale or changed else 0
     for path in stale:
         path.unlink()

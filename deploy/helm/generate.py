@@ -1,9 +1,10 @@
-"""Writes what the Helm chart has from elsewhere: its README, its schema, rules and dashboards. Run from anywhere.
+"""Writes the Helm chart's ``README.md`` and ``values.schema.json``.
 
     python deploy/helm/generate.py [--check]
 
-``values.yaml`` says which values there are, with their defaults and comments; ``overfill/settings/config.py``, which
-settings the services have. ``--check`` writes nothing and exits 1, naming what differs.
+Values, defaults and descriptions come from ``values.yaml``, and the services' settings from
+``overfill/settings/config.py``. With ``--check`` the program writes nothing; it prints the names of files that differ
+and exits 1. Runs from any folder.
 """
 
 from __future__ import annotations
@@ -24,15 +25,13 @@ from overfill.settings.renamed import REMOVED_IN, old_names
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
-COPIED = {"rules": ("prometheus/rules", ("*.yml",)), "dashboards": ("grafana/dashboards", ("*.json",))}
-"""Folder in the chart's ``files`` -> the folder of ``deploy`` that its files come from, and their names."""
 
 MANAGED = {
     "config", "pair", "host", "port", "http", "api_keys", "stack_secret", "served_model_name", "grace_period",
     "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers",
     "worker_id", "advertise", "expect_prefill", "expect_decode",
 }  # fmt: skip
-"""Settings that the chart makes of other values."""
+"""Settings that the chart derives from other values."""
 
 _OBJECT = {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -82,7 +81,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "named.name": {"enum": ["default", "fast", "identity"]},
     "logLevel": {"enum": ["debug", "info", "warning", "error"]},
 }
-"""What a default does not tell, by the end of a value's path."""
+"""Last parts of a value's path -> its schema, where the default alone does not determine it."""
 
 
 def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
 
 
 def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> dict[str, Any]:
-    """JSON schema of a value, told by its default; no key that is not in ``values.yaml``."""
+    """Return the JSON schema of a value, inferred from its default. It allows only keys of ``values.yaml``."""
     made: dict[str, Any]
     special = next((s for end, s in SPECIAL.items() if path and ".".join(path).endswith(f".{end}")), None)
     special = special or SPECIAL.get(".".join(path))
@@ -123,7 +122,7 @@ def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> d
 
 
 def described(text: str) -> Iterator[tuple[str, str]]:
-    """Dotted path and description of each key that has one, in order."""
+    """Yield the dotted path and description of each described key of a values file, in order."""
     path: list[tuple[int, str]] = []
     comment = ""
     for line in text.splitlines():
@@ -142,7 +141,7 @@ def described(text: str) -> Iterator[tuple[str, str]]:
 
 def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
     head = (HELM / "README.head.md").read_text().rstrip()
-    lines = [head, "", "## Values", "", "| value | default | what |", "|---|---|---|"]
+    lines = [head, "", "## Values", "", "| value | default | description |", "|---|---|---|"]
     for path, what in descriptions.items():
         default: Any = values
         for key in path.split("."):
@@ -150,7 +149,7 @@ def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
         lines.append(f"| `{path}` | `{json.dumps(default)}` | {_cell(what)} |")
     lines += ["", "## Settings", "", "Keys of `router.settings`, `prefill.settings` and `decode.settings`."]
     for kind in SERVICES:
-        lines += ["", f"### {kind.section}", "", "| setting | what |", "|---|---|"]
+        lines += ["", f"### {kind.section}", "", "| setting | description |", "|---|---|"]
         for key, property in settings_schema(kind)["properties"].items():
             if not property.get("deprecated"):
                 lines.append(f"| `{key}` | {_cell(property['description'])} |")
@@ -162,34 +161,25 @@ def _cell(text: str) -> str:
 
 
 def outputs() -> dict[Path, str]:
-    """Every generated file with what it has to say."""
+    """Return path -> contents of each generated file."""
     text = (CHART / "values.yaml").read_text()
     values, descriptions = yaml.safe_load(text), dict(described(text))
     made = {"$schema": "http://json-schema.org/draft-07/schema#", **schema(values, (), descriptions)}
     made["properties"]["global"] = {"type": "object"}  # Helm's own
-    files = {
+    return {
         CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
         CHART / "README.md": readme(values, descriptions),
     }
-    for folder, (source, patterns) in COPIED.items():
-        for path in [path for pattern in patterns for path in sorted((ROOT / "deploy" / source).glob(pattern))]:
-            files[CHART / "files" / folder / path.name] = path.read_text()
-    return files
 
 
 def main(argv: list[str]) -> int:
     files = outputs()
-    there = {path for folder in COPIED for path in (CHART / "files" / folder).glob("*")}
-    stale = sorted(there - files.keys())
     changed = sorted(path for path, text in files.items() if not path.exists() or path.read_text() != text)
     if argv == ["--check"]:
-        for path in [*stale, *changed]:
-            print(f"{path.relative_to(ROOT)} is not what it is made of; run python deploy/helm/generate.py")
-        return 1 if stale or changed else 0
-    for path in stale:
-        path.unlink()
+        for path in changed:
+            print(f"{path.relative_to(ROOT)} is not up to date; run make chart")
+        return 1 if changed else 0
     for path in changed:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(files[path])
     return 0
 

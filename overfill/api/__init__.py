@@ -1,1 +1,4 @@
-"""Text to tokens and back, for the router: tokenizer, detokenizer, stop strings, request checks. No torch."""
+"""Turns requests into tokens and tokens into text: templates, tokenizer, stop strings, tools, API keys.
+
+No sockets and no torch.
+"""

@@ -1,4 +1,4 @@
-"""A chat with tools as messages that a chat template takes. Text only; no tokens."""
+"""Turns a chat with tools into messages for a chat template, and into token ids."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _Choice = inference_pb2.ToolChoice
 
 
 def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of ``chat``, up to where the answer starts; none for a chat without messages.
+    """Token ids of ``chat`` up to the start of the answer; an empty list for a chat without messages.
 
     Raises:
-        InvalidRequest: a message or tool is wrong; the field is named.
+        InvalidRequest: a message or tool is wrong; ``field`` names it.
     """
     _check_messages(chat.messages)
     tools = read_tools(chat)
@@ -44,7 +44,7 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
 
 
 def template_options(chat: inference_pb2.Chat) -> TemplateOptions:
-    """How ``chat`` is to be rendered. Raises InvalidRequest."""
+    """Options for rendering ``chat``. Raises InvalidRequest."""
     field = "chat.chat_template_kwargs"
     variables = _json(field, chat.chat_template_kwargs) if chat.chat_template_kwargs else {}
     if not isinstance(variables, dict):
@@ -68,21 +68,21 @@ def read_tools(chat: inference_pb2.Chat) -> list[Tool]:
 
 
 def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
-    """How tools are chosen, and the name of the only one that may be. Raises InvalidRequest."""
+    """The mode of ``chat``, and the name of the only tool that may be called, or "". Raises InvalidRequest."""
     choice = chat.tool_choice
     if choice.name and choice.mode != _Choice.MODE_REQUIRED:
-        raise InvalidRequest("chat.tool_choice.name", "needs mode REQUIRED")
+        raise InvalidRequest("chat.tool_choice.name", "is set; it needs mode REQUIRED")
     if choice.mode == _Choice.MODE_NONE or (not chat.tools and choice.mode != _Choice.MODE_REQUIRED):
         return "none", ""
     if not chat.tools:
-        raise InvalidRequest("chat.tool_choice", "wants a tool to be called, and no tools are given")
+        raise InvalidRequest("chat.tool_choice", "is REQUIRED, but the chat has no tools; give tools or leave it out")
     if choice.name and choice.name not in {tool.name for tool in chat.tools}:
-        raise InvalidRequest("chat.tool_choice", f"names {choice.name!r}, which is not among the tools")
+        raise InvalidRequest("chat.tool_choice", f"names {choice.name[:80]!r}, which is not one of the tools")
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
 def chat_grammar(chat: inference_pb2.Chat) -> str | None:
-    """A Lark grammar of answers to ``chat``; None when it asks for no tool calls. Raises InvalidRequest."""
+    """A Lark grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest."""
     mode, name = tool_choice(chat)
     if mode == "none":
         return None
@@ -91,7 +91,7 @@ def chat_grammar(chat: inference_pb2.Chat) -> str | None:
 
 
 def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
-    """As templates that know tools expect it: arguments are an object."""
+    """``message`` for a template that supports tools: the arguments of calls are objects."""
     result: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         result["tool_calls"] = [
@@ -108,7 +108,7 @@ def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
 
 
 def _plain(message: inference_pb2.ChatMessage) -> dict[str, str]:
-    """With nothing but role and content: calls and their results are text."""
+    """``message`` with role and content only: tool calls and their results become text."""
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
     content = message.content
@@ -124,7 +124,9 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
         if message.role not in ROLES:
             raise InvalidRequest(f"{place}.role", f"must be one of {', '.join(ROLES)}; got {message.role[:80]!r}")
         if message.tool_calls and message.role != "assistant":
-            raise InvalidRequest(f"{place}.tool_calls", "only an assistant calls tools")
+            raise InvalidRequest(
+                f"{place}.tool_calls", f"is set in a message of role {message.role!r}; only an assistant calls tools"
+            )
         if not message.content and not message.tool_calls and message.role != "tool":
             raise InvalidRequest(f"{place}.content", "is empty")
         for number, call in enumerate(message.tool_calls):

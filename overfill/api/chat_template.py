@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: messages to text, rendered as transformers renders it. No tokens here."""
+"""Renders messages to text with a checkpoint's chat template, as transformers does. No tokens."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from overfill.errors import InvalidPair, InvalidRequest
 
 _END_OF_TEXT = "end of the last message 8d0b6c"
-"""The renderer appends this marker to the message to continue, and cuts the output there."""
+"""Marker that the renderer appends to the message to continue; it cuts the output there."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """How a chat is rendered.
+    """Options for rendering a chat.
 
     Args:
-        variables: more of what the template sees, such as ``{"enable_thinking": False}``. A template does not look at
-            variables that it does not know.
-        add_generation_prompt: end with what opens the assistant's answer.
-        continue_final_message: end with the last message's text, as the beginning of the answer.
+        variables: Additional variables for the template, such as ``{"enable_thinking": False}``. A template ignores
+            variables that it does not use.
+        add_generation_prompt: Whether the text ends with the opening of the assistant's answer.
+        continue_final_message: Whether the text ends with the last message's text, as the beginning of the answer.
 
     Raises:
-        InvalidRequest: the last two are both wanted.
+        InvalidRequest: ``add_generation_prompt`` and ``continue_final_message`` are both set.
     """
 
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class TemplateOptions:
         if self.add_generation_prompt and self.continue_final_message:
             raise InvalidRequest(
                 "chat.continue_final_message",
-                "contradicts add_generation_prompt: the answer continues the last message or opens one of its own",
+                "conflicts with add_generation_prompt: an answer continues the last message or opens a new one",
             )
 
 
@@ -51,14 +51,14 @@ _DEFAULT_OPTIONS = TemplateOptions()
 
 
 class ChatTemplate:
-    """A compiled template. It is the checkpoint's code, so it runs in a sandbox.
+    """A compiled chat template. Templates are code of the checkpoint's author, so they run in a sandbox.
 
     Args:
         source: Jinja source.
-        special_tokens: such as ``{"bos_token": "<s>"}``; visible to the template.
+        special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``; the template can read them.
 
     Attributes:
-        knows_tools: whether it shows tools to the model by itself.
+        knows_tools: Whether the template itself renders tools.
 
     Raises:
         InvalidPair: the source is not a Jinja template.
@@ -81,14 +81,14 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: TemplateOptions = _DEFAULT_OPTIONS,
     ) -> str:
-        """The conversation up to where the assistant's answer starts.
+        """The conversation as text, up to the start of the assistant's answer.
 
         Args:
-            tools: in OpenAI's form; of use only where ``knows_tools``.
+            tools: Tools in OpenAI's format; the template ignores them unless ``knows_tools``.
 
         Raises:
-            InvalidRequest: the template refuses these messages, in its own words; a variable is not for requests to
-                set; or the last message cannot be continued.
+            InvalidRequest: the template refuses these messages, with its own message; a request may not set one of the
+                variables; or the last message cannot be continued.
         """
         self._check_variables(options.variables)
         shown = [dict(message) for message in messages]
@@ -106,15 +106,16 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
+            raise InvalidRequest("chat.messages", f"are refused by the chat template: {error}") from error
         if not options.continue_final_message:
             return text
-        # The message must stand there once, and as it is: a template may show it twice, or a part of it.
+        # The text must contain the message once and unchanged; some templates repeat a message or cut it.
         before, found, _ = text.rpartition(_END_OF_TEXT)
         wanted = messages[-1]["content"].strip()
         if not found or _END_OF_TEXT in before or not before.rstrip().endswith(wanted):
             raise InvalidRequest(
-                "chat.continue_final_message", "the chat template does not show the last message once and as it is"
+                "chat.continue_final_message",
+                "the chat template of this model repeats or changes the last message, so it cannot be continued",
             )
         return before
 
@@ -122,7 +123,7 @@ class ChatTemplate:
         for name in variables:
             place = f"chat.chat_template_kwargs.{name[:80]}"
             if name in self._reserved:
-                raise InvalidRequest(place, "is the server's to set; leave it out")
+                raise InvalidRequest(place, "is the server's to set, not a request's; leave it out")
         if variables.get("documents") and "documents" not in self._known:
             raise InvalidRequest("chat.documents", "the chat template does not show documents; put them into a message")
 
@@ -135,11 +136,11 @@ _OWN_VARIABLES = (
     "chat_template",
     "tokenize",
 )
-"""Variables that `chat_template_kwargs` may not set: other fields set them, or only the server does."""
+"""Variables that ``chat_template_kwargs`` may not set, because other fields or the server set them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}``: marks answers for training; here only its body counts."""
+    """The tag ``{% generation %}``, which marks answers for training. Here it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  # Jinja's interface
 

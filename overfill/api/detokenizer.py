@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive: each piece is final, and the pieces join to the text of the whole."""
+"""Turns token ids into text as they arrive. Each piece is final, and all pieces join to the answer's whole text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from overfill.api.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 
-# A character has at most 4 bytes, so at most 3 tokens lack the rest of theirs. When more are held, they are bytes
-# that never become a character, or U+FFFD itself.
+# A character has at most 4 bytes, so at most 3 tokens at the end can belong to an incomplete character. If more tokens
+# are held, they are bytes that never form a character, or U+FFFD itself.
 _MAX_INCOMPLETE = 3
 _MAX_HELD = 8
 _MAX_CONTEXT = 8
@@ -18,12 +18,12 @@ _MAX_CONTEXT = 8
 class StreamDetokenizer:
     """Decodes one answer in time linear in its length.
 
-    Only a short window is decoded per token: tokens whose text is out already (context, which decides about
-    leading spaces and continued bytes) and the *held* ones, which end within a character.
+    Per token it decodes only a short window: *context*, tokens whose text has been returned, which decide about
+    leading spaces and continued bytes; and *held* tokens, which end inside a character.
 
     Args:
-        prompt_ids: what the answer continues; given for plain text prompts, so that a first word keeps its
-            leading space. Without it the answer is decoded as a text of its own.
+        prompt_ids: Prompt that the answer continues, given for plain text prompts, so that the first word keeps its
+            leading space. Without it the answer is decoded as a separate text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
@@ -33,11 +33,11 @@ class StreamDetokenizer:
         self._held: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that ``ids`` make final; never half a character. Special tokens have no text."""
+        """The text that becomes final with ``ids``: whole characters only. Special tokens have no text."""
         return "".join(self._push_one(token) for token in ids if self._tokenizer.has_text(token))
 
     def finish(self) -> str:
-        """What was held back. An incomplete character becomes U+FFFD."""
+        """The text of the held tokens, at the end of the answer. An incomplete character becomes U+FFFD."""
         return self._release(len(self._held), self._held_text())
 
     def _push_one(self, token: int) -> str:
@@ -50,10 +50,10 @@ class StreamDetokenizer:
         return ""
 
     def _release_most(self) -> str:
-        """Lets go of all but the last tokens, which may still become a character."""
+        """Release all tokens but the last ones, which may still become a character."""
 
         def damage(cut: int) -> int:
-            # A cut within a character shows as more replacements than one between characters.
+            # A cut inside a character yields more replacement characters than a cut between two characters.
             head, tail = self._text_after_context(self._held[:cut]), self._tokenizer.decode(self._held[cut:])
             return head.count(_REPLACEMENT) + tail.count(_REPLACEMENT)
 
@@ -76,5 +76,5 @@ class StreamDetokenizer:
         whole = self._tokenizer.decode(self._context + ids)
         if whole.startswith(self._context_text):
             return whole[len(self._context_text) :]
-        # The new tokens spoil bytes of the context that are out already: they are text of their own then.
+        # With the new tokens the context decodes differently, but its text has been returned. Decode them separately.
         return self._tokenizer.decode(ids)

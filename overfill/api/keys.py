@@ -1,12 +1,12 @@
-"""API keys: a file of their hashes, and who holds the key that a client shows. No sockets.
+"""API keys: reads and writes the file of their hashes, and finds the entry of a key. No sockets.
 
-The file is JSON and holds no key, only SHA-256 hashes; keys are 32 random bytes, so a plain hash cannot be searched::
+The file is JSON and holds only SHA-256 hashes of keys. A key is 32 random bytes, too many to find it by trying::
 
     {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z",
                                             "scopes": ["infer", "status"],
                                             "rate": 5.0, "concurrency": 20, "priority": 0}]}
 
-``scopes``, ``rate``, ``concurrency`` and ``priority`` may be left out.
+``scopes``, ``rate``, ``concurrency`` and ``priority`` are optional.
 """
 
 from __future__ import annotations
@@ -37,23 +37,25 @@ _NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 DEFAULT_SCOPES = frozenset({Scope.INFER, Scope.STATUS})
-"""What a key is good for unless something else is said: answers, and to see how busy the stack is."""
+"""Scopes of a key whose entry names none: generate answers, and read the stack's status."""
 
 
 class BadKeyFile(OverfillError):
-    """The file of API keys cannot be read or is damaged."""
+    """The file of API keys cannot be read or written, or is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as the file has it.
+    """One entry of the key file.
 
     Attributes:
-        created: ISO 8601.
-        rate: requests per second that one router takes; None: any.
-        concurrency: requests at once that one router takes; None: any.
-        priority: the smallest (first) that requests with this key may have; they are raised to it.
-        scopes: what it is good for.
+        name: Name of the key, unique in the file.
+        sha256: Hash of the key, lower-case hex.
+        created: Time of creation, ISO 8601.
+        rate: Maximum requests per second that one router accepts; None means no limit.
+        concurrency: Maximum concurrent requests that one router accepts; None means no limit.
+        priority: Smallest number, which is the most urgent class, that requests with this key get.
+        scopes: Calls that the key allows.
     """
 
     name: str
@@ -66,23 +68,23 @@ class ApiKey:
 
     @property
     def id(self) -> str:
-        """Of this key and no other: a new key under the same name has another one."""
+        """Id of this key; a new key with the same name has a different id."""
         return self.sha256[:16]
 
     @property
     def cache_namespace(self) -> str:
-        """Keeps cached KV of this key's requests from others; the same on every router.
+        """Namespace of this key's cached KV, which separates it from other keys' KV. The same on every router.
 
-        A hash, so that workers learn neither names nor what the file has; of the key, so that who comes after under the
-        same name shares nothing with who was there before.
+        It is a hash, so that workers see neither the key's name nor its entry in the file. It is derived from the key,
+        so that a new key with an old name does not share the old key's cached KV.
         """
         return hashlib.sha256(f"overfill-tenant/2 {self.sha256}".encode()).hexdigest()
 
 
 class KeyRing:
-    """The keys of a file, read again when it changes.
+    """The keys of one file, which is read again when it changes.
 
-    When the file has vanished or is damaged, the keys of the last good read stay in force.
+    If the file disappears or is damaged later, the keys of the last successful read stay valid.
 
     Raises:
         BadKeyFile: the first read fails.
@@ -92,7 +94,7 @@ class KeyRing:
         self._keys = ReloadingValue([path], lambda: load(path), BadKeyFile, "the API keys")
 
     def find(self, key: str) -> ApiKey | None:
-        """Who holds ``key``; None when nobody does. Takes the same time whatever part of a key is right."""
+        """The entry of ``key``; None if the file has none. The time does not depend on how much of a key is right."""
         shown = hash_key(key) if len(key) <= MAX_KEY_LENGTH else ""
         found = None
         for known in self._keys.value:
@@ -102,16 +104,16 @@ class KeyRing:
 
 
 def hash_key(key: str) -> str:
-    """As it is in the file."""
+    """Hash of ``key`` as the file stores it: lower-case hex SHA-256."""
     return hashlib.sha256(key.encode("utf-8", errors="replace")).hexdigest()
 
 
 def load(path: Path) -> list[ApiKey]:
-    """Raises BadKeyFile."""
+    """The entries of the key file. Raises BadKeyFile."""
     try:
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT:
-            raise BadKeyFile(f"{path}: is of format {data['format']!r}, not {FORMAT}")
+            raise BadKeyFile(f"{path}: has format {data['format']!r}; this version reads {FORMAT}")
         keys = [_read(entry) for entry in data["keys"]]
         bad = next((key for key in keys if not _HASH.fullmatch(key.sha256)), None)
     except OSError as error:
@@ -121,12 +123,12 @@ def load(path: Path) -> list[ApiKey]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadKeyFile(f"{path} is not a file of API keys; make one with `overfill keys create`") from error
     if bad is not None:
-        raise BadKeyFile(f"{path}: the hash of key {bad.name!r} is no SHA-256")
+        raise BadKeyFile(f"{path}: the hash of key {bad.name!r} is not a SHA-256 in lower-case hex")
     return keys
 
 
 def _read(entry: Any) -> ApiKey:
-    """Raises InvalidRequest, and TypeError when a field is missing or unknown."""
+    """Raises InvalidRequest for a wrong value, and TypeError for a missing or unknown field."""
     if "scopes" in entry:
         entry = {**entry, "scopes": read_scopes(entry["scopes"])}
     key = ApiKey(**entry)
@@ -135,21 +137,21 @@ def _read(entry: Any) -> ApiKey:
 
 
 def read_scopes(names: Iterable[str]) -> frozenset[Scope]:
-    """Raises InvalidRequest when one of them is none, or there are none."""
+    """The scopes of these names. Raises InvalidRequest if a name is not a scope, or ``names`` is empty."""
     names = list(names)
     for name in names:
         if name not in list(Scope):
-            raise InvalidRequest("scopes", f"there is no scope {name!r}; there are {', '.join(Scope)}")
+            raise InvalidRequest("scopes", f"{name!r} is not a scope; known are {', '.join(Scope)}")
     if not names:
-        raise InvalidRequest("scopes", f"give one at least of {', '.join(Scope)}")
+        raise InvalidRequest("scopes", f"is empty; give at least one of {', '.join(Scope)}")
     return frozenset(Scope(name) for name in names)
 
 
 def _check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
     if rate is not None and not 0 < rate < math.inf:
-        raise InvalidRequest("rate", f"must be more than 0 requests per second, got {rate!r}")
+        raise InvalidRequest("rate", f"must be a finite number of requests per second above 0, got {rate!r}")
     if concurrency is not None and (not isinstance(concurrency, int) or concurrency < 1):
-        raise InvalidRequest("concurrency", f"must be 1 request or more, got {concurrency!r}")
+        raise InvalidRequest("concurrency", f"must be an integer of at least 1, got {concurrency!r}")
     check_priority(priority)
 
 
@@ -162,17 +164,17 @@ def create(
     priority: int = 0,
     scopes: Iterable[str] = DEFAULT_SCOPES,
 ) -> str:
-    """Adds a key to the file, which is made when there is none; returns the key, which is kept nowhere.
+    """Make a key, add its hash to the file, and return the key, which is not stored. Creates a missing file.
 
     Raises:
-        InvalidRequest: the name is bad or taken, or a limit is none.
+        InvalidRequest: the name is invalid or in use, or a limit or scope is wrong.
         BadKeyFile: the file is damaged or cannot be written.
     """
     if not _NAME.fullmatch(name):
-        raise InvalidRequest("name", "has 1 to 64 letters, digits and the characters _ . @ -")
+        raise InvalidRequest("name", f"is {name[:80]!r}; give 1 to 64 letters, digits or the characters _ . @ -")
     keys = load(path) if path.exists() else []
     if any(key.name == name for key in keys):
-        raise InvalidRequest("name", f"{name!r} is taken; revoke that key first")
+        raise InvalidRequest("name", f"{name!r} is in use; revoke that key first, or give another name")
     _check_limits(rate, concurrency, priority)
     key = PREFIX + secrets.token_urlsafe(32)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -181,11 +183,11 @@ def create(
 
 
 def revoke(path: Path, name: str) -> None:
-    """Removes a key. Raises InvalidRequest when there is none of that name, and BadKeyFile."""
+    """Remove a key. Raises InvalidRequest if the file has no key of that name, and BadKeyFile."""
     keys = load(path)
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
-        raise InvalidRequest("name", f"there is no key {name!r}")
+        raise InvalidRequest("name", f"{path} has no key {name!r}; `overfill keys list` shows its keys")
     _save(path, left)
 
 
@@ -201,6 +203,6 @@ def _save(path: Path, keys: list[ApiKey]) -> None:
 
 
 def _entry(key: ApiKey) -> dict[str, Any]:
-    """Without limits that there are not."""
+    """The key's JSON entry; omits unset limits."""
     entry = asdict(key) | {"scopes": sorted(key.scopes)}
     return {name: value for name, value in entry.items() if value is not None and (name, value) != ("priority", 0)}

@@ -1,14 +1,14 @@
-"""Priorities of requests: a few classes, each with a queue of its own; the smaller number goes first."""
+"""Priorities of requests: classes with a queue each; smaller numbers go first."""
 
 from __future__ import annotations
 
 from overfill.errors import InvalidRequest
 
-MOST_PRIORITY = 2
-"""They go from -2 to 2; 0 is usual."""
+MAX_PRIORITY = 2
+"""Priorities range from -2 to 2; 0 is the default."""
 
 
 def check_priority(priority: int) -> None:
-    """Raises InvalidRequest."""
-    if not isinstance(priority, int) or not -MOST_PRIORITY <= priority <= MOST_PRIORITY:
-        raise InvalidRequest("priority", f"must be from {-MOST_PRIORITY} to {MOST_PRIORITY}, got {priority!r}")
+    """Raise InvalidRequest if ``priority`` is not an integer in range."""
+    if not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}")

@@ -1,4 +1,4 @@
-"""A client's request, checked and tokenized: everything that can be refused is refused here, by field."""
+"""Checks and tokenizes a client's request; every refusal names the field."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ MAX_REQUEST_ID_LENGTH = 128
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request that can be run.
+    """A checked request that the router can run.
 
     Attributes:
-        request_id: the client's, or a random one.
-        model: as asked for; empty means the only one.
-        prompt_token_ids: at least one.
-        sampling: ``seed`` and ``max_tokens`` are set; prompt and ``max_tokens`` fit the context together.
-        stop: non-empty strings.
-        resume_token_ids: at most ``sampling.max_tokens``; as many are a whole answer whose end was not heard.
-        trace: whether the client wants the handoff's trace.
-        sample_index: which of several answers to the same prompt.
-        kv_codec: how the prompt's KV travels; 0 leaves it to the decode worker.
-        continues_text: the answer goes on with the prompt's text, so that its first word keeps its space.
-        calls_tools: the answer may hold tool calls.
-        priority: the smaller goes first.
+        request_id: The client's id, or a random one.
+        model: Requested model; empty means the only one served.
+        prompt_token_ids: The prompt, at least one token.
+        sampling: Sampling parameters with ``seed`` and ``max_tokens`` set; prompt and ``max_tokens`` together fit the
+            context.
+        stop: Non-empty stop strings.
+        resume_token_ids: Tokens of the answer that the client has, at most ``sampling.max_tokens``. If the client has
+            that many, the answer is complete and only its end message was lost.
+        trace: Whether the client requests the handoff's trace.
+        sample_index: Number of this answer among several answers to the same prompt.
+        kv_codec: Codec in which the prompt's KV travels; 0 means that the decode worker chooses.
+        continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
+        calls_tools: Whether the answer may contain tool calls.
+        priority: Class in the queue; smaller numbers go first.
     """
 
     request_id: str
@@ -55,28 +57,32 @@ class GenerationRequest:
 def validate_generate(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int
 ) -> GenerationRequest:
-    """Checks ``request``, tokenizes its prompt and fills in what it leaves open.
+    """Check ``request``, tokenize its prompt, and set request id, seed and ``max_tokens`` where they are missing.
 
     Args:
-        max_model_len: most tokens of prompt and answer together.
-        vocab_size: token ids are below it.
+        max_model_len: Maximum number of tokens of prompt and answer together.
+        vocab_size: Size of the vocabulary; token ids are below it.
 
     Raises:
-        PromptTooLong: the prompt leaves no room for an answer, or not for ``max_tokens`` or ``min_tokens``.
-        InvalidRequest: anything else is wrong; ``field`` is its path in the proto.
+        PromptTooLong: the context has no space after the prompt for an answer, ``max_tokens`` or ``min_tokens``.
+        InvalidRequest: another field is wrong; ``field`` is its path in the proto.
     """
     if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
-        raise InvalidRequest("request_id", f"is longer than {MAX_REQUEST_ID_LENGTH} characters")
+        raise InvalidRequest(
+            "request_id", f"has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed"
+        )
     check_priority(request.priority)
     if request.kv_codec not in common_pb2.KvCodec.values():
-        raise InvalidRequest("kv_codec", f"{request.kv_codec} is no codec that is known here")
+        raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.check_vocab(vocab_size)
     tools = chat_grammar(request.chat) if request.HasField("chat") else None
     if tools is not None:
         if sampling.grammar is not None:
-            raise InvalidRequest("sampling.grammar", "contradicts tools, whose calls follow a grammar of their own")
+            raise InvalidRequest(
+                "sampling.grammar", "conflicts with tools, whose calls need their own grammar; leave one of them out"
+            )
         sampling = replace(sampling, grammar=Grammar("lark", tools))
     if sampling.grammar is not None:
         _check_grammar(sampling.grammar, tools is not None)
@@ -110,7 +116,7 @@ def _check_grammar(grammar: Grammar, of_tools: bool) -> None:
         if not of_tools:
             raise
         reason = str(error).removeprefix(f"{error.field}: ")
-        raise InvalidRequest("chat.tools", f"cannot be obeyed: {reason}") from error
+        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {reason}") from error
 
 
 def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:
@@ -121,20 +127,20 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
         ids: Sequence[int] = request.token_ids.ids
         check_token_ids("token_ids.ids", ids, vocab_size)
     elif kind == "text":
-        # An empty text may still get special tokens.
+        # The tokenizer may add special tokens even to an empty text, so do not call it.
         ids = tokenizer.encode(request.text) if request.text else ()
     else:
         ids = encode_chat(request.chat, tokenizer)
     if not ids:
-        raise InvalidRequest("prompt", f"is empty ({kind})")
+        raise InvalidRequest("prompt", f"is empty: {kind} has no tokens")
     return ids
 
 
 def _truncated(prompt: Sequence[int], count: int, room: int) -> Sequence[int]:
-    """The last ``count`` tokens of ``prompt``; -1: as many as there is room for."""
+    """The last ``count`` tokens of ``prompt``; -1 means the last ``room``, but at least one."""
     if count == 0 or count < -1:
         raise InvalidRequest(
-            "truncate_prompt_tokens", f"must be at least 1, or -1 for what the context holds; got {count}"
+            "truncate_prompt_tokens", f"must be at least 1, or -1 for all that fit the context; got {count}"
         )
     return prompt[-max(1, room if count == -1 else count) :]
 
@@ -144,26 +150,26 @@ def _resolve_max_tokens(sampling: SamplingParams, prompt_tokens: int, max_model_
     if room < 1:
         raise PromptTooLong(
             "prompt",
-            f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must hold it and an answer",
+            f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must also hold an answer",
         )
     for name, asked in (("max_tokens", sampling.max_tokens), ("min_tokens", sampling.min_tokens)):
         if asked is not None and asked > room:
             raise PromptTooLong(
                 f"sampling.{name}",
                 f"{asked} tokens after a prompt of {prompt_tokens} do not fit the context of {max_model_len} "
-                f"tokens; {room} do",
+                f"tokens; at most {room} fit",
             )
     return room if sampling.max_tokens is None else sampling.max_tokens
 
 
 def _check_stop(stops: Sequence[str]) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
-        raise InvalidRequest("stop", f"holds {len(stops)} strings; at most {MAX_STOPS} are allowed")
+        raise InvalidRequest("stop", f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
     for index, stop in enumerate(stops):
         if not stop:
             raise InvalidRequest(f"stop[{index}]", "is empty")
         if len(stop) > MAX_STOP_LENGTH:
-            raise InvalidRequest(f"stop[{index}]", f"is longer than {MAX_STOP_LENGTH} characters")
+            raise InvalidRequest(f"stop[{index}]", f"has {len(stop)} characters; at most {MAX_STOP_LENGTH} are allowed")
     return tuple(stops)
 
 
@@ -172,6 +178,6 @@ def _check_resume(resume: Sequence[int], sampling: SamplingParams, max_tokens: i
         return
     check_token_ids("resume_token_ids", resume, vocab_size)
     if len(resume) > max_tokens:
-        raise InvalidRequest("resume_token_ids", f"holds {len(resume)} tokens; the answer has at most {max_tokens}")
+        raise InvalidRequest("resume_token_ids", f"has {len(resume)} tokens; the answer may have at most {max_tokens}")
     if sampling.seed is None and not sampling.greedy:
-        raise InvalidRequest("sampling.seed", "resuming a sampled answer needs the first attempt's seed")
+        raise InvalidRequest("sampling.seed", "is missing; to resume a sampled answer, give the first request's seed")

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text: holds back what may become one and cuts exactly. Knows no tokens."""
+"""Finds stop strings in streamed text: holds back text that may become one, and cuts exactly. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Looks for the first of ``stops`` to be complete, however the text is cut into pieces.
+    """Finds the stop string that is complete first, independent of how the text is cut into pieces.
 
-    Of several that are complete at the same character the longest counts. After a match nothing more is pushed.
+    If several are complete at the same character, the longest one wins. Callers push nothing after a match.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -17,13 +17,13 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
-        """Text that is safe to show, and the stop string that ended the answer, which is not in it.
+        """Text that may be shown, and the stop string that ended the answer, or None. The text excludes it.
 
         Args:
-            may_end: whether a stop string that ``text`` completes ends the answer; else it is text.
+            may_end: Whether a stop string that ``text`` completes ends the answer. If not, it counts as text.
         """
         buffer, held = self._held + text, len(self._held)
-        # Only what ends in the new text: the rest was looked at before.
+        # A match must end in the new text, because earlier calls have searched the rest.
         places = ((s, buffer.find(s, max(0, held - len(s) + 1))) for s in self._stops)
         matches = [(start + len(s), start, s) for s, start in places if start >= 0]
         if matches and may_end:
@@ -35,7 +35,7 @@ class StopStrings:
         return buffer[:safe], None
 
     def finish(self) -> str:
-        """What was held back and did not become a stop string."""
+        """The text that was held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, read from its folder. Needs the ``tokenizers`` library only; loads no model."""
+"""A checkpoint's tokenizer, read from its folder with the ``tokenizers`` library. Loads no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level BPE: printable ones for themselves, then from U+0100 on."""
+    """The byte for each character of byte-level BPE: printable ones stand for themselves, U+0100 on for the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (b for b in range(256) if b not in printable)
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -36,17 +36,17 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 
-_ANY_TEXT = "A question that no template contains?"
+_PROBE = "A question that no template contains?"
 
 
 class Tokenizer:
-    """Text to token ids and back. Made with ``load``; safe to share between threads.
+    """Turns text into token ids and back. Use ``load`` to make one; safe to share between threads.
 
     Attributes:
-        digest: lower-case hex SHA-256 of tokenizer.json.
-        eos_token_ids: end-of-sequence ids, from generation_config.json or else config.json.
-        vocab_size: rows of the model's embedding; ids below it are valid, even if no text belongs to them.
-        special_tokens: such as ``{"bos_token": "<s>"}``.
+        digest: SHA-256 of tokenizer.json, lower-case hex.
+        eos_token_ids: End-of-sequence ids from generation_config.json, or from config.json if it has none.
+        vocab_size: Number of rows of the model's embedding. Smaller ids are valid, even those without text.
+        special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: ChatTemplate | None,
     ) -> None:
-        # tokenizer.json may carry settings from training, which would cut prompts short.
+        # tokenizer.json may hold truncation and padding from training, which would cut prompts.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Reads tokenizer.json, tokenizer_config.json, the chat template, config.json, generation_config.json.
+        """Read tokenizer.json, tokenizer_config.json, the chat template, config.json and generation_config.json.
 
         Raises:
             InvalidPair: tokenizer.json or config.json is missing, or a file is damaged.
@@ -105,21 +105,24 @@ class Tokenizer:
 
     @property
     def end_of_answer(self) -> int | None:
-        """What the model ends an answer with: of several end-of-sequence ids, the tokenizer's own; None without any."""
+        """The id with which the model ends an answer. None means that it has no end-of-sequence id.
+
+        Of several end-of-sequence ids, it is the tokenizer's own.
+        """
         own = self._backend.token_to_id(self.special_tokens.get("eos_token", ""))
         return own if own in self.eos_token_ids else next(iter(self.eos_token_ids), None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens that the tokenizer adds by itself."""
+        """Token ids of plain text, with the special tokens that the tokenizer adds."""
         return self._encode(text, add_special_tokens=True)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text in the middle of something: no special token is added."""
+        """Token ids of text inside a longer text: the tokenizer adds no special tokens."""
         return self._encode(text, add_special_tokens=False)
 
     @property
     def template_knows_tools(self) -> bool:
-        """Whether the chat template shows tools to the model by itself."""
+        """Whether the chat template itself renders tools."""
         return self._chat_template is not None and self._chat_template.knows_tools
 
     def render(
@@ -128,15 +131,15 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: TemplateOptions | None = None,
     ) -> str:
-        """A chat as text, up to where the assistant's answer starts.
+        """A chat as text, up to the start of the assistant's answer.
 
         Args:
-            messages: each with ``role`` and ``content``; what else they may hold depends on the template.
-            tools: in OpenAI's form; only for a template that knows tools.
-            options: None takes the defaults.
+            messages: Messages with ``role`` and ``content``, and other keys that the template supports.
+            tools: Tools in OpenAI's format; only for a template that supports tools.
+            options: Options for the template; None means the defaults.
 
         Raises:
-            InvalidRequest: there is no chat template, or it refuses these messages.
+            InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
         if self._chat_template is None:
             raise InvalidRequest("chat", "this model has no chat template; send text or token ids")
@@ -148,26 +151,26 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: TemplateOptions | None = None,
     ) -> list[int]:
-        """Token ids of a chat. The template writes all special tokens itself; none is added. As ``render``."""
+        """Token ids of a chat. Only the template adds special tokens. Arguments and errors are those of ``render``."""
         return self._encode(self.render(messages, tools, options), add_special_tokens=False)
 
     def encode_user_opening(self) -> list[int]:
-        """Token ids of a chat up to where the user's first words go: what a model continues with a user's message.
+        """Token ids of a chat up to the text of the user's first message. A model continues them as the user.
 
         Raises:
-            InvalidRequest: there is no chat template, or it does not show messages as they are.
+            InvalidRequest: the model has no chat template, or the template changes messages.
         """
-        before, shown, _ = self.render([{"role": "user", "content": _ANY_TEXT}]).partition(_ANY_TEXT)
+        before, shown, _ = self.render([{"role": "user", "content": _PROBE}]).partition(_PROBE)
         if not shown:
-            raise InvalidRequest("chat", "the chat template does not show a user's message as it is")
+            raise InvalidRequest("chat", "the chat template changes a user's message, so the text before it is unknown")
         return self._encode(before, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens; U+FFFD stands for bytes that are no character."""
+        """Text of ``ids`` without special tokens; U+FFFD replaces bytes that form no character."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token stands for: part of a character, perhaps; a special token's name; empty for no token."""
+        """Bytes of one token: possibly part of a character; a special token's name; empty for an unknown id."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -180,7 +183,7 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
     def has_text(self, token_id: int) -> bool:
-        """Whether decoding looks at this id: special tokens and ids without a token are skipped."""
+        """Whether decoding uses this id; it skips special tokens and unknown ids."""
         return token_id not in self._skipped_ids and self._backend.id_to_token(token_id) is not None
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -1,12 +1,12 @@
-"""Tools: how a model is told about them, what it must write to call one, and how its calls are read back.
+"""Tools: describes them to a model, makes the grammar of its calls, and reads the calls from its answer.
 
-Calls are written as Hermes and Qwen models write them, one after the other at the end of an answer::
+Calls have the format of Hermes and Qwen models, one after the other at the end of an answer::
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Paris"}}
     </tool_call>
 
-A grammar holds the model to exactly this, so that reading them cannot fail. Text and JSON only; no tokens, no wire.
+A grammar enforces this format, so that reading a call cannot fail. Text and JSON only; no tokens, no wire.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Mode = Literal["auto", "none", "required"]
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments, an object."""
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments object."""
 
     name: str
     description: str = ""
@@ -42,7 +42,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallPart:
-    """What a piece of an answer adds to one call: at first its name, then more of the arguments' JSON text."""
+    """A part of tool call number ``index``: first its name, then pieces of its arguments as JSON text."""
 
     index: int
     name: str = ""
@@ -50,23 +50,27 @@ class ToolCallPart:
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
-    """Raises InvalidRequest, naming the field, when a name is bad or taken twice or parameters are no object."""
+    """Raise InvalidRequest if a name is invalid or used twice, or parameters do not describe an object."""
     if len(tools) > MAX_TOOLS:
-        raise InvalidRequest("chat.tools", f"holds {len(tools)} tools; at most {MAX_TOOLS} are allowed")
+        raise InvalidRequest("chat.tools", f"has {len(tools)} tools; at most {MAX_TOOLS} are allowed")
     seen: set[str] = set()
     for index, tool in enumerate(tools):
         place = f"chat.tools[{index}]"
         if not _NAME.fullmatch(tool.name):
-            raise InvalidRequest(f"{place}.name", f"has 1 to 64 letters, digits, _ and -; got {tool.name[:80]!r}")
+            raise InvalidRequest(f"{place}.name", f"is {tool.name[:80]!r}; give 1 to 64 letters, digits, _ or -")
         if tool.name in seen:
-            raise InvalidRequest(f"{place}.name", f"is taken: another tool is called {tool.name!r}")
+            raise InvalidRequest(
+                f"{place}.name", f"is {tool.name!r}, which is another tool's name too; give each tool its own name"
+            )
         if tool.parameters.get("type", "object") != "object":
-            raise InvalidRequest(f"{place}.parameters", 'is the schema of an object: "type" must be "object"')
+            raise InvalidRequest(
+                f"{place}.parameters", f'has "type" {str(tool.parameters["type"])[:80]!r}; it must be "object"'
+            )
         seen.add(tool.name)
 
 
 def describe_tools(tools: Sequence[Tool]) -> str:
-    """For the system message of models whose chat template knows no tools."""
+    """Text that describes ``tools``, for the system message of models whose chat template supports no tools."""
     lines = "\n".join(json.dumps(as_openai(tool), ensure_ascii=False) for tool in tools)
     return (
         "You may call functions. These are available, one JSON object per line:\n"
@@ -77,13 +81,13 @@ def describe_tools(tools: Sequence[Tool]) -> str:
 
 
 def as_openai(tool: Tool) -> dict[str, Any]:
-    """The form that chat templates expect."""
+    """``tool`` in OpenAI's format, which chat templates expect."""
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
     return {"type": "function", "function": function}
 
 
 def write_calls(calls: Sequence[tuple[str, str]]) -> str:
-    """Calls (name, arguments as JSON text) as the model writes them."""
+    """Text of ``calls``, pairs of name and arguments as JSON text, in the model's format."""
     return "\n".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}{_TAIL}" for name, arguments in calls)
 
 
@@ -91,12 +95,12 @@ def tools_grammar(tools: Sequence[Tool], mode: Mode, *, single: bool) -> str:
     """A Lark grammar of answers that call ``tools``.
 
     Args:
-        mode: "auto" allows text, and calls behind it; "required" wants nothing but calls.
-        single: one call at most.
+        mode: "auto" allows text, then calls; "required" allows calls only.
+        single: Whether an answer may have at most one call.
     """
     functions = []
     for tool in tools:
-        # An object whatever the schema leaves open: `ToolCallReader` reads nothing else.
+        # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
         schema = json.dumps(compact({"type": "object", **(tool.parameters or {"properties": {}})}))
         functions.append(f"{json.dumps(tool.name + _ARGUMENTS)} %json {schema}")
     more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
@@ -118,9 +122,9 @@ def tools_grammar(tools: Sequence[Tool], mode: Mode, *, single: bool) -> str:
 
 
 class ToolCallReader:
-    """Takes an answer's text in pieces and tells its tool calls from its text.
+    """Separates tool calls from other text in an answer that arrives in pieces.
 
-    White space around calls belongs to neither. Text that only looks like the beginning of a call is text.
+    It drops white space around calls. Text that only begins like a call counts as text.
     """
 
     def __init__(self) -> None:
@@ -129,7 +133,7 @@ class ToolCallReader:
         self._scanner: _ObjectScanner | None = None
 
     def push(self, text: str) -> tuple[str, list[ToolCallPart]]:
-        """Text outside of calls that is certain to be such, and what the piece adds to calls."""
+        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls."""
         self._buffer += text
         outside: list[str] = []
         parts: list[ToolCallPart] = []
@@ -138,14 +142,14 @@ class ToolCallReader:
         return "".join(outside), parts
 
     def finish(self) -> str:
-        """Text that was held back. What is left of a call that was cut short is dropped; its parts were told."""
+        """The text that was held back, at the end of the answer. Drops the rest of an incomplete call."""
         rest, self._buffer = self._buffer, ""
         if self._scanner is not None or (self.calls and not rest.strip()):
             return ""
         return rest
 
     def _step(self, outside: list[str], parts: list[ToolCallPart]) -> bool:
-        """Makes some progress; False when more text is needed."""
+        """Consume a part of the buffer; False if that needs more text."""
         if self._scanner is not None:
             return self._arguments(parts)
         start = self._buffer.find(_HEAD)
@@ -180,7 +184,7 @@ class ToolCallReader:
 
 
 class _ObjectScanner:
-    """Finds the end of a JSON object that is known to be well formed."""
+    """Finds the end of a well-formed JSON object in a text that arrives in pieces."""
 
     def __init__(self) -> None:
         self.complete = False
@@ -189,7 +193,7 @@ class _ObjectScanner:
         self._escaped = False
 
     def scan(self, text: str) -> int:
-        """How many characters of ``text`` belong to the object."""
+        """Number of characters at the start of ``text`` that belong to the object."""
         if self.complete:
             return 0
         for position, character in enumerate(text):
@@ -211,7 +215,7 @@ class _ObjectScanner:
 
 
 def _held(text: str) -> int:
-    """Length of the end of ``text`` that may become white space before a call, and its beginning."""
+    """Length of the end of ``text`` to hold back: white space and the beginning of what may become a call."""
     longest = min(len(text), len(_HEAD) - 1)
     partial = next((n for n in range(longest, 0, -1) if text.endswith(_HEAD[:n])), 0)
     before = text[: len(text) - partial]

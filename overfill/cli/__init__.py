@@ -1,0 +1,1 @@
+"""The ``overfill`` command: runs stacks, queries them, and builds and judges pairs."""

@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Kill clients at random moments; time how soon their KV is free.",
     ),
     "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
-    "bench": ("overfill.lab.commands.bench:bench_group", "Measure a stack."),
+    "bench": ("overfill.lab.commands.bench:bench_group", "Measure engines, handoff, router, servers."),
     "loadtest": (
         "overfill.lab.commands.loadtest:loadtest_command",
         "Load a stack with locust and check it against objectives.",
@@ -69,7 +69,6 @@ EXTRAS: dict[str, str] = {
     "pair path": "server",
     "pair show": "server",
     "bench": "loadtest,server",
-    "bench burst": "loadtest",
     "bench serve": "loadtest",
     "loadtest": "loadtest",
     "simulate": "loadtest",

@@ -1,4 +1,4 @@
-"""SDK for a running stack, sync and asyncio. Loads neither torch nor transformers.
+"""SDK for a running stack, blocking and asyncio; loads neither torch nor transformers.
 
 ::
 
@@ -10,7 +10,7 @@
             for delta in stream:
                 print(delta.text, end="")
 
-``AsyncClient`` has the same methods, awaited.
+``AsyncClient`` has the same methods as coroutines.
 """
 
 from __future__ import annotations

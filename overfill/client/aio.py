@@ -1,18 +1,18 @@
-"""The SDK for asyncio: ``overfill.client.sync`` with awaits."""
+"""The SDK for asyncio. It calls and waits; the other modules of this package know requests, answers and addresses."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
-import grpc.aio
 
 from overfill.client import traces
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
-from overfill.client.attempts import Attempts
+from overfill.client.concurrency import AsyncChannels, AsyncResponses, run_as_tasks
+from overfill.client.failover import AddressFailover
 from overfill.client.requests import (
     Message,
     Options,
@@ -27,7 +27,6 @@ from overfill.client.requests import (
 )
 from overfill.client.status import Model, StackStatus
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
-from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -36,25 +35,25 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 
 
 class AsyncStream(AsyncIterator[Delta]):
-    """An answer as it is written; iterate for deltas. Leaving it as a context manager cancels the rest."""
+    """One answer while a model writes it. Iterate over it for deltas; leaving its ``with`` block cancels the rest."""
 
     def __init__(
         self,
         start: StartGenerate,
-        attempts: Attempts,
+        failover: AddressFailover,
         builder: AnswerBuilder,
         span: traces.RequestSpan | None = None,
     ) -> None:
         self._span = span
         self._start = start
-        self._attempts = attempts
+        self._failover = failover
         self._builder = builder
         self._cancelled = False
-        self._call = self._begin()
+        self._responses = self._call()
 
     @property
     def accepted(self) -> Accepted | None:
-        """Request id and seed, once the router has taken the request."""
+        """Request id and seed; None until a router has accepted the request."""
         return self._builder.accepted
 
     @property
@@ -63,7 +62,7 @@ class AsyncStream(AsyncIterator[Delta]):
         return self._builder.answer()
 
     async def __anext__(self) -> Delta:
-        """Raises any OverfillError; its ``produced`` is what there is of the answer."""
+        """Raises any OverfillError; its ``produced`` holds the part of the answer that has arrived."""
         if self._span is None:
             return await self._next()
         try:
@@ -78,20 +77,15 @@ class AsyncStream(AsyncIterator[Delta]):
     async def _next(self) -> Delta:
         while True:
             try:
-                response = await self._call.read()
-            except asyncio.CancelledError:
-                # gRPC raises this for its own cancelled call as well as for the awaiting task's cancellation.
-                if self._cancelled and not _task_is_cancelled():
-                    raise self._builder.failed(RequestCancelled("the request was cancelled")) from None
-                raise
+                response = await self._responses.read()
             except grpc.RpcError as error:
-                if self._builder.complete:  # lost after its last word
+                if self._builder.complete:  # the connection broke after the last message
                     raise StopAsyncIteration from None
-                failure = RequestCancelled("the request was cancelled") if self._cancelled else self._go_on(error)
+                failure = RequestCancelled("the request was cancelled") if self._cancelled else self._fail_over(error)
                 if failure is not None:
                     raise self._builder.failed(failure) from None
                 continue
-            if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+            if response is None:
                 self._builder.answer()
                 raise StopAsyncIteration
             try:
@@ -100,31 +94,35 @@ class AsyncStream(AsyncIterator[Delta]):
                 self.cancel()
                 raise self._builder.failed(error) from None
             if delta is not None:
-                self._attempts.progressed()
+                self._failover.progressed()
                 return delta
-            self._attempts.taken()
+            self._failover.accepted()
 
-    def _go_on(self, error: grpc.RpcError) -> OverfillError | None:
-        """Asks for what is missing, if there is anyone to ask; else what to raise."""
-        failure = self._attempts.failed(error)
+    def _fail_over(self, error: grpc.RpcError) -> OverfillError | None:
+        """Ask the next router for the rest of the answer, and return None; or return the error to raise."""
+        failure = self._failover.next_address_or_error(error)
         if failure is not None:
             return failure
         try:
-            self._call = self._begin()
+            self._responses = self._call()
         except RequestCancelled as closed:
             return closed
+        if self._cancelled:  # by another thread, while the call was made
+            self._responses.cancel()
+            return RequestCancelled("the request was cancelled")
         return None
 
-    def _begin(self) -> Any:
-        """The call that asks for the answer, or for what is missing of it after a router was lost."""
-        return self._start(self._attempts.address, self._builder.request(), self._attempts.timeout())
+    def _call(self) -> AsyncResponses:
+        """Call the current router for the answer, or for the rest of it after another router was lost."""
+        call = self._start(self._failover.address, self._builder.request(), self._failover.timeout())
+        return AsyncResponses(call)
 
     def cancel(self) -> None:
-        """Gives the request up; iterating further raises RequestCancelled. Does nothing after the end."""
+        """Cancel the request: the next iteration raises RequestCancelled. After the end of the answer, do nothing."""
         if self._span is not None:
             self._span.end()
         self._cancelled = True
-        self._call.cancel()
+        self._responses.cancel()
 
     async def __aenter__(self) -> Self:
         return self
@@ -136,13 +134,13 @@ class AsyncStream(AsyncIterator[Delta]):
 
 
 class AsyncClient:
-    """Talks to a router from one event loop; close it, or use it as an async context manager.
+    """A client of one router or several, for one event loop. Close it, or use it as an async context manager.
 
     Args:
-        address: ``host:port`` or ``unix:path``, or several separated by commas: a request goes to the first
-            that can be reached, and goes on at the next, token by token, when that one is lost.
-        tls: certificates; None talks in the clear.
-        api_key: shown to the router; None shows none.
+        address: ``host:port`` or ``unix:path``, or several of them separated by commas. A request goes to the first
+            router that can be reached. When that router is lost, the next one continues the answer token by token.
+        tls: Certificates; None means connections without TLS.
+        api_key: Key that is sent with every request; None means no key.
     """
 
     def __init__(
@@ -150,12 +148,17 @@ class AsyncClient:
     ) -> None:
         self._addresses = split_addresses(address)
         self._metadata = authorization(api_key)
-        self._tls = tls
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels = AsyncChannels(tls)
         self._closed = False
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
-        """A whole answer; arguments and errors as in ``Client.generate``."""
+        """A whole answer to ``prompt``: text, token ids, or a chat as a list of messages.
+
+        ``options`` are those of ``Options``.
+
+        Raises:
+            OverfillError: any of its kinds.
+        """
         stream = self.stream(prompt, **options)
         async with stream:
             async for _ in stream:
@@ -163,33 +166,33 @@ class AsyncClient:
             return stream.answer
 
     async def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
-        """The whole next turn of a conversation; as ``generate`` with a list of messages."""
+        """The whole next turn of a conversation; the same as ``generate`` with a list of messages."""
         check_messages(messages)
         return await self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
-        """As ``generate``, but token by token."""
+        """An answer to ``prompt`` as a stream of deltas; arguments and errors are those of ``generate``."""
         timeout = options.get("timeout")
         check_timeout(timeout)
-        span = traces.begin()
+        span = traces.start_span()
 
         def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
             if self._closed:
                 raise RequestCancelled("the client is closed")
-            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
-            return stub.Generate(request, timeout=timeout, metadata=traces.joined(self._metadata, span))
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])
+            return stub.Generate(request, timeout=timeout, metadata=traces.with_span(self._metadata, span))
 
         builder = AnswerBuilder(build_request(prompt, options))
-        return AsyncStream(start, Attempts(self._addresses, timeout), builder, span)
+        return AsyncStream(start, AddressFailover(self._addresses, timeout), builder, span)
 
     async def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
-        """``n`` answers to one prompt, computed at the same time; with one seed, the same ``n`` every time.
+        """``n`` different answers to one prompt, computed concurrently. The same seed gives the same ``n`` answers.
 
         Raises:
             OverfillError: any of its kinds.
         """
         each = sample_options(n, options)
-        return list(await asyncio.gather(*[self.generate(prompt, **one) for one in each]))
+        return await run_as_tasks([partial(self.generate, prompt, **one) for one in each])
 
     async def tokenize(
         self,
@@ -198,7 +201,12 @@ class AsyncClient:
         special_tokens: bool = True,
         timeout: float | None = 10.0,
     ) -> list[int]:
-        """Token ids of text, with the special tokens that the tokenizer adds by itself, or of a chat."""
+        """Token ids of a text or a chat.
+
+        Args:
+            special_tokens: Whether a text gets the special tokens that the tokenizer adds by itself.
+            timeout: Seconds for the call; None means no limit.
+        """
         request = inference_pb2.TokenizeRequest(no_special_tokens=not special_tokens)
         if isinstance(prompt, str):
             request.text = prompt
@@ -206,64 +214,65 @@ class AsyncClient:
             request.chat.CopyFrom(build_chat(prompt))
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.Tokenize(request, timeout=timeout, metadata=self._metadata)
 
-        return list((await self._unary(start, timeout)).ids)
+        response = await self._unary(start, timeout)
+        return list(response.ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = 10.0) -> str:
-        """Text of token ids; special tokens have none."""
+        """Text of token ids; special tokens have no text."""
         request = inference_pb2.DetokenizeRequest(ids=token_ids)
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.Detokenize(request, timeout=timeout, metadata=self._metadata)
 
-        return str((await self._unary(start, timeout)).text)
+        response = await self._unary(start, timeout)
+        return str(response.text)
 
     async def models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """The models that the router serves."""
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = inference_pb2_grpc.InferenceStub(self._channel(address))
+            stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout, metadata=self._metadata)
 
-        return [Model.from_proto(model) for model in (await self._unary(start, timeout)).models]
+        response = await self._unary(start, timeout)
+        return [Model.from_proto(model) for model in response.models]
 
     async def status(self, *, timeout: float | None = 10.0) -> StackStatus:
-        """The router and every worker it knows; a worker's own address answers for itself."""
+        """Status of the router and of every worker it knows. At a worker's own address, status of that worker."""
 
         def start(address: str, timeout: float | None) -> Any:
-            stub = admin_pb2_grpc.AdminStub(self._channel(address))
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
             return stub.Status(admin_pb2.StatusRequest(), timeout=timeout, metadata=self._metadata)
 
         return StackStatus.from_proto(await self._unary(start, timeout))
 
     async def drain(self, worker_id: str, *, timeout: float | None = 10.0) -> None:
-        """Has a worker take nothing new and leave once its requests have finished or moved to another.
+        """Drain a worker: it accepts no new requests, and exits once its requests have finished or moved.
 
-        Returns when the worker has begun; ``status`` lists it until it has left.
+        Returns as soon as the worker drains; ``status`` lists the worker until it has left.
 
         Raises:
-            InvalidRequest: the router knows no such worker; those that it knows are named.
+            InvalidRequest: the router knows no worker of this id; the message names those that it knows.
             Unavailable: the worker does not answer.
         """
         if not worker_id:
-            raise InvalidRequest("worker_id", "is empty")
+            raise InvalidRequest("worker_id", "is empty; give an id that `status` lists")
         request = admin_pb2.DrainRequest(worker_id=worker_id)
 
         def start(address: str, timeout: float | None) -> Any:
-            return admin_pb2_grpc.AdminStub(self._channel(address)).Drain(
-                request, timeout=timeout, metadata=self._metadata
-            )
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return stub.Drain(request, timeout=timeout, metadata=self._metadata)
 
         await self._unary(start, timeout)
 
     async def close(self) -> None:
-        """Cancels what runs and closes the connections."""
+        """Cancel running requests and close all connections."""
         self._closed = True
-        for channel in self._channels.values():
-            await channel.close(None)
+        await self._channels.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -273,24 +282,13 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        # Not in the constructor: a channel belongs to the event loop that is running when it is made.
-        if address not in self._channels:
-            self._channels[address] = open_channel(address, self._tls)
-        return self._channels[address]
-
     async def _unary(self, start: StartCall, timeout: float | None) -> Any:
         check_timeout(timeout)
-        attempts = Attempts(self._addresses, timeout, shared=True)
+        failover = AddressFailover(self._addresses, timeout, shared=True)
         while True:
             try:
-                return await start(attempts.address, attempts.timeout())
+                return await start(failover.address, failover.timeout())
             except grpc.RpcError as error:
-                failure = attempts.failed(error)
+                failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None
-
-
-def _task_is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

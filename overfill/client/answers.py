@@ -1,4 +1,4 @@
-"""From the events of a stream to deltas and an answer. No I/O; every token is accounted for by its index."""
+"""Builds deltas and an answer from the messages of a stream, and checks the index of every token. No I/O."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 E = TypeVar("E", bound=OverfillError)
 
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
-"""Fields of ``Timing`` that make up its ``ttft``, in the order they happen."""
+"""Fields of ``Timing`` that add up to its ``ttft``, in the order in which they happen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class TokenLogprobs:
     """Natural-log probabilities under softmax(logits), before temperature and filters.
 
     Attributes:
-        logprob: of the chosen token.
-        top: (token id, log-probability) of the most likely tokens, best first.
+        logprob: Log-probability of the chosen token.
+        top: Pairs (token id, log-probability) of the most likely tokens, the most likely first.
     """
 
     logprob: float
@@ -33,7 +33,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What the router said when it took the request. ``seed`` and ``max_tokens`` are those in use."""
+    """The router's reply when it accepts a request. ``seed`` and ``max_tokens`` are the values in use."""
 
     request_id: str
     prompt_tokens: int
@@ -44,7 +44,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """What tokens add to the ``index``-th tool call of an answer; ``id`` and ``name`` come with its first part."""
+    """A part of tool call number ``index`` of an answer; only its first part has ``id`` and ``name``."""
 
     index: int
     id: str
@@ -57,11 +57,11 @@ class Delta:
     """New tokens of an answer.
 
     Attributes:
-        first_index: index in the answer of ``token_ids[0]``.
-        token_ids: may be empty, when only text that was held back comes.
-        text: new text; may be empty while a character or a possible stop string is incomplete.
-        logprobs: one per token, or None when they were not asked for.
-        tool_calls: what the tokens add to tool calls; none of it is in ``text``.
+        first_index: Index of ``token_ids[0]`` in the answer.
+        token_ids: New tokens; empty if the router only releases text that it held back.
+        text: New text; empty while a character or a possible stop string is incomplete.
+        logprobs: One entry per token; None means that the request did not ask for them.
+        tool_calls: New parts of tool calls; ``text`` does not include them.
     """
 
     first_index: int
@@ -73,7 +73,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts; ``cached_tokens`` are those of the prompt whose KV a prefix cache had."""
+    """Token counts; ``cached_tokens`` counts the prompt tokens whose KV was in a prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -82,11 +82,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time of one request went, in seconds; None where it is not known.
+    """Durations of the parts of one request, in seconds; None means unknown.
 
-    Each is measured on one host's monotonic clock, none as a remainder. ``ttft`` runs from the request's
-    arrival at the router to the hand-over of the first token to the client's stream; ``handoff_exposed`` from
-    the first token to the first decode step.
+    Each part is measured on one host's monotonic clock; none is computed as a remainder. ``ttft`` runs from the
+    request's arrival at the router until the router writes the first token to the client's stream.
+    ``handoff_exposed`` runs from the first token to the first decode step.
     """
 
     ttft: float | None = None
@@ -101,7 +101,7 @@ class Timing:
 
     @property
     def unattributed(self) -> float | None:
-        """``ttft`` less the parts in ``TTFT_PARTS`` that are known; transit is in it."""
+        """``ttft`` minus the known parts in ``TTFT_PARTS``; this includes time on the network. None means unknown."""
         if self.ttft is None:
             return None
         return self.ttft - sum(getattr(self, part) or 0.0 for part in TTFT_PARTS)
@@ -116,7 +116,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTrace:
-    """The prefill worker's side of a handoff: seconds since it scheduled the first chunk, on its clock.
+    """A handoff as the prefill worker saw it, in seconds on its clock since it scheduled the first chunk.
 
     ``layer_start`` and ``layer_end`` have one entry per full-model layer.
     """
@@ -142,11 +142,13 @@ class PrefillTrace:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One handoff: seconds since the decode worker asked for it, on its clock, and what it received.
+    """One handoff as the decode worker saw it. Times are seconds on its clock since it asked for the handoff.
 
-    Of the prompt's tokens, the prefill worker's prefix cache had ``cached_tokens``, and ``held_tokens`` did not travel:
-    the decode worker had their KV from an earlier prompt. ``broken_streams``: data streams that brought a wrong chunk
-    or too little, and were begun anew.
+    Attributes:
+        broken_streams: Number of data streams that delivered a wrong chunk, or too few, and were restarted.
+        cached_tokens: Number of prompt tokens whose KV was in the prefill worker's prefix cache.
+        held_tokens: Number of prompt tokens whose KV did not travel, because the decode worker held it already.
+        prefill: The same handoff as the prefill worker saw it.
     """
 
     first_token_received: float
@@ -176,19 +178,19 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. Tokens given as ``resume_token_ids`` are not repeated in it.
+    """A whole answer. It does not repeat the tokens given as ``resume_token_ids``.
 
     Attributes:
         finish_reason: "stop" (a stop token or string), "length" (``max_tokens``, or the context is
             full) or "tool_calls".
-        seed: that the router used; with the tokens it resumes or repeats the answer.
-        migrations: times the sequence moved to another decode worker, as the last router knows.
-        routers: that wrote of it, one after another; more than one when a router was lost, or left, meanwhile.
-        stop: the stop string that ended the answer; None when none did.
-        trace: None unless asked for.
-        client_ttft: seconds from the call to the first token, on this side; None without tokens.
-        tool_calls: that the answer makes; their text is not in ``text``.
-        codec: in which the prompt's KV travelled, such as "raw"; None when it did not.
+        seed: Seed that the router used; with it and the tokens a request can resume or repeat the answer.
+        migrations: Number of times that the sequence moved to another decode worker, as the last router knows.
+        routers: Number of routers that sent parts of the answer; more than 1 if a router was lost or shut down.
+        stop: Stop string that ended the answer; None means that no stop string did.
+        trace: Trace of the handoff; None means that the request did not ask for it.
+        client_ttft: Seconds from the call to the first token, measured by this client; None without tokens.
+        tool_calls: Tool calls that the answer makes; ``text`` does not include them.
+        codec: Codec in which the prompt's KV travelled, such as "raw"; None means that no KV travelled.
     """
 
     text: str
@@ -212,11 +214,11 @@ class Answer:
 
 
 class AnswerBuilder:
-    """Takes the messages of one ``Inference.Generate`` in order, or of several that go on where one was lost.
+    """Builds one answer from the messages of one ``Inference.Generate`` call, or of several that continue each other.
 
     Args:
-        request: that was sent.
-        clock: seconds; read when the builder is made, at the call, and at the first token.
+        request: The client's request.
+        clock: Returns seconds. Read when the builder is made, which is at the call, and at the first token.
     """
 
     def __init__(self, request: inference_pb2.GenerateRequest, clock: Callable[[], float] = time.monotonic) -> None:
@@ -235,7 +237,7 @@ class AnswerBuilder:
         self._answer: Answer | None = None
 
     def request(self) -> inference_pb2.GenerateRequest:
-        """What to send for the rest of the answer, now or after its router was lost: at first, the whole request."""
+        """The request for the rest of the answer. Before a router has accepted it, this is the whole request."""
         if self.accepted is None:
             return self._request
         rest = inference_pb2.GenerateRequest()
@@ -248,21 +250,21 @@ class AnswerBuilder:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole answer is there, however its stream ends."""
+        """Whether the whole answer has arrived."""
         return self._answer is not None
 
     def failed(self, error: E) -> E:
-        """``error``, with what there is of the answer."""
+        """``error``, with the part of the answer that has arrived as ``produced``."""
         if self.accepted is not None:
             accepted = self.accepted
             error.produced = Produced("".join(self._text), tuple(self._token_ids), accepted.request_id, accepted.seed)
         return error
 
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
-        """The delta in ``response``, if there is one.
+        """Add the next response; returns its delta, or None if it has none.
 
         Raises:
-            InternalError: tokens are missing, repeated or without their log-probabilities, or events are out
+            InternalError: tokens are missing, repeated or without their log-probabilities, or messages are out
                 of order.
         """
         if self._answer is not None:
@@ -275,7 +277,7 @@ class AnswerBuilder:
                 accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model, accepted.max_tokens
             )
         elif self.accepted is None:
-            raise InternalError("the server answered without having accepted the request")
+            raise InternalError("the server sent an answer before it accepted the request")
         elif kind == "delta":
             return self._add_delta(response.delta)
         elif kind == "finished":
@@ -286,7 +288,7 @@ class AnswerBuilder:
         return None
 
     def answer(self) -> Answer:
-        """The whole answer, once the stream has ended. Raises InternalError when it is incomplete."""
+        """The whole answer, once the stream has ended. Raises InternalError if the answer is incomplete."""
         if self._answer is None:
             raise InternalError("the stream ended before the answer did")
         return self._answer
@@ -295,7 +297,7 @@ class AnswerBuilder:
         ids = tuple(message.token_ids)
         if ids and message.first_index != self._next_index:
             raise InternalError(
-                f"tokens are missing or repeated: index {message.first_index} came, not {self._next_index}"
+                f"tokens are missing or repeated: index {message.first_index} arrived instead of {self._next_index}"
             )
         if len(message.logprobs) != (len(ids) if self._wants_logprobs else 0):
             raise InternalError(f"{len(message.logprobs)} log-probabilities came for {len(ids)} tokens")
@@ -319,13 +321,15 @@ class AnswerBuilder:
         if part.name:
             self._calls.append(ToolCall(part.id, part.name, ""))
         if part.index != len(self._calls) - 1:
-            raise InternalError(f"part of tool call {part.index} came, with {len(self._calls)} begun")
+            raise InternalError(
+                f"the server sent a part of tool call {part.index} after the start of {len(self._calls)} tool calls"
+            )
         last = self._calls[-1]
         self._calls[-1] = replace(last, arguments=last.arguments + part.arguments)
 
     def _finish(self, accepted: Accepted, message: inference_pb2.Finished) -> Answer:
         if message.reason not in FINISH_REASONS:
-            raise InternalError(f"the answer ended for an unknown reason ({message.reason})")
+            raise InternalError(f"the answer ended for a reason that this client does not know: {message.reason}")
         return Answer(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),

@@ -1,4 +1,4 @@
-"""From what a caller says to a request on the wire. No I/O."""
+"""Turns a caller's arguments into a request message, and checks them. No I/O."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfill.v1 import common_pb2, inference_pb2
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool in an answer; ``arguments`` is the JSON text of an object."""
+    """One tool call in an answer; ``arguments`` is a JSON object as text."""
 
     id: str
     name: str
@@ -40,8 +40,9 @@ class Message:
 
     Args:
         role: "system", "user", "assistant" or "tool".
-        tool_calls: of an assistant's message, those that it made.
-        tool_call_id: of a tool's message, the call that ``content`` answers.
+        content: Text of the message.
+        tool_calls: Tool calls that the assistant made in this message; only with role "assistant".
+        tool_call_id: Id of the tool call that ``content`` answers; only with role "tool".
     """
 
     role: str
@@ -57,34 +58,36 @@ _MODES = {
 }
 
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, Any]]"
-"""Text (tokenized as it is), token ids (used as they are), or a chat (rendered with the chat template).
+"""Text (tokenized unchanged), token ids (used unchanged), or a chat (rendered with the chat template).
 
 A chat message may also be a mapping with the fields of ``Message``.
 """
 
 
 class Options(TypedDict, total=False):
-    """What may go with every prompt; all by keyword, all optional.
+    """Options of every request; all are keyword arguments, and all are optional.
 
     Keys:
-        model: empty means the only one served.
-        sampling: None means the defaults of SamplingParams.
-        stop: strings that end the answer; not part of it.
-        timeout: seconds for the whole request; None means no limit.
-        request_id: empty lets the router make one.
-        resume_token_ids: tokens of this answer that are there already; needs the first attempt's seed.
-        trace: ask for ``Answer.trace``.
-        sample_index: which of several answers to the prompt; with one seed, each index has an answer of its own.
-        priority: -2 to 2; the smaller goes first, among requests that wait for a place.
-        kv_codec: how the prompt's KV travels: "raw", "int8" or "fp8"; empty leaves it to the workers.
-        tools: that the model may call; only with a chat.
+        model: Name of the model; empty means the only one served.
+        sampling: How tokens are sampled; None means the defaults of SamplingParams.
+        stop: Strings that end the answer; the answer does not include them.
+        timeout: Seconds for the whole request; None means no limit.
+        request_id: Id of the request; empty means that the router makes one.
+        resume_token_ids: Tokens of this answer that an earlier request returned; needs that request's seed.
+        trace: Whether the answer has a ``trace``.
+        sample_index: Number of this answer among several answers to the prompt. With one seed, each index gives a
+            different answer.
+        priority: Class in the router's queue, -2 to 2; smaller numbers go first.
+        kv_codec: Encoding in which the prompt's KV travels: "raw", "int8" or "fp8"; empty means that the workers
+            choose.
+        tools: Tools that the model may call; only with a chat.
         tool_choice: "auto" (text, calls or both; the default with tools), "none", "required" (calls only), or the name
             of the tool to call.
-        single_tool_call: at most one call in the answer.
-        chat_template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``; only with a chat.
-        continue_final_message: the answer goes on with the last message's text; only with a chat.
-        truncate_prompt_tokens: keep so many of the prompt's last tokens; -1: as many as the context holds beside
-            ``max_tokens``.
+        single_tool_call: Whether the answer may have at most one tool call.
+        chat_template_kwargs: Variables for the chat template, such as ``{"enable_thinking": False}``; only with a chat.
+        continue_final_message: Whether the answer continues the last message's text; only with a chat.
+        truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 means as many as fit the context
+            together with ``max_tokens``.
     """
 
     model: str
@@ -106,13 +109,13 @@ class Options(TypedDict, total=False):
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
-    """The request, checked as far as can be without the model. Raises InvalidRequest naming the field.
+    """Build the request message. Checks all that needs no model; raises InvalidRequest that names the field.
 
-    ``timeout`` is not part of it: it travels as the RPC's deadline.
+    The message does not include ``timeout``, which gRPC sends as the RPC's deadline.
     """
     stop, sampling = options.get("stop", ()), options.get("sampling")
     if isinstance(stop, str):
-        raise InvalidRequest("stop", "give a sequence of strings, not one string")
+        raise InvalidRequest("stop", f"is one string; give a sequence of strings, such as [{stop[:50]!r}]")
     request = inference_pb2.GenerateRequest(
         model=_text("model", options.get("model", "")),
         sampling=sampling.to_proto() if sampling is not None else None,
@@ -120,16 +123,16 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         resume_token_ids=_ids("resume_token_ids", options.get("resume_token_ids", ())),
         request_id=_text("request_id", options.get("request_id", "")),
         trace=options.get("trace", False),
-        sample_index=_count("sample_index", options.get("sample_index", 0)),
+        sample_index=_uint32("sample_index", options.get("sample_index", 0)),
         kv_codec=_codec(options.get("kv_codec", "")),
-        priority=_small("priority", options.get("priority", 0)),
+        priority=_int32("priority", options.get("priority", 0)),
     )
     if "truncate_prompt_tokens" in options:
-        request.truncate_prompt_tokens = _small("truncate_prompt_tokens", options["truncate_prompt_tokens"])
+        request.truncate_prompt_tokens = _int32("truncate_prompt_tokens", options["truncate_prompt_tokens"])
     if isinstance(prompt, str):
         request.text = _text("text", prompt)
     elif not isinstance(prompt, Sequence):
-        raise InvalidRequest("prompt", f"give text, token ids or messages, not {type(prompt).__name__}")
+        raise InvalidRequest("prompt", f"is of type {type(prompt).__name__}; give text, token ids or messages")
     elif not prompt:
         raise InvalidRequest("prompt", "is empty")
     elif isinstance(prompt[0], Message | Mapping):
@@ -142,31 +145,31 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
 
 
 def check_messages(messages: object) -> None:
-    """Raises InvalidRequest when ``messages`` is text, which would be continued without the chat template."""
+    """Raise InvalidRequest if ``messages`` is text, which the model would continue without the chat template."""
     if isinstance(messages, str):
         raise InvalidRequest("messages", 'is text; give a list such as [Message("user", text)], or call generate(text)')
 
 
 def build_chat(messages: Sequence[Any]) -> inference_pb2.Chat:
-    """Raises InvalidRequest naming the field."""
+    """The chat as a message on the wire. Raises InvalidRequest that names the field."""
     return inference_pb2.Chat(messages=[_message(index, message) for index, message in enumerate(messages)])
 
 
 def authorization(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call. Raises ValueError when ``api_key`` cannot be sent."""
+    """gRPC metadata for ``api_key``, empty for None. Raises ValueError if a header cannot hold the key."""
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise ValueError("the API key has characters that no key has; copy it again")
+        raise ValueError("the API key contains characters other than printable ASCII; copy the key again")
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def sample_options(n: int, options: Options) -> list[Options]:
-    """Options of ``n`` requests for different answers to one prompt."""
+    """Options for ``n`` requests that give different answers to one prompt. Raises InvalidRequest."""
     if n < 1:
         raise InvalidRequest("n", f"must be at least 1, got {n}")
     sampling = options.get("sampling") or SamplingParams()
-    if sampling.seed is None:  # one for all, so that no two draw the same
+    if sampling.seed is None:  # one seed for all: each sample_index then gives another answer
         sampling = replace(sampling, seed=secrets.randbits(64))
-    first = _count("sample_index", options.get("sample_index", 0))
+    first = _uint32("sample_index", options.get("sample_index", 0))
     each: list[Options] = []
     for index in range(first, first + n):
         one: Options = {**options, "sampling": sampling, "sample_index": index}
@@ -177,23 +180,25 @@ def sample_options(n: int, options: Options) -> list[Options]:
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raises InvalidRequest unless ``timeout`` is None or a positive, finite number of seconds."""
+    """Raise InvalidRequest unless ``timeout`` is None or a positive, finite number of seconds."""
     if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise InvalidRequest("timeout", f"must be a positive number of seconds or None, got {timeout}")
 
 
 def split_addresses(address: str) -> list[str]:
-    """Splits a comma-separated list. Raises ValueError when an entry is empty or a URL."""
+    """Split a comma-separated list. Raises ValueError if an entry is empty, is a URL or has no port."""
     addresses = [part.strip() for part in address.split(",")]
     if url := next((a for a in addresses if a.lower().startswith(("http://", "https://"))), None):
         raise ValueError(
-            f"{url!r} is a URL; an address is HOST:PORT, of the router's gRPC port, such as 127.0.0.1:7600. "
-            "The URL of the OpenAI endpoint is for OpenAI's clients"
+            f"{url!r} is a URL; an address is HOST:PORT with the router's gRPC port, such as 127.0.0.1:7600. "
+            "Only OpenAI's clients use the URL of the OpenAI endpoint"
         )
     if bare := next((a for a in addresses if a and ":" not in a), None):
         raise ValueError(f"{bare!r} has no port; an address is HOST:PORT, such as {bare}:7600")
     if not all(addresses):
-        raise ValueError(f"an address is host:port or unix:path, or a comma-separated list; got {address!r}")
+        raise ValueError(
+            f"{address!r} has an empty entry; an address is host:port or unix:path, or several separated by commas"
+        )
     return addresses
 
 
@@ -201,12 +206,14 @@ def _message(index: int, message: Any) -> inference_pb2.ChatMessage:
     field = f"chat.messages[{index}]"
     if isinstance(message, Mapping):
         if unknown := set(message) - {f.name for f in fields(Message)}:
-            raise InvalidRequest(field, f"has unknown fields: {sorted(map(str, unknown))}")
+            raise InvalidRequest(
+                field, f"has unknown fields {sorted(map(str, unknown))}; known are {[f.name for f in fields(Message)]}"
+            )
         if "role" not in message:
-            raise InvalidRequest(field, "needs a role")
+            raise InvalidRequest(field, "has no role; give system, user, assistant or tool")
         message = Message(**message)
     if not isinstance(message, Message):
-        raise InvalidRequest(field, f"is not a message but {type(message).__name__}")
+        raise InvalidRequest(field, f"is of type {type(message).__name__}; give a Message or a mapping with its fields")
     return inference_pb2.ChatMessage(
         role=_text(f"{field}.role", message.role),
         content=_text(f"{field}.content", message.content),
@@ -222,7 +229,7 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
     if not tools and not choice:
         return
     if not request.HasField("chat"):
-        raise InvalidRequest("tools", "are only for chats")
+        raise InvalidRequest("tools", "are only for chats; give messages as the prompt")
     for tool in tools:
         request.chat.tools.add(
             name=_text("tools.name", tool.name),
@@ -240,7 +247,7 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
 def _add_template_options(request: inference_pb2.GenerateRequest, options: Options) -> None:
     for name in ("chat_template_kwargs", "continue_final_message"):
         if options.get(name) and not request.HasField("chat"):
-            raise InvalidRequest(name, "is only for chats")
+            raise InvalidRequest(name, "is only for chats; give messages as the prompt")
     if variables := options.get("chat_template_kwargs"):
         request.chat.chat_template_kwargs = _json_text("chat_template_kwargs", variables)
     if options.get("continue_final_message"):
@@ -254,21 +261,21 @@ def _json_text(field: str, value: Any) -> str:
         raise InvalidRequest(field, f"is not JSON: {error}") from None
 
 
-def _count(field: str, value: int) -> int:
+def _uint32(field: str, value: int) -> int:
     if not 0 <= value < 1 << 32:
-        raise InvalidRequest(field, f"must be 0 or more, got {value}")
+        raise InvalidRequest(field, f"must be in [0, 2^32), got {value}")
     return value
 
 
-def _small(field: str, value: int) -> int:
+def _int32(field: str, value: int) -> int:
     if not -(1 << 31) <= value < 1 << 31:
-        raise InvalidRequest(field, f"must be a small integer, got {value}")
+        raise InvalidRequest(field, f"must be in [-2^31, 2^31), got {value}")
     return value
 
 
 def _text(field: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise InvalidRequest(field, f"must be text, not {type(value).__name__}")
+        raise InvalidRequest(field, f"is of type {type(value).__name__}; give text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -281,7 +288,7 @@ def _ids(field: str, values: Sequence[Any]) -> list[int]:
     try:
         ids = [operator.index(value) for value in values]
     except TypeError:
-        raise InvalidRequest(field, "token ids are integers") from None
+        raise InvalidRequest(field, "holds a value that is not an integer; give token ids") from None
     check_token_ids(field, ids, 1 << 32)
     return ids
 
@@ -292,4 +299,4 @@ def _codec(name: str) -> common_pb2.KvCodec:
     for known, codec in CODECS.items():
         if name == known:
             return codec
-    raise InvalidRequest("kv_codec", f"is {name!r}; give {', '.join(CODECS)}")
+    raise InvalidRequest("kv_codec", f"is {name!r}; known are {', '.join(CODECS)}")

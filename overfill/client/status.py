@@ -1,4 +1,4 @@
-"""What a stack serves and how it is doing, as plain dataclasses. No I/O."""
+"""Status of a stack and its models, as plain dataclasses. No I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WorkerState = Literal["starting", "ready", "draining", "silent"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that a router serves; ``dtype`` is that of its KV cache, ``max_model_len`` counts tokens."""
+    """A model that a router serves. ``dtype`` is the KV cache's; ``max_model_len`` is in tokens."""
 
     name: str
     max_model_len: int
@@ -29,10 +29,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """One worker's load. Blocks hold ``block_size`` tokens each; used and cached ones do not overlap.
+    """Load of one worker. A block holds ``block_size`` tokens and counts either as used or as cached.
 
-    Of the ``prefix_tokens_looked_up`` prompt tokens that were given blocks since the worker started, the KV of
-    ``prefix_tokens_found`` was in its prefix cache.
+    Attributes:
+        prefix_tokens_looked_up: Number of prompt tokens that were given blocks since the worker started.
+        prefix_tokens_found: Number of those whose KV was in the prefix cache.
     """
 
     kv_blocks_used: int
@@ -47,7 +48,7 @@ class WorkerLoad:
 
     @property
     def prefix_hit_rate(self) -> float | None:
-        """Share of prompt tokens found; None before there were any."""
+        """Share of prompt tokens found in the prefix cache; None before the first prompt."""
         return self.prefix_tokens_found / self.prefix_tokens_looked_up if self.prefix_tokens_looked_up else None
 
     @classmethod
@@ -57,10 +58,12 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which pair a worker holds.
+    """The model pair that a worker holds.
 
-    ``decoder_digest`` is empty on prefill workers, ``decoder_quantize`` unless weights are rounded on load, and
-    ``kv_cache_dtype`` unless KV is.
+    Attributes:
+        decoder_digest: Digest of the decoder; empty on prefill workers.
+        decoder_quantize: Format to which the decoder's weights are rounded on load, such as "int8"; empty means none.
+        kv_cache_dtype: Format in which a decode worker holds KV, such as "int8"; empty means the dtype that travels.
     """
 
     name: str
@@ -77,7 +80,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """The full model's KV cache."""
+    """Shape and dtype of the full model's KV cache."""
 
     num_layers: int
     num_kv_heads: int
@@ -100,9 +103,12 @@ class KvShape:
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """One process about itself. Routers have no load, model or kv; only decode workers have a codec.
+    """Status that one process reports about itself.
 
-    ``metrics_address`` is host:port of /metrics, None when there is none.
+    Attributes:
+        load, model, kv: None for routers.
+        codec: Codec of the KV transfers to a decode worker; None for other processes.
+        metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
     """
 
     id: str
@@ -140,7 +146,7 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """A worker as the router knows it; ``process`` is None when it did not answer."""
+    """A worker as the router knows it; ``process`` is None if the worker did not answer."""
 
     id: str
     stage: Stage
@@ -149,7 +155,7 @@ class WorkerStatus:
 
     @property
     def state(self) -> WorkerState:
-        """In a word; "silent" when it did not answer."""
+        """The worker's state; "silent" means that it did not answer."""
         if self.process is None:
             return "silent"
         if self.process.draining:
@@ -164,7 +170,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """How long something took in the last minute, seconds."""
+    """Percentiles of a duration over the last minute, in seconds."""
 
     p50: float
     p90: float
@@ -173,13 +179,15 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What a router does, and what it has seen in the last minute.
+    """Current and recent activity of one router.
 
     Attributes:
-        running, waiting: requests on a decode worker, and those that wait for a worker of either stage.
-        tokens_per_second: handed to clients, mean of the last 10 seconds.
-        answers: complete in the last minute.
-        timing: of those: what ``Timing`` has, ``unattributed``, and ``itl``, the mean time between an answer's tokens.
+        running: Number of requests on a decode worker.
+        waiting: Number of requests that wait for a worker of either stage.
+        tokens_per_second: Tokens sent to clients per second, mean of the last 10 seconds.
+        answers: Number of answers completed in the last minute.
+        timing: Percentiles of these answers by name: the fields of ``Timing``, ``unattributed``, and ``itl``, which is
+            the mean time between an answer's tokens.
     """
 
     running: int
@@ -196,7 +204,7 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """How many workers of a stage are ready now, and how many make the stack complete."""
+    """Number of ready workers of one stage, and the number with which the stack is complete."""
 
     ready: int
     expected: int
@@ -204,15 +212,17 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class StackStatus:
-    """A router and its workers, or a worker alone.
+    """Status of a router and its workers, or of a single worker.
+
+    A single worker reports only ``process``.
 
     Attributes:
-        process: the process that was asked.
-        workers: of a router, ordered by stage and id.
-        complete: of a router: of each stage as many workers are ready now as the stack was started with.
-        pools: of a router: the workers of each stage, counted.
-        http_address: of a router: host:port of the OpenAI endpoint; None when there is none.
-        activity: of a router.
+        process: The process that answered.
+        workers: The router's workers, ordered by stage and id.
+        complete: Whether as many workers of each stage are ready as the stack was started with.
+        http_address: host:port of the router's OpenAI endpoint; None means that it serves none.
+        activity: Activity of the router; None for a worker.
+        pools: Worker counts by stage.
     """
 
     process: ProcessStatus
@@ -224,7 +234,7 @@ class StackStatus:
 
     @property
     def serving(self) -> bool:
-        """Whether a request could be answered now: by a router with a ready worker of each stage, or by this worker."""
+        """Whether the stack can answer requests now: the process and a worker of each stage are ready."""
         return self.process.ready and all(pool.ready for pool in self.pools.values())
 
     @classmethod
@@ -245,6 +255,6 @@ def _stage(value: int) -> Stage:
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:
-    """Lower-case name without ``prefix``; a newer peer's unknown value is "unspecified"."""
+    """Lower-case name of an enum value without ``prefix``; "unspecified" for a newer peer's unknown value."""
     name: str = enum.Name(value if value in enum.values() else 0)
     return name.removeprefix(prefix).lower()

@@ -1,4 +1,4 @@
-"""A stack's status as JSON: a worker for operators, and the whole for those who watch it. No I/O."""
+"""A stack's status as JSON, in two forms: one worker with addresses, and the whole stack without. No I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from overfill.client.status import StackStatus, WorkerStatus
 
 
 def worker_json(worker: WorkerStatus) -> dict[str, Any]:
-    """A worker for operators; what a silent one does not tell is null."""
+    """One worker with address and process id; the values that a silent worker does not report are null."""
     process = worker.process
     load = process.load if process is not None else None
     return {
@@ -30,15 +30,15 @@ def worker_json(worker: WorkerStatus) -> dict[str, Any]:
 
 
 def stack_json(status: StackStatus) -> dict[str, Any]:
-    """What ``GET /status`` and ``overfill top --json`` tell: no addresses, no process ids. Times are milliseconds."""
+    """The JSON of ``GET /status`` and ``overfill top --json``: no addresses or process ids; times in milliseconds."""
     process, activity = status.process, status.activity
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "router": {"id": process.id, "state": "draining" if process.draining else "ready"},
         "serving": status.serving,
         "workers": [_pool_json(worker) for worker in status.workers],
     }
     if activity is not None:
-        told |= {
+        result |= {
             "running": activity.running,
             "waiting": activity.waiting,
             "tokens_per_second": round(activity.tokens_per_second, 2),
@@ -48,16 +48,16 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
                 for name, percentiles in activity.timing.items()
             },
         }
-    return told
+    return result
 
 
 def _pool_json(worker: WorkerStatus) -> dict[str, Any]:
     load = worker.process.load if worker.process is not None else None
-    told: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "state": worker.state}
+    result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "state": worker.state}
     if load is None:
-        return told | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))
+        return result | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))
     free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
-    return told | {
+    return result | {
         "running": load.running,
         "waiting": load.waiting,
         "queued_tokens": load.queued_tokens,

@@ -1,9 +1,10 @@
-"""The SDK for threads. It only calls and waits; its neighbours know requests, answers and addresses."""
+# Generated from aio.py by generate_sync.py. Change aio.py, then run `make sdk`.
+"""The SDK for threads. It calls and waits; the other modules of this package know requests, answers and addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -11,7 +12,8 @@ import grpc
 
 from overfill.client import traces
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
-from overfill.client.attempts import Attempts
+from overfill.client.concurrency import Channels, Responses, run_in_threads
+from overfill.client.failover import AddressFailover
 from overfill.client.requests import (
     Message,
     Options,
@@ -26,7 +28,6 @@ from overfill.client.requests import (
 )
 from overfill.client.status import Model, StackStatus
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
-from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -35,25 +36,25 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 
 
 class Stream(Iterator[Delta]):
-    """An answer as it is written; iterate for deltas. Leaving it as a context manager cancels the rest."""
+    """One answer while a model writes it. Iterate over it for deltas; leaving its ``with`` block cancels the rest."""
 
     def __init__(
         self,
         start: StartGenerate,
-        attempts: Attempts,
+        failover: AddressFailover,
         builder: AnswerBuilder,
         span: traces.RequestSpan | None = None,
     ) -> None:
         self._span = span
         self._start = start
-        self._attempts = attempts
+        self._failover = failover
         self._builder = builder
         self._cancelled = False
-        self._call = self._begin()
+        self._responses = self._call()
 
     @property
     def accepted(self) -> Accepted | None:
-        """Request id and seed, once the router has taken the request."""
+        """Request id and seed; None until a router has accepted the request."""
         return self._builder.accepted
 
     @property
@@ -62,7 +63,7 @@ class Stream(Iterator[Delta]):
         return self._builder.answer()
 
     def __next__(self) -> Delta:
-        """Raises any OverfillError; its ``produced`` is what there is of the answer."""
+        """Raises any OverfillError; its ``produced`` holds the part of the answer that has arrived."""
         if self._span is None:
             return self._next()
         try:
@@ -77,51 +78,52 @@ class Stream(Iterator[Delta]):
     def _next(self) -> Delta:
         while True:
             try:
-                response = next(self._call)
-            except StopIteration:
-                self._builder.answer()
-                raise
+                response = self._responses.read()
             except grpc.RpcError as error:
-                if self._builder.complete:  # lost after its last word
+                if self._builder.complete:  # the connection broke after the last message
                     raise StopIteration from None
-                failure = RequestCancelled("the request was cancelled") if self._cancelled else self._go_on(error)
+                failure = RequestCancelled("the request was cancelled") if self._cancelled else self._fail_over(error)
                 if failure is not None:
                     raise self._builder.failed(failure) from None
                 continue
+            if response is None:
+                self._builder.answer()
+                raise StopIteration
             try:
                 delta = self._builder.add(response)
             except OverfillError as error:
                 self.cancel()
                 raise self._builder.failed(error) from None
             if delta is not None:
-                self._attempts.progressed()
+                self._failover.progressed()
                 return delta
-            self._attempts.taken()
+            self._failover.accepted()
 
-    def _go_on(self, error: grpc.RpcError) -> OverfillError | None:
-        """Asks for what is missing, if there is anyone to ask; else what to raise."""
-        failure = self._attempts.failed(error)
+    def _fail_over(self, error: grpc.RpcError) -> OverfillError | None:
+        """Ask the next router for the rest of the answer, and return None; or return the error to raise."""
+        failure = self._failover.next_address_or_error(error)
         if failure is not None:
             return failure
         try:
-            self._call = self._begin()
+            self._responses = self._call()
         except RequestCancelled as closed:
             return closed
-        if self._cancelled:  # just now, by another thread
-            self._call.cancel()
+        if self._cancelled:  # by another thread, while the call was made
+            self._responses.cancel()
             return RequestCancelled("the request was cancelled")
         return None
 
-    def _begin(self) -> Any:
-        """The call that asks for the answer, or for what is missing of it after a router was lost."""
-        return self._start(self._attempts.address, self._builder.request(), self._attempts.timeout())
+    def _call(self) -> Responses:
+        """Call the current router for the answer, or for the rest of it after another router was lost."""
+        call = self._start(self._failover.address, self._builder.request(), self._failover.timeout())
+        return Responses(call)
 
     def cancel(self) -> None:
-        """Gives the request up; iterating further raises RequestCancelled. Does nothing after the end."""
+        """Cancel the request: the next iteration raises RequestCancelled. After the end of the answer, do nothing."""
         if self._span is not None:
             self._span.end()
         self._cancelled = True
-        self._call.cancel()
+        self._responses.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -133,13 +135,13 @@ class Stream(Iterator[Delta]):
 
 
 class Client:
-    """Talks to a router. Safe to share between threads; close it, or use it as a context manager.
+    """A client of one router or several, safe to share between threads. Close it, or use it as a context manager.
 
     Args:
-        address: ``host:port`` or ``unix:path``, or several separated by commas: a request goes to the first
-            that can be reached, and goes on at the next, token by token, when that one is lost.
-        tls: certificates; None talks in the clear.
-        api_key: shown to the router; None shows none.
+        address: ``host:port`` or ``unix:path``, or several of them separated by commas. A request goes to the first
+            router that can be reached. When that router is lost, the next one continues the answer token by token.
+        tls: Certificates; None means connections without TLS.
+        api_key: Key that is sent with every request; None means no key.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Client:
     ) -> None:
         self._addresses = split_addresses(address)
         self._metadata = authorization(api_key)
-        self._channels = {a: open_sync_channel(a, tls) for a in self._addresses}
+        self._channels = Channels(self._addresses, tls)
         self._closed = False
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
@@ -165,34 +167,33 @@ class Client:
             return stream.answer
 
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
-        """The whole next turn of a conversation; as ``generate`` with a list of messages."""
+        """The whole next turn of a conversation; the same as ``generate`` with a list of messages."""
         check_messages(messages)
         return self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """As ``generate``, but token by token."""
+        """An answer to ``prompt`` as a stream of deltas; arguments and errors are those of ``generate``."""
         timeout = options.get("timeout")
         check_timeout(timeout)
-        span = traces.begin()
+        span = traces.start_span()
 
         def start(address: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Any:
             if self._closed:
                 raise RequestCancelled("the client is closed")
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])
-            return stub.Generate(request, timeout=timeout, metadata=traces.joined(self._metadata, span))
+            return stub.Generate(request, timeout=timeout, metadata=traces.with_span(self._metadata, span))
 
         builder = AnswerBuilder(build_request(prompt, options))
-        return Stream(start, Attempts(self._addresses, timeout), builder, span)
+        return Stream(start, AddressFailover(self._addresses, timeout), builder, span)
 
     def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
-        """``n`` answers to one prompt, computed at the same time; with one seed, the same ``n`` every time.
+        """``n`` different answers to one prompt, computed concurrently. The same seed gives the same ``n`` answers.
 
         Raises:
             OverfillError: any of its kinds.
         """
         each = sample_options(n, options)
-        with ThreadPoolExecutor(n, "overfill-samples") as pool:
-            return list(pool.map(lambda one: self.generate(prompt, **one), each))
+        return run_in_threads([partial(self.generate, prompt, **one) for one in each])
 
     def tokenize(
         self,
@@ -201,7 +202,12 @@ class Client:
         special_tokens: bool = True,
         timeout: float | None = 10.0,
     ) -> list[int]:
-        """Token ids of text, with the special tokens that the tokenizer adds by itself, or of a chat."""
+        """Token ids of a text or a chat.
+
+        Args:
+            special_tokens: Whether a text gets the special tokens that the tokenizer adds by itself.
+            timeout: Seconds for the call; None means no limit.
+        """
         request = inference_pb2.TokenizeRequest(no_special_tokens=not special_tokens)
         if isinstance(prompt, str):
             request.text = prompt
@@ -212,17 +218,19 @@ class Client:
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.Tokenize(request, timeout=timeout, metadata=self._metadata)
 
-        return list(self._unary(start, timeout).ids)
+        response = self._unary(start, timeout)
+        return list(response.ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = 10.0) -> str:
-        """Text of token ids; special tokens have none."""
+        """Text of token ids; special tokens have no text."""
         request = inference_pb2.DetokenizeRequest(ids=token_ids)
 
         def start(address: str, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.Detokenize(request, timeout=timeout, metadata=self._metadata)
 
-        return str(self._unary(start, timeout).text)
+        response = self._unary(start, timeout)
+        return str(response.text)
 
     def models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """The models that the router serves."""
@@ -231,10 +239,11 @@ class Client:
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])
             return stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout, metadata=self._metadata)
 
-        return [Model.from_proto(model) for model in self._unary(start, timeout).models]
+        response = self._unary(start, timeout)
+        return [Model.from_proto(model) for model in response.models]
 
     def status(self, *, timeout: float | None = 10.0) -> StackStatus:
-        """The router and every worker it knows; a worker's own address answers for itself."""
+        """Status of the router and of every worker it knows. At a worker's own address, status of that worker."""
 
         def start(address: str, timeout: float | None) -> Any:
             stub = admin_pb2_grpc.AdminStub(self._channels[address])
@@ -243,30 +252,28 @@ class Client:
         return StackStatus.from_proto(self._unary(start, timeout))
 
     def drain(self, worker_id: str, *, timeout: float | None = 10.0) -> None:
-        """Has a worker take nothing new and leave once its requests have finished or moved to another.
+        """Drain a worker: it accepts no new requests, and exits once its requests have finished or moved.
 
-        Returns when the worker has begun; ``status`` lists it until it has left.
+        Returns as soon as the worker drains; ``status`` lists the worker until it has left.
 
         Raises:
-            InvalidRequest: the router knows no such worker; those that it knows are named.
+            InvalidRequest: the router knows no worker of this id; the message names those that it knows.
             Unavailable: the worker does not answer.
         """
         if not worker_id:
-            raise InvalidRequest("worker_id", "is empty")
+            raise InvalidRequest("worker_id", "is empty; give an id that `status` lists")
         request = admin_pb2.DrainRequest(worker_id=worker_id)
 
         def start(address: str, timeout: float | None) -> Any:
-            return admin_pb2_grpc.AdminStub(self._channels[address]).Drain(
-                request, timeout=timeout, metadata=self._metadata
-            )
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return stub.Drain(request, timeout=timeout, metadata=self._metadata)
 
         self._unary(start, timeout)
 
     def close(self) -> None:
-        """Cancels what runs and closes the connections."""
+        """Cancel running requests and close all connections."""
         self._closed = True
-        for channel in self._channels.values():
-            channel.close()
+        self._channels.close()
 
     def __enter__(self) -> Self:
         return self
@@ -278,11 +285,11 @@ class Client:
 
     def _unary(self, start: StartCall, timeout: float | None) -> Any:
         check_timeout(timeout)
-        attempts = Attempts(self._addresses, timeout, shared=True)
+        failover = AddressFailover(self._addresses, timeout, shared=True)
         while True:
             try:
-                return start(attempts.address, attempts.timeout())
+                return start(failover.address, failover.timeout())
             except grpc.RpcError as error:
-                failure = attempts.failed(error)
+                failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None

@@ -1,6 +1,6 @@
-"""The SDK's part of a trace: a span per request, where the application itself uses OpenTelemetry.
+"""One trace span per request, for applications that use OpenTelemetry.
 
-Nothing is imported here: an application that traces has imported it already.
+This module does not import OpenTelemetry: an application that traces has already imported it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class RequestSpan:
-    """One request to a router.
+    """The trace span of one request.
+
+    Args:
+        trace: The module ``opentelemetry.trace``.
 
     Attributes:
-        metadata: to be sent with it; names the span as the parent of what the router does.
+        metadata: gRPC metadata that makes this span the parent of the router's spans; empty if the span is invalid.
     """
 
     def __init__(self, trace: Any) -> None:
@@ -30,7 +33,7 @@ class RequestSpan:
             self.metadata = ((TRACEPARENT, f"00-{context.trace_id:032x}-{context.span_id:016x}-{flags:02x}"),)
 
     def end(self, error: BaseException | None = None) -> None:
-        """The request has ended, with ``error`` or well; only the first call counts."""
+        """End the span, and record ``error`` if there is one. Later calls do nothing."""
         if self._span.is_recording():
             if error is not None:
                 self._span.set_status(self._trace.StatusCode.ERROR, str(error))
@@ -38,12 +41,12 @@ class RequestSpan:
             self._span.end()
 
 
-def begin() -> RequestSpan | None:
-    """A span that has begun now, in the application's current one; None where the application does not trace."""
+def start_span() -> RequestSpan | None:
+    """A new span inside the application's current span; None if the application has not imported OpenTelemetry."""
     trace = sys.modules.get("opentelemetry.trace")
     return None if trace is None else RequestSpan(trace)
 
 
-def joined(metadata: Metadata, span: RequestSpan | None) -> Metadata:
-    """What is sent with every request of a client, and what this one's span adds."""
+def with_span(metadata: Metadata, span: RequestSpan | None) -> Metadata:
+    """``metadata`` of a client, plus that of one request's span."""
     return metadata if span is None else metadata + span.metadata

@@ -1,5 +1,4 @@
-"""A stack on Ray Serve: its specification, deployment, directory of routers, and scaling. Carries no tokens and no KV.
+"""Describes, deploys, finds and scales a stack on Ray Serve; tokens and KV never pass through it.
 
-Only ``connection`` and ``directory`` import Ray; the other modules are plain data and arithmetic. ``services/ray`` has
-the replicas.
+Only the modules that talk to a cluster import Ray; the rest is data. The replicas are in ``services/ray``.
 """

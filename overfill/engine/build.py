@@ -1,7 +1,7 @@
-"""From a pair folder to a warm model with its KV cache: what every engine is made of.
+"""Builds what an engine needs: loads a half of a pair, warms it up and gives it a KV cache.
 
-Two steps, so that both halves can share one device: ``load_half`` loads and profiles, ``size_pools`` divides what is
-left. ``fit_blocks`` and ``CacheDemand`` are the arithmetic; they see numbers only.
+There are two steps, so that both halves can share one device. ``load_half`` loads and profiles a half; ``size_pools``
+divides the memory that is left. ``MemoryRequirement`` and ``fit_blocks`` are plain arithmetic on numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from overfill.kv.int8_cache import new_cache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.model.config import ModelConfig
-from overfill.model.graphs import GATHERED_BYTES, CudaRecorder, GraphedTransformer
 from overfill.model.manifest import Pair
-from overfill.model.native.transformer import fastest
+from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import Model, Transformer
 from overfill.request.grammar import Grammars
@@ -38,29 +37,31 @@ from overfill.v1 import common_pb2
 log = logging.getLogger(__name__)
 
 MIB = 2**20
-MEMORY_FRACTION = 0.9  # of the memory that is free once weights are loaded; the rest is for fragments
+MEMORY_FRACTION = 0.9  # share of the memory that is free after the weights are loaded; fragmentation takes the rest
 _DEFAULT_CPU_KV_BYTES = 1024 * MIB
-_CPU_WARM_TOKENS = 128  # a CPU takes what memory it needs; there the warm-up only touches weights and kernels
-_INDEX_BYTES = 48  # per gathered token: positions, blocks and slots, each int64 and with intermediate results
-_MASK_BYTES = 5  # per new and cached token: a bool, and the float32 that attention makes of it
+_CPU_WARM_TOKENS = 128  # on a CPU the warm-up only touches weights and kernels; memory is not measured there
+_INDEX_BYTES = 48  # per gathered token: positions, blocks and slots in int64, and their intermediate results
+_MASK_BYTES = 5  # per pair of a new and a cached token: a bool, and the float32 that attention makes of it
 
 Half = Literal["full", "decoder"]
 
 
 class NotEnoughMemory(OverfillError):
-    """Weights, steps and KV cache do not fit the device, or the longest request does not fit the KV cache."""
+    """The device cannot hold weights, steps and KV cache, or the KV cache cannot hold the longest request."""
 
 
 @dataclass(frozen=True, slots=True)
-class CacheDemand:
-    """What one half takes of memory besides its weights, as a function of its number of KV blocks.
+class MemoryRequirement:
+    """Memory that one half needs besides its weights, as a function of its number of KV blocks.
 
     Attributes:
-        block_bytes: of one KV block, all layers.
-        token_layer_bytes: of one token's keys and values in one layer, as attention gathers them.
-        longest: most tokens of one sequence.
-        step_tokens: most new tokens in a step of several per sequence.
-        activations: bytes that a measured step took without attending to cached tokens.
+        block_bytes: bytes of one KV block, over all layers.
+        block_size: tokens per KV block.
+        token_layer_bytes: bytes of one token's keys and values in one layer, as attention gathers them.
+        longest: maximum number of tokens of one sequence.
+        max_num_seqs: maximum number of sequences in one step.
+        step_tokens: maximum number of new tokens in a step that has several per sequence.
+        activations: measured bytes of a step that attends to no cached tokens.
     """
 
     block_bytes: int
@@ -72,10 +73,10 @@ class CacheDemand:
     activations: int = 0
 
     def step_bytes(self, num_blocks: int) -> int:
-        """Most that a step takes: activations, and one layer's keys and values as attention gathers them.
+        """Maximum bytes of a step: activations, and one layer's keys and values as attention gathers them.
 
-        A decode step pads every sequence to the longest; other steps gather one sequence at a time, with a mask.
-        No sequence is longer than the cache, and each has a block at least.
+        A decode step pads every sequence to the longest one. Other steps gather one sequence at a time, with a mask.
+        No sequence is longer than the cache, and each has at least one block.
         """
         context = min(self.longest, num_blocks * self.block_size)
         gathered = context * (self.token_layer_bytes + _INDEX_BYTES)
@@ -84,18 +85,24 @@ class CacheDemand:
         return self.activations + max(decode, chunk)
 
 
-def memory_needed(demands: Sequence[CacheDemand], blocks: Sequence[int]) -> tuple[int, int]:
-    """Bytes of all caches with so many blocks each, and of the largest step; halves of one process step in turn."""
-    caches = sum(d.block_bytes * n for d, n in zip(demands, blocks, strict=True))
-    return caches, max(d.step_bytes(n) for d, n in zip(demands, blocks, strict=True))
+def memory_needed(requirements: Sequence[MemoryRequirement], blocks: Sequence[int]) -> tuple[int, int]:
+    """Bytes of all caches, where half ``i`` has ``blocks[i]`` blocks, and of the largest single step.
+
+    Halves in one process step in turn, so only the largest step counts.
+    """
+    caches = sum(d.block_bytes * n for d, n in zip(requirements, blocks, strict=True))
+    return caches, max(d.step_bytes(n) for d, n in zip(requirements, blocks, strict=True))
 
 
-def fit_blocks(demands: Sequence[CacheDemand], available: int) -> int:
-    """Most blocks that every half's cache may have, the same number each, within ``available`` bytes; 0 if none."""
-    most = max(0, available) // sum(d.block_bytes for d in demands)
+def fit_blocks(requirements: Sequence[MemoryRequirement], available: int) -> int:
+    """Maximum number of blocks, equal for every half, with which all halves fit into ``available`` bytes.
+
+    Returns 0 when not even one block fits.
+    """
+    most = max(0, available) // sum(d.block_bytes for d in requirements)
 
     def needed(num_blocks: int) -> int:
-        return sum(memory_needed(demands, [num_blocks] * len(demands)))
+        return sum(memory_needed(requirements, [num_blocks] * len(requirements)))
 
     return max(0, bisect.bisect_right(range(most + 1), available, key=needed) - 1)
 
@@ -105,10 +112,10 @@ class EngineParts:
     """A loaded half of a pair.
 
     Attributes:
-        kv: geometry of the **full** model's KV in this stack's dtype; what travels.
-        kv_cache_dtype: how this half holds it.
-        max_model_len: most tokens of prompt and answer together.
-        grammars: compiles what answers must look like.
+        kv: geometry of the **full** model's KV in this stack's dtype, which is the KV that travels.
+        max_model_len: maximum number of tokens of prompt and answer together.
+        grammars: compiler of the grammars that requests ask for.
+        kv_cache_dtype: format in which this half stores KV.
     """
 
     runner: ModelRunner
@@ -131,7 +138,7 @@ class EngineParts:
         )
 
     def prefix_cache(self, enabled: bool) -> PrefixCache:
-        """A prefix cache on ``pool``, told what computing KV again costs in this model."""
+        """A prefix cache on ``pool`` that knows this model's cost of recomputing KV."""
         return PrefixCache(
             self.pool,
             (self.pair.full_digest, self.kv.dtype),
@@ -144,33 +151,45 @@ class EngineParts:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` means the first CUDA device if there is one, else the CPU. A CUDA device has its number."""
+    """Turns a device's name into a device; a CUDA device always gets a number.
+
+    ``auto`` means the first CUDA device if there is one, else the CPU.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidRequest("device", f"{device} was asked for, but torch sees no CUDA device; use cpu or auto")
+        raise InvalidRequest("device", f"{device} needs a CUDA device, but torch finds none; use cpu or auto")
     return torch.device("cuda:0" if device == "cuda" else device)
 
 
 def native_dtype(device: torch.device) -> DTypeName:
-    """bfloat16 where the device computes in it; on other CPUs, where it is several times slower, float32."""
+    """The dtype in which ``device`` computes fastest: bfloat16, or float32 on CPUs without bfloat16 instructions.
+
+    On such a CPU bfloat16 is several times slower than float32.
+    """
     if device.type != "cpu":
         return "bfloat16"
-    # Older torch releases cannot tell; there float32 is the safe answer.
+    # Older torch releases do not report capabilities; float32 runs everywhere.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedHalf:
-    """A warm model that has no KV cache yet."""
+    """A loaded and warmed-up model without a KV cache.
+
+    Attributes:
+        spec: geometry of this half's own KV.
+        full_spec: geometry of the full model's KV.
+        requirement: memory that this half needs besides its weights.
+    """
 
     half: Half
     pair: Pair
     model: Model
     spec: KvSpec
     full_spec: KvSpec
-    demand: CacheDemand
+    requirement: MemoryRequirement
     kv_cache_dtype: KvCacheDtype
 
 
@@ -187,13 +206,12 @@ def build_engine_parts(
     max_num_seqs: int = 64,
     kv_cache_dtype: KvCacheDtype = "auto",
     memory_fraction: float = MEMORY_FRACTION,
-    cuda_graphs: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EngineParts:
-    """One half alone: ``load_half``, then ``size_pools``; arguments and errors are theirs.
+    """Builds one half: calls ``load_half``, then ``size_pools``; see there for arguments and errors.
 
-    Without ``kv_memory`` the cache takes nearly all that is free on a CUDA device. Several workers on one device need
-    ``kv_memory`` each, so that the first leaves room for the others.
+    Without ``kv_memory`` the cache takes nearly all free memory of a CUDA device. When several workers share a device,
+    give each its ``kv_memory``, so that the first one leaves memory for the others.
     """
     loaded = load_half(
         pair,
@@ -207,7 +225,7 @@ def build_engine_parts(
         kv_cache_dtype=kv_cache_dtype,
         progress=progress,
     )
-    return size_pools([loaded], kv_memory, max_model_len, memory_fraction, cuda_graphs)[0]
+    return size_pools([loaded], kv_memory, max_model_len, memory_fraction)[0]
 
 
 def load_half(
@@ -223,19 +241,21 @@ def load_half(
     kv_cache_dtype: KvCacheDtype = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedHalf:
-    """Loads one half and runs its largest steps once; a decoder is quantised as the pair says.
+    """Loads one half and runs its largest steps once; quantises a decoder as the pair says.
 
     Args:
-        dtype: None takes ``native_dtype``.
-        max_model_len: None takes the model's context.
-        warm_tokens: most tokens in one step of several per sequence.
-        max_num_seqs: most sequences in one step.
-        kv_cache_dtype: how the half is to hold KV.
+        dtype: dtype of weights, activations and KV. None means ``native_dtype``.
+        max_model_len: maximum number of tokens of a sequence. None means the model's context.
+        warm_tokens: maximum number of tokens in a step that has several per sequence.
+        max_num_seqs: maximum number of sequences in one step.
+        kv_cache_dtype: format in which the half stores KV.
+        progress: called with (bytes done, bytes in total) while the weights are loaded.
 
     Raises:
-        InvalidRequest: ``max_model_len`` is more than the model's context.
+        InvalidRequest: ``max_model_len`` exceeds the model's context.
         NotEnoughMemory: weights or activations do not fit the device.
-        InvalidPair: the checkpoint is damaged or not supported.
+        InvalidPair: the checkpoint is damaged.
+        UnsupportedModel: the engine does not run this model.
     """
     dtype = dtype or native_dtype(device)
     folder = pair.full_path if half == "full" else pair.decoder_path
@@ -252,7 +272,7 @@ def load_half(
             progress=progress,
             quantize="none" if half == "full" else pair.quantize,
         )
-        model = fastest(loaded)
+        model = fastest_model(loaded)
     spec = config.kv_spec(dtype)
     step_tokens = min(warm_tokens, longest)
     advice = "free some of it, or give a smaller --max-num-batched-tokens or --max-num-seqs"
@@ -261,9 +281,11 @@ def load_half(
         scratch = new_cache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
         activations = _profile(model, scratch, step_tokens, max_num_seqs)
     gathered = scratch.gathered_layer_bytes
-    demand = CacheDemand(scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations)
+    requirement = MemoryRequirement(
+        scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations
+    )
     full_spec = spec if half == "full" else ModelConfig.load(pair.full_path).kv_spec(dtype)
-    return LoadedHalf(half, pair, model, spec, full_spec, demand, kv_cache_dtype)
+    return LoadedHalf(half, pair, model, spec, full_spec, requirement, kv_cache_dtype)
 
 
 def size_pools(
@@ -271,52 +293,47 @@ def size_pools(
     kv_memory: int | None,
     max_model_len: int | None,
     memory_fraction: float = MEMORY_FRACTION,
-    cuda_graphs: bool = False,
 ) -> list[EngineParts]:
-    """Gives every half of one process and device its KV cache; the halves must not step at the same time.
+    """Allocates the KV cache of every half in this process, all on one device.
+
+    The halves must not step at the same time: memory is kept for the largest step only.
 
     Args:
-        kv_memory: bytes for each cache; None divides what the device leaves, so that all hold the same number of
+        kv_memory: bytes of each cache. None divides the free memory so that all caches hold the same number of
             tokens (on a CPU at most 1 GiB each).
-        max_model_len: None cuts the longest sequence to what a cache holds.
+        max_model_len: maximum number of tokens of a sequence. None means as many as a cache holds.
         memory_fraction: share of the free memory that caches and steps may take when ``kv_memory`` is None.
-        cuda_graphs: record decode steps and replay them, on a CUDA device; it takes up to a step's memory more.
 
     Raises:
-        NotEnoughMemory: naming both numbers and what to change.
+        NotEnoughMemory: the message names both sizes and what to change.
     """
     device = halves[0].model.device
-    demands = [h.demand for h in halves]
-    cuda_graphs = cuda_graphs and device.type == "cuda"
-    recorded = sum(GATHERED_BYTES + d.activations for d in demands) if cuda_graphs else 0
-    free = _free_memory(device) - recorded
+    requirements = [h.requirement for h in halves]
+    free = _free_memory(device)
     if kv_memory is None:
-        fitting = fit_blocks(demands, int(free * memory_fraction))
-        if device.type == "cpu":  # the machine has other uses for its memory
-            fitting = min(fitting, _DEFAULT_CPU_KV_BYTES // max(d.block_bytes for d in demands))
+        fitting = fit_blocks(requirements, int(free * memory_fraction))
+        if device.type == "cpu":  # other programs need the machine's memory too
+            fitting = min(fitting, _DEFAULT_CPU_KV_BYTES // max(d.block_bytes for d in requirements))
         blocks = [fitting] * len(halves)
     else:
-        blocks = [kv_memory // d.block_bytes for d in demands]
-    caches, step = memory_needed(demands, blocks)
+        blocks = [kv_memory // d.block_bytes for d in requirements]
+    caches, step = memory_needed(requirements, blocks)
     if caches + step > free:
         raise NotEnoughMemory(
-            f"{_mib(caches)} of KV cache and {_mib(step)} for the largest step are more than the {_mib(free)} that are "
-            f"free on {device}; give a smaller --kv-memory, --max-model-len or --max-num-seqs"
+            f"{_mib(caches)} of KV cache and {_mib(step)} for the largest step exceed the {_mib(free)} that are free "
+            f"on {device}; give a smaller --kv-memory, --max-model-len or --max-num-seqs"
         )
     advice = "give a smaller --kv-memory"
     parts = []
     for half, num_blocks in zip(halves, blocks, strict=True):
-        longest = _longest(half.demand, num_blocks, max_model_len)
-        with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.demand.block_bytes)}", device, advice):
-            cache = new_cache(half.spec, num_blocks, half.demand.block_size, device, half.kv_cache_dtype)
+        longest = _longest(half.requirement, num_blocks, max_model_len)
+        with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.requirement.block_bytes)}", device, advice):
+            cache = new_cache(half.spec, num_blocks, half.requirement.block_size, device, half.kv_cache_dtype)
         log.info(
             "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
         )
-        model = half.model
-        if cuda_graphs and isinstance(model, Transformer):
-            model = GraphedTransformer(model, cache, CudaRecorder(device))
-        runner, pool = ModelRunner(model, cache), BlockPool(num_blocks, cache.block_size)
+        runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
         grammars = _grammars(half)
         parts.append(
             EngineParts(
@@ -331,22 +348,25 @@ def _grammars(half: LoadedHalf) -> Grammars:
     return Grammars(half.pair.full_path / "tokenizer.json", config.vocab_size, config.eos_token_ids)
 
 
-def _longest(demand: CacheDemand, num_blocks: int, max_model_len: int | None) -> int:
-    """Tokens of the longest sequence that a cache of ``num_blocks`` serves."""
-    capacity = num_blocks * demand.block_size
-    longest = min(demand.longest, capacity) if max_model_len is None else max_model_len
+def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int | None) -> int:
+    """Maximum number of tokens of a sequence in a cache of ``num_blocks``."""
+    capacity = num_blocks * requirement.block_size
+    longest = min(requirement.longest, capacity) if max_model_len is None else max_model_len
     if capacity < max(longest, 2):
-        wanted = max(longest, 2)
-        least = -(-wanted // demand.block_size) * demand.block_bytes // MIB + 1
+        needed = max(longest, 2)
+        least = -(-needed // requirement.block_size) * requirement.block_bytes // MIB + 1
         raise NotEnoughMemory(
-            f"a KV cache of {_mib(num_blocks * demand.block_bytes)} holds {capacity} tokens, fewer than "
-            f"--max-model-len {wanted}; give at least --kv-memory {least}MiB, or a smaller --max-model-len"
+            f"a KV cache of {_mib(num_blocks * requirement.block_bytes)} holds {capacity} tokens, fewer than "
+            f"--max-model-len {needed}; give at least --kv-memory {least}MiB, or a smaller --max-model-len"
         )
     return longest
 
 
 def _profile(model: Model, scratch: KvCache, tokens: int, max_num_seqs: int) -> int:
-    """Runs the largest steps on ``scratch``, as far as it holds them; bytes of activations, measured on CUDA only."""
+    """Runs the largest steps that ``scratch`` can hold and returns their bytes of activations.
+
+    Only CUDA measures memory; elsewhere the result is 0.
+    """
     device = model.device
     on_cuda = device.type == "cuda"
     tokens = min(tokens, scratch.num_blocks * scratch.block_size)
@@ -357,7 +377,7 @@ def _profile(model: Model, scratch: KvCache, tokens: int, max_num_seqs: int) -> 
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     runner.run([Work([0] * tokens, 0, blocks, wants_logits=True)])
-    # All write to one block: what they compute does not matter.
+    # All sequences write to one block, because the results are discarded.
     logits = runner.run([Work([0], 0, blocks[:1], wants_logits=True)] * max_num_seqs)
     costly = SamplingParams(top_k=model.config.vocab_size, top_p=0.9, min_p=0.01, seed=0, logprobs=MAX_LOGPROBS)
     sample(torch.zeros_like(logits), [costly] * max_num_seqs, [1] * max_num_seqs, [0] * max_num_seqs)
@@ -366,10 +386,10 @@ def _profile(model: Model, scratch: KvCache, tokens: int, max_num_seqs: int) -> 
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses, other processes included."""
+    """Bytes of ``device``'s memory that no process uses."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
-    torch.cuda.empty_cache()  # what profiling left to torch's allocator counts as used otherwise
+    torch.cuda.empty_cache()  # memory that torch's allocator kept after profiling would count as used
     return torch.cuda.mem_get_info(device)[0]
 
 

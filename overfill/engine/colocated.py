@@ -1,4 +1,4 @@
-"""Both engines of a pair in one process, stepped in turn; requests may come at any time. No sockets, no text."""
+"""Runs both engines of a pair in one process, in turn; requests may arrive at any time. No sockets, no text."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ from overfill.model.sampling import SampledToken
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt on its way through both engines. One sequence object in each; ``blocks`` are the decode engine's.
+    """A request on its way through both engines, with one sequence object in each.
 
     Attributes:
-        cached_tokens: prompt tokens that the first prefill found in the prefix cache; None before it has ended.
+        cached_tokens: prompt tokens that the first prefill found in the prefix cache. None means it has not ended.
+        blocks: the sequence's blocks in the decode engine.
     """
 
     index: int
@@ -52,13 +53,15 @@ class Request:
 
 
 class Colocated:
-    """Drives both engines of a pair in turn: a step of the one, then a step of the other.
+    """Drives both engines of a pair in turn: one step of the prefill engine, then one of the decode engine.
 
-    The engines hold requests and nothing else, so that each ``Colocated`` has new ones. What outlives it is ``prefix``:
-    KV of prompts, computed by the full model. Nothing that the decoder wrote is in it.
+    Each ``Colocated`` makes new engines, because they hold no state besides requests. Only ``prefix`` outlives it: KV
+    of prompts, computed by the full model. It holds nothing that the decoder wrote.
 
     Args:
-        prefix: cache on the full model's pool.
+        prefix: prefix cache on the full model's pool.
+        token_budget: maximum number of prompt tokens, or replayed tokens, in one step.
+        max_num_seqs: maximum number of sequences in each engine.
         on_token: called with the request and each token of its answer as it is sampled.
     """
 
@@ -93,26 +96,26 @@ class Colocated:
         return len(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queues a request; it is begun by a later step."""
+        """Queues a request, which a later step starts."""
         self._requests[request.decode.id] = request
         self._waiting.append(request)
 
     def step(self) -> None:
-        """Lets waiting requests in as far as there is room, then steps each engine once.
+        """Admits as many waiting requests as fit, then steps each engine once.
 
         Raises:
             Overloaded: nothing runs and the oldest request does not fit.
-            InvalidRequest, InternalError: a step failed; the requests are lost, and only ``close`` may follow.
+            InvalidRequest, InternalError: a step failed. The requests are lost; the caller may only call ``close``.
         """
-        moved = self._let_in()
+        moved = self._admit()
         for engine in (self._prefill, self._decode):
             moved |= engine.step()
-            moved |= self._settle()
+            moved |= self._deliver_events()
         if self._requests and not moved:
             raise Overloaded("the KV cache is too small for a request; give more kv_memory")
 
     def close(self) -> None:
-        """Forgets every request and frees its blocks; those of prompts that were computed stay in the prefix cache.
+        """Drops every request and frees its blocks; the KV of computed prompts stays in the prefix cache.
 
         Raises:
             AssertionError: a block is lost.
@@ -125,20 +128,23 @@ class Colocated:
         self._prefill.check()
         self._decode.check()
 
-    def _let_in(self) -> bool:
-        """Reserves blocks for waiting requests in order of arrival; none overtakes another. Whether one got some."""
+    def _admit(self) -> bool:
+        """Reserves blocks for waiting requests in order of arrival, without overtaking.
+
+        Returns True if a request got blocks.
+        """
         moved = False
         while self._waiting:
             first = self._waiting[0]
             self._decode.handle(Reserve(first.decode))
-            self._settle()
+            self._deliver_events()
             if self._waiting and self._waiting[0] is first:
                 break
             moved = True
         return moved
 
-    def _settle(self) -> bool:
-        """Passes events between the engines until none is left. Whether anything moved."""
+    def _deliver_events(self) -> bool:
+        """Passes events between the engines until none is left. Returns True if one made progress."""
         moved = False
         while self._prefill_events or self._decode_events:
             while self._prefill_events:
@@ -194,9 +200,9 @@ class Colocated:
                 pass
 
     def _hand_over(self, request: Request, first: SampledToken | None) -> None:
-        """The prompt is computed: judges the full model's token, copies the KV, starts the decoder."""
+        """Hands a computed prompt over: judges the full model's token, copies the KV and starts the decoder."""
         decode, prefill = request.decode, request.prefill
-        if prefill is None or not prefill.blocks:  # preempted in the meantime; it will be submitted again
+        if prefill is None or not prefill.blocks:  # preempted since; it will be submitted again
             return
         if request.cached_tokens is None:
             request.cached_tokens = prefill.cached_tokens

@@ -1,10 +1,12 @@
-"""Decode scheduling: continuous batching of sequences whose prompt KV came from elsewhere. No sockets, no text.
+"""Decode scheduling: continuous batching of sequences whose prompt KV was received. No sockets, no text.
 
-Every step computes one token of every running sequence. Sequences that come with emitted tokens (migrated or
-preempted) first replay them through the decoder in one pass, in a step of their own, or in several when they are many.
-When blocks run out, the youngest sequence loses its own; it comes back, before anything new is reserved, when blocks
-are free again. Nobody comes or comes back unless a block is left over for each of the others to grow into: it would be
-the next to lose its own, and all that was fetched and replayed for it.
+- **Steps.** Every step computes one token of every running sequence.
+- **Replay.** A sequence that arrives with emitted tokens (migrated or preempted) first replays them through the
+  decoder. A replay takes a step without decoding sequences, or several steps when it exceeds the replay budget.
+- **Preemption.** When blocks run out, the engine preempts the youngest sequence. It resumes the sequence, before it
+  reserves blocks for a new one, when blocks are free again.
+- **Admission.** The engine admits or resumes a sequence only if one free block remains for each other sequence to grow
+  into. Otherwise that sequence would be preempted next, and its fetched KV and replayed tokens would be wasted.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -35,20 +37,22 @@ from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
 
-_MAX_PUBLISHED = 256
-"""Most blocks of received prompts that are shared between two steps. Sharing a prompt of 128 k tokens at once takes
-25 ms and delays every stream."""
+_MAX_PUBLISHED_BLOCKS = 256
+"""Maximum number of blocks that the engine publishes in the prefix cache between two steps. Publishing a prompt of
+128 k tokens at once takes 25 ms and delays every stream."""
 
 
 class DecodeEngine:
-    """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` in one list per call.
+    """Single-threaded core of a decode worker: ``handle`` takes messages, ``step`` computes.
+
+    Both call ``emit`` at most once, with a list of events.
 
     Args:
-        max_num_seqs: most sequences that hold or wait for blocks at once.
-        replay_budget: most replayed tokens in one step, so that a replay neither holds up the others for long nor takes
-            more memory than was set aside for a step.
-        prefix: cache on ``pool`` of prompts received before, never of what the decoder wrote; None keeps nothing.
-        metrics: told of steps, refusals and preemptions; None counts nothing.
+        max_num_seqs: maximum number of sequences that hold or wait for blocks.
+        replay_budget: maximum number of replayed tokens in one step. It bounds the delay of the other sequences, and
+            the step's memory.
+        prefix: cache on ``pool`` of received prompts, never of KV that the decoder wrote. None disables caching.
+        metrics: counters of steps, refusals and preemptions; None disables them.
     """
 
     def __init__(
@@ -68,13 +72,13 @@ class DecodeEngine:
         self._max_num_seqs = max_num_seqs
         self._replay_budget = replay_budget
         self._emit = emit
-        self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival: oldest first
+        self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self._replayed_last = False
-        self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet shared as a whole
-        self._may_publish = _MAX_PUBLISHED
+        self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
+        self._publish_quota = _MAX_PUBLISHED_BLOCKS
 
     def load(self) -> EngineLoad:
-        """``waiting`` counts sequences whose KV or blocks are not there yet."""
+        """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
         running = sum(s.state is DecodeState.RUNNING for s in self._sequences.values())
         waiting = len(self._sequences) - running
         return EngineLoad(
@@ -112,19 +116,19 @@ class DecodeEngine:
             self._emit(events)
 
     def step(self) -> bool:
-        """Computes one token of every running sequence, or one replay. False when nothing runs."""
+        """Computes one token of every running sequence, or replays. Returns False when nothing runs."""
         events: list[DecodeEvent] = []
-        self._may_publish = _MAX_PUBLISHED
+        self._publish_quota = _MAX_PUBLISHED_BLOCKS
         self._publish()
-        ready, starved = self._with_room()
+        ready, starved = self._with_blocks()
         if starved:
             self._preempt_youngest(events)
-        else:  # what is free may go to those that lost theirs
+        else:
             self._resume_preempted(events)
         ready = [s for s in ready if s.state is DecodeState.RUNNING]
         replays = [s for s in ready if len(s.pending()) > 1]
         decodes = [s for s in ready if len(s.pending()) == 1]
-        # Replays and normal steps take turns while there are both.
+        # While there are both, replays and normal steps alternate.
         if replays and (not decodes or not self._replayed_last):
             self._replayed_last = True
             chosen = self._within_budget(replays)
@@ -139,14 +143,15 @@ class DecodeEngine:
 
     def _reserve(self, sequence: DecodeSequence) -> DecodeEvent:
         if len(self._sequences) >= self._max_num_seqs:
-            return self._refuse(sequence, "sequences", f"{len(self._sequences)} sequences, the most this worker takes")
+            return self._refuse(sequence, "sequences", f"{len(self._sequences)} sequences, this worker's maximum")
         if any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values()):
-            return self._refuse(sequence, "preempted", "preempted sequences come first")
+            return self._refuse(sequence, "preempted", "preempted sequences resume first")
         reserved = self._acquire(sequence)
         if reserved is None:
-            wanted = self._pool.blocks_for(sequence.num_tokens + 1)
-            free, spare = self._prefix.num_available, self._num_growing()
-            return self._refuse(sequence, "blocks", f"{wanted} KV blocks wanted, {free} free, {spare} of them to spare")
+            needed = self._pool.blocks_for(sequence.num_tokens + 1)
+            free, kept = self._prefix.num_available, self._num_growing()
+            reason = f"{needed} KV blocks needed; {free} free, {kept} of them kept for running sequences"
+            return self._refuse(sequence, "blocks", reason)
         self._sequences[sequence.id] = sequence
         return reserved
 
@@ -156,11 +161,14 @@ class DecodeEngine:
         return Refused(sequence.id, reason)
 
     def _acquire(self, sequence: DecodeSequence) -> Reserved | None:
-        """Blocks for prompt + emitted + 1 tokens, those first that hold the start of the prompt."""
-        wanted = self._pool.blocks_for(sequence.num_tokens + 1)
+        """Acquires blocks for prompt + emitted + 1 tokens, first the cached blocks of the prompt's beginning.
+
+        Returns None, and acquires nothing, when too few blocks are free.
+        """
+        needed = self._pool.blocks_for(sequence.num_tokens + 1)
         if sequence.prompt_blocks is None:
             sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
-        grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted, spare=self._num_growing())
+        grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
         if grant is None:
             return None
         sequence.blocks = grant.blocks
@@ -169,13 +177,13 @@ class DecodeEngine:
         return Reserved(sequence.id, grant.blocks, grant.cached_tokens)
 
     def _num_growing(self) -> int:
-        """Sequences that run, or will as soon as their KV is there."""
+        """Number of sequences that run or will run once their KV is complete; each may need one more block."""
         return sum(s.state in (DecodeState.RUNNING, DecodeState.RECEIVING) for s in self._sequences.values())
 
     def _start(self, sequence: DecodeSequence, first: int | None) -> None:
         if first is not None and not sequence.emitted:
             sequence.emitted.append(first)
-        # A start may cross a preemption on its way here; the KV is then fetched again.
+        # If the sequence was preempted before this message arrived, its KV is fetched again.
         if sequence.state is DecodeState.RECEIVING:
             sequence.computed = len(sequence.prompt)
             sequence.state = DecodeState.RUNNING
@@ -183,15 +191,15 @@ class DecodeEngine:
             self._publish()
 
     def _publish(self) -> None:
-        """Shares received prompts, oldest first, as far as blocks may be shared before the next step."""
-        while self._unpublished and self._may_publish:
+        """Publishes received prompts in the prefix cache, oldest first, until the step's quota is used up."""
+        while self._unpublished and self._publish_quota:
             sequence = next(iter(self._unpublished.values()))
-            self._may_publish -= self._prefix.publish(sequence.id, len(sequence.prompt), self._may_publish)
-            if self._may_publish:
+            self._publish_quota -= self._prefix.publish(sequence.id, len(sequence.prompt), self._publish_quota)
+            if self._publish_quota:
                 del self._unpublished[sequence.id]
 
     def _resume_preempted(self, events: list[DecodeEvent]) -> None:
-        """Gives free blocks to preempted sequences, oldest first; none overtakes another."""
+        """Gives free blocks to preempted sequences, oldest first, without overtaking."""
         for sequence in self._sequences.values():
             if sequence.state is not DecodeState.PREEMPTED:
                 continue
@@ -200,8 +208,12 @@ class DecodeEngine:
                 return
             events.append(reserved)
 
-    def _with_room(self) -> tuple[list[DecodeSequence], bool]:
-        """Running sequences that have blocks for their pending tokens, oldest first; and whether others lack them."""
+    def _with_blocks(self) -> tuple[list[DecodeSequence], bool]:
+        """Extends the running sequences' blocks to their pending tokens.
+
+        Returns:
+            Sequences that have enough blocks, oldest first; and True if another one does not.
+        """
         ready: list[DecodeSequence] = []
         starved = False
         for sequence in self._sequences.values():
@@ -218,7 +230,7 @@ class DecodeEngine:
         return ready, starved
 
     def _preempt_youngest(self, events: list[DecodeEvent]) -> None:
-        """One at a time: while a sequence is giving its blocks back, nobody else has to."""
+        """Preempts the youngest sequence, unless another one is still giving its blocks back."""
         if any(s.state is DecodeState.YIELDING for s in self._sequences.values()):
             return
         victims = (DecodeState.RUNNING, DecodeState.RECEIVING)
@@ -229,6 +241,7 @@ class DecodeEngine:
         events.append(Preempted(youngest.id))
 
     def _within_budget(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
+        """The oldest replays that fit into one step; at least one, even if it exceeds the budget."""
         chosen: list[DecodeSequence] = []
         budget = self._replay_budget
         for sequence in replays:
@@ -247,15 +260,15 @@ class DecodeEngine:
                 return []
             replayed = sum(len(s.pending()) - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            choices = [Choice(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
-            sampled, refused = self._runner.next_tokens(works, choices)
+            specs = [SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
+            sampled, refused = self._runner.next_tokens(works, specs)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)
             if self.metrics is not None:
                 self.metrics.step_failed()
             for sequence in sequences:
-                sequence.failed = True  # not scheduled again; its Release is on the way
+                sequence.failed = True  # until its Release arrives, it must not be scheduled again
             return [SequenceFailed(s.id, error) for s in sequences]
         events: list[DecodeEvent] = []
         for row, (sequence, token) in enumerate(zip(sequences, sampled, strict=True)):
@@ -269,7 +282,7 @@ class DecodeEngine:
             if emitted:
                 sequence.emitted.append(token.token_id)
             if finish is not None:
-                # Nothing touches the blocks any more; they are free before the router hears of it.
+                # No kernel touches the blocks any more. They are free before the router learns of the end.
                 self._free(sequence)
                 del self._sequences[sequence.id]
             events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started))
@@ -281,10 +294,10 @@ class DecodeEngine:
             self.metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, tokens, replayed)
 
     def _replay_part(self, sequence: DecodeSequence) -> None:
-        """The first tokens of a replay that is longer than the budget and therefore alone in its step."""
+        """Replays the first tokens of a replay that exceeds the budget. It is the step's only sequence."""
         part = sequence.pending()[: self._replay_budget]
         self._runner.run([Work(part, sequence.computed, sequence.blocks, wants_logits=False)])
-        # No token is read from the device, which would wait for it; the blocks may be freed before the next step.
+        # Sampling would wait for the device, but this step samples nothing. Its blocks may be freed before the next.
         self._runner.synchronize()
         sequence.computed += len(part)
 

@@ -1,4 +1,4 @@
-"""The device of a thread. CUDA keeps a current device per thread, which is ``cuda:0`` until a thread says otherwise."""
+"""Sets a thread's device and CPU settings. CUDA keeps a current device per thread, initially ``cuda:0``."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ import torch
 from overfill.process.memory import freed_memory_kept
 
 _MAX_KEPT_BYTES = 64 << 20
-"""Largest freed piece of memory that stays with the process."""
+"""Maximum size of a freed allocation that the process keeps instead of returning it to the system."""
 
 
 def use_device(device: torch.device) -> None:
-    """Makes ``device`` the current one of the calling thread. Does nothing for a CPU."""
+    """Makes ``device`` the calling thread's current device. Does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one of the calling thread for a while. Does nothing for a CPU."""
+    """Context manager that makes ``device`` the calling thread's current device. Does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def device_executor(threads: int, name: str, device: torch.device) -> ThreadPoolExecutor:
-    """Threads that work with tensors on ``device``."""
+    """A thread pool whose threads use ``device``."""
     return ThreadPoolExecutor(threads, name, use_device, (device,))
 
 
 @contextmanager
 def cpu_settings(threads: int) -> Iterator[None]:
-    """Within, this process computes with ``threads`` CPU threads and keeps the memory that messages of KV take."""
+    """Lets torch compute with ``threads`` CPU threads and, until exit, keeps freed memory for the next KV messages.
+
+    A KV message in fresh memory takes twice as long.
+    """
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    with freed_memory_kept(_MAX_KEPT_BYTES):  # a message of KV in fresh memory takes twice as long
+    with freed_memory_kept(_MAX_KEPT_BYTES):
         yield

@@ -1,11 +1,13 @@
-"""Prefill scheduling: prompts through the full model in chunks, under a token budget. No sockets, no text.
+"""Prefill scheduling: chunked prefill with the full model under a token budget. No sockets, no text.
 
-Policy: blocks are given in order of arrival, a prompt's all at once; the part of it that the prefix cache has is not
-computed again. Of a step's token budget the oldest prompt takes what it needs, or half when it needs more than all; the
-rest goes to the others, those with the fewest tokens left first, and what they leave to the oldest. So a long prompt
-never keeps a short one waiting for more than the steps that shorter ones take, and whatever arrives, the oldest
-advances by half a budget with every step. A prompt that has not begun waits while another computes what it would begin
-with, and then goes on behind that.
+- **Blocks.** Prompts get blocks in order of arrival, each all of its blocks at once. Tokens whose KV is in the prefix
+  cache are not computed again.
+- **Budget.** The oldest prompt gets the tokens it needs, or half of the budget if it needs more than all of it. The
+  rest goes to the other prompts, those with the fewest remaining tokens first. What they leave goes to the oldest.
+- **Fairness.** A short prompt waits for shorter ones only, never for a long prompt as a whole. The oldest prompt
+  advances by at least half of the budget in every step.
+- **Sharing.** A prompt that has not started waits while another one computes its next block. It then starts behind
+  that block, which it takes from the prefix cache.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -32,27 +34,30 @@ from overfill.engine.sequence import (
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cells import mark
 from overfill.kv.prefix import PrefixCache
+from overfill.model.transformer import LayerHooks
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
-_WORTH_TELLING = 1 << 20
-"""Bytes of a prompt's KV that are told of before its step ends. Whoever sends them pays for each message, whatever its
-size, and on a CPU takes that time from the step, which goes on meanwhile."""
+_MIN_NOTIFY_BYTES = 1 << 20
+"""Minimum bytes of a prompt's KV that the engine reports before the step ends. Each message costs the sender time,
+whatever its size; on a CPU that time is lost to the running step."""
 
 
 class _Abandoned(Exception):
-    """Raised between two layers when nobody wants the step's result any more."""
+    """Raised between two layers when all requests of the step are cancelled."""
 
 
 class PrefillEngine:
-    """Single-threaded core: ``handle`` messages and ``step``; events go to ``emit`` from inside a step, in lists.
+    """Single-threaded core of a prefill worker: ``handle`` takes messages, ``step`` computes.
+
+    A step calls ``emit`` several times, with lists of events.
 
     Args:
-        token_budget: most prompt tokens in one step.
-        max_num_seqs: most prompts that hold blocks at once.
-        prefix: cache on ``pool``; None keeps nothing of a prompt that has been released.
-        metrics: told of steps; None counts nothing.
+        token_budget: maximum number of prompt tokens in one step.
+        max_num_seqs: maximum number of prompts that hold blocks.
+        prefix: prefix cache on ``pool``. None means that a released prompt's KV is dropped.
+        metrics: counters of steps; None disables them.
     """
 
     def __init__(
@@ -75,10 +80,10 @@ class PrefillEngine:
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
-        self._holding: dict[str, PrefillSequence] = {}  # computed; KV leased to the decode worker
+        self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
 
     def load(self) -> EngineLoad:
-        """``running`` counts prompts that hold blocks: being computed, or computed and handed over."""
+        """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``."""
         uncomputed = sum(len(s.prompt) - s.computed for s in (*self._waiting, *self._running.values()))
         return EngineLoad(
             self._prefix.num_used,
@@ -89,17 +94,17 @@ class PrefillEngine:
             self._prefix.num_cached,
             self._prefix.tokens_looked_up,
             self._prefix.tokens_found,
-            sum(self._pool.blocks_for(_left(s)) for s in self._running.values()),
+            sum(self._pool.blocks_for(_remaining(s)) for s in self._running.values()),
             self._prefix.num_leaked,
         )
 
     @property
     def _num_admitted(self) -> int:
-        return len(self._running) + len(self._holding)
+        return len(self._running) + len(self._awaiting_release)
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
-        holders = (*self._running.values(), *self._holding.values())
+        holders = (*self._running.values(), *self._awaiting_release.values())
         self._prefix.check_owners(s.id for s in holders if s.blocks)
 
     def handle(self, message: Submit | Release) -> None:
@@ -110,11 +115,11 @@ class PrefillEngine:
                 self._release(id)
 
     def step(self) -> bool:
-        """Computes one chunk of one or more prompts. False when there is nothing to do."""
+        """Computes one chunk of one or more prompts. Returns False when there is nothing to compute."""
         scheduled = self._schedule()
         if not scheduled:
             return False
-        self._tell()
+        self._emit_events()
         started = time.monotonic()
         try:
             self._compute(scheduled)
@@ -123,7 +128,7 @@ class PrefillEngine:
                 self._metrics.step(time.monotonic() - started, len(scheduled), tokens)
         except _Abandoned:
             self._runner.synchronize()
-            # Their Release messages are on the way; until then they must not be scheduled again.
+            # Until their Release messages arrive, they must not be scheduled again.
             self._set_aside([s for s, _ in scheduled])
         except Exception as error:
             log.exception("prefill step failed")
@@ -132,43 +137,46 @@ class PrefillEngine:
                 self._metrics.step_failed()
             self._set_aside([s for s, _ in scheduled])
             self._events += [SequenceFailed(sequence.id, error) for sequence, _ in scheduled]
-        self._tell()
+        self._emit_events()
         return True
 
-    def _tell(self) -> None:
+    def _emit_events(self) -> None:
         if self._events:
             self._emit(self._events)
             self._events = []
 
     def _schedule(self) -> list[tuple[PrefillSequence, int]]:
-        """Prompts of the next step, and how many tokens of each."""
+        """Chooses the prompts of the next step, and the number of tokens of each."""
         self._admit()
-        wanting = self._wanting()
-        if not wanting:
+        candidates = self._to_compute()
+        if not candidates:
             return []
-        oldest, *others = wanting
-        others.sort(key=_left)  # stable: of equal ones the older first
-        left = self._token_budget
-        share = left if not others or _left(oldest) <= left else max(1, left // 2)
-        counts = {oldest.id: min(share, _left(oldest))}
-        left -= counts[oldest.id]
+        oldest, *others = candidates
+        others.sort(key=_remaining)  # stable: among equals, the older one first
+        budget = self._token_budget
+        share = budget if not others or _remaining(oldest) <= budget else max(1, budget // 2)
+        counts = {oldest.id: min(share, _remaining(oldest))}
+        budget -= counts[oldest.id]
         for sequence in others:
-            counts[sequence.id] = min(left, _left(sequence))
-            left -= counts[sequence.id]
-        counts[oldest.id] += min(left, _left(oldest) - counts[oldest.id])
+            counts[sequence.id] = min(budget, _remaining(sequence))
+            budget -= counts[sequence.id]
+        counts[oldest.id] += min(budget, _remaining(oldest) - counts[oldest.id])
         scheduled = [(s, counts[s.id]) for s in (oldest, *others) if counts[s.id]]
         for sequence, _ in scheduled:
-            if not _begun(sequence):
-                self._begin(sequence)
+            if not _started(sequence):
+                self._start(sequence)
         return scheduled
 
-    def _wanting(self) -> list[PrefillSequence]:
-        """Prompts to be computed now, the oldest first; not those that can have their next block from one of them."""
+    def _to_compute(self) -> list[PrefillSequence]:
+        """Prompts that may be computed now, oldest first.
+
+        Leaves out a prompt that has not started and whose next block another prompt is computing.
+        """
         running = [s for s in self._running.values() if not s.cancelled]
-        computing = {self._prefix.next_block(s.id) for s in running if _begun(s)}
-        wanting = []
+        computing = {self._prefix.next_block(s.id) for s in running if _started(s)}
+        candidates = []
         for sequence in running:
-            if not _begun(sequence):
+            if not _started(sequence):
                 if (grant := self._prefix.look_again(sequence.id)) is not None:
                     sequence.blocks = grant.blocks
                     sequence.computed = sequence.cached_tokens = grant.cached_tokens
@@ -176,25 +184,25 @@ class PrefillEngine:
                 if block is not None and block in computing and self._prefix.may_share(sequence.id):
                     continue
                 computing.add(block)
-            wanting.append(sequence)
-        return wanting
+            candidates.append(sequence)
+        return candidates
 
-    def _begin(self, sequence: PrefillSequence) -> None:
-        # Steps that computed the cached part may still be running on the device.
+    def _start(self, sequence: PrefillSequence) -> None:
+        # Earlier steps, which compute the cached part, may still be running on the device.
         cached = sequence.cached_tokens
         event = mark(self._runner.device) if cached else None
         self._events.append(PrefillScheduled(sequence.id, sequence.blocks, cached, event, time.monotonic_ns()))
 
     def _admit(self) -> None:
-        """Gives blocks to waiting prompts in order of arrival; none overtakes another."""
+        """Gives blocks to waiting prompts in order of arrival, without overtaking."""
         while self._waiting and self._num_admitted < self._max_num_seqs:
             sequence = self._waiting[0]
-            if sequence.cancelled:  # its Release is on the way
+            if sequence.cancelled:  # its Release will arrive
                 break
-            wanted = self._pool.blocks_for(len(sequence.prompt))
+            needed = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
                 sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
-            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, wanted)
+            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
             if grant is None:
                 break
             self._waiting.popleft()
@@ -210,7 +218,7 @@ class PrefillEngine:
             Work(s.prompt[s.computed : end], s.computed, s.blocks, wants_logits=s in sampling)
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
-        untold: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
+        unsent: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
 
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
@@ -219,43 +227,44 @@ class PrefillEngine:
             self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
 
         def kv_written(layer: int) -> None:
-            event, worth_telling = mark(self._runner.device), False
+            event, notify = mark(self._runner.device), False
             for (sequence, count), end in zip(scheduled, ends, strict=True):
-                written = untold[sequence.id]
+                written = unsent[sequence.id]
                 written.append(KvWritten(sequence.id, layer, end, event))
-                if len(written) * count * self._runner.token_layer_bytes >= _WORTH_TELLING:
+                if len(written) * count * self._runner.token_layer_bytes >= _MIN_NOTIFY_BYTES:
                     self._events += written
                     written.clear()
-                    worth_telling = True
-            if worth_telling:
-                self._tell()
+                    notify = True
+            if notify:
+                self._emit_events()
 
-        choices = [Choice(s.sampling, s.sample_index, s.processor) for s in sampling]
-        sampled, failed = self._runner.next_tokens(works, choices, layer_start, kv_written)
+        specs = [SamplingSpec(s.sampling, s.sample_index, s.processor) for s in sampling]
+        sampled, failed = self._runner.next_tokens(works, specs, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
-            self._events += untold[sequence.id]
+            self._events += unsent[sequence.id]
             sequence.computed = end
-            if sequence.id not in refused:  # its lease ends at once; what led to the failure is not kept
+            if sequence.id not in refused:  # a failed prompt is not published: its KV may be the cause
                 self._prefix.publish(sequence.id, end)
             self._events.append(ChunkComputed(sequence.id, end - count, end))
         for sequence in finishing:
             del self._running[sequence.id]
-            self._holding[sequence.id] = sequence
+            self._awaiting_release[sequence.id] = sequence
             if sequence.id in refused:
                 self._events.append(SequenceFailed(sequence.id, refused[sequence.id]))
                 continue
             self._events.append(PromptComputed(sequence.id, tokens.get(sequence.id), now))
 
     def _set_aside(self, sequences: list[PrefillSequence]) -> None:
+        """Stops scheduling ``sequences``; they keep their blocks until their Release arrives."""
         for sequence in sequences:
             if self._running.pop(sequence.id, None):
-                self._holding[sequence.id] = sequence
+                self._awaiting_release[sequence.id] = sequence
 
     def _release(self, id: str) -> None:
-        sequence = self._running.pop(id, None) or self._holding.pop(id, None)
+        sequence = self._running.pop(id, None) or self._awaiting_release.pop(id, None)
         if sequence is not None:
             self._prefix.release(id)
             sequence.blocks = []
@@ -263,10 +272,11 @@ class PrefillEngine:
             self._waiting = deque(s for s in self._waiting if s.id != id)
 
 
-def _begun(sequence: PrefillSequence) -> bool:
+def _started(sequence: PrefillSequence) -> bool:
+    """True once a step has computed a token of the prompt."""
     return sequence.computed > sequence.cached_tokens
 
 
-def _left(sequence: PrefillSequence) -> int:
-    """Tokens of the prompt that are not computed."""
+def _remaining(sequence: PrefillSequence) -> int:
+    """Number of prompt tokens that are not computed."""
     return len(sequence.prompt) - sequence.computed

@@ -1,8 +1,8 @@
-"""Turns scheduled sequences into one forward pass. The only place where token lists become tensors."""
+"""Turns scheduled sequences into one forward pass. Only this module turns token lists into tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import LogitProcessor, process
-from overfill.model.sampling import SampledToken, broken, sample
-from overfill.model.transformer import GreedyModel, Model
+from overfill.model.sampling import SampledToken, non_finite_errors, sample
+from overfill.model.transformer import NO_HOOKS, GreedyModel, LayerHooks, Model
 from overfill.request.params import SamplingParams
 
-_KEPT_STEPS = 8
-"""Steps for which an unused row is kept: replays and other steps take turns."""
+_ROW_LIFETIME = 8
+"""Steps for which an unused row is kept: while replays and decode steps alternate, each skips the other's rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """New tokens of one sequence: ``tokens`` at positions ``start..``; KV below ``start`` is in ``blocks``.
+    """One sequence's part of a step: ``tokens`` at positions from ``start`` on; ``blocks`` hold the KV before them.
 
-    ``blocks`` is the same list in all steps of a sequence, and only grows. When a block is replaced, the list is too.
+    ``blocks`` is the same list object in all steps of a sequence and only grows. Code that replaces a block must pass a
+    new list.
     """
 
     tokens: Sequence[int]
@@ -39,11 +40,12 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """How the token after a work is chosen.
+class SamplingSpec:
+    """How to sample the token that follows a work.
 
     Attributes:
-        emitted: the answer so far, for ``processor``.
+        sample_index: number of the answer among the request's answers.
+        emitted: the answer so far, which ``processor`` reads.
     """
 
     sampling: SamplingParams
@@ -52,29 +54,33 @@ class Choice:
     emitted: Sequence[int] = ()
 
     @property
-    def most_likely(self) -> bool:
-        """Whether nothing but the most likely token is asked for."""
+    def plain_greedy(self) -> bool:
+        """True if the request needs the most likely token of the unchanged logits and nothing else."""
         changed = self.processor is not None and self.processor.needed(len(self.emitted))
         return self.sampling.greedy and not changed and self.sampling.logprobs is None
 
 
-def choose(
-    logits: torch.Tensor, works: Sequence[Work], choices: Sequence[Choice]
+def sample_next(
+    logits: torch.Tensor, works: Sequence[Work], specs: Sequence[SamplingSpec]
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
-    """A token for every row of ``logits``, and errors of rows that cannot go on, whose tokens mean nothing."""
-    if not choices:
+    """Samples a token for every row of ``logits``.
+
+    Returns:
+        The tokens; and row -> error for rows that failed, whose tokens are meaningless.
+    """
+    if not specs:
         return [], {}
-    refused = process(logits, [c.processor for c in choices], [c.emitted for c in choices])
+    refused = process(logits, [s.processor for s in specs], [s.emitted for s in specs])
     positions = [work.end for work in works if work.wants_logits]
-    tokens, failed = sample(logits, [c.sampling for c in choices], positions, [c.sample_index for c in choices])
-    return tokens, failed | refused  # a row that was refused may be broken because of it
+    tokens, failed = sample(logits, [s.sampling for s in specs], positions, [s.sample_index for s in specs])
+    return tokens, failed | refused  # a refusal explains the row better than the broken logits that it causes
 
 
 class ModelRunner:
-    """A model with the cache it reads and writes.
+    """A model and the KV cache that it reads and writes.
 
     Attributes:
-        token_layer_bytes: of one token's keys and values in one layer.
+        token_layer_bytes: bytes of one token's keys and values in one layer.
     """
 
     def __init__(self, model: Model, cache: KvCache) -> None:
@@ -84,41 +90,42 @@ class ModelRunner:
         self.token_layer_bytes = cache.spec.token_layer_bytes
         self._tables = BlockTables()
 
-    def run(
-        self,
-        works: Sequence[Work],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
-    ) -> torch.Tensor:
-        """Logits [number of works that want them, vocab_size], float32; the last token's of each such work."""
-        return self.model.forward(self._batch(works), self.cache, on_layer_start, on_kv_written)
+    def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
+        """Runs one step.
+
+        Returns:
+            Logits of the last token of each work that wants them, [number of such works, vocab_size] float32.
+        """
+        return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
-        self,
-        works: Sequence[Work],
-        choices: Sequence[Choice],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
+        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """The token after each work that wants logits, and errors as ``choose`` gives them; raises as ``sample``.
+        """Runs one step and samples the token after each work that wants logits.
 
         Args:
-            choices: one for each of those works.
+            specs: one per work that wants logits.
+
+        Returns:
+            The tokens; and row -> error for rows that failed, as in ``sample_next``.
+
+        Raises:
+            ValueError: a row that is not greedy has no seed.
         """
-        if choices and all(c.most_likely for c in choices) and isinstance(self.model, GreedyModel):
-            tokens = self.model.most_likely(self._batch(works), self.cache, on_layer_start, on_kv_written).tolist()
-            return [SampledToken(token) for token in tokens], broken(tokens)
-        return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
+        if specs and all(s.plain_greedy for s in specs) and isinstance(self.model, GreedyModel):
+            tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
+            return [SampledToken(token) for token in tokens], non_finite_errors(tokens)
+        return sample_next(self.run(works, hooks), works, specs)
 
     def synchronize(self) -> None:
-        """Returns when nothing launched before touches the cache any more."""
+        """Waits until no earlier kernel touches the cache any more."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def clean_up(self, error: Exception) -> None:
-        """After a step that failed with ``error``: nothing touches the cache, and its memory can be used again.
+        """Cleans up after a step that failed with ``error``: waits for its kernels and frees its memory.
 
-        Tensors of the step would live as long as the traceback that leads to them.
+        Drops the error's traceback, which would keep the step's tensors alive.
         """
         self.synchronize()
         error.__traceback__ = None
@@ -131,14 +138,14 @@ class ModelRunner:
         starts = np.array([work.start for work in works])
         ends = starts + counts
         last = counts.cumsum() - 1  # row of each work's last token
-        counts_of_blocks = -(-ends // size)
-        rows = self._tables.rows([work.blocks for work in works], counts_of_blocks.tolist())
+        num_blocks = -(-ends // size)
+        rows = self._tables.rows([work.blocks for work in works], num_blocks.tolist())
         owner = np.repeat(np.arange(len(works)), counts)
         positions = np.arange(len(owner)) + np.repeat(ends - 1 - last, counts)
         slots = self._tables.array[rows[owner], positions // size] * size + positions % size
-        # A device is sent a copy of the rows in this step, cut to the longest.
+        # A device gets a copy of this step's rows only, cut to the longest.
         on_host = self.device.type == "cpu"
-        tables = self._tables.array if on_host else self._tables.array[rows, : counts_of_blocks.max()]
+        tables = self._tables.array if on_host else self._tables.array[rows, : num_blocks.max()]
         return ForwardBatch(
             token_ids=self._tensor(np.fromiter(chain.from_iterable(w.tokens for w in works), np.int64, len(owner))),
             positions=self._tensor(positions),
@@ -158,7 +165,7 @@ class ModelRunner:
 
 @dataclass(slots=True)
 class _Row:
-    """A sequence's row: its first ``filled`` entries are those of ``blocks``. ``step`` is the last that wanted it."""
+    """A sequence's row, whose first ``filled`` entries equal ``blocks``. ``step`` is the last step that used it."""
 
     index: int
     blocks: Sequence[int]
@@ -167,23 +174,23 @@ class _Row:
 
 
 class BlockTables:
-    """The block tables of all sequences, as rows of one array that are kept from step to step and extended.
+    """The block tables of all sequences, as rows of one array. Rows are kept between steps, and extended.
 
-    A row belongs to a list of blocks, the object itself, of which it holds a reference. The engine does not report the
-    end of a sequence: rows that no step has used for 8 steps are reused.
+    A row belongs to one list object, to which it keeps a reference. The engine does not report the end of a sequence;
+    instead, a row that no step has used for 8 steps is reused.
 
     Attributes:
-        array: [rows, width] int64. Entries behind a sequence's context mean nothing.
+        array: [rows, width] int64. Entries behind a sequence's context are meaningless.
     """
 
     def __init__(self) -> None:
         self.array: NDArray[np.int64] = np.zeros((1, 1), np.int64)
-        self._rows: dict[int, _Row] = {}  # by the identity of their lists
+        self._rows: dict[int, _Row] = {}  # by the id() of their lists
         self._free = [0]
         self._step = 0
 
     def rows(self, tables: Sequence[Sequence[int]], counts: Sequence[int]) -> NDArray[np.int64]:
-        """Where in ``array`` the first ``counts[i]`` blocks of ``tables[i]`` are. [len(tables)]"""
+        """Rows of ``array`` that hold the first ``counts[i]`` blocks of each ``tables[i]``. [len(tables)]"""
         self._step += 1
         self._widen(max(counts, default=0))
         found = [self._row(blocks, count).index for blocks, count in zip(tables, counts, strict=True)]
@@ -192,17 +199,17 @@ class BlockTables:
     def _row(self, blocks: Sequence[int], count: int) -> _Row:
         row = self._rows.get(id(blocks))
         if row is None:
-            row = self._rows[id(blocks)] = _Row(self._take(), blocks, 0, self._step)
+            row = self._rows[id(blocks)] = _Row(self._allocate(), blocks, 0, self._step)
         row.step = self._step
         if row.filled < count:
             self.array[row.index, row.filled : count] = blocks[row.filled : count]
             row.filled = count
         return row
 
-    def _take(self) -> int:
-        """A row for another list."""
+    def _allocate(self) -> int:
+        """Returns the index of an unused row; reuses old rows first, then doubles the array."""
         if not self._free:
-            old = [key for key, row in self._rows.items() if row.step + _KEPT_STEPS < self._step]
+            old = [key for key, row in self._rows.items() if row.step + _ROW_LIFETIME < self._step]
             self._free = [self._rows.pop(key).index for key in old]
         if not self._free:
             self._free = list(range(len(self.array), 2 * len(self.array)))

@@ -1,7 +1,7 @@
-"""One request inside an engine, and the messages by which engines are reached.
+"""A request inside an engine, and the messages and events that engines exchange with their servicers.
 
-Token counts, used everywhere: *prompt* (given), *emitted* (sampled so far), *computed* (KV in our blocks),
-*scheduled* (being computed in the running step).
+All engines count tokens in the same way: *prompt* (given), *emitted* (sampled so far), *computed* (their KV is in
+the sequence's blocks) and *scheduled* (part of the running step).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from overfill.v1 import common_pb2
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended."""
+    """Reason for which a sequence ended."""
 
     STOP = common_pb2.FINISH_REASON_STOP
     LENGTH = common_pb2.FINISH_REASON_LENGTH
@@ -27,24 +27,28 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """When a sequence ends, token by token; holds from the first token on.
+    """Rule that decides after each token whether the sequence ends; it applies from the first token on.
 
     Attributes:
-        stop_ids: end the sequence and are not emitted.
-        max_tokens: most tokens emitted, earlier attempts included.
+        stop_ids: token ids that end the sequence; they are not emitted.
+        max_tokens: maximum number of emitted tokens, including those of earlier attempts.
     """
 
     stop_ids: frozenset[int]
     max_tokens: int
 
     @classmethod
-    def of(cls, sampling: SamplingParams, eos_ids: Sequence[int], room: int) -> StopRule:
-        """``room``: tokens that the context leaves for the answer."""
-        limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+    def of(cls, sampling: SamplingParams, eos_ids: Sequence[int], max_answer: int) -> StopRule:
+        """The rule of a request; the context has space for an answer of ``max_answer`` tokens."""
+        limit = max_answer if sampling.max_tokens is None else min(max_answer, sampling.max_tokens)
         return cls(sampling.end_ids(eos_ids), limit)
 
     def judge(self, token: int, emitted_before: int) -> tuple[bool, FinishReason | None]:
-        """Whether ``token``, sampled after ``emitted_before`` others, is emitted, and whether the sequence ends."""
+        """Judges ``token``, sampled after ``emitted_before`` others.
+
+        Returns:
+            True if the token is emitted; and the reason for which the sequence ends, or None if it continues.
+        """
         if token in self.stop_ids:
             return False, FinishReason.STOP
         return True, FinishReason.LENGTH if emitted_before + 1 >= self.max_tokens else None
@@ -52,11 +56,16 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A snapshot of an engine, taken between steps.
+    """Snapshot of an engine's load, taken between two steps.
 
     Attributes:
-        blocks_reserved: of those used, blocks of prompts whose KV is not all there.
-        blocks_leaked: neither free nor anybody's; a fault, after which the worker ends itself.
+        blocks_used: blocks that live sequences reference.
+        running, waiting: number of sequences; each engine's ``load`` defines the two.
+        queued_tokens: prompt tokens that are not computed yet.
+        blocks_cached: unreferenced blocks that hold cached prefixes.
+        prefix_tokens_looked_up, prefix_tokens_found: prompt tokens looked up in the prefix cache so far, and found.
+        blocks_reserved: used blocks that wait for their prompt's KV.
+        blocks_leaked: blocks that are neither free nor owned. This is a fault, after which the worker exits.
     """
 
     blocks_used: int
@@ -70,8 +79,8 @@ class EngineLoad:
     blocks_reserved: int = 0
     blocks_leaked: int = 0
 
-    def roomier_than(self, other: EngineLoad) -> bool:
-        """Whether something has ended since ``other``, or fits that did not."""
+    def freed_capacity_since(self, other: EngineLoad) -> bool:
+        """True if a sequence has ended or blocks were freed since the snapshot ``other``."""
         ended = self.running + self.waiting < other.running + other.waiting
         return ended or self.blocks_used < other.blocks_used
 
@@ -81,12 +90,14 @@ class EngineLoad:
 
 @dataclass(slots=True, eq=False)
 class PrefillSequence:
-    """A prompt in a prefill engine. ``cancelled`` may be set from any thread; everything else is the engine's.
+    """A prompt in a prefill engine. Any thread may set ``cancelled``; only the engine's thread touches the rest.
 
     Attributes:
-        cache_namespace: the prompt shares prefixes with prompts of the same namespace only.
-        prompt_blocks: of ``prompt`` and ``cache_namespace``; None: the engine hashes the prompt on its own thread.
-        cached_tokens: of the prompt, found in the prefix cache.
+        sample_index: number of the answer among the request's answers.
+        cache_namespace: tenant whose cached prefixes the prompt may share.
+        prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
+        cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        computed: prompt tokens whose KV is in ``blocks``.
     """
 
     id: str
@@ -105,14 +116,14 @@ class PrefillSequence:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Compute this prompt; its KV stays until ``Release``."""
+    """Asks the engine to compute a prompt and to keep its KV until ``Release``."""
 
     sequence: PrefillSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Forget a sequence, wherever it is; every stream on its blocks has been joined."""
+    """Asks the engine to drop a sequence in any state. The sender has joined every stream that uses its blocks."""
 
     id: str
 
@@ -122,9 +133,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class PrefillScheduled:
-    """The prompt has its blocks and the first chunk starts now.
+    """The prompt has its blocks, and its first chunk starts now.
 
-    The KV of its first ``cached_tokens`` tokens is in them once ``event`` has passed.
+    Once ``event`` has passed, the blocks hold the KV of the first ``cached_tokens`` tokens.
     """
 
     id: str
@@ -136,6 +147,8 @@ class PrefillScheduled:
 
 @dataclass(frozen=True, slots=True)
 class LayerStarted:
+    """The step of this prompt has reached ``layer``."""
+
     id: str
     layer: int
     time_ns: int
@@ -143,7 +156,7 @@ class LayerStarted:
 
 @dataclass(frozen=True, slots=True)
 class KvWritten:
-    """Positions below ``token_end`` of ``layer`` are in the cache once ``event`` has passed."""
+    """Once ``event`` has passed, the blocks hold ``layer``'s KV of all positions below ``token_end``."""
 
     id: str
     layer: int
@@ -162,7 +175,7 @@ class ChunkComputed:
 
 @dataclass(frozen=True, slots=True)
 class PromptComputed:
-    """The whole prompt is computed; ``first`` is the full model's token, if one was wanted."""
+    """The whole prompt is computed; ``first`` is the full model's token, or None if none was requested."""
 
     id: str
     first: SampledToken | None
@@ -171,7 +184,7 @@ class PromptComputed:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailed:
-    """The step that computed this sequence failed; the engine goes on."""
+    """The step that computed this sequence failed; the engine keeps running."""
 
     id: str
     error: Exception
@@ -184,21 +197,24 @@ PrefillEvent = PrefillScheduled | LayerStarted | KvWritten | ChunkComputed | Pro
 
 
 class DecodeState(enum.Enum):
-    """Where a sequence's KV is, and so who may touch its blocks."""
+    """State of a sequence's KV; it decides who may touch the blocks."""
 
-    RECEIVING = enum.auto()  # prompt KV on its way into our blocks; written by the receiver
-    RUNNING = enum.auto()  # computed by the engine
-    YIELDING = enum.auto()  # chosen to lose its blocks; waits for the receiver to let go of them
-    PREEMPTED = enum.auto()  # has no blocks; waits for new ones
+    RECEIVING = enum.auto()  # the receiver writes the prompt's KV into the blocks
+    RUNNING = enum.auto()  # the engine reads and writes the blocks
+    YIELDING = enum.auto()  # chosen for preemption; waits until the receiver no longer uses the blocks
+    PREEMPTED = enum.auto()  # has no blocks and waits for new ones
 
 
 @dataclass(slots=True, eq=False)
 class DecodeSequence:
-    """A sequence in a decode engine. ``computed`` counts tokens (prompt and answer) whose KV is in our blocks.
+    """A sequence in a decode engine.
 
     Attributes:
-        cache_namespace: tenant and codec of the KV; prompts of one namespace share prefixes.
-        prompt_blocks: of ``prompt`` and ``cache_namespace``; None: the engine hashes the prompt on its own thread.
+        sample_index: number of the answer among the request's answers.
+        cache_namespace: tenant and KV codec; the sequence shares cached prefixes with sequences of the same ones.
+        prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
+        failed: True after a step of the sequence failed; the engine does not schedule it again.
+        computed: tokens of prompt and answer whose KV is in ``blocks``.
     """
 
     id: str
@@ -220,22 +236,22 @@ class DecodeSequence:
         return len(self.prompt) + len(self.emitted)
 
     def pending(self) -> list[int]:
-        """Known tokens whose KV is not computed: one in a normal step, all emitted ones in a replay."""
+        """Known tokens whose KV is not computed: one in a normal step, all emitted tokens in a replay."""
         return self.emitted[self.computed - len(self.prompt) :]
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Acquire blocks for prompt + emitted + 1 tokens; answered by ``Reserved`` or ``Refused``."""
+    """Asks for blocks for prompt + emitted + 1 tokens; the engine answers ``Reserved`` or ``Refused``."""
 
     sequence: DecodeSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The prompt's KV is in place: go on.
+    """Tells the engine that the prompt's KV is complete, so that the sequence can run.
 
-    ``first`` is the full model's token, the answer's first; None, or ignored, when the sequence has emitted tokens.
+    ``first`` is the full model's token, the answer's first. The engine ignores it if the sequence has emitted tokens.
     """
 
     id: str
@@ -244,7 +260,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Yielded:
-    """Answer to ``Preempted``: no stream touches the sequence's blocks any more."""
+    """Answers ``Preempted``: no stream uses the sequence's blocks any more."""
 
     id: str
 
@@ -254,7 +270,10 @@ class Yielded:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """The sequence has blocks (again); its prompt's KV is wanted in them, but for the first ``held_tokens`` tokens."""
+    """The sequence has (new) blocks; the receiver must fetch the prompt's KV except for ``held_tokens`` tokens.
+
+    The blocks hold the KV of the first ``held_tokens`` tokens already.
+    """
 
     id: str
     blocks: list[int]
@@ -263,20 +282,22 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
+    """The engine has no capacity for the sequence now."""
+
     id: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """The sequence must give its blocks back: stop and join its streams, then send ``Yielded``."""
+    """The engine takes the sequence's blocks back: the servicer joins its streams, then sends ``Yielded``."""
 
     id: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSampled:
-    """A token of the answer. ``token`` is None when a stop id ended the sequence."""
+    """The step has sampled a token of the answer. ``token`` is None when a stop id ended the sequence."""
 
     id: str
     index: int

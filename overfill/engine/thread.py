@@ -1,4 +1,4 @@
-"""Runs an engine core on a thread of its own. The core is reached by messages only."""
+"""Runs an engine core on its own thread. Other threads reach the core by messages only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _IDLE = 1.0
-"""Seconds without work after which a core is checked."""
+"""Seconds without work after which the thread checks its core."""
 
 
 class EngineCore(Protocol):
-    """What a thread can drive: ``PrefillEngine`` and ``DecodeEngine``."""
+    """An engine that a thread can drive: ``PrefillEngine`` or ``DecodeEngine``."""
 
     def handle(self, message: Any) -> None: ...
 
@@ -34,23 +34,22 @@ class EngineCore(Protocol):
 
 
 class EngineThread:
-    """Delivers messages to a core between its steps, and steps it while there is work.
+    """Delivers messages to a core between its steps, and steps the core while it has work.
 
-    A core that has had nothing to do for a moment, or is stopped, is asked to ``check`` itself: a block that is lost
-    ends the thread, and so the worker, as every broken invariant does.
+    After a second without work, and at the end, the thread calls the core's ``check``. A lost block ends the thread,
+    and with it the worker, as every broken invariant does.
 
     Args:
-        threads: intra-op threads of torch for this engine's steps.
+        threads: number of torch's intra-op threads for this engine's steps.
+        step_timeout: seconds after which a step counts as stuck in a driver or device. None means no limit.
+        on_stuck: called once, on another thread. A stuck engine thread can only be ended with the process.
+        on_load_change: called on the engine's thread after ``load`` has changed, with True if capacity was freed, for
+            which a request may be waiting.
         device: current device of the engine's thread.
-        step_timeout: seconds after which a step counts as stuck, in a driver or a device that does not answer; None
-            lets steps take their time.
-        on_stuck: called once, on a thread of its own: the engine's cannot be ended but with the process.
-        on_load_change: called on the engine's thread after ``load`` has changed; told whether there is more room now,
-            for which somebody may wait.
 
     Attributes:
         load: snapshot after the last message or step.
-        failure: what ended the thread, if a broken invariant did.
+        failure: error that ended the thread; None while no invariant was broken.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class EngineThread:
         threads: int,
         step_timeout: float | None = None,
         on_stuck: Callable[[], object] = lambda: None,
-        on_load_change: Callable[[bool], object] = lambda roomier: None,
+        on_load_change: Callable[[bool], object] = lambda freed: None,
         device: torch.device = _CPU,
     ) -> None:
         self._device = device
@@ -82,7 +81,7 @@ class EngineThread:
             watching.start()
 
     def send(self, message: object) -> None:
-        """Hands a message to the core; never blocks. Callable from any thread."""
+        """Queues a message for the core; any thread may call it, and it never blocks."""
         self._mailbox.put(message)
 
     def stop(self) -> None:
@@ -128,7 +127,7 @@ class EngineThread:
                 self._publish_load()
                 busy, checked = True, False
         except BaseException as error:
-            # A core handles its steps' failures itself; what arrives here is a broken invariant.
+            # The core handles failed steps itself, so an error that arrives here is a broken invariant.
             log.critical("engine thread died", exc_info=True)
             self.failure = error
 
@@ -136,4 +135,4 @@ class EngineThread:
         load = self._core.load()
         if load != self.load:
             before, self.load = self.load, load
-            self._on_load_change(load.roomier_than(before))
+            self._on_load_change(load.freed_capacity_since(before))

@@ -61,7 +61,7 @@ class _Holder:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class BlockAllocation:
     """Blocks for a sequence; the KV of its first ``cached_tokens`` tokens is in them."""
 
     blocks: list[int]
@@ -138,7 +138,7 @@ class PrefixCache:
         root = root_key(*self._identity, cache_namespace) if self._enabled else None
         return PromptBlocks(tokens, self.pool.block_size, root, cache_namespace)
 
-    def acquire(self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0) -> Grant | None:
+    def acquire(self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0) -> BlockAllocation | None:
         """``num_blocks`` blocks for ``owner``, the first of them those that hold the start of its ``prompt``.
 
         At least one token of the prompt is never taken from the cache, so that there is something to compute.
@@ -158,9 +158,9 @@ class PrefixCache:
         cached = len(path) * self.pool.block_size
         self.tokens_looked_up += prompt.num_tokens
         self.tokens_found += cached
-        return Grant(blocks, cached)
+        return BlockAllocation(blocks, cached)
 
-    def look_again(self, owner: str) -> Grant | None:
+    def look_again(self, owner: str) -> BlockAllocation | None:
         """What ``owner`` has now that more of its prompt may have been published; None when nothing has.
 
         Nothing may have been written to its blocks yet, nor read from those that were not cached.
@@ -179,7 +179,7 @@ class PrefixCache:
         holder.table[begin : begin + len(found)] = [node.block for node in found]
         holder.path += found
         self.tokens_found += len(found) * self.pool.block_size
-        return Grant(list(holder.table), len(holder.path) * self.pool.block_size)
+        return BlockAllocation(list(holder.table), len(holder.path) * self.pool.block_size)
 
     def next_block(self, owner: str) -> Hashable:
         """Stands for the first block of ``owner``'s prompt that is not published, and all before it: equal for those

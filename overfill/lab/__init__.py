@@ -1,1 +1,1 @@
-"""What measures a stack and what breaks it. Nothing that serves imports this package."""
+"""Measures stacks and breaks them; nothing that serves imports this package."""

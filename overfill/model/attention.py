@@ -1,9 +1,8 @@
-"""Grouped-query attention over the paged KV cache: one form for decode steps, one for everything else.
+"""Grouped-query attention over the paged KV cache: one form for decode steps, one for all other steps.
 
-What does not change from layer to layer (slots to read, masks) is worked out once per step, by
-``plan_attention``; the plan is then called for every layer, once the new tokens' keys and values are in the
-cache. Both forms go through ``scaled_dot_product_attention`` (softmax in float32), and neither waits for the
-device.
+``plan_attention`` computes once per step what all layers share: slots to read, and masks. The step then calls the
+plan for every layer, once the new tokens' keys and values are in the cache. Both forms use
+``scaled_dot_product_attention`` (softmax in float32), and neither waits for the device.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ class AttentionPlan(Protocol):
     """Attention of one step, ready for every layer."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """
+        """Attends in one layer.
+
         Args:
             q: [T, num_heads, D], rotated.
-            k, v: [T, num_kv_heads, D], of the new tokens; the cache holds the same.
-            layer: of the cache.
+            k, v: [T, num_kv_heads, D], keys and values of the new tokens; the cache holds them too.
+            layer: index of the cache's layer.
 
         Returns:
             [T, num_heads * D] in ``q``'s dtype.
@@ -35,22 +35,21 @@ class AttentionPlan(Protocol):
 
 
 def plan_attention(batch: ForwardBatch, cache: KvCache) -> AttentionPlan:
-    """Chooses the form that fits ``batch`` and prepares it."""
+    """Makes the plan of a step, in the form that fits ``batch``."""
     return _Decode.of(batch, cache) if batch.is_decode else _Varlen.of(batch, cache)
 
 
 @dataclass(frozen=True, slots=True)
 class _Decode:
-    """One new token per sequence.
+    """Plan of a decode step, with one new token per sequence.
 
-    Contexts are gathered into one padded batch; the query heads that share a KV head become the rows of one
-    product.
+    It gathers all contexts into one padded batch. The query heads that share a KV head are the rows of one product.
     """
 
     cache: KvCache
     slots: Tensor  # [S * L] int64
-    mask: Tensor  # [S, 1, 1, L] bool, true where the context is
-    k: Tensor  # [S * L, num_kv_heads, D]: room for the gathered context, reused by every layer,
+    mask: Tensor  # [S, 1, 1, L] bool, true for positions of the context
+    k: Tensor  # [S * L, num_kv_heads, D]: scratch for the gathered context, which all layers reuse,
     v: Tensor  # because fresh memory of this size can cost more than the gather
 
     @classmethod
@@ -58,7 +57,7 @@ class _Decode:
         block_size = cache.block_size
         positions = torch.arange(max(batch.context_lens), device=batch.block_tables.device)
         mask = positions < batch.context_lens_device.unsqueeze(1)  # [S, L]
-        # Padding reads the sequence's own first token: a zero weight would not stop another's NaN.
+        # Padding reads the sequence's own first token, because a zero weight does not stop another sequence's NaN.
         positions = torch.where(mask, positions, 0)
         tables = batch.tables(-(-max(batch.context_lens) // block_size))
         blocks = tables.gather(1, positions // block_size)
@@ -81,18 +80,25 @@ class _Decode:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """New tokens ``rows`` of one sequence, and what they attend to."""
+    """New tokens of one sequence, and the context that they attend to.
+
+    Attributes:
+        rows: the new tokens' rows in the batch.
+        slots: [context] int64, slots to gather. None means that the new tokens are the whole context, and that the
+            cache would return the same values.
+        mask: [new, context] bool. None means a single new token, or a context of new tokens only.
+        causal: True if all of the context is new.
+    """
 
     rows: slice
-    # [context] int64; None: nothing but the new tokens themselves, which the cache holds as they are
     slots: Tensor | None
-    mask: Tensor | None  # [new, context] bool; None: a single new token, or `causal`
-    causal: bool  # all of the context is new
+    mask: Tensor | None
+    causal: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Varlen:
-    """Any number of new tokens per sequence, one sequence at a time, without padding."""
+    """Plan of a step with any number of new tokens per sequence, computed one sequence at a time without padding."""
 
     cache: KvCache
     segments: list[_Segment]
@@ -124,14 +130,14 @@ class _Varlen:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """q: [new, heads, D]; k, v: [context, kv_heads, D]; returns [new, heads * D]."""
+    """Attends for one sequence. q: [new, heads, D]; k, v: [context, kv_heads, D]; returns [new, heads * D]."""
     new, _, head_dim = q.shape
     context, num_kv_heads, _ = k.shape
     grouped = q.reshape(new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, new, D]
     shared = (num_kv_heads, grouped.shape[1], context, head_dim)
     out = scaled_dot_product_attention(
         grouped,
-        k.transpose(0, 1).unsqueeze(1).expand(shared),  # a view: the group reads the same memory
+        k.transpose(0, 1).unsqueeze(1).expand(shared),  # a view: the heads of a group read the same memory
         v.transpose(0, 1).unsqueeze(1).expand(shared),
         attn_mask=mask,
         is_causal=is_causal,

@@ -1,4 +1,4 @@
-"""What one forward pass computes: new tokens of several sequences, packed without padding."""
+"""The input of one forward pass: new tokens of several sequences, packed without padding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class ForwardBatch:
 
     Attributes:
         token_ids: [T] int64.
-        positions: [T] int64, absolute; RoPE uses them.
-        slots: [T] int64, where each token's keys and values are written in the KV cache.
+        positions: [T] int64, absolute positions, for RoPE.
+        slots: [T] int64, slots of the KV cache to which the pass writes each token's keys and values.
         query_lens: new tokens per sequence, on the host; all 1 in a decode step.
         context_lens: tokens per sequence after this pass (cached + new), on the host.
-        block_tables: [rows, max_blocks] int64. A row covers its sequence's context; entries behind that mean nothing.
-        table_rows: [S] int64, each sequence's row; None: row i is that of sequence i.
-        context_lens_device: [S] int64, the same as ``context_lens``, on the device.
-        logits_indices: [N] int64, rows of the T tokens whose logits are wanted.
+        block_tables: [rows, max_blocks] int64. A row covers its sequence's context; later entries are meaningless.
+        context_lens_device: [S] int64, ``context_lens`` on the device.
+        logits_indices: [N] int64, indices of the T tokens whose logits the pass returns.
+        table_rows: [S] int64, each sequence's row of ``block_tables``. None means that sequence i has row i.
     """
 
     token_ids: torch.Tensor
@@ -40,5 +40,5 @@ class ForwardBatch:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every sequence brings exactly one new token."""
+        """True if every sequence has exactly one new token."""
         return all(n == 1 for n in self.query_lens)

@@ -1,8 +1,7 @@
-"""What a checkpoint's config.json says, reduced to what the engine runs.
+"""Parses a checkpoint's config.json into the options that the engine runs. No tensors.
 
 Reads both spellings of Hugging Face configs: ``rope_theta`` with ``rope_scaling``, and transformers 5's
-``rope_parameters``. Whatever the engine would compute differently is refused here, by name; nothing is
-silently dropped. No tensors.
+``rope_parameters``. An option that the engine would compute differently is refused by name, never dropped silently.
 """
 
 from __future__ import annotations
@@ -25,11 +24,15 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 HEAD_KEY = "overfill_head"
-"""Of config.json: ``{"tokens": whole rows of the head, "tail_rank": rank of the others, "whole": which tokens'}``, the
-last one in base64, as in ``ModelConfig.head_mask``; without it the lowest ids. See ``model.head``."""
+"""Key of config.json for a head of which some rows are of low rank; see ``model.head``. Its value is an object:
+
+- ``tokens``: number of rows of full rank
+- ``tail_rank``: rank of the other rows
+- ``whole``: ``ModelConfig.head_mask`` in base64; without it, the full rows are those of the lowest token ids
+"""
 
 Quantization = Literal["none", "int8"]
-"""What a model's matrices are turned into when they are loaded."""
+"""Format to which a model's matrices are quantised when they are loaded."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -41,15 +44,14 @@ class ModelConfig:
 
     Attributes:
         head_dim: elements per head; ``num_heads * head_dim`` need not equal ``hidden_size``.
-        max_positions: longest context, in tokens.
-        tie_embeddings: the output head is the embedding matrix.
-        qkv_bias, o_bias, mlp_bias: which projections add a bias.
-        qk_norm: queries and keys pass an RMSNorm per head before RoPE (Qwen3).
-        head_tokens, tail_rank: all but ``head_tokens`` of the head's rows are of rank ``tail_rank`` (``model.head``);
-            ``vocab_size`` and 0 where they are not.
-        head_mask: whose rows those ``head_tokens`` are: bit t % 8 of byte t // 8 is set for token t; empty for the
-            lowest ids.
-        eos_token_ids: what ends an answer; empty when the checkpoint names none.
+        max_positions: maximum context, in tokens.
+        tie_embeddings: True if the output head is the embedding matrix.
+        qkv_bias, o_bias, mlp_bias: True for projections that add a bias.
+        qk_norm: True if queries and keys pass an RMSNorm per head before RoPE (Qwen3).
+        head_tokens: number of the head's rows of full rank (``model.head``); ``vocab_size`` if all are.
+        tail_rank: rank of the head's other rows; 0 if there are none.
+        head_mask: tokens of the full rows: bit t % 8 of byte t // 8 is set for token t. Empty means the lowest ids.
+        eos_token_ids: tokens that end an answer; empty when the checkpoint names none.
     """
 
     model_type: str
@@ -75,13 +77,13 @@ class ModelConfig:
 
     @property
     def head_matrices(self) -> list[tuple[int, int]]:
-        """(rows, columns) of what the head reads."""
+        """(rows, columns) of each matrix that the head reads."""
         tail = [(self.tail_rank, self.hidden_size), (self.vocab_size - self.head_tokens, self.tail_rank)]
         return [(self.head_tokens, self.hidden_size), *(tail if self.tail_rank else [])]
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Reads ``config.json`` and, for the end-of-sequence ids, ``generation_config.json`` if there is one.
+        """Reads ``config.json``, and the end-of-sequence ids of ``generation_config.json`` if that file exists.
 
         Raises:
             InvalidPair: a file is missing or not JSON, or a field is missing or out of range.
@@ -95,7 +97,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, hf_config: Mapping[str, Any]) -> ModelConfig:
-        """Parses a Hugging Face ``config.json``. Raises as :meth:`load`."""
+        """Parses a Hugging Face ``config.json``; raises the errors of :meth:`load`."""
         model_type = _model_type(hf_config)
         num_heads = _count(hf_config, "num_attention_heads")
         hidden_size = _count(hf_config, "hidden_size")
@@ -137,13 +139,13 @@ class ModelConfig:
 
     @property
     def attention_tokens(self) -> float:
-        """Context at which attending to it takes as many operations per token as all matrices of a layer."""
+        """Context length at which attention takes as many operations per token as a layer's matrices."""
         attended = self.num_heads * self.head_dim
         projections = self.hidden_size * (2 * attended + 2 * self.num_kv_heads * self.head_dim)
         return (projections + 3 * self.hidden_size * self.intermediate_size) / (2 * attended)
 
     def kv_spec(self, dtype: DTypeName) -> KvSpec:
-        """Geometry of this model's KV cache when its elements are ``dtype``."""
+        """Geometry of this model's KV cache with elements of ``dtype``."""
         return KvSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype, self.rope)
 
 
@@ -179,7 +181,7 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], model_type: str, max_posit
     if other:
         raise _unsupported("layer_types", ", ".join(other), "every layer must be full_attention")
     if model_type == "mistral":
-        # An absent key means the window of the first Mistral, as in transformers; null means none.
+        # As in transformers, an absent key means the first Mistral's window; null means no window.
         window = hf_config.get("sliding_window", 4096)
         if window is not None and window < max_positions:
             raise _unsupported("sliding_window", window, f"is shorter than max_position_embeddings={max_positions}")
@@ -188,7 +190,7 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], model_type: str, max_posit
 
 
 def _num_kv_heads(hf_config: Mapping[str, Any], model_type: str, num_heads: int) -> int:
-    # Llama checkpoints from before grouped-query attention lack the key; null means the same everywhere.
+    # Llama checkpoints older than grouped-query attention lack the key. Null means one KV head per head.
     if model_type == "llama" and "num_key_value_heads" not in hf_config:
         return num_heads
     if "num_key_value_heads" in hf_config and hf_config["num_key_value_heads"] is None:
@@ -202,14 +204,14 @@ def _head(hf_config: Mapping[str, Any], vocab_size: int, hidden_size: int) -> tu
     if options is None:
         return vocab_size, 0, b""
     if not isinstance(options, Mapping) or hf_config.get("tie_word_embeddings"):
-        raise InvalidPair(f"{HEAD_KEY} in config.json is no object, or belongs to a tied head")
+        raise InvalidPair(f"{HEAD_KEY} in config.json must be an object, and the head must not be tied")
     tokens, rank = _count(options, "tokens"), _count(options, "tail_rank")
     if tokens >= vocab_size or rank >= hidden_size:
         raise InvalidPair(f"{HEAD_KEY} in config.json: tokens={tokens} and tail_rank={rank} do not fit the sizes")
     try:
         mask = b64decode(options.get("whole", ""), validate=True)
     except (TypeError, ValueError):
-        raise InvalidPair(f"{HEAD_KEY} in config.json: whole is no base64") from None
+        raise InvalidPair(f"{HEAD_KEY} in config.json: whole is not base64") from None
     bits = int.from_bytes(mask, "little")
     if mask and (len(mask) != (vocab_size + 7) // 8 or bits.bit_length() > vocab_size or bits.bit_count() != tokens):
         raise InvalidPair(f"{HEAD_KEY} in config.json: whole does not name {tokens} tokens of {vocab_size}")
@@ -223,7 +225,7 @@ def _head_dim(hf_config: Mapping[str, Any], model_type: str, hidden_size: int, n
 
 
 def _rope(hf_config: Mapping[str, Any], max_positions: int) -> RopeSpec:
-    # Old configs put theta beside a `rope_scaling` that may be null; new ones have `rope_parameters`.
+    # Old configs have `rope_theta` and a `rope_scaling` that may be null; new ones have `rope_parameters`.
     options: dict[str, Any] = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
     rope_type = options.get("rope_type", options.get("type", "default"))
     nested = [key for key, value in options.items() if isinstance(value, Mapping)]
@@ -266,7 +268,7 @@ def _rope(hf_config: Mapping[str, Any], max_positions: int) -> RopeSpec:
 
 
 def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
-    """What multiplies cos and sin: as stated, or from ``factor`` (arXiv 2309.00071, equation 22)."""
+    """Factor on cos and sin: the stated one, or computed from ``factor`` (arXiv 2309.00071, equation 22)."""
     if options.get("attention_factor") is not None:
         return _number(options, "attention_factor")
 

@@ -12,7 +12,7 @@ The digest of a checkpoint is SHA-256 over its tensors in name order (by UTF-8 b
 ``data``              the elements, row-major, little-endian; its length follows from dtype and shape
 ====================  =====================================================================
 
-so that it depends neither on how tensors are spread over files nor on metadata.
+so that the digest depends neither on the division into files nor on metadata.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies. ``start`` and ``end`` are byte offsets in ``file``."""
+    """Location of one tensor: bytes ``start`` to ``end`` of ``file``."""
 
     name: str
     dtype: str
@@ -45,10 +45,10 @@ class StoredTensor:
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
-    """Every tensor of the safetensors checkpoint in ``folder``, in name order. Reads headers only.
+    """Lists the tensors of the safetensors checkpoint in ``folder``, in name order. Reads headers only.
 
     Raises:
-        InvalidPair: a file is missing, malformed or not as long as its header says.
+        InvalidPair: a file is missing or malformed, or its size differs from what its header says.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _checkpoint_files(folder):
@@ -60,10 +60,13 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def checkpoint_digest(folder: Path, report: Report = silent) -> str:
-    """Lower-case hex digest of the checkpoint in ``folder``; reports bytes.
+    """Computes the digest of the checkpoint in ``folder``, as lower-case hex.
+
+    Args:
+        report: called with a description, the bytes done and the bytes in total.
 
     Raises:
-        InvalidPair: as ``list_tensors``.
+        InvalidPair: a file is missing, malformed or damaged.
     """
     tensors = list_tensors(folder)
     total, done = sum(t.end - t.start for t in tensors), 0
@@ -87,10 +90,10 @@ def checkpoint_digest(folder: Path, report: Report = silent) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Lower-case hex SHA-256 of the bytes of ``folder``'s tokenizer.json.
+    """Computes the SHA-256 of ``folder``'s tokenizer.json, as lower-case hex.
 
     Raises:
-        InvalidPair: there is no such file.
+        InvalidPair: the file is missing.
     """
     try:
         return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
@@ -138,5 +141,5 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 
 def count_parameters(folder: Path) -> int:
-    """Elements of all tensors stored in ``folder``."""
+    """Number of elements of all tensors of the checkpoint in ``folder``."""
     return sum(math.prod(t.shape) for t in list_tensors(folder))

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint, compared with what its config implies before they are read."""
+"""Finds a checkpoint's safetensors files and checks their tensors against its config before any is read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ _FLOATS = ("F32", "BF16", "F16")
 
 
 def checked_files(folder: Path, config: ModelConfig, expected: Mapping[str, torch.Size]) -> list[Path]:
-    """The files of the checkpoint in ``folder``, whose tensors have the ``expected`` names and shapes.
+    """Lists the files of the checkpoint in ``folder`` after checking their tensors' names, shapes and dtypes.
+
+    Args:
+        expected: shape of each tensor, by name.
 
     Raises:
-        InvalidPair: a file or tensor is missing, damaged, surplus, or has another shape; it is named.
-        UnsupportedModel: a tensor is quantised or of another type that is not a float.
+        InvalidPair: a file or tensor is missing, damaged, surplus, or has another shape; the message names it.
+        UnsupportedModel: a tensor's dtype is not a supported float.
     """
     files = _tensor_files(folder)
     seen: set[str] = set()
@@ -36,7 +39,7 @@ def checked_files(folder: Path, config: ModelConfig, expected: Mapping[str, torc
                 if _is_buffer(name):
                     continue
                 if name in seen:
-                    raise InvalidPair(f"{folder}: tensor {name} is there twice")
+                    raise InvalidPair(f"{folder}: two files hold tensor {name}")
                 seen.add(name)
                 tied_head = name == HEAD and config.tie_embeddings
                 shape = expected.get(EMBEDDING if tied_head else name)
@@ -72,7 +75,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def check_tied_head(files: list[Path], embedding: Tensor) -> None:
-    """Some writers store a tied head as well; then it must be what the config says it is."""
+    """Raises InvalidPair if a file also stores the tied head and it differs from the embedding."""
     for path in files:
         with open_tensors(path) as file:
             if HEAD in file.keys():  # noqa: SIM118
@@ -82,7 +85,7 @@ def check_tied_head(files: list[Path], embedding: Tensor) -> None:
 
 
 def open_tensors(path: Path) -> Any:
-    """A handle to the tensors in ``path``; raises InvalidPair."""
+    """Opens a safetensors file; raises InvalidPair if it cannot be read."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -90,5 +93,5 @@ def open_tensors(path: Path) -> Any:
 
 
 def _is_buffer(name: str) -> bool:
-    """Old checkpoints carry RoPE's frequencies, which follow from the config."""
+    """True for RoPE's frequencies, which old checkpoints store although they follow from the config."""
     return name.endswith("rotary_emb.inv_freq")

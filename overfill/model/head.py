@@ -1,8 +1,8 @@
-"""An output head that is whole for common tokens and a product of low rank for the rest.
+"""An output head with full rows for common tokens and rows of low rank for rare tokens.
 
-Half of a vocabulary is seldom written, yet a step reads all of the head: a fifth of a small model. Rows of rare tokens
-are stored as what they are, rows of an ordinary head, but have rank ``tail_rank``; the engine finds the factors again
-and reads those. Plain transformers sees nothing of it: the logits are the same.
+A step reads the whole head, which is a fifth of a small model, although half of a vocabulary is rarely sampled. The
+rows of rare tokens (the *tail*) therefore have rank ``tail_rank``. The checkpoint stores them as ordinary rows, so
+that plain transformers computes the same logits. The engine recovers their factors and reads those instead.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ from overfill.model.quantize import Matrix, linear
 
 M_co = TypeVar("M_co", bound=Matrix, default=Tensor, covariant=True)
 
-_RESIDUE = 1e-2  # share of the tail's norm that rounding to bfloat16 stays far below
+_MAX_RESIDUE = 1e-2  # share of the tail's norm; rounding to bfloat16 stays far below it
 
 
 @dataclass(frozen=True, slots=True)
-class Tail(Generic[M_co]):
-    """The head's rows of rare tokens: ``left @ right``.
+class LowRankRows(Generic[M_co]):
+    """The head's rows of rare tokens, ``left @ right``.
 
     Attributes:
         left: [vocab - head_tokens, tail_rank].
         right: [tail_rank, hidden].
-        places: [vocab] int64, of every token among the rows of the head and then of ``left``.
+        row_index: [vocab] int64, each token's row in the full rows followed by the rows of ``left``.
     """
 
     left: M_co
     right: M_co
-    places: Tensor
+    row_index: Tensor
 
     @property
     def nbytes(self) -> int:
         return self.left.nbytes + self.right.nbytes
 
 
-def head_order(vocab_size: int, mask: bytes) -> Tensor:
-    """[vocab] int64: the tokens whose rows are whole, by id, and then the others; ``mask`` as in ``ModelConfig``."""
+def tokens_in_row_order(vocab_size: int, mask: bytes) -> Tensor:
+    """The tokens of full rows, by id, followed by the tokens of the tail, by id. [vocab] int64
+
+    Args:
+        mask: ``ModelConfig.head_mask``.
+    """
     if not mask:
         return torch.arange(vocab_size)
     octets = torch.tensor(list(mask), dtype=torch.uint8)
@@ -51,34 +55,40 @@ def head_order(vocab_size: int, mask: bytes) -> Tensor:
     return torch.cat([whole.nonzero().squeeze(1), (~whole).nonzero().squeeze(1)])
 
 
-def mask_of(tokens: Tensor, vocab_size: int) -> bytes:
-    """``ModelConfig.head_mask`` of these tokens."""
+def head_mask_of(tokens: Tensor, vocab_size: int) -> bytes:
+    """Encodes ``tokens``, those of full rows, as ``ModelConfig.head_mask``."""
     bits = torch.zeros((vocab_size + 7) // 8 * 8, dtype=torch.uint8)
     bits[tokens] = 1
     return bytes((bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8).tolist())
 
 
-def factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``left`` and ``right``, float32, whose product is ``rows``, [n, hidden] of at most that rank, up to rounding.
+def low_rank_factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factorises ``rows`` into ``left @ right``, exact up to rounding.
+
+    Args:
+        rows: [n, hidden], of rank ``rank`` or less.
+
+    Returns:
+        left, [n, rank], and right, [rank, hidden], both float32.
 
     Raises:
-        InvalidPair: the rows have a higher rank, as after training that did not know of it.
+        InvalidPair: the rows have a higher rank, for instance after training that did not preserve it.
     """
     wide = rows.double()
-    _, directions = torch.linalg.eigh(wide.T @ wide)  # by growing eigenvalue
+    _, directions = torch.linalg.eigh(wide.T @ wide)  # in ascending order of eigenvalues
     right = directions[:, -rank:].T
     left = wide @ right.T
-    if float((wide - left @ right).norm()) > _RESIDUE * float(wide.norm()):
-        raise InvalidPair(f"the head's rows of rare tokens are not of rank {rank}, as {HEAD_KEY} in config.json says")
+    if float((wide - left @ right).norm()) > _MAX_RESIDUE * float(wide.norm()):
+        raise InvalidPair(f"the head's rows of rare tokens exceed rank {rank}, which {HEAD_KEY} in config.json states")
     return left.float(), right.float()
 
 
 def lower_rank(rows: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """The matrix of rank ``rank`` nearest to ``rows`` in what it makes of inputs of such a covariance.
+    """The matrix of rank ``rank`` whose products with the inputs are nearest to those of ``rows``.
 
     Args:
         rows: [n, hidden].
-        covariance: [hidden, hidden], of the inputs: E[x x'].
+        covariance: [hidden, hidden], E[x x'] of the inputs x.
 
     Returns:
         [n, hidden] float32.
@@ -92,9 +102,9 @@ def lower_rank(rows: Tensor, covariance: Tensor, rank: int) -> Tensor:
     return lowered.float()
 
 
-def logits_of(x: Tensor, head: Matrix, tail: Tail[Matrix] | None) -> Tensor:
-    """[tokens, hidden] -> [tokens, vocab], in ``x``'s dtype."""
+def logits_of(x: Tensor, head: Matrix, tail: LowRankRows[Matrix] | None) -> Tensor:
+    """Multiplies hidden states with the head. [tokens, hidden] -> [tokens, vocab], in ``x``'s dtype."""
     common = linear(x, head)
     if tail is None:
         return common
-    return torch.cat([common, linear(linear(x, tail.right), tail.left)], dim=1).index_select(1, tail.places)
+    return torch.cat([common, linear(linear(x, tail.right), tail.left)], dim=1).index_select(1, tail.row_index)

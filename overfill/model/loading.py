@@ -1,7 +1,7 @@
-"""Reads a model's weights from safetensors into the few fused matrices that the forward pass uses.
+"""Reads a model's weights from safetensors into the fused matrices that the forward pass uses.
 
-Every matrix is allocated once and filled tensor by tensor from the mapped file, so that no second copy of the
-model exists; int8 matrices are quantised on the way. Knows Hugging Face's tensor names; knows nothing about how the
+Every matrix is allocated once and filled tensor by tensor from the mapped file, so that no second copy of the model
+exists. Int8 matrices are quantised tensor by tensor. This module knows Hugging Face's tensor names, but not how the
 weights are used.
 """
 
@@ -18,26 +18,26 @@ from typing_extensions import TypeVar
 
 from overfill.model.config import ModelConfig
 from overfill.model.files import EMBEDDING, HEAD, check_tied_head, checked_files, open_tensors
-from overfill.model.head import Tail, factors, head_order
+from overfill.model.head import LowRankRows, low_rank_factors, tokens_in_row_order
 from overfill.model.quantize import Int8Matrix, Matrix
 
 M_co = TypeVar("M_co", bound=Matrix, default=Tensor, covariant=True)
-"""What the matrices of weights are: plain tensors, unless said otherwise."""
+"""Type of the matrices: plain tensors by default."""
 
 M = TypeVar("M", bound=Matrix)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights(Generic[M_co]):
-    """One decoder layer. Matrices are [out, in]; biases and qk norms are None where the model has none.
+    """Weights of one transformer layer. Matrices are [out, in]; a bias or norm is None if the model has none.
 
     Attributes:
         input_norm, post_norm: [hidden].
-        qkv: [(num_heads + 2 * num_kv_heads) * head_dim, hidden], rows of q, then k, then v.
+        qkv: [(num_heads + 2 * num_kv_heads) * head_dim, hidden], the rows of q, then k, then v.
         qkv_bias: [(num_heads + 2 * num_kv_heads) * head_dim].
         q_norm, k_norm: [head_dim].
         o: [hidden, num_heads * head_dim]; o_bias: [hidden].
-        gate_up: [2 * intermediate, hidden], rows of gate, then up; gate_up_bias: [2 * intermediate].
+        gate_up: [2 * intermediate, hidden], the rows of gate, then up; gate_up_bias: [2 * intermediate].
         down: [hidden, intermediate]; down_bias: [hidden].
     """
 
@@ -57,25 +57,25 @@ class LayerWeights(Generic[M_co]):
 
 @dataclass(frozen=True, slots=True)
 class Weights(Generic[M_co]):
-    """All weights of a model, on one device and of one dtype, matrices that are quantised aside.
+    """All weights of a model, on one device and in one dtype; matrices may be quantised.
 
     Attributes:
-        embedding: [vocab, hidden]; never quantised, since only single rows of it are read.
-        norm: [hidden], before the head.
-        head: [vocab, hidden], or [head_tokens, hidden] beside a ``tail``; the very tensor ``embedding`` when the two
-            are tied and nothing is quantised.
-        tail: the head's other rows, where they are of low rank.
+        embedding: [vocab, hidden]; never quantised, because a step reads only single rows of it.
+        norm: [hidden], the norm before the head.
+        head: [vocab, hidden], or [head_tokens, hidden] with a ``tail``. It is the same object as ``embedding`` when
+            the two are tied and nothing is quantised.
+        tail: the head's rows of low rank. None means that all rows are full.
     """
 
     embedding: Tensor
     layers: tuple[LayerWeights[M_co], ...]
     norm: Tensor
     head: M_co
-    tail: Tail[M_co] | None = None
+    tail: LowRankRows[M_co] | None = None
 
     @property
     def bytes_read(self) -> int:
-        """What a decode step reads of the weights: everything but the embedding, of which it reads a row a token."""
+        """Bytes of weights that a decode step reads: all but the embedding, of which it reads one row per token."""
         parts = [getattr(layer, field) for layer in self.layers for field in LayerWeights.__slots__]
         return sum(part.nbytes for part in (*parts, self.norm, self.head, self.tail) if part is not None)
 
@@ -90,12 +90,12 @@ def load_weights(
     """Loads ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists.
 
     Args:
-        dtype: of the result; the files may hold float32, bfloat16 or float16.
-        progress: called with (bytes done, bytes in total), counted as they are held, after every tensor.
+        dtype: dtype of the result; the files may hold float32, bfloat16 or float16.
+        progress: called after every tensor with (bytes done, bytes in total), in the dtype of the result.
 
     Raises:
-        InvalidPair: a file or tensor is missing, damaged, not the model's, or has another shape; it is named.
-        UnsupportedModel: a tensor is quantised or of another type that is not a float.
+        InvalidPair: a file or tensor is missing, damaged, surplus, or has another shape; the message names it.
+        UnsupportedModel: a tensor's dtype is not a supported float.
     """
     files = checked_files(folder, config, _expected_shapes(config))
     weights = _dense(config, dtype, device)
@@ -110,9 +110,10 @@ def load_int8_weights(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights[Int8Matrix]:
-    """As ``load_weights``, with every matrix but the embedding quantised, from the values that the files hold.
+    """Loads weights and quantises every matrix except the embedding, from the files' values.
 
-    A tied head is quantised by itself; the embedding stays as it is.
+    A tied head becomes a quantised copy; the embedding stays as it is. Arguments and errors are those of
+    ``load_weights``.
     """
     files = checked_files(folder, config, _expected_shapes(config))
 
@@ -132,7 +133,7 @@ def load_int8_weights(
 
 
 def state_dict(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
-    """``weights`` under the names of Hugging Face checkpoints, as views; a tied head has no name of its own."""
+    """Maps Hugging Face tensor names to views of ``weights``; a tied head has no entry."""
     return {name: parts[0] for name, parts in _destinations(config, weights).items() if isinstance(parts[0], Tensor)}
 
 
@@ -146,7 +147,7 @@ def _dense(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Wei
         return torch.empty(rows, columns, dtype=dtype, device=device)
 
     embedding = matrix(config.vocab_size, config.hidden_size)
-    if config.tail_rank:  # whole and exact, until its factors are found
+    if config.tail_rank:  # all rows, in float32, until `_with_tail` factorises them
         head = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.float32, device=device)
     else:
         head = embedding if config.tie_embeddings else matrix(config.vocab_size, config.hidden_size)
@@ -154,17 +155,22 @@ def _dense(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Wei
 
 
 def _with_tail(weights: Weights[M], head: Tensor, config: ModelConfig, made: Callable[[Tensor], M]) -> Weights[M]:
-    """``weights`` with ``head`` [vocab, hidden] float32 in two parts, if it is one of two; ``made`` makes matrices."""
+    """Splits ``head`` into full rows and a tail, if the config says so.
+
+    Args:
+        head: [vocab, hidden] float32.
+        made: makes a matrix of the result from float32 rows.
+    """
     if not config.tail_rank:
         return weights
-    order = head_order(config.vocab_size, config.head_mask).to(head.device)
+    order = tokens_in_row_order(config.vocab_size, config.head_mask).to(head.device)
     whole, rest = order.split([config.head_tokens, config.vocab_size - config.head_tokens])
-    left, right = factors(head[rest], config.tail_rank)
-    return replace(weights, head=made(head[whole]), tail=Tail(made(left), made(right), order.argsort()))
+    left, right = low_rank_factors(head[rest], config.tail_rank)
+    return replace(weights, head=made(head[whole]), tail=LowRankRows(made(left), made(right), order.argsort()))
 
 
 def _allocate(config: ModelConfig, embedding: Tensor, head: M, matrix: Callable[[int, int], M]) -> Weights[M]:
-    """Room for all layers, of matrices that ``matrix`` makes and vectors like ``embedding``."""
+    """Allocates all layers; ``matrix`` makes the matrices, and vectors have ``embedding``'s dtype and device."""
 
     def empty(size: int) -> Tensor:
         return embedding.new_empty(size)
@@ -201,7 +207,7 @@ def _fill(
     progress: Callable[[int, int], None] | None,
     head: Tensor | None = None,
 ) -> None:
-    """``head`` takes the head's rows in place of ``weights.head``."""
+    """Copies the files' tensors into ``weights``; ``head``, if given, receives the head's rows instead."""
     destinations = _destinations(config, weights)
     if head is not None:
         destinations[HEAD] = [head]
@@ -223,7 +229,7 @@ def _fill(
 
 
 def _destinations(config: ModelConfig, weights: Weights[Matrix]) -> dict[str, list[Matrix]]:
-    """Where each tensor of the checkpoint goes: Hugging Face name -> views into ``weights``."""
+    """Destinations of each tensor of the checkpoint: Hugging Face name -> views into ``weights``."""
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     found: dict[str, list[Matrix | None]] = {EMBEDDING: [weights.embedding], "model.norm.weight": [weights.norm]}
     if weights.head is not weights.embedding:

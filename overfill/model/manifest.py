@@ -1,4 +1,4 @@
-"""``pair.json``: what a pair folder holds, checked against the two checkpoints. Loads no weights.
+"""Reads and writes ``pair.json``, the manifest of a pair folder, and checks the checkpoints. Loads no weights.
 
 ::
 
@@ -11,10 +11,11 @@
       "eval": {...}
     }
 
-``layer_map[i]`` is the full-model layer whose KV decoder layer i reads. ``recipe`` says how the decoder was
-made and ``eval`` how good it is; nothing depends on them but for ``recipe["quantize"]``: ``"int8"`` makes the
-decoder's matrices int8 when it is loaded, absent and ``"none"`` leave them. Digests are those of
-``overfill.model.digest``: of the checkpoints, which are never quantised.
+- ``layer_map[i]`` is the full-model layer whose KV decoder layer i reads.
+- ``recipe`` says how the decoder was made, and ``eval`` how good it is. Both are informative, except for
+  ``recipe["quantize"]``: with ``"int8"`` the decoder's matrices are quantised when it is loaded. ``"none"``, or no
+  entry, leaves them as they are.
+- The digests are those of ``overfill.model.digest``, of the checkpoints, which are never quantised.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class Pair:
     """A full model and the decoder that answers on its KV cache.
 
     Attributes:
-        folder: absolute, links not followed.
-        full_path, decoder_path: folders of the checkpoints, absolute; the same where the decoder is the full model.
+        folder: absolute path; links are not resolved.
+        full_path, decoder_path: absolute paths of the checkpoints; equal if the decoder is the full model.
         full_digest, decoder_digest, tokenizer_digest: lower-case hex SHA-256.
         full_config, decoder_config: geometry of both halves.
-        layer_map: full-model layer whose KV each decoder layer reads.
-        recipe, eval: how the decoder was made and how good it is; informative, but for ``quantize``.
+        layer_map: index of the full-model layer whose KV each decoder layer reads.
+        recipe, eval: how the decoder was made, and how good it is; informative, except for ``quantize``.
     """
 
     folder: Path
@@ -65,20 +66,20 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
+        """The folder's name."""
         return self.folder.name
 
     @property
     def identity(self) -> bool:
-        """Whether the decoder computes what the full model does: the same checkpoint, not quantised."""
+        """True if the decoder computes what the full model does: the same checkpoint, not quantised."""
         return self.decoder_digest == self.full_digest and self.quantize == "none"
 
     @property
     def quantize(self) -> Quantization:
-        """What the decoder's matrices are turned into when it is loaded; the full model's stay as they are.
+        """Format of the decoder's matrices after loading; the full model is never quantised.
 
         Raises:
-            InvalidPair: the recipe names something else.
+            InvalidPair: the recipe names an unknown format.
         """
         found = self.recipe.get("quantize", "none")
         for known in get_args(Quantization):
@@ -91,13 +92,14 @@ class Pair:
 
     @classmethod
     def load(cls, folder: Path, check_digests: bool = False, report: Report = silent) -> Pair:
-        """Reads and checks a pair: files present and as long as they should be, both halves fit.
+        """Reads a pair and checks that its files are complete and that its halves fit each other.
 
         Args:
-            check_digests: also read every byte of both checkpoints (about a second per gigabyte) and compare.
+            check_digests: True also reads both checkpoints (about a second per gigabyte) and compares their digests.
+            report: called with a description, the bytes read and the bytes in total.
 
         Raises:
-            InvalidPair: the message names the file or the field, what it is and what it should be.
+            InvalidPair: the message names the file or field, its value and the expected one.
             UnsupportedModel: the engine does not run one of the halves.
         """
         folder = Path(os.path.abspath(folder))
@@ -144,15 +146,17 @@ def write_manifest(
     eval: Mapping[str, Any] | None = None,
     report: Report = silent,
 ) -> Pair:
-    """Writes ``folder/pair.json`` for the two checkpoints already in ``folder``, and loads it.
+    """Writes ``pair.json`` for the two checkpoints in ``folder``, and loads the pair.
 
     Args:
-        full, decoder: paths relative to ``folder``; equal for an identity pair.
-        full_digest: the full model's, where it is known already; None reads the checkpoint.
-        layer_map: one full-model layer per decoder layer; None maps each layer to itself.
+        full, decoder: paths of the checkpoints, relative to ``folder``; equal for an identity pair.
+        full_digest: digest of the full model. None computes it from the checkpoint.
+        layer_map: one full-model layer per decoder layer. None maps each layer to itself.
+        recipe, eval: entries of the manifest.
+        report: called with a description, the bytes read and the bytes in total.
 
     Raises:
-        InvalidPair: as ``Pair.load``.
+        InvalidPair: a checkpoint is damaged, or the halves do not fit each other.
     """
     full_config = ModelConfig.load(folder / full)
     full_digest = full_digest or checkpoint_digest(folder / full, report)
@@ -212,13 +216,13 @@ class _Section:
         return _Section(self._file, f"{self._prefix}{name}.", self.get(name, dict))
 
     def checkpoint(self, folder: Path) -> Path:
-        """The checkpoint folder named by ``path``, with all its files there and whole."""
+        """The checkpoint folder that ``path`` names, after checking that its files are complete."""
         relative = PurePosixPath(self.get("path", str))
         if relative.is_absolute() or ".." in relative.parts:
             raise self.error("path", f"must be inside the pair's folder, got {str(relative)!r}")
         path = folder / relative
         if not path.is_dir():
-            raise self.error("path", f"names {path}, which is not there")
+            raise self.error("path", f"names {path}, which does not exist")
         list_tensors(path)
         return path
 
@@ -234,7 +238,7 @@ class _Section:
 
 def _check_halves(pair: Pair, manifest: _Section) -> None:
     full, decoder, layer_map = pair.full_config, pair.decoder_config, pair.layer_map
-    _ = pair.quantize  # raises for what cannot be loaded
+    _ = pair.quantize  # raises InvalidPair for an unknown format
     for name in ("num_kv_heads", "head_dim", "rope", "vocab_size"):
         if (a := getattr(full, name)) != (b := getattr(decoder, name)):
             raise InvalidPair(f"{pair.decoder_path}: {name} is {b}, but the full model has {a}; they must be equal")

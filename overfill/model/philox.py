@@ -1,7 +1,7 @@
 """Philox4x32-10, a counter-based random generator, vectorised in numpy.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The number for a counter never depends
-on what was drawn before.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter's number never depends on earlier
+draws.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HALF = np.uint64(32)
 
 
 def philox4x32(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Ten rounds of Philox. counters: [N, 4]; keys: [N, 2]; returns [N, 4] random words."""
+    """Runs ten rounds of Philox. counters: [N, 4]; keys: [N, 2]; returns [N, 4] random words."""
     c0, c1, c2, c3 = counters.T
     k0, k1 = keys.T
     for _ in range(_ROUNDS):
@@ -30,7 +30,7 @@ def philox4x32(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArra
 
 
 def uniform(seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) per row, with 53 random bits.
+    """Draws one number in [0, 1) per row, with 53 random bits.
 
     The key is the 64-bit seed (low word first), the counter ``(position, sample_index, 0, 0)``.
 
@@ -47,6 +47,6 @@ def uniform(seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequ
 
 
 def _multiply(multiplier: np.uint64, word: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """High and low word of the 64-bit product."""
+    """Returns the high and the low word of the 64-bit product."""
     product = multiplier * word.astype(np.uint64)
     return (product >> _HALF).astype(np.uint32), product.astype(np.uint32)

@@ -1,8 +1,8 @@
-"""What changes logits before a token is chosen: penalties, bias, grammar, min_tokens. Costs nothing where unused.
+"""Changes logits before sampling: penalties, bias, grammar and min_tokens. Rows that use none of them cost nothing.
 
-Each row is changed by its own parameters and tokens only, element by element, so that what ``sample`` promises still
-holds: a choice does not depend on the other rows. State is caught up from the tokens whenever a row is due; a
-sequence that moves, or is replayed, needs nothing but its tokens.
+A row's logits change by its own parameters and tokens only, element by element. So ``sample`` keeps its promise that a
+token does not depend on the other rows. A processor derives its state from the answer's tokens, so that a migrated or
+replayed sequence needs nothing else.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _WORD_BITS = 32
 
 
 class LogitProcessor:
-    """One sequence's penalties, bias, place in its grammar and least length. Made with ``new_processor``.
+    """Changes one sequence's logits. Make it with ``new_processor``.
 
     Args:
-        matcher: at the start of the answer; None without a grammar.
-        end_ids: tokens that end the answer, and may not before it has ``min_tokens``.
+        matcher: state of the grammar at the start of the answer. None means no grammar.
+        end_ids: tokens that end the answer; forbidden until the answer has ``min_tokens`` tokens.
     """
 
     def __init__(
@@ -38,68 +38,71 @@ class LogitProcessor:
         self._seen = 0
         self._biased = np.fromiter(params.logit_bias, np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
-        # Every token that a penalty touches has a place in the arrays below.
-        self._places: dict[int, int] = {}
+        # Index of each penalised token in the two arrays below.
+        self._index: dict[int, int] = {}
         self._ids = np.empty(64, np.int64)
         self._counts = np.zeros(64, np.float32)
         if params.repetition_penalty != 1:
             for token in prompt:
-                self._place(token)
+                self._index_of(token)
 
     def catch_up(self, emitted: Sequence[int]) -> None:
-        """Takes the tokens of the answer that are new. Raises GrammarFailed."""
+        """Updates the state with the answer's new tokens. Raises GrammarFailed."""
         new = emitted[self._seen :]
         self._seen = len(emitted)
         if self.params.penalised:
             for token in new:
-                place = self._place(token)  # first: it may replace the array
-                self._counts[place] += 1
+                index = self._index_of(token)  # before the addition, because it may replace the array
+                self._counts[index] += 1
         if self.matcher is not None:
             self.matcher.accept(new)
 
     def needed(self, num_emitted: int) -> bool:
-        """Whether it changes the logits of the token after ``num_emitted`` others."""
+        """True if the processor changes the logits of the token after ``num_emitted`` others."""
         params = self.params
         lasting = params.penalised or bool(params.logit_bias) or self.matcher is not None
         return lasting or self._too_short(num_emitted)
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the answer may not end yet."""
+    def end_forbidden(self) -> bool:
+        """True while the answer is too short to end."""
         return self._too_short(self._seen)
 
     @property
     def penalised(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Tokens that a penalty touches, and how often each is in the answer (0: in the prompt only)."""
-        return self._ids[: len(self._places)], self._counts[: len(self._places)]
+        """Penalised token ids, and how often each is in the answer (0 means in the prompt only)."""
+        return self._ids[: len(self._index)], self._counts[: len(self._index)]
 
     @property
     def biased(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Token ids, and what is added to their logits."""
+        """Biased token ids, and the bias of each."""
         return self._biased, self._bias
 
     def _too_short(self, num_emitted: int) -> bool:
         return num_emitted < self.params.min_tokens and len(self.end_ids) > 0
 
-    def _place(self, token: int) -> int:
-        place = self._places.setdefault(token, len(self._places))
-        if place == len(self._ids):
+    def _index_of(self, token: int) -> int:
+        index = self._index.setdefault(token, len(self._index))
+        if index == len(self._ids):
             self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._ids[place] = token
-        return place
+        self._ids[index] = token
+        return index
 
 
 def new_processor(
     params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None, eos_ids: Sequence[int]
 ) -> LogitProcessor | None:
-    """What ``params`` ask for; None when they leave logits as they are. Compiling a grammar takes milliseconds.
+    """Makes the processor that ``params`` need; None if they leave logits as they are.
+
+    Compiling a grammar takes milliseconds, the first one a second.
 
     Args:
-        eos_ids: the model's own end-of-sequence ids.
+        grammars: compiler of grammars; not None if ``params`` have a grammar.
+        eos_ids: the model's end-of-sequence ids.
 
     Raises:
-        InvalidRequest: the grammar cannot be obeyed here.
+        InvalidRequest: the grammar is not supported for this model.
     """
     end_ids = params.end_ids(eos_ids) if params.min_tokens else frozenset()
     if params.grammar is None and not params.penalised and not params.logit_bias and not end_ids:
@@ -114,7 +117,7 @@ def new_processor(
 async def prepare_processor(
     params: SamplingParams, prompt: Sequence[int], grammars: Grammars | None, eos_ids: Sequence[int]
 ) -> LogitProcessor | None:
-    """``new_processor`` for an event loop: a grammar, whose first one takes a second, is compiled in a thread."""
+    """Makes the processor as ``new_processor`` does, but compiles a grammar in a thread, off the event loop."""
     if params.grammar is None:
         return new_processor(params, prompt, grammars, eos_ids)
     return await asyncio.to_thread(new_processor, params, prompt, grammars, eos_ids)
@@ -124,15 +127,15 @@ async def prepare_processor(
 def process(
     logits: Tensor, processors: Sequence[LogitProcessor | None], emitted: Sequence[Sequence[int]]
 ) -> dict[int, Exception]:
-    """Changes ``logits`` in place.
+    """Applies the processors to ``logits``, in place.
 
     Args:
         logits: [N, vocab] float32.
-        processors: one per row; None leaves the row alone.
-        emitted: one per row; the answer so far.
+        processors: one per row. None leaves the row as it is.
+        emitted: the answer so far, per row.
 
     Returns:
-        Row -> error, of rows that cannot go on; their logits mean nothing.
+        Row -> error for rows that failed; their logits are meaningless.
     """
     failed: dict[int, Exception] = {}
     if not any(processors):
@@ -150,7 +153,7 @@ def process(
     _penalise(logits, [(row, p) for row, p in rows if p.params.penalised])
     _add_bias(logits, [(row, p) for row, p in rows if p.params.logit_bias])
     _mask(logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
-    _go_on(logits, [(row, p) for row, p in rows if p.matcher is None and p.goes_on])
+    _forbid_end(logits, [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden])
     return failed
 
 
@@ -163,14 +166,15 @@ def _penalise(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> Non
     counts = _tensor(np.concatenate([counts for _, counts in parts]), logits)
     index = _tensor(np.repeat(np.array([row for row, _ in rows]), sizes), logits)
 
-    def spread(values: Sequence[float]) -> Tensor:
+    def repeat_for_tokens(values: Sequence[float]) -> Tensor:
+        """Repeats each row's value once per penalised token."""
         return _tensor(np.repeat(np.array(values, np.float32), sizes), logits)
 
     values = logits[index, ids]  # [penalised tokens of all rows]
-    repetition = spread([p.params.repetition_penalty for _, p in rows])
+    repetition = repeat_for_tokens([p.params.repetition_penalty for _, p in rows])
     values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= counts * spread([p.params.frequency_penalty for _, p in rows])
-    values -= (counts > 0) * spread([p.params.presence_penalty for _, p in rows])
+    values -= counts * repeat_for_tokens([p.params.frequency_penalty for _, p in rows])
+    values -= (counts > 0) * repeat_for_tokens([p.params.presence_penalty for _, p in rows])
     logits[index, ids] = values
 
 
@@ -181,7 +185,7 @@ def _add_bias(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> Non
     ids = _tensor(np.concatenate([ids for ids, _ in parts]), logits)
     bias = _tensor(np.concatenate([bias for _, bias in parts]), logits)
     index = _tensor(np.repeat(np.array([row for row, _ in rows]), [len(ids) for ids, _ in parts]), logits)
-    logits[index, ids] += bias  # no token twice in a row
+    logits[index, ids] += bias  # correct because no row has a token twice
 
 
 def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: dict[int, Exception]) -> None:
@@ -196,13 +200,13 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
         except Exception as error:
             failed[row] = error
             words[line] = -1
-    # Unpacked here, in one go: numpy is several times faster at it than torch, and a byte per token is little to move.
+    # Numpy unpacks bits several times faster than torch does; a byte per token is cheap to move to the device.
     allowed = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
     for line, (_, processor) in enumerate(rows):
-        if processor.goes_on:
+        if processor.end_forbidden:
             without_end = allowed[line].copy()
             without_end[processor.end_ids] = 0
-            if without_end.any():  # else the grammar allows nothing but the end
+            if without_end.any():  # otherwise the grammar allows only the end
                 allowed[line] = without_end
     forbidden = _tensor(allowed == 0, logits)  # [rows, vocab]
     if len(rows) == len(logits):
@@ -212,8 +216,8 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
     logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
-def _go_on(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
-    """Rules out what would end answers that are too short. Rows without a grammar only."""
+def _forbid_end(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+    """Forbids the end of answers that are too short, for rows without a grammar; ``_mask`` does so for the others."""
     if not rows:
         return
     ids = _tensor(np.concatenate([p.end_ids for _, p in rows]), logits)

@@ -1,9 +1,9 @@
-"""Weight-only int8: matrices of one byte per element, and products with them.
+"""Weight-only int8 quantisation: matrices of one byte per element, and products with them.
 
-Symmetric, with one scale per row (output channel): row ``i`` of an ``Int8Matrix`` stands for
-``values[i] * scales[i]``, where ``scales[i]`` is the row's largest magnitude over 127, so that no element is off by
-more than half a scale. Activations keep their dtype. A product turns a piece of the matrix at a time into that dtype:
-a piece that stays in the processor's cache costs less than reading the whole matrix in float32 would.
+Quantisation is symmetric, with one scale per row (output channel): row ``i`` of an ``Int8Matrix`` represents
+``values[i] * scales[i]``. ``scales[i]`` is the row's largest magnitude divided by 127, so that the error is at most
+half a scale. Activations keep their dtype. A product converts one piece of the matrix at a time to that dtype. The
+piece stays in the processor's cache, which costs less than reading the whole matrix in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn import functional
 
 _CPU_PIECE = 1 << 19  # elements; a piece stays in the cache
 _DEVICE_PIECE = 1 << 26  # elements; few launches, and bounded memory
-_KERNEL_ROWS = 16  # beyond, a product is bound by arithmetic, and torch's int8 kernel has no faster one
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # that of rows of zeros
+_MAX_KERNEL_ROWS = 16  # with more rows, arithmetic is the bound, and torch's int8 kernel is not faster
+_MIN_SCALE = torch.finfo(torch.float32).tiny  # the scale of rows of zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Int8Matrix:
 
     @classmethod
     def empty(cls, rows: int, columns: int, device: torch.device) -> Int8Matrix:
-        """Room for a matrix, to be filled with ``copy_``."""
+        """Allocates a matrix, which the caller fills with ``copy_``."""
         return cls(
             torch.empty(rows, columns, dtype=torch.int8, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
@@ -42,7 +42,7 @@ class Int8Matrix:
 
     @classmethod
     def of(cls, matrix: Tensor) -> Int8Matrix:
-        """``matrix``, [out, in] of any float type, quantised on its device."""
+        """Quantises ``matrix``, [out, in] of any float type, on its device."""
         rows, columns = matrix.shape
         quantised = cls.empty(rows, columns, matrix.device)
         quantised.copy_(matrix)
@@ -57,22 +57,22 @@ class Int8Matrix:
         return self.values.nbytes + self.scales.nbytes
 
     def copy_(self, matrix: Tensor) -> None:
-        """Takes over ``matrix``, [out, in] of any float type, quantised; whole float32 copies of it are not made."""
+        """Quantises ``matrix``, [out, in] of any float type, into this one, piece by piece to save memory."""
         count = _rows_at_once(self.values)
         for values, scales, rows in zip(
             self.values.split(count), self.scales.split(count), matrix.split(count), strict=True
         ):
             wide = rows.to(values.device).float()
-            scales.copy_((wide.abs().amax(dim=1) / 127).clamp_min(_SMALLEST_SCALE))
+            scales.copy_((wide.abs().amax(dim=1) / 127).clamp_min(_MIN_SCALE))
             values.copy_((wide / scales.unsqueeze(1)).round())
 
     def split(self, rows: list[int]) -> tuple[Int8Matrix, ...]:
-        """Views of so many rows each."""
+        """Splits the matrix into views of ``rows[i]`` rows each."""
         parts = zip(torch.split(self.values, rows), torch.split(self.scales, rows), strict=True)
         return tuple(Int8Matrix(values, scales) for values, scales in parts)
 
     def dequantised(self) -> Tensor:
-        """What it stands for. [out, in] float32."""
+        """The matrix that this one represents. [out, in] float32."""
         return self.values * self.scales.unsqueeze(1)
 
 
@@ -80,12 +80,12 @@ Matrix = Tensor | Int8Matrix
 
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for both kinds of matrices.
+    """Computes ``x @ weight.T + bias`` for both kinds of matrices.
 
     Args:
         x: [tokens, in].
-        weight: [out, in]; unless quantised, of ``x``'s dtype.
-        bias: [out], of ``x``'s dtype.
+        weight: [out, in], quantised or in ``x``'s dtype.
+        bias: [out] in ``x``'s dtype.
 
     Returns:
         [tokens, out] in ``x``'s dtype.
@@ -97,23 +97,23 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, values: Tensor) -> Tensor:
-    """``x @ values.T``, without scales, in ``x``'s dtype or a wider one. [tokens, out]"""
+    """Computes ``x @ values.T``, without scales, in ``x``'s dtype or a wider one. [tokens, out]"""
     if _torch_has_a_kernel(x, values):
         return torch._weight_int8pack_mm(x.contiguous(), values, x.new_ones(len(values)))
-    if x.dtype == torch.float16:  # which sums of whole numbers up to 127 times an activation overflow
+    if x.dtype == torch.float16:  # sums of integers up to 127 times activations would overflow it
         x = x.float()
     pieces = [functional.linear(x, piece.to(x.dtype)) for piece in values.split(_rows_at_once(values))]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _torch_has_a_kernel(x: Tensor, values: Tensor) -> bool:
-    """Whether torch multiplies int8 directly, right and fast.
+    """True if torch's int8 kernel is correct and fast for these operands.
 
-    Only for bfloat16 on a CPU: the float32 kernel and the CUDA one are several times slower than the product here. The
-    kernel reads whole vectors: rows of another length make it crash.
+    It is for few bfloat16 rows on a CPU. The float32 and CUDA kernels are several times slower than converting pieces.
+    The kernel reads whole vectors and crashes on rows whose length is not a multiple of 32.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return on_cpu and len(x) <= _KERNEL_ROWS and values.shape[1] % 32 == 0
+    return on_cpu and len(x) <= _MAX_KERNEL_ROWS and values.shape[1] % 32 == 0
 
 
 def _rows_at_once(values: Tensor) -> int:

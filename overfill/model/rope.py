@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) and the scalings that checkpoints use.
 
-Everything is computed in float32, as in Hugging Face: equal specs rotate keys equally in every process.
+All angles are computed in float32, as in Hugging Face, so that equal specs rotate keys equally in every process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from overfill.kv.spec import RopeSpec
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
     """Radians per position of each rotated pair, with the spec's scaling. [head_dim / 2] float32.
 
-    Sources: linear, position interpolation (arXiv 2306.15595); llama3, the Llama 3.1 reference code; yarn,
-    "NTK-by-parts" (arXiv 2309.00071, section 3.2).
+    Sources of the scalings:
+
+    - linear: position interpolation (arXiv 2306.15595)
+    - llama3: the Llama 3.1 reference code
+    - yarn: "NTK-by-parts" (arXiv 2309.00071, section 3.2)
     """
     frequencies = 1.0 / spec.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if spec.type == "linear":
@@ -45,10 +48,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [T, heads, D], queries or keys.
-        cos, sin: [T, D/2] float32, the rows of ``rope_tables`` at the tokens' positions.
+        cos, sin: [T, D/2] float32, rows of ``rope_tables`` at the tokens' positions.
 
     Returns:
-        [T, heads, D] in ``x``'s dtype; the products are in float32.
+        [T, heads, D] in ``x``'s dtype, computed in float32.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [T, 1, D/2]
     first, second = x.chunk(2, dim=-1)
@@ -56,7 +59,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, spec: RopeSpec) -> Tensor:
-    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
+    """Stretches long wavelengths by ``factor``, keeps short ones and interpolates between the two."""
     turns = spec.original_max_positions * frequencies / (2 * math.pi)  # in the original context
     smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     smooth = smooth.clamp(0, 1)
@@ -64,7 +67,7 @@ def _llama3(frequencies: Tensor, spec: RopeSpec) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, spec: RopeSpec, head_dim: int) -> Tensor:
-    """Pairs that turn often are kept, pairs that turn rarely are stretched, with a ramp between the two."""
+    """Keeps pairs that turn often, stretches pairs that turn rarely, and interpolates between the two."""
 
     def pair_that_turns(times: float) -> float:
         wavelength = spec.original_max_positions / (times * 2 * math.pi)

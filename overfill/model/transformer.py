@@ -1,12 +1,12 @@
 """The forward pass of a Llama-family model over a paged KV cache.
 
-Tokens in, logits out. Knows neither requests nor sampling; whoever builds the batch decides what runs.
+Tokens in, logits out. This module knows neither requests nor sampling; the caller builds the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -26,8 +26,29 @@ from overfill.model.rope import apply_rope, rope_tables
 LayerHook = Callable[[int], None]
 
 
+def _ignore(layer: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHooks:
+    """Functions that a forward pass calls with each layer's index. A function that raises aborts the step.
+
+    Attributes:
+        layer_start: called before a layer.
+        kv_written: called before a layer's attention, once the new keys and values are in the cache (on CUDA: once
+            their writes are queued on the current stream).
+    """
+
+    layer_start: LayerHook = _ignore
+    kv_written: LayerHook = _ignore
+
+
+NO_HOOKS = LayerHooks()
+
+
 class Model(Protocol):
-    """What can run steps: ``Transformer``, which is the reference, and what is faster than it somewhere."""
+    """A model that runs steps: ``Transformer``, which is the reference, or a faster implementation."""
 
     config: ModelConfig
     max_positions: int
@@ -40,43 +61,31 @@ class Model(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """Of weights, by a step of one token."""
+        """Bytes of weights that a step of one token reads."""
 
     @property
     def quantize(self) -> Quantization:
-        """How the matrices are held."""
+        """Format of the matrices."""
 
-    def forward(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor: ...
+    def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor: ...
 
 
 @runtime_checkable
 class GreedyModel(Protocol):
-    """A model that can name the most likely tokens without writing all logits down."""
+    """A model that returns the most likely tokens without storing all logits."""
 
-    def most_likely(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
-        """As ``forward``, but [N] int64: the most likely token of each row, -1 where the logits are not finite."""
+    def most_likely(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
+        """Runs ``forward`` and returns the most likely token of each row, -1 for rows that are not finite. [N] int64"""
 
 
 class Transformer:
-    """One model, ready to run.
+    """A loaded model in torch, the reference implementation.
 
     Args:
-        max_positions: positions the RoPE tables cover; tokens beyond cannot be computed.
+        max_positions: number of positions that the RoPE tables cover; the model cannot compute later ones.
 
     Raises:
-        ValueError: ``max_positions`` is beyond what the checkpoint's config allows.
+        ValueError: ``max_positions`` exceeds the checkpoint's config.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights[Matrix], max_positions: int) -> None:
@@ -97,10 +106,13 @@ class Transformer:
         progress: Callable[[int, int], None] | None = None,
         quantize: Quantization = "none",
     ) -> Transformer:
-        """Loads a Hugging Face checkpoint folder. ``max_positions``: the config's unless given.
+        """Loads a Hugging Face checkpoint folder. Raises the errors of ``ModelConfig.load`` and ``load_weights``.
 
-        ``quantize`` makes the matrices int8; ``dtype`` is what everything else is, and what is computed in.
-        ``progress`` and the errors raised are those of ``ModelConfig.load`` and ``load_weights``.
+        Args:
+            dtype: dtype of activations, and of weights that are not quantised.
+            max_positions: number of positions that the model can compute. None means the config's.
+            progress: called with (bytes done, bytes in total) after every tensor.
+            quantize: format of the matrices.
         """
         config = ModelConfig.load(folder)
         load = load_int8_weights if quantize == "int8" else load_weights
@@ -109,11 +121,11 @@ class Transformer:
 
     @property
     def rope(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every position, as ``rope_tables`` gives them."""
+        """Cosine and sine of every position, as ``rope_tables`` returns them."""
         return self._cos, self._sin
 
     def release_layers(self) -> list[LayerWeights[Matrix]]:
-        """Gives the layers away, to be freed one by one; the model cannot run any more."""
+        """Hands the layers to the caller, which can free them one by one. The model cannot run any more."""
         layers = list(self.weights.layers)
         self.weights = replace(self.weights, layers=())
         return layers
@@ -134,27 +146,18 @@ class Transformer:
     def device(self) -> torch.device:
         return self.weights.embedding.device
 
-    def forward(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
-        """Writes the new tokens' keys and values into ``cache`` and computes the logits that are asked for.
+    def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
+        """Writes the new tokens' keys and values into ``cache`` and computes the requested logits.
 
         Args:
-            cache: layer ``i`` of the model uses layer ``i`` of the cache; same dtype and device as the model.
-            on_layer_start: called with ``i`` before layer ``i``.
-            on_kv_written: called with ``i`` before layer ``i``'s attention, once its keys and values are in
-                the cache (on CUDA: once their writes are queued on the current stream). A hook that raises
-                aborts the step.
+            cache: KV cache with the model's dtype and device; layer ``i`` of the model uses its layer ``i``.
+            hooks: functions that the pass calls at each layer.
 
         Returns:
-            Logits, [N, vocab] float32, for the N rows of ``batch.logits_indices``.
+            Logits of the N tokens in ``batch.logits_indices``, [N, vocab] float32.
 
         Raises:
-            ValueError: the cache has another shape or dtype than the model's.
+            ValueError: the cache's shape or dtype differs from the model's.
         """
         check_cache(cache, self.config, self.dtype)
         with torch.inference_mode():
@@ -163,14 +166,12 @@ class Transformer:
             attend = plan_attention(batch, cache)
             last = len(self.weights.layers) - 1
             for index, layer in enumerate(self.weights.layers):
-                if on_layer_start is not None:
-                    on_layer_start(index)
+                hooks.layer_start(index)
                 q, k, v = self._project(layer, self._norm(hidden, layer.input_norm), cos, sin)
                 cache.put(index, batch.slots, k, v)
-                if on_kv_written is not None:
-                    on_kv_written(index)
+                hooks.kv_written(index)
                 attended = attend(q, k, v, index)
-                if index == last:  # behind its keys and values only the rows matter whose logits are asked for
+                if index == last:  # from here on only the rows of requested logits matter
                     attended, hidden = attended[batch.logits_indices], hidden[batch.logits_indices]
                 hidden = hidden + linear(attended, layer.o, layer.o_bias)
                 hidden = hidden + _mlp(layer, self._norm(hidden, layer.post_norm))
@@ -182,7 +183,7 @@ class Transformer:
     def _project(
         self, layer: LayerWeights[Matrix], x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [T, hidden] -> q [T, heads, D] and k [T, kv_heads, D], rotated, and v [T, kv_heads, D]."""
+        """Projects x, [T, hidden], to rotated q [T, heads, D] and k [T, kv_heads, D], and v [T, kv_heads, D]."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
@@ -193,14 +194,14 @@ class Transformer:
         return qk[:, :heads], qk[:, heads:], v
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension, in float32, cast before the weight as in Hugging Face."""
+        """RMSNorm over the last dimension, in float32; casts before it multiplies the weight, as Hugging Face does."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return (wide * scale).to(x.dtype) * weight
 
 
 def check_cache(cache: KvCache, config: ModelConfig, dtype: torch.dtype) -> None:
-    """Raises ValueError unless ``cache`` has the shape and dtype of such a model's."""
+    """Raises ValueError if ``cache`` does not have the shape and dtype of the model's KV."""
     spec = cache.spec
     ours = (config.num_layers, config.num_kv_heads, config.head_dim, dtype)
     theirs = (spec.num_layers, spec.num_kv_heads, spec.head_dim, TORCH_DTYPES[spec.dtype])

@@ -62,7 +62,6 @@ class LLM:
         kv_memory: bytes of each half's KV cache; None shares what the device leaves (on a CPU at most 1 GiB each).
         memory_fraction: share of the free memory that is taken when ``kv_memory`` is None.
         token_budget: most prompt tokens in one prefill step.
-        cuda_graphs: record decode steps and replay them, on a CUDA device.
         prefix_cache: keep prompts for later calls; False computes every prompt anew. An interrupted call forgets them.
 
     Example:
@@ -83,7 +82,6 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         token_budget: int = 2048,
-        cuda_graphs: bool = False,
         prefix_cache: bool = True,
     ) -> None:
         if threads is not None:
@@ -107,7 +105,7 @@ class LLM:
         with on_device(where):
             # Both halves first: what they leave is shared.
             halves = [load("full"), load("decoder")]
-            self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction, cuda_graphs)
+            self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction)
         self.max_model_len = min(self._full.max_model_len, self._decoder.max_model_len)
         self.tokenizer = Tokenizer.load(loaded.full_path)
         self._device = where

@@ -20,7 +20,9 @@ from transformers.utils import logging
 
 from overfill.errors import InvalidPair
 from overfill.model.config import HEAD_KEY
-from overfill.model.head import factors, head_order  # which factors are rounded is a choice that has to be the same
+
+# The factors that are rounded must be the ones that the engine rounds.
+from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.pair.hf_config import loadable_config
 
 
@@ -63,8 +65,8 @@ def round_to_int8(model: PreTrainedModel) -> None:
     if parts is None:
         model.lm_head.weight = _rounded(head)
         return
-    rest = head_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
-    left, right = factors(head[rest], parts["tail_rank"])
+    rest = tokens_in_row_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
+    left, right = low_rank_factors(head[rest], parts["tail_rank"])
     rounded = _rounded(head)
     rounded[rest] = _rounded(left) @ _rounded(right)
     model.lm_head.weight = rounded

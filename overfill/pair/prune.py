@@ -19,7 +19,7 @@ from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.model.head import lower_rank, mask_of
+from overfill.model.head import head_mask_of, lower_rank
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.checkpoint import save_tensors
 from overfill.pair.packed import LayerMath, Packed, run_full_layer
@@ -232,7 +232,7 @@ class HeadPlan:
     def as_config(self) -> dict[str, Any]:
         """What ``config.json`` says of it, under ``HEAD_KEY``."""
         whole, _ = self._split()
-        mask = b64encode(mask_of(whole, len(self.shares))).decode()
+        mask = b64encode(head_mask_of(whole, len(self.shares))).decode()
         return {"tokens": self.tokens, "tail_rank": self.tail_rank, "whole": mask}
 
     def _split(self) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from overfill.engine.build import native_dtype, resolve_device
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.pair.alone import alone
 from overfill.pair.conversations import Conversation
+from overfill.pair.identity_pair import identity_pair
 from overfill.pair.llm import LLM, Completion
 from overfill.request.params import SamplingParams
 from overfill.telemetry.progress import Report, silent
@@ -51,7 +51,7 @@ def write_conversations(
         InvalidPair: the checkpoint writes almost nothing usable.
         InvalidRequest: it has no chat template.
     """
-    with alone(full, report=report) as folder:
+    with identity_pair(full, report=report) as folder:
         dtype = native_dtype(resolve_device("auto"))
         longest = 2 * ((question.max_tokens or 0) + (answer.max_tokens or 0))  # the template's own tokens come on top
         kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH

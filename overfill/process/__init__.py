@@ -1,1 +1,1 @@
-"""The process and its machine: cache folder, installed extras, compiled libraries, memory, start and exit."""
+"""The process and its machine: cache folder, installed extras, compiled libraries, start and exit."""

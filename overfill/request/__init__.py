@@ -1,1 +1,1 @@
-"""What a request may ask for and how the wire names it: parameters, grammars, enumerations."""
+"""Parameters and grammars that a request may carry, and the names of the wire's enumerations."""

@@ -1,6 +1,6 @@
-"""Answers that follow a grammar: which tokens may come next. Wraps llguidance; no torch, no sampling.
+"""Grammars for answers: computes which tokens may come next. Wraps llguidance; no torch, no sampling.
 
-A matcher holds no more than what the tokens so far say, so that it can be built again from them on any worker.
+A matcher's state follows from the tokens so far, so that any worker can rebuild it from them.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from overfill.request.params import Grammar
 
 try:
     import llguidance
-except ImportError:  # a worker without it serves everything else
+except ImportError:  # a worker without llguidance still serves answers without grammars
     llguidance = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 _MASK_WORD_BITS = 32
 
-# Without this a model may write white space for ever, and JSON looks different in every answer.
+# Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarFailed(InvalidRequest):
-    """A grammar cannot be obeyed any further; it is too complex for the tokens so far."""
+    """llguidance cannot continue a grammar after the tokens so far, because it became too complex."""
 
 
 class Grammars:
     """Compiles grammars for one vocabulary. Safe to share between threads.
 
-    The tokenizer is read on first use, which takes a second or so; ``warm`` does it ahead of time.
+    Reads the tokenizer on first use, which takes about a second; call ``warm`` to read it earlier.
 
     Args:
-        tokenizer_json: path of the checkpoint's tokenizer.json.
-        vocab_size: rows of the model's output head.
-        eos_token_ids: what ends an answer; allowed wherever the grammar allows the end.
+        tokenizer_json: Path of the checkpoint's tokenizer.json.
+        vocab_size: Number of rows of the model's output head.
+        eos_token_ids: Token ids that end an answer; allowed wherever the grammar allows the end.
     """
 
     def __init__(self, tokenizer_json: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -59,12 +59,14 @@ class Grammars:
         return -(-self._vocab_size // _MASK_WORD_BITS)
 
     def warm(self) -> None:
-        """Reads the tokenizer. Raises InvalidRequest when llguidance is not installed."""
+        """Read the tokenizer. Raises InvalidRequest if llguidance is not installed or the model has no end token."""
         check_available()
         with self._lock:
             if self._tokenizer is None:
                 if not self._eos_token_ids:
-                    raise InvalidRequest("sampling.grammar", "needs a model with an end-of-sequence token")
+                    raise InvalidRequest(
+                        "sampling.grammar", "needs a model with an end-of-sequence token; this model has none"
+                    )
                 self._tokenizer = llguidance.LLTokenizer(
                     self._path.read_text(encoding="utf-8"), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
                 )
@@ -73,7 +75,7 @@ class Grammars:
         """A matcher at the start of an answer.
 
         Raises:
-            InvalidRequest: the grammar is wrong, too complex or uses what is not supported; or there is no llguidance.
+            InvalidRequest: the grammar is wrong, too complex or not supported; or llguidance is not installed.
         """
         self.warm()
         matcher = llguidance.LLMatcher(self._tokenizer, _compiled(grammar), log_level=0)
@@ -83,37 +85,40 @@ class Grammars:
 
 
 class Matcher:
-    """One answer's place in its grammar. Not for two threads at once."""
+    """State of one answer in its grammar. Only one thread at a time may use it."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def accept(self, tokens: Iterable[int]) -> None:
-        """Goes on behind ``tokens``, which the mask allowed. Raises GrammarFailed."""
+        """Advance past ``tokens``, which the mask allowed. Raises GrammarFailed."""
         for token in tokens:
             if not self._matcher.consume_token(token):
                 raise GrammarFailed("sampling.grammar", _in_one_line(self._matcher.get_error()))
 
     def fill(self, row: NDArray[np.int32]) -> None:
-        """Writes which tokens may come next: bit ``i % 32`` of word ``i // 32`` is token i. Raises GrammarFailed."""
+        """Write the mask of allowed next tokens into ``row``. Raises GrammarFailed.
+
+        Bit ``i % 32`` of word ``i // 32`` stands for token i.
+        """
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._matcher.is_error():
             raise GrammarFailed("sampling.grammar", _in_one_line(self._matcher.get_error()))
 
 
 def check_available() -> None:
-    """Raises InvalidRequest when llguidance is not installed here."""
+    """Raise InvalidRequest if llguidance is not installed in this process."""
     if llguidance is None:
         raise InvalidRequest(
             "sampling.grammar",
-            "this process cannot constrain answers: llguidance is not installed; pip install llguidance",
+            "this server has no llguidance, which grammars need; run pip install llguidance there",
         )
 
 
 def check_grammar(grammar: Grammar) -> None:
-    """Raises InvalidRequest when ``grammar`` is wrong or unsupported; without llguidance, leaves that to the workers.
+    """Raise InvalidRequest if ``grammar`` is wrong or unsupported. Without llguidance, leave the check to the workers.
 
-    May take a second for very complex grammars; the interpreter's lock is free meanwhile.
+    The check may take a second for very complex grammars; it runs without the interpreter's lock.
     """
     if llguidance is None:
         return
@@ -125,12 +130,12 @@ def check_grammar(grammar: Grammar) -> None:
 
 
 def compact(schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema`` with JSON written in one way only, as Python's ``json.dumps`` does."""
+    """``schema`` with an option that fixes the white space of JSON to that of Python's ``json.dumps``."""
     return schema if "x-guidance" in schema else {"x-guidance": _COMPACT, **schema}
 
 
 def _compiled(grammar: Grammar) -> str:
-    """``grammar`` in llguidance's own form."""
+    """``grammar`` in llguidance's format."""
     match grammar.kind:
         case "json_object":
             return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(compact({"type": "object"})))
@@ -143,7 +148,7 @@ def _compiled(grammar: Grammar) -> str:
 
 
 def _in_one_line(message: str) -> str:
-    """The first line, and the line that says what is wrong when the first one announces it."""
+    """The first line of llguidance's ``message``. If it ends with a colon, the line with the error follows it."""
     lines = [line.strip() for line in message.strip().splitlines()] or ["the grammar is not supported"]
     reason = next((line for line in lines[1:] if line.startswith("error:")), "") if lines[0].endswith(":") else ""
     return f"{lines[0]} {reason}".strip()[:500]

@@ -1,4 +1,4 @@
-"""How what the wire enumerates is called everywhere else: in answers, flags, metrics. No torch."""
+"""Names of the wire's enum values, for answers, flags and metrics. No torch."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ CODECS: dict[CodecName, common_pb2.KvCodec] = {
     "fp8": common_pb2.KV_CODEC_FP8,
 }
 CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
-"""``get`` gives None for a codec that is unspecified, or newer than this."""
+"""Use ``get``: it returns None for an unspecified codec or one that this version does not know."""

@@ -22,15 +22,16 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a whole answer must look like.
+    """The form of a whole answer.
 
     Args:
         kind: "json_object" (any JSON object; ``text`` is empty), "json_schema" (``text`` is a schema as JSON text),
             "regex" or "lark" (llguidance's dialect).
+        text: The schema, regular expression or Lark grammar.
 
     Raises:
-        InvalidRequest: ``text`` is missing or, of a schema, not JSON. Whether the grammar can be obeyed is checked
-            where it is compiled (``overfill.request.grammar``).
+        InvalidRequest: ``text`` is missing, or is a schema that is not JSON. ``overfill.request.grammar`` checks the
+            rest when it compiles the grammar.
     """
 
     kind: GrammarKind
@@ -38,15 +39,15 @@ class Grammar:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GrammarKind):
-            raise _invalid("grammar", f"is of kind {self.kind!r}; there are {', '.join(get_args(GrammarKind))}")
+            raise _invalid("grammar", f"is of kind {self.kind!r}; known are {', '.join(get_args(GrammarKind))}")
         if (self.kind == "json_object") != (not self.text):
-            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "takes no text")
+            raise _invalid(f"grammar.{self.kind}", "is empty" if not self.text else "has a text; leave it out")
         if self.kind == "json_schema":
             _check_schema("grammar.json_schema", self.text)
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """Answers are JSON texts that ``schema`` accepts."""
+        """A grammar of the JSON texts that ``schema`` accepts."""
         return cls("json_schema", json.dumps(schema))
 
     def to_proto(self) -> common_pb2.Grammar:
@@ -63,41 +64,44 @@ class Grammar:
             raise _invalid("grammar", "is empty: give json_object, json_schema, regex or lark")
         if kind == "json_object":
             if not message.json_object:
-                raise _invalid("grammar.json_object", "must be true; leave grammar out for free answers")
+                raise _invalid(
+                    "grammar.json_object", "is false; give true, or leave grammar out for answers without one"
+                )
             return cls("json_object")
         return cls(kind, getattr(message, kind))
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Checked on construction.
+    """Rules for choosing the next token, checked on construction.
 
     Filters apply in this order: temperature, top-k, top-p, min-p (as in Hugging Face *generate*).
 
     Args:
-        temperature: divides the logits; 0 means greedy.
-        top_k: keep the k most likely tokens; None keeps all.
-        top_p: keep the smallest set of most likely tokens with at least this mass, in (0, 1].
-        min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
-        seed: 64-bit key of the counter-based generator; None lets the router draw one.
-        max_tokens: most tokens in the answer, the first one included; None means what the context leaves.
-        min_tokens: until the answer has so many tokens, those that would end it cannot be sampled, and stop strings are
-            not looked for. A grammar that allows nothing but the end still ends the answer.
-        stop_token_ids: end the answer, besides the model's end-of-sequence ids; not part of the text.
-        ignore_eos: run on past the model's own end-of-sequence ids.
-        logprobs: None, or how many most likely tokens to report beside the chosen one (0 to 20).
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens that are in the prompt or
-            in the answer so far (as in Hugging Face *generate*); in [0.01, 100], 1 does nothing.
-        presence_penalty: subtracted from the logit of every token that is in the answer so far, in [-2, 2].
-        frequency_penalty: subtracted once for each time that the token is in the answer so far, in [-2, 2].
-        logit_bias: token id to what is added to its logit, in [-100, 100].
-        grammar: what the whole answer must look like.
-        stop: not taken. The calls of ``Client`` and ``AsyncClient`` take stop strings.
+        temperature: Divisor of the logits; 0 means greedy.
+        top_k: Number of most likely tokens to keep; None keeps all.
+        top_p: Probability mass, in (0, 1], of the smallest set of most likely tokens to keep.
+        min_p: Share of the most likely token's probability, in [0, 1], below which a token is dropped.
+        seed: 64-bit key of the counter-based generator; None means that the router draws one.
+        max_tokens: Maximum number of tokens in the answer, the first one included; None means all that the context
+            allows.
+        min_tokens: Minimum number of tokens in the answer. Until then, tokens that would end it cannot be sampled, and
+            stop strings do not count. A grammar that allows only the end still ends the answer.
+        stop_token_ids: Token ids that end the answer, besides the model's end-of-sequence ids; not part of the text.
+        ignore_eos: Whether the answer continues past the model's own end-of-sequence ids.
+        logprobs: Number of most likely tokens to report beside the chosen one, 0 to 20; None reports nothing.
+        repetition_penalty: Divisor of positive logits and factor of negative logits, for tokens in the prompt or the
+            answer so far (as in Hugging Face *generate*). In [0.01, 100]; 1 has no effect.
+        presence_penalty: Value subtracted from the logit of every token in the answer so far, in [-2, 2].
+        frequency_penalty: Value subtracted from a token's logit once per occurrence in the answer so far, in [-2, 2].
+        logit_bias: Token id to the value added to its logit, in [-100, 100].
+        grammar: Form of the whole answer; None means free text.
+        stop: Not allowed here. The methods of ``Client`` and ``AsyncClient`` take stop strings.
 
     Penalties, bias and grammar change the logits before temperature and filters, in the order above.
 
     Raises:
-        InvalidRequest: a value is out of range or contradicts another; ``field`` names it.
+        InvalidRequest: a value is out of range or conflicts with another; ``field`` names it.
     """
 
     temperature: float = 1.0
@@ -142,14 +146,14 @@ class SamplingParams:
         if self.min_tokens < 0:
             raise _invalid("min_tokens", f"must be at least 0, got {self.min_tokens}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _invalid("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}")
+            raise _invalid("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}; lower it")
         if any(t < 0 for t in self.stop_token_ids):
-            raise _invalid("stop_token_ids", "token ids are not negative")
+            raise _invalid("stop_token_ids", f"holds {min(self.stop_token_ids)}; token ids are 0 or more")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise _invalid("logprobs", f"must be in 0..{MAX_LOGPROBS}, got {self.logprobs}")
         if self.greedy and (self.top_k not in (None, 1) or self.top_p != 1 or self.min_p != 0):
-            raise _invalid("temperature", "0 (greedy) contradicts top_k, top_p and min_p; leave those out")
-        # Beyond these no use is known, and float32 logits are soon infinite.
+            raise _invalid("temperature", "0 (greedy) conflicts with top_k, top_p and min_p; leave those out")
+        # Larger penalties have no known use, and soon make float32 logits infinite.
         if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
             allowed = f"[{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]"
             raise _invalid("repetition_penalty", f"must be in {allowed}, got {self.repetition_penalty}")
@@ -163,24 +167,26 @@ class SamplingParams:
             if not abs(bias) <= MAX_LOGIT_BIAS:
                 raise _invalid("logit_bias", f"must be in [-100, 100], got {bias} for token {token}")
         if self.grammar is not None and self.ignore_eos:
-            raise _invalid("grammar", "contradicts ignore_eos: an answer ends where the grammar does")
+            raise _invalid(
+                "grammar", "conflicts with ignore_eos: an answer ends where its grammar ends; leave one of them out"
+            )
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether every token is the most likely one."""
         return self.temperature == 0
 
     @property
     def penalised(self) -> bool:
-        """Whether logits depend on the tokens before."""
+        """Whether a penalty makes the logits depend on earlier tokens."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def end_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
-        """Token ids that end an answer; ``eos_ids`` are the model's own."""
+        """Token ids that end an answer; ``eos_ids`` are the model's end-of-sequence ids."""
         return frozenset(self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_ids))
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises InvalidRequest when a stop or biased token id is outside the vocabulary."""
+        """Raise InvalidRequest if a stop token id or a biased token id is outside the vocabulary."""
         check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
         check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
 
@@ -205,8 +211,8 @@ class SamplingParams:
 
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
-        """Absent fields take the defaults above; a present zero is a zero."""
-        given = {field.name: value for field, value in message.ListFields()}  # those present, zeros included
+        """The parameters in ``message``. Absent fields get the defaults above; a present zero stays zero."""
+        given = {field.name: value for field, value in message.ListFields()}  # present fields, zeros included
         given |= {"stop_token_ids": tuple(message.stop_token_ids), "logit_bias": dict(message.logit_bias)}
         if message.HasField("grammar"):
             given["grammar"] = Grammar.from_proto(message.grammar)
@@ -214,7 +220,7 @@ class SamplingParams:
 
 
 def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
-    """Raises InvalidRequest naming ``field`` and the first id outside ``[0, vocab_size)``."""
+    """Raise InvalidRequest that names ``field`` and the first id outside ``[0, vocab_size)``."""
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise InvalidRequest(field, f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")

@@ -1,6 +1,7 @@
-"""Which new requests are taken at all: bounded queues, deadlines, limits of API keys. Plain bookkeeping, no clock.
+"""Admission of new requests: bounded queues, deadlines and the quotas of API keys. Plain bookkeeping, no clock.
 
-A refusal comes at once and says when to try again; both rest on how fast the queue was seen to drain.
+The router refuses a request at once and says when to try again. It estimates waits from the rate at which requests
+have left the queue.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ from dataclasses import dataclass
 
 from overfill.errors import InvalidRequest, Overloaded
 
-MOST_RETRY_AFTER = 60.0
-"""Seconds that a client is told to wait at most."""
+MAX_RETRY_AFTER = 60.0
+"""Upper limit of the retry delay that a client is given, in seconds."""
 
-_MEMORY = 10.0  # seconds with a queue after which what was seen counts for 1/e
-_ENOUGH = 4.0  # departures before a rate is believed
-_UNKNOWN = 1.0  # seconds to wait when nothing is known
+_MEMORY = 10.0  # seconds with a queue after which an observation counts for 1/e
+_ENOUGH = 4.0  # departures needed before the rate is used
+_UNKNOWN = 1.0  # retry delay in seconds when no wait can be estimated
 
 
-class DrainRate:
-    """How many requests per second leave the queue while there is one; idle time says nothing about it."""
+class QueueDepartureRate:
+    """Estimates how many requests per second leave the queue. Time with an empty queue is not counted."""
 
     def __init__(self) -> None:
         self._left = 0.0
         self._seconds = 0.0
-        self._since: float | None = None  # when the queue was last looked at, if there was one
+        self._since: float | None = None  # time of the last observation; None if the queue was empty
         self._stood = 0.0  # seconds with a queue since the last departure
-        self._gaps = 0.0  # sum of squares of such times
+        self._gaps = 0.0  # sum of the squares of ``_stood`` at each departure
 
-    def look(self, now: float, queue: int) -> None:
-        """There are ``queue`` requests in the queue now. To be called whenever that may have changed."""
+    def observe(self, now: float, queue: int) -> None:
+        """Records that ``queue`` requests wait now. Call it whenever that may have changed."""
         if self._since is not None and now > self._since:
             passed = now - self._since
             fade = math.exp(-passed / _MEMORY)
@@ -41,13 +42,13 @@ class DrainRate:
         self._since = now if queue else None
 
     def departed(self) -> None:
-        """A request that had to wait has got its place."""
+        """Records that a request which had to wait has been placed on a worker."""
         self._left += 1
         self._gaps += self._stood * self._stood
         self._stood = 0.0
 
-    def wait(self, ahead: int) -> float | None:
-        """Seconds until a request with so many ahead of it has a place; None while that is not known."""
+    def expected_wait(self, ahead: int) -> float | None:
+        """Returns the seconds until a request behind ``ahead`` others is placed; None while that is unknown."""
         if not ahead:
             return 0.0
         if self._seconds <= 0 or (self._left < _ENOUGH and self._seconds < _MEMORY / 2):
@@ -55,71 +56,79 @@ class DrainRate:
         return math.inf if self._left < 1e-9 else ahead * self._seconds / self._left
 
     @property
-    def clump(self) -> float:
-        """Seconds between departures, as one who comes at any moment finds them: long where several leave together."""
+    def expected_gap(self) -> float:
+        """Expected length of the gap between departures in which a request arrives, in seconds.
+
+        It is length-biased: requests that leave in bursts make it longer than the mean gap.
+        """
         return self._gaps / self._seconds if self._seconds > 0 else 0.0
 
 
 class Admission:
-    """Decides about new requests.
+    """Admits or refuses new requests.
 
     Args:
-        max_queue: most requests of one priority that wait for a decode worker.
-        max_wait: seconds of waiting, as far as can be told, beyond which a request is not taken; None: any.
+        max_queue: maximum number of waiting requests of one priority.
+        max_wait: longest expected wait in seconds with which a request is admitted. None means no limit.
 
     Attributes:
-        drain: how fast the queue drains.
+        departure_rate: rate at which requests leave the queue for decode workers.
     """
 
     def __init__(self, max_queue: int, max_wait: float | None = None) -> None:
         self._max_queue = max_queue
         self._max_wait = max_wait
         self._first_tokens: deque[float] = deque(maxlen=64)
-        self.drain = DrainRate()
+        self.departure_rate = QueueDepartureRate()
 
     def first_token(self, seconds: float) -> None:
-        """A request had its first token so long after it got its place."""
+        """Records the seconds between a request's placement and its first token."""
         self._first_tokens.append(seconds)
 
-    def check(self, waiting: int, ahead: int, now: float, deadline: float | None, *, begun: bool = False) -> None:
-        """Refuses a new request, or not.
+    def check(
+        self, waiting: int, ahead: int, now: float, deadline: float | None, *, client_resumes: bool = False
+    ) -> None:
+        """Raises unless a new request can be admitted.
 
-        An answer that a lost router had begun is not to end because this one's queue is slow, nor because it is full of
-        new requests: it is refused only once the queue is twice as long.
+        A client that resumes an answer after losing its router is refused only when the queue is twice as long as
+        ``max_queue``. A slow queue does not refuse it.
 
         Args:
-            waiting: requests of its priority that wait.
+            waiting: waiting requests of its priority.
             ahead: requests that would go before it.
-            now, deadline: on one clock, seconds.
-            begun: its client has part of the answer, or says so.
+            now, deadline: seconds on the same clock.
+            client_resumes: True if the client says that it has part of the answer already.
 
         Raises:
-            Overloaded: the queue is full, or too slow for it.
+            Overloaded: the queue is full, or too slow for this request.
         """
-        wait = self.drain.wait(ahead)
-        if waiting >= self._max_queue * (2 if begun else 1):
+        wait = self.departure_rate.expected_wait(ahead)
+        max_queue = self._max_queue * (2 if client_resumes else 1)
+        if waiting >= max_queue:
             half = None if wait is None else wait / 2
             raise Overloaded(
-                f"{waiting} requests are waiting, which is the most of one priority that this router queues",
+                f"{waiting} requests are waiting; this router queues at most {max_queue} of this priority",
                 _retry_after(half),
                 "queue_full",
             )
-        if begun or not wait:
+        if client_resumes or not wait:
             return
-        # The quickest of late is what no request beats; without a queue nothing is refused, so it cannot stick.
-        least = wait + min(self._first_tokens, default=0.0)
-        if deadline is not None and now + least > deadline:
+        # Lower bound on the time to first token: the shortest recent one. Only requests behind a queue are held to it,
+        # so a bound that is too high cannot lock clients out.
+        ttft_bound = wait + min(self._first_tokens, default=0.0)
+        if deadline is not None and now + ttft_bound > deadline:
             raise Overloaded(
-                f"{ahead} requests go first, which takes about {_seconds(wait)}; the deadline is in "
+                f"{ahead} requests go first; the expected wait is {_duration(wait)}, the deadline in "
                 f"{max(0.0, deadline - now):.3g} s",
-                _retry_after(now + least - deadline),
+                _retry_after(now + ttft_bound - deadline),
                 "deadline",
             )
-        # What is taken is to keep it, so where requests leave in clumps the whole wait for the next one counts.
-        if self._max_wait is not None and wait + self.drain.clump > self._max_wait:
-            longest = wait + self.drain.clump
+        # An admitted request must stay within max_wait. Requests may leave the queue in bursts, so add the whole
+        # expected gap until the next departure.
+        if self._max_wait is not None and wait + self.departure_rate.expected_gap > self._max_wait:
+            longest = wait + self.departure_rate.expected_gap
             raise Overloaded(
-                f"{ahead} requests go first, which takes up to {_seconds(longest)}; the most here is "
+                f"{ahead} requests go first; the expected wait is up to {_duration(longest)}, the limit "
                 f"{self._max_wait:g} s",
                 _retry_after(longest - self._max_wait),
                 "max_wait",
@@ -127,13 +136,13 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of one API key; None is no limit.
+class KeyQuota:
+    """Limits of one API key. None means no limit.
 
     Attributes:
-        name: how errors name the key.
-        rate: requests per second; as many, and one at least, may come at once after a pause.
-        concurrency: requests at once.
+        name: name of the key in error messages.
+        rate: requests per second. After a pause, a burst of as many requests, and at least one, is admitted.
+        concurrency: maximum number of running requests.
     """
 
     name: str
@@ -144,63 +153,65 @@ class Limits:
 @dataclass(slots=True)
 class _Usage:
     running: int = 0
-    tokens: float = 0.0  # requests that may come at once
+    tokens: float = 0.0  # requests that may start now
     at: float | None = None
 
 
-class KeyLimits:
-    """Holds keys to their limits, on this router."""
+class KeyLimiter:
+    """Holds the API keys to their quotas on this router."""
 
     def __init__(self) -> None:
         self._usage: dict[str, _Usage] = {}
 
-    def check(self, key: str, limits: Limits, now: float, count: int = 1) -> None:
-        """Whether ``count`` requests of ``key`` may begin together now. ``key`` is no name: see ``ApiKey.id``.
+    def check(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
+        """Raises unless ``count`` requests of ``key`` may start together now. ``key`` is ``ApiKey.id``, not the name.
 
         Raises:
-            InvalidRequest: so many never may.
-            Overloaded: they are too many now.
+            InvalidRequest: the quota never admits ``count`` requests at once.
+            Overloaded: the quota does not admit them now.
         """
         usage = self._usage.setdefault(key, _Usage())
-        burst = math.inf if limits.rate is None else max(1.0, limits.rate)
-        most = min(burst, math.inf if limits.concurrency is None else limits.concurrency)
-        if count > most:
+        burst = math.inf if quota.rate is None else max(1.0, quota.rate)
+        max_count = min(burst, math.inf if quota.concurrency is None else quota.concurrency)
+        if count > max_count:
             raise InvalidRequest(
-                "n", f"asks for {count} answers, each a request; API key {limits.name!r} may have {int(most)}"
+                "n",
+                f"asks for {count} answers; API key {quota.name!r} may start at most {int(max_count)} at once, "
+                "and each answer counts as a request",
             )
-        if limits.concurrency is not None and usage.running + count > limits.concurrency:
+        if quota.concurrency is not None and usage.running + count > quota.concurrency:
             raise Overloaded(
-                f"API key {limits.name!r} has {usage.running} request{'s' * (usage.running != 1)} running; "
-                f"its limit is {limits.concurrency}",
+                f"API key {quota.name!r} has {usage.running} request{'s' * (usage.running != 1)} running; "
+                f"its limit is {quota.concurrency}",
                 _UNKNOWN,
                 "key_concurrency",
             )
-        if limits.rate is not None:
-            passed = burst if usage.at is None else (now - usage.at) * limits.rate
+        if quota.rate is not None:
+            passed = burst if usage.at is None else (now - usage.at) * quota.rate
             usage.tokens, usage.at = min(burst, usage.tokens + passed), now
             if usage.tokens < count:
                 raise Overloaded(
-                    f"API key {limits.name!r} may ask {limits.rate:g} times a second",
-                    _retry_after((count - usage.tokens) / limits.rate),
+                    f"API key {quota.name!r} has used its limit of {quota.rate:g} requests per second",
+                    _retry_after((count - usage.tokens) / quota.rate),
                     "key_rate",
                 )
 
-    def enter(self, key: str, limits: Limits, now: float, count: int = 1) -> None:
-        """``count`` requests of ``key`` begin; as many ``leave`` must follow. Raises as ``check``."""
-        self.check(key, limits, now, count)
+    def acquire(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
+        """Counts ``count`` requests of ``key`` as running. Call ``release`` once for each. Raises as ``check``."""
+        self.check(key, quota, now, count)
         usage = self._usage[key]
         usage.running += count
-        if limits.rate is not None:
+        if quota.rate is not None:
             usage.tokens -= count
 
-    def leave(self, key: str) -> None:
-        """A request of ``key`` has ended."""
+    def release(self, key: str) -> None:
+        """Records that a request of ``key`` has ended."""
         self._usage[key].running -= 1
 
 
 def _retry_after(seconds: float | None) -> float:
-    return _UNKNOWN if seconds is None else min(MOST_RETRY_AFTER, max(0.05, seconds))
+    return _UNKNOWN if seconds is None else min(MAX_RETRY_AFTER, max(0.05, seconds))
 
 
-def _seconds(value: float) -> str:
-    return "for ever at the moment" if math.isinf(value) else f"{value:.3g} s"
+def _duration(seconds: float) -> str:
+    return "infinite at present" if math.isinf(seconds) else f"{seconds:.3g} s"

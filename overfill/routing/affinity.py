@@ -1,4 +1,4 @@
-"""Prefix affinity: a prompt goes where most of it is cached, as long as that saves more than the queue there costs."""
+"""Prefix affinity: places a prompt where most of it is cached, unless the queue there costs more than that saves."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from typing import TypeAlias
 from overfill.routing.policy import LeastLoad, Policy, Request
 from overfill.routing.worker import Worker
 
-MOST_HOLDERS = 8
-"""Workers that are looked at of all that have a prefix."""
+MAX_HOLDERS = 8
+"""Maximum number of workers with a cached prefix that are compared per request."""
 
 PROMISED_BLOCKS = 64
-"""Blocks of a placed prompt that its worker is expected to have before it reports them."""
+"""Number of leading blocks of a placed prompt that count as cached on its worker before the worker reports them."""
 
-MOST_PROMISES = 1 << 16
-"""Keys of such blocks that are remembered."""
+MAX_PROMISES = 1 << 16
+"""Maximum number of promised blocks that are kept."""
 
-
-LEAST_LOADED = 4
-"""Workers that are looked at whatever they have."""
+NUM_LEAST_LOADED = 4
+"""Number of least loaded workers that are compared as well, cached prefix or not."""
 
 _Level: TypeAlias = "tuple[dict[Worker, None], Worker | None]"
-"""Workers that have reported a block, and the one that was sent it."""
+"""The workers that have reported a block, and the worker to which a prompt with it was sent last."""
 
 
 class PrefixAffinity(Policy):
-    """Least tokens ahead: those queued on the worker, and those of the prompt that its cache does not have.
+    """Orders workers by the tokens to compute first: those queued on the worker plus the uncached part of the prompt.
 
-    That is the bound on load: a worker whose queue is longer than the least loaded one's by more than what its cache
-    saves does not get the prompt. Only blocks that are reported, or were sent there a moment ago, are known.
+    So a worker does not get the prompt if its queue exceeds the least loaded worker's by more than its cache saves. The
+    policy knows only blocks that workers have reported and blocks of prompts placed since.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -44,7 +43,7 @@ class PrefixAffinity(Policy):
         self._block_size = 0
 
     def put(self, worker: Worker) -> None:
-        # Of the whole pool: keys of different block sizes have nothing in common.
+        # One block size for the whole pool: keys of different block sizes are unrelated.
         self._block_size = worker.report.load.block_size if worker.report else self._block_size
         self._admissible.add(worker)
         self._load.put(worker)
@@ -80,25 +79,25 @@ class PrefixAffinity(Policy):
                 if worker not in self._holders.get(key, ()):
                     self._promised[key] = worker
                     self._promised.move_to_end(key)
-        while len(self._promised) > MOST_PROMISES:
+        while len(self._promised) > MAX_PROMISES:
             self._promised.popitem(last=False)
         return min(cached, request.prompt_tokens - 1)
 
     def check(self, workers: Sequence[Worker]) -> None:
         self._load.check(workers)
         if self._admissible != set(workers):
-            raise AssertionError("prefix affinity: the workers are not the admissible ones")
+            raise AssertionError("prefix affinity: its workers differ from the admissible ones")
         for key, holders in self._holders.items():
             if not holders or any(key not in worker.prefix_keys for worker in holders):
-                raise AssertionError(f"block {key:x} is not where it is thought to be")
+                raise AssertionError(f"block {key:x} is not on every worker listed for it")
 
     def _keep(self, key: int, worker: Worker) -> None:
-        """The worker has said whether it has the block."""
+        """Drops the promise of a block: the worker has reported whether it has the block."""
         if self._promised.get(key) is worker:
             del self._promised[key]
 
     def _levels(self, request: Request) -> list[_Level]:
-        """Who has the first block, the first two blocks and so on, as far as anybody has."""
+        """Returns, block by block, the workers that have the prompt's block, up to the first that no worker has."""
         levels: list[_Level] = []
         if request.block_keys is not None and self._block_size:
             for key in request.block_keys(self._block_size):
@@ -109,7 +108,7 @@ class PrefixAffinity(Policy):
         return levels
 
     def _choices(self, request: Request, levels: list[_Level]) -> dict[Worker, None]:
-        """Some of those that have most of the prompt, and some of the least loaded."""
+        """Returns workers to compare: those with the longest cached prefixes, and the least loaded."""
         found: dict[Worker, None] = {}
         seen = -1
         for holders, promised in reversed(levels):
@@ -117,12 +116,12 @@ class PrefixAffinity(Policy):
                 found[promised] = None
             if len(holders) != seen:  # shorter prefixes have the same holders, or more
                 seen = len(holders)
-                found |= {holder: None for holder in islice(holders, MOST_HOLDERS) if holder in self._admissible}
-            if len(found) >= MOST_HOLDERS:
+                found |= {holder: None for holder in islice(holders, MAX_HOLDERS) if holder in self._admissible}
+            if len(found) >= MAX_HOLDERS:
                 break
-        return found | dict.fromkeys(islice(self._load.best(request), LEAST_LOADED))
+        return found | dict.fromkeys(islice(self._load.best(request), NUM_LEAST_LOADED))
 
 
 def _depth(levels: list[_Level], worker: Worker) -> int:
-    """Blocks that ``worker`` has; who has a block has those before it."""
+    """Returns the number of leading blocks on ``worker``; a worker with a block has all blocks before it."""
     return bisect_left(levels, True, key=lambda level: worker not in level[0] and level[1] is not worker)

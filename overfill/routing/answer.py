@@ -1,6 +1,6 @@
-"""What is known of an answer: its tokens, checked as they come, and the reader's share of them.
+"""The state of one answer: its tokens, checked on arrival, and the batch of unread ones.
 
-Between a worker and a reader of any speed, tokens that are not read yet merge into one batch.
+Unread tokens merge into one batch, so a slow reader never delays the worker.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class TokenBatch:
     """Consecutive tokens of an answer.
 
     Attributes:
-        first_index: index in the answer of ``ids[0]``.
-        received_at: when the oldest of them came from the worker, seconds on the event loop's clock.
-        logprobs: one per id, or empty.
+        first_index: index of ``ids[0]`` in the answer.
+        received_at: arrival time of the oldest token, seconds on the event loop's clock.
+        logprobs: one entry per id, or empty.
     """
 
     first_index: int
@@ -31,7 +31,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How an answer ended; ``usage.completion_tokens`` counts all of it, replayed tokens included."""
+    """The end of an answer. ``usage.completion_tokens`` counts all its tokens, replayed ones included."""
 
     reason: common_pb2.FinishReason
     usage: common_pb2.Usage
@@ -40,16 +40,15 @@ class Finish:
 
 
 class Answer:
-    """The tokens of one request across its attempts. One writer that never waits, one reader.
+    """The tokens of one request across its attempts. It has one writer, which never waits, and one reader.
 
     Attributes:
-        emitted: every token so far, those that the client brought included; at most ``max_tokens``.
-        received: when the router received the request, seconds on the event loop's clock.
-        timing: what is known so far; never ``ttft_ns`` and ``total_ns``; ``return_path_ns`` is the workers'
-            part.
-        reservations: decode workers that have reserved blocks for it, one after the other.
-        prefill_worker: id of the latest one; empty before there is one.
-        prefill_failures: times a prefill worker failed it since the last new token.
+        emitted: all tokens so far, those that the client brought included; at most ``max_tokens``.
+        received: time when the router received the request, seconds on the event loop's clock.
+        timing: times known so far, without ``ttft_ns`` and ``total_ns``. ``return_path_ns`` covers the workers only.
+        reservations: number of decode workers that have reserved blocks for the request, one after the other.
+        prefill_worker: id of the latest prefill worker; empty before the first.
+        prefill_failures: number of prefill failures since the last new token.
     """
 
     def __init__(self, emitted: Iterable[int], max_tokens: int, received: float) -> None:
@@ -66,35 +65,35 @@ class Answer:
 
     @property
     def full(self) -> bool:
-        """Whether it has all the tokens it may have."""
+        """True if the answer has ``max_tokens`` tokens."""
         return len(self.emitted) >= self._max_tokens
 
     @property
     def progress(self) -> str:
-        """For messages: how far it came."""
+        """The number of tokens produced, as a phrase for messages."""
         count = len(self.emitted)
         return f"{count} token{'' if count == 1 else 's'} had been produced"
 
     @property
     def migrations(self) -> int:
-        """Times the sequence moved to another decode worker."""
+        """Number of times the sequence moved to another decode worker."""
         return max(0, self.reservations - 1)
 
     def accept(self, tokens: decode_pb2.Tokens, now: float) -> bool:
-        """Adds a worker's tokens; those already known are dropped when they are the same. Whether any was new.
+        """Adds a worker's tokens and returns True if any was new. It drops repeats, which must equal the known tokens.
 
         Raises:
-            InternalError: a gap, a repeat that differs, more than ``max_tokens``, or log-probabilities that
-                do not match the ids. Nothing is added then.
+            InternalError: a gap, a repeat that differs, more than ``max_tokens`` tokens, or log-probabilities that do
+                not match the ids. Nothing is added.
         """
         known = len(self.emitted)
         repeated = self.emitted[tokens.first_index : tokens.first_index + len(tokens.ids)]
         if tokens.first_index > known:
             raise InternalError(f"tokens {known}..{tokens.first_index - 1} of the answer are missing")
         if repeated != list(tokens.ids[: len(repeated)]):
-            raise InternalError(f"tokens from {tokens.first_index} on differ from those emitted before")
+            raise InternalError(f"tokens from index {tokens.first_index} on differ from those emitted before")
         if tokens.first_index + len(tokens.ids) > self._max_tokens:
-            raise InternalError(f"the worker sent more than {self._max_tokens} tokens")
+            raise InternalError(f"the worker sent more than max_tokens={self._max_tokens} tokens")
         if tokens.logprobs and len(tokens.logprobs) != len(tokens.ids):
             raise InternalError(f"{len(tokens.logprobs)} log-probabilities for {len(tokens.ids)} tokens")
         fresh = tokens.ids[len(repeated) :]
@@ -109,16 +108,16 @@ class Answer:
         return True
 
     def end(self, end: Finish | OverfillError) -> None:
-        """Says how it ended; the first word counts."""
+        """Ends the answer. Only the first call has an effect."""
         if self._end is None:
             self._end = end
             self._changed.set()
 
     async def next(self) -> TokenBatch | Finish:
-        """The unread tokens, waiting for some; after the last of them the end, again and again.
+        """Waits for unread tokens and returns them; after the last, returns the Finish on every call.
 
         Raises:
-            OverfillError: the answer failed; all tokens before were delivered.
+            OverfillError: the answer failed; all earlier tokens have been returned.
         """
         while self._unread is None and self._end is None:
             self._changed.clear()

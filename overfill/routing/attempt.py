@@ -1,6 +1,7 @@
-"""One attempt at one request: the conversation with one decode worker.
+"""One attempt at one request: the exchange with one decode worker.
 
-Start; Reserved or Refused; a prefill slot, AssignPrefill; Tokens; Done. NeedPrefill at any time in between.
+The router sends Start; the worker answers Reserved or Refused. The router gets a prefill slot and sends AssignPrefill.
+Then the worker sends Tokens and Done. After Reserved, it may send NeedPrefill at any time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import Answer
+from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.dispatcher import Job
-from overfill.routing.gate import Gate, Grant
 from overfill.routing.stream import DecodeStream
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
@@ -22,7 +23,7 @@ _Need = decode_pb2.NeedPrefill
 
 
 class GaveUp(Exception):
-    """The request ends with ``error``; another attempt would not help."""
+    """Ends the request with ``error``, without another attempt."""
 
     def __init__(self, error: OverfillError) -> None:
         super().__init__(str(error))
@@ -30,12 +31,12 @@ class GaveUp(Exception):
 
 
 class Attempt:
-    """Talks to a decode worker on which ``job`` is placed, and adds what it says to ``answer``."""
+    """Runs the exchange with the decode worker on which ``job`` is placed, and adds its tokens to ``answer``."""
 
     def __init__(
         self,
         stream: DecodeStream,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         job: Job,
         answer: Answer,
         *,
@@ -44,23 +45,23 @@ class Attempt:
     ) -> None:
         self._on_need = on_need_prefill
         self._stream = stream
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._job = job
         self._answer = answer
         self._max_prefill_failures = max_prefill_failures
         self._reserved = False
-        self._grant: Grant | None = None
+        self._placement: PlacementFuture | None = None
         self._prefill: Worker | None = None
         self._receiving: asyncio.Task[decode_pb2.DecodeResponse | None] | None = None
         self._wanted_since = 0.0
-        self._queued = 0.0  # seconds in the router, in front of either stage
+        self._queued = 0.0  # seconds queued in the router, for both stages
         self._reservation_ns = 0
 
     async def run(self, start: decode_pb2.StartDecode) -> decode_pb2.DecodeDone | decode_pb2.Refused:
-        """The worker's last word.
+        """Runs the attempt to its end and returns the worker's last message.
 
         Raises:
-            GaveUp: no prefill worker can be had.
+            GaveUp: no prefill worker is available.
             OverfillError: the attempt failed.
         """
         await self._stream.send(decode_pb2.DecodeRequest(start=start))
@@ -85,32 +86,32 @@ class Attempt:
                 raise _unexpected(message)
 
     async def close(self) -> None:
-        """Ends the conversation, on the worker's side too."""
+        """Ends the exchange, on the worker's side too."""
         if self._receiving is not None:
             self._receiving.cancel()
             await asyncio.wait([self._receiving])
         self._stream.close()
 
     async def _next(self) -> decode_pb2.DecodeResponse:
-        """The next message. While a prefill slot is awaited, whichever comes first is dealt with first."""
-        while self._grant is not None:
+        """Returns the worker's next message. Sends AssignPrefill first if a prefill slot becomes free before it."""
+        while self._placement is not None:
             if self._receiving is None:
                 self._receiving = asyncio.ensure_future(self._stream.receive())
-            either: set[asyncio.Future[Any]] = {self._receiving, self._grant}
+            either: set[asyncio.Future[Any]] = {self._receiving, self._placement}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._receiving.done():
                 break
-            await self._assign(self._grant)
+            await self._assign(self._placement)
         receiving, self._receiving = self._receiving, None
         message = await (receiving or self._stream.receive())
         if message is None:
             raise Unavailable("the decode worker ended the stream before the answer")
         return message
 
-    async def _assign(self, grant: Grant) -> None:
-        self._grant = None
+    async def _assign(self, placement: PlacementFuture) -> None:
+        self._placement = None
         try:
-            worker = grant.result()
+            worker = placement.result()
         except OverfillError as error:
             raise GaveUp(error) from error
         self._prefill = worker
@@ -133,7 +134,7 @@ class Attempt:
         self._reservation_ns = message.reserved.reservation_ns
         self._answer.reservations += 1
         self._wanted_since = _now()
-        self._grant = self._gate.reserved(self._job)
+        self._placement = self._dispatcher.reserved(self._job)
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()
@@ -141,7 +142,7 @@ class Attempt:
             self._note_first_token(tokens)
         if self._answer.accept(tokens, now):
             self._answer.prefill_failures = 0
-        self._gate.prefill_done(self._job)
+        self._dispatcher.prefill_done(self._job)
 
     def _note_first_token(self, tokens: decode_pb2.Tokens) -> None:
         timing = self._answer.timing
@@ -156,8 +157,8 @@ class Attempt:
 
     def _on_need_prefill(self, need: decode_pb2.NeedPrefill) -> None:
         self._on_need(need.reason)
-        if self._grant is not None:
-            return  # it gets the one that is awaited already
+        if self._placement is not None:
+            return  # the attempt already waits for a prefill slot
         failed = need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_INCOMPATIBLE)
         if failed:
             self._answer.prefill_failures += 1
@@ -166,20 +167,20 @@ class Attempt:
         tried = self._prefill if self._prefill and need.worker_id in ("", self._prefill.id) else None
         if self._answer.emitted:
             self._wanted_since = _now()
-        # Otherwise what a failed prefill took counts as waiting for one.
-        self._grant = self._gate.need_prefill(
+        # Before the first token, the time of a failed prefill counts as queueing.
+        self._placement = self._dispatcher.need_prefill(
             self._job,
             tried,
             failed=failed,
-            closed=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
+            pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
         )
 
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:
         if need.reason == _Need.REASON_INCOMPATIBLE:
-            return Incompatible(f"no prefill worker fits the decode worker: {need.detail}")
+            return Incompatible(f"no prefill worker is compatible with the decode worker: {need.detail}")
         return Unavailable(
             f"gave up after {self._answer.prefill_failures} failed prefills; "
-            f"{self._answer.progress}; the last: {need.detail or need.worker_id}"
+            f"{self._answer.progress}; the last failure: {need.detail or need.worker_id}"
         )
 
 

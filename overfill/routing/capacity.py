@@ -1,7 +1,7 @@
-"""What one worker can do: prefill tokens per second, and the time of a decode step; learned, from a prior on.
+"""Capacity of one worker: prefill tokens per second and seconds per decode step, learned from a prior on.
 
-A decode step costs base + per_sequence x batch + per_kv_token x tokens attended to: weights are read once a step,
-some work is per sequence, and every sequence's KV is read. Priors come from ``overfill bench`` or the bound model.
+A decode step costs base + per_sequence x batch + per_kv_token x tokens attended to: each step reads the weights once,
+does some work per sequence, and reads every sequence's KV. Priors come from ``overfill bench`` or the bound model.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class StepCost:
     def seconds(self, batch: float, context: float) -> float:
         return self.base + batch * (self.per_sequence + self.per_kv_token * context)
 
-    def batch_within(self, seconds: float, context: float, most: float) -> float:
-        """Largest batch whose step takes ``seconds`` at most; 1 when none does, ``most`` when all do."""
+    def batch_within(self, seconds: float, context: float, max_batch: float) -> float:
+        """Returns the largest batch whose step takes at most ``seconds``, between 1 and ``max_batch``."""
         slope = self.per_sequence + self.per_kv_token * context
         if slope <= 0:
-            return most if self.base <= seconds else 1.0
-        return min(most, max(1.0, (seconds - self.base) / slope))
+            return max_batch if self.base <= seconds else 1.0
+        return min(max_batch, max(1.0, (seconds - self.base) / slope))
 
 
 class PrefillRate:
     """Prompt tokens that one busy worker computes per second.
 
     Args:
-        prior: what is believed at first; it counts as ``weight`` seconds of work.
-        memory: seconds of work after which an observation has faded.
+        prior: tokens per second assumed at first; it counts as ``weight`` seconds of work.
+        memory: seconds of work after which an observation counts for 1/e.
     """
 
     def __init__(self, prior: float, memory: float = 120.0, weight: float = 2.0) -> None:
@@ -57,10 +57,10 @@ class PrefillRate:
 
 
 class StepTime:
-    """Least squares with forgetting on measured steps, held to a prior.
+    """Fits ``StepCost`` to measured steps: least squares with forgetting, regularised towards a prior.
 
-    The prior is worth ``weight`` observations at every typical size, so directions in which nothing varies (a
-    constant batch says nothing about the slope) keep the prior's value.
+    The prior counts as ``weight`` observations at every typical size. Coefficients on which the measurements say
+    nothing keep the prior's value; a constant batch, for instance, says nothing about the slope.
     """
 
     def __init__(self, prior: StepCost, *, weight: float = 10.0, memory: float = 500.0) -> None:
@@ -74,7 +74,7 @@ class StepTime:
         self._moment = np.zeros(3)
 
     def add(self, batch: float, context: float, seconds: float) -> None:
-        """A step (or the mean of several) of ``batch`` sequences of ``context`` tokens took ``seconds``."""
+        """Adds a step, or the mean of several: ``batch`` sequences of ``context`` tokens took ``seconds``."""
         if seconds <= 0 or batch <= 0:
             return
         x = self._scale * (1.0, batch, batch * context)
@@ -82,12 +82,12 @@ class StepTime:
         self._moment = self._moment * self._fade + x * seconds
 
     def cost(self) -> StepCost:
-        """What is believed now; never a negative cost."""
+        """Returns the current estimate; no coefficient is negative."""
         left = self._gram + self._ridge
         right = self._moment + self._ridge @ self._prior_weights
         weights = np.zeros(3)
         active = [0, 1, 2]
-        while active:  # drop what would be negative, and fit the rest again
+        while active:  # fix negative coefficients at 0 and fit the others again
             part = np.linalg.solve(left[np.ix_(active, active)], right[active])
             if (part >= 0).all():
                 weights[active] = part

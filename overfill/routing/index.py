@@ -1,7 +1,7 @@
-"""What a dispatcher asks of a pool over and over, kept up to date, so that no decision looks at every worker.
+"""Totals over a pool's workers, kept up to date so that no placement has to look at every worker.
 
-Every change to a worker is followed by ``refresh``, and every look by ``expire``, since workers that fall silent change
-by themselves. ``check`` compares all of it with the workers, one by one.
+The pool calls ``refresh`` after every change to a worker, and ``expire`` before every read, because a worker can fall
+silent without any event. ``check`` compares the totals with the workers one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from overfill.routing.worker import STALE_AFTER, Worker
 
 
 class Capacities:
-    """Workers counted by the longest sequence that they hold; a pool has few different ones. Unknown is infinite."""
+    """Counts workers by the longest sequence that they can hold, in tokens. An unknown length counts as infinite."""
 
     def __init__(self) -> None:
         self._counts: dict[float, int] = {}
@@ -33,21 +33,21 @@ class Capacities:
             del self._counts[capacity]
 
     def holding(self, tokens: int) -> int:
-        """How many could hold ``tokens``."""
+        """Returns the number of workers that can hold a sequence of ``tokens``."""
         return sum(count for capacity, count in self._counts.items() if capacity >= tokens)
 
     @property
     def total(self) -> int:
-        """How many workers are counted."""
+        """Number of workers counted."""
         return sum(self._counts.values())
 
     @property
-    def most(self) -> float:
-        """0 when there is nobody."""
+    def largest(self) -> float:
+        """Largest capacity in tokens; 0 without workers."""
         return max(self._counts, default=0.0)
 
     @property
-    def least(self) -> float:
+    def smallest(self) -> float:
         return min(self._counts, default=0.0)
 
     @property
@@ -56,10 +56,10 @@ class Capacities:
 
 
 class _Entry(NamedTuple):
-    """What of a worker is counted now."""
+    """The values with which a worker is counted now."""
 
     capacity: float
-    staying: bool
+    not_draining: bool
     present: bool
     alive: bool
     credits: int  # 0: not admissible
@@ -67,24 +67,26 @@ class _Entry(NamedTuple):
 
 
 class Index:
-    """Attributes:
-    staying, alive, admissible: capacities of the workers of which that is true.
-    present: number of workers that are alive or still start; see ``Worker.starting``.
-    free_credits: what may still be placed, on all admissible workers together.
+    """Totals over the workers of a pool, and their order by free room and by policy.
+
+    Attributes:
+        not_draining, alive, admissible: capacities of the workers in that state.
+        present: number of workers that are alive or still starting; see ``Worker.starting``.
+        free_credits: number of requests that the router may still place on all admissible workers together.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.staying, self.alive, self.admissible = Capacities(), Capacities(), Capacities()
+        self.not_draining, self.alive, self.admissible = Capacities(), Capacities(), Capacities()
         self.present = 0
         self.free_credits = 0
         self._entries: dict[Worker, _Entry] = {}
         self._rooms: list[tuple[float, str, Worker]] = []
-        self._reports: OrderedDict[Worker, float] = OrderedDict()  # alive workers, the longest silent first
+        self._reports: OrderedDict[Worker, float] = OrderedDict()  # alive workers, ordered by the time of their report
 
     @property
-    def most_room(self) -> float:
-        """Tokens that the emptiest admissible worker takes now; -1 without one."""
+    def max_room(self) -> float:
+        """Number of tokens that fit on the emptiest admissible worker; -1 without one."""
         return self._rooms[-1][0] if self._rooms else -1.0
 
     def is_alive(self, worker: Worker) -> bool:
@@ -92,25 +94,25 @@ class Index:
         return entry is not None and entry.alive
 
     def by_room(self, tokens: int) -> Iterator[Worker]:
-        """Admissible workers with room for ``tokens``, the emptiest first."""
+        """Yields the admissible workers with room for ``tokens``, the emptiest first."""
         for room, _, worker in reversed(self._rooms):
             if room < tokens:
                 return
             yield worker
 
     def refresh(self, worker: Worker) -> None:
-        """Counts ``worker``, a joined one, as it is now, but for the time since its last report."""
+        """Updates the totals for ``worker``, which has joined. Leaves its silence to ``expire``."""
         self._set(worker, worker in self._reports and worker.alive(worker.reported_at))
 
     def reported(self, worker: Worker) -> None:
-        """As ``refresh``, after a report."""
+        """Updates the totals for ``worker`` after a report."""
         self._reports.pop(worker, None)
         if worker.alive(worker.reported_at):
             self._reports[worker] = worker.reported_at
         self.refresh(worker)
 
     def forget(self, worker: Worker) -> None:
-        """It is none of the pool's any more."""
+        """Removes ``worker`` from the totals and the policy: it has left the pool."""
         self._reports.pop(worker, None)
         if (old := self._entries.pop(worker, None)) is not None:
             self._count(worker, old, -1)
@@ -118,7 +120,7 @@ class Index:
                 self.policy.drop(worker)
 
     def expire(self, now: float) -> None:
-        """Workers that have been silent for too long are not alive any more."""
+        """Stops counting workers as alive that have been silent for more than ``STALE_AFTER``."""
         while self._reports:
             worker, reported_at = next(iter(self._reports.items()))
             if now - reported_at <= STALE_AFTER:
@@ -127,14 +129,14 @@ class Index:
             self._set(worker, False)
 
     def check(self, workers: Iterable[Worker], now: float) -> None:
-        """Raises AssertionError unless all of this is what the workers are. Call after ``expire``."""
-        staying, alive, admissible = Capacities(), Capacities(), Capacities()
+        """Raises AssertionError if a total differs from the workers' state. Call it after ``expire``."""
+        not_draining, alive, admissible = Capacities(), Capacities(), Capacities()
         present, free, rooms = 0, 0, []
         for worker in workers:
             present += worker.starting or worker.alive(now)
             capacity = _capacity(worker)
-            if worker.staying:
-                staying.change(capacity, 1)
+            if not worker.draining:
+                not_draining.change(capacity, 1)
             if worker.alive(now):
                 alive.change(capacity, 1)
             if worker.admissible(now):
@@ -142,26 +144,26 @@ class Index:
                 free += worker.credits_left
                 rooms.append((worker.room_tokens, worker.id, worker))
         for name, ours, theirs in (
-            ("staying", self.staying, staying),
+            ("not_draining", self.not_draining, not_draining),
             ("alive", self.alive, alive),
             ("admissible", self.admissible, admissible),
         ):
             if ours._counts != theirs._counts:
-                raise AssertionError(f"{name} workers: {ours._counts} counted, {theirs._counts} there")
+                raise AssertionError(f"{name} workers: {ours._counts} counted, {theirs._counts} exist")
         if self.present != present:
-            raise AssertionError(f"{self.present} present workers counted, {present} there")
+            raise AssertionError(f"{self.present} present workers counted, {present} exist")
         if self.free_credits != free:
-            raise AssertionError(f"{self.free_credits} credits counted, {free} there")
+            raise AssertionError(f"{self.free_credits} credits counted, {free} exist")
         if self._rooms != sorted(rooms):
-            raise AssertionError("rooms are not those of the admissible workers")
+            raise AssertionError("the order by room differs from the admissible workers")
         self.policy.check([worker for _, _, worker in rooms])
 
     def _set(self, worker: Worker, alive: bool) -> None:
-        admissible = alive and not worker.closed
+        admissible = alive and not worker.paused_until_report
         credits = worker.credits_left if admissible else 0
         present = alive or worker.starting
         room = worker.room_tokens if credits else 0.0
-        new = _Entry(_capacity(worker), worker.staying, present, alive, credits, room)
+        new = _Entry(_capacity(worker), not worker.draining, present, alive, credits, room)
         old = self._entries.get(worker)
         if old != new:
             if old is not None:
@@ -174,8 +176,8 @@ class Index:
             self.policy.drop(worker)
 
     def _count(self, worker: Worker, entry: _Entry, by: int) -> None:
-        if entry.staying:
-            self.staying.change(entry.capacity, by)
+        if entry.not_draining:
+            self.not_draining.change(entry.capacity, by)
         self.present += by * entry.present
         if entry.alive:
             self.alive.change(entry.capacity, by)

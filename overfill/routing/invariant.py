@@ -1,11 +1,11 @@
-"""The *Waiting* rule, worked out the long way: every job against every worker. For tests and simulation."""
+"""Checks the dispatcher against the *Waiting* rule by brute force: every job against every worker. For tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
-from overfill.routing.line import Line
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import Worker
 
@@ -14,28 +14,29 @@ def check(
     roster: Roster,
     jobs: set[Job],
     reserving: set[Job],
-    decode_line: Line[Job],
-    prefill_line: Line[Job],
+    decode_queue: FairQueue[Job],
+    prefill_queue: FairQueue[Job],
     reserve_after: float,
     now: float,
 ) -> None:
-    """Raises AssertionError unless the books balance and nobody waits for what is there.
+    """Raises AssertionError if a count is wrong, or if a job waits although an admissible worker exists.
 
     Args:
-        jobs: all that are not finished; ``reserving`` those on a decode worker that has not answered yet.
+        jobs: all jobs that are not finished.
+        reserving: jobs on a decode worker that has not answered yet.
     """
-    _check_books(roster, jobs, reserving, decode_line, prefill_line)
+    _check_books(roster, jobs, reserving, decode_queue, prefill_queue)
     for pool in (roster.prefill, roster.decode):
         pool.check(now)
-    for job in (*decode_line, *prefill_line):
+    for job in (*decode_queue, *prefill_queue):
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode, job.total_tokens)):
-            staying = [w for w in pool if w.staying]
-            _require(not staying or any(w.could_hold(tokens) for w in staying), f"{job.id} is too large, and waits")
-    for job in prefill_line:
-        _require(not _prefill_choices(roster, job, now), f"{job.id} waits for a prefill slot that there is")
-    slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_line)
+            lasting = [w for w in pool if not w.draining]
+            _require(not lasting or any(w.could_hold(tokens) for w in lasting), f"{job.id} waits although too large")
+    for job in prefill_queue:
+        _require(not _prefill_choices(roster, job, now), f"{job.id} waits although a prefill slot is free")
+    slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)
     holder: Job | None = None
-    for job in decode_line:
+    for job in decode_queue:
         choices: list[Worker] = []
         if slots > 0 and _prefill_choices(roster, job, now):
             large = _usable(roster.decode, job, job.total_tokens, now)
@@ -44,11 +45,11 @@ def check(
             choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
         elif now - job.waiting_since >= reserve_after:
             holder = job
-        _require(not choices, f"{job.id} waits for a decode worker that there is")
+        _require(not choices, f"{job.id} waits although a decode worker can take it")
 
 
 def _check_books(
-    roster: Roster, jobs: set[Job], reserving: set[Job], decode_line: Line[Job], prefill_line: Line[Job]
+    roster: Roster, jobs: set[Job], reserving: set[Job], decode_queue: FairQueue[Job], prefill_queue: FairQueue[Job]
 ) -> None:
     for pool, attribute in ((roster.decode, "decode"), (roster.prefill, "prefill")):
         held: dict[Worker, int] = {}
@@ -56,22 +57,22 @@ def _check_books(
             if (worker := getattr(job, attribute)) is not None:
                 held[worker] = held.get(worker, 0) + 1
         for worker in {*pool, *held}:
-            _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight}")
+            _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight} requests")
     for job in jobs:
-        _require(job.state is not JobState.FINISHED, f"{job.id} is finished and kept")
-        _require((job in decode_line) == (job.state is JobState.WAITING), f"{job.id}: decode line")
-        _require((job in prefill_line) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill line")
+        _require(job.state is not JobState.FINISHED, f"{job.id} is finished and still listed")
+        _require((job in decode_queue) == (job.state is JobState.WAITING), f"{job.id}: decode queue")
+        _require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
         _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
         _require(job.prefill is None or job.state is JobState.RUNNING, f"{job.id}: prefill")
-    _require({*decode_line, *prefill_line} <= jobs, "a finished job waits")
+    _require({*decode_queue, *prefill_queue} <= jobs, "a finished job waits")
     _require(reserving == {j for j in jobs if j.state is JobState.PLACED}, "reserving jobs")
-    for line in (decode_line, prefill_line):
-        _require(line.least_need == min((j.reserve_tokens for j in line), default=0), "the smallest need")
-        _require(_ordered(line), "resumed work and higher priorities go first")
+    for queue in (decode_queue, prefill_queue):
+        _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
+        _require(_ordered(queue), "migrated work and smaller priorities go first")
 
 
-def _ordered(line: Iterable[Job]) -> bool:
-    claims = [(not job.resumed, job.priority) for job in line]
+def _ordered(queue: Iterable[Job]) -> bool:
+    claims = [(not job.migrated, job.priority) for job in queue]
     return claims == sorted(claims)
 
 
@@ -80,7 +81,7 @@ def _prefill_choices(roster: Roster, job: Job, now: float) -> list[Worker]:
 
 
 def _usable(pool: Pool, job: Job, tokens: int, now: float) -> list[Worker]:
-    """Workers large enough; those that failed the job only when none of the others is alive."""
+    """Returns the workers that are large enough, with those that failed the job only if no other is alive."""
     large = [w for w in pool if w.could_hold(tokens)]
     others = [w for w in large if w.key not in job.avoid and w.alive(now)]
     return others or large

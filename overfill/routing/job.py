@@ -1,4 +1,4 @@
-"""A request as the dispatcher counts it."""
+"""A request as the dispatcher tracks it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ class JobState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request as the dispatcher sees it. Only the dispatcher changes it, ``emitted`` apart.
+    """One request in the dispatcher. Only the dispatcher changes it, except ``emitted``, which the relay sets.
 
     Attributes:
-        id: of the request, for messages.
-        prompt_tokens, max_tokens: tokens of the prompt, and most tokens of the answer.
-        resumed: whether this router has had it on a worker before; then it goes before new work. What a client says
-            that another router has begun is new here: anybody could say so.
-        emitted: tokens of the answer so far.
-        priority: the smaller goes first.
-        key: whose share of the stack it takes; "" is one of them.
-        deadline: on the caller's clock, or None.
-        block_keys: keys of the prompt's blocks, for a block size (``kv.keys.PromptKeys``); None: not known.
-        charged: tokens of its key's share that it was charged with.
-        waiting_since: when it last began to wait for a decode worker, seconds.
-        decode, prefill: the workers on which it counts now.
-        avoid: workers that failed it; tried again only when there is no other.
+        id: request id, for messages.
+        prompt_tokens, max_tokens: number of prompt tokens, and maximum number of answer tokens.
+        migrated: True once this router has moved the job to another worker or prefills it again; it then goes before
+            new work. An answer that a client resumes after losing its router is new here: the router cannot check the
+            client's claim.
+        emitted: number of answer tokens so far.
+        priority: smaller values go first.
+        key: API key to whose share the job is charged; "" stands for requests without a key.
+        deadline: seconds on the caller's clock, or None.
+        block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
+            unknown.
+        charged: tokens charged to the key's share.
+        waiting_since: time when the job last began to wait for a decode worker, seconds.
+        placed_at: time when the job was last placed on a decode worker, seconds; None before.
+        decode, prefill: workers on which the job is counted now.
+        avoid: workers that failed the job. The dispatcher tries them again only when no other is alive.
     """
 
     id: str
     prompt_tokens: int
     max_tokens: int
-    resumed: bool = field(default=False, init=False)
+    migrated: bool = field(default=False, init=False)
     emitted: int = 0
     priority: int = 0
     key: str = ""
@@ -57,20 +60,20 @@ class Job:
 
     @property
     def total_tokens(self) -> int:
-        """What the sequence takes when it is as long as it may get."""
+        """Tokens of the sequence at its maximum length."""
         return self.prompt_tokens + self.max_tokens
 
     @property
     def reserve_tokens(self) -> int:
-        """What a decode worker reserves before it starts."""
+        """Tokens for which a decode worker reserves blocks at the start."""
         return self.prompt_tokens + self.emitted + 1
 
     @property
     def share_tokens(self) -> int:
-        """What its key is charged with when it comes; what it did not use is given back when it ends."""
+        """Tokens charged to the key's share on arrival. The unused ones are refunded at the end."""
         return self.total_tokens
 
     @property
     def used_tokens(self) -> int:
-        """What it used of that so far: nothing before its first token here."""
+        """Tokens of ``share_tokens`` used so far; 0 until the job was placed and its answer has a token."""
         return self.prompt_tokens + self.emitted if self.emitted and self.placed_at is not None else 0

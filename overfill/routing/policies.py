@@ -1,4 +1,4 @@
-"""The policies by the names that settings give them."""
+"""The placement policies, by their names in the settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.policy import LeastLoad, MostFreeKv, Policy, PowerOfTwo, RoundRobin
 
 DecodePolicyName = Literal["least-load", "power-of-two", "most-free-kv", "round-robin"]
-"""Decode workers say nothing of what they have cached, so there is no affinity to go by."""
+"""Decode workers do not report the prefixes that they cache, so prefix affinity is for prefill only."""
 
 PolicyName = Literal["prefix-affinity", "least-load", "power-of-two", "most-free-kv", "round-robin"]
 

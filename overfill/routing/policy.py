@@ -1,8 +1,8 @@
-"""Which of a pool's admissible workers takes a request. Admission itself is the dispatcher's.
+"""Placement policies: the order in which the dispatcher tries a pool's admissible workers.
 
-A policy keeps the admissible workers in an order of its own (``put``, ``drop``) and says who comes first (``best``);
-the dispatcher takes the first that can hold the request. So a decision costs the same in a pool of ten and of a
-thousand: orders are sorted lists, searched by halves, in which a change moves some pointers.
+A policy keeps the admissible workers in an order (``put``, ``drop``) and yields the best first (``best``). The
+dispatcher places the request on the first that can hold it. Orders are sorted lists with binary search, so a placement
+costs about the same with ten workers and with a thousand.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from overfill.routing.worker import Worker
 
 
 class Request(Protocol):
-    """What a policy may know of a request."""
+    """The part of a request that a policy reads."""
 
     @property
     def prompt_tokens(self) -> int: ...
 
     @property
     def block_keys(self) -> Callable[[int], Iterator[int]] | None:
-        """Keys of the prompt's full blocks for a block size (``kv.keys``); None when they are not known."""
+        """Returns the keys of the prompt's full blocks for a block size (``kv.keys``). None means unknown."""
 
 
 class Policy(ABC):
-    """One pool's order of workers. ``seed`` decides what is left to chance."""
+    """The order of one pool's workers. ``seed`` is for random choices."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
 
     @abstractmethod
     def put(self, worker: Worker) -> None:
-        """``worker`` is admissible; called again whenever something about it has changed."""
+        """Adds an admissible worker. The pool calls it again whenever the worker has changed."""
 
     @abstractmethod
     def drop(self, worker: Worker) -> None:
-        """``worker`` is not admissible any more."""
+        """Removes a worker that is no longer admissible."""
 
     @abstractmethod
     def best(self, request: Request) -> Iterator[Worker]:
-        """All admissible workers, each once, the best for ``request`` first. Nothing may change meanwhile."""
+        """Yields each admissible worker once, the best for ``request`` first. Do not change the policy meanwhile."""
 
     @abstractmethod
     def check(self, workers: Sequence[Worker]) -> None:
-        """Raises AssertionError unless exactly ``workers`` are in the order, where they belong."""
+        """Raises AssertionError unless the order holds exactly ``workers``, each in its place."""
 
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
-        """The prefix cache of ``worker`` has other keys now. Most do not care."""
+        """Records changes to the prefix cache of ``worker``. The default ignores them."""
         return
 
     def placed(self, request: Request, worker: Worker) -> int:
-        """``request`` goes to ``worker``; tokens of its prompt that are likely to be in the prefix cache there."""
+        """Records a placement. Returns the number of prompt tokens that ``worker`` probably has in its cache."""
         return 0
 
 
 class Ranked(Policy):
-    """Workers by a key; the smallest first."""
+    """Orders workers by a key, the smallest first."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -69,7 +69,7 @@ class Ranked(Policy):
     @staticmethod
     @abstractmethod
     def key(worker: Worker) -> Any:
-        """Comparable; of equals the smaller id comes first."""
+        """Returns the sort key. Workers with equal keys are ordered by id."""
 
     def put(self, worker: Worker) -> None:
         place = (self.key(worker), worker.id, worker)
@@ -89,11 +89,11 @@ class Ranked(Policy):
 
     def check(self, workers: Sequence[Worker]) -> None:
         if self._order != sorted((self.key(w), w.id, w) for w in workers):
-            raise AssertionError(f"{type(self).__name__}: the order is not that of the workers")
+            raise AssertionError(f"{type(self).__name__}: the order differs from the workers' keys")
 
 
 class LeastLoad(Ranked):
-    """Fewest queued prompt tokens, then fewest requests; among equals the least recently used."""
+    """Prefers the worker with the fewest queued prompt tokens, then the fewest requests, then the oldest placement."""
 
     @staticmethod
     def key(worker: Worker) -> Any:
@@ -101,7 +101,7 @@ class LeastLoad(Ranked):
 
 
 class MostFreeKv(Ranked):
-    """Most tokens that still fit, then as least load."""
+    """Prefers the worker with room for the most tokens; equal workers are ordered by least load."""
 
     @staticmethod
     def key(worker: Worker) -> Any:
@@ -109,7 +109,7 @@ class MostFreeKv(Ranked):
 
 
 class RoundRobin(Ranked):
-    """The worker whose latest placement is longest ago."""
+    """Prefers the worker with the oldest placement."""
 
     @staticmethod
     def key(worker: Worker) -> Any:
@@ -117,7 +117,7 @@ class RoundRobin(Ranked):
 
 
 class PowerOfTwo(Policy):
-    """The less loaded of two workers drawn at random: routers that know the same do not all choose the same."""
+    """Prefers the less loaded of two random workers, so that routers with the same reports choose differently."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -148,4 +148,4 @@ class PowerOfTwo(Policy):
 
     def check(self, workers: Sequence[Worker]) -> None:
         if set(self._workers) != set(workers) or len(self._places) != len(self._workers):
-            raise AssertionError("two choices: the workers are not the admissible ones")
+            raise AssertionError("power of two: its workers differ from the admissible ones")

@@ -1,6 +1,6 @@
-"""Who can take work: the workers of one stage, what they last reported, and what this router gave them.
+"""The pools of workers: per stage, the joined workers, their latest reports and this router's requests on them.
 
-Every call that depends on time takes ``now`` (seconds, monotonic). No I/O: workers report.
+Every call that depends on time takes ``now`` (seconds, monotonic). No I/O: the registry passes the reports in.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from overfill.routing.policy import LeastLoad, Policy
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
-STARTUPS_KEPT = 8
-"""Start-up times that a pool remembers. One exceptional start is forgotten once as many other workers have joined."""
+MAX_STARTUP_TIMES = 8
+"""Number of start-up times that a pool keeps. An exceptional one is dropped when as many other workers have joined."""
 
 
 class Pool:
-    """The joined workers of one stage, one per id. All that changes a worker goes through here.
+    """The joined workers of one stage, one per id. Every change to a worker goes through its pool.
 
     Attributes:
-        index: what is known of all of them together; right after ``expire``.
+        index: totals over the workers and the order of the policy; valid right after ``expire``.
     """
 
     def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None) -> None:
         self.stage = stage
         self.index = Index(policy or LeastLoad())
-        self._startups: dict[tuple[str, int], float] = {}  # of the last workers that joined, by key
+        self._startups: dict[tuple[str, int], float] = {}  # seconds, of the latest workers to join, by key
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
@@ -44,37 +44,37 @@ class Pool:
 
     @property
     def policy(self) -> Policy:
-        """Who comes first."""
+        """The policy that orders the workers."""
         return self.index.policy
 
     def use(self, policy: Policy) -> None:
-        """Orders the workers by ``policy``, which is new and this pool's own, from now on."""
+        """Replaces the policy. ``policy`` must be new and must not be shared with another pool."""
         self.index = Index(policy)
         for worker in self:
             self.index.reported(worker)
             policy.keys_changed(worker, worker.prefix_keys, ())
 
     def join(self, info: WorkerInfo) -> Worker:
-        """Adds a worker. The same incarnation keeps its count of requests; another one replaces the old."""
+        """Adds a worker. The same incarnation keeps its count of requests; a new incarnation replaces the old one."""
         old = self._workers.get(info.id)
         if old is not None:
-            self.leave(old)
+            self.remove(old)
         worker = self._detached.pop((info.id, info.incarnation), None) or Worker(info)
-        # What it said on its last stream is history: nothing new before it reports again.
+        # Reports from its previous stream are outdated, so the router waits for a new one.
         worker.info, worker.report = info, None
         self._workers[info.id] = worker
-        self._startups.pop(worker.key, None)  # a worker that joins again counts once
+        self._startups.pop(worker.key, None)  # count a worker that joins again only once
         self._startups[worker.key] = info.startup_seconds
-        if len(self._startups) > STARTUPS_KEPT:
+        if len(self._startups) > MAX_STARTUP_TIMES:
             del self._startups[next(iter(self._startups))]
         self.index.refresh(worker)
         return worker
 
     def report(self, worker: Worker, report: registry_pb2.Report, now: float) -> None:
-        """Takes a pushed report; opens the worker again after a refusal."""
+        """Applies a worker's report and ends its pause."""
         worker.report = report
         worker.reported_at = now
-        worker.closed = False
+        worker.paused_until_report = False
         worker.forget_placed()
         joined = self._joined(worker)
         if report.HasField("prefix"):
@@ -88,20 +88,20 @@ class Pool:
             self.index.reported(worker)
 
     def refused(self, worker: Worker, load: decode_pb2.WorkerLoad | None) -> None:
-        """Closes the worker until its next report; ``load`` is what it said of itself, if it did."""
-        worker.closed = True
+        """Pauses a worker that refused a request. ``load`` is the load from its refusal, if it sent one."""
+        worker.paused_until_report = True
         if load is not None and worker.report is not None:
             worker.report.load.CopyFrom(load)
             worker.forget_placed()
         self._refresh(worker)
 
-    def close(self, worker: Worker) -> None:
-        """Nothing goes to the worker until its next report."""
-        worker.closed = True
+    def pause(self, worker: Worker) -> None:
+        """Stops placements on the worker until its next report."""
+        worker.paused_until_report = True
         self._refresh(worker)
 
-    def leave(self, worker: Worker) -> None:
-        """Stops new placements on ``worker``. What runs there judges itself and still counts."""
+    def remove(self, worker: Worker) -> None:
+        """Removes ``worker`` from the pool. Its running requests continue and still use credits."""
         if self._joined(worker):
             del self._workers[worker.id]
             self.index.forget(worker)
@@ -111,11 +111,11 @@ class Pool:
                 self._detached[worker.key] = worker
 
     def expire(self, now: float) -> None:
-        """To be called before ``index`` is looked at: the silent are not counted on."""
+        """Removes silent workers from the index. Call it before reading ``index``."""
         self.index.expire(now)
 
     def place(self, worker: Worker, tokens: int, cached: int = 0) -> None:
-        """Counts one request of ``tokens`` on ``worker``, ``cached`` of which it is likely to have already."""
+        """Counts a request of ``tokens`` on ``worker``, of which the worker probably has ``cached`` in its cache."""
         self._placements += 1
         worker.in_flight += 1
         worker.placed += 1
@@ -125,7 +125,7 @@ class Pool:
         self._refresh(worker)
 
     def release(self, worker: Worker) -> None:
-        """Takes back one ``place``."""
+        """Ends one request that ``place`` counted."""
         worker.in_flight -= 1
         if not worker.in_flight:
             self._detached.pop(worker.key, None)
@@ -133,21 +133,21 @@ class Pool:
 
     @property
     def num_ready(self) -> int:
-        """Workers that are ready, right after ``expire``."""
+        """Number of ready workers; valid right after ``expire``."""
         return self.index.alive.total
 
     @property
     def longest_startup(self) -> float:
-        """Longest start-up time of the last ``STARTUPS_KEPT`` workers that joined, in seconds; 0: unknown."""
+        """Longest start-up time of the last ``MAX_STARTUP_TIMES`` workers to join, in seconds; 0 means unknown."""
         return max(self._startups.values(), default=0.0)
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Longest sequence that some staying worker could hold; None while none has said."""
-        return max((int(capacity) for capacity in self.index.staying.known), default=None)
+        """Longest sequence that a worker of the pool can hold, draining ones excluded; None while unknown."""
+        return max((int(capacity) for capacity in self.index.not_draining.known), default=None)
 
     def check(self, now: float) -> None:
-        """Raises AssertionError unless ``index`` is what the workers are. Call after ``expire``."""
+        """Raises AssertionError if ``index`` differs from the workers' state. Call it after ``expire``."""
         self.index.check(self, now)
 
     def _joined(self, worker: Worker) -> bool:
@@ -160,10 +160,10 @@ class Pool:
 
 @dataclass(slots=True)
 class Roster:
-    """Both stages of one pair, held to one full model and one KV geometry.
+    """The pools of both stages. All workers have the same full model and KV geometry.
 
     Args:
-        expected: fields of ``KvIdentity.flat()`` that are known beforehand, such as ``full_digest``.
+        expected: values required of every worker, by field of ``KvIdentity.flat()``, such as ``full_digest``.
     """
 
     expected: Mapping[str, object] = field(default_factory=dict)
@@ -174,24 +174,24 @@ class Roster:
         return self.prefill if stage == PREFILL else self.decode
 
     def find(self, worker_id: str) -> Worker | None:
-        """The joined worker of that id, of either stage."""
+        """Returns the joined worker with this id, of either stage, or None."""
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
 
-    def lacking(self, now: float) -> list[common_pb2.Stage]:
-        """Stages without a worker that is ready now; while there is one, no request can be answered."""
+    def unready_stages(self, now: float) -> list[common_pb2.Stage]:
+        """Returns the stages without a ready worker. No request can be answered unless the list is empty."""
         for pool in (self.prefill, self.decode):
             pool.expire(now)
         return [pool.stage for pool in (self.prefill, self.decode) if not pool.num_ready]
 
     def workers(self) -> list[Worker]:
-        """Every joined worker, ordered by stage and id."""
+        """Returns all joined workers, ordered by stage and id."""
         return sorted([*self.prefill, *self.decode], key=lambda w: (w.info.stage, w.id))
 
     def join(self, info: WorkerInfo) -> Worker:
         """Adds ``info``'s worker to its pool.
 
         Raises:
-            Incompatible: it differs from what is expected or from the workers here; ``fields`` says where.
+            Incompatible: the worker differs from ``expected`` or from the joined workers; ``fields`` names where.
         """
         ours = dict(self.expected)
         for worker in self.workers():

@@ -1,7 +1,7 @@
-"""The life of one request across its attempts, from decode worker to decode worker until the answer is there.
+"""One request across its attempts: the relay moves it from decode worker to decode worker until the answer is complete.
 
-Token ids in, token ids out; text, stop strings and clients are someone else's. Emitted tokens are facts: a
-later attempt is told them and goes on behind them.
+Token ids in, token ids out: this module knows no text, stop strings or clients. Emitted tokens are final. A later
+attempt sends them to its worker, which continues after them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from overfill.errors import (
 )
 from overfill.kv.keys import PromptKeys
 from overfill.routing.answer import Answer, Finish, TokenBatch
+from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
-from overfill.routing.gate import Gate, Grant
 from overfill.routing.stream import DecodeConnector
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
@@ -33,27 +33,30 @@ from overfill.v1 import common_pb2, decode_pb2
 logger = logging.getLogger(__name__)
 
 RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)
-"""Errors of a worker, after which another may succeed. All others are the request's own."""
+"""Errors after which the relay tries another decode worker. All other errors end the request."""
 
-_MOST_LOSSES = 8
-"""Times ``max_attempts``: workers that one request may lose altogether, in case that it is the cause."""
+_MAX_LOSSES_FACTOR = 8
+"""Multiple of ``max_attempts``: total number of lost workers after which a request is given up.
+
+It stops a request that itself crashes the workers.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayRequest:
-    """What a decode worker needs to know.
+    """The parts of a request that routing and decode workers need.
 
     Args:
-        sampling: with ``seed`` and ``max_tokens`` set.
-        emitted_token_ids: tokens of the answer that the client already has; at most ``max_tokens``.
-        received: when the router received the request, seconds on the event loop's clock.
-        deadline: on the same clock, or None.
-        trace: ask for ``Finish.trace``.
-        sample_index: which of several answers to the same prompt.
-        codec: how the prompt's KV is to travel; 0 leaves it to the decode worker.
-        cache_namespace: requests of different namespaces share no cached KV.
-        priority, key: whose turn it is; see ``Job``.
-        block_keys: names of the prompt's blocks in prefix caches; None: not known.
+        sampling: sampling parameters with ``seed`` and ``max_tokens`` set.
+        emitted_token_ids: answer tokens that the client already has; at most ``max_tokens``.
+        received: time when the router received the request, seconds on the event loop's clock.
+        deadline: seconds on the same clock, or None.
+        trace: True to request ``Finish.trace``.
+        sample_index: index of this answer among several answers to the same prompt.
+        codec: encoding of the prompt's KV on the wire; 0 lets the decode worker choose.
+        cache_namespace: cache namespace; requests of different namespaces share no cached KV.
+        priority, key: rank and API key; see ``Job``.
+        block_keys: keys of the prompt's blocks in prefix caches. None means unknown.
     """
 
     id: str
@@ -73,22 +76,22 @@ class RelayRequest:
 
 
 class Observer(Protocol):
-    """Is told of what goes wrong on the way of a request."""
+    """Receives the failures of a request's attempts, for metrics."""
 
     def attempt_failed(self, error: BaseException) -> None:
         """A decode worker failed the request."""
 
     def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None:
-        """A decode worker wants the prompt's KV again."""
+        """A decode worker needs the prompt's KV again."""
 
 
-class _Nobody:
+class _NoObserver:
     def attempt_failed(self, error: BaseException) -> None: ...
     def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None: ...
 
 
 class Relay:
-    """Runs one request in a task of its own; the reader may be as slow as it likes.
+    """Runs one request in its own task, independent of how fast the caller reads.
 
     ::
 
@@ -99,29 +102,29 @@ class Relay:
             await relay.close()
 
     Args:
-        max_attempts: decode workers that may be lost, and prefill workers that may fail, one after the other without
-            a new token in between, before the request is given up.
-        observer: told of what goes wrong on the way.
+        max_attempts: number of decode workers lost in a row, or of prefill failures in a row, after which the request
+            is given up. A new token restarts both counts.
+        observer: receives the failures of attempts.
 
     Attributes:
-        answer: what is known of the answer.
-        decode_worker: id of the latest one; empty before there is one.
+        answer: the answer so far.
+        decode_worker: id of the latest decode worker; empty before the first.
     """
 
     def __init__(
         self,
         request: RelayRequest,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         *,
         max_attempts: int = 4,
         observer: Observer | None = None,
     ) -> None:
         self._request = request
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
-        self._observer = observer or _Nobody()
+        self._observer = observer or _NoObserver()
         self._task: asyncio.Task[None] | None = None
         self._opened = 0
         self._job = Job(
@@ -139,34 +142,34 @@ class Relay:
 
     @property
     def usage(self) -> common_pb2.Usage:
-        """Tokens so far; ``cached_tokens`` is known only at the end, from ``Finish.usage``."""
+        """Token counts so far. Only ``Finish.usage`` has ``cached_tokens``."""
         return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
 
     @property
-    def resumed(self) -> bool:
-        """Whether the answer's first token was there before the request came."""
+    def client_resumed(self) -> bool:
+        """True if the client brought the first tokens of the answer with its request."""
         return bool(self._request.emitted_token_ids)
 
     def start(self) -> None:
         """Queues the request.
 
         Raises:
-            PromptTooLong: no worker could ever hold it.
+            PromptTooLong: no worker can ever hold the request.
             Overloaded: the queue is full.
         """
         if self.answer.full:
             self.answer.end(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
             return
-        grant = self._gate.submit(self._job)
-        self._task = asyncio.create_task(self._run(grant), name=f"relay {self._request.id}")
+        placement = self._dispatcher.submit(self._job)
+        self._task = asyncio.create_task(self._run(placement), name=f"relay {self._request.id}")
 
     async def next(self) -> TokenBatch | Finish:
-        """The tokens that came since the last call, waiting for some; in the end, the Finish.
+        """Waits for tokens and returns all that have arrived since the last call; at the end, returns the Finish.
 
         Raises:
             DeadlineExceeded: the deadline passed.
-            Unavailable: too many workers were lost; the message says how many tokens had been produced.
-            OverfillError: a worker's answer that no other worker would change.
+            Unavailable: too many workers were lost. The message says how many tokens had been produced.
+            OverfillError: a worker's error that another worker would repeat.
         """
         return await self.answer.next()
 
@@ -177,17 +180,17 @@ class Relay:
             self._task.cancel()
 
     async def close(self) -> None:
-        """Cancels what still runs, on the decode worker too, and frees every slot."""
+        """Cancels the request here and on the decode worker, and releases its slots."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-            # A task that is cancelled before its first step never comes to its own finally.
-            self._gate.finish(self._job)
+            # A task that is cancelled before its first step never reaches its own finally.
+            self._dispatcher.finish(self._job)
 
-    async def _run(self, grant: Grant) -> None:
+    async def _run(self, placement: PlacementFuture) -> None:
         try:
             async with asyncio.timeout_at(self._request.deadline):
-                self.answer.end(await self._answer(grant))
+                self.answer.end(await self._answer(placement))
         except TimeoutError:
             self.answer.end(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
         except GaveUp as gave_up:
@@ -199,37 +202,39 @@ class Relay:
             self.answer.end(InternalError(f"the router failed: {error}"))
         finally:
             self._job.emitted = len(self.answer.emitted)
-            self._gate.finish(self._job)
+            self._dispatcher.finish(self._job)
 
-    async def _answer(self, grant: Grant) -> Finish:
-        losses, in_vain = 0, 0  # in all, and since the last new token
+    async def _answer(self, placement: PlacementFuture) -> Finish:
+        losses, consecutive = 0, 0  # lost workers: in total, and since the last new token
         known = len(self.answer.emitted)
         while True:
             with tracing.child("router.queue"):
-                worker = await grant
+                worker = await placement
             try:
                 done = await self._attempt(worker)
             except RETRIED as error:
                 logger.warning("request %s: decode worker %s failed: %s", self._request.id, worker.id, error)
                 self._observer.attempt_failed(error)
                 losses += 1
-                in_vain = 1 if len(self.answer.emitted) > known else in_vain + 1
+                consecutive = 1 if len(self.answer.emitted) > known else consecutive + 1
                 known = len(self.answer.emitted)
                 if self.answer.full:
                     return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
-                if in_vain >= self._max_attempts or losses >= _MOST_LOSSES * self._max_attempts:
+                if consecutive >= self._max_attempts or losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
                     raise GaveUp(
-                        Unavailable(f"gave up after {losses} attempts; {self.answer.progress}; the last: {error}")
+                        Unavailable(
+                            f"gave up after {losses} attempts; {self.answer.progress}; the last failure: {error}"
+                        )
                     ) from error
                 self._job.emitted = len(self.answer.emitted)
-                grant = self._gate.lost(self._job, gone=isinstance(error, Unavailable))
+                placement = self._dispatcher.lost(self._job, gone=isinstance(error, Unavailable))
             else:
                 if isinstance(done, decode_pb2.DecodeDone):
                     return self._finish(done)
-                grant = self._gate.refused(self._job, done.load if done.HasField("load") else None)
+                placement = self._dispatcher.refused(self._job, done.load if done.HasField("load") else None)
 
     async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | decode_pb2.Refused:
-        """One stream with one worker, to its end."""
+        """Runs the request on one worker until the stream ends."""
         deadline = self._request.deadline
         left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
         start = self._start(worker)
@@ -238,7 +243,7 @@ class Relay:
         with tracing.child("router.attempt", "client", worker=worker.id, attempt=self._opened) as span:
             attempt = Attempt(
                 self._connector.open(worker.info, left),
-                self._gate,
+                self._dispatcher,
                 self._job,
                 self.answer,
                 max_prefill_failures=self._max_attempts,
@@ -272,7 +277,7 @@ class Relay:
             timing.handoff_exposed_ns = done.handoff_exposed_ns
         if done.HasField("decode_ns"):
             timing.decode_ns = done.decode_ns
-        # Of two assignments that crossed a NeedPrefill, only the worker knows which one it took.
+        # When an assignment and a NeedPrefill cross, only the worker knows which assignment it used.
         self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
         usage = self.usage
         usage.cached_tokens = done.usage.cached_tokens

@@ -1,17 +1,17 @@
-"""How many workers each pool needs: one policy for both stages. Pure code: no Ray, no clock, no I/O.
+"""The scaling policy: how many workers each pool needs. Pure code: no Ray, no clock, no I/O.
 
-It predicts from what arrives, how long prompts and answers are and what a worker was measured to do::
+It predicts from arrival rates, lengths of prompts and answers, and the measured capacity of a worker::
 
-    prefill   queueing: the fewest workers for which the wait, at the chosen quantile, leaves the prompt enough of
-              the TTFT objective to be computed (M/G/c with Sakasegawa's approximation)
-    decode    Little's law: sequences running at once, plus a margin for chance, over the batch at which a step
-              still meets the ITL objective and whose KV fits
+    prefill   queueing: the fewest workers for which the wait, at the chosen quantile, leaves enough of the TTFT
+              objective to compute the prompt (M/G/c with Sakasegawa's approximation)
+    decode    Little's law: concurrent sequences, plus a margin for random variation, divided by the largest batch
+              whose step meets the ITL objective and whose KV fits
 
-A queue that is there already counts as load to be worked off within ``catch_up`` seconds. Growth is followed at
-once; a pool shrinks only to the most that was wanted within ``stabilise`` seconds, with ``hysteresis`` on top.
+An existing queue counts as load to be worked off within ``catch_up`` seconds. A pool grows at once. It shrinks only to
+the maximum need of the last ``stabilise`` seconds, with ``hysteresis`` on top.
 
-Whoever owns the workers calls ``targets`` every second or so and starts or drains workers. Every number that a
-decision used is in it, under a stable name, for metrics and plots.
+The owner of the workers calls ``targets`` about once a second and starts or drains workers. The result holds every
+number that the decision used, under a stable name, for metrics and plots.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
+from overfill.routing.arrivals import AnswerLengths, Arrivals
 from overfill.routing.capacity import PrefillRate, StepCost, StepTime
-from overfill.routing.demand import Answers, Arrivals
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Fewest and most workers of a pool. With a minimum of 0 the first request of a quiet time starts one."""
+    """Minimum and maximum size of a pool. With a minimum of 0, the first request after an idle time starts a worker."""
 
     min: int = 1
     max: int = 64
 
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max or self.max < 1:
-            raise ValueError(f"bounds must be 0 <= min <= max and max >= 1, got min {self.min}, max {self.max}")
+            raise ValueError(f"bounds must be 0 <= min <= max and max >= 1; got min {self.min}, max {self.max}")
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingConfig:
-    """Objectives, bounds, priors and how fast to follow. Times in seconds.
+    """Objectives, bounds, priors and reaction times of the policy. Times are in seconds.
 
     Attributes:
         ttft, itl: objectives; ``itl`` is a request's mean gap between tokens.
-        quantile: share of requests that is to meet them.
+        quantile: fraction of requests that must meet the objectives.
         prefill, decode: bounds of the pools.
-        max_total: most workers of both together; when more are needed, both get the same share of their need.
-        use_all: keep all ``max_total`` workers and only divide them: they are paid for anyway.
-        prefill_rate: prior of prompt tokens/s that a prefill worker computes.
-        step: prior of a decode step's cost.
-        prompt_tokens, answer_tokens: priors of mean lengths.
-        max_batch: most sequences that a decode worker runs at once.
-        kv_tokens: tokens of KV that a decode worker holds; None: not a limit, unless ``PoolState`` says it.
-        short_window, long_window: of arrivals.
-        significance: standard deviations by which the short window must exceed the long one to count.
-        itl_share: share of ``itl`` that a step may take; the rest is for uneven batches.
-        catch_up: time within which a queue is to be worked off.
-        stabilise: a pool shrinks to the most that was wanted in this time.
-        hysteresis: share by which the need must be below a smaller pool before it is taken.
+        max_total: maximum number of workers of both pools. When more are needed, both get the same share of their need.
+        use_all: True to keep all ``max_total`` workers running and only divide them between the pools.
+        prefill_rate: prior for the prompt tokens per second that a prefill worker computes.
+        step: prior for the cost of a decode step.
+        prompt_tokens, answer_tokens: priors for the mean lengths.
+        max_batch: maximum number of sequences that a decode worker runs at once.
+        kv_tokens: tokens of KV that a decode worker holds, if ``PoolState`` does not say. None means no limit.
+        short_window, long_window: lengths of the two windows of arrivals.
+        significance: standard deviations by which the short window must exceed the long one to replace it.
+        itl_share: fraction of ``itl`` that a step may take; the rest is a reserve for uneven batches.
+        catch_up: time in which a queue must be worked off.
+        stabilise: a pool shrinks no further than to the maximum need of this time.
+        hysteresis: fraction by which the need must fall below a smaller pool's size before the pool shrinks to it.
     """
 
     ttft: float = 2.0
@@ -86,27 +86,27 @@ class ScalingConfig:
         positive = ("ttft", "itl", "prefill_rate", "prompt_tokens", "answer_tokens", "max_batch", "short_window")
         for name in (*positive, "itl_share", "catch_up"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
         if not 0.5 <= self.quantile < 1:
-            raise ValueError(f"quantile must be in [0.5, 1), got {self.quantile}")
+            raise ValueError(f"quantile must be in [0.5, 1); got {self.quantile}")
         if self.long_window < self.short_window:
             raise ValueError(f"long_window {self.long_window} is shorter than short_window {self.short_window}")
         if self.use_all and self.max_total is None:
-            raise ValueError("use_all needs max_total: all of how many")
+            raise ValueError("use_all needs max_total, the number of workers to divide")
         if self.max_total is not None and self.max_total < max(1, self.prefill.min) + max(1, self.decode.min):
-            raise ValueError(f"max_total {self.max_total} is less than both pools' minima")
+            raise ValueError(f"max_total {self.max_total} is less than the sum of both pools' minima (at least 1 each)")
 
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool as it is now.
+    """The current state of a pool.
 
     Attributes:
-        ready, starting, draining: workers.
+        ready, starting, draining: numbers of workers in each state.
         waiting_jobs: requests that wait for a worker of this stage, in the router or on the worker.
-        waiting_tokens: prompt tokens of those that are not computed yet.
-        running: requests being computed; sequences generating, for decode.
-        kv_tokens: tokens of KV that one worker holds; 0: not known.
+        waiting_tokens: prompt tokens of waiting requests that are not computed yet.
+        running: requests being computed; for decode, sequences that generate tokens.
+        kv_tokens: tokens of KV that one worker holds. 0 means unknown.
     """
 
     ready: int = 0
@@ -120,13 +120,13 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class PoolTarget:
-    """What one pool should be.
+    """The recommended size of one pool.
 
     Attributes:
-        workers: how many, draining ones not counted.
-        need: what was predicted, before rounding, hysteresis and bounds.
-        reason: why, in words.
-        inputs: every number that was used, by name.
+        workers: number of workers, draining ones excluded.
+        need: predicted need before rounding, hysteresis and bounds.
+        reason: short explanation of the decision.
+        inputs: every number that the decision used, by name.
     """
 
     workers: int
@@ -137,7 +137,7 @@ class PoolTarget:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Of both pools, as of ``at``."""
+    """The recommended sizes of both pools at time ``at``."""
 
     at: float
     prefill_pool: PoolTarget
@@ -152,7 +152,7 @@ class Targets:
         return self.decode_pool.workers
 
     def numbers(self) -> dict[str, float]:
-        """Flat, for metrics: ``prefill_target``, ``prefill_need``, ``prefill_<input>`` and the same for decode."""
+        """Returns flat numbers for metrics: ``<stage>_target``, ``<stage>_need`` and ``<stage>_<input>``."""
         out: dict[str, float] = {}
         for name, pool in (("prefill", self.prefill_pool), ("decode", self.decode_pool)):
             out |= {f"{name}_target": float(pool.workers), f"{name}_need": pool.need}
@@ -161,45 +161,45 @@ class Targets:
 
 
 class Scaler:
-    """The policy. Feed it with ``arrived``, ``finished``, ``prefilled`` and ``stepped``; ask ``targets``."""
+    """The policy. Feed it with ``arrived``, ``finished``, ``prefilled`` and ``stepped``; then call ``targets``."""
 
     def __init__(self, config: ScalingConfig) -> None:
         self.config = config
         self._arrivals = Arrivals(config.short_window, config.long_window, config.significance)
-        self._answers = Answers(config.long_window, config.prompt_tokens, config.answer_tokens)
+        self._answers = AnswerLengths(config.long_window, config.prompt_tokens, config.answer_tokens)
         self._prefill_rate = PrefillRate(config.prefill_rate)
         self._step = StepTime(config.step)
         self._prefill = _Follower(config.prefill, config)
         self._decode = _Follower(config.decode, config)
-        self._shared: int | None = None  # prefill's part of ``max_total`` while that is too little
+        self._shared: int | None = None  # prefill's part of ``max_total`` while the pools share it
 
     def arrived(self, now: float, prompt_tokens: int, cached_tokens: int = 0) -> None:
-        """A request came; ``cached_tokens`` of its prompt are expected in a prefix cache."""
+        """Counts a request; ``cached_tokens`` of its prompt are expected in a prefix cache."""
         self._arrivals.add(now, max(1, prompt_tokens - cached_tokens))
 
     def finished(self, now: float, prompt_tokens: int, answer_tokens: int, itl: float = 0.0, batch: float = 0) -> None:
-        """A request ended.
+        """Counts a finished request.
 
         Args:
-            itl: mean gap between its tokens; 0 when it has none.
-            batch: sequences that ran beside it on its worker, itself included; 0 when that is not known.
+            itl: mean gap between its tokens, seconds; 0 for an answer of one token.
+            batch: mean number of sequences on its worker, itself included. 0 means unknown.
         """
         self._answers.add(now, prompt_tokens, answer_tokens)
         self._step.add(batch, prompt_tokens + answer_tokens / 2, itl)
 
     def prefilled(self, tokens: float, seconds: float) -> None:
-        """A prefill worker computed ``tokens`` in ``seconds`` of work (prompts that share steps: counted once)."""
+        """Records that a prefill worker computed ``tokens`` in ``seconds``. Count a shared step's seconds only once."""
         self._prefill_rate.add(tokens, seconds)
 
     def stepped(self, batch: float, context: float, seconds: float) -> None:
-        """A decode step of ``batch`` sequences of ``context`` tokens each took ``seconds``."""
+        """Records that a decode step of ``batch`` sequences of ``context`` tokens each took ``seconds``."""
         self._step.add(batch, context, seconds)
 
     def targets(self, now: float, prefill: PoolState, decode: PoolState) -> Targets:
-        """How many workers each pool should have now."""
+        """Returns the number of workers that each pool should have now."""
         if self._backlog(prefill):
-            # They wait for a decode worker, since those hold KV for prompts that wait for a prefill worker. More
-            # decode workers would not help them.
+            # Decode workers hold their blocks for prompts that wait for prefill, so jobs queue for decode too. More
+            # decode workers would not help them: count these jobs as waiting for prefill.
             jobs, tokens = decode.waiting_jobs, decode.waiting_tokens
             prefill = replace(
                 prefill, waiting_jobs=prefill.waiting_jobs + jobs, waiting_tokens=prefill.waiting_tokens + tokens
@@ -225,7 +225,7 @@ class Scaler:
         return Targets(now, *pools)
 
     def _backlog(self, prefill: PoolState) -> float:
-        """Queued prompt tokens, but for those that the pool works off within half the objective anyway."""
+        """Returns queued prompt tokens beyond those that the pool computes within half the TTFT objective."""
         soon = max(1, prefill.ready) * self._prefill_rate.value * self.config.ttft / 2
         return max(0.0, prefill.waiting_tokens - soon)
 
@@ -262,15 +262,15 @@ class Scaler:
         config, rate, answer = self.config, self._arrivals.rate(now), self._answers.shape()
         cost = self._step.cost()
         kv_tokens = state.kv_tokens or config.kv_tokens or 0
-        most = float(config.max_batch)
+        batch_limit = float(config.max_batch)
         if kv_tokens:
-            most = min(most, max(1.0, 0.9 * kv_tokens / answer.context))
-        batch = cost.batch_within(config.itl * config.itl_share, answer.context, most)
+            batch_limit = min(batch_limit, max(1.0, 0.9 * kv_tokens / answer.context))
+        batch = cost.batch_within(config.itl * config.itl_share, answer.context, batch_limit)
         step = cost.seconds(batch, answer.context)
         concurrency = rate.arrivals * answer.tokens * step
         margin = _normal_quantile(config.quantile) * math.sqrt(concurrency)
         predicted = (concurrency + margin) / batch
-        # Sequences that are there already: answers grow longer before the first long one has finished.
+        # Count the sequences that exist now as well: when answers get longer, the prediction lags until they finish.
         present = (state.running + state.waiting_jobs) / batch
         need = max(predicted, present)
         if state.waiting_jobs and not state.ready + state.starting:
@@ -287,7 +287,7 @@ class Scaler:
                 "step_base_seconds": cost.base,
                 "step_per_sequence_seconds": cost.per_sequence,
                 "step_per_kv_token_seconds": cost.per_kv_token,
-                "batch_limit": most,
+                "batch_limit": batch_limit,
                 "batch": batch,
                 "step_seconds": step,
                 "concurrency": concurrency,
@@ -297,18 +297,21 @@ class Scaler:
         )
 
     def _share(self, limit: int, needs: list[float]) -> list[tuple[int, str]]:
-        """``limit`` workers for both pools, within bounds. What is needed now comes first; if that is too much, both
-        get the same share of their need. What is left goes where most was wanted lately."""
+        """Divides ``limit`` workers between the pools, within bounds.
+
+        If the needs exceed ``limit``, both pools get the same share of their need. Otherwise each gets its need, and
+        the rest is divided by how far each pool's recent maximum exceeds its need.
+        """
         config, current = self.config, self._shared
         low = max(1, config.prefill.min, limit - config.decode.max)
         high = min(config.prefill.max, limit - max(1, config.decode.min))
-        now = [max(1, math.ceil(need - 1e-9)) for need in needs]
-        if sum(now) <= limit:
-            # A split that serves both stays: a worker that goes back and forth serves nobody.
-            if current is None or not now[0] <= current <= limit - now[1]:
-                lately = [max(0, f.most - n) for f, n in zip((self._prefill, self._decode), now, strict=True)]
-                share = lately[0] / sum(lately) if sum(lately) else 0.5
-                current = now[0] + round((limit - sum(now)) * share)
+        needed = [max(1, math.ceil(need - 1e-9)) for need in needs]
+        if sum(needed) <= limit:
+            # Keep the current split while it meets both needs: a worker that changes pools serves neither for a while.
+            if current is None or not needed[0] <= current <= limit - needed[1]:
+                surplus = [max(0, f.recent_max - n) for f, n in zip((self._prefill, self._decode), needed, strict=True)]
+                share = surplus[0] / sum(surplus) if sum(surplus) else 0.5
+                current = needed[0] + round((limit - sum(needed)) * share)
         else:
             ideal = limit * needs[0] / sum(needs)
             if current is None or abs(ideal - current) >= max(0.75, config.hysteresis * current):
@@ -321,24 +324,26 @@ class Scaler:
 
 
 class _Follower:
-    """Turns a need into a number of workers: up at once, down slowly, within bounds."""
+    """Turns a need into a number of workers within bounds. It grows at once and shrinks slowly."""
 
     def __init__(self, bounds: Bounds, config: ScalingConfig) -> None:
         self._bounds, self._config = bounds, config
-        self._wanted: deque[tuple[float, int]] = deque()  # falling: only what may still be the maximum
+        self._wanted: deque[tuple[float, int]] = (
+            deque()
+        )  # decreasing; holds only values that can still become the maximum
         self.target: int | None = None
 
     @property
-    def most(self) -> int:
-        """Most workers that were wanted in the last ``stabilise`` seconds."""
+    def recent_max(self) -> int:
+        """Maximum number of workers needed in the last ``stabilise`` seconds."""
         return self._wanted[0][1]
 
     def follow(self, now: float, state: PoolState, need: float) -> tuple[int, str]:
-        """The target, and a remark when it is not what the need says."""
+        """Returns the target, and the reason if it differs from the need."""
         bounds, config = self._bounds, self._config
         if self.target is None:
             self.target = min(bounds.max, max(bounds.min, state.ready + state.starting))
-            self._wanted.append((now, self.target))  # nothing is known yet that would let it shrink
+            self._wanted.append((now, self.target))  # keeps the initial size for ``stabilise`` seconds
         up = math.ceil(need - 1e-9)
         down = math.ceil(need * (1 + config.hysteresis) - 1e-9)
         while self._wanted and self._wanted[-1][1] <= down:
@@ -346,21 +351,21 @@ class _Follower:
         self._wanted.append((now, down))
         while self._wanted[0][0] < now - config.stabilise:
             self._wanted.popleft()
-        held = min(self.target, self.most)
+        held = min(self.target, self.recent_max)
         wanted = max(up, held)
         self.target = min(bounds.max, max(bounds.min, wanted))
         if wanted > bounds.max:
-            return self.target, f"most that is allowed; {wanted} wanted"
+            return self.target, f"maximum of the pool; {wanted} needed"
         if wanted < bounds.min:
-            return self.target, f"fewest that are allowed; {wanted} wanted"
-        return self.target, "" if wanted == up else f"no fewer until {up} has been enough for {config.stabilise:g} s"
+            return self.target, f"minimum of the pool; {wanted} needed"
+        return self.target, "" if wanted == up else f"kept until {up} has been enough for {config.stabilise:g} s"
 
 
 def _servers(load: float, service: float, scv: float, budget: float, quantile: float) -> float:
-    """Fewest servers, as a real number, for which ``quantile`` of the waits are within ``budget`` seconds.
+    """Returns the fewest servers, as a real number, for which ``quantile`` of the waits are within ``budget`` seconds.
 
-    M/G/c: a wait has probability about rho^(sqrt(2(c+1))-1) (Sakasegawa 1977) and is then about exponential, with mean
-    service x (1 + scv) / 2 / (c (1 - rho)).
+    M/G/c: the probability of a wait is about rho^(sqrt(2(c+1))-1) (Sakasegawa 1977). The wait is then about exponential
+    with mean service x (1 + scv) / 2 / (c (1 - rho)).
     """
 
     def enough(c: float) -> bool:

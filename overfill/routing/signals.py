@@ -1,7 +1,7 @@
-"""What routers tell whoever owns the workers, as flat numbers, and how those numbers feed a ``Scaler``.
+"""Scaling signals: the numbers that routers report to the scaling policy, and the reader that feeds a ``Scaler``.
 
-Counts only ever grow, so a reader that misses some reports misses nothing; the rest is as of now. Several routers see
-the same workers but different requests: counts and router queues add up, what workers report does not.
+Counts only grow, so a reader that misses some reports loses nothing; all other numbers are current values. Several
+routers see the same workers but different requests. So counts and router queues add up, and workers' reports do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import PoolState, Scaler
 from overfill.v1 import inference_pb2
 
-_FADE = 0.98  # weight of what was known of the prefix cache, when another answer is finished
+_FADE = 0.98  # weight of the previous prefix-cache hit rate when an answer finishes
 
 COUNTS = (
     "arrivals",
@@ -31,27 +31,30 @@ COUNTS = (
     "prefilled_tokens",
     "prefill_seconds",
 )
-"""Since the router started. Tokens of arrivals are those to be computed, as far as the prefix cache is known; ``timed``
-are finished answers of which ITL (mean gap between tokens) and batch (sequences beside it) are known."""
+"""Names of the counts, all since the router started.
+
+``arrived_tokens`` are prompt tokens to compute, by the recent hit rate of the prefix cache. ``timed`` counts finished
+answers with a known ITL (mean gap between tokens) and batch (sequences running on the same worker).
+"""
 
 
 class Signals:
-    """One router's numbers."""
+    """The signals of one router."""
 
     def __init__(self, roster: Roster, dispatcher: Dispatcher) -> None:
         self._roster = roster
         self._dispatcher = dispatcher
         self._counts = dict.fromkeys(COUNTS, 0.0)
         self._occupancy = _Occupancy()
-        self._found = 0.0  # share of finished prompts that was in the prefix cache
+        self._hit_rate = 0.0  # prefix-cache hit rate of finished prompts, in tokens
 
     def arrived(self, prompt_tokens: int, now: float) -> None:
-        """A request was queued. ``now`` is in seconds, monotonic, as everywhere here."""
-        tokens = max(1.0, prompt_tokens * (1 - self._found))
+        """Counts a queued request. ``now`` is in seconds, monotonic, in every method."""
+        tokens = max(1.0, prompt_tokens * (1 - self._hit_rate))
         self._add(arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
     def finished(self, answer: inference_pb2.Finished, now: float) -> None:
-        """An answer is complete."""
+        """Counts a complete answer."""
         usage, timing = answer.usage, answer.timing
         self._add(
             finished=1,
@@ -60,22 +63,22 @@ class Signals:
         )
         if usage.completion_tokens > 1 and timing.decode_ns:
             seconds = timing.decode_ns / 1e9
-            # Over all of its time, not at its end, when those that ran beside it may have left together.
-            beside = self._occupancy.mean(answer.decode_worker, now - seconds, now)
-            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=beside)
+            # Average over the whole decode time: at its end, the sequences beside it may all have left already.
+            concurrent = self._occupancy.mean(answer.decode_worker, now - seconds, now)
+            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
-            # Prompts that share a worker's steps share its seconds.
+            # Divide the seconds by the number of prompts that shared the worker's steps.
             began = now - (timing.decode_ns + timing.prefill_compute_ns) / 1e9
-            beside = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
-            self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / beside)
+            concurrent = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
+            self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
         if usage.prompt_tokens:
-            self._found = _FADE * self._found + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
+            self._hit_rate = _FADE * self._hit_rate + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
     def read(self, now: float) -> dict[str, float]:
-        """All numbers: ``COUNTS``, ``<stage>_<field of PoolState>`` of what workers report, and the router's queue.
+        """Returns all signals: ``COUNTS``, ``<stage>_<field of PoolState>`` from workers' reports, and the queue.
 
-        To be called about once a second: what runs on the workers is sampled here.
+        Call it about once a second, because it samples the number of requests running on the workers.
         """
         self._occupancy.sample(self._roster, now)
         numbers = dict(self._counts)
@@ -95,20 +98,20 @@ class Signals:
 
 @dataclass(slots=True)
 class SignalReader:
-    """Feeds ``scaler`` with what routers report.
+    """Feeds ``scaler`` with the signals of all routers.
 
     Attributes:
-        seen: the counts that were last read of each router, by any name that is its own.
+        seen: the latest counts of each router, by a unique name of the router.
     """
 
     scaler: Scaler
     seen: dict[str, Mapping[str, float]]
 
     def read(self, now: float, routers: Mapping[str, Mapping[str, float]]) -> tuple[PoolState, PoolState]:
-        """Takes in what is new since the last call; the prefill and decode pools as they are now."""
+        """Feeds the growth since the last call to the scaler; returns the current prefill and decode pools."""
         for name, numbers in routers.items():
             before = self.seen.get(name)
-            # A router that is new here may be old; its past is not load of now.
+            # Skip the first reading of a router: its counts may hold hours of past load.
             if before is not None:
                 self._feed(now, {key: numbers[key] - before[key] for key in COUNTS})
             self.seen[name] = {key: numbers[key] for key in COUNTS}
@@ -117,7 +120,7 @@ class SignalReader:
         return pool_states(routers.values())
 
     def _feed(self, now: float, new: Mapping[str, float]) -> None:
-        for tokens in spread(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
+        for tokens in two_point_values(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
             self.scaler.arrived(now, tokens)
         if finished := round(new["finished"]):
             prompt, answer = (round(new[f"finished_{key}_tokens"] / finished) for key in ("prompt", "answer"))
@@ -130,7 +133,7 @@ class SignalReader:
 
 
 def pool_states(routers: Iterable[Mapping[str, float]]) -> tuple[PoolState, PoolState]:
-    """The prefill and decode pools by what routers report. Workers that start are in no router's list."""
+    """Returns the prefill and decode pools as routers report them, without workers that have not joined yet."""
     reports = list(routers)
 
     def largest(key: str) -> int:
@@ -155,8 +158,8 @@ def pool_states(routers: Iterable[Mapping[str, float]]) -> tuple[PoolState, Pool
     )
 
 
-def spread(count: int, total: float, squares: float) -> list[int]:
-    """``count`` whole numbers, half of them low and half high, with about this total and sum of squares."""
+def two_point_values(count: int, total: float, squares: float) -> list[int]:
+    """Returns ``count`` integers with about this total and sum of squares: half of them low, half high."""
     if count <= 0:
         return []
     mean = total / count
@@ -170,7 +173,7 @@ def _reported(pool: Pool, now: float) -> dict[str, float]:
     loads = [worker.report.load for worker in pool if worker.report is not None]
     return {
         "ready": float(sum(worker.alive(now) for worker in pool)),
-        "draining": float(sum(not worker.staying for worker in pool)),
+        "draining": float(sum(worker.draining for worker in pool)),
         "waiting_jobs": float(sum(load.waiting for load in loads)),
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
         "running": float(sum(load.running for load in loads)),
@@ -179,7 +182,7 @@ def _reported(pool: Pool, now: float) -> dict[str, float]:
 
 
 class _Occupancy:
-    """How many requests ran on each worker over any recent time, from samples of what workers report."""
+    """Mean number of requests on each worker over any recent interval, from samples of the workers' reports."""
 
     _MEMORY = 600.0  # seconds
 
@@ -188,7 +191,7 @@ class _Occupancy:
         self._running: dict[str, int] = {}
 
     def sample(self, roster: Roster, now: float) -> None:
-        """Takes down what the workers last reported."""
+        """Samples the latest reports of all workers."""
         running = {
             worker.id: worker.report.load.running
             for pool in (roster.prefill, roster.decode)
@@ -207,20 +210,20 @@ class _Occupancy:
             del self._samples[worker]
 
     def mean(self, worker: str, since: float, until: float) -> float:
-        """Requests on ``worker`` on average, one at least."""
+        """Returns the mean number of requests on ``worker`` between two times; at least 1."""
         running = self._running.get(worker, 1)
         samples = self._samples.get(worker, [])
         since = max(since, samples[0][0]) if samples else until
         if until <= since:
             return float(max(1, running))
-        # As it was at the last sample until now.
+        # Since the last sample, assume the number reported there.
         at, total = samples[-1]
         known = [*samples, (until, total + running * (until - at))] if until > at else samples
         return max(1.0, (_at(known, until) - _at(known, since)) / (until - since))
 
 
 def _at(samples: Sequence[tuple[float, float]], time: float) -> float:
-    """The running total at ``time``, between samples in proportion."""
+    """Returns the running total at ``time``, interpolated linearly between samples."""
     index = bisect_left(samples, (time, -math.inf))
     if index == 0 or index == len(samples):
         return samples[min(index, len(samples) - 1)][1]

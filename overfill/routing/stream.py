@@ -1,4 +1,4 @@
-"""One attempt's conversation with a decode worker: the interface, and its gRPC form."""
+"""The stream between one attempt and its decode worker: the interface, and its implementation over gRPC."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from overfill.v1 import decode_pb2, decode_pb2_grpc
 
 
 class DecodeStream(Protocol):
-    """``Decode.Generate`` as the relay uses it. Failures are OverfillErrors."""
+    """One ``Decode.Generate`` call. Failures are raised as OverfillErrors."""
 
     async def send(self, message: decode_pb2.DecodeRequest) -> None:
-        """Sends; into a stream that has ended, in vain: ``receive`` tells how it ended."""
+        """Sends a message. Does nothing if the stream has ended; ``receive`` raises the reason."""
 
     async def receive(self) -> decode_pb2.DecodeResponse | None:
-        """The next message; None when the worker ended the stream without error."""
+        """Returns the next message, or None when the worker has ended the stream without error."""
 
     def close(self) -> None:
-        """Cancels the RPC, unless it has ended, and frees what the stream holds."""
+        """Cancels the RPC unless it has ended, and releases the channel."""
 
 
 class DecodeConnector(Protocol):
-    """Opens streams."""
+    """Opens streams to decode workers."""
 
     def open(self, worker: WorkerInfo, timeout: float | None) -> DecodeStream:
-        """Starts ``Decode.Generate`` on ``worker``; ``timeout``: seconds until the request's deadline."""
+        """Starts ``Decode.Generate`` on ``worker``, with ``timeout`` seconds until the request's deadline."""
 
 
 class GrpcConnector:
-    """Keeps one channel to every worker that is a member, and to every other one while something runs there."""
+    """Keeps one channel to each joined worker, and to each worker that has left until its last stream ends."""
 
     def __init__(self, tls: Credentials | None = None) -> None:
         self._tls = tls
@@ -47,30 +47,30 @@ class GrpcConnector:
         self._closing: set[asyncio.Task[None]] = set()
 
     def add(self, worker: WorkerInfo) -> None:
-        """Opens a channel; a worker that joins again gets a new one."""
+        """Opens a channel to ``worker``. A worker that joins again gets a new channel."""
         self.forget(worker)
         self._connections[worker.id, worker.incarnation] = _Connection(open_channel(worker.address, self._tls))
 
     def forget(self, worker: WorkerInfo) -> None:
-        """Closes the channel once nothing runs on it."""
+        """Closes the channel to ``worker`` once no stream uses it."""
         connection = self._connections.pop((worker.id, worker.incarnation), None)
         if connection is not None:
             connection.forgotten = True
             self._close_idle(connection)
 
     def channel(self, worker: WorkerInfo) -> grpc.aio.Channel:
-        """The channel to a member, for its other services."""
+        """Returns the channel to a joined worker, for the worker's other services."""
         return self._connections[worker.id, worker.incarnation].channel
 
     def open(self, worker: WorkerInfo, timeout: float | None) -> DecodeStream:
         connection = self._connections.get((worker.id, worker.incarnation))
-        if connection is None:  # it left a moment ago
+        if connection is None:  # the worker has just left
             connection = _Connection(open_channel(worker.address, self._tls), forgotten=True)
         connection.streams += 1
         return GrpcDecodeStream(connection, self, worker, timeout)
 
     async def close(self) -> None:
-        """Closes every channel; what still runs on one is cancelled."""
+        """Closes all channels and cancels their streams."""
         for connection in self._connections.values():
             await connection.channel.close(None)
         self._connections.clear()
@@ -88,7 +88,7 @@ class GrpcConnector:
 
 
 class GrpcDecodeStream:
-    """A ``DecodeStream`` over gRPC."""
+    """Implements ``DecodeStream`` over gRPC."""
 
     def __init__(
         self, connection: _Connection, connector: GrpcConnector, worker: WorkerInfo, timeout: float | None

@@ -1,4 +1,4 @@
-"""One worker of a pool: what it said when it joined, what it last reported, and what this router gave it since.
+"""One worker of a pool: its Hello, its latest report, and the requests that this router has placed on it since.
 
 Calls that depend on time take ``now`` (seconds, monotonic).
 """
@@ -17,15 +17,15 @@ PREFILL = common_pb2.STAGE_PREFILL
 DECODE = common_pb2.STAGE_DECODE
 
 STALE_AFTER = 3.0
-"""Seconds without a report (one is due every second) after which a worker gets nothing new."""
+"""Seconds without a report after which the router places no requests on a worker. A report is due every second."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says about itself when it joins; fixed for one incarnation.
+    """A worker's description of itself in its Hello; fixed for one incarnation.
 
-    ``startup_seconds``: seconds from the import of ``overfill`` until the worker was ready, without the preparation of
-    a pair; 0: unknown.
+    ``startup_seconds`` runs from the import of ``overfill`` until the worker was ready, without the preparation of a
+    pair. 0 means unknown.
     """
 
     id: str
@@ -40,17 +40,17 @@ class WorkerInfo:
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
-        """Raises InvalidRequest when the message cannot describe a worker."""
+        """Converts a Hello. Raises InvalidRequest when a field is missing or invalid."""
         if not hello.worker_id:
             raise InvalidRequest("hello.worker_id", "is empty")
         if not hello.address:
             raise InvalidRequest("hello.address", "is empty")
         if hello.stage not in (PREFILL, DECODE):
-            raise InvalidRequest("hello.stage", f"must be prefill or decode, got {hello.stage}")
+            raise InvalidRequest("hello.stage", f"must be prefill or decode; got {hello.stage}")
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
         if not 0 <= hello.startup_seconds < math.inf:
-            raise InvalidRequest("hello.startup_seconds", f"must be 0 or more, got {hello.startup_seconds}")
+            raise InvalidRequest("hello.startup_seconds", f"must be finite and at least 0; got {hello.startup_seconds}")
         return cls(
             id=hello.worker_id,
             incarnation=hello.incarnation,
@@ -74,21 +74,22 @@ class Worker:
     """One incarnation of a worker.
 
     Attributes:
-        report: the latest, or None before the first.
-        reported_at: when it came, seconds.
-        in_flight: requests that this router has on the worker now.
-        closed: refused or failed something; gets nothing new until its next report.
-        placed: requests placed since the latest report, which does not count them yet.
-        placed_tokens, placed_blocks: tokens of theirs that are likely to be computed, and blocks that they take.
-        last_placed: ordinal of the latest placement in the pool; 0 for none.
-        prefix_keys: keys of the blocks in its prefix cache (``kv.prefix.block_key``), as last reported.
+        report: latest report, or None before the first.
+        reported_at: arrival time of the latest report, seconds.
+        in_flight: number of requests that this router has on the worker now.
+        paused_until_report: True after the worker refused or failed a request. The router places nothing on it until
+            its next report.
+        placed: number of requests placed since the latest report, which does not count them yet.
+        placed_tokens, placed_blocks: tokens of those requests that the worker probably computes, and blocks they need.
+        last_placed: ordinal of the latest placement in the pool; 0 before the first.
+        prefix_keys: keys of the blocks in the worker's prefix cache (``kv.prefix.block_key``), as last reported.
     """
 
     info: WorkerInfo
     report: registry_pb2.Report | None = None
     reported_at: float = 0.0
     in_flight: int = 0
-    closed: bool = False
+    paused_until_report: bool = False
     placed: int = 0
     placed_tokens: int = 0
     placed_blocks: int = 0
@@ -101,26 +102,26 @@ class Worker:
 
     @property
     def credits_left(self) -> int:
-        """Requests that may still be placed; 0 before the first report."""
+        """Number of requests that this router may still place on the worker; 0 before the first report."""
         return max(0, self.report.credits - self.in_flight) if self.report else 0
 
     @property
     def key(self) -> tuple[str, int]:
-        """Id and incarnation: a restarted worker is another one."""
+        """Id and incarnation. A restarted worker counts as a different one."""
         return self.info.id, self.info.incarnation
 
     @property
-    def staying(self) -> bool:
-        """Whether the worker takes work or will once it is warm; a draining one never does again."""
-        return self.report is None or not self.report.draining
+    def draining(self) -> bool:
+        """True once the worker has reported that it drains. It never takes work again."""
+        return self.report is not None and self.report.draining
 
     @property
     def starting(self) -> bool:
-        """Whether the worker is still to become ready: its last report says so, or none has come since it joined."""
-        return self.staying and (self.report is None or not self.report.ready)
+        """True while the worker is not ready yet: its latest report says so, or none has arrived since it joined."""
+        return not self.draining and (self.report is None or not self.report.ready)
 
     def alive(self, now: float) -> bool:
-        """Whether the worker works, though it may be full at the moment."""
+        """True if the worker is ready, not draining, and has reported lately. It may be full."""
         return (
             self.report is not None
             and self.report.ready
@@ -129,12 +130,12 @@ class Worker:
         )
 
     def admissible(self, now: float) -> bool:
-        """Whether the worker may be given one more request of some size."""
-        return self.alive(now) and not self.closed and self.credits_left > 0
+        """True if the router may place another request of some size on the worker."""
+        return self.alive(now) and not self.paused_until_report and self.credits_left > 0
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Longest sequence the worker could ever hold, in tokens; None before it has said."""
+        """Longest sequence that the empty worker can hold, in tokens; None before its first report."""
         load = self.report.load if self.report else None
         if load is None or not load.kv_blocks_total:
             return None
@@ -142,17 +143,17 @@ class Worker:
         return min(tokens, self.info.max_model_len) if self.info.max_model_len else tokens
 
     def could_hold(self, tokens: int) -> bool:
-        """Whether an empty worker holds a sequence of ``tokens``; True while its size is not known."""
+        """True if the empty worker can hold a sequence of ``tokens``, or if its size is unknown."""
         capacity = self.capacity_tokens
         return capacity is None or tokens <= capacity
 
     def has_room(self, tokens: int) -> bool:
-        """Whether ``tokens`` fit now, by the latest report and placements since. Cached blocks give way."""
+        """True if ``tokens`` fit now, by the latest report and the placements since. Cached blocks count as free."""
         return tokens <= self.room_tokens
 
     @property
     def room_tokens(self) -> float:
-        """Most tokens that fit now; infinite while that is not known."""
+        """Number of tokens that fit now; infinite while that is unknown."""
         load = self.report.load if self.report else None
         if load is None or not load.kv_blocks_total or not load.block_size:
             return math.inf
@@ -160,7 +161,7 @@ class Worker:
 
     @property
     def requests(self) -> int:
-        """Requests on the worker, those of other routers included, as far as this router knows."""
+        """Number of requests on the worker as far as this router knows, those of other routers included."""
         load = self.report.load if self.report else None
         reported = load.running + load.waiting if load else 0
         return max(reported + self.placed, self.in_flight)
@@ -172,10 +173,10 @@ class Worker:
         return reported + (self.placed_tokens if self.info.stage == PREFILL else 0)
 
     def forget_placed(self) -> None:
-        """What was placed is part of the load that the worker says it has."""
+        """Resets the counts of placements: the worker's reported load includes them now."""
         self.placed = self.placed_tokens = self.placed_blocks = 0
 
     def blocks(self, tokens: int) -> int:
-        """Blocks that hold ``tokens``; 0 while the block size is not known."""
+        """Returns the number of blocks that hold ``tokens``; 0 while the block size is unknown."""
         block_size = self.report.load.block_size if self.report else 0
         return -(-tokens // block_size) if block_size else 0

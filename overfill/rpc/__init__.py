@@ -1,1 +1,4 @@
-"""gRPC as this system uses it: channels, TLS, servers, and errors to status and back. No torch."""
+"""gRPC as this system uses it: channels, TLS, access control, membership, errors as status codes.
+
+No torch.
+"""

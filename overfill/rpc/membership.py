@@ -117,10 +117,10 @@ class Membership:
             else:
                 self._add(router, self._tls)
 
-    def notify(self, *, passing: bool = False) -> None:
+    def notify(self, *, debounce: bool = False) -> None:
         """Something in the report has changed: it is sent soon, or, where that can wait, within ``PASSING_GAP``."""
         for link in self._links.values():
-            if passing:
+            if debounce:
                 link.change_later()
             else:
                 link.changed.set()

@@ -104,10 +104,10 @@ class WorkerHost:
             self._server.set_ready(False)
             self.notify()
 
-    def notify(self, *, passing: bool = False) -> None:
-        """Load has changed; tells the routers soon, or when it suits if that can wait (``passing``)."""
+    def notify(self, *, debounce: bool = False) -> None:
+        """Load has changed; tells the routers soon, or when it suits if that can wait (``debounce``)."""
         if self._membership is not None:
-            self._membership.notify(passing=passing)
+            self._membership.notify(debounce=debounce)
 
     @property
     def address(self) -> str:

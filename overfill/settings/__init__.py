@@ -1,1 +1,1 @@
-"""Settings of the services, from flags, environment variables and a file."""
+"""Settings of the services, from flags, environment variables and a YAML or TOML file."""

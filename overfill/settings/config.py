@@ -290,9 +290,6 @@ class DecodeConfig(WorkerConfig):
         description="data type of the KV cache: auto means --dtype; int8 needs half of bfloat16's memory and costs "
         "some quality",
     )
-    cuda_graphs: Literal["on", "off"] = Field(
-        "off", description="whether decode steps on a GPU are recorded and replayed as CUDA graphs"
-    )
     data_streams: int = Field(
         2, ge=1, le=MAX_DATA_STREAMS, description="number of parallel connections that transfer a request's KV"
     )

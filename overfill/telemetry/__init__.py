@@ -1,1 +1,1 @@
-"""Output for people who run a stack: metrics, logs, traces and progress."""
+"""Metrics, logs, traces and progress of a process."""

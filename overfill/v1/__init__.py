@@ -1,0 +1,1 @@
+"""Messages and stubs generated from ``proto/overfill/v1``; never edited by hand."""

@@ -1,0 +1,1 @@
+"""The decode worker process: one RPC is one attempt at one sequence."""

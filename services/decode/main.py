@@ -19,12 +19,12 @@ from services.decode.servicer import DecodeServicer
 from services.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
 
 SERVICE = "overfill.v1.Decode"
-_WRITERS = 2  # threads that check and write received KV beside the engine
-_REPLAY_BUDGET = 512  # tokens replayed in one step
+_WRITERS = 2  # threads that check received KV and write it to the cache
+_REPLAY_BUDGET = 512  # maximum number of tokens replayed per step
 
 
 async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> int:
-    """Loads the decoder, serves until drained, and returns the exit code. ``on_ready`` is called once it serves."""
+    """Loads the decoder, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
     hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
@@ -57,7 +57,7 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Console entry point."""
+    """Runs the process from ``argv``, by default the command line."""
     config = DecodeConfig.parse(argv)
     run_worker_process(serve(config), config)
 

@@ -1,11 +1,11 @@
-"""The Decode service: one RPC is one attempt at one sequence. Token ids only; no text, no routing."""
+"""The Decode service: each RPC is one attempt at one sequence. Token ids only; no text, no routing."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from overfill import __version__
 from overfill.engine.build import EngineParts
@@ -26,14 +26,17 @@ from overfill.rpc.worker import WorkerHost
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
-from services.decode.session import Session
-from services.hosting import worker_load
+from services.decode.sequence_session import SequenceSession
+from services.hosting import PromptHasher, worker_load
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
-    """Serves Generate and Describe. ``prefix`` is the engine's prefix cache.
+    """Serves Generate and Describe. The process sets ``engine`` and ``host`` before the server starts.
 
-    ``engine`` and ``host`` are set before the server starts.
+    Args:
+        prefix: the engine's prefix cache.
+        executor: threads that check received KV and write it to the cache.
+        codec: encoding in which KV is requested unless the request names another.
     """
 
     engine: EngineThread
@@ -53,26 +56,24 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._metrics = metrics or DecodeMetrics()
         self._limits = limits
         self._parts = parts
-        self._prefix = prefix
-        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
-        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._hasher = PromptHasher(prefix)
         self._codec = codec
         self._hello = hello
         self._peers = peers
         self._executor = executor
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, SequenceSession] = {}
 
     @property
     def active(self) -> int:
         return len(self._sessions)
 
     def end_all(self, error: OverfillError) -> None:
-        """Ends every sequence; their routers go on elsewhere."""
+        """Ends every sequence with ``error``; their routers continue them on other workers."""
         for session in self._sessions.values():
             session.inbox.put_nowait(error)
 
     def on_events(self, events: list[DecodeEvent]) -> None:
-        """Hands engine events to their sessions; called on the event loop."""
+        """Passes engine events to their sessions. Call it on the event loop."""
         for event in events:
             if session := self._sessions.get(event.id):
                 session.inbox.put_nowait(event)
@@ -106,12 +107,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             prompt_tokens=len(first.start.prompt_token_ids),
             emitted_tokens=len(first.start.emitted_token_ids),
         )
-        self._check_open(first.start)  # before a grammar is compiled, and again behind it
+        self._check_open(first.start)  # checked again below: compiling a grammar takes time
         processor = await self._processor(first.start)
-        cache_namespace = self._cache_namespace(first.start)
-        prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-            self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, cache_namespace
-        )
+        prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, self._cache_namespace(first.start))
         session = self._accept(first.start, processor, prompt_blocks, context)
         running = asyncio.ensure_future(session.run())
         running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
@@ -121,25 +119,25 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 yield response
         finally:
             reading.cancel()
-            running.cancel()  # goes on until the blocks may be freed; the engine then forgets the sequence
+            running.cancel()  # the session first waits until its blocks may be freed
 
     async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
-        """What changes the sequence's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
+        """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""
         sampling = SamplingParams.from_proto(start.sampling)
         prompt = list(start.prompt_token_ids)
         return await prepare_processor(sampling, prompt, self._parts.grammars, start.eos_token_ids)
 
     def _check_open(self, start: decode_pb2.StartDecode) -> None:
-        """Raises the error that says why nothing is taken from this router now."""
+        """Raises unless the worker accepts new sequences and is the incarnation that the router means."""
         if self.host.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
 
     def _cache_namespace(self, start: decode_pb2.StartDecode) -> str:
-        """Whose prefixes a prompt may share.
+        """Returns the namespace within which prompts share cached prefixes: the codec and the tenant.
 
-        What came through a codec is not what the full model computed: it is shared within the codec only.
+        The codec is part of it because a lossy codec changes the KV that the full model computed.
         """
         return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.cache_namespace}"
 
@@ -149,7 +147,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         processor: LogitProcessor | None,
         prompt_blocks: PromptBlocks,
         context: Context,
-    ) -> Session:
+    ) -> SequenceSession:
         self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
@@ -165,7 +163,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             cache_namespace=prompt_blocks.cache_namespace,
             prompt_blocks=prompt_blocks,
         )
-        session = Session(
+        session = SequenceSession(
             start,
             sequence,
             self.engine.send,
@@ -186,12 +184,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if prompt + max(1, emitted) > longest:
             raise PromptTooLong(
                 "prompt_token_ids",
-                f"{prompt} tokens and {emitted} of the answer leave no room in a context of {longest}",
+                f"{prompt} prompt tokens and {emitted} answer tokens do not fit the context length of {longest}",
             )
         check_token_ids("prompt_token_ids", start.prompt_token_ids, vocab)
         check_token_ids("emitted_token_ids", start.emitted_token_ids, vocab)
         if start.codec and start.codec not in CODEC_NAMES:
-            raise InvalidRequest("kv_codec", f"{start.codec} is no codec that this worker knows")
+            raise InvalidRequest("kv_codec", f"unknown codec {start.codec}")
         sampling.check_vocab(vocab)
         if sampling.max_tokens is None:
             raise InvalidRequest("sampling.max_tokens", "is required between router and worker")
@@ -202,7 +200,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if sampling.seed is None and not sampling.greedy:
             raise InvalidRequest("sampling.seed", "is required between router and worker")
 
-    def _new_pull(self, peer: PrefillPeer, session: Session) -> PromptPull:
+    def _new_pull(self, peer: PrefillPeer, session: SequenceSession) -> PromptPull:
         start = session.start
         request = PromptRequest(
             request_id=start.request_id,
@@ -230,7 +228,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
 
 
-async def _read_requests(session: Session, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
+async def _read_requests(session: SequenceSession, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
     try:
         async for request in requests:
             match request.WhichOneof("message"):

@@ -1,6 +1,6 @@
-"""Workers without models: the whole protocol, with fake tokens, fake KV and times that can be set. No torch.
+"""Mock workers: the whole protocol without models, with fake tokens, fake KV and configurable times. No torch.
 
-``python -m services.mock prefill|decode FLAGS`` takes the flags of the real worker and a few of its own
-(``--help``); ``mock_worker`` runs one in a test's event loop. What a sequence says is a function of its request alone,
-so that runs repeat and a migrated answer goes on where it was; grammars and stop ids are obeyed.
+``python -m services.mock prefill|decode FLAGS`` takes the flags of the real worker and a few more (``--help``);
+``mock_worker`` runs one in a test's event loop. The tokens of an answer depend on its request alone, so runs repeat and
+a migrated answer continues correctly. Mock workers obey grammars and stop ids.
 """

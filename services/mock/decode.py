@@ -1,4 +1,4 @@
-"""A decode worker that fetches KV as a real one does, throws it away, and says what its script says."""
+"""A mock decode worker: it fetches KV like a real one, discards it, and answers with the tokens of a script."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Sequence:
     first_step: int | None = None
 
     def take(self, token: int, **timing: int) -> bool:
-        """Emits ``token`` if it is no stop; True when the sequence has ended."""
+        """Emits ``token`` unless it is a stop token. Returns True when the sequence has ended."""
         stops = set(self.sampling.stop_token_ids)
         if not self.sampling.ignore_eos:
             stops.update(self.start.eos_token_ids)
@@ -78,7 +78,7 @@ class _Sequence:
 
 
 class MockDecode(decode_pb2_grpc.DecodeServicer):
-    """Serves Decode: every step gives all running sequences a token."""
+    """Serves Decode. Each step gives every running sequence one token."""
 
     worker: MockWorker
 
@@ -105,7 +105,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         )
 
     async def close(self) -> None:
-        """Stops stepping and closes its connections."""
+        """Stops the steps and closes the connections to prefill workers."""
         if self._stepping is not None:
             self._stepping.cancel()
         for peer in self._peers.values():
@@ -156,7 +156,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
             self.worker.check_drained()
 
     async def _accept(self, start: decode_pb2.StartDecode) -> _Sequence | None:
-        """None when there is no room."""
+        """Reserves blocks for a sequence; returns None when too few blocks or slots are free."""
         if self.worker.draining:
             raise ShuttingDown(f"{self.worker.hello.worker_id} is draining")
         if start.expected_incarnation != self.worker.hello.incarnation:
@@ -177,7 +177,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         return sequence
 
     async def _hand_over(self, sequence: _Sequence, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
-        """Fetches the prompt from each assigned prefill worker until one has handed it over."""
+        """Fetches the prompt's KV from each assigned prefill worker until one has completed the handoff."""
         async for request in requests:
             if request.WhichOneof("message") != "assign_prefill":
                 continue
@@ -191,7 +191,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
                 need = _Need(reason=_Need.REASON_PREFILL_FAILED, detail=str(error), worker_id=target.worker_id)
                 sequence.out.put_nowait(_Response(need_prefill=need))
                 continue
-            except Exception as error:  # a defect of the mock: told, or the request would wait for ever
+            except Exception as error:  # a defect of the mock: report it, or the request would wait for ever
                 sequence.out.put_nowait(error)
                 return
             sequence.prefill_worker = target.worker_id
@@ -242,7 +242,7 @@ class _Peer:
         await self._data.close(None)
 
     async def prefill(self, sequence: _Sequence, target: decode_pb2.AssignPrefill, num_layers: int) -> bool:
-        """One prompt, to the end of its lease. True when its first token ended the sequence."""
+        """Fetches one prompt to the end of its lease. Returns True when its first token ended the sequence."""
         await self._handshake()
         start = sequence.start
         prompt = len(start.prompt_token_ids)
@@ -293,7 +293,7 @@ class _Peer:
             call.cancel()
 
     async def _next(self, call: Any, pulling: asyncio.Task[None] | None) -> Any:
-        """The next message of the control stream. Raises what ended the data stream, if that comes first."""
+        """Returns the next message of the control stream. Raises the data stream's error if that comes first."""
         reading = asyncio.ensure_future(checked_response(call.read(), self._name))
         try:
             while not reading.done():
@@ -328,7 +328,7 @@ class _Peer:
 
 
 def _end_if_failed(pulling: asyncio.Task[None], call: Any) -> None:
-    """Nobody else would hear of it."""
+    """Logs a failed pull and ends its control stream, because no task awaits the pull at this point."""
     if not pulling.cancelled() and pulling.exception() is not None:
         logging.error("a pull failed", exc_info=pulling.exception())
         call.cancel()

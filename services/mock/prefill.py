@@ -1,4 +1,4 @@
-"""A prefill worker that waits instead of computing and sends zeros for KV."""
+"""A mock prefill worker: it sleeps instead of computing, and sends zeros for KV."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Response = prefill_pb2.PrefillResponse
 
 
 class _Lease:
-    """A prompt; its KV is all ready once ``computed`` is set."""
+    """A prompt. All its KV is ready once ``computed`` is set."""
 
     def __init__(self, start: prefill_pb2.StartPrefill, worker: MockWorker) -> None:
         tokens = len(start.prompt_token_ids)
@@ -35,7 +35,7 @@ class _Lease:
         self.computed = asyncio.Event()
         self.acknowledged = asyncio.Event()
 
-    async def take_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
+    async def read_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
             self.cells -= sum(KvRange.from_proto(box).cells for box in request.ack.ranges)
             if self.cells <= 0:
@@ -43,7 +43,7 @@ class _Lease:
 
 
 class MockPrefill(prefill_pb2_grpc.PrefillServicer):
-    """Serves Prefill; one prompt is computed at a time."""
+    """Serves Prefill. It computes one prompt at a time."""
 
     worker: MockWorker
 
@@ -94,7 +94,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         if start.expected_incarnation != self.worker.hello.incarnation:
             raise Unavailable(f"{self.worker.hello.worker_id} was restarted since the router chose it")
         lease = self._leases[start.transfer_id] = _Lease(start, self.worker)
-        taking = asyncio.ensure_future(lease.take_acknowledgements(request_iterator))
+        taking = asyncio.ensure_future(lease.read_acknowledgements(request_iterator))
         try:
             async for response in self._serve(lease, start, received):
                 yield response
@@ -107,7 +107,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         lease = self._leases.get(request.transfer_id)
         if lease is None:
-            raise TransferFailed("no such transfer here: it has ended or never began")
+            raise TransferFailed("unknown transfer: it has ended or was never started here")
         await lease.computed.wait()
         for message in request.ranges:
             for box in _pieces(lease.spec, KvRange.from_proto(message)):
@@ -144,7 +144,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
 
 
 def _pieces(spec: TransferSpec, box: KvRange) -> list[KvRange]:
-    """``box`` in pieces that fit a message, cut between tokens."""
+    """Splits ``box`` between tokens into ranges that fit a message."""
     per_token = spec.payload_bytes(box) // box.num_tokens
     step = max(1, MAX_CHUNK_PAYLOAD // per_token)
     ends = [*range(box.token_start + step, box.token_end, step), box.token_end]

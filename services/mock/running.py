@@ -1,4 +1,4 @@
-"""Mock workers in a running event loop, one by one or with a router's address to join."""
+"""Starts mock workers in a running event loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.mock.worker import MockWorker
 
 @asynccontextmanager
 async def mock_worker(config: MockPrefillConfig | MockDecodeConfig) -> AsyncIterator[MockWorker]:
-    """A worker that serves and has begun to join its routers; it is cut off at the end."""
+    """Yields a worker that serves and has started to join its routers. Cuts its requests off at the end."""
     is_prefill = isinstance(config, MockPrefillConfig)
     worker = MockWorker(config, common_pb2.STAGE_PREFILL if is_prefill else common_pb2.STAGE_DECODE)
     folder = worker.pair.full_path
@@ -44,7 +44,7 @@ async def mock_worker(config: MockPrefillConfig | MockDecodeConfig) -> AsyncIter
 
 
 async def serve(config: MockPrefillConfig | MockDecodeConfig, on_ready: Callable[[MockWorker], object]) -> None:
-    """Serves until drained. ``on_ready`` is called once it does."""
+    """Serves until drained. Calls ``on_ready`` once the worker serves."""
     async with mock_worker(config) as worker:
         on_ready(worker)
         loop = asyncio.get_running_loop()
@@ -55,4 +55,4 @@ async def serve(config: MockPrefillConfig | MockDecodeConfig, on_ready: Callable
                 limit.reschedule(loop.time() + config.grace_period)
                 await worker.drained.wait()
         except TimeoutError:
-            logging.warning("leaving with requests unfinished")
+            logging.warning("the grace period is over; exiting with unfinished requests")

@@ -1,4 +1,4 @@
-"""What mock workers say: tokens that depend on the request and the place in the answer, and on nothing else."""
+"""The tokens of mock answers. They depend only on the request and on the position in the answer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from overfill.v1 import common_pb2
 
 
 class Script:
-    """The text that answers are made of, as tokens.
+    """The text of which answers consist, as tokens.
 
     Args:
-        length: tokens after which an answer ends by itself; None goes on for ever.
+        length: number of tokens after which an answer ends with the end token. None means it never does.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str, length: int | None, grammars: Grammars) -> None:
@@ -27,13 +27,13 @@ class Script:
         self.end = tokenizer.end_of_answer
 
     def speaker(self, sampling: SamplingParams, sample_index: int) -> Speaker:
-        """Raises InvalidRequest when the request's grammar cannot be obeyed. Slow with a grammar."""
+        """Creates the speaker of one answer. Slow with a grammar; raises InvalidRequest if it is not supported."""
         matcher = None if sampling.grammar is None else self.grammars.matcher(sampling.grammar)
         return Speaker(self, sampling, sample_index, matcher)
 
 
 class Speaker:
-    """One answer."""
+    """Produces the tokens of one answer."""
 
     def __init__(self, script: Script, sampling: SamplingParams, sample_index: int, matcher: Matcher | None) -> None:
         self._script = script
@@ -45,7 +45,7 @@ class Speaker:
         self._offset = random.Random(f"{seed}/{sample_index}").randrange(len(script.ids)) if seed else sample_index
 
     def next(self, emitted: Sequence[int]) -> int:
-        """The token behind ``emitted``. Raises GrammarFailed."""
+        """Returns the token after ``emitted``. Raises GrammarFailed."""
         if self._matcher is not None:
             return self._constrained(self._matcher, emitted)
         script, place = self._script, len(emitted)
@@ -60,7 +60,7 @@ class Speaker:
         return ids[(self._offset + place) % len(ids)]
 
     def logprobs(self, token: int) -> common_pb2.TokenLogprobs | None:
-        """None unless they were asked for."""
+        """Returns fake log-probabilities of ``token``, or None unless the request asks for them."""
         if self._sampling.logprobs is None:
             return None
         others = [token, *(other for other in self._script.ids if other != token)]

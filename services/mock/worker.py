@@ -1,4 +1,4 @@
-"""The shell of a mock worker: its server, its membership, its Admin. The stages are its neighbours'."""
+"""The shell of a mock worker: its server, its membership and its Admin service. Other modules serve the stages."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from overfill.version import __version__
 
 
 class Stage(Protocol):
-    """What a mock worker does."""
+    """The servicer of a mock worker's stage."""
 
     worker: MockWorker
 
     @property
     def active(self) -> int:
-        """Requests being served."""
+        """Number of requests being served."""
 
     def load(self) -> decode_pb2.WorkerLoad: ...
 
@@ -39,8 +39,10 @@ class MockWorker:
     """Runs ``stage`` on the network.
 
     Attributes:
-        pair, kv, hello: what it pretends to hold, and what it says about itself.
-        draining: nothing new is to be taken.
+        pair, kv: pair and KV geometry that the worker pretends to have.
+        hello: the worker's description of itself.
+        draining: True once the worker accepts no new requests.
+        drained: set once the worker drains and its last request has ended.
     """
 
     def __init__(self, config: WorkerConfig, stage: common_pb2.Stage) -> None:
@@ -79,11 +81,11 @@ class MockWorker:
 
     @property
     def address(self) -> str:
-        """Where others reach this worker, ``host:port``; empty before it listens."""
+        """Address of this worker for others, ``host:port``; empty before it listens."""
         return self.hello.address
 
     async def start(self, stage: Stage, add_servicer: Callable[[Any, Any], None], service: str) -> str:
-        """Serves ``stage`` and joins the routers; returns the address."""
+        """Serves ``stage``, joins the routers, and returns the bound address."""
         stage.worker = self
         self._stage = stage
         self._server.add(add_servicer, stage, service)
@@ -99,12 +101,12 @@ class MockWorker:
         return bound
 
     def notify(self) -> None:
-        """Load has changed."""
+        """Reports to the routers soon: the load has changed."""
         if self._membership is not None:
             self._membership.notify()
 
     def drain(self) -> None:
-        """Takes nothing new from now on; ``drained`` is set once nothing runs."""
+        """Refuses new requests from now on. ``drained`` is set once no request runs."""
         if not self.draining:
             self.draining = True
             self._server.set_ready(False)
@@ -112,12 +114,12 @@ class MockWorker:
         self.check_drained()
 
     def check_drained(self) -> None:
-        """To be called when a request has ended."""
+        """Sets ``drained`` if the worker drains and no request runs. The stage calls it after each request."""
         if self.draining and self._stage is not None and self._stage.active == 0:
             self.drained.set()
 
     async def stop(self) -> None:
-        """Leaves at once; what runs is cut off."""
+        """Leaves the routers and stops at once. Running requests are cut off."""
         if self._membership is not None:
             await self._membership.stop()
         await self._server.stop()

@@ -1,0 +1,1 @@
+"""The prefill worker process: one RPC is one lease on one prompt's KV."""

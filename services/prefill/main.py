@@ -19,11 +19,11 @@ from services.hosting import OnReady, load_parts, new_hello, run_worker_process,
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"
-_READERS = 2  # threads that copy KV out of the cache beside the engine
+_READERS = 2  # threads that copy KV out of the cache
 
 
 async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
-    """Loads the full model, serves until drained, and returns the exit code. ``on_ready`` is called once it serves."""
+    """Loads the full model, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loop = asyncio.get_running_loop()
     parts = await load_parts(config, "full", config.max_num_batched_tokens)
     hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
@@ -65,7 +65,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Console entry point."""
+    """Runs the process from ``argv``, by default the command line."""
     config = PrefillConfig.parse(argv)
     run_worker_process(serve(config), config)
 

@@ -1,4 +1,4 @@
-"""The Prefill service: one RPC is one lease on one prompt's KV. Token ids only; no text, no routing."""
+"""The Prefill service: each RPC is a lease on the KV of one prompt. Token ids only; no text, no routing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import assert_never
 
@@ -52,11 +52,11 @@ from overfill.rpc.worker import WorkerHost
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics, outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
-from services.hosting import logprobs_to_proto
+from services.hosting import PromptHasher, logprobs_to_proto
 
 
 class Lease:
-    """One prompt from acceptance to release: its sequence, its KV on the way out, and who still reads it."""
+    """One prompt from acceptance to release: its sequence, the sender of its KV, and the streams that read it."""
 
     def __init__(
         self,
@@ -85,16 +85,16 @@ class Lease:
             prompt_blocks=prompt_blocks,
         )
         self.received_ns = time.monotonic_ns()
-        # What the RPC has to act on: engine events, an error that ends it, or None for "look again".
+        # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
         self.sender = KvSender(self.spec, parts.runner.cache, executor)
         self.readers: set[asyncio.Task[object]] = set()
-        self.ended = False  # nobody may begin to read
+        self.ended = False  # True once no new stream may read the blocks
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
 
     def on_event(self, event: PrefillEvent) -> None:
-        """Takes an engine event, on the event loop."""
+        """Handles an engine event. Call it on the event loop."""
         match event:
             case PrefillScheduled(blocks=blocks, cached_tokens=cached, event=mark, time_ns=now):
                 self.scheduled_ns = now
@@ -119,7 +119,7 @@ class Lease:
         self.events.put_nowait(event)
 
     async def guard(self, work: Coroutine[object, object, None]) -> None:
-        """Runs ``work`` beside the RPC; its end wakes the RPC, its failure ends the RPC."""
+        """Runs ``work`` beside the RPC. Its end wakes the RPC; its failure ends the RPC."""
         try:
             await work
         except Exception as error:
@@ -128,12 +128,12 @@ class Lease:
             self.events.put_nowait(None)
 
     async def watch_transfer(self, limits: TransferLimits) -> None:
-        """Raises TransferFailed when the decode worker does not take what is ready."""
+        """Raises TransferFailed when the decode worker stops acknowledging KV although some is ready."""
         ready, moved = (lambda: self.sender.ready_bytes), (lambda: self.sender.acknowledged_bytes)
         await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
 
     async def join_readers(self) -> None:
-        """Ends every stream that reads the blocks and waits for it."""
+        """Cancels every stream that reads the blocks, and waits until all have ended."""
         self.ended = True
         while self.readers:
             for task in self.readers:
@@ -149,11 +149,13 @@ class Lease:
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
-    """Serves Prefill, PullKv and Describe.
+    """Serves Prefill, PullKv and Describe. The process sets ``engine`` and ``host`` before the server starts.
 
-    Takes ``max_leases`` prompts at once, waiting ones included. ``prefix`` is the engine's prefix cache. Shares memory
-    through ``shm_server`` with decode workers on this host. ``engine`` and ``host`` are set before the server starts.
-    Engine events arrive through ``on_events``.
+    Args:
+        prefix: the engine's prefix cache.
+        executor: threads that copy KV out of the cache.
+        max_leases: maximum number of prompts at once, waiting ones included.
+        shm_server: shares memory with decode workers on this host.
     """
 
     engine: EngineThread
@@ -173,9 +175,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._metrics = metrics or PrefillMetrics()
         self._limits = limits
         self._parts = parts
-        self._prefix = prefix
-        # Not asyncio's own executor, where prompts would wait behind grammars that are compiled.
-        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._hasher = PromptHasher(prefix)
         self._shm_server = shm_server or ShmServer(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
@@ -189,12 +189,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         return len(self._leases)
 
     def end_all(self, error: OverfillError) -> None:
-        """Ends every lease; the decode workers ask for another prefill worker."""
+        """Ends every lease with ``error``; the decode workers then ask for another prefill worker."""
         for lease in self._leases.values():
             lease.events.put_nowait(error)
 
     def on_events(self, events: list[PrefillEvent]) -> None:
-        """Called on the event loop."""
+        """Passes engine events to their leases. Call it on the event loop."""
         for event in events:
             if lease := self._by_id.get(event.id):
                 lease.on_event(event)
@@ -229,14 +229,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 worker=self._hello.worker_id,
                 prompt_tokens=len(first.start.prompt_token_ids),
             )
-            self._check_open(first.start)  # before a grammar is compiled, and again behind it
+            self._check_open(first.start)  # checked again below: compiling a grammar takes time
             processor = await self._processor(first.start)
-            prompt_blocks = await asyncio.get_running_loop().run_in_executor(
-                self._hashing, self._prefix.blocks_of, first.start.prompt_token_ids, first.start.cache_namespace
-            )
+            prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, first.start.cache_namespace)
             lease = self._accept(first.start, processor, prompt_blocks)
             guards = [
-                asyncio.ensure_future(lease.guard(self._take_acknowledgements(lease, request_iterator))),
+                asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
                 asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
             ]
             try:
@@ -252,7 +250,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         """Yields encoded ``KvChunk``s."""
         lease = self._leases.get(request.transfer_id)
         if lease is None or lease.ended or lease.spec.attempt != request.attempt:
-            raise TransferFailed("no such transfer here: it has ended or never began")
+            raise TransferFailed("unknown transfer: it has ended or was never started here")
         ranges = [KvRange.from_proto(box) for box in request.ranges]
         try:
             lease.sender.check_ranges(ranges)
@@ -272,7 +270,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 slots.written()
 
     async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
-        """What changes the first token's logits. Raises InvalidRequest when its grammar cannot be obeyed here."""
+        """Returns the first token's logit processor. Raises InvalidRequest when its grammar is not supported."""
         if not start.sample_first_token:
             return None
         sampling = SamplingParams.from_proto(start.sampling)
@@ -283,11 +281,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def _accept(
         self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
     ) -> Lease:
-        """A registered lease, its prompt submitted; or the error that says what is wrong with the request."""
+        """Registers a lease and submits its prompt. Raises if the request is invalid or cannot be accepted now."""
         self._check_open(start)
         _check_start(start, self._parts)
         if start.transfer_id in self._leases:
-            raise InvalidRequest("transfer_id", "a transfer of this id is running")
+            raise InvalidRequest("transfer_id", "is in use by a running transfer")
         lease = Lease(start, self._parts, self._executor, processor, prompt_blocks)
         self._leases[start.transfer_id] = lease
         self._by_id[lease.sequence.id] = lease
@@ -295,16 +293,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         return lease
 
     def _check_open(self, start: prefill_pb2.StartPrefill) -> None:
-        """Raises the error that says why nothing is taken from this router now."""
+        """Raises unless the worker accepts new prompts and is the incarnation that the router means."""
         if self.host.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
         if len(self._leases) >= self._max_leases:
-            raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, the most it takes")
+            raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, which is its maximum")
 
     def _end(self, lease: Lease) -> None:
-        """Frees the lease: at once for the engine, and for the pool when the last reader has ended."""
+        """Ends the lease. The engine stops at once; the blocks return to the pool after the last reader has ended."""
         lease.sequence.cancelled = lease.ended = True
         # A task of its own: the RPC's task may be cancelled again while the readers are being joined.
         task = asyncio.ensure_future(self._release(lease))
@@ -365,10 +363,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             case _:
                 return None
 
-    async def _take_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
+    async def _read_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
             if request.WhichOneof("message") != "ack":
-                raise InvalidRequest("message", "after StartPrefill only AckKv may follow")
+                raise InvalidRequest("message", "only AckKv may follow StartPrefill")
             for box in request.ack.ranges:
                 lease.sender.acknowledge(KvRange.from_proto(box))
             if lease.sender.complete:
@@ -377,22 +375,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
 
 def _check_start(start: prefill_pb2.StartPrefill, parts: EngineParts) -> None:
-    """Raises InvalidRequest or Incompatible, naming the field, unless the request can be served."""
+    """Raises InvalidRequest or Incompatible, which name the field, unless the request can be served."""
     if len(start.transfer_id) != TRANSFER_ID_BYTES:
-        raise InvalidRequest("transfer_id", f"has {len(start.transfer_id)} bytes, {TRANSFER_ID_BYTES} are needed")
+        raise InvalidRequest("transfer_id", f"must have {TRANSFER_ID_BYTES} bytes; got {len(start.transfer_id)}")
     length = len(start.prompt_token_ids)
     if length == 0:
         raise InvalidRequest("prompt_token_ids", "is empty")
     if length > parts.max_model_len:
-        raise PromptTooLong("prompt_token_ids", f"has {length} tokens, this worker takes {parts.max_model_len}")
+        raise PromptTooLong("prompt_token_ids", f"has {length} tokens; the limit here is {parts.max_model_len}")
     check_token_ids("prompt_token_ids", start.prompt_token_ids, parts.config.vocab_size)
     if start.already_held_tokens >= length:
-        raise InvalidRequest("already_held_tokens", f"is {start.already_held_tokens} of a prompt of {length} tokens")
+        raise InvalidRequest(
+            "already_held_tokens", f"must be less than the prompt's {length} tokens; got {start.already_held_tokens}"
+        )
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= parts.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {parts.config.num_layers}")
     if start.codec not in CODEC_NAMES:
-        raise Incompatible(f"KV codec {start.codec} is not offered here", ["codec"])
+        raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
     sampling = SamplingParams.from_proto(start.sampling)
     sampling.check_vocab(parts.config.vocab_size)
     if start.sample_first_token and sampling.seed is None and not sampling.greedy:

@@ -1,1 +1,1 @@
-"""The services as deployments of Ray Serve. The one place that knows all three of them."""
+"""The services as deployments of Ray Serve. Only this package imports all three services."""

@@ -1,6 +1,6 @@
-"""``services.ray.app:build``: the application builder that a Serve config names, with typed arguments."""
+"""``services.ray.app:build``, the application builder with typed arguments that a Serve config names."""
 
-# No postponed annotations here: Serve looks at the argument's class to make it from the config's ``args``.
+# No postponed annotations here: Serve reads the argument's class to build the argument from the config's ``args``.
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ from services.ray.replicas import Replica, RouterReplica, WorkerReplica
 
 
 def build(spec: StackSpec) -> Application:
-    """The router, prefill and decode deployments of ``spec``.
+    """Builds the router, prefill and decode deployments of ``spec``.
 
     Raises:
-        ValueError: the cluster has several machines, and the services would listen where only one of them reaches.
+        ValueError: the cluster has several machines, and the services would listen on loopback only.
     """
     check_reachable(str(spec.settings.get("host", "127.0.0.1")), {n["NodeManagerAddress"] for n in _alive_nodes()})
     pools = [_deployment(WorkerReplica, spec, stage).bind(stage, spec) for stage in (PREFILL, DECODE)]
@@ -26,11 +26,11 @@ def build(spec: StackSpec) -> Application:
 
 
 def check_reachable(host: str, machines: set[str]) -> None:
-    """Raises ValueError when services on ``host`` could not reach each other across ``machines``."""
+    """Raises ValueError if services on ``host`` cannot reach each other across ``machines``."""
     if is_loopback(host) and len(machines) > 1:
         raise ValueError(
-            f"settings.host {host} can be reached from its own machine only, and the cluster has {len(machines)}: "
-            "set host to 0.0.0.0, with api_keys, tls_cert, tls_key and tls_ca, files that every machine has"
+            f"settings.host {host} is reachable from its own machine only, but the cluster has {len(machines)} "
+            "machines. Set host to 0.0.0.0, and api_keys, tls_cert, tls_key and tls_ca to files on every machine"
         )
 
 

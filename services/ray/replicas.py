@@ -1,7 +1,7 @@
-"""What runs in a Serve replica: one existing service, with its own gRPC server, in the replica's event loop.
+"""Replicas of Ray Serve: each runs one service, with its own gRPC server, in the replica's event loop.
 
-Serve decides how many there are, looks after their health and replaces them; requests, tokens and KV never pass
-through its handles. A service that has ended, drained or broken, makes its replica unhealthy, and so replaced.
+Serve decides how many replicas run, checks their health and replaces them. Requests, tokens and KV never pass through
+its handles. When a service has ended, drained or broken, its replica reports unhealthy and Serve replaces it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRAINED_STAYS = 30.0
-"""Seconds that a drained router still counts as healthy: who drained it may be about to end the whole application."""
+ROUTER_HEALTHY_AFTER_DRAIN = 30.0
+"""Seconds for which a drained router still counts as healthy: the operator may be about to end the application."""
 
-_PORT_POLL = 0.5  # seconds between tries to take a port that the router before us still has
+_PORT_POLL = 0.5  # seconds between attempts to bind a port that the previous router still uses
 
 
 class Service(Protocol):
-    """What runs in a replica: ``Router``, ``WorkerHost`` or a mock worker."""
+    """A service in a replica: ``Router``, ``WorkerHost`` or a mock worker."""
 
     @property
     def address(self) -> str: ...
@@ -59,14 +59,14 @@ class Service(Protocol):
 
 
 Ready = Callable[[Any], None]
-"""To be called with the Service once it serves."""
+"""Callback for the Service, which is called once it serves."""
 
 
 class Replica:
-    """Starts a service, answers for its health, and drains it when Serve wants the replica to go."""
+    """Starts a service, reports its health, and drains it before Serve ends the replica."""
 
-    stays = 0.0
-    """Seconds that the replica counts as healthy after its service was drained and has ended."""
+    healthy_after_drain = 0.0
+    """Seconds for which the replica counts as healthy after its service has drained and ended."""
 
     _service: Service
     _serving: asyncio.Task[Any]
@@ -75,7 +75,7 @@ class Replica:
     _tls: ClientTls | None
 
     async def start(self, config: ServiceConfig, run: Callable[[Ready], Coroutine[Any, Any, Any]]) -> None:
-        """Starts ``run`` and returns when it serves. Raises what it raised before."""
+        """Starts ``run`` and returns when the service serves. Raises the error of ``run`` if it fails before."""
         self._grace, self._tls = config.grace_period, config.client_tls()
         ready: asyncio.Future[Service] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(run(ready.set_result))
@@ -83,32 +83,33 @@ class Replica:
         await asyncio.wait({ready, self._serving}, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             self._serving.result()
-            raise RuntimeError("the service ended before it served; its log says why")
+            raise RuntimeError("the service ended before it served; see its log")
         self._service = ready.result()
 
     async def check_health(self) -> None:
-        """Asks the service's own health service, through its port. Raises when the replica is to be replaced."""
+        """Queries the service's own health service through its port. Raises if Serve should replace the replica."""
         if self._serving.done():
             self._serving.result()
-            if not self._service.draining or asyncio.get_running_loop().time() - self._ended_at >= self.stays:
+            since_end = asyncio.get_running_loop().time() - self._ended_at
+            if not self._service.draining or since_end >= self.healthy_after_drain:
                 raise RuntimeError("the service has ended")
         elif not self._service.draining:
             await check_alive(self._service.address, self._tls)
 
     async def drain(self) -> None:
-        """Drains the service and waits for its end. What still runs after the grace period goes on elsewhere."""
+        """Drains the service and waits for its end. Other workers continue requests left after the grace period."""
         self._service.drain()
         try:
             await asyncio.wait_for(asyncio.shield(self._serving), self._grace + DRAIN_MARGIN)
         except TimeoutError:
-            logger.warning("leaving with the service unfinished, %.0f s after its drain began", self._grace)
+            logger.warning("the service has not ended; exiting anyway, %.0f s after its drain began", self._grace)
 
     def _note_end(self, serving: asyncio.Task[Any]) -> None:
         self._ended_at = asyncio.get_running_loop().time()
 
 
 class WorkerReplica(Replica):
-    """A prefill or a decode worker, which finds its routers through the application's directory."""
+    """Runs a prefill or decode worker, which finds its routers through the application's directory."""
 
     async def __init__(self, stage: str, spec: StackSpec) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
@@ -117,7 +118,7 @@ class WorkerReplica(Replica):
         )
         spec = await _prepared(spec, stage, place.id)
         config = spec.prefill_config(place) if stage == PREFILL else spec.decode_config(place)
-        # Here: only what this replica runs is to be imported, and the variables that Ray sets are read by then.
+        # Import here, so that only this replica's service is loaded, after Ray has set its environment variables.
         if spec.mock:
             from services.mock.running import serve as serve_mock
 
@@ -143,12 +144,12 @@ class WorkerReplica(Replica):
 
 
 class RouterReplica(Replica):
-    """A router, which reports to the application's directory while it takes requests."""
+    """Runs a router, which stays in the application's directory while it accepts requests."""
 
-    stays = DRAINED_STAYS
+    healthy_after_drain = ROUTER_HEALTHY_AFTER_DRAIN
 
     async def __init__(self, spec: StackSpec, *pools: object) -> None:  # type: ignore[misc]
-        """``pools`` make the workers' deployments part of the application; nothing is sent through them."""
+        """``pools`` only make the workers' deployments part of the application; the router does not call them."""
         context = serve.get_replica_context()
         self._application = context.app_name
         spec = await _prepared(spec, ROUTER, f"router-{context.replica_tag}")
@@ -166,7 +167,7 @@ class RouterReplica(Replica):
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve collects these for the application's scaling policy (``overfill.cluster.policy``)."""
+        """Returns the signals, which Serve passes to the application's scaling policy (``overfill.cluster.policy``)."""
         router: Router = self._service  # type: ignore[assignment]
         return router.signals.read(asyncio.get_running_loop().time())
 
@@ -180,14 +181,14 @@ class RouterReplica(Replica):
 
 
 async def _listening_router(spec: StackSpec) -> Router:
-    """A router that has started, on the first of the ports that is free. Raises Unavailable when none becomes free.
+    """Starts a router on the first free port of ``spec`` and returns it.
 
-    Logs one warning when none is free at first.
+    When no port is free, it logs one warning and tries again. Raises Unavailable when none becomes free in time.
     """
     from services.router.app import Router
 
     loop = asyncio.get_running_loop()
-    # A predecessor that drains has its port until its last request is finished.
+    # A draining predecessor keeps its port until its last request has finished.
     patience = spec.grace_period + DRAIN_MARGIN
     deadline = loop.time() + patience
     for attempt in itertools.count():
@@ -200,7 +201,7 @@ async def _listening_router(spec: StackSpec) -> Router:
                 raise
             if attempt == len(spec.router.ports) - 1:
                 logger.warning(
-                    "%s; the router tries again for %.0f s; where the port is another program's, choose others with "
+                    "%s; the router retries for %.0f s. If another program uses the port, choose other ports with "
                     "--grpc and --http, or --http off", error, patience,
                 )  # fmt: skip
             if attempt % len(spec.router.ports) == len(spec.router.ports) - 1:
@@ -211,7 +212,7 @@ async def _listening_router(spec: StackSpec) -> Router:
 async def check_alive(address: str, tls: ClientTls | None) -> None:
     """Raises unless the process at ``address`` answers.
 
-    Ignores readiness: a router without workers is not ready, and a new router would have none either.
+    It ignores readiness: a router without workers is not ready, but replacing it would not bring workers.
     """
     channel = open_channel(address, tls)
     try:
@@ -222,9 +223,9 @@ async def check_alive(address: str, tls: ClientTls | None) -> None:
 
 
 async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
-    """Sets the process up for the replica ``name``; the spec with its pair found, or made, on this machine."""
+    """Sets up the process for the replica ``name``; returns ``spec`` with the pair's folder on this machine."""
     for variable in [variable for variable in os.environ if variable.startswith(SETTINGS)]:
-        del os.environ[variable]  # what a replica runs with is in its arguments
+        del os.environ[variable]  # a replica's settings come from its arguments only
     settings = spec.settings | spec.pools[deployment].settings
     form: logs.LogFormat = "json" if settings.get("log_format") == "json" else "text"
     each = settings.get("log_requests") == "on"
@@ -237,9 +238,9 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
 
 
 def _keep_serve_local() -> None:
-    """Has Serve's own server in this replica listen on loopback where Ray does: it takes every interface otherwise.
+    """Makes Serve's own gRPC server in this replica listen on loopback if Ray does, instead of on all interfaces.
 
-    There is no setting for it. The server starts after the service; nothing of ours goes through it.
+    Serve has no setting for this. Its server starts after the service, and OverFill sends nothing through it.
     """
     address = get_node_ip_address()
     if is_loopback(address):

@@ -1,0 +1,1 @@
+"""The router process: the public API, text and tokens, and one relay per answer."""

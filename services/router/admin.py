@@ -1,4 +1,4 @@
-"""Status of the whole stack, asked from the workers themselves, and draining."""
+"""The Admin service of the router: status of the whole stack, collected from the workers, and draining."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ STATUS_TIMEOUT = 1.0
 """Seconds after which a worker counts as silent."""
 
 DRAIN_TIMEOUT = 5.0
-"""Seconds for a worker to say that it drains."""
+"""Seconds for a worker to answer Drain."""
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
-    """Answers for the router.
+    """Serves Admin on the router.
 
     Args:
-        expected: how many workers of each stage make the stack complete.
-        process: the router's own status.
+        expected: number of workers per stage with which the stack is complete.
+        process: returns the router's own status.
         drain: drains the router.
-        activity: what the router does.
-        http_address: where the OpenAI endpoint is; empty when there is none.
+        activity: returns the router's rolling statistics.
+        http_address: returns the address of the OpenAI endpoint; empty without one.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._http_address = http_address
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
-        # Channels are looked up before the first wait: a worker may leave while others are being asked.
+        # Look up all channels before the first await: a worker may leave while others are being queried.
         workers = await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()])
         return self._response(workers)
 
     def known(self) -> admin_pb2.StatusResponse:
-        """The same as the router knows it from reports, asking nobody; a worker that is silent has no process."""
+        """Returns the status from the workers' reports, without queries. A silent worker has an empty ``process``."""
         now = asyncio.get_running_loop().time()
         return self._response([_reported(worker, now) for worker in self._roster.workers()])
 
@@ -73,7 +73,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await checked_response(drained, f"worker {worker.id}")
         except (RequestCancelled, Unavailable):
             # A worker without requests may leave before its answer is written.
-            if self._roster.find(worker.id) is worker and worker.staying:
+            if self._roster.find(worker.id) is worker and not worker.draining:
                 raise
         return admin_pb2.DrainResponse()
 

@@ -1,4 +1,4 @@
-"""A router, put together: what ``main`` runs, and what tests start in their own process."""
+"""The router, assembled from its parts. ``main`` runs it as a process; tests and Ray run it in their event loop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
-from overfill.routing.advice import INTERVAL, Advice
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
-from overfill.routing.gate import Gate
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.scaling import ScalingConfig
+from overfill.routing.scaling_advisor import INTERVAL, ScalingAdvisor
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, PREFILL
@@ -53,22 +53,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_GRACE = 0.5
-"""Seconds for last messages to leave once no request runs any more."""
+"""Seconds for the last messages to be sent after the last request has ended."""
 
 
 class Router:
-    """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if asked to.
+    """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if configured.
 
     Args:
-        config: checked already.
+        config: validated configuration.
 
     Attributes:
-        roster, dispatcher: who is there, and what runs.
-        signals: what decides about the number of workers.
+        roster: the joined workers.
+        dispatcher: the running and waiting requests.
+        signals: input of the scaling policy.
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
-        SourceUnavailable: it can be, but its full model cannot be downloaded.
+        SourceUnavailable: the full model of the named pair cannot be downloaded.
         BadKeyFile: the API keys cannot be read.
     """
 
@@ -89,7 +90,7 @@ class Router:
                 "tokenizer_digest": pair.tokenizer_digest,
             }
         )
-        seed = secrets.randbits(32)  # routers that know the same should not draw the same
+        seed = secrets.randbits(32)  # routers with the same reports should choose differently
         self.dispatcher = Dispatcher(
             self.roster,
             POLICIES[config.decode_policy](seed),
@@ -99,8 +100,10 @@ class Router:
             absent_after=config.absent_after,
         )
         self.signals = Signals(self.roster, self.dispatcher)
-        self._advice = Advice(self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective))
-        gate = Gate(self.dispatcher)
+        self._scaling_advisor = ScalingAdvisor(
+            self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective)
+        )
+        async_dispatcher = AsyncDispatcher(self.dispatcher)
         expected = {PREFILL: max(1, config.expect_prefill), DECODE: max(1, config.expect_decode)}
         self._metrics = RouterMetrics()
         self._metrics.watch(
@@ -114,7 +117,7 @@ class Router:
             pair,
             tokenizer,
             self.roster,
-            gate,
+            async_dispatcher,
             self._connector,
             self._metrics,
             self.signals,
@@ -138,7 +141,7 @@ class Router:
         self._registry = RegistryServicer(
             self._id,
             self.roster,
-            gate,
+            async_dispatcher,
             self._connector,
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
         )
@@ -163,10 +166,10 @@ class Router:
         )
 
     async def start(self) -> str:
-        """Listens; returns the address in use.
+        """Listens, and returns the address of the gRPC server.
 
         Raises:
-            Unavailable: the address is taken.
+            Unavailable: the address is in use.
             TlsError: the host is open to other machines and there is no TLS.
         """
         tracing.configure(self._config.program, self._id, __version__, self._config.trace_endpoint())
@@ -195,21 +198,21 @@ class Router:
 
     @property
     def address(self) -> str:
-        """host:port of the gRPC server; empty before ``start``."""
+        """Address of the gRPC server, ``host:port``; empty before ``start``."""
         return self._address
 
     @property
     def draining(self) -> bool:
-        """Whether nothing new is taken any more."""
+        """True once the router refuses new requests."""
         return self._stopping.is_set()
 
     @property
     def http_address(self) -> str:
-        """host:port of the OpenAI endpoint; empty when there is none, and before ``start``."""
+        """Address of the OpenAI endpoint, ``host:port``; empty without one, and before ``start``."""
         return self._http_address
 
     def drain(self) -> None:
-        """Takes nothing new from now on; ``run`` returns when what runs is done, or the grace period over."""
+        """Refuses new requests. ``run`` returns once all running ones have ended, at latest after the grace period."""
         if not self._stopping.is_set():
             logger.info("%s drains", self._id)
             self._server.set_ready(False)
@@ -239,7 +242,7 @@ class Router:
         await tracing.flush()
 
     def _http_server(self, access: AccessPolicy) -> HttpServer:
-        # Here, so that a router without the endpoint does not import its libraries.
+        # Import here, so that a router without the endpoint does not load its libraries.
         from services.router.http.app import HttpApi
         from services.router.http.server import HttpServer
 
@@ -256,13 +259,13 @@ class Router:
             self._http_api.asgi,
             self._config.max_connections,
             self._config.server_tls(),
-            client_certificates=access.keys is None,  # a key is proof enough, and more than most clients can do
+            client_certificates=access.keys is None,  # API keys suffice, and few HTTP clients have certificates
         )
 
     async def _advise(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._metrics.scaling(self._advice.look(loop.time()))
+            self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
             await asyncio.sleep(INTERVAL)
 
     def _targets(self) -> list[dict[str, Any]]:
@@ -271,17 +274,17 @@ class Router:
         return [own, *self._registry.targets()]
 
     def _unready(self) -> str:
-        """Why no request could be answered now; empty when one could."""
+        """Returns why the router cannot answer requests now; empty if it can."""
         if self.draining:
             return "the router is draining"
-        lacking = self.roster.lacking(asyncio.get_running_loop().time())
-        stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in lacking)
-        return f"{stages} is ready" if lacking else ""
+        unready = self.roster.unready_stages(asyncio.get_running_loop().time())
+        stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in unready)
+        return f"{stages} is ready" if unready else ""
 
     def _activity(self) -> admin_pb2.Activity:
         waiting = self.dispatcher.num_waiting
         now = asyncio.get_running_loop().time()
-        return self._generator.recent.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        return self._generator.rolling_stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
 
     def _status(self) -> admin_pb2.ProcessStatus:
         return admin_pb2.ProcessStatus(

@@ -1,4 +1,7 @@
-"""Running requests, whatever protocol they came by: checked, relayed, turned into text. One relay per answer."""
+"""Runs requests of both protocols: checks them, relays them to workers, and turns tokens into text.
+
+Each answer has its own relay.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, Reques
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
-from overfill.routing.admission import KeyLimits, Limits
+from overfill.routing.admission import KeyLimiter, KeyQuota
 from overfill.routing.answer import Finish
-from overfill.routing.gate import Gate
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
-from overfill.routing.recent import Recent
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
@@ -34,7 +37,7 @@ from overfill.v1 import common_pb2, inference_pb2
 from services.router.text import AnswerText
 
 LONG_REQUEST = 16 << 10
-"""Bytes from which on a request is tokenized in a thread, so that the streams of others go on meanwhile."""
+"""Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
 
 
 class Start(Protocol):
@@ -43,27 +46,27 @@ class Start(Protocol):
     def __call__(self, checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
         """
         Args:
-            received: when it came, seconds on the event loop's clock.
-            time_left: seconds until its deadline; None without one.
+            received: arrival time, seconds on the event loop's clock.
+            time_left: seconds until the deadline; None without one.
 
         Raises:
-            PromptTooLong, Overloaded: it cannot be queued.
+            PromptTooLong, Overloaded: the request cannot be queued.
         """
 
 
 class Generator:
-    """Serves one pair.
+    """Starts and tracks the requests to one pair.
 
     Args:
-        models: the names that clients may ask for; answers bear the first.
-        max_attempts: workers lost in a row, without a new token, after which a request is given up.
-        max_request_bytes: most bytes of a request.
-        max_request_time: seconds that a request may take, whatever its deadline.
+        models: model names that requests may use; answers carry the first.
+        max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
+        max_request_bytes: maximum size of a request in bytes.
+        max_request_time: maximum duration of a request in seconds, even if its deadline is later.
 
     Attributes:
-        pair, tokenizer: what is served.
-        models: its names.
-        recent: what was seen in the last minute.
+        pair, tokenizer: the pair and its tokenizer.
+        models: model names that requests may use.
+        rolling_stats: statistics of the last minute.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Generator:
         pair: Pair,
         tokenizer: Tokenizer,
         roster: Roster,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         metrics: RouterMetrics,
         signals: Signals,
@@ -86,38 +89,38 @@ class Generator:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.signals = signals
-        self.recent = Recent()
+        self.rolling_stats = RollingStats()
         self._roster = roster
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
         self._max_request_time = max_request_time
         self._running: dict[Relay, ApiKey | None] = {}
-        self._limits = KeyLimits()
+        self._key_limiter = KeyLimiter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together: what the model takes and some decode worker holds."""
+        """Maximum number of prompt and answer tokens together, by the model and the largest decode worker."""
         capacity = self._roster.decode.capacity_tokens
         limit = self.pair.full_config.max_positions
         return limit if capacity is None else min(limit, capacity)
 
     @property
     def draining(self) -> bool:
-        """Whether new requests are refused."""
+        """True once the router refuses new requests."""
         return self._draining
 
     @property
     def model(self) -> str:
-        """The name that answers bear."""
+        """Model name in answers."""
         return self.models[0]
 
     def describe(self, name: str = "") -> inference_pb2.Model:
-        """The model that is served, under one of its names; by default the first."""
+        """Describes the model under one of its names, by default the first."""
         worker = next(iter(self._roster.workers()), None)
         return inference_pb2.Model(
             name=name or self.model,
@@ -134,15 +137,15 @@ class Generator:
         time_left: float | None = None,
         answers: int = 1,
     ) -> GenerationRequest:
-        """``request``, ready to be started. What has no place is refused before any work is done for it.
+        """Validates ``request`` and returns it ready to start. Checks quotas and queues first, before any costly work.
 
         Args:
-            caller: the key that it came with; None where no keys are wanted.
-            time_left: seconds until its deadline; None without one.
-            answers: that are to be started together, each of which counts as a request of its key.
+            caller: API key of the request; None if the router uses no keys.
+            time_left: seconds until the deadline; None without one.
+            answers: number of answers to start together. Each counts as a request of the key.
 
         Raises:
-            ShuttingDown, ModelNotFound, InvalidRequest, Overloaded: it is not taken.
+            ShuttingDown, ModelNotFound, InvalidRequest, Overloaded: the request is refused.
         """
         with self.metrics.refusing():
             return await self._check(request, caller, time_left, answers)
@@ -154,26 +157,28 @@ class Generator:
         self._check_size(request.ByteSize())
         check_priority(request.priority)
         if caller is not None:
-            self._limits.check(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
-        begun = bool(request.resume_token_ids)
-        self._gate.admit(_priority(request.priority, caller), _name(caller), time_left, begun=begun)
+            self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
+        priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
+        self._dispatcher.admit(priority, _name(caller), time_left, client_resumes=client_resumes)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
-        # Grammars, those of tools included, may take long to check.
+        # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
     @contextmanager
     def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[Start]:
-        """Gives what queues a request, good for so many. They count against their key's limits together, before the
-        first is queued; those that are not queued within the block do not count as running.
+        """Yields a function that queues a request; call it at most ``answers`` times within the block.
+
+        All answers count against the key's quota together, before the first is queued. Those that are not queued
+        within the block are released.
 
         Raises:
-            InvalidRequest, Overloaded: they are more than the key may have.
+            InvalidRequest, Overloaded: the key's quota does not admit this number of answers.
         """
         left = answers
         if caller is not None:
             with self.metrics.refusing():
-                self._limits.enter(caller.id, _limits(caller), asyncio.get_running_loop().time(), answers)
+                self._key_limiter.acquire(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
 
         def start(checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
             nonlocal left
@@ -185,7 +190,7 @@ class Generator:
             yield start
         finally:
             for _ in range(left):
-                self._leave(caller)
+                self._release(caller)
 
     def _start(
         self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
@@ -211,7 +216,7 @@ class Generator:
                 key=key,
                 block_keys=self._block_keys(checked.prompt_token_ids, cache_namespace),
             ),
-            self._gate,
+            self._dispatcher,
             self._connector,
             max_attempts=self._max_attempts,
             observer=self.metrics,
@@ -220,7 +225,7 @@ class Generator:
             StreamDetokenizer(self.tokenizer, checked.prompt_token_ids if checked.continues_text else ()),
             checked.stop,
             replayed=checked.resume_token_ids,
-            calls_of=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
+            tool_call_id_seed=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
             min_tokens=checked.sampling.min_tokens,
         )
         with self.metrics.refusing():
@@ -232,7 +237,7 @@ class Generator:
         return Generation(self, relay, text, self._accepted(checked), key)
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
-        """Token ids of a prompt. Raises as ``check``."""
+        """Returns the token ids of a prompt. Raises the errors of ``check``."""
         self._check_open(request.model)
         self._check_size(request.ByteSize())
         kind = request.WhichOneof("prompt")
@@ -244,7 +249,7 @@ class Generator:
         return await asyncio.to_thread(encode, request.text)
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
-        """Text of token ids. Raises as ``check``."""
+        """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open(request.model)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.pair.full_config.vocab_size)
@@ -267,7 +272,7 @@ class Generator:
         """Ends ``relay`` and forgets it."""
         await relay.close()
         if relay in self._running:
-            self._leave(self._running.pop(relay))
+            self._release(self._running.pop(relay))
         if not self._running:
             self._idle.set()
 
@@ -275,12 +280,12 @@ class Generator:
         left = min(self._max_request_time, math.inf if time_left is None else time_left)
         return None if left == math.inf else now + left
 
-    def _leave(self, caller: ApiKey | None) -> None:
+    def _release(self, caller: ApiKey | None) -> None:
         if caller is not None:
-            self._limits.leave(caller.id)
+            self._key_limiter.release(caller.id)
 
     def _block_keys(self, tokens: Sequence[int], cache_namespace: str) -> PromptKeys | None:
-        """Names that the prompt's blocks have in the prefill workers' caches; None while there is no worker."""
+        """Returns the keys of the prompt's blocks in prefix caches; None while no prefill worker has joined."""
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
@@ -292,11 +297,11 @@ class Generator:
             raise ShuttingDown("this router is shutting down")
         if model and model not in self.models:
             names = ", ".join(map(repr, self.models))
-            raise ModelNotFound(f"there is no model {model[:200]!r} here; this router serves {names}")
+            raise ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {names}")
 
     def _check_size(self, size: int) -> None:
         if size > self._max_request_bytes:
-            raise InvalidRequest("", f"the request has {size} bytes; at most {self._max_request_bytes} are taken")
+            raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
 
     def _accepted(self, checked: GenerationRequest) -> inference_pb2.Accepted:
         return inference_pb2.Accepted(
@@ -309,12 +314,13 @@ class Generator:
 
 
 class Generation:
-    """One running answer: iterate once for deltas, within ``async with``; ``finished`` is there behind the last one.
+    """One running answer. Iterate over its deltas once, within ``async with``; then read ``finished``.
 
-    What was held back of the text until the end is in ``finished.rest``; ``to_the_end`` gives it as one more delta.
+    ``finished.rest`` has the text that was held back until the end, because it might have been part of a stop string.
+    ``all_deltas`` yields it as the last delta.
 
     Attributes:
-        accepted: what the client is told at once.
+        accepted: first message to the client.
     """
 
     def __init__(
@@ -322,7 +328,7 @@ class Generation:
     ) -> None:
         self.accepted = accepted
         self._key = key
-        self._failure: BaseException | None = RequestCancelled("nobody read the answer to its end")
+        self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
         self._generator = generator
         self._relay = relay
         self._text = text
@@ -330,12 +336,12 @@ class Generation:
 
     @property
     def finished(self) -> inference_pb2.Finished:
-        """How the answer ended."""
+        """The end of the answer; available after the last delta."""
         assert self._finished is not None
         return self._finished
 
     async def __aiter__(self) -> AsyncIterator[inference_pb2.Delta]:
-        """Deltas, until the answer is complete or a stop string cuts it. Raises OverfillError."""
+        """Yields deltas until the answer is complete or a stop string ends it. Raises OverfillError."""
         try:
             async for delta in self._deltas():
                 yield delta
@@ -356,15 +362,15 @@ class Generation:
                 continue
             delta = text.push(event)
             if text.stop is not None:
-                # The worker stops now, not when the client has read this.
+                # Stop the worker now, before the client has read this delta.
                 await relay.close()
             yield delta
             now = loop.time()
             metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
-            self._generator.recent.tokens(len(event.ids), now)
+            self._generator.rolling_stats.tokens(len(event.ids), now)
             last = now
-            # A resumed answer has its first token already: nothing was waited for.
-            if ttft_ns is None and not relay.resumed:
+            # An answer that a client resumes has its first token already, so it has no TTFT.
+            if ttft_ns is None and not relay.client_resumed:
                 ttft_ns = _nanoseconds_since(relay.answer.received)
                 tracing.current().event("first token")
                 if relay.answer.timing.HasField("return_path_ns"):
@@ -375,10 +381,10 @@ class Generation:
         metrics.answered(self._finished)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         self._generator.signals.finished(self._finished, loop.time())
-        self._generator.recent.answered(self._finished, loop.time())
+        self._generator.rolling_stats.answered(self._finished, loop.time())
 
-    async def to_the_end(self) -> AsyncIterator[inference_pb2.Delta]:
-        """All of the answer's text as deltas. Raises OverfillError."""
+    async def all_deltas(self) -> AsyncIterator[inference_pb2.Delta]:
+        """Yields all of the answer's text as deltas, ``finished.rest`` included. Raises OverfillError."""
         async for delta in self:
             yield delta
         if self.finished.HasField("rest"):
@@ -390,7 +396,7 @@ class Generation:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Even when this task is cancelled again meanwhile: a relay that runs on holds slots.
+        # Shielded, because a relay that keeps running would hold slots even if this task is cancelled again.
         self._generator.metrics.ended(self._failure)
         self._log()
         closing = asyncio.ensure_future(self._generator.close(self._relay))
@@ -417,17 +423,17 @@ def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
 
 
-def _limits(caller: ApiKey) -> Limits:
-    return Limits(caller.name, caller.rate, caller.concurrency)
+def _quota(caller: ApiKey) -> KeyQuota:
+    return KeyQuota(caller.name, caller.rate, caller.concurrency)
 
 
 def _priority(asked: int, caller: ApiKey | None) -> int:
-    """Nobody goes before what their key allows."""
+    """Returns the request's priority, but not one before that of its key."""
     return asked if caller is None else max(asked, caller.priority)
 
 
 def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
-    """``count`` requests for different answers to one prompt, under the same seed."""
+    """Returns ``count`` requests for different answers to one prompt, with the same seed."""
     return [
         replace(checked, request_id=checked.request_id if not i else f"{checked.request_id}-{i}", sample_index=i)
         for i in range(count)
@@ -437,7 +443,7 @@ def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
 def _finished(
     relay: Relay, text: AnswerText, rest: inference_pb2.Delta | None, finish: Finish | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
-    if finish is None:  # cut by a stop string before the worker was done
+    if finish is None:  # a stop string ended the answer before the worker did
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
     timing = common_pb2.Timing()
     timing.CopyFrom(relay.answer.timing)

@@ -1,4 +1,4 @@
-"""The public API over gRPC: text in, text out. Everything but the protocol is the generator's."""
+"""The public API over gRPC: text in, text out. ``Generator`` does everything but the protocol."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _Response = inference_pb2.GenerateResponse
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Serves Inference. Errors are OverfillErrors; an interceptor gives them their status."""
+    """Serves Inference. It raises OverfillErrors, which an interceptor maps to gRPC status."""
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        key: Any = caller.get()  # an ApiKey: the router's gate knows no other holders
+        key: Any = caller.get()  # an ApiKey: the router has no other callers here
         checked = await self._generator.check(request, key, context.time_remaining())
         with self._generator.starting(key) as start:
             generation = start(checked, received, context.time_remaining())

@@ -1,4 +1,4 @@
-"""``overfill-router``: the process around a router."""
+"""``overfill-router``: a router process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.router.app import Router
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a router until SIGTERM or SIGINT. The exit code: 0 drained, 1 could not start."""
+    """Runs a router until SIGTERM or SIGINT. Exits with 0 after draining, with 1 if it could not start."""
     config = RouterConfig.parse(argv)
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     asyncio.run(_serve(config))

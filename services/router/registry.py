@@ -1,4 +1,4 @@
-"""Workers join here, and report until they leave."""
+"""The Registry service: workers join here and send reports until they leave."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES
-from overfill.routing.gate import Gate
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker, WorkerInfo
@@ -22,28 +22,28 @@ from overfill.v1 import registry_pb2, registry_pb2_grpc
 logger = logging.getLogger(__name__)
 
 DEMAND_GAP = 0.05
-"""Seconds between looks at what this router needs of a worker that it shares, while that changes."""
+"""Minimum number of seconds between two Demand messages to a worker."""
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
-    """Keeps the roster, and tells workers that it shares with other routers what it needs of them.
+    """Keeps the roster. Sends its demand to workers that serve other routers as well.
 
     Args:
-        on_lost: told of workers that left without having been drained.
+        on_lost: called with each worker that leaves without having been drained.
     """
 
     def __init__(
         self,
         router_id: str,
         roster: Roster,
-        gate: Gate,
+        dispatcher: AsyncDispatcher,
         connector: GrpcConnector,
         on_lost: Callable[[WorkerInfo], None] = lambda _: None,
     ) -> None:
         self._on_lost = on_lost
         self._router_id = router_id
         self._roster = roster
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._connector = connector
         self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
         self._metrics_addresses: dict[str, tuple[WorkerInfo, str]] = {}
@@ -57,7 +57,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         previous, _ = self._streams.get(info.id, (None, None))
         if previous is not None and previous.stage != info.stage:
             raise Incompatible(
-                f"{info.id!r} is the id of a worker of the other stage; give one of its own", ["worker_id"]
+                f"a worker of the other stage has the id {info.id!r}; give each worker its own id", ["worker_id"]
             )
         if previous is not None and self._elsewhere(previous, info):
             logger.warning(
@@ -67,7 +67,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 info.address,
             )
             raise Incompatible(
-                f"{info.id!r} is the id of a worker at {previous.address}, which works; give one of its own",
+                f"a live worker at {previous.address} has the id {info.id!r}; give each worker its own id",
                 ["worker_id"],
             )
         worker = self._roster.join(info)
@@ -78,43 +78,43 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
         logger.info("worker %s joined at %s", info.id, info.address)
         await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
-        telling: asyncio.Task[None] | None = None
+        demand_task: asyncio.Task[None] | None = None
         try:
             async for message in request_iterator:
                 if not message.HasField("report"):
-                    raise InvalidRequest("report", "must be all that follows the first message")
+                    raise InvalidRequest("report", "is required in every message after the first")
                 if not self._current(info, context):
-                    return  # it has joined again meanwhile
-                self._gate.report(worker, message.report)
-                if telling is None and message.report.routers > 1:
-                    telling = asyncio.create_task(self._tell_demand(worker, context))
+                    return  # the worker has joined again on another stream
+                self._dispatcher.report(worker, message.report)
+                if demand_task is None and message.report.routers > 1:
+                    demand_task = asyncio.create_task(self._tell_demand(worker, context))
         finally:
-            if telling is not None:
-                telling.cancel()
-            # Of two streams of one worker, the older one may end later.
+            if demand_task is not None:
+                demand_task.cancel()
+            # A worker's older stream may end after its newer one has begun: only the newer one removes the worker.
             if self._current(info, context):
                 logger.info("worker %s left", info.id)
                 del self._streams[info.id], self._metrics_addresses[info.id]
-                if worker.staying:
+                if not worker.draining:
                     self._on_lost(info)
                 self._connector.forget(info)
-                self._roster.pool(info.stage).leave(worker)
-                self._gate.poll()
+                self._roster.pool(info.stage).remove(worker)
+                self._dispatcher.poll()
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
-        """Tells the worker, which divides itself among several routers, what this one would do with it."""
-        said: registry_pb2.Demand | None = None
+        """Sends this router's demand to the worker, which divides its credits among several routers."""
+        sent: registry_pb2.Demand | None = None
         while True:
-            moves = self._gate.moves
-            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._gate.queued(worker.info.stage))
-            if demand != said:
-                said = demand
+            version = self._dispatcher.version
+            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._dispatcher.queued(worker.info.stage))
+            if demand != sent:
+                sent = demand
                 await context.write(registry_pb2.JoinResponse(demand=demand))
             await asyncio.sleep(DEMAND_GAP)
-            await self._gate.moved(moves)
+            await self._dispatcher.changed_since(version)
 
     def targets(self) -> list[dict[str, Any]]:
-        """Where the workers' metrics are, as Prometheus' ``http_sd_configs`` wants it. From any thread."""
+        """Returns the workers' metrics addresses for Prometheus' ``http_sd_configs``. Callable from any thread."""
         return [
             {"targets": [address], "labels": {"stage": STAGE_NAMES[info.stage], "worker": info.id}}
             for info, address in list(self._metrics_addresses.values())
@@ -122,8 +122,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         ]
 
     def _elsewhere(self, previous: WorkerInfo, info: WorkerInfo) -> bool:
-        """Whether ``previous`` works, and is another process than ``info``: two that took each other's place would do
-        so again and again."""
+        """True if ``previous`` is alive and another process than ``info``.
+
+        The registry refuses the second one then: two workers with one id would replace each other again and again.
+        """
         worker = self._roster.find(previous.id)
         return (
             worker is not None
@@ -137,17 +139,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
 
 
 def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int]]:
-    """Joined workers by stage and state, for the metrics. From any thread; ``now`` is the event loop's clock."""
+    """Counts joined workers by stage and state. Callable from any thread; ``now`` is on the event loop's clock."""
     counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}
     for pool in (roster.prefill, roster.decode):
         for worker in list(pool):
-            state = "ready" if worker.alive(now) else "silent" if worker.staying else "draining"
+            state = "ready" if worker.alive(now) else "silent" if not worker.draining else "draining"
             counts[STAGE_NAMES[pool.stage], state] += 1
     return list(counts.items())
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:
-    """Raises Incompatible, naming both versions, when the worker speaks another version of the wire."""
+    """Raises Incompatible, which names both versions, if the worker uses another version of the wire."""
     if hello.wire_version != WIRE_VERSION:
         raise Incompatible(
             f"worker {hello.worker_id} speaks wire version {hello.wire_version} (software "

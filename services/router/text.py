@@ -1,4 +1,4 @@
-"""An answer's text while its tokens arrive: decoded, searched for stop strings, cut exactly, tool calls taken out."""
+"""Turns an answer's tokens into text as they arrive: detokenizes, cuts at stop strings, extracts tool calls."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from overfill.v1 import inference_pb2
 
 
 class AnswerText:
-    """Turns token batches into deltas. Where batches are cut makes no difference to what comes out in all.
+    """Turns token batches into deltas. The whole text does not depend on how the tokens are batched.
 
     Args:
         replayed: tokens whose text the client already has.
-        calls_of: id of the request, when the answer may call tools; the ids of calls are made from it, so that they
-            are the same when another router goes on with the answer.
-        min_tokens: tokens within which no stop string ends the answer.
+        tool_call_id_seed: id of the answer if it may call tools, else None. The ids of tool calls derive from it, so
+            that they stay the same if another router continues the answer.
+        min_tokens: number of tokens before which no stop string ends the answer.
 
     Attributes:
-        num_tokens: tokens of the answer, the replayed ones and the last one of a stop string included.
-        stop: the stop string that ended the answer; None while none did.
+        num_tokens: number of answer tokens, with the replayed ones and the last one of a stop string.
+        stop: stop string that ended the answer, or None.
     """
 
     def __init__(
@@ -31,25 +31,25 @@ class AnswerText:
         detokenizer: StreamDetokenizer,
         stops: Sequence[str],
         replayed: Iterable[int] = (),
-        calls_of: str | None = None,
+        tool_call_id_seed: str | None = None,
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
-        self._calls_of = calls_of
+        self._tool_call_id_seed = tool_call_id_seed
         self._min_tokens = min_tokens
-        self._reader = None if calls_of is None else ToolCallReader()
+        self._reader = None if tool_call_id_seed is None else ToolCallReader()
         self.num_tokens = 0
         self.stop: str | None = None
         self._read(self._take(replayed))
 
     @property
     def called_tools(self) -> bool:
-        """Whether the answer holds a complete tool call."""
+        """True if the answer has a complete tool call."""
         return self._reader is not None and self._reader.calls > 0
 
     def push(self, batch: TokenBatch) -> inference_pb2.Delta:
-        """The delta for ``batch``; when ``stop`` is set then, tokens behind the stop string are left out."""
+        """Returns the delta for ``batch``. If it sets ``stop``, the delta omits the tokens after the stop string."""
         before = self.num_tokens
         text, calls = self._read(self._take(batch.ids))
         taken = self.num_tokens - before
@@ -62,7 +62,7 @@ class AnswerText:
         )
 
     def finish(self) -> inference_pb2.Delta | None:
-        """What was held back, if anything; it may still hold a stop string."""
+        """Returns a delta with the text held back so far, or None. The text may still end at a stop string."""
         text, self.stop = self._stops.push(self._detokenizer.finish(), may_end=self._may_end)
         if self.stop is None:
             text += self._stops.finish()
@@ -96,6 +96,6 @@ class AnswerText:
     def _delta(self, part: ToolCallPart) -> inference_pb2.ToolCallDelta:
         delta = inference_pb2.ToolCallDelta(index=part.index, name=part.name, arguments=part.arguments)
         if part.name:
-            seed = f"{self._calls_of}/{part.index}".encode()
+            seed = f"{self._tool_call_id_seed}/{part.index}".encode()
             delta.id = f"call_{hashlib.sha256(seed).hexdigest()[:24]}"
         return delta

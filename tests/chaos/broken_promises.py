@@ -63,7 +63,7 @@ BROKEN = (
     Broken(
         "a request outlives its prefill worker",
         "a failed handoff ends the request",
-        "services/decode/session.py",
+        "services/decode/sequence_session.py",
         "                self._need_prefill(_reason_for(error), str(error), worker)",
         "                raise error",
         "tests/integration/test_phases.py::test_a_prefill_worker_that_fails_is_reported_and_another_may_follow",
@@ -71,7 +71,7 @@ BROKEN = (
     Broken(
         "a request outlives its router",
         "the SDK asks the same address again",
-        "overfill/client/attempts.py",
+        "overfill/client/failover.py",
         "self._addresses.rotate(-1)",
         "self._addresses.rotate(0)",
         "tests/unit/client/test_client.py::test_an_answer_goes_on_at_the_next_router_when_one_is_lost",
@@ -79,9 +79,9 @@ BROKEN = (
     Broken(
         "and a second one, if the first is back",
         "being taken again counts for nothing",
-        "overfill/client/attempts.py",
-        'has taken the request."""\n        self._failures = 0',
-        'has taken the request."""',
+        "overfill/client/failover.py",
+        'has accepted the request."""\n        self._failures = 0',
+        'has accepted the request."""',
         "tests/unit/client/test_client.py::test_a_router_that_is_back_is_asked_again",
     ),
     Broken(
@@ -152,8 +152,8 @@ BROKEN = (
         "a client that goes frees decode blocks",
         "its sequence runs on",
         "services/decode/servicer.py",
-        "            running.cancel()  # goes on",
-        "            pass  # goes on",
+        "            running.cancel()  # the session",
+        "            pass  # the session",
         "tests/integration/test_phases.py::test_a_router_that_vanishes_frees_both_sides",
     ),
     Broken(
@@ -175,10 +175,10 @@ BROKEN = (
     Broken(
         "nor while it is written",
         "writers are not waited for",
-        "services/decode/session.py",
+        "services/decode/sequence_session.py",
         "                await shielded(self._join_pull())\n",
         "                pass\n",
-        "tests/unit/services/test_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
+        "tests/unit/services/test_sequence_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets",
     ),
     Broken(
         "a lost block ends the worker",
@@ -265,17 +265,17 @@ BROKEN = (
         "too much load is refused at once",
         "queues have no end",
         "overfill/routing/dispatcher.py",
-        "self._admission.check(line.waiting(priority), line.ahead(priority, key), now, deadline, begun=begun)\n",
-        "del now, deadline, begun\n",
+        "self._admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)\n",
+        "del waiting, ahead, now, deadline, client_resumes\n",
         "tests/integration/test_overload.py",
     ),
     Broken(
         "a slow reader holds nobody up",
         "tokens wait for who reads them",
-        "services/decode/session.py",
+        "services/decode/sequence_session.py",
         "        if last is not None and last.HasField",
         "        if False and last.HasField",
-        "tests/unit/services/test_session.py::test_tokens_that_nobody_reads_become_one_message",
+        "tests/unit/services/test_sequence_session.py::test_tokens_that_nobody_reads_become_one_message",
     ),
     Broken(
         "lost shared memory costs speed only",

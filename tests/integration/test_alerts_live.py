@@ -19,7 +19,7 @@ from overfill.lab.monitoring.expressions import filled, panels
 from overfill.lab.monitoring.prometheus import running_prometheus
 
 ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
+FILES = ROOT / "deploy/helm/overfill/files"
 WATCHED = {"OverfillHandoffSlow", "OverfillPrefillOverloaded", "OverfillDecodeStarved"}
 INTERVAL = 0.5
 
@@ -33,7 +33,7 @@ pytestmark = [
 def quick_rules(folder):
     """The rules with windows of as many times two seconds as they have minutes, and waits of as many seconds."""
     files = []
-    for path in sorted((DEPLOY / "prometheus/rules").glob("*.yml")):
+    for path in sorted((FILES / "rules").glob("*.yml")):
         text = re.sub(r"\[(\d+)m\]", lambda match: f"[{2 * int(match[1])}s]", path.read_text())
         text = re.sub(r"for: (\d+)m", r"for: \1s", text)
         files.append(folder / path.name)
@@ -66,7 +66,7 @@ def load(address, clients, prompt_tokens, answer_tokens):
 
 def worst(prometheus, board, title):
     """The largest value that the panel would show now."""
-    dashboard = json.loads((DEPLOY / f"grafana/dashboards/{board}.json").read_text())
+    dashboard = json.loads((FILES / f"dashboards/{board}.json").read_text())
     panel = next(panel for panel in panels(dashboard) if panel["title"] == title)
     found = [prometheus.query(filled(target["expr"], "10s")) for target in panel["targets"]]
     limit = panel["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]["value"]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import kmock as kmock_package
 import kubernetes_validate
+import operators
 import promql_parser
 import pytest
 import yaml
@@ -19,13 +23,15 @@ from overfill.settings.config import SERVICES
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
 
-VERSIONS = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
+VERSIONS = ("1.29", "1.34")
+"""Oldest Kubernetes that the chart supports, and the newest whose schemas are here."""
+
 CUSTOM = {
     "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
     "keda.sh/v1alpha1": ("ScaledObject",),
     "cert-manager.io/v1": ("Certificate",),
 }
-"""Objects of operators, which Kubernetes' own schemas do not know."""
+"""API version -> kinds of the operators' objects, which Kubernetes' own schemas do not contain."""
 
 VERBS = ["create", "delete", "get", "list", "patch"]
 
@@ -67,6 +73,48 @@ def test_every_object_is_strictly_valid(values: str, settings: tuple[str, ...], 
             assert one["kind"] in CUSTOM[one["apiVersion"]]
         else:
             kubernetes_validate.validate(one, version, strict=True)
+
+
+def operators_objects(values: str, *settings: str) -> list[dict[str, Any]]:
+    return [one for one in render(values, *settings) if one["apiVersion"] in CUSTOM]
+
+
+@operators.needs_definitions
+@pytest.mark.parametrize(("values", "settings"), SETS)
+def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[str, ...]) -> None:
+    for one in operators_objects(values, *settings):
+        operators.validate(one)
+
+
+@operators.needs_definitions
+@pytest.mark.parametrize(
+    ("kind", "path", "key", "value"),
+    [
+        ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "tlsConfig"), "serverNames", "overfill"),
+        ("PodMonitor", ("spec", "podMetricsEndpoints", 0), "interval", "often"),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0), "lables", {}),
+        ("ScaledObject", ("spec", "triggers", 0), "metricsType", "AverageValue"),
+        ("ScaledObject", ("spec",), "maxReplicaCount", "8"),
+        ("Certificate", ("spec", "issuerRef"), "namespace", "serving"),
+        ("Certificate", ("spec", "privateKey"), "size", "256"),
+    ],
+)
+def test_a_wrong_field_of_an_operators_object_is_noticed(
+    kind: str, path: tuple[str | int, ...], key: str, value: object
+) -> None:
+    whole = copy.deepcopy(next(one for one in operators_objects("values-prod.yaml") if one["kind"] == kind))
+    operators.validate(whole)
+    part: Any = whole
+    for step in path:
+        part = part[step]
+    part[key] = value
+    with pytest.raises(jsonschema.ValidationError):
+        operators.validate(whole)
+
+
+def test_production_has_every_operators_object() -> None:
+    kinds = [one["kind"] for one in operators_objects("values-prod.yaml")]
+    assert sorted(kinds) == ["Certificate", "PodMonitor", *["PrometheusRule"] * 2, *["ScaledObject"] * 2]
 
 
 def test_an_unknown_field_would_be_noticed() -> None:

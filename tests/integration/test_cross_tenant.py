@@ -1,4 +1,4 @@
-"""What one tenant learns of another's prompts from how fast its own are read: nothing where keys separate the prefix cache.
+"""One tenant learns nothing of another's prompts from how fast its own are read, where keys separate the prefix cache.
 
 Judged by what time follows from, the counters of blocks found; times are printed, and prove nothing on a busy machine.
 """

@@ -9,7 +9,7 @@ from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.cache import KvCache
 from overfill.model.manifest import Pair
 from overfill.model.native import library
-from overfill.model.native.transformer import fastest
+from overfill.model.native.transformer import fastest_model
 from overfill.model.transformer import Transformer
 from overfill.pair.reference import TwoStageReference, judge, summarise
 from overfill.pair.store import resolve_pair
@@ -52,7 +52,9 @@ def test_logits_equal_those_of_transformers(pair, llm, half):
     assert worst < 1e-3
 
 
-@pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+@pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_native_kernels_are_nearer_to_transformers_than_eager_bfloat16(pair, llm, quantize):
     """A prompt in one pass and an answer token by token; the answer is what float32 says, so that all see the same."""
@@ -71,7 +73,7 @@ def test_native_kernels_are_nearer_to_transformers_than_eager_bfloat16(pair, llm
         want = _logits(load(torch.float32), prompt, answer)
     eager, native = (
         _logits(load(torch.bfloat16), prompt, answer),
-        _logits(fastest(load(torch.bfloat16)), prompt, answer),
+        _logits(fastest_model(load(torch.bfloat16)), prompt, answer),
     )
 
     error, allowed = (native - want).abs(), (eager - want).abs()

@@ -361,7 +361,7 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
         idle(stack)
-        assert not any(usage.running for usage in stack.router._generator._limits._usage.values())
+        assert not any(usage.running for usage in stack.router._generator._key_limiter._usage.values())
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")

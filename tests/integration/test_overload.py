@@ -1,5 +1,4 @@
-from overfill.lab.bench.router import measure_overload
-
+from overfill.lab.bench.router.measure import measure_overload
 from overfill.pair.tiny import make_tiny_pair
 
 

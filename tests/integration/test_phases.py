@@ -24,6 +24,7 @@ from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
+from overfill.model.transformer import NO_HOOKS, LayerHooks
 from overfill.pair.reference import TwoStageReference
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
@@ -56,13 +57,12 @@ class GatedRunner:
         self.device, self.cache, self.token_layer_bytes = runner.device, runner.cache, runner.token_layer_bytes
         self.synchronize, self.clean_up = runner.synchronize, runner.clean_up
 
-    def next_tokens(self, works, choices, on_layer_start=None, on_kv_written=None):
+    def next_tokens(self, works, specs, hooks=NO_HOOKS):
         def start(layer):
             self._gate.hold(layer)
-            if on_layer_start is not None:
-                on_layer_start(layer)
+            hooks.layer_start(layer)
 
-        return self._runner.next_tokens(works, choices, start, on_kv_written)
+        return self._runner.next_tokens(works, specs, LayerHooks(start, hooks.kv_written))
 
 
 HOST = SimpleNamespace(draining=False, notify=lambda: None)
@@ -135,7 +135,7 @@ class Workers:
 
     def hold_every_prefill_block(self):
         blocker = PrefillSequence("blocker", [0], SamplingParams())
-        self.prefill_core._holding["blocker"] = blocker
+        self.prefill_core._awaiting_release["blocker"] = blocker
         prefix = self.prefill_core._prefix
         grant = prefix.acquire("blocker", prefix.blocks_of(blocker.prompt), self.full.pool.num_free)
         blocker.blocks = grant.blocks
@@ -196,7 +196,7 @@ class Workers:
 
 @pytest.fixture
 async def workers(tiny_pair, monkeypatch):
-    monkeypatch.setattr(prefill, "_WORTH_TELLING", 1)  # tiny KV is sent layer by layer, as that of large models
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # tiny KV is sent layer by layer, as that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)
@@ -317,7 +317,7 @@ async def test_a_full_worker_refuses_and_says_why(workers):
     call = workers.stub.Generate()
     await call.write(workers.start_message())
     refused = await call.read()
-    assert "KV blocks wanted" in refused.refused.reason
+    assert "KV blocks needed" in refused.refused.reason
     assert await call.read() is grpc.aio.EOF
     workers.decoder.pool.release("blocker", blocker)
     first.cancel()

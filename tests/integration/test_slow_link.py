@@ -7,12 +7,12 @@ from contextlib import AsyncExitStack
 import psutil
 import pytest
 import torch
-from overfill.lab.bench.workers import prefill_worker
 
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
+from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams

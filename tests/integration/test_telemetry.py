@@ -22,7 +22,7 @@ from overfill.lab.monitoring.expressions import dashboard_expressions, rule_expr
 from overfill.lab.monitoring.prometheus import running_prometheus
 
 ROOT = Path(__file__).parents[2]
-RULES = ROOT / "deploy/prometheus/rules"
+DASHBOARDS, RULES = (ROOT / "deploy/helm/overfill/files" / folder for folder in ("dashboards", "rules"))
 INTERVAL = 0.5  # seconds between scrapes
 LOAD = 12.0  # seconds of it before anything is asked
 CLIENTS = 3
@@ -121,7 +121,7 @@ def total(prometheus, expression):
 
 def test_every_panel_and_every_rule_has_data(watched, capsys):
     prometheus, _ = watched
-    shown = list(dashboard_expressions(ROOT / "deploy/grafana/dashboards", "10s"))
+    shown = list(dashboard_expressions(DASHBOARDS, "10s"))
     ruled = list(rule_expressions(RULES))
     results = {each: prometheus.query(each.text) for each in [*shown, *ruled]}
     empty = [each for each, found in results.items() if not found]

@@ -220,7 +220,7 @@ def test_spans_leave_before_a_process_ends(tiny_pair, collector):
 def test_nothing_is_imported_where_nobody_traces(tmp_path):
     code = (
         "import sys, services.router.app, services.decode.main, services.prefill.main, overfill.client\n"
-        "from overfill import tracing\n"
+        "from overfill.telemetry import tracing\n"
         "tracing.configure('x', 'y', '1', '')\n"
         "assert tracing.child('a') is tracing.OFF is tracing.serve('b', [])\n"
         "assert tracing.outgoing() is None\n"

@@ -82,7 +82,7 @@ def test_an_answer_streams_and_its_parts_add_up(browser, stack):
     assert all(part >= 0 for part in bar["parts"])
     assert sum(bar["widths"]) == pytest.approx(bar["width"], abs=len(bar["widths"]))
     cut = browser.execute_script("return document.querySelector('.cut').textContent")
-    assert "Most tokens" in cut, "40 tokens are the limit, and the page says so"
+    assert "Max tokens" in cut, "40 tokens are the limit, and the page says so"
     facts = browser.execute_script("return document.querySelector('.facts').textContent")
     assert "tokens/s" in facts
     assert "prefill-0 → decode-" in facts

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from overfill.engine.runner import Choice, Work, choose
+from overfill.engine.runner import SamplingSpec, Work, sample_next
 from overfill.model.sampling import SampledToken
+from overfill.model.transformer import NO_HOOKS, LayerHooks
 
 VOCAB_SIZE = 64
 
@@ -16,8 +17,8 @@ class CountingRunner:
     """Stands in for ``ModelRunner``: the next token is always the last one plus 1, modulo ``VOCAB_SIZE``.
 
     Attributes:
-        steps: for each step, the new tokens and their first position, per sequence.
-        fail_next: raised by the next step.
+        steps: per step and sequence, the new tokens and the position of the first.
+        fail_next: error that the next step raises.
     """
 
     def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
@@ -29,28 +30,19 @@ class CountingRunner:
         self._block_size = block_size
 
     def synchronize(self) -> None:
-        """Everything is done when ``run`` returns."""
+        """Does nothing: ``run`` has finished when it returns."""
 
     def clean_up(self, error: Exception) -> None:
-        """A failed step leaves nothing behind."""
+        """Does nothing: a failed step leaves nothing behind."""
 
     def next_tokens(
-        self,
-        works: Sequence[Work],
-        choices: Sequence[Choice],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
+        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """As ``ModelRunner.next_tokens``."""
-        return choose(self.run(works, on_layer_start, on_kv_written), works, choices)
+        """Runs one step and samples, as ``ModelRunner.next_tokens``."""
+        return sample_next(self.run(works, hooks), works, specs)
 
-    def run(
-        self,
-        works: Sequence[Work],
-        on_layer_start: Callable[[int], None] | None = None,
-        on_kv_written: Callable[[int], None] | None = None,
-    ) -> torch.Tensor:
-        """Logits [number of works that want them, VOCAB_SIZE]."""
+    def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
+        """Runs one step; returns logits, [number of works that want them, VOCAB_SIZE]."""
         self.steps.append([(list(work.tokens), work.start) for work in works])
         for work in works:
             if work.end > len(work.blocks) * self._block_size:
@@ -59,10 +51,8 @@ class CountingRunner:
             error, self.fail_next = self.fail_next, None
             raise error
         for layer in range(self._num_layers):
-            if on_layer_start is not None:
-                on_layer_start(layer)
-            if on_kv_written is not None:
-                on_kv_written(layer)
+            hooks.layer_start(layer)
+            hooks.kv_written(layer)
         last = [work.tokens[-1] for work in works if work.wants_logits]
         logits = torch.zeros(len(last), VOCAB_SIZE)
         for row, token in enumerate(last):

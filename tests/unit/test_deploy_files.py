@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import operators
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
@@ -22,7 +23,6 @@ from overfill.settings.config_file import flag_name
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-SCHEMAS = ROOT.parent / "shared" / "schemas"
 SETTINGS_FILES = ("overfill.yaml", "compose/overfill.yaml", "systemd/overfill.yaml")
 
 
@@ -42,12 +42,6 @@ def test_files_of_settings_are_right(name: str) -> None:
     from overfill.cli.main import main
 
     assert main(["config", "check", str(DEPLOY / name)]) == 0
-
-
-def test_no_registry_of_packages_is_named() -> None:
-    hosts = re.compile(r"pypi\.|download\.pytorch|pythonhosted|npmjs|registry\.npm|conda\.anaconda")
-    files = [path for path in DEPLOY.rglob("*") if path.is_file()]
-    assert [path for path in files if hosts.search(path.read_text())] == []
 
 
 # Images
@@ -109,31 +103,13 @@ def test_images_are_made_of_an_extra(target: str, extra: str) -> None:
 # KubeRay
 
 
-def strict(schema: Any) -> Any:
-    """The schema with every unknown field refused, and Kubernetes' own words turned into JSON schema's."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    if made.get("x-kubernetes-int-or-string"):
-        made.pop("type", None)
-    if isinstance(made.get("properties"), dict) and not made.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
-    return made
-
-
-@pytest.mark.skipif(not SCHEMAS.exists(), reason="KubeRay's definitions are not here (../shared/schemas)")
+@operators.needs_definitions
 def test_the_rayservice_is_strictly_valid() -> None:
-    definition = yaml.safe_load((SCHEMAS / "ray.io_rayservices.yaml").read_text())
-    (version,) = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
-    schema = strict(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
     service = rayservice()
-    jsonschema.validate(service, schema)
+    operators.validate(service)
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplica"] = 3
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(service, schema)
+        operators.validate(service)
 
 
 def rayservice() -> Any:
@@ -199,16 +175,22 @@ def test_compose_starts_what_there_is() -> None:
                 assert source in compose["volumes"]
 
 
+@pytest.mark.parametrize("path", ["prometheus/prometheus.yml", "prometheus/tests/alerts_test.yml"])
+def test_prometheus_finds_the_rules(path: str) -> None:
+    folder = (DEPLOY / path).parent
+    found = {file.resolve() for pattern in load(path)["rule_files"] for file in folder.glob(pattern)}
+    assert found == set((DEPLOY / "helm/overfill/files/rules").resolve().iterdir())
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
-    folder = tmp_path / "prometheus"
-    shutil.copytree(DEPLOY / "prometheus", folder)
-    subprocess.run([DEPLOY / "tls" / "make-certificates", folder / "tls"], check=True, capture_output=True)
-    shutil.copy(DEPLOY / "compose" / "prometheus.yml", folder / "prometheus.yml")
-    done = subprocess.run(
-        ["promtool", "check", "config", folder / "prometheus.yml"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
+def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
+    # As compose mounts it.
+    shutil.copy(DEPLOY / "compose" / "prometheus.yml", tmp_path)
+    shutil.copytree(DEPLOY / "helm/overfill/files/rules", tmp_path / "rules")
+    subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "tls"], check=True, capture_output=True)
+    for file in (DEPLOY / "prometheus/prometheus.yml", tmp_path / "prometheus.yml"):
+        done = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("unit", sorted(path.name for path in (DEPLOY / "systemd").glob("*.service")))

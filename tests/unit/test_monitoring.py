@@ -16,7 +16,7 @@ from overfill.lab.monitoring.expressions import compared, dashboard_expressions,
 from overfill.telemetry.metrics import declared
 
 ROOT = Path(__file__).parents[2]
-DASHBOARDS, RULES = ROOT / "deploy/grafana/dashboards", ROOT / "deploy/prometheus/rules"
+DASHBOARDS, RULES = (ROOT / "deploy/helm/overfill/files" / folder for folder in ("dashboards", "rules"))
 STANDARD = {
     "up", "ALERTS", "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
 }  # fmt: skip

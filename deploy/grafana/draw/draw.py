@@ -1,10 +1,11 @@
-"""Draws the dashboards from a running Prometheus, with Grafana's own components in headless Chromium.
+"""Draws the dashboards as pictures, with Grafana's own components in headless Chromium.
 
-    npm install --prefix DIR deploy/grafana/draw        # once; DIR/node_modules is what --modules wants
-    python deploy/grafana/draw/draw.py --prometheus http://127.0.0.1:9190 --modules DIR/node_modules --out docs/images
+    npm install --prefix DIR deploy/grafana/draw        # once
+    python deploy/grafana/draw/draw.py --modules DIR/node_modules --out docs/images
 
-No Grafana server is needed: this asks for the data as Grafana would, and ``page.tsx`` shows it. Needs node, Chromium,
-its driver and selenium.
+Without ``--prometheus URL``, the program starts a stack, puts a calm load on it (``calm.py``) and draws that. It takes
+about seven minutes and needs a machine that does nothing else. There is no Grafana server: the program queries
+Prometheus as Grafana would, and ``page.tsx`` draws it. Needs prometheus, node, Chromium, chromedriver, selenium.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from calm import calm_stack
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -31,25 +35,28 @@ from overfill.lab.monitoring.expressions import filled, panels
 from overfill.lab.monitoring.prometheus import Prometheus, Series
 
 HERE = Path(__file__).parent
-DASHBOARDS = HERE.parent / "dashboards"
+DASHBOARDS = HERE.parents[1] / "helm/overfill/files/dashboards"
 WIDTH = 1500  # pixels
-POINTS = 180  # per line
-PATIENCE = 120.0  # seconds for a page
+POINTS = 180  # of each line
+PATIENCE = 120.0  # seconds that a page may take
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Draw the dashboards.")
-    parser.add_argument("--prometheus", required=True, help="its URL")
-    parser.add_argument("--modules", type=Path, required=True, help="node_modules with what package.json names")
-    parser.add_argument("--minutes", type=float, default=5.0, help="how far back")
-    parser.add_argument("--rate-interval", default="15s", help="what $__rate_interval stands for")
+    parser.add_argument("--prometheus", help="URL of a Prometheus to draw from [default: a calm stack's own]")
+    parser.add_argument("--pair", default="default", help="model pair of the calm stack")
+    parser.add_argument("--rate", type=float, default=0.3, help="requests per second of the calm load")
+    parser.add_argument("--modules", type=Path, required=True, help="node_modules with the packages of package.json")
+    parser.add_argument("--minutes", type=float, default=5.0, help="length of the time axis, up to now")
+    parser.add_argument("--rate-interval", default="15s", help="value of Grafana's $__rate_interval")
     parser.add_argument("--boards", default=",".join(sorted(path.stem for path in DASHBOARDS.glob("*.json"))))
     parser.add_argument("--out", type=Path, required=True, help="folder for dashboard-NAME.png")
     options = parser.parse_args(argv)
-    end = time.time()
-    names = options.boards.split(",")
-    prometheus = Prometheus(options.prometheus)
-    boards = {name: collect(prometheus, name, end - 60 * options.minutes, end, options.rate_interval) for name in names}
+    with tempfile.TemporaryDirectory() as folder, source(options, Path(folder)) as prometheus:
+        end = time.time()
+        start = end - 60 * options.minutes
+        names = options.boards.split(",")
+        boards = {name: collect(prometheus, name, start, end, options.rate_interval) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         script = bundle(options.modules, Path(folder))
         for name, board in boards.items():
@@ -60,8 +67,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def source(options: argparse.Namespace, folder: Path) -> Iterator[Prometheus]:
+    """Yield the Prometheus to draw from: the given one, or a calm stack's."""
+    if options.prometheus:
+        yield Prometheus(options.prometheus)
+        return
+    seconds = 60 * (options.minutes + 1)  # the first minute stays outside of the pictures
+    with calm_stack(folder, options.pair, options.rate, seconds) as prometheus:
+        alerts = prometheus.firing()
+        if alerts:
+            print(f"not calm: {', '.join(sorted(alerts))} fire; lower --rate, or stop other programs", file=sys.stderr)
+        yield prometheus
+
+
 def collect(prometheus: Prometheus, name: str, start: float, end: float, rate_interval: str) -> dict[str, Any]:
-    """A dashboard with the data of its panels from ``start`` to ``end`` (seconds since the epoch)."""
+    """Return a dashboard with its panels' data from ``start`` to ``end`` (seconds since the epoch)."""
     dashboard = json.loads((DASHBOARDS / f"{name}.json").read_text())
     step = max(1.0, round((end - start) / POINTS))
     shown = [panel for panel in dashboard["panels"] if panel["type"] == "row"]
@@ -84,7 +105,7 @@ def _shown(series: Series, legend: str) -> dict[str, Any]:
 
 
 def bundle(modules: Path, folder: Path) -> Path:
-    """The page's program, in ``folder``. Raises CalledProcessError with what esbuild says."""
+    """Bundle the page's script into ``folder`` and return its path. Raises CalledProcessError when esbuild fails."""
     (folder / "node_modules").symlink_to(modules.absolute())
     (folder / "page.tsx").write_text((HERE / "page.tsx").read_text())
     loaders = [f"--loader:.{kind}=dataurl" for kind in ("svg", "png", "ttf", "woff", "woff2")]
@@ -97,7 +118,7 @@ def bundle(modules: Path, folder: Path) -> Path:
 
 
 def shoot(board: dict[str, Any], script: Path, folder: Path, path: Path) -> None:
-    """Draws ``board`` to ``path``. Raises TimeoutException when the page does not come up."""
+    """Draw ``board`` to ``path``. Raises TimeoutException when the page does not load."""
     page = folder / "board.html"
     style = '<link rel="stylesheet" href="page.css">' if (folder / "page.css").exists() else ""
     data = json.dumps(board).replace("</", "<\\/")

@@ -1,5 +1,5 @@
-// Draws one dashboard with Grafana's own components from data that was fetched before: no server, no network.
-// `window.BOARD` is what draw.py writes; `window.READY` says that everything is there.
+// Draws one dashboard with Grafana's own components, without server or network. draw.py writes the dashboard and its data
+// to `window.BOARD`; the page sets `window.READY` when it has drawn everything.
 import {
   createTheme,
   dateTime,
@@ -160,7 +160,7 @@ function Bars({ panel, width, height }: { panel: Panel; width: number; height: n
   );
 }
 
-// Grafana's heatmap is no component of its own there: the same axes and canvas, cells by the same rule.
+// @grafana/ui has no heatmap component, so draw the cells on its axes and canvas, by Grafana's rule.
 function Cells({ panel, width, height }: { panel: Panel; width: number; height: number }) {
   const bounds = panel.series
     .map((s) => ({ le: s.name === '+Inf' ? Infinity : Number(s.name), s }))

@@ -1,1 +1,4 @@
-"""The OpenAI API's requests and answers as JSON, to and from our own messages. No sockets, no tokens, no torch."""
+"""Requests and answers of the OpenAI API as JSON, to and from the wire's messages.
+
+No sockets, no tokens and no torch.
+"""

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API writes them, whole or in chunks. From our own messages; no sockets."""
+"""Turns our messages into responses of OpenAI's API, whole or in chunks. No sockets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from overfill.request.names import CODEC_NAMES, FINISH_REASONS
 from overfill.v1 import inference_pb2
 
 _RULED_OUT = -9999.0
-"""What OpenAI writes for a probability of zero; JSON has no infinity."""
+"""Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
 
 _PARTS = (
     "ttft",
@@ -33,12 +33,13 @@ Kind = Literal["chat", "completion"]
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What all messages of one response share.
+    """Fields that all messages of one response share.
 
     Attributes:
-        id: of the response.
-        pair: description of the served pair, for the ``overfill`` object.
-        fingerprint: changes when the weights do.
+        id: Id of the response.
+        pair: Description of the served pair, for the ``overfill`` object.
+        fingerprint: Fingerprint of the weights; different weights have a different one.
+        created: Unix time of the response, seconds.
     """
 
     kind: Kind
@@ -50,7 +51,7 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def wrap(self, choices: list[dict[str, Any]], *, chunk: bool, **more: Any) -> dict[str, Any]:
-        """``choices`` in a response or chunk."""
+        """A response, or a chunk of one, with ``choices`` and the fields in ``more``."""
         name = {"chat": "chat.completion", "completion": "text_completion"}[self.kind]
         if chunk and self.kind == "chat":
             name += ".chunk"
@@ -65,17 +66,22 @@ class Envelope:
         }
 
     def extension(self, ends: Sequence[tuple[int, int, inference_pb2.Finished]]) -> dict[str, Any]:
-        """The ``overfill`` object: what no other server has to tell. ``ends``: (choice, seed, its end)."""
+        """The ``overfill`` object, which extends OpenAI's response.
+
+        Args:
+            ends: Index, seed and last message of each finished choice.
+        """
         return {"pair": self.pair, "choices": [_end(index, seed, finished) for index, seed, finished in ends]}
 
 
 @dataclass(slots=True)
 class Choice:
-    """One answer while it comes.
+    """One choice of a response, built while its answer arrives.
 
     Attributes:
-        echo: text that goes before the answer.
-        logprobs: whether log-probabilities were asked for.
+        logprobs: Whether the request asked for log-probabilities.
+        echo: Text that precedes the answer.
+        finished: Last message of the answer; None until it arrives.
     """
 
     index: int
@@ -91,8 +97,8 @@ class Choice:
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def take(self, delta: inference_pb2.Delta) -> None:
-        """Adds ``delta`` to the whole answer."""
+    def add(self, delta: inference_pb2.Delta) -> None:
+        """Add ``delta`` to the whole answer."""
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)
         for part in delta.tool_calls:
@@ -103,7 +109,7 @@ class Choice:
             self._scores += self._score(delta)
 
     def whole(self) -> dict[str, Any]:
-        """The choice of a response that is not streamed."""
+        """The choice for a response that is not streamed."""
         text = "".join(self._text)
         if self.envelope.kind == "completion":
             scores = _legacy(self._scores) if self.logprobs else None
@@ -116,13 +122,13 @@ class Choice:
         return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.reason}
 
     def first(self) -> dict[str, Any] | None:
-        """What a stream's choice begins with, before any token; None when with nothing."""
+        """The choice for a stream's first chunk, before any token; None if there is nothing to send."""
         if self.envelope.kind == "chat":
             return self._chunk({"role": "assistant", "content": "", "refusal": None}, None)
         return self._chunk(self.echo, None) if self.echo else None
 
     def chunk(self, delta: inference_pb2.Delta) -> dict[str, Any] | None:
-        """``delta`` as a chunk's choice; None when it would be empty, as within a character."""
+        """The choice for a chunk with ``delta``; None if it would be empty, as inside a character."""
         self.completion_tokens += len(delta.token_ids)
         scores = self._score(delta) if self.logprobs else None
         if self.envelope.kind == "completion":
@@ -137,13 +143,13 @@ class Choice:
         return self._chunk(content, None if scores is None else {"content": scores, "refusal": None})
 
     def last(self) -> dict[str, Any]:
-        """The choice of the chunk that says why the answer ended."""
+        """The choice for the last chunk, which holds the finish reason."""
         empty: Any = "" if self.envelope.kind == "completion" else {}
         return {**self._chunk(empty, None), "finish_reason": self.reason}
 
     @property
     def reason(self) -> str:
-        """Why the answer ended."""
+        """Finish reason of the answer, once it has ended."""
         assert self.finished is not None
         return FINISH_REASONS[self.finished.reason]
 
@@ -173,7 +179,7 @@ class Choice:
 
 
 def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
-    """Of all choices together; a prompt that ``n`` of them answer is counted once."""
+    """Token counts of all choices together. A prompt with ``n`` choices counts once."""
     prompt = sum(choice.prompt_tokens for choice in choices[::n])
     completion = sum(choice.completion_tokens for choice in choices)
     cached = sum(choice.finished.usage.cached_tokens for choice in choices[::n] if choice.finished is not None)
@@ -187,12 +193,12 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """JSON, as short as can be."""
+    """``message`` as JSON without white space."""
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def event(message: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """``message`` as one server-sent event."""
     return b"data: " + encode(message) + b"\n\n"
 
 
@@ -210,7 +216,7 @@ def _call_delta(part: inference_pb2.ToolCallDelta) -> dict[str, Any]:
 
 
 def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Log-probabilities as ``/v1/completions`` has them; of tokens with the same text, the likelier one."""
+    """``scores`` in the format of ``/v1/completions``. If tokens have the same text, the likelier one remains."""
     return {
         "tokens": [s["token"] for s in scores],
         "token_logprobs": [s["logprob"] for s in scores],

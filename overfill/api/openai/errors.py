@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them: a status, and a body that its clients turn into their own exceptions."""
+"""Errors in the format of OpenAI's API: a status, and a body that its clients turn into exceptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from overfill.errors import (
 
 _INVALID = "invalid_request_error"
 
-# Of our messages: where they keep what OpenAI has at the top of a request.
+# Patterns of our field paths, and the names that OpenAI has for these fields.
 _PARAMS = (
     (re.compile(r"^sampling\.max_tokens$"), "max_tokens"),
     (re.compile(r"^(sampling|chat)\."), ""),
@@ -34,12 +34,14 @@ _PARAMS = (
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """What a client is told instead of an answer.
+    """An HTTP error response.
 
     Attributes:
-        status: of HTTP.
-        type, param, code: as in OpenAI's reference; ``param`` is the part of the request that is wrong.
-        retry_after: seconds, when it is known that trying again may help.
+        status: HTTP status code.
+        message: Text for the user.
+        type, code: Kind of the error, as in OpenAI's reference.
+        param: Name of the wrong part of the request; None if the error is about no single part.
+        retry_after: Seconds after which to try again; None means unknown.
     """
 
     status: int
@@ -71,7 +73,9 @@ def foreign(header: str, value: str, reason: str) -> ApiError:
 
 
 def too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the request is larger than {limit} bytes, the most that is taken", code="request_too_large")
+    return ApiError(
+        413, f"the request is larger than {limit} bytes, the limit of this server", code="request_too_large"
+    )
 
 
 def not_json(content_type: str) -> ApiError:
@@ -83,17 +87,21 @@ def not_json(content_type: str) -> ApiError:
 
 
 def too_slow() -> ApiError:
-    return ApiError(408, "the request did not arrive in time", code="request_timeout")
+    return ApiError(408, "the body of the request did not arrive in time", code="request_timeout")
 
 
 def too_many_connections() -> ApiError:
     return ApiError(
-        503, "too many connections", "service_unavailable_error", code="too_many_connections", retry_after=1
+        503,
+        "the server has too many connections; try again later",
+        "service_unavailable_error",
+        code="too_many_connections",
+        retry_after=1,
     )
 
 
 def from_error(error: OverfillError) -> ApiError:
-    """What a client is told about ``error``."""
+    """The HTTP error response for ``error``."""
     match error:
         case PromptTooLong():
             return ApiError(400, _message(error), param=_param(error.field), code="context_length_exceeded")
@@ -117,7 +125,7 @@ def from_error(error: OverfillError) -> ApiError:
 
 
 def _message(error: InvalidRequest) -> str:
-    """The message with the parameter as the client knows it."""
+    """The message of ``error`` with OpenAI's name of the field."""
     reason = str(error).removeprefix(f"{error.field}: ")
     param = _param(error.field)
     return f"'{param}' {reason}" if param else reason

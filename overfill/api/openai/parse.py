@@ -1,4 +1,4 @@
-"""A request's bytes to a checked request of ``schema``; what is wrong with them, as OpenAI says it."""
+"""Parses a request body into a class of ``schema``, with error messages in OpenAI's words."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from overfill.api.openai.schema import CompletionRequest, Message, refusals
 
 R = TypeVar("R", bound=BaseModel)
 
-_MOST_PROBLEMS = 1000
-"""More are only counted: to tell them apart takes longer, and more memory, than the request did."""
+_MAX_PROBLEMS = 1000
+"""Limit on validation errors that are examined. More are only counted: describing them costs more than the request."""
 
 _BAD_JSON = "We could not parse the JSON body of your request"
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """Raises ApiError, naming the field that is wrong."""
+    """Parse ``body`` as a request of class ``kind``. Raises ApiError that names the wrong field."""
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
@@ -53,14 +53,14 @@ def _check_refused(holder: BaseModel, place: str) -> None:
 
 
 def _explain(error: ValidationError, body: bytes) -> ApiError:
-    if error.error_count() > _MOST_PROBLEMS:
-        return ApiError(400, f"{error.error_count()} fields of the request are wrong", code="invalid_value")
+    if error.error_count() > _MAX_PROBLEMS:
+        return ApiError(400, f"the request is wrong in {error.error_count()} places", code="invalid_value")
     problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
         reason = problems[0]["msg"].removeprefix("Invalid JSON: ")
         return ApiError(400, f"{_BAD_JSON}: {reason}", code="invalid_json")
     value = json.loads(body, strict=False)
-    # Of a union, every branch complains; the one that came furthest into the request knows best.
+    # Every branch of a union reports an error. Take the one that got furthest into the request.
     depths = [len(_path(problem["loc"], value)) for problem in problems]
     problem = problems[depths.index(max(depths))]
     path = _path(problem["loc"], value)
@@ -84,7 +84,7 @@ def _code(kind: str) -> str:
 
 
 def _path(loc: Sequence[int | str], value: Any) -> list[int | str]:
-    """The steps of ``loc`` that lead through ``value``; pydantic puts names of types between them."""
+    """The steps of ``loc`` that exist in ``value``; leaves out the type names that pydantic adds."""
     path: list[int | str] = []
     for step in loc:
         in_dict = isinstance(value, dict) and step in value

@@ -1,7 +1,7 @@
-"""The requests of OpenAI's API and vLLM's additions to it, field by field: taken, ignored or refused.
+"""The requests of OpenAI's API with vLLM's additions. Each field is supported, ignored or refused.
 
-Types are strict: a number in quotes is no number. A field that no class here has is refused as unknown, as OpenAI
-does. Fields marked ``Ignored`` change nothing in an answer. Those marked ``Refused`` would, and cannot be honoured.
+Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI. Fields marked ``Ignored``
+have no effect on an answer. Fields marked ``Refused`` would have one, but are not supported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from overfill.api.priority import MOST_PRIORITY
+from overfill.api.priority import MAX_PRIORITY
 from overfill.request.params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 
 MAX_CHOICES = 128
@@ -25,14 +25,14 @@ MAX_INT32 = (1 << 31) - 1
 Ignored = Annotated[Any, Field(default=None, description="ignored")]
 Count = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
-Share = Annotated[float, Field(ge=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
 
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]
-"""A list of which only the first wrong item is told: a list of a million could make a million complaints."""
+"""A list that reports only its first wrong item; a million wrong items would make a million errors."""
 
 Ids = Items[int]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,100}$")]
@@ -40,11 +40,11 @@ RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,100}$")]
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Marks a field that is taken only with a value under which it does nothing.
+    """Marks a field that is refused, except with a value that has no effect.
 
     Args:
-        reason: why, and what to do instead; ends the message that the client gets, and stands in docs/openai.md.
-        neutral: such values, beside None.
+        reason: Why the field is refused, and what to do instead. It is part of the error message and of docs/openai.md.
+        neutral: Values without effect that are allowed, besides None.
     """
 
     reason: str
@@ -52,14 +52,14 @@ class Refused:
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, nothing is converted, and numbers are finite."""
+    """Base class that refuses unknown fields, converts no types, and allows finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @functools.cache
 def refusals(kind: type[BaseModel]) -> Mapping[str, Refused]:
-    """The fields of ``kind`` that are refused."""
+    """The refused fields of ``kind`` by name."""
     return {
         name: mark for name, field in kind.model_fields.items() for mark in field.metadata if isinstance(mark, Refused)
     }
@@ -93,7 +93,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """What an answer looks like, as vLLM says it; one of the first five."""
+    """vLLM's grammar of an answer; a request sets one of the first five fields."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
@@ -101,14 +101,14 @@ class StructuredOutputs(Strict):
     grammar: str | None = None
     json_object: bool | None = None
     disable_additional_properties: bool | None = None
-    disable_any_whitespace: Ignored  # there never is any
+    disable_any_whitespace: Ignored  # JSON never has optional white space here
     disable_fallback: Ignored
     structural_tag: Annotated[Any, Refused("write what it describes as a 'grammar'")] = None
     whitespace_pattern: Annotated[Any, Refused("JSON is written in one way, without white space to choose")] = None
 
 
 class Sampling(Strict):
-    """What every request that generates has."""
+    """Fields of every request that generates text."""
 
     model: str
     frequency_penalty: Penalty | None = None
@@ -121,34 +121,34 @@ class Sampling(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Temperature | None = None
-    top_p: Share | None = None
+    top_p: UnitInterval | None = None
     user: Ignored
 
-    # OpenAI takes this for chats only; vLLM takes it for both.
+    # OpenAI supports this for chats only; vLLM supports it for both.
     response_format: ResponseFormat | None = None
 
-    # Extensions, as vLLM names them.
+    # Extensions, with vLLM's names.
     guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     ignore_eos: bool | None = None
-    min_p: Share | None = None
+    min_p: UnitInterval | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None  # the smaller goes first
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # smaller numbers go first
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     request_id: RequestId | None = None
     stop_token_ids: Ids | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
-    stream_interval: Ignored  # how an answer is cut into chunks does not change it
+    stream_interval: Ignored  # the size of chunks does not change the answer
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
 
-    guided_decoding_backend: Ignored  # there is one
-    return_mm_kwargs: Ignored  # vLLM ignores these two here as well
+    guided_decoding_backend: Ignored  # this server has only one
+    return_mm_kwargs: Ignored  # vLLM also ignores this and the next field here
     return_token_offsets: Ignored
     session_id: Ignored
-    spaces_between_special_tokens: Ignored  # special tokens are never shown
+    spaces_between_special_tokens: Ignored  # answers never show special tokens
 
     allowed_token_ids: Annotated[
         Any, Refused("say what an answer may look like with 'structured_outputs', or give tokens a 'logit_bias'")
@@ -188,7 +188,7 @@ class Sampling(Strict):
 
 
 class ContentPart(BaseModel):
-    """Part of a message; only text is taken."""
+    """Part of a message; only text is supported."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -216,7 +216,7 @@ class Message(Strict):
     name: Ignored
     refusal: Ignored
     annotations: Ignored
-    reasoning: Ignored  # clients send answers of reasoning models back as they came
+    reasoning: Ignored  # clients send back whole answers of reasoning models
     reasoning_content: Ignored
     audio: Annotated[Any, Refused("this model reads text only")] = None
     function_call: Annotated[Any, Refused("use 'tool_calls'")] = None
@@ -244,7 +244,7 @@ class NamedTool(Strict):
 
 
 class Templated(Strict):
-    """What is rendered with the chat template, and how."""
+    """Fields of every request that is rendered with the chat template."""
 
     tools: Items[FunctionTool] | None = None
     add_generation_prompt: bool | None = None
@@ -315,7 +315,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(Templated):
-    """``POST /tokenize``, as vLLM has it: ``prompt`` or ``messages``."""
+    """``POST /tokenize`` in vLLM's format: ``prompt`` or ``messages``."""
 
     model: str | None = None
     prompt: str | None = None

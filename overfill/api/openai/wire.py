@@ -1,4 +1,4 @@
-"""Requests of ``schema`` as our own messages. What can be wrong here is said as OpenAI says it."""
+"""Turns requests of ``schema`` into our messages, with error messages in OpenAI's words."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.strict import CannotClose, closed
+from overfill.api.openai.strict import CannotForbid, forbid_additional_properties
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""Of ``/v1/completions``, where OpenAI has this default."""
+"""OpenAI's default of ``max_tokens`` for ``/v1/completions``."""
 
 _Choice = inference_pb2.ToolChoice
 _MODES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Choice.MODE_REQUIRED}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request wants.
+class ApiRequest:
+    """One HTTP request as requests to the router.
 
     Attributes:
-        prompts: one request for each; of a chat, one.
-        n: answers to each of them.
-        echo: text that goes before the answers to each prompt, or None.
-        grammar_field: the field that says what an answer looks like.
+        prompts: One router request per prompt; a chat has one.
+        n: Number of answers to each prompt.
+        stream: Whether the response is streamed.
+        include_usage: Whether the stream ends with token counts.
+        continuous_usage: Whether every chunk has token counts.
+        echo: For each prompt, the text that precedes its answers; None means no text.
+        grammar_field: Name of the field that sets the grammar of the answers; empty means that none does.
     """
 
     prompts: tuple[inference_pb2.GenerateRequest, ...]
@@ -41,18 +44,18 @@ class Asked:
     echo: tuple[str | Sequence[int], ...] | None = None
     grammar_field: str = ""
 
-    def named(self, error: OverfillError) -> OverfillError:
-        """``error`` with the field that this request has for a grammar, when it is about that."""
+    def with_grammar_field(self, error: OverfillError) -> OverfillError:
+        """``error`` with the name of this request's grammar field, if the error is about the grammar."""
         if not isinstance(error, InvalidRequest) or not error.field.startswith("sampling.grammar"):
             return error
         reason = str(error).removeprefix(f"{error.field}: ")
         if error.field == "sampling.grammar.lark" and self.grammar_field.endswith("grammar"):
-            reason += "; grammars are written in llguidance's dialect of Lark"
+            reason += "; write the grammar in llguidance's dialect of Lark"
         return InvalidRequest(self.grammar_field, reason)
 
 
-def chat(request: schema.ChatRequest, request_id: str) -> Asked:
-    """Raises ApiError."""
+def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
+    """Translate a chat request. Raises ApiError."""
     generate = inference_pb2.GenerateRequest(
         model=request.model,
         chat=_chat(request.messages, request),
@@ -74,14 +77,14 @@ def chat(request: schema.ChatRequest, request_id: str) -> Asked:
         if field:
             raise _invalid(field, "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
         field = "tools"
-    return _asked(request, (generate,), field)
+    return _api_request(request, (generate,), field)
 
 
-def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
-    """Raises ApiError."""
+def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest:
+    """Translate a completion request. Raises ApiError."""
     prompts = _prompts(request.prompt)
     if len(prompts) > schema.MAX_PROMPTS:
-        raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are taken")
+        raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed")
     if request.echo and request.logprobs is not None:
         raise _invalid("echo", "cannot be combined with 'logprobs': prompts are not scored here")
     if request.echo and request.truncate_prompt_tokens is not None:
@@ -105,13 +108,13 @@ def completion(request: schema.CompletionRequest, request_id: str) -> Asked:
         else:
             _set_ids(generate.token_ids.ids, prompt, "prompt")
         made.append(generate)
-    return _asked(request, tuple(made), field, tuple(prompts) if request.echo else None)
+    return _api_request(request, tuple(made), field, tuple(prompts) if request.echo else None)
 
 
 def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
-    """Raises ApiError."""
+    """Translate a request to tokenize. Raises ApiError."""
     if (request.prompt is None) == (request.messages is None):
-        raise _invalid("prompt", "or 'messages' is wanted, one of them")
+        raise _invalid("prompt", "or 'messages' must be given, and not both")
     if request.messages is not None:
         chat = _chat(request.messages, request)
         return inference_pb2.TokenizeRequest(model=request.model or "", chat=chat)
@@ -124,25 +127,28 @@ def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
 
 
 def detokenize(request: schema.DetokenizeRequest) -> inference_pb2.DetokenizeRequest:
-    """Raises ApiError."""
+    """Translate a request to detokenize. Raises ApiError."""
     message = inference_pb2.DetokenizeRequest(model=request.model or "")
     _set_ids(message.ids, request.tokens, "tokens")
     return message
 
 
-def _asked(
+def _api_request(
     request: schema.Sampling,
     prompts: tuple[inference_pb2.GenerateRequest, ...],
     grammar_field: str,
     echo: tuple[str | Sequence[int], ...] | None = None,
-) -> Asked:
+) -> ApiRequest:
     options = request.stream_options
     if options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when 'stream' is true")
     n = request.n or 1
     if len(prompts) * n > schema.MAX_PROMPTS:
-        raise _invalid("n", f"answers to each of {len(prompts)} prompts are more than {schema.MAX_PROMPTS} in all")
-    return Asked(
+        raise _invalid(
+            "n",
+            f"asks for {n * len(prompts)} answers to {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed",
+        )
+    return ApiRequest(
         prompts,
         n,
         bool(request.stream),
@@ -155,7 +161,7 @@ def _asked(
 
 def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.SamplingParams:
     temperature = 1.0 if request.temperature is None else request.temperature
-    if request.top_p == 0:  # the smallest set there is: one token
+    if request.top_p == 0:  # keeps only the most likely token
         temperature = 0.0
     params = common_pb2.SamplingParams(
         temperature=temperature,
@@ -175,7 +181,7 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
             params.top_p = request.top_p
         if request.min_p is not None:
             params.min_p = request.min_p
-        if request.top_k not in (None, 0, -1):  # vLLM's words for all of them
+        if request.top_k not in (None, 0, -1):  # for vLLM, 0 and -1 mean all tokens
             assert request.top_k is not None
             params.top_k = _uint32("top_k", request.top_k)
     return params
@@ -201,12 +207,12 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
         for call in message.tool_calls or ():
             made.tool_calls.add(id=call.id, name=call.function.name, arguments=call.function.arguments)
         if message.role == "tool" and message.tool_call_id is None:
-            raise _invalid(f"messages[{index}].tool_call_id", "is wanted in a message of role 'tool'")
+            raise _invalid(f"messages[{index}].tool_call_id", "is missing; a message of role 'tool' needs it")
     for index, tool in enumerate(how.tools or ()):
         function = tool.function
         parameters, field = function.parameters, f"tools[{index}].function.parameters"
         if function.strict:
-            parameters = _closed(field, parameters or {"type": "object", "properties": {}}, "strict")
+            parameters = _forbid_additional(field, parameters or {"type": "object", "properties": {}}, "strict")
         chat.tools.add(
             name=function.name,
             description=function.description or "",
@@ -234,60 +240,60 @@ def _tool_choice(request: schema.ChatRequest, chat: inference_pb2.Chat) -> None:
         chat.tool_choice.mode = _MODES[choice]
     if request.parallel_tool_calls is not None and not request.tools:
         raise _invalid("parallel_tool_calls", "is only allowed when 'tools' are given")
-    # As at OpenAI, a tool that is named is called once.
+    # As with OpenAI, a model calls a named tool once.
     chat.single_tool_call = request.parallel_tool_calls is False or isinstance(choice, schema.NamedTool)
 
 
 def _set_grammar(request: schema.Sampling, sampling: common_pb2.SamplingParams) -> str:
-    """Sets what answers look like; the field that says so, or "". Raises ApiError when two fields do."""
-    said = [*_response_format(request), *_structured_outputs(request), *_guided(request)]
-    if not said:
+    """Set the grammar of the answers. Returns the field that sets it, or ""; raises ApiError if two fields do."""
+    grammars = [*_response_format(request), *_structured_outputs(request), *_guided(request)]
+    if not grammars:
         return ""
-    (field, grammar), *others = said
+    (field, grammar), *others = grammars
     if others:
-        raise _invalid(others[0][0], f"and '{field}' both say what the answer looks like; give one of them")
+        raise _invalid(others[0][0], f"and '{field}' both set the form of the answer; give one of them")
     sampling.grammar.CopyFrom(grammar.to_proto())
     return field
 
 
-_Said = Iterator[tuple[str, Grammar]]
-"""A field that says what the answer looks like, and what it says."""
+_FieldGrammars = Iterator[tuple[str, Grammar]]
+"""Pairs of a field that sets the grammar of the answer, and this grammar."""
 
 
-def _response_format(request: schema.Sampling) -> _Said:
-    wanted, field = request.response_format, "response_format"
-    if wanted is None or wanted.type == "text":
+def _response_format(request: schema.Sampling) -> _FieldGrammars:
+    given, field = request.response_format, "response_format"
+    if given is None or given.type == "text":
         return
-    if wanted.type == "json_object":
+    if given.type == "json_object":
         yield field, Grammar("json_object")
         return
-    described = wanted.json_schema
+    described = given.json_schema
     if described is None:
-        raise _invalid(f"{field}.json_schema", "is wanted with type 'json_schema'")
+        raise _invalid(f"{field}.json_schema", "is missing; type 'json_schema' needs it")
     if described.schema_ is None:
         yield field, Grammar("json_object")
     else:
-        yield field, _schema(field, described.schema_, closed_by="strict" if described.strict else "")
+        yield field, _schema(field, described.schema_, forbidden_by="strict" if described.strict else "")
 
 
-def _structured_outputs(request: schema.Sampling) -> _Said:
-    wanted, field = request.structured_outputs, "structured_outputs"
-    if wanted is None:
+def _structured_outputs(request: schema.Sampling) -> _FieldGrammars:
+    given, field = request.structured_outputs, "structured_outputs"
+    if given is None:
         return
-    if wanted.json_ is not None:
-        closed_by = "disable_additional_properties" if wanted.disable_additional_properties else ""
-        yield f"{field}.json", _schema(f"{field}.json", wanted.json_, closed_by)
-    if wanted.regex is not None:
-        yield f"{field}.regex", _grammar(f"{field}.regex", "regex", wanted.regex)
-    if wanted.choice is not None:
-        yield f"{field}.choice", _choice(f"{field}.choice", wanted.choice)
-    if wanted.grammar is not None:
-        yield f"{field}.grammar", _grammar(f"{field}.grammar", "lark", wanted.grammar)
-    if wanted.json_object:
+    if given.json_ is not None:
+        forbidden_by = "disable_additional_properties" if given.disable_additional_properties else ""
+        yield f"{field}.json", _schema(f"{field}.json", given.json_, forbidden_by)
+    if given.regex is not None:
+        yield f"{field}.regex", _grammar(f"{field}.regex", "regex", given.regex)
+    if given.choice is not None:
+        yield f"{field}.choice", _choice(f"{field}.choice", given.choice)
+    if given.grammar is not None:
+        yield f"{field}.grammar", _grammar(f"{field}.grammar", "lark", given.grammar)
+    if given.json_object:
         yield f"{field}.json_object", Grammar("json_object")
 
 
-def _guided(request: schema.Sampling) -> _Said:
+def _guided(request: schema.Sampling) -> _FieldGrammars:
     if request.guided_json is not None:
         yield "guided_json", _schema("guided_json", request.guided_json)
     if request.guided_regex is not None:
@@ -298,16 +304,22 @@ def _guided(request: schema.Sampling) -> _Said:
         yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
 
 
-def _schema(field: str, schema: dict[str, Any] | str, closed_by: str = "") -> Grammar:
-    """``closed_by`` is the option that closes the schema's objects, if one does."""
+def _schema(field: str, schema: dict[str, Any] | str, forbidden_by: str = "") -> Grammar:
+    """A grammar for ``schema``.
+
+    Args:
+        forbidden_by: name of the option that forbids additional properties; empty means none does.
+    """
     grammar = _grammar(field, "json_schema", schema if isinstance(schema, str) else _json(field, schema))
-    return Grammar.json_schema(_closed(field, json.loads(grammar.text), closed_by)) if closed_by else grammar
+    if not forbidden_by:
+        return grammar
+    return Grammar.json_schema(_forbid_additional(field, json.loads(grammar.text), forbidden_by))
 
 
-def _closed(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
+def _forbid_additional(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
     try:
-        return closed(schema)
-    except CannotClose as error:
+        return forbid_additional_properties(schema)
+    except CannotForbid as error:
         raise _invalid(field, f"{error} '{option}'; name all properties in one object") from None
     except RecursionError:
         raise _invalid(field, "is nested too deeply") from None
@@ -329,7 +341,7 @@ def _grammar(field: str, kind: GrammarKind, text: str) -> Grammar:
 def _truncate(request: schema.Sampling) -> int | None:
     count = request.truncate_prompt_tokens
     if count == 0:
-        raise _invalid("truncate_prompt_tokens", "must be at least 1, or -1 for what the context holds; got 0")
+        raise _invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
     return count
 
 
@@ -369,7 +381,7 @@ def _set_ids(target: object, ids: Sequence[int], name: str) -> None:
 
 def _uint32(name: str, value: int) -> int:
     if not 0 < value < 1 << 32:
-        raise _invalid(name, "is out of range")
+        raise _invalid(name, f"must be in [1, 2^32), got {value}")
     return value
 
 

@@ -1,0 +1,1 @@
+"""Copies and checksums of KV in C++, for CPUs with AVX2."""

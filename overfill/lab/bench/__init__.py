@@ -1,0 +1,13 @@
+"""Benchmarks of the engine, the KV handoff and the router, each beside its bound and its peers.
+
+A package per verb of ``overfill bench``:
+
+- ``engine``: ``decode`` and ``prefill``, our engine and other engines against the limits of this machine.
+- ``kv``: ``kv``, how fast KV moves between two processes.
+- ``handoff``: ``handoff``, what a handoff costs a request, and its timeline.
+- ``router``: ``router``, what the router costs, and how it behaves under overload.
+- ``serve``: ``serve``, latency and throughput of servers under load.
+
+A *bound* is a limit that a value is compared with. A *peer* is something else that does the same work in the same run:
+another engine, a bare gRPC server, a plain prefill.
+"""

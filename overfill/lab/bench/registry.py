@@ -1,4 +1,4 @@
-"""A router that only listens: lets a test or benchmark meet workers that it has started."""
+"""A registry that only accepts workers, for tests and benchmarks that start workers without a router."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overfill.v1 import registry_pb2, registry_pb2_grpc
 
 
 class ListeningRegistry(registry_pb2_grpc.RegistryServicer):
-    """Welcomes every worker and remembers what it said about itself."""
+    """Accepts every worker that joins, and queues its ``Hello``."""
 
     def __init__(self) -> None:
         self._server = RpcServer()
@@ -19,14 +19,14 @@ class ListeningRegistry(registry_pb2_grpc.RegistryServicer):
         self._joined: asyncio.Queue[registry_pb2.Hello] = asyncio.Queue()
 
     async def start(self) -> str:
-        """Listens on a free loopback port; returns the address for a worker's ``--routers``."""
+        """Listens on a free loopback port. Returns the address for a worker's ``--routers``."""
         return await self._server.start("127.0.0.1:0")
 
     async def stop(self) -> None:
         await self._server.stop()
 
     async def next_worker(self, timeout: float) -> registry_pb2.Hello:
-        """The next worker to join. Raises TimeoutError after ``timeout`` seconds."""
+        """Waits for the next worker to join. Raises TimeoutError after ``timeout`` seconds."""
         return await asyncio.wait_for(self._joined.get(), timeout)
 
     async def Join(

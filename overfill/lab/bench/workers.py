@@ -1,4 +1,4 @@
-"""Prefill workers that a benchmark starts itself, and prompts to pull from them as a decode worker does."""
+"""Starts prefill workers for benchmarks and tests that stand in for the router and the decode worker."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Log = Callable[[str, str], None]
 
 @asynccontextmanager
 async def prefill_worker(arguments: Sequence[str], threads: int, log: Log) -> AsyncIterator[registry_pb2.Hello]:
-    """A prefill worker process with ``arguments``, ready; stopped at the end.
+    """Starts a prefill worker process with ``arguments``, waits until it has joined, and stops it at the end.
 
     Args:
-        log: takes the worker's output, line by line.
+        log: Called with the worker's name and each line of its output.
 
     Raises:
-        Unavailable: it did not start.
+        Unavailable: The worker did not start.
     """
     registry = ListeningRegistry()
     router = await registry.start()

@@ -1,5 +1,5 @@
-"""Breaks a running stack, again and again, under load, and judges every answer.
+"""Breaks a running stack under load, at a chosen phase of a request, and judges every answer.
 
-``strikes`` says what befalls whom, ``trial`` runs it on a stack of its own, ``probes`` tells where a request is,
-``faults`` does the harm, ``load`` asks, ``watch`` looks at the processes' memory, ``report`` tells.
+``strikes`` chooses faults and moments, ``trial`` runs them on a stack of its own, ``probes`` tells where a request is,
+``faults`` injects them, ``load`` sends requests, ``watch`` samples the processes' memory, ``report`` prints the result.
 """

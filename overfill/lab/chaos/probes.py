@@ -118,13 +118,13 @@ def watch_router(probe: Probe) -> None:
 
     run = Relay._run
 
-    async def watched(self: Relay, grant: Any) -> None:
+    async def watched(self: Relay, placement: Any) -> None:
         # Held or not, what waits for a place stays in the queue; what has one is held in front of its worker.
-        if grant.done():
+        if placement.done():
             await probe.hold("queued", self._request.id)
         else:
             probe.reached("queued", self._request.id)
-        await run(self, grant)
+        await run(self, placement)
 
     Relay._run = watched  # type: ignore[method-assign]
 
@@ -173,7 +173,7 @@ def watch_decode(probe: Probe) -> None:
     from overfill.engine.sequence import Reserved, TokenSampled
     from overfill.kv.receiver import PromptPull
 
-    session = importlib.import_module("services.decode.session").Session
+    session = importlib.import_module("services.decode.sequence_session").SequenceSession
     receiver: Any = overfill.kv.receiver
     handle, take_all, check = session._handle, PromptPull._take_all, receiver.check_head
 

@@ -1,1 +1,1 @@
-"""The commands of the lab: ``overfill bench``, ``chaos``, ``loadtest``, ``simulate``."""
+"""The lab's commands: ``overfill bench``, ``chaos``, ``loadtest`` and ``simulate``."""

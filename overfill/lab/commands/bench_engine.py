@@ -1,7 +1,8 @@
-"""``overfill bench decode``, ``prefill`` and ``peers``: the engine against the machine and against other engines."""
+"""``overfill bench decode`` and ``prefill``: our engine beside the machine's bound and beside other engines."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,75 +12,63 @@ import click
 
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console
+from overfill.lab.commands.bench_options import Counts, install_option, json_option, pair_option, plot_option
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName, KvCacheDtype
-    from overfill.lab.bench.engine import Setting
-    from overfill.lab.bench.rows import Row
+    from overfill.lab.bench.engine.measure import EngineSettings
+    from overfill.lab.bench.engine.rows import Row
+    from overfill.lab.bench.engine.turns import BenchPlan
     from overfill.model.config import Quantization
     from overfill.telemetry.progress import Report
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """``1,8,32``: positive whole numbers."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of numbers such as 1,8,32", param, ctx)
-        return numbers
-
-
 def _common_options(command: _F) -> _F:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout."),
-        click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the figures to this file."),
+        json_option,
+        plot_option,
         click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each engine."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; of ours."),
+        click.option(
+            "--device", default="auto", show_default=True, help="Device of our engine: auto, cpu, cuda or cuda:N."
+        ),
         click.option("--threads", type=click.IntRange(1), help="CPU threads of each engine.  [default: the cores]"),
         dtype_option,
+        install_option,
         click.option(
             "--peers",
             default="transformers,reference",
             show_default=True,
-            help="transformers, reference, openvino, vllm; or all, or none.",
+            help="Engines to measure beside ours: transformers, reference, openvino, vllm; or all, or none.",
         ),
-        click.option(
-            "--pair", default="default", show_default=True, help="default, fast, identity, or a pair's folder."
-        ),
+        pair_option,
     ):
         command = option(command)
     return command
 
 
-@click.command("decode")
+@click.command("decode", short_help="Tokens per second of decode, beside the bound and other engines.")
 @_common_options
-@click.option("--batch", "batches", type=_Counts(), default="1,8,32,64", show_default=True, help="Sequences at once.")
+@click.option(
+    "--batch", "batches", type=Counts(), default="1,8,32,64", show_default=True, help="Sequences in a decode step."
+)
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Mean tokens per sequence.")
 @click.option("--steps", type=click.IntRange(1), default=16, show_default=True, help="Decode steps in a turn.")
 @click.option(
-    "--quantize", type=click.Choice(["none", "int8"]), help="The decoder's matrices.  [default: as the pair says]"
+    "--quantize", type=click.Choice(["none", "int8"]), help="Weights of the decoder.  [default: the pair's recipe]"
 )
 @click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "int8"]),
     default="auto",
     show_default=True,
-    help="How the decoder holds KV; with int8, --pair identity has a decoder too.",
+    help="KV cache of the decoder. With int8, --pair identity also gets a decoder of its own.",
 )
-@click.option("--cuda-graphs", is_flag=True, help="Record our steps and replay them, on a CUDA device.")
 def decode_command(
     pair: str,
     peers: str,
+    install_peers: bool,
     dtype: DTypeName | None,
     threads: int | None,
     device: str,
@@ -91,30 +80,31 @@ def decode_command(
     steps: int,
     quantize: Quantization | None,
     kv_cache_dtype: KvCacheDtype,
-    cuda_graphs: bool,
 ) -> None:
-    """Tokens per second while answers are written: full model and decoder, at each batch.
+    """Measure decode: tokens per second of the full model and of the decoder, at each batch size.
 
-    The bound is what this machine allows: it is measured in the same run, in turns with the engines.
+    The bound is the speed that this machine's memory bandwidth and matrix rate allow. Both are measured in the same
+    run, in turns with the engines.
     """
-    from overfill.lab.bench.engine import bench_decode
-    from overfill.lab.bench.rounds import Plan
+    from overfill.lab.bench.engine.measure import bench_decode
+    from overfill.lab.bench.engine.turns import BenchPlan
 
     def measure(report: Report) -> Iterator[Row]:
-        setting = _setting(pair, peers, dtype, threads, device, quantize, Plan(rounds, steps), report)
-        setting = replace(setting, kv_cache_dtype=kv_cache_dtype, cuda_graphs=cuda_graphs)
-        return bench_decode(setting, batches, context, report)
+        settings = _settings(pair, peers, install_peers, dtype, threads, device, BenchPlan(rounds, steps), report)
+        settings = replace(settings, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
+        return bench_decode(settings, batches, context, report)
 
     _print("decode, tokens/s", measure, plot, as_json)
 
 
-@click.command("prefill")
+@click.command("prefill", short_help="Prompt tokens per second of prefill, beside the bound and other engines.")
 @_common_options
-@click.option("--context", "lengths", type=_Counts(), default="512,2048", show_default=True, help="Tokens per prompt.")
-@click.option("--batch", "batches", type=_Counts(), default="1,4", show_default=True, help="Prompts at once.")
+@click.option("--context", "lengths", type=Counts(), default="512,2048", show_default=True, help="Tokens per prompt.")
+@click.option("--batch", "batches", type=Counts(), default="1,4", show_default=True, help="Prompts at once.")
 def prefill_command(
     pair: str,
     peers: str,
+    install_peers: bool,
     dtype: DTypeName | None,
     threads: int | None,
     device: str,
@@ -124,62 +114,46 @@ def prefill_command(
     lengths: tuple[int, ...],
     batches: tuple[int, ...],
 ) -> None:
-    """Prompt tokens per second of the full model, for prompts read alone and several at once."""
-    from overfill.lab.bench.engine import bench_prefill
-    from overfill.lab.bench.rounds import Plan
+    """Measure prefill: prompt tokens per second of the full model, for one prompt and for several at once."""
+    from overfill.lab.bench.engine.measure import bench_prefill
+    from overfill.lab.bench.engine.turns import BenchPlan
 
     def measure(report: Report) -> Iterator[Row]:
-        setting = _setting(pair, peers, dtype, threads, device, None, Plan(rounds), report)
-        return bench_prefill(setting, [[length] * batch for length in lengths for batch in batches], report)
+        settings = _settings(pair, peers, install_peers, dtype, threads, device, BenchPlan(rounds), report)
+        return bench_prefill(settings, [[length] * batch for length in lengths for batch in batches], report)
 
     _print("prefill, prompt tokens/s", measure, plot, as_json)
 
 
-@click.group("peers")
-def peers_group() -> None:
-    """Other engines to measure beside ours, each in an environment of its own."""
-
-
-@peers_group.command("install")
-@click.argument("names", nargs=-1, required=True, type=click.Choice(["openvino", "vllm"]))
-def install_command(names: tuple[str, ...]) -> None:
-    """Download engines (up to 3 GB) into OVERFILL_HOME/envs."""
-    from overfill.lab.bench.peers.environment import install
-    from overfill.telemetry.progress import show_progress
-
-    with show_progress() as report:
-        installed = [install(name, report) for name in names]
-    for python in installed:
-        click.echo(python)
-
-
-def _setting(
+def _settings(
     pair: str,
     peers: str,
+    install_peers: bool,
     dtype: DTypeName | None,
     threads: int | None,
     device: str,
-    quantize: Quantization | None,
-    plan: Any,
+    plan: BenchPlan,
     report: Report,
-) -> Setting:
-    import os
-
-    from overfill.lab.bench.engine import Setting
-    from overfill.lab.bench.peers.choose import parse_peers
+) -> EngineSettings:
+    from overfill.lab.bench.engine.measure import EngineSettings
+    from overfill.lab.bench.engine.peers.choose import parse_peers
+    from overfill.lab.bench.engine.peers.environment import install_missing
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
     names = parse_peers(peers)
+    if install_peers:
+        install_missing(names, report)
     loaded = Pair.load(resolve_pair(pair, report))
-    cores = len(os.sched_getaffinity(0))
-    return Setting(loaded, dtype, quantize, device, threads or cores, names, plan)
+    return EngineSettings(loaded, dtype, device, threads or len(os.sched_getaffinity(0)), names, plan)
 
 
 def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | None, as_json: bool) -> None:
-    from overfill.lab.bench.rows import hints, rows_table
+    from overfill.lab.bench.engine.rows import hints, rows_table
     from overfill.telemetry.progress import show_progress
 
+    if plot is not None:  # before the measurement, so that a missing matplotlib is reported at once
+        from overfill.lab.bench.engine.plot import save_speeds
     rows = []
     with show_progress() as report:
         for row in measure(report):
@@ -187,8 +161,6 @@ def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | 
             if as_json:
                 click.echo(row.to_json())
     if plot is not None:
-        from overfill.lab.bench.plots import save_speeds
-
         save_speeds(plot, title, rows)
     if as_json:
         return

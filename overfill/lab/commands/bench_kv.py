@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overfill.lab.bench.figure import print_figures
+from overfill.lab.bench.measurement import print_measurements
+from overfill.lab.commands.bench_options import geometry_option, json_option, load_pair
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
 
 
-@click.command("kv")
-@click.option("--pair", default="default", show_default=True, help="Whose KV geometry: a named pair, or a folder.")
+@click.command("kv", short_help="Rate of KV between two processes, beside a raw gRPC stream.")
+@geometry_option
 @click.option("--tokens", type=click.IntRange(16), default=8192, show_default=True, help="Tokens in one transfer.")
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
@@ -22,23 +23,18 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--streams", type=click.IntRange(1), default=2, show_default=True, help="Data connections.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
+@json_option
 def kv_command(pair: str, tokens: int, dtype: DTypeName, streams: int, rounds: int, as_json: bool) -> int:
-    """Move KV between two processes: over gRPC, and through memory that both share.
+    """Measure how fast KV moves between two processes, over gRPC and through shared memory.
 
-    Beside it, in the same rounds, a raw gRPC stream of 1 MiB messages. Exit code 1 when a bound is not reached.
+    The peer in the same rounds is a raw gRPC stream of 1 MiB messages. Exits with 1 when a bound is missed.
     """
     from overfill.engine.device import cpu_settings
-    from overfill.lab.bench.kv import measure
-    from overfill.model.manifest import Pair
-    from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
+    from overfill.lab.bench.kv.measure import measure
 
     with cpu_settings(threads=1):  # as a worker is
-        with show_progress() as report:
-            folder = resolve_pair(pair, report)
-        spec = Pair.load(folder).full_config.kv_spec(dtype)
-        figures = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
+        spec = load_pair(pair).full_config.kv_spec(dtype)
+        measurements = asyncio.run(measure(spec, tokens, streams=streams, rounds=rounds))
     size = tokens * spec.token_bytes / 1e6
     click.echo(f"{size:.1f} MB of KV per transfer, {streams} streams, medians of {rounds} rounds", err=True)
-    return print_figures(figures, as_json)
+    return print_measurements(measurements, as_json)

@@ -1,30 +1,47 @@
-"""``overfill bench router``: what the router itself costs, and what it does when ten times too much is asked."""
+"""``overfill bench router``: the router's CPU and latency, its behaviour under overload, its decision time."""
 
 from __future__ import annotations
 
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.bench.figure import print_figures
+from overfill.lab.bench.measurement import print_measurements
+from overfill.lab.commands.bench_options import Counts, geometry_option, json_option, pair_folder
 
 
-@click.command("router")
+@click.command("router", short_help="CPU, latency and overload of the router, beside a bare gRPC server.")
+@geometry_option
 @click.option(
-    "--pair", default="default", show_default=True, help="Whose tokenizer and geometry the mock workers have."
+    "--seconds", type=Number(0.5), default=10.0, show_default=True, help="Duration of each part of the measurement."
 )
-@click.option("--seconds", type=Number(0.5), default=10.0, show_default=True, help="Of each part of the measurement.")
-@click.option("--overload", type=Number(1), help="Instead: ten times the workers' capacity for so many seconds.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON per figure on stdout.")
-def router_command(pair: str, seconds: float, overload: float | None, as_json: bool) -> int:
-    """Measure the router with mock workers: CPU per request and token, saturation, latency, overload.
+@click.option(
+    "--overload",
+    type=Number(1),
+    help="Offer 10x the workers' capacity for N seconds, instead of the normal measurement.",
+)
+@click.option(
+    "--decisions",
+    type=Counts(),
+    help="Time the dispatcher's decisions without sockets, with this many workers of each stage (10,100,1000), "
+    "instead of the normal measurement.",
+)
+@json_option
+def router_command(
+    pair: str, seconds: float, overload: float | None, decisions: tuple[int, ...] | None, as_json: bool
+) -> int:
+    """Measure the router with mock workers: CPU per request and per token, saturation, added latency.
 
-    Exits 1 when a goal is missed.
+    The peer in the same run is a bare gRPC server that answers the same RPC at once. Exits with 1 when a bound is
+    missed.
     """
-    from overfill.lab.bench.router import measure_cost, measure_overload
-    from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
+    if overload is not None and decisions is not None:
+        raise click.UsageError("--overload and --decisions cannot be used together; leave one out")
+    if decisions is not None:
+        from overfill.lab.bench.router.decisions import measure_decisions
 
-    with show_progress() as report:
-        folder = resolve_pair(pair, report)
-    figures = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
-    return print_figures(figures, as_json)
+        return print_measurements(measure_decisions(decisions), as_json)
+    from overfill.lab.bench.router.measure import measure_cost, measure_overload
+
+    folder = pair_folder(pair)
+    measurements = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
+    return print_measurements(measurements, as_json)

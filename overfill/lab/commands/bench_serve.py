@@ -1,4 +1,4 @@
-"""``overfill bench serve``: the same load on one or more servers, as clients see it."""
+"""``overfill bench serve``: plays the same load on one or more servers, and measures as a client."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import click
 from overfill.cli.options import Number, client_tls, tls_options
 from overfill.cli.output import console
 from overfill.errors import Unavailable
+from overfill.lab.commands.bench_options import install_option, json_option, plot_option
 from overfill.lab.traffic.traces import Arrivals, TraceRequest
 
 if TYPE_CHECKING:
     from overfill.lab.bench.serve.compare import Play, TargetSpec
     from overfill.lab.bench.serve.report import LoadShape
-    from overfill.lab.bench.serve.saturation import Step
+    from overfill.lab.bench.serve.saturation import RateStep
     from overfill.lab.traffic.outcome import Objective, Outcome
     from overfill.telemetry.progress import Report
 
@@ -38,55 +39,85 @@ _SATURATE = "saturate="
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command("serve")
+@click.command("serve", short_help="Latency, throughput and goodput of servers under load.")
 @click.option(
     "--target",
     "targets",
     multiple=True,
     default=("grpc://127.0.0.1:7600",),
     show_default=True,
-    help="NAME=http://HOST:PORT/v1, NAME=grpc://HOST:PORT, or colocated, openvino, vllm, which are started; several "
-    "are compared.",
+    help="Server to measure; repeat it to compare several: NAME=http://HOST:PORT/v1, NAME=grpc://HOST:PORT, or an "
+    "engine to start: colocated, openvino, vllm.",
 )
-@click.option("--trace", type=_FILE, help="Azure's CSV or Mooncake's JSON lines.  [default: synthetic arrivals]")
-@click.option("--requests", "count", type=click.IntRange(1), default=100, show_default=True, help="The first so many.")
+@click.option("--trace", type=_FILE, help="Trace to play: Azure's CSV or Mooncake's JSON lines.  [default: synthetic]")
+@click.option(
+    "--requests",
+    "count",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Number of requests: the first ones of a trace.",
+)
 @click.option(
     "--rate",
     type=_Rate(),
-    help="Mean requests per second, or saturate=NAME: the rate that just saturates that target, so that fewer than "
-    "90 % of its requests meet --slo.  [default: the trace's; 1]",
+    help="Mean requests per second, or saturate=NAME to search the lowest rate at which fewer than 90 % of that "
+    "target's requests meet --slo.  [default: the trace's; 1]",
 )
-@click.option("--length-scale", type=Number(0, min_open=True), default=1.0, show_default=True, help="Of a trace.")
-@click.option("--longest", type=click.IntRange(2), help="Most tokens of a prompt with its answer; prompts are cut.")
-@click.option("--arrivals", type=click.Choice(get_args(Arrivals)), help="Synthetic.  [default: poisson]")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Synthetic.")
-@click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Synthetic.")
-@click.option("--concurrency", type=click.IntRange(1), help="Most requests at once: a closed loop.")
-@click.option("--slo", help="Count requests that meet it: ttft=2,itl=0.2,e2e=30 in seconds, any of them.")
-@click.option("--timeout", type=Number(0, min_open=True), default=600, show_default=True, help="Of a request, in s.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of synthetic arrivals.")
-@click.option("--vocab-size", type=click.IntRange(2), default=32_000, show_default=True, help="Prompts hold ids below.")
-@click.option("--model", help="Name for OpenAI endpoints.  [default: the first they list]")
+@click.option(
+    "--length-scale",
+    type=Number(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Factor for the lengths of a trace's prompts and answers.",
+)
+@click.option(
+    "--longest",
+    type=click.IntRange(2),
+    help="Maximum tokens of a prompt and its answer; longer prompts of a trace are cut.",
+)
+@click.option("--arrivals", type=click.Choice(get_args(Arrivals)), help="Synthetic arrivals.  [default: poisson]")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of a synthetic prompt."
+)
+@click.option(
+    "--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of a synthetic answer."
+)
+@click.option("--concurrency", type=click.IntRange(1), help="Maximum concurrent requests (a closed loop).")
+@click.option("--slo", help="Objective for goodput, in seconds: one or more of ttft=2,itl=0.2,e2e=30.")
+@click.option(
+    "--timeout", type=Number(0, min_open=True), default=600, show_default=True, help="Timeout of one request, seconds."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for synthetic arrivals.")
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(2),
+    default=32_000,
+    show_default=True,
+    help="Prompts consist of random token ids below this number.",
+)
+@click.option("--model", help="Model name for OpenAI endpoints.  [default: the first that the endpoint lists]")
 @click.option(
     "--api-key",
-    help="Key to show.  [default: OPENAI_API_KEY for OpenAI endpoints, OVERFILL_API_KEY for stacks over gRPC]",
+    help="API key.  [default: OPENAI_API_KEY for OpenAI endpoints, OVERFILL_API_KEY for stacks over gRPC]",
 )
 @tls_options
 @click.option(
     "--extensions/--no-extensions",
     default=True,
     show_default=True,
-    help="Ask OpenAI endpoints for answers of full length, as vLLM and ours know it.",
+    help="Use ignore_eos and token counts per message, which vLLM and our OpenAI endpoint support.",
 )
 @click.option(
     "--pair",
     default="identity",
     show_default=True,
-    help="Of engines that are started; all but ours run its full model.",
+    help="Model pair of engines to start; openvino and vllm run its full model.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Of engines that are started.  [default: the cores]")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw latencies to this file.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON line per figure on stdout.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of engines to start.  [default: the cores]")
+@install_option
+@plot_option
+@json_option
 def serve_command(
     targets: tuple[str, ...],
     trace: Path | None,
@@ -111,34 +142,42 @@ def serve_command(
     extensions: bool,
     pair: str,
     threads: int | None,
+    install_peers: bool,
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Latency, throughput and goodput of servers under load; the first target is compared with the others.
+    """Measure latency, throughput and goodput of servers under load, and compare the first target with the others.
 
-    Requests are sent when they are due, whatever becomes of earlier ones. Targets that are started run one after the
-    other: `colocated` is one process of ours with both halves of --pair, `openvino` OpenVINO GenAI in a process of its
-    own and `vllm` its OpenAI server, both with the full model; `colocated:fast` and so on name another pair. Exit code
-    1 when a request failed. The --tls options are for stacks over gRPC.
+    Requests are sent when they are due, without waiting for earlier ones. Targets run one after the other. Three of
+    them are started here: `colocated` is our engine in one process with both halves of --pair, `openvino` is OpenVINO
+    GenAI in a process, `vllm` is vLLM's OpenAI server. `colocated:fast` names another pair. The --tls options are for
+    stacks over gRPC. Exits with 1 when a request failed.
     """
-    from overfill.lab.bench.serve.compare import LoadSettings, TargetSpec, opened
+    from overfill.lab.bench.serve.compare import LoadSettings, TargetSpec, open_target
     from overfill.lab.bench.serve.report import serve_rows, serve_table
     from overfill.lab.traffic.outcome import Objective
     from overfill.lab.traffic.traces import set_rate
     from overfill.telemetry.progress import show_progress
 
     if trace is not None and arrivals is not None:
-        raise click.UsageError("--arrivals contradicts --trace, which has its own; leave one out")
+        raise click.UsageError("--arrivals cannot be used with --trace, which has its own arrivals; leave one out")
     specs = [TargetSpec.parse(text) for text in targets]
     if len({spec.name for spec in specs}) < len(specs):
-        raise click.UsageError("two targets have the same name; give each its own, as in --target a=http://…")
+        raise click.UsageError("two targets have the same name; name them, as in --target a=http://…")
     objective = None if slo is None else Objective.parse(slo)
-    saturated = _saturated(rate, specs, objective, concurrency)
+    to_saturate = _target_to_saturate(rate, specs, objective, concurrency)
     number = rate if isinstance(rate, float) else None
     if trace is None:
         requests = _synthetic(count, arrivals, number, concurrency, prompt_tokens, output_tokens, seed)
     else:
         requests = _traced(trace, count, number, length_scale, longest)
+    if install_peers:
+        from overfill.lab.bench.engine.peers.environment import install_missing
+
+        with show_progress() as report:
+            install_missing([spec.location.partition(":")[0] for spec in specs], report)
+    if plot is not None:  # before the measurement, so that a missing matplotlib is reported at once
+        from overfill.lab.bench.serve.plot import save_latencies
     cores = len(os.sched_getaffinity(0))
     settings = LoadSettings(
         vocab_size,
@@ -152,32 +191,30 @@ def serve_command(
         stack_key=api_key or os.environ.get("OVERFILL_API_KEY"),
         tls=client_tls(tls_ca, tls_cert, tls_key, tls_name),
     )
-    most = max(r.prompt_tokens + r.output_tokens for r in requests)
+    max_model_len = max(r.prompt_tokens + r.output_tokens for r in requests)
     found: dict[str, list[Outcome]] = {}
-    chosen: Step | None = None
+    chosen: RateStep | None = None
     with show_progress() as report:
 
         def run(spec: TargetSpec, play: Play) -> None:
             found[spec.name] = _played(f"Load on {spec.name}", play, requests, report)
 
-        if saturated is not None and objective is not None:
-            with opened(saturated, most, settings) as play:
-                chosen = _saturation(saturated.name, play, requests, objective, report)
+        if to_saturate is not None and objective is not None:
+            with open_target(to_saturate, max_model_len, settings) as play:
+                chosen = _search_rate(to_saturate.name, play, requests, objective, report)
                 requests = set_rate(requests, chosen.rate)
-                run(saturated, play)  # while it is open: some take a minute to start
+                run(to_saturate, play)  # while it is open, because some engines take a minute to start
         for spec in specs:
             if spec.name not in found:
-                with opened(spec, most, settings) as play:
+                with open_target(spec, max_model_len, settings) as play:
                     run(spec, play)
     outcomes = {spec.name: found[spec.name] for spec in specs}
     slo_text = None if objective is None else str(objective)
     load = _shape(requests, trace, arrivals, concurrency, slo_text)
-    if saturated is not None and chosen is not None:
-        name = saturated.name
+    if to_saturate is not None and chosen is not None:
+        name = to_saturate.name
         load = replace(load, saturates=name) if chosen.saturated else replace(load, not_saturated=name)
     if plot is not None:
-        from overfill.lab.bench.serve.plot import save_latencies
-
         save_latencies(plot, _title(load), outcomes, objective)
     rows = serve_rows(outcomes, objective, load)
     if as_json:
@@ -189,20 +226,22 @@ def serve_command(
     return 1 if _print_failures(outcomes) else 0
 
 
-def _saturated(
+def _target_to_saturate(
     rate: float | str | None, specs: list[TargetSpec], objective: Objective | None, concurrency: int | None
 ) -> TargetSpec | None:
-    """The target that ``rate`` names, if it names one."""
+    """Target that ``rate`` names as saturate=NAME. None means that ``rate`` is a number or not given."""
     if not isinstance(rate, str):
         return None
     name = rate.removeprefix(_SATURATE)
     found = next((spec for spec in specs if spec.name == name), None)
     if found is None:
-        raise click.UsageError(f"--rate {rate} names no target; there are {', '.join(spec.name for spec in specs)}")
+        raise click.UsageError(f"--rate {rate} names no target; choose from {', '.join(spec.name for spec in specs)}")
     if objective is None:
-        raise click.UsageError(f"--rate {rate} needs --slo: saturated is who does not meet it")
+        raise click.UsageError(
+            f"--rate {rate} needs --slo: a target is saturated when fewer than 90 % of its requests meet it"
+        )
     if concurrency is not None:
-        raise click.UsageError(f"--rate {rate} contradicts --concurrency, where the server sets the pace")
+        raise click.UsageError(f"--rate {rate} cannot be used with --concurrency, where the server sets the pace")
     return found
 
 
@@ -213,8 +252,8 @@ def _played(step: str, play: Play, requests: list[TraceRequest], report: Report)
     return found
 
 
-def _saturation(name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report) -> Step:
-    """What ``find_saturation`` finds for an open server; every step is a bar, and a line on stderr."""
+def _search_rate(name: str, play: Play, requests: list[TraceRequest], objective: Objective, report: Report) -> RateStep:
+    """Runs ``find_saturation`` on an open server. Every step shows a progress bar, then a line on stderr."""
     from overfill.lab.bench.serve.saturation import find_saturation
     from overfill.lab.traffic.outcome import figures
     from overfill.lab.traffic.traces import set_rate
@@ -223,11 +262,11 @@ def _saturation(name: str, play: Play, requests: list[TraceRequest], objective: 
         found = _played(f"{name} at {rate:.2f} per second", play, set_rate(requests, rate), report)
         return sum(objective.met(outcome) for outcome in found) / len(found)
 
-    # What it answers when it never waits for arrivals is near the rate that is looked for.
+    # The throughput when all requests arrive at once is close to the rate to find.
     burst = _played(f"{name}, all at once", play, [replace(r, arrival=0.0) for r in requests], report)
     first = next(figure.value for figure in figures(burst, None) if figure.name == "requests")
     if not first:
-        raise Unavailable(f"{name} has not answered a single request of a burst")
+        raise Unavailable(f"{name} did not answer any request when all were sent at once")
     return find_saturation(first, attainment, lambda step: click.echo(f"{name}, {step}", err=True))
 
 
@@ -242,7 +281,7 @@ def _synthetic(
 ) -> list[TraceRequest]:
     from overfill.lab.traffic.traces import synthetic
 
-    # In a closed loop the server sets the pace.
+    # In a closed loop the server sets the pace, so all requests are due at once.
     kind = arrivals or ("burst" if concurrency is not None and rate is None else "poisson")
     return synthetic(count, kind, rate or 1.0, prompt_tokens, output_tokens, seed)
 
@@ -284,7 +323,7 @@ def _title(load: LoadShape) -> str:
     if load.not_saturated is not None:
         pace += f", up to which {load.not_saturated} was not saturated"
     if load.concurrency is not None:
-        pace += f", at most {load.concurrency} together"
+        pace += f", at most {load.concurrency} concurrent"
     return (
         f"{load.requests} requests ({load.source}), {pace}; on average {load.prompt_tokens:.0f} tokens in, "
         f"{load.output_tokens:.0f} out" + (f"; objective: {load.slo}" if load.slo else "")
@@ -292,7 +331,7 @@ def _title(load: LoadShape) -> str:
 
 
 def _print_failures(outcomes: dict[str, list[Outcome]]) -> bool:
-    """The first failure of each target, on stderr."""
+    """Prints the first failure of each target on stderr. Returns True if any request failed."""
     failed = {name: [o.error for o in of_one if not o.ok] for name, of_one in outcomes.items()}
     for name, errors in failed.items():
         if errors:

@@ -1,1 +1,1 @@
-"""Tools that put faults into services and between them."""
+"""Tools that inject faults into services and into the connections between them."""

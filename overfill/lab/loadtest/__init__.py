@@ -1,1 +1,4 @@
-"""Load tests with locust: what is asked, by how many, and whether the answers met their objectives. No torch."""
+"""Load tests with locust: plan, users, workload, and a verdict against objectives.
+
+No torch.
+"""

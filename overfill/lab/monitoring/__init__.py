@@ -1,1 +1,1 @@
-"""Holds dashboards and rules against a real Prometheus."""
+"""Runs the expressions of dashboards and rules against a real Prometheus."""

@@ -1,1 +1,4 @@
-"""Load without a model: traces of arrivals and lengths, for benchmarks, load tests and simulation. No torch."""
+"""Simulates a stack: the router's own decisions over modelled workers, in virtual time.
+
+No sockets and no torch.
+"""

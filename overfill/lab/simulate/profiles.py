@@ -188,7 +188,7 @@ def from_datasheets(
 
 CPU = Profile(
     name="cpu",
-    source="docs/benchmarks.md: SmolLM2-135M and its decoder `fast` in int8, two Zen 4 cores",
+    source="docs/lab/2026-11-25-engine-zen4.md: SmolLM2-135M and its decoder `fast` in int8, two Zen 4 cores",
     # 512 tokens at 1,684 tokens/s and 2,048 at 1,340.
     prefill=PrefillModel(5.43e-4, 1.98e-7, kv_tokens=65_536),
     # Batches of 1, 8, 32 and 64 at 256 tokens: 477, 1,703, 1,521 and 1,813 tokens/s. 23 kB of KV a token at 33 GB/s.

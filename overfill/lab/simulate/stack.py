@@ -142,7 +142,7 @@ class Simulation:
         self.workers.pop(worker.name, None)
         self._observer.account(worker)
         if worker.entry is not None:
-            self.roster.pool(worker.stage).leave(worker.entry)
+            self.roster.pool(worker.stage).remove(worker.entry)
 
     def _fail(self, worker: SimWorker) -> None:
         if worker.gone:
@@ -267,7 +267,7 @@ class Simulation:
         job = attempt.request.job
         if attempt.over or job.state is JobState.WANTS_PREFILL:  # it gets the one that it waits for
             return
-        self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, closed=failed)
+        self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, pause=failed)
         self._poll()
 
     def _end(self, request: SimRequest, error: str) -> None:

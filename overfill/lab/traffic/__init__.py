@@ -1,1 +1,1 @@
-"""Requests that are sent and what became of them: traces, outcomes and objectives."""
+"""Traces of requests, their outcomes, and the objectives that a run must meet."""

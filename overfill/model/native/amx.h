@@ -1,6 +1,7 @@
-// Products in AMX tiles, where the CPU has them: sixteen rows of activations times sixteen rows of weights in one
-// instruction. In assembly, so that one set of compiler flags serves every machine; a compiler that is too old for it
-// leaves it out. Panels are as for the other kernels: 64 bytes of a panel's step are a row of a tile.
+// Products in AMX tiles, on CPUs that have them: one instruction multiplies sixteen rows of activations with sixteen
+// rows of weights. The code is assembly, so that one set of compiler flags serves every machine. A compiler that is too
+// old for it leaves it out. Panels have the layout of the other kernels: 64 bytes of a panel's step are a row of a
+// tile.
 #pragma once
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -14,10 +15,10 @@
 
 namespace ovf {
 
-constexpr size_t AMX_ROWS = 16;   // of a tile
+constexpr size_t AMX_ROWS = 16;   // rows of a tile
 constexpr size_t AMX_STEPS = 16;  // steps of a panel in a tile of weights: 32 columns of bfloat16, 64 of int8
 
-// Whether this process may use tiles; the kernel is asked once, for all threads.
+// True if this process may use tiles. Asks the operating system's kernel once, for all threads.
 inline bool has_amx() {
 #ifdef OVF_AMX
     static const bool granted = [] {
@@ -35,23 +36,23 @@ inline bool has_amx() {
 
 #ifdef OVF_AMX
 
-// How many rows and columns tiles have; here eight of 16 rows of 64 bytes.
+// Configuration of the tiles: by default eight tiles of 16 rows of 64 bytes.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 
     TileShapes() = default;
-    // All of `height` rows, but for one tile: fewer rows of sums take less time.
+    // All tiles have `height` rows, except that tile `whole` has 16. Fewer rows of sums take less time.
     TileShapes(size_t height, size_t whole) {
         for (size_t i = 0; i < 8; ++i) rows[i] = static_cast<uint8_t>(i == whole ? 16 : height);
     }
 };
 
-// Tiles are zeros afterwards.
+// Configures the tiles and sets them to zero.
 inline void use_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 
-// Tiles are this thread's until the end of its scope. What other code does with tiles in between needs a new scope.
+// Reserves the tiles for this thread until the end of the scope. Code that uses tiles in between needs its own scope.
 struct AmxScope {
     AmxScope() { use_tiles(TileShapes()); }
     AmxScope(const AmxScope&) = delete;
@@ -64,17 +65,19 @@ struct AmxScope {
     asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(static_cast<size_t>(stride)) : "memory")
 #define OVF_ADD_PRODUCTS(kind, sums, a, b) asm volatile(kind " %%tmm" #b ", %%tmm" #a ", %%tmm" #sums ::)
 
-// What the two tiles of activations are that meet the two halves of a panel.
+// Contents of the two tiles of activations that are multiplied with the two halves of a panel.
 enum class AmxKind {
     BF16,        // rows 0 to 15, and rows 16 to 31
-    BF16_SHORT,  // rows 0 to 15 alone
-    INT8,        // the upper, signed, and the lower, unsigned bytes of rows 0 to 15
+    BF16_SHORT,  // rows 0 to 15 only
+    INT8,        // upper (signed) and lower (unsigned) bytes of rows 0 to 15
 };
 
-// Sums of one panel -> out, 32 rows (16 for BF16_SHORT) of 32 float32 or int32, `out_stride` bytes apart.
-// a: the first row's operand, rows `stride` bytes apart; for int8 64 upper bytes, then 64 lower ones, and so on.
-// steps: of the panel; where that is no multiple of AMX_STEPS, `end` holds the rest and then zeros.
-// `ahead` is fetched into the second-level cache meanwhile, `fetch` bytes for every AMX_STEPS.
+// Computes the sums of one panel.
+// out: 32 rows (16 for BF16_SHORT) of 32 float32 or int32, `out_stride` bytes apart.
+// a: operand of the first row, rows `stride` bytes apart; int8 operands alternate 64 upper and 64 lower bytes.
+// steps: steps of the panel. If they are not a multiple of AMX_STEPS, `end` holds the remaining ones, padded with
+// zeros.
+// ahead: memory to fetch into the second-level cache, `fetch` bytes for every AMX_STEPS.
 template <AmxKind KIND>
 inline void amx_tile(const char* a, size_t stride, const char* panel, size_t steps, const char* end, const char* ahead,
                      size_t fetch, void* out, size_t out_stride) {

@@ -1,31 +1,34 @@
-// Attention over the paged cache, grouped queries; bfloat16 (`span_int8.h`: codes). Two forms, as in model/attention.py: `attend_span` reads a
-// stretch of one new token's context straight from the cache; `attend_tile` is for many new tokens, on keys and values
-// that were packed into panels once for all of them.
+// Grouped-query attention over the paged cache in bfloat16; `span_int8.h` has the form for a cache of int8 codes.
+//
+// There are two forms, as in model/attention.py. `attend_span` reads a span of one new token's context directly from
+// the cache. `attend_tile` computes many new tokens on keys and values that were packed into panels once for all of
+// them.
 #pragma once
 #include "matrix.h"
 
 namespace ovf {
 
 constexpr size_t MAX_HEADS = 64;
-constexpr size_t CHUNK = 64;      // tokens whose scores are held at once, for one new token
+constexpr size_t CHUNK = 64;       // context tokens whose scores `attend_span` holds at once
 constexpr size_t TILE_ROWS = 48;   // (new token, head) rows of a tile
-constexpr size_t TILE_KEYS = 256;  // tokens whose scores are held at once, for a tile
+constexpr size_t TILE_KEYS = 256;  // context tokens whose scores `attend_tile` holds at once
 
 struct AttentionShape {
     size_t heads, kv_heads, dim;  // dim: even, up to 128, or 256
     size_t group() const { return heads / kv_heads; }
     size_t vectors() const { return (dim + 31) / 32; }
-    size_t padded() const { return vectors() * 32; }  // a head's elements in `q`, zeros at the end
-    size_t partial() const { return padded() + 2; }   // a head's sums, and before them the maximum and the total weight
+    size_t padded() const { return vectors() * 32; }  // elements of a head in `q`, padded with zeros
+    size_t partial() const { return padded() + 2; }   // floats of a head's partial result: maximum, total weight, sums
     float log2_scale() const { return 1.44269504f / __builtin_sqrtf(static_cast<float>(dim)); }
 };
 
-// One layer of the cache, each [slots][kv_heads][dim]: bfloat16, or codes and, [slots][kv_heads], their scales.
+// One layer of the cache: keys and values [slots][kv_heads][dim] in bfloat16, or int8 codes with scales
+// [slots][kv_heads].
 struct KvLayer {
     bf16 *k, *v;
     int8_t *k_codes, *v_codes;
-    float *k_scales, *v_scales;  // null: bfloat16
-    size_t block_size, row;  // row: elements from one slot to the next
+    float *k_scales, *v_scales;  // null if the cache is bfloat16
+    size_t block_size, row;      // row: elements from one slot to the next
 
     bool coded() const { return k_scales != nullptr; }
     size_t slot(const int64_t* table, size_t token) const {
@@ -33,7 +36,7 @@ struct KvLayer {
     }
     size_t at(const int64_t* table, size_t token) const { return slot(table, token) * row; }
 
-    // Slots of tokens start..start + count, one after another; from `last` on that of the token before it.
+    // Writes the slots of tokens start..start + count to `out`. Tokens from `last` on get the slot of token `last` - 1.
     void slots(const int64_t* table, size_t start, size_t count, size_t last, size_t* out) const {
         size_t block = start / block_size, in = start % block_size, t = 0;
         for (const size_t known = start < last ? std::min(count, last - start) : 0; t < known; in = 0, ++block) {
@@ -45,11 +48,11 @@ struct KvLayer {
     }
 };
 
-// x [n] as codes and a scale, as `kv.codecs.quantise` has it. A NaN or infinity makes the scale NaN.
+// Quantises x [n] to codes and a scale, as `kv.codecs.quantise` does. A NaN or infinity in x makes the scale NaN.
 inline void store_codes(const float* x, size_t n, int8_t* codes, float* scale) {
     const Extent all = extent(n, [&](size_t i) { return _mm512_maskz_loadu_ps(lanes(n - i), x + i); });
     const float one = all.largest / 127.0f;
-    *scale = one + all.poison;
+    *scale = one + all.nan_or_zero;
     const __m512 divisor = _mm512_set1_ps(one > 0 ? one : 1.0f);
     for (size_t i = 0; i < n; i += 16) {
         const __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i), divisor);
@@ -57,11 +60,11 @@ inline void store_codes(const float* x, size_t n, int8_t* codes, float* scale) {
     }
 }
 
-// Into the second-level cache: lines that come into the first one have few places to wait in.
+// Fetches into the second-level cache, because the first-level cache has few buffers for lines in flight.
 inline void prefetch(const bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
-// o [32] = o * keep + what `low` and `high` hold: products with 16-bit pairs that `unpacklo` and `unpackhi` made. Each
-// 128-bit lane of the first holds four elements, that of the second the next four.
+// Computes o [32] = o * keep + the products in `low` and `high`, whose operands `unpacklo` and `unpackhi` interleaved.
+// Each 128-bit lane of `low` holds four elements, and the same lane of `high` the next four.
 inline void add_unpacked(float* o, float keep, __m512 low, __m512 high) {
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -71,8 +74,8 @@ inline void add_unpacked(float* o, float keep, __m512 low, __m512 high) {
     _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(_mm512_loadu_ps(o + 16), factor, b));
 }
 
-// Adds COUNT heads' weighted values of a chunk to their sums: out[i] = out[i] * keep[i] + p[i] @ v.
-// Meanwhile it fetches the next chunk's keys, unless `next_k` is null.
+// Adds the weighted values of a chunk to the sums of COUNT heads: out[i] = out[i] * keep[i] + p[i] @ v.
+// Fetches the next chunk's keys meanwhile, unless `next_k` is null.
 template <int VECTORS, int COUNT>
 void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, const bf16* p, const float* keep,
                 float* out, size_t out_stride, const bf16* next_k) {
@@ -110,8 +113,9 @@ void add_values(const bf16* v, const size_t* rows, size_t n, __mmask32 tail, con
             add_unpacked(out + g * out_stride + 32 * i, keep[g], sums[g][2 * i], sums[g][2 * i + 1]);
 }
 
-// Softmax weights of one row of scores, in place of the running maximum and total: 2^(s * scale - maximum), sixteen at a
-// time to `store(i, weights)`, zeros behind `n`. Returns what the sums so far must be multiplied with.
+// Computes the softmax weights of one row of scores, 2^(s * scale - maximum), and updates the running maximum and
+// total. Passes sixteen weights at a time to `store(i, weights)`, padded with zeros behind `n`.
+// Returns the factor by which the sums so far must be multiplied.
 template <class Store>
 inline float weigh_into(const float* scores, size_t n, float scale, float& maximum, float& total, Store store) {
     __m512 top = _mm512_set1_ps(-__builtin_inff());
@@ -132,22 +136,22 @@ inline float weigh_into(const float* scores, size_t n, float scale, float& maxim
     return keep;
 }
 
-// The same into an array of bfloat16, filled up to a multiple of 16.
+// Writes the weights to `p` in bfloat16, padded with zeros to a multiple of 16; otherwise as `weigh_into`.
 inline float weigh(const float* scores, size_t n, float scale, float& maximum, float& total, bf16* p) {
     return weigh_into(scores, n, scale, maximum, total, [&](size_t i, __m512 weights) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), narrow(weights));
     });
 }
 
-// One new token's attention to tokens first..last of its context.
-// q: [heads][padded]; partial: [heads][partial()], written.
+// Computes one new token's attention to tokens first..last of its context.
+// q: [heads][padded]; partial: the result, [heads][partial()].
 template <int VECTORS>
 void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* table, const bf16* q, size_t first,
                  size_t last, float* partial) {
     const size_t group = s.group(), padded = s.padded();
     const __mmask32 tail = s.dim % 32 ? (1u << s.dim % 32) - 1 : ~0u;
     __m512 dots[16];
-    size_t rows[2 * CHUNK];  // of this chunk and the next
+    size_t rows[2 * CHUNK];  // offsets of this chunk's tokens and the next one's
     alignas(64) float scores[MAX_HEADS * CHUNK];
     alignas(64) bf16 p[8 * CHUNK];
     for (size_t h = 0; h < s.heads; ++h) {
@@ -166,7 +170,7 @@ void attend_span(const AttentionShape& s, const KvLayer& kv, const int64_t* tabl
             for (size_t t = CHUNK; t < 2 * CHUNK; ++t) rows[t] *= kv.row;
         }
         for (size_t t = 0; t < n; t += 16) {
-            // Fetched meanwhile, a few lines after each head: these tokens' values; in the first chunk, the next keys.
+            // After each head, fetch a few lines of these tokens' values and, in the first chunk, of the next keys.
             const size_t row_lines = kv.row * sizeof(bf16) / 64, lines = 16 * row_lines;
             const size_t each = (lines + s.heads - 1) / s.heads;
             size_t fetched = 0;
@@ -227,7 +231,7 @@ inline SpanFunction span_function(const AttentionShape& s) {
     }
 }
 
-// Joins `count` spans' partial results of one token -> out [heads][dim].
+// Joins the partial results of one token's `count` spans into out [heads][dim].
 inline void join_spans(const AttentionShape& s, const float* partials, size_t count, float* out) {
     const size_t stride = s.heads * s.partial();
     for (size_t h = 0; h < s.heads; ++h) {
@@ -245,18 +249,18 @@ inline void join_spans(const AttentionShape& s, const float* partials, size_t co
     }
 }
 
-// Room for one sequence's packed keys and values of one KV head, in elements. `tokens`: a multiple of 32.
+// Elements of one sequence's packed keys and values of one KV head; `tokens` is a multiple of 32.
 inline size_t packed_keys(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
 inline size_t packed_values(const AttentionShape& s, size_t tokens) { return tokens * s.padded(); }
 
-// Sixteen codes as the bfloat16 that they stand for.
+// Dequantises sixteen codes to bfloat16.
 inline __m256i restore_16(const int8_t* codes, __mmask16 mask, float scale) {
     const __m512 whole = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, codes)));
     return narrow(_mm512_mul_ps(whole, _mm512_set1_ps(scale)));
 }
 
 // Packs tokens start..start + 32 of one KV head: keys as [tokens / 32][padded / 2][32][2] and values as
-// [padded / 32][tokens / 2][32][2]. What is beyond the context becomes zero.
+// [padded / 32][tokens / 2][32][2]. Tokens behind the context become zeros.
 inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const int64_t* table, size_t kv_head,
                              size_t start, size_t context, size_t tokens, bf16* keys, bf16* values) {
     const size_t n = context - start < 32 ? context - start : 32;
@@ -296,16 +300,16 @@ inline void pack_keys_values(const AttentionShape& s, const KvLayer& kv, const i
 }
 
 struct TileScratch {
-    static constexpr size_t ROOM = (TILE_ROWS + AMX_BLOCK - 1) / AMX_BLOCK * AMX_BLOCK;  // rows
-    alignas(64) bf16 q[ROOM * 256];
-    alignas(64) bf16 p[ROOM * TILE_KEYS];
-    alignas(64) float scores[ROOM * TILE_KEYS];
-    alignas(64) float out[TILE_ROWS * 256], products[ROOM * PANEL];
+    static constexpr size_t PADDED_ROWS = (TILE_ROWS + AMX_BLOCK - 1) / AMX_BLOCK * AMX_BLOCK;
+    alignas(64) bf16 q[PADDED_ROWS * 256];
+    alignas(64) bf16 p[PADDED_ROWS * TILE_KEYS];
+    alignas(64) float scores[PADDED_ROWS * TILE_KEYS];
+    alignas(64) float out[TILE_ROWS * 256], products[PADDED_ROWS * PANEL];
     float maximum[TILE_ROWS], total[TILE_ROWS], keep[TILE_ROWS];
 };
 
-// Products of `rows` rows, `stride` elements apart, with a panel of bfloat16 -> out, float32, `out_stride` elements apart;
-// up to a multiple of AMX_BLOCK rows are read and written. The panel has a multiple of 16 steps.
+// Multiplies `rows` rows, `stride` elements apart, with a bfloat16 panel into out, float32, `out_stride` elements
+// apart. With AMX it reads and writes up to a multiple of AMX_BLOCK rows. The panel has a multiple of 16 steps.
 inline void multiply_panel(bool amx, const bf16* a, size_t stride, size_t rows, const bf16* panel, size_t steps,
                            float* out, size_t out_stride) {
     const char* w = reinterpret_cast<const char*>(panel);
@@ -324,9 +328,10 @@ inline void multiply_panel(bool amx, const bf16* a, size_t stride, size_t rows, 
     }
 }
 
-// Attention of `count` new tokens and one KV head's group of query heads, causal.
-// q: [tokens][heads][padded] from the first of them; seen: tokens that the first one attends to, itself included;
-// out: [tokens][heads * dim] float32 from the first of them.
+// Computes causal attention of `count` new tokens and the query heads of one KV head.
+// q: [tokens][heads][padded], starting at the first new token.
+// seen: number of tokens that the first new token attends to, itself included.
+// out: [tokens][heads * dim] float32, starting at the first new token.
 inline void attend_tile(const AttentionShape& s, const bf16* q, size_t count, size_t kv_head, size_t seen,
                         const bf16* keys, const bf16* values, size_t tokens, bool amx, TileScratch& scratch,
                         float* out) {
@@ -338,7 +343,7 @@ inline void attend_tile(const AttentionShape& s, const bf16* q, size_t count, si
         scratch.maximum[r] = -__builtin_inff(), scratch.total[r] = 0;
     }
     memset(scratch.out, 0, rows * padded * sizeof(float));
-    const size_t end = seen + count - 1;  // what the last token attends to
+    const size_t end = seen + count - 1;  // number of tokens that the last new token attends to
     for (size_t start = 0; start < end; start += TILE_KEYS) {
         const size_t n = end - start < TILE_KEYS ? end - start : TILE_KEYS, panels = (n + 31) / 32;
         for (size_t j = 0; j < panels; ++j)

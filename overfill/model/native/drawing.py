@@ -1,4 +1,4 @@
-"""Draws tokens in the native library; the semantics, and the reference, are those of ``model.sampling``."""
+"""Draws tokens in the native library; ``model.sampling`` defines the semantics and is the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overfill.request.params import SamplingParams
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64]) -> Tensor | None:
-    """One token per row, -1 where the logits are broken; None where the kernels do not run.
+    """Draws one token per row.
 
     Args:
         logits: [N, vocab] float32.
@@ -23,7 +23,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64
         u: [N], in [0, 1).
 
     Returns:
-        [N] int64.
+        [N] int64, -1 for rows whose logits are not finite. None if the kernels do not run here.
     """
     if logits.device.type != "cpu" or (native := library.load()) is None:
         return None

@@ -1,6 +1,6 @@
-"""The native library as Python sees it: its functions, and whether this machine can run them.
+"""Declares the native library's functions and structures for ctypes, and says whether this machine can run them.
 
-Mirrors the structures of ``model.h``. Plain pointers and integers; what they mean is the caller's business.
+The structures mirror those of ``model.h`` and ``sampling.h``. This module does not interpret their pointers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ _FLAGS = (
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16")
 
 Hook = ctypes.CFUNCTYPE(c_int, c_int64, c_int64)
-"""(layer, 0) before a layer, (layer, 1) once its keys and values are in the cache; not 0 gives the step up."""
+"""Called with (layer, 0) before a layer and (layer, 1) once its keys and values are in the cache.
+
+A result other than 0 aborts the step.
+"""
 
 NO_HOOK = Hook()
 
 
 class Shape(Structure):
-    """``OvfShape``."""
+    """The struct ``OvfShape``."""
 
     _fields_ = [
         *((name, c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
@@ -41,19 +44,19 @@ class Shape(Structure):
 
 
 class Batch(Structure):
-    """``OvfBatch``."""
+    """The struct ``OvfBatch``."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("tokens", "sequences", "tables", "table_width", "wanted", "block_size")),
+        *((name, c_int64) for name in ("tokens", "sequences", "tables", "table_width", "num_logits", "block_size")),
         *((name, c_int64) for name in ("slots_in_cache", "threads")),
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "query_lens", "context_lens")),
-        *((name, c_void_p) for name in ("block_tables", "table_rows", "wanted_rows", "k_cache", "v_cache")),
+        *((name, c_void_p) for name in ("block_tables", "table_rows", "logits_indices", "k_cache", "v_cache")),
         *((name, c_void_p) for name in ("k_scales", "v_scales", "logits", "best")),
     ]
 
 
 class Draws(Structure):
-    """``OvfDraws``."""
+    """The struct ``OvfDraws``."""
 
     _fields_ = [
         *((name, c_int64) for name in ("rows", "vocab", "threads")),
@@ -63,8 +66,8 @@ class Draws(Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, compiled if need be; None where it cannot run. The reason is logged, once."""
-    reason = why_not()
+    """Loads the library, and compiles it first if necessary. Returns None, and logs the reason, if it cannot run."""
+    reason = unavailable_reason()
     if reason is not None:
         log.warning("native kernels are not used, and steps on this CPU are slower: %s", reason)
         return None
@@ -72,8 +75,8 @@ def load() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def why_not() -> str | None:
-    """Why the library cannot run here; None when it can, in which case it has been compiled."""
+def unavailable_reason() -> str | None:
+    """The reason why the library cannot run here; None if it can. Compiles the library if necessary."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     lacking = [name for name in _NEEDED if not capabilities.get(name)]
     if lacking:
@@ -88,8 +91,8 @@ def why_not() -> str | None:
 
 
 def has_amx() -> bool:
-    """Whether steps of many tokens are computed in AMX tiles here: the CPU has them and the system lets us."""
-    return why_not() is None and bool(_library().ovf_has_amx())
+    """True if the kernels can use AMX tiles: the CPU has them and the system permits their use."""
+    return unavailable_reason() is None and bool(_library().ovf_has_amx())
 
 
 @functools.cache

@@ -1,13 +1,17 @@
 // Weight matrices in the kernels' layout, and products with them.
 //
-// A matrix [rows, cols] is cut into panels of 32 rows. A panel holds, step by step, four bytes of each of its rows: two
-// columns in bfloat16, or four in int8 as 0, 2, 1, 3. One instruction then multiplies a pair of activations, broadcast,
-// with sixteen rows' pairs and adds both products: VDPBF16PS for bfloat16, VPDPWSSD for int8, whose even and odd bytes
-// are each widened to a pair of int16 and multiplied with activations rounded to int16 (13 bits or more, see
-// `int16_limit`). A thread reads its panels front to back.
+// A matrix [rows, cols] is divided into panels of 32 rows. A panel is a sequence of steps; each step has four bytes of
+// each row: two columns in bfloat16, or four columns in int8 in the order 0, 2, 1, 3. One instruction multiplies a
+// broadcast pair of activations with the pairs of sixteen rows and adds both products:
 //
-// Where there are AMX tiles, steps of many rows use those. They sum bfloat16 in another order; with int8, which they
-// multiply with the upper and the lower bytes of int16 activations, the sums are the same to the last bit.
+// - bfloat16: VDPBF16PS.
+// - int8: VPDPWSSD. Even and odd bytes are each widened to a pair of int16 and multiplied with activations that are
+//   rounded to int16 (13 bits or more, see `int16_limit`).
+//
+// A thread reads its panels from front to back.
+//
+// Steps of many rows use AMX tiles if the CPU has them. AMX sums bfloat16 in another order. With int8 weights it
+// multiplies the upper and the lower bytes of int16 activations separately, and the sums are equal to the last bit.
 #pragma once
 #include <algorithm>
 
@@ -15,20 +19,20 @@
 
 namespace ovf {
 
-constexpr size_t PANEL = 32;     // rows of a panel: two vectors of float32 sums
-constexpr int MAX_TILE = 12;     // activations rows of a tile: 24 sums, 2 weights and a broadcast fill the 32 registers
-constexpr size_t STRIP = 192;    // activation rows that stay in the second-level cache while the panels pass
-constexpr size_t ROWS_EACH = 128;  // activation rows for each thread from which these are shared out; below, panels
+constexpr size_t PANEL = 32;   // rows of a panel: two vectors of float32 sums
+constexpr int MAX_TILE = 12;   // activation rows of a tile: 24 sums, 2 weights and a broadcast fit the 32 registers
+constexpr size_t STRIP = 192;  // activation rows that stay in the second-level cache while all panels are read
+constexpr size_t MIN_ROWS_PER_THREAD = 128;  // with as many activation rows, threads share rows; with fewer, panels
 constexpr size_t STEP_BYTES = 4 * PANEL;
-constexpr size_t ROW_UNIT = 64;  // operands' rows are zero up to a multiple of it: AMX reads as far
-constexpr size_t AMX_BLOCK = 32; // rows of operands that AMX reads at once: there must be as many, whatever they hold
-constexpr size_t AMX_STRIP_BYTES = 1 << 20;  // of operands that stay in the second-level cache while the panels pass
+constexpr size_t ROW_UNIT = 64;   // operand rows are padded with zeros to a multiple of it, because AMX reads them
+constexpr size_t AMX_BLOCK = 32;  // operand rows that AMX reads at once; they must be allocated, with any contents
+constexpr size_t AMX_STRIP_BYTES = 1 << 20;  // operands that stay in the second-level cache while all panels are read
 
 struct Matrix {
     size_t rows = 0, cols = 0;
     bool int8 = false;
     void* data = nullptr;           // bf16 or int8, [panels][steps][32][2 or 4]
-    const float* scales = nullptr;  // int8: [panels * 32]
+    const float* scales = nullptr;  // [panels * 32], int8 only
 
     size_t panels() const { return (rows + PANEL - 1) / PANEL; }
     size_t columns_a_step() const { return int8 ? 4 : 2; }
@@ -37,34 +41,34 @@ struct Matrix {
     const char* panel(size_t p) const { return static_cast<const char*>(data) + p * panel_bytes(); }
 };
 
-// What the rows of a product's other side are made of.
+// Format of the activations of a product.
 enum class Operand {
     BF16,
-    INT16,        // and a scale per row
-    INT16_BYTES,  // the same for AMX: of every 64 columns the upper bytes, then the lower ones, each four as 0, 2, 1, 3
+    INT16,        // with a scale per row
+    INT16_BYTES,  // INT16 for AMX: of every 64 columns upper, then lower bytes, each four as 0, 2, 1, 3
 };
 
-// Rows of a product's other side, `stride` elements of 16 bits apart.
+// The activations of a product: rows that are `stride` 16-bit elements apart.
 struct Activations {
     const uint16_t* data = nullptr;
-    const float* scales = nullptr;  // not for bfloat16
+    const float* scales = nullptr;  // null for bfloat16
     size_t stride = 0;
-    bool amx = false;  // to be multiplied in AMX tiles
+    bool amx = false;  // multiply in AMX tiles
 };
 
-// Largest int16 magnitude whose products with int8 weights cannot overflow a sum over `cols` columns.
+// Maximum int16 magnitude whose products with int8 weights cannot overflow a sum over `cols` columns.
 inline float int16_limit(size_t cols) {
     const double limit = 2147483647.0 / (127.0 * static_cast<double>(cols));
     return limit > 32767.0 ? 32767.0f : static_cast<float>(static_cast<int>(limit));
 }
 
-// x [n] as an operand. A NaN or infinity makes the scale NaN.
+// Stores x [n] as an operand. A NaN or infinity in x makes the scale NaN.
 inline void store_operand(const float* x, size_t n, Operand kind, uint16_t* out, float* scale) {
     __m512 factor = _mm512_set1_ps(1.0f);
     if (kind != Operand::BF16) {
-        const auto [top, poison] = extent(n, [&](size_t i) { return _mm512_maskz_loadu_ps(lanes(n - i), x + i); });
+        const auto [top, nan_or_zero] = extent(n, [&](size_t i) { return _mm512_maskz_loadu_ps(lanes(n - i), x + i); });
         const float limit = int16_limit(n);
-        *scale = top / limit + poison;
+        *scale = top / limit + nan_or_zero;
         factor = _mm512_set1_ps(top > 0 ? limit / top : 0.0f);
     }
     for (size_t i = 0; i < round_up(n, ROW_UNIT); i += 16) {
@@ -85,23 +89,23 @@ inline void store_operand(const float* x, size_t n, Operand kind, uint16_t* out,
     }
 }
 
-// sums += both products of every pair. In assembly, because compilers copy the sums around the intrinsic, until there
-// are no registers left.
+// Adds both products of every pair to `sums`. It is assembly, because around the intrinsic compilers copy the sums
+// until they run out of registers.
 template <bool INT8>
 inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x, __m512i w) {
     if constexpr (INT8) asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
     else asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
-// A tile: TILE activation rows times one panel -> out [TILE][32] float32, rows `out_stride` elements apart; for int8
-// without the scales. `ahead` is fetched into the second-level cache meanwhile, `fetch` bytes a step.
+// Computes a tile: TILE activation rows times one panel into out [TILE][32] float32, rows `out_stride` elements apart.
+// Int8 scales are not applied. Fetches `fetch` bytes per step from `ahead` into the second-level cache.
 template <int TILE, bool INT8>
 void tile(const uint16_t* a, size_t stride, const char* panel, size_t steps, const char* ahead, size_t fetch,
           float* out, size_t out_stride) {
     __m512i low[TILE], high[TILE];
 #pragma GCC unroll 12
     for (int r = 0; r < TILE; ++r) low[r] = high[r] = _mm512_setzero_si512();
-    // Four bases, so that every row is base + {0, 1, 2} * stride: x86 has an address for that.
+    // With four bases every row is base + {0, 1, 2} * stride, which is an x86 addressing mode.
     const uint16_t* base[4];
     for (int i = 0; i < 4; ++i) base[i] = a + 3 * i * stride;
     for (size_t k = 0; k < steps; ++k) {
@@ -143,37 +147,37 @@ inline TileFunction tile_of(int rows) {
     return functions[rows - 1];
 }
 
-// Tiles of near-equal height over `rows` rows.
+// Number of tiles over `rows` rows, and the first row of tile `i`; the tiles have nearly equal heights.
 inline size_t tiles_over(size_t rows) { return (rows + MAX_TILE - 1) / MAX_TILE; }
 inline size_t tile_start(size_t rows, size_t tiles, size_t i) { return rows * i / tiles; }
 
-// Rows of a panel's sums go on to `take`, float32 and with int8's scales applied.
-template <class Take>
-inline void take_row(const Matrix& w, const Activations& a, size_t row, size_t p, __m512 low, __m512 high, Take& take) {
+// Passes one row of a panel's sums to `sink`, as float32 with int8 scales applied.
+template <class Sink>
+inline void emit_row(const Matrix& w, const Activations& a, size_t row, size_t p, __m512 low, __m512 high, Sink& sink) {
     if (w.int8) {
         const __m512 scale = _mm512_set1_ps(a.scales[row]);
         const float* own = w.scales + p * PANEL;
         low = _mm512_mul_ps(low, _mm512_mul_ps(scale, _mm512_loadu_ps(own)));
         high = _mm512_mul_ps(high, _mm512_mul_ps(scale, _mm512_loadu_ps(own + 16)));
     }
-    take(row, p, low, high);
+    sink(row, p, low, high);
 }
 
-// `multiply` in AMX tiles.
-template <class Take>
-void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t first, size_t last, Take& take) {
+// Implements `multiply` in AMX tiles.
+template <class Sink>
+void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t first, size_t last, Sink& sink) {
     const AmxScope scope;
     const size_t steps = w.steps(), bytes = w.panel_bytes(), rest = steps % AMX_STEPS, whole = steps - rest;
     const size_t loads = (steps + AMX_STEPS - 1) / AMX_STEPS, stride = a.stride * sizeof(uint16_t);
     const size_t height = w.int8 ? AMX_ROWS : AMX_BLOCK;
-    // Strips of equal height: the last one would otherwise be too low to wait for the panels with.
+    // Strips have equal heights; a low last strip would not have enough arithmetic to hide the reading of the panels.
     const size_t strips = (count * stride + AMX_STRIP_BYTES - 1) / AMX_STRIP_BYTES;
     const size_t strip_rows = round_up((count + strips - 1) / strips, AMX_BLOCK);
-    alignas(64) char end[AMX_STEPS * STEP_BYTES] = {};  // what is behind a panel's last whole tile, and zeros
+    alignas(64) char end[AMX_STEPS * STEP_BYTES] = {};  // steps behind a panel's last whole tile, and zeros
     alignas(64) float out[AMX_BLOCK * PANEL];
     for (size_t strip = 0; strip < count; strip += strip_rows) {
         const size_t stop = std::min(count, strip + strip_rows), blocks = (stop - strip + height - 1) / height;
-        // As below: one block fetches ahead of itself, several share the next panel.
+        // As in `multiply`, a single block fetches ahead in its own panel; several blocks share the next panel.
         const size_t fetch = round_up(bytes / loads / blocks, 64);
         for (size_t p = first; p < last; ++p) {
             const char* panel = w.panel(p);
@@ -197,25 +201,26 @@ void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t fi
                         const __m512i lower = _mm512_load_si512(sums + AMX_ROWS * PANEL + 16 * i);
                         half[i] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32((__m512i)half[i], 8), lower));
                     }
-                    take_row(w, a, row + r, p, half[0], half[1], take);
+                    emit_row(w, a, row + r, p, half[0], half[1], sink);
                 }
             }
         }
     }
 }
 
-// This thread's share of a @ w.T, for `count` rows of a: some panels of all rows or, where there are many, all panels of
-// the rows that it also normalises and rotates, which then stay in its core's caches. Calls `take(row, panel, low, high)`
-// for every row and panel, with the sums of the panel's first and second sixteen rows, scales applied.
-template <class Take>
-void multiply(const Matrix& w, const Activations& a, size_t count, int thread, int threads, Take take) {
+// Computes this thread's share of a @ w.T for `count` rows of a. With few rows, that is some panels of all rows. With
+// many rows, it is all panels of the rows that this thread also normalises and rotates, so that they stay in its core's
+// caches.
+// Calls `sink(row, panel, low, high)` with the sums of the panel's first and second sixteen rows, scales applied.
+template <class Sink>
+void multiply(const Matrix& w, const Activations& a, size_t count, int thread, int threads, Sink sink) {
     const size_t steps = w.steps(), panels = w.panels(), bytes = w.panel_bytes();
-    const bool by_rows = !a.amx && count >= ROWS_EACH * threads;
+    const bool by_rows = !a.amx && count >= MIN_ROWS_PER_THREAD * threads;
     const size_t first = by_rows ? 0 : panels * thread / threads, last = by_rows ? panels : panels * (thread + 1) / threads;
-    if (a.amx) return multiply_amx(w, a, count, first, last, take);
+    if (a.amx) return multiply_amx(w, a, count, first, last, sink);
     const size_t begin = by_rows ? count * thread / threads : 0, end = by_rows ? count * (thread + 1) / threads : count;
     alignas(64) float out[MAX_TILE * PANEL];
-    const size_t strips = (end - begin + STRIP - 1) / STRIP;  // of near-equal height
+    const size_t strips = (end - begin + STRIP - 1) / STRIP;  // of nearly equal heights
     for (size_t i = 0; i < strips; ++i) {
         const size_t strip = begin + (end - begin) * i / strips, rows = begin + (end - begin) * (i + 1) / strips - strip;
         const size_t tiles = tiles_over(rows);
@@ -223,21 +228,22 @@ void multiply(const Matrix& w, const Activations& a, size_t count, int thread, i
             const char* panel = w.panel(p);
             for (size_t t = 0; t < tiles; ++t) {
                 const size_t start = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - start;
-                // One tile alone waits for memory, and fetches ahead of itself: the more it computes meanwhile, the
-                // further, since the hardware then looks less far. Several tiles share the next panel.
+                // A single tile waits for memory and fetches ahead in its own panel. The more it computes per step, the
+                // further it must fetch, because the hardware then prefetches less far. Several tiles share the next
+                // panel.
                 const size_t fetch = STEP_BYTES / tiles, distance = height < 5 ? 2048 : 8192;
                 const char* ahead = tiles == 1 ? panel + distance : panel + bytes + t * (bytes / tiles);
                 const size_t row = strip + start;
                 const TileFunction run = w.int8 ? tile_of<true>(height) : tile_of<false>(height);
                 run(a.data + row * a.stride, a.stride, panel, steps, ahead, fetch, out, PANEL);
                 for (size_t r = 0; r < height; ++r)
-                    take_row(w, a, row + r, p, _mm512_load_ps(out + r * PANEL), _mm512_load_ps(out + r * PANEL + 16), take);
+                    emit_row(w, a, row + r, p, _mm512_load_ps(out + r * PANEL), _mm512_load_ps(out + r * PANEL + 16), sink);
             }
         }
     }
 }
 
-// Fills `w.data` from rows in the usual order, [rows][cols] of T; `row_of(i)` is the source of row i, or -1 for none.
+// Fills `w.data` from `source`, [rows][cols] of T. Row i comes from source row `row_of(i)`; -1 makes it zeros.
 template <class T, class RowOf>
 void pack(const Matrix& w, const T* source, RowOf row_of) {
     constexpr size_t COLUMNS = 4 / sizeof(T), PLACES[] = {0, COLUMNS == 4 ? 2 : 1, 1, 3};

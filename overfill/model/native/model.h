@@ -1,4 +1,4 @@
-// A model's weights in the kernels' layout, and the memory that a step needs.
+// A model's weights in the kernels' layout, and the scratch memory of a step.
 #pragma once
 #include <sys/mman.h>
 
@@ -15,39 +15,40 @@
 
 extern "C" {
 
-// Matches `_Shape` in native/library.py.
+// Shape and options of a model. Matches `Shape` in native/library.py.
 struct OvfShape {
     int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions;
-    int64_t head_tokens, tail_rank;  // rows of the head, and the rank of the product that the other tokens' rows are
-    int64_t quantised;
-    int64_t amx;  // whether AMX tiles may be used where there are any
+    int64_t head_tokens, tail_rank;  // full rows of the head, and the rank of the other rows; see model/head.py
+    int64_t quantised;               // not 0: int8 matrices
+    int64_t amx;                     // not 0: use AMX tiles if the CPU has them
     double norm_eps;
 };
 
-// What a step computes: `ForwardBatch`, as pointers. Matches `_Batch` in native/library.py.
+// The input and output of a step: `ForwardBatch` as pointers. Matches `Batch` in native/library.py.
 struct OvfBatch {
-    int64_t tokens, sequences, tables, table_width, wanted, block_size, slots_in_cache, threads;
+    int64_t tokens, sequences, tables, table_width, num_logits, block_size, slots_in_cache, threads;
     const int64_t *token_ids, *positions, *slots;              // [tokens]
     const int64_t *query_lens, *context_lens, *block_tables;   // [sequences], [sequences], [tables, table_width]
-    const int64_t* table_rows;                                 // [sequences], rows of block_tables; null: 0, 1, 2, ...
-    const int64_t* wanted_rows;                                // [wanted]
+    const int64_t* table_rows;                                 // [sequences], rows of block_tables; null means 0, 1, ...
+    const int64_t* logits_indices;                                // [num_logits]
     void *k_cache, *v_cache;                                   // [layers, slots, kv_heads, head_dim], bf16 or int8
-    float *k_scales, *v_scales;                                // [layers, slots, kv_heads]; null: the cache is bf16
-    float* logits;                                             // [wanted, vocab], or null
-    int64_t* best;                                             // [wanted], the most likely token, or -1; or null
+    float *k_scales, *v_scales;                                // [layers, slots, kv_heads]; null if the cache is bf16
+    float* logits;                                             // [num_logits, vocab], output, or null
+    int64_t* best;                                             // [num_logits], output: most likely token or -1; or null
 
     int64_t table_row(size_t sequence) const { return table_rows ? table_rows[sequence] : sequence; }
     const int64_t* table(size_t sequence) const { return block_tables + table_row(sequence) * table_width; }
 };
 
-// Called with (layer, 0) before a layer and with (layer, 1) once its keys and values are in the cache. Not 0: give up.
+// Called with (layer, 0) before a layer and (layer, 1) once its keys and values are in the cache. A result other than 0
+// aborts the step.
 typedef int (*OvfHook)(int64_t layer, int64_t written);
 }
 
 namespace ovf {
 
-// Memory for arrays that live as long as their owner: one mapping, in huge pages where the system has them, since a
-// step reads all of it and would otherwise miss the address cache every 4 KiB.
+// Memory for arrays that live as long as the arena. It is one mapping in huge pages, if the system has them, because a
+// step reads all of it and would otherwise miss the TLB every 4 KiB.
 class Arena {
   public:
     explicit Arena(size_t bytes) : size_(round_up(bytes + 64, 1 << 21)) {
@@ -59,7 +60,7 @@ class Arena {
     ~Arena() { munmap(base_, size_); }
 
     template <class T>
-    T* take(size_t count) {
+    T* allocate(size_t count) {
         char* start = base_ + used_;
         used_ += round_up(count * sizeof(T), 64);
         return reinterpret_cast<T*>(start);
@@ -73,25 +74,26 @@ class Arena {
 
 struct Layer {
     Matrix qkv, o, gate_up, down;
-    // float32; null where the model has none. Biases are padded to whole panels; gate_up's lies as its rows do.
+    // float32; null if the model has none. Biases are padded to whole panels; gate_up_bias has gate_up's row order.
     float *input_norm, *post_norm, *qkv_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr, *o_bias = nullptr,
                                    *gate_up_bias = nullptr, *down_bias = nullptr;
 };
 
-// A stretch of one new token's context, for one thread.
+// Work item of one thread: one new token's attention to tokens first..last of its context.
 struct SpanItem {
     size_t row, sequence, first, last, partial;
 };
 
-// Queries of one sequence and KV head, for one thread; `count` 0: tokens first.. are to be packed.
+// Work item of one thread, for one sequence and KV head: `count` new tokens from `first` on, of which the first attends
+// to `seen` tokens; or, in `pack_items`, `count` context tokens from `first` on to pack.
 struct TileItem {
     size_t row, sequence, kv_head, first, count, seen;
 };
 
-// What a step needs besides the weights, kept from step to step: fresh memory costs page faults.
+// Memory of a step besides the weights. It is kept between steps, because fresh memory costs page faults.
 struct Workspace {
-    std::unique_ptr<Arena> room, attention_room;
-    size_t tokens = 0, wanted = 0, room_bytes = 0, packed_elements = 0, partial_count = 0;
+    std::unique_ptr<Arena> scratch, attention_scratch;
+    size_t tokens = 0, num_logits = 0, scratch_bytes = 0, packed_elements = 0, partial_count = 0;
     int threads = 0;
     size_t normed_stride = 0, attended_stride = 0, gated_stride = 0, hidden_stride = 0, qkv_stride = 0;
     float *hidden, *qkv, *attention, *gated_wide, *scales, *partials, *logit_scales;
@@ -99,13 +101,13 @@ struct Workspace {
     bf16 *q, *packed;
     TileScratch* tiles;
     SpanScratch* span_scratch;
-    __m512* best;        // [threads][wanted], of every sixteenth token
-    __m512i* best_ids;   // [threads][wanted]
-    uint8_t* broken;     // [threads][wanted]
+    __m512* best;        // [threads][num_logits], best logits; lane i has every sixteenth token
+    __m512i* best_ids;   // [threads][num_logits]
+    uint8_t* broken;     // [threads][num_logits]
     std::vector<SpanItem> spans;
-    std::vector<size_t> span_start;  // of every row, where its spans begin; [tokens + 1]
-    std::vector<TileItem> packs, tiles_todo;
-    std::vector<size_t> packed_at;  // of every sequence
+    std::vector<size_t> span_start;  // [tokens + 1], index of each row's first span
+    std::vector<TileItem> pack_items, tile_items;
+    std::vector<size_t> packed_at;  // [sequences], offset of each sequence in `packed`
 };
 
 struct Model {
@@ -115,8 +117,8 @@ struct Model {
     Matrix head;                   // [head_tokens, hidden]
     Matrix tail_right, tail_left;  // [tail_rank, hidden], [vocab - head_tokens, tail_rank]
     float* norm;
-    const bf16* embedding = nullptr;  // [vocab, hidden]; null: read from the head, to which it is tied
-    const int32_t* order = nullptr;   // [vocab], the tokens of the rows of head and then tail_left; null: by id
+    const bf16* embedding = nullptr;  // [vocab, hidden]; null if it is tied, in which case rows of the head are read
+    const int32_t* order = nullptr;   // [vocab], token of each row of head, then tail_left; null if in id order
     const float *cos = nullptr, *sin = nullptr;  // [max_positions, head_dim / 2]
     std::unique_ptr<Arena> arena;
     Workspace work;

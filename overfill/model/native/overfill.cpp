@@ -1,4 +1,4 @@
-// The C interface of the native forward pass; see native/library.py for the other side. One translation unit.
+// The C interface of the native forward pass, which native/library.py declares. All code is one translation unit.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -15,7 +15,7 @@ enum Vector { INPUT_NORM, POST_NORM, QKV_BIAS, Q_NORM, K_NORM, O_BIAS, GATE_UP_B
 
 size_t gate_up_rows(const OvfShape& s) { return (s.intermediate + 15) / 16 * PANEL; }
 
-// Row of the checkpoint's [gate; up] that lies in row i of the packed matrix; -1 for none.
+// Row of the checkpoint's [gate; up] that row i of the packed matrix holds; -1 for padding.
 ptrdiff_t gate_up_row(const OvfShape& s, size_t i) {
     const size_t row = i / PANEL * 16 + i % 16;
     if (row >= static_cast<size_t>(s.intermediate)) return -1;
@@ -26,9 +26,9 @@ size_t matrix_bytes(const Matrix& m) {
     return Arena::rounded(m.panels() * m.panel_bytes()) + (m.int8 ? Arena::rounded(m.panels() * PANEL * sizeof(float)) : 0);
 }
 
-void place(Matrix& m, Arena& arena) {
-    m.data = arena.take<char>(m.panels() * m.panel_bytes());
-    m.scales = m.int8 ? arena.take<float>(m.panels() * PANEL) : nullptr;
+void allocate_matrix(Matrix& m, Arena& arena) {
+    m.data = arena.allocate<char>(m.panels() * m.panel_bytes());
+    m.scales = m.int8 ? arena.allocate<float>(m.panels() * PANEL) : nullptr;
 }
 
 template <class Visit>
@@ -42,11 +42,12 @@ void each_matrix(Model& m, Visit visit) {
 
 extern "C" {
 
-// Whether this machine and process have AMX tiles.
+// Not 0 if this process may use AMX tiles.
 int ovf_has_amx() { return has_amx(); }
 
-// A model without weights, or null where memory is short. `embedding` [vocab, hidden], `order` [vocab], `cos` and
-// `sin` [max_positions, head_dim / 2] stay the caller's; without `embedding`, the head is read.
+// Creates a model without weights; returns null if memory does not suffice. The caller keeps `embedding` [vocab,
+// hidden], `order` [vocab], `cos` and `sin` [max_positions, head_dim / 2] alive. Without `embedding`, steps read the
+// head's rows.
 void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const int32_t* order, const float* cos,
                  const float* sin) {
     auto m = std::make_unique<Model>();
@@ -72,20 +73,20 @@ void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const int32_t
         bytes += matrix_bytes(matrix);
     });
     const size_t vectors = 5 * round_up(hidden, PANEL) + round_up(qkv, PANEL) + 2 * round_up(s.head_dim, 16) +
-                           gate_up_rows(s);  // of a layer, whichever it has
+                           gate_up_rows(s);  // of a layer that has all of them
     bytes += (s.layers + 1) * (vectors * sizeof(float) + 8 * 64);
     try {
         m->arena = std::make_unique<Arena>(bytes);
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
-    each_matrix(*m, [&](Matrix& matrix) { place(matrix, *m->arena); });
+    each_matrix(*m, [&](Matrix& matrix) { allocate_matrix(matrix, *m->arena); });
     return m.release();
 }
 
 void ovf_destroy(void* handle) { delete static_cast<Model*>(handle); }
 
-// Copies a matrix, [rows, cols] bf16 or int8 as in LayerWeights, into the model. scales: [rows], int8 only.
+// Copies a matrix into the model: [rows, cols] bf16 or int8, as in LayerWeights. scales: [rows], int8 only.
 void ovf_set_matrix(void* handle, int64_t index, int part, const void* data, const float* scales) {
     Model& m = *static_cast<Model*>(handle);
     Layer& layer = m.layers[index];
@@ -101,13 +102,13 @@ void ovf_set_matrix(void* handle, int64_t index, int part, const void* data, con
     for (size_t i = 0; i < matrix.panels() * PANEL; ++i) own[i] = row_of(i) >= 0 ? scales[row_of(i)] : 0.0f;
 }
 
-// Copies a norm's weights or a bias, float32, into the model.
+// Copies the float32 weights of a norm, or a bias, into the model.
 void ovf_set_vector(void* handle, int64_t index, int kind, const float* data, int64_t count) {
     Model& m = *static_cast<Model*>(handle);
     const bool interleaved = kind == GATE_UP_BIAS;
-    const size_t room = interleaved ? gate_up_rows(m.shape) : round_up(count, PANEL);
-    float* out = m.arena->take<float>(room);
-    for (size_t i = 0; i < room; ++i) {
+    const size_t padded = interleaved ? gate_up_rows(m.shape) : round_up(count, PANEL);
+    float* out = m.arena->allocate<float>(padded);
+    for (size_t i = 0; i < padded; ++i) {
         const ptrdiff_t from = interleaved ? gate_up_row(m.shape, i) : i < static_cast<size_t>(count) ? i : -1;
         out[i] = from >= 0 ? data[from] : 0.0f;
     }
@@ -120,7 +121,7 @@ void ovf_set_vector(void* handle, int64_t index, int kind, const float* data, in
     *fields[kind] = out;
 }
 
-// One forward pass. Null when it is done; "" when the hook gave it up; otherwise what is wrong with the batch.
+// Runs one forward pass. Returns null on success, "" if the hook aborted it, otherwise what is wrong with the batch.
 const char* ovf_forward(void* handle, const OvfBatch* batch, OvfHook hook) {
     Model& m = *static_cast<Model*>(handle);
     std::lock_guard<std::mutex> alone(m.busy);
@@ -128,20 +129,20 @@ const char* ovf_forward(void* handle, const OvfBatch* batch, OvfHook hook) {
     if (batch->tokens == 0) return nullptr;
     const int threads = static_cast<int>(batch->threads);
     try {
-        make_room(m, batch->tokens, batch->wanted, threads);
+        allocate_scratch(m, batch->tokens, batch->num_logits, threads);
         plan_attention(m, *batch, threads);
         Step step(m, *batch, hook);
         m.pool.run(threads, step);
         return step.aborted() ? "" : nullptr;
     } catch (const std::bad_alloc&) {
-        return "there is not enough memory for it";
+        return "not enough memory for its scratch";
     }
 }
 
-// Draws a token for every row; see OvfDraws.
+// Draws a token for every row; OvfDraws describes input and output.
 void ovf_draw(const OvfDraws* draws) {
     static std::mutex busy;
-    static Pool* pool = new Pool;  // never ended: its threads may outlive what ends at exit
+    static Pool* pool = new Pool;  // never deleted, because its threads may still run at exit
     std::atomic<size_t> next{0};
     auto job = [&](int, int) {
         DrawScratch scratch;

@@ -1,4 +1,4 @@
-// Threads that run one function together, and the barrier between its phases. They spin for a moment and then sleep.
+// Threads that run one function together, and the barrier between its phases. Waiting threads spin briefly, then sleep.
 #pragma once
 #include <immintrin.h>
 #include <unistd.h>
@@ -10,8 +10,8 @@
 
 namespace ovf {
 
-// Waits until `value` is no longer `old`. Spinning saves the two context switches that a sleep costs; when others need
-// the core, or nothing comes for a while, it is given up.
+// Waits until `value` is no longer `old`. Spins first, because a sleep costs two context switches; then sleeps, so that
+// others can use the core.
 inline void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < 4000; ++i) {
         if (value.load(std::memory_order_acquire) != old) return;
@@ -42,7 +42,7 @@ class Barrier {
     alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
-// The calling thread and `threads - 1` of its own. One call at a time.
+// A pool of the calling thread and `threads - 1` others. One call may run at a time.
 class Pool {
   public:
     Barrier barrier;
@@ -68,7 +68,7 @@ class Pool {
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
     void resize(int threads) {
-        if (pid_ != getpid()) {  // after a fork the threads are the parent's
+        if (pid_ != getpid()) {  // after a fork, the threads exist in the parent only
             for (auto& worker : workers_) worker.detach();
             workers_.clear();
             pid_ = getpid();

@@ -1,5 +1,5 @@
-// Draws tokens from rows of logits, as sampling.py defines it: temperature, top-k, top-p, min-p, then the first token in
-// id order at which the cumulative weight exceeds u. The vocabulary is never sorted.
+// Draws tokens from rows of logits, as model/sampling.py defines it: temperature, top-k, top-p and min-p, then the
+// first token in id order at which the cumulative weight exceeds u. The vocabulary is never sorted.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -7,21 +7,21 @@
 #include "simd.h"
 
 extern "C" {
-// Rows to draw from. Matches `_Draws` in native/library.py.
+// Rows to draw from. Matches `Draws` in native/library.py.
 struct OvfDraws {
     int64_t rows, vocab, threads;
     const float* logits;             // [rows, vocab]
     const double *temperatures, *top_p, *min_p, *u;  // [rows]
-    const int64_t* top_k;            // [rows]; vocab: all
-    int64_t* chosen;                 // [rows]; -1 where a logit is NaN or the largest is not finite
+    const int64_t* top_k;            // [rows]; `vocab` disables top-k
+    int64_t* chosen;                 // [rows]; -1 if a logit is NaN or the largest is not finite
 };
 }
 
 namespace ovf {
 
-constexpr size_t BLOCK = 256;  // tokens whose weights are summed together
+constexpr size_t BLOCK = 256;  // tokens per partial sum of weights
 
-// One thread's memory for a row.
+// One thread's scratch memory for a row.
 struct DrawScratch {
     std::vector<float> weights, tops, copy;
     std::vector<double> sums;
@@ -38,7 +38,7 @@ inline double block_sum(const float* w, size_t n) {
     return _mm512_reduce_add_pd(sum);
 }
 
-// Ids of the values that are at least (or, `strictly`, above) `least`, in order.
+// Writes the ids of values >= `least` (> `least` if `strictly`) to `ids`, in order.
 inline void select(const float* values, size_t n, float least, bool strictly, std::vector<int32_t>& ids) {
     ids.resize(n + 16);
     size_t count = 0;
@@ -47,12 +47,12 @@ inline void select(const float* values, size_t n, float least, bool strictly, st
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 real = lanes(n - i);
         const __m512 v = _mm512_maskz_loadu_ps(real, values + i);
-        const __mmask16 taken = strictly ? _mm512_mask_cmp_ps_mask(real, v, bound, _CMP_GT_OQ)
+        const __mmask16 selected = strictly ? _mm512_mask_cmp_ps_mask(real, v, bound, _CMP_GT_OQ)
                                          : _mm512_mask_cmp_ps_mask(real, v, bound, _CMP_GE_OQ);
-        if (!taken) continue;
+        if (!selected) continue;
         const __m512i own = _mm512_add_epi32(counting, _mm512_set1_epi32(static_cast<int>(i)));
-        _mm512_storeu_si512(ids.data() + count, _mm512_maskz_compress_epi32(taken, own));
-        count += __builtin_popcount(taken);
+        _mm512_storeu_si512(ids.data() + count, _mm512_maskz_compress_epi32(selected, own));
+        count += __builtin_popcount(selected);
     }
     ids.resize(count);
 }
@@ -62,7 +62,8 @@ inline float kth_largest(float* values, size_t n, size_t k) {
     return values[k - 1];
 }
 
-// The k-th largest logit. The k-th largest of the maxima of parts is no larger, so only what reaches it is looked at.
+// The k-th largest logit. The k-th largest of the parts' maxima is a lower bound, so that only logits that reach it are
+// compared.
 inline float top_k_bound(const float* logits, size_t n, size_t k, DrawScratch& s) {
     constexpr size_t PART = 64;
     const size_t parts = n / PART;
@@ -82,7 +83,8 @@ inline float top_k_bound(const float* logits, size_t n, size_t k, DrawScratch& s
     return kth_largest(s.copy.data(), s.copy.size(), k);
 }
 
-// Of `ids`, the smallest set of most likely tokens with `mass` of weight at least; of equal ones the first.
+// Reduces `ids` to the smallest set of most likely tokens whose weight is at least `mass`; among equals, lower ids
+// first.
 inline void keep_mass(const float* weights, double mass, std::vector<int32_t>& ids) {
     const auto later = [&](int32_t a, int32_t b) {
         return weights[a] != weights[b] ? weights[a] < weights[b] : a > b;
@@ -110,7 +112,7 @@ inline int64_t draw_filtered(const float* logits, size_t n, const OvfDraws& d, s
         for (int32_t id : ids) mass += w[id];
     }
     if (top_p < 1) {
-        // All tokens below this share together weigh no more than what top-p drops.
+        // Tokens below this weight together have at most the mass that top-p drops.
         const float share = static_cast<float>((1 - top_p) * mass / static_cast<double>(n) * 0.999);
         if (all) select(w, n, share, true, ids);
         keep_mass(w, top_p * mass, ids);
@@ -168,7 +170,7 @@ inline int64_t draw(const OvfDraws& d, size_t row, DrawScratch& s) {
         if (s.sums[b] == 0) continue;
         if (b + 1 < blocks && before + s.sums[b] <= target) {
             before += s.sums[b];
-            for (size_t i = BLOCK; i-- > 0;)  // the last token of weight, should rounding leave nothing after it
+            for (size_t i = BLOCK; i-- > 0;)  // last token with weight, in case rounding leaves none after it
                 if (s.weights[b * BLOCK + i] > 0) {
                     last = b * BLOCK + i;
                     break;

@@ -1,4 +1,4 @@
-// Small vector pieces shared by the kernels: bfloat16 conversion, exp, reductions. AVX-512 with BF16 and VNNI.
+// Vector functions that the kernels share: bfloat16 conversion, exp, reductions. AVX-512 with BF16 and VNNI.
 #pragma once
 #include <immintrin.h>
 
@@ -25,7 +25,7 @@ inline float to_float(bf16 x) {
     return value;
 }
 
-// x, up to a rounding of 2^-23 or so; 0 below -87; NaN stays NaN. The operand order of max keeps NaN.
+// e^x for x clamped to -87.3..88, with a relative error of about 2^-23. The operand order of max keeps NaN.
 inline __m512 exp_ps(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.3f), x);
     x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
@@ -42,7 +42,7 @@ inline __m512 exp_ps(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// 2^x for weights that become bfloat16: right to 1e-4, infinite where that is too large, NaN for NaN.
+// 2^x for weights that become bfloat16, with a relative error of 1e-4. Infinite if it overflows; NaN stays NaN.
 inline __m512 exp2_coarse(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
     const __m512 n = _mm512_roundscale_ps(x, 8);
@@ -54,24 +54,24 @@ inline __m512 exp2_coarse(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// The largest magnitude of n numbers, without NaN among them, and 0, or NaN where one is no finite number.
+// largest: maximum magnitude of n numbers, ignoring NaN. nan_or_zero: NaN if a number is not finite, else 0.
 struct Extent {
-    float largest, poison;
+    float largest, nan_or_zero;
 };
 
-// `load(i)`: numbers i to i + 16, zeros from n on.
+// Computes the extent of n numbers; `load(i)` returns numbers i to i + 16, with zeros from n on.
 template <class Load>
 inline Extent extent(size_t n, Load load) {
-    __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+    __m512 largest = _mm512_setzero_ps(), nan_or_zero = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) {
         const __m512 v = load(i);
         largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
-        poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
+        nan_or_zero = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nan_or_zero);
     }
-    return {_mm512_reduce_max_ps(largest), _mm512_reduce_add_ps(poison)};
+    return {_mm512_reduce_max_ps(largest), _mm512_reduce_add_ps(nan_or_zero)};
 }
 
-// Sums of sixteen vectors, in order; WHOLE: what is in them are int32.
+// Lane i is the sum of vector v[i]. With WHOLE, the elements are int32.
 template <bool WHOLE = false>
 inline __m512 sums_of_16(const __m512* v) {
     const auto add = [](__m512 a, __m512 b) {

@@ -1,22 +1,22 @@
-// Decode attention in AMX tiles: one new token's attention to a stretch of its context, as `attend_span`, three times as
-// fast from the cache. Nothing is packed first: keys and values are loaded into tiles as they lie in the paged cache.
+// Decode attention in AMX tiles: computes what `attend_span` does, three times as fast if the data is in the CPU's
+// cache. It packs nothing: tiles are loaded directly from the paged cache.
 //
-// Scores. A tile of keys is sixteen tokens times 32 elements of one KV head; what it is multiplied with holds queries,
-// a head in each column, and zeros for heads of other KV heads. So all products of sixteen tokens add up in one tile.
+// Scores. A tile of keys has sixteen tokens and 32 elements of one KV head. The other tile holds queries, one head per
+// column, and zeros for heads of other KV heads. So one tile accumulates all scores of sixteen tokens.
 //
-// Values. Tiles multiply pairs of neighbours, and two elements of one token are neighbours in the cache where two tokens
-// would be needed. So each weight comes twice, as (weight, 0) in one row and as (0, weight) in the next, and these rows'
-// sums are those of even and of odd elements.
+// Values. Tiles multiply pairs of neighbours. The product needs pairs of two tokens, but neighbours in the cache are
+// two elements of one token. So each weight has two rows, (weight, 0) and (0, weight). The sums of the first row belong
+// to even elements, those of the second row to odd elements.
 #pragma once
 #include "attention.h"
 
 namespace ovf {
 
 constexpr size_t SPAN_CHUNK = 256;  // tokens whose scores are held at once
-constexpr size_t BAND = 16;         // query heads whose scores are one tile's columns
-constexpr size_t SPAN_SUMS = 6;     // tiles of weighted values that are summed at once; two more are for operands
+constexpr size_t BAND = 16;         // query heads, whose scores are the columns of one tile
+constexpr size_t SPAN_SUMS = 6;     // tiles of weighted values that are summed at once; the other two hold operands
 
-// A thread's memory for it. `q` and `sums` are by unit: 32 elements of a KV head.
+// A thread's scratch memory. `q` and `sums` are indexed by unit: 32 elements of a KV head.
 struct SpanScratch {
     alignas(64) uint32_t q[BAND * 8][16][16];
     alignas(64) float scores[BAND][SPAN_CHUNK], tile[16][16], sums[SPAN_SUMS][16][16];
@@ -24,12 +24,12 @@ struct SpanScratch {
     alignas(64) bf16 rows[16][32];
 };
 
-// Whether such a model's attention can be computed so; the others' heads do not fill tiles.
+// True if the model's heads fill tiles, so that this code can compute its attention.
 inline bool spans_fit_amx(const AttentionShape& s) { return s.dim % 32 == 0 && 2 * s.group() <= AMX_ROWS; }
 
 #ifdef OVF_AMX
 
-// Columns 0 to count - 1 of a tile as rows, `stride` floats apart.
+// Writes columns 0 to count - 1 of a tile as rows, `stride` floats apart.
 inline void transpose_tile(const float (*tile)[16], size_t count, float* out, size_t stride) {
     __m512 a[16], b[16];
     for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(tile[i]);
@@ -55,7 +55,7 @@ inline void transpose_tile(const float (*tile)[16], size_t count, float* out, si
     }
 }
 
-// One span and the KV heads of one band.
+// Attention of one span for the KV heads of one band.
 class BandSpan {
   public:
     BandSpan(const AttentionShape& s, const KvLayer& kv, const int64_t* table, size_t last, size_t kv_head,
@@ -63,7 +63,7 @@ class BandSpan {
         : s_(s), kv_(kv), table_(table), last_(last), offset_(kv_head * s.dim), halves_(s.dim / 32),
           units_(kv_heads * halves_), heads_(kv_heads * s.group()), partial_(partial), t_(scratch) {}
 
-    // q: [heads][dim] of the band.
+    // q: [heads][dim], the band's heads.
     void run(const bf16* q, size_t first) {
         memset(t_.q, 0, units_ * sizeof t_.q[0]);
         for (size_t h = 0; h < heads_; ++h) {
@@ -90,13 +90,14 @@ class BandSpan {
     }
 
   private:
-    // Where sixteen tokens' rows lie, or null if that is not one behind the other, or some are not in the span.
+    // Address of sixteen tokens' rows; null if they are not contiguous, or if the span ends before the last one.
     const bf16* together(const bf16* cells, size_t token) const {
         if (kv_.block_size % 16 || token % 16 || token + 16 > last_) return nullptr;
         return cells + kv_.at(table_, token) + offset_;
     }
 
-    // A unit of sixteen tokens, as a tile's rows; zeros for tokens behind the span, since their cells may hold anything.
+    // Copies a unit of sixteen tokens to a tile's rows; tokens behind the span become zeros, because theirs are
+    // undefined.
     const bf16* gather(const bf16* cells, size_t token, size_t unit) {
         for (size_t i = 0; i < 16; ++i)
             _mm512_store_si512(t_.rows[i], token + i < last_ ? _mm512_loadu_si512(cells + kv_.at(table_, token + i) + offset_ + unit * 32)
@@ -104,7 +105,7 @@ class BandSpan {
         return t_.rows[0];
     }
 
-    // Fetches a unit of the sixteen tokens that are next.
+    // Prefetches a unit of the next sixteen tokens.
     void fetch(const bf16* next, size_t unit) const {
         for (size_t i = 0; next && i < 16; ++i) prefetch(next + i * kv_.row + unit * 32);
     }
@@ -127,7 +128,7 @@ class BandSpan {
         }
     }
 
-    // Units first_unit.. of the chunk's weighted values, as many as there are sums.
+    // Adds the chunk's weighted values for up to SPAN_SUMS units from `first_unit` on.
     void add_values(size_t start, size_t n, size_t first_unit) {
         const size_t count = std::min(SPAN_SUMS, units_ - first_unit);
         asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n" ::: "memory");
@@ -163,7 +164,7 @@ class BandSpan {
         for (size_t j = 0; j < count; ++j) join_unit(first_unit + j, t_.sums[j]);
     }
 
-    // A unit's sums of even and odd elements, in order, on top of what earlier chunks left.
+    // Interleaves a unit's sums of even and odd elements and adds them to the sums of earlier chunks.
     void join_unit(size_t unit, const float (*sums)[16]) {
         const __m512i front = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
@@ -186,7 +187,7 @@ class BandSpan {
     float keep_[BAND];
 };
 
-// `attend_span` in tiles; the caller releases them. Needs `spans_fit_amx`.
+// Implements `attend_span` in tiles, which the caller releases. Requires `spans_fit_amx`.
 inline void attend_span_amx(const AttentionShape& s, const KvLayer& kv, const int64_t* table, const bf16* q, size_t first,
                             size_t last, float* partial, SpanScratch& scratch) {
     const size_t most = BAND / s.group();

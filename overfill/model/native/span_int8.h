@@ -1,31 +1,30 @@
-// Decode attention over a cache of int8 codes: keys and values are read as they lie, half of bfloat16's bytes.
+// Decode attention over a cache of int8 codes: reads keys and values directly, half of bfloat16's bytes.
 //
-// A key is `scale * code`, with a scale for each head of each token. Queries become int16 with a scale of their own, so
-// that a dot product is a sum of whole numbers, exact, and one factor. Softmax weights times the values' scales become
-// int16 as well, by the largest of a chunk. No sum can overflow: 256 * 127 * 32767 and 32 * 127 * 32767 fit 31 bits.
+// A key is `scale * code`, with one scale per head and token. Queries become int16 with one scale per head, so that a
+// dot product is an exact sum of integers times one factor. Softmax weights, times the values' scales, become int16
+// too, relative to the largest of a chunk. No sum can overflow: 256 * 127 * 32767 and 32 * 127 * 32767 fit 31 bits.
 #pragma once
 #include "attention.h"
 
 namespace ovf {
 
-constexpr size_t INT8_CHUNK = 32;  // tokens whose scores are held at once; the next ones are fetched meanwhile
+constexpr size_t INT8_CHUNK = 32;  // tokens whose scores are held at once, while the next ones are fetched
 
-// x [n], bfloat16, as int16; returns what they must be multiplied with.
+// Quantises x [n], bfloat16, to int16. Returns the scale, or NaN if x is not finite.
 inline float store_int16(const bf16* x, size_t n, int16_t* out) {
     const auto load = [&](size_t i) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))); };
-    const auto [top, poison] = extent(n, load);
+    const auto [top, nan_or_zero] = extent(n, load);
     const __m512 steps = _mm512_set1_ps(top > 1e-30f ? 32767.0f / top : 0.0f);
     for (size_t i = 0; i < n; i += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
                             _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(load(i), steps))));
-    return top / 32767.0f + poison;
+    return top / 32767.0f + nan_or_zero;
 }
 
-// Fetches tokens' rows of one layer line by line, in the order in which they lie in memory, into the second-level cache,
-// while others are computed with.
+// Fetches the next tokens' rows of one layer into the second-level cache, line by line, during the computation.
 class Fetcher {
   public:
-    // Of tokens rows[0] .. rows[count - 1], `row` bytes each.
+    // rows: offsets of `count` tokens, with `row` bytes each.
     Fetcher(const int8_t* codes, const size_t* rows, size_t count, size_t row)
         : codes_(codes), rows_(rows), end_(rows + count), row_(row) {}
 
@@ -42,15 +41,15 @@ class Fetcher {
     size_t row_, at_ = 0;
 };
 
-// 32 codes, or as many as `mask` says; WHOLE: it says all.
+// Loads the codes that `mask` selects, as int16. WHOLE means that it selects all 32.
 template <bool WHOLE>
 inline __m512i load_codes(const int8_t* codes, __mmask32 mask) {
     return _mm512_cvtepi8_epi16(WHOLE ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))
                                       : _mm256_maskz_loadu_epi8(mask, codes));
 }
 
-// Scores of COUNT heads that share a KV head, and sixteen tokens: whole numbers, without any scale.
-// q: [COUNT][padded] int16; scores: [COUNT] rows of INT8_CHUNK. Of `next` it fetches a token's share for each token.
+// Computes the scores of COUNT heads that share a KV head for sixteen tokens, as integers without scales.
+// q: [COUNT][padded] int16; scores: [COUNT] rows of INT8_CHUNK. For each token it fetches a share of `next`.
 template <int VECTORS, int COUNT, bool WHOLE>
 inline void score_16(const int8_t* k, const size_t* rows, __mmask32 tail, const int16_t* q, float* scores,
                      Fetcher& next) {
@@ -79,7 +78,7 @@ inline void score_16(const int8_t* k, const size_t* rows, __mmask32 tail, const 
         _mm512_storeu_ps(scores + g * INT8_CHUNK, _mm512_cvtepi32_ps((__m512i)sums_of_16<true>(dots[g])));
 }
 
-// As `add_values`: out[i] = out[i] * keep[i] + factor[i] * (p[i] @ v), with p in int16. `next`: as above.
+// Adds weighted values, as `add_values` does: out[i] = out[i] * keep[i] + factor[i] * (p[i] @ v), with p in int16.
 template <int VECTORS, int COUNT, bool WHOLE>
 inline void add_codes(const int8_t* v, const size_t* rows, size_t n, __mmask32 tail, const int16_t* p, const float* keep,
                       const float* factor, float* out, size_t out_stride, Fetcher& next) {
@@ -88,7 +87,7 @@ inline void add_codes(const int8_t* v, const size_t* rows, size_t n, __mmask32 t
     for (int g = 0; g < COUNT; ++g)
 #pragma GCC unroll 16
         for (int i = 0; i < 2 * VECTORS; ++i) sums[g][i] = _mm512_setzero_si512();
-    for (size_t t = 0; t < n; t += 2) {  // behind an odd n is a token with weight 0
+    for (size_t t = 0; t < n; t += 2) {  // if n is odd, the last token has weight 0
         next.fetch(VECTORS + 1);
 #pragma GCC unroll 8
         for (int i = 0; i < VECTORS; ++i) {
@@ -116,8 +115,8 @@ inline void add_codes(const int8_t* v, const size_t* rows, size_t n, __mmask32 t
         }
 }
 
-// Softmax weights of one row of scores, times the scales of their values, as int16: p[t] = w * scale / factor, zeros up
-// to a multiple of 16. Returns factor; `keep` becomes what the sums so far must be multiplied with.
+// Computes softmax weights of one row of scores, times their values' scales, as int16: p[t] = w * scale / factor. Pads
+// p with zeros to a multiple of 16. Returns factor; sets `keep` to the factor of the sums so far.
 inline float weigh_codes(const float* scores, size_t n, float scale, const float* value_scales, float& maximum,
                          float& total, float& keep, int16_t* p) {
     alignas(64) float weights[INT8_CHUNK];
@@ -125,21 +124,21 @@ inline float weigh_codes(const float* scores, size_t n, float scale, const float
     keep = weigh_into(scores, n, scale, maximum, total, [&](size_t i, __m512 weight) {
         const __m512 x = _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(lanes(n - i), value_scales + i));
         _mm512_store_ps(weights + i, x);
-        largest = _mm512_max_ps(x, largest);  // a NaN stays out
+        largest = _mm512_max_ps(x, largest);  // ignores NaN
     });
     const float top = _mm512_reduce_max_ps(largest);
     const __m512 steps = _mm512_set1_ps(top > 1e-30f ? 32767.0f / top : 0.0f);
-    __m512 poison = _mm512_setzero_ps();
+    __m512 nan_or_zero = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) {
         const __m512 x = _mm512_load_ps(weights + i);
-        poison = _mm512_fmadd_ps(x, _mm512_setzero_ps(), poison);
+        nan_or_zero = _mm512_fmadd_ps(x, _mm512_setzero_ps(), nan_or_zero);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i),
                             _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, steps))));
     }
-    return top / 32767.0f + _mm512_reduce_add_ps(poison);  // NaN where a scale is: of a token that is NaN itself
+    return top / 32767.0f + _mm512_reduce_add_ps(nan_or_zero);  // NaN if a scale is NaN
 }
 
-// `attend_span` over codes.
+// Implements `attend_span` over codes.
 template <int VECTORS, bool WHOLE>
 void attend_span_int8(const AttentionShape& s, const KvLayer& kv, const int64_t* table, const bf16* q, size_t first,
                       size_t last, float* partial) {
@@ -155,7 +154,7 @@ void attend_span_int8(const AttentionShape& s, const KvLayer& kv, const int64_t*
         own[0] = -__builtin_inff(), own[1] = 0;
         memset(own + 2, 0, padded * sizeof(float));
     }
-    size_t rows[2 * INT8_CHUNK], slots[2 * INT8_CHUNK];  // of this chunk and the next
+    size_t rows[2 * INT8_CHUNK], slots[2 * INT8_CHUNK];  // of this chunk and the next one
     alignas(64) float scores[COUNT * INT8_CHUNK];
     alignas(64) float key_scales[MAX_HEADS][INT8_CHUNK], value_scales[MAX_HEADS][INT8_CHUNK];
     alignas(64) int16_t p[COUNT * INT8_CHUNK];

@@ -1,5 +1,5 @@
-// One forward pass, in phases that all threads go through together. Between two barriers a thread works on its own
-// rows (tokens), its own panels of a matrix, or whatever item of attention is next.
+// One forward pass, in phases that all threads run together. Between two barriers a thread computes its own rows
+// (tokens), its own panels of a matrix, or the next work items of attention.
 #pragma once
 #include <optional>
 
@@ -7,7 +7,7 @@
 
 namespace ovf {
 
-constexpr int64_t AMX_FROM = 5;  // tokens of a step from which AMX tiles pay: below, memory is what it waits for
+constexpr int64_t AMX_MIN_TOKENS = 5;  // smaller steps wait for memory, so that AMX tiles do not help
 
 class Step {
   public:
@@ -36,7 +36,7 @@ class Step {
             if (thread == 0) next_pack_ = 0, next_tile_ = 0, next_span_ = 0;
             m_.pool.barrier.wait();
             if (thread == 0) call_hook(i, 1);
-            // Behind the last layer's keys and values only the rows whose logits are asked for matter.
+            // After the last layer's keys and values, only the rows of requested logits matter.
             const Rows rows = i + 1 == m_.layers.size() ? last_rows_ : Rows{static_cast<size_t>(b_.tokens), nullptr};
             if (rows.count == 0) return;
             attend(kv, thread);
@@ -44,11 +44,11 @@ class Step {
             if (aborted_) return;
             finish_layer(layer, rows, thread, threads);
         }
-        if (b_.wanted) predict(thread, threads);
+        if (b_.num_logits) predict(thread, threads);
     }
 
   private:
-    // Rows that a layer goes on with: all, or those in a list.
+    // Rows that a layer computes after attention: all, or those in a list.
     struct Rows {
         size_t count;
         const int64_t* list;
@@ -56,14 +56,14 @@ class Step {
         size_t operator[](size_t i) const { return list ? list[i] : i; }
     };
 
-    // The rows of which logits are wanted; all of them where the list is not in order, as one might be there twice.
+    // Rows of requested logits; all rows if the list is not ascending, because it may then have a row twice.
     static Rows rows_behind_last(const OvfBatch& b) {
-        for (int64_t i = 1; i < b.wanted; ++i)
-            if (b.wanted_rows[i] <= b.wanted_rows[i - 1]) return {static_cast<size_t>(b.tokens), nullptr};
-        return {static_cast<size_t>(b.wanted), b.wanted_rows};
+        for (int64_t i = 1; i < b.num_logits; ++i)
+            if (b.logits_indices[i] <= b.logits_indices[i - 1]) return {static_cast<size_t>(b.tokens), nullptr};
+        return {static_cast<size_t>(b.num_logits), b.logits_indices};
     }
 
-    // What follows attention: its output projection and the MLP. Operands are the rows' in order, without gaps.
+    // Computes the output projection and the MLP. Operand i belongs to rows[i].
     void finish_layer(const Layer& layer, const Rows& rows, int thread, int threads) {
         const size_t first = rows.count * thread / threads, last = rows.count * (thread + 1) / threads;
         for (size_t i = first; i < last; ++i) collect(rows[i], i);
@@ -113,7 +113,7 @@ class Step {
         for (size_t i = 0; i < hidden; ++i) out[i] = to_float(panel[i / 2 * 2 * PANEL + i % 2]);
     }
 
-    // RMSNorm of a token's hidden state, as row `to` of an operand.
+    // Stores the RMSNorm of a token's hidden state as row `to` of an operand.
     void normalise(size_t row, size_t to, const float* weight, uint16_t* out, float* scales) {
         const float* x = w_.hidden + row * w_.hidden_stride;
         const size_t n = m_.shape.hidden;
@@ -124,7 +124,7 @@ class Step {
         }
         const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
         const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + static_cast<float>(m_.shape.norm_eps)));
-        float* normed = w_.qkv + to * w_.qkv_stride;  // which is free whenever this runs
+        float* normed = w_.qkv + to * w_.qkv_stride;  // free in all phases that normalise
         for (size_t i = 0; i < n; i += 16) {
             const __mmask16 mask = lanes(n - i);
             const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
@@ -152,7 +152,7 @@ class Step {
         if (n > start + 16) _mm512_mask_storeu_ps(row + start + 16, lanes(n - start - 16), high);
     }
 
-    // Queries and keys of a row are normed and rotated; keys and values go into the cache.
+    // Normalises and rotates a row's queries and keys, and writes its keys and values to the cache.
     void rotate(const Layer& layer, const KvLayer& kv, size_t row) {
         const AttentionShape& s = m_.attention;
         const size_t dim = s.dim, half = dim / 2;
@@ -223,9 +223,9 @@ class Step {
     void attend(const KvLayer& kv, int thread) {
         const AttentionShape& s = m_.attention;
         attend_spans(kv, thread);
-        if (w_.tiles_todo.empty()) return;
-        for (size_t i; (i = next_pack_++) < w_.packs.size();) {
-            const TileItem& item = w_.packs[i];
+        if (w_.tile_items.empty()) return;
+        for (size_t i; (i = next_pack_++) < w_.pack_items.size();) {
+            const TileItem& item = w_.pack_items[i];
             const size_t context = b_.context_lens[item.sequence], tokens = round_up(context, 32);
             bf16 *keys, *values;
             packed(item, tokens, &keys, &values);
@@ -235,8 +235,8 @@ class Step {
         m_.pool.barrier.wait();
         std::optional<AmxScope> tiles;
         if (amx_) tiles.emplace();
-        for (size_t i; (i = next_tile_++) < w_.tiles_todo.size();) {
-            const TileItem& item = w_.tiles_todo[i];
+        for (size_t i; (i = next_tile_++) < w_.tile_items.size();) {
+            const TileItem& item = w_.tile_items[i];
             const size_t tokens = round_up(b_.context_lens[item.sequence], 32);
             bf16 *keys, *values;
             packed(item, tokens, &keys, &values);
@@ -254,7 +254,7 @@ class Step {
         *values = *keys + packed_keys(s, tokens);
     }
 
-    // A row's attention, wherever it was computed, as row `to` of the output projection's operand.
+    // Stores a row's attention, after joining its spans, as row `to` of the output projection's operand.
     void collect(size_t row, size_t to) {
         const AttentionShape& s = m_.attention;
         const size_t n = s.heads * s.dim, start = w_.span_start[row], count = w_.span_start[row + 1] - start;
@@ -267,7 +267,7 @@ class Step {
                        int thread, int threads) {
         multiply(matrix, {data, w_.scales, stride, amx_}, rows.count, thread, threads,
                  [&](size_t i, size_t p, __m512 low, __m512 high) {
-                     float* out = w_.hidden + rows[i] * w_.hidden_stride + p * PANEL;  // whole panels fit a row
+                     float* out = w_.hidden + rows[i] * w_.hidden_stride + p * PANEL;  // rows hold whole panels
                      if (bias) {
                          low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
                          high = _mm512_add_ps(high, _mm512_loadu_ps(bias + p * PANEL + 16));
@@ -277,7 +277,7 @@ class Step {
                  });
     }
 
-    // silu(gate) * up: a panel holds sixteen rows of either.
+    // Computes silu(gate) * up. A panel has sixteen rows of gate, then sixteen of up.
     void gate(const Layer& layer, size_t rows, int thread, int threads) {
         const size_t n = m_.shape.intermediate;
         const float* bias = layer.gate_up_bias;
@@ -292,35 +292,36 @@ class Step {
                      __m512 x;
                      if (wide)
                          x = _mm512_div_ps(product, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
-                     else  // right to 2e-4, a tenth of what rounding to bfloat16 costs, at half the time
+                     else  // half the time, with an error of 2e-4, a tenth of the rounding error of bfloat16
                          x = _mm512_mul_ps(product, _mm512_rcp14_ps(_mm512_add_ps(
                                                         one, exp2_coarse(_mm512_mul_ps(gate, _mm512_set1_ps(-1.44269504f))))));
                      if (wide)
                          _mm512_mask_storeu_ps(w_.gated_wide + row * n + p * 16, lanes(n - p * 16), x);
-                     else  // an odd row's last pair takes the zero that is next
+                     else  // if n is odd, also stores the zero that completes the last pair
                          _mm256_mask_storeu_epi16(w_.gated + row * w_.gated_stride + p * 16,
                                                   lanes(round_up(n - p * 16, 2)), narrow(x));
                  });
     }
 
     void predict(int thread, int threads) {
-        const size_t wanted = b_.wanted, first = wanted * thread / threads, last = wanted * (thread + 1) / threads;
+        const size_t num_logits = b_.num_logits;
+        const size_t first = num_logits * thread / threads, last = num_logits * (thread + 1) / threads;
         m_.pool.barrier.wait();
-        for (size_t i = first; i < last; ++i) normalise(b_.wanted_rows[i], i, m_.norm, w_.last, w_.logit_scales);
-        __m512* best = w_.best + thread * wanted;
-        __m512i* ids = w_.best_ids + thread * wanted;
-        uint8_t* broken = w_.broken + thread * wanted;
-        for (size_t i = 0; i < wanted; ++i) {
+        for (size_t i = first; i < last; ++i) normalise(b_.logits_indices[i], i, m_.norm, w_.last, w_.logit_scales);
+        __m512* best = w_.best + thread * num_logits;
+        __m512i* ids = w_.best_ids + thread * num_logits;
+        uint8_t* broken = w_.broken + thread * num_logits;
+        for (size_t i = 0; i < num_logits; ++i) {
             best[i] = _mm512_set1_ps(-__builtin_inff()), ids[i] = _mm512_setzero_si512(), broken[i] = 0;
         }
         m_.pool.barrier.wait();
         const Activations x{w_.last, w_.logit_scales, w_.normed_stride, amx_};
-        multiply(m_.head, x, wanted, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
-            take_logits(i, p, low, high, 0, m_.head.rows, best, ids, broken);
+        multiply(m_.head, x, num_logits, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
+            collect_logits(i, p, low, high, 0, m_.head.rows, best, ids, broken);
         });
         if (m_.tail_left.rows) {
             const size_t rank = m_.tail_right.rows;
-            multiply(m_.tail_right, x, wanted, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
+            multiply(m_.tail_right, x, num_logits, thread, threads, [&](size_t i, size_t p, __m512 low, __m512 high) {
                 store(w_.qkv + i * w_.qkv_stride, rank, p, low, high);
             });
             m_.pool.barrier.wait();
@@ -328,9 +329,9 @@ class Step {
                 store_operand(w_.qkv + i * w_.qkv_stride, rank, operand_, w_.normed + i * w_.normed_stride,
                               w_.scales + i);
             m_.pool.barrier.wait();
-            multiply(m_.tail_left, {w_.normed, w_.scales, w_.normed_stride, amx_}, wanted, thread, threads,
+            multiply(m_.tail_left, {w_.normed, w_.scales, w_.normed_stride, amx_}, num_logits, thread, threads,
                      [&](size_t i, size_t p, __m512 low, __m512 high) {
-                         take_logits(i, p, low, high, m_.head.rows, m_.shape.vocab, best, ids, broken);
+                         collect_logits(i, p, low, high, m_.head.rows, m_.shape.vocab, best, ids, broken);
                      });
         }
         if (!b_.best) return;
@@ -338,8 +339,9 @@ class Step {
         for (size_t i = first; i < last; ++i) b_.best[i] = choose(i, threads);
     }
 
-    // Panel `p` of the logits of rows `from` to `end` of the head and its tail, of wanted row `i`.
-    inline __attribute__((always_inline)) void take_logits(size_t i, size_t p, __m512 low, __m512 high, size_t from,
+    // Stores panel `p` of the logits of request `i`, for rows `from` to `end` of the head and its tail, and updates
+    // `best`.
+    inline __attribute__((always_inline)) void collect_logits(size_t i, size_t p, __m512 low, __m512 high, size_t from,
                                                            size_t end, __m512* best, __m512i* ids, uint8_t* broken) {
         float* logits = b_.logits ? b_.logits + i * m_.shape.vocab : nullptr;
         if (logits && !m_.order) store(logits + from, end - from, p, low, high);
@@ -356,24 +358,24 @@ class Step {
             if (!b_.best) continue;
             broken[i] |= _mm512_mask_cmp_ps_mask(real, x, x, _CMP_UNORD_Q) != 0;
             __mmask16 more = _mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_GT_OQ);
-            if (m_.order)  // of equals the first, which here may come last
+            if (m_.order)  // among equals the lowest id wins, which may come last in this order
                 more |= _mm512_mask_cmplt_epi32_mask(_mm512_mask_cmp_ps_mask(real, x, best[i], _CMP_EQ_OQ), tokens, ids[i]);
             best[i] = _mm512_mask_mov_ps(best[i], more, x);
             ids[i] = _mm512_mask_mov_epi32(ids[i], more, tokens);
         }
     }
 
-    // The most likely token of a row, the first of equals; -1 if a logit is NaN or the largest is infinite.
+    // The most likely token of a row, among equals the lowest id; -1 if a logit is NaN or the largest is infinite.
     int64_t choose(size_t i, int threads) const {
-        const size_t wanted = b_.wanted;
+        const size_t num_logits = b_.num_logits;
         float top = -__builtin_inff();
         int64_t id = -1;
         for (int t = 0; t < threads; ++t) {
-            if (w_.broken[t * wanted + i]) return -1;
+            if (w_.broken[t * num_logits + i]) return -1;
             alignas(64) float values[16];
             alignas(64) int32_t ids[16];
-            _mm512_store_ps(values, w_.best[t * wanted + i]);
-            _mm512_store_si512(ids, w_.best_ids[t * wanted + i]);
+            _mm512_store_ps(values, w_.best[t * num_logits + i]);
+            _mm512_store_si512(ids, w_.best_ids[t * num_logits + i]);
             for (int j = 0; j < 16; ++j)
                 if (values[j] > top || (values[j] == top && id >= 0 && ids[j] < id)) top = values[j], id = ids[j];
         }
@@ -386,8 +388,8 @@ class Step {
     OvfHook hook_;
     Workspace& w_;
     SpanFunction span_;
-    // For all of a step's products alike: which rows its last layer goes on with must not show in their bits.
-    const bool amx_ = m_.amx && b_.tokens >= AMX_FROM;
+    // The same for all products of a step, so that the choice of requested rows does not change the results' bits.
+    const bool amx_ = m_.amx && b_.tokens >= AMX_MIN_TOKENS;
     const Operand operand_ = !m_.quantised() ? Operand::BF16 : amx_ ? Operand::INT16_BYTES : Operand::INT16;
     std::atomic<bool> aborted_{false};
     alignas(64) std::atomic<size_t> next_span_{0};

@@ -1,14 +1,14 @@
-"""The forward pass in the native library: the same model as ``Transformer``, in bfloat16 on a CPU.
+"""The forward pass in the native library: computes the same model as ``Transformer``, in bfloat16 on a CPU.
 
-Takes a loaded ``Transformer`` over: its weights are copied into the kernels' layout and freed as that goes. Between
-operations everything is float32; operands of products and the KV cache are bfloat16 (int8 weights: operands are int16).
+A ``NativeTransformer`` takes over a loaded ``Transformer``: it copies the weights into the kernels' layout and frees
+the originals layer by layer. Activations between operations are float32. Operands of products are bfloat16, or int16
+with int8 weights. The KV cache is bfloat16 or int8.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from ctypes import byref
 
 import torch
@@ -19,29 +19,29 @@ from overfill.kv.cache import KvCache
 from overfill.kv.int8_cache import Int8KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_order
+from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
-from overfill.model.transformer import LayerHook, Model, Transformer, check_cache
+from overfill.model.transformer import NO_HOOKS, LayerHooks, Model, Transformer, check_cache
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("qkv", "o", "gate_up", "down")  # the order of `Part` in overfill.cpp; then the head and its tail
+_PARTS = ("qkv", "o", "gate_up", "down")  # in the order of `Part` in overfill.cpp; the head and its tail follow
 _VECTORS = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "gate_up_bias", "down_bias")
 _NORM = len(_VECTORS)
 _MAX_HEADS, _MAX_GROUP = 64, 48
 
 
 def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels cover such a model; where they do, ``library.load`` says whether they run here."""
+    """True if the kernels implement this model. ``library.load`` says whether they run on this machine."""
     fits = config.head_dim <= 128 or config.head_dim == 256
     heads = config.num_heads <= _MAX_HEADS and config.num_heads // config.num_kv_heads <= _MAX_GROUP
     return device.type == "cpu" and dtype == torch.bfloat16 and fits and heads
 
 
-def fastest(model: Transformer) -> Model:
-    """``model`` itself, or a native one that has taken it over where that is supported and the kernels run."""
+def fastest_model(model: Transformer) -> Model:
+    """Turns ``model`` into the fastest one that runs here: a native one that takes it over, or ``model`` itself."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
         weights = "int8" if model.quantize == "int8" else "bfloat16"
         log.info("native kernels, %s weights, %s AMX", weights, "with" if library.has_amx() else "without")
@@ -50,13 +50,16 @@ def fastest(model: Transformer) -> Model:
 
 
 class NativeTransformer:
-    """Takes ``model`` over, which cannot run any more. Several threads may call ``forward``; one waits for the other.
+    """A model in the native library. It takes over ``model``, which cannot run any more.
+
+    Several threads may call ``forward``; a lock lets them compute one after the other.
 
     Args:
-        amx: whether steps of many tokens use AMX tiles where there are any; tests compare both.
+        amx: True lets the kernels use AMX tiles if the CPU has them; tests compare both.
 
     Raises:
-        InternalError: the kernels do not run here; ``fastest`` asks first.
+        InternalError: the kernels do not run here; ``fastest_model`` checks that first.
+        MemoryError: memory does not suffice for the weights.
     """
 
     def __init__(self, model: Transformer, *, amx: bool = True) -> None:
@@ -71,7 +74,7 @@ class NativeTransformer:
         self.bytes_read = model.bytes_read
         self.quantize = model.quantize
         weights = model.weights
-        # A bfloat16 head that is tied holds the embedding as well.
+        # A tied bfloat16 head also serves as the embedding.
         tied = weights.head is weights.embedding
         self._embedding = None if tied else weights.embedding.contiguous()
         self._cos, self._sin = model.rope
@@ -91,7 +94,7 @@ class NativeTransformer:
             amx=amx,
             norm_eps=config.rms_norm_eps,
         )
-        self._order = head_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
+        self._order = tokens_in_row_order(config.vocab_size, config.head_mask).int() if config.head_mask else None
         handle = library_.ovf_create(
             byref(shape),
             None if self._embedding is None else self._embedding.data_ptr(),
@@ -100,47 +103,31 @@ class NativeTransformer:
             self._sin.data_ptr(),
         )
         if not handle:
-            raise MemoryError("no memory for the model's weights")
+            raise MemoryError("not enough memory for the model's weights")
         self._handle = handle
         weakref.finalize(self, library_.ovf_destroy, handle)
         self._fill(weights, model.release_layers())
 
-    def forward(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
-        """As ``Transformer.forward``; a hook may run while other threads go on with its layer's attention.
+    def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
+        """Computes a step as ``Transformer.forward`` does.
+
+        ``hooks.kv_written`` may run while other threads already compute its layer's attention.
 
         Raises:
-            ValueError: the cache does not fit the model, or the batch reaches outside of it or the vocabulary.
+            ValueError: the cache does not fit the model, or the batch exceeds the cache, the context or the vocabulary.
         """
         logits = torch.empty(len(batch.logits_indices), self.config.vocab_size, dtype=torch.float32)
-        self._run(batch, cache, logits, None, on_layer_start, on_kv_written)
+        self._run(batch, cache, logits, None, hooks)
         return logits
 
-    def most_likely(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        on_layer_start: LayerHook | None = None,
-        on_kv_written: LayerHook | None = None,
-    ) -> Tensor:
-        """As ``GreedyModel.most_likely``; of equal tokens the first."""
+    def most_likely(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
+        """Implements ``GreedyModel.most_likely``; among equal tokens it returns the first."""
         best = torch.empty(len(batch.logits_indices), dtype=torch.int64)
-        self._run(batch, cache, None, best, on_layer_start, on_kv_written)
+        self._run(batch, cache, None, best, hooks)
         return best
 
     def _run(
-        self,
-        batch: ForwardBatch,
-        cache: KvCache,
-        logits: Tensor | None,
-        best: Tensor | None,
-        on_layer_start: LayerHook | None,
-        on_kv_written: LayerHook | None,
+        self, batch: ForwardBatch, cache: KvCache, logits: Tensor | None, best: Tensor | None, hooks: LayerHooks
     ) -> None:
         check_cache(cache, self.config, self.dtype)
         tables = batch.block_tables.contiguous()
@@ -151,7 +138,7 @@ class NativeTransformer:
             sequences=len(query_lens),
             tables=tables.shape[0],
             table_width=tables.shape[1],
-            wanted=len(batch.logits_indices),
+            num_logits=len(batch.logits_indices),
             block_size=cache.block_size,
             slots_in_cache=cache.num_blocks * cache.block_size,
             threads=torch.get_num_threads(),
@@ -162,7 +149,7 @@ class NativeTransformer:
             context_lens=context_lens.data_ptr(),
             block_tables=tables.data_ptr(),
             table_rows=None if batch.table_rows is None else batch.table_rows.data_ptr(),
-            wanted_rows=batch.logits_indices.data_ptr(),
+            logits_indices=batch.logits_indices.data_ptr(),
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
             k_scales=cache.k_scales.data_ptr() if isinstance(cache, Int8KvCache) else None,
@@ -170,15 +157,15 @@ class NativeTransformer:
             logits=None if logits is None else logits.data_ptr(),
             best=None if best is None else best.data_ptr(),
         )
-        hooks = _Hooks(on_layer_start, on_kv_written)
-        fault = self._library.ovf_forward(self._handle, byref(arguments), hooks.pointer)
-        if hooks.raised is not None:
-            raise hooks.raised
+        callback = _HookCallback(hooks)
+        fault = self._library.ovf_forward(self._handle, byref(arguments), callback.pointer)
+        if callback.raised is not None:
+            raise callback.raised
         if fault is not None:
-            raise ValueError(f"this step cannot be computed: {fault.decode()}")
+            raise ValueError(f"invalid step: {fault.decode()}")
 
     def _fill(self, weights: Weights[Matrix], layers: list[LayerWeights[Matrix]]) -> None:
-        """Copies all weights; ``layers`` is emptied on the way, so that little is there twice."""
+        """Copies all weights into the library; empties ``layers`` meanwhile, so that at most one is held twice."""
         self._set_vector(0, _NORM, weights.norm)
         self._set_matrix(0, len(_PARTS), weights.head)
         if weights.tail is not None:
@@ -205,20 +192,22 @@ class NativeTransformer:
         self._library.ovf_set_vector(self._handle, index, kind, wide.data_ptr(), len(wide))
 
 
-class _Hooks:
-    """Two Python hooks as one C function; what they raise is kept, since it cannot pass through C."""
+class _HookCallback:
+    """Hooks as one C function. It keeps what a hook raises, because an exception cannot pass through C.
 
-    def __init__(self, on_layer_start: LayerHook | None, on_kv_written: LayerHook | None) -> None:
+    Attributes:
+        pointer: the C function; null without hooks.
+        raised: the exception that aborted the step, if one did.
+    """
+
+    def __init__(self, hooks: LayerHooks) -> None:
         self.raised: BaseException | None = None
-        self._hooks = (on_layer_start, on_kv_written)
-        absent = on_layer_start is None and on_kv_written is None
-        self.pointer = library.NO_HOOK if absent else library.Hook(self._call)
+        self._hooks = (hooks.layer_start, hooks.kv_written)
+        self.pointer = library.NO_HOOK if hooks == NO_HOOKS else library.Hook(self._call)
 
     def _call(self, layer: int, written: int) -> int:
-        hook: Callable[[int], None] | None = self._hooks[written]
         try:
-            if hook is not None:
-                hook(layer)
+            self._hooks[written](layer)
         except BaseException as error:
             self.raised = error
             return 1

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.model.digest import list_tensors
-from overfill.model.head import factors, head_order
+from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.model.rope import apply_rope, rope_tables
 from overfill.pair.distill.attention import Attention, plan_attention
 from overfill.pair.distill.rows import Rows
@@ -142,7 +142,7 @@ class PackedModel(nn.Module):
             self.tail_left = nn.Parameter(torch.empty(config.vocab_size - config.head_tokens, config.tail_rank))
             self.tail_right = nn.Parameter(torch.empty(config.tail_rank, config.hidden_size))
             with torch.device("cpu"):  # whatever device the parameters are made on
-                self.order = head_order(config.vocab_size, config.head_mask)
+                self.order = tokens_in_row_order(config.vocab_size, config.head_mask)
             self._places = self.order.argsort()
 
     @classmethod
@@ -241,7 +241,7 @@ def read_parameters(model: PackedModel, folder: Path) -> None:
         model.lm_head.weight.copy_(common)
         for parameter, factor in zip(
             (model.tail_left, model.tail_right),
-            factors(rare, model.config.tail_rank),
+            low_rank_factors(rare, model.config.tail_rank),
             strict=True,
         ):
             parameter.copy_(factor)

@@ -1,0 +1,1 @@
+"""Judges pairs: agreement and likelihood, free-running answers, plain quantisation, lm-eval."""

@@ -14,13 +14,13 @@ from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
-from overfill.pair.alone import alone
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.forward import cache_tokens
 from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
 from overfill.pair.evaluate.tally import Estimate, finite
 from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
+from overfill.pair.identity_pair import identity_pair
 from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
 
@@ -202,9 +202,9 @@ def _write_all(
             folder, prompts, max_tokens=max_tokens, dtype=dtype, device=device, step=step, report=report
         )
 
-    with alone(pair.full_path) as folder:
+    with identity_pair(pair.full_path) as folder:
         write("full", folder)
     write("two_stage", pair.folder)
-    with alone(pair.decoder_path, pair.recipe) as folder:
+    with identity_pair(pair.decoder_path, pair.recipe) as folder:
         write("decoder_alone", folder)
     return answers

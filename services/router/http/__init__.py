@@ -1,0 +1,1 @@
+"""The router's HTTP side: the OpenAI API, status, metrics and the chat page."""

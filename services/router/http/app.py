@@ -1,4 +1,4 @@
-"""The routes of the HTTP endpoint: OpenAI's API, and a few of our own. One place for keys, errors and counting."""
+"""The HTTP endpoint: the routes of OpenAI's API and some of our own, with access control, errors and metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
-from overfill.api.openai.wire import Asked
+from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.errors import ModelNotFound, OverfillError
@@ -37,23 +37,23 @@ from overfill.v1 import admin_pb2
 from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
-from services.router.http.generate import Answers, ClientGone, EventStream, while_connected
+from services.router.http.generate import ClientGone, EventStream, RunningChoices, while_connected
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _PORT = re.compile(r":\d+$")
-_CLIENT_GONE = 499  # nobody reads it; it is counted
+_CLIENT_GONE = 499  # the client has disconnected; the status is only for the metrics
 
 
 class HttpApi:
-    """The application. ``asgi`` is what a server runs.
+    """The ASGI application of the endpoint, in ``asgi``.
 
     Args:
-        access: who may come in.
-        max_body: most bytes of a request's body.
-        unready: why no request could be answered now; empty when one could.
-        status: the router and its workers, as the router knows them.
-        local: whether only this machine can reach it.
-        allowed_origins: of pages on other sites that may ask, lower case; ``*`` allows all.
+        access: the router's access control.
+        max_body: maximum size of a request's body in bytes.
+        unready: returns why the router cannot answer requests now; empty if it can.
+        status: returns the status of the router and its workers, as the router knows it.
+        local: True if the endpoint listens on loopback only.
+        allowed_origins: origins of other sites whose pages may send requests, in lower case; ``*`` allows all.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class HttpApi:
             Route("/version", self._version, methods=["GET"]),
             Route("/status", self._stack_status, methods=["GET"]),
             Route("/ui", page.show, methods=["GET"]),
-            Route("/", page.lead, methods=["GET"]),
+            Route("/", page.redirect_to_page, methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _on_api_error,
@@ -100,10 +100,10 @@ class HttpApi:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = _Gate(inner, access, generator, local, frozenset(allowed_origins))
+        self.asgi: ASGIApp = AccessMiddleware(inner, access, generator, local, frozenset(allowed_origins))
         if allowed_origins:
-            # CORS wraps the gate, so that a page can read refusals and a preflight needs no key. Without
-            # allow_credentials, what a browser shows by itself, such as a certificate, is for our own page only.
+            # CORS wraps access control, so that a page can read refusals and a preflight needs no key. Without
+            # allow_credentials, browsers send client certificates and the like for our own page only.
             self.asgi = CORSMiddleware(
                 self.asgi,
                 allow_origins=allowed_origins,
@@ -119,7 +119,7 @@ class HttpApi:
     async def _model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self._generator.models:
-            raise from_error(ModelNotFound(f"there is no model {name[:200]!r} here"))
+            raise from_error(ModelNotFound(f"model {name[:200]!r} does not exist; GET /v1/models lists the models"))
         return _json(self._model_json(name))
 
     async def _chat(self, request: Request) -> Response:
@@ -134,11 +134,11 @@ class HttpApi:
         id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
-    async def _generate(self, request: Request, kind: Kind, id: str, asked: Asked, received: float) -> Response:
+    async def _generate(self, request: Request, kind: Kind, id: str, asked: ApiRequest, received: float) -> Response:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
-        answers = Answers(self._generator, asked, envelope, key, span)
+        answers = RunningChoices(self._generator, asked, envelope, key, span)
         await answers.start(received)
         try:
             if asked.stream:
@@ -188,12 +188,12 @@ class HttpApi:
         }
 
 
-class _Gate:
-    """In front of every route: the caller is checked, the request is counted. A path of no table gets no further.
+class AccessMiddleware:
+    """Checks the caller of every request before its route, and counts the request. Refuses unknown paths.
 
-    A browser sends what any page asks it to send. The gate refuses requests from pages of other sites, unless their
-    origin is among ``origins``. Where no keys are wanted, it also refuses requests for another host, whose name now
-    leads here.
+    A browser sends any request that a page asks for. So the middleware refuses requests from pages of other sites,
+    unless their origin is in ``origins``. On loopback without keys, it also refuses requests whose Host is not a
+    loopback name: a page's own host name may have been pointed here (DNS rebinding).
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class _Gate:
         except OverfillError as error:
             await _error(from_error(error), scope["path"])(scope, receive, noting)
         else:
-            # What Starlette has answered and logged as an error of ours, it raises all the same.
+            # Starlette raises internal errors again after it has answered and logged them.
             with contextlib.suppress(Exception):
                 await self._app(scope, receive, noting)
         finally:
@@ -233,10 +233,10 @@ class _Gate:
         host = headers.get(b"host", "").lower()
         if b"origin" in headers and not self._allows(headers[b"origin"].lower(), host):
             raise foreign(
-                "origin", headers[b"origin"], "pages of other sites may not ask here; --allowed-origins admits them"
+                "origin", headers[b"origin"], "pages of other sites may not send requests; allow with --allowed-origins"
             )
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
-            raise foreign("host", host, "this is 127.0.0.1 and localhost; other names need API keys")
+            raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
         shown = bearer(headers.get(b"authorization", ""), page=scope["path"] == "/ui")
         roles = scope.get("overfill.roles")
         rule = route_rule(ROUTES, scope["path"])
@@ -250,12 +250,12 @@ class _Gate:
 
 
 def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """Headers as ASGI has them, their names as text."""
+    """Yields ASGI headers with their names decoded."""
     return ((name.decode("latin-1"), value) for name, value in headers)
 
 
 def _request_id(request: Request, body: schema.Sampling, prefix: str) -> str:
-    """The header's where it is usable, as at vLLM; else the field's, else a new one."""
+    """Returns the id from the header if it is valid, as vLLM does; else from the body; else a new one."""
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else body.request_id or f"{prefix}-{secrets.token_hex(16)}"
 
@@ -267,11 +267,11 @@ def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | 
 def _error(error: ApiError, path: str = "") -> Response:
     headers = dict(error.headers)
     if error.status in (408, 413):
-        headers["connection"] = "close"  # what is left of the body is not read
+        headers["connection"] = "close"  # the rest of the body is not read
     if trace_id := tracing.current().trace_id:
         headers["x-trace-id"] = trace_id
     if error.status == 401:
-        # A browser asks for a name and a password, which is the key; programs know what to send.
+        # For /ui a browser asks for a user name and a password, which is the key. Programs send a bearer token.
         headers["www-authenticate"] = (
             'Basic realm="overfill: the password is an API key"' if path == "/ui" else "Bearer"
         )

@@ -1,4 +1,4 @@
-"""A request's body: as large as is allowed, as soon as is allowed."""
+"""Reads request bodies within limits of size and time."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ BODY_TIMEOUT = 30.0
 """Seconds for a whole body to arrive."""
 
 _LONG = 64 << 10
-"""Bytes from which on a body is parsed in a thread, so that the streams of others go on meanwhile."""
+"""Size in bytes from which on a body is parsed in a thread, so that it does not delay other streams."""
 
 _DISCARDED = 64 << 20
-"""Bytes of a refused body that are read all the same: a client that is still sending would not see the answer."""
+"""Maximum number of bytes of a refused body that are read and discarded: a client reads no answer while it sends."""
 
 
 async def read(request: Request, kind: type[R], limit: int) -> R:
-    """The request's JSON as ``kind``.
+    """Reads the request's JSON as a ``kind``.
 
     Raises:
-        ApiError: it is too large, too slow, not JSON or not what ``kind`` wants.
-        ClientDisconnect: the client has gone.
+        ApiError: the body is too large, too slow, not JSON, or not a valid ``kind``.
+        ClientDisconnect: the client has disconnected.
     """
-    # What a page of another site can have a browser send without being asked has another type, or none.
+    # Pages of other sites can send only other content types without a CORS preflight.
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise not_json(content_type)

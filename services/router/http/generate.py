@@ -1,4 +1,4 @@
-"""One generating request of the OpenAI API, from what it asks for to its last byte."""
+"""Runs one generating request of the OpenAI API, from its choices to the last byte of the response."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope
 from overfill.api.openai.errors import from_error
-from overfill.api.openai.wire import Asked
+from overfill.api.openai.wire import ApiRequest
 from overfill.errors import OverfillError
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
@@ -27,16 +27,16 @@ from services.router.generation import Generation, Generator, choices
 T = TypeVar("T")
 
 _Event = tuple[Choice, inference_pb2.Delta | None]
-"""What a choice says; None when it is complete."""
+"""A delta of a choice; None when the choice is complete."""
 
 
-class Answers:
-    """All choices of one request, running."""
+class RunningChoices:
+    """The running choices of one request."""
 
     def __init__(
         self,
         generator: Generator,
-        asked: Asked,
+        asked: ApiRequest,
         envelope: Envelope,
         key: ApiKey | None,
         span: Span = tracing.OFF,
@@ -52,7 +52,7 @@ class Answers:
         self._failure: BaseException | None = None
 
     async def start(self, received: float) -> None:
-        """Queues every choice. Raises ApiError or OverfillError; nothing runs then."""
+        """Queues every choice. If it raises ApiError or OverfillError, no choice runs."""
         asked, generator = self._asked, self._generator
         try:
             total = len(asked.prompts) * asked.n
@@ -70,8 +70,8 @@ class Answers:
             raise
 
     def _raise_named(self, error: BaseException) -> None:
-        """Raises an error about the grammar with the name that the request has for it."""
-        if isinstance(error, OverfillError) and (named := self._asked.named(error)) is not error:
+        """Raises an error about the grammar again, with the grammar's field as the client named it."""
+        if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
             raise named from error
 
     def _choice(self, prompt: int, generation: Generation) -> Choice:
@@ -85,10 +85,10 @@ class Answers:
         )
 
     async def whole(self) -> dict[str, Any]:
-        """The response, once every choice is complete. Raises OverfillError."""
+        """Waits until every choice is complete; returns the response. Raises OverfillError."""
         async for choice, delta in self.events():
             if delta is not None:
-                choice.take(delta)
+                choice.add(delta)
         return self._envelope.wrap(
             [choice.whole() for choice in self.choices],
             chunk=False,
@@ -97,7 +97,7 @@ class Answers:
         )
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The response as server-sent events. Raises OverfillError."""
+        """Yields the response as server-sent events. Raises OverfillError."""
         begun: set[int] = set()
         async for choice, delta in self.events():
             if choice.index not in begun:
@@ -115,7 +115,7 @@ class Answers:
         yield answers.DONE
 
     async def events(self) -> AsyncIterator[_Event]:
-        """What the choices say, as it comes."""
+        """Yields the deltas of all choices as they arrive."""
         try:
             async for event in self._events():
                 yield event
@@ -127,7 +127,7 @@ class Answers:
     async def _events(self) -> AsyncIterator[_Event]:
         if len(self._running) == 1:
             choice, generation = self.choices[0], self._running[0]
-            async for delta in generation.to_the_end():
+            async for delta in generation.all_deltas():
                 yield choice, delta
             choice.finished = generation.finished
             yield choice, None
@@ -150,7 +150,7 @@ class Answers:
                 pump.cancel()
 
     async def close(self) -> None:
-        """Ends what still runs."""
+        """Ends the choices that still run."""
         try:
             await self._stack.aclose()
         finally:
@@ -175,7 +175,7 @@ class Answers:
 
 async def _pump(choice: Choice, generation: Generation, said: asyncio.Queue[_Event | Exception]) -> None:
     try:
-        async for delta in generation.to_the_end():
+        async for delta in generation.all_deltas():
             await said.put((choice, delta))
         choice.finished = generation.finished
         await said.put((choice, None))
@@ -184,11 +184,11 @@ async def _pump(choice: Choice, generation: Generation, said: asyncio.Queue[_Eve
 
 
 class EventStream(Response):
-    """Streams ``answers``; what goes wrong before the first event is raised by ``begin``."""
+    """Streams the choices. ``begin`` raises errors that occur before the first event."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, answers: Answers, request_id: str) -> None:
+    def __init__(self, answers: RunningChoices, request_id: str) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": request_id}
         super().__init__(headers=headers)
         del self.headers["content-length"]
@@ -197,7 +197,7 @@ class EventStream(Response):
         self._first = b""
 
     async def begin(self, request: Request) -> None:
-        """Waits for the first event. Raises OverfillError, or ClientGone."""
+        """Waits for the first event. Raises OverfillError or ClientGone."""
         self._first = await while_connected(request.receive, self._next())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -227,7 +227,7 @@ class ClientGone(Exception):
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes. Raises ClientGone then."""
+    """Returns the result of ``work``. If the client disconnects first, cancels ``work`` and raises ClientGone."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_gone(receive))
     try:

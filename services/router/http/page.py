@@ -1,4 +1,4 @@
-"""``/ui``: one page with its style and script inside, which asks only the routes beside it."""
+"""Serves ``/ui``: one page with inline style and script, which sends requests to this endpoint only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILES = files("services.router.http") / "ui"
 
 @cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page, and headers that let the browser run and reach nothing else."""
+    """Returns the page, and headers that let the browser run only its script and reach only this endpoint."""
     style, script = ((_FILES / name).read_text(encoding="utf-8") for name in ("style.css", "app.js"))
     html = (_FILES / "index.html").read_text(encoding="utf-8")
     html = html.replace("/* style */", style).replace("/* script */", script)
@@ -32,13 +32,13 @@ def page() -> tuple[str, dict[str, str]]:
 
 
 async def show(request: Request) -> Response:
-    """Needs no key: the page tells nothing, and asks for the key itself."""
+    """Serves the page. It needs no key: the page has no data and asks the user for the key."""
     html, headers = page()
     return Response(html, headers=headers, media_type="text/html")
 
 
-async def lead(request: Request) -> Response:
-    """From ``/`` to the page."""
+async def redirect_to_page(request: Request) -> Response:
+    """Redirects ``/`` to the page."""
     return RedirectResponse("/ui")
 
 

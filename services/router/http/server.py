@@ -1,4 +1,4 @@
-"""The HTTP server's shell: a guarded bind, TLS, and limits on connections that uvicorn does not have."""
+"""The HTTP server: refuses to listen in the clear, adds TLS, and limits connections in ways that uvicorn does not."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
 HEAD_TIMEOUT = 10.0
-"""Seconds for the head of a request to arrive, from the connection or the first byte on."""
+"""Seconds for the head of a request to arrive, counted from the connection or from its first byte."""
 
 MAX_HEAD = 64 << 10
-"""Bytes of a request's head."""
+"""Maximum size of a request's head in bytes."""
 
 IDLE_TIMEOUT = 75
 """Seconds that a connection may stay open without a request."""
 
 STALLED_TIMEOUT = 60.0
-"""Seconds after which a client that does not read its answer is dropped."""
+"""Seconds after which the server drops a client that does not read its answer."""
 
 REST_TIMEOUT = 30.0
-"""Seconds for the rest of a body that is answered already: a client that is still sending would not see the answer."""
+"""Seconds for the rest of a body after its answer. The server reads it, as a client reads no answer while it sends."""
 
 MAX_REST = 64 << 20
-"""Bytes of such a rest that are taken and dropped."""
+"""Maximum number of bytes of such a rest that the server reads and discards."""
 
 _BACKLOG = 2048
 
@@ -46,9 +46,9 @@ class HttpServer:
     """Serves ``app`` in the running event loop.
 
     Args:
-        max_connections: more than these are told so and closed.
-        tls: certificate and key; None serves in the clear, on loopback only.
-        client_certificates: clients must show one that ``tls.client_ca`` signed.
+        max_connections: maximum number of connections. The server answers further ones with an error and closes them.
+        tls: certificate and key. None means no TLS, which is allowed on loopback only.
+        client_certificates: True to require client certificates signed by ``tls.client_ca``.
     """
 
     def __init__(self, app: ASGIApp, max_connections: int, tls: ServerTls | None, *, client_certificates: bool) -> None:
@@ -76,10 +76,10 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> str:
-        """Listens (port 0: any free one); returns the ``host:port`` in use.
+        """Listens, and returns the ``host:port`` in use. Port 0 means any free port.
 
         Raises:
-            Unavailable: the address is taken or not this machine's.
+            Unavailable: the address is in use or does not belong to this machine.
             TlsError: the host is open to other machines and there is no TLS.
         """
         if self._tls is None and not is_loopback(host):
@@ -92,7 +92,7 @@ class HttpServer:
         except OSError as error:
             raise Unavailable(f"cannot serve HTTP on {host}:{port}: {error.strerror}") from error
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started:  # uvicorn has no event for it; it takes one turn of the loop
+        while not self._server.started:  # uvicorn has no event for this; it needs one turn of the loop
             if self._serving.done():
                 self._serving.result()
                 raise Unavailable(f"the HTTP server on {host}:{port} did not start")
@@ -100,14 +100,14 @@ class HttpServer:
         return f"{host}:{listener.getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Takes no new connections and closes those there are once their answers are out."""
+        """Accepts no new connections, and closes each open one when its answer is complete."""
         if self._serving is not None:
             self._server.should_exit = True
             await self._serving
 
 
 class _Server(uvicorn.Server):
-    """The process has its own signal handlers."""
+    """Leaves signals to the process, which has its own handlers."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -115,21 +115,21 @@ class _Server(uvicorn.Server):
 
 
 class _LimitedProtocol(HttpToolsProtocol):
-    """One connection. Slow or endless heads, readers that stall, and too many connections are cut off."""
+    """One connection. Cuts off slow or oversized heads, stalled readers, and connections beyond the maximum."""
 
     max_connections = 0
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0  # of the lines that the parser has seen
-    _unfinished_bytes = 0  # received, of a head that is not complete
-    _in_body = False  # between a head and the end of its request
+    _head_bytes = 0  # bytes of the head that the parser has seen
+    _unfinished_bytes = 0  # bytes received of an incomplete head
+    _in_body = False  # True between a head and the end of its request
     _rest_timer: asyncio.TimerHandle | None = None
     _rest_bytes = 0
-    _roles: frozenset[Role] | None = None  # of the client's certificate, where one is wanted
+    _roles: frozenset[Role] | None = None  # roles of the client's certificate, if one is required
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio does it for sockets that it has made itself; without it an event waits 40 ms for an acknowledgement.
+        # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         secured = transport.get_extra_info("ssl_object")
         if secured is not None and secured.context.verify_mode == ssl.CERT_REQUIRED:
@@ -154,7 +154,7 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._await_head()
         in_head = self._head_timer is not None
         super().data_received(data)
-        if in_head and self._head_timer is not None:  # still no complete head: every byte is its own
+        if in_head and self._head_timer is not None:  # the head is still incomplete, so all bytes belong to it
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > MAX_HEAD:
                 self._reject(_head_too_large())
@@ -162,7 +162,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["overfill.roles"] = self._roles  # type: ignore[typeddict-unknown-key]
-        if self._head_timer is None:  # a head that follows a request which is still being answered
+        if self._head_timer is None:  # a pipelined head: the previous request is still being answered
             self._await_head()
 
     def on_url(self, url: bytes) -> None:
@@ -194,7 +194,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._reading_again()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn says to bytes that are not HTTP, and when a callback of the parser raises."""
+        """Replaces uvicorn's answer to invalid HTTP, and to errors that the parser's callbacks raise."""
         too_large = self._head_bytes > MAX_HEAD
         self._reject(_head_too_large() if too_large else ApiError(400, "the request is not valid HTTP"))
 
@@ -239,7 +239,7 @@ class _LimitedProtocol(HttpToolsProtocol):
             return
         cycle = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
-            # It must not land within another answer.
+            # The error must not be written into an answer that has started.
             self.transport.close()
             return
         body = encode(error.body)
@@ -264,7 +264,7 @@ _PHRASES = {
 
 
 def _renewing(contexts: ReloadingValue[ssl.SSLContext]) -> ssl.SSLContext:
-    """A context of which every handshake takes the certificate as it is now."""
+    """Returns a context that uses the current certificate in every handshake."""
     first = contexts.value
 
     def choose(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:

@@ -21,7 +21,7 @@ THINKS = """{%- for message in messages -%}
 {%- endif %}"""
 # As DeepSeek-R1's does it.
 DROPS_THOUGHTS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
-NOT_AS_IT_IS = "does not show the last message once and as it is"
+NOT_AS_IT_IS = "repeats or changes the last message"
 HI = {"role": "user", "content": "Hi"}
 END = {"role": "assistant", "content": "The end of im_end "}
 
@@ -103,7 +103,7 @@ def test_over_the_wire(byte_level_tokenizer):
     assert tokenizer.decode(encode_chat(begun, tokenizer)).endswith("Hello wo")
     request = inference_pb2.GenerateRequest(chat=begun)
     assert validate_generate(request, tokenizer, 64, 400).continues_text, "so that a first word keeps its space"
-    with pytest.raises(InvalidRequest, match="contradicts add_generation_prompt"):
+    with pytest.raises(InvalidRequest, match="conflicts with add_generation_prompt"):
         encode_chat(chat(continue_final_message=True, add_generation_prompt=True), tokenizer)
     for wrong in ("[]", "{", json.dumps({"messages": []})):
         with pytest.raises(InvalidRequest, match="chat_template_kwargs"):

@@ -10,7 +10,7 @@ from overfill.api.openai import wire
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import parse
 from overfill.api.openai.schema import ChatRequest
-from overfill.api.openai.strict import CannotClose, closed
+from overfill.api.openai.strict import CannotForbid, forbid_additional_properties
 
 OPEN = {
     "type": "object",
@@ -54,8 +54,8 @@ def asked(**fields):
 
 
 def test_every_object_is_closed_at_any_depth():
-    assert closed(OPEN) == CLOSED
-    assert closed(CLOSED) == CLOSED
+    assert forbid_additional_properties(OPEN) == CLOSED
+    assert forbid_additional_properties(CLOSED) == CLOSED
     assert "additionalProperties" not in OPEN, "the schema that was given stays as it is"
 
 
@@ -104,13 +104,13 @@ def test_an_object_that_several_schemas_describe_is_refused_by_name(schema, reas
 def test_alternatives_and_references_are_closed_where_they_stand():
     schema = {"anyOf": [NAMES_Z, {"$ref": "#/$defs/z", "type": "object"}], "$defs": {"z": NAMES_Z}}
     shut = NAMES_Z | {"additionalProperties": False}
-    assert closed(schema) == {"anyOf": [shut, schema["anyOf"][1]], "$defs": {"z": shut}}
+    assert forbid_additional_properties(schema) == {"anyOf": [shut, schema["anyOf"][1]], "$defs": {"z": shut}}
 
 
 def test_a_map_has_no_keys_and_listed_values_keep_theirs():
-    assert closed({"type": "object"}) == {"type": "object", "additionalProperties": False}
+    assert forbid_additional_properties({"type": "object"}) == {"type": "object", "additionalProperties": False}
     listed = {"type": "object", "enum": [{"a": 1}]}
-    assert closed(listed) == listed
+    assert forbid_additional_properties(listed) == listed
 
 
 @pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}])
@@ -144,7 +144,7 @@ anything = st.recursive(
 @given(st.dictionaries(st.sampled_from(["type", "properties", "items", "anyOf", "x"]), anything, max_size=4))
 def test_no_schema_however_wrong_breaks_it(schema):
     try:
-        once = closed(schema)
-    except CannotClose:
+        once = forbid_additional_properties(schema)
+    except CannotForbid:
         return
-    assert closed(once) == once
+    assert forbid_additional_properties(once) == once

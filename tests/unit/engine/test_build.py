@@ -1,4 +1,4 @@
-"""How memory is divided, as numbers; and how a worker process ends when it cannot start."""
+"""Tests how memory is divided between caches and steps, and how a worker process ends when it cannot start."""
 
 import signal
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from overfill.engine import build
-from overfill.engine.build import CacheDemand, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
+from overfill.engine.build import MemoryRequirement, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
 from overfill.model.manifest import Pair
 from overfill.pair.tiny import make_tiny_pair
 
 GIB = 2**30
 
 
-def demand(layers=16, longest=8192, max_num_seqs=64, activations=0):
+def requirement(layers=16, longest=8192, max_num_seqs=64, activations=0):
     """A model with 8 KV heads of 128 in bfloat16: 4 KiB per token and layer."""
-    return CacheDemand(16 * 4096 * layers, 16, 4096, longest, max_num_seqs, 2048, activations)
+    return MemoryRequirement(16 * 4096 * layers, 16, 4096, longest, max_num_seqs, 2048, activations)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def load(pair, **changes):
 
 
 def test_the_gather_of_a_full_decode_step_is_kept_free():
-    assert demand().step_bytes(10**6) >= 64 * 8192 * 4096  # keys and values of one layer, every sequence padded
+    assert requirement().step_bytes(10**6) >= 64 * 8192 * 4096  # keys and values of one layer, every sequence padded
 
 
 def test_a_step_reads_no_more_than_the_cache_holds():
-    assert demand().step_bytes(4) < 2 * 4 * 64 * 4096
-    assert demand().step_bytes(0) == 0
+    assert requirement().step_bytes(4) < 2 * 4 * 64 * 4096
+    assert requirement().step_bytes(0) == 0
 
 
 @pytest.mark.parametrize("available", [0, 10**6, GIB, 20 * GIB, 80 * GIB])
-@pytest.mark.parametrize("halves", [[demand()], [demand(activations=GIB), demand(layers=8)]])
+@pytest.mark.parametrize("halves", [[requirement()], [requirement(activations=GIB), requirement(layers=8)]])
 def test_caches_and_the_largest_step_fill_what_is_available_and_no_more(available, halves):
     blocks = fit_blocks(halves, available)
     assert blocks == 0 or sum(memory_needed(halves, [blocks] * len(halves))) <= available
@@ -58,7 +58,7 @@ def test_caches_and_the_largest_step_fill_what_is_available_and_no_more(availabl
 
 
 def test_both_halves_of_a_process_get_a_cache():
-    halves = [demand(activations=GIB), demand()]
+    halves = [requirement(activations=GIB), requirement()]
     blocks = fit_blocks(halves, 20 * GIB)
     caches, step = memory_needed(halves, [blocks, blocks])
     assert step == max(d.step_bytes(blocks) for d in halves)  # they step in turn, so one of them at a time
@@ -66,7 +66,7 @@ def test_both_halves_of_a_process_get_a_cache():
 
 
 def test_nothing_fits_where_activations_alone_are_too_much():
-    assert fit_blocks([demand(activations=2 * GIB)], GIB) == 0
+    assert fit_blocks([requirement(activations=2 * GIB)], GIB) == 0
 
 
 def test_a_stated_cache_is_what_one_gets(pair):
@@ -139,7 +139,7 @@ async def loads():
     await asyncio.to_thread(threading.Event().wait)
 
 async def leaves(code):
-    # A thread that an orderly end of the interpreter would join, and it never ends.
+    # The interpreter would join this thread at an orderly exit, and the thread never ends.
     concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)
     asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
     print("served", end="")

@@ -1,4 +1,4 @@
-"""Sequences advance together, lose blocks and get them back, and leave nothing behind."""
+"""Tests the decode engine: continuous batching, preemption and resumption, without a lost block."""
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
     engine.handle(Reserve(sequence("a", prompt=24)))
     engine.handle(Reserve(sequence("b", prompt=8)))
     assert kinds(events) == [Reserved, Refused]
-    assert "3 KV blocks wanted, 1 free" in events[1].reason
+    assert "3 KV blocks needed; 1 free" in events[1].reason
     engine.handle(Release("a"))
 
 
@@ -217,7 +217,7 @@ def test_a_sequence_that_still_receives_its_kv_can_be_preempted(runner, pool, ev
     engine.handle(Start("old", 10))
     run_until_preempted(engine, events)
     assert [e.id for e in events if isinstance(e, Preempted)] == ["receiving"]
-    engine.handle(Start("receiving", 30))  # crosses the preemption
+    engine.handle(Start("receiving", 30))  # sent before the preemption was known
     assert pool.num_used == 8, "blocks stay until the receiver has let go of them"
     engine.handle(Yielded("receiving"))
     while engine.step():
@@ -245,7 +245,7 @@ def test_a_failed_step_fails_its_sequences_only(runner, pool, events):
 
 
 def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, events, monkeypatch):
-    """As a penalty beyond all bounds would make them."""
+    """Makes the logits infinite, as an extreme penalty would."""
     compute = runner.run
 
     def run(works, *hooks):
@@ -286,13 +286,13 @@ def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(run
     assert events[-1] == Reserved("two", again.blocks, held_tokens=4)
     engine.handle(Release("two"))
     prefix.check_integrity()
-    prefix.acquire("everything", prefix.blocks_of([63]), 8)  # evicts, so that the pool can be seen to be whole
+    prefix.acquire("everything", prefix.blocks_of([63]), 8)  # evicts all cached blocks, so that all must be free
     prefix.release("everything")
 
 
 def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):
-    """What is shared already does not count against what may be shared between two steps."""
-    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED", 4)
+    """Blocks that are published already do not count against a step's quota."""
+    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED_BLOCKS", 4)
     pool = BlockPool(64, 4)
     prefix = PrefixCache(pool)
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
@@ -334,7 +334,7 @@ def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
 
 
 class DecodeMachine(RuleBasedStateMachine):
-    """Arrivals, steps, late answers and cancellations in any order: right tokens, no lost block."""
+    """Runs arrivals, steps, late answers and cancellations in any order: all tokens are right, no block is lost."""
 
     caches = False
 
@@ -377,7 +377,7 @@ class DecodeMachine(RuleBasedStateMachine):
         self.must_yield.discard(id)
         self.must_release.discard(id)
 
-    # 40 tokens at most, which is what the pool holds: larger ones are refused before they come here.
+    # At most 40 tokens, the pool's capacity: admission refuses larger requests before they reach the engine.
     @rule(prompt=st.integers(1, 16), emitted=st.integers(0, 12), more=st.integers(2, 12))
     def arrive(self, prompt, emitted, more):
         self.names += 1
@@ -447,7 +447,7 @@ class DecodeMachine(RuleBasedStateMachine):
 
 
 class CachingDecodeMachine(DecodeMachine):
-    """All prompts begin the same."""
+    """Makes all prompts start with the same tokens."""
 
     caches = True
 

@@ -1,4 +1,4 @@
-"""An engine that is idle, or stopped, has lost no block; one that has ends."""
+"""Tests that an idle or stopped engine checks for lost blocks, and ends if it finds one."""
 
 import threading
 from dataclasses import replace
@@ -11,7 +11,7 @@ from overfill.engine.thread import EngineThread
 
 
 class Core:
-    """Counts what it is asked; ``fault`` is raised by the next check."""
+    """An engine core that counts its calls; its next check raises ``fault``."""
 
     def __init__(self):
         self.checked = threading.Semaphore(0)
@@ -53,9 +53,9 @@ def test_a_core_is_checked_once_each_time_it_falls_idle(core):
 def test_only_more_room_is_worth_telling_at_once():
     busy = EngineLoad(blocks_used=8, blocks_total=9, running=3, waiting=1)
     for change in ({"blocks_used": 9}, {"running": 4, "waiting": 0}, {"waiting": 2}, {"blocks_cached": 1}):
-        assert not replace(busy, **change).roomier_than(busy)
+        assert not replace(busy, **change).freed_capacity_since(busy)
     for change in ({"blocks_used": 7}, {"running": 2}, {"waiting": 0}):
-        assert replace(busy, **change).roomier_than(busy)
+        assert replace(busy, **change).freed_capacity_since(busy)
     told = []
     core = Core()
     engine = EngineThread(core, "e", 1, on_load_change=told.append)

@@ -1,4 +1,4 @@
-"""Prompts go through the full model in chunks under a budget, and their blocks come back."""
+"""Tests the prefill engine: chunks under a token budget, prefix sharing, and no lost block."""
 
 import pytest
 from counting import CountingRunner
@@ -74,7 +74,7 @@ def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, eve
 
 @pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
 def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
-    monkeypatch.setattr(prefill, "_WORTH_TELLING", worth_telling)
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", worth_telling)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 8, 4, lists.append)
     engine.handle(Submit(prompt("a", 5)))
@@ -86,7 +86,7 @@ def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telli
 
 
 def test_short_prompts_are_told_of_by_themselves(pool, monkeypatch):
-    monkeypatch.setattr(prefill, "_WORTH_TELLING", 640)
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 640)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 20, 4, lists.append)
     engine.handle(Submit(prompt("long", 10)))
@@ -120,7 +120,7 @@ def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
     engine.handle(Submit(prompt("short", 4)))
     engine.step()
     assert [e.id for e in of(PromptComputed, events)] == ["short"]
-    for index in range(3):  # however many short ones there are, the long one advances
+    for index in range(3):  # the long prompt advances, however many short ones arrive
         engine.handle(Submit(prompt(f"next-{index}", 8)))
     steps = 0
     while "long" not in [e.id for e in of(PromptComputed, events)]:
@@ -170,7 +170,7 @@ def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_befor
 
 
 def test_a_step_that_nobody_wants_is_abandoned_between_layers(runner, pool, events, monkeypatch):
-    monkeypatch.setattr(prefill, "_WORTH_TELLING", 1)
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)
     engine = new_engine(runner, pool, events)
     sequence = prompt("a", 6)
 
@@ -245,7 +245,7 @@ def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
     assert of(ChunkComputed, events)[-1] == ChunkComputed("b", 8, 13)
     assert (engine.load().prefix_tokens_looked_up, engine.load().prefix_tokens_found) == (23, 8)
     engine.handle(Release("b"))
-    engine.handle(Submit(prompt("all", 32)))  # the cache gives way
+    engine.handle(Submit(prompt("all", 32)))  # evicts cached blocks
     engine.step()
     assert engine.load().blocks_used == 8
     engine.handle(Release("all"))
@@ -327,13 +327,13 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
 
 
 def make_room(prefix):
-    """Evicts everything, so that the pool can be seen to be whole."""
+    """Evicts all cached blocks, so that the test can compare the pool with its full size."""
     assert prefix.acquire("everything", prefix.blocks_of([63]), prefix.pool.num_blocks) is not None
     prefix.release("everything")
 
 
 class PrefillMachine(RuleBasedStateMachine):
-    """Prompts, steps, failures and releases in any order: every prompt is computed whole, no block is lost."""
+    """Runs prompts, steps, failures and releases in any order: every prompt is computed, no block is lost."""
 
     caches = False
 
@@ -416,7 +416,7 @@ class PrefillMachine(RuleBasedStateMachine):
 
 
 class CachingPrefillMachine(PrefillMachine):
-    """All prompts begin the same."""
+    """Makes all prompts start with the same tokens."""
 
     caches = True
 

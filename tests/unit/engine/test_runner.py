@@ -1,4 +1,4 @@
-"""One pass for many sequences: what fails in it fails alone, and a block table is written once."""
+"""Tests one step for many sequences: a failed row fails alone, and a block table is written once."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.runner import Choice, ModelRunner, Work
+from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import DecodeSequence, Preempted, Release, Reserve, Reserved, Start, StopRule, Yielded
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
@@ -25,7 +25,7 @@ def new_cache(num_blocks):
 
 
 class OneBroken:
-    """A model that names most likely tokens itself, and none for its second row."""
+    """A model that returns the most likely tokens itself, and -1 for its second row."""
 
     def most_likely(self, batch, cache, *hooks):
         return torch.tensor([7, -1, 9])
@@ -34,14 +34,14 @@ class OneBroken:
 def test_a_broken_row_of_a_greedy_step_fails_alone():
     runner = ModelRunner(OneBroken(), new_cache(3))
     works = [Work([1], 0, [block], wants_logits=True) for block in range(3)]
-    tokens, failed = runner.next_tokens(works, [Choice(GREEDY, 0)] * 3)
+    tokens, failed = runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * 3)
     assert [tokens[0].token_id, tokens[2].token_id] == [7, 9]
     assert list(failed) == [1]
     assert isinstance(failed[1], InternalError)
 
 
 class MostLikely(OneBroken):
-    """Names the most likely tokens, and has no logits to be changed."""
+    """A model that returns the most likely tokens and refuses to compute logits."""
 
     def forward(self, *args):
         raise AssertionError("logits were asked for")
@@ -56,13 +56,13 @@ def test_min_tokens_cost_nothing_once_they_are_there():
     params = SamplingParams(temperature=0, min_tokens=2)
     processor = new_processor(params, [], None, [1])
     works = [Work([1], 0, [0], wants_logits=True)]
-    assert runner.next_tokens(works, [Choice(params, 0, processor, [5, 6])])[0][0].token_id == 7
+    assert runner.next_tokens(works, [SamplingSpec(params, 0, processor, [5, 6])])[0][0].token_id == 7
     with pytest.raises(AssertionError, match="logits were asked for"):
-        runner.next_tokens(works, [Choice(params, 0, processor, [5])])
+        runner.next_tokens(works, [SamplingSpec(params, 0, processor, [5])])
 
 
 class Seen:
-    """A model that keeps what it is given: each sequence's blocks, and the slots of all new tokens."""
+    """A model that records each sequence's blocks, and the slots of all new tokens."""
 
     def __init__(self):
         self.tables, self.slots = [], []
@@ -76,10 +76,10 @@ class Seen:
 
 
 class Checked(ModelRunner):
-    """Holds every step's tables and slots against ones that are made afresh from the works."""
+    """Compares every step's tables and slots with ones computed from the works alone."""
 
-    def next_tokens(self, works, choices, *hooks):
-        result = super().next_tokens(works, choices, *hooks)
+    def next_tokens(self, works, specs, *hooks):
+        result = super().next_tokens(works, specs, *hooks)
         assert self.model.tables == [list(work.blocks[: -(-work.end // BLOCK)]) for work in works]
         positions = [(work, p) for work in works for p in range(work.start, work.end)]
         assert self.model.slots == [work.blocks[p // BLOCK] * BLOCK + p % BLOCK for work, p in positions]
@@ -87,7 +87,7 @@ class Checked(ModelRunner):
 
 
 class Counted(list):
-    """Blocks of a sequence; counts how many of them are looked at."""
+    """A sequence's blocks; counts how many of them are read."""
 
     looked_at = 0
 
@@ -106,20 +106,20 @@ def test_a_step_looks_at_the_blocks_that_are_new_and_at_no_others():
     runner = ModelRunner(Seen(), new_cache(1))
     tables = [Counted(range(1000 * i, 1000 * i + 250)) for i in range(64)]
     works = [Work([1], 999, table, wants_logits=True) for table in tables]
-    runner.next_tokens(works, [Choice(GREEDY, 0)] * 64)
+    runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * 64)
     for table in tables:
         table.append(7)
     for position in range(1000, 1004):
         Counted.looked_at = 0
         works = [Work([1], position, table, wants_logits=True) for table in tables]
-        runner.next_tokens(works, [Choice(GREEDY, 0)] * 64)
+        runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * 64)
         assert Counted.looked_at == (64 if position == 1000 else 0)
     assert runner.model.tables == [[*range(1000 * i, 1000 * i + 250), 7] for i in range(64)]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_sequences_in_any_order_have_their_own_blocks(seed):
-    """They grow, end, are replaced by others, lose their blocks and are left out of steps."""
+    """Sequences grow, end, are replaced, lose their blocks and skip steps."""
     draw = random.Random(seed)
     runner = Checked(Seen(), new_cache(1))
     running = []  # [blocks, tokens computed]
@@ -137,13 +137,13 @@ def test_any_sequences_in_any_order_have_their_own_blocks(seed):
             blocks += [draw.randrange(10_000) for _ in range(-(-end // BLOCK) - len(blocks))]
             works.append(Work([1] * (end - start), start, blocks, wants_logits=True))
             sequence[1] = end
-        runner.next_tokens(works, [Choice(GREEDY, 0)] * len(works))
+        runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * len(works))
         del running[draw.randint(1, 12) :]
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_tables_are_right_when_sequences_lose_their_blocks_to_others(seed):
-    """A pool that is too small, with prompts that share prefixes."""
+    """Uses a pool that is too small, and prompts that share prefixes."""
     draw = random.Random(seed)
     events, pool = [], BlockPool(24, BLOCK)
     runner, prefix = Checked(Seen(), new_cache(24)), PrefixCache(pool)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints written by transformers, and a paged runner that drives our model over them."""
+"""Fixtures: tiny random checkpoints written by transformers, and a runner that steps a model over a paged cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from overfill.kv.int8_cache import Int8KvCache, new_cache
 from overfill.kv.spec import KvCacheDtype
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
-from overfill.model.head import head_order
-from overfill.model.transformer import Transformer
+from overfill.model.head import tokens_in_row_order
+from overfill.model.transformer import LayerHooks, Transformer
 
 BLOCK_SIZE = 4
 SaveModel = Callable[[PretrainedConfig], PreTrainedModel]
@@ -31,7 +31,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def save_model(tmp_path: Path) -> SaveModel:
-    """Writes a checkpoint to ``tmp_path`` with no parameter left at a value that hides a mistake."""
+    """Writes a checkpoint to ``tmp_path``; randomises parameters whose initial values would hide a mistake."""
 
     def save(config: PretrainedConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -40,7 +40,7 @@ def save_model(tmp_path: Path) -> SaveModel:
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
             if (parts := getattr(config, HEAD_KEY, None)) is not None:
                 head, rank = model.lm_head.weight, parts["tail_rank"]
-                rare = head_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
+                rare = tokens_in_row_order(len(head), b64decode(parts.get("whole", "")))[parts["tokens"] :]
                 head[rare] = torch.randn(len(rare), rank) @ torch.randn(rank, head.shape[1]) * 0.15 / rank**0.5
         model.save_pretrained(tmp_path)
         return model
@@ -49,7 +49,7 @@ def save_model(tmp_path: Path) -> SaveModel:
 
 
 class PagedRunner:
-    """Runs sequences on one model and cache, each in blocks scattered over the pool."""
+    """Runs sequences on one model and cache; their blocks are scattered over the pool."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class PagedRunner:
         self.model = model
         spec = model.config.kv_spec(str(model.dtype).removeprefix("torch."))
         self.cache = new_cache(spec, num_blocks, block_size, model.device, kv_cache_dtype)
-        # Whatever was there before must not be read: poison it.
+        # The model must not read cells that it has not written, so they hold NaN.
         for part in self.floating:
             part.fill_(float("nan"))
         self._pool = BlockPool(num_blocks, block_size)
@@ -71,12 +71,12 @@ class PagedRunner:
 
     @property
     def floating(self) -> tuple[Tensor, Tensor]:
-        """What of the cache can be NaN."""
+        """The cache's parts that can hold NaN."""
         cache = self.cache
         return (cache.k_scales, cache.v_scales) if isinstance(cache, Int8KvCache) else (cache.k, cache.v)
 
     def step(self, new: dict[str, Sequence[int]], logits: Sequence[int] | None = None, **hooks) -> Tensor:
-        """Feeds each sequence its new tokens; logits of all new tokens, or of the given rows."""
+        """Feeds each sequence its new tokens; returns the logits of all new tokens, or of the given rows."""
         starts = [self._lengths.get(name, 0) for name in new]
         ends = [start + len(tokens) for start, tokens in zip(starts, new.values(), strict=True)]
         for name, end in zip(new, ends, strict=True):
@@ -86,7 +86,7 @@ class PagedRunner:
             table += [self._shuffled[block] for block in blocks]
             self._lengths[name] = end
         tables = [self._tables[name] for name in new]
-        # Rows in any order, among others, with nothing sensible behind a sequence's blocks.
+        # Table rows are shuffled among unused ones, with invalid entries behind a sequence's blocks.
         rows = torch.randperm(len(tables) + 2)[: len(tables)]
         block_tables = torch.full((len(tables) + 2, max(map(len, tables)) + 1), 10**9)
         for row, table in zip(rows.tolist(), tables, strict=True):
@@ -104,7 +104,7 @@ class PagedRunner:
             logits_indices=torch.arange(total) if logits is None else torch.tensor(logits, dtype=torch.int64),
             table_rows=rows,
         )
-        return self.model.forward(batch, self.cache, **hooks)
+        return self.model.forward(batch, self.cache, LayerHooks(**hooks))
 
 
 @pytest.fixture

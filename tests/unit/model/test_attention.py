@@ -1,4 +1,4 @@
-"""Both forms of attention against the textbook formula, written out over a plain list of keys."""
+"""Compares both forms of attention with the textbook formula over a plain list of keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 8, 4
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q: [new, heads, D]; k, v: [context, kv_heads, D], the queries' own tokens last."""
+    """The textbook formula. q: [new, heads, D]; k, v: [context, kv_heads, D], of which the new tokens are the last."""
     rows = []
     for index, query in enumerate(q):
         seen = len(k) - len(q) + index + 1
@@ -29,7 +29,7 @@ def textbook(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Case:
-    """Sequences of (new, context) tokens, in shuffled blocks of a cache that is NaN everywhere else."""
+    """Makes sequences of (new, context) tokens, in shuffled blocks of a cache that is NaN elsewhere."""
 
     def __init__(self, lengths: list[tuple[int, int]], dtype: DTypeName = "float32") -> None:
         kind = getattr(torch, dtype)
@@ -91,7 +91,7 @@ def test_equals_the_textbook(lengths: list[tuple[int, int]]) -> None:
 
 
 def test_what_a_decode_step_reads_is_only_the_sequence_itself() -> None:
-    """A row of NaN, as a failed neighbour leaves behind, stays in its own row."""
+    """NaN of a failed sequence stays in that sequence's rows."""
     case = Case([(1, 6), (1, 11), (1, 3)])
     want = case.expected()
     bad = case.tables[1, 0] * BLOCK

@@ -1,4 +1,4 @@
-"""Heads whose rows of rare tokens are of low rank: found again exactly, lowered where it costs least."""
+"""Tests heads with rows of low rank: their factors are recovered exactly, and lowering the rank costs the least."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.model.head import factors, head_order, lower_rank, mask_of
+from overfill.model.head import head_mask_of, low_rank_factors, lower_rank, tokens_in_row_order
 from overfill.model.loading import load_int8_weights, load_weights
 from overfill.pair.distill.model import PackedModel
 from overfill.pair.plain import load_plain, round_to_int8
@@ -26,21 +26,21 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=64,
-    overfill_head={"tokens": 30, "tail_rank": 6, "whole": b64encode(mask_of(torch.arange(0, 90, 3), 90)).decode()},
+    overfill_head={"tokens": 30, "tail_rank": 6, "whole": b64encode(head_mask_of(torch.arange(0, 90, 3), 90)).decode()},
 )
 
 
 def test_factors_of_rows_of_low_rank_are_exact() -> None:
     rows = torch.randn(60, 6) @ torch.randn(6, 32)
-    left, right = factors(rows, 6)
+    left, right = low_rank_factors(rows, 6)
     assert left.shape == (60, 6)
     assert right.shape == (6, 32)
     torch.testing.assert_close(left @ right, rows, atol=1e-5, rtol=0)
 
 
 def test_rows_of_higher_rank_are_refused() -> None:
-    with pytest.raises(InvalidPair, match="not of rank 6"):
-        factors(torch.randn(60, 32), 6)
+    with pytest.raises(InvalidPair, match="exceed rank 6"):
+        low_rank_factors(torch.randn(60, 32), 6)
 
 
 def test_what_is_lost_is_what_inputs_make_least_of() -> None:
@@ -58,7 +58,7 @@ def test_what_is_lost_is_what_inputs_make_least_of() -> None:
 
 def test_the_rows_of_frequent_tokens_stay() -> None:
     plan = HeadPlan(torch.tensor([0, 0.5, 0, 0.1, 0, 0.4, 0, 0]), 4, 2)
-    assert head_order(8, b64decode(plan.as_config()["whole"]))[:4].tolist() == [0, 1, 3, 5]
+    assert tokens_in_row_order(8, b64decode(plan.as_config()["whole"]))[:4].tolist() == [0, 1, 3, 5]
     head = torch.randn(8, 6)
     lowered = plan.apply(head, torch.eye(6))
     assert torch.equal(lowered[[0, 1, 3, 5]], head[[0, 1, 3, 5]])
@@ -80,7 +80,7 @@ def test_int8_rounds_the_factors_as_the_reference_does(save_model, tmp_path: Pat
     weights = load_int8_weights(tmp_path, config, torch.float32, CPU)
     assert weights.tail is not None
     stored = torch.cat([weights.head.dequantised(), weights.tail.left.dequantised() @ weights.tail.right.dequantised()])
-    ours = stored[weights.tail.places]
+    ours = stored[weights.tail.row_index]
     reference = load_plain(tmp_path)
     round_to_int8(reference)
     torch.testing.assert_close(ours, reference.lm_head.weight.detach(), atol=1e-5, rtol=0)
@@ -100,4 +100,4 @@ def test_training_keeps_the_rank(save_model, tmp_path: Path) -> None:
 
     assert set(stored) == {name for name, _ in plain.named_parameters()}
     assert not torch.allclose(stored["lm_head.weight"], plain.lm_head.weight)
-    factors(stored["lm_head.weight"][model.order[30:]], 6)
+    low_rank_factors(stored["lm_head.weight"][model.order[30:]], 6)

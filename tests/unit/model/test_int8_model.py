@@ -1,4 +1,4 @@
-"""A model that is quantised on load computes what its rounded weights do, and holds them as int8."""
+"""Tests that a model quantised on load computes what its rounded weights compute, and stores them as int8."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rounded(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_model(model: torch.nn.Module) -> None:
-    """Rounds what the engine quantises; a tied head gets weights of its own."""
+    """Rounds the matrices that the engine quantises; a tied head gets its own weights."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(rounded(module.weight))

@@ -1,4 +1,4 @@
-"""A checkpoint is loaded whole and right, or refused with the name of what is wrong."""
+"""Tests that a checkpoint is loaded completely, or refused with a message that names the fault."""
 
 from __future__ import annotations
 

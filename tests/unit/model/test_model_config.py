@@ -1,4 +1,4 @@
-"""Which checkpoints the engine takes, what it reads from them, and how it refuses the rest."""
+"""Tests which checkpoints the engine accepts, what it reads from their config, and how it refuses others."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_order, mask_of
+from overfill.model.head import head_mask_of, tokens_in_row_order
 
-# As Llama 3.1 8B ships it, written by transformers 4.
+# The config of Llama 3.1 8B, written by transformers 4.
 LLAMA_31 = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -88,13 +88,13 @@ def test_a_head_in_two_parts_is_read() -> None:
 
 def test_the_whole_rows_may_be_of_any_tokens() -> None:
     tokens = torch.tensor([128255, 7, 64])
-    parts = {"tokens": 3, "tail_rank": 2, "whole": b64encode(mask_of(tokens, 128256)).decode()}
-    order = head_order(128256, ModelConfig.from_dict(LLAMA_31 | {"overfill_head": parts}).head_mask)
+    parts = {"tokens": 3, "tail_rank": 2, "whole": b64encode(head_mask_of(tokens, 128256)).decode()}
+    order = tokens_in_row_order(128256, ModelConfig.from_dict(LLAMA_31 | {"overfill_head": parts}).head_mask)
     assert order[:5].tolist() == [7, 64, 128255, 0, 1]
     assert sorted(order.tolist()) == list(range(128256))
 
 
-@pytest.mark.parametrize("whole", [b64encode(mask_of(torch.arange(4), 128256)).decode(), "AQ==", "?", 7])
+@pytest.mark.parametrize("whole", [b64encode(head_mask_of(torch.arange(4), 128256)).decode(), "AQ==", "?", 7])
 def test_tokens_that_are_not_those_counted_are_refused(whole: object) -> None:
     with pytest.raises(InvalidPair, match="whole"):
         ModelConfig.from_dict(LLAMA_31 | {"overfill_head": {"tokens": 3, "tail_rank": 2, "whole": whole}})

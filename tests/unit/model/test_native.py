@@ -1,4 +1,4 @@
-"""The native forward pass computes what the reference does, for every shape that the engine gives it."""
+"""Tests that the native forward pass computes what the reference computes, for every shape that the engine uses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from overfill.model.head import mask_of
+from overfill.model.head import head_mask_of
 from overfill.model.native import library
-from overfill.model.native.transformer import NativeTransformer, fastest, supported
+from overfill.model.native.transformer import NativeTransformer, fastest_model, supported
 from overfill.model.transformer import Transformer
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -33,7 +35,7 @@ SHAPE = {
 CHOSEN_ROWS = {
     "tokens": 90,
     "tail_rank": 7,
-    "whole": b64encode(mask_of(torch.arange(3, 183, 2), SHAPE["vocab_size"])).decode(),
+    "whole": b64encode(head_mask_of(torch.arange(3, 183, 2), SHAPE["vocab_size"])).decode(),
 }
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
@@ -60,13 +62,13 @@ on_both_units = pytest.mark.parametrize(
 
 def load(folder: Path, quantize: str = "none", amx: bool | None = None) -> NativeTransformer:
     loaded = Transformer.load(folder, torch.bfloat16, CPU, quantize=quantize)
-    model = fastest(loaded) if amx is None else NativeTransformer(loaded, amx=amx)
+    model = fastest_model(loaded) if amx is None else NativeTransformer(loaded, amx=amx)
     assert isinstance(model, NativeTransformer)
     return model
 
 
 def through(run) -> torch.Tensor:
-    """Every way in which tokens enter: a prompt, a chunk, several new tokens, a single one; beside a neighbour."""
+    """Runs a prompt, a chunk, several new tokens and a single one, next to another sequence."""
     logits = [run.step({"a": PROMPT[:200]}), run.step({"a": PROMPT[200:330], "b": PROMPT[:37]})]
     logits += [run.step({"b": PROMPT[37:39], "a": PROMPT[330:333]})]
     logits += [run.step({"a": [PROMPT[333 + i]], "b": [PROMPT[39 + i]]}) for i in range(5)]
@@ -80,7 +82,7 @@ def through(run) -> torch.Tensor:
 def test_logits_are_nearer_to_float32_than_those_of_the_reference(
     name: str, threads: int, amx: bool, save_model, runner, tmp_path: Path
 ) -> None:
-    """Both round to bfloat16, at different places, so neither is the other's to the last bit."""
+    """Both round to bfloat16, but at different places, so they differ in the last bits."""
     save_model(CONFIGS[name])
     exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU), 256))
     eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU), 256))
@@ -95,7 +97,7 @@ def test_logits_are_nearer_to_float32_than_those_of_the_reference(
 @on_both_units
 @pytest.mark.parametrize("name", CONFIGS)
 def test_int8_weights_add_no_error_of_their_own(name: str, amx: bool, save_model, runner, tmp_path: Path) -> None:
-    """Held against the same rounded weights in float32."""
+    """Compares with the same rounded weights in float32."""
     save_model(CONFIGS[name])
     exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU, quantize="int8"), 256))
     eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU, quantize="int8"), 256))
@@ -111,7 +113,7 @@ def test_int8_weights_add_no_error_of_their_own(name: str, amx: bool, save_model
 def test_the_most_likely_tokens_are_those_of_the_logits(
     name: str, threads: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """For few rows, of which threads share panels, and for many, which they share out."""
+    """With few rows the threads share panels; with many they share rows."""
     save_model(CONFIGS[name])
     torch.set_num_threads(threads)
     model = load(tmp_path)
@@ -127,7 +129,7 @@ def test_the_most_likely_tokens_are_those_of_the_logits(
 def test_a_cache_of_int8_adds_no_error_of_its_own(
     name: str, threads: int, amx: bool, save_model, runner, tmp_path: Path
 ) -> None:
-    """Held against the reference on such a cache in float32, whose codes are nearly the same."""
+    """Compares with the reference on an int8 cache in float32, whose codes are nearly the same."""
     save_model(CONFIGS[name])
     exact = through(runner(Transformer.load(tmp_path, torch.float32, CPU), 256, kv_cache_dtype="int8"))
     eager = through(runner(Transformer.load(tmp_path, torch.bfloat16, CPU), 256, kv_cache_dtype="int8"))
@@ -148,7 +150,7 @@ def test_a_cache_of_int8_adds_no_error_of_its_own(
 def test_attention_of_single_tokens_to_codes_is_nearer_to_float32_than_that_of_the_reference(
     heads: int, kv_heads: int, dim: int, block_size: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """Contexts that end anywhere in a chunk, beside NaN; those of several spans too."""
+    """Contexts end at any position of a chunk, next to NaN; some have several spans."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
     save_model(LlamaConfig(**SHAPE | sizes | {"hidden_size": 360, "num_hidden_layers": 1}))
     torch.set_num_threads(2)
@@ -169,7 +171,7 @@ def test_attention_of_single_tokens_to_codes_is_nearer_to_float32_than_that_of_t
 def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
     threads: int, quantize: str, amx: bool, save_model, runner, tmp_path: Path
 ) -> None:
-    """Logits of any rows, in any order, are bit for bit those that they are among all rows'; so is what follows."""
+    """Logits of selected rows equal those of all rows to the last bit, in any order; so do later steps."""
     save_model(CONFIGS["biases"])
     torch.set_num_threads(threads)
     model = load(tmp_path, quantize, amx)
@@ -190,7 +192,7 @@ def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
 def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
     hidden: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """Up to 8 new tokens, heads of 48: tiles compute products only. The sums of int8 are whole numbers."""
+    """With up to 8 new tokens and heads of 48, tiles compute products only. Sums of int8 products are integers."""
     sizes = {"hidden_size": hidden, "intermediate_size": hidden + 31, "num_hidden_layers": 1, "head_dim": 48}
     save_model(Qwen2Config(**SHAPE | sizes))
     models = {(kind, amx): load(tmp_path, kind, amx) for kind in ("none", "int8") for amx in (False, True)}
@@ -212,7 +214,7 @@ def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(
 def test_attention_of_single_tokens_is_the_same_in_amx_tiles(
     heads: int, kv_heads: int, dim: int, block_size: int, save_model, runner, tmp_path: Path
 ) -> None:
-    """Contexts that end anywhere in a tile, beside NaN; one is longer than a span and than what is scored at once."""
+    """Contexts end at any position of a tile, next to NaN; one is longer than a span and than a chunk of scores."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
     sizes |= {"hidden_size": 360, "num_hidden_layers": 1}
     save_model(LlamaConfig(**SHAPE | sizes))
@@ -230,7 +232,7 @@ def test_attention_of_single_tokens_is_the_same_in_amx_tiles(
 @on_both_units
 @pytest.mark.parametrize("held", ["auto", "int8"])
 def test_a_sequence_of_nan_keeps_to_itself(held: str, amx: bool, save_model, runner, tmp_path: Path) -> None:
-    """As a failed neighbour leaves it behind; blocks that nobody owns are NaN anyway (see the runner)."""
+    """A failed sequence leaves NaN in its blocks; the runner fills unowned blocks with NaN anyway."""
     save_model(CONFIGS["llama"])
     run = runner(load(tmp_path, amx=amx), 256, kv_cache_dtype=held)
     run.step({"a": PROMPT[:50], "b": PROMPT[:60]})
@@ -253,11 +255,11 @@ def test_hooks_run_in_order_and_may_give_up(save_model, runner, tmp_path: Path) 
     calls: list[tuple[str, int]] = []
     run.step(
         {"a": PROMPT[:20]},
-        on_layer_start=lambda layer: calls.append(("start", layer)),
-        on_kv_written=lambda layer: calls.append(("written", layer)),
+        layer_start=lambda layer: calls.append(("start", layer)),
+        kv_written=lambda layer: calls.append(("written", layer)),
     )
     assert calls == [(kind, layer) for layer in range(3) for kind in ("start", "written")]
-    for hook in ("on_layer_start", "on_kv_written"):
+    for hook in ("layer_start", "kv_written"):
 
         def give_up(layer: int) -> None:
             if layer == 1:
@@ -278,7 +280,7 @@ def test_what_a_hook_sees_is_in_the_cache(save_model, runner, tmp_path: Path) ->
         k, v = run.cache.layer(layer)
         seen.append(bool(k[slots].isfinite().all() and v[slots].isfinite().all()))
 
-    run.step({"a": PROMPT[:20]}, on_kv_written=written)
+    run.step({"a": PROMPT[:20]}, kv_written=written)
     assert seen == [True] * 3
 
 
@@ -308,7 +310,7 @@ def test_nothing_is_read_or_written_out_of_bounds(change: dict, words: str, save
 
 
 def test_two_engines_of_one_process_compute_at_once(save_model, runner, tmp_path: Path) -> None:
-    """Each on a thread of its own, as prefill and decode workers in one process would, with two threads each."""
+    """Each model runs on its own thread with two intra-op threads, as two workers in one process would."""
     save_model(CONFIGS["llama"])
     want = through(runner(load(tmp_path), 256))
     shared = load(tmp_path)
@@ -335,7 +337,7 @@ def test_two_engines_of_one_process_compute_at_once(save_model, runner, tmp_path
 def test_what_the_kernels_do_not_cover_runs_on_the_reference(save_model, tmp_path: Path) -> None:
     save_model(LlamaConfig(**SHAPE | {"head_dim": 160}))
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        assert type(fastest(Transformer.load(tmp_path, dtype, CPU))) is Transformer
+        assert type(fastest_model(Transformer.load(tmp_path, dtype, CPU))) is Transformer
     config = Transformer.load(tmp_path, torch.bfloat16, CPU).config
     assert not supported(config, torch.bfloat16, CPU)
 

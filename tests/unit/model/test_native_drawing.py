@@ -1,4 +1,4 @@
-"""Native draws are those of the reference in ``model.sampling``, which is held against Hugging Face's."""
+"""Compares native draws with the reference in ``model.sampling``, which test_sampling.py compares with transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from overfill.model.native import library
 from overfill.model.native.drawing import draw
 from overfill.request.params import SamplingParams
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 
 FILTERS = [
     {},
@@ -41,7 +43,7 @@ def reference(logits: torch.Tensor, params: list[SamplingParams], u: np.ndarray)
 @pytest.mark.parametrize("spread", [0.3, 4.0])
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_draws_are_those_of_the_reference(options: dict, spread: float, vocab: int) -> None:
-    """But for ``u`` within a float32 rounding of the boundary between two tokens."""
+    """They may differ only if ``u`` is within a float32 rounding of the boundary between two tokens."""
     torch.manual_seed(1)
     rows = 300
     logits = torch.randn(rows, vocab) * spread

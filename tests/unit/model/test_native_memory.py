@@ -1,4 +1,4 @@
-"""A step that there is no memory for fails, and the ones after it are computed as ever."""
+"""Tests that a step without enough memory fails, and that later steps succeed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from transformers import LlamaConfig
 
 from overfill.model.native import library
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 
-# Limits are a process's own, so it is another one that runs out of memory.
+# A memory limit applies to a process, so a child process runs out of memory.
 SCRIPT = """
 import resource, sys
 from pathlib import Path
 import torch
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.cache import KvCache
-from overfill.model.native.transformer import NativeTransformer, fastest
+from overfill.model.native.transformer import NativeTransformer, fastest_model
 from overfill.model.transformer import Transformer
 
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
-model = fastest(Transformer.load(Path(sys.argv[1]), torch.bfloat16, cpu))
+model = fastest_model(Transformer.load(Path(sys.argv[1]), torch.bfloat16, cpu))
 assert isinstance(model, NativeTransformer)
 runner = ModelRunner(model, KvCache(model.config.kv_spec("bfloat16"), 2048, 16, cpu))
 few = [Work(list(range(8)), 0, [0], wants_logits=True)]

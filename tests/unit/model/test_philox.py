@@ -1,4 +1,4 @@
-"""The generator is Philox4x32-10, and its numbers are uniform, distinct and reproducible."""
+"""Tests that the generator is Philox4x32-10, and that its numbers are uniform, distinct and reproducible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Penalties, bias and grammar: the formulas that others use, row by row, and no state that tokens do not tell."""
+"""Tests penalties, bias and grammar: the usual formulas, row by row, with no state besides the tokens."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_row_does_not_depend_on_the_others(grammars: Grammars) -> None:
 
 @pytest.mark.parametrize("params", MIXED[1:], ids=str)
 def test_state_is_rebuilt_from_the_tokens_alone(params: SamplingParams, grammars: Grammars) -> None:
-    """One that saw every step, one that begins in the middle, and one that catches up do the same."""
+    """A processor that saw every step, one that starts in the middle and one that catches up are equal."""
     seeing = new_processor(params, [2, 3], grammars, [END])
     emitted: list[int] = []
     for step in range(6):
@@ -108,7 +108,7 @@ def test_state_is_rebuilt_from_the_tokens_alone(params: SamplingParams, grammars
 
 
 def run(params: SamplingParams, grammars: Grammars, seed: int) -> list[int]:
-    """Tokens drawn until the end."""
+    """Samples tokens until the answer ends."""
     processor = new_processor(params, [2, 3], grammars, [END])
     emitted: list[int] = []
     for step in range(200):

@@ -1,4 +1,4 @@
-"""An int8 matrix is as near as int8 can be, and a product with it is a product with what it stands for."""
+"""Tests that an int8 matrix has the least error possible, and that products use the matrix that it represents."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_product_is_that_of_what_the_matrix_stands_for(
     got = linear(x, quantised, bias)
 
     assert got.dtype == dtype
-    # Roundings of the result: of the product, of the scaled product, and of the sum with the bias.
+    # The result is rounded three times: the product, the scaled product, and the sum with the bias.
     size = (x.double().abs() @ wide.abs().T).max() + (0 if bias is None else bias.abs().max())
     assert (got.double() - want).abs().max() <= 3 * torch.finfo(dtype).eps * size
 

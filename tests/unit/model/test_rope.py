@@ -1,4 +1,4 @@
-"""Frequencies and rotations equal those of transformers."""
+"""Tests that frequencies and rotations equal those of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens are drawn from the distribution that was asked for, reproducibly, row by row."""
+"""Tests that tokens are drawn from the requested distribution, reproducibly, row by row."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def sample(
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, n: int) -> list[int]:
-    """``n`` draws from one row, at positions 0 to n - 1."""
+    """Draws ``n`` tokens from one row, at positions 0 to n - 1."""
     tokens = sample(logits.expand(n, -1), [params] * n, range(n), [0] * n)
     return [token.token_id for token in tokens]
 
 
 def hugging_face(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution that *generate* draws from."""
+    """The distribution from which *generate* draws."""
     warpers = [TemperatureLogitsWarper(params.temperature)]
     if params.top_k is not None:
         warpers.append(TopKLogitsWarper(params.top_k))

@@ -1,4 +1,4 @@
-"""Our logits are Hugging Face's, however a sequence is cut into steps and wherever its blocks lie."""
+"""Tests that logits equal Hugging Face's, for any division of a sequence into steps and any placement of its blocks."""
 
 from __future__ import annotations
 
@@ -147,15 +147,15 @@ def test_hooks_see_each_layer_start_and_its_kv_written(tiny: Transformer, runner
 
     run.step(
         {"a": PROMPT},
-        on_layer_start=lambda layer: record("start", layer),
-        on_kv_written=lambda layer: record("written", layer),
+        layer_start=lambda layer: record("start", layer),
+        kv_written=lambda layer: record("written", layer),
     )
 
     tokens = len(PROMPT)
     assert calls == [event for layer in range(3) for event in (("start", layer, 0), ("written", layer, tokens))]
 
 
-@pytest.mark.parametrize("hook", ["on_layer_start", "on_kv_written"])
+@pytest.mark.parametrize("hook", ["layer_start", "kv_written"])
 def test_a_hook_that_raises_aborts_the_step(hook: str, tiny: Transformer, runner) -> None:
     class Aborted(Exception):
         pass

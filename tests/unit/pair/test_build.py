@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.config import ModelConfig
 from overfill.model.digest import checkpoint_digest
-from overfill.model.head import head_order
+from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import load_weights
 from overfill.model.manifest import Pair
 from overfill.pair.build import SCORES_FILE, build_pair, take
@@ -127,14 +127,14 @@ def test_a_head_in_two_parts_is_an_ordinary_one_to_plain_transformers(fit: str, 
     config = lowered.decoder_config
     assert (config.head_tokens, config.tail_rank, config.vocab_size) == (128, 9, vocab)
     rows = [AutoModelForCausalLM.from_pretrained(p.decoder_path).lm_head.weight.detach() for p in (whole, lowered)]
-    kept = head_order(vocab, config.head_mask)[:128]
+    kept = tokens_in_row_order(vocab, config.head_mask)[:128]
     assert set(config.eos_token_ids) < set(kept.tolist())
     torch.testing.assert_close(rows[1][kept], rows[0][kept], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(rows[1], rows[0], atol=1e-3)
 
     weights = load_weights(lowered.decoder_path, config, torch.float32, torch.device("cpu"))
     assert weights.tail is not None
-    ours = torch.cat([weights.head, weights.tail.left @ weights.tail.right])[weights.tail.places]
+    ours = torch.cat([weights.head, weights.tail.left @ weights.tail.right])[weights.tail.row_index]
     torch.testing.assert_close(ours, rows[1], atol=1e-5, rtol=1e-5)
 
 

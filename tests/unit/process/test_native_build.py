@@ -144,7 +144,7 @@ def test_where_the_kernels_do_not_run_the_reference_does_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(library, "_NEEDED", ("wings",))
-    for function in (library.load, library.why_not):
+    for function in (library.load, library.unavailable_reason):
         function.cache_clear()
     try:
         assert library.load() is None
@@ -153,10 +153,12 @@ def test_where_the_kernels_do_not_run_the_reference_does_and_says_so_once(
             "native kernels are not used, and steps on this CPU are slower: the CPU lacks wings"
         ]
     finally:
-        for function in (library.load, library.why_not):
+        for function in (library.load, library.unavailable_reason):
             function.cache_clear()
 
 
-@pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+@pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason=f"no native kernels: {library.unavailable_reason()}"
+)
 def test_the_real_compiler_makes_a_library_that_loads() -> None:
     assert ctypes.CDLL(str(build())).ovf_forward

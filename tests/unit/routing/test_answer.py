@@ -68,7 +68,7 @@ async def test_an_identical_repeat_is_dropped():
         (tokens(3, 9), "2..2 of the answer are missing"),
         (tokens(1, 9), "differ"),
         (tokens(0, 7, 9), "differ"),
-        (tokens(2, 1, 1, 1), "more than 4"),
+        (tokens(2, 1, 1, 1), "more than max_tokens=4"),
         (tokens(2, 1, 1, logprobs=[common_pb2.TokenLogprobs()]), "1 log-probabilities for 2 tokens"),
     ],
 )

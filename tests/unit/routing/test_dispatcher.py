@@ -10,7 +10,7 @@ from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
-from overfill.routing.line import Line
+from overfill.routing.fair_queue import FairQueue
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
@@ -169,11 +169,11 @@ def test_a_failed_prefill_goes_to_another_worker_before_new_requests(roster, dis
     dispatcher.reserved(a)
     dispatcher.reserved(b)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0"), ("b", "p1")]
-    dispatcher.need_prefill(a, p0, failed=True, closed=False)
+    dispatcher.need_prefill(a, p0, failed=True, pause=False)
     assert dispatcher.poll(0.0) == [], "p1 is alive, so a waits for it rather than try p0 again"
     dispatcher.prefill_done(b)
     assert placed(dispatcher.poll(0.0)) == [("a", "p1")]
-    dispatcher.need_prefill(a, p1, failed=True, closed=True)
+    dispatcher.need_prefill(a, p1, failed=True, pause=True)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")], "every worker has failed it: any will do"
 
 
@@ -190,7 +190,7 @@ def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatche
     roster.prefill.place(p0, 1)
     roster.prefill.place(p0, 1)  # no slot for now
     dispatcher.reserved(b)
-    dispatcher.need_prefill(a, p0, failed=False, closed=False)
+    dispatcher.need_prefill(a, p0, failed=False, pause=False)
     assert dispatcher.poll(0.0) == []
     roster.prefill.release(p0)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
@@ -289,7 +289,7 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
     add_worker(roster, "p0", PREFILL)
     for incarnation, seconds in enumerate(startups):
         info = replace(make_info("d0", incarnation=incarnation), startup_seconds=seconds)
-        roster.decode.leave(roster.join(info))
+        roster.decode.remove(roster.join(info))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
     keep_reporting(roster, "p0", patience - 0.1)
@@ -302,9 +302,9 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
 def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(roster, add_worker, make_info):
     dispatcher = Dispatcher(roster, LeastLoad())
     add_worker(roster, "p0", PREFILL)
-    roster.decode.leave(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
+    roster.decode.remove(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
     for _ in range(20):
-        roster.decode.leave(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
+        roster.decode.remove(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
     keep_reporting(roster, "p0", 119.9)
@@ -431,9 +431,9 @@ def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
     dispatcher.submit(job("a2", prompt=10, answer=10, key="a"), 0.0)
     dispatcher.submit(job("b2", prompt=10, answer=10, key="b"), 0.0)
     assert [j.id for j in dispatcher.waiting()] == ["a", "b", "b2", "a2"], "as if the others had never been"
-    moved = Line()
+    moved = FairQueue()
     moved_job = job("moved", key="a")
-    moved_job.resumed = True
+    moved_job.migrated = True
     moved.append(moved_job)
     assert moved_job.charged == 0, "so nothing can be given back for it"
 
@@ -484,11 +484,11 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     assert dispatcher.num_waiting == 2
     dispatcher.admit(0, "", now, now + 0.7)
-    with pytest.raises(Overloaded, match="the deadline is in 0") as caught:
+    with pytest.raises(Overloaded, match="the deadline in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.admit(0, "", now, now + 0.3, begun=True)
-    dispatcher.admit(-1, "", now, now + 0.3)  # nobody goes before an urgent one
+    dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
+    dispatcher.admit(-1, "", now, now + 0.3)  # an urgent request has none ahead of it
 
 
 def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
@@ -504,7 +504,7 @@ def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, m
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for index in range(2):
         dispatcher.submit(job(f"more{index}"), now)
-    with pytest.raises(Overloaded, match="the most here is 1 s"):
+    with pytest.raises(Overloaded, match="the limit 1 s"):
         for index in range(4):
             dispatcher.submit(job(f"too many{index}"), now)
 
@@ -628,7 +628,7 @@ class Dispatching(RuleBasedStateMachine):
     def worker_leaves(self, name):
         pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
         if (worker := pool.get(name)) is not None:
-            pool.leave(worker)
+            pool.remove(worker)
         self.poll()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
@@ -692,10 +692,10 @@ class Dispatching(RuleBasedStateMachine):
             self.dispatcher.lost(job, self.now, gone=gone)
             self.poll()
 
-    @rule(data=st.data(), failed=st.booleans(), closed=st.booleans())
-    def prefill_is_needed_again(self, data, failed, closed):
+    @rule(data=st.data(), failed=st.booleans(), pause=st.booleans())
+    def prefill_is_needed_again(self, data, failed, pause):
         if job := self.pick(data, JobState.RUNNING):
-            self.dispatcher.need_prefill(job, job.prefill, failed=failed, closed=closed)
+            self.dispatcher.need_prefill(job, job.prefill, failed=failed, pause=pause)
             self.poll()
 
     @rule(data=st.data())
@@ -718,7 +718,7 @@ class Dispatching(RuleBasedStateMachine):
         assert self.dispatcher.num_jobs == len(self.open)
 
     def teardown(self):
-        """With healthy workers and nobody failing any more, everything is answered or refused."""
+        """With healthy workers and no more failures, every request is answered or refused."""
         for name in ("d0", "d1", "d2", "p0", "p1"):
             pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
             worker = self.join(name, pool.stage, 99)

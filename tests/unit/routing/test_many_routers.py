@@ -1,7 +1,7 @@
 """Several dispatchers over the same modelled workers, which divide their credits: nothing ever waits for ever.
 
 Every step draws what comes next: requests, answers, reports that arrive late, workers that fail or leave. In the end,
-with nobody failing any more, every request is answered or refused, and every block and slot is back.
+with no more failures, every request is answered or refused, and every block and slot is back.
 """
 
 import itertools
@@ -25,7 +25,7 @@ IDENTITY = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
 
 
 class Model:
-    """A worker: what it holds, for whom, and what its routers have told it."""
+    """A modelled worker: its requests per router, and the demands that its routers have sent."""
 
     def __init__(self, name, stage, capacity, blocks, num_routers):
         self.name, self.stage, self.capacity, self.total = name, stage, capacity, blocks
@@ -110,7 +110,7 @@ class World:
         self.ended += 1
 
     def advance(self, job):
-        """What the job's decode worker says next."""
+        """Plays the next message of the job's decode worker."""
         router = self.jobs[job]
         dispatcher = self.routers[router][1]
         if job.state is JobState.PLACED:
@@ -121,7 +121,7 @@ class World:
                 dispatcher.refused(job, model.report(router).load)
         elif job.state is JobState.RUNNING and job.prefill is not None:
             if len(self.model(job.prefill).held) >= self.model(job.prefill).capacity:
-                dispatcher.need_prefill(job, job.prefill, failed=False, closed=True)
+                dispatcher.need_prefill(job, job.prefill, failed=False, pause=True)
             else:
                 dispatcher.prefill_done(job, self.now)
         elif job.state is JobState.RUNNING:

@@ -83,7 +83,7 @@ def test_of_two_drawn_workers_the_less_loaded_is_taken(add_worker):
         add_worker(roster, f"d{index}", running=index)
     chosen = [choose(roster.decode).id for _ in range(200)]
     assert len(set(chosen)) > 5, "not all the same one"
-    assert "d9" not in chosen, "the most loaded loses against anyone"
+    assert "d9" not in chosen, "the most loaded worker loses every comparison"
 
 
 # Prefix affinity ---------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_blocks_that_were_evicted_or_whose_worker_left_draw_nobody(affinity, mak
     pool.report(pool.get("p1"), report, 0.0)
     assert choose(pool, 40, prompt).id == "p0"
     tell(affinity, pool.get("p2"), make_report, prompt)
-    pool.leave(pool.get("p2"))
+    pool.remove(pool.get("p2"))
     assert choose(pool, 40, prompt).id == "p0"
     pool.check(0.0)
 

@@ -24,7 +24,7 @@ def test_a_draining_worker_takes_nothing_new(make_info, make_report):
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(draining=True), 0.0)
     assert not worker.admissible(0.0)
-    assert not worker.staying
+    assert worker.draining
 
 
 def test_credits_bound_what_is_in_flight(make_info, make_report):
@@ -49,23 +49,23 @@ def test_a_worker_that_stopped_reporting_takes_nothing_new(make_info, make_repor
 
 def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_report):
     roster = Roster()
-    assert roster.lacking(0.0) == [PREFILL, DECODE]
+    assert roster.unready_stages(0.0) == [PREFILL, DECODE]
     prefill = roster.join(make_info("p0", PREFILL))
     decode = [roster.join(make_info(name)) for name in ("d0", "d1")]
-    assert roster.lacking(0.0) == [PREFILL, DECODE], "none has reported"
+    assert roster.unready_stages(0.0) == [PREFILL, DECODE], "none has reported"
     roster.prefill.report(prefill, make_report(ready=False), 0.0)
     for worker in decode:
         roster.decode.report(worker, make_report(credits=0), 0.0)
-    assert roster.lacking(0.0) == [PREFILL], "a full worker is ready, one that is loading is not"
+    assert roster.unready_stages(0.0) == [PREFILL], "a full worker is ready, one that is loading is not"
     roster.prefill.report(prefill, make_report(), 1.0)
-    assert roster.lacking(1.0) == []
-    roster.decode.leave(decode[0])
-    assert roster.lacking(1.0) == []
+    assert roster.unready_stages(1.0) == []
+    roster.decode.remove(decode[0])
+    assert roster.unready_stages(1.0) == []
     roster.decode.report(decode[1], make_report(draining=True), 1.0)
-    assert roster.lacking(1.0) == [DECODE]
+    assert roster.unready_stages(1.0) == [DECODE]
     roster.decode.report(decode[1], make_report(), 2.0)
-    assert roster.lacking(1.0 + STALE_AFTER) == []
-    assert roster.lacking(1.1 + STALE_AFTER) == [PREFILL], "silence is enough, without any event"
+    assert roster.unready_stages(1.0 + STALE_AFTER) == []
+    assert roster.unready_stages(1.1 + STALE_AFTER) == [PREFILL], "silence is enough, without any event"
 
 
 def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, make_report):
@@ -78,7 +78,7 @@ def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, ma
     assert new.in_flight == 0
     pool.release(old)  # the old one's request ends later and touches only the old one
     assert (old.in_flight, new.in_flight) == (0, 0)
-    pool.leave(old)
+    pool.remove(old)
     assert list(pool) == [new]
 
 
@@ -87,7 +87,7 @@ def test_the_same_incarnation_that_joins_again_still_has_its_requests(make_info,
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(credits=1), 0.0)
     pool.place(worker, 10)
-    pool.leave(worker)
+    pool.remove(worker)
     assert len(pool) == 0
     back = pool.join(make_info("d0"))
     assert back is worker

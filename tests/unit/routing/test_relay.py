@@ -16,8 +16,8 @@ from overfill.errors import (
 )
 from overfill.routing import attempt
 from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
@@ -82,7 +82,7 @@ class Stack:
     def __init__(self, roster, report):
         self.roster = roster
         self.dispatcher = Dispatcher(roster, LeastLoad(), max_queue=4, absent_after=0.0)
-        self.gate = Gate(self.dispatcher)
+        self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.streams = asyncio.Queue()
         self._report = report
 
@@ -97,7 +97,7 @@ class Stack:
     def report(self, worker_id, **report):
         pool = self.roster.decode if worker_id.startswith("d") else self.roster.prefill
         pool.report(pool.get(worker_id), self._report(**report), asyncio.get_running_loop().time())
-        self.gate.poll()
+        self.async_dispatcher.poll()
 
     def assert_nothing_in_flight(self):
         assert [w.in_flight for w in self.roster.workers()] == [0] * len(self.roster.workers())
@@ -115,7 +115,7 @@ class Stack:
             deadline=None if timeout is None else now + timeout,
             emitted_token_ids=emitted,
         )
-        relay = Relay(request, self.gate, self, max_attempts=max_attempts)
+        relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
         relay.start()
         try:
             yield relay
@@ -224,7 +224,7 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         await stack.stream()
         worker = stack.roster.decode.get(stream.worker)
         assert worker.report.load == load
-        assert worker.closed, "opens at its next report"
+        assert worker.paused_until_report, "opens at its next report"
 
 
 async def test_refusals_do_not_count_as_lost_workers(stack):
@@ -284,7 +284,7 @@ async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack)
             if attempt < 2:  # what gets on is not given up
                 stream.tokens(attempt, 7)
             stream.fail(InternalError("bug"))
-        with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last: bug"):
+        with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last failure: bug"):
             await read_all(relay)
 
 
@@ -407,7 +407,9 @@ async def test_prefill_that_keeps_failing_ends_the_request(stack):
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="slow"))
         await stream.assigned()
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="too slow"))
-        with pytest.raises(Unavailable, match="2 failed prefills; 0 tokens had been produced; the last: too slow"):
+        with pytest.raises(
+            Unavailable, match="2 failed prefills; 0 tokens had been produced; the last failure: too slow"
+        ):
             await relay.next()
 
 
@@ -518,8 +520,8 @@ async def test_a_resubmitted_answer_that_was_whole_needs_no_worker(stack):
 
 
 async def test_a_stage_without_workers_ends_the_wait(stack):
-    stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
-    stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p0"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
     async with stack.request() as relay:
         with pytest.raises(Unavailable, match="no prefill worker"):
             await relay.next()
@@ -527,8 +529,8 @@ async def test_a_stage_without_workers_ends_the_wait(stack):
 
 async def test_the_deadline_ends_a_wait_for_a_stage_without_workers(stack):
     stack.dispatcher._absent_after = 3600.0
-    stack.roster.prefill.leave(stack.roster.prefill.get("p0"))
-    stack.roster.prefill.leave(stack.roster.prefill.get("p1"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p0"))
+    stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
     async with stack.request(timeout=0.01) as relay:
         with pytest.raises(DeadlineExceeded):
             await relay.next()

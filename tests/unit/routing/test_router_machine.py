@@ -1,8 +1,8 @@
 """The router's requests as a state machine: workers fail, refuse, drain and come back, readers are slow or leave.
 
-Real ``Relay``, ``Attempt``, ``Gate`` and ``Dispatcher`` on an event loop with a clock of its own; decode workers are
-played. In the end every request is answered, to the last token, or has failed for a reason that it was given; no slot
-is taken, no stream is open, and no worker holds blocks.
+Real ``Relay``, ``Attempt``, ``AsyncDispatcher`` and ``Dispatcher`` run on an event loop with a clock of its own; the
+decode workers are simulated. In the end every request is answered, to the last token, or has failed for a reason that
+it was given; no slot is taken, no stream is open, and no worker holds blocks.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from overfill.errors import (
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
@@ -41,7 +41,7 @@ STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 
 
 class ManualLoop(asyncio.SelectorEventLoop):
-    """Time stands still unless it is told to pass."""
+    """An event loop whose clock moves only when the test moves it."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ class Routing(RuleBasedStateMachine):
         self.loop = ManualLoop()
         self.roster = Roster()
         self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=6, reserve_after=3.0, absent_after=8.0)
-        self.gate = Gate(self.dispatcher)
+        self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.numbers = itertools.count()
         self.workers = []
         self.streams = []
@@ -175,7 +175,7 @@ class Routing(RuleBasedStateMachine):
     def report(self, worker, credits=3, *, ready=True, draining=False):
         load = decode_pb2.WorkerLoad(kv_blocks_total=40, block_size=BLOCK, running=worker.in_flight)
         report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
-        self.gate.report(worker, report)
+        self.async_dispatcher.report(worker, report)
 
     def pool(self, name):
         return self.roster.decode if name.startswith("d") else self.roster.prefill
@@ -200,7 +200,7 @@ class Routing(RuleBasedStateMachine):
     def begin(self):
         for name in ("d0", "d1", "p0"):
             self.act(lambda name=name: self.report(self.join(name, 0)))
-        for _ in range(2):  # something runs already: it takes rules many steps to come that far
+        for _ in range(2):  # start with running requests: the rules need many steps to get there
             self.take(Request(next(self.numbers), 10, 12, 0, None), 20)
         self.advance_all(1)
         self.advance_all(1)
@@ -227,13 +227,13 @@ class Routing(RuleBasedStateMachine):
         if (worker := self.pool(name).get(name)) is not None:
             if dies:
                 self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
-            self.pool(name).leave(worker)
-            self.act(self.gate.poll)
+            self.pool(name).remove(worker)
+            self.act(self.async_dispatcher.poll)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
     def time_passes(self, seconds):
         self.loop.now += seconds
-        self.act(self.gate.poll)
+        self.act(self.async_dispatcher.poll)
 
     # Requests ------------------------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Routing(RuleBasedStateMachine):
             deadline=request.deadline,
             emitted_token_ids=tuple(request.read),
         )
-        relay = self.act(Relay, relay_request, self.gate, self, max_attempts=MAX_ATTEMPTS)
+        relay = self.act(Relay, relay_request, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS)
         try:
             self.act(relay.start)
         except (Overloaded, PromptTooLong):
@@ -311,7 +311,7 @@ class Routing(RuleBasedStateMachine):
                 self.advance(stream, count)
 
     def advance(self, stream, count):
-        """Reserves; then some tokens; then the end, when there are none left."""
+        """Sends Reserved, then tokens, then the end of the answer."""
         if not stream.reserved:
             stream.reserved = True
             self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1))
@@ -390,7 +390,7 @@ class Routing(RuleBasedStateMachine):
 
     @invariant()
     def the_books_balance(self):
-        self.act(self.gate.poll)
+        self.act(self.async_dispatcher.poll)
         self.dispatcher.check(self.loop.now)
 
     @invariant()
@@ -411,7 +411,7 @@ class Routing(RuleBasedStateMachine):
                 assert self.loop.now >= request.deadline
             case ShuttingDown():
                 assert request.aborted
-            case error if "gave up after" in str(error) or "no prefill worker fits" in str(error):
+            case error if "gave up after" in str(error) or "no prefill worker is compatible" in str(error):
                 assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
             case PromptTooLong():
                 pass  # the workers that could have held it have left
@@ -421,7 +421,7 @@ class Routing(RuleBasedStateMachine):
         assert all(s.closed for s in streams)
 
     def teardown(self):
-        """With healthy workers and nobody failing any more, whatever is left is answered."""
+        """With healthy workers and no more failures, every remaining request is answered."""
         for name in NAMES:
             if (worker := self.pool(name).get(name)) is not None:
                 self.act(self.break_streams, worker.key, Unavailable("the connection broke"))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from overfill.routing.arrivals import AnswerLengths, Arrivals
 from overfill.routing.capacity import PrefillRate, StepCost, StepTime
-from overfill.routing.demand import Answers, Arrivals
 from overfill.routing.scaling import Bounds, PoolState, Scaler, ScalingConfig, _servers
 
 STEP = StepCost(base=0.01, per_sequence=0.001, per_kv_token=0.0)
@@ -220,7 +220,7 @@ def test_targets_are_never_out_of_bounds(events, low, extra, total):
         ({"ttft": 0.0}, "ttft must be above 0"),
         ({"quantile": 1.0}, "quantile must be"),
         ({"long_window": 5.0}, "shorter than short_window"),
-        ({"max_total": 1}, "less than both pools' minima"),
+        ({"max_total": 1}, "less than the sum of both pools' minima"),
     ],
 )
 def test_a_wrong_configuration_is_named(wrong, message):
@@ -288,7 +288,7 @@ def test_arrivals_rise_beyond_chance_only():
 
 
 def test_answers_weigh_contexts_by_length_and_survive_idleness():
-    answers = Answers(60, 10, 10)
+    answers = AnswerLengths(60, 10, 10)
     for second in range(300):
         answers.add(second, 1000, 1)
         answers.add(second, 100, 199)

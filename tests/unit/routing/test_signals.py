@@ -8,12 +8,12 @@ from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import ScalingConfig
-from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, spread
+from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
 from overfill.v1 import common_pb2, inference_pb2
 
 
 class Heard:
-    """Takes down what a scaler is told."""
+    """Records the calls to a scaler."""
 
     def __init__(self) -> None:
         self.config = ScalingConfig()
@@ -119,11 +119,11 @@ def test_every_number_is_a_number(signals):
 
 @pytest.mark.parametrize(("values"), [[100] * 6, [10, 10, 10, 500, 500, 500], [1, 2, 3, 4, 5, 6, 7], [9]])
 def test_arrivals_told_together_keep_their_number_sum_and_spread(values):
-    told = spread(len(values), sum(values), sum(v * v for v in values))
+    told = two_point_values(len(values), sum(values), sum(v * v for v in values))
     assert len(told) == len(values)
     assert sum(told) == pytest.approx(sum(values), rel=0.02)
     assert sum(v * v for v in told) == pytest.approx(sum(v * v for v in values), rel=0.1)
-    assert spread(0, 0, 0) == []
+    assert two_point_values(0, 0, 0) == []
 
 
 def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monkeypatch):

@@ -122,13 +122,13 @@ async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkey
     ):
         await router.report_with(1)
         for credits[0] in range(2, 9):
-            worker.notify(passing=True)
+            worker.notify(debounce=True)
             await asyncio.sleep(0)
         worker.notify()
         assert (await router.reports.get()).credits == 8
         monkeypatch.setattr(membership_module, "PASSING_GAP", 0.01)
         credits[0] = 9
-        worker.notify(passing=True)
+        worker.notify(debounce=True)
         await router.report_with(9)
 
 

@@ -1,4 +1,4 @@
-"""What the HTTP server's shell does with clients that send too much, too early or too slowly."""
+"""The HTTP server's limits: clients that send too much, too early or too slowly."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ PROMPT = PREFIX.blocks_of([1, 2, 3, 4])
 
 
 class SlowCache(KvCache):
-    """Reads wait until they may go on."""
+    """A cache whose reads block until the test lets them continue."""
 
     def __init__(self):
         super().__init__(KV, 4, 4, torch.device("cpu"))

@@ -69,7 +69,7 @@ def test_a_prefill_engine_hashes_nothing(prefix, hashed):
 
 
 def test_a_decode_engine_hashes_nothing_and_shares_a_long_prompt_in_parts(prefix, hashed, monkeypatch):
-    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED", 3)
+    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED_BLOCKS", 3)
     events = []
     engine = DecodeEngine(CountingRunner(), prefix.pool, 4, 16, events.extend, prefix)
     prompts = [prefix.blocks_of(PROMPT) for _ in range(2)]

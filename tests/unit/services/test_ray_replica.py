@@ -1,4 +1,4 @@
-"""What Ray asks of a replica's service."""
+"""Replicas of Ray Serve: start, health and drain of their service."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ async def test_a_router_whose_port_is_taken_says_so_once_and_starts_when_it_is_f
     await router.run()
     (warning,) = said()
     assert f"127.0.0.1:{port}" in warning
-    assert "tries again for 40 s" in warning
+    assert "retries for 40 s" in warning
     assert "--http off" in warning

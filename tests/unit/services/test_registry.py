@@ -1,4 +1,4 @@
-"""What a router says to workers that it shares, and when."""
+"""When a router sends its demand to workers that it shares with other routers."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.gate import Gate
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.worker import DECODE
@@ -20,7 +20,7 @@ KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=Rop
 HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stage=DECODE, kv=KV.to_proto(), wire_version=WIRE_VERSION)
 
 
-class CountingGate(Gate):
+class CountingDispatcher(AsyncDispatcher):
     looks = 0
 
     def queued(self, stage):
@@ -59,13 +59,13 @@ class Stream:
 @asynccontextmanager
 async def joined():
     roster = Roster()
-    gate = CountingGate(Dispatcher(roster, LeastLoad()))
+    dispatcher = CountingDispatcher(Dispatcher(roster, LeastLoad()))
     stream = Stream()
-    servicer = RegistryServicer("r", roster, gate, Connector())
+    servicer = RegistryServicer("r", roster, dispatcher, Connector())
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=HELLO))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     assert (await stream.heard.get()).HasField("welcome")
-    yield gate, stream
+    yield dispatcher, stream
     stream.said.put_nowait(None)
     await joining
 
@@ -81,27 +81,27 @@ def no_gap(monkeypatch):
 
 
 async def test_a_worker_of_one_router_is_told_nothing_and_costs_nothing():
-    async with joined() as (gate, stream):
+    async with joined() as (dispatcher, stream):
         stream.report(routers=1)
         await settled()
-        waiting = gate.submit(Job("a", 10, 10))
+        waiting = dispatcher.submit(Job("a", 10, 10))
         await settled()
         assert stream.heard.empty()
-        assert gate.looks == 0
+        assert dispatcher.looks == 0
         waiting.cancel()
 
 
 async def test_a_shared_worker_is_told_what_changes_and_costs_nothing_while_nothing_does():
-    async with joined() as (gate, stream):
+    async with joined() as (dispatcher, stream):
         stream.report(routers=2)
         assert (await stream.heard.get()).demand == registry_pb2.Demand()
         job = Job("a", 10, 10)
-        waiting = gate.submit(job)
+        waiting = dispatcher.submit(job)
         assert (await stream.heard.get()).demand == registry_pb2.Demand(queued=1)
         await settled()
-        looks = gate.looks
+        looks = dispatcher.looks
         await settled()
-        assert gate.looks == looks
-        gate.finish(job)
+        assert dispatcher.looks == looks
+        dispatcher.finish(job)
         assert waiting.cancelled()
         assert (await stream.heard.get()).demand == registry_pb2.Demand()

@@ -1,4 +1,4 @@
-"""Whose request it is reaches the workers as the cache namespace of its own key."""
+"""Each request reaches the workers with the cache namespace of its own API key."""
 
 import asyncio
 from contextlib import AsyncExitStack

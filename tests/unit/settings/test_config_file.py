@@ -103,7 +103,10 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
         ("prefill:\n  kv_memory: 1GiB", "did you mean kv-memory?"),
         ("prefil:\n  threads: 1", "prefil: unknown section; did you mean prefill?"),
         ("common:\n  config: x.yaml", "common.config: no such setting"),
-        ("router:\n  kv-memory: 1GiB", "no such setting; kv-memory is a setting of prefill and decode"),
+        (
+            "router:\n  kv-memory: 1GiB",
+            "router.kv-memory: no such setting; kv-memory is a setting of prefill and decode",
+        ),
         ("up:\n  threads: 2", "threads is a setting of prefill and decode"),
         ("prefill:\n  threads: 1\n  threads: 2", "the key threads appears twice"),
         ("prefill: 3", "prefill: expected settings in this section"),

@@ -7,7 +7,7 @@
 {{- end -}}
 {{- end }}
 
-{{/* What a selector has: never changes for a release. Arguments: root, component. */}}
+{{/* Labels of a selector; they never change within a release. Arguments: root, component. */}}
 {{- define "overfill.selector" -}}
 app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | trunc 63 }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -16,7 +16,7 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* Matchers of this release's series: labels that the PodMonitor gives them. Another release in the namespace has others. */}}
+{{/* PromQL matchers of this release's series, by labels that the PodMonitor adds. */}}
 {{- define "overfill.series" -}}
 {{- $selector := include "overfill.selector" (dict "root" . "component" "") | fromYaml -}}
 {namespace={{ .Release.Namespace | quote }}
@@ -59,7 +59,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if not (or .Values.apiKeys.secretName .Values.apiKeys.generate) }}{{ fail "no API keys: routers do not listen beyond loopback without them. Give apiKeys.secretName or apiKeys.generate" }}{{ end -}}
 {{- end }}
 
-{{/* DNS names of a certificate that is made here, as a JSON list: hosts, and the roles of its bearers. */}}
+{{/* DNS names of a certificate that Helm or cert-manager makes, as a JSON list: hosts, and all roles. */}}
 {{- define "overfill.dnsNames" -}}
 {{- $service := include "overfill.fullname" . -}}
 {{- $inside := printf "%s.%s" $service .Release.Namespace -}}
@@ -68,12 +68,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- concat (list .Values.tls.name "localhost" $service $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside)) .Values.tls.extraDnsNames $roles | uniq | toJson -}}
 {{- end }}
 
-{{/* Longest that a pod may take to stop: the longest stream and the drain, and time to leave. */}}
+{{/* Seconds that a pod may take to stop: the longest answer or drain, plus 45 s for preStop and exit. */}}
 {{- define "overfill.terminationSeconds" -}}
 {{ add (max (int .Values.longestStreamSeconds) (int .Values.workerGraceSeconds)) 45 }}
 {{- end }}
 
-{{/* A flag's value: whole numbers without an exponent. */}}
+{{/* Formats a flag's value; whole numbers without an exponent. */}}
 {{- define "overfill.value" -}}
 {{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- end }}
@@ -95,7 +95,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end }}
 
-{{/* Environment of every container of ours: what `overfill health` and the other commands show, and thread pools. */}}
+{{/* Environment of every container: certificates for `overfill health` and the like, sizes of thread pools. */}}
 {{- define "overfill.env" -}}
 - {name: OVERFILL_TLS_CA, value: /etc/overfill/tls/ca.crt}
 - {name: OVERFILL_TLS_CERT, value: /etc/overfill/tls/tls.crt}
@@ -111,10 +111,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end }}
 
-{{/* Exec and not grpc: Kubernetes' own gRPC probe speaks no TLS. Arguments: port, seconds to start. */}}
+{{/* Probes run a command, because Kubernetes' own gRPC probe does not support TLS. Arguments: port, startupSeconds. */}}
 {{- define "overfill.probes" -}}
 startupProbe:
-  # Not readiness: a router is ready only while workers are, and is not to be restarted for want of them.
+  # With --live, because a router without workers is not ready, and a restart would not help.
   exec: {command: [overfill, health, --live, "127.0.0.1:{{ .port }}"]}
   periodSeconds: 10
   timeoutSeconds: 5
@@ -180,12 +180,12 @@ capabilities: {drop: [ALL]}
 {{- if eq .Values.pair.source "claim" }}{{ printf "/pair/%s" .Values.pair.claim.path | trimSuffix "/" }}{{ else }}/pair/link{{ end -}}
 {{- end }}
 
-{{/* Puts a link to the pair, which it makes or downloads into the cache if it is not there, where the services look. */}}
+{{/* Init container: prepares or downloads the pair into the cache if it is missing, and links it to /pair/link. */}}
 {{- define "overfill.initContainers" -}}
 {{- if ne .Values.pair.source "claim" }}
 initContainers:
   - name: pair
-    # Of a prefill worker for all pods: the router's has nothing to make pairs with.
+    # The prefill workers' image, because the router's image has no torch to prepare pairs with.
     image: {{ include "overfill.image" (dict "root" . "image" .Values.prefill.image) }}
     imagePullPolicy: {{ .Values.image.pullPolicy }}
     {{- if eq .Values.pair.source "named" }}
@@ -217,7 +217,7 @@ initContainers:
 {{- end }}
 {{- end }}
 
-{{/* Where pods run. Arguments: root, pool, component. */}}
+{{/* Scheduling of a pool's pods. Arguments: root, pool, component. */}}
 {{- define "overfill.placement" -}}
 {{- $class := .pool.priority.className -}}
 {{- if and (not $class) (gt (int .pool.priority.value) 0) }}{{ $class = printf "%s-%s-%s" .root.Release.Namespace (include "overfill.fullname" .root) .component }}{{ end -}}
@@ -250,7 +250,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* A pool's pods but for what they run. Arguments: root, pool, component. */}}
+{{/* Labels and annotations of a pool's pods. Arguments: root, pool, component. */}}
 {{- define "overfill.podMetadata" -}}
 labels:
   {{- include "overfill.labels" (dict "root" .root "component" .component) | nindent 2 }}

@@ -1,1 +1,4 @@
-"""Load on anything that serves: arrivals in, times of tokens out. No torch."""
+"""Puts the same load on one or more servers, and compares what clients see.
+
+Torch is imported only to start an engine.
+"""

@@ -1,4 +1,4 @@
-"""Opens servers one after the other, and plays loads on them."""
+"""Opens one server after the other, and plays a load on it."""
 
 from __future__ import annotations
 
@@ -17,60 +17,65 @@ from overfill.lab.traffic.outcome import Outcome
 from overfill.lab.traffic.traces import TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.lab.bench.colocated import Asked
+    from overfill.lab.bench.serve.colocated import TimedRequest
     from overfill.model.manifest import Pair
     from overfill.rpc.tls import ClientTls
 
-STARTED = ("colocated", "openvino", "vllm")
-"""Engines that are started for the run and ended after it: ours in one process, with both halves of ``--pair``;
-OpenVINO GenAI in a process of its own, and vLLM's server, with its full model."""
+LOCAL_ENGINES = ("colocated", "openvino", "vllm")
+"""Engines that the benchmark starts and stops itself.
+
+``colocated`` is our engine in this process, with both halves of the pair. The others run the full model only:
+``openvino`` is OpenVINO GenAI in another process, ``vllm`` is vLLM's server.
+"""
 
 _BATCH = 64
 _TOKEN_BUDGET = 2048
 
 Play = Callable[[Sequence[TraceRequest], Progress | None], list[Outcome]]
-"""Plays requests on a server that is open; their outcomes in the same order."""
+"""Plays requests on an open server. Returns their outcomes in the same order."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:
-    """One server.
+    """A server to measure.
 
     Attributes:
-        where: ``http(s)://…/v1``, ``grpc://HOST:PORT`` (or several, separated by commas), or one of ``STARTED``,
-            which may be followed by ``:PAIR``.
+        name: Name in rows and tables.
+        location: ``http(s)://…/v1``, ``grpc://HOST:PORT`` (or several, separated by commas), or one of
+            ``LOCAL_ENGINES``, optionally with ``:PAIR``.
     """
 
     name: str
-    where: str
+    location: str
 
     @classmethod
     def parse(cls, text: str) -> TargetSpec:
-        """From ``NAME=WHERE``; a bare ``WHERE`` is its own name.
+        """Parses ``NAME=LOCATION`` or ``LOCATION``, which is then also the name.
 
         Raises:
-            InvalidRequest: ``WHERE`` is nothing that can be reached.
+            InvalidRequest: The location has none of the allowed forms.
         """
-        name, separator, where = text.partition("=")
+        name, separator, location = text.partition("=")
         if not separator:
-            name, where = text, text
-        if not (where.startswith(("http://", "https://", "grpc://")) or where.partition(":")[0] in STARTED):
+            name, location = text, text
+        if not (location.startswith(("http://", "https://", "grpc://")) or location.partition(":")[0] in LOCAL_ENGINES):
             raise InvalidRequest(
-                "target", f"{text!r} is none of http://HOST:PORT/v1, grpc://HOST:PORT, {', '.join(STARTED)}"
+                "target",
+                f"{text!r} is not a target; use http://HOST:PORT/v1, grpc://HOST:PORT, {' or '.join(LOCAL_ENGINES)}",
             )
-        return cls(name, where)
+        return cls(name, location)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """How a load is played.
+    """Settings that all targets share.
 
     Attributes:
-        vocab_size: prompts hold ids below.
-        model, key, extensions: of OpenAI endpoints.
-        stack_key, tls: of stacks over gRPC.
-        concurrency, timeout: as ``run_load`` takes them.
-        pair, threads: of engines that are started.
+        vocab_size: Upper limit of the token ids in prompts, exclusive.
+        model, key, extensions: Arguments of ``OpenAiTarget``.
+        concurrency, timeout: Arguments of ``run_load``.
+        pair, threads: Model pair and CPU threads of the engines that the benchmark starts.
+        stack_key, tls: API key and certificates for stacks over gRPC.
     """
 
     vocab_size: int
@@ -86,42 +91,44 @@ class LoadSettings:
 
 
 @contextmanager
-def opened(spec: TargetSpec, longest: int, settings: LoadSettings) -> Iterator[Play]:
-    """A server, started if need be, that has answered two short requests. On the main thread only.
+def open_target(spec: TargetSpec, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
+    """Opens a server, starts it if it is a local engine, and warms it up. Call it on the main thread only.
 
     Args:
-        longest: most tokens of a prompt and its answer.
+        max_model_len: Maximum tokens of a prompt and its answer.
 
     Raises:
-        Unavailable: the server does not even answer the first request.
-        PeerFailed: an engine does not start.
-        InvalidRequest: an engine is not installed, or was asked for a closed loop.
+        Unavailable: The server does not answer the first requests.
+        PeerFailed: A local engine does not start.
+        InvalidRequest: A local engine is not installed, or cannot run a closed loop.
     """
-    kind, _, pair = spec.where.partition(":")
-    if kind not in STARTED:
-        play = _of_server(spec.where, settings)
-        _warm_up(spec, play, longest)
+    kind, _, pair = spec.location.partition(":")
+    if kind not in LOCAL_ENGINES:
+        play = _of_server(spec.location, settings)
+        _warm_up(spec, play, max_model_len)
         yield play
         return
     if settings.concurrency is not None and kind != "vllm":
-        raise InvalidRequest("concurrency", f"{kind} runs without a server, where only arrivals are played")
+        raise InvalidRequest(
+            "concurrency", f"{kind} has no server and cannot run a closed loop; use --rate, or leave --concurrency out"
+        )
     start = {"colocated": _colocated, "openvino": _openvino, "vllm": _vllm}[kind]
-    with start(pair or settings.pair, longest, settings) as play:
-        _warm_up(spec, play, longest)
+    with start(pair or settings.pair, max_model_len, settings) as play:
+        _warm_up(spec, play, max_model_len)
         yield play
 
 
-def _warm_up(spec: TargetSpec, play: Play, longest: int) -> None:
-    output = min(4, longest - 1)
-    found = play([TraceRequest(0.0, min(64, longest - output), output)] * 2, None)
+def _warm_up(spec: TargetSpec, play: Play, max_model_len: int) -> None:
+    output = min(4, max_model_len - 1)
+    found = play([TraceRequest(0.0, min(64, max_model_len - output), output)] * 2, None)
     if not any(outcome.ok for outcome in found):
         raise Unavailable(f"{spec.name} answers nothing: {found[0].error}")
 
 
-def _of_server(where: str, settings: LoadSettings) -> Play:
+def _of_server(location: str, settings: LoadSettings) -> Play:
     async def played(requests: Sequence[TraceRequest], progress: Progress | None) -> list[Outcome]:
         try:
-            async with _target(where, settings) as target:
+            async with _target(location, settings) as target:
                 return await run_load(
                     target,
                     requests,
@@ -136,29 +143,29 @@ def _of_server(where: str, settings: LoadSettings) -> Play:
     return lambda requests, progress: asyncio.run(played(requests, progress))
 
 
-def _target(where: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
-    if where.startswith("grpc://"):
-        return GrpcTarget(where.removeprefix("grpc://"), settings.tls, settings.stack_key)
-    return OpenAiTarget(where, settings.model, settings.key, extensions=settings.extensions)
+def _target(location: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
+    if location.startswith("grpc://"):
+        return GrpcTarget(location.removeprefix("grpc://"), settings.tls, settings.stack_key)
+    return OpenAiTarget(location, settings.model, settings.key, extensions=settings.extensions)
 
 
-# Imports of the following are not at the top: torch takes seconds to import, and servers need none here.
+# The functions below import torch themselves: it takes seconds to import, and a load on servers does not need it.
 
 
 @contextmanager
-def _vllm(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
-    from overfill.lab.bench.peers.environment import install_hint, python_of
-    from overfill.lab.bench.peers.vllm_server import vllm_server
+def _vllm(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
+    from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, python_of
+    from overfill.lab.bench.engine.peers.vllm_server import vllm_server
 
     python = python_of("vllm")
     if python is None:
-        raise InvalidRequest("target", f"vllm is not installed: {install_hint('vllm')}")
+        raise InvalidRequest("target", f"vllm: {NOT_INSTALLED}")
     model = _loaded(pair).full_path
     with vllm_server(
         python,
         model,
         threads=settings.threads,
-        max_model_len=longest,
+        max_model_len=max_model_len,
         max_num_seqs=_BATCH,
         token_budget=_TOKEN_BUDGET,
     ) as url:
@@ -166,47 +173,49 @@ def _vllm(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
 
 
 @contextmanager
-def _openvino(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
+def _openvino(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
     import torch
 
-    from overfill.lab.bench.ours import Workload
-    from overfill.lab.bench.peers.choose import Missing, PeerSetting, open_process
+    from overfill.lab.bench.engine.overfill_engine import Workload
+    from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_process
 
     with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
         peer = open_process(
             "openvino",
-            PeerSetting(
+            PeerSettings(
                 _loaded(pair),
                 torch.bfloat16,
                 torch.device("cpu"),
                 settings.threads,
-                Workload(_BATCH, longest),
+                Workload(_BATCH, max_model_len),
                 _TOKEN_BUDGET,
                 Path(logs),
                 kv_bytes=4 << 30,
             ),
         )
         if isinstance(peer, Missing):
-            raise InvalidRequest("target", f"openvino is {peer.hint}")
+            raise InvalidRequest("target", f"openvino: {peer.hint}")
         with closing(peer):
-            yield lambda requests, progress: _timed(requests, peer.serve(_asked(requests, settings)))
+            yield lambda requests, progress: _outcomes(requests, peer.serve(_timed_requests(requests, settings)))
 
 
 @contextmanager
-def _colocated(pair: str, longest: int, settings: LoadSettings) -> Iterator[Play]:
-    from overfill.lab.bench.colocated import serve_colocated
+def _colocated(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
+    from overfill.lab.bench.serve.colocated import serve_colocated
     from overfill.pair.llm import LLM
 
     llm = LLM(
         pair,
         threads=settings.threads,
-        max_model_len=longest,
+        max_model_len=max_model_len,
         max_num_seqs=_BATCH,
         token_budget=_TOKEN_BUDGET,
-        prefix_cache=False,  # a workload is played more than once
+        prefix_cache=False,  # the same load may be played more than once
     )
 
-    yield lambda requests, progress: _timed(requests, serve_colocated(llm, _asked(requests, settings), progress))
+    yield lambda requests, progress: _outcomes(
+        requests, serve_colocated(llm, _timed_requests(requests, settings), progress)
+    )
 
 
 def _loaded(pair: str) -> Pair:
@@ -216,9 +225,9 @@ def _loaded(pair: str) -> Pair:
     return Pair.load(resolve_pair(pair))
 
 
-def _timed(requests: Sequence[TraceRequest], times: Sequence[Sequence[float]]) -> list[Outcome]:
+def _outcomes(requests: Sequence[TraceRequest], times: Sequence[Sequence[float]]) -> list[Outcome]:
     return [Outcome(r.arrival, tuple(of_one)) for r, of_one in zip(requests, times, strict=True)]
 
 
-def _asked(requests: Sequence[TraceRequest], settings: LoadSettings) -> list[Asked]:
+def _timed_requests(requests: Sequence[TraceRequest], settings: LoadSettings) -> list[TimedRequest]:
     return [(r.arrival, r.prompt(settings.vocab_size, seed), r.output_tokens) for seed, r in enumerate(requests)]

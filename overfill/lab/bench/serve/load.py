@@ -1,4 +1,4 @@
-"""Sends requests at their times, whatever becomes of earlier ones (open loop), and notes when tokens come."""
+"""Sends requests at their times without waiting for earlier ones (open loop), and records when tokens arrive."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ Progress = Callable[[int, int], None]
 
 
 class RequestFailed(Exception):
-    """The server did not answer a request, or not to its end; the message says how."""
+    """The server did not answer a request completely; the message says why."""
 
 
 class Target(Protocol):
-    """Something that serves one request at a time, many times at once."""
+    """A server under load. Many streams run at once."""
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
-        """How many tokens have come so far, with every message; fewer than before where the server corrects it.
+        """Sends one request. Yields, with every message, the number of tokens received so far.
+
+        The number may fall where the server corrects it.
 
         Raises:
-            RequestFailed: it refused, broke off or ended without an answer.
+            RequestFailed: The server refused the request, or broke off the answer.
         """
 
 
@@ -41,13 +43,14 @@ async def run_load(
     """Plays ``requests`` and returns their outcomes in the same order.
 
     Args:
-        concurrency: most requests on their way at once; a request that waits here counts from when it is sent, as in a
-            closed loop. None: as many as the arrivals make.
-        timeout: seconds that a request may take.
+        concurrency: Maximum concurrent requests. A request that waits for this limit is timed from when it is sent, as
+            in a closed loop. None means no limit.
+        timeout: Maximum seconds of a request.
+        progress: Called with the number of finished requests and the number of all.
     """
-    # Made beforehand: long prompts take a while.
+    # Made before the start, because long prompts cost time.
     prompts = [request.prompt(vocab_size, seed) for seed, request in enumerate(requests)]
-    gate = asyncio.Semaphore(concurrency) if concurrency is not None else nullcontext()
+    limit = asyncio.Semaphore(concurrency) if concurrency is not None else nullcontext()
     start = time.perf_counter()
     done = 0
 
@@ -57,7 +60,7 @@ async def run_load(
     async def one(request: TraceRequest, prompt: list[int]) -> Outcome:
         nonlocal done
         await asyncio.sleep(request.arrival - now())
-        async with gate:
+        async with limit:
             due = request.arrival if concurrency is None else now()
             times: list[float] = []
             tokens = 0
@@ -73,6 +76,6 @@ async def run_load(
         done += 1
         if progress is not None:
             progress(done, len(requests))
-        return Outcome(due, tuple(times), error if error is not None or times else "no token came", counted=tokens)
+        return Outcome(due, tuple(times), error if error is not None or times else "no token arrived", counted=tokens)
 
     return list(await asyncio.gather(*(one(r, p) for r, p in zip(requests, prompts, strict=True))))

@@ -1,4 +1,4 @@
-"""A streamed completion as OpenAI's API writes it: the request's body, and what its events say. No sockets."""
+"""Builds the body of a streamed OpenAI completion, and parses its events. No sockets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from overfill.lab.bench.serve.load import RequestFailed
 
 
 def completion_body(model: str | None, prompt: Sequence[int], max_tokens: int, *, extensions: bool) -> dict[str, Any]:
-    """For ``/completions``. ``extensions``: see ``OpenAiTarget``."""
+    """Builds the body of a ``/completions`` request. ``OpenAiTarget`` explains ``extensions``."""
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(prompt),
@@ -28,10 +28,10 @@ def completion_body(model: str | None, prompt: Sequence[int], max_tokens: int, *
 
 
 class CompletionEvents:
-    """Takes the lines of one stream.
+    """Parses the lines of one streamed answer.
 
     Attributes:
-        timing: where the time went, when the server says so, as ours does behind the last token.
+        timing: The server's own timing. Our server sends it after the last token; others send none.
     """
 
     def __init__(self) -> None:
@@ -40,13 +40,14 @@ class CompletionEvents:
         self._finished = False
 
     def push(self, line: bytes) -> int:
-        """How many tokens have come with this line: as many as the server says, otherwise one for each text.
+        """Parses one line. Returns the number of tokens received so far.
 
-        Fewer than before where the server corrects what was counted so.
+        The server's own count is used where a line has one. Otherwise every choice with text counts as one token, so
+        the number may fall when a count arrives. A choice without text only carries the finish reason.
 
         Raises:
-            RequestFailed: it is an error.
-            ValueError, KeyError, TypeError: it is not of this API.
+            RequestFailed: The line is an error.
+            ValueError, KeyError, TypeError: The line does not belong to this API.
         """
         text = line.decode().strip()
         if not text.startswith("data:"):
@@ -58,28 +59,28 @@ class CompletionEvents:
         event = json.loads(data)
         if "error" in event:
             raise RequestFailed(error_message(data))
-        if told := event.get("overfill"):
-            self.timing = timing(told["choices"][0]["timing"])
+        if ours := event.get("overfill"):
+            self.timing = timing(ours["choices"][0]["timing"])
         if usage := event.get("usage"):
             self._tokens = int(usage["completion_tokens"])
-        elif any(choice.get("text") for choice in event.get("choices") or ()):  # others only say why it ended
+        elif any(choice.get("text") for choice in event.get("choices") or ()):
             self._tokens += 1
         return self._tokens
 
     def end(self) -> None:
-        """The stream has ended. Raises RequestFailed when the answer has not."""
+        """Call it when the stream has ended. Raises RequestFailed if the answer was incomplete."""
         if not self._finished:
             raise RequestFailed("the stream broke off")
 
 
 def timing(parts: dict[str, float | None]) -> Timing:
-    """From the milliseconds of an ``overfill`` object."""
+    """Converts the milliseconds of an answer's ``overfill`` object."""
     known = {f.name: parts.get(f"{f.name}_ms") for f in fields(Timing)}
     return Timing(**{name: None if ms is None else ms / 1e3 for name, ms in known.items()})
 
 
 def error_message(text: str) -> str:
-    """What an OpenAI error says, or the start of whatever came."""
+    """Message of an OpenAI error; the first 200 characters of a text that is not one."""
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -1,4 +1,4 @@
-"""Latencies of servers under load, as a file. No display is needed."""
+"""Draws the latencies of servers under load. No display is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#
 def save_latencies(
     path: Path, title: str, outcomes: Mapping[str, Sequence[Outcome]], objective: Objective | None
 ) -> None:
-    """Share of requests whose first token came, and whose mean gap between tokens is, within a time; a line each."""
+    """Draws the distributions of the time to first token and of the mean time between tokens, a line per target."""
     figure, row = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
     limits = (None, None) if objective is None else (objective.ttft, objective.itl)
     panels = (("ttft", "time to first token (s)"), ("itl", "mean time between tokens (s)"))

@@ -1,4 +1,4 @@
-"""Figures of several servers under the same load, as rows: the first server beside each other one. JSON and table."""
+"""Rows that compare the first server with each other one under the same load. JSON and table."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from overfill.lab.traffic.outcome import Objective, Outcome, figures
 
 @dataclass(frozen=True, slots=True)
 class LoadShape:
-    """What all servers were asked.
+    """The load that every server received.
 
     Attributes:
-        source: a trace's file name, or how arrivals were made.
-        rate: requests per second, on average; None where they come as fast as they are answered.
-        prompt_tokens, output_tokens: means.
-        saturates: the target that this rate saturates, as the lowest one tried, when it was chosen so.
-        not_saturated: the target that no rate up to this one saturated, when one was looked for that does.
+        source: File name of the trace, or the kind of synthetic arrivals.
+        rate: Mean requests per second. None means that all requests arrive at once.
+        concurrency: Maximum concurrent requests. None means no limit.
+        prompt_tokens, output_tokens: Mean lengths.
+        slo: The objective, as text.
+        saturates: Name of the target for which ``rate`` is the lowest saturating rate, with --rate saturate=NAME.
+        not_saturated: Name of the target if that search ended without finding a saturating rate.
     """
 
     source: str
@@ -36,7 +38,7 @@ class LoadShape:
 
 @dataclass(frozen=True, slots=True)
 class ServeRow:
-    """A figure of ``target`` beside ``peer``'s. Latencies are seconds; ``failed`` counts requests."""
+    """A figure of ``target`` beside the same figure of ``peer``, another target. Latencies are in seconds."""
 
     name: str
     target: str
@@ -48,11 +50,11 @@ class ServeRow:
 
     @property
     def peer_ratio(self) -> float | None:
-        """How many times the peer's value ours is."""
+        """The target's value divided by the peer's."""
         return None if self.value is None or not self.peer_value else self.value / self.peer_value
 
     def to_json(self) -> str:
-        """One line; numbers with four digits."""
+        """A line of JSON, with numbers rounded to four digits."""
         given = asdict(self)
         given = given.pop("load") | given | {"peer_ratio": self.peer_ratio}
         return json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in given.items()})
@@ -61,31 +63,31 @@ class ServeRow:
 def serve_rows(
     outcomes: Mapping[str, Sequence[Outcome]], objective: Objective | None, load: LoadShape
 ) -> list[ServeRow]:
-    """Rows for every figure of the first target, one per other target."""
+    """Makes a row for every figure of the first target and every other target."""
     first, *others = outcomes
     found = {name: figures(of_one, objective) for name, of_one in outcomes.items()}
     rows = []
-    for place, figure in enumerate(found[first]):
-        beside: list[tuple[str | None, float | None]] = [(name, found[name][place].value) for name in others]
+    for index, figure in enumerate(found[first]):
+        beside: list[tuple[str | None, float | None]] = [(name, found[name][index].value) for name in others]
         beside = beside or [(None, None)]
         rows += [ServeRow(figure.name, first, figure.value, figure.unit, peer, value, load) for peer, value in beside]
     return rows
 
 
 def serve_table(rows: Sequence[ServeRow]) -> Table:
-    """A line per figure, a column per target."""
+    """A table with a line per figure and a column per target."""
     peers = list(dict.fromkeys(row.peer for row in rows if row.peer is not None))
     table = Table()
     table.add_column("")
     for name in (rows[0].target, *peers):
         table.add_column(name, justify="right")
-    figures_: dict[str, list[ServeRow]] = {}
+    by_name: dict[str, list[ServeRow]] = {}
     for row in rows:
-        figures_.setdefault(row.name, []).append(row)
-    for name, same in figures_.items():
-        cells = [_cell(same[0].value, same[0].unit)]
-        cells += [_cell(row.peer_value, row.unit) for row in same if row.peer is not None]
-        table.add_row(f"{name} ({same[0].unit})" if same[0].unit != "s" else f"{name} (ms)", *cells)
+        by_name.setdefault(row.name, []).append(row)
+    for name, of_figure in by_name.items():
+        cells = [_cell(of_figure[0].value, of_figure[0].unit)]
+        cells += [_cell(row.peer_value, row.unit) for row in of_figure if row.peer is not None]
+        table.add_row(f"{name} ({of_figure[0].unit})" if of_figure[0].unit != "s" else f"{name} (ms)", *cells)
     return table
 
 

@@ -1,58 +1,61 @@
-"""Finds the rate of arrivals at which a server is just saturated. Arithmetic only; whoever asks plays the loads."""
+"""Finds the rate of arrivals at which a server is just saturated. Arithmetic only; the caller plays the loads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-FEWEST = 0.9
-"""Share of requests that meet the objective, below which a server counts as saturated."""
+MIN_ATTAINMENT = 0.9
+"""A server is saturated if a smaller share of its requests meets the objective."""
 
-STEP = 1.15
+RATE_FACTOR = 1.15
 """Factor between one rate and the next."""
 
-MOST_STEPS = 8
+MAX_STEPS = 8
+"""Maximum number of rates that are tried."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What came of one rate: ``attainment`` is the share of its requests that met the objective."""
+class RateStep:
+    """One rate that was tried, and the share of its requests that met the objective (``attainment``)."""
 
     rate: float
     attainment: float
 
     @property
     def saturated(self) -> bool:
-        return self.attainment < FEWEST
+        return self.attainment < MIN_ATTAINMENT
 
     def __str__(self) -> str:
         return f"{self.rate:.2f} requests per second: {100 * self.attainment:.0f} % met the objective"
 
 
-def find_saturation(first: float, attainment: Callable[[float], float], note: Callable[[Step], object]) -> Step:
-    """Steps from ``first`` up, or down when that is too much already, until the lowest saturating rate is known.
+def find_saturation(
+    first: float, attainment: Callable[[float], float], on_step: Callable[[RateStep], object]
+) -> RateStep:
+    """Tries rates upwards from ``first``, or downwards if it saturates, until the lowest saturating rate is known.
 
-    The share of requests that meet the objective stands for goodput by offered rate: goodput counts the time in which
-    the last answers are finished too, and would fall short of the offer of a short load whatever the server does.
+    The function judges a rate by the share of requests that meet the objective, not by goodput / offered rate. Goodput
+    also divides by the time to finish the last answers. So in a short run it is below the offered rate for any server.
 
     Args:
-        first: requests per second to begin with, best what the server answers when all come at once.
-        attainment: plays the load at a rate.
-        note: told of each step.
+        first: Requests per second of the first step; best the server's throughput when all requests arrive at once.
+        attainment: Plays the load at a rate; returns the share of requests that met the objective.
+        on_step: Called after each step.
 
     Returns:
-        The lowest rate seen that saturates; where ``MOST_STEPS`` did not, the highest, which is not ``saturated``.
+        The lowest saturating rate that was tried. If none saturated within ``MAX_STEPS``, the highest rate.
     """
 
-    def take(rate: float) -> Step:
-        step = Step(rate, attainment(rate))
-        note(step)
+    def try_rate(rate: float) -> RateStep:
+        step = RateStep(rate, attainment(rate))
+        on_step(step)
         return step
 
-    step = take(first)
+    step = try_rate(first)
     down = step.saturated
-    for _ in range(MOST_STEPS - 1):
-        before, step = step, take(step.rate / STEP if down else step.rate * STEP)
+    for _ in range(MAX_STEPS - 1):
+        before, step = step, try_rate(step.rate / RATE_FACTOR if down else step.rate * RATE_FACTOR)
         if step.saturated != down:
             return before if down else step
     return step

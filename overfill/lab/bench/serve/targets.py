@@ -1,4 +1,4 @@
-"""Servers under load: any OpenAI endpoint over HTTP, and our own protocol over gRPC."""
+"""Servers under load: any OpenAI endpoint over HTTP, and a stack of ours over gRPC."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from overfill.rpc.tls import ClientTls
 
 
 class OpenAiTarget:
-    """``/completions`` of an OpenAI endpoint, streamed; prompts are token ids.
+    """Streams ``/completions`` of an OpenAI endpoint. Prompts are token ids.
 
     Args:
-        url: up to and with ``/v1``.
-        model: None takes the first that the endpoint lists.
-        extensions: use what vLLM and our own endpoint know and others may refuse: answers of full length
-            (``ignore_eos``), and how many tokens each message brings. Without, a message counts as one token until the
-            usage at the end puts that right.
+        url: URL of the endpoint, including ``/v1``.
+        model: Name of the model. None means the first that the endpoint lists.
+        key: API key.
+        extensions: Use two extensions that vLLM and our endpoint have, and others may refuse: answers of full length
+            (``ignore_eos``), and a token count in every message. Without them, every message counts as one token until
+            the usage at the end corrects the number.
     """
 
     def __init__(self, url: str, model: str | None = None, key: str | None = None, *, extensions: bool = True) -> None:
@@ -34,7 +35,7 @@ class OpenAiTarget:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        # No limit on connections or time: the load has its own.
+        # No limits here: ``run_load`` limits requests and time.
         self._session = aiohttp.ClientSession(
             headers=self._headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
@@ -72,11 +73,11 @@ class OpenAiTarget:
             async with session.get(f"{self._url}/models") as response:
                 return str((await response.json())["data"][0]["id"])
         except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint: {error!r}") from error
+            raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint does: {error!r}") from error
 
 
 class GrpcTarget:
-    """A stack of ours, over its own protocol; ``tls`` and ``key`` as ``AsyncClient`` takes them."""
+    """Streams from a stack of ours over gRPC. ``tls`` and ``key`` are those of ``AsyncClient``."""
 
     def __init__(self, address: str, tls: ClientTls | None = None, key: str | None = None) -> None:
         self._address, self._tls, self._key = address, tls, key

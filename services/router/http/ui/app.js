@@ -1,17 +1,17 @@
 "use strict";
 
-// The names and the order are those of `timing` in docs/openai.md.
+// Parts of the time to first token, named and ordered like `timing` in docs/openai.md.
 const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed"];
 const TIMES = { ttft: "first token", ...Object.fromEntries(PARTS.map((p) => [p, "· " + p.replaceAll("_", " ")])),
   itl: "between tokens", total: "end to end" };
 const POLL_MS = 1000;
-const GONE_MS = 60000; // how long a worker that has left stays on the page
+const GONE_MS = 60000; // time for which the page shows a worker that has left
 
 const $ = (id) => document.getElementById(id);
 const messages = [];
-const seen = new Map(); // worker id -> {stage, at}: when it was last there
+const seen = new Map(); // worker id -> {stage, at}; `at` is when the status last listed the worker
 let model = "";
-let running = null; // the AbortController of the answer that streams
+let running = null; // AbortController of the running answer, or null
 
 function node(tag, className, text) {
   const made = document.createElement(tag);
@@ -26,7 +26,7 @@ function headers() {
 }
 
 async function problemOf(response) {
-  if (response.status === 401) return "This server wants an API key.";
+  if (response.status === 401) return "This server requires an API key.";
   try {
     return (await response.json()).error.message;
   } catch {
@@ -62,7 +62,7 @@ async function* events(response) {
 async function answer() {
   const shown = turn("Answer", "");
   const text = shown.querySelector(".text");
-  let whole = "", told = null, usage = null, finish = null;
+  let whole = "", reported = null, usage = null, finish = null;
   running = new AbortController();
   $("log").setAttribute("aria-busy", "true");
   busy(true);
@@ -83,11 +83,11 @@ async function answer() {
       text.textContent = whole;
       $("log").scrollTop = $("log").scrollHeight;
       finish = event.choices[0]?.finish_reason ?? finish;
-      told = event.overfill?.choices?.[0] ?? told;
+      reported = event.overfill?.choices?.[0] ?? reported;
       usage = event.usage ?? usage;
     }
-    if (finish === "length") shown.append(node("div", "cut quiet", "Cut at the limit of “Most tokens”; raise it for more."));
-    if (told) shown.append(details(told, usage));
+    if (finish === "length") shown.append(node("div", "cut quiet", "Cut at the limit “Max tokens”; raise it for a longer answer."));
+    if (reported) shown.append(details(reported, usage));
   } catch (error) {
     if (error.name !== "AbortError") {
       shown.classList.add("failed");
@@ -102,15 +102,15 @@ async function answer() {
   messages.push({ role: "assistant", content: whole });
 }
 
-function details(told, usage) {
-  const timing = told.timing, ttft = timing.ttft_ms, made = node("div", "details");
+function details(reported, usage) {
+  const timing = reported.timing, ttft = timing.ttft_ms, made = node("div", "details");
   const values = PARTS.slice(0, -1).map((part) => timing[part + "_ms"] ?? 0);
   values.push(Math.max(0, ttft - values.reduce((a, b) => a + b, 0)));
   const rest = (timing.total_ms - ttft) / 1000, tokens = (usage?.completion_tokens ?? 0) - 1;
   const facts = ["first token " + ms(ttft)];
   if (tokens > 0 && rest > 0) facts.push((tokens / rest).toFixed(1) + " tokens/s");
-  facts.push(told.prefill_worker + " → " + told.decode_worker);
-  if (told.migrations) facts.push("moved " + told.migrations + " times");
+  facts.push(reported.prefill_worker + " → " + reported.decode_worker);
+  if (reported.migrations) facts.push("migrated " + reported.migrations + " times");
   if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
   const bar = node("div", "bar"), legend = node("ul", "legend");
   PARTS.forEach((part, i) => {
@@ -162,7 +162,7 @@ $("key").value = sessionStorage.getItem("overfill-key") ?? "";
 
 // Workers
 
-async function look() {
+async function poll() {
   try {
     const response = await fetch("/status", { headers: headers(), signal: AbortSignal.timeout(2 * POLL_MS) });
     if (!response.ok) throw new Error(await problemOf(response));
@@ -172,7 +172,7 @@ async function look() {
     $("problem").textContent = error instanceof TypeError || error.name === "TimeoutError"
       ? "The router does not answer." : error.message;
   }
-  setTimeout(look, POLL_MS);
+  setTimeout(poll, POLL_MS);
 }
 
 function show(status) {
@@ -215,5 +215,5 @@ function row(worker) {
   return made;
 }
 
-look();
+poll();
 $("prompt").focus();

@@ -1,4 +1,4 @@
-"""The arithmetic of bounds, medians and rows."""
+"""Arithmetic of bounds and medians; rows as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from overfill.lab.bench.bounds import ModelCost, decode_step_seconds, prefill_seconds
-from overfill.lab.bench.machine import Machine, typical
-from overfill.lab.bench.rounds import Plan, Sample, in_turns
-from overfill.lab.bench.rows import Row, hints, rows_table
+from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, prefill_seconds
+from overfill.lab.bench.engine.machine import Machine, median_machine
+from overfill.lab.bench.engine.rows import Row, hints, rows_table
+from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns
 from overfill.model.manifest import Pair
 
 COST = ModelCost(
@@ -48,8 +48,8 @@ ROW = Row(
 @pytest.mark.parametrize(
     ("batch", "weights"),
     [
-        (1, 1000 / 100),  # reading the weights takes longer than multiplying
-        (40, 40 * 1000 / 2000),  # and here it hides behind the products
+        (1, 1000 / 100),  # memory-bound: reading the weights is slower than multiplying
+        (40, 40 * 1000 / 2000),  # compute-bound: reading overlaps with multiplying
     ],
 )
 def test_a_decode_step_is_bound_by_weights_or_products_and_kv_besides(batch, weights):
@@ -73,26 +73,26 @@ def test_flops_are_those_of_the_checkpoint_s_matrices(tiny_pair):
     assert cost.attention_flops == 4 * 4 * 64
 
 
-def test_everybody_takes_turns():
+def test_every_engine_has_a_turn_per_round():
     class Fake:
         def __init__(self, name):
             self.name = name
 
     order = []
 
-    def turn(contender):
-        order.append(contender.name)
+    def turn(engine):
+        order.append(engine.name)
         return [1.0, 3.0]
 
     def probe():
         order.append("machine")
         return Machine(len(order), 1.0)
 
-    samples, machine = in_turns(Plan(rounds=2), [Fake("a"), Fake("b")], turn, probe)
+    samples, machine = in_turns(BenchPlan(rounds=2), [Fake("a"), Fake("b")], turn, probe)
     assert order == ["machine", "a", "b"] * 2
-    assert samples["a"] == Sample((1.0, 3.0, 1.0, 3.0))
+    assert samples["a"] == Timings((1.0, 3.0, 1.0, 3.0))
     assert samples["a"].median == 2.0
-    assert machine == typical([Machine(1, 1.0), Machine(4, 1.0)])
+    assert machine == median_machine([Machine(1, 1.0), Machine(4, 1.0)])
 
 
 def test_a_row_is_a_line_of_json_with_ratios_to_bound_and_peer():

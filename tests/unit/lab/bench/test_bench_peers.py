@@ -1,4 +1,4 @@
-"""Peers in environments of their own: the environment, and the process behind JSON lines."""
+"""Peers in environments of their own: installation, and the process that is driven over JSON lines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from overfill.errors import InvalidRequest
-from overfill.lab.bench.peers import environment, process
-from overfill.lab.bench.peers.environment import PeerInstallFailed, Recipe, install, python_of
-from overfill.lab.bench.peers.process import PeerFailed, PeerProcess
+from overfill.lab.bench.engine.peers import environment, process
+from overfill.lab.bench.engine.peers.environment import PeerInstallFailed, Recipe, install, install_missing, python_of
+from overfill.lab.bench.engine.peers.process import PeerFailed, PeerProcess
 
 FAKE = """
 import sys
 sys.path.insert(0, {folder!r})
-import outside
+import subprocess_peer
 
 class Fake:
     version = "1.2"
@@ -39,8 +39,8 @@ class Fake:
         for id in ids:
             del self.waiting[id]
 
-outside.ENGINES["fake"] = Fake
-outside.main()
+subprocess_peer.ENGINES["fake"] = Fake
+subprocess_peer.main()
 """
 
 
@@ -54,7 +54,7 @@ def fake(tmp_path, monkeypatch):
     peer.close()
 
 
-def test_a_peer_process_is_a_contender(fake):
+def test_a_peer_process_decodes_and_prefills(fake):
     assert (fake.name, fake.version) == ("fake", "1.2")
     fake.begin(3, 5, 4)
     assert len(fake.steps(4)) == 4
@@ -79,7 +79,7 @@ def test_a_peer_s_failure_says_what_it_printed(fake):
 
 def test_a_peer_that_dies_is_not_waited_for(fake):
     fake._process.kill()
-    with pytest.raises(PeerFailed, match="it ended"):
+    with pytest.raises(PeerFailed, match="the process exited"):
         fake.prefill([4])
 
 
@@ -91,15 +91,16 @@ def test_an_environment_is_there_only_when_it_is_whole(tmp_path, monkeypatch):
     assert python_of("thing") is None
     monkeypatch.setitem(environment.RECIPES, "thing", Recipe(()))
     python = install("thing")
+    install_missing(("transformers", "thing"))  # neither needs anything
     assert python_of("thing") == python
     assert python.exists()
 
 
 def test_unknown_peers_are_named():
-    from overfill.lab.bench.peers.choose import PEERS, parse_peers
+    from overfill.lab.bench.engine.peers.choose import PEERS, parse_peers
 
     assert parse_peers("all") == PEERS
     assert parse_peers("none") == ()
     assert parse_peers("vllm, transformers") == ("vllm", "transformers")
-    with pytest.raises(InvalidRequest, match=r"peers: nobody is none of"):
+    with pytest.raises(InvalidRequest, match=r"peers: unknown: nobody; choose from"):
         parse_peers("vllm,nobody")

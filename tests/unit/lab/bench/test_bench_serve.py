@@ -13,11 +13,12 @@ from aiohttp import web
 from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest, Unavailable
-from overfill.lab.bench.peers.process import PeerFailed
-from overfill.lab.bench.peers.vllm_server import vllm_server
+from overfill.lab.bench.engine.peers import environment
+from overfill.lab.bench.engine.peers.process import PeerFailed
+from overfill.lab.bench.engine.peers.vllm_server import vllm_server
 from overfill.lab.bench.serve.compare import TargetSpec
 from overfill.lab.bench.serve.load import run_load
-from overfill.lab.bench.serve.saturation import MOST_STEPS, STEP, find_saturation
+from overfill.lab.bench.serve.saturation import MAX_STEPS, RATE_FACTOR, find_saturation
 from overfill.lab.bench.serve.targets import OpenAiTarget
 from overfill.lab.commands.bench import bench_group
 from overfill.lab.traffic.outcome import Objective, Outcome, figures
@@ -26,9 +27,12 @@ from overfill.rpc.tls import ClientTls
 
 
 class FakeServer:
-    """Answers ``/v1/completions`` with as many tokens as are asked for; answers of 13 break off.
+    """Answers ``/v1/completions`` with ``max_tokens`` tokens; answers of 13 tokens break off.
 
-    A message brings ``per_message`` tokens, or ``texts`` messages one; ``says_why``: a last one without text follows.
+    Attributes:
+        per_message: Tokens in a message.
+        texts: Messages per token.
+        says_why: Whether a last message without text carries the finish reason.
     """
 
     def __init__(self):
@@ -67,7 +71,7 @@ class FakeServer:
 
 @pytest.fixture
 def fake():
-    """A running server, and its address as ``url``."""
+    """A running ``FakeServer``; ``url`` is its address."""
     server = FakeServer()
     loop = asyncio.new_event_loop()
     ready = threading.Event()
@@ -160,9 +164,11 @@ def test_a_trace_is_played_with_its_lengths(fake, tmp_path):
 
 def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
-    result, rows = rows_of(*load, "--slo=ttft=0.000001")  # which nobody meets: the rate goes down as far as it may
+    result, rows = rows_of(
+        *load, "--slo=ttft=0.000001"
+    )  # no request meets it, so the search goes down to its last step
     lines = [line for line in result.stderr.splitlines() if "requests per second" in line]
-    assert len(lines) == MOST_STEPS
+    assert len(lines) == MAX_STEPS
     assert all(line.endswith("0 % met the objective") for line in lines)
     assert {(row["saturates"], row["not_saturated"]) for row in rows} == {("a", None)}
     assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3, abs=0.01)  # rates differ by 15 %
@@ -170,7 +176,7 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
 
 def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
-    _, rows = rows_of(*load, "--slo=ttft=60")  # which all meet
+    _, rows = rows_of(*load, "--slo=ttft=60")  # all requests meet it
     assert {(row["saturates"], row["not_saturated"]) for row in rows} == {(None, "a")}
     assert "up to which a was not saturated;" in " ".join(run(*load, "--slo=ttft=60").stdout.split())
 
@@ -178,9 +184,9 @@ def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--rate=saturate=b", "--slo=ttft=1"), "names no target; there are a"),
+        (("--rate=saturate=b", "--slo=ttft=1"), "names no target; choose from a"),
         (("--rate=saturate=a",), "needs --slo"),
-        (("--rate=saturate=a", "--slo=ttft=1", "--concurrency=2"), "contradicts --concurrency"),
+        (("--rate=saturate=a", "--slo=ttft=1", "--concurrency=2"), "cannot be used with --concurrency"),
         (("--rate=-1",), "not in the range"),
     ],
 )
@@ -190,17 +196,17 @@ def test_a_rate_that_cannot_be_found_is_refused(more, message):
 
 @pytest.mark.parametrize("first", [1.0, 6.0, 9.9, 13.0, 100.0])
 def test_saturation_is_the_lowest_rate_that_is_too_much(first):
-    """Of a server that answers 8.9 requests per second in time, from rates below and above."""
+    """The server answers 8.9 requests per second in time; the search starts below and above."""
     noted = []
     found = find_saturation(first, lambda rate: min(1.0, 8.9 / rate), noted.append)
-    assert len({step.rate for step in noted}) == len(noted) <= MOST_STEPS
+    assert len({step.rate for step in noted}) == len(noted) <= MAX_STEPS
     if first in (1, 100):  # too far away
-        assert len(noted) == MOST_STEPS
+        assert len(noted) == MAX_STEPS
         assert found == noted[-1]
         assert found.saturated is (first == 100)
         return
     assert found.saturated
-    assert 8.9 / 0.9 < found.rate < 8.9 / 0.9 * STEP
+    assert 8.9 / 0.9 < found.rate < 8.9 / 0.9 * RATE_FACTOR
 
 
 def test_a_server_that_does_not_start_says_why():
@@ -214,18 +220,18 @@ def test_a_server_that_does_not_start_says_why():
 
 
 class Meeting:
-    """A target whose requests end once ``size`` of them have met."""
+    """A target that ends requests once ``size`` of them run at the same time."""
 
     def __init__(self, size):
         self.barrier = asyncio.Barrier(size)
-        self.together = self.most = 0
+        self.concurrent = self.max_concurrent = 0
 
     async def stream(self, prompt, max_tokens):
-        self.together += 1
-        self.most = max(self.most, self.together)
+        self.concurrent += 1
+        self.max_concurrent = max(self.max_concurrent, self.concurrent)
         yield 1
         await self.barrier.wait()
-        self.together -= 1
+        self.concurrent -= 1
         yield max_tokens
 
 
@@ -234,7 +240,7 @@ async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(con
     target = Meeting(together)
     requests = synthetic(6, "burst", 1, 8, 5, 0)
     outcomes = await run_load(target, requests, 100, concurrency=concurrency, timeout=60)
-    assert target.most == together
+    assert target.max_concurrent == together
     assert [len(outcome.times) for outcome in outcomes] == [5] * 6
     assert all(outcome.ok for outcome in outcomes)
 
@@ -259,7 +265,7 @@ def test_a_server_that_answers_nothing_ends_the_run(fake):
     fake.refuse = True
     with pytest.raises(Unavailable, match="answers nothing: HTTP 503: too busy"):
         rows_of(f"--target=x={fake.url}", *LOAD)
-    with pytest.raises(Unavailable, match="does not answer as an OpenAI endpoint"):
+    with pytest.raises(Unavailable, match="does not answer as an OpenAI endpoint does"):
         rows_of("--target=http://127.0.0.1:9/v1", *LOAD)
 
 
@@ -309,7 +315,17 @@ def test_targets_are_checked():
     assert TargetSpec.parse("a=http://x/v1") == TargetSpec("a", "http://x/v1")
     assert TargetSpec.parse("vllm") == TargetSpec("vllm", "vllm")
     assert TargetSpec.parse("one=colocated:fast") == TargetSpec("one", "colocated:fast")
-    with pytest.raises(InvalidRequest, match="none of http"):
+    with pytest.raises(InvalidRequest, match="is not a target"):
         TargetSpec.parse("localhost:8000")
     same = run("--target=a=http://x/v1", "--target=a=http://y/v1")
     assert "same name" in str(same.exception)
+
+
+def test_a_missing_engine_is_installed_only_on_demand(monkeypatch, tmp_path):
+    installed = []
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    monkeypatch.setattr(environment, "install", lambda name, report: installed.append(name))
+    assert "vllm: not installed; add --install-peers" in str(run("--target=vllm", *LOAD).exception)
+    assert installed == []
+    run("--target=vllm", "--target=colocated:fast", "--install-peers", *LOAD)
+    assert installed == ["vllm"]

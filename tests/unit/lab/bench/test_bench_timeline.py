@@ -1,12 +1,12 @@
-"""What ``overfill bench timeline`` prints and exits with, given what was recorded."""
+"""``overfill bench handoff --timeline``: output and exit code for a recorded timeline."""
 
 from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
-from overfill.lab.bench import timeline as bench
-from overfill.lab.bench.timeline import Timeline
+from overfill.lab.bench.handoff import timeline as bench
+from overfill.lab.bench.handoff.timeline import Timeline
 from overfill.lab.commands.bench import bench_group
 from overfill.pair.tiny import make_tiny_pair
 
@@ -36,7 +36,7 @@ def run(monkeypatch, pair, recorded, *flags):
         return recorded
 
     monkeypatch.setattr(bench, "record_timeline", record)
-    return CliRunner().invoke(bench_group, ["timeline", f"--pair={pair}", *flags], standalone_mode=False)
+    return CliRunner().invoke(bench_group, ["handoff", "--timeline", f"--pair={pair}", *flags], standalone_mode=False)
 
 
 def test_the_table_s_title_is_one_line_and_events_are_in_order(monkeypatch, pair):
@@ -50,10 +50,10 @@ def test_the_table_s_title_is_one_line_and_events_are_in_order(monkeypatch, pair
 @pytest.mark.parametrize(
     ("recorded", "flags", "code"),
     [
-        (OVERLAPPED, ["--limit=1"], 0),
+        (OVERLAPPED, ["--bandwidth=1"], 0),
         (KV_LAST, [], 1),
-        (TOKEN_LAST, ["--limit=1"], 1),
-        (TOKEN_LAST, [], 0),  # on a fast link nothing says which arrives first
+        (TOKEN_LAST, ["--bandwidth=1"], 1),
+        (TOKEN_LAST, [], 0),  # without a limit either may arrive first
     ],
 )
 def test_the_exit_code_says_whether_the_handoff_overlapped(monkeypatch, pair, recorded, flags, code):
@@ -61,10 +61,10 @@ def test_the_exit_code_says_whether_the_handoff_overlapped(monkeypatch, pair, re
 
 
 def test_the_legend_of_the_plot_hides_no_layer(tmp_path, monkeypatch):
-    from overfill.lab.bench import plots
+    from overfill.lab.bench.handoff import plot
 
     overlaps = []
-    close = plots.plt.close
+    close = plot.plt.close
 
     def check(figure):
         figure.canvas.draw()
@@ -73,8 +73,8 @@ def test_the_legend_of_the_plot_hides_no_layer(tmp_path, monkeypatch):
         overlaps.extend(bar for bar in axes.patches if box.overlaps(bar.get_window_extent()))
         close(figure)
 
-    monkeypatch.setattr(plots.plt, "close", check)
+    monkeypatch.setattr(plot.plt, "close", check)
     layers = [(0.01 * i, 0.01 * (i + 1)) for i in range(30)]
-    plots.save_timeline(tmp_path / "t.png", "Prefill", layers, {"first KV sent": 0.01, "last KV sent": 0.3})
+    plot.save_timeline(tmp_path / "t.png", replace(OVERLAPPED, layers=layers))
     assert (tmp_path / "t.png").stat().st_size > 0
     assert overlaps == []

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from overfill.errors import InvalidRequest
 from overfill.kv.keys import PromptBlocks
-from overfill.lab.bench.bounds import ModelCost, decode_step_seconds, prefill_seconds
-from overfill.lab.bench.machine import Machine
+from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, prefill_seconds
+from overfill.lab.bench.engine.machine import Machine
 from overfill.lab.simulate.blocks import CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import Sequence, SequenceState, SimDecode

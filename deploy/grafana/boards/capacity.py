@@ -1,0 +1,115 @@
+"""Capacity dashboard: how full KV caches, workers and processes are."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+from panels import BYTES, PER_SECOND, SHARE, Panel, bars, board, lines
+
+from boards.queries import WORKER, rate, ratio
+
+
+def capacity() -> Dashboard:
+    used = f"overfill:kv_blocks_used:ratio{{{WORKER}}}"
+    chosen = f'{{job="overfill", {WORKER}}}'
+    rows: dict[str, list[Panel]] = {
+        "KV cache": [
+            lines(
+                "Used, by worker",
+                {"{{stage}} {{worker}}": used},
+                SHARE,
+                limit=0.95,
+            ),
+            bars("Used now", {"{{stage}} {{worker}}": used}, SHARE),
+            lines(
+                "Leaked blocks",
+                {stage: f"sum(overfill_{stage}_kv_blocks_leaked{{{WORKER}}})" for stage in ("prefill", "decode")},
+                limit=1,
+                what="Must be 0.",
+            ),
+            *(
+                lines(
+                    f"{stage.capitalize()}: blocks",
+                    {
+                        kind: f"sum(overfill_{stage}_kv_blocks_{kind}{{{WORKER}}})"
+                        for kind in ("used", "cached", "free")
+                    },
+                    stacked=True,
+                    span=12,
+                )
+                for stage in ("prefill", "decode")
+            ),
+            lines(
+                "Size",
+                {stage: f"sum(overfill_{stage}_kv_blocks{{{WORKER}}})" for stage in ("prefill", "decode")},
+                what="Blocks of all workers.",
+            ),
+            lines(
+                "Preemptions",
+                {"{{worker}}": rate("overfill_decode_preemptions_total", "worker", WORKER)},
+                PER_SECOND,
+                what="Sequences that lost their blocks to older ones, and are computed again.",
+            ),
+            lines(
+                "Tokens run again",
+                {"{{worker}}": rate("overfill_decode_replayed_tokens_total", "worker", WORKER)},
+                PER_SECOND,
+            ),
+        ],
+        "Caches": [
+            lines(
+                "Prompt tokens found in prefix caches",
+                {"{{stage}}": "overfill:prefix_hits:ratio_rate5m"},
+                SHARE,
+                span=12,
+            ),
+            lines(
+                "Prompt tokens not computed",
+                {
+                    "cached": ratio(
+                        rate("overfill_router_cached_prompt_tokens_total"), rate("overfill_router_prompt_tokens_total")
+                    ),
+                },
+                SHARE,
+                span=12,
+            ),
+        ],
+        "Load on workers": [
+            lines(
+                "Time in steps",
+                {"{{stage}} {{worker}}": f"overfill:busy:ratio_rate5m{{{WORKER}}}"},
+                SHARE,
+                what="Over 5 minutes. 1: a step begins as soon as the last one ends.",
+            ),
+            lines(
+                "Sequences by worker",
+                {"{{worker}}": f"overfill_decode_running{{{WORKER}}} or overfill_prefill_running{{{WORKER}}}"},
+            ),
+            lines(
+                "Steps failed",
+                {stage: rate(f"overfill_{stage}_step_failures_total", where=WORKER) for stage in ("prefill", "decode")},
+                PER_SECOND,
+            ),
+            lines(
+                "Tokens per CPU second",
+                {
+                    stage: ratio(
+                        rate(metric, where=WORKER),
+                        rate("process_cpu_seconds_total", where=f'stage="{stage}", {WORKER}'),
+                    )
+                    for stage, metric in (
+                        ("prefill", "overfill_prefill_batch_tokens_sum"),
+                        ("decode", "overfill_decode_tokens_total"),
+                    )
+                },
+            ),
+        ],
+        "Processes": [
+            lines(
+                "CPU",
+                {"{{stage}} {{worker}}": f"rate(process_cpu_seconds_total{chosen}[$__rate_interval])"},
+            ),
+            lines("Memory", {"{{stage}} {{worker}}": f"process_resident_memory_bytes{chosen}"}, BYTES),
+            lines("Open files", {"{{stage}} {{worker}}": f"process_open_fds{chosen}"}),
+        ],
+    }
+    return board("capacity", "Capacity", "How full the workers are.", rows, workers=True)

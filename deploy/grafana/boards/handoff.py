@@ -1,0 +1,85 @@
+"""Handoff dashboard: KV on its way from prefill to decode workers."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+from panels import BYTES, BYTES_PER_SECOND, PER_SECOND, SECONDS, SHARE, Panel, board, cells, lines
+
+from boards.queries import WORKER, buckets, quantile, quantiles, rate, ratio
+
+
+def handoff() -> Dashboard:
+    exposed, whole, transfer = (
+        f"overfill_decode_{what}_seconds" for what in ("handoff_exposed", "handoff", "kv_transfer")
+    )
+    received = "overfill_decode_kv_received_bytes_total"
+    rows: dict[str, list[Panel]] = {
+        "What it costs": [
+            lines(
+                "Handoff exposed",
+                quantiles(exposed, WORKER),
+                SECONDS,
+                limit=0.5,
+                what="First token known to the first decode step: what the handoff adds to the second token.",
+            ),
+            cells("Handoff exposed, spread", buckets(exposed, WORKER), span=16),
+            lines(
+                "Whole handoff",
+                quantiles(whole, WORKER),
+                SECONDS,
+                what="Prompt sent to a prefill worker to all its KV here; queueing and computing are in it.",
+            ),
+            lines(
+                "KV transfer",
+                quantiles(transfer, WORKER),
+                SECONDS,
+                what="First KV of a prompt to the last: it overlaps with computing.",
+            ),
+            lines("By codec, p95", {"{{codec}}": quantile(0.95, transfer, WORKER, by="codec")}, SECONDS),
+        ],
+        "What travels": [
+            lines("KV received", {"{{codec}}, {{path}}": rate(received, "codec, path", WORKER)}, BYTES_PER_SECOND),
+            lines(
+                "KV per handoff",
+                {
+                    "mean": ratio(rate(received, where=WORKER), rate(f"{whole}_count", where=WORKER)),
+                },
+                BYTES,
+            ),
+            lines("KV received by worker", {"{{worker}}": rate(received, "worker", WORKER)}, BYTES_PER_SECOND),
+        ],
+        "What fails": [
+            lines(
+                "Handoffs failed",
+                {"{{reason}}": rate("overfill_decode_handoff_failures_total", "reason", WORKER)},
+                PER_SECOND,
+            ),
+            lines(
+                "Share failed",
+                {"failed": "overfill:handoff_failures:ratio_rate5m"},
+                SHARE,
+                limit=0.02,
+                what="Over 5 minutes.",
+            ),
+            lines(
+                "Streams that broke",
+                {"{{worker}}": rate("overfill_decode_broken_streams_total", "worker", WORKER)},
+                PER_SECOND,
+                what="Data streams that were begun anew: no answer is lost.",
+            ),
+            lines(
+                "KV asked for again",
+                {"{{reason}}": rate("overfill_router_prefill_again_total", "reason")},
+                PER_SECOND,
+                what="By decode workers, of the router.",
+            ),
+            lines(
+                "Attempts failed", {"{{reason}}": rate("overfill_router_failed_attempts_total", "reason")}, PER_SECOND
+            ),
+            lines(
+                "Blocks whose KV is on its way",
+                {stage: f"sum(overfill_{stage}_kv_blocks_reserved{{{WORKER}}})" for stage in ("prefill", "decode")},
+            ),
+        ],
+    }
+    return board("handoff", "Handoff", "KV on its way from prefill to decode workers.", rows, workers=True)

@@ -1,0 +1,129 @@
+"""Router dashboard: arrivals, queues, pool sizes and the scaling policy's inputs."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+from panels import BYTES, COUNT, PER_SECOND, SECONDS, SHARE, Panel, board, lines
+
+from boards.queries import quantiles, rate
+
+
+def router() -> Dashboard:
+    def input_of(stage: str, *names: str) -> dict[str, str]:
+        return {name: f'max(overfill_router_scaling_input{{stage="{stage}", input="{name}"}})' for name in names}
+
+    rows: dict[str, list[Panel]] = {
+        "Requests": [
+            lines(
+                "Waiting and running",
+                {
+                    "waiting": "sum(overfill_router_waiting_requests)",
+                    "running": "sum(overfill_router_running_requests)",
+                },
+            ),
+            lines("Wait in the router", quantiles("overfill_router_ttft_part_seconds", 'part="router_queue"'), SECONDS),
+            lines("Not taken, by reason", {"{{reason}}": rate("overfill_router_refusals_total", "reason")}, PER_SECOND),
+            lines(
+                "HTTP",
+                {"{{route}} {{status}}": rate("overfill_router_http_requests_total", "route, status")},
+                PER_SECOND,
+            ),
+            lines(
+                "Answers moved",
+                {
+                    "moved": rate("overfill_router_migrations_total"),
+                    "attempts failed": rate("overfill_router_failed_attempts_total"),
+                },
+                PER_SECOND,
+                what="To another decode worker.",
+            ),
+            lines(
+                "Refused by decode workers",
+                {"{{reason}}": rate("overfill_decode_refusals_total", "reason")},
+                PER_SECOND,
+            ),
+        ],
+        "Keys": [
+            lines(
+                "Requests by key", {"{{key}}": rate("overfill_router_key_requests_total", "key")}, PER_SECOND, span=12
+            ),
+            lines(
+                "Tokens by key",
+                {"{{key}} {{kind}}": rate("overfill_router_key_tokens_total", "key, kind")},
+                PER_SECOND,
+                span=12,
+            ),
+        ],
+        "Pools": [
+            *(
+                lines(
+                    f"{stage.capitalize()} workers",
+                    {
+                        "ready": f'overfill:workers:ready{{stage="{stage}"}}',
+                        "target": f'sum(overfill_router_scaling_target_workers{{stage="{stage}"}})',
+                        "needed": f'sum(overfill_router_scaling_needed_workers{{stage="{stage}"}})',
+                    },
+                    what="What there is, what the scaling policy makes of the load, and the same before rounding.",
+                )
+                for stage in ("prefill", "decode")
+            ),
+            lines(
+                "Pressure",
+                {"{{stage}}": "overfill:pool_pressure:ratio"},
+                SHARE,
+                limit=1,
+                what="Workers needed over workers ready. One pool high and the other low: move workers.",
+            ),
+            lines(
+                "Prefill backlog",
+                {"backlog": "overfill:prefill_backlog:seconds"},
+                SECONDS,
+                limit=1,
+                what="Time that the prefill workers need for the prompts that they have taken.",
+            ),
+            lines(
+                "Waiting for decode workers",
+                {"requests": "overfill:decode_waiting:requests"},
+                limit=1,
+                what="Requests without a decode worker, while the prefill pool keeps up: KV or slots are short.",
+            ),
+            lines(
+                "Scaling decisions",
+                {
+                    "{{stage}} {{direction}}": "sum by (stage, direction) "
+                    "(increase(overfill_router_scaling_decisions_total[15m]))",
+                },
+                what="In 15 minutes.",
+            ),
+        ],
+        "What scaling goes by": [
+            lines("Arrivals", input_of("prefill", "arrivals"), PER_SECOND),
+            lines(
+                "Prompt tokens to compute",
+                input_of("prefill", "tokens", "recent_tokens", "worker_rate"),
+                PER_SECOND,
+                what="Arriving over a minute and over 10 s, and what a worker was measured to do.",
+            ),
+            lines("Prefill: waits", input_of("prefill", "service_seconds", "wait_budget_seconds"), SECONDS),
+            lines(
+                "Decode: sequences",
+                input_of("decode", "concurrency", "margin", "batch", "running"),
+                COUNT,
+                what="Running at once as predicted, a margin for chance, what a worker runs in the objective, and now.",
+            ),
+            lines("Decode: a step", input_of("decode", "step_seconds", "step_base_seconds"), SECONDS),
+            lines(
+                "Queues",
+                {
+                    f"{stage}, {name}": f'max(overfill_router_scaling_input{{stage="{stage}", input="{name}"}})'
+                    for stage, name in (("prefill", "waiting_jobs"), ("decode", "waiting_jobs"))
+                },
+            ),
+        ],
+        "Process": [
+            lines("CPU", {"{{worker}}": 'rate(process_cpu_seconds_total{stage="router"}[$__rate_interval])'}),
+            lines("Memory", {"{{worker}}": 'process_resident_memory_bytes{stage="router"}'}, BYTES),
+            lines("Open files", {"{{worker}}": 'process_open_fds{stage="router"}'}),
+        ],
+    }
+    return board("router", "Router and scaling", "What comes in, what waits, and how large the pools should be.", rows)

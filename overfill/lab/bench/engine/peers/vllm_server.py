@@ -1,0 +1,84 @@
+"""Runs vLLM's own OpenAI server on loopback, from the environment that ``environment.py`` installs."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from overfill.cli.processes import Child, stop
+from overfill.cli.stack import free_ports
+from overfill.lab.bench.engine.peers.process import PeerFailed
+
+_START_SECONDS = 600.0  # vLLM compiles kernels at its first start
+_POLL_SECONDS = 0.5
+_GRACE = 20.0
+
+
+@contextmanager
+def vllm_server(
+    python: Path,
+    model: Path,
+    *,
+    threads: int,
+    max_model_len: int,
+    max_num_seqs: int = 64,
+    token_budget: int = 2048,
+    kv_bytes: int = 4 << 30,
+) -> Iterator[str]:
+    """Starts the server and yields its URL, including ``/v1``, once it answers. Call it on the main thread only.
+
+    Args:
+        threads: Number of this process's cores that are bound to the engine. By default vLLM leaves one core for its
+            HTTP server, which is half of a machine with two cores.
+
+    Raises:
+        PeerFailed: The server did not start.
+    """
+    host, (port,) = "127.0.0.1", free_ports("127.0.0.1", 1)
+    # The entry point `vllm` needs a distribution of that name; the CPU build has another name.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", host, "--port", str(port), "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    command += ["--max-num-batched-tokens", str(max(token_budget, max_model_len))]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, -(-kv_bytes // 2**30))),  # GiB
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    # The server has child processes. It ends them on SIGTERM, but not when it is killed.
+    server = Child("vllm", command, environment, lambda name, line: None, orphaned=signal.SIGTERM)
+    try:
+        _wait_ready(server, host, port)
+        yield f"http://{host}:{port}/v1"
+    finally:
+        stop([server], _GRACE)
+
+
+def _wait_ready(server: Child, host: str, port: int) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if server.returncode is not None:
+            failure = PeerFailed(f"vllm's server {server.describe_exit()} during start-up")
+            for line in server.last_lines():
+                failure.add_note(line)
+            raise failure
+        try:
+            connection = http.client.HTTPConnection(host, port, timeout=5)
+            with closing(connection):
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(_POLL_SECONDS)
+    raise PeerFailed(f"vllm's server did not answer within {_START_SECONDS:g} s")

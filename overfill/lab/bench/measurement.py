@@ -1,0 +1,86 @@
+"""A measured number, the bound that it is compared with, and a peer's number from the same run. JSON and table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+from rich.table import Table
+
+from overfill.cli.output import console
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One figure of a benchmark.
+
+    Attributes:
+        bound: Upper limit for ``value``, or lower limit if ``at_least``. None means no limit.
+        peer, peer_value: Something else that did the same in the same run, and its value.
+        low, high: Minimum and maximum over the rounds; ``value`` is then the median.
+    """
+
+    name: str
+    value: float
+    unit: str
+    bound: float | None = None
+    at_least: bool = False
+    peer: str | None = None
+    peer_value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def median(
+        cls, name: str, values: Sequence[float], unit: str, bound: float | None = None, **more: Any
+    ) -> Measurement:
+        """Makes a measurement from one value per round."""
+        return cls(name, statistics.median(values), unit, bound, **more, low=min(values), high=max(values))
+
+    @property
+    def reached(self) -> bool:
+        """True if ``value`` meets ``bound``; False for NaN."""
+        if self.bound is None:
+            return True
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def to_json(self) -> str:
+        """A line of JSON, with numbers rounded to four digits and NaN as null."""
+        found = asdict(self) | {"reached": self.reached}
+        return json.dumps({k: _digits(v) if isinstance(v, float) else v for k, v in found.items()})
+
+
+def measurements_table(measurements: Iterable[Measurement]) -> Table:
+    """A table with a line per measurement."""
+    table = Table()
+    for column in ("", "measured", "", "rounds", "bound", "peer"):
+        table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
+    for one in measurements:
+        bound = "" if one.bound is None else f"{'≥' if one.at_least else '≤'} {one.bound:,g}"
+        peer = "" if one.peer_value is None else f"{one.peer}: {_number(one.peer_value)}"
+        rounds = "" if one.low is None or one.high is None else f"{_number(one.low)} to {_number(one.high)}"
+        verdict = bound if one.reached else f"{bound}, missed"
+        table.add_row(one.name, _number(one.value), one.unit, rounds, verdict, peer)
+    return table
+
+
+def print_measurements(measurements: Sequence[Measurement], as_json: bool) -> int:
+    """Prints a JSON line per measurement, or a table. Returns the exit code: 1 when one misses its bound."""
+    if as_json:
+        for one in measurements:
+            click.echo(one.to_json())
+    else:
+        console().print(measurements_table(measurements))
+    return 0 if all(one.reached for one in measurements) else 1
+
+
+def _digits(value: float) -> float | None:
+    return None if value != value else float(f"{value:.4g}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

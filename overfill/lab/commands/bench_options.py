@@ -1,0 +1,87 @@
+"""Options and helpers that several verbs of ``overfill bench`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from overfill.model.manifest import Pair
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Counts(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A comma-separated list of positive whole numbers, such as ``1,8,32``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1:
+            self.fail(f"{value!r} is not a list of positive whole numbers such as 1,8,32", param, ctx)
+        return numbers
+
+
+def pair_option(command: _F) -> _F:
+    """``--pair``: the model pair to run."""
+    return click.option(
+        "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
+    )(command)
+
+
+def geometry_option(command: _F) -> _F:
+    """``--pair``, for benchmarks that run no model."""
+    return click.option(
+        "--pair", default="default", show_default=True, help="Pair whose tokenizer and KV geometry are used."
+    )(command)
+
+
+def plot_option(command: _F) -> _F:
+    """``--plot FILE``."""
+    return click.option(
+        "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the result to this file (.png, .svg)."
+    )(command)
+
+
+def json_option(command: _F) -> _F:
+    """``--json``: a line per figure instead of a table."""
+    return click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")(
+        command
+    )
+
+
+def install_option(command: _F) -> _F:
+    """``--install-peers``."""
+    return click.option(
+        "--install-peers", is_flag=True, help="First install missing engines into OVERFILL_HOME/envs (up to 3 GB)."
+    )(command)
+
+
+def pair_folder(name: str) -> Path:
+    """Folder of a pair; prepares a named pair on first use, with progress bars."""
+    from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import show_progress
+
+    with show_progress() as report:
+        return resolve_pair(name, report)
+
+
+def load_pair(name: str) -> Pair:
+    """Loads the manifest of a pair, as ``pair_folder`` finds it."""
+    from overfill.model.manifest import Pair
+
+    return Pair.load(pair_folder(name))
+
+
+def log_line(process: str, line: str) -> None:
+    """Prints a line of a child process's output on stderr."""
+    click.echo(f"{process} | {line}", err=True)

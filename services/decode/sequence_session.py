@@ -1,0 +1,372 @@
+"""One attempt at one sequence: an actor between the router, the engine and a prefill worker.
+
+All events of the sequence arrive in one inbox, and the session handles them in order on the event loop. Messages for
+the router go into an outbox. Consecutive unread tokens merge there, so a slow router never blocks an engine step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import assert_never
+
+from overfill.engine.sequence import (
+    DecodeEvent,
+    DecodeSequence,
+    FinishReason,
+    Preempted,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    SequenceFailed,
+    Start,
+    TokenSampled,
+    Yielded,
+)
+from overfill.errors import (
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    OverfillError,
+    Overloaded,
+    Unavailable,
+)
+from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
+from overfill.kv.shielded import shielded
+from overfill.request.names import CODEC_NAMES
+from overfill.telemetry import logs, tracing
+from overfill.telemetry.metrics import DecodeMetrics, outcome_of
+from overfill.v1 import common_pb2, decode_pb2
+from services.hosting import logprobs_to_proto
+
+_Need = decode_pb2.NeedPrefill
+
+
+class Outbox:
+    """Responses for the router, in order. Consecutive unread Tokens messages merge into one."""
+
+    def __init__(self) -> None:
+        self._items: deque[decode_pb2.DecodeResponse] = deque()
+        self._changed = asyncio.Event()
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def put(self, response: decode_pb2.DecodeResponse) -> None:
+        last = self._items[-1] if self._items else None
+        if last is not None and last.HasField("tokens") and response.HasField("tokens"):
+            last.tokens.ids.extend(response.tokens.ids)
+            last.tokens.logprobs.extend(response.tokens.logprobs)
+        else:
+            self._items.append(response)
+        self._changed.set()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the stream after the queued messages, with ``error`` if given."""
+        self._closed, self._error = True, error
+        self._changed.set()
+
+    def __aiter__(self) -> Outbox:
+        return self
+
+    async def __anext__(self) -> decode_pb2.DecodeResponse:
+        while not self._items:
+            if self._closed:
+                if self._error is not None:
+                    raise self._error
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        return self._items.popleft()
+
+
+@dataclass(frozen=True, slots=True)
+class PullEnded:
+    """The end of a pull: the prompt's KV is in place, or ``error`` says why not."""
+
+    pull: int  # number of the pull within the session; the session ignores the end of an abandoned one
+    worker_id: str
+    error: OverfillError | None
+
+
+Inbox = asyncio.Queue[
+    DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception
+]
+UsePeer = Callable[[decode_pb2.AssignPrefill], AbstractAsyncContextManager[PrefillPeer]]
+NewPull = Callable[[PrefillPeer, "SequenceSession"], PromptPull]
+
+
+class SequenceSession:
+    """Runs one attempt at one sequence. ``run`` closes the outbox before it returns.
+
+    Args:
+        send: sends a message to the engine.
+        use_peer: connects to a prefill worker.
+        new_pull: creates the pull of the prompt's KV into ``blocks``.
+        time_left: returns the seconds until the request's deadline, or None without one.
+        load: returns the worker's load, which a refusal reports.
+        metrics: counts the reservation, the handoffs and the end. None means no metrics.
+
+    Attributes:
+        blocks: blocks as last reserved.
+        held_tokens: number of leading prompt tokens whose KV is in ``blocks`` already.
+    """
+
+    def __init__(
+        self,
+        start: decode_pb2.StartDecode,
+        sequence: DecodeSequence,
+        send: Callable[[object], None],
+        use_peer: UsePeer,
+        new_pull: NewPull,
+        time_left: Callable[[], float | None],
+        load: Callable[[], decode_pb2.WorkerLoad],
+        metrics: DecodeMetrics | None = None,
+    ) -> None:
+        self._metrics = metrics or DecodeMetrics()
+        self.start = start
+        self.sequence = sequence
+        self.inbox: Inbox = asyncio.Queue()
+        self.outbox = Outbox()
+        self.blocks: list[int] = []
+        self.held_tokens = 0
+        self._send = send
+        self._use_peer = use_peer
+        self._new_pull = new_pull
+        self._time_left = time_left
+        self._load = load
+        self._received_ns = time.monotonic_ns()
+        self._emitted = len(start.emitted_token_ids)
+        self._first_token: int | None = None
+        self._pull: asyncio.Task[None] | None = None
+        self._pulls = 0
+        self._prefill_worker = ""
+        self._handoff: PromptPull | None = None
+        self._cached_tokens: int | None = None
+        self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
+        self._reserved = self._refused = False
+        self._failure: BaseException | None = None
+        self._wants_kv = False
+        self._first_known_ns: int | None = None
+        self._first_step_ns: int | None = None
+
+    @property
+    def wants_first_token(self) -> bool:
+        """True while the answer has no token, so that the full model must sample the first one."""
+        return self._emitted == 0
+
+    async def run(self) -> None:
+        """Handles events until the attempt ends. Then joins the pull and has the engine release the sequence."""
+        self._send(Reserve(self.sequence))
+        try:
+            while not await self._handle(await self.inbox.get()):
+                pass
+            self.outbox.close()
+            if not self._refused:  # the engine counts refusals
+                self._metrics.ended(None)
+        except Exception as error:
+            self._failure = error
+            self.outbox.close(error)
+            self._metrics.ended(error)
+        except asyncio.CancelledError as error:
+            self._failure = error
+            self._metrics.ended(error)
+            raise
+        finally:
+            try:
+                await shielded(self._join_pull())
+            finally:
+                self._send(Release(self.sequence.id))
+                self._log()
+
+    def _log(self) -> None:
+        outcome = "refused" if self._refused else outcome_of(self._failure)
+        logs.ended(
+            "decode",
+            outcome,
+            prompt_tokens=len(self.sequence.prompt),
+            completion_tokens=self._emitted,
+            attempt=self.start.attempt,
+            prefill_worker=self._prefill_worker,
+        )
+
+    async def _handle(
+        self,
+        item: DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception,
+    ) -> bool:
+        """Handles one event. Returns True when the session is over."""
+        match item:
+            case Reserved(blocks=blocks, held_tokens=held):
+                self.blocks, self.held_tokens = blocks, held
+                self._wants_kv = True
+                self._announce_reservation()
+            case Refused(reason=reason):
+                refused = decode_pb2.Refused(load=self._load(), reason=reason)
+                self.outbox.put(decode_pb2.DecodeResponse(refused=refused))
+                self._refused = True
+                return True
+            case decode_pb2.AssignPrefill():
+                # Ignore an assignment that arrives after the sequence lost its blocks: it will ask again.
+                if self._wants_kv and self._pull is None:
+                    self._pulls += 1
+                    self._pull = asyncio.ensure_future(self._fetch(item, self._pulls))
+            case FirstTokenArrived():
+                return self._on_first_token(item)
+            case PullEnded() if item.pull != self._pulls or self._pull is None:
+                pass
+            case PullEnded(worker_id=worker, error=None):
+                self._pull = None
+                self._note_cached_tokens()
+                self._prefill_worker = worker
+                self._codec = self._handoff.codec if self._handoff is not None else self._codec
+                self._wants_kv = False
+                self._send(Start(self.sequence.id, self._first_token))
+            case PullEnded(worker_id=worker, error=error):
+                self._pull = None
+                assert error is not None
+                self._need_prefill(_reason_for(error), str(error), worker)
+            case Preempted():
+                self._wants_kv = False
+                await self._join_pull()
+                self._send(Yielded(self.sequence.id))
+            case TokenSampled():
+                return self._on_token(item)
+            case SequenceFailed(error=InvalidRequest() as failure):
+                raise failure  # the request is invalid, so every worker would fail it
+            case SequenceFailed(error=failure):
+                raise InternalError(f"decode failed: {failure}") from failure
+            case decode_pb2.Evict():
+                raise Unavailable(f"evicted by the router: {item.reason}")
+            case Exception():
+                raise item
+            case _:
+                assert_never(item)
+        return False
+
+    def _announce_reservation(self) -> None:
+        if self._reserved:
+            self._need_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
+            return
+        self._reserved = True
+        reservation_ns = time.monotonic_ns() - self._received_ns
+        self._metrics.reserved(reservation_ns / 1e9)
+        tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
+        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
+        self.outbox.put(decode_pb2.DecodeResponse(reserved=reserved))
+
+    def _need_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
+        need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)
+        self.outbox.put(decode_pb2.DecodeResponse(need_prefill=need))
+
+    async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:
+        """Has ``target`` prefill the prompt, and writes its KV into ``blocks``. Puts the outcome into the inbox."""
+        error: OverfillError | None = None
+        try:
+            with tracing.child("decode.handoff", "client", worker=target.worker_id) as span:
+                async with self._use_peer(target) as peer:
+                    self._handoff = self._new_pull(peer, self)
+                    try:
+                        await self._handoff.run(self._time_left(), self.inbox.put_nowait)
+                        self._metrics.handed_over(self._handoff.codec, self._handoff.stats)
+                    finally:
+                        stats = self._handoff.stats
+                        self._metrics.received(self._handoff.codec, stats)
+                        span.set(kv_bytes=stats.kv_bytes, codec=CODEC_NAMES[self._handoff.codec])
+        except OverfillError as failure:
+            error = failure
+            self._metrics.handoff_failed(error)
+        except Exception as failure:
+            self._metrics.handoff_failed(failure)
+            self.inbox.put_nowait(failure)
+            return
+        self.inbox.put_nowait(PullEnded(pull, target.worker_id, error))
+
+    async def _join_pull(self) -> None:
+        if self._pull is not None:
+            self._pull.cancel()
+            await asyncio.wait([self._pull])
+            self._pull = None
+
+    def _note_cached_tokens(self) -> None:
+        """Keeps the cached tokens of the first prefill. A later prefill would find the blocks that the first left."""
+        if self._cached_tokens is None and self._handoff is not None:
+            self._cached_tokens = self._handoff.stats.cached_tokens
+
+    def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
+        if not self.wants_first_token:  # an earlier prefill of this session has sent it
+            return False
+        self._note_cached_tokens()
+        token = arrived.token
+        emitted, finish = self.sequence.stop.judge(token.token_id, 0)
+        self._first_known_ns = arrived.received_ns
+        tracing.current().event("first token")
+        self._first_token = token.token_id
+        if emitted:
+            self._emitted = 1
+            tokens = decode_pb2.Tokens(
+                first_index=0,
+                ids=[token.token_id],
+                logprobs=[token.logprobs] if token.HasField("logprobs") else [],
+                prefill_queue_ns=arrived.queue_ns,
+                prefill_compute_ns=token.compute_ns,
+                return_ns=token.return_ns + time.monotonic_ns() - arrived.received_ns,
+            )
+            self.outbox.put(decode_pb2.DecodeResponse(tokens=tokens))
+        if finish is not None:
+            self._finish(finish)
+        return finish is not None
+
+    def _on_token(self, event: TokenSampled) -> bool:
+        if self._first_step_ns is None:
+            self._first_step_ns = event.step_started_ns
+            if self._first_known_ns is not None:
+                self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
+        if event.token is not None:
+            self._emitted = event.index + 1
+            logprobs = logprobs_to_proto(event.token)
+            tokens = decode_pb2.Tokens(
+                first_index=event.index,
+                ids=[event.token.token_id],
+                logprobs=[] if logprobs is None else [logprobs],
+            )
+            self.outbox.put(decode_pb2.DecodeResponse(tokens=tokens))
+        if event.finish is not None:
+            self._finish(event.finish)
+        return event.finish is not None
+
+    def _finish(self, reason: FinishReason) -> None:
+        done = decode_pb2.DecodeDone(
+            reason=reason.value,
+            usage=common_pb2.Usage(
+                prompt_tokens=len(self.sequence.prompt),
+                completion_tokens=self._emitted,
+                cached_tokens=self._cached_tokens or 0,
+            ),
+            prefill_worker_id=self._prefill_worker,
+            codec=self._codec,
+        )
+        if self._first_step_ns is not None:
+            now = time.monotonic_ns()
+            done.decode_ns = now - self._first_step_ns
+            tracing.current().past("decode.steps", self._first_step_ns, now, tokens=self._emitted)
+            if self._first_known_ns is not None:
+                done.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
+        if self.start.trace and self._handoff is not None:
+            done.trace.CopyFrom(self._handoff.stats.to_proto())
+        self.outbox.put(decode_pb2.DecodeResponse(done=done))
+
+
+def _reason_for(error: OverfillError) -> decode_pb2.NeedPrefill.Reason:
+    match error:
+        case InvalidRequest():
+            raise error  # every prefill worker would refuse the request
+        case Incompatible():
+            return _Need.REASON_INCOMPATIBLE
+        case Overloaded():
+            return _Need.REASON_PREFILL_REFUSED
+        case _:
+            return _Need.REASON_PREFILL_FAILED

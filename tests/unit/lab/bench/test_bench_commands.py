@@ -1,0 +1,78 @@
+"""``overfill bench kv``, ``handoff`` and ``router``: they run, and print the figures that they should."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from overfill.lab.bench.router.decisions import measure_decisions
+from overfill.lab.commands.bench import bench_group
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "overfill.cli.main", "bench", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode in (0, 1), done.stderr  # 1: a bound is missed; tests do not judge speed
+    figures = {figure["name"]: figure for figure in map(json.loads, done.stdout.splitlines())}
+    assert (done.returncode == 0) == all(figure["reached"] for figure in figures.values())
+    return figures
+
+
+def test_kv_is_compared_with_the_raw_stream(tiny_pair):
+    figures = bench("kv", f"--pair={tiny_pair}", "--tokens=4096", "--rounds=2")
+    assert list(figures) == ["grpc_raw", "kv_grpc", "kv_grpc_rate", "kv_same_host", "kv_same_host_rate"]
+    assert (figures["kv_grpc"]["bound"], figures["kv_same_host"]["bound"]) == (0.85, 2.0)
+    for name in ("kv_grpc", "kv_same_host"):
+        rate = figures[f"{name}_rate"]
+        assert 0 < rate["low"] <= rate["value"] <= rate["high"]
+        assert rate["peer_value"] == figures["grpc_raw"]["value"]
+        assert 0 < figures[name]["low"] <= figures[name]["value"] <= figures[name]["high"]
+
+
+def test_handoff_compares_a_request_with_a_plain_prefill(tiny_pair):
+    figures = bench("handoff", f"--pair={tiny_pair}", "--tokens=256", "--rounds=2", "--dtype=float32")
+    assert 0 < figures["prefill_compute"]["value"] <= figures["ttft"]["value"]
+    assert figures["ttft"]["peer_value"] == figures["plain_prefill"]["value"] > 0
+    assert figures["ttft_ratio"]["bound"] == 1.1
+    assert figures["handoff_exposed"]["bound"] == 0.05
+
+
+def test_the_router_is_measured_beside_a_bare_server(tiny_pair):
+    figures = bench("router", f"--pair={tiny_pair}", "--seconds=0.5")
+    for name in ("cpu_per_request", "cpu_per_token", "requests_at_saturation", "tokens_at_saturation"):
+        assert figures[name]["peer"] == "bare gRPC"
+        assert figures[name]["peer_value"] is not None
+    assert figures["requests_at_saturation"]["value"] > 0
+    assert (figures["added_ttft_p50"]["bound"], figures["added_ttft_p99"]["bound"]) == (1.0, 5.0)
+
+
+def test_decisions_are_compared_with_the_first_number_of_workers():
+    found = {one.name: one for one in measure_decisions([2, 4], requests=2000)}
+    assert list(found) == [
+        f"{name}_{count}_workers" for count in (2, 4) for name in ("decision_mean", "decision_p99", "request", "report")
+    ]
+    assert all(one.value > 0 for one in found.values())
+    assert found["request_4_workers"].peer_value == found["request_2_workers"].value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["handoff", "--plot=x.png"], "--plot cannot be used without --timeline"),
+        (["handoff", "--timeline", "--kv-codec=int8", "--rounds=2"], "--rounds, --kv-codec cannot be used with --time"),
+        (["router", "--overload=5", "--decisions=1"], "--overload and --decisions cannot be used together"),
+        (["router", "--decisions=1,x"], "is not a list of positive whole numbers"),
+        (["timeline", "--tokens=5"], "use `overfill bench handoff --timeline`"),
+        (["peers", "install", "vllm"], "use `overfill bench decode --install-peers`"),
+    ],
+)
+def test_a_wrong_call_says_what_to_do(arguments, message):
+    result = CliRunner().invoke(bench_group, arguments, terminal_width=200)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_there_are_six_verbs():
+    assert list(bench_group.commands) == ["decode", "prefill", "kv", "handoff", "router", "serve"]

@@ -1,0 +1,54 @@
+"""The statistics of a router's last minute."""
+
+from __future__ import annotations
+
+import pytest
+
+from overfill.routing.rolling_stats import RollingStats
+from overfill.v1 import common_pb2, inference_pb2
+
+
+def finished(ttft, tokens=11, **parts):
+    """An answer with its timing in ms."""
+    times = {"ttft_ns": ttft, "total_ns": ttft + 1000} | {f"{name}_ns": value for name, value in parts.items()}
+    timing = common_pb2.Timing(**{name: value * 10**6 for name, value in times.items()})
+    return inference_pb2.Finished(timing=timing, usage=common_pb2.Usage(completion_tokens=tokens))
+
+
+def by_name(activity):
+    return {entry.name: entry for entry in activity.timing}
+
+
+def test_percentiles_are_of_answers_that_occurred_and_unattributed_is_what_is_left():
+    stats = RollingStats()
+    for ttft in range(100, 200):
+        stats.answered(finished(ttft, router_queue=20, prefill_compute=60), now=10.0)
+    activity = stats.activity(running=3, waiting=4, now=20.0)
+    found = by_name(activity)
+    assert (activity.running, activity.waiting, activity.answers) == (3, 4, 100)
+    assert found["ttft"].p50_seconds == pytest.approx(0.149)
+    assert found["ttft"].p99_seconds == pytest.approx(0.198)
+    assert found["unattributed"].p50_seconds == pytest.approx(0.069)
+    assert found["itl"].p90_seconds == pytest.approx(0.1)
+    assert "return_path" not in found, "a time that was not measured is missing, not 0"
+
+
+def test_answers_are_forgotten_after_a_minute():
+    stats = RollingStats()
+    stats.answered(finished(100), now=0.0)
+    stats.answered(finished(200), now=50.0)
+    assert stats.activity(0, 0, now=59.0).answers == 2
+    later = stats.activity(0, 0, now=61.0)
+    assert later.answers == 1
+    assert by_name(later)["ttft"].p50_seconds == pytest.approx(0.2)
+    assert list(stats.activity(0, 0, now=200.0).timing) == []
+
+
+def test_tokens_per_second_are_those_of_the_last_ten():
+    stats = RollingStats()
+    for second in range(100):
+        for _ in range(5):
+            stats.tokens(4, now=second + 0.5)
+    assert stats.activity(0, 0, now=100.0).tokens_per_second == pytest.approx(20.0)
+    assert stats.activity(0, 0, now=105.0).tokens_per_second == pytest.approx(10.0)
+    assert stats.activity(0, 0, now=120.0).tokens_per_second == 0

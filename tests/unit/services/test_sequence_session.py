@@ -1,0 +1,182 @@
+"""One attempt as an actor: its messages to the engine, for every order of events."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from counting import CountingRunner
+
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Release, Reserve, StopRule, Yielded
+from overfill.errors import Unavailable
+from overfill.kv.blocks import BlockPool
+from overfill.kv.receiver import PullStats
+from overfill.request.params import SamplingParams
+from overfill.v1 import common_pb2, decode_pb2
+from services.decode.sequence_session import Outbox, PullEnded, SequenceSession
+
+
+class Pull:
+    """A pull that ends when the test says so, and holds its blocks for a while after it is cancelled."""
+
+    codec = common_pb2.KV_CODEC_RAW
+
+    def __init__(self):
+        self.stats = PullStats()
+        self.done = asyncio.Event()
+        self.let_go = asyncio.Event()
+        self.running = False
+
+    async def run(self, timeout, on_first_token):
+        self.running = True
+        try:
+            await self.done.wait()
+        finally:
+            await self.let_go.wait()
+            self.running = False
+
+
+class Bench:
+    """A session with a real engine core and a scripted handoff."""
+
+    def __init__(self):
+        self.pool = BlockPool(8, 4)
+        self.engine = DecodeEngine(CountingRunner(), self.pool, 8, 512, self.take)
+        sequence = DecodeSequence("s", [1, 2, 3], [7], SamplingParams(temperature=0), StopRule(frozenset(), 4))
+        self.sent = []
+        self.pulls = []
+        self.session = SequenceSession(
+            decode_pb2.StartDecode(emitted_token_ids=[7]),
+            sequence,
+            self.send,
+            self.use_peer,
+            self.new_pull,
+            lambda: None,
+            decode_pb2.WorkerLoad,
+        )
+
+    def take(self, events):
+        for event in events:
+            self.session.inbox.put_nowait(event)
+
+    def send(self, message):
+        self.sent.append(message)
+        self.engine.handle(message)
+
+    @asynccontextmanager
+    async def use_peer(self, target):
+        yield None
+
+    def new_pull(self, peer, session):
+        self.pulls.append(Pull())
+        return self.pulls[-1]
+
+    def assign(self):
+        self.session.inbox.put_nowait(decode_pb2.AssignPrefill(worker_id="p"))
+
+
+async def settle():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def bench():
+    bench = Bench()
+    bench.task = asyncio.ensure_future(bench.session.run())
+    await settle()
+    yield bench
+    for pull in bench.pulls:
+        pull.let_go.set()
+    bench.task.cancel()
+    await asyncio.wait([bench.task])
+    assert bench.pool.num_used == 0
+    bench.pool.check_integrity()
+
+
+async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(bench):
+    bench.assign()
+    await settle()
+    sequence = bench.session.sequence
+    sequence.state = DecodeState.YIELDING  # as the engine does when it picks a victim
+    # The pull has finished already when the session hears of the preemption.
+    bench.session.inbox.put_nowait(Preempted("s"))
+    bench.session.inbox.put_nowait(PullEnded(1, "p", None))
+    bench.pulls[0].let_go.set()
+    await settle()
+    assert isinstance(bench.sent[-1], Yielded)
+    bench.engine.step()  # gives it new blocks
+    await settle()
+    assert sequence.state is DecodeState.RECEIVING, "new blocks hold nothing yet"
+    assert sequence.computed == 0
+
+
+async def test_a_failed_pull_that_was_given_up_asks_for_nothing(bench):
+    bench.assign()
+    await settle()
+    bench.session.sequence.state = DecodeState.YIELDING
+    bench.session.inbox.put_nowait(Preempted("s"))
+    bench.session.inbox.put_nowait(PullEnded(1, "p", Unavailable("gone")))
+    bench.pulls[0].let_go.set()
+    await settle()
+    kinds = [response.WhichOneof("message") for response in bench.session.outbox._items]
+    assert kinds == ["reserved"]
+
+
+async def test_blocks_are_given_up_only_when_the_pull_has_let_go_of_them(bench):
+    bench.assign()
+    await settle()
+    bench.session.sequence.state = DecodeState.YIELDING
+    bench.session.inbox.put_nowait(Preempted("s"))
+    await settle()
+    assert bench.pulls[0].running
+    assert not any(isinstance(m, Yielded) for m in bench.sent)
+    bench.pulls[0].let_go.set()
+    await settle()
+    assert isinstance(bench.sent[-1], Yielded)
+
+
+async def test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets(bench):
+    bench.assign()
+    await settle()
+    for _ in range(2):
+        bench.task.cancel()
+        await settle()
+    assert bench.pulls[0].running
+    assert not any(isinstance(m, Release) for m in bench.sent)
+    bench.pulls[0].let_go.set()
+    await asyncio.wait([bench.task])
+    assert isinstance(bench.sent[-1], Release)
+
+
+async def test_an_assignment_that_nobody_asked_for_is_ignored(bench):
+    bench.assign()
+    await settle()
+    bench.pulls[0].let_go.set()
+    bench.pulls[0].done.set()
+    await settle()
+    bench.assign()
+    await settle()
+    assert len(bench.pulls) == 1
+
+
+async def test_a_refusal_carries_the_load():
+    bench = Bench()
+    bench.pool.acquire("other", 8)
+    bench.session._load = lambda: decode_pb2.WorkerLoad(kv_blocks_used=8)
+    await bench.session.run()
+    (response,) = [response async for response in bench.session.outbox]
+    assert response.refused.load.kv_blocks_used == 8
+    assert isinstance(bench.sent[0], Reserve)
+
+
+async def test_tokens_that_nobody_reads_become_one_message():
+    outbox = Outbox()
+    for index in range(1000):
+        outbox.put(decode_pb2.DecodeResponse(tokens=decode_pb2.Tokens(first_index=index, ids=[index])))
+    outbox.put(decode_pb2.DecodeResponse(done=decode_pb2.DecodeDone()))
+    outbox.close()
+    tokens, done = [response async for response in outbox]
+    assert list(tokens.tokens.ids) == list(range(1000))
+    assert tokens.tokens.first_index == 0
+    assert done.HasField("done")
