@@ -1,4 +1,4 @@
-"""One answer for a person at a terminal or in a pipe: short unless asked otherwise, and it says when it was cut."""
+"""Streams one answer to stdout, with a default length limit, and reports when a limit cut it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from overfill.request.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
-"""Most tokens of an answer, unless --max-tokens says otherwise."""
+"""Default of --max-tokens: maximum tokens of an answer."""
 
 DEFAULT_TEMPERATURE = 0.7
-"""Unless --temperature or --greedy says otherwise."""
+"""Default of --temperature, unless --greedy is given."""
 
 
 def stream_answer(
     client: Client, prompt: Prompt, sampling: SamplingParams, options: Options, *, quiet: bool = False
 ) -> Answer:
-    """Streams the answer to stdout, unless ``quiet``; returns it once it is complete.
+    """Streams the answer to stdout, unless ``quiet``, and returns it once it is complete.
 
-    ``sampling`` replaces what ``options`` says about it.
+    If ``sampling.max_tokens`` is None, the limit is ``DEFAULT_MAX_TOKENS``, or the rest of the context if that is less.
 
-    Where ``sampling.max_tokens`` is None, the answer has at most ``DEFAULT_MAX_TOKENS``, and fewer where the prompt
-    leaves less of the context.
+    Args:
+        sampling: sampling parameters; they replace those in ``options``.
 
     Raises:
-        OverfillError: any of its kinds.
+        OverfillError: the request failed.
     """
     if sampling.max_tokens is None:
         try:
@@ -40,23 +40,24 @@ def stream_answer(
         except PromptTooLong as error:
             if error.field != "sampling.max_tokens":
                 raise
-        # The context has room for fewer than the default: take what is left.
+        # The context has fewer free tokens than the default: use all of them.
     return _stream(client, prompt, sampling, quiet, options)
 
 
 def note_cut(answer: Answer, sampling: SamplingParams) -> None:
-    """Says on stderr that a limit ended the answer, if one did, and how to get more.
+    """If a limit cut the answer, says so on stderr, and how to get more.
 
-    ``sampling`` is what ``stream_answer`` got.
+    Args:
+        sampling: the same as for ``stream_answer``.
     """
     if answer.finish_reason != "length":
         return
     count = answer.usage.completion_tokens
     if sampling.max_tokens is None and count < DEFAULT_MAX_TOKENS:
-        told = f"after {count} tokens, because the model's context is full; a shorter prompt leaves more"
+        where = f"after {count} tokens, because the model's context is full; use a shorter prompt"
     else:
-        told = f"at its limit of {count} tokens; --max-tokens N sets another"
-    click.echo(f"overfill: the answer was cut {told}", err=True)
+        where = f"at the limit of {count} tokens; --max-tokens N sets another limit"
+    click.echo(f"overfill: the answer was cut {where}", err=True)
 
 
 def _stream(client: Client, prompt: Prompt, sampling: SamplingParams, quiet: bool, options: Options) -> Answer:

@@ -1,4 +1,4 @@
-"""``overfill certs``: certificates for every role of a stack, from authorities of one's own."""
+"""``overfill certs``: makes certificates for every role of a stack, signed by private authorities."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from overfill.errors import InvalidRequest
 
 @click.command("certs")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("certs"))
-@click.option("--name", "names", multiple=True, help="Host or IP address that routers are reached at; repeatable.")
-@click.option("--days", type=Number(0, min_open=True), default=90, show_default=True, help="Of validity.")
+@click.option("--name", "names", multiple=True, help="Host name or IP address of routers; repeatable.")
+@click.option(
+    "--days",
+    type=Number(0, min_open=True),
+    default=90,
+    show_default=True,
+    help="Days for which the certificates are valid.",
+)
 @click.option(
     "--role", "roles", type=click.Choice(["router", "worker", "client", "operator", "scraper"]), multiple=True,
-    help="Make those of this role only; repeatable.  [default: all]",
+    help="Role to make a certificate for; repeatable.  [default: all roles]",
 )  # fmt: skip
 def certs_command(folder: Path, names: tuple[str, ...], days: float, roles: tuple[str, ...]) -> None:
-    """Make certificates for a stack in FOLDER; `overfill up --tls FOLDER` takes them.
+    """Make certificates for a stack in FOLDER, for `overfill up --tls FOLDER`.
 
-    Two authorities sign: one for the processes of a stack, which is all that workers trust, and one for those who use
-    it. Both are made at first; later runs make new certificates with them, which running processes take up within
-    seconds. Keep peers-ca.key and clients-ca.key away from the machines that serve. Meant for trials and small
-    installations: where there is an authority already, have it make certificates with the same names.
+    Two certificate authorities sign them: one for the processes of the stack, the other for its users. Workers trust
+    only the first. The first run makes both authorities; later runs replace the certificates, and running processes
+    use the new ones within seconds.
+
+    Keep peers-ca.key and clients-ca.key away from the machines that serve. This is meant for trials and small
+    installations. If you have an authority already, let it make certificates with the same names.
     """
     from overfill.rpc import certificates
     from overfill.rpc.access import Role

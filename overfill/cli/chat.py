@@ -1,4 +1,4 @@
-"""``overfill chat``: a conversation. On a terminal with a prompt; from a pipe, one turn per line."""
+"""``overfill chat``: a conversation, typed on a terminal or read from a pipe, one turn per line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _END = ("/exit", "/quit")
 _COMMAND = re.compile(r"/[a-z]+")
-_HELP = "/new starts over; /exit or /quit ends; every other line is a turn"
+_HELP = "/new starts a new conversation; /exit or /quit ends; every other line is a turn"
 
 
 @click.command("chat", cls=RenamedFlags, renamed={"system": "system-prompt"})
 @sampling_options
-@click.option("--system-prompt", "system", help="Instruction before the first turn.")
-@click.option("--model", default="", help="Which model, when the stack serves several.")
-@click.option("-v", "--verbose", is_flag=True, help="Speed and workers after every answer, on stderr.")
+@click.option("--system-prompt", "system", help="System prompt: an instruction before the first turn.")
+@click.option("--model", default="", help="Name of the model.  [default: the stack's model]")
+@click.option("-v", "--verbose", is_flag=True, help="Print speed and workers of each answer on stderr.")
 @connection_options
 def chat_command(
     system: str | None,
@@ -41,17 +41,17 @@ def chat_command(
     api_key: str | None,
     **sampling_flags: Any,
 ) -> int:
-    """Talk to the model, turn by turn.
+    """Chat with the model.
 
-    /new starts over; ctrl-C stops an answer; ctrl-D, /exit or /quit ends; /help lists these. Piped input is read as
-    one turn per line: commands work there too, and empty lines are skipped.
+    /new starts a new conversation; ctrl-C stops an answer; ctrl-D, /exit or /quit ends; /help lists the commands.
+    Piped input has one turn or command per line; empty lines are skipped.
     """
     params = sampling(**sampling_flags)
     interactive = sys.stdin.isatty()
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         chat = Chat(client, params, model, system, verbose)
         if interactive:
-            client.models()  # says at once that nothing answers
+            client.models()  # fails at once if no stack answers
             click.echo("ctrl-C stops an answer, ctrl-D ends, /help lists commands", err=True)
         for line in _typed_lines() if interactive else sys.stdin:
             turn = line.strip()
@@ -61,7 +61,7 @@ def chat_command(
                 chat.reset()
             elif _COMMAND.fullmatch(turn):
                 if turn != "/help":
-                    click.echo(f"overfill: there is no command {turn}; it was not sent", err=True)
+                    click.echo(f"overfill: unknown command {turn}; it was not sent", err=True)
                 click.echo(_HELP, err=True)
             elif turn:
                 try:
@@ -69,16 +69,16 @@ def chat_command(
                 except OverfillError as error:
                     if not interactive:
                         raise
-                    click.echo(f"overfill: {error}\n(that turn is dropped; /new starts over)", err=True)
+                    click.echo(f"overfill: {error}\n(that turn was dropped; /new starts a new conversation)", err=True)
                 except KeyboardInterrupt:
                     if not interactive:
                         raise
-                    click.echo("\n(stopped; that turn is dropped)", err=True)
+                    click.echo("\n(stopped; that turn was dropped)", err=True)
     return 0
 
 
 class Chat:
-    """The turns so far. A turn that fails, is interrupted or gets an empty answer leaves no trace in them."""
+    """The turns so far. A turn that fails, is interrupted or gets an empty answer is dropped."""
 
     def __init__(self, client: Client, sampling: SamplingParams, model: str, system: str | None, verbose: bool) -> None:
         self._client = client
@@ -89,13 +89,13 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything but the system instruction."""
+        """Drops all turns except the system prompt."""
         from overfill.client import Message
 
         self._messages: list[Message] = [Message("system", self._system)] if self._system is not None else []
 
     def say(self, text: str) -> None:
-        """Sends a user's turn and streams the answer to stdout, ending the line."""
+        """Sends a user's turn and streams the answer to stdout, with a line end."""
         from overfill.client import Message
 
         messages = [*self._messages, Message("user", text)]

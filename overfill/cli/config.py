@@ -1,4 +1,4 @@
-"""``overfill config``: where a service's settings come from, and whether a file of settings is right."""
+"""``overfill config``: shows the origin of a service's settings, and checks a settings file."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ Row = tuple[str, str, str]
 
 @click.group("config")
 def config_group() -> None:
-    """Settings: one schema for flags, variables and a file.
+    """Show where settings come from, and check a settings file.
 
-    A setting `kv-memory` of prefill workers is the flag --kv-memory, the variable OVERFILL_PREFILL_KV_MEMORY, and the
-    key kv-memory under `prefill`, or under `common` for all services. The first of these that says something wins:
-    flag, variable, the service's section, `common`, default.
+    Each setting is a flag, an environment variable and a key in a file. For instance, `kv-memory` of prefill workers is
+    --kv-memory, OVERFILL_PREFILL_KV_MEMORY, and the key kv-memory under `prefill`, or under `common` for all services.
+    The first of these that sets it wins: flag, variable, the service's section, `common`, default.
     """
 
 
 @config_group.command("show", context_settings={"ignore_unknown_options": True})
 @click.argument("service", type=click.Choice(_NAMES), required=False)
-@click.option("--config", type=click.Path(path_type=Path), help="The file of settings.")
+@click.option("--config", type=click.Path(path_type=Path), help="Settings file to read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def show_command(service: str | None, config: Path | None, as_json: bool, flags: tuple[str, ...]) -> None:
-    """Show the settings that SERVICE (or each) would run with here, and where each comes from.
+    """Show the settings that SERVICE would run with, and the origin of each. Without SERVICE, show all services.
 
-    Variables of this environment count, and so do FLAGS of the service that follow. Secrets are not shown.
+    The settings include this environment's variables, and FLAGS of the service given after its name. Secrets are not
+    shown.
     """
     from overfill.cli.output import print_json
 
@@ -56,7 +57,7 @@ def show_command(service: str | None, config: Path | None, as_json: bool, flags:
 @config_group.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
 def check_command(file: Path) -> int:
-    """Check every name and value of FILE, for all services and `overfill up`. Exits 1 and names what is wrong."""
+    """Check all names and values in FILE, for all services and `overfill up`. Lists faults and exits with 1 if any."""
     try:
         read = read_checked(file)
     except BadConfigFile as error:
@@ -67,7 +68,7 @@ def check_command(file: Path) -> int:
     for fault in faults:
         click.echo(fault, err=True)
     if not faults:
-        click.echo(f"{file}: right ({sum(len(settings) for settings in read.sections.values())} settings)")
+        click.echo(f"{file}: valid ({sum(len(settings) for settings in read.sections.values())} settings)")
     return 1 if faults else 0
 
 
@@ -75,7 +76,7 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
     if name == "up":
         return _rows_of_up(argv)
     kind = next(kind for kind in SERVICES if kind.section == name)
-    # Only to be shown: the one required setting may come later.
+    # --pair is the only required setting; the real run may get it elsewhere.
     absent = "pair" not in _origins(kind, argv)
     config = kind.parse([*argv, "--pair=-"] if absent else argv)
     origins = kind.origins(argv)
@@ -103,7 +104,7 @@ def _rows_of_up(argv: list[str]) -> list[Row]:
         for option in up_command.params:
             flag, source = option.opts[0].removeprefix("--"), ctx.get_parameter_source(option.name or "")
             if flag not in OWN and source is not ParameterSource.COMMANDLINE:
-                continue  # the services show it
+                continue  # the services list it
             origin = "default"
             if source is ParameterSource.COMMANDLINE:
                 origin = f"--{flag}"
@@ -116,7 +117,7 @@ def _rows_of_up(argv: list[str]) -> list[Row]:
 
 
 def display(value: Any) -> str:
-    """A value as a file or variable would have it; empty when unset; a secret as stars."""
+    """Returns a value as a file or variable would have it; empty if unset; stars for a secret."""
     if value is None:
         return ""
     if isinstance(value, SecretStr):
@@ -154,7 +155,7 @@ def _faults_of_up(file: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _no_variables() -> Iterator[None]:
-    """The file is judged, not this environment."""
+    """Hides this environment's variables while the file is checked."""
     kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OVERFILL_")}
     try:
         yield

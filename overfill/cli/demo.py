@@ -1,4 +1,4 @@
-"""``overfill demo``: a real stack, one question, and where its time went."""
+"""``overfill demo``: starts a real stack, asks one question, and shows the parts of the time to first token."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ _MAX_TOKENS = 96
 
 
 @click.command("demo")
-@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or a folder.")
-@click.option("--ray/--no-ray", "on_ray", default=True, help="On Ray Serve, or as plain processes.  [default: ray]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.option(
+    "--pair", default="default", show_default=True, help="Pair to serve: default, fast, identity, or a pair's folder."
+)
+@click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
-    """Start a stack, ask one question, show where the time went.
+    """Start a stack, ask one question, and show the parts of the time to first token.
 
-    One prefill and one decode worker on free local ports; all of it is stopped at the end.
+    The stack has a router, a prefill worker and a decode worker on free local ports. It is stopped at the end.
     """
     require("server", "`overfill demo`", "torch")
     if on_ray:
@@ -71,7 +73,7 @@ def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
             stack.start()
             stack.wait_ready(threading.Event())
         with Client(stack.addresses[0]) as client:
-            with notes.status("A warm-up request first: the first one also pays for connections"):
+            with notes.status("Warming up: the first request also opens connections"):
                 client.generate([Message("user", WARM_UP)], sampling=SamplingParams(temperature=0, max_tokens=8))
             answer = _ask(client, quiet=as_json)
     finally:
@@ -82,12 +84,15 @@ def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
     else:
         out = console()
         out.print(answer_details(answer))
-        out.print("\nMeasured on the second request, with connections open. Yours: overfill up", style="dim")
+        out.print(
+            "\nMeasured on the second request, with open connections. Start your own stack with: overfill up",
+            style="dim",
+        )
     return 0
 
 
 def _ask(client: Client, quiet: bool) -> Answer:
-    """Asks the question; unless ``quiet``, question and answer go to stdout as they come."""
+    """Asks the question and streams question and answer to stdout, unless ``quiet``."""
     greedy = SamplingParams(temperature=0, max_tokens=_MAX_TOKENS)
     if not quiet:
         click.echo(f"{click.style(QUESTION, dim=True)}\n")

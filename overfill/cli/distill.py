@@ -1,4 +1,4 @@
-"""``overfill pair distill``: train a decoder on its full model's answers; ``distill-plot`` draws runs side by side."""
+"""``overfill pair distill`` trains a decoder on its full model's answers; ``distill-plot`` draws several runs."""
 
 from __future__ import annotations
 
@@ -39,8 +39,14 @@ _HYPERPARAMETERS = (
 
 @click.command("distill")
 @click.argument("pair", required=False)
-@click.option("--data", metavar="SOURCE", help="`shipped`, a file of JSON lines, or a hub data set's id.  [recipe]")
-@click.option("--held-out", metavar="SOURCE", help="What to judge on: `shipped` or a file.  [recipe]")
+@click.option(
+    "--data",
+    metavar="SOURCE",
+    help="Training data: `shipped`, a file of JSON lines, or a hub data set's id.  [default: the recipe's]",
+)
+@click.option(
+    "--held-out", metavar="SOURCE", help="Evaluation data: `shipped`, or a file of JSON lines.  [default: the recipe's]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Pair folder to write; must not exist.")
 @click.option(
     "--recipe",
@@ -48,30 +54,53 @@ _HYPERPARAMETERS = (
     metavar="NAME_OR_FILE",
     default=DEFAULT_RECIPE,
     show_default=True,
-    help="Models, data and hyperparameters. The other options override it.",
+    help="Models, data and hyperparameters. Other options override the recipe, whose values are their defaults.",
 )
-@click.option("--steps", type=int, help="How long to train, in steps …")
-@click.option("--minutes", type=AnyNumber(), help="… or in minutes of training (the learning rate follows the clock) …")
-@click.option("--epochs", type=AnyNumber(), help="… or in passes over the data.")
-@click.option("--learning-rate", type=AnyNumber())
-@click.option("--batch-transcripts", type=int, help="Transcripts per step, over all processes.")
-@click.option("--cross-entropy", type=AnyNumber(), help="Weight of the answers' own tokens in the loss.")
-@click.option("--kl", type=AnyNumber(), help="Weight of the full model's distribution in the loss.")
-@click.option("--temperature", type=AnyNumber(), help="Of the KL term.")
-@click.option("--top-tokens", type=int, help="Most likely tokens of the full model that KL looks at; 0: all.")
-@click.option("--sampled-tokens", type=int, help="Tokens drawn to stand for the rest of the vocabulary; 0: all.")
-@click.option("--seed", type=int, help="Of the data's order and of what is drawn.")
-@click.option("--recompute-activations", is_flag=True, default=None, help="Less memory, a third more computing.")
-@click.option("--fused/--not-fused", default=None, help="Let torch.compile fuse small operations.  [recipe]")
-@click.option("--max-tokens", type=int, help="Longer transcripts lose the end of their answer.")
+@click.option(
+    "--steps", type=int, help="Length of the training, in steps. Give only one of --steps, --minutes and --epochs."
+)
+@click.option(
+    "--minutes", type=AnyNumber(), help="Length of the training, in minutes. The learning rate follows the clock."
+)
+@click.option("--epochs", type=AnyNumber(), help="Length of the training, in passes over the data.")
+@click.option("--learning-rate", type=AnyNumber(), help="Peak learning rate.")
+@click.option("--batch-transcripts", type=int, help="Transcripts per step, summed over all processes.")
+@click.option(
+    "--cross-entropy", type=AnyNumber(), help="Weight of the cross-entropy of the answers' tokens in the loss."
+)
+@click.option(
+    "--kl", type=AnyNumber(), help="Weight of the KL divergence from the full model's distribution in the loss."
+)
+@click.option("--temperature", type=AnyNumber(), help="Temperature of the KL term.")
+@click.option(
+    "--top-tokens", type=int, help="Number of the full model's most likely tokens in the KL term; 0 means all."
+)
+@click.option(
+    "--sampled-tokens",
+    type=int,
+    help="Number of sampled tokens that represent the rest of the vocabulary; 0 means all.",
+)
+@click.option("--seed", type=int, help="Random seed for the order of the data and for sampling.")
+@click.option(
+    "--recompute-activations",
+    is_flag=True,
+    default=None,
+    help="Recompute activations in the backward pass: less memory, a third more computation.",
+)
+@click.option(
+    "--fused/--not-fused", default=None, help="Let torch.compile fuse small operations.  [default: the recipe's]"
+)
+@click.option("--max-tokens", type=int, help="Maximum tokens of a transcript; longer answers are cut.")
 @click.option("--eval-steps", type=int, help="Steps between evaluations.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.")
 @click.option("--checkpoint-minutes", type=AnyNumber(), help="Minutes between checkpoints.")
-@click.option("--cache-gib", type=AnyNumber(), help="Room for what the full model computed; later epochs need not.")
-@click.option("--standalone", is_flag=True, help="A fair baseline: the decoder reads the prompts itself.")
-@click.option("--resume", is_flag=True, help="Go on exactly where an interrupted run stopped.")
-@click.option("--threads", type=int, help="CPU threads.")
-@click.option("--dry-run", is_flag=True, help="Try the recipe's widths with random weights: two layers, two steps.")
+@click.option(
+    "--cache-gib", type=AnyNumber(), help="Cache size in GiB for the full model's outputs, which later epochs reuse."
+)
+@click.option("--standalone", is_flag=True, help="Train a baseline instead: the decoder reads the prompts itself.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run exactly where it stopped.")
+@click.option("--threads", type=int, help="Number of CPU threads.  [default: torch's]")
+@click.option("--dry-run", is_flag=True, help="Try the recipe with random weights, two layers and two steps.")
 def distill_command(
     pair: str | None,
     data: str | None,
@@ -85,11 +114,11 @@ def distill_command(
     dry_run: bool,
     **hyperparameters: Any,
 ) -> None:
-    """Train the decoder of PAIR (a name or folder) to answer as its full model would.
+    """Train the decoder of PAIR (a name or folder) to answer as its full model does.
 
-    The frozen full model reads each prompt; the decoder learns the answer on the full model's KV cache. Any pair is
-    a starting point. Without PAIR, it is made as the recipe says. Checkpoints, metrics, TensorBoard events and
-    the learning curve are in OUT.run while it trains and after; OUT appears when it is done.
+    The frozen full model reads each prompt; the decoder learns to answer on the full model's KV cache. Without PAIR,
+    the recipe builds the starting pair. The folder OUT.run gets checkpoints, metrics, TensorBoard events and the
+    learning curve during the training. The folder OUT is written at its end.
 
     With several GPUs: accelerate launch -m overfill.cli.main pair distill …
     """
@@ -100,13 +129,13 @@ def distill_command(
     training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
     if dry_run:
         if unused := [name for name, value in (("PAIR", pair), ("--data", data), ("--held-out", held_out)) if value]:
-            raise click.UsageError(f"--dry-run makes its own pair and data: leave out {', '.join(unused)}")
+            raise click.UsageError(f"--dry-run makes its own pair and data: remove {', '.join(unused)}")
         _dry_run(recipe.model_copy(update={"training": training}))
         return
     if out is None:
-        raise click.UsageError("--out is missing: the folder that the pair shall be written to")
+        raise click.UsageError("--out is required: give the folder to write the pair to")
     if out.exists():
-        raise click.UsageError(f"--out: {out} exists already; name a new folder")
+        raise click.UsageError(f"--out: {out} already exists; give a new folder")
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
     if data is not None and held_out is None:
         sources["held_out"] = recipe.data.held_out or "shipped"
@@ -115,14 +144,14 @@ def distill_command(
 
 @click.command("distill-plot")
 @click.argument("runs", nargs=-1, required=True, metavar="LABEL=FOLDER…")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Picture to write; .png, .svg or .pdf.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Image file to write: .png, .svg or .pdf.")
 def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
-    """Draw the learning curves of several runs (distilled pairs, or .run folders) in one picture."""
+    """Draw the learning curves of several runs (distilled pairs or .run folders) in one image."""
     from overfill.pair.distill.plot import metrics_file, plot_runs
 
     named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
     if not all(label and str(folder) != "." for label, folder in named):
-        raise click.UsageError("name each run as LABEL=FOLDER")
+        raise click.UsageError("give each run as LABEL=FOLDER")
     plot_runs([(label, metrics_file(folder)) for label, folder in named], out)
     click.echo(out)
 
@@ -158,7 +187,7 @@ def _train(
 
 
 def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
-    """The pair that the recipe describes, built in the run's folder by the first process unless it is there."""
+    """Returns the recipe's starting pair. The first process builds it in the run's folder, unless it exists."""
     from overfill.errors import InvalidRequest
     from overfill.pair.build import build_pair
     from overfill.pair.calibration import calibration_text
@@ -167,7 +196,7 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
     from overfill.pair.store import resolve_model
 
     if recipe.full is None or recipe.decoder is None:
-        raise InvalidRequest("pair", "this recipe is for any pair: name one, such as `fast`, or a folder")
+        raise InvalidRequest("pair", "this recipe has no starting pair: give one, such as `fast`, or a pair's folder")
     start, sizes = run_folder(out) / "start", recipe.decoder
     with make_accelerator().main_process_first():
         if not start.exists():
@@ -189,5 +218,5 @@ def _dry_run(recipe: Recipe) -> None:
         click.echo(f"{name}  {' x '.join(map(str, shape))}")
     click.echo(
         f"OK: {tried.parameters:,} parameters trained for two steps, saved, and reloaded in transformers; "
-        f"logits differ by {tried.difference:.1g} at most"
+        f"logits differ by at most {tried.difference:.1g}"
     )

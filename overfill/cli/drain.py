@@ -1,4 +1,4 @@
-"""``overfill drain``: take a worker out of a running stack without losing a request."""
+"""``overfill drain``: takes a worker out of a running stack without losing a request."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import click
 
 from overfill.cli.options import Number, connect, connection_options
 
-_POLL = 0.5  # seconds between looks at the worker
+_POLL = 0.5  # seconds between checks of the worker
 
 
 @click.command("drain")
 @click.argument("worker")
 @click.option(
-    "--timeout", type=Number(min=0), default=600.0, show_default=True, help="Seconds to wait; 0: do not wait."
+    "--timeout",
+    type=Number(min=0),
+    default=600.0,
+    show_default=True,
+    help="Seconds to wait until the worker has left; 0 does not wait.",
 )
 @connection_options
 def drain_command(
@@ -28,26 +32,28 @@ def drain_command(
     tls_name: str | None,
     api_key: str | None,
 ) -> int:
-    """Take WORKER out of a running stack: it accepts nothing new and leaves when it is idle.
+    """Take WORKER out of a running stack. It refuses new requests and exits when it is idle.
 
-    Requests that still run after its --grace-period go on at another worker. Exits 1 when WORKER is still there
-    after the timeout. `overfill status` lists the workers.
+    Requests that still run after the worker's --grace-period move to another worker. Exits with 1 if WORKER has not
+    left after the timeout. `overfill status` lists the workers.
     """
     from rich.console import Console
 
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         client.drain(worker)
         deadline = time.monotonic() + timeout
-        with Console(stderr=True, highlight=False).status(f"{worker} drains") as line:
+        with Console(stderr=True, highlight=False).status(f"{worker} is draining") as line:
             while time.monotonic() < deadline:
                 found = next((w for w in client.status().workers if w.id == worker), None)
                 if found is None:
                     click.echo(f"{worker} has left")
                     return 0
                 if found.process is not None and found.process.load is not None:
-                    line.update(f"{worker} drains: {found.process.load.running + found.process.load.waiting} requests")
+                    line.update(
+                        f"{worker} is draining: {found.process.load.running + found.process.load.waiting} requests"
+                    )
                 time.sleep(_POLL)
     if timeout == 0:
-        click.echo(f"{worker} drains")
+        click.echo(f"{worker} is draining")
         return 0
-    raise click.ClickException(f"{worker} still drains after {timeout:g} s; see `overfill status`")
+    raise click.ClickException(f"{worker} is still draining after {timeout:g} s; see `overfill status`")

@@ -1,4 +1,4 @@
-"""``overfill pair eval``, ``compare`` and ``lm-eval``: how good pairs are. Results on stdout, progress on stderr."""
+"""``overfill pair eval``, ``compare`` and ``lm-eval``: measure the quality of pairs. Progress goes to stderr."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _device_options(command: _F) -> _F:
     for option in (
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own choice]"),
+        click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: torch's]"),
         dtype_option,
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto."),
+        click.option(
+            "--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda or cuda:N."
+        ),
     ):
         command = option(command)
     return command
@@ -32,11 +34,15 @@ def _device_options(command: _F) -> _F:
 
 def _data_options(command: _F) -> _F:
     for option in (
-        click.option("--max-transcripts", type=click.IntRange(min=1), help="Judge the first N conversations only."),
+        click.option(
+            "--max-transcripts",
+            type=click.IntRange(min=1),
+            help="Evaluate only the first N conversations.  [default: all]",
+        ),
         click.option(
             "--data",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Conversations as JSON lines with `messages`.  [default: the held-out ones of the package]",
+            help="File of conversations: JSON lines with `messages`.  [default: the package's held-out conversations]",
         ),
     ):
         command = option(command)
@@ -49,12 +55,18 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.command("eval")
 @click.argument("pair")
 @_data_options
-@click.option("--no-free-running", is_flag=True, help="Leave out the answers that each variant writes by itself.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of such an answer.")
+@click.option("--no-free-running", is_flag=True, help="Skip the answers that each variant writes by itself.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Maximum tokens of a free-running answer.",
+)
 @_device_options
 @_json_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
-@click.option("--save", is_flag=True, help="Keep the main figures in the pair's pair.json.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write a report with plots to.")
+@click.option("--save", is_flag=True, help="Save the main figures in the pair's pair.json.")
 def eval_command(
     pair: str,
     data: Path | None,
@@ -68,10 +80,10 @@ def eval_command(
     out: Path | None,
     save: bool,
 ) -> None:
-    """Judge PAIR on held-out conversations: the full model, both halves together, the decoder alone.
+    """Evaluate PAIR on held-out conversations: the full model, the two-stage pair, and the decoder alone.
 
-    Given the answers: their likelihood, the distance from the full model and the agreement with it. Free-running:
-    how likely the full model finds what each variant writes by itself, and how much of it is repetition.
+    Teacher-forced on the given answers, it reports their likelihood, and distance from and agreement with the full
+    model. For free-running answers, it reports their likelihood under the full model and the share of repetition.
     """
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.evaluation import evaluate
@@ -107,7 +119,9 @@ def eval_command(
 @_data_options
 @_device_options
 @_json_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with a plot.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write a report with a plot to."
+)
 def compare_command(
     pairs: tuple[str, ...],
     data: Path | None,
@@ -118,10 +132,10 @@ def compare_command(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Hold the decoders of PAIRS, which share a full model, against plain quantisation of that model.
+    """Compare the decoders of PAIRS, which share a full model, with plain quantisation of that model.
 
-    Each is judged with weights of 16, 8 and 4 bits, beside the bytes that a decode step then reads and the operations
-    that it takes. --json prints a line of JSON for each as soon as it is known.
+    Evaluates each with weights of 16, 8 and 4 bits, and reports the bytes read and operations done per decode step.
+    --json prints a line of JSON for each result as soon as it is known.
     """
     from overfill.cli.output import console
     from overfill.pair.evaluate.compare import NOTE, compare
@@ -146,15 +160,21 @@ def compare_command(
 
 @click.command("lm-eval")
 @click.argument("pair")
-@click.option("--tasks", required=True, metavar="TASK[,TASK…]", help="Tasks of the lm-evaluation-harness.")
+@click.option(
+    "--tasks", required=True, metavar="TASK[,TASK…]", help="Tasks of the lm-evaluation-harness, separated by commas."
+)
 @click.option(
     "--include-path",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with more task files.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Take the first N documents of each task only.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before the question.  [default: the task's]")
-@click.option("--chat", is_flag=True, help="Put questions into the checkpoint's chat template.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Use only the first N documents of each task.  [default: all]"
+)
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), help="Number of examples before the question.  [default: the task's]"
+)
+@click.option("--chat", is_flag=True, help="Apply the checkpoint's chat template to questions.")
 @_device_options
 @_json_option
 def lm_eval_command(
@@ -169,7 +189,7 @@ def lm_eval_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads, the decoder answers."""
+    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads each prompt, the decoder answers."""
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.harness import run_tasks
     from overfill.pair.store import resolve_pair
@@ -199,7 +219,7 @@ def lm_eval_command(
 
 
 def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
-    """The first ``count`` conversations of ``data``, whole, as the pair's tokens."""
+    """Returns the first ``count`` conversations of ``data``, uncut, as the pair's tokens."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.model.manifest import Pair
     from overfill.pair.conversations import encode, read_conversations, shipped_conversations

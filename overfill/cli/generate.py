@@ -1,4 +1,4 @@
-"""``overfill generate``: one prompt, one answer: the answer alone on stdout, all else on stderr."""
+"""``overfill generate``: answers one prompt. Stdout gets only the answer, stderr all else."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from overfill.cli.options import AnyNumber, RenamedFlags, connect, connection_op
 @click.command("generate", cls=RenamedFlags, renamed={"system": "system-prompt"})
 @click.argument("prompt")
 @sampling_options
-@click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
-@click.option("--system-prompt", "system", help="Instruction before the prompt.")
-@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
-@click.option("--model", default="", help="Which model, when the stack serves several.")
-@click.option("--timeout", type=AnyNumber(), help="Seconds that the whole answer may take.")
+@click.option("--stop", multiple=True, help="String that ends the answer; repeatable.")
+@click.option("--system-prompt", "system", help="System prompt: an instruction before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
+@click.option("--model", default="", help="Name of the model.  [default: the stack's model]")
+@click.option(
+    "--timeout", type=AnyNumber(), help="Maximum seconds for the whole answer.  [default: the router's limit]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
-@click.option("-v", "--verbose", is_flag=True, help="Speed, time to first token and workers, on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Print speed, time to first token and workers on stderr.")
 @connection_options
 def generate_command(
     prompt: str,
@@ -43,7 +45,7 @@ def generate_command(
 ) -> int:
     """Answer one prompt; the answer streams to stdout.
 
-    PROMPT is sent as a user's turn of a chat; `-` reads it from stdin.
+    PROMPT is sent as a user's chat turn. `-` reads it from stdin.
     """
     if raw and system is not None:
         raise click.UsageError("--system-prompt is part of the chat template, which --raw skips: drop one of them")

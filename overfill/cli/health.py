@@ -1,4 +1,4 @@
-"""``overfill health``: one process's gRPC health, for probes and scripts. Nothing of the stack is loaded."""
+"""``overfill health``: asks a process for its gRPC health, for probes and scripts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ if TYPE_CHECKING:
 
 @click.command("health")
 @click.argument("address", default="127.0.0.1:7600", envvar="OVERFILL_ADDRESS")
-@click.option("--service", default="", help="A service of the process, such as overfill.v1.Decode.  [default: all]")
-@click.option("--timeout", type=Number(min=0.1), default=3.0, show_default=True, help="Seconds.")
-@click.option("--live", is_flag=True, help="Exit 0 on any answer: whether the process lives, for liveness probes.")
+@click.option(
+    "--service", default="", help="gRPC service to ask for, such as overfill.v1.Decode.  [default: the whole process]"
+)
+@click.option(
+    "--timeout",
+    type=Number(min=0.1),
+    default=3.0,
+    show_default=True,
+    help="Seconds to wait for an answer, shared by all addresses.",
+)
+@click.option("--live", is_flag=True, help="Exit with 0 on any answer, ready or not. For liveness probes.")
 @tls_options
 def health_command(
     address: str,
@@ -29,12 +37,19 @@ def health_command(
     tls_key: Path | None,
     tls_name: str | None,
 ) -> int:
-    """Ask the router or worker at ADDRESS whether it is ready (the standard gRPC health service).
+    """Ask the router or worker at ADDRESS whether it is ready, with the standard gRPC health service.
 
-    Without ADDRESS it asks that of OVERFILL_ADDRESS, or 127.0.0.1:7600. Of several addresses, separated by commas, it
-    asks the first that answers. Prints the answer. Exits 0 when it is ready, 1 when it is not or does not answer. A
-    worker is ready when its model is loaded; a router is ready while a prefill and a decode worker are. A draining
-    process is not ready but lives; so does one that refuses.
+    ADDRESS is HOST:PORT, or several separated by commas, of which the first that answers counts.  [default:
+    $OVERFILL_ADDRESS, or 127.0.0.1:7600]
+
+    A worker is ready when its model is loaded. A router is ready while a prefill and a decode worker are ready. A
+    draining process is not ready, but it is alive; so is one that refuses the call.
+
+    \b
+    Exit code:
+      0  ready (with --live: any answer)
+      1  not ready, or no answer
+      2  wrong usage
     """
     from overfill.client.requests import split_addresses
 
@@ -54,11 +69,12 @@ def health_command(
 def _ask(
     address: str, service: str, timeout: float, live: bool, tls: ClientTls | None, last: bool
 ) -> tuple[bool, bool]:
-    """Whether the process answered, and whether the answer is good."""
+    """Returns whether the process answered, and whether the answer means exit code 0."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from overfill.rpc.channel import open_sync_channel
+    from overfill.rpc.status import from_rpc_error
     from overfill.rpc.tls import TlsError
 
     try:
@@ -71,8 +87,8 @@ def _ask(
             status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout, wait_for_ready=False).status
         except grpc.RpcError as error:
             dead = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            hint = " (start a stack with `overfill up`, or say which ADDRESS to ask)" if dead and last else ""
-            click.echo(f"overfill: {address}: {error.code().name}: {error.details()}{hint}", err=True)
+            hint = " (start a stack with `overfill up`, or give another ADDRESS)" if dead and last else ""
+            click.echo(f"overfill: {from_rpc_error(error, address)}{hint}", err=True)
             return not dead, live
     click.echo(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
     return True, live or status == health_pb2.HealthCheckResponse.SERVING

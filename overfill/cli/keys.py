@@ -1,4 +1,4 @@
-"""``overfill keys``: the API keys of a stack, in a file of hashes."""
+"""``overfill keys``: manages the API keys of a stack, in a file of hashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE_OPTION = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     default="api-keys.json",
     show_default=True,
-    help="The file; `overfill up --api-keys FILE` reads it, again whenever it changes.",
+    help="File of keys. `overfill up --api-keys FILE` reads it, and reads it again when it changes.",
 )
 
 
@@ -24,7 +24,7 @@ def _split_scopes(context: click.Context, option: click.Parameter, given: tuple[
     scopes = [scope.strip() for value in given for scope in value.split(",")]
     for scope in scopes:
         if scope not in _SCOPES:
-            raise click.BadParameter(f"there is no scope {scope!r}; give some of {', '.join(_SCOPES)}")
+            raise click.BadParameter(f"unknown scope {scope!r}; allowed are {', '.join(_SCOPES)}")
     return scopes
 
 
@@ -35,22 +35,22 @@ def keys_group() -> None:
 
 @keys_group.command("create")
 @click.argument("name")
-@click.option("--rate", type=float, help="Requests per second that a router takes with it.  [default: any]")
-@click.option("--concurrency", type=int, help="Requests at once that a router takes with it.  [default: any]")
+@click.option("--rate", type=float, help="Maximum requests per second, per router.  [default: no limit]")
+@click.option("--concurrency", type=int, help="Maximum concurrent requests, per router.  [default: no limit]")
 @click.option(
     "--priority", type=int, default=0, show_default=True,
-    help="Smallest priority that requests may have, -2 to 2; the smaller goes first.",
+    help="Smallest priority that requests with this key may have, -2 to 2. Smaller priorities are served first.",
 )  # fmt: skip
 @click.option(
     "--scope", "scopes", multiple=True, callback=_split_scopes, metavar="SCOPE[,SCOPE…]",
     default=("infer", "status"), show_default=True,
-    help=f"What the key is good for: {', '.join(_SCOPES)}. Give a list with commas, or the option several times.",
+    help=f"Permissions of the key, of {', '.join(_SCOPES)}; separated by commas, or repeat the option.",
 )  # fmt: skip
 @_FILE_OPTION
 def create_command(
     name: str, path: Path, rate: float | None, concurrency: int | None, priority: int, scopes: list[str]
 ) -> None:
-    """Make a key for NAME and print it. It is shown this once; the file keeps only its hash."""
+    """Make a key for NAME and print it. It is printed only now, because the file keeps only its hash."""
     from overfill.api.keys import create
 
     try:
@@ -64,7 +64,7 @@ def create_command(
 @keys_group.command("list")
 @_FILE_OPTION
 def list_command(path: Path) -> None:
-    """List who has a key, and since when."""
+    """List the names, dates, hashes, scopes and limits of all keys."""
     from overfill.api.keys import load
 
     for key in load(path):
@@ -81,7 +81,7 @@ def list_command(path: Path) -> None:
 @click.argument("name")
 @_FILE_OPTION
 def revoke_command(name: str, path: Path) -> None:
-    """Remove the key of NAME; running routers refuse it within a second or two."""
+    """Remove the key of NAME. Running routers refuse it within two seconds."""
     from overfill.api.keys import revoke
 
     try:

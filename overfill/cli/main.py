@@ -1,7 +1,7 @@
-"""The ``overfill`` command: finds the subcommand, turns errors into one line and an exit code.
+"""The ``overfill`` command: runs a subcommand and turns an error into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. A subcommand's module is imported only when it
-runs, so that the client commands start fast and load no torch.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A subcommand's module is imported only when it runs,
+so that client commands start fast and load no torch.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from overfill.errors import OverfillError, Overloaded, Unavailable, Unreachable
 from overfill.process.extras import needs
 from overfill.settings.environment import GRPC_ENVIRONMENT
 
-# Name -> where the click command is, and its line in `overfill --help`.
+# Name -> module and attribute of the click command, and its line in `overfill --help`.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "up": ("overfill.cli.up:up_command", "Run a stack on this machine: router, prefill and decode workers."),
+    "up": ("overfill.cli.up:up_command", "Run a stack: router, prefill workers and decode workers."),
     "generate": (
         "overfill.cli.generate:generate_command",
         "Answer one prompt; the answer streams to stdout.",
     ),
-    "chat": ("overfill.cli.chat:chat_command", "Talk to the model, turn by turn."),
+    "chat": ("overfill.cli.chat:chat_command", "Chat with the model."),
     "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
-    "top": ("overfill.cli.top:top_command", "Watch a running stack: pools, queue, where the time goes."),
-    "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack, losing no request."),
+    "top": ("overfill.cli.top:top_command", "Watch a running stack: pools, queue, parts of the time to first token."),
+    "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack without losing a request."),
     "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
-    "config": ("overfill.cli.config:config_group", "Show where settings come from; check a file of settings."),
+    "config": ("overfill.cli.config:config_group", "Show where settings come from; check a settings file."),
     "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
     "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
     "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
-    "verify": ("overfill.cli.verify:verify_command", "Hold a stack's answers against plain transformers."),
+    "verify": ("overfill.cli.verify:verify_command", "Check a stack's answers against plain transformers."),
     "chaos": (
         "overfill.lab.commands.chaos:chaos_command",
         "Break the workers of a stack under load; judge every answer.",
@@ -47,14 +47,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("overfill.lab.commands.bench:bench_group", "Measure engines, handoff, router, servers."),
     "loadtest": (
         "overfill.lab.commands.loadtest:loadtest_command",
-        "Load a stack with locust; hold it against objectives.",
+        "Load a stack with locust and check it against objectives.",
     ),
     "simulate": ("overfill.lab.commands.simulate:simulate_command", "Play a trace on modelled workers; size pools."),
-    "demo": ("overfill.cli.demo:demo_command", "Start a stack, ask one question, show where the time went."),
+    "demo": (
+        "overfill.cli.demo:demo_command",
+        "Start a stack, ask one question, show the parts of its time to first token.",
+    ),
 }
 
-# Name -> the extras that install every module the command imports. The commands of a client need none and are not here.
-# A subcommand that is not here needs what its group does.
+# Name -> extras that install every module the command imports. Client commands need none and are not listed. A
+# subcommand that is not listed needs its group's extras.
 EXTRAS: dict[str, str] = {
     "up": "server",
     "verify": "server",
@@ -74,7 +77,7 @@ EXTRAS: dict[str, str] = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, not when they are listed."""
+    """A group that imports a command when it is called, not when it is listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -101,7 +104,7 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``argv`` (``sys.argv[1:]`` when None) and returns the exit code."""
+    """Runs ``argv`` (None means ``sys.argv[1:]``) and returns the exit code."""
     os.environ.update(GRPC_ENVIRONMENT | os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
@@ -118,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # The reader has left, as in `overfill generate … | head -1`; no complaint at exit either.
+        # The reader has closed the pipe, as in `overfill generate … | head -1`. Avoid a second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return result if isinstance(result, int) else 0
@@ -127,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: OverfillError) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, Unreachable):
-        return f"{message} (start a stack with `overfill up`, or say where one is with --address)"
+        return f"{message} (start a stack with `overfill up`, or give the address of one with --address)"
     if isinstance(error, Unavailable):
-        return f"{message} (`overfill status` shows the workers that there are)"
+        return f"{message} (`overfill status` shows the workers)"
     if isinstance(error, Overloaded) and error.retry_after is not None:
         return f"{message} (try again in {error.retry_after:.0f} s)"
     return message

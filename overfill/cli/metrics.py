@@ -1,4 +1,4 @@
-"""``overfill metrics``: what a stack exports, as ``docs/metrics.md`` has it."""
+"""``overfill metrics``: lists the metrics that a stack exports, as in ``docs/metrics.md``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import click
 
 _INTRODUCTION = """# Metrics
 
-Made by `overfill metrics > docs/metrics.md` from `overfill/telemetry/metrics.py`; a test holds them together.
+Made by `overfill metrics > docs/metrics.md` from `overfill/telemetry/metrics.py`; a test compares them.
 
-Every process serves `/metrics` on a port of its own (`--metrics-port`, on loopback unless `--metrics-host` says
-otherwise; `overfill status` shows it), and a router also `/targets`, which lists all of them for Prometheus'
-`http_sd_configs` with the labels `stage` and `worker` (`deploy/prometheus`). Each process exports `process_*` too: CPU,
-memory, open files. Seconds are measured on one host's monotonic clock; the parts of the time to first token are
-explained in [architecture.md](architecture.md#time). Label values that are known beforehand are there from the
-start, at 0.
+Every process serves `/metrics` on its own port, which `overfill status` shows. `--metrics-port` sets the port, and
+`--metrics-host` the address, which is loopback by default. A router also serves `/targets`: it lists all processes for
+Prometheus' `http_sd_configs`, with the labels `stage` and `worker` (`deploy/prometheus`). Each process also exports
+`process_*`: CPU, memory, open files.
+
+Seconds are measured on one host's monotonic clock. [architecture.md](architecture.md#time) explains the parts of the
+time to first token. Series with label values that are known in advance start at 0.
 """
 
 
@@ -27,14 +28,14 @@ def metrics_command() -> None:
 
 
 def metrics_page() -> str:
-    """``docs/metrics.md``."""
+    """Returns the text of ``docs/metrics.md``."""
     from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, OUTCOMES, TOKEN_BUCKETS, declared
 
     named = {LATENCY_BUCKETS: "seconds", BATCH_BUCKETS: "batch", TOKEN_BUCKETS: "tokens"}
     lines = [_INTRODUCTION]
     for stage, specs in itertools.groupby(declared(), lambda spec: spec.name.split("_")[1]):
         title = {"build": "Every process", "router": "Router", "prefill": "Prefill workers", "decode": "Decode workers"}
-        lines += [f"## {title[stage]}", "", "| metric | type | labels | what |", "|---|---|---|---|"]
+        lines += [f"## {title[stage]}", "", "| metric | type | labels | meaning |", "|---|---|---|---|"]
         for spec in specs:
             kind = spec.kind if spec.kind != "histogram" else f"histogram, {named[tuple(spec.buckets)]}"
             labels = "<br>".join(_label(name, values) for name, values in spec.labels.items())

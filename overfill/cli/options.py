@@ -1,4 +1,4 @@
-"""Options that several client commands share: where the stack is, and how to sample."""
+"""Options that several commands share: address, credentials, sampling, data type."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RenamedFlags(click.Command):
     """A command whose flags' earlier names work with a warning: those of renamed settings, and ``renamed``.
 
     Args:
-        renamed: earlier name -> name, both without dashes, of flags that are no service's settings.
+        renamed: earlier name -> name, both without dashes, of flags that are not settings of a service.
     """
 
     def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **extra: Any) -> None:
@@ -42,7 +42,7 @@ class RenamedFlags(click.Command):
 
 
 class _Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Mixin that refuses NaN and infinity; list it before a click number type."""
+    """Mixin that refuses NaN and infinity. List it before a click number type."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
@@ -60,14 +60,14 @@ class AnyNumber(_Finite, click.types.FloatParamType):
 
 
 def connection_options(command: _F) -> _F:
-    """Adds ``address``, ``api_key`` and what ``tls_options`` adds, which ``connect`` takes."""
+    """Adds ``address``, ``api_key`` and the options of ``tls_options``: the arguments of ``connect``."""
     command = tls_options(command)
     for option in (
         click.option(
             "--api-key",
             envvar="OVERFILL_API_KEY",
             show_envvar=True,
-            help="Key to show, where the stack wants one; in the variable, other users of this machine do not see it.",
+            help="API key, if the stack requires one. Prefer the variable: other users of this machine can see flags.",
         ),
         click.option(
             "--address",
@@ -75,7 +75,7 @@ def connection_options(command: _F) -> _F:
             envvar="OVERFILL_ADDRESS",
             show_default=True,
             show_envvar=True,
-            help="The stack's router, or several separated by commas.",
+            help="Address of the stack's router, or of several, separated by commas.",
         ),
     ):
         command = option(command)
@@ -85,10 +85,10 @@ def connection_options(command: _F) -> _F:
 def tls_options(command: _F) -> _F:
     """Adds ``tls_ca``, ``tls_cert``, ``tls_key`` and ``tls_name``."""
     for name, kind, help in (
-        ("name", str, "Name that the stack's certificate bears.  [default: the address's host]"),
-        ("key", _FILE, "PEM private key of --tls-cert."),
-        ("cert", _FILE, "PEM certificate to show, when the stack asks for one."),
-        ("ca", _FILE, "PEM certificates to trust; turns TLS on."),
+        ("name", str, "DNS name in the stack's certificate.  [default: the address's host]"),
+        ("key", _FILE, "PEM file with the private key of --tls-cert."),
+        ("cert", _FILE, "PEM file with the client's certificate, if the stack requires one."),
+        ("ca", _FILE, "PEM file with the CA certificates to trust; enables TLS."),
     ):
         variable = f"OVERFILL_TLS_{name.upper()}"
         command = click.option(f"--tls-{name}", type=kind, envvar=variable, show_envvar=True, help=help)(command)
@@ -96,26 +96,34 @@ def tls_options(command: _F) -> _F:
 
 
 def sampling_options(command: _F) -> _F:
-    """Adds what ``sampling`` takes."""
+    """Adds the arguments of ``sampling``."""
     for option in (
-        click.option("--seed", type=int, help="Draw the same tokens again.  [default: another every time]"),
-        click.option("--min-p", type=AnyNumber(), help="Drop tokens below this share of the most likely one."),
-        click.option("--top-p", type=AnyNumber(), help="Keep the smallest set of tokens with this much mass."),
-        click.option("--top-k", type=int, help="Keep the k most likely tokens."),
+        click.option("--seed", type=int, help="Random seed; the same seed draws the same tokens.  [default: random]"),
+        click.option(
+            "--min-p",
+            type=AnyNumber(),
+            help="Drop tokens less likely than this fraction of the most likely one.  [default: off]",
+        ),
+        click.option(
+            "--top-p",
+            type=AnyNumber(),
+            help="Keep the smallest set of tokens with at least this total probability.  [default: off]",
+        ),
+        click.option("--top-k", type=int, help="Keep only the K most likely tokens.  [default: all]"),
         click.option(
             "--temperature",
             type=AnyNumber(),
-            help=f"Divide the logits by this; 0 is greedy.  [default: {DEFAULT_TEMPERATURE:g}]",
+            help=f"Sampling temperature; 0 means greedy.  [default: {DEFAULT_TEMPERATURE:g}]",
         ),
-        click.option("--greedy", is_flag=True, help="Always take the most likely token."),
-        click.option("--max-tokens", type=int, help=f"Longest answer, in tokens.  [default: {DEFAULT_MAX_TOKENS}]"),
+        click.option("--greedy", is_flag=True, help="Always choose the most likely token; same as --temperature 0."),
+        click.option("--max-tokens", type=int, help=f"Maximum tokens of an answer.  [default: {DEFAULT_MAX_TOKENS}]"),
     ):
         command = option(command)
     return command
 
 
 def set_threads(threads: int | None) -> None:
-    """Of torch in this process; None leaves it alone."""
+    """Sets torch's number of threads in this process; None keeps the default."""
     if threads is not None:
         import torch
 
@@ -123,11 +131,11 @@ def set_threads(threads: int | None) -> None:
 
 
 def dtype_option(command: _F) -> _F:
-    """Adds ``dtype``; None is what the device computes in."""
+    """Adds ``dtype``; None means the device's default."""
     return click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of weights, activations and KV.  [default: what the device computes in]",
+        help="Data type of weights, activations and KV.  [default: bfloat16, or float32 on CPUs without bfloat16]",
     )(command)
 
 
@@ -139,7 +147,7 @@ def connect(
     api_key: str | None,
     tls_name: str | None = None,
 ) -> Client:
-    """A client for the stack at ``address``. Raises click.UsageError when the TLS files or the key do not fit."""
+    """Returns a client for ``address``. Raises click.UsageError for a bad address, key or TLS file."""
     from overfill.client import Client
 
     try:
@@ -151,7 +159,7 @@ def connect(
 def client_tls(
     tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, tls_name: str | None
 ) -> ClientTls | None:
-    """What ``tls_options`` say; None: no TLS. Raises click.UsageError when they do not fit each other."""
+    """Returns the TLS files of ``tls_options``; None without TLS. Raises click.UsageError for a bad combination."""
     from overfill.rpc.tls import ClientTls, TlsError
 
     try:
@@ -169,15 +177,15 @@ def sampling(
     min_p: float | None,
     seed: int | None,
 ) -> SamplingParams:
-    """Sampling parameters from flags; ``max_tokens`` stays None, which ``stream_answer`` makes a number.
+    """Returns sampling parameters from flags. ``max_tokens`` may stay None; ``stream_answer`` applies the default.
 
     Raises:
-        click.UsageError: a flag is out of range or contradicts another.
+        click.UsageError: a flag is out of range or conflicts with another.
     """
     from overfill.request.params import SamplingParams
 
     if greedy and temperature:
-        raise click.UsageError("--greedy contradicts --temperature; leave one out")
+        raise click.UsageError("--greedy conflicts with --temperature: give only one of them")
     if temperature is None:
         temperature = 0.0 if greedy else DEFAULT_TEMPERATURE
     given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}

@@ -1,4 +1,4 @@
-"""What commands print: where an answer's time went, the workers of a stack, JSON. Asks nobody."""
+"""Formats the output of commands: timing of an answer, workers of a stack, JSON. Sends no requests."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ PART_NAMES = {
 
 
 def console(stderr: bool = False) -> Console:
-    """A console for tables. They wrap to fit a terminal, never in a pipe or file."""
+    """Returns a console for tables, which wrap to fit a terminal, but not in a pipe or file."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPE_WIDTH)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Prints one JSON document on stdout."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def bar(share: float, width: int = _BAR_WIDTH) -> str:
-    """A horizontal bar for a share of 1, ``width`` cells at full length."""
+    """Returns a horizontal bar for ``share`` of 1; a full bar has ``width`` cells."""
     eighths = round(max(0.0, min(1.0, share)) * width * 8)
     full, rest = divmod(eighths, 8)
     return "█" * full + (_EIGHTHS[rest] if rest else "")
 
 
 def answer_details(answer: Answer) -> RenderableType:
-    """Speed, time to first token in its parts, and who did the work."""
+    """Returns speed, token counts, workers, and the parts of the time to first token."""
     return Group(_summary(answer), ttft_table(answer))
 
 
 def tokens_per_second(answer: Answer) -> float | None:
-    """Rate of the tokens after the first; None when there are none or their time is not known."""
+    """Returns the rate of tokens after the first; None without such tokens or without their times."""
     timing, count = answer.timing, answer.usage.completion_tokens - 1
     if timing.total is None or timing.ttft is None or count < 1 or timing.total <= timing.ttft:
         return None
@@ -60,7 +60,7 @@ def tokens_per_second(answer: Answer) -> float | None:
 
 
 def ttft_table(answer: Answer) -> Table:
-    """The parts of the time to first token as bars; what no part covers is shown as ``unattributed``."""
+    """Returns a table of the parts of the time to first token, with bars; ``unattributed`` is the rest."""
     timing = answer.timing
     total = timing.ttft
     title = "time to first token" if total is None else f"time to first token: {_milliseconds(total)}"
@@ -80,7 +80,7 @@ def ttft_table(answer: Answer) -> Table:
 
 
 def status_table(status: StackStatus, tls: bool = False) -> Table:
-    """One line per worker."""
+    """Returns a table with one line per worker."""
     url = openai_url(status, tls)
     metrics = status.process.metrics_address
     title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
@@ -103,7 +103,7 @@ def status_table(status: StackStatus, tls: bool = False) -> Table:
 
 
 def stack_state(status: StackStatus) -> str:
-    """Whether the stack answers requests now, and the stages that have fewer ready workers than it was started with."""
+    """Returns the stack's state in words, with the stages that have fewer ready workers than expected."""
     if status.process.draining:
         return "draining"
     if status.complete:
@@ -114,12 +114,12 @@ def stack_state(status: StackStatus) -> str:
 
 
 def openai_url(status: StackStatus, tls: bool) -> str | None:
-    """Where OpenAI's clients go; None when there is no such endpoint. ``tls``: whether the stack uses it."""
+    """Returns the base URL of the OpenAI API; None without that endpoint. ``tls``: the stack uses TLS."""
     return f"http{'s' if tls else ''}://{status.http_address}/v1" if status.http_address else None
 
 
 def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
-    """The stack as ``overfill status --json`` prints it; what a silent worker does not tell is null."""
+    """Returns the stack as ``overfill status --json`` prints it; values of a silent worker are null."""
     return {
         "grpc": status.process.address,
         "openai_url": openai_url(status, tls),

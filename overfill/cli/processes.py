@@ -1,6 +1,6 @@
-"""Child processes that cannot outlive their parent, with their output line by line.
+"""Child processes that cannot outlive their parent, and whose output is read line by line.
 
-Knows nothing of models or gRPC.
+Knows nothing about models or gRPC.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 TAIL_LINES = 20
 
 
-# Runs before the command, in its process: asks the kernel to signal it (argv 2) when its parent (argv 1) dies, even by
-# SIGKILL.
-# A step of its own and not a preexec_fn, which would run Python in a fork of a process with gRPC's threads.
+# Runs in the child before the command: asks the kernel to send it the signal argv 2 when its parent argv 1 dies, even
+# by SIGKILL. This is not a preexec_fn, because that would run Python in a fork of a process with gRPC's threads.
 _TIED_TO_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, int(sys.argv[2]), 0, 0, 0)  # PR_SET_PDEATHSIG; survives exec
 if os.getppid() != int(sys.argv[1]):
-    os._exit(1)  # it died before the line above
+    os._exit(1)  # the parent died before prctl
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
 class Child:
-    """One running process in its own process group.
+    """A running child process in its own process group.
+
+    Create it on the main thread, because Linux ties the child's life to the thread that forked it.
 
     Args:
-        name: how it is called in messages.
+        name: name in messages.
         command: program and arguments.
-        env: its whole environment.
-        sink: gets ``(name, line)`` for every line of stdout and stderr, from a thread of this child.
-        orphaned: what it gets when this process dies; SIGTERM for one that has children of its own to end.
-
-    Must be created on the main thread: Linux ties the child's life to the thread that forked it.
+        env: complete environment.
+        sink: called with ``(name, line)`` for every line of stdout and stderr, on a thread of this child.
+        orphaned: signal that the child gets when this process dies. Use SIGTERM if it must end children of its own.
     """
 
     def __init__(
@@ -72,16 +71,16 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """Exit status, negative for a signal; None while the process runs."""
+        """Exit status; negative for a signal, None while the process runs."""
         return self._process.poll()
 
     def last_lines(self) -> list[str]:
-        """The end of what an exited process wrote."""
+        """Returns the last lines that an exited process wrote."""
         self._pump.join(timeout=5)
         return list(self._tail)
 
     def describe_exit(self) -> str:
-        """How an exited process ended, in words."""
+        """Returns in words how an exited process ended."""
         code = self._process.wait()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
@@ -105,7 +104,7 @@ class Child:
 
 
 def stop(children: Iterable[Child], grace: float) -> list[Child]:
-    """SIGTERM to all of them, ``grace`` seconds to exit, SIGKILL to the rest, which are returned."""
+    """Sends SIGTERM to all children, and SIGKILL to those still running after ``grace`` seconds, which it returns."""
     children = list(children)
     stragglers = []
     try:
@@ -122,7 +121,7 @@ def stop(children: Iterable[Child], grace: float) -> list[Child]:
 
 
 def tied_to_parent(orphaned: signal.Signals = signal.SIGKILL) -> list[str]:
-    """What goes before a command so that it gets ``orphaned`` when this process dies."""
+    """Returns a command prefix with which a command gets the signal ``orphaned`` when this process dies."""
     if sys.platform != "linux":
         return []
     return [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid()), str(int(orphaned))]

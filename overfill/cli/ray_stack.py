@@ -1,6 +1,6 @@
-"""A stack on Ray Serve, started, watched and stopped like one of plain processes (``stack.py``).
+"""A stack on Ray Serve, with the same interface as one of plain processes (``stack.py``).
 
-What runs in it is decided by the same plan; Ray chooses the processes, looks after them and replaces them.
+Both run the same plan. Ray starts the processes, watches them and replaces lost ones.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from overfill.rpc.tls import Credentials
 from overfill.settings.config import ServiceConfig
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
-_POLL = 0.2  # seconds between looks while something is waited for
-_LOOK = 1.0  # seconds between looks at a stack that runs
-_MARGIN = 5.0  # seconds for Ray to notice that a replica has left
-_ROOM_PATIENCE = 120.0  # seconds for a cluster that grows to make room
+_POLL = 0.2  # seconds between checks while waiting
+_LOOK = 1.0  # seconds between checks of a running stack
+_MARGIN = 5.0  # seconds for Ray to notice that a replica has exited
+_ROOM_PATIENCE = 120.0  # seconds for an autoscaling cluster to add machines
 
-# Fields that each replica gets for itself, the metrics' port included unless it is off.
+# Fields set per replica; metrics_port too, unless it is off.
 _OWN = {"pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "metrics_port"}
 
 
 @dataclass(frozen=True, slots=True)
 class RayOptions:
-    """Where and how a plan runs on Ray.
+    """Options of a stack on Ray.
 
     Attributes:
-        address: a cluster to join, as ``ray.init`` takes it; None starts one here.
-        name: of the Serve application.
-        worker_cpus, worker_gpus: what Ray sets aside for each worker; None: an equal share of this machine.
-        max_prefill, max_decode: most workers, for pools that grow and shrink; None: the plan's number, always.
-        objectives: of the autoscaling policy.
-        log_dir: a folder for one log file per replica; None: their lines appear here.
+        address: address of a cluster to join, as for ``ray.init``; None starts a cluster here.
+        name: name of the Serve application.
+        worker_cpus, worker_gpus: CPUs and GPUs that Ray reserves per worker; None means an equal share of this machine.
+        max_prefill, max_decode: maximum number of workers of an autoscaled pool; None means a fixed number.
+        objectives: arguments of the autoscaling policy.
+        log_dir: folder for one log file per replica; None prints the replicas' lines here.
     """
 
     address: str | None = None
@@ -57,7 +57,7 @@ class RayOptions:
 
 
 class RayStack:
-    """``plan`` as a Serve application. ``report`` gets a line whenever there is something to tell."""
+    """Runs ``plan`` as a Serve application, and calls ``report`` with a line about each change."""
 
     def __init__(self, plan: StackPlan, options: RayOptions, report: Callable[[str], None]) -> None:
         self.plan = plan
@@ -71,7 +71,7 @@ class RayStack:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the routers are reached."""
+        """gRPC addresses of the routers."""
         from overfill.cluster import directory
 
         return tuple(directory.addresses(self._options.name))
@@ -80,20 +80,20 @@ class RayStack:
         """Starts or joins Ray and deploys the application.
 
         Raises:
-            StartFailed: a router's port is taken.
-            NoRoom: a cluster started here is too small.
-            RayUnavailable: there is no Ray, no such cluster, or an application of that name already.
+            StartFailed: a router's port is in use.
+            NoRoom: the cluster started here is too small.
+            RayUnavailable: Ray or the cluster is not available, or an application of that name already runs.
         """
         options = self._options
         if options.address is None:
-            check_ports(self.plan, metrics=False)  # replicas choose those themselves
+            check_ports(self.plan, metrics=False)  # replicas choose their metrics ports
             self._report("starting Ray on this machine")
             self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
         else:
             self._cluster = RayConnection.join(options.address, options.log_dir is None)
         import ray
 
-        from overfill.cluster.application import serve_config  # which needs numpy
+        from overfill.cluster.application import serve_config  # imports numpy
 
         spec = spec_of(self.plan, options, ray.cluster_resources())
         if self._cluster.owned:
@@ -102,19 +102,19 @@ class RayStack:
         self._deployed = True
 
     def wait_ready(self, cancelled: threading.Event) -> None:
-        """Returns when every router has seen its workers ready, or when ``cancelled`` is set.
+        """Waits until every router has seen its workers ready, or until ``cancelled`` is set.
 
         Raises:
-            StartFailed: the application could not be deployed, or there is no room for it.
+            StartFailed: the application could not be deployed, or does not fit on the cluster.
         """
         assert self._cluster is not None
         since = time.monotonic()
-        told = ""
+        reported = ""
         while not cancelled.is_set():
             status = self._cluster.status(self._options.name)
             if status is not None:
-                if told != (told := progress(status)) and told:
-                    self._report(told)
+                if reported != (reported := progress(status)) and reported:
+                    self._report(reported)
                 if failure := failed(status, time.monotonic() - since > _ROOM_PATIENCE):
                     raise StartFailed(failure)
                 if status.status.value == "RUNNING" and self._complete():
@@ -122,24 +122,24 @@ class RayStack:
             cancelled.wait(_POLL)
 
     def describe_workers(self, stage: str) -> str:
-        """The workers of a stage, for people. Ray names them: `overfill status` lists them."""
-        fewest = sum(of == stage for of, _ in self.plan.workers())
+        """Returns the number of workers of a stage, as text. `overfill status` lists their names."""
+        minimum = sum(of == stage for of, _ in self.plan.workers())
         limit = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
-        return f"{fewest} on Ray" if limit is None else f"{fewest} to {limit} on Ray"
+        return f"{minimum} on Ray" if limit is None else f"{minimum} to {limit} on Ray"
 
     def news(self) -> list[str]:
-        """What has changed since the last call, in words."""
+        """Returns lines about changes since the last call."""
         if self._cluster is None or time.monotonic() - self._looked_at < _LOOK:
             return []
         self._looked_at = time.monotonic()
         try:
             status = self._cluster.status(self._options.name)
-        except Exception as error:  # of Ray, in as many classes as there are reasons
+        except Exception as error:  # Ray raises various exceptions
             self._reachable = self._cluster.alive()
             return [] if self._reachable else [f"Ray does not answer any more: {error}"]
         if status is None:
             self._reachable = False
-            return [f"somebody has taken the application {self._options.name} away"]
+            return [f"the application {self._options.name} was removed from the cluster"]
         lines = []
         for name, state in describe(status).items():
             if self._seen.get(name, "") not in ("", state):
@@ -149,11 +149,11 @@ class RayStack:
 
     @property
     def reachable(self) -> bool:
-        """Whether the application is still there."""
+        """True while the application runs."""
         return self._reachable
 
     def stop(self) -> list[Any]:
-        """Drains the routers, which finish what runs, takes the application away, and ends a Ray started here."""
+        """Drains the routers, removes the application, and ends the cluster if it was started here."""
         cluster = self._cluster
         if cluster is None:
             return []
@@ -162,7 +162,7 @@ class RayStack:
             if self._deployed and cluster.alive():
                 self._drain_routers(grace)
                 if not cluster.remove(self._options.name, grace + DRAIN_MARGIN + _MARGIN):
-                    self._report(f"not all replicas of {self._options.name} have left in time")
+                    self._report(f"not all replicas of {self._options.name} ended in time")
         finally:
             cluster.close()
         return []
@@ -179,10 +179,10 @@ class RayStack:
             return False
 
     def _drain_routers(self, grace: float) -> None:
-        """Requests that run or wait are finished, with all the workers there, before these leave."""
+        """Drains the routers first, so that running and queued requests finish while all workers are available."""
         for address in self.addresses:
             channel = open_sync_channel(address, Credentials(self.plan.client_tls, self.plan.secret or ""))
-            with channel, contextlib.suppress(Exception):  # one that is gone has nothing to finish
+            with channel, contextlib.suppress(Exception):  # a dead router has nothing to finish
                 admin_pb2_grpc.AdminStub(channel).Drain(admin_pb2.DrainRequest(), timeout=5)
         deadline = time.monotonic() + grace + _MARGIN
         while self.addresses and time.monotonic() < deadline:
@@ -190,13 +190,13 @@ class RayStack:
 
 
 def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -> StackSpec:
-    """``plan`` as a stack on a cluster with ``resources``."""
+    """Returns the specification of ``plan`` on a cluster with ``resources``."""
     router, prefill, decode = plan.routers[0], plan.prefill[0], plan.decode[0]
     routers = RouterSpec(
         replicas=len(plan.routers),
         ports=tuple(config.port for config in plan.routers),
         http_ports=tuple(config.http for config in plan.routers if config.http != "off"),
-        # For its metrics; what is followed is the policy.
+        # Only for the router's metrics; the autoscaling policy gets the objectives itself.
         settings=_settings(router)
         | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},
     )
@@ -222,7 +222,7 @@ def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -
 
 
 def describe(status: Any) -> dict[str, str]:
-    """Each deployment of a Serve application in words: its replicas, and what Serve has to say when all is not well."""
+    """Returns per deployment: its replicas by state, and Serve's message if it is unhealthy."""
     words = {}
     for name, deployment in status.deployments.items():
         states = {str(state).lower(): count for state, count in deployment.replica_states.items() if count}
@@ -233,19 +233,19 @@ def describe(status: Any) -> dict[str, str]:
 
 
 def progress(status: Any) -> str:
-    """How far a start is, in a line; empty before there is anything to tell."""
+    """Returns the progress of a start in one line; empty before the first deployment."""
     return "; ".join(f"{name}: {words}" for name, words in sorted(describe(status).items()))
 
 
 def failed(status: Any, patience_is_over: bool) -> str | None:
-    """Why a start has failed; None while it has not. A lack of room is a failure once ``patience_is_over``."""
+    """Returns why a start has failed, or None. A lack of resources is a failure only once ``patience_is_over``."""
     if status.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
         said = [status.message, *(d.message for d in status.deployments.values())]
         return "Ray Serve could not deploy the stack: " + "\n".join(text for text in said if text)
     for name, deployment in status.deployments.items():
-        # Serve's words, after half a minute; they name the resources wanted and those there are.
+        # Serve's message after half a minute; it names required and available resources.
         if patience_is_over and "to be scheduled" in deployment.message:
-            return f"the cluster has no room for the {name} workers: {deployment.message}"
+            return f"the {name} replicas do not fit on the cluster: {deployment.message}"
     return None
 
 

@@ -1,7 +1,7 @@
-"""A whole stack on this machine: which processes it has, when it is ready, in which order it stops.
+"""A whole stack of plain processes on this machine: starts them, waits until they are ready, stops them in order.
 
-Starts the services by module name and never imports them; asks the routers, through the SDK, whether all
-is well.
+It starts the services by module name and never imports them. It asks the routers through the SDK whether the stack is
+complete.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, 
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
 
 _POLL_SECONDS = 0.2
-_NEAR = 100  # ports beyond a taken one that are tried for a better one
-_MARGIN_SECONDS = 2  # beyond the grace period, for a process to leave by itself
+_NEAR = 100  # number of ports after a used one that are tried as a replacement
+_MARGIN_SECONDS = 2  # time after the grace period for a process to exit by itself
 
 
 class StartFailed(OverfillError):
-    """The stack did not come up; the last lines of the process that died are notes of the exception."""
+    """The stack did not start. The exception's notes have the last lines of the process that exited."""
 
 
 @dataclass(frozen=True)
 class StackPlan:
-    """The processes of a stack, each with its complete configuration. Every router has a fixed port.
+    """The processes of a stack, each with its complete settings. Every router has a fixed port.
 
-    ``mock`` workers compute nothing (``services.mock``); their configurations are those of mock workers.
-    ``operator_tls`` is the certificate of who runs it; None: the routers' own.
+    Attributes:
+        routers, prefill, decode: settings of each process.
+        mock: the workers compute nothing (``services.mock``), and have settings of mock workers.
+        operator_tls: TLS files with which ``overfill up`` calls the routers; None means the routers' own.
     """
 
     routers: tuple[RouterConfig, ...]
@@ -49,16 +51,16 @@ class StackPlan:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where clients and workers on this machine reach the routers."""
+        """gRPC addresses at which processes on this machine reach the routers."""
         return tuple(f"{reachable(router.host)}:{router.port}" for router in self.routers)
 
     @property
     def openai_urls(self) -> tuple[str, ...]:
-        """Base URLs of the OpenAI endpoints, if there are any, as they are reached from this machine."""
+        """Base URLs at which processes on this machine reach the OpenAI endpoints."""
         return self.openai_urls_at(self.addresses)
 
     def openai_urls_at(self, addresses: Sequence[str]) -> tuple[str, ...]:
-        """As ``openai_urls``, of the routers that are reached at these gRPC addresses, wherever they run."""
+        """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
         scheme = "http" if self.routers[0].tls_cert is None else "https"
         ports = {router.port: router.http for router in self.routers if router.http != "off"}
         places = map(split_address, addresses)
@@ -66,28 +68,28 @@ class StackPlan:
 
     @property
     def model(self) -> str:
-        """The name that clients ask for."""
+        """Model name that clients request."""
         first = self.routers[0]
         return first.served_model_name[0] if first.served_model_name else Path(first.pair).name
 
     def workers(self) -> list[tuple[str, PrefillConfig | DecodeConfig]]:
-        """Every worker with its stage."""
+        """Returns the settings of every worker with its stage."""
         return [*(("prefill", worker) for worker in self.prefill), *(("decode", worker) for worker in self.decode)]
 
     @property
     def client_tls(self) -> ClientTls | None:
-        """How whoever runs the stack talks to the routers."""
+        """TLS files with which ``overfill up`` calls the routers; None means no TLS."""
         return self.operator_tls or self.routers[0].client_tls()
 
     @property
     def secret(self) -> str | None:
-        """What shows the routers who runs the stack, where certificates do not."""
+        """The stack's secret, with which ``overfill up`` calls the routers; None without one."""
         shown = self.routers[0].credentials()
         return None if shown is None else shown.secret or None
 
 
 class Stack:
-    """The running processes of a plan. ``sink`` gets ``(process, line)`` for each line they write."""
+    """Runs the processes of a plan, and calls ``sink`` with ``(process, line)`` for each line of their output."""
 
     def __init__(self, plan: StackPlan, sink: Callable[[str, str], None]) -> None:
         self.plan = plan
@@ -104,10 +106,10 @@ class Stack:
         self._workers += [self._spawn_worker(stage, worker) for stage, worker in self.plan.workers()]
 
     def wait_ready(self, cancelled: threading.Event) -> None:
-        """Returns when every router has seen all its workers ready, or when ``cancelled`` is set.
+        """Waits until every router has seen all its workers ready, or until ``cancelled`` is set.
 
         Raises:
-            StartFailed: a process died first.
+            StartFailed: a process exited before.
         """
         waiting = list(zip(self._routers, self.plan.addresses, strict=True))
         while waiting and not cancelled.is_set():
@@ -120,18 +122,18 @@ class Stack:
                 cancelled.wait(_POLL_SECONDS)
 
     def worker(self, name: str) -> Child:
-        """The process that now runs the worker of that id."""
+        """Returns the current process of the worker with this id."""
         return next(child for child in self._workers if child.name == name)
 
     def restart(self, name: str) -> None:
-        """Starts a dead worker again, as it was. On the main thread, like ``start``."""
+        """Starts a dead worker again with the same settings. Call it on the main thread, like ``start``."""
         old = self.worker(name)
         stage, config = next((s, w) for s, w in self.plan.workers() if w.worker_id == name)
         self._reported.discard(name)
         self._workers[self._workers.index(old)] = self._spawn_worker(stage, config)
 
     def exited(self) -> list[Child]:
-        """Processes found dead since the last call."""
+        """Returns the processes that have exited since the last call."""
         new = [
             child
             for child in [*self._routers, *self._workers]
@@ -142,29 +144,29 @@ class Stack:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the routers are reached."""
+        """gRPC addresses of the routers."""
         return self.plan.addresses
 
     def describe_workers(self, stage: str) -> str:
-        """The workers of a stage, for people."""
+        """Returns the names of a stage's workers, as text."""
         return ", ".join(worker.worker_id for of, worker in self.plan.workers() if of == stage)
 
     def news(self) -> list[str]:
-        """What has changed since the last call, in words."""
+        """Returns lines about changes since the last call."""
         return [_obituary(child) for child in self.exited()]
 
     @property
     def reachable(self) -> bool:
-        """Whether a router lives."""
+        """True while at least one router runs."""
         return any(router.returncode is None for router in self._routers)
 
     def stop(self) -> list[Child]:
-        """Drains the routers, which finish what runs, then ends the workers. Returns those it had to kill."""
+        """Drains the routers, then ends the workers. Returns the processes that had to be killed."""
         grace = self.plan.routers[0].grace_period
         try:
             stragglers = processes.stop(self._routers, grace + _MARGIN_SECONDS)
             return stragglers + processes.stop(self._workers, grace + _MARGIN_SECONDS)
-        except BaseException:  # the user will not wait
+        except BaseException:  # interrupted: the user does not want to wait
             processes.stop(self._workers, 0)
             raise
 
@@ -173,7 +175,7 @@ class Stack:
         return self._spawn(config.worker_id, module, config, config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
-        """``module`` is what comes after ``-m``, a first argument included."""
+        """Starts a process. ``module`` follows ``-m`` and may include a first argument."""
         command = [sys.executable, "-m", *module.split(), *config.to_argv()]
         return Child(name, command, child_environment(os.environ, threads), self._sink)
 
@@ -187,18 +189,18 @@ class Stack:
 
 
 def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
-    """``environ`` without the settings that flags already carry, every thread pool at ``threads``."""
+    """Returns ``environ`` without the services' settings, which flags carry, and with ``threads`` per thread pool."""
     kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
     return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
 
 
 def threads_per_worker(workers: int) -> int:
-    """An equal share of this machine's cores for as many workers, which are busy at the same time."""
+    """Returns an equal share of this machine's cores for each of ``workers``, which run at the same time."""
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Returns ports that are free now."""
     sockets = []
     try:
         for _ in range(count):
@@ -210,22 +212,22 @@ def free_ports(host: str, count: int) -> list[int]:
 
 
 def check_ports(plan: StackPlan, metrics: bool = True) -> None:
-    """Raises StartFailed when a port of ``plan`` is in use, naming it and the flag of ``up`` that chooses another.
+    """Raises StartFailed if a port of ``plan`` is in use, naming the port and the flag of ``up`` that changes it.
 
     Args:
-        metrics: whether the processes will listen on their ports of metrics.
+        metrics: also check the metrics ports.
     """
     hosts = [(router.host, router.port) for router in plan.routers]
-    _check_free("--grpc", hosts, "0 for free ones")
+    _check_free("--grpc", hosts, "or 0 to pick free ports")
     hosts = [(router.host, router.http) for router in plan.routers if router.http != "off"]
-    _check_free("--http", hosts, "off for no OpenAI endpoint")
+    _check_free("--http", hosts, "or off to disable the OpenAI endpoint")
     processes = [*plan.routers, *plan.prefill, *plan.decode] if metrics else []
     hosts = [(process.metrics_host, process.metrics_port) for process in processes if process.metrics_port != "off"]
-    _check_free("--metrics-port", hosts, "0 for free ones, or off")
+    _check_free("--metrics-port", hosts, "or 0 to pick free ports, or off")
 
 
 def _check_free(flag: str, servers: Sequence[tuple[str, int]], otherwise: str) -> None:
-    """``servers``: host and port of each; port 0 is any free one."""
+    """Raises StartFailed if a port is in use. ``servers`` has host and port of each; port 0 means any free one."""
     for host, port in servers:
         try:
             _bind(host, port).close()
@@ -234,12 +236,12 @@ def _check_free(flag: str, servers: Sequence[tuple[str, int]], otherwise: str) -
                 raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}; choose with {flag}") from error
             free = _free_run(host, servers[0][1], len(servers))
             raise StartFailed(
-                f"port {port} of {host} is in use: stop what listens there, or give {flag} {free} ({otherwise})"
+                f"port {port} of {host} is in use: stop the process that uses it, or give {flag} {free} ({otherwise})"
             ) from error
 
 
 def _free_run(host: str, after: int, count: int) -> int:
-    """The first of ``count`` neighbouring ports beyond ``after`` that are all free; 0, any ones, if none are near."""
+    """Returns the first of ``count`` consecutive free ports after ``after``; 0 (pick any) if none are near."""
     for first in range(after + 1, min(after + _NEAR, 65536 - count)):
         with contextlib.suppress(OSError):
             for port in range(first, first + count):
@@ -249,7 +251,7 @@ def _free_run(host: str, after: int, count: int) -> int:
 
 
 def reachable(host: str) -> str:
-    """The address that a process on this machine connects to when a server listens on ``host``."""
+    """Returns the address at which processes on this machine reach a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)
 
 
@@ -258,7 +260,7 @@ def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     s = socket.socket(family)
     try:
-        # Like the server itself: a connection that lingers from an earlier run is no obstacle.
+        # As servers do, so that connections in TIME_WAIT from an earlier run do not block the port.
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind((host, port))
     except OSError:
@@ -270,15 +272,15 @@ def _bind(host: str, port: int) -> socket.socket:
 def _obituary(child: Child) -> str:
     said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
     return (
-        f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack goes on without it. Plain processes are "
-        "not restarted: start `overfill up` again, or leave --no-ray out, since Ray restarts workers. "
+        f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack continues without it. Plain processes are "
+        "not restarted: start `overfill up` again, without --no-ray if Ray should restart workers. "
         f"Its last lines:{said}"
     )
 
 
 def _start_failed(child: Child) -> StartFailed:
     lines = child.last_lines()
-    silent = "" if lines else " and said nothing"
+    silent = "" if lines else " without output"
     error = StartFailed(f"{child.name} {child.describe_exit()} during start-up{silent}")
     for line in lines:
         error.add_note(f"  {child.name} | {line}")

@@ -1,4 +1,4 @@
-"""``overfill status``: what a running stack says about itself."""
+"""``overfill status``: shows the workers of a running stack."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def status_command(
     tls_name: str | None,
     api_key: str | None,
 ) -> int:
-    """Show the workers of a running stack, as they answer now.
+    """Show the workers of a running stack.
 
-    The stack is complete while as many workers of each stage are ready as it was started with.
+    The stack is complete while each stage has at least as many ready workers as it was started with.
 
     \b
     Exit code:
-      0  a request could be answered now: a prefill and a decode worker are ready, even if others are missing
-      1  no request could be answered now, or nothing answers at the address
+      0  the stack can answer requests: at least one prefill and one decode worker are ready
+      1  the stack cannot answer requests, or nothing answers at the address
       2  wrong usage
     """
     from overfill.cli.output import console, print_json, stack_state, status_json, status_table

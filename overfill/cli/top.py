@@ -1,4 +1,4 @@
-"""``overfill top``: a running stack, watched in a terminal."""
+"""``overfill top``: watches a running stack in a terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ _ANSWER_SECONDS = 5.0
 
 
 @click.command("top")
-@click.option("--interval", type=Number(0.1), default=1.0, show_default=True, help="Seconds between looks.")
-@click.option("--once", is_flag=True, help="Print one look and end, as always when stdout is no terminal.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON line per look, until ctrl-C or with --once.")
+@click.option("--interval", type=Number(0.1), default=1.0, show_default=True, help="Seconds between updates.")
+@click.option("--once", is_flag=True, help="Print once and exit. This is the default if stdout is not a terminal.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a line of JSON per update until ctrl-C, or only one with --once."
+)
 @connection_options
 def top_command(
     interval: float,
@@ -35,10 +37,10 @@ def top_command(
     api_key: str | None,
     tls_name: str,
 ) -> int:
-    """Watch both pools, the queue, and where the time to first token goes, until ctrl-C.
+    """Watch both pools, the queue and the parts of the time to first token, until ctrl-C.
 
-    Percentiles are those of the answers that became complete in the last minute. With several routers, each counts its
-    own: name the one to watch with --address.
+    Percentiles cover the answers completed in the last minute. Each router counts only its own answers; choose the
+    router with --address.
     """
     from overfill.cli.output import console
 
@@ -76,7 +78,7 @@ def _watch(client: Client, interval: float) -> int:
                 time.sleep(interval)
                 try:
                     shown = _view(client.status(timeout=_ANSWER_SECONDS))
-                except OverfillError as error:  # it may come back
+                except OverfillError as error:  # the stack may return
                     shown = str(error)
                 live.update(shown, refresh=True)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What ``overfill top`` shows of one look at a stack. Asks nobody."""
+"""Formats one update of ``overfill top``. Sends no requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STATES = {"ready": "green", "starting": "yellow", "draining": "yellow", "silent
 
 
 def top_view(status: StackStatus) -> RenderableType:
-    """The router's line, a table per pool, and the parts of the time to first token."""
+    """Returns a line about the router, a table per pool, and a table of latencies."""
     activity = status.activity
     shown: list[RenderableType] = [_headline(status)]
     for stage in ("prefill", "decode"):
@@ -57,7 +57,7 @@ def _pool(stage: str, workers: list[WorkerStatus]) -> Table:
 
 
 def _kv_bar(load: WorkerLoad) -> Text:
-    """Used blocks, then cached ones, out of all."""
+    """Returns a bar of used, cached and free KV blocks."""
     total = max(1, load.kv_blocks_total)
     used = round(_BAR * load.kv_blocks_used / total)
     cached = min(_BAR - used, round(_BAR * load.kv_blocks_cached / total))

@@ -1,6 +1,6 @@
-"""``overfill up``: a stack in the foreground, on Ray Serve or as plain processes.
+"""``overfill up``: runs a stack in the foreground, on Ray Serve or as plain processes.
 
-Plans the processes and minds them; the work is theirs.
+``up_plan`` plans the processes; ``ray_stack`` or ``stack`` runs them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BOX_WIDTH = 80  # characters, at most
 
 
 class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A port as an int, or ``off``."""
+    """Parses a port as an int, or ``off``."""
 
     name = "port|off"
 
@@ -57,89 +57,167 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
 @click.command("up", cls=OwnSettings)
 @config_option
-@click.option("--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
-@click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Routers.")
-@click.option("--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair.")
+@click.option(
+    "--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Number of prefill workers."
+)
+@click.option(
+    "--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Number of decode workers."
+)
+@click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Number of routers.")
+@click.option(
+    "--pair", default="default", show_default=True, help="Pair to serve: default, fast, identity, or a pair's folder."
+)
 @dtype_option
 @click.option(
     "--grpc", "port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True,
-    help="Port of the first router, the others follow; 0 picks free ones.",
+    help="gRPC port of the first router; further routers use the next ports. 0 picks free ports.",
 )  # fmt: skip
 @click.option(
     "--http", "http", type=_PortOrOff(), default=str(HTTP_PORT), show_default=True,
-    help="Port of the first router's OpenAI endpoint, the others follow; 0 picks free ones; off: no endpoint.",
+    help="Port of the first router's OpenAI endpoint; further routers use the next ports. 0 picks free ports; off "
+    "disables the endpoint.",
 )  # fmt: skip
-@click.option("--served-model-name", help="Names for requests, separated by commas; answers bear the first.  "
-              "[default: the pair's]")  # fmt: skip
-@click.option("--allowed-origins", help="Web pages that may use the OpenAI endpoint: origins separated by commas, such "
-              "as https://chat.example.org, or *.  [default: its own page]")  # fmt: skip
-@click.option("--api-keys", type=_FILE, help="Keys that clients must show; see `overfill keys`.")
+@click.option(
+    "--served-model-name",
+    help="Model names that clients may request, separated by commas; answers carry the first.  "
+    "[default: the pair's name]",
+)
+@click.option(
+    "--allowed-origins",
+    help="Origins of web pages that may use the OpenAI endpoint, separated by commas, such as "
+    "https://chat.example.org; or * for all.  [default: only the router's own page]",
+)
+@click.option(
+    "--api-keys",
+    type=_FILE,
+    help="File of API keys, of which clients must send one; see `overfill keys`.  [default: no keys]",
+)
 @click.option(
     "--stack-secret",
     type=_FILE,
-    help="Secret that processes show each other.  [default: with keys and no certificates, a new one]",
+    help="File with a secret that the processes send each other.  [default: a new secret, if there are API keys but no "
+    "certificates]",
 )
-@click.option("--host", help="Address to listen on; all but loopback need --tls and --api-keys.  [default: 127.0.0.1]")
-@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option(
+    "--host", help="Address to listen on; any other than loopback requires --tls and --api-keys.  [default: 127.0.0.1]"
+)
+@click.option("--device", help="Device to compute on: auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    help="CPU threads per worker.  [default: the cores, divided in each stage]",
+    help="CPU threads per worker.  [default: the cores, divided among the workers of a stage]",
 )
-@click.option("--kv-memory", help="KV cache per worker, such as 512MiB.")
-@click.option("--max-model-len", help="Longest prompt with its answer, tokens.")
-@click.option("--max-num-seqs", help="Most sequences in one step.")
+@click.option(
+    "--kv-memory", help="Size of the KV cache per worker, such as 512MiB.  [default: as much as fits in memory]"
+)
+@click.option(
+    "--max-model-len", help="Maximum tokens of a prompt with its answer.  [default: the model's context length]"
+)
+@click.option("--max-num-seqs", help="Maximum number of sequences in one step of a worker.  [default: 64]")
 @click.option(
     "--max-num-batched-tokens",
     help="Maximum prompt tokens that a prefill worker computes in one step.  [default: 2048]",
 )
-@click.option("--data-streams", help="Parallel connections that carry a request's KV.")
+@click.option("--data-streams", help="Number of parallel connections that transfer a request's KV.  [default: 2]")
 @click.option(
     "--kv-codec",
     type=click.Choice(["raw", "int8", "fp8"]),
-    help="How KV travels.  [default: raw, or int8 with --kv-cache-dtype int8]",
+    help="Encoding of transferred KV.  [default: raw, or int8 with --kv-cache-dtype int8]",
 )
 @click.option(
-    "--kv-cache-dtype", type=click.Choice(["auto", "int8"]), help="How decode workers hold KV.  [default: auto]"
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    help="Data type of the decode workers' KV cache; auto means --dtype.  [default: auto]",
 )
-@click.option("--shm", type=click.Choice(["on", "off"]), help="KV through shared memory.  [default: on]")
-@click.option("--prefix-cache", type=click.Choice(["on", "off"]), help="Keep prompts' KV for others.  [default: on]")
-@click.option("--prefill-policy", type=click.Choice(list(POLICIES)), help=f"[default: {PREFILL_DEFAULT}]")
-@click.option("--decode-policy", type=click.Choice(DECODE_POLICIES), help=f"[default: {DECODE_DEFAULT}]")
-@click.option("--max-queue", help="Most waiting requests of one priority per router; more are refused.")
-@click.option("--max-wait", help="Seconds of waiting beyond which requests are refused at once.  [default: none]")
-@click.option("--grace-period", help="Seconds for running requests to finish at shutdown.  [default: 30]")
+@click.option(
+    "--shm",
+    type=click.Choice(["on", "off"]),
+    help="Exchange KV between workers of one host through shared memory.  [default: on]",
+)
+@click.option(
+    "--prefix-cache",
+    type=click.Choice(["on", "off"]),
+    help="Keep prompts' KV for later prompts with the same beginning.  [default: on]",
+)
+@click.option(
+    "--prefill-policy",
+    type=click.Choice(list(POLICIES)),
+    help=f"Policy that chooses prefill workers.  [default: {PREFILL_DEFAULT}]",
+)
+@click.option(
+    "--decode-policy",
+    type=click.Choice(DECODE_POLICIES),
+    help=f"Policy that chooses decode workers.  [default: {DECODE_DEFAULT}]",
+)
+@click.option(
+    "--max-queue",
+    help="Maximum number of queued requests per router and priority; further ones are refused.  [default: 1024]",
+)
+@click.option(
+    "--max-wait",
+    help="Maximum expected seconds in the queue; requests that would wait longer are refused at once.  "
+    "[default: each request's deadline]",
+)
+@click.option("--grace-period", help="Seconds that running requests have to finish at shutdown.  [default: 30]")
 @click.option(
     "--tls", "tls", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of certificates, one per role (`overfill certs`), in place of the next four.",
+    help="Folder with a certificate per role, as `overfill certs` makes it; replaces the next four options.",
 )  # fmt: skip
-@click.option("--tls-cert", type=_FILE, help="PEM certificate of every process.")
-@click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
-@click.option("--tls-ca", type=_FILE, help="PEM certificates that peers are checked against.")
-@click.option("--tls-name", help="Name that the certificates bear.  [default: the host of each address]")
+@click.option("--tls-cert", type=_FILE, help="PEM file with the certificate of all processes.")
+@click.option("--tls-key", type=_FILE, help="PEM file with the private key of --tls-cert.")
+@click.option(
+    "--tls-ca",
+    type=_FILE,
+    help="PEM file with the CA certificates that must have signed other processes' certificates.",
+)
+@click.option("--tls-name", help="DNS name in the certificates.  [default: the host of each address]")
 @click.option(
     "--metrics-port",
-    help="Port of the first router's /metrics, the other processes follow; 0 picks free ones; or off.  [default: 0]",
+    help="Port of /metrics of the first router; the other processes use the next ports. 0 picks free ports; off "
+    "disables /metrics.  [default: 0]",
 )
-@click.option("--mock", is_flag=True, help="Workers that compute nothing, for trials of everything around them.")
-@click.option("--ray/--no-ray", "on_ray", default=True, help="On Ray Serve, or as plain processes.  [default: ray]")
-@click.option("--address", help="Join this Ray cluster: HOST:PORT, or auto.  [default: start one on this machine]")
-@click.option("--name", default="overfill", show_default=True, help="Of the application on Ray.")
-@click.option("--worker-cpus", type=Number(0), help="CPUs that Ray sets aside per worker.  [default: a share]")
-@click.option("--worker-gpus", type=Number(0), help="GPUs that Ray sets aside per worker.  [default: a share]")
-@click.option("--max-prefill", type=click.IntRange(1), help="Most prefill workers; --prefill are the fewest.")
-@click.option("--max-decode", type=click.IntRange(1), help="Most decode workers; --decode are the fewest.")
+@click.option("--mock", is_flag=True, help="Use workers that compute nothing, for trials of everything else.")
+@click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
+@click.option("--address", help="Ray cluster to join: HOST:PORT, or auto.  [default: start one on this machine]")
+@click.option("--name", default="overfill", show_default=True, help="Name of the application on Ray.")
+@click.option(
+    "--worker-cpus",
+    type=Number(0),
+    help="CPUs that Ray reserves per worker.  [default: an equal share of this machine; with --address, --threads]",
+)
+@click.option(
+    "--worker-gpus",
+    type=Number(0),
+    help="GPUs that Ray reserves per worker.  [default: an equal share of this machine; with --address, 0]",
+)
+@click.option(
+    "--max-prefill",
+    type=click.IntRange(1),
+    help="Maximum number of prefill workers, to autoscale from --prefill.  [default: fixed number]",
+)
+@click.option(
+    "--max-decode",
+    type=click.IntRange(1),
+    help="Maximum number of decode workers, to autoscale from --decode.  [default: fixed number]",
+)
 @click.option(
     "--ttft-objective", type=Number(0, min_open=True),
-    help="Seconds to the first token that autoscaling aims at.  [default: 2]",
+    help="Target of autoscaling for the time to first token, in seconds.  [default: 2]",
 )  # fmt: skip
 @click.option(
     "--itl-objective", type=Number(0, min_open=True),
-    help="Mean seconds between tokens that autoscaling aims at.  [default: 0.1]",
+    help="Target of autoscaling for the mean time between tokens, in seconds.  [default: 0.1]",
 )  # fmt: skip
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
-@click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="A log file per process here.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="Lowest level of messages that are logged.  [default: info]",
+)
+@click.option(
+    "--log-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for one log file per process.  [default: log to stderr]",
+)
 def up_command(
     prefill: int,
     decode: int,
@@ -162,22 +240,24 @@ def up_command(
     tls: Path | None,
     **settings: Any,
 ) -> int:
-    """Run a stack: router, prefill and decode workers.
+    """Run a stack: router, prefill workers and decode workers.
 
-    On Ray Serve, which replaces workers that are lost; with --max-prefill or --max-decode their number follows the
-    load. Ray is started on this machine unless --address names a cluster. With --no-ray, as plain processes.
+    The stack runs on Ray Serve, which replaces lost workers. With --max-prefill or --max-decode, the number of workers
+    follows the load. Ray is started on this machine, unless --address names a cluster. With --no-ray, the stack runs as
+    plain processes.
 
-    Stays in the foreground; ctrl-C or SIGTERM lets running requests finish and stops all that was started. Every
-    setting of the services can be given in the file of --config, or as a variable such as
-    OVERFILL_PREFILL_BLOCK_SIZE. --prefill, --decode, --router, --pair, --grpc, --http, --log-dir, --config and those
-    that concern Ray are variables too: OVERFILL_UP_PREFILL, OVERFILL_UP_RAY=no and so on.
+    The command stays in the foreground. Ctrl-C or SIGTERM lets running requests finish and stops the stack.
+
+    A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
+    The options --prefill, --decode, --router, --pair, --grpc, --http, --log-dir, --config, --mock and those for Ray are
+    variables too, such as OVERFILL_UP_PREFILL and OVERFILL_UP_RAY=no.
     """
-    require("server", "`overfill up`", "xxhash" if mock else "torch")  # in the processes that it starts
+    require("server", "`overfill up`", "xxhash" if mock else "torch")  # its processes need them
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
     with _secret(settings, tls) as settings:
-        # Wrong settings and ports in use are told before a pair is prepared, which can take minutes.
+        # Report wrong settings and ports in use before preparing a pair, which can take minutes.
         planned = make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls)
         options = RayOptions(
             address=address,
@@ -190,7 +270,7 @@ def up_command(
             log_dir=None if log_dir is None else str(log_dir.absolute()),
         )
         _check_options(options, prefill, decode, on_ray)
-        if address is None:  # elsewhere, the ports are those of other machines
+        if address is None:  # on a joined cluster, routers may run on other machines
             check_ports(planned, metrics=not on_ray)
         with show_progress() as report:
             folder = resolve_pair(pair, report)
@@ -206,15 +286,16 @@ def up_command(
 
 @contextlib.contextmanager
 def _secret(settings: dict[str, Any], tls: Path | None) -> Iterator[dict[str, Any]]:
-    """``settings`` with a secret for this stack alone, where clients show keys and nothing else would tell workers.
+    """Adds a new secret to ``settings`` if there are API keys, but neither certificates nor a secret.
 
-    It is on this machine only: a stack on several has certificates, which are enough.
+    Without it, the router could not tell the stack's workers from clients. The secret's file is on this machine only; a
+    stack on several machines has certificates.
     """
     certain = tls is not None or settings.get("tls_ca") is not None
     if certain or settings.get("api_keys") is None or settings.get("stack_secret") is not None:
         yield settings
         return
-    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # which nobody else may look into
+    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # other users cannot read it
         path = Path(folder) / "secret"
         path.touch(0o600)
         path.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
@@ -222,22 +303,22 @@ def _secret(settings: dict[str, Any], tls: Path | None) -> Iterator[dict[str, An
 
 
 def _check_options(options: RayOptions, prefill: int, decode: int, on_ray: bool) -> None:
-    """Raises click.UsageError when options contradict each other, RayUnavailable when Ray is wanted and not there."""
+    """Raises click.UsageError for conflicting options, and RayUnavailable if Ray is needed but not installed."""
     defaults = dataclasses.asdict(RayOptions(log_dir=options.log_dir, objectives={}))
     given = [name for name, value in dataclasses.asdict(options).items() if value != defaults[name]]
     if not on_ray:
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise click.UsageError(f"--no-ray contradicts {flags}: leave one out")
+            raise click.UsageError(f"--no-ray conflicts with {flags}: remove one of them")
         return
     check_installed()
-    for most, fewest, stage in ((options.max_prefill, prefill, "prefill"), (options.max_decode, decode, "decode")):
-        if most is not None and most < fewest:
-            raise click.UsageError(f"--max-{stage} {most} is less than --{stage} {fewest}")
+    for maximum, minimum, stage in ((options.max_prefill, prefill, "prefill"), (options.max_decode, decode, "decode")):
+        if maximum is not None and maximum < minimum:
+            raise click.UsageError(f"--max-{stage} {maximum} is less than --{stage} {minimum}: give at least {minimum}")
 
 
 class AnyStack(Protocol):
-    """A stack of plain processes, or one on Ray."""
+    """Interface of a stack, of plain processes or on Ray."""
 
     plan: StackPlan
 
@@ -259,7 +340,7 @@ class AnyStack(Protocol):
 
 
 def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
-    """Starts the stack, says so on ``out``, minds it until ``stopping``, stops it. Returns exit code."""
+    """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code."""
     try:
         stack.start()
         stack.wait_ready(stopping)
@@ -269,9 +350,9 @@ def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
             for line in stack.news():
                 _note(line)
             if not stack.reachable:
-                click.echo("overfill: no router is left; stopping", err=True)
+                click.echo("overfill: no router is running any more; stopping", err=True)
                 return 1
-        click.echo("overfill: stopping; running requests finish first (ctrl-C again to kill)", err=True)
+        click.echo("overfill: stopping after running requests finish (ctrl-C again to kill)", err=True)
         return 0
     finally:
         for child in stack.stop():
@@ -283,15 +364,15 @@ def _note(line: str) -> None:
 
 
 def _welcome(out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
-    """Says on ``out`` what runs, where, and what to type next. A command is one line, to be copied whole."""
+    """Prints addresses, workers and example commands. A command stays on one line, so that it can be copied."""
     first = addresses[0]
     option = "" if first == "127.0.0.1:7600" else f" --address {first}"
     if plan.client_tls is not None:
-        # A stack with a CA of its own also wants to see the client's certificate.
+        # A stack with a CA of its own also requires a client certificate.
         ca = plan.client_tls.ca
         option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
         option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
-    # Not --api-key, which every user of the machine would see.
+    # Not --api-key, because other users of the machine can see flags.
     key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
     urls = plan.openai_urls_at(addresses)
     rows = [("gRPC", ", ".join(addresses))]
@@ -322,14 +403,14 @@ def _curl(plan: StackPlan, base: str) -> str:
         "max_tokens": DEFAULT_MAX_TOKENS,
         "temperature": DEFAULT_TEMPERATURE,
     }
-    # Not -H, which every user of the machine would see; curl hides this one.
+    # Not -H, because other users of the machine can see it; curl hides this option.
     key = "" if plan.routers[0].api_keys is None else ' --oauth2-bearer "$OVERFILL_API_KEY"'
     return f"curl {base}/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that the first ctrl-C, SIGTERM or hangup sets; the second one raises KeyboardInterrupt."""
+    """Yields an event that the first SIGINT, SIGTERM or SIGHUP sets; a second one raises KeyboardInterrupt."""
     stopping = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -348,7 +429,7 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _log_sink(folder: Path | None) -> Iterator[Callable[[str, str], None]]:
-    """Where the processes' lines go: prefixed to stderr, or to ``folder/PROCESS.log``."""
+    """Yields a function that writes a process's line to stderr with a prefix, or to ``folder/PROCESS.log``."""
     if folder is None:
         yield lambda name, line: print(f"{name} | {line}", file=sys.stderr, flush=True)
         return
@@ -356,7 +437,7 @@ def _log_sink(folder: Path | None) -> Iterator[Callable[[str, str], None]]:
     files: dict[str, IO[bytes]] = {}
 
     def write(name: str, line: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk costs lines, and neither the stack nor what comes after
+        with contextlib.suppress(OSError):  # a full disk must not stop the stack; it only loses lines
             if name not in files:
                 files[name] = (folder / f"{name}.log").open("ab", buffering=0)
             files[name].write(f"{line}\n".encode())

@@ -1,4 +1,4 @@
-"""What ``overfill up`` takes from variables and from the file of settings for itself; the services read theirs."""
+"""Reads the own options of ``overfill up`` from variables and the settings file; services read theirs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from overfill.settings.config_file import COMMON, BadConfigFile, field_name, nea
 PREFIX = "OVERFILL_UP_"
 
 _SHARED = {"pair": (COMMON, "pair"), "grpc": ("router", "port"), "http": ("router", "http")}
-"""Options of ``up`` that are a service's setting in the file: option -> (section, key)."""
+"""Options of ``up`` that the file has as a service's setting: option -> (section, key)."""
 
 OWN = ("config", *UP_KEYS, *_SHARED)
-"""Options of ``up`` that are variables; its other ones are handed to services, which have variables for them."""
+"""Options of ``up`` with a variable ``OVERFILL_UP_…``. The others are settings of services, which have variables."""
 
 
 class OwnSettings(RenamedFlags):
-    """A command whose own options are also variables; an unknown variable of its prefix is an error."""
+    """A command whose own options are also variables; refuses unknown variables with its prefix."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         known = {_variable(name) for name in OWN}
@@ -41,7 +41,7 @@ def _variable(flag: str) -> str:
 
 
 def _service_variable(flag: str) -> list[str]:
-    """The variable that the service has for a shared option: ``up`` gives services flags, which hide it from them."""
+    """Returns the service's variable of a shared option. ``up`` must read it, because it gives the service a flag."""
     section, key = _SHARED.get(flag, (COMMON, ""))
     return [f"{kind.model_config['env_prefix']}{key}".upper() for kind in SERVICES if kind.section == section]
 
@@ -65,7 +65,7 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
 config_option = click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),
-    is_eager=True,  # before the options that take their defaults from it
+    is_eager=True,  # before the options whose defaults it sets
     callback=_load,
-    help="YAML or TOML file of settings, for what no flag and no variable says.",
+    help="YAML or TOML file of settings; flags and variables take precedence.",
 )

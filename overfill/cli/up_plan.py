@@ -1,6 +1,6 @@
-"""The processes of ``overfill up``: a complete configuration for each, from flags, variables and the file of settings.
+"""Plans ``overfill up``: makes the settings of each process from flags, variables and the settings file.
 
-Starts nothing.
+Starts no processes.
 """
 
 from __future__ import annotations
@@ -38,23 +38,29 @@ def make_plan(
     tls: Path | None = None,
     apart: bool = False,
 ) -> StackPlan:
-    """Configurations for all processes.
+    """Returns the settings of all processes. Exits with 2 if a value is wrong, as the services do.
 
-    ``http`` is the port of the first OpenAI endpoint: 0 for any, "off" for no endpoint. ``settings`` are fields of the
-    configuration classes, each handed to those that have it; None leaves a field to its environment variable or
-    default. ``tls`` is a folder of certificates, one per role, in place of these settings. ``apart``: workers may be on
-    several machines. Exits 2 when a value is wrong, as the services do.
+    Args:
+        prefill, decode, routers: number of processes of each kind.
+        port: gRPC port of the first router; 0 picks free ones.
+        threads: CPU threads per worker; None divides the cores.
+        settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
+            environment variable or default.
+        http: port of the first OpenAI endpoint; 0 picks free ones, "off" disables the endpoint.
+        mock: plan workers that compute nothing.
+        tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
+        apart: workers may run on several machines.
 
     Raises:
-        click.UsageError: two servers would get the same port, certificates are given twice, or the host is open to
-            other machines and something is missing for that.
-        CertificatesError: the folder lacks some.
+        click.UsageError: two servers would use the same port, certificates are given twice, or the host is open to
+            other machines without certificates or API keys.
+        CertificatesError: the folder lacks a certificate.
     """
     settings = settings | {"pair": pair.resolve()}
     of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
     host = settings.get("host") or "127.0.0.1"
     _check_host(host, settings | of_router)
-    free = free_ports(host, 2 * routers)  # at once, so that no two are the same
+    free = free_ports(host, 2 * routers)  # in one call, so that all are different
     ports = range(port, port + routers) if port else free[:routers]
     https: Iterable[int | Literal["off"]] = ["off"] * routers
     if http != "off":
@@ -80,8 +86,8 @@ def make_plan(
             "advertise": None if reachable(host) == host else reachable(host),
         }
     )
-    # Cores are divided within a stage: the other one would leave its own idle much of the time, and engine threads that
-    # wait for each other sleep. Workers that may be on several machines are taken one by one.
+    # Divide all cores within each stage, because the stages are rarely busy at the same time, and waiting engine
+    # threads sleep. If workers may run on several machines, divide them among all workers.
     shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
     prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
     return StackPlan(
@@ -100,7 +106,7 @@ def make_plan(
 
 
 def _check_host(host: str, settings: dict[str, Any]) -> None:
-    """All that an open host needs, at once; the services would name one thing after the other."""
+    """Raises click.UsageError naming everything that an open host needs; services would name one thing at a time."""
     given = _origins(RouterConfig, _flags(RouterConfig, settings))
     needs = []
     if not {"tls_cert", "tls_key", "tls_ca"} <= given.keys():
@@ -108,16 +114,14 @@ def _check_host(host: str, settings: dict[str, Any]) -> None:
     if "api_keys" not in given:
         needs.append("--api-keys FILE (`overfill keys create NAME --file FILE` makes it)")
     if needs and not is_loopback(host):
-        raise click.UsageError(
-            f"--host {host} is open to other machines: give {' and '.join(needs)}, or leave --host out"
-        )
+        raise click.UsageError(f"--host {host} is open to other machines: give {' and '.join(needs)}, or remove --host")
 
 
 def _certificates(folder: Path | None, settings: dict[str, Any], role: Role) -> dict[str, Any]:
     if folder is None:
         return {}
     if any(settings.get(name) is not None for name in ("tls_cert", "tls_key", "tls_ca")):
-        raise click.UsageError("--tls has all certificates: leave --tls-cert, --tls-key and --tls-ca out")
+        raise click.UsageError("--tls replaces --tls-cert, --tls-key and --tls-ca: remove them")
     files = role_files(folder.absolute(), role)
     name = settings.get("tls_name") or NAME
     return {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": name}
@@ -128,9 +132,10 @@ def _client_tls(files: RoleFiles) -> ClientTls:
 
 
 def _check_apart(*ranges: tuple[str, object, int]) -> None:
-    """Raises click.UsageError when two flags claim the same port. Each is a flag, its first port and how many follow.
+    """Raises click.UsageError if two flags claim the same port.
 
-    A first port that is 0, or no number, claims none.
+    Args:
+        ranges: (flag, first port, number of ports); a first port that is 0 or not a number claims none.
     """
     claimed = [
         (flag, int(str(first)), count) for flag, first, count in ranges if str(first).isdecimal() and int(str(first))
@@ -138,8 +143,8 @@ def _check_apart(*ranges: tuple[str, object, int]) -> None:
     for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
         if first < others_first + others_count and others_first < first + count:
             raise click.UsageError(
-                f"{_claim(flag, first)} and {_claim(other, others_first)} overlap: they take {count} and "
-                f"{others_count} ports from there on, one per process; give {other} {first + count} or more, "
+                f"{_claim(flag, first)} and {_claim(other, others_first)} overlap: from there on, they use {count} and "
+                f"{others_count} ports, one per process; give {other} {first + count} or more, "
                 f"or {other} off"
             )
 
@@ -150,14 +155,14 @@ def _claim(flag: str, port: int) -> str:
 
 
 def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
-    """For each process: the first's port and those that follow, or what ``first`` says, if it is no port."""
+    """Yields each process's metrics port: ``first`` and the next ones, or always ``first`` if it is 0 or not a port."""
     if first is None or not first.isdecimal() or int(first) == 0:
         return iter([first] * count)
     return iter([str(int(first) + index) for index in range(count)])
 
 
 def _configure(kind: type[_Config], settings: dict[str, Any], otherwise: dict[str, Any] | None = None) -> _Config:
-    """``otherwise`` are values for fields that neither ``settings`` nor a variable nor the file sets."""
+    """Parses settings. ``otherwise`` has values for fields that no setting, variable or key of the file sets."""
     argv = _flags(kind, settings)
     origins = _origins(kind, argv)
     rest = {name: value for name, value in (otherwise or {}).items() if name not in origins}
@@ -168,7 +173,7 @@ def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
     try:
         return kind.origins(argv)
     except BadConfigFile:
-        return {}  # ``parse`` says so
+        return {}  # ``parse`` reports it
 
 
 def _flags(kind: type[ServiceConfig], settings: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""A stack as a Serve config: what ``serve deploy`` takes, and what ``overfill up`` deploys. Plain data, no Ray.
+"""Makes a Serve config for a stack, as ``serve deploy`` and ``overfill up`` deploy it. Plain data, no Ray.
 
-The number of replicas is decided by one application-level policy, which only such a config can name; that is why
-``up`` deploys one too, instead of calling ``serve.run``.
+An application-level policy decides the number of replicas. Only a config can name such a policy, so ``up`` deploys a
+config too, instead of calling ``serve.run``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ SIGNAL_INTERVAL = 1.0
 
 
 def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None = None) -> dict[str, Any]:
-    """The config that deploys ``spec`` as application ``name``.
+    """Returns the config that deploys ``spec`` as application ``name``.
 
     Args:
-        objectives: the policy's arguments, as ``overfill.cluster.policy.ScalingPolicy`` takes them.
+        objectives: arguments of ``overfill.cluster.policy.ScalingPolicy``.
 
     Raises:
-        ValueError: the policy does not take such arguments.
+        ValueError: the policy does not have such an argument.
     """
-    scaling_config(objectives or {})  # here, where somebody reads the message, and not in Serve's controller
+    scaling_config(objectives or {})  # check here, because an error in Serve's controller would not reach the user
     application: dict[str, Any] = {
         "name": name,
         "import_path": BUILDER,
-        "route_prefix": None,  # Serve's proxies have no part in it
+        "route_prefix": None,  # requests do not pass through Serve's proxies
         "args": spec.model_dump(mode="json", exclude_defaults=True),
     }
     if spec.scales:
@@ -41,7 +41,7 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
 
 
 def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
-    """What ``serve.deployment(...).options`` takes for the deployment ``name``."""
+    """Returns the arguments of ``serve.deployment(...).options`` for the deployment ``name``."""
     pool = spec.pools[name]
     options: dict[str, Any] = {
         "name": name,
@@ -53,9 +53,9 @@ def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
         },
         "health_check_period_s": spec.health_check_period,
         "health_check_timeout_s": spec.health_check_timeout,
-        # Longer than what a drain may take, so that it is Serve that waits for us.
+        # Longer than a drain may take, so that Serve waits until the replica has drained.
         "graceful_shutdown_timeout_s": spec.grace_period + DRAIN_MARGIN,
-        "graceful_shutdown_wait_loop_s": 0.1,  # no request of ours passes through Serve: it need not wait for any
+        "graceful_shutdown_wait_loop_s": 0.1,  # requests do not pass through Serve, so it has none to wait for
     }
     if not spec.scales:
         return options | {"num_replicas": pool.replicas}
@@ -63,10 +63,13 @@ def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
 
 
 def environment(spec: StackSpec, name: str) -> dict[str, str]:
-    """Variables of a replica's process: threads first of all, which Ray would set to its share of CPUs, rounded up."""
+    """Returns the environment of a replica's process.
+
+    It sets the thread counts, which Ray would otherwise set to the replica's share of CPUs, rounded up.
+    """
     threads = 1 if name == ROUTER else (spec.prefill_config() if name == PREFILL else spec.decode_config()).threads
     return GRPC_ENVIRONMENT | thread_pools(threads) | {
-        # One event loop for the replica and the service in it: grpc.aio serves one loop of a process.
+        # The replica and its service share one event loop, because grpc.aio supports one loop per process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(SIGNAL_INTERVAL),
     }  # fmt: skip
@@ -77,8 +80,8 @@ def _autoscaling(pool: PoolSpec) -> dict[str, Any]:
         "min_replicas": pool.replicas,
         "initial_replicas": pool.replicas,
         "max_replicas": pool.max_replicas_total,
-        # The policy's scaler waits and smooths as its own rules say.
+        # No delays here, because the policy's scaler has its own.
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,
-        "look_back_period_s": 20.0,  # the policy takes the newest; Serve wants more than its own interval of 10
+        "look_back_period_s": 20.0,  # the policy uses the newest value; must exceed Serve's 10 s interval
     }

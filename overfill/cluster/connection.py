@@ -1,6 +1,6 @@
-"""This process and a Ray cluster: start one here or join one, deploy an application, watch it, take it away again.
+"""Connects this process to a Ray cluster: starts or joins one, deploys an application, watches and removes it.
 
-Knows nothing of how a stack is planned. An application is deployed with a Serve config, beside those that run there.
+Knows nothing about how a stack is planned. Deploys a Serve config and leaves the cluster's other applications alone.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from overfill.errors import OverfillError
 from overfill.process.extras import install_line
 from overfill.rpc.addresses import is_loopback
 
-_OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and this is about the least that Ray takes
+_OBJECT_STORE = 80 << 20  # bytes; the stack does not use the object store, and this is about Ray's minimum
 _QUIET = {"log_level": "WARNING"}
 _POLL = 0.2
-_CONNECT = 5.0  # seconds for a cluster's head to take a connection
+_CONNECT = 5.0  # seconds for a connection to the cluster's head
 
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Ray's way to say: no other machine will ever join. It then listens on loopback only and takes 127.0.0.1 for this
-machine's address; the switch is named after the systems where that is the default. Read when Ray is imported."""
+"""Environment variable that makes a single-node cluster: Ray listens only on 127.0.0.1 and uses it as its address.
+
+The variable is named after the systems where that is the default. Ray reads it when it is imported.
+"""
 _FOLDER = "overfill-ray-"
-_TRIES = 3  # Ray gives itself 30 s, which a busy machine may exceed
+_TRIES = 3  # Ray's start times out after 30 s, which is too little on a busy machine
 
 
 class RayUnavailable(OverfillError):
-    """There is no Ray here, or no cluster where it should be."""
+    """Ray is not installed, or the cluster cannot be reached or started."""
 
 
 class RayConnection:
-    """A connection to a cluster. Make it with ``start_local`` or ``join``; ``close`` ends what it started.
+    """A connection to a Ray cluster. Make it with ``start_local`` or ``join``, and end it with ``close``.
 
     Attributes:
-        owned: whether the cluster was started here, and ends with the session.
+        owned: this process started the cluster, and ``close`` ends it.
     """
 
     def __init__(self, owned: bool, folder: str | None = None) -> None:
@@ -54,20 +56,20 @@ class RayConnection:
 
     @classmethod
     def start_local(cls, cpus: int, show_logs: bool) -> RayConnection:
-        """A cluster of this machine alone, whose every port is on loopback; it dies with this process.
+        """Starts a cluster on this machine only, with all ports on loopback. It ends with this process.
 
         Args:
-            cpus: how many it reckons with.
-            show_logs: whether the replicas' lines appear here.
+            cpus: number of CPUs that Ray may hand out.
+            show_logs: print the replicas' log lines here.
 
         Raises:
-            RayUnavailable: Ray does not come up.
+            RayUnavailable: Ray is not installed or does not start.
         """
         check_installed()
         os.environ |= _LOOPBACK
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         _sweep()
-        # Short: sockets in it have paths of 107 bytes at most.
+        # A short path, because paths of Unix sockets in it are limited to 107 bytes.
         folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir="/tmp")
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -87,17 +89,20 @@ class RayConnection:
                 shutil.rmtree(folder, ignore_errors=True)
                 if slow:
                     raise RayUnavailable(
-                        "Ray does not come up: this machine is too busy, or too small; --no-ray starts plain processes"
+                        "Ray did not start in time: this machine is too busy or too small; try again, or use --no-ray"
                     ) from error
                 raise
         return cls(True, folder)
 
     @classmethod
     def join(cls, address: str, show_logs: bool) -> RayConnection:
-        """The cluster at ``address``: ``auto``, or HOST:PORT of its head. This machine must be part of it.
+        """Joins the cluster at ``address``: ``auto``, or HOST:PORT of its head. This machine must be part of it.
+
+        Args:
+            show_logs: print the replicas' log lines here.
 
         Raises:
-            RayUnavailable: there is none.
+            RayUnavailable: Ray is not installed, or no cluster answers at the address.
         """
         check_installed()
         _check_head(address)
@@ -108,28 +113,28 @@ class RayConnection:
         return cls(False)
 
     def check_room(self, spec: StackSpec) -> None:
-        """Raises NoRoom, naming the resource, when the cluster's machines cannot hold the stack as it starts."""
+        """Raises NoRoom, naming the resource, if the stack's initial replicas do not fit on the cluster's machines."""
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         placement.check_room(spec, machines if self.owned else _free(machines, ray.available_resources()))
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Deploys the application of a Serve config. Does not wait for it.
+        """Deploys the application of a Serve config without waiting until it runs.
 
         Raises:
-            RayUnavailable: an application of that name runs there already.
+            RayUnavailable: an application of that name already runs on the cluster.
         """
         (application,) = config["applications"]
         if application["name"] in self._applications():
             raise RayUnavailable(
-                f"an application {application['name']!r} runs on this cluster already: give another --name, or take "
-                f"it away with `serve shutdown` or the `overfill up` that runs it"
+                f"an application {application['name']!r} already runs on this cluster: give another --name, or stop it "
+                f"with ctrl-C in its `overfill up`, or all applications with `serve shutdown`"
             )
         self._apply([*self._others(application["name"]), application])
 
     def remove(self, name: str, timeout: float) -> bool:
-        """Takes the application away and waits for its replicas to drain; whether all had left in time."""
+        """Removes the application and waits for its replicas to drain. Returns True if all ended within ``timeout``."""
         from overfill.cluster import directory
 
         self._apply(self._others(name))
@@ -140,20 +145,20 @@ class RayConnection:
         return not there
 
     def status(self, name: str) -> Any | None:
-        """Serve's ``ApplicationStatusOverview``; None when there is no such application."""
+        """Returns Serve's ``ApplicationStatusOverview``; None for an unknown application."""
         return self._applications().get(name)
 
     def alive(self) -> bool:
-        """Whether the cluster answers."""
+        """Returns True if the cluster answers."""
         import ray
 
         try:
             return ray.is_initialized() and any(node["Alive"] for node in ray.nodes())
-        except Exception:  # whatever Ray raises of a cluster that is not there
+        except Exception:  # Ray raises various exceptions for an unreachable cluster
             return False
 
     def close(self) -> None:
-        """Leaves the cluster, which ends if it was started here."""
+        """Disconnects from the cluster, and ends it if this process started it."""
         import ray
 
         ray.shutdown()
@@ -166,7 +171,7 @@ class RayConnection:
         return dict(serve.status().applications)
 
     def _others(self, name: str) -> list[dict[str, Any]]:
-        """Configs of the other applications: what is not in a new config is taken away."""
+        """Returns the other applications' configs, because Serve removes applications that a new config omits."""
         details = _controller().get_serve_details()["applications"]
         configs = [app.get("deployed_app_config") for other, app in details.items() if other != name]
         return [config for config in configs if config]
@@ -174,30 +179,33 @@ class RayConnection:
     def _apply(self, applications: list[dict[str, Any]]) -> None:
         from ray.serve.schema import ServeDeploySchema
 
-        # As the dashboard does for `serve deploy`; a policy for a whole application has no other way in, and a
-        # cluster that lives as long as this process needs no dashboard.
+        # Calls the controller as the dashboard does for `serve deploy`. Serve has no other interface for an
+        # application-level policy, and a cluster that ends with this process needs no dashboard.
         schema = {"proxy_location": "Disabled", "logging_config": _QUIET, "applications": applications}
         _controller().deploy_apps(ServeDeploySchema.model_validate(schema))
 
 
 def check_installed() -> None:
-    """Raises RayUnavailable, saying what to do, when Ray is not installed."""
+    """Raises RayUnavailable, with the command that installs Ray, if it is missing."""
     if importlib.util.find_spec("ray") is None:
-        raise RayUnavailable(f"Ray is not installed: {install_line('server')}, or run plain processes with --no-ray")
+        raise RayUnavailable(
+            f"Ray is not installed: run {install_line('server')}, or use plain processes with --no-ray"
+        )
 
 
 def _check_head(address: str) -> None:
-    """Raises RayUnavailable when nobody listens there: Ray itself would go on trying for ever.
+    """Raises RayUnavailable if nothing listens at ``address``, because Ray itself would retry for ever.
 
-    Ray takes a loopback address for that of this machine on the network. If only loopback answers, it is told not to.
+    Ray replaces a loopback address by this machine's address on the network. If only loopback answers, this function
+    sets ``_LOOPBACK``, so that Ray keeps it.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        return  # such as auto: Ray knows its own
+        return  # such as auto: Ray finds the cluster itself
     if is_loopback(host) and _answers(_own_address(), int(port)):
         return
     if not _answers(host, int(port)):
-        raise RayUnavailable(f"no Ray cluster at {address}: nobody listens there")
+        raise RayUnavailable(f"no Ray cluster at {address}: nothing listens there")
     if is_loopback(host):
         os.environ |= _LOOPBACK
 
@@ -211,7 +219,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _own_address() -> str:
-    """Of this machine on the network, as Ray finds it: from where it would send to elsewhere. Nothing is sent."""
+    """Returns this machine's address on the network, as Ray finds it: the source of a route outside. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))
@@ -221,7 +229,7 @@ def _own_address() -> str:
 
 
 def _sweep() -> None:
-    """Removes what sessions left behind that were killed."""
+    """Removes temporary folders of killed processes."""
     for folder in glob.glob(f"/tmp/{_FOLDER}*"):
         pid = folder.removeprefix(f"/tmp/{_FOLDER}").partition("-")[0]
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
@@ -232,7 +240,9 @@ def _init(**arguments: Any) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if os.environ.get("NO_COLOR") or not (sys.stdout.isatty() and sys.stderr.isatty()):
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # in front of each replica's lines, which come by both
+        os.environ.setdefault(
+            "RAY_COLOR_PREFIX", "0"
+        )  # disables coloured prefixes of replicas' lines, which go to both streams
     with _signal_handlers_kept():
         import ray
         from ray import serve
@@ -249,7 +259,7 @@ def _controller() -> Any:
 
 
 def _free(machines: list[dict[str, float]], available: dict[str, float]) -> list[dict[str, float]]:
-    """What is free of ``machines``, as one: Ray tells it for the whole cluster only."""
+    """Returns the free resources as one machine, because Ray reports them only for the whole cluster."""
     names = {name for machine in machines for name in machine}
     return [{name: available.get(name, 0.0) for name in names}]
 

@@ -1,6 +1,6 @@
-"""The application-level autoscaling policy: Serve's contexts in, the library's ``Scaler`` asked, targets out.
+"""Application-level autoscaling policy: adapts Serve's contexts to ``routing.scaling.Scaler``.
 
-Runs in Serve's controller, which calls it in every turn of its loop. Imports no Ray: contexts are read by attribute.
+Serve's controller calls it in every turn of its loop. The module reads contexts by attribute and imports no Ray.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ INTERVAL = 1.0
 
 
 class ScalingPolicy:
-    """Decides the size of the prefill and decode deployments from what the router deployment reports.
+    """Decides the sizes of the prefill and decode deployments from the signals of the router deployment.
 
     Args:
-        clock: seconds, monotonic.
-        settings: fields of ``ScalingConfig``, but for the bounds, which are the deployments' own; ``step`` is a list:
+        clock: monotonic clock, in seconds.
+        settings: fields of ``ScalingConfig`` except the bounds, which come from the deployments. ``step`` is a list of
             seconds per step, per sequence and per KV token.
     """
 
@@ -37,23 +37,23 @@ class ScalingPolicy:
         self._decision: dict[str, int] = {}
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
-        """Serve's interface: deployments' contexts by id; the replicas wanted by id, and no state."""
+        """Implements Serve's interface: takes contexts by deployment id, returns target replicas by id and no state."""
         pools = {context.deployment_name: context for context in contexts.values()}
         now = self._clock()
         if now - self._decided_at >= INTERVAL and {ROUTER, PREFILL, DECODE} <= pools.keys():
             self._decided_at = now
             self._decide(now, pools)
-        wanted = {
+        targets = {
             id: self._decision[context.deployment_name]
             for id, context in contexts.items()
             if context.deployment_name in self._decision
         }
-        return wanted, {}
+        return targets, {}
 
     def _decide(self, now: float, pools: Mapping[str, Any]) -> None:
         routers = latest(pools[ROUTER].raw_metrics or {})
         if not routers:
-            return  # none has reported yet, or the only one is being replaced: what was decided holds
+            return  # no router has reported yet, or the only one is being replaced: keep the last decision
         reader = self._reader_for(pools)
         prefill, decode = reader.read(now, routers)
         targets = reader.scaler.targets(
@@ -70,18 +70,18 @@ class ScalingPolicy:
 
 
 def scaling_config(settings: Mapping[str, Any]) -> ScalingConfig:
-    """The scaler's configuration, without bounds. Raises ValueError naming what is wrong."""
+    """Returns the scaler's configuration, without bounds. Raises ValueError naming a wrong setting."""
     known = ScalingConfig.__dataclass_fields__.keys() - {"prefill", "decode"}
     if unknown := sorted(settings.keys() - known):
         raise ValueError(
-            f"{', '.join(unknown)}: no such setting of the scaling policy; there are {', '.join(sorted(known))}"
+            f"{', '.join(unknown)}: no such setting of the scaling policy; allowed are {', '.join(sorted(known))}"
         )
     step = {"step": StepCost(*settings["step"])} if "step" in settings else {}
     return ScalingConfig(**{**settings, **step})
 
 
 def latest(metrics: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, float]]:
-    """Each replica's newest numbers, complete ones only, from Serve's time series: metric -> replica -> points."""
+    """Returns the newest numbers of each replica, if complete, from Serve's series: metric -> replica -> points."""
     replicas: dict[str, dict[str, float]] = {}
     for name, series in metrics.items():
         for replica, points in series.items():
@@ -95,5 +95,5 @@ def _bounds(context: Any) -> Bounds:
 
 
 def _with_starting(state: PoolState, context: Any) -> PoolState:
-    """Replicas that Serve has asked for and that no router knows yet are starting."""
+    """Returns ``state`` with the replicas that Serve has requested but no router knows yet counted as starting."""
     return replace(state, starting=max(0, context.target_num_replicas - state.ready))

@@ -1,6 +1,6 @@
-"""What a stack on Ray consists of: the arguments of the application builder, ``services.ray.app:build``.
+"""Specification of a stack on Ray: the arguments of the application builder, ``services.ray.app:build``.
 
-Plain data, checked here. Knows nothing of Ray; ``application.py`` makes a Serve config of it.
+Plain data, checked here. Knows nothing about Ray; ``application.py`` makes a Serve config from it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from overfill.settings.renamed import rename_fields
 from overfill.settings.values import is_wildcard
 
 APPLICATION = "overfill"
-"""Name of the Serve application, unless another is given."""
+"""Default name of the Serve application."""
 
 ROUTER, PREFILL, DECODE = "router", "prefill", "decode"
 """Names of the three deployments."""
 
 DRAIN_MARGIN = 10.0
-"""Seconds beyond the grace period for a replica to leave by itself, before Ray kills it."""
+"""Seconds after the grace period that a replica has to exit before Ray kills it."""
 
 _FIELDS = {*RouterConfig.model_fields, *MockPrefillConfig.model_fields, *MockDecodeConfig.model_fields}
 
 Settings = Annotated[
     dict[str, str | int | float | bool], AfterValidator(lambda settings: rename_fields(settings, _FIELDS))
 ]
-"""Fields of the configuration classes by name (``kv_memory: 512MiB``), as the services' flags."""
+"""Settings of services, by field name (``kv_memory: 512MiB``)."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -41,7 +41,7 @@ class _Model(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlace:
-    """Which worker it is, the routers that it joins, and the address of its machine."""
+    """Identity of a worker: its id, the routers that it joins, and the address of its machine."""
 
     id: str
     routers: str
@@ -49,17 +49,17 @@ class WorkerPlace:
 
 
 ANYWHERE = WorkerPlace("", "", "127.0.0.1")
-"""For looking at a configuration before there is a worker."""
+"""Placeholder for reading a configuration without a worker."""
 
 
 class PoolSpec(_Model):
-    """One deployment.
+    """Specification of one deployment.
 
     Attributes:
-        replicas: how many there are; with ``max_replicas``, how many at least and at the start.
-        max_replicas: most replicas; None: the number is fixed.
-        num_cpus, num_gpus, resources: what Ray sets aside for each replica. Fractions share a CPU or GPU.
-        settings: of this deployment alone.
+        replicas: number of replicas; with ``max_replicas``, the minimum and initial number.
+        max_replicas: maximum number of replicas; None means that the number is fixed.
+        num_cpus, num_gpus, resources: resources that Ray reserves for each replica. Fractions share a CPU or GPU.
+        settings: settings of this deployment only.
     """
 
     replicas: int = Field(default=1, ge=1)
@@ -77,16 +77,16 @@ class PoolSpec(_Model):
 
     @property
     def max_replicas_total(self) -> int:
-        """Replicas that there may ever be, but for those that take the place of others."""
+        """Maximum number of replicas, not counting those that replace others."""
         return self.max_replicas or self.replicas
 
 
 class RouterSpec(PoolSpec):
-    """The routers. Each takes the first of the ports that is free on its machine, or waits for one.
+    """Specification of the routers. Each takes the first of the ports that is free on its machine, or waits for one.
 
     Attributes:
-        ports: for gRPC; 0 is any free one.
-        http_ports: for the OpenAI endpoint, one for each of ``ports``; empty: there is none.
+        ports: gRPC ports; 0 means any free one.
+        http_ports: ports of the OpenAI endpoint, one for each of ``ports``; empty means no endpoint.
     """
 
     num_cpus: float = Field(default=0.2, ge=0)
@@ -96,24 +96,27 @@ class RouterSpec(PoolSpec):
     @model_validator(mode="after")
     def _check_fixed(self) -> Self:
         if self.max_replicas is not None:
-            raise ValueError("the number of routers is fixed: leave max_replicas out")
+            raise ValueError("max_replicas: the number of routers is fixed; remove it")
         if not self.ports:
-            raise ValueError("ports: give one at least, which may be 0")
+            raise ValueError("ports: give at least one; 0 means any free port")
         if self.http_ports and len(self.http_ports) != len(self.ports):
-            raise ValueError(f"http_ports: give as many as ports, {len(self.ports)}, or none")
+            raise ValueError(
+                f"http_ports: got {len(self.http_ports)}; give one for each of the {len(self.ports)} ports, or none"
+            )
         return self
 
 
 class StackSpec(_Model):
-    """A whole stack.
+    """Specification of a whole stack.
 
     Attributes:
-        pair: a named pair, or a folder that every machine of the cluster has.
-        mock: workers that compute nothing (``services.mock``), for trials of everything else.
-        settings: of all deployments that have them.
-        log_dir: a folder for one log file per replica; None: Ray's log.
-        health_check_period, health_check_timeout: seconds between looks at each replica's own health service, and
-            for its answer. Three unanswered ones in a row, or one dead process, and it is replaced.
+        pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
+        mock: run workers that compute nothing (``services.mock``), for trials of everything else.
+        settings: settings for all deployments that have them.
+        log_dir: folder for one log file per replica; None means Ray's log.
+        health_check_period: seconds between checks of a replica's health service. Ray replaces a replica after three
+            failed checks in a row, or when its process has died.
+        health_check_timeout: seconds to wait for the answer of a check.
     """
 
     pair: str = "default"
@@ -130,29 +133,31 @@ class StackSpec(_Model):
     def _check_settings(self) -> Self:
         known = {*RouterConfig.model_fields, *self._prefill_kind().model_fields, *self._decode_kind().model_fields}
         if unknown := sorted(self.settings.keys() - known):
-            raise ValueError(f"settings: {', '.join(unknown)}: no service has such a setting")
+            raise ValueError(
+                f"settings: {', '.join(unknown)}: no service has such a setting; see `overfill config show`"
+            )
         for config in (self.router_config, self.prefill_config, self.decode_config):
             config()
         return self
 
     @property
     def pools(self) -> dict[str, PoolSpec]:
-        """The deployments by name."""
+        """Deployments by name."""
         return {ROUTER: self.router, PREFILL: self.prefill, DECODE: self.decode}
 
     @property
     def scales(self) -> bool:
-        """Whether some pool's size may change."""
+        """True if the size of a pool may change."""
         return any(pool.max_replicas is not None for pool in self.pools.values())
 
     @property
     def grace_period(self) -> float:
-        """Seconds that running requests have when a replica leaves: the longest of the three deployments'."""
+        """Seconds that running requests have when a replica drains: the maximum over the deployments."""
         configs = (self.router_config(), self.prefill_config(), self.decode_config())
         return max(config.grace_period for config in configs)
 
     def router_config(self, index: int = 0) -> RouterConfig:
-        """Of the router on the port of that index. Raises ValueError naming what is wrong."""
+        """Returns the settings of the router on ``ports[index]``. Raises ValueError naming a wrong setting."""
         own: dict[str, object] = {
             "port": self.router.ports[index],
             "expect_prefill": self.prefill.replicas,
@@ -163,11 +168,11 @@ class StackSpec(_Model):
         return self._configure(RouterConfig, self.router, own)
 
     def prefill_config(self, worker: WorkerPlace = ANYWHERE) -> PrefillConfig:
-        """Of the prefill worker at ``worker``. Raises ValueError naming what is wrong."""
+        """Returns the settings of a prefill worker. Raises ValueError naming a wrong setting."""
         return self._configure(self._prefill_kind(), self.prefill, self._placed(self.prefill, worker))
 
     def decode_config(self, worker: WorkerPlace = ANYWHERE) -> DecodeConfig:
-        """As ``prefill_config``."""
+        """Returns the settings of a decode worker. Raises ValueError naming a wrong setting."""
         return self._configure(self._decode_kind(), self.decode, self._placed(self.decode, worker))
 
     def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:

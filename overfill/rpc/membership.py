@@ -31,8 +31,8 @@ REPORT_INTERVAL = 1.0
 REPORT_GAP = 0.02
 """Minimum seconds between two reports; one report carries all changes in between."""
 
-PASSING_GAP = 0.2
-"""Seconds until a change is reported for which nobody waits; a busy worker has one with every step."""
+DEBOUNCE_GAP = 0.2
+"""Seconds within which a debounced change is reported. A busy worker has such a change with every step."""
 
 RESOLVE_INTERVAL = 5.0
 """Seconds between two resolutions of a router's name."""
@@ -118,7 +118,7 @@ class Membership:
                 self._add(router, self._tls)
 
     def notify(self, *, debounce: bool = False) -> None:
-        """Something in the report has changed: it is sent soon, or, where that can wait, within ``PASSING_GAP``."""
+        """Sends a changed report soon; with ``debounce``, within ``DEBOUNCE_GAP``, because the change can wait."""
         for link in self._links.values():
             if debounce:
                 link.change_later()
@@ -243,7 +243,7 @@ class _Link:
     def change_later(self) -> None:
         """Sets ``changed`` after a delay; a report sent in the meantime cancels this."""
         if self._later is None:
-            self._later = asyncio.get_running_loop().call_later(PASSING_GAP, self.changed.set)
+            self._later = asyncio.get_running_loop().call_later(DEBOUNCE_GAP, self.changed.set)
 
     async def keep_open(self) -> None:
         """Opens the stream and reopens it whenever it ends. Raises Incompatible when the router refuses the worker."""

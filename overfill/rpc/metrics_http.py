@@ -40,7 +40,7 @@ class MetricsServer:
         address: ``host:port`` in use.
 
     Raises:
-        Unavailable: the address is taken, or does not belong to this machine.
+        Unavailable: the address is in use, or does not belong to this machine.
         TlsError: the host is not loopback and ``tls`` is None, or a TLS file cannot be read.
     """
 

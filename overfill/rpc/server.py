@@ -70,7 +70,7 @@ class RpcServer:
 
         Raises:
             TlsError: the host is not loopback and TLS is not configured, or a TLS file cannot be read.
-            Unavailable: the address cannot be bound, usually because the port is taken.
+            Unavailable: the address cannot be bound, usually because the port is in use.
             ValueError: ``address`` has neither form.
         """
         is_unix = address.startswith("unix:")
@@ -96,7 +96,7 @@ class RpcServer:
                 port = server.add_secure_port(address, self._tls.credentials())
         except RuntimeError as error:
             raise Unavailable(
-                f"cannot listen on {address}: the port is taken, or the host is not an address of this machine"
+                f"cannot listen on {address}: the port is in use, or the host is not an address of this machine"
             ) from error
         await server.start()
         self._server = server

@@ -105,7 +105,7 @@ class WorkerHost:
             self.notify()
 
     def notify(self, *, debounce: bool = False) -> None:
-        """Load has changed; tells the routers soon, or when it suits if that can wait (``debounce``)."""
+        """Reports a changed load to the routers soon; with ``debounce``, a little later, because it can wait."""
         if self._membership is not None:
             self._membership.notify(debounce=debounce)
 

@@ -433,7 +433,7 @@ class PrefillMetrics(EngineMetrics):
 
 
 class DecodeMetrics(EngineMetrics):
-    """What a decode worker counts."""
+    """Metrics of a decode worker."""
 
     REFUSALS = ("sequences", "preempted", "blocks")
 

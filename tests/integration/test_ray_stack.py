@@ -110,5 +110,5 @@ def test_a_stack_that_does_not_fit_says_what_is_short_and_ends(tiny_pair):
     up = Up(*MOCK, f"--pair={tiny_pair}", "--worker-gpus=1", "--worker-cpus=0.1")
     assert up.wait() == 1
     text = "\n".join(up.lines)
-    assert "GPU: 2 wanted, 0 available" in text
+    assert "GPU: 2 needed, 0 available" in text
     assert "Traceback" not in text

@@ -82,7 +82,7 @@ def test_secrets_are_not_shown() -> None:
 def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "many")  # not the file's fault
     assert main(["config", "check", str(file)]) == 0
-    assert "right (9 settings)" in capsys.readouterr().out
+    assert "valid (9 settings)" in capsys.readouterr().out
     file.write_text("router: {port: 70000}\nprefill: {host: 10.1.2.3}\nup: {decode: some}")
     assert main(["config", "check", str(file)]) == 1
     err = capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_an_answer_that_was_cut_says_so_on_stderr_and_how_to_get_more(
     pipe_in(monkeypatch, "hi\n")
     assert main([*command, "--max-tokens", "11"]) == 0
     captured = capsys.readouterr()
-    assert "cut at its limit of 11 tokens; --max-tokens N" in captured.err
+    assert "cut at the limit of 11 tokens; --max-tokens N" in captured.err
     assert "cut" not in captured.out
 
 
@@ -208,7 +208,7 @@ def test_piped_commands_work_as_typed_and_none_reaches_the_model(
     pipe_in(monkeypatch, "/help\n\n/nwe\n/etc/hosts: what is it?\n/quit\nnever sent\n")
     assert main(["chat"]) == 0
     assert [prompt for prompt, _ in fake_client.requests] == [[Message("user", "/etc/hosts: what is it?")]]
-    assert "there is no command /nwe" in capsys.readouterr().err
+    assert "unknown command /nwe" in capsys.readouterr().err
 
 
 def test_a_chat_turn_with_an_empty_answer_leaves_no_trace(fake_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,8 +330,8 @@ def test_status_is_1_while_no_request_could_be_answered(
 def test_status_says_its_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--help"]) == 0
     help = capsys.readouterr().out
-    assert "  0  a request could be answered now" in help
-    assert "  1  no request could be answered now" in help
+    assert "  0  the stack can answer requests" in help
+    assert "  1  the stack cannot answer requests" in help
 
 
 def test_status_is_1_when_nobody_answers(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,14 +93,14 @@ def test_a_start_fails_with_what_serve_says_or_when_there_is_no_room_for_long() 
     waits = "2 replicas that have taken more than 30s to be scheduled. Resources required: {'GPU': 1}"
     crowded = status(decode=("UPDATING", {"STARTING": 2}, waits))
     assert failed(crowded, False) is None
-    assert "no room for the decode workers: " in (failed(crowded, True) or "")
+    assert "the decode replicas do not fit on the cluster: " in (failed(crowded, True) or "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--no-ray", "--max-decode", "3"], "--no-ray contradicts --max-decode"),
-        (["--no-ray", "--address", "auto", "--name", "x"], "--no-ray contradicts --address, --name"),
+        (["--no-ray", "--max-decode", "3"], "--no-ray conflicts with --max-decode"),
+        (["--no-ray", "--address", "auto", "--name", "x"], "--no-ray conflicts with --address, --name"),
         (["--decode", "3", "--max-decode", "2"], "--max-decode 2 is less than --decode 3"),
     ],
 )

@@ -43,7 +43,7 @@ def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:
     [
         ("kv", "dtype", "bfloat16", "d-0 runs in bfloat16, raw codec; answers can be compared only in float32"),
         ("", "codec", "int8", "d-0 runs in float32, int8 codec; .* with the raw codec"),
-        ("model", "kv_cache_dtype", "int8", "d-0 runs in float32, raw codec, with KV held as int8"),
+        ("model", "kv_cache_dtype", "int8", "d-0 runs in float32, raw codec, with a KV cache in int8"),
     ],
 )
 def test_a_worker_whose_answers_are_not_exact_is_not_judged(part: str, name: str, value: str, says: str) -> None:

@@ -19,20 +19,18 @@ def test_six_processes_fit_two_cores() -> None:
 
 
 def test_what_is_short_is_named_with_what_there_is() -> None:
-    with pytest.raises(NoRoom, match=r"GPU: 3 wanted, 2 available"):
+    with pytest.raises(NoRoom, match=r"GPU: 3 needed, 2 available"):
         check_room(spec(decode={"replicas": 3, "num_gpus": 1}), [{"CPU": 8.0, "GPU": 2.0}])
-    with pytest.raises(NoRoom, match=r"CPU: 5.5 wanted, 2 available"):
+    with pytest.raises(NoRoom, match=r"CPU: 5.5 needed, 2 available"):
         check_room(spec(decode={"num_cpus": 5}), [{"CPU": 2.0}])
-    with pytest.raises(NoRoom, match=r"H100: 1 wanted, 0 available"):
+    with pytest.raises(NoRoom, match=r"H100: 1 needed, 0 available"):
         check_room(spec(prefill={"resources": {"H100": 1}}), [{"CPU": 2.0}])
 
 
 def test_a_replica_needs_one_machine_that_has_room_for_it() -> None:
     machines = [{"CPU": 2.0}, {"CPU": 2.0}]
     check_room(spec(prefill={"num_cpus": 1.5}, decode={"num_cpus": 1.5}), machines)
-    with pytest.raises(
-        NoRoom, match="no machine of the cluster has room for another decode replica, which reserves 3 CPU"
-    ):
+    with pytest.raises(NoRoom, match="no machine of the cluster can hold another decode replica, which reserves 3 CPU"):
         check_room(spec(decode={"num_cpus": 3}), machines)
 
 

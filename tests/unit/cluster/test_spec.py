@@ -66,8 +66,8 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
         ({"settings": {"host": "0.0.0.0"}}, "--tls-cert"),
         ({"decode": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
         ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
-        ({"router": {"http_ports": [8000, 8001]}}, "as many as ports, 1, or none"),
-        ({"router": {"ports": []}}, "give one at least"),
+        ({"router": {"http_ports": [8000, 8001]}}, "one for each of the 1 ports, or none"),
+        ({"router": {"ports": []}}, "give at least one"),
         ({"dekode": {}}, "dekode"),
     ],
 )

@@ -114,7 +114,7 @@ async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypa
 async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkeypatch):
     monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 3600.0)
     monkeypatch.setattr(membership_module, "REPORT_GAP", 0.0)
-    monkeypatch.setattr(membership_module, "PASSING_GAP", 3600.0)
+    monkeypatch.setattr(membership_module, "DEBOUNCE_GAP", 3600.0)
     credits = [1]
     async with (
         registry() as (router, address),
@@ -126,7 +126,7 @@ async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkey
             await asyncio.sleep(0)
         worker.notify()
         assert (await router.reports.get()).credits == 8
-        monkeypatch.setattr(membership_module, "PASSING_GAP", 0.01)
+        monkeypatch.setattr(membership_module, "DEBOUNCE_GAP", 0.01)
         credits[0] = 9
         worker.notify(debounce=True)
         await router.report_with(9)
