@@ -148,7 +148,7 @@ def test_help_needs_the_core_only() -> None:
         (["up", "--mock"], "xxhash"),
         (["demo"], "torch"),
         (["verify", "--questions", "{questions}", "--max-tokens", "4"], "torch"),
-        (["chaos"], "torch"),
+        (["chaos"], "psutil"),
         (["chaos-clients"], "tokenizers"),
         (["pair", "build", "--full", "x", "--out", "{folder}"], "huggingface_hub"),
         (["pair", "lm-eval", "default", "--tasks", "x"], "lm_eval"),
