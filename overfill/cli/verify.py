@@ -20,7 +20,7 @@ from overfill.errors import OverfillError
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
     from overfill.model.manifest import Pair
-    from overfill.pair.reference import Judged, TwoStageReference
+    from overfill.pair.reference import JudgedAnswer, TwoStageReference
     from overfill.telemetry.progress import Report
 
 Tokenize = Callable[[str], list[int]]
@@ -66,7 +66,7 @@ def verify_command(
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
-    from overfill.pair.plain import chat_token_ids, load_tokenizer
+    from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.reference import TwoStageReference, summarise
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
@@ -181,19 +181,19 @@ def ask(
 
 def judge_answer(
     reference: TwoStageReference, tokenize: Tokenize, prompt: str, answer: Answer | OverfillError, max_tokens: int
-) -> Judged:
+) -> JudgedAnswer:
     """Judges one served answer, or counts one that never came."""
-    from overfill.pair.reference import Judged, judge
+    from overfill.pair.reference import JudgedAnswer, judge
 
     if isinstance(answer, OverfillError):
-        return Judged((), f"no answer: {answer}")
+        return JudgedAnswer((), f"no answer: {answer}")
     prompt_ids = tokenize(prompt)
     if answer.usage.prompt_tokens != len(prompt_ids):
-        return Judged((), f"prompt has {answer.usage.prompt_tokens} tokens there and {len(prompt_ids)} here")
+        return JudgedAnswer((), f"prompt has {answer.usage.prompt_tokens} tokens there and {len(prompt_ids)} here")
     return judge(reference, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
 
 
-def failures(judged: Sequence[Judged], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
+def failures(judged: Sequence[JudgedAnswer], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
     """One row per answer that is not correct, with its first wrong token; questions count from 1."""
     rows: list[dict[str, Any]] = []
     for number, answer in enumerate(judged, 1):

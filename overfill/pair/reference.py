@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from overfill.model.manifest import Pair
-from overfill.pair.plain import load_plain, round_to_int8
+from overfill.pair.hf_model import load_hf_model, round_to_int8
 
 TIE_MARGIN = 1e-3
 """A token whose logit is this close to the largest may be chosen too: batch shapes change the last bits."""
@@ -57,8 +57,8 @@ class TwoStageReference:
 
     def __init__(self, pair_folder: Path) -> None:
         self.pair = Pair.load(pair_folder, check_digests=True)
-        self._full = load_plain(self.pair.full_path)
-        self._decoder = self._full if self.pair.identity else load_plain(self.pair.decoder_path)
+        self._full = load_hf_model(self.pair.full_path)
+        self._decoder = self._full if self.pair.identity else load_hf_model(self.pair.decoder_path)
         if self.pair.quantize == "int8":
             round_to_int8(self._decoder)
 
@@ -124,7 +124,7 @@ def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedAnswer:
     """One answer, judged.
 
     Attributes:
@@ -154,7 +154,7 @@ def judge(
     answer_ids: Sequence[int],
     finish_reason: Literal["stop", "length", "tool_calls"],
     max_tokens: int,
-) -> Judged:
+) -> JudgedAnswer:
     """Judges a served greedy answer, its end included.
 
     An answer that stopped must be one that the reference ends there, and one that ran into its limit must have
@@ -163,10 +163,10 @@ def judge(
     eos_ids = reference.pair.full_config.eos_token_ids
     unsent_stop = finish_reason == "stop" and not (answer_ids and answer_ids[-1] in eos_ids)
     if finish_reason == "length" and len(answer_ids) != max_tokens:
-        return Judged((), f"has {len(answer_ids)} tokens and no stop token, but {max_tokens} were asked for")
+        return JudgedAnswer((), f"has {len(answer_ids)} tokens and no stop token, but {max_tokens} were asked for")
     if unsent_stop and not eos_ids:
-        return Judged((), "was stopped, but the model has no end-of-sequence token")
-    return Judged(tuple(reference.score(prompt_ids, answer_ids, eos_ids if unsent_stop else ())))
+        return JudgedAnswer((), "was stopped, but the model has no end-of-sequence token")
+    return JudgedAnswer(tuple(reference.score(prompt_ids, answer_ids, eos_ids if unsent_stop else ())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class Summary:
         return f"{self.correct}/{self.answers} correct ({self.identical} identical, {self.ties} ties)"
 
 
-def summarise(judged: Sequence[Judged]) -> Summary:
+def summarise(judged: Sequence[JudgedAnswer]) -> Summary:
     """Counts over every answer that was asked for; one that never came has a ``problem``."""
     kinds = [verdict.kind for answer in judged for verdict in answer.verdicts]
     return Summary(

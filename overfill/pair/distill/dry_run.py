@@ -21,7 +21,7 @@ from overfill.pair.distill.recipe import Recipe, changed
 from overfill.pair.distill.rows import Rows
 from overfill.pair.distill.train import Run
 from overfill.pair.hf_config import decoder_config
-from overfill.pair.plain import load_plain
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.tiny import make_tiny_pair
 from overfill.telemetry.progress import Report, silent
 
@@ -62,7 +62,7 @@ def dry_run(
     transcripts = _random_transcripts(12, vocab)
     pair = Run(source, folder / "out", list(transcripts[:8]), transcripts[8:], training, report=report).train()
     model = PackedModel.load(pair.decoder_path, torch.float32, torch.device("cpu"))
-    plain = load_plain(pair.decoder_path)
+    plain = load_hf_model(pair.decoder_path)
     tokens = transcripts[0]
     with torch.inference_mode():
         expected = model(Rows.of_whole([tokens])) @ model.head.T

@@ -24,8 +24,8 @@ from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.evaluation import load_model
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.hf_model import load_tokenizer
 from overfill.pair.llm import LLM
-from overfill.pair.plain import load_tokenizer
 from overfill.request.params import SamplingParams
 
 MAX_TOKENS = 256  # of a generated answer, unless the task says otherwise

@@ -19,7 +19,7 @@ from overfill.pair.distill.model import PackedModel
 from overfill.pair.distill.rows import Rows, in_packs
 from overfill.pair.distill.shortlist import make_shortlist
 from overfill.pair.distill.teacher import Teacher
-from overfill.pair.plain import load_plain
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import Architecture, make_tiny_pair
 
@@ -73,7 +73,7 @@ def test_the_decoder_reads_the_mapped_layers(tmp_path: Path) -> None:
 
 
 def test_reading_prompts_itself_is_the_plain_model(tiny_pair: Path) -> None:
-    decoder, plain = load(tiny_pair / "decoder"), load_plain(tiny_pair / "decoder")
+    decoder, plain = load(tiny_pair / "decoder"), load_hf_model(tiny_pair / "decoder")
     rows = Rows.of_whole(TRANSCRIPTS)
     with torch.no_grad():
         found = decoder(rows)[rows.predicting] @ decoder.head.T
@@ -83,7 +83,7 @@ def test_reading_prompts_itself_is_the_plain_model(tiny_pair: Path) -> None:
 
 
 def test_gradients_are_plain_transformers(tiny_pair: Path) -> None:
-    decoder, plain = load(tiny_pair / "decoder"), load_plain(tiny_pair / "decoder")
+    decoder, plain = load(tiny_pair / "decoder"), load_hf_model(tiny_pair / "decoder")
     rows = Rows.of_whole(TRANSCRIPTS)
     sums = distillation_loss(decoder(rows)[rows.predicting], decoder.head, rows.targets, None, LossWeights(1, 0))
     sums.loss.backward()

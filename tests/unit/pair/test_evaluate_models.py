@@ -24,9 +24,9 @@ from overfill.pair.evaluate.evaluation import Evaluation, evaluate
 from overfill.pair.evaluate.forward import batches
 from overfill.pair.evaluate.free_running import judge_answers
 from overfill.pair.evaluate.report import save_summary
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.intact import is_intact, seal
 from overfill.pair.llm import Completion
-from overfill.pair.plain import load_plain
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import make_tiny_pair
 
@@ -73,8 +73,8 @@ def through_fp8(vectors: torch.Tensor) -> torch.Tensor:
 def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str, tuple[float, float, float]]:
     """(NLL, KL, agreement) of each variant over answer tokens 1 and up, one transcript at a time."""
     reference = TwoStageReference(pair_folder)
-    decoder = load_plain(reference.pair.decoder_path)
-    full = load_plain(reference.pair.full_path)
+    decoder = load_hf_model(reference.pair.decoder_path)
+    full = load_hf_model(reference.pair.full_path)
     names = ("full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     total = 0
@@ -170,7 +170,7 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> N
     total, count = 0.0, 0
     with torch.inference_mode():
         for transcript in written:
-            logits = load_plain(tiny_pair / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
+            logits = load_hf_model(tiny_pair / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
             rows = logits[transcript.answer_start - 1 :].double().log_softmax(-1)
             total -= float(rows[torch.arange(len(rows)), torch.tensor(transcript.answer)].sum())
             count += len(rows)

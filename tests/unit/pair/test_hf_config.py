@@ -17,7 +17,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.transformer import Transformer
 from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.hf_config import decoder_config, loadable_config
-from overfill.pair.plain import load_plain, load_tokenizer
+from overfill.pair.hf_model import load_hf_model, load_tokenizer
 from overfill.pair.tiny import make_tiny_pair
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_a_llama_of_any_hidden_size_is_loaded_as_it_was_published(tmp_path: Path
     with pytest.raises(Exception, match="not a multiple"):  # if this passes one day, the rewriting can go
         AutoModelForCausalLM.from_pretrained(decoder)
 
-    model = load_plain(decoder)
+    model = load_hf_model(decoder)
 
     assert model.generation_config.eos_token_id == 1
     torch.testing.assert_close(engine_logits(decoder), plain_logits(model), atol=1e-4, rtol=0)

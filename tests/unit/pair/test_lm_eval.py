@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest
 from overfill.pair.evaluate.forward import batches
-from overfill.pair.plain import load_plain, load_tokenizer
+from overfill.pair.hf_model import load_hf_model, load_tokenizer
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import make_tiny_pair
 
@@ -108,7 +108,7 @@ def two_stage(folder: Path, context: str, continuation: str) -> tuple[float, boo
     answer = tokenizer(context + continuation)["input_ids"][len(prompt) :]
     cache, logits = reference._prefill(prompt)
     if len(answer) > 1:
-        own = _forward(load_plain(reference.pair.decoder_path), answer[:-1], len(prompt), cache)
+        own = _forward(load_hf_model(reference.pair.decoder_path), answer[:-1], len(prompt), cache)
         logits = torch.cat([logits, own])
     targets = torch.tensor(answer)
     values = logits.double().log_softmax(-1)[torch.arange(len(answer)), targets]
@@ -162,7 +162,7 @@ def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.Monk
     text = "The full model reads the whole prompt and the decoder writes the answer. " * 2
     ids = model.tok_encode(text)
     assert len(ids) > 16
-    plain, total = load_plain(identity / "full"), 0.0
+    plain, total = load_hf_model(identity / "full"), 0.0
     for start in range(0, len(ids), 8):
         predicted = ids[start : start + 8]
         # The last window is filled up with what was predicted before.

@@ -15,8 +15,8 @@ from overfill.model.loading import Weights, load_weights
 from overfill.pair.checkpoint import write_decoder
 from overfill.pair.conversations import Transcript
 from overfill.pair.depth import choose_layers
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.packed import Packed, fold_norms
-from overfill.pair.plain import load_plain
 from overfill.pair.prune import Plan, Scores, leading_directions, make_plan, score, slice_weights
 from overfill.pair.selection import removal_order
 from overfill.pair.sensitivity import measure_sensitivity
@@ -94,7 +94,7 @@ def test_scores_are_measured_on_answer_positions(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
     packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
     scores = score(weights, config, packed, measure_sensitivity(weights, config, packed))
-    model = load_plain(tiny_pair / "full")
+    model = load_hf_model(tiny_pair / "full")
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill.model.manifest import write_manifest
-from overfill.pair.reference import Judged, TwoStageReference, Verdict, judge, summarise
+from overfill.pair.reference import JudgedAnswer, TwoStageReference, Verdict, judge, summarise
 from overfill.pair.tiny import make_tiny_pair
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()
@@ -118,9 +118,9 @@ def test_an_answer_that_is_too_short_is_a_problem(reference: TwoStageReference, 
     assert not judged.correct
 
 
-def verdicts(*margins: float) -> Judged:
+def verdicts(*margins: float) -> JudgedAnswer:
     """Token 0 is the reference's choice; another token has the given margin."""
-    return Judged(tuple(Verdict(i, 1 if m else 0, 0, m) for i, m in enumerate(margins)))
+    return JudgedAnswer(tuple(Verdict(i, 1 if m else 0, 0, m) for i, m in enumerate(margins)))
 
 
 def test_a_tie_is_within_a_thousandth_of_the_largest_logit() -> None:
@@ -128,7 +128,7 @@ def test_a_tie_is_within_a_thousandth_of_the_largest_logit() -> None:
 
 
 def test_summary_counts_answers_and_ties() -> None:
-    summary = summarise([verdicts(0, 0), verdicts(0, 5e-4), verdicts(0, 1), Judged((), "no answer")])
+    summary = summarise([verdicts(0, 0), verdicts(0, 5e-4), verdicts(0, 1), JudgedAnswer((), "no answer")])
     assert str(summary) == "2/4 correct (1 identical, 1 ties)"
     assert not summary.passed
 

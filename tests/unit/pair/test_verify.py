@@ -17,7 +17,7 @@ from overfill.cli import verify
 from overfill.cli.pair import pair_group
 from overfill.errors import Unavailable
 from overfill.model.manifest import Pair
-from overfill.pair.plain import chat_token_ids, load_tokenizer
+from overfill.pair.hf_model import chat_token_ids, load_tokenizer
 from overfill.pair.reference import TwoStageReference
 
 QUESTIONS = ["What is a bridge?", "Explain rivers.", "Count to 10."]

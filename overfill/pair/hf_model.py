@@ -26,7 +26,7 @@ from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.pair.hf_config import loadable_config
 
 
-def load_plain(folder: Path) -> PreTrainedModel:
+def load_hf_model(folder: Path) -> PreTrainedModel:
     """The causal language model in ``folder``, in float32 and evaluation mode.
 
     A Llama whose hidden size transformers refuses is loaded as the equal Mistral.
