@@ -150,7 +150,7 @@ def _train(
             standalone=standalone,
             resume=resume,
             report=report,
-            tell=lambda line: click.echo(line, err=True),
+            log_line=lambda line: click.echo(line, err=True),
         )
         with freed_memory_kept():
             run.train()

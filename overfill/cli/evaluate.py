@@ -75,7 +75,7 @@ def eval_command(
     """
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.evaluation import evaluate
-    from overfill.pair.evaluate.report import cost_line, evaluation_rows, save_summary, write_evaluation
+    from overfill.pair.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
@@ -125,7 +125,7 @@ def compare_command(
     """
     from overfill.cli.output import console
     from overfill.pair.evaluate.compare import NOTE, compare
-    from overfill.pair.evaluate.report import point_rows, write_comparison
+    from overfill.pair.evaluate.evaluation_report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
-_JUDGED = 16  # held-out conversations; more belong into `overfill pair eval`
+_NUM_JUDGED = 16  # held-out conversations; more belong into `overfill pair eval`
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -189,7 +189,7 @@ def _agreement(pair: Pair, report: Report) -> str:
     tokenizer = Tokenizer.load(pair.full_path)
     context = min(pair.full_config.max_positions, pair.decoder_config.max_positions)
     try:
-        transcripts = encode(shipped_conversations("held_out")[:_JUDGED], tokenizer, context)
+        transcripts = encode(shipped_conversations("held_out")[:_NUM_JUDGED], tokenizer, context)
         found = two_stage_agreement(pair, transcripts, report=report)
     except InvalidRequest as error:
         return f"not measured: {error}"
@@ -200,7 +200,7 @@ def _agreement(pair: Pair, report: Report) -> str:
 def _tell(pair: Pair, agreement: str) -> None:
     """What was built and what to type next, on stderr."""
     from overfill.pair.evaluate.costs import DecodeCost
-    from overfill.pair.evaluate.report import cost_line
+    from overfill.pair.evaluate.evaluation_report import cost_line
 
     cost = DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16")
     path = shlex.quote(str(pair.folder))
@@ -226,13 +226,13 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     conversation is written as soon as it is done.
     """
     from overfill.pair.conversations import append_jsonl
-    from overfill.pair.selfwrite import write_conversations
     from overfill.pair.store import resolve_model
+    from overfill.pair.synthetic_data import generate_conversations
     from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         folder = resolve_model(full, report)
-        for conversation in write_conversations(folder, count, seed=seed, threads=threads, report=report):
+        for conversation in generate_conversations(folder, count, seed=seed, threads=threads, report=report):
             append_jsonl(out, [conversation])
     click.echo(out)
 

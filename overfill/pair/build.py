@@ -17,11 +17,11 @@ from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.atomic import atomic_folder
 from overfill.pair.checkpoint import link_full, write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
-from overfill.pair.depth import choose_layers
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.hf_config import decoder_config
-from overfill.pair.packed import Packed, fold_norms
-from overfill.pair.prune import HeadPlan, Scores, make_plan, score, slice_weights
+from overfill.pair.layer_selection import choose_layers
+from overfill.pair.layerwise import PackedTranscripts, fold_norms
+from overfill.pair.prune import HeadPlan, Scores, make_pruning_plan, score, slice_weights
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sensitivity import measure_sensitivity
 from overfill.process.memory import freed_memory_kept
@@ -85,7 +85,7 @@ def fill_pair(
         return
     transcripts = _encode(full, config, conversations)
     fits = recipe.fit == "least-squares"
-    packed = Packed.of(take(transcripts, recipe.tokens))
+    packed = PackedTranscripts.of(limit_answer_tokens(transcripts, recipe.tokens))
     if fits:
         check_enough(packed, config, sizes)
     # Refuses what transformers could not run, before anything long starts.
@@ -106,8 +106,14 @@ def fill_pair(
     scores.save(folder / SCORES_FILE, digest)
     layers = list(range(config.num_layers))
     if sizes["layers"] < config.num_layers:
-        layers = choose_layers(weights, config, Packed.of(take(transcripts, LAYER_TOKENS)), sizes["layers"], report)
-    plan = make_plan(
+        layers = choose_layers(
+            weights,
+            config,
+            PackedTranscripts.of(limit_answer_tokens(transcripts, LAYER_TOKENS)),
+            sizes["layers"],
+            report,
+        )
+    plan = make_pruning_plan(
         scores,
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
@@ -142,9 +148,11 @@ def _head_plan(
 
 
 def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:
-    few = Packed.of(take(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
+    few = PackedTranscripts.of(limit_answer_tokens(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
     sensitivity = measure_sensitivity(weights, config, few, report)
-    return score(weights, config, Packed.of(take(transcripts, SCORING_TOKENS)), sensitivity, report)
+    return score(
+        weights, config, PackedTranscripts.of(limit_answer_tokens(transcripts, SCORING_TOKENS)), sensitivity, report
+    )
 
 
 def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
@@ -158,7 +166,7 @@ def _load(full: Path, config: ModelConfig) -> Weights:
     return fold_norms(load_weights(full, config, torch.float32, torch.device("cpu")))
 
 
-def take(transcripts: Sequence[Transcript], answer_tokens: int) -> list[Transcript]:
+def limit_answer_tokens(transcripts: Sequence[Transcript], answer_tokens: int) -> list[Transcript]:
     """The first transcripts that together have ``answer_tokens``, or all of them; the last one is cut to fit."""
     taken: list[Transcript] = []
     left = answer_tokens

@@ -22,9 +22,9 @@ from torch.nn.functional import linear
 from overfill.errors import InvalidPair, InvalidRequest
 from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
-from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
-from overfill.pair.prune import HeadPlan, Plan, keep_neurons, slice_layer
-from overfill.pair.regression import Ridge
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, PromptKv, attend_answers, prompt_kv, run_full_layer
+from overfill.pair.prune import HeadPlan, PruningPlan, keep_neurons, slice_layer
+from overfill.pair.ridge import Ridge
 from overfill.telemetry.progress import Report, silent
 
 WRITER_PRIOR_ROWS = 3_000
@@ -35,7 +35,7 @@ Found on SmolLM2-135M: writers with a weaker prior fit worse text unseen, reader
 _TOKENS_PER_INPUT = 2
 
 
-def check_enough(packed: Packed, config: ModelConfig, sizes: Mapping[str, int]) -> None:
+def check_enough(packed: PackedTranscripts, config: ModelConfig, sizes: Mapping[str, int]) -> None:
     """Raises InvalidRequest when there are too few answer tokens to determine the widest projection.
 
     Args:
@@ -53,8 +53,8 @@ def check_enough(packed: Packed, config: ModelConfig, sizes: Mapping[str, int]) 
 def fit(
     full: Weights,
     config: ModelConfig,
-    plan: Plan,
-    packed: Packed,
+    plan: PruningPlan,
+    packed: PackedTranscripts,
     report: Report = silent,
     head: HeadPlan | None = None,
 ) -> Weights:
@@ -71,19 +71,19 @@ def fit(
     Raises:
         InvalidPair: a layer's equations have no finite solution; the layer is named.
     """
-    walk = _Walk(full, config, plan, packed)
+    layerwise = _LayerwiseFit(full, config, plan, packed)
     layers = []
     for done, (index, kept) in enumerate(zip(plan.layers, plan.neurons, strict=True)):
-        layers.append(walk.fit_layer(index, kept, after=(*plan.layers, config.num_layers)[done + 1]))
+        layers.append(layerwise.fit_layer(index, kept, after=(*plan.layers, config.num_layers)[done + 1]))
         report("Fitting", done + 1, len(plan.layers))
-    whole, covariance = walk.fit_head()
+    whole, covariance = layerwise.fit_head()
     if head is not None:
         whole = head.apply(whole, covariance)
     return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(plan.basis.shape[1]), whole)
 
 
 @dataclass(slots=True)
-class _Reads:
+class _FullLayerTargets:
     """What the full model's layer hands to the decoder's.
 
     Attributes:
@@ -96,10 +96,10 @@ class _Reads:
     prompts: PromptKv
 
 
-class _Walk:
+class _LayerwiseFit:
     """Both models, side by side, at the same depth."""
 
-    def __init__(self, full: Weights, config: ModelConfig, plan: Plan, packed: Packed) -> None:
+    def __init__(self, full: Weights, config: ModelConfig, plan: PruningPlan, packed: PackedTranscripts) -> None:
         self._full = full
         self._plan = plan
         self._basis = plan.basis
@@ -144,9 +144,9 @@ class _Walk:
         while self._full_depth < depth:
             self._run_full(self._full_depth)
 
-    def _run_full(self, index: int) -> _Reads:
+    def _run_full(self, index: int) -> _FullLayerTargets:
         packed, stream = self._packed, self._full_stream
-        reads = _Reads(stream[packed.answers], torch.empty(len(packed.answers), stream.shape[1]), [])
+        reads = _FullLayerTargets(stream[packed.answers], torch.empty(len(packed.answers), stream.shape[1]), [])
         for part in packed.parts:
             done = run_full_layer(self._math, self._full.layers[index], packed, part, stream[part.rows])
             stream[part.rows] = done.out

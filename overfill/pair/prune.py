@@ -1,8 +1,8 @@
 """Smaller decoders without training: what matters in a full model, which parts to keep, and the model of those.
 
-Three steps, apart: ``score`` looks at the full model while it answers, ``make_plan`` chooses from the scores at any
-size, ``slice_weights`` cuts. Scores are saved beside the decoder. Attention heads and the width of the KV cache
-always stay, so that the decoder fits the full model's KV cache (OverFill, arXiv 2508.08446, section 3).
+Three separate steps: ``score`` measures the full model while it answers, ``make_pruning_plan`` chooses parts for any
+size, and ``slice_weights`` cuts. Scores are saved beside the decoder. Attention heads and the width of the KV cache
+never change, so that the decoder fits the full model's KV cache (OverFill, arXiv 2508.08446, section 3).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from overfill.model.config import ModelConfig
 from overfill.model.head import head_mask_of, lower_rank
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.checkpoint import save_tensors
-from overfill.pair.packed import LayerMath, Packed, run_full_layer
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, run_full_layer
+from overfill.pair.neuron_selection import removal_order
 from overfill.pair.recipe import Method
-from overfill.pair.selection import removal_order
-from overfill.pair.sensitivity import Sensitivity, root
+from overfill.pair.sensitivity import Sensitivity, matrix_sqrt
 from overfill.telemetry.progress import Report, silent
 
 _DIGEST = "full_digest"
@@ -75,7 +75,7 @@ class Scores:
 
 @torch.inference_mode()
 def score(
-    full: Weights, config: ModelConfig, packed: Packed, sensitivity: Sensitivity, report: Report = silent
+    full: Weights, config: ModelConfig, packed: PackedTranscripts, sensitivity: Sensitivity, report: Report = silent
 ) -> Scores:
     """Runs the full model over ``packed``, layer by layer, and scores what it does while it answers.
 
@@ -103,7 +103,7 @@ def score(
             moments += neurons.T @ neurons
         if not moments.isfinite().all():
             raise InvalidPair(f"scoring layer {index}: its neurons' outputs are not finite; the checkpoint is damaged")
-        places.append(removal_order(moments, root(sensitivity.streams[index]).float() @ layer.down))
+        places.append(removal_order(moments, matrix_sqrt(sensitivity.streams[index]).float() @ layer.down))
         report("Scoring", index + 1, config.num_layers)
     seen = 2 * config.num_layers * len(packed.answers)
     covariance /= seen
@@ -140,14 +140,14 @@ def leading_directions(covariance: Tensor, sensitivity: Tensor) -> Tensor:
     Returns:
         [n, n] float32
     """
-    weight = root(sensitivity)
-    leading = torch.linalg.svd(weight @ root(covariance)).U
+    weight = matrix_sqrt(sensitivity)
+    leading = torch.linalg.svd(weight @ matrix_sqrt(covariance)).U
     basis: Tensor = torch.linalg.qr(weight @ leading).Q
     return basis.float()
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PruningPlan:
     """What a decoder keeps of a full model.
 
     Attributes:
@@ -169,9 +169,9 @@ class Plan:
         return self.basis * self.scale
 
 
-def make_plan(
+def make_pruning_plan(
     scores: Scores, *, hidden_size: int, intermediate_size: int, layers: Sequence[int], method: Method
-) -> Plan:
+) -> PruningPlan:
     """Chooses what to keep.
 
     Args:
@@ -200,11 +200,11 @@ def make_plan(
         basis = scores.directions[:, :hidden_size]
         scale = _scale(scores.direction_shares[:hidden_size], full_hidden)
     kept = tuple(scores.neurons[layer].topk(intermediate_size).indices.sort().values for layer in layers)
-    return Plan(tuple(layers), kept, basis, scale)
+    return PruningPlan(tuple(layers), kept, basis, scale)
 
 
 def _scale(shares: Tensor, full_hidden: int) -> float:
-    """``Plan.scale`` where what stays has these shares of the mean square."""
+    """``PruningPlan.scale`` where what stays has these shares of the mean square."""
     return float((shares.sum() * full_hidden / len(shares)).sqrt())
 
 
@@ -241,7 +241,7 @@ class HeadPlan:
         return order[: self.tokens], order[self.tokens :]
 
 
-def slice_weights(full: Weights, plan: Plan, head: HeadPlan | None = None) -> Weights:
+def slice_weights(full: Weights, plan: PruningPlan, head: HeadPlan | None = None) -> Weights:
     """The decoder that ``plan`` cuts out of ``full`` (norms folded in); its gains are ones, its head is untied."""
     hidden = plan.basis.shape[1]
     layers = tuple(slice_layer(full.layers[i], kept, plan) for i, kept in zip(plan.layers, plan.neurons, strict=True))
@@ -256,7 +256,7 @@ def keep_neurons(gate_up: Tensor, neurons: Tensor) -> Tensor:
     return torch.cat([part[neurons] for part in gate_up.chunk(2)])
 
 
-def slice_layer(layer: LayerWeights, neurons: Tensor, plan: Plan) -> LayerWeights:
+def slice_layer(layer: LayerWeights, neurons: Tensor, plan: PruningPlan) -> LayerWeights:
     """One layer of ``slice_weights``."""
     basis = plan.basis
     ones = torch.ones(basis.shape[1])

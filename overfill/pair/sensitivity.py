@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
-from overfill.pair.packed import LayerMath, Packed, run_full_layer
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, run_full_layer
 from overfill.telemetry.progress import Report, silent
 
 _DAMPING = 1e-3  # of the mean of the diagonal: directions that few tokens do not show are not free
@@ -35,7 +35,9 @@ class Sensitivity:
     readers: Tensor
 
 
-def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, report: Report = silent) -> Sensitivity:
+def measure_sensitivity(
+    full: Weights, config: ModelConfig, packed: PackedTranscripts, report: Report = silent
+) -> Sensitivity:
     """Runs the full model over ``packed``, forwards and back.
 
     Args:
@@ -76,8 +78,8 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
     return Sensitivity(_scaled(streams), _scaled(_scaled(reads).mean(0, keepdim=True))[0])
 
 
-def root(moments: Tensor) -> Tensor:
-    """The symmetric square root of a symmetric positive semidefinite matrix, float64."""
+def matrix_sqrt(moments: Tensor) -> Tensor:
+    """The symmetric square matrix_sqrt of a symmetric positive semidefinite matrix, float64."""
     values, vectors = torch.linalg.eigh(moments.double())
     result: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return result

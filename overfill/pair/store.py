@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from overfill.errors import InvalidPair
 from overfill.model.manifest import MANIFEST
 from overfill.pair.atomic import atomic_folder, remove_leftovers
-from overfill.pair.intact import is_intact, seal
+from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.recipe import DecoderRecipe
 from overfill.process.extras import install_line
 from overfill.process.home import home
@@ -98,11 +98,11 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
         raise SourceUnavailable(f"{folder_or_id!r} is neither a folder here nor an id on the Hugging Face hub")
     target = home() / "models" / folder_or_id.replace("/", "--")
     with _locked(report):
-        if not is_intact(target):
+        if not checksums_match(target):
             remove_leftovers(target)
             with atomic_folder(target) as folder:
                 fetch_from_hub(folder_or_id, folder, report)
-                seal(folder)
+                record_checksums(folder)
     return target
 
 
@@ -116,11 +116,11 @@ def default_gguf(report: Report = silent) -> Path:
 
     target = home() / "models" / f"{MODEL}-gguf"
     with _locked(report):
-        if not is_intact(target):
+        if not checksums_match(target):
             remove_leftovers(target)
             with atomic_folder(target) as folder:
                 fetch_gguf(folder, report)
-                seal(folder)
+                record_checksums(folder)
     return next(target.glob("*.gguf"))
 
 
@@ -139,21 +139,21 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         ) from None
 
     full = _model_folder(source)
-    if not is_intact(full):
+    if not checksums_match(full):
         remove_leftovers(full)
         with atomic_folder(full) as folder:
             fetch_default(source, folder, report)
-            seal(folder)
+            record_checksums(folder)
     out = _pair_folder(name)
     remove_leftovers(out)
     with atomic_folder(out) as folder:
         fill_pair(folder, full, NAMED[name], shipped_conversations("calibration"), report=report)
-        seal(folder)
+        record_checksums(folder)
 
 
 def _is_ready(name: str, source: Source | None) -> bool:
     folder = _pair_folder(name)
-    if not is_intact(folder) or not is_intact(folder / "full"):
+    if not checksums_match(folder) or not checksums_match(folder / "full"):
         return False
     return source is None or (folder / "full").resolve() == _model_folder(source).resolve()
 

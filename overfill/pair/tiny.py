@@ -29,8 +29,8 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import load_weights
 from overfill.model.manifest import write_manifest
 from overfill.pair.checkpoint import write_decoder, write_weights
-from overfill.pair.packed import fold_norms
-from overfill.pair.prune import Plan, slice_weights
+from overfill.pair.layerwise import fold_norms
+from overfill.pair.prune import PruningPlan, slice_weights
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -108,7 +108,7 @@ def make_tiny_pair(
         # The weights are random, so any choice of neurons is as good as another.
         generator = torch.Generator().manual_seed(seed)
         neurons = torch.randperm(intermediate_size, generator=generator)[:decoder_intermediate_size].sort().values
-        plan = Plan(tuple(range(num_layers)), (neurons,) * num_layers, torch.eye(hidden_size))
+        plan = PruningPlan(tuple(range(num_layers)), (neurons,) * num_layers, torch.eye(hidden_size))
         full_config = ModelConfig.load(folder / "full")
         weights = fold_norms(load_weights(folder / "full", full_config, torch.float32, torch.device("cpu")))
         (folder / "decoder").mkdir(exist_ok=True)

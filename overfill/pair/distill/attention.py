@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from overfill.pair.distill.rows import Rows
+from overfill.pair.distill.packed_rows import PackedRows
 
-_LONGEST_KEPT = 512
+_MAX_SAVED_CONTEXT = 512
 """Tokens up to which training keeps a transcript's attention probabilities: 4 MiB a layer for 9 heads in bfloat16."""
 
 
@@ -33,7 +33,7 @@ class Attention(Protocol):
         """
 
 
-def plan_attention(rows: Rows) -> Attention:
+def attention_for(rows: PackedRows) -> Attention:
     """The form that suits the device that ``rows`` are on."""
     return PerTranscript.of(rows) if rows.token_ids.device.type == "cpu" else Padded.of(rows)
 
@@ -57,13 +57,13 @@ class PerTranscript:
     visible: list[Tensor]
 
     @classmethod
-    def of(cls, rows: Rows) -> PerTranscript:
+    def of(cls, rows: PackedRows) -> PerTranscript:
         device = rows.token_ids.device
         visible = [_visible(*sizes, device) for sizes in zip(rows.lengths, rows.prefixes, strict=True)]
         return cls(list(rows.lengths), list(rows.prefixes), visible)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and max(mask.shape[1] for mask in self.visible) <= _LONGEST_KEPT:
+        if torch.is_grad_enabled() and max(mask.shape[1] for mask in self.visible) <= _MAX_SAVED_CONTEXT:
             out: Tensor = _PerTranscript.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
             return out
         outputs = [
@@ -158,7 +158,7 @@ class Padded:
     num: int
 
     @classmethod
-    def of(cls, rows: Rows) -> Padded:
+    def of(cls, rows: PackedRows) -> Padded:
         device = rows.token_ids.device
         num, longest = len(rows.lengths), max(rows.lengths)
         context = max(n + p for n, p in zip(rows.lengths, rows.prefixes, strict=True))

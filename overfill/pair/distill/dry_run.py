@@ -17,8 +17,8 @@ from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.model import PackedModel
+from overfill.pair.distill.packed_rows import PackedRows
 from overfill.pair.distill.recipe import Recipe, changed
-from overfill.pair.distill.rows import Rows
 from overfill.pair.distill.train import Run
 from overfill.pair.hf_config import decoder_config
 from overfill.pair.hf_model import load_hf_model
@@ -65,7 +65,7 @@ def dry_run(
     plain = load_hf_model(pair.decoder_path)
     tokens = transcripts[0]
     with torch.inference_mode():
-        expected = model(Rows.of_whole([tokens])) @ model.head.T
+        expected = model(PackedRows.of_whole([tokens])) @ model.head.T
         found = plain(input_ids=torch.tensor([tokens.token_ids[:-1]])).logits[0]
     difference = float((found - expected).abs().max())
     if not difference < _TOLERANCE:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from overfill.pair.distill.shortlist import Shortlist
+from overfill.pair.distill.sampled_vocabulary import SampledVocabulary
 
 _CHUNK = {"cpu": 128, "cuda": 1024}  # rows; buffers that stay in a CPU's cache, enough work for a GPU
-_LEAST = 1e-7  # a probability; what float32 leaves of 1 minus a sum
+_MIN_PROBABILITY = 1e-7  # a probability; what float32 leaves of 1 minus a sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +66,19 @@ def distillation_loss(
     return _swept(hidden, head, _FullSweep(targets, teacher, weights), weights)
 
 
-def shortlist_loss(
-    hidden: Tensor, head: Tensor, shortlist: Shortlist, top_probabilities: Tensor, weights: LossWeights
+def top_k_distillation_loss(
+    hidden: Tensor, head: Tensor, sampled: SampledVocabulary, top_probabilities: Tensor, weights: LossWeights
 ) -> LossSums:
     """As ``distillation_loss``, from the full model's most likely tokens alone; the rest count as one token.
 
     That makes KL a lower bound of the whole one, as exact as the most likely tokens are all. With a sampled
-    shortlist, both parts are estimates. The temperature must be 1.
+    sampled, both parts are estimates. The temperature must be 1.
 
     Args:
-        top_probabilities: [N, k] float32, of the tokens in ``shortlist.top``.
+        top_probabilities: [N, k] float32, of the tokens in ``sampled.top``.
     """
-    chosen = head if shortlist.ids is None else head.index_select(0, shortlist.ids)
-    return _swept(hidden, chosen, _ShortSweep(shortlist, top_probabilities, weights), weights)
+    chosen = head if sampled.ids is None else head.index_select(0, sampled.ids)
+    return _swept(hidden, chosen, _TopKSweep(sampled, top_probabilities, weights), weights)
 
 
 def _swept(hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> LossSums:
@@ -176,26 +176,26 @@ class _FullSweep:
         return scratch.sub_(logits).mul_(theirs).sum() + (log_sum - their_log_sum).sum(), theirs
 
 
-class _ShortSweep:
-    """Over a shortlist, with the full model's most likely tokens and one token for the rest."""
+class _TopKSweep:
+    """Over a sampled vocabulary, with the full model's most likely tokens and one token for the rest."""
 
-    def __init__(self, shortlist: Shortlist, top_probabilities: Tensor, weights: LossWeights) -> None:
-        self._shortlist, self._theirs, self._weights = shortlist, top_probabilities, weights
+    def __init__(self, sampled: SampledVocabulary, top_probabilities: Tensor, weights: LossWeights) -> None:
+        self._sampled, self._theirs, self._weights = sampled, top_probabilities, weights
         self._buffers = _Buffers()
 
     def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
-        weights, shortlist = self._weights, self._shortlist
-        if shortlist.log_weights is not None:
-            logits.add_(shortlist.log_weights)
+        weights, sampled = self._weights, self._sampled
+        if sampled.log_weights is not None:
+            logits.add_(sampled.log_weights)
         probabilities = self._buffers.like(logits, "probabilities")
         log_sum = _softmax(logits, probabilities)
-        columns, top, theirs = shortlist.targets[rows, None], shortlist.top[rows], self._theirs[rows]
+        columns, top, theirs = sampled.targets[rows, None], sampled.top[rows], self._theirs[rows]
         parts[0] += (log_sum - logits.gather(1, columns)).sum()
         ours = probabilities.gather(1, top)
-        rest = (1 - ours.sum(1, keepdim=True)).clamp(min=_LEAST)
+        rest = (1 - ours.sum(1, keepdim=True)).clamp(min=_MIN_PROBABILITY)
         their_rest = (1 - theirs.sum(1, keepdim=True)).clamp(min=0)
-        parts[1] += (theirs * (theirs.clamp(min=_LEAST).log() - logits.gather(1, top) + log_sum)).sum()
-        parts[1] += (their_rest * (their_rest.clamp(min=_LEAST).log() - rest.log())).sum()
+        parts[1] += (theirs * (theirs.clamp(min=_MIN_PROBABILITY).log() - logits.gather(1, top) + log_sum)).sum()
+        parts[1] += (their_rest * (their_rest.clamp(min=_MIN_PROBABILITY).log() - rest.log())).sum()
         # Of the rest as one token: each of its members takes its share of the pull.
         ratio = their_rest / rest
         gradient = probabilities.mul_(weights.cross_entropy + weights.kl * (1 - ratio))
@@ -230,7 +230,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparisonSums:
     """Sums over rows, as numbers: negative log-likelihood and KL in nats, and rows with the same most likely token."""
 
     nll: float
@@ -239,7 +239,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView) -> Comparison:
+def compare_with_teacher(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView) -> ComparisonSums:
     """The decoder held against the full model, on rows as in ``distillation_loss``."""
     parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
     agreed = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -252,4 +252,4 @@ def compare(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView)
         logits, theirs = logits.log_softmax(-1), theirs.log_softmax(-1)
         parts[0] -= logits.gather(1, targets[rows, None]).sum()
         parts[1] += (theirs.exp() * (theirs - logits)).sum()
-    return Comparison(float(parts[0]), float(parts[1]), int(agreed))
+    return ComparisonSums(float(parts[0]), float(parts[1]), int(agreed))

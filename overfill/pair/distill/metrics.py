@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from overfill.pair.distill.checkpoint import Progress
-from overfill.pair.distill.student import HeldOut
+from overfill.pair.distill.run_checkpoints import Progress
+from overfill.pair.distill.student import HeldOutResult
 
 METRICS = "metrics.jsonl"
 
@@ -32,7 +32,7 @@ class Metrics:
         """Records a training step's means."""
         self._write(progress, values, values, "train")
 
-    def held_out(self, progress: Progress, result: HeldOut) -> None:
+    def held_out(self, progress: Progress, result: HeldOutResult) -> None:
         """Records an evaluation."""
         self.evaluated.add(progress.step)
         self._write(progress, {"held_out": result.as_dict()}, result.as_dict(), "held_out")

@@ -23,8 +23,8 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import list_tensors
 from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.model.rope import apply_rope, rope_tables
-from overfill.pair.distill.attention import Attention, plan_attention
-from overfill.pair.distill.rows import Rows
+from overfill.pair.distill.attention import Attention, attention_for
+from overfill.pair.distill.packed_rows import PackedRows
 
 KvHook = Callable[[int, Tensor, Tensor], None]
 """Called with (layer, keys, values), each [T, kv_heads, D], keys rotated."""
@@ -127,13 +127,13 @@ class PackedModel(nn.Module):
     """Made with ``load``.
 
     Attributes:
-        remember_activations: False computes a layer's activations again in the backward pass (gradient checkpointing).
+        save_activations: False computes a layer's activations again in the backward pass (gradient checkpointing).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.remember_activations = True
+        self.save_activations = True
         self._tables: tuple[Tensor, Tensor] | None = None
         self.model = Body(config)
         if not config.tie_embeddings:
@@ -180,7 +180,7 @@ class PackedModel(nn.Module):
         tensors = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("tail_")}
         return tensors | ({"lm_head.weight": self.head.detach()} if self.config.tail_rank else {})
 
-    def forward(self, rows: Rows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
+    def forward(self, rows: PackedRows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
         """
         Args:
             prefix: [layers, 2, sum of prefixes, kv_heads, D], the keys (rotated) and values that each layer finds in
@@ -191,20 +191,20 @@ class PackedModel(nn.Module):
             [T, hidden], after the last norm: logits are its product with ``head``.
         """
         cos, sin = self._rotations(rows)
-        attend = plan_attention(rows)
+        attend = attention_for(rows)
         x = self.model.embed_tokens(rows.token_ids)
         for index, layer in enumerate(self.model.layers):
             here = None if prefix is None else prefix[index]
             if on_kv is not None:
                 x = layer(x, cos, sin, attend, here, lambda k, v, i=index: on_kv(i, k, v))
-            elif self.remember_activations or not torch.is_grad_enabled():
+            elif self.save_activations or not torch.is_grad_enabled():
                 x = layer(x, cos, sin, attend, here)
             else:
                 x = checkpoint(layer, x, cos, sin, attend, here, use_reentrant=False)
         normed: Tensor = self.model.norm(x)
         return normed
 
-    def _rotations(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _rotations(self, rows: PackedRows) -> tuple[Tensor, Tensor]:
         """Cosine and sine at the rows' positions, each [T, head_dim / 2]. The tables grow when a longer row comes."""
         longest = max(n + p for n, p in zip(rows.lengths, rows.prefixes, strict=True))
         if self._tables is None or len(self._tables[0]) < longest:

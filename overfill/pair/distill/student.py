@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.loss import LossWeights, TeacherView, compare, distillation_loss, shortlist_loss
+from overfill.pair.distill.loss import (
+    LossWeights,
+    TeacherView,
+    compare_with_teacher,
+    distillation_loss,
+    top_k_distillation_loss,
+)
 from overfill.pair.distill.model import PackedModel
-from overfill.pair.distill.rows import Rows, in_packs, learnt_tokens
-from overfill.pair.distill.shortlist import Shortlist, make_shortlist
-from overfill.pair.distill.teacher import Taught, Teacher
+from overfill.pair.distill.packed_rows import PackedRows, in_packs, learnt_tokens
+from overfill.pair.distill.sampled_vocabulary import SampledVocabulary, sample_vocabulary
+from overfill.pair.distill.teacher import Teacher, TeacherOutputs
 
 
 class Student(nn.Module):
@@ -36,38 +42,42 @@ class Student(nn.Module):
         self._weights = weights
         self._dtype = dtype
 
-    def rows(self, transcripts: Sequence[Transcript]) -> Rows:
-        rows = Rows.of_whole(transcripts) if self.standalone else Rows.of_answers(transcripts)
+    def rows(self, transcripts: Sequence[Transcript]) -> PackedRows:
+        rows = PackedRows.of_whole(transcripts) if self.standalone else PackedRows.of_answers(transcripts)
         return rows.to(self._teacher_head.device)
 
-    def hidden(self, rows: Rows, taught: Taught) -> Tensor:
+    def hidden(self, rows: PackedRows, taught: TeacherOutputs) -> Tensor:
         """[N, hidden] at the rows that predict, in ``dtype``."""
         narrow = self._dtype != torch.float32
         with torch.autocast(rows.token_ids.device.type, dtype=self._dtype if narrow else None, enabled=narrow):
             hidden: Tensor = self.decoder(rows, None if self.standalone else taught.prefix)
         return hidden[rows.predicting].to(self._dtype)
 
-    def view(self, taught: Taught) -> TeacherView | None:
+    def view(self, taught: TeacherOutputs) -> TeacherView | None:
         return None if taught.hidden is None else TeacherView(taught.hidden, self._teacher_head)
 
-    def shortlist(self, rows: Rows, taught: Taught, sampled: int, generator: torch.Generator) -> Shortlist | None:
+    def sampled(
+        self, rows: PackedRows, taught: TeacherOutputs, sampled: int, generator: torch.Generator
+    ) -> SampledVocabulary | None:
         """What the loss looks at; None for all of the full model's logits, or none of them."""
         if taught.top_ids is None:
             return None
-        return make_shortlist(rows.targets, taught.top_ids, len(self._teacher_head), sampled, generator)
+        return sample_vocabulary(rows.targets, taught.top_ids, len(self._teacher_head), sampled, generator)
 
-    def forward(self, rows: Rows, taught: Taught, shortlist: Shortlist | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, rows: PackedRows, taught: TeacherOutputs, sampled: SampledVocabulary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of loss, cross-entropy and KL over the learnt tokens; the loss carries the gradient."""
         hidden = self.hidden(rows, taught)
-        if shortlist is not None and taught.top_probabilities is not None:
-            sums = shortlist_loss(hidden, self.decoder.head, shortlist, taught.top_probabilities, self._weights)
+        if sampled is not None and taught.top_probabilities is not None:
+            sums = top_k_distillation_loss(hidden, self.decoder.head, sampled, taught.top_probabilities, self._weights)
         else:
             sums = distillation_loss(hidden, self.decoder.head, rows.targets, self.view(taught), self._weights)
         return sums.loss, sums.cross_entropy, sums.kl
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOutResult:
     """How good a decoder is on held-out answers, per learnt token.
 
     Attributes:
@@ -87,7 +97,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcript], pack_rows: int) -> HeldOut:
+def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcript], pack_rows: int) -> HeldOutResult:
     """Judges the decoder on ``held_out``. ``teacher`` must give hidden states, and prefixes unless standalone."""
     nll = kl = 0.0
     agreed = tokens = 0
@@ -97,7 +107,7 @@ def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcri
         view = student.view(taught)
         assert view is not None
         rows = student.rows(list(transcripts.values()))
-        found = compare(student.hidden(rows, taught), student.decoder.head, rows.targets, view)
+        found = compare_with_teacher(student.hidden(rows, taught), student.decoder.head, rows.targets, view)
         nll, kl, agreed = nll + found.nll, kl + found.kl, agreed + found.agreed
         tokens += sum(map(learnt_tokens, transcripts.values()))
-    return HeldOut(nll / tokens, kl / tokens, agreed / tokens, tokens)
+    return HeldOutResult(nll / tokens, kl / tokens, agreed / tokens, tokens)

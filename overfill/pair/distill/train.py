@@ -19,27 +19,27 @@ from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.cache import TORCH_DTYPES
 from overfill.model.manifest import Pair
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.cache import TeacherCache
-from overfill.pair.distill.checkpoint import Checkpoints, Progress, write_pair
 from overfill.pair.distill.data import Transcripts, batches, digest
 from overfill.pair.distill.loss import LossWeights
 from overfill.pair.distill.metrics import METRICS, Metrics
 from overfill.pair.distill.model import PackedModel
+from overfill.pair.distill.packed_rows import in_packs, learnt_tokens
 from overfill.pair.distill.plot import plot_runs
 from overfill.pair.distill.recipe import Training
-from overfill.pair.distill.rows import in_packs, learnt_tokens
+from overfill.pair.distill.run_checkpoints import Checkpoints, Progress, write_pair
+from overfill.pair.distill.run_settings import SETTINGS, claim_run_folder
 from overfill.pair.distill.schedule import learning_rate
-from overfill.pair.distill.settings import SETTINGS, claim_folder
-from overfill.pair.distill.student import HeldOut, Student, evaluate
-from overfill.pair.distill.teacher import Opinion, Teacher
+from overfill.pair.distill.student import HeldOutResult, Student, evaluate
+from overfill.pair.distill.teacher import LogitsForm, Teacher
+from overfill.pair.distill.teacher_cache import TeacherCache
 from overfill.process.compiled import COMPILERS, find_compiler
 from overfill.process.extras import needs
 from overfill.telemetry.progress import Report, silent
 
 # Settings that a resumed run may change: they decide when things are written, not what is computed.
-_FREE = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
+_MAY_CHANGE_ON_RESUME = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
 
-Tell = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 class Diverged(OverfillError):
@@ -76,37 +76,37 @@ class Run:
         standalone: bool = False,
         resume: bool = False,
         report: Report = silent,
-        tell: Tell = lambda line: None,
+        log_line: LogLine = lambda line: None,
     ) -> None:
         self._accelerator = accelerator = make_accelerator()
         self._pair, self._out, self._training = pair, out, training
         self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
-        self._report, self._tell = report, tell
+        self._report, self._log_line = report, log_line
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
         dtype = TORCH_DTYPES[native_dtype(accelerator.device)]
         identity = self._identity(standalone, str(dtype))
         if accelerator.is_main_process:
-            claim_folder(self.folder, identity, resume)
+            claim_run_folder(self.folder, identity, resume)
         report("Loading models", 0, 2)
         full = PackedModel.load(pair.full_path, dtype, accelerator.device)
         report("Loading models", 1, 2)
         decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
-        decoder.remember_activations = not training.recompute_activations
+        decoder.save_activations = not training.recompute_activations
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
             decoder.fuse()
         weights = LossWeights(training.cross_entropy, training.kl, training.temperature)
         self._student = Student(decoder, full.head, weights, standalone, dtype)
-        opinion: Opinion = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
+        logits_form: LogitsForm = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
         self._teacher = Teacher(
-            full, pair.layer_map, wants_prefix=not standalone, opinion=opinion, top_tokens=training.top_tokens
+            full, pair.layer_map, with_prompt_kv=not standalone, logits_form=logits_form, top_tokens=training.top_tokens
         )
-        self._judge = Teacher(full, pair.layer_map, wants_prefix=not standalone, opinion="hidden")
+        self._eval_teacher = Teacher(full, pair.layer_map, with_prompt_kv=not standalone, logits_form="hidden")
         self._cache_room = training.cache_gib * 2**30
-        self._cache(self._judge, held_out, "held-out", identity["held_out"])
+        self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
         self._cache(self._teacher, transcripts, "training", identity["data"])
         optimizer = torch.optim.AdamW(
             decoder.parameters(),
@@ -208,8 +208,8 @@ class Run:
             [self._training.seed, self._progress.step, self._accelerator.process_index, pack]
         ).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
-        shortlist = self._student.shortlist(rows, taught, self._training.sampled_tokens, generator)
-        loss, cross_entropy, kl = self._model(rows, taught, shortlist)
+        sampled = self._student.sampled(rows, taught, self._training.sampled_tokens, generator)
+        loss, cross_entropy, kl = self._model(rows, taught, sampled)
         # Processes' gradients are averaged, but the mean is over all their tokens.
         self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
@@ -217,7 +217,7 @@ class Run:
     def _can_fuse(self) -> bool:
         if self._accelerator.device.type != "cpu" or find_compiler() is not None:
             return True
-        self._tell(f"training goes on unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
+        self._log_line(f"training goes on unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
         return False
 
     def _check_finite(self, loss: float, norm: float) -> None:
@@ -238,17 +238,17 @@ class Run:
         broadcast_object_list(shared)
         return shared[0]
 
-    def _evaluate(self) -> HeldOut | None:
+    def _evaluate(self) -> HeldOutResult | None:
         """Judges the decoder, on the main process; None on the others."""
         if self._metrics is None:
             self._accelerator.wait_for_everyone()
             return None
-        result = evaluate(self._student, self._judge, self._held_out, self._training.pack_rows)
+        result = evaluate(self._student, self._eval_teacher, self._held_out, self._training.pack_rows)
         progress = self._progress
         if progress.step not in self._metrics.evaluated:
             self._metrics.held_out(progress, result)
             rate = f", {progress.tokens / progress.seconds:.0f} tokens/s" if progress.seconds else ""
-            self._tell(
+            self._log_line(
                 f"step {progress.step}, {progress.tokens:,} tokens{rate}: held-out NLL {result.nll:.3f}, "
                 f"KL {result.kl:.3f}, agreement {100 * result.agreement:.1f} %"
             )
@@ -260,7 +260,7 @@ class Run:
             self._checkpoints.save(self._student.decoder, self._optimizer, self._progress)
         self._accelerator.wait_for_everyone()
 
-    def _finish(self, result: HeldOut | None) -> Pair:
+    def _finish(self, result: HeldOutResult | None) -> Pair:
         if self._metrics is not None and result is not None:
             facts = {
                 **self._training.model_dump(exclude_none=True),
@@ -279,7 +279,7 @@ class Run:
     def _identity(self, standalone: bool, dtype: str) -> dict[str, Any]:
         """All that decides what is computed."""
         return {
-            **self._training.model_dump(exclude=_FREE),
+            **self._training.model_dump(exclude=_MAY_CHANGE_ON_RESUME),
             "standalone": standalone,
             "dtype": dtype,
             "processes": self._accelerator.num_processes,
@@ -296,7 +296,9 @@ class Run:
             return
         size = sum(column.bytes(transcripts) for column in teacher.columns)
         if size > self._cache_room:
-            self._tell(f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching")
+            self._log_line(
+                f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching"
+            )
             return
         self._cache_room -= size
         identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])

@@ -26,10 +26,10 @@ from overfill.model.transformer import Transformer
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import PRECISIONS, DecodeCost, Precision
 from overfill.pair.evaluate.evaluation import check_lengths
+from overfill.pair.evaluate.fake_quantization import fake_quantized_model
 from overfill.pair.evaluate.forward import cache_tokens
-from overfill.pair.evaluate.rivals import quantised
-from overfill.pair.evaluate.tally import Estimate
 from overfill.pair.evaluate.teacher_forced import Candidate, Judgement, scorable, teacher_forced
+from overfill.pair.evaluate.token_metrics import Estimate
 from overfill.telemetry.progress import Report, silent
 
 FULL = "full model"
@@ -41,7 +41,7 @@ NOTE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class TradeoffPoint:
     """One decoder at one precision, as the second stage behind the full model, and alone.
 
     ``name`` is the pair's, or ``full model``.
@@ -57,7 +57,7 @@ class Point:
     nll_alone: Estimate
 
     @classmethod
-    def of(cls, name: str, precision: Precision, cost: DecodeCost, judged: Judgement) -> Point:
+    def of(cls, name: str, precision: Precision, cost: DecodeCost, judged: Judgement) -> TradeoffPoint:
         two_stage, alone = judged.two_stage, judged.alone
         return cls(
             name=name,
@@ -82,7 +82,7 @@ def compare(
     device: str = "auto",
     threads: int | None = None,
     report: Report = silent,
-) -> Iterator[Point]:
+) -> Iterator[TradeoffPoint]:
     """Judges the full model and each pair's decoder at every precision, one after the other.
 
     A pair's own quantisation does not matter here. Arguments and errors are those of ``evaluate``.
@@ -104,14 +104,14 @@ def compare(
     weights = load_weights(pairs[0].full_path, config, torch_dtype, where)
     full = Transformer(config, weights, positions)
 
-    def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[Point]:
+    def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[TradeoffPoint]:
         # All precisions together: the full model then reads every transcript once for them.
         limit = min(positions, config.max_positions)
-        models = {precision: quantised(config, weights, precision, limit) for precision in PRECISIONS}
+        models = {precision: fake_quantized_model(config, weights, precision, limit) for precision in PRECISIONS}
         candidates: dict[str, Candidate] = {name: Candidate(model, layer_map) for name, model in models.items()}
         _, judged = teacher_forced(full, candidates, kept, step=f"Judging: {name}", report=report)
         for precision in PRECISIONS:
-            yield Point.of(name, precision, DecodeCost.of(config, precision), judged[precision])
+            yield TradeoffPoint.of(name, precision, DecodeCost.of(config, precision), judged[precision])
 
     yield from judge(FULL, config, weights, range(config.num_layers))
     for pair in pairs:

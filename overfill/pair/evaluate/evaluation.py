@@ -18,8 +18,8 @@ from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.forward import cache_tokens
 from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
-from overfill.pair.evaluate.tally import Estimate, finite
 from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
+from overfill.pair.evaluate.token_metrics import Estimate, finite_or_none
 from overfill.pair.identity_pair import identity_pair
 from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
@@ -79,8 +79,8 @@ class Evaluation:
             figures[name] = {key: round(metric.overall.mean, 4) for key, metric in values.items()}
             if name in self.free_running:
                 written = self.free_running[name]
-                figures[name]["teacher_perplexity"] = finite(round(written.perplexity, 4))
-                figures[name]["repeated_4grams"] = finite(round(written.repeated.overall.mean, 4))
+                figures[name]["teacher_perplexity"] = finite_or_none(round(written.perplexity, 4))
+                figures[name]["repeated_4grams"] = finite_or_none(round(written.repeated.overall.mean, 4))
         figures["tokens"] = self.teacher_forced["full"].nll.overall.count
         return figures
 

@@ -45,13 +45,13 @@ def cache_tokens(transcripts: Sequence[Transcript]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _New:
+class _NewTokens:
     """New tokens of one sequence, from position ``start``; logits are wanted for the last ``wanted`` of them."""
 
     tokens: Sequence[int]
     start: int
     slot: int  # of position 0
-    wanted: int
+    num_logits: int
 
     @property
     def end(self) -> int:
@@ -70,7 +70,7 @@ class BatchModel:
         spec = model.config.kv_spec(_dtype_name(model.dtype))
         self.cache = new_cache(spec, max_tokens, 1, model.device, kv_cache_dtype)
 
-    def prefill(self, batch: Sequence[Transcript], skip: int) -> Tensor:
+    def read_all(self, batch: Sequence[Transcript], skip: int) -> Tensor:
         """Reads prompts and answers, and predicts the answers' tokens from the one with index ``skip``.
 
         Prompts have a token at least, and answers ``skip`` or more.
@@ -80,14 +80,14 @@ class BatchModel:
         """
         slots = _slots(batch)
         return self._forward(
-            [_New(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
+            [_NewTokens(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
         )
 
-    def prompts(self, batch: Sequence[Transcript]) -> Tensor:
+    def read_prompts(self, batch: Sequence[Transcript]) -> Tensor:
         """Reads the prompts only, and predicts each answer's first token. [len(batch), vocab] float32"""
-        return self._forward([_New(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
+        return self._forward([_NewTokens(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
 
-    def answer(
+    def read_answers(
         self,
         batch: Sequence[Transcript],
         full: BatchModel,
@@ -112,10 +112,10 @@ class BatchModel:
                     prompt = half[:, slot : slot + start]
                     prompt.copy_(restore(*quantise(prompt, codec), half.dtype))
             if inputs:
-                new.append(_New(inputs, start, slot, len(inputs)))
+                new.append(_NewTokens(inputs, start, slot, len(inputs)))
         return self._forward(new)
 
-    def _forward(self, sequences: Sequence[_New]) -> Tensor:
+    def _forward(self, sequences: Sequence[_NewTokens]) -> Tensor:
         device = self.model.device
         if not sequences:
             return torch.empty(0, self.model.config.vocab_size, device=device)
@@ -137,7 +137,7 @@ class BatchModel:
                 context_lens=ends,
                 block_tables=tables.to(device),
                 context_lens_device=torch.tensor(ends).to(device),
-                logits_indices=_wanted_rows(sequences).to(device),
+                logits_indices=_logits_rows(sequences).to(device),
             ),
             self.cache,
         )
@@ -156,11 +156,11 @@ def _slots(batch: Sequence[Transcript]) -> list[int]:
     return slots
 
 
-def _wanted_rows(sequences: Sequence[_New]) -> Tensor:
+def _logits_rows(sequences: Sequence[_NewTokens]) -> Tensor:
     rows, end = [], 0
     for sequence in sequences:
         end += len(sequence.tokens)
-        rows.append(torch.arange(end - sequence.wanted, end))
+        rows.append(torch.arange(end - sequence.num_logits, end))
     return torch.cat(rows)
 
 

@@ -18,7 +18,7 @@ from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
-from overfill.pair.evaluate.tally import Metric, Tally, finite
+from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator, finite_or_none
 from overfill.pair.llm import LLM, Completion
 from overfill.request.params import SamplingParams
 from overfill.telemetry.progress import Report, silent
@@ -53,7 +53,7 @@ class FreeRunning:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "teacher_perplexity": finite(self.perplexity),
+            "teacher_perplexity": finite_or_none(self.perplexity),
             "teacher_nll": self.nll.to_json(),
             "repeated_4grams": self.repeated.to_json(),
             "mean_tokens": self.mean_tokens,
@@ -110,10 +110,10 @@ def judge_answers(
         if answer.token_ids
     ]
     reader = BatchModel(full, cache_tokens(written))
-    nll, repeated = Tally(), Tally()
+    nll, repeated = MetricAccumulator(), MetricAccumulator()
     done = 0
     for batch in batches(written):
-        logits, wanted = reader.prefill(batch, 0), targets(batch, 0).to(full.device)
+        logits, wanted = reader.read_all(batch, 0), targets(batch, 0).to(full.device)
         chunks = zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True)
         values = torch.cat([torch.nn.functional.cross_entropy(x, y, reduction="none") for x, y in chunks])
         for transcript, own in zip(batch, values.split([len(t.answer) for t in batch]), strict=True):

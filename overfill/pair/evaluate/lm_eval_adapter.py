@@ -124,8 +124,8 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         full, decoder = (BatchModel(model, room) for model in self._models)
         places = iter(order)
         for batch in batches(longest_first):
-            first = _judge(full.prompts(batch), torch.tensor([t.answer[0] for t in batch]))
-            rest = _judge(decoder.answer(batch, full, self.pair.layer_map), targets(batch, 1))
+            first = _judge(full.read_prompts(batch), torch.tensor([t.answer[0] for t in batch]))
+            rest = _judge(decoder.read_answers(batch, full, self.pair.layer_map), targets(batch, 1))
             start = 0
             for row, transcript in enumerate(batch):
                 rows = slice(start, start + len(transcript.answer) - 1)

@@ -13,10 +13,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from overfill.pair.evaluate.costs import PRECISIONS
-from overfill.pair.evaluate.tally import Metric
+from overfill.pair.evaluate.token_metrics import Metric
 
 if TYPE_CHECKING:
-    from overfill.pair.evaluate.compare import Point
+    from overfill.pair.evaluate.compare import TradeoffPoint
 
 _COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 _MARKERS = dict(zip(PRECISIONS, "os^v", strict=True))
@@ -51,10 +51,10 @@ def save_drift(path: Path, title: str, panels: Mapping[str, Mapping[str, Metric]
     _save(figure, path)
 
 
-def save_tradeoff(path: Path, points: Sequence[Point]) -> None:
+def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
     """Agreement against decode bytes and against decode FLOPs; a colour per decoder, a marker per precision."""
     names = list(dict.fromkeys(point.name for point in points))
-    measures: list[tuple[str, Callable[[Point], float]]] = [
+    measures: list[tuple[str, Callable[[TradeoffPoint], float]]] = [
         ("weights read per token (MB)", lambda p: p.cost.bytes / 1e6),
         ("MFLOP per token", lambda p: p.cost.flops / 1e6),
     ]

@@ -16,7 +16,7 @@ from overfill.errors import InvalidRequest
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
-from overfill.pair.evaluate.tally import Metric, Tally
+from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator
 from overfill.request.names import CODECS
 from overfill.telemetry.progress import Report, silent
 
@@ -103,43 +103,43 @@ def teacher_forced(
     coded = {}
     if "int8 cache" in kv_forms:
         coded = {name: BatchModel(candidate.model, room, "int8") for name, candidate in candidates.items()}
-    full_tally = _Tallies()
-    two_stage = {name: _Tallies() for name in candidates}
-    alone = {name: _Tallies() for name in candidates}
-    through = {name: {form: _Tallies() for form in kv_forms} for name in candidates}
+    full_accumulator = _TeacherForcedAccumulator()
+    two_stage = {name: _TeacherForcedAccumulator() for name in candidates}
+    alone = {name: _TeacherForcedAccumulator() for name in candidates}
+    through = {name: {form: _TeacherForcedAccumulator() for form in kv_forms} for name in candidates}
     done = 0
     for batch in batches(transcripts):
         wanted = targets(batch, 1).to(full.device)
-        truth = reader.prefill(batch, 1)
-        full_tally.add(batch, truth, truth, wanted)
+        truth = reader.read_all(batch, 1)
+        full_accumulator.add(batch, truth, truth, wanted)
         for name, half in halves.items():
-            two_stage[name].add(batch, truth, half.answer(batch, reader, candidates[name].layer_map), wanted)
-            for form, tallies in through[name].items():
+            two_stage[name].add(batch, truth, half.read_answers(batch, reader, candidates[name].layer_map), wanted)
+            for form, accumulator in through[name].items():
                 layer_map = candidates[name].layer_map
                 if form == "int8 cache":
-                    logits = coded[name].answer(batch, reader, layer_map)
+                    logits = coded[name].read_answers(batch, reader, layer_map)
                 else:
-                    logits = half.answer(batch, reader, layer_map, CODECS[form])
-                tallies.add(batch, truth, logits, wanted)
-            alone[name].add(batch, truth, half.prefill(batch, 1), wanted)
+                    logits = half.read_answers(batch, reader, layer_map, CODECS[form])
+                accumulator.add(batch, truth, logits, wanted)
+            alone[name].add(batch, truth, half.read_all(batch, 1), wanted)
         done += len(batch)
         report(step, done, len(transcripts))
     judgements = {
         name: Judgement(
             two_stage[name].result(),
             alone[name].result(),
-            {form: tallies.result() for form, tallies in through[name].items()},
+            {form: accumulator.result() for form, accumulator in through[name].items()},
         )
         for name in candidates
     }
-    return full_tally.result(), judgements
+    return full_accumulator.result(), judgements
 
 
-class _Tallies:
+class _TeacherForcedAccumulator:
     """What one variant's logits say, collected batch by batch."""
 
     def __init__(self) -> None:
-        self._nll, self._kl, self._agreement = Tally(), Tally(), Tally()
+        self._nll, self._kl, self._agreement = MetricAccumulator(), MetricAccumulator(), MetricAccumulator()
 
     def add(self, batch: Sequence[Transcript], truth: Tensor, logits: Tensor, wanted: Tensor) -> None:
         """truth, logits: [N, vocab]; wanted: [N]; rows are the answer tokens 1 and up of ``batch``."""
@@ -147,8 +147,8 @@ class _Tallies:
         start = 0
         for transcript in batch:
             rows = slice(start, start + len(transcript.answer) - 1)
-            for tally, values in ((self._nll, nll), (self._kl, kl), (self._agreement, agreement)):
-                tally.add(values[rows], 1)
+            for accumulator, values in ((self._nll, nll), (self._kl, kl), (self._agreement, agreement)):
+                accumulator.add(values[rows], 1)
             start = rows.stop
 
     def result(self) -> TeacherForced:

@@ -76,7 +76,9 @@ def killed_after(
 def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pair: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     lines: list[str] = []
-    pair = run(tiny_pair, out, TRAINING.model_copy(update={"steps": 30, "eval_steps": 10}), tell=lines.append).train()
+    pair = run(
+        tiny_pair, out, TRAINING.model_copy(update={"steps": 30, "eval_steps": 10}), log_line=lines.append
+    ).train()
 
     first, *_, last = losses(out)
     assert last < 0.7 * first
@@ -172,7 +174,7 @@ def test_without_a_compiler_training_goes_on_unfused(
     monkeypatch.setattr(train, "find_compiler", lambda: None)
     lines: list[str] = []
     training = TRAINING.model_copy(update={"steps": 1, "fused": True})
-    run(tiny_pair, tmp_path / "out", training, tell=lines.append).train()
+    run(tiny_pair, tmp_path / "out", training, log_line=lines.append).train()
     assert "unfused" in lines[0]
 
 
@@ -210,7 +212,9 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
 
     def torn(self: Any, decoder: Any, optimizer: Any, progress: Any) -> None:
         if progress.step == 10:
-            monkeypatch.setattr("overfill.pair.distill.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(Killed))
+            monkeypatch.setattr(
+                "overfill.pair.distill.run_checkpoints.write_json", lambda *_: (_ for _ in ()).throw(Killed)
+            )
         original(self, decoder, optimizer, progress)
 
     monkeypatch.setattr(train.Checkpoints, "save", torn)

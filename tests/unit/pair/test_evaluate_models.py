@@ -17,15 +17,15 @@ from overfill.cli.evaluate import _transcripts, compare_command, eval_command
 from overfill.errors import InvalidRequest
 from overfill.model.manifest import Pair, write_manifest
 from overfill.model.transformer import Transformer
+from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.compare import compare
 from overfill.pair.evaluate.costs import PRECISIONS
 from overfill.pair.evaluate.evaluation import Evaluation, evaluate
+from overfill.pair.evaluate.evaluation_report import save_summary
 from overfill.pair.evaluate.forward import batches
 from overfill.pair.evaluate.free_running import judge_answers
-from overfill.pair.evaluate.report import save_summary
 from overfill.pair.hf_model import load_hf_model
-from overfill.pair.intact import is_intact, seal
 from overfill.pair.llm import Completion
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import make_tiny_pair
@@ -249,9 +249,9 @@ def test_pairs_of_different_full_models_are_not_comparable(tiny_pair: Path, tmp_
 
 def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
     folder = fresh()
-    seal(folder)
+    record_checksums(folder)
     save_summary(folder, evaluation)
-    assert is_intact(folder)
+    assert checksums_match(folder)
     kept = Pair.load(folder, check_digests=True).eval
     assert kept["two_stage"]["agreement"] == round(figures(evaluation)["two_stage"][2], 4)
     assert kept["transcripts"] == len(TRANSCRIPTS)
@@ -259,10 +259,10 @@ def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path]
 
 def test_saving_does_not_bless_a_changed_folder(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
     folder = fresh()
-    seal(folder)
+    record_checksums(folder)
     (folder / "full" / "generation_config.json").write_text("{}")
     save_summary(folder, evaluation)
-    assert not is_intact(folder)
+    assert not checksums_match(folder)
 
 
 def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: Path, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.pair.checkpoint import write_decoder
 from overfill.pair.conversations import Transcript
-from overfill.pair.depth import choose_layers
 from overfill.pair.hf_model import load_hf_model
-from overfill.pair.packed import Packed, fold_norms
-from overfill.pair.prune import Plan, Scores, leading_directions, make_plan, score, slice_weights
-from overfill.pair.selection import removal_order
+from overfill.pair.layer_selection import choose_layers
+from overfill.pair.layerwise import PackedTranscripts, fold_norms
+from overfill.pair.neuron_selection import removal_order
+from overfill.pair.prune import PruningPlan, Scores, leading_directions, make_pruning_plan, score, slice_weights
 from overfill.pair.sensitivity import measure_sensitivity
 from overfill.pair.tiny import Architecture, make_tiny_pair
 
@@ -48,8 +48,8 @@ def some_scores(layers: int = 4, neurons: int = 128, hidden: int = 64) -> Scores
 
 def plan_of(
     scores: Scores, hidden: int = 64, neurons: int = 128, layers: Sequence[int] = range(4), method: str = "rotate"
-) -> Plan:
-    return make_plan(scores, hidden_size=hidden, intermediate_size=neurons, layers=layers, method=method)  # type: ignore[arg-type]
+) -> PruningPlan:
+    return make_pruning_plan(scores, hidden_size=hidden, intermediate_size=neurons, layers=layers, method=method)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -92,7 +92,7 @@ def test_neurons_that_others_stand_in_for_go_first() -> None:
 
 def test_scores_are_measured_on_answer_positions(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
-    packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
+    packed = PackedTranscripts.of(TRANSCRIPTS, rows_at_once=20)
     scores = score(weights, config, packed, measure_sensitivity(weights, config, packed))
     model = load_hf_model(tiny_pair / "full")
     seen: list[torch.Tensor] = []
@@ -157,7 +157,7 @@ def test_leading_directions_are_the_best_measurements_at_every_width() -> None:
 
 def test_sensitivity_tells_what_the_answers_depend_on(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
-    packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
+    packed = PackedTranscripts.of(TRANSCRIPTS, rows_at_once=20)
     for layer in weights.layers[2:]:
         layer.qkv[:, 5] = 0
         layer.gate_up[:, 5] = 0
@@ -193,4 +193,4 @@ def test_the_layer_that_does_least_goes_first(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
     weights.layers[2].o.zero_()
     weights.layers[2].down.mul_(0.01)
-    assert choose_layers(weights, config, Packed.of(TRANSCRIPTS), 3) == [0, 1, 3]
+    assert choose_layers(weights, config, PackedTranscripts.of(TRANSCRIPTS), 3) == [0, 1, 3]

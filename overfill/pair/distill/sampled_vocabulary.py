@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Shortlist:
+class SampledVocabulary:
     """
     Attributes:
         ids: [S] int64; None for the whole vocabulary, whose columns are the ids.
@@ -30,7 +30,9 @@ class Shortlist:
     top: Tensor
 
 
-def make_shortlist(targets: Tensor, top_ids: Tensor, vocab: int, sampled: int, generator: torch.Generator) -> Shortlist:
+def sample_vocabulary(
+    targets: Tensor, top_ids: Tensor, vocab: int, sampled: int, generator: torch.Generator
+) -> SampledVocabulary:
     """
     Args:
         targets: [N] int64, ids.
@@ -43,11 +45,11 @@ def make_shortlist(targets: Tensor, top_ids: Tensor, vocab: int, sampled: int, g
     wanted[top_ids.flatten()] = True
     others = (~wanted).nonzero().squeeze(1)
     if not 0 < sampled < len(others):
-        return Shortlist(None, None, targets, top_ids)
+        return SampledVocabulary(None, None, targets, top_ids)
     drawn = others[torch.randperm(len(others), generator=generator)[:sampled].to(others.device)]
     ids = torch.cat([wanted.nonzero().squeeze(1), drawn])
     weights = torch.zeros(len(ids), device=ids.device)
     weights[-sampled:] = torch.log(torch.tensor(len(others) / sampled))
     columns = torch.zeros(vocab, dtype=torch.int64, device=ids.device)
     columns[ids] = torch.arange(len(ids), device=ids.device)
-    return Shortlist(ids, weights, columns[targets], columns[top_ids])
+    return SampledVocabulary(ids, weights, columns[targets], columns[top_ids])

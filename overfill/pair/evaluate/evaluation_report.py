@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from overfill.model.manifest import MANIFEST, Pair
-from overfill.pair.evaluate.compare import NOTE, Point
+from overfill.pair.checksums import checksums_match, update_checksum
+from overfill.pair.evaluate.compare import NOTE, TradeoffPoint
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.evaluation import TITLES, Evaluation
-from overfill.pair.evaluate.tally import Estimate, Metric
-from overfill.pair.intact import is_intact, reseal
+from overfill.pair.evaluate.token_metrics import Estimate, Metric
 
-Rows = list[list[str]]
+TableRows = list[list[str]]
 """A heading and the lines under it, all of the same length."""
 
 
-def evaluation_rows(evaluation: Evaluation) -> Rows:
+def evaluation_rows(evaluation: Evaluation) -> TableRows:
     """One line per variant. NLL and KL in nats per token."""
     rows = [["", "NLL", "KL", "top-1 agreement"]]
     if evaluation.free_running:
@@ -34,7 +34,7 @@ def evaluation_rows(evaluation: Evaluation) -> Rows:
     return rows
 
 
-def position_rows(metrics: Mapping[str, Metric], percent: bool) -> Rows:
+def position_rows(metrics: Mapping[str, Metric], percent: bool) -> TableRows:
     """One line per bucket of positions, one column per variant."""
     rows = [["position", *metrics]]
     columns = [{(b.first, b.last): b.estimate for b in metric.by_position} for metric in metrics.values()]
@@ -45,7 +45,7 @@ def position_rows(metrics: Mapping[str, Metric], percent: bool) -> Rows:
     return rows
 
 
-def point_rows(points: Sequence[Point]) -> Rows:
+def point_rows(points: Sequence[TradeoffPoint]) -> TableRows:
     """One line per decoder and precision."""
     rows = [["decoder", "precision", "MB/token", "MFLOP/token", "top-1 agreement", "NLL", "KL", "alone: agreement"]]
     rows[0].append("alone: NLL")
@@ -110,7 +110,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def write_comparison(folder: Path, points: Sequence[Point]) -> None:
+def write_comparison(folder: Path, points: Sequence[TradeoffPoint]) -> None:
     """Writes ``report.md``, its plot and ``points.jsonl`` into ``folder``, which is made when missing."""
     from overfill.pair.evaluate.plots import save_tradeoff
 
@@ -138,14 +138,14 @@ def save_summary(pair_folder: Path, evaluation: Evaluation) -> None:
         InvalidPair: there is no pair.
     """
     folder = Pair.load(pair_folder).folder
-    sealed = is_intact(folder)
+    sealed = checksums_match(folder)
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     manifest["eval"] = evaluation.summary()
     temporary = folder / f".{MANIFEST}.tmp"
     temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(temporary, folder / MANIFEST)
     if sealed:
-        reseal(folder, MANIFEST)
+        update_checksum(folder, MANIFEST)
 
 
 def _figure(estimate: Estimate) -> str:
@@ -158,6 +158,6 @@ def _share(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f} %"
 
 
-def _markdown(rows: Rows) -> str:
+def _markdown(rows: TableRows) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.rows import learnt_tokens
+from overfill.pair.distill.packed_rows import learnt_tokens
 
 _NUMPY: dict[torch.dtype, type[np.generic]] = {torch.float16: np.float16, torch.int32: np.int32}
 

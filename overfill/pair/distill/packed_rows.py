@@ -12,8 +12,8 @@ from overfill.pair.conversations import Transcript
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows (tokens to compute) of several transcripts, in order.
+class PackedRows:
+    """The tokens that one forward pass computes for several transcripts, end to end; a row is a token.
 
     The first token of an answer comes from the full model, so what is learnt are the tokens after it: each is
     predicted by the row of the token before it.
@@ -34,23 +34,23 @@ class Rows:
     targets: Tensor
 
     @classmethod
-    def of_answers(cls, transcripts: Sequence[Transcript]) -> Rows:
+    def of_answers(cls, transcripts: Sequence[Transcript]) -> PackedRows:
         """What a decoder computes that finds the prompt's keys and values in place."""
         return _rows(transcripts, [t.answer_start for t in transcripts])
 
     @classmethod
-    def of_whole(cls, transcripts: Sequence[Transcript]) -> Rows:
+    def of_whole(cls, transcripts: Sequence[Transcript]) -> PackedRows:
         """What a model computes that reads prompt and answer itself."""
         return _rows(transcripts, [0] * len(transcripts))
 
     @classmethod
-    def of_prompts(cls, transcripts: Sequence[Transcript]) -> Rows:
+    def of_prompts(cls, transcripts: Sequence[Transcript]) -> PackedRows:
         """Prompts alone; nothing is predicted."""
         rows = _rows([Transcript((*t.prompt, 0), t.answer_start) for t in transcripts], [0] * len(transcripts))
         return replace(rows, predicting=rows.predicting[:0], targets=rows.targets[:0])
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(
+    def to(self, device: torch.device) -> PackedRows:
+        return PackedRows(
             self.token_ids.to(device),
             self.positions.to(device),
             self.lengths,
@@ -60,7 +60,7 @@ class Rows:
         )
 
 
-def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> Rows:
+def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> PackedRows:
     token_ids: list[int] = []
     predicting: list[Tensor] = []
     targets: list[int] = []
@@ -71,7 +71,7 @@ def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> Rows:
         lengths.append(len(transcript.token_ids) - 1 - start)
         predicting.append(torch.arange(first, len(token_ids)))
         targets += transcript.answer[1:]
-    return Rows(
+    return PackedRows(
         token_ids=torch.tensor(token_ids),
         positions=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]),
         lengths=tuple(lengths),
@@ -86,8 +86,8 @@ def learnt_tokens(transcript: Transcript) -> int:
     return len(transcript.token_ids) - transcript.answer_start - 1
 
 
-def in_packs(indices: Iterable[int], size: Callable[[int], int], most_rows: int) -> Iterator[list[int]]:
-    """Groups of ``indices`` with at most ``most_rows`` rows in total; one that is larger stands alone.
+def in_packs(indices: Iterable[int], size: Callable[[int], int], max_rows: int) -> Iterator[list[int]]:
+    """Groups of ``indices`` with at most ``max_rows`` rows in total; one that is larger stands alone.
 
     Args:
         size: rows of an index. Similar sizes come together, so that little is padded where attention pads.
@@ -95,7 +95,7 @@ def in_packs(indices: Iterable[int], size: Callable[[int], int], most_rows: int)
     pack: list[int] = []
     rows = 0
     for index in sorted(indices, key=lambda i: (size(i), i)):
-        if pack and rows + size(index) > most_rows:
+        if pack and rows + size(index) > max_rows:
             yield pack
             pack, rows = [], 0
         pack.append(index)

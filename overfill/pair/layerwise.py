@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 3072  # enough for full speed of the matrix products, small enoug
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TranscriptSpan:
     """One transcript: rows ``start..answer`` are its prompt, ``answer..end`` its answer.
 
     ``answer_start`` is the first of its rows among the rows of all answers.
@@ -39,7 +39,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PackedPart:
     """A few whole transcripts that are computed together.
 
     Attributes:
@@ -48,14 +48,14 @@ class Part:
         answers: [answer rows] int64; where the answers are within ``rows``.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[TranscriptSpan, ...]
     rows: slice
     answer_rows: slice
     answers: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedTranscripts:
     """All transcripts.
 
     Attributes:
@@ -66,15 +66,15 @@ class Packed:
     token_ids: Tensor
     positions: Tensor
     answers: Tensor
-    parts: tuple[Part, ...]
+    parts: tuple[PackedPart, ...]
 
     @classmethod
-    def of(cls, transcripts: Sequence[Transcript], rows_at_once: int = ROWS_AT_ONCE) -> Packed:
+    def of(cls, transcripts: Sequence[Transcript], rows_at_once: int = ROWS_AT_ONCE) -> PackedTranscripts:
         spans = []
         start = answer_start = 0
         for transcript in transcripts:
             length = len(transcript.token_ids)
-            spans.append(Span(start, start + transcript.answer_start, start + length, answer_start))
+            spans.append(TranscriptSpan(start, start + transcript.answer_start, start + length, answer_start))
             start, answer_start = start + length, spans[-1].answer_end
         return cls(
             token_ids=torch.tensor([token for t in transcripts for token in t.token_ids]),
@@ -84,13 +84,13 @@ class Packed:
         )
 
 
-def _parts(spans: Sequence[Span], rows_at_once: int) -> Iterator[Part]:
+def _parts(spans: Sequence[TranscriptSpan], rows_at_once: int) -> Iterator[PackedPart]:
     first = 0
     for index, span in enumerate(spans):
         if index + 1 == len(spans) or spans[index + 1].end - spans[first].start > rows_at_once:
             chosen = tuple(spans[first : index + 1])
             begin = chosen[0].start
-            yield Part(
+            yield PackedPart(
                 chosen,
                 rows=slice(begin, span.end),
                 answer_rows=slice(chosen[0].answer_start, span.answer_end),
@@ -181,7 +181,9 @@ PromptKv = list[tuple[Tensor, Tensor]]
 """Keys and values that the full model's layer computed of each prompt, [prompt rows, kv_heads, D]."""
 
 
-def run_full_layer(math: LayerMath, layer: LayerWeights, packed: Packed, part: Part, x: Tensor) -> FullLayer:
+def run_full_layer(
+    math: LayerMath, layer: LayerWeights, packed: PackedTranscripts, part: PackedPart, x: Tensor
+) -> FullLayer:
     """The full model's layer over the prompts and answers of ``part``; ``x`` is [rows of the part, hidden]."""
     normed = math.norm(x)
     q, k, v = math.project(layer, normed, packed.positions[part.rows])
@@ -202,14 +204,16 @@ def run_full_layer(math: LayerMath, layer: LayerWeights, packed: Packed, part: P
     )
 
 
-def prompt_kv(layer: FullLayer, part: Part) -> PromptKv:
+def prompt_kv(layer: FullLayer, part: PackedPart) -> PromptKv:
     """Of the prompts of ``part``."""
     begin = part.rows.start
     prompts = [slice(span.start - begin, span.answer - begin) for span in part.spans]
     return [(layer.keys[rows].clone(), layer.values[rows].clone()) for rows in prompts]
 
 
-def attend_answers(math: LayerMath, layer: LayerWeights, packed: Packed, stream: Tensor, prompts: PromptKv) -> Tensor:
+def attend_answers(
+    math: LayerMath, layer: LayerWeights, packed: PackedTranscripts, stream: Tensor, prompts: PromptKv
+) -> Tensor:
     """Attention of a decoder's layer over the answers: on the full model's KV of the prompt and its own of the answer.
 
     Args:

@@ -1,6 +1,6 @@
 """Whether a cached folder is still what was put there, cheaply.
 
-``seal`` records size, modification time and SHA-256 of every file. ``is_intact`` hashes only files whose size
+``seal`` records size, modification time and SHA-256 of every file. ``checksums_match`` hashes only files whose size
 or time has changed since. Links to folders are not followed: what they lead to has its own seal.
 """
 
@@ -11,28 +11,28 @@ import json
 import os
 from pathlib import Path
 
-SEAL = ".seal.json"
+CHECKSUMS_FILE = ".seal.json"
 
 
-def seal(folder: Path) -> None:
+def record_checksums(folder: Path) -> None:
     """Records the files of ``folder`` as they are now. The last thing to write into it."""
     entries = {str(file.relative_to(folder)): _entry(file) for file in _files(folder)}
-    (folder / SEAL).write_text(json.dumps(entries, indent=1) + "\n")
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(entries, indent=1) + "\n")
 
 
-def reseal(folder: Path, name: str) -> None:
+def update_checksum(folder: Path, name: str) -> None:
     """Records the file ``name`` of a sealed folder anew, after a change that is meant; the others stay as recorded."""
-    entries = json.loads((folder / SEAL).read_text())
+    entries = json.loads((folder / CHECKSUMS_FILE).read_text())
     entries[name] = _entry(folder / name)
-    temporary = folder / f"{SEAL}.tmp"
+    temporary = folder / f"{CHECKSUMS_FILE}.tmp"
     temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    os.replace(temporary, folder / SEAL)
+    os.replace(temporary, folder / CHECKSUMS_FILE)
 
 
-def is_intact(folder: Path) -> bool:
+def checksums_match(folder: Path) -> bool:
     """Whether ``folder`` was sealed and every file still has the same bytes."""
     try:
-        recorded: dict[str, dict[str, object]] = json.loads((folder / SEAL).read_text())
+        recorded: dict[str, dict[str, object]] = json.loads((folder / CHECKSUMS_FILE).read_text())
         for name, entry in recorded.items():
             status = (folder / name).stat()
             if status.st_size != entry["size"]:
@@ -47,7 +47,7 @@ def is_intact(folder: Path) -> bool:
 def _files(folder: Path) -> list[Path]:
     # os.walk, since it does not follow links to folders.
     found = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
-    return sorted(file for file in found if file != folder / SEAL)
+    return sorted(file for file in found if file != folder / CHECKSUMS_FILE)
 
 
 def _entry(file: Path) -> dict[str, object]:

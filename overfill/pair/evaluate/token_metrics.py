@@ -31,11 +31,11 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | int | None]:
         """As plain values; without tokens, the mean is None."""
-        return {"mean": finite(self.mean), "standard_error": self.standard_error, "count": self.count}
+        return {"mean": finite_or_none(self.mean), "standard_error": self.standard_error, "count": self.count}
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class PositionBucket:
     """The estimate for positions ``first`` to ``last`` of the answers, both included."""
 
     first: int
@@ -48,7 +48,7 @@ class Metric:
     """One number per token, averaged. ``by_position`` leaves out buckets without tokens."""
 
     overall: Estimate
-    by_position: tuple[Bucket, ...]
+    by_position: tuple[PositionBucket, ...]
 
     def to_json(self) -> dict[str, Any]:
         """``{"mean", "standard_error", "count", "by_position": [{"first", "last", "mean", …}]}``"""
@@ -56,7 +56,7 @@ class Metric:
         return {**self.overall.to_json(), "by_position": buckets}
 
 
-class Tally:
+class MetricAccumulator:
     """Collects a number per token, answer by answer. Keeps one sum and count per answer and bucket."""
 
     def __init__(self) -> None:
@@ -76,14 +76,14 @@ class Tally:
             return Metric(Estimate(math.nan, 0.0, 0), ())
         sums, counts = torch.stack(self._sums), torch.stack(self._counts)
         buckets = [
-            Bucket(_first(i), (1 << i) - 1, _estimate(sums[:, i], counts[:, i]))
+            PositionBucket(_first(i), (1 << i) - 1, _estimate(sums[:, i], counts[:, i]))
             for i in range(_BUCKETS)
             if counts[:, i].any()
         ]
         return Metric(_estimate(sums.sum(1), counts.sum(1)), tuple(buckets))
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """``value``, or None for what JSON cannot say."""
     return value if math.isfinite(value) else None
 

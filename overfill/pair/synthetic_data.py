@@ -19,22 +19,22 @@ from overfill.pair.llm import LLM, Completion
 from overfill.request.params import SamplingParams
 from overfill.telemetry.progress import Report, silent
 
-QUESTION = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
-ANSWER = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
+QUESTION_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
+ANSWER_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
 BATCH = 64
-DRAW = 4 * BATCH
+DRAW_SIZE = 4 * BATCH
 """Conversations begun together: the engine keeps BATCH of them running, so that few steps wait for the longest."""
-_SHORTEST_QUESTION = 12  # characters
-_SHORTEST_ANSWER = 16  # tokens
+_MIN_QUESTION_CHARS = 12  # characters
+_MIN_ANSWER_TOKENS = 16  # tokens
 
 
-def write_conversations(
+def generate_conversations(
     full: Path,
     count: int,
     *,
     seed: int = 0,
-    question: SamplingParams = QUESTION,
-    answer: SamplingParams = ANSWER,
+    question: SamplingParams = QUESTION_SAMPLING,
+    answer: SamplingParams = ANSWER_SAMPLING,
     threads: int | None = None,
     report: Report = silent,
 ) -> Iterator[Conversation]:
@@ -60,18 +60,18 @@ def write_conversations(
         seen: set[str] = set()
         done = drawn = 0
         while done < count:
-            if drawn > 8 * (count + DRAW):
+            if drawn > 8 * (count + DRAW_SIZE):
                 raise InvalidPair(f"{full}: only {done} of {drawn} conversations that it wrote are usable")
-            draw = min(DRAW, max(BATCH, 2 * (count - done)))
+            draw = min(DRAW_SIZE, max(BATCH, 2 * (count - done)))
             seeds = [(seed << 32) + drawn + i for i in range(draw)]
             drawn += draw
             asked = [c.text.strip() for c in llm.generate([opening] * draw, _each(question, seeds)) if _ended(c)]
-            questions = [q for q in dict.fromkeys(asked) if len(q) >= _SHORTEST_QUESTION and q not in seen]
+            questions = [q for q in dict.fromkeys(asked) if len(q) >= _MIN_QUESTION_CHARS and q not in seen]
             seen.update(questions)
             prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
             answers = llm.generate(prompts, _each(answer, seeds[: len(prompts)]))
             for q, a in zip(questions, answers, strict=True):
-                if done < count and len(a.token_ids) >= _SHORTEST_ANSWER and _is_text(a.text):
+                if done < count and len(a.token_ids) >= _MIN_ANSWER_TOKENS and _is_text(a.text):
                     messages = {"role": "user", "content": q}, {"role": "assistant", "content": a.text.strip()}
                     yield Conversation(messages, finished=a.finish_reason == "stop")
                     done += 1

@@ -8,12 +8,14 @@ from torch.nn.functional import kl_div, linear
 
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
-from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, PromptKv, attend_answers, prompt_kv, run_full_layer
 from overfill.telemetry.progress import Report, silent
 
 
 @torch.inference_mode()
-def choose_layers(full: Weights, config: ModelConfig, packed: Packed, keep: int, report: Report = silent) -> list[int]:
+def choose_layers(
+    full: Weights, config: ModelConfig, packed: PackedTranscripts, keep: int, report: Report = silent
+) -> list[int]:
     """The ``keep`` layers of ``full`` that a decoder needs most, ascending.
 
     One layer goes at a time: the one without which the answers' next-token distributions move least (mean forward
@@ -23,7 +25,7 @@ def choose_layers(full: Weights, config: ModelConfig, packed: Packed, keep: int,
         full: float32, norms folded in.
         packed: a few hundred answer tokens do; memory and time grow with them and the number of layers.
     """
-    trial = _Trial(full, config, packed)
+    trial = _LayerRemovalTrial(full, config, packed)
     kept = list(range(config.num_layers))
     for gone in range(config.num_layers - keep):
         damage = {layer: trial.damage([k for k in kept if k != layer]) for layer in kept}
@@ -32,10 +34,10 @@ def choose_layers(full: Weights, config: ModelConfig, packed: Packed, keep: int,
     return kept
 
 
-class _Trial:
+class _LayerRemovalTrial:
     """Decoders that are the full model without some layers, answering on its KV of the prompts."""
 
-    def __init__(self, full: Weights, config: ModelConfig, packed: Packed) -> None:
+    def __init__(self, full: Weights, config: ModelConfig, packed: PackedTranscripts) -> None:
         self._full = full
         self._packed = packed
         self._math = LayerMath(config, int(packed.positions.max()) + 1)

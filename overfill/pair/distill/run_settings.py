@@ -12,7 +12,7 @@ from overfill.pair.checkpoint import write_json
 SETTINGS = "settings.json"
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+def claim_run_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     """Makes ``folder`` a run's own, or checks that the run in it may go on.
 
     Raises:

@@ -20,20 +20,22 @@ from overfill.pair.evaluate.costs import INT4_GROUP, PRECISIONS, Precision, Roun
 _MATRICES = ("qkv", "o", "gate_up", "down")
 
 
-def quantised(config: ModelConfig, weights: Weights, precision: Precision, max_positions: int) -> Transformer:
+def fake_quantized_model(
+    config: ModelConfig, weights: Weights, precision: Precision, max_positions: int
+) -> Transformer:
     """A model with every matrix that a decode step reads rounded; norms, biases and the embedding stay."""
     of_layers, of_head = PRECISIONS[precision]
     layers = tuple(
-        replace(layer, **{name: round_to(getattr(layer, name), of_layers) for name in _MATRICES})
+        replace(layer, **{name: fake_quantize(getattr(layer, name), of_layers) for name in _MATRICES})
         for layer in weights.layers
     )
-    head, tail = round_to(weights.head, of_head), weights.tail
+    head, tail = fake_quantize(weights.head, of_head), weights.tail
     if tail is not None:
-        tail = replace(tail, left=round_to(tail.left, of_head), right=round_to(tail.right, of_head))
+        tail = replace(tail, left=fake_quantize(tail.left, of_head), right=fake_quantize(tail.right, of_head))
     return Transformer(config, Weights(weights.embedding, layers, weights.norm, head, tail), max_positions)
 
 
-def round_to(matrix: Tensor, rounding: Rounding) -> Tensor:
+def fake_quantize(matrix: Tensor, rounding: Rounding) -> Tensor:
     """``matrix`` [out, in] as it is after quantisation, in its own dtype.
 
     bf16 rounds each element. int8 is what int8 decoders are served with. int4 is asymmetric with a scale and an offset,
