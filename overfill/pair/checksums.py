@@ -1,7 +1,7 @@
-"""Whether a cached folder is still what was put there, cheaply.
+"""Detect damage to a cached folder without hashing all of it every time.
 
-``seal`` records size, modification time and SHA-256 of every file. ``checksums_match`` hashes only files whose size
-or time has changed since. Links to folders are not followed: what they lead to has its own seal.
+``record_checksums`` stores size, modification time and SHA-256 of every file. ``checksums_match`` hashes only the files
+whose modification time has changed. Neither follows links to folders: the linked folder has checksums of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ CHECKSUMS_FILE = ".seal.json"
 
 
 def record_checksums(folder: Path) -> None:
-    """Records the files of ``folder`` as they are now. The last thing to write into it."""
+    """Records the checksums of all files in ``folder``. Call it last, after every other write."""
     entries = {str(file.relative_to(folder)): _entry(file) for file in _files(folder)}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def update_checksum(folder: Path, name: str) -> None:
-    """Records the file ``name`` of a sealed folder anew, after a change that is meant; the others stay as recorded."""
+    """Records the checksum of the file ``name`` again after an intended change; the others stay as recorded."""
     entries = json.loads((folder / CHECKSUMS_FILE).read_text())
     entries[name] = _entry(folder / name)
     temporary = folder / f"{CHECKSUMS_FILE}.tmp"
@@ -30,7 +30,7 @@ def update_checksum(folder: Path, name: str) -> None:
 
 
 def checksums_match(folder: Path) -> bool:
-    """Whether ``folder`` was sealed and every file still has the same bytes."""
+    """Returns True if ``folder`` has recorded checksums and every file still matches its own."""
     try:
         recorded: dict[str, dict[str, object]] = json.loads((folder / CHECKSUMS_FILE).read_text())
         for name, entry in recorded.items():
@@ -45,7 +45,7 @@ def checksums_match(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    # os.walk, since it does not follow links to folders.
+    # os.walk does not follow links to folders.
     found = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
     return sorted(file for file in found if file != folder / CHECKSUMS_FILE)
 

@@ -1,8 +1,8 @@
-"""Which neurons an MLP can spare, by second order: what goes is what the others can best stand in for.
+"""Rank an MLP's neurons by second order: remove first those that the others can replace best.
 
 Dropping neuron j and refitting the down projection W on the rest costs ``|w_j|^2 / [M^-1]_jj``, where M is the second
 moment of the neurons' outputs and w_j the column of W (optimal brain surgeon on a least-squares objective; arXiv
-2203.04466 and 2302.04089 prune whole structures this way). Neurons go in small groups, and M^-1 and W follow.
+2203.04466 and 2302.04089 prune whole structures this way). Neurons are removed in small groups; after each group, M^-1 and W are updated.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DAMPING = 1e-2  # of the mean of the moments' diagonal: dead neurons would make them singular
-_GROUP = 48  # neurons that go at once; smaller groups choose hardly better and take longer
+_DAMPING = 1e-2  # times the mean of the diagonal of M; without it, dead neurons would make M singular
+_GROUP = 48  # neurons removed at once; smaller groups take longer and choose hardly better
 
 
 def removal_order(moments: Tensor, down: Tensor) -> Tensor:
-    """Place of every neuron in the order in which they go. [neurons] int64: 0 goes first.
+    """Returns each neuron's rank in the removal order, [neurons] int64; rank 0 is removed first.
 
     Args:
         moments: [neurons, neurons]; sum over tokens of the outer products of the neurons' outputs.
-        down: [hidden, neurons]; the projection that reads them.
+        down: [hidden, neurons]; the projection that reads the neurons.
     """
     count = len(moments)
     damped = moments.double()
@@ -30,15 +30,15 @@ def removal_order(moments: Tensor, down: Tensor) -> Tensor:
     order = []
     while len(alive) > _GROUP:
         cost = columns.square().sum(1) / inverse.diagonal()
-        goes = cost.topk(_GROUP, largest=False).indices
+        removed = cost.topk(_GROUP, largest=False).indices
         stays = torch.ones(len(alive), dtype=torch.bool)
-        stays[goes] = False
+        stays[removed] = False
         stays = stays.nonzero().squeeze(1)
-        among = inverse[goes][:, goes]
-        between = inverse[stays][:, goes]  # [stay, go]
-        columns = columns[stays] - between @ torch.linalg.solve(among, columns[goes])
+        among = inverse[removed][:, removed]
+        between = inverse[stays][:, removed]  # [stay, removed]
+        columns = columns[stays] - between @ torch.linalg.solve(among, columns[removed])
         inverse = inverse[stays][:, stays] - between @ torch.linalg.solve(among, between.T)
-        order.append(alive[goes])
+        order.append(alive[removed])
         alive = alive[stays]
     cost = columns.square().sum(1) / inverse.diagonal()
     order.append(alive[cost.argsort()])
