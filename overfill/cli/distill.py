@@ -1,4 +1,4 @@
-"""``overfill pair distill``: train a decoder on its full model's answers; ``distill-plot`` draws runs side by side."""
+"""``overfill pair distill`` trains a decoder on its full model; ``distill-plot`` draws learning curves."""
 
 from __future__ import annotations
 
@@ -39,8 +39,14 @@ _HYPERPARAMETERS = (
 
 @click.command("distill")
 @click.argument("pair", required=False)
-@click.option("--data", metavar="SOURCE", help="`shipped`, a file of JSON lines, or a hub data set's id.  [recipe]")
-@click.option("--held-out", metavar="SOURCE", help="What to judge on: `shipped` or a file.  [recipe]")
+@click.option(
+    "--data",
+    metavar="SOURCE",
+    help="Conversations to train on: `shipped`, a file of JSON lines, or a hub data set.  [default: the recipe's]",
+)
+@click.option(
+    "--held-out", metavar="SOURCE", help="Conversations to judge on: `shipped` or a file.  [default: the recipe's]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Pair folder to write; must not exist.")
 @click.option(
     "--recipe",
@@ -48,28 +54,41 @@ _HYPERPARAMETERS = (
     metavar="NAME_OR_FILE",
     default=DEFAULT_RECIPE,
     show_default=True,
-    help="Models, data and hyperparameters. The other options override it.",
+    help="Models, data and hyperparameters. Other options override the recipe's values.",
 )
-@click.option("--steps", type=int, help="How long to train, in steps …")
-@click.option("--minutes", type=AnyNumber(), help="… or in minutes of training (the learning rate follows the clock) …")
-@click.option("--epochs", type=AnyNumber(), help="… or in passes over the data.")
-@click.option("--learning-rate", type=AnyNumber())
+@click.option("--steps", type=int, help="Length of the run in steps.")
+@click.option(
+    "--minutes", type=AnyNumber(), help="Length of the run in minutes of training; the learning rate follows the clock."
+)
+@click.option("--epochs", type=AnyNumber(), help="Length of the run in passes over the data.")
+@click.option("--learning-rate", type=AnyNumber(), help="Peak learning rate.")
 @click.option("--batch-transcripts", type=int, help="Transcripts per step, over all processes.")
 @click.option("--cross-entropy", type=AnyNumber(), help="Weight of the answers' own tokens in the loss.")
 @click.option("--kl", type=AnyNumber(), help="Weight of the full model's distribution in the loss.")
-@click.option("--temperature", type=AnyNumber(), help="Of the KL term.")
-@click.option("--top-tokens", type=int, help="Most likely tokens of the full model that KL looks at; 0: all.")
-@click.option("--sampled-tokens", type=int, help="Tokens drawn to stand for the rest of the vocabulary; 0: all.")
-@click.option("--seed", type=int, help="Of the data's order and of what is drawn.")
-@click.option("--recompute-activations", is_flag=True, default=None, help="Less memory, a third more computing.")
-@click.option("--fused/--not-fused", default=None, help="Let torch.compile fuse small operations.  [recipe]")
-@click.option("--max-tokens", type=int, help="Longer transcripts lose the end of their answer.")
+@click.option("--temperature", type=AnyNumber(), help="Temperature of the KL term.")
+@click.option("--top-tokens", type=int, help="Number of the full model's most likely tokens in KL; 0 means all.")
+@click.option("--sampled-tokens", type=int, help="Tokens drawn to represent the rest of the vocabulary; 0 means all.")
+@click.option("--seed", type=int, help="Seed of the data's order and of the sampled tokens.")
+@click.option(
+    "--recompute-activations",
+    is_flag=True,
+    default=None,
+    help="Save memory with gradient checkpointing, for a third more computing.",
+)
+@click.option(
+    "--fused/--not-fused", default=None, help="Let torch.compile fuse small operations.  [default: the recipe's]"
+)
+@click.option(
+    "--max-tokens", type=int, help="Maximum length of a transcript; longer ones lose the end of their answer."
+)
 @click.option("--eval-steps", type=int, help="Steps between evaluations.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.")
 @click.option("--checkpoint-minutes", type=AnyNumber(), help="Minutes between checkpoints.")
-@click.option("--cache-gib", type=AnyNumber(), help="Room for what the full model computed; later epochs need not.")
-@click.option("--standalone", is_flag=True, help="A fair baseline: the decoder reads the prompts itself.")
-@click.option("--resume", is_flag=True, help="Go on exactly where an interrupted run stopped.")
+@click.option(
+    "--cache-gib", type=AnyNumber(), help="Maximum size of the cache of the full model's outputs, for later epochs."
+)
+@click.option("--standalone", is_flag=True, help="Train a baseline whose decoder reads the prompts itself.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run exactly where it stopped.")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--dry-run", is_flag=True, help="Try the recipe's widths with random weights: two layers, two steps.")
 def distill_command(
@@ -87,9 +106,11 @@ def distill_command(
 ) -> None:
     """Train the decoder of PAIR (a name or folder) to answer as its full model would.
 
-    The frozen full model reads each prompt; the decoder learns the answer on the full model's KV cache. Any pair is
-    a starting point. Without PAIR, it is made as the recipe says. Checkpoints, metrics, TensorBoard events and
-    the learning curve are in OUT.run while it trains and after; OUT appears when it is done.
+    The frozen full model reads each prompt; the decoder learns the answer on the full model's KV cache. Training starts
+    from PAIR, or without PAIR from the pair that the recipe describes. Give one length: --steps, --minutes or --epochs;
+    otherwise the recipe's applies.
+
+    OUT.run holds checkpoints, metrics, TensorBoard events and the learning curve. OUT appears at the end.
 
     With several GPUs: accelerate launch -m overfill.cli.main pair distill …
     """
@@ -100,11 +121,11 @@ def distill_command(
     training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
     if dry_run:
         if unused := [name for name, value in (("PAIR", pair), ("--data", data), ("--held-out", held_out)) if value]:
-            raise click.UsageError(f"--dry-run makes its own pair and data: leave out {', '.join(unused)}")
+            raise click.UsageError(f"--dry-run makes its own pair and data; leave out {', '.join(unused)}")
         _dry_run(recipe.model_copy(update={"training": training}))
         return
     if out is None:
-        raise click.UsageError("--out is missing: the folder that the pair shall be written to")
+        raise click.UsageError("--out is missing; name the folder for the trained pair")
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new folder")
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
@@ -117,7 +138,10 @@ def distill_command(
 @click.argument("runs", nargs=-1, required=True, metavar="LABEL=FOLDER…")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Picture to write; .png, .svg or .pdf.")
 def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
-    """Draw the learning curves of several runs (distilled pairs, or .run folders) in one picture."""
+    """Draw the learning curves of several runs in one picture.
+
+    FOLDER is a distilled pair or the .run folder beside it.
+    """
     from overfill.pair.distill.plot import metrics_file, plot_runs
 
     named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
@@ -158,7 +182,7 @@ def _train(
 
 
 def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
-    """The pair that the recipe describes, built in the run's folder by the first process unless it is there."""
+    """Returns the pair that the recipe describes; the main process builds it in the run's folder if needed."""
     from overfill.errors import InvalidRequest
     from overfill.pair.build import build_pair
     from overfill.pair.calibration import calibration_text
@@ -189,5 +213,5 @@ def _dry_run(recipe: Recipe) -> None:
         click.echo(f"{name}  {' x '.join(map(str, shape))}")
     click.echo(
         f"OK: {tried.parameters:,} parameters trained for two steps, saved, and reloaded in transformers; "
-        f"logits differ by {tried.difference:.1g} at most"
+        f"logits differ by at most {tried.difference:.1g}"
     )

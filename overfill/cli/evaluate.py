@@ -1,4 +1,4 @@
-"""``overfill pair eval``, ``compare`` and ``lm-eval``: how good pairs are. Results on stdout, progress on stderr."""
+"""``overfill pair eval``, ``compare`` and ``lm-eval``: judge pairs. Results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _device_options(command: _F) -> _F:
     for option in (
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own choice]"),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]"),
         dtype_option,
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto."),
+        click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, or auto."),
     ):
         command = option(command)
     return command
@@ -36,7 +36,7 @@ def _data_options(command: _F) -> _F:
         click.option(
             "--data",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Conversations as JSON lines with `messages`.  [default: the held-out ones of the package]",
+            help="Conversations as JSON lines with `messages`.  [default: the held-out ones in the package]",
         ),
     ):
         command = option(command)
@@ -49,12 +49,18 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.command("eval")
 @click.argument("pair")
 @_data_options
-@click.option("--no-free-running", is_flag=True, help="Leave out the answers that each variant writes by itself.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of such an answer.")
+@click.option("--no-free-running", is_flag=True, help="Skip the answers that each variant writes by itself.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Maximum length of a free-running answer.",
+)
 @_device_options
 @_json_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
-@click.option("--save", is_flag=True, help="Keep the main figures in the pair's pair.json.")
+@click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
 def eval_command(
     pair: str,
     data: Path | None,
@@ -68,10 +74,11 @@ def eval_command(
     out: Path | None,
     save: bool,
 ) -> None:
-    """Judge PAIR on held-out conversations: the full model, both halves together, the decoder alone.
+    """Judge PAIR on held-out conversations.
 
-    Given the answers: their likelihood, the distance from the full model and the agreement with it. Free-running:
-    how likely the full model finds what each variant writes by itself, and how much of it is repetition.
+    Three variants are judged: the full model, both halves together, and the decoder alone. On the given answers, the
+    figures are likelihood, KL divergence from the full model and agreement with it. Each variant also writes answers of
+    its own (free-running); the figures are their likelihood under the full model and their share of repetition.
     """
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.evaluation import evaluate
@@ -118,10 +125,10 @@ def compare_command(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Hold the decoders of PAIRS, which share a full model, against plain quantisation of that model.
+    """Compare the decoders of PAIRS with plain quantisation of their full model, which they must share.
 
-    Each is judged with weights of 16, 8 and 4 bits, beside the bytes that a decode step then reads and the operations
-    that it takes. --json prints a line of JSON for each as soon as it is known.
+    Judges every decoder and the full model with weights of 16, 8 and 4 bits. Shows the bytes that a decode step reads
+    and the operations that it computes. --json prints a line of JSON per result as soon as it is known.
     """
     from overfill.cli.output import console
     from overfill.pair.evaluate.compare import NOTE, compare
@@ -152,7 +159,7 @@ def compare_command(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with more task files.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Take the first N documents of each task only.")
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of documents per task.  [default: all]")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before the question.  [default: the task's]")
 @click.option("--chat", is_flag=True, help="Put questions into the checkpoint's chat template.")
 @_device_options
@@ -169,7 +176,10 @@ def lm_eval_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads, the decoder answers."""
+    """Run tasks of the lm-evaluation-harness on PAIR.
+
+    The full model reads each context; the decoder writes or scores the continuation.
+    """
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.harness import run_tasks
     from overfill.pair.store import resolve_pair
@@ -199,7 +209,7 @@ def lm_eval_command(
 
 
 def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
-    """The first ``count`` conversations of ``data``, whole, as the pair's tokens."""
+    """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.model.manifest import Pair
     from overfill.pair.conversations import encode, read_conversations, shipped_conversations

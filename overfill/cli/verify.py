@@ -1,7 +1,7 @@
-"""``overfill verify``: hold a running stack's greedy answers against plain transformers.
+"""``overfill verify``: compare a running stack's greedy answers with plain transformers.
 
-Prompts are tokenized here with the checkpoint's own tokenizer and judged by ``overfill.pair.reference``, so
-that nothing of the serving path vouches for itself.
+This command tokenizes the prompts with the checkpoint's own tokenizer, and ``overfill.pair.reference`` judges the
+answers. The check thus uses no code of the serving path.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tokenize = Callable[[str], list[int]]
 
 
 class CannotVerify(click.ClickException):
-    """The stack is not one whose answers can be compared; the message says how to start one that is."""
+    """The stack's answers cannot be verified; the message says how to start a stack whose answers can."""
 
     exit_code = 2
 
@@ -37,12 +37,14 @@ class CannotVerify(click.ClickException):
     "--questions",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON lines with a `prompt`, or `turns` as in MT-bench, of which the first is asked.",
+    help="File of JSON lines with a `prompt`, or with `turns` as in MT-bench; asks the first turn.",
 )
-@click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Maximum length of an answer.")
 @click.option("--pair", default="default", show_default=True, help="The pair that the stack serves.")
-@click.option("--limit", type=click.IntRange(min=1), help="Ask only this many questions.")
-@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Questions at a time.")
+@click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Number of questions in flight."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connection_options
 def verify_command(
@@ -59,10 +61,13 @@ def verify_command(
     tls_name: str | None,
     api_key: str | None,
 ) -> int:
-    """Ask a running stack questions, greedily, and judge every token with plain transformers.
+    """Check a running stack's answers, token by token, against plain transformers.
 
-    The last line says how many answers are correct. Exits 1 when one is not or never came, or when more than
-    one token in a thousand is a tie, and 2 when the stack does not compute in float32 with the raw codec.
+    Asks the questions with greedy decoding. An answer is correct if an independent reference chooses the
+    same tokens; a token within 0.001 of the largest logit is a tie. The last line counts correct answers.
+
+    Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
+    stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
@@ -109,7 +114,11 @@ def verify_command(
 
 
 def read_questions(file: Path) -> list[str]:
-    """The prompts of a JSON-lines file. Raises click.UsageError naming the line that is not a question."""
+    """Reads the prompts of a JSON-lines file.
+
+    Raises:
+        click.UsageError: a line is not a question; the message names the line.
+    """
     prompts = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -128,23 +137,23 @@ def read_questions(file: Path) -> list[str]:
 
 
 def check_stack(status: StackStatus, pair: Pair) -> None:
-    """Raises CannotVerify unless every worker runs ``pair`` in float32 and decode workers pull raw KV."""
-    if silent := [w.id for w in status.workers if w.process is None]:
-        raise CannotVerify(f"{', '.join(silent)} does not answer, so what it runs is not known; see `overfill status`")
+    """Raises CannotVerify unless all workers run ``pair`` in float32 and decode workers pull raw KV."""
+    if unreachable := [w.id for w in status.workers if w.process is None]:
+        raise CannotVerify(f"{', '.join(unreachable)} does not answer, so its model is unknown; see `overfill status`")
     processes = [w.process for w in status.workers if w.process is not None]
     if not any(p.stage == "decode" for p in processes):
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
     for process in processes:
         if process.kv is None or process.model is None:
-            raise CannotVerify(f"{process.id} does not say what it runs")
+            raise CannotVerify(f"{process.id} does not report its model")
         is_decode = process.stage == "decode"
-        held = process.model.kv_cache_dtype
-        if process.kv.dtype != "float32" or held or (is_decode and process.codec != "raw"):
+        cache_dtype = process.model.kv_cache_dtype
+        if process.kv.dtype != "float32" or cache_dtype or (is_decode and process.codec != "raw"):
             codec = f", {process.codec} codec" if is_decode else ""
-            held = f", with KV held as {held}" if held else ""
+            cache = f", with KV held as {cache_dtype}" if cache_dtype else ""
             raise CannotVerify(
-                f"{process.id} runs in {process.kv.dtype}{codec}{held}; answers can be compared only in float32 with "
-                "the raw codec and KV held as it is: start the stack with `overfill up --dtype float32`"
+                f"{process.id} runs in {process.kv.dtype}{codec}{cache}; answers can be verified only in float32 with "
+                "the raw codec and an unquantised KV cache: start the stack with `overfill up --dtype float32`"
             )
         expected = {"full model": pair.full_digest, "tokenizer": pair.tokenizer_digest}
         found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}
@@ -154,14 +163,14 @@ def check_stack(status: StackStatus, pair: Pair) -> None:
         if different := [part for part in expected if expected[part] != found[part]]:
             raise CannotVerify(
                 f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); "
-                "name the one that the stack serves with --pair"
+                "name the pair that the stack serves with --pair"
             )
 
 
 def ask(
     client: Client, prompts: Sequence[str], max_tokens: int, concurrency: int, report: Report
 ) -> list[Answer | OverfillError]:
-    """Greedy answers to ``prompts`` in their order, or why one did not come."""
+    """Asks ``prompts`` and returns, in their order, the greedy answers or the errors."""
     from overfill.client import Message, SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
@@ -182,7 +191,7 @@ def ask(
 def judge_answer(
     reference: TwoStageReference, tokenize: Tokenize, prompt: str, answer: Answer | OverfillError, max_tokens: int
 ) -> JudgedAnswer:
-    """Judges one served answer, or counts one that never came."""
+    """Judges one served answer; an error becomes a judged answer with a problem."""
     from overfill.pair.reference import JudgedAnswer, judge
 
     if isinstance(answer, OverfillError):
@@ -194,7 +203,7 @@ def judge_answer(
 
 
 def failures(judged: Sequence[JudgedAnswer], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
-    """One row per answer that is not correct, with its first wrong token; questions count from 1."""
+    """Returns one row per incorrect answer, with its first wrong token; questions count from 1."""
     rows: list[dict[str, Any]] = []
     for number, answer in enumerate(judged, 1):
         if answer.problem is not None:
@@ -227,6 +236,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if "index" in row:
             cells += [str(row["index"]), f"{row['token_id']} {row['token']!r}"]
             cells += [f"{row['reference_id']} {row['reference']!r}", f"{row['margin']:.4f}"]
-        # Text, since brackets in tokens are not markup.
+        # Text, because rich would read brackets in tokens as markup.
         table.add_row(*map(Text, cells))
     console().print(table)

@@ -1,8 +1,9 @@
 """Rank an MLP's neurons by second order: remove first those that the others can replace best.
 
-Dropping neuron j and refitting the down projection W on the rest costs ``|w_j|^2 / [M^-1]_jj``, where M is the second
-moment of the neurons' outputs and w_j the column of W (optimal brain surgeon on a least-squares objective; arXiv
-2203.04466 and 2302.04089 prune whole structures this way). Neurons are removed in small groups; after each group, M^-1 and W are updated.
+Removing neuron j and refitting the down projection W on the rest costs ``|w_j|^2 / [M^-1]_jj``. M is the second moment
+of the neurons' outputs, and w_j is the column of W (optimal brain surgeon on a least-squares objective; arXiv
+2203.04466 and 2302.04089 prune whole structures this way). Neurons are removed in small groups. After each group, M^-1
+and W are updated.
 """
 
 from __future__ import annotations

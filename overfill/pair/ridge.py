@@ -33,7 +33,7 @@ class Ridge:
         return self._moments / self._rows
 
     def solve(self, start: Tensor, prior_rows: float) -> Tensor:
-        """Minimises ``|inputs W' - targets|^2 + prior_rows * s * |W - start|^2``, where s is the mean square of an input.
+        """Minimises ``|inputs W' - targets|^2 + prior_rows * s * |W - start|^2``; s is the mean square of an input.
 
         Args:
             start: [num_targets, num_inputs]; the prior for W.

@@ -43,7 +43,7 @@ NAMED: dict[str, DecoderRecipe] = {
     "fast": DecoderRecipe(hidden_size=384, intermediate_size=840, head_tokens=16_384, tail_rank=64, tokens=49_152),
     "identity": DecoderRecipe(),
 }
-"""The named pairs and the recipes of their decoders, made from SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
+"""The named pairs and the recipes of their decoders, from SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
 
 _VERSION = "v5"
 """Version of the recipes' results. A change makes every cached pair be built again."""
@@ -133,8 +133,8 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         from overfill.pair.sources import fetch_default
     except ModuleNotFoundError as error:
         raise InvalidPair(
-            f"the pair {name} is not prepared in {home()}, and {error.name} is not installed here to prepare it. On a host that has it, run "
-            f"`overfill pair path {name}` ({install_line('server')}), with the same OVERFILL_HOME"
+            f"the pair {name} is not prepared in {home()}, and {error.name} is not installed here to prepare it. "
+            f"Where it is, run `overfill pair path {name}` ({install_line('server')}), with the same OVERFILL_HOME"
         ) from None
 
     full = _model_folder(source)

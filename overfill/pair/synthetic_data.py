@@ -1,7 +1,7 @@
 """Let a full model generate conversations, for fitting, distilling and judging its decoders without other data.
 
-Given only the opening of a user turn, an instruction-tuned model writes a user's message. Given that message, it answers
-(Magpie, arXiv 2406.08464). Both steps run in batches on the project's own engine.
+Given only the opening of a user turn, an instruction-tuned model writes a user's message. Given that message, it
+answers (Magpie, arXiv 2406.08464). Both steps run in batches on the project's own engine.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def generate_conversations(
     """
     with identity_pair(full, report=report) as folder:
         dtype = native_dtype(resolve_device("auto"))
-        longest = 2 * (
-            (question.max_tokens or 0) + (answer.max_tokens or 0)
-        )  # twice, to leave space for the tokens of the chat template
+        longest = 2 * ((question.max_tokens or 0) + (answer.max_tokens or 0))  # twice: the template adds tokens
         kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH
         llm = LLM(folder, dtype=dtype, threads=threads, kv_memory=kv_memory, max_model_len=longest, max_num_seqs=BATCH)
         opening = llm.tokenizer.encode_user_opening()

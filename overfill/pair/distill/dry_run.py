@@ -1,6 +1,6 @@
-"""A recipe tried out with random weights: its exact widths, two layers, a small vocabulary, two steps.
+"""Try a recipe with random weights: its exact widths, two layers, a small vocabulary, two steps.
 
-Shows that such a pair trains, is saved, and loads in plain transformers with the logits that training saw.
+A dry run checks that such a pair trains, can be saved, and gives the same logits in plain transformers.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from overfill.telemetry.progress import Report, silent
 LAYERS = 2
 VOCAB = 512
 STEPS = 2
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-3  # between logits
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What was tried.
+    """The result of a dry run.
 
     Attributes:
-        shapes: of the decoder's tensors in its first layer, by name.
-        parameters: of the decoder that was trained.
-        difference: largest difference between the logits of transformers and of training, after reloading.
+        shapes: Shapes of the matrices in the decoder's first layer, by name.
+        parameters: Number of parameters of the trained decoder.
+        difference: Largest difference between the logits of transformers and of training, after reloading.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -52,8 +52,8 @@ def dry_run(
     """Tries ``recipe`` in the empty ``folder``.
 
     Raises:
-        InvalidRequest: the recipe names no sizes.
-        InvalidPair: the trained decoder computes something else in transformers.
+        InvalidRequest: the recipe has no sizes.
+        InvalidPair: the trained decoder gives other logits in transformers.
     """
     if recipe.full is None or recipe.decoder is None:
         raise InvalidRequest("recipe", "a dry run needs the sizes of both models: [full] and [decoder]")

@@ -1,4 +1,4 @@
-"""What a run measures: ``metrics.jsonl`` (one object per step and per evaluation) and TensorBoard events."""
+"""Record a run's metrics: ``metrics.jsonl`` (an object per step and per evaluation) and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to the metrics in ``folder``; entries after ``progress``, from before an interruption, are dropped."""
+    """Appends to the metrics in ``folder``. Drops entries after ``progress``, which an interrupted run left."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +50,7 @@ class Metrics:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Every whole line of ``file``; a line that a killed process left half-written is passed over."""
+    """Reads every whole line of ``file``; skips a line that a killed process left half-written."""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

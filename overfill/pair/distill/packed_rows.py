@@ -1,4 +1,4 @@
-"""Transcripts end to end in one dimension: what one forward pass of training computes. No padding, no model."""
+"""Pack transcripts end to end, without padding, for one forward pass of training. Knows no model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from overfill.pair.conversations import Transcript
 class PackedRows:
     """The tokens that one forward pass computes for several transcripts, end to end; a row is a token.
 
-    The first token of an answer comes from the full model, so what is learnt are the tokens after it: each is
-    predicted by the row of the token before it.
+    The full model writes the first token of an answer, so that the decoder learns the tokens after it. The row of the
+    token before it predicts each of them.
 
     Attributes:
         token_ids, positions: [T] int64; positions are absolute.
-        lengths: rows of each transcript.
-        prefixes: tokens of each transcript before its rows, whose keys and values come from elsewhere.
-        predicting: [N] int64, the rows that predict a token to learn.
-        targets: [N] int64, those tokens.
+        lengths: Number of rows of each transcript.
+        prefixes: Number of tokens of each transcript before its rows. Their keys and values are given.
+        predicting: [N] int64, indices of the rows that predict a token to learn.
+        targets: [N] int64, the tokens to learn.
     """
 
     token_ids: Tensor
@@ -35,17 +35,17 @@ class PackedRows:
 
     @classmethod
     def of_answers(cls, transcripts: Sequence[Transcript]) -> PackedRows:
-        """What a decoder computes that finds the prompt's keys and values in place."""
+        """Packs the answers, for a decoder that is given the prompts' keys and values."""
         return _rows(transcripts, [t.answer_start for t in transcripts])
 
     @classmethod
     def of_whole(cls, transcripts: Sequence[Transcript]) -> PackedRows:
-        """What a model computes that reads prompt and answer itself."""
+        """Packs prompts and answers, for a model that reads both itself."""
         return _rows(transcripts, [0] * len(transcripts))
 
     @classmethod
     def of_prompts(cls, transcripts: Sequence[Transcript]) -> PackedRows:
-        """Prompts alone; nothing is predicted."""
+        """Packs the prompts only; no row predicts a token."""
         rows = _rows([Transcript((*t.prompt, 0), t.answer_start) for t in transcripts], [0] * len(transcripts))
         return replace(rows, predicting=rows.predicting[:0], targets=rows.targets[:0])
 
@@ -67,7 +67,7 @@ def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> PackedRow
     lengths = []
     for transcript, start in zip(transcripts, starts, strict=True):
         first = len(token_ids) + transcript.answer_start - start
-        token_ids += transcript.token_ids[start:-1]  # nothing follows the last token
+        token_ids += transcript.token_ids[start:-1]  # the last token predicts nothing
         lengths.append(len(transcript.token_ids) - 1 - start)
         predicting.append(torch.arange(first, len(token_ids)))
         targets += transcript.answer[1:]
@@ -82,15 +82,17 @@ def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> PackedRow
 
 
 def learnt_tokens(transcript: Transcript) -> int:
-    """Tokens of the answer that a decoder learns: all but the first."""
+    """Returns the number of answer tokens that a decoder learns: all but the first."""
     return len(transcript.token_ids) - transcript.answer_start - 1
 
 
 def in_packs(indices: Iterable[int], size: Callable[[int], int], max_rows: int) -> Iterator[list[int]]:
-    """Groups of ``indices`` with at most ``max_rows`` rows in total; one that is larger stands alone.
+    """Groups ``indices`` into packs of at most ``max_rows`` rows; a larger transcript is a pack of its own.
+
+    Packs hold transcripts of similar size, which keeps the padding of padded attention small.
 
     Args:
-        size: rows of an index. Similar sizes come together, so that little is padded where attention pads.
+        size: Returns the number of rows of an index.
     """
     pack: list[int] = []
     rows = 0

@@ -1,4 +1,4 @@
-"""The decoder in training: teacher-forced on answers, two-stage or on its own, and its loss."""
+"""The decoder in training and its loss: teacher-forced on answers, two-stage or standalone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from overfill.pair.distill.teacher import Teacher, TeacherOutputs
 
 
 class Student(nn.Module):
-    """
+    """The decoder with its loss, as one module.
+
     Args:
-        decoder: float32, trained.
-        teacher_head: [vocab, full hidden]; makes logits of the full model's hidden states.
-        standalone: the decoder reads the prompt itself, as a pruned model without a full one would. Everything
-            else, the tokens that are learnt included, is the same.
-        dtype: of the matrix products; other than float32, they run under autocast.
+        decoder: The model to train, in float32.
+        teacher_head: [vocab, full hidden]; turns the full model's hidden states into logits.
+        standalone: Let the decoder read the prompt itself, as a pruned model without a full model would. All else,
+            the learnt tokens included, is the same.
+        dtype: Type of the matrix products. Types other than float32 use autocast.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Student(nn.Module):
         return rows.to(self._teacher_head.device)
 
     def hidden(self, rows: PackedRows, taught: TeacherOutputs) -> Tensor:
-        """[N, hidden] at the rows that predict, in ``dtype``."""
+        """Computes the hidden states of the predicting rows. [N, hidden] in ``dtype``"""
         narrow = self._dtype != torch.float32
         with torch.autocast(rows.token_ids.device.type, dtype=self._dtype if narrow else None, enabled=narrow):
             hidden: Tensor = self.decoder(rows, None if self.standalone else taught.prefix)
@@ -59,7 +60,7 @@ class Student(nn.Module):
     def sampled(
         self, rows: PackedRows, taught: TeacherOutputs, sampled: int, generator: torch.Generator
     ) -> SampledVocabulary | None:
-        """What the loss looks at; None for all of the full model's logits, or none of them."""
+        """Samples the vocabulary for the loss; returns None unless training uses the full model's top tokens."""
         if taught.top_ids is None:
             return None
         return sample_vocabulary(rows.targets, taught.top_ids, len(self._teacher_head), sampled, generator)
@@ -67,7 +68,7 @@ class Student(nn.Module):
     def forward(
         self, rows: PackedRows, taught: TeacherOutputs, sampled: SampledVocabulary | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of loss, cross-entropy and KL over the learnt tokens; the loss carries the gradient."""
+        """Returns the sums of loss, cross-entropy and KL over the learnt tokens; the loss carries the gradient."""
         hidden = self.hidden(rows, taught)
         if sampled is not None and taught.top_probabilities is not None:
             sums = top_k_distillation_loss(hidden, self.decoder.head, sampled, taught.top_probabilities, self._weights)
@@ -78,13 +79,13 @@ class Student(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class HeldOutResult:
-    """How good a decoder is on held-out answers, per learnt token.
+    """A decoder's quality on held-out answers, as means over the judged tokens.
 
     Attributes:
-        nll: negative log-likelihood of the answers' tokens, in nats.
-        kl: KL of the decoder from the full model, in nats.
-        agreement: share of tokens where both find the same one most likely.
-        tokens: that were judged.
+        nll: Negative log likelihood of the answers' tokens, in nats.
+        kl: KL(full model || decoder), in nats.
+        agreement: Share of tokens at which both have the same most likely token.
+        tokens: Number of judged tokens.
     """
 
     nll: float
@@ -98,7 +99,7 @@ class HeldOutResult:
 
 @torch.no_grad()
 def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcript], pack_rows: int) -> HeldOutResult:
-    """Judges the decoder on ``held_out``. ``teacher`` must give hidden states, and prefixes unless standalone."""
+    """Judges the decoder on ``held_out``; ``teacher`` must give hidden states, and prompt KV unless standalone."""
     nll = kl = 0.0
     agreed = tokens = 0
     for pack in in_packs(held_out, lambda i: len(held_out[i].token_ids), pack_rows):

@@ -1,4 +1,4 @@
-"""The frozen full model's side: keys and values of prompts, and what it would have said on answers."""
+"""The frozen full model's outputs for training: keys and values of prompts, and predictions on answers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from overfill.pair.distill.teacher_cache import Column, TeacherCache
 _CHUNK = 128  # rows of logits at a time
 
 LogitsForm = Literal["none", "hidden", "top"]
-"""What is wanted of the full model on answers: nothing, hidden states that give all its logits, or top tokens."""
+"""Form of the full model's logits on answers: none, hidden states (which give all logits), or the top tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherOutputs:
-    """What the full model gives for some transcripts, in their order; None for what is not wanted.
+    """The full model's outputs for some transcripts, in their order. None means not requested.
 
     Attributes:
-        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values.
-        hidden: [learnt tokens, full hidden], whose product with the full model's head are its logits.
-        top_ids, top_probabilities: [learnt tokens, k] int64 and float32, its most likely tokens.
+        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values of the prompts.
+        hidden: [learnt tokens, full hidden]; the product with the full model's head gives its logits.
+        top_ids, top_probabilities: [learnt tokens, k] int64 and float32, the most likely tokens.
     """
 
     prefix: Tensor | None = None
@@ -38,12 +38,13 @@ class TeacherOutputs:
 
 
 class Teacher:
-    """Computes, or remembers, what the full model gives.
+    """Computes the full model's outputs, or reads them from a cache.
 
     Args:
-        layer_map: full-model layer whose keys and values each decoder layer reads.
-        with_prompt_kv: whether the decoder finds the prompt's keys and values in place.
-        top_tokens: how many most likely tokens, if those are wanted.
+        layer_map: Full-model layer whose keys and values each decoder layer reads.
+        with_prompt_kv: Also return the keys and values of the prompts.
+        logits_form: Form of the logits on answers.
+        top_tokens: Number of most likely tokens, for the form ``top``.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class Teacher:
 
     @property
     def columns(self) -> list[Column]:
-        """What is to be remembered."""
+        """The outputs to cache."""
         return list(self._columns())
 
     def _columns(self) -> Iterator[Column]:
-        # float16 is finer than bfloat16, and none of this comes near its limit.
+        # float16 is more precise than bfloat16, and no output comes near its limit.
         config = self.model.config
         if self._with_prompt_kv:
             shape = (len(self._layer_map), 2, -1, config.num_kv_heads, config.head_dim)
@@ -83,7 +84,7 @@ class Teacher:
         self._cache = cache
 
     def __call__(self, transcripts: Mapping[int, Transcript]) -> TeacherOutputs:
-        """For ``transcripts``, in their order; the keys are their numbers in the cache."""
+        """Returns the outputs for ``transcripts``, in their order; the keys are their numbers in the cache."""
         if not self.columns:
             return TeacherOutputs()
         if self._cache is None:
@@ -91,7 +92,7 @@ class Teacher:
         missing = {number: t for number, t in transcripts.items() if number not in self._cache}
         if missing:
             self._cache.write(missing, self._compute(list(missing.values())))
-        # Read even what was just computed: rounding must not depend on whether a run was interrupted.
+        # Reads back fresh outputs too, so that their rounding does not depend on an interruption.
         return self._taught(self._cache.read(list(transcripts)))
 
     def _taught(self, computed: Mapping[str, Tensor]) -> TeacherOutputs:
@@ -103,7 +104,7 @@ class Teacher:
 
     @torch.no_grad()
     def _compute(self, transcripts: Sequence[Transcript]) -> dict[str, Tensor]:
-        """By column."""
+        """Runs the full model; returns one tensor per column."""
         whole = self._logits_form != "none"
         rows = (PackedRows.of_whole(transcripts) if whole else PackedRows.of_prompts(transcripts)).to(
             self.model.head.device
@@ -112,14 +113,14 @@ class Teacher:
         parts = [torch.arange(s, s + t.answer_start) for s, t in zip(starts, transcripts, strict=True)]
         prompt = torch.cat(parts).to(self.model.head.device)
         kept: dict[int, Tensor] = {}
-        wanted = set(self._layer_map) if self._with_prompt_kv else set()
+        layers = set(self._layer_map) if self._with_prompt_kv else set()
 
         def keep(layer: int, keys: Tensor, values: Tensor) -> None:
-            if layer in wanted:
+            if layer in layers:
                 kept[layer] = torch.stack([keys[prompt], values[prompt]])
 
         hidden = self.model(rows, on_kv=keep)[rows.predicting]
-        computed = {"prefix": torch.stack([kept[layer] for layer in self._layer_map])} if wanted else {}
+        computed = {"prefix": torch.stack([kept[layer] for layer in self._layer_map])} if layers else {}
         if self._logits_form == "hidden":
             computed["hidden"] = hidden
         elif self._logits_form == "top":
@@ -127,7 +128,7 @@ class Teacher:
         return computed
 
     def _top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The most likely tokens' probabilities and ids, each [rows, k]."""
+        """Returns the most likely tokens' probabilities and ids, each [rows, k]."""
         found = []
         for chunk in hidden.split(_CHUNK):
             probabilities = (chunk @ self.model.head.T).float().softmax(-1)

@@ -1,4 +1,4 @@
-"""The training run: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
+"""Run the training: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from overfill.process.compiled import COMPILERS, find_compiler
 from overfill.process.extras import needs
 from overfill.telemetry.progress import Report, silent
 
-# Settings that a resumed run may change: they decide when things are written, not what is computed.
+# Settings that a resumed run may change: they do not affect the trained weights.
 _MAY_CHANGE_ON_RESUME = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
 
 LogLine = Callable[[str], None]
@@ -47,7 +47,7 @@ class Diverged(OverfillError):
 
 
 def run_folder(out: Path) -> Path:
-    """Where the run that makes the pair ``out`` keeps checkpoints, metrics and what the full model computed."""
+    """Returns the folder for checkpoints, metrics and caches of the run that makes the pair ``out``."""
     return out.with_name(f"{out.name}.run")
 
 
@@ -55,14 +55,13 @@ class Run:
     """One training run of the decoder of ``pair`` on ``transcripts``, judged on ``held_out``.
 
     Args:
-        out: the pair to write; the run's own folder is beside it (``run_folder``).
-        standalone: train the decoder to read prompts itself, as a baseline. The pair that is written is then an
-            ordinary pair whose decoder was trained so.
-        resume: go on from the last checkpoint of a run with the same settings, exactly.
-        tell: gets a line for people at every evaluation.
+        out: Pair folder to write. The run's own folder is beside it (``run_folder``).
+        standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
+        resume: Continue exactly from the last checkpoint of a run with the same settings.
+        log_line: Called with a readable line at every evaluation.
 
     Raises:
-        InvalidRequest: there is a run already, or the one to go on with has other settings; they are named.
+        InvalidRequest: the folder holds a run already, or the run to resume has other settings.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Run:
             full, pair.layer_map, with_prompt_kv=not standalone, logits_form=logits_form, top_tokens=training.top_tokens
         )
         self._eval_teacher = Teacher(full, pair.layer_map, with_prompt_kv=not standalone, logits_form="hidden")
-        self._cache_room = training.cache_gib * 2**30
+        self._cache_bytes_left = training.cache_gib * 2**30
         self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
         self._cache(self._teacher, transcripts, "training", identity["data"])
         optimizer = torch.optim.AdamW(
@@ -154,7 +153,7 @@ class Run:
                 saved_at = time.monotonic()
 
     def _share_done(self) -> float:
-        """Share of the run that is done, the same on all processes."""
+        """Returns the share of the run that is done; it is the same on all processes."""
         training, progress = self._training, self._progress
         if training.minutes is not None:
             return progress.seconds / (60 * training.minutes)
@@ -174,10 +173,10 @@ class Run:
         tokens = sum(map(learnt_tokens, everyone.values()))
         share = sorted(everyone)[accelerator.process_index :: accelerator.num_processes]
         idle = not share and bool(everyone)
-        if idle:  # fewer transcripts than processes: the others wait for this one's part of the gradient, which is 0
+        if idle:  # fewer transcripts than processes: this one contributes a gradient of 0, for which others wait
             share = sorted(everyone)[:1]
         packs = list(in_packs(share, lambda i: len(everyone[i].token_ids), training.pack_rows))
-        # The schedule's value for the middle of the step: neither the first nor the last step is lost to a rate of 0.
+        # Takes the rate in the middle of the step, so that neither the first nor the last step has a rate of 0.
         half = 0.5 / self._steps if training.minutes is None else 0.0
         rate = learning_rate(training, done + half) or training.learning_rate / 1000
         for group in self._optimizer.param_groups:
@@ -201,7 +200,7 @@ class Run:
             self._metrics.step(self._progress, values | {"tokens_per_second": tokens / seconds})
 
     def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int, weight: float) -> Tensor:
-        """Adds ``weight`` times a pack's gradients; returns as much of its loss, cross-entropy and KL, [3] float64."""
+        """Adds ``weight`` times a pack's gradients; returns weighted loss, cross-entropy and KL, [3] float64."""
         taught = self._teacher(transcripts)
         rows = self._student.rows(list(transcripts.values()))
         draws = np.random.SeedSequence(
@@ -210,14 +209,14 @@ class Run:
         generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
         sampled = self._student.sampled(rows, taught, self._training.sampled_tokens, generator)
         loss, cross_entropy, kl = self._model(rows, taught, sampled)
-        # Processes' gradients are averaged, but the mean is over all their tokens.
+        # accelerate averages the gradients over processes; the loss is a mean over the tokens of all processes.
         self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
 
     def _can_fuse(self) -> bool:
         if self._accelerator.device.type != "cpu" or find_compiler() is not None:
             return True
-        self._log_line(f"training goes on unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
+        self._log_line(f"training runs unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
         return False
 
     def _check_finite(self, loss: float, norm: float) -> None:
@@ -231,7 +230,7 @@ class Run:
         )
 
     def _agree(self, seconds: float) -> float:
-        """The main process's time, so that all processes stop together."""
+        """Returns the main process's time on all processes, so that they stop together."""
         from accelerate.utils import broadcast_object_list
 
         shared = [seconds]
@@ -239,7 +238,7 @@ class Run:
         return shared[0]
 
     def _evaluate(self) -> HeldOutResult | None:
-        """Judges the decoder, on the main process; None on the others."""
+        """Judges the decoder on the main process; returns None on the others."""
         if self._metrics is None:
             self._accelerator.wait_for_everyone()
             return None
@@ -277,7 +276,7 @@ class Run:
         return Pair.load(self._out)
 
     def _identity(self, standalone: bool, dtype: str) -> dict[str, Any]:
-        """All that decides what is computed."""
+        """Returns all settings that determine the results."""
         return {
             **self._training.model_dump(exclude=_MAY_CHANGE_ON_RESUME),
             "standalone": standalone,
@@ -291,23 +290,23 @@ class Run:
         }
 
     def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str, data: str) -> None:
-        """Lets ``teacher`` remember what it computed, if that fits; hub data sets never do."""
+        """Gives ``teacher`` a cache if it fits in ``cache_gib``. Hub data sets are never cached."""
         if not isinstance(transcripts, list) or not teacher.columns:
             return
         size = sum(column.bytes(transcripts) for column in teacher.columns)
-        if size > self._cache_room:
+        if size > self._cache_bytes_left:
             self._log_line(
                 f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching"
             )
             return
-        self._cache_room -= size
+        self._cache_bytes_left -= size
         identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
         with self._accelerator.main_process_first():
             teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))
 
 
 def make_accelerator() -> Any:
-    """What knows the devices and the processes.
+    """Makes the object that manages devices and processes.
 
     Raises:
         MissingExtra: the package accelerate is not installed.

@@ -1,7 +1,7 @@
-"""Whole transcripts through both halves of a pair, in the forward pass that is served.
+"""Run whole transcripts through both halves of a pair, with the services' forward pass.
 
-The engine's ``Transformer`` over a KV cache that holds one batch of sequences; no scheduling, no padding. A token's
-slot is its sequence's first slot plus its position, so blocks are single tokens.
+The engine's ``Transformer`` runs over a KV cache that holds one batch of sequences, without scheduling or padding. A
+block is one token: a token's slot is its sequence's first slot plus its position.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from overfill.pair.conversations import Transcript
 from overfill.v1 import common_pb2
 
 BATCH_TOKENS = 1024
-"""Tokens of a batch, unless one transcript is longer. Logits of all of them may be held for two models at once."""
+"""Tokens of a batch, unless one transcript is longer. Memory holds the logits of a batch for two models at once."""
 
 
 def batches(transcripts: Sequence[Transcript], tokens: int = BATCH_TOKENS) -> Iterator[list[Transcript]]:
-    """Consecutive transcripts of at most ``tokens`` together; a longer one comes alone."""
+    """Groups consecutive transcripts with at most ``tokens`` in total; a longer transcript is a batch of its own."""
     batch: list[Transcript] = []
     size = 0
     for transcript in transcripts:
@@ -40,17 +40,17 @@ def batches(transcripts: Sequence[Transcript], tokens: int = BATCH_TOKENS) -> It
 
 
 def cache_tokens(transcripts: Sequence[Transcript]) -> int:
-    """Tokens that a cache must hold for the largest of the ``batches``."""
+    """Returns the number of tokens in the largest of the ``batches``, which a cache must hold."""
     return max([BATCH_TOKENS, *(len(t.token_ids) for t in transcripts)])
 
 
 @dataclass(frozen=True, slots=True)
 class _NewTokens:
-    """New tokens of one sequence, from position ``start``; logits are wanted for the last ``wanted`` of them."""
+    """New tokens of one sequence, from position ``start``. The last ``num_logits`` of them get logits."""
 
     tokens: Sequence[int]
     start: int
-    slot: int  # of position 0
+    slot: int  # slot of position 0
     num_logits: int
 
     @property
@@ -59,10 +59,10 @@ class _NewTokens:
 
 
 class BatchModel:
-    """A model with a cache for one batch of ``max_tokens`` tokens.
+    """A model with a KV cache for one batch of ``max_tokens`` tokens.
 
     Raises:
-        ValueError: on use, when a batch is larger.
+        ValueError: on use, if a batch is larger.
     """
 
     def __init__(self, model: Model, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
@@ -71,12 +71,12 @@ class BatchModel:
         self.cache = new_cache(spec, max_tokens, 1, model.device, kv_cache_dtype)
 
     def read_all(self, batch: Sequence[Transcript], skip: int) -> Tensor:
-        """Reads prompts and answers, and predicts the answers' tokens from the one with index ``skip``.
+        """Reads prompts and answers, and predicts the answer tokens from index ``skip`` on.
 
-        Prompts have a token at least, and answers ``skip`` or more.
+        Each prompt needs at least one token, and each answer at least ``skip``.
 
         Returns:
-            [N, vocab] float32, the batch's answer tokens but the first ``skip`` of each, in order.
+            [N, vocab] float32, a row per answer token without the first ``skip`` of each answer, in order.
         """
         slots = _slots(batch)
         return self._forward(
@@ -84,7 +84,7 @@ class BatchModel:
         )
 
     def read_prompts(self, batch: Sequence[Transcript]) -> Tensor:
-        """Reads the prompts only, and predicts each answer's first token. [len(batch), vocab] float32"""
+        """Reads the prompts only and predicts each answer's first token. [len(batch), vocab] float32"""
         return self._forward([_NewTokens(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
 
     def read_answers(
@@ -97,10 +97,10 @@ class BatchModel:
         """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
 
         Args:
-            codec: that the prompts' KV passes through on its way.
+            codec: Codec that encodes and decodes the prompts' KV on its way.
 
         Returns:
-            [N, vocab] float32, for all answer tokens but the first of each answer, in order.
+            [N, vocab] float32, a row per answer token without the first of each answer, in order.
         """
         new = []
         for transcript, slot in zip(batch, _slots(batch), strict=True):
@@ -122,7 +122,7 @@ class BatchModel:
         ends = [s.end for s in sequences]
         if sequences[-1].slot + ends[-1] > self.cache.num_blocks:
             needed = sequences[-1].slot + ends[-1]
-            raise ValueError(f"a batch of {needed} tokens; there is room for {self.cache.num_blocks}")
+            raise ValueError(f"the batch has {needed} tokens; the cache holds {self.cache.num_blocks}")
         tables = torch.zeros(len(sequences), max(ends), dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             tables[row, : sequence.end] = torch.arange(sequence.slot, sequence.slot + sequence.end)
@@ -144,7 +144,7 @@ class BatchModel:
 
 
 def targets(batch: Sequence[Transcript], skip: int) -> Tensor:
-    """The answers' tokens but the first ``skip`` of each. [N] int64"""
+    """Returns the answer tokens without the first ``skip`` of each answer. [N] int64"""
     return torch.tensor([token for t in batch for token in t.answer[skip:]], dtype=torch.int64)
 
 

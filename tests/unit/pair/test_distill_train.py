@@ -133,7 +133,7 @@ def test_a_resumed_run_is_bit_equal(
 
 def test_a_resumed_run_must_have_the_same_settings(tiny_pair: Path, tmp_path: Path) -> None:
     run(tiny_pair, tmp_path / "out").train()
-    with pytest.raises(InvalidRequest, match="holds a run already; go on with --resume"):
+    with pytest.raises(InvalidRequest, match="holds a run already; continue it with --resume"):
         run(tiny_pair, tmp_path / "out")
     other = TRAINING.model_copy(update={"learning_rate": 1e-4, "eval_steps": 7})
     with pytest.raises(InvalidRequest, match=r"other settings: learning_rate \(0\.003 before, 0\.0001 now\)$"):

@@ -117,7 +117,7 @@ def test_a_copy_that_was_interrupted_at_any_byte_is_noticed(downloads: Downloads
             lengths = range(len(whole)) if len(whole) < 2000 else sorted(rng.sample(range(len(whole)), 100))
             for length in lengths:
                 os.truncate(file, length)
-                # A seal without its last newline still says everything.
+                # A checksums file without its last newline still holds every entry.
                 assert checksums_match(half) == (file.name == CHECKSUMS_FILE and length == len(whole) - 1), (
                     f"{file} at byte {length}"
                 )
