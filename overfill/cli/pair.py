@@ -127,7 +127,7 @@ def path_command(name: str) -> None:
     "--head-tokens",
     type=SIZE,
     default=1.0,
-    help="Most frequent tokens, whose rows in the output head stay whole.  [default: all]",
+    help="Number of tokens, the most frequent first, whose rows in the head stay whole.  [default: all]",
 )
 @click.option(
     "--tail-rank",

@@ -19,7 +19,7 @@ def calibration_text(source: str, full: Path, tokens: int, report: Report = sile
         tokens: Approximate number of answer tokens to return.
 
     Raises:
-        InvalidRequest: ``source`` is none of these, or cannot be read.
+        InvalidRequest: ``source`` has another form or cannot be read.
         InvalidPair: ``full`` writes almost nothing usable.
     """
     if source == "shipped":

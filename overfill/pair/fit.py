@@ -34,8 +34,8 @@ from overfill.telemetry.progress import Report, silent
 WRITER_PRIOR_ROWS = 3_000
 READER_PRIOR_ROWS = 50
 """Strength of the prior on the sliced weights, in tokens: for projections that write to the residual stream, and for
-those that read it. Found on SmolLM2-135M: on unseen text, writers do worse with a weaker prior, readers with a stronger
-one."""
+those that read it. Found on SmolLM2-135M: on unseen text, writers get worse with a weaker prior, and readers with a
+stronger one."""
 
 _TOKENS_PER_INPUT = 2  # minimum number of answer tokens per input of the widest projection
 

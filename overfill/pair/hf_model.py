@@ -33,7 +33,7 @@ def load_hf_model(folder: Path) -> PreTrainedModel:
 
     Raises:
         InvalidPair: transformers cannot load it.
-        UnsupportedModel: it is a Llama whose hidden size transformers refuses, and there is no equal Mistral.
+        UnsupportedModel: transformers refuses the Llama's hidden size, and no equal Mistral exists.
     """
     # The progress bar of transformers would interleave with ours.
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Rank an MLP's neurons by second order: remove first those that the others can replace best.
+"""Rank an MLP's neurons by second order: the neurons that others can replace best come first.
 
 Removing neuron j and refitting the down projection W on the rest costs ``|w_j|^2 / [M^-1]_jj``. M is the second moment
 of the neurons' outputs, and w_j is the column of W (optimal brain surgeon on a least-squares objective; arXiv

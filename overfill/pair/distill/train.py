@@ -169,13 +169,13 @@ class Run:
     def _step(self, batch: list[int], done: float) -> None:
         started = time.monotonic()
         accelerator, training = self._accelerator, self._training
-        everyone = {i: t for i in batch if (t := self._transcripts[i]) is not None}
-        tokens = sum(map(learnt_tokens, everyone.values()))
-        share = sorted(everyone)[accelerator.process_index :: accelerator.num_processes]
-        idle = not share and bool(everyone)
+        transcripts = {i: t for i in batch if (t := self._transcripts[i]) is not None}
+        tokens = sum(map(learnt_tokens, transcripts.values()))
+        own = sorted(transcripts)[accelerator.process_index :: accelerator.num_processes]
+        idle = not own and bool(transcripts)
         if idle:  # fewer transcripts than processes: this one contributes a gradient of 0, for which others wait
-            share = sorted(everyone)[:1]
-        packs = list(in_packs(share, lambda i: len(everyone[i].token_ids), training.pack_rows))
+            own = sorted(transcripts)[:1]
+        packs = list(in_packs(own, lambda i: len(transcripts[i].token_ids), training.pack_rows))
         # Takes the rate in the middle of the step, so that neither the first nor the last step has a rate of 0.
         half = 0.5 / self._steps if training.minutes is None else 0.0
         rate = learning_rate(training, done + half) or training.learning_rate / 1000
@@ -185,7 +185,7 @@ class Run:
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
-                sums += self._backward({i: everyone[i] for i in pack}, tokens, index, weight=0.0 if idle else 1.0)
+                sums += self._backward({i: transcripts[i] for i in pack}, tokens, index, weight=0.0 if idle else 1.0)
         sums = accelerator.reduce(sums, "sum") / max(tokens, 1)
         norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
         self._check_finite(float(sums[0]), float(norm))

@@ -143,7 +143,7 @@ class BatchModel:
         )
 
 
-def targets(batch: Sequence[Transcript], skip: int) -> Tensor:
+def target_tokens(batch: Sequence[Transcript], skip: int) -> Tensor:
     """Returns the answer tokens without the first ``skip`` of each answer. [N] int64"""
     return torch.tensor([token for t in batch for token in t.answer[skip:]], dtype=torch.int64)
 

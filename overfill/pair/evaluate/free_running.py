@@ -17,7 +17,7 @@ from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
-from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator, finite_or_none
 from overfill.pair.llm import LLM, Completion
 from overfill.request.params import SamplingParams
@@ -113,8 +113,8 @@ def judge_answers(
     nll, repeated = MetricAccumulator(), MetricAccumulator()
     done = 0
     for batch in batches(written):
-        logits, wanted = reader.read_all(batch, 0), targets(batch, 0).to(full.device)
-        chunks = zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True)
+        logits, targets = reader.read_all(batch, 0), target_tokens(batch, 0).to(full.device)
+        chunks = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
         values = torch.cat([torch.nn.functional.cross_entropy(x, y, reduction="none") for x, y in chunks])
         for transcript, own in zip(batch, values.split([len(t.answer) for t in batch]), strict=True):
             nll.add(own, 0)

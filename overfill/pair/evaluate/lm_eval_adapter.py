@@ -23,7 +23,7 @@ from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.evaluation import load_model
-from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.pair.hf_model import load_tokenizer
 from overfill.pair.llm import LLM
 from overfill.request.params import SamplingParams
@@ -125,7 +125,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         places = iter(order)
         for batch in batches(longest_first):
             first = _judge(full.read_prompts(batch), torch.tensor([t.answer[0] for t in batch]))
-            rest = _judge(decoder.read_answers(batch, full, self.pair.layer_map), targets(batch, 1))
+            rest = _judge(decoder.read_answers(batch, full, self.pair.layer_map), target_tokens(batch, 1))
             start = 0
             for row, transcript in enumerate(batch):
                 rows = slice(start, start + len(transcript.answer) - 1)
@@ -208,8 +208,8 @@ def _generation(options: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
     return SamplingParams(**chosen, max_tokens=limit), stops
 
 
-def _judge(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the log likelihood of ``wanted`` [N] under [N, vocab] logits and whether it is the argmax, on the CPU."""
-    wanted = wanted.to(logits.device)
-    values = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-    return values.cpu(), (logits.argmax(-1) == wanted).cpu()
+def _judge(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns, on the CPU, the targets' log likelihoods under [N, vocab] logits and whether each is the argmax."""
+    targets = targets.to(logits.device)
+    values = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return values.cpu(), (logits.argmax(-1) == targets).cpu()

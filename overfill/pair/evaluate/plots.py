@@ -69,7 +69,7 @@ def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(8.2, 4.6), sharey=True)
     for axes, (label, measure) in zip(panels, measures, strict=True):
         for index, (precision, colour) in enumerate(colours.items()):
-            # Of two decoders of one size, such as before and after training, the worse one comes first.
+            # When two decoders have one size, such as before and after training, the worse one comes first.
             line = sorted(
                 (point for point in points if point.precision == precision),
                 key=lambda p: (p.cost.weights, p.agreement.mean),

@@ -15,7 +15,7 @@ from torch import Tensor
 from overfill.errors import InvalidRequest
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
-from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator
 from overfill.request.names import CODECS
 from overfill.telemetry.progress import Report, silent
@@ -111,19 +111,19 @@ def teacher_forced(
     by_kv_form = {name: {form: _TeacherForcedAccumulator() for form in kv_forms} for name in candidates}
     done = 0
     for batch in batches(transcripts):
-        wanted = targets(batch, 1).to(full.device)
+        targets = target_tokens(batch, 1).to(full.device)
         truth = reader.read_all(batch, 1)
-        full_accumulator.add(batch, truth, truth, wanted)
+        full_accumulator.add(batch, truth, truth, targets)
         for name, half in halves.items():
-            two_stage[name].add(batch, truth, half.read_answers(batch, reader, candidates[name].layer_map), wanted)
+            two_stage[name].add(batch, truth, half.read_answers(batch, reader, candidates[name].layer_map), targets)
             for form, accumulator in by_kv_form[name].items():
                 layer_map = candidates[name].layer_map
                 if form == "int8 cache":
                     logits = int8_cached[name].read_answers(batch, reader, layer_map)
                 else:
                     logits = half.read_answers(batch, reader, layer_map, CODECS[form])
-                accumulator.add(batch, truth, logits, wanted)
-            alone[name].add(batch, truth, half.read_all(batch, 1), wanted)
+                accumulator.add(batch, truth, logits, targets)
+            alone[name].add(batch, truth, half.read_all(batch, 1), targets)
         done += len(batch)
         report(step, done, len(transcripts))
     judgements = {
@@ -143,9 +143,9 @@ class _TeacherForcedAccumulator:
     def __init__(self) -> None:
         self._nll, self._kl, self._agreement = MetricAccumulator(), MetricAccumulator(), MetricAccumulator()
 
-    def add(self, batch: Sequence[Transcript], truth: Tensor, logits: Tensor, wanted: Tensor) -> None:
-        """Adds a batch: ``truth`` and ``logits`` [N, vocab], ``wanted`` [N], a row per answer token 1 and up."""
-        nll, kl, agreement = (torch.cat(parts).cpu() for parts in zip(*_compare(truth, logits, wanted), strict=True))
+    def add(self, batch: Sequence[Transcript], truth: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch: ``truth`` and ``logits`` [N, vocab], ``targets`` [N], a row per answer token 1 and up."""
+        nll, kl, agreement = (torch.cat(parts).cpu() for parts in zip(*_compare(truth, logits, targets), strict=True))
         start = 0
         for transcript in batch:
             rows = slice(start, start + len(transcript.answer) - 1)
@@ -157,9 +157,9 @@ class _TeacherForcedAccumulator:
         return TeacherForced(self._nll.metric(), self._kl.metric(), self._agreement.metric())
 
 
-def _compare(truth: Tensor, logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (NLL of ``wanted``, KL(truth || logits), same argmax), each [rows] float32, a few rows at a time."""
-    for p_logits, q_logits, tokens in zip(truth.split(_ROWS), logits.split(_ROWS), wanted.split(_ROWS), strict=True):
+def _compare(truth: Tensor, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (NLL of ``targets``, KL(truth || logits), same argmax), each [rows] float32, a few rows at a time."""
+    for p_logits, q_logits, tokens in zip(truth.split(_ROWS), logits.split(_ROWS), targets.split(_ROWS), strict=True):
         p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
         nll = -q.gather(1, tokens.unsqueeze(1)).squeeze(1)
         kl = (p.exp() * (p - q)).sum(-1)

@@ -117,7 +117,7 @@ def test_the_config_says_what_changed_and_nothing_else(tiny_pair: Path, tmp_path
 
 @pytest.mark.parametrize("fit", ["least-squares", "none"])
 def test_a_head_in_two_parts_is_an_ordinary_one_to_plain_transformers(fit: str, tmp_path: Path) -> None:
-    """What ends an answer keeps its row; ours reads the parts and computes the same."""
+    """End-of-sequence tokens keep their rows; the engine reads the two parts and computes the same."""
     full = make_tiny_pair(tmp_path / "tiny", identity=True) / "full"
     vocab = ModelConfig.load(full).vocab_size
     whole, lowered = (

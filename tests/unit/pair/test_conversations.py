@@ -72,7 +72,7 @@ def test_shipped_parts_share_no_question() -> None:
 
 
 class Author:
-    """Stands in for the engine: questions and answers follow from the seeds alone."""
+    """Replaces the engine; questions and answers depend on the seeds only."""
 
     def __init__(self, pair: str, **_: object) -> None:
         self.tokenizer = Tokenizer.load(Path(pair) / "full")
@@ -102,7 +102,7 @@ def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeyp
         return list(generate_conversations(tiny_pair / "full", 10, seed=seed))
 
     chats = write(0)
-    # Questions 0 and 2 to 10: each once, neither cut off, short nor garbled, and none answered in 3 tokens.
+    # Questions 0 and 2 to 10 remain: each once, neither cut off, short nor garbled, nor answered in 3 tokens.
     assert [c.messages[0]["content"] for c in chats] == [f"What is {n} + 1?" for n in (0, *range(2, 11))]
     assert all(c.messages[-1]["content"].startswith("It is this") for c in chats)
     assert write(0) == chats

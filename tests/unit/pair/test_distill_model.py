@@ -1,4 +1,4 @@
-"""The differentiable forward pass and the fused loss, held against plain transformers and plain torch."""
+"""The differentiable forward pass and the fused loss, compared with plain transformers and plain torch."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_all_forms_of_attention_agree(with_prefix: bool, monkeypatch: pytest.Mon
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(PerTranscript.of(rows)(*inputs, prefix), found[0][0], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(attention, "_MAX_SAVED_CONTEXT", 1)  # as long transcripts are computed
+    monkeypatch.setattr(attention, "_MAX_SAVED_CONTEXT", 1)  # the path of long transcripts
     out = PerTranscript.of(rows)(*inputs, prefix)
     long = [out, *torch.autograd.grad((out * torch.arange(48.0)).sum(), inputs)]
     for one, other in zip(long, found[0], strict=True):

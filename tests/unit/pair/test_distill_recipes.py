@@ -1,4 +1,4 @@
-"""Recipes, the data that they name, and the order that steps take it in."""
+"""Recipes, the data that they name, and the order of the batches."""
 
 from __future__ import annotations
 

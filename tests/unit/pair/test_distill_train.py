@@ -1,4 +1,4 @@
-"""Training runs on tiny pairs: what a run leaves, goes on from, and refuses."""
+"""Training runs on tiny pairs: their files, resuming, and refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a tiny training run; only the test that looks at the picture waits for it."""
+    """Skips drawing, which takes longer than a tiny training run, except in the test of the picture."""
     if "curve" not in request.node.name:
         monkeypatch.setattr(train, "plot_runs", lambda runs, out: out.touch())
 
@@ -59,7 +59,7 @@ class Killed(BaseException):
 def killed_after(
     steps: int, tiny_pair: Path, out: Path, monkeypatch: pytest.MonkeyPatch, training: Training, **options: Any
 ) -> None:
-    """A run that dies before step ``steps + 1`` is recorded."""
+    """Runs until it is killed before step ``steps + 1`` is recorded."""
     with monkeypatch.context() as patch:
         original = Run._check_finite
 
@@ -98,7 +98,9 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pai
 
 
 def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "native_dtype", lambda device: "float32")  # the reference's: else near-ties differ
+    monkeypatch.setattr(
+        train, "native_dtype", lambda device: "float32"
+    )  # the reference's dtype; in others near-ties differ
     pair = run(tiny_pair, tmp_path / "out").train()
     reference = TwoStageReference(pair.folder)
     agreed = total = 0
@@ -158,7 +160,7 @@ def test_recomputing_activations_changes_nothing(tiny_pair: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
+@pytest.mark.filterwarnings("ignore")  # torch emits warnings of its own while it compiles
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 def test_fusing_changes_nothing_but_rounding(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "native_dtype", lambda device: "float32")
@@ -238,7 +240,7 @@ def test_the_layer_map_is_kept(tiny_pair: Path, tmp_path: Path, fresh: Any) -> N
 
 
 def test_minutes_bound_the_run(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Every look at the clock is 0.02 s after the last one: on a busy machine real steps take any time.
+    # Each reading of the clock adds 0.02 s, because real steps take any time on a busy machine.
     clock = itertools.count()
     monkeypatch.setattr("overfill.pair.distill.train.time", SimpleNamespace(monotonic=lambda: 0.02 * next(clock)))
     training = TRAINING.model_copy(update={"steps": None, "minutes": 0.01, "eval_steps": 10_000})

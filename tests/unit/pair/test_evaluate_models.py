@@ -93,7 +93,7 @@ def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str,
             cache, _ = reference._prefill(transcript.prompt)
             for layer in cache.layers if rounded is not None else ():
                 layer.keys, layer.values = rounded(layer.keys), rounded(layer.values)
-                if name == "two_stage_int8_cache":  # what the decoder writes itself is held so too
+                if name == "two_stage_int8_cache":  # the decoder's own KV is int8 too
                     layer.update = partial(_update_through, layer.update, rounded)
             logits[name] = _forward(decoder, list(transcript.answer[:-1]), transcript.answer_start, cache)
         targets = torch.tensor(transcript.answer[1:])
@@ -122,7 +122,7 @@ def test_figures_are_those_of_plain_transformers(tiny_pair: Path, evaluation: Ev
     expected = plain_figures(tiny_pair, TRANSCRIPTS)
     assert figures(evaluation).keys() == expected.keys()
     for name, values in figures(evaluation).items():
-        # A last bit decides which way a code is rounded.
+        # The last bit of a value decides how its code is rounded.
         close = 1e-4 if name in ("full", "two_stage", "decoder_alone") else 5e-3
         assert values == pytest.approx(expected[name], rel=close, abs=close), name
     assert figures(evaluation)["two_stage_int8"] != figures(evaluation)["two_stage"]

@@ -1,4 +1,4 @@
-"""What is counted, without a model: means by position, repetition, costs, rounding."""
+"""Figures that need no model: means by position, repetition, costs, rounding."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_quantised_bytes_include_scales() -> None:
     rows = (6 + 4) * 16 + 96 + 400 + 96 + 1000
     weights = DecodeCost.of(config, "int8").weights
     assert DecodeCost.of(config, "int8").bytes == weights + 4 * rows
-    # 96 inputs are three groups, 200 are seven.
+    # 96 inputs make three groups, 200 make seven.
     assert DecodeCost.of(config, "int4").bytes == 20 * (3 * (rows - 96) + 7 * 96)
     assert DecodeCost.of(config, "int4+int8 head").bytes == 20 * (3 * (rows - 1096) + 7 * 96) + 1000 * 100
 

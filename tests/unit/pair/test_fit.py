@@ -41,7 +41,7 @@ def scores(full: tuple[Weights, ModelConfig], packed: PackedTranscripts) -> Scor
 def stream_error(
     full: tuple[Weights, ModelConfig], decoder: Weights, basis: torch.Tensor, packed: PackedTranscripts
 ) -> float:
-    """Mean square of what the decoder's last residual stream lacks of the full model's."""
+    """Mean square of the difference between the last residual streams of the full model and the decoder."""
     weights, config = full
     math = LayerMath(config, 64)
     theirs = weights.embedding[packed.token_ids]
@@ -91,7 +91,7 @@ def test_layers_that_are_left_out_are_made_up_for(full: tuple[Weights, ModelConf
     )
     decoder = fit(*full, kept, packed)
     assert len(decoder.layers) == 3
-    # The layer before the gap writes more than it did: it stands in for the missing one.
+    # The layer before the gap writes more than before, because it replaces the missing one.
     assert not torch.allclose(decoder.layers[1].down, full[0].layers[1].down, atol=1e-2)
     torch.testing.assert_close(decoder.layers[0].down, full[0].layers[0].down, rtol=0, atol=1e-3)
 

@@ -115,7 +115,9 @@ def test_a_llama_of_any_hidden_size_is_loaded_as_it_was_published(tmp_path: Path
     config = read_config(full) | {"hidden_size": 65, "intermediate_size": 50, "num_hidden_layers": 3}
     config["rope_parameters"] = LLAMA_3B["rope_scaling"] | {"rope_theta": 500.0, "original_max_position_embeddings": 64}
     decoder = write_checkpoint(tmp_path / "decoder", config, full)
-    with pytest.raises(Exception, match="not a multiple"):  # if this passes one day, the rewriting can go
+    with pytest.raises(
+        Exception, match="not a multiple"
+    ):  # when transformers accepts it, the conversion to Mistral can be removed
         AutoModelForCausalLM.from_pretrained(decoder)
 
     model = load_hf_model(decoder)
@@ -158,7 +160,9 @@ def test_a_llama_written_as_a_mistral_keeps_its_tokenizer(tmp_path: Path) -> Non
     decoder = write_checkpoint(tmp_path / "decoder", config, full)
 
     assert config["model_type"] == "mistral"
-    assert not config["transformers_version"].startswith("4.")  # transformers would doubt large tokenizers
+    assert not config["transformers_version"].startswith(
+        "4."
+    )  # otherwise transformers takes large tokenizers for damaged
     text = "What's 2024 + 17, naïve reader?\n\nIt isn't 2041 …"
     ours, theirs = AutoTokenizer.from_pretrained(decoder), AutoTokenizer.from_pretrained(full)
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]

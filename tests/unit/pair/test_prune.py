@@ -80,7 +80,9 @@ def test_neurons_that_others_stand_in_for_go_first() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(400, 64, generator=generator)
     down = torch.randn(16, 64, generator=generator)
-    outputs[:, 7] = outputs[:, 9] + 0.01 * torch.randn(400, generator=generator)  # one of two equals is spare
+    outputs[:, 7] = outputs[:, 9] + 0.01 * torch.randn(
+        400, generator=generator
+    )  # 7 and 9 are nearly equal, so that one is superfluous
     down[:, 30] = 0  # feeds nothing
     down[:, 50] *= 50  # matters most
     places = removal_order(outputs.T @ outputs, down)
@@ -133,7 +135,7 @@ def test_a_cut_stream_is_scaled_to_its_size_before_it_was_normalised_again() -> 
 
 
 def reconstruction_error(basis: Tensor, covariance: Tensor, sensitivity: Tensor) -> float:
-    """Of x from its measurements, weighed by the sensitivity."""
+    """Error of reconstructing x from its measurements, weighted by the sensitivity."""
     solved = torch.linalg.solve(basis.T @ covariance @ basis, basis.T @ covariance)
     return float(torch.trace(sensitivity @ (covariance - covariance @ basis @ solved)))
 
@@ -163,7 +165,7 @@ def test_sensitivity_tells_what_the_answers_depend_on(tiny_pair: Path) -> None:
         layer.gate_up[:, 5] = 0
     weights.head[:, 5] = 0
     blind = measure_sensitivity(weights, config, packed)
-    # Only through the size of the stream does what nothing reads still matter.
+    # Directions that nothing reads still matter through the size of the stream.
     assert float(blind.streams[3, 5, 5]) < 0.2
     assert float(blind.streams[3].diagonal().mean()) == pytest.approx(1, abs=0.01)
 

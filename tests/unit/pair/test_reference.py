@@ -22,13 +22,13 @@ def reference(tiny_pair: Path) -> TwoStageReference:
 
 @pytest.fixture(scope="module")
 def prompt(reference: TwoStageReference) -> list[int]:
-    """One that the reference answers with at least eight tokens."""
+    """A prompt that the reference answers with at least eight tokens."""
     return next(p for p in PROMPTS if len(reference.generate(p, 8)) == 8)
 
 
 @torch.inference_mode()
 def greedy(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
-    """One model, no cache, token by token."""
+    """Computes the answer with one model, without a cache, token by token."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:

@@ -84,7 +84,7 @@ def write_gguf(model: Path, file: Path, architecture: str = "llama") -> Path:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny_pair checkpoint, and what its GGUF converts to."""
+    """A tiny pair's checkpoint, and the conversion of its GGUF."""
     folder = tmp_path_factory.mktemp("gguf")
     full = make_tiny_pair(folder / "pair", identity=True) / "full"
     (folder / "converted").mkdir()

@@ -27,7 +27,7 @@ NAMED = {
 
 
 class Downloads:
-    """Stands in for the download of the full model and counts."""
+    """Replaces and counts the downloads of the full model."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
@@ -150,7 +150,7 @@ def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
         store._prepare("default", "wheel", silent)
     second.join(60)
     assert results == [store.resolve_pair("default")]
-    # It waited and did nothing else.
+    # The second process only waited.
     assert {step.split()[0] for step in steps} == {"Waiting"}
     assert downloads.sources == ["wheel"]
 

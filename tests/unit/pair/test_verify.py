@@ -1,4 +1,4 @@
-"""``overfill verify`` and ``overfill pair`` without a stack: a stand-in client answers."""
+"""``overfill verify`` and ``overfill pair`` without a stack: a fake client answers."""
 
 from __future__ import annotations
 
