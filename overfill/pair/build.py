@@ -148,8 +148,8 @@ def _head_plan(
 
 
 def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:
-    few = PackedTranscripts.of(limit_answer_tokens(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
-    sensitivity = measure_sensitivity(weights, config, few, report)
+    small_parts = PackedTranscripts.of(limit_answer_tokens(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
+    sensitivity = measure_sensitivity(weights, config, small_parts, report)
     return score(
         weights, config, PackedTranscripts.of(limit_answer_tokens(transcripts, SCORING_TOKENS)), sensitivity, report
     )

@@ -1,4 +1,4 @@
-"""Fits a pruned decoder to its full model without gradients.
+"""Fit a pruned decoder to its full model without gradients.
 
 The fit goes layer by layer. Ridge regression solves each projection for the output that the full model has there, from
 the decoder's own inputs, which include the errors of earlier layers. The targets are:
@@ -76,12 +76,12 @@ def fit(
     Raises:
         InvalidPair: a layer's equations have no finite solution; the layer is named.
     """
-    layerwise = _LayerwiseFit(full, config, plan, packed)
+    fitting = _LayerwiseFit(full, config, plan, packed)
     layers = []
     for done, (index, kept) in enumerate(zip(plan.layers, plan.neurons, strict=True)):
-        layers.append(layerwise.fit_layer(index, kept, after=(*plan.layers, config.num_layers)[done + 1]))
+        layers.append(fitting.fit_layer(index, kept, after=(*plan.layers, config.num_layers)[done + 1]))
         report("Fitting", done + 1, len(plan.layers))
-    whole, covariance = layerwise.fit_head()
+    whole, covariance = fitting.fit_head()
     if head is not None:
         whole = head.apply(whole, covariance)
     return Weights(full.embedding @ plan.basis, tuple(layers), torch.ones(plan.basis.shape[1]), whole)
@@ -119,17 +119,17 @@ class _LayerwiseFit:
     def fit_layer(self, index: int, neurons: Tensor, after: int) -> LayerWeights:
         """Fits the decoder's copy of full layer ``index``; ``after`` is the next full layer that the decoder keeps."""
         self._advance_full(index)
-        reads = self._run_full(index)
+        full_layer = self._run_full(index)
         self._advance_full(after)
         layer = slice_layer(self._full.layers[index], neurons, self._plan)
         if self._narrow:
-            layer = replace(layer, qkv=self._fit_reader(reads.before, self._full.layers[index].qkv))
-        attended = attend_answers(self._math, layer, self._packed, self._stream, reads.prompts)
-        layer = replace(layer, o=self._fit_writer(attended, reads.middle, layer.o, layer.o_bias))
+            layer = replace(layer, qkv=self._fit_reader(full_layer.before, self._full.layers[index].qkv))
+        attended = attend_answers(self._math, layer, self._packed, self._stream, full_layer.prompts)
+        layer = replace(layer, o=self._fit_writer(attended, full_layer.middle, layer.o, layer.o_bias))
         self._add(attended, layer.o, layer.o_bias)
         if self._narrow:
             gate_up = keep_neurons(self._full.layers[index].gate_up, neurons)
-            layer = replace(layer, gate_up=self._fit_reader(reads.middle, gate_up))
+            layer = replace(layer, gate_up=self._fit_reader(full_layer.middle, gate_up))
         outputs = torch.cat([self._math.neurons(layer, self._math.norm(x)) for x in self._pieces(self._stream)])
         target = self._full_stream[self._packed.answers]
         layer = replace(layer, down=self._fit_writer(outputs, target, layer.down, layer.down_bias))
@@ -153,14 +153,14 @@ class _LayerwiseFit:
 
     def _run_full(self, index: int) -> _FullLayerTargets:
         packed, stream = self._packed, self._full_stream
-        reads = _FullLayerTargets(stream[packed.answers], torch.empty(len(packed.answers), stream.shape[1]), [])
+        full_layer = _FullLayerTargets(stream[packed.answers], torch.empty(len(packed.answers), stream.shape[1]), [])
         for part in packed.parts:
             done = run_full_layer(self._math, self._full.layers[index], packed, part, stream[part.rows])
             stream[part.rows] = done.out
-            reads.middle[part.answer_rows] = done.middle[part.answers]
-            reads.prompts.extend(prompt_kv(done, part))
+            full_layer.middle[part.answer_rows] = done.middle[part.answers]
+            full_layer.prompts.extend(prompt_kv(done, part))
         self._full_depth = index + 1
-        return reads
+        return full_layer
 
     def _fit_reader(self, full_stream: Tensor, matrix: Tensor) -> Tensor:
         """Fits a projection that reads the normalised stream. [out, full hidden] -> [out, hidden]

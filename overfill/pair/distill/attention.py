@@ -64,7 +64,7 @@ class PerTranscript:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() and max(mask.shape[1] for mask in self.visible) <= _MAX_SAVED_CONTEXT:
-            out: Tensor = _PerTranscript.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
+            out: Tensor = _SavedProbabilityAttention.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
             return out
         outputs = [
             scaled_dot_product_attention(
@@ -92,7 +92,7 @@ class PerTranscript:
             yield torch.cat([earlier_key, key], 1), torch.cat([earlier_value, value], 1)
 
 
-class _PerTranscript(torch.autograd.Function):
+class _SavedProbabilityAttention(torch.autograd.Function):
     """Attention that saves probabilities; the query heads of a KV head are rows of one product."""
 
     @staticmethod

@@ -65,7 +65,7 @@ def distillation_loss(
         targets: [N] int64.
         teacher: Full model's side. None leaves KL out.
     """
-    return _swept(hidden, head, _FullSweep(targets, teacher, weights), weights)
+    return _chunked_loss(hidden, head, _FullVocabularyLoss(targets, teacher, weights), weights)
 
 
 def top_k_distillation_loss(
@@ -80,15 +80,15 @@ def top_k_distillation_loss(
         top_probabilities: [N, k] float32, the full model's probabilities of the tokens in ``sampled.top``.
     """
     chosen = head if sampled.ids is None else head.index_select(0, sampled.ids)
-    return _swept(hidden, chosen, _TopKSweep(sampled, top_probabilities, weights), weights)
+    return _chunked_loss(hidden, chosen, _TopKLoss(sampled, top_probabilities, weights), weights)
 
 
-def _swept(hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> LossSums:
-    loss, parts = _Fused.apply(hidden, head, sweep, weights)  # type: ignore[no-untyped-call]
+def _chunked_loss(hidden: Tensor, head: Tensor, chunk_loss: _ChunkLoss, weights: LossWeights) -> LossSums:
+    loss, parts = _ChunkedLoss.apply(hidden, head, chunk_loss, weights)  # type: ignore[no-untyped-call]
     return LossSums(loss, parts[0], parts[1])
 
 
-class _Sweep(Protocol):
+class _ChunkLoss(Protocol):
     def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
         """Adds cross-entropy and KL of the rows to ``parts`` ([2] float64) and returns the gradient for their logits.
 
@@ -97,9 +97,11 @@ class _Sweep(Protocol):
         """
 
 
-class _Fused(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, chunk_loss: _ChunkLoss, weights: LossWeights
+    ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         narrow_head = head.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
@@ -111,7 +113,7 @@ class _Fused(torch.autograd.Function):
             rows = slice(start, min(start + chunk, len(hidden)))
             logits = buffer[: rows.stop - rows.start]
             _product(hidden[rows], narrow_head, logits)
-            logits_grad = sweep(rows, logits, parts)
+            logits_grad = chunk_loss(rows, logits, parts)
             if hidden_grad is not None and head_grad is not None:
                 logits_grad = logits_grad.to(hidden.dtype)
                 torch.mm(logits_grad, narrow_head, out=hidden_grad[rows])
@@ -140,7 +142,7 @@ class _Buffers:
         return made[: len(logits)]
 
 
-class _FullSweep:
+class _FullVocabularyLoss:
     """Loss over the whole vocabulary, with the full model's logits."""
 
     def __init__(self, targets: Tensor, teacher: TeacherView | None, weights: LossWeights) -> None:
@@ -178,7 +180,7 @@ class _FullSweep:
         return scratch.sub_(logits).mul_(theirs).sum() + (log_sum - their_log_sum).sum(), theirs
 
 
-class _TopKSweep:
+class _TopKLoss:
     """Loss over a sampled vocabulary, with the full model's most likely tokens and one token for the rest."""
 
     def __init__(self, sampled: SampledVocabulary, top_probabilities: Tensor, weights: LossWeights) -> None:

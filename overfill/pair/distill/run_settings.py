@@ -12,7 +12,7 @@ from overfill.pair.checkpoint import write_json
 SETTINGS = "settings.json"
 
 
-def claim_run_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+def open_run_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     """Records ``settings`` in a new run's ``folder``, or checks that the run in it may resume.
 
     Raises:

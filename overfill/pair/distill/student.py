@@ -47,33 +47,37 @@ class Student(nn.Module):
         rows = PackedRows.of_whole(transcripts) if self.standalone else PackedRows.of_answers(transcripts)
         return rows.to(self._teacher_head.device)
 
-    def hidden(self, rows: PackedRows, taught: TeacherOutputs) -> Tensor:
+    def hidden(self, rows: PackedRows, teacher_outputs: TeacherOutputs) -> Tensor:
         """Computes the hidden states of the predicting rows. [N, hidden] in ``dtype``"""
         narrow = self._dtype != torch.float32
         with torch.autocast(rows.token_ids.device.type, dtype=self._dtype if narrow else None, enabled=narrow):
-            hidden: Tensor = self.decoder(rows, None if self.standalone else taught.prefix)
+            hidden: Tensor = self.decoder(rows, None if self.standalone else teacher_outputs.prefix)
         return hidden[rows.predicting].to(self._dtype)
 
-    def view(self, taught: TeacherOutputs) -> TeacherView | None:
-        return None if taught.hidden is None else TeacherView(taught.hidden, self._teacher_head)
+    def teacher_view(self, teacher_outputs: TeacherOutputs) -> TeacherView | None:
+        return None if teacher_outputs.hidden is None else TeacherView(teacher_outputs.hidden, self._teacher_head)
 
-    def sampled(
-        self, rows: PackedRows, taught: TeacherOutputs, sampled: int, generator: torch.Generator
+    def sample_vocabulary(
+        self, rows: PackedRows, teacher_outputs: TeacherOutputs, sampled: int, generator: torch.Generator
     ) -> SampledVocabulary | None:
         """Samples the vocabulary for the loss; returns None unless training uses the full model's top tokens."""
-        if taught.top_ids is None:
+        if teacher_outputs.top_ids is None:
             return None
-        return sample_vocabulary(rows.targets, taught.top_ids, len(self._teacher_head), sampled, generator)
+        return sample_vocabulary(rows.targets, teacher_outputs.top_ids, len(self._teacher_head), sampled, generator)
 
     def forward(
-        self, rows: PackedRows, taught: TeacherOutputs, sampled: SampledVocabulary | None
+        self, rows: PackedRows, teacher_outputs: TeacherOutputs, sampled: SampledVocabulary | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the sums of loss, cross-entropy and KL over the learnt tokens; the loss carries the gradient."""
-        hidden = self.hidden(rows, taught)
-        if sampled is not None and taught.top_probabilities is not None:
-            sums = top_k_distillation_loss(hidden, self.decoder.head, sampled, taught.top_probabilities, self._weights)
+        hidden = self.hidden(rows, teacher_outputs)
+        if sampled is not None and teacher_outputs.top_probabilities is not None:
+            sums = top_k_distillation_loss(
+                hidden, self.decoder.head, sampled, teacher_outputs.top_probabilities, self._weights
+            )
         else:
-            sums = distillation_loss(hidden, self.decoder.head, rows.targets, self.view(taught), self._weights)
+            sums = distillation_loss(
+                hidden, self.decoder.head, rows.targets, self.teacher_view(teacher_outputs), self._weights
+            )
         return sums.loss, sums.cross_entropy, sums.kl
 
 
@@ -104,11 +108,11 @@ def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcri
     agreed = tokens = 0
     for pack in in_packs(held_out, lambda i: len(held_out[i].token_ids), pack_rows):
         transcripts = {i: held_out[i] for i in pack}
-        taught = teacher(transcripts)
-        view = student.view(taught)
+        teacher_outputs = teacher(transcripts)
+        view = student.teacher_view(teacher_outputs)
         assert view is not None
         rows = student.rows(list(transcripts.values()))
-        found = compare_with_teacher(student.hidden(rows, taught), student.decoder.head, rows.targets, view)
+        found = compare_with_teacher(student.hidden(rows, teacher_outputs), student.decoder.head, rows.targets, view)
         nll, kl, agreed = nll + found.nll, kl + found.kl, agreed + found.agreed
         tokens += sum(map(learnt_tokens, transcripts.values()))
     return HeldOutResult(nll / tokens, kl / tokens, agreed / tokens, tokens)

@@ -88,14 +88,14 @@ class Teacher:
         if not self.columns:
             return TeacherOutputs()
         if self._cache is None:
-            return self._taught(self._compute(list(transcripts.values())))
+            return self._to_outputs(self._compute(list(transcripts.values())))
         missing = {number: t for number, t in transcripts.items() if number not in self._cache}
         if missing:
             self._cache.write(missing, self._compute(list(missing.values())))
         # Reads back fresh outputs too, so that their rounding does not depend on an interruption.
-        return self._taught(self._cache.read(list(transcripts)))
+        return self._to_outputs(self._cache.read(list(transcripts)))
 
-    def _taught(self, computed: Mapping[str, Tensor]) -> TeacherOutputs:
+    def _to_outputs(self, computed: Mapping[str, Tensor]) -> TeacherOutputs:
         head = self.model.head
         dtypes = {"top_ids": torch.int64, "top_probabilities": torch.float32}
         return TeacherOutputs(

@@ -27,7 +27,7 @@ from overfill.pair.distill.packed_rows import in_packs, learnt_tokens
 from overfill.pair.distill.plot import plot_runs
 from overfill.pair.distill.recipe import Training
 from overfill.pair.distill.run_checkpoints import Checkpoints, Progress, write_pair
-from overfill.pair.distill.run_settings import SETTINGS, claim_run_folder
+from overfill.pair.distill.run_settings import SETTINGS, open_run_folder
 from overfill.pair.distill.schedule import learning_rate
 from overfill.pair.distill.student import HeldOutResult, Student, evaluate
 from overfill.pair.distill.teacher import LogitsForm, Teacher
@@ -87,7 +87,7 @@ class Run:
         dtype = TORCH_DTYPES[native_dtype(accelerator.device)]
         identity = self._identity(standalone, str(dtype))
         if accelerator.is_main_process:
-            claim_run_folder(self.folder, identity, resume)
+            open_run_folder(self.folder, identity, resume)
         report("Loading models", 0, 2)
         full = PackedModel.load(pair.full_path, dtype, accelerator.device)
         report("Loading models", 1, 2)
@@ -201,14 +201,14 @@ class Run:
 
     def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int, weight: float) -> Tensor:
         """Adds ``weight`` times a pack's gradients; returns weighted loss, cross-entropy and KL, [3] float64."""
-        taught = self._teacher(transcripts)
+        teacher_outputs = self._teacher(transcripts)
         rows = self._student.rows(list(transcripts.values()))
         draws = np.random.SeedSequence(
             [self._training.seed, self._progress.step, self._accelerator.process_index, pack]
         ).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
-        sampled = self._student.sampled(rows, taught, self._training.sampled_tokens, generator)
-        loss, cross_entropy, kl = self._model(rows, taught, sampled)
+        sampled = self._student.sample_vocabulary(rows, teacher_outputs, self._training.sampled_tokens, generator)
+        loss, cross_entropy, kl = self._model(rows, teacher_outputs, sampled)
         # accelerate averages the gradients over processes; the loss is a mean over the tokens of all processes.
         self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
@@ -223,7 +223,7 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         latest = self._checkpoints.latest()
-        kept = f"the last good checkpoint is {latest}" if latest else "there was no checkpoint yet"
+        kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint exists yet"
         raise Diverged(
             f"step {self._progress.step + 1}: the loss is {loss} and its gradient's norm {norm}; {kept}. Try a lower "
             "learning rate (--learning-rate), or look for damage in the models and the data"

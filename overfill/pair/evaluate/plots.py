@@ -1,4 +1,4 @@
-"""Draws the plots of evaluations as PNG files. Needs no display."""
+"""Draw the plots of evaluations as PNG files. Needs no display."""
 
 from __future__ import annotations
 

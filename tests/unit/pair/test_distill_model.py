@@ -49,10 +49,10 @@ def two_stage_logits(folder: Path) -> torch.Tensor:
     pair = Pair.load(folder)
     decoder = load(pair.decoder_path)
     teacher = Teacher(load(pair.full_path), pair.layer_map, with_prompt_kv=True, logits_form="none")
-    taught = teacher(dict(enumerate(TRANSCRIPTS)))
+    teacher_outputs = teacher(dict(enumerate(TRANSCRIPTS)))
     rows = PackedRows.of_answers(TRANSCRIPTS)
     with torch.no_grad():
-        return decoder(rows, taught.prefix)[rows.predicting] @ decoder.head.T
+        return decoder(rows, teacher_outputs.prefix)[rows.predicting] @ decoder.head.T
 
 
 @torch.inference_mode()
