@@ -104,7 +104,9 @@ def distill_command(
     dry_run: bool,
     **hyperparameters: Any,
 ) -> None:
-    """Train the decoder of PAIR (a name or folder) to answer as its full model would.
+    """Train the decoder of PAIR on its full model.
+
+    PAIR is a named pair or a pair folder.
 
     The frozen full model reads each prompt; the decoder learns the answer on the full model's KV cache. Training starts
     from PAIR, or without PAIR from the pair that the recipe describes. Give one length: --steps, --minutes or --epochs;

@@ -125,7 +125,9 @@ def compare_command(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Compare the decoders of PAIRS with plain quantisation of their full model, which they must share.
+    """Compare PAIRS with plain quantisation.
+
+    PAIRS must share one full model.
 
     Judges every decoder and the full model with weights of 16, 8 and 4 bits. Shows the bytes that a decode step reads
     and the operations that it computes. --json prints a line of JSON per result as soon as it is known.

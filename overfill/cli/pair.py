@@ -64,14 +64,20 @@ _source_option = click.option(
 @pair_group.command("default")
 @_source_option
 def default_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the default pair: its decoder has three quarters of the full model's weights."""
+    """Prepare the named pair default.
+
+    Its decoder has three quarters of the full model's weights.
+    """
     click.echo(_resolve("default", source))
 
 
 @pair_group.command("fast")
 @_source_option
 def fast_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the pair fast: its decoder has two fifths of the full model's weights."""
+    """Prepare the named pair fast.
+
+    Its decoder has two fifths of the full model's weights.
+    """
     click.echo(_resolve("fast", source))
 
 
@@ -160,7 +166,9 @@ def build_command(
     threads: int | None,
     out: Path,
 ) -> None:
-    """Build a pair from a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
+    """Build a pair from a full model.
+
+    The full model is a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
 
     A whole number is an exact size. A share of the full model's size, such as 0.5, is rounded to a multiple of 64.
     Attention heads and the KV cache always keep their sizes. The pair links to the full model's folder.
@@ -239,7 +247,9 @@ def _print_summary(pair: Pair, agreement: str) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to append to.")
 def calibrate_command(full: str, count: int, seed: int, threads: int | None, out: Path) -> None:
-    """Let a full model write conversations, for calibrating, training and judging its decoders.
+    """Let a full model write conversations.
+
+    They serve to calibrate, train and judge its decoders.
 
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
     Appends each conversation to the file as soon as it is complete.
@@ -260,7 +270,9 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_command(name: str, as_json: bool) -> int:
-    """Show the models, sizes, digests and recipe of the pair NAME (default, fast, identity or a folder).
+    """Show what the pair NAME consists of.
+
+    NAME is default, fast, identity or a pair folder. Shows the models, sizes, digests, recipe and evaluation.
 
     Reads all weights to compute their digests, about a second per gigabyte. Exits with 1 if a digest differs from
     pair.json; services refuse such a pair.

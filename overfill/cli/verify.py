@@ -64,7 +64,8 @@ def verify_command(
     """Check a running stack's answers, token by token, against plain transformers.
 
     Asks the questions with greedy decoding. An answer is correct if an independent reference chooses the
-    same tokens; a token within 0.001 of the largest logit is a tie. The last line counts correct answers.
+    same tokens. A token within 0.001 of the largest logit is a tie, which counts as the same. The last line counts
+    correct answers.
 
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
