@@ -33,7 +33,7 @@ _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Returns the dtype of the embedding in the checkpoint's files; the head may have a wider one."""
+    """Returns the dtype of the checkpoint's tensors in its files; the head may have a wider one."""
     return _TORCH_DTYPES[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
 
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from overfill.errors import InvalidPair
 from overfill.model.config import HEAD_KEY
 
-# Imported from the engine's room: both sides must round the same factors.
+# Shared with the engine, because both sides must round the same factors.
 from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.pair.hf_config import loadable_config
 

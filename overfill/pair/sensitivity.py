@@ -79,7 +79,7 @@ def measure_sensitivity(
 
 
 def matrix_sqrt(moments: Tensor) -> Tensor:
-    """The symmetric square matrix_sqrt of a symmetric positive semidefinite matrix, float64."""
+    """Returns the symmetric square root of a symmetric positive semidefinite matrix, in float64."""
     values, vectors = torch.linalg.eigh(moments.double())
     result: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return result

@@ -24,8 +24,8 @@ ANSWER_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
 BATCH = 64
 DRAW_SIZE = 4 * BATCH
 """Conversations that start together. The engine runs BATCH of them at a time, so that few steps run half empty."""
-_MIN_QUESTION_CHARS = 12  # characters
-_MIN_ANSWER_TOKENS = 16  # tokens
+_MIN_QUESTION_CHARS = 12
+_MIN_ANSWER_TOKENS = 16
 
 
 def generate_conversations(

@@ -22,7 +22,8 @@ _MAX_SAVED_CONTEXT = 512
 
 class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
-        """
+        """Computes attention of packed rows.
+
         Args:
             q: [T, heads, D], rotated.
             k, v: [T, kv_heads, D]; keys and values of the same rows.
@@ -135,13 +136,13 @@ class _SavedProbabilityAttention(torch.autograd.Function):
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[T, heads, D] -> [kv_heads, heads of each, T, D]"""
+    """Groups query heads by KV head. [T, heads, D] -> [kv_heads, heads of each, T, D]"""
     grouped: Tensor = x.unflatten(1, (kv_heads, -1))
     return grouped.permute(1, 2, 0, 3).contiguous()
 
 
 def _ungrouped(x: Tensor) -> Tensor:
-    """[kv_heads, heads of each, T, D] -> [T, heads, D]"""
+    """Inverts ``_grouped``. [kv_heads, heads of each, T, D] -> [T, heads, D]"""
     return x.flatten(0, 1).transpose(0, 1)
 
 

@@ -92,7 +92,7 @@ class Layer(nn.Module):
         prefix: Tensor | None,
         on_kv: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """[T, hidden] -> [T, hidden]"""
+        """Computes one layer. [T, hidden] -> [T, hidden]"""
         q, k, v = self.before(self, x, cos, sin)
         if on_kv is not None:
             on_kv(k, v)
@@ -124,7 +124,7 @@ class Body(nn.Module):
 
 
 class PackedModel(nn.Module):
-    """A whole model; make one with ``load``.
+    """A trainable Llama-family model over packed rows; make one with ``load``.
 
     Attributes:
         save_activations: False recomputes a layer's activations in the backward pass (gradient checkpointing).
