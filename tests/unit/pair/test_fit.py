@@ -98,7 +98,7 @@ def test_layers_that_are_left_out_are_made_up_for(full: tuple[Weights, ModelConf
 
 def test_too_little_text_is_refused(full: tuple[Weights, ModelConfig]) -> None:
     packed = PackedTranscripts.of(transcripts(2))
-    with pytest.raises(InvalidRequest, match=r"calibration: has 100 answer tokens.* 256 or more"):
+    with pytest.raises(InvalidRequest, match=r"calibration: has 100 answer tokens.* needs at least 256"):
         check_enough(packed, full[1], {"hidden_size": 64, "intermediate_size": 128})
 
 

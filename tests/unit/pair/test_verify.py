@@ -151,7 +151,7 @@ STACKS: dict[str, tuple[Callable[[Stack], object], str]] = {
     "no decode worker": (lambda s: s.processes.pop(), "no decode worker"),
     "other full model": (lambda s: setattr(s.processes[0].model, "full_digest", "0"), "full model differ"),
     "other decoder": (lambda s: setattr(s.processes[1].model, "decoder_digest", "0"), "decoder differ"),
-    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not say"),
+    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not report its model"),
 }
 
 
