@@ -1,4 +1,4 @@
-"""``overfill pair distill`` trains a decoder on its full model's answers; ``distill-plot`` draws several runs."""
+"""``overfill pair distill`` trains a decoder on its full model; ``distill-plot`` draws learning curves."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _HYPERPARAMETERS = (
 @click.option(
     "--data",
     metavar="SOURCE",
-    help="Training data: `shipped`, a file of JSON lines, or a hub data set's id.  [default: the recipe's]",
+    help="Conversations to train on: `shipped`, a file of JSON lines, or a hub data set.  [default: the recipe's]",
 )
 @click.option(
-    "--held-out", metavar="SOURCE", help="Evaluation data: `shipped`, or a file of JSON lines.  [default: the recipe's]"
+    "--held-out", metavar="SOURCE", help="Conversations to judge on: `shipped` or a file.  [default: the recipe's]"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Pair folder to write; must not exist.")
 @click.option(
@@ -54,53 +54,43 @@ _HYPERPARAMETERS = (
     metavar="NAME_OR_FILE",
     default=DEFAULT_RECIPE,
     show_default=True,
-    help="Models, data and hyperparameters. Other options override the recipe, whose values are their defaults.",
+    help="Models, data and hyperparameters. Other options override the recipe's values.",
 )
+@click.option("--steps", type=int, help="Length of the run in steps.")
 @click.option(
-    "--steps", type=int, help="Length of the training, in steps. Give only one of --steps, --minutes and --epochs."
+    "--minutes", type=AnyNumber(), help="Length of the run in minutes of training; the learning rate follows the clock."
 )
-@click.option(
-    "--minutes", type=AnyNumber(), help="Length of the training, in minutes. The learning rate follows the clock."
-)
-@click.option("--epochs", type=AnyNumber(), help="Length of the training, in passes over the data.")
+@click.option("--epochs", type=AnyNumber(), help="Length of the run in passes over the data.")
 @click.option("--learning-rate", type=AnyNumber(), help="Peak learning rate.")
-@click.option("--batch-transcripts", type=int, help="Transcripts per step, summed over all processes.")
-@click.option(
-    "--cross-entropy", type=AnyNumber(), help="Weight of the cross-entropy of the answers' tokens in the loss."
-)
-@click.option(
-    "--kl", type=AnyNumber(), help="Weight of the KL divergence from the full model's distribution in the loss."
-)
+@click.option("--batch-transcripts", type=int, help="Transcripts per step, over all processes.")
+@click.option("--cross-entropy", type=AnyNumber(), help="Weight of the answers' own tokens in the loss.")
+@click.option("--kl", type=AnyNumber(), help="Weight of the full model's distribution in the loss.")
 @click.option("--temperature", type=AnyNumber(), help="Temperature of the KL term.")
-@click.option(
-    "--top-tokens", type=int, help="Number of the full model's most likely tokens in the KL term; 0 means all."
-)
-@click.option(
-    "--sampled-tokens",
-    type=int,
-    help="Number of sampled tokens that represent the rest of the vocabulary; 0 means all.",
-)
-@click.option("--seed", type=int, help="Random seed for the order of the data and for sampling.")
+@click.option("--top-tokens", type=int, help="Number of the full model's most likely tokens in KL; 0 means all.")
+@click.option("--sampled-tokens", type=int, help="Tokens drawn to represent the rest of the vocabulary; 0 means all.")
+@click.option("--seed", type=int, help="Seed of the data's order and of the sampled tokens.")
 @click.option(
     "--recompute-activations",
     is_flag=True,
     default=None,
-    help="Recompute activations in the backward pass: less memory, a third more computation.",
+    help="Save memory with gradient checkpointing, for a third more computing.",
 )
 @click.option(
     "--fused/--not-fused", default=None, help="Let torch.compile fuse small operations.  [default: the recipe's]"
 )
-@click.option("--max-tokens", type=int, help="Maximum tokens of a transcript; longer answers are cut.")
+@click.option(
+    "--max-tokens", type=int, help="Maximum length of a transcript; longer ones lose the end of their answer."
+)
 @click.option("--eval-steps", type=int, help="Steps between evaluations.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.")
 @click.option("--checkpoint-minutes", type=AnyNumber(), help="Minutes between checkpoints.")
 @click.option(
-    "--cache-gib", type=AnyNumber(), help="Cache size in GiB for the full model's outputs, which later epochs reuse."
+    "--cache-gib", type=AnyNumber(), help="Maximum size of the cache of the full model's outputs, for later epochs."
 )
-@click.option("--standalone", is_flag=True, help="Train a baseline instead: the decoder reads the prompts itself.")
+@click.option("--standalone", is_flag=True, help="Train a baseline whose decoder reads the prompts itself.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run exactly where it stopped.")
-@click.option("--threads", type=int, help="Number of CPU threads.  [default: torch's]")
-@click.option("--dry-run", is_flag=True, help="Try the recipe with random weights, two layers and two steps.")
+@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--dry-run", is_flag=True, help="Try the recipe's widths with random weights: two layers, two steps.")
 def distill_command(
     pair: str | None,
     data: str | None,
@@ -114,11 +104,15 @@ def distill_command(
     dry_run: bool,
     **hyperparameters: Any,
 ) -> None:
-    """Train the decoder of PAIR (a name or folder) to answer as its full model does.
+    """Train the decoder of PAIR on its full model.
 
-    The frozen full model reads each prompt; the decoder learns to answer on the full model's KV cache. Without PAIR,
-    the recipe builds the starting pair. The folder OUT.run gets checkpoints, metrics, TensorBoard events and the
-    learning curve during the training. The folder OUT is written at its end.
+    PAIR is a named pair or a pair folder.
+
+    The frozen full model reads each prompt; the decoder learns the answer on the full model's KV cache. Training starts
+    from PAIR, or without PAIR from the pair that the recipe describes. Give one length: --steps, --minutes or --epochs;
+    otherwise the recipe's applies.
+
+    OUT.run holds checkpoints, metrics, TensorBoard events and the learning curve. OUT appears at the end.
 
     With several GPUs: accelerate launch -m overfill.cli.main pair distill …
     """
@@ -129,11 +123,11 @@ def distill_command(
     training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
     if dry_run:
         if unused := [name for name, value in (("PAIR", pair), ("--data", data), ("--held-out", held_out)) if value]:
-            raise click.UsageError(f"--dry-run makes its own pair and data: remove {', '.join(unused)}")
+            raise click.UsageError(f"--dry-run makes its own pair and data; leave out {', '.join(unused)}")
         _dry_run(recipe.model_copy(update={"training": training}))
         return
     if out is None:
-        raise click.UsageError("--out is required: give the folder to write the pair to")
+        raise click.UsageError("--out is missing; name the folder for the trained pair")
     if out.exists():
         raise click.UsageError(f"--out: {out} already exists; give a new folder")
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
@@ -146,7 +140,10 @@ def distill_command(
 @click.argument("runs", nargs=-1, required=True, metavar="LABEL=FOLDER…")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Image file to write: .png, .svg or .pdf.")
 def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
-    """Draw the learning curves of several runs (distilled pairs or .run folders) in one image."""
+    """Draw the learning curves of several runs in one picture.
+
+    FOLDER is a distilled pair or the .run folder beside it.
+    """
     from overfill.pair.distill.plot import metrics_file, plot_runs
 
     named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
@@ -179,7 +176,7 @@ def _train(
             standalone=standalone,
             resume=resume,
             report=report,
-            tell=lambda line: click.echo(line, err=True),
+            log_line=lambda line: click.echo(line, err=True),
         )
         with freed_memory_kept():
             run.train()
@@ -187,7 +184,7 @@ def _train(
 
 
 def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
-    """Returns the recipe's starting pair. The first process builds it in the run's folder, unless it exists."""
+    """Returns the pair that the recipe describes; the main process builds it in the run's folder if needed."""
     from overfill.errors import InvalidRequest
     from overfill.pair.build import build_pair
     from overfill.pair.calibration import calibration_text

@@ -1,4 +1,4 @@
-"""``overfill pair eval``, ``compare`` and ``lm-eval``: measure the quality of pairs. Progress goes to stderr."""
+"""``overfill pair eval``, ``compare`` and ``lm-eval``: judge pairs. Results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _device_options(command: _F) -> _F:
     for option in (
-        click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: torch's]"),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]"),
         dtype_option,
-        click.option(
-            "--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda or cuda:N."
-        ),
+        click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, or auto."),
     ):
         command = option(command)
     return command
@@ -42,7 +40,7 @@ def _data_options(command: _F) -> _F:
         click.option(
             "--data",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="File of conversations: JSON lines with `messages`.  [default: the package's held-out conversations]",
+            help="Conversations as JSON lines with `messages`.  [default: the held-out ones in the package]",
         ),
     ):
         command = option(command)
@@ -61,12 +59,12 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Maximum tokens of a free-running answer.",
+    help="Maximum length of a free-running answer.",
 )
 @_device_options
 @_json_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write a report with plots to.")
-@click.option("--save", is_flag=True, help="Save the main figures in the pair's pair.json.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
+@click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
 def eval_command(
     pair: str,
     data: Path | None,
@@ -80,14 +78,15 @@ def eval_command(
     out: Path | None,
     save: bool,
 ) -> None:
-    """Evaluate PAIR on held-out conversations: the full model, the two-stage pair, and the decoder alone.
+    """Judge PAIR on held-out conversations.
 
-    Teacher-forced on the given answers, it reports their likelihood, and distance from and agreement with the full
-    model. For free-running answers, it reports their likelihood under the full model and the share of repetition.
+    Three variants are judged: the full model, both halves together, and the decoder alone. On the given answers, the
+    figures are likelihood, KL divergence from the full model and agreement with it. Each variant also writes answers of
+    its own (free-running); the figures are their likelihood under the full model and their share of repetition.
     """
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.evaluation import evaluate
-    from overfill.pair.evaluate.report import cost_line, evaluation_rows, save_summary, write_evaluation
+    from overfill.pair.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
@@ -132,14 +131,16 @@ def compare_command(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Compare the decoders of PAIRS, which share a full model, with plain quantisation of that model.
+    """Compare PAIRS with plain quantisation.
 
-    Evaluates each with weights of 16, 8 and 4 bits, and reports the bytes read and operations done per decode step.
-    --json prints a line of JSON for each result as soon as it is known.
+    PAIRS must share one full model.
+
+    Judges every decoder and the full model with weights of 16, 8 and 4 bits. Shows the bytes that a decode step reads
+    and the operations that it computes. --json prints a line of JSON per result as soon as it is known.
     """
     from overfill.cli.output import console
     from overfill.pair.evaluate.compare import NOTE, compare
-    from overfill.pair.evaluate.report import point_rows, write_comparison
+    from overfill.pair.evaluate.evaluation_report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
@@ -168,13 +169,9 @@ def compare_command(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with more task files.",
 )
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Use only the first N documents of each task.  [default: all]"
-)
-@click.option(
-    "--num-fewshot", type=click.IntRange(min=0), help="Number of examples before the question.  [default: the task's]"
-)
-@click.option("--chat", is_flag=True, help="Apply the checkpoint's chat template to questions.")
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of documents per task.  [default: all]")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before the question.  [default: the task's]")
+@click.option("--chat", is_flag=True, help="Put questions into the checkpoint's chat template.")
 @_device_options
 @_json_option
 def lm_eval_command(
@@ -189,7 +186,10 @@ def lm_eval_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness on PAIR: the full model reads each prompt, the decoder answers."""
+    """Run tasks of the lm-evaluation-harness on PAIR.
+
+    The full model reads each context; the decoder writes or scores the continuation.
+    """
     from overfill.cli.output import console, print_json
     from overfill.pair.evaluate.harness import run_tasks
     from overfill.pair.store import resolve_pair
@@ -219,7 +219,7 @@ def lm_eval_command(
 
 
 def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
-    """Returns the first ``count`` conversations of ``data``, uncut, as the pair's tokens."""
+    """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.model.manifest import Pair
     from overfill.pair.conversations import encode, read_conversations, shipped_conversations

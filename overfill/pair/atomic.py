@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Write a folder so that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling of ``target`` to fill; it becomes ``target``, replacing what was there, on success.
+    """Yields a temporary folder beside ``target`` and renames it to ``target`` on success.
 
-    On an exception it is removed. A killed process leaves a sibling called ``.<name>.tmp-…``, which
-    ``remove_leftovers`` clears; it never looks like ``target``. Relative links in it hold after the rename.
+    An existing ``target`` is replaced. On an exception the temporary folder is removed. A killed process leaves a
+    folder ``.<name>.tmp-…``, which ``remove_leftovers`` removes. Relative links inside stay valid after the rename.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(target)
@@ -33,7 +33,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Removes what killed processes left beside ``target``. Only safe while nobody else writes ``target``."""
+    """Removes temporary folders that killed processes left beside ``target``.
+
+    Callers must ensure that no other process writes ``target``.
+    """
     for leftover in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

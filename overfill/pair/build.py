@@ -1,4 +1,4 @@
-"""From a full model to a pair folder: score, plan, cut, fit, and write the manifest, all or nothing."""
+"""Build a pair folder from a full model: score, plan, cut, fit, and write the manifest."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.atomic import atomic_folder
 from overfill.pair.checkpoint import link_full, write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
-from overfill.pair.depth import choose_layers
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.hf_config import decoder_config
-from overfill.pair.packed import Packed, fold_norms
-from overfill.pair.prune import HeadPlan, Scores, make_plan, score, slice_weights
+from overfill.pair.layer_selection import choose_layers
+from overfill.pair.layerwise import PackedTranscripts, fold_norms
+from overfill.pair.prune import HeadPlan, Scores, make_pruning_plan, score, slice_weights
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sensitivity import measure_sensitivity
 from overfill.process.memory import freed_memory_kept
@@ -29,10 +29,10 @@ from overfill.telemetry.progress import Report, silent
 
 SCORES_FILE = "scores.safetensors"
 SHIPPED_SCORES = Path(__file__).parent / "data" / SCORES_FILE
-"""Of the named pairs' full model, measured as any other's (CONTRIBUTING.md): saves every first start a minute."""
+"""Scores of the named pairs' full model (how to renew them: CONTRIBUTING.md). They save a minute on first start."""
 SCORING_TOKENS = 6_144
 SENSITIVITY_TOKENS = 3_072
-SENSITIVITY_ROWS = 512  # all activations of so many tokens are held
+SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds all their activations
 LAYER_TOKENS = 512
 
 
@@ -45,7 +45,7 @@ def build_pair(
     calibration: str = "shipped",
     report: Report = silent,
 ) -> Pair:
-    """Makes the folder ``out`` a pair, as ``fill_pair`` does, all or nothing; replaces what is there."""
+    """Builds a pair with ``fill_pair`` and moves it to ``out`` once it is whole; replaces an existing folder."""
     with atomic_folder(out) as folder:
         fill_pair(folder, full, recipe, conversations, calibration=calibration, report=report)
     return Pair.load(out)
@@ -61,14 +61,14 @@ def fill_pair(
     calibration: str = "shipped",
     report: Report = silent,
 ) -> None:
-    """Fills the empty ``folder`` with a pair of the checkpoint in ``full`` and a decoder made of it.
+    """Fills the empty ``folder`` with a pair: the checkpoint in ``full`` and a decoder made from it.
 
-    ``full/`` is a relative link to ``full``; the scores are kept in ``scores.safetensors``. A decoder of the full
-    model's size is the full model itself, quantised or not: an identity pair.
+    ``full/`` becomes a relative link to ``full``, and ``scores.safetensors`` keeps the scores. When the recipe has the
+    full model's own sizes, the decoder is the full model itself, quantised or not: an identity pair.
 
     Args:
-        conversations: calibration text, answered by the full model or in its style.
-        calibration: where that is from; recorded.
+        conversations: Calibration text. The full model wrote the answers, or they are in its style.
+        calibration: Name of the text's source, recorded in ``pair.json``.
 
     Raises:
         InvalidPair: ``full`` is not a usable checkpoint.
@@ -85,10 +85,10 @@ def fill_pair(
         return
     transcripts = _encode(full, config, conversations)
     fits = recipe.fit == "least-squares"
-    packed = Packed.of(take(transcripts, recipe.tokens))
+    packed = PackedTranscripts.of(limit_answer_tokens(transcripts, recipe.tokens))
     if fits:
         check_enough(packed, config, sizes)
-    # Refuses what transformers could not run, before anything long starts.
+    # Refuses sizes that transformers cannot run, before the long steps start.
     full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
     decoder_config(
         full_config,
@@ -106,8 +106,14 @@ def fill_pair(
     scores.save(folder / SCORES_FILE, digest)
     layers = list(range(config.num_layers))
     if sizes["layers"] < config.num_layers:
-        layers = choose_layers(weights, config, Packed.of(take(transcripts, LAYER_TOKENS)), sizes["layers"], report)
-    plan = make_plan(
+        layers = choose_layers(
+            weights,
+            config,
+            PackedTranscripts.of(limit_answer_tokens(transcripts, LAYER_TOKENS)),
+            sizes["layers"],
+            report,
+        )
+    plan = make_pruning_plan(
         scores,
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
@@ -132,25 +138,29 @@ def fill_pair(
 def _head_plan(
     config: ModelConfig, sizes: Mapping[str, int], scores: Scores, transcripts: Sequence[Transcript]
 ) -> HeadPlan | None:
-    """Tokens are as frequent as in the text, where it is long enough to show them, and as the full model expects."""
+    """Ranks tokens by their share of the calibration text plus the probability that the full model gives them."""
     if sizes["head_tokens"] == config.vocab_size:
         return None
     text = torch.tensor([token for transcript in transcripts for token in transcript.token_ids])
     shares = text.bincount(minlength=config.vocab_size) / len(text) + scores.token_shares
-    shares[list(config.eos_token_ids)] = 1  # whatever the text is cut to, what ends an answer stays
+    shares[list(config.eos_token_ids)] = 1  # cut text may lack them; end-of-sequence tokens always keep their rows
     return HeadPlan(shares, sizes["head_tokens"], sizes["tail_rank"])
 
 
 def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:
-    few = Packed.of(take(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
-    sensitivity = measure_sensitivity(weights, config, few, report)
-    return score(weights, config, Packed.of(take(transcripts, SCORING_TOKENS)), sensitivity, report)
+    small_parts = PackedTranscripts.of(limit_answer_tokens(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
+    sensitivity = measure_sensitivity(weights, config, small_parts, report)
+    return score(
+        weights, config, PackedTranscripts.of(limit_answer_tokens(transcripts, SCORING_TOKENS)), sensitivity, report
+    )
 
 
 def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
     transcripts = encode(conversations, Tokenizer.load(full), config.max_positions)
     if not transcripts:
-        raise InvalidRequest("calibration", "holds no answers that fit the model's context")
+        raise InvalidRequest(
+            "calibration", "holds no answers that fit the model's context; give conversations with shorter prompts"
+        )
     return transcripts
 
 
@@ -158,8 +168,11 @@ def _load(full: Path, config: ModelConfig) -> Weights:
     return fold_norms(load_weights(full, config, torch.float32, torch.device("cpu")))
 
 
-def take(transcripts: Sequence[Transcript], answer_tokens: int) -> list[Transcript]:
-    """The first transcripts that together have ``answer_tokens``, or all of them; the last one is cut to fit."""
+def limit_answer_tokens(transcripts: Sequence[Transcript], answer_tokens: int) -> list[Transcript]:
+    """Returns the first transcripts that together have ``answer_tokens``; the last one is cut to fit.
+
+    When all together have fewer, returns all of them.
+    """
     taken: list[Transcript] = []
     left = answer_tokens
     for transcript in transcripts:

@@ -1,4 +1,4 @@
-"""Writing ordinary Hugging Face checkpoints, without a model object."""
+"""Write ordinary Hugging Face checkpoints without a model object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from overfill.model.files import EMBEDDING, HEAD
 from overfill.model.loading import Weights, state_dict
 from overfill.pair.hf_config import decoder_config
 
-# What makes a checkpoint folder usable besides its weights and config.json.
+# Files that a usable checkpoint folder has besides its weights and config.json.
 COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -33,24 +33,24 @@ _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """What the elements of the checkpoint in ``folder`` are in its files; its head may have wider ones."""
+    """Returns the dtype of the checkpoint's tensors in its files; the head may have a wider one."""
     return _TORCH_DTYPES[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
 
 
 def link_full(folder: Path, full: Path) -> None:
-    """Makes ``folder/full`` a relative link to the checkpoint in ``full``, so that both can be moved together."""
-    # realpath: a link is resolved against the real place of the folder that holds it.
+    """Links ``folder/full`` to the checkpoint in ``full``, relatively, so that both can be moved together."""
+    # realpath, because the system resolves a relative link against the real folder that holds it.
     (folder / "full").symlink_to(os.path.relpath(os.path.realpath(full), os.path.realpath(folder)))
 
 
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """``folder/model.safetensors``, which plain transformers loads."""
+    """Writes ``folder/model.safetensors`` in the form that plain transformers loads."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, folder / "model.safetensors", {"format": "pt"})
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file with the mode that the umask gives; safetensors itself writes 0600."""
+    """Writes a safetensors file whose mode follows the umask; safetensors itself always writes 0600."""
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     save_file(dict(tensors), file, metadata=None if metadata is None else dict(metadata))
@@ -58,10 +58,10 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapp
 
 
 def write_decoder(folder: Path, full: Path, weights: Weights, head: Mapping[str, Any] | None = None) -> None:
-    """Writes to the existing ``folder`` a checkpoint of ``weights``, with everything else as in ``full``'s.
+    """Writes a checkpoint of ``weights`` to the existing ``folder``; copies everything else from ``full``.
 
-    Elements have the type that the full model's have in its files; a head whose rows ``head`` describes (as in
-    ``decoder_config``) has float32, which leaves them the rank that they are said to have.
+    Tensors get the dtype of the full model's files. A head in two parts (``head``, as in ``decoder_config``) is written
+    in float32, because rounding would raise the rank of its low-rank part.
 
     Raises:
         UnsupportedModel: no transformers class runs a model of these sizes.
@@ -91,7 +91,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and generation defaults of ``source``, as far as it has them."""
+    """Copies the tokenizer, chat template and generation defaults that ``source`` has."""
     for name in COMPANION_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

@@ -1,7 +1,7 @@
-"""Chats as calibration, training and test data: files of them, and their tokens.
+"""Conversations as calibration, training and test data: read them from files and tokenize them.
 
-A decoder only ever writes answers, so what is scored, fitted and judged are the answer tokens of a transcript, and
-the prompt is what the full model reads.
+In a transcript, the full model reads the prompt and the decoder writes the answer. Scoring, fitting and judging
+therefore use the answer tokens only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat that ends with an answer.
+    """A conversation that ends with an answer.
 
     Attributes:
         messages: each with ``role`` and ``content``; the last one is the assistant's.
-        finished: whether that answer is whole, and not cut off at some length.
+        finished: False when the answer was cut off at a length limit.
     """
 
     messages: tuple[Message, ...]
@@ -34,7 +34,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """The tokens of a prompt and of the answer to it, which starts at ``answer_start``."""
+    """The tokens of a prompt and, from index ``answer_start``, of its answer."""
 
     token_ids: tuple[int, ...]
     answer_start: int
@@ -49,15 +49,15 @@ class Transcript:
 
 
 def read_conversations(file: Path, field: str = "calibration") -> list[Conversation]:
-    """Chats from JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last one an answer.
+    """Reads JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last message an answer.
 
     ``"finished": false`` beside the messages marks an answer that is cut off.
 
     Args:
-        field: what errors call the text.
+        field: Name of the text in error messages.
 
     Raises:
-        InvalidRequest: the file cannot be read, or a line is something else; the line is named.
+        InvalidRequest: the file cannot be read, or a line has another form; the message names the line.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -71,13 +71,13 @@ def read_conversations(file: Path, field: str = "calibration") -> list[Conversat
 
 
 def shipped_conversations(part: Literal["calibration", "held_out"]) -> list[Conversation]:
-    """What SmolLM2-135M-Instruct wrote for its own calibration; the two parts share no question."""
+    """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote. The parts share no question."""
     text = (resources.files("overfill.pair") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
     return [_conversation(line, part, part) for line in text.splitlines()]
 
 
 def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
-    """Adds lines that ``read_conversations`` reads."""
+    """Appends conversations to ``file`` in the form that ``read_conversations`` reads."""
     with file.open("a", encoding="utf-8") as out:
         for conversation in conversations:
             cut = {} if conversation.finished else {"finished": False}
@@ -87,14 +87,14 @@ def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
 def encode(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int | None = None
 ) -> list[Transcript]:
-    """Transcripts in the checkpoint's chat template; a finished answer ends with the end-of-sequence token.
+    """Tokenizes conversations with the chat template; a finished answer ends with the end-of-sequence token.
 
     Args:
-        max_tokens: longer transcripts lose the end of their answer; those whose prompt fills it are left out. None: all
-            stay as they are.
+        max_tokens: Length limit. Longer transcripts lose the end of their answer; a transcript whose prompt alone is
+            too long is left out. None means no limit.
 
     Raises:
-        InvalidRequest: the template refuses a conversation, or there is no template.
+        InvalidRequest: the template refuses a conversation, or the checkpoint has no template.
     """
     transcripts = []
     for conversation in conversations:
@@ -114,6 +114,6 @@ def _conversation(line: str, where: str, field: str) -> Conversation:
         texts = [(message["role"], message["content"]) for message in messages]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidRequest(field, f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
-    if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for pair in texts for t in pair):
+    if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for m in texts for t in m):
         raise InvalidRequest(field, f"{where} must hold texts and end with a message of role assistant")
     return Conversation(tuple({"role": role, "content": content} for role, content in texts), finished is not False)

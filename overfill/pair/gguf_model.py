@@ -1,7 +1,7 @@
-"""A Llama GGUF as an ordinary Hugging Face checkpoint: dequantised once, element by element.
+"""Convert a Llama GGUF to an ordinary Hugging Face checkpoint with dequantised weights.
 
-Weights become float32: a Q4_1 element is a float16 scale times four bits plus a float16 offset, of which
-bfloat16 would lose bits that the file has. The result is a function of the file's bytes alone.
+Weights become float32. A Q4_1 element is a float16 scale times four bits plus a float16 offset, and bfloat16 would drop
+bits of that. The result depends on the file's bytes only.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _LAYER_NAMES = {
 
 
 def convert_gguf(file: Path, out: Path, report: Report = silent) -> None:
-    """Writes the model, tokenizer and generation defaults of ``file`` to the folder ``out``.
+    """Writes the model, the tokenizer and the generation defaults of the GGUF ``file`` to the folder ``out``.
 
     Raises:
-        InvalidPair: the file is not a GGUF, or not of a Llama with a byte-level BPE tokenizer.
+        InvalidPair: the file is not a GGUF, or its model is not a Llama with a byte-level BPE tokenizer.
     """
     try:
         reader = gguf.GGUFReader(file)
@@ -60,7 +60,7 @@ def convert_gguf(file: Path, out: Path, report: Report = silent) -> None:
         values = gguf.dequantize(stored.data, stored.tensor_type)
         if part in heads:
             values = _half_split(values, heads[part])
-        # A copy: unquantised tensors are read-only views of the file.
+        # Copies, because unquantised tensors are read-only views of the file.
         tensors[name] = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         report("Converting the full model", index + 1, len(reader.tensors))
     write_weights(out, tensors)
@@ -75,7 +75,7 @@ def convert_gguf(file: Path, out: Path, report: Report = silent) -> None:
 
 
 class _Fields:
-    """Key-value part of the file."""
+    """The metadata fields of a GGUF file; a missing field raises InvalidPair."""
 
     def __init__(self, file: Path, reader: gguf.GGUFReader) -> None:
         self._file = file
@@ -89,17 +89,17 @@ class _Fields:
 
 
 def _translate(name: str) -> tuple[str, str]:
-    """The part (``attn_q``, ...) and the Hugging Face name of a tensor."""
+    """Returns a tensor's part (``attn_q``, …) and its Hugging Face name."""
     match name.split("."):
         case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
             return part, f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
         case [part, "weight"] if part in _OUTER_NAMES:
             return part, f"{_OUTER_NAMES[part]}.weight"
-    raise InvalidPair(f"tensor {name} of the GGUF is not one of a plain Llama")
+    raise InvalidPair(f"tensor {name} of the GGUF is not one of a Llama; only Llamas can be converted")
 
 
 def _half_split(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """GGUF pairs neighbouring rows of a head for RoPE; Hugging Face pairs rows of its two halves."""
+    """Reorders rows for RoPE: GGUF rotates neighbouring rows together, Hugging Face rows of a head's two halves."""
     rows, columns = values.shape
     return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -119,7 +119,7 @@ def _config(fields: _Fields, tied: bool) -> dict[str, Any]:
         "head_dim": hidden_size // num_heads,
         "hidden_act": "silu",
         "max_position_embeddings": fields["llama.context_length"],
-        # Stored as float32: its shortest decimal form is the number that was meant.
+        # The file has float32; its shortest decimal form is the original number.
         "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": float(fields["llama.rope.freq_base"]),
         "attention_bias": False,

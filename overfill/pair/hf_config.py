@@ -1,8 +1,8 @@
-"""Configs that plain transformers loads, for decoders of any hidden size.
+"""Write configs that plain transformers loads, for decoders of any hidden size.
 
-transformers refuses a Llama whose hidden size is not a multiple of its number of heads, although nothing in its
-forward pass needs that: head_dim is a field of its own. The Mistral class has the same tensors and, without a sliding
-window, the same forward pass, and takes any hidden size, as the Qwen2 and Qwen3 classes do.
+transformers refuses a Llama whose hidden size is not a multiple of its number of heads. The forward pass does not need
+that, because head_dim is a separate field. The Mistral class accepts any hidden size, as Qwen2 and Qwen3 do. Without a
+sliding window, it has the same tensors and the same forward pass as Llama.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def decoder_config(
     tie_word_embeddings: bool,
     head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``config.json`` of a decoder: the full model's, with other sizes and the same attention heads.
+    """Returns a decoder's ``config.json``: the full model's, with other sizes and the same attention heads.
 
     Args:
-        full_config: the full model's ``config.json``.
-        head: ``HEAD_KEY``'s value, where the head is of two parts (``HeadPlan.as_config``).
+        full_config: The full model's ``config.json``.
+        head: Value for ``HEAD_KEY`` when the head has two parts (``HeadPlan.as_config``).
 
     Raises:
         InvalidPair: a size is not positive, or ``full_config`` is damaged.
@@ -42,10 +42,10 @@ def decoder_config(
         "intermediate_size": intermediate_size,
         "num_hidden_layers": num_layers,
         "tie_word_embeddings": tie_word_embeddings,
-        "head_dim": full.head_dim,  # its default follows from the hidden size
+        "head_dim": full.head_dim,  # by default transformers derives it from the hidden size
     }
     if config.get("layer_types"):
-        config["layer_types"] = ["full_attention"] * num_layers  # no other is supported
+        config["layer_types"] = ["full_attention"] * num_layers  # the only kind that the engine supports
     if head is not None:
         config[HEAD_KEY] = dict(head)
     config = loadable_config(config)
@@ -54,7 +54,7 @@ def decoder_config(
 
 
 def loadable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config``, as the equal Mistral where it is a Llama that transformers refuses.
+    """Returns ``config``; a Llama that transformers refuses becomes the equal Mistral.
 
     Raises:
         InvalidPair: ``config`` is damaged.
@@ -75,6 +75,6 @@ def loadable_config(config: Mapping[str, Any]) -> dict[str, Any]:
         # Stated, because the defaults of the two classes differ.
         "head_dim": parsed.head_dim,
         "num_key_value_heads": parsed.num_kv_heads,
-        # Of Mistrals that releases before 5 wrote, transformers thinks that their tokenizers are damaged.
+        # transformers takes the tokenizer of a Mistral for damaged when a release before 5 wrote the config.
         "transformers_version": metadata.version("transformers"),
     }

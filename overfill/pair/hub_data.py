@@ -1,4 +1,4 @@
-"""Chats in data sets of the Hugging Face hub."""
+"""Read conversations from data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _COLUMNS = ("messages", "conversations")
 
 
 def hub_conversations(dataset: str, count: int) -> list[Conversation]:
-    """The first ``count`` chats of ``dataset``, which may name a split: ``owner/name:split``, else ``train``.
+    """Returns the first ``count`` conversations of ``dataset``: ``owner/name``, or ``owner/name:split``.
+
+    Without a split, reads ``train``.
 
     Raises:
         InvalidRequest: as ``load_hub``.
@@ -31,9 +33,9 @@ def hub_conversations(dataset: str, count: int) -> list[Conversation]:
 
 
 def as_conversation(messages: Any) -> Conversation | None:
-    """Messages of ``role`` and ``content``, or of ``from`` and ``value``, up to the last answer.
+    """Converts a row's messages (``role`` and ``content``, or ``from`` and ``value``), up to the last answer.
 
-    None when there is none, a text is missing, or the row holds something else: large data sets have a few of those.
+    Returns None when the row has no answer, lacks a text or has another form. Large data sets have a few such rows.
     """
     if not isinstance(messages, Sequence):
         return None
@@ -51,13 +53,13 @@ def as_conversation(messages: Any) -> Conversation | None:
 
 
 def load_hub(dataset: str, split: str, *columns: str) -> Any:
-    """Rows of the data set ``dataset``, which has one of ``columns``.
+    """Loads the rows of the data set ``dataset``, which must have one of ``columns``.
 
     Args:
-        split: unless ``dataset`` names one, as ``owner/name:split``.
+        split: Split to load when ``dataset`` does not name one (``owner/name:split``).
 
     Raises:
-        InvalidRequest: it cannot be loaded; the message says what to do.
+        InvalidRequest: the data set cannot be loaded or lacks the columns.
         MissingExtra: the package datasets is not installed.
     """
     dataset, _, own_split = dataset.partition(":")
@@ -67,9 +69,9 @@ def load_hub(dataset: str, split: str, *columns: str) -> Any:
 
     try:
         rows = datasets.load_dataset(dataset, split=split)
-    except Exception as error:  # the library raises what its many back ends raise
+    except Exception as error:  # the library passes on any exception of its back ends
         raise InvalidRequest("data", f"cannot load {dataset}, split {split}: {str(error).splitlines()[0]}") from error
     if not set(columns) & set(rows.column_names):
-        there, wanted = ", ".join(rows.column_names), " or ".join(columns)
-        raise InvalidRequest("data", f"{dataset} has the columns {there}, not {wanted}")
+        found, expected = ", ".join(rows.column_names), " or ".join(columns)
+        raise InvalidRequest("data", f"{dataset} has the columns {found}, not {expected}")
     return rows

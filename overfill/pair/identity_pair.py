@@ -1,4 +1,4 @@
-"""A single checkpoint as an identity pair, for the engine to run on its own."""
+"""Wrap a single checkpoint as an identity pair, so that the engine can run it on its own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from overfill.telemetry.progress import Report, silent
 
 @contextmanager
 def identity_pair(checkpoint: Path, recipe: Mapping[str, Any] | None = None, report: Report = silent) -> Iterator[Path]:
-    """The folder of a pair whose halves are both ``checkpoint``; it is temporary.
+    """Yields the temporary folder of a pair whose full model and decoder are both ``checkpoint``.
 
     Args:
-        recipe: of the decoder; with int8 in it, prompts are still read unquantised.
+        recipe: The decoder's recipe. When it says int8, the full model still reads prompts unquantised.
     """
     with tempfile.TemporaryDirectory(prefix="overfill-") as folder:
         (Path(folder) / "full").symlink_to(os.path.abspath(checkpoint))

@@ -1,4 +1,4 @@
-"""Both halves of a pair in one process: the same engines as the services, without sockets."""
+"""Run both halves of a pair in one process: the services' engines without sockets."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ class Completion:
     """One answer. ``token_ids`` and ``text`` leave out the stop id that ended it.
 
     Attributes:
-        finish_reason: "length" when ``max_tokens`` or the context cut the answer.
-        cached_tokens: prompt tokens whose KV came from the prefix cache. Two answers that differ in nothing else are
-            equal.
+        finish_reason: "length" when ``max_tokens`` or the context's end cut the answer.
+        cached_tokens: Prompt tokens whose KV came from the prefix cache. Comparing two completions ignores it.
     """
 
     text: str
@@ -53,16 +52,16 @@ class LLM:
     """A pair, loaded and ready to answer.
 
     The full model's KV of prompts stays in a prefix cache between calls, so that the next turn of a chat computes only
-    what is new. Not for two threads at once.
+    its new tokens. Not thread-safe.
 
     Args:
-        pair: a named pair ("default", "fast", "identity") or the folder of one; a Path is always a folder.
-        dtype: of weights, activations and KV; None takes bfloat16, or float32 on a CPU that does not compute in it.
-        threads: CPU threads; None leaves torch's setting.
-        kv_memory: bytes of each half's KV cache; None shares what the device leaves (on a CPU at most 1 GiB each).
-        memory_fraction: share of the free memory that is taken when ``kv_memory`` is None.
-        token_budget: most prompt tokens in one prefill step.
-        prefix_cache: keep prompts for later calls; False computes every prompt anew. An interrupted call forgets them.
+        pair: A named pair ("default", "fast", "identity") or a pair folder. A Path is always a folder.
+        dtype: Type of weights, activations and KV. None means bfloat16, or float32 on a CPU without bfloat16.
+        threads: Number of CPU threads. None keeps torch's setting.
+        kv_memory: Bytes of each half's KV cache. None divides the free memory (on a CPU at most 1 GiB each).
+        memory_fraction: Share of the free memory to use when ``kv_memory`` is None.
+        token_budget: Maximum number of prompt tokens in one prefill step.
+        prefix_cache: Keep the KV of prompts for later calls. An interrupted call empties the cache.
 
     Example:
         >>> llm = LLM("default")  # doctest: +SKIP
@@ -103,7 +102,7 @@ class LLM:
             )
 
         with on_device(where):
-            # Both halves first: what they leave is shared.
+            # Loads both halves first, then divides the remaining memory between their KV caches.
             halves = [load("full"), load("decoder")]
             self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction)
         self.max_model_len = min(self._full.max_model_len, self._decoder.max_model_len)
@@ -120,17 +119,17 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         on_token: Callable[[int, SampledToken], None] | None = None,
     ) -> list[Completion]:
-        """Answers all ``prompts``, batched; in their order.
+        """Answers all ``prompts`` in one batch and returns the answers in the prompts' order.
 
         Args:
-            prompts: text, tokenized as it is, or token ids.
-            sampling: one for all prompts, or one for each, taken as they are; None means ``DEFAULT_SAMPLING``: at most
-                256 tokens at temperature 0.7.
-            on_token: called with the prompt's index and each token as it is sampled.
+            prompts: Texts, tokenized without a chat template, or token ids.
+            sampling: Parameters for all prompts, or one per prompt. None means ``DEFAULT_SAMPLING``: at most 256 tokens
+                at temperature 0.7.
+            on_token: Called with the prompt's index and each token as soon as it is sampled.
 
         Raises:
-            InvalidRequest: a prompt is empty, too long or holds ids outside the vocabulary, or ``sampling`` has
-                another length than ``prompts``.
+            InvalidRequest: a prompt is empty, is too long or has ids outside the vocabulary; or ``sampling`` and
+                ``prompts`` differ in length.
         """
         if isinstance(prompts, str):
             raise InvalidRequest("prompts", "is one string; pass a list of prompts")
@@ -140,8 +139,8 @@ class LLM:
             raise InvalidRequest("sampling", f"has {len(choices)} entries for {len(prompts)} prompts")
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         requests = [self.request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
-        told = None if on_token is None else lambda request, token: on_token(request.index, token)
-        engines = self.colocated(told)
+        notify = None if on_token is None else lambda request, token: on_token(request.index, token)
+        engines = self.colocated(notify)
         try:
             with on_device(self._device):
                 for request in requests:
@@ -158,13 +157,13 @@ class LLM:
         return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
     def colocated(self, on_token: Callable[[Request, SampledToken], None] | None = None) -> Colocated:
-        """The engines themselves, for requests that come one by one; one at a time may be open, and must be closed."""
+        """Returns the engines, for adding requests one by one. Close it before opening another."""
         return Colocated(self._full, self._decoder, self._prefix, self._token_budget, self._max_num_seqs, on_token)
 
     def _renew_pools(self) -> None:
-        """Forgets who owns which block, and all cached prompts.
+        """Replaces both block pools and empties the prefix cache.
 
-        For an interrupt, which may come in the middle of bookkeeping: later calls would find blocks lost.
+        An interrupt may leave the block bookkeeping half updated, and later calls would then find blocks missing.
         """
         for parts in (self._full, self._decoder):
             parts.runner.synchronize()
@@ -175,23 +174,26 @@ class LLM:
         self._prefix = self._full.prefix_cache(self._prefix_cache)
 
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
-        """Answers one conversation, rendered with the checkpoint's chat template; ``sampling`` as in ``generate``."""
+        """Answers one conversation with the checkpoint's chat template; ``sampling`` is as in ``generate``."""
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
     def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> Request:
-        """What ``Colocated.add`` takes; ``index`` is the caller's own. Raises as ``generate`` does."""
+        """Makes a request for ``Colocated.add``; the caller chooses ``index``. Raises as ``generate`` does."""
         if not prompt:
             raise InvalidRequest("prompt", "is empty")
         if len(prompt) >= self.max_model_len:
-            raise PromptTooLong("prompt", f"has {len(prompt)} tokens, the context {self.max_model_len}")
+            raise PromptTooLong(
+                "prompt",
+                f"has {len(prompt)} tokens, the context {self.max_model_len}",
+            )
         check_token_ids("prompt", prompt, self._full.config.vocab_size)
         sampling.check_vocab(self._full.config.vocab_size)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
-        room, eos_ids = self.max_model_len - len(prompt), self._full.config.eos_token_ids
-        if sampling.min_tokens > room:
-            raise PromptTooLong("sampling.min_tokens", f"{sampling.min_tokens} tokens do not fit; {room} do")
-        stop = StopRule.of(sampling, eos_ids, room)
+        max_answer, eos_ids = self.max_model_len - len(prompt), self._full.config.eos_token_ids
+        if sampling.min_tokens > max_answer:
+            raise PromptTooLong("sampling.min_tokens", f"{sampling.min_tokens} tokens do not fit; {max_answer} do")
+        stop = StopRule.of(sampling, eos_ids, max_answer)
         processor = new_processor(sampling, prompt, self._full.grammars, eos_ids)
         sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
         return Request(index, sequence)
@@ -200,12 +202,12 @@ class LLM:
         continued = request.decode.prompt if isinstance(prompt, str) else ()
         detokenizer = StreamDetokenizer(self.tokenizer, continued)
         ids = [token.token_id for token in request.answer]
-        wanted = request.decode.sampling.logprobs is not None
+        with_logprobs = request.decode.sampling.logprobs is not None
         return Completion(
             text=detokenizer.push(ids) + detokenizer.finish(),
             token_ids=ids,
             finish_reason="stop" if request.finish is FinishReason.STOP else "length",
             prompt_tokens=len(request.decode.prompt),
-            logprobs=request.answer if wanted else [],
+            logprobs=request.answer if with_logprobs else [],
             cached_tokens=request.cached_tokens or 0,
         )

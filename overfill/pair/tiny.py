@@ -1,7 +1,7 @@
-"""Tiny pairs with random weights: complete folders, made in a second or two, for tests on a CPU.
+"""Make tiny pairs with random weights in a second or two, for tests on a CPU.
 
-The weights are scaled so that answers depend on the whole prompt: attention is sharp and the residual stream
-is dominated by what it reads, so a wrong or lost block of KV shows in the answer. Text means nothing here.
+The weights are scaled so that answers depend on the whole prompt: attention is sharp and its output dominates the
+residual stream. A wrong or lost block of KV therefore changes the answer. The text of answers has no meaning.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import load_weights
 from overfill.model.manifest import write_manifest
 from overfill.pair.checkpoint import write_decoder, write_weights
-from overfill.pair.packed import fold_norms
-from overfill.pair.prune import Plan, slice_weights
+from overfill.pair.layerwise import fold_norms
+from overfill.pair.prune import PruningPlan, slice_weights
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -78,9 +78,9 @@ def make_tiny_pair(
     """Writes a pair to ``folder`` (created) and returns it. Equal arguments give equal weights and tokenizer.
 
     Args:
-        identity: the decoder is the full model; ``decoder_intermediate_size`` is not used then.
-        vocab_size: at least 258: every byte and the special tokens.
-        scale: multiplies the output head; logits, and margins between them, grow with it.
+        identity: Make the decoder the full model, without using ``decoder_intermediate_size``.
+        vocab_size: At least 258: every byte and the special tokens.
+        scale: Factor of the output head. Logits and the margins between them grow with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config_class, model_class = _CLASSES[architecture]
@@ -108,7 +108,7 @@ def make_tiny_pair(
         # The weights are random, so any choice of neurons is as good as another.
         generator = torch.Generator().manual_seed(seed)
         neurons = torch.randperm(intermediate_size, generator=generator)[:decoder_intermediate_size].sort().values
-        plan = Plan(tuple(range(num_layers)), (neurons,) * num_layers, torch.eye(hidden_size))
+        plan = PruningPlan(tuple(range(num_layers)), (neurons,) * num_layers, torch.eye(hidden_size))
         full_config = ModelConfig.load(folder / "full")
         weights = fold_norms(load_weights(folder / "full", full_config, torch.float32, torch.device("cpu")))
         (folder / "decoder").mkdir(exist_ok=True)
@@ -119,7 +119,7 @@ def make_tiny_pair(
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
-    """With gains below 2 for queries and keys, attention averages and a lost block goes unnoticed."""
+    """Fills the weights with noise. With smaller gains than 2 for q and k, a lost block would not change answers."""
     generator = torch.Generator().manual_seed(seed)
 
     def gain(name: str) -> float:
@@ -144,7 +144,7 @@ def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
 
 
 def _make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text round-trips. Ids 0 and 1 are the special tokens."""
+    """Trains a byte-level BPE, so that any text round-trips. Ids 0 and 1 are the special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -167,7 +167,7 @@ def _make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Without ``save_pretrained`` of the model, which draws a progress bar."""
+    """Writes the checkpoint without the model's ``save_pretrained``, which would draw a progress bar."""
     folder.mkdir(exist_ok=True)
     write_weights(folder, model.state_dict())
     model.config.architectures = [type(model).__name__]

@@ -28,7 +28,7 @@ from overfill.lab.chaos.load import Load, Outcome
 from overfill.lab.chaos.stack import BreakableStack, Links, behind_links
 from overfill.lab.chaos.strikes import Strike
 from overfill.lab.chaos.watch import Sample, watch
-from overfill.pair.reference import Judged, Summary, TwoStageReference, judge, summarise
+from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge, summarise
 
 _HOLD = 0.5  # seconds that a request is held in its phase at most, while the strike comes
 _CATCH = 8.0  # seconds to wait for a request in a phase, before one that is not there is done without
@@ -146,7 +146,7 @@ class Result:
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
-        known: dict[tuple[object, ...], Judged] = {}
+        known: dict[tuple[object, ...], JudgedAnswer] = {}
         judged, wrong = [], set()
         answered = self.ended("answered")
         for outcome in answered:

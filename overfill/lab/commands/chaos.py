@@ -177,7 +177,7 @@ def prepare(
     """A float32 stack of ``pair``, what to ask it, and the pair's folder; that of a tiny pair goes with ``exits``."""
     from overfill.cli.up_plan import make_plan
     from overfill.pair.conversations import shipped_conversations
-    from overfill.pair.plain import chat_token_ids, load_tokenizer
+    from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair
     from overfill.pair.tiny import make_tiny_pair
 

@@ -1,7 +1,7 @@
-"""Differentiable attention over packed rows: each transcript attends to its prefix and, causally, to itself.
+"""Compute differentiable attention over packed rows: each transcript attends to its prefix and, causally, to itself.
 
-Transcript by transcript on a CPU, where that wastes nothing; as one padded batch elsewhere, where many small
-launches would cost more than the padding. What does not change from layer to layer is worked out once.
+On a CPU, attention runs transcript by transcript, without padding. Elsewhere it runs as one padded batch, because many
+small launches would cost more than the padding. Masks and indices are computed once for all layers.
 """
 
 from __future__ import annotations
@@ -14,42 +14,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from overfill.pair.distill.rows import Rows
+from overfill.pair.distill.packed_rows import PackedRows
 
-_LONGEST_KEPT = 512
-"""Tokens up to which training keeps a transcript's attention probabilities: 4 MiB a layer for 9 heads in bfloat16."""
+_MAX_SAVED_CONTEXT = 512
+"""Longest context, in tokens, whose attention probabilities training saves: 4 MiB a layer for 9 heads in bfloat16."""
 
 
 class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
-        """
+        """Computes attention of packed rows.
+
         Args:
             q: [T, heads, D], rotated.
-            k, v: [T, kv_heads, D] of the same rows.
-            prefix: [2, sum of prefixes, kv_heads, D], keys and values before the rows; None when there are none.
+            k, v: [T, kv_heads, D]; keys and values of the same rows.
+            prefix: [2, sum of prefixes, kv_heads, D]; keys and values before the rows. None means no prefixes.
 
         Returns:
             [T, heads * D]
         """
 
 
-def plan_attention(rows: Rows) -> Attention:
-    """The form that suits the device that ``rows`` are on."""
+def attention_for(rows: PackedRows) -> Attention:
+    """Returns the faster implementation for the device of ``rows``."""
     return PerTranscript.of(rows) if rows.token_ids.device.type == "cpu" else Padded.of(rows)
 
 
 def _visible(new: int, prefix: int, device: torch.device) -> Tensor:
-    """Which of ``prefix + new`` tokens each of the ``new`` ones sees. [new, prefix + new] bool"""
+    """Returns the causal mask of ``new`` tokens after a prefix. [new, prefix + new] bool"""
     return torch.ones(new, prefix + new, dtype=torch.bool, device=device).tril(prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class PerTranscript:
-    """Transcript after transcript, without padding.
+    """Attention transcript by transcript, without padding.
 
-    In training on short transcripts, probabilities are kept for the backward pass: this takes two thirds of the time
-    of torch's fused kernel, which computes them again. Their memory grows with the square of the length, so that
-    longer ones take the fused kernel.
+    For short transcripts, training saves the probabilities for the backward pass. That takes two thirds of the time of
+    torch's fused kernel, which recomputes them. Longer transcripts use the fused kernel, because the memory for
+    probabilities grows with the square of the length.
     """
 
     lengths: list[int]
@@ -57,14 +58,14 @@ class PerTranscript:
     visible: list[Tensor]
 
     @classmethod
-    def of(cls, rows: Rows) -> PerTranscript:
+    def of(cls, rows: PackedRows) -> PerTranscript:
         device = rows.token_ids.device
         visible = [_visible(*sizes, device) for sizes in zip(rows.lengths, rows.prefixes, strict=True)]
         return cls(list(rows.lengths), list(rows.prefixes), visible)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and max(mask.shape[1] for mask in self.visible) <= _LONGEST_KEPT:
-            out: Tensor = _PerTranscript.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and max(mask.shape[1] for mask in self.visible) <= _MAX_SAVED_CONTEXT:
+            out: Tensor = _SavedProbabilityAttention.apply(q, k, v, prefix, self)  # type: ignore[no-untyped-call]
             return out
         outputs = [
             scaled_dot_product_attention(
@@ -82,7 +83,7 @@ class PerTranscript:
         return torch.cat(outputs, 1).transpose(0, 1).flatten(1)
 
     def contexts(self, k: Tensor, v: Tensor, prefix: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values that each transcript sees, each [kv_heads, context, D]."""
+        """Yields the keys and values that each transcript sees, each [kv_heads, context, D]."""
         own = zip(*(x.transpose(0, 1).split(self.lengths, 1) for x in (k, v)), strict=True)
         if prefix is None:
             yield from own
@@ -92,8 +93,8 @@ class PerTranscript:
             yield torch.cat([earlier_key, key], 1), torch.cat([earlier_value, value], 1)
 
 
-class _PerTranscript(torch.autograd.Function):
-    """Attention with the query heads of a KV head as rows of one product."""
+class _SavedProbabilityAttention(torch.autograd.Function):
+    """Attention that saves probabilities; the query heads of a KV head are rows of one product."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None, plan: PerTranscript) -> Tensor:
@@ -135,30 +136,30 @@ class _PerTranscript(torch.autograd.Function):
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[T, heads, D] -> [kv_heads, heads of each, T, D]"""
+    """Groups query heads by KV head. [T, heads, D] -> [kv_heads, heads of each, T, D]"""
     grouped: Tensor = x.unflatten(1, (kv_heads, -1))
     return grouped.permute(1, 2, 0, 3).contiguous()
 
 
 def _ungrouped(x: Tensor) -> Tensor:
-    """[kv_heads, heads of each, T, D] -> [T, heads, D]"""
+    """Inverts ``_grouped``. [kv_heads, heads of each, T, D] -> [T, heads, D]"""
     return x.flatten(0, 1).transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """One call for all transcripts, padded to the longest.
+    """Attention in one call for all transcripts, padded to the longest.
 
-    The query heads that share a KV head become rows of one product, so that every kernel takes it.
+    The query heads that share a KV head become rows of one product, a form that every kernel accepts.
     """
 
-    query_slots: Tensor  # [T] int64, of the [S * A] padded rows
-    key_slots: Tensor  # [sum of prefixes + T] int64, of the [S * L] padded keys; the prefixes' first
+    query_slots: Tensor  # [T] int64, indices into the [S * A] padded rows
+    key_slots: Tensor  # [sum of prefixes + T] int64, indices into the [S * L] padded keys, prefixes first
     mask: Tensor  # [S, 1, A, L] bool
-    num: int
+    num: int  # S, the number of transcripts
 
     @classmethod
-    def of(cls, rows: Rows) -> Padded:
+    def of(cls, rows: PackedRows) -> Padded:
         device = rows.token_ids.device
         num, longest = len(rows.lengths), max(rows.lengths)
         context = max(n + p for n, p in zip(rows.lengths, rows.prefixes, strict=True))
@@ -192,6 +193,6 @@ class Padded:
         return out.reshape(self.num * longest, -1)[self.query_slots]
 
     def _pad(self, x: Tensor, slots: Tensor, length: int) -> Tensor:
-        """[rows, heads, D] -> [S, length, heads, D], zero where there is nothing."""
+        """Pads with zeros. [rows, heads, D] -> [S, length, heads, D]"""
         padded = x.new_zeros(self.num * length, *x.shape[1:]).index_copy(0, slots, x)
         return padded.view(self.num, length, *x.shape[1:])

@@ -1,4 +1,4 @@
-"""Transcripts to learn from and to be judged on, and the order in which steps take them."""
+"""Load the transcripts to train and to judge on, and draw the batches of a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from overfill.pair.distill.recipe import Data
 from overfill.pair.hub_data import as_conversation, load_hub
 
 Transcripts = Sequence[Transcript | None]
-"""None where a conversation holds nothing to learn: an answer of one token, or a prompt that fills the context."""
+"""None stands for a conversation with nothing to learn: its answer has one token, or its prompt fills the context."""
 
 
 def load_data(data: Data, tokenizer: Tokenizer) -> tuple[Transcripts, list[Transcript]]:
-    """Transcripts to train on, and held-out ones.
+    """Returns the transcripts to train on and the held-out ones.
 
     Raises:
-        InvalidRequest: a source cannot be read, or there is nothing to learn from or to judge on.
+        InvalidRequest: a source cannot be read or has no usable conversation.
     """
     training = _load(data, data.source, data.split, "calibration", tokenizer)
     held_out_source = data.held_out or (data.source if data.held_out_split else "shipped")
@@ -64,11 +64,7 @@ def _teaches(transcript: Transcript) -> bool:
 
 
 class HubTranscripts(Sequence[Transcript | None]):
-    """Rows of a hub data set, made transcripts when they are asked for: millions would not fit memory as ids.
-
-    Raises:
-        InvalidRequest: there is no chat template.
-    """
+    """Rows of a hub data set, tokenized on access, because memory does not hold the ids of millions of rows."""
 
     def __init__(self, rows: Any, data: Data, tokenizer: Tokenizer) -> None:
         self._rows = rows
@@ -90,7 +86,7 @@ class HubTranscripts(Sequence[Transcript | None]):
             return None
         try:
             transcripts = encode([conversation], self._tokenizer, self._data.max_tokens)
-        except InvalidRequest:  # the chat template refuses it; the others are still worth training on
+        except InvalidRequest:  # the chat template refuses this conversation; training skips it
             return None
         return transcripts[0] if transcripts and _teaches(transcripts[0]) else None
 
@@ -99,7 +95,7 @@ class HubTranscripts(Sequence[Transcript | None]):
 
 
 def digest(transcripts: Transcripts) -> str:
-    """Identifies the transcripts and their order."""
+    """Returns a digest of the transcripts and their order."""
     if isinstance(transcripts, HubTranscripts):
         return hashlib.sha256(transcripts.fingerprint().encode()).hexdigest()
     found = hashlib.sha256()
@@ -110,9 +106,9 @@ def digest(transcripts: Transcripts) -> str:
 
 
 def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
-    """Endless batches of ``size`` out of ``count`` indices: one shuffled epoch after the other, cut into batches.
+    """Yields endless batches of ``size`` out of ``count`` indices: shuffled epochs, cut into batches.
 
-    The batch of a step depends on the arguments and the step alone, so that a run can go on anywhere.
+    A step's batch depends only on the arguments and the step, so that a run can resume at any step.
     """
     position = first_step * size
     epoch, orders = -1, np.empty(0, dtype=np.int64)

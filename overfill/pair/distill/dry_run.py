@@ -1,6 +1,6 @@
-"""A recipe tried out with random weights: its exact widths, two layers, a small vocabulary, two steps.
+"""Try a recipe with random weights: its exact widths, two layers, a small vocabulary, two steps.
 
-Shows that such a pair trains, is saved, and loads in plain transformers with the logits that training saw.
+A dry run checks that such a pair trains, can be saved, and gives the same logits in plain transformers.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill.model import PackedModel
+from overfill.pair.distill.packed_rows import PackedRows
 from overfill.pair.distill.recipe import Recipe, changed
-from overfill.pair.distill.rows import Rows
 from overfill.pair.distill.train import Run
 from overfill.pair.hf_config import decoder_config
-from overfill.pair.plain import load_plain
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.tiny import make_tiny_pair
 from overfill.telemetry.progress import Report, silent
 
 LAYERS = 2
 VOCAB = 512
 STEPS = 2
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-3  # between logits
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What was tried.
+    """The result of a dry run.
 
     Attributes:
-        shapes: of the decoder's tensors in its first layer, by name.
-        parameters: of the decoder that was trained.
-        difference: largest difference between the logits of transformers and of training, after reloading.
+        shapes: Shapes of the matrices in the decoder's first layer, by name.
+        parameters: Number of parameters of the trained decoder.
+        difference: Largest difference between the logits of transformers and of training, after reloading.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -52,8 +52,8 @@ def dry_run(
     """Tries ``recipe`` in the empty ``folder``.
 
     Raises:
-        InvalidRequest: the recipe names no sizes.
-        InvalidPair: the trained decoder computes something else in transformers.
+        InvalidRequest: the recipe has no sizes.
+        InvalidPair: the trained decoder gives other logits in transformers.
     """
     if recipe.full is None or recipe.decoder is None:
         raise InvalidRequest("recipe", "a dry run needs the sizes of both models: [full] and [decoder]")
@@ -62,10 +62,10 @@ def dry_run(
     transcripts = _random_transcripts(12, vocab)
     pair = Run(source, folder / "out", list(transcripts[:8]), transcripts[8:], training, report=report).train()
     model = PackedModel.load(pair.decoder_path, torch.float32, torch.device("cpu"))
-    plain = load_plain(pair.decoder_path)
+    plain = load_hf_model(pair.decoder_path)
     tokens = transcripts[0]
     with torch.inference_mode():
-        expected = model(Rows.of_whole([tokens])) @ model.head.T
+        expected = model(PackedRows.of_whole([tokens])) @ model.head.T
         found = plain(input_ids=torch.tensor([tokens.token_ids[:-1]])).logits[0]
     difference = float((found - expected).abs().max())
     if not difference < _TOLERANCE:

@@ -1,8 +1,8 @@
-"""Cross-entropy and forward KL over a large vocabulary, without ever holding all logits.
+"""Compute cross-entropy and forward KL over a large vocabulary without holding all logits in memory.
 
-Rows go through the heads a chunk at a time. The gradients with respect to the decoder's hidden states and head are
-known in closed form, so they are computed in the same sweep and only scaled in the backward pass: logits are made
-once, and a few buffers of one chunk are all the memory that they take.
+Rows go through the heads in chunks. The gradients for the decoder's hidden states and head have a closed form, so the
+forward pass computes them together with the loss; the backward pass only scales them. Logits are thus computed once,
+and they need only a few buffers of one chunk.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from overfill.pair.distill.shortlist import Shortlist
+from overfill.pair.distill.sampled_vocabulary import SampledVocabulary
 
-_CHUNK = {"cpu": 128, "cuda": 1024}  # rows; buffers that stay in a CPU's cache, enough work for a GPU
-_LEAST = 1e-7  # a probability; what float32 leaves of 1 minus a sum
+_CHUNK = {"cpu": 128, "cuda": 1024}  # rows: buffers that fit a CPU's cache, enough work for a GPU
+_MIN_PROBABILITY = 1e-7  # about the precision of 1 minus a float32 sum; keeps logarithms finite
 
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """``cross_entropy`` on the answer's tokens, ``kl`` of the decoder from the full model at ``temperature``.
+    """Weights of the two terms: cross-entropy on the answer's tokens, and KL(full model || decoder).
 
-    KL is multiplied by the temperature's square, which keeps its gradient's size (arXiv 1503.02531, section 2).
+    KL is taken at ``temperature`` and multiplied by its square, which keeps the gradient's size (arXiv 1503.02531,
+    section 2).
     """
 
     cross_entropy: float
@@ -36,8 +37,8 @@ class LossSums:
     """Sums over rows.
 
     Attributes:
-        loss: the weighted loss, which gradients flow through; a scalar.
-        cross_entropy, kl: its parts, unweighted, in nats; scalars. ``kl`` is 0 without a full model.
+        loss: The weighted loss, a scalar that carries the gradient.
+        cross_entropy, kl: The unweighted terms in nats, scalars. ``kl`` is 0 without a full model.
     """
 
     loss: Tensor
@@ -47,7 +48,7 @@ class LossSums:
 
 @dataclass(frozen=True, slots=True)
 class TeacherView:
-    """What the full model says of the same rows: hidden states [N, full hidden] and its head [vocab, full hidden]."""
+    """The full model's hidden states [N, full hidden] for the same rows, and its head [vocab, full hidden]."""
 
     hidden: Tensor
     head: Tensor
@@ -56,48 +57,51 @@ class TeacherView:
 def distillation_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView | None, weights: LossWeights
 ) -> LossSums:
-    """
+    """Computes cross-entropy and KL over the whole vocabulary.
+
     Args:
-        hidden: [N, hidden], after the last norm.
-        head: [vocab, hidden]; may be wider than ``hidden``'s dtype, in which the products are.
+        hidden: [N, hidden], after the last norm. Its dtype is that of the matrix products.
+        head: [vocab, hidden]; may have a wider dtype than ``hidden``.
         targets: [N] int64.
-        teacher: None leaves KL out.
+        teacher: Full model's side. None leaves KL out.
     """
-    return _swept(hidden, head, _FullSweep(targets, teacher, weights), weights)
+    return _chunked_loss(hidden, head, _FullVocabularyLoss(targets, teacher, weights), weights)
 
 
-def shortlist_loss(
-    hidden: Tensor, head: Tensor, shortlist: Shortlist, top_probabilities: Tensor, weights: LossWeights
+def top_k_distillation_loss(
+    hidden: Tensor, head: Tensor, sampled: SampledVocabulary, top_probabilities: Tensor, weights: LossWeights
 ) -> LossSums:
-    """As ``distillation_loss``, from the full model's most likely tokens alone; the rest count as one token.
+    """Computes ``distillation_loss`` from the full model's k most likely tokens; all others count as one token.
 
-    That makes KL a lower bound of the whole one, as exact as the most likely tokens are all. With a sampled
-    shortlist, both parts are estimates. The temperature must be 1.
+    The resulting KL is a lower bound of the full KL; it is tight when the top tokens hold nearly all probability. When
+    ``sampled`` is only a part of the vocabulary, cross-entropy and KL are estimates. The temperature must be 1.
 
     Args:
-        top_probabilities: [N, k] float32, of the tokens in ``shortlist.top``.
+        top_probabilities: [N, k] float32, the full model's probabilities of the tokens in ``sampled.top``.
     """
-    chosen = head if shortlist.ids is None else head.index_select(0, shortlist.ids)
-    return _swept(hidden, chosen, _ShortSweep(shortlist, top_probabilities, weights), weights)
+    chosen = head if sampled.ids is None else head.index_select(0, sampled.ids)
+    return _chunked_loss(hidden, chosen, _TopKLoss(sampled, top_probabilities, weights), weights)
 
 
-def _swept(hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> LossSums:
-    loss, parts = _Fused.apply(hidden, head, sweep, weights)  # type: ignore[no-untyped-call]
+def _chunked_loss(hidden: Tensor, head: Tensor, chunk_loss: _ChunkLoss, weights: LossWeights) -> LossSums:
+    loss, parts = _ChunkedLoss.apply(hidden, head, chunk_loss, weights)  # type: ignore[no-untyped-call]
     return LossSums(loss, parts[0], parts[1])
 
 
-class _Sweep(Protocol):
+class _ChunkLoss(Protocol):
     def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
-        """Adds cross-entropy and KL of the rows to ``parts`` ([2] float64).
+        """Adds cross-entropy and KL of the rows to ``parts`` ([2] float64) and returns the gradient for their logits.
 
-        ``logits`` ([rows, vocab] float32) may be overwritten. Returns the weighted loss's gradient for them, in a
-        buffer that the next call uses again.
+        May overwrite ``logits`` ([rows, vocab] float32). The gradient, of the weighted loss, lies in a buffer that the
+        next call overwrites.
         """
 
 
-class _Fused(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, sweep: _Sweep, weights: LossWeights) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, chunk_loss: _ChunkLoss, weights: LossWeights
+    ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         narrow_head = head.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
@@ -109,7 +113,7 @@ class _Fused(torch.autograd.Function):
             rows = slice(start, min(start + chunk, len(hidden)))
             logits = buffer[: rows.stop - rows.start]
             _product(hidden[rows], narrow_head, logits)
-            logits_grad = sweep(rows, logits, parts)
+            logits_grad = chunk_loss(rows, logits, parts)
             if hidden_grad is not None and head_grad is not None:
                 logits_grad = logits_grad.to(hidden.dtype)
                 torch.mm(logits_grad, narrow_head, out=hidden_grad[rows])
@@ -126,7 +130,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _Buffers:
-    """Tensors of one chunk's shape that are made once: fresh memory of this size costs as much as filling it."""
+    """Reusable tensors of one chunk's shape: allocating them anew would take as long as filling them."""
 
     def __init__(self) -> None:
         self._made: dict[str, Tensor] = {}
@@ -138,8 +142,8 @@ class _Buffers:
         return made[: len(logits)]
 
 
-class _FullSweep:
-    """Over the whole vocabulary, with the full model's logits."""
+class _FullVocabularyLoss:
+    """Loss over the whole vocabulary, with the full model's logits."""
 
     def __init__(self, targets: Tensor, teacher: TeacherView | None, weights: LossWeights) -> None:
         self._targets, self._teacher, self._weights = targets, teacher, weights
@@ -167,7 +171,7 @@ class _FullSweep:
         return gradient.scatter_add_(1, columns, _constant(columns, -weights.cross_entropy))
 
     def _kl(self, teacher: TeacherView, rows: slice, logits: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of KL(full model || decoder) over the rows, and the full model's probabilities."""
+        """Returns the sum of KL(full model || decoder) over the rows, and the full model's probabilities."""
         theirs, scratch = self._buffers.like(logits, "theirs"), self._buffers.like(logits, "their logits")
         _product(teacher.hidden[rows], teacher.head, scratch)
         if self._weights.temperature != 1:
@@ -176,27 +180,27 @@ class _FullSweep:
         return scratch.sub_(logits).mul_(theirs).sum() + (log_sum - their_log_sum).sum(), theirs
 
 
-class _ShortSweep:
-    """Over a shortlist, with the full model's most likely tokens and one token for the rest."""
+class _TopKLoss:
+    """Loss over a sampled vocabulary, with the full model's most likely tokens and one token for the rest."""
 
-    def __init__(self, shortlist: Shortlist, top_probabilities: Tensor, weights: LossWeights) -> None:
-        self._shortlist, self._theirs, self._weights = shortlist, top_probabilities, weights
+    def __init__(self, sampled: SampledVocabulary, top_probabilities: Tensor, weights: LossWeights) -> None:
+        self._sampled, self._theirs, self._weights = sampled, top_probabilities, weights
         self._buffers = _Buffers()
 
     def __call__(self, rows: slice, logits: Tensor, parts: Tensor) -> Tensor:
-        weights, shortlist = self._weights, self._shortlist
-        if shortlist.log_weights is not None:
-            logits.add_(shortlist.log_weights)
+        weights, sampled = self._weights, self._sampled
+        if sampled.log_weights is not None:
+            logits.add_(sampled.log_weights)
         probabilities = self._buffers.like(logits, "probabilities")
         log_sum = _softmax(logits, probabilities)
-        columns, top, theirs = shortlist.targets[rows, None], shortlist.top[rows], self._theirs[rows]
+        columns, top, theirs = sampled.targets[rows, None], sampled.top[rows], self._theirs[rows]
         parts[0] += (log_sum - logits.gather(1, columns)).sum()
         ours = probabilities.gather(1, top)
-        rest = (1 - ours.sum(1, keepdim=True)).clamp(min=_LEAST)
+        rest = (1 - ours.sum(1, keepdim=True)).clamp(min=_MIN_PROBABILITY)
         their_rest = (1 - theirs.sum(1, keepdim=True)).clamp(min=0)
-        parts[1] += (theirs * (theirs.clamp(min=_LEAST).log() - logits.gather(1, top) + log_sum)).sum()
-        parts[1] += (their_rest * (their_rest.clamp(min=_LEAST).log() - rest.log())).sum()
-        # Of the rest as one token: each of its members takes its share of the pull.
+        parts[1] += (theirs * (theirs.clamp(min=_MIN_PROBABILITY).log() - logits.gather(1, top) + log_sum)).sum()
+        parts[1] += (their_rest * (their_rest.clamp(min=_MIN_PROBABILITY).log() - rest.log())).sum()
+        # The rest counts as one token; its gradient is shared among its members by their probabilities.
         ratio = their_rest / rest
         gradient = probabilities.mul_(weights.cross_entropy + weights.kl * (1 - ratio))
         gradient.scatter_add_(1, top, weights.kl * (ours * ratio - theirs))
@@ -208,14 +212,14 @@ def _constant(like: Tensor, value: float) -> Tensor:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Probabilities into ``out``; returns the logarithm of the sum of exponentials, [rows, 1]."""
+    """Writes probabilities to ``out`` and returns the logarithm of the sum of exponentials, [rows, 1]."""
     torch.softmax(logits, -1, out=out)
-    # Several times faster on a CPU than logsumexp: the largest logit's probability says what the sum was.
+    # The largest logit and its probability determine the sum. On a CPU this is several times faster than logsumexp.
     return logits.amax(-1, keepdim=True) - out.amax(-1, keepdim=True).log()
 
 
 def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """``hidden @ head.T`` into the float32 ``out``, in the dtype of ``hidden``."""
+    """Computes ``hidden @ head.T`` in the dtype of ``hidden`` into the float32 ``out``."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, head.T, out=out)
     else:
@@ -230,8 +234,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Sums over rows, as numbers: negative log-likelihood and KL in nats, and rows with the same most likely token."""
+class ComparisonSums:
+    """Sums over rows: negative log likelihood and KL in nats, and the count of equal most likely tokens."""
 
     nll: float
     kl: float
@@ -239,8 +243,8 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView) -> Comparison:
-    """The decoder held against the full model, on rows as in ``distillation_loss``."""
+def compare_with_teacher(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView) -> ComparisonSums:
+    """Compares the decoder with the full model; the arguments are those of ``distillation_loss``."""
     parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
     agreed = torch.zeros((), dtype=torch.int64, device=hidden.device)
     head = head.to(hidden.dtype)
@@ -252,4 +256,4 @@ def compare(hidden: Tensor, head: Tensor, targets: Tensor, teacher: TeacherView)
         logits, theirs = logits.log_softmax(-1), theirs.log_softmax(-1)
         parts[0] -= logits.gather(1, targets[rows, None]).sum()
         parts[1] += (theirs.exp() * (theirs - logits)).sum()
-    return Comparison(float(parts[0]), float(parts[1]), int(agreed))
+    return ComparisonSums(float(parts[0]), float(parts[1]), int(agreed))

@@ -1,4 +1,4 @@
-"""What a run measures: ``metrics.jsonl`` (one object per step and per evaluation) and TensorBoard events."""
+"""Record a run's metrics: ``metrics.jsonl`` (an object per step and per evaluation) and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from overfill.pair.distill.checkpoint import Progress
-from overfill.pair.distill.student import HeldOut
+from overfill.pair.distill.run_checkpoints import Progress
+from overfill.pair.distill.student import HeldOutResult
 
 METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to the metrics in ``folder``; entries after ``progress``, from before an interruption, are dropped."""
+    """Appends to the metrics in ``folder``. Drops entries after ``progress``, which an interrupted run left."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +32,7 @@ class Metrics:
         """Records a training step's means."""
         self._write(progress, values, values, "train")
 
-    def held_out(self, progress: Progress, result: HeldOut) -> None:
+    def held_out(self, progress: Progress, result: HeldOutResult) -> None:
         """Records an evaluation."""
         self.evaluated.add(progress.step)
         self._write(progress, {"held_out": result.as_dict()}, result.as_dict(), "held_out")
@@ -50,7 +50,7 @@ class Metrics:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Every whole line of ``file``; a line that a killed process left half-written is passed over."""
+    """Reads every whole line of ``file``; skips a line that a killed process left half-written."""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

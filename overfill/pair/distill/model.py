@@ -1,8 +1,8 @@
-"""A Llama-family model that can be trained: the engine's arithmetic, differentiable, over packed rows.
+"""A trainable Llama-family model: the engine's arithmetic, differentiable, over packed rows.
 
-Parameters are named as in Hugging Face checkpoints, so that loading and saving are copies; but for a head in two parts
-(``overfill.model.head``), whose second one is trained as its factors. Shared by the decoder and by the frozen full
-model. Knows no loss and no data.
+The decoder and the frozen full model both use it. Parameters are named as in Hugging Face checkpoints, so that loading
+and saving are copies. The exception is a head in two parts (``overfill.model.head``): training works on the factors of
+its low-rank part. The module knows no loss and no data.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import list_tensors
 from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.model.rope import apply_rope, rope_tables
-from overfill.pair.distill.attention import Attention, plan_attention
-from overfill.pair.distill.rows import Rows
+from overfill.pair.distill.attention import Attention, attention_for
+from overfill.pair.distill.packed_rows import PackedRows
 
 KvHook = Callable[[int, Tensor, Tensor], None]
-"""Called with (layer, keys, values), each [T, kv_heads, D], keys rotated."""
+"""Called with (layer, keys, values); keys (rotated) and values are each [T, kv_heads, D]."""
 
 
 class Norm(nn.Module):
@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
         self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, hidden] -> q [T, heads, D] and k [T, kv_heads, D], rotated, and v [T, kv_heads, D]."""
+        """Computes rotated q [T, heads, D] and k [T, kv_heads, D], and v [T, kv_heads, D]."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -92,7 +92,7 @@ class Layer(nn.Module):
         prefix: Tensor | None,
         on_kv: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """[T, hidden] -> [T, hidden]"""
+        """Computes one layer. [T, hidden] -> [T, hidden]"""
         q, k, v = self.before(self, x, cos, sin)
         if on_kv is not None:
             on_kv(k, v)
@@ -111,7 +111,7 @@ def after_attention(layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
 
 @cache
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Of any number of rows: lengths differ from pack to pack. One compilation is for all layers.
+    # dynamic, because the number of rows differs from pack to pack. All layers share one compilation.
     return torch.compile(function, dynamic=True)
 
 
@@ -124,16 +124,16 @@ class Body(nn.Module):
 
 
 class PackedModel(nn.Module):
-    """Made with ``load``.
+    """A trainable Llama-family model over packed rows; make one with ``load``.
 
     Attributes:
-        remember_activations: False computes a layer's activations again in the backward pass (gradient checkpointing).
+        save_activations: False recomputes a layer's activations in the backward pass (gradient checkpointing).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.remember_activations = True
+        self.save_activations = True
         self._tables: tuple[Tensor, Tensor] | None = None
         self.model = Body(config)
         if not config.tie_embeddings:
@@ -141,16 +141,16 @@ class PackedModel(nn.Module):
         if config.tail_rank:
             self.tail_left = nn.Parameter(torch.empty(config.vocab_size - config.head_tokens, config.tail_rank))
             self.tail_right = nn.Parameter(torch.empty(config.tail_rank, config.hidden_size))
-            with torch.device("cpu"):  # whatever device the parameters are made on
+            with torch.device("cpu"):  # also when the parameters are made on another device
                 self.order = tokens_in_row_order(config.vocab_size, config.head_mask)
             self._places = self.order.argsort()
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> PackedModel:
-        """The checkpoint in ``folder``.
+        """Loads the checkpoint in ``folder``.
 
         Raises:
-            InvalidPair: a tensor is missing, unknown or has another shape; it is named.
+            InvalidPair: a tensor is missing, is unknown or has another shape; the message names it.
             UnsupportedModel: as ``ModelConfig.load``.
         """
         config = ModelConfig.load(folder)
@@ -161,14 +161,14 @@ class PackedModel(nn.Module):
         return model
 
     def fuse(self) -> None:
-        """Lets torch.compile fuse what is between the matrix products. The first passes then take a minute."""
+        """Lets torch.compile fuse the operations between matrix products. Compiling takes about a minute."""
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
             layer.before, layer.after = _fused(before_attention), _fused(after_attention)
 
     @property
     def head(self) -> Tensor:
-        """[vocab, hidden]; of two parts it is put together anew each time."""
+        """The head's weights, [vocab, hidden]; a head in two parts is assembled at each access."""
         if self.config.tail_rank:
             stored = torch.cat([self.lm_head.weight, self.tail_left @ self.tail_right])
             return stored[self._places.to(stored.device)]
@@ -176,36 +176,37 @@ class PackedModel(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """All tensors, as a Hugging Face checkpoint names and shapes them."""
+        """Returns all tensors with the names and shapes of a Hugging Face checkpoint."""
         tensors = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("tail_")}
         return tensors | ({"lm_head.weight": self.head.detach()} if self.config.tail_rank else {})
 
-    def forward(self, rows: Rows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
-        """
+    def forward(self, rows: PackedRows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
+        """Computes hidden states; ``head`` turns them into logits.
+
         Args:
-            prefix: [layers, 2, sum of prefixes, kv_heads, D], the keys (rotated) and values that each layer finds in
-                place; None when ``rows`` start at their transcripts' beginning.
-            on_kv: sees each layer's own keys and values.
+            prefix: [layers, 2, sum of prefixes, kv_heads, D], keys (rotated) and values before the rows, per layer.
+                None means that ``rows`` start at their transcripts' beginning.
+            on_kv: Called with each layer's own keys and values.
 
         Returns:
-            [T, hidden], after the last norm: logits are its product with ``head``.
+            [T, hidden], after the last norm.
         """
         cos, sin = self._rotations(rows)
-        attend = plan_attention(rows)
+        attend = attention_for(rows)
         x = self.model.embed_tokens(rows.token_ids)
         for index, layer in enumerate(self.model.layers):
             here = None if prefix is None else prefix[index]
             if on_kv is not None:
                 x = layer(x, cos, sin, attend, here, lambda k, v, i=index: on_kv(i, k, v))
-            elif self.remember_activations or not torch.is_grad_enabled():
+            elif self.save_activations or not torch.is_grad_enabled():
                 x = layer(x, cos, sin, attend, here)
             else:
                 x = checkpoint(layer, x, cos, sin, attend, here, use_reentrant=False)
         normed: Tensor = self.model.norm(x)
         return normed
 
-    def _rotations(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at the rows' positions, each [T, head_dim / 2]. The tables grow when a longer row comes."""
+    def _rotations(self, rows: PackedRows) -> tuple[Tensor, Tensor]:
+        """Returns cosine and sine at the rows' positions, each [T, head_dim / 2]; extends the tables if needed."""
         longest = max(n + p for n, p in zip(rows.lengths, rows.prefixes, strict=True))
         if self._tables is None or len(self._tables[0]) < longest:
             self._tables = rope_tables(self.config.rope, self.config.head_dim, longest, rows.token_ids.device)
@@ -214,7 +215,7 @@ class PackedModel(nn.Module):
 
 @torch.no_grad()
 def read_parameters(model: PackedModel, folder: Path) -> None:
-    """Copies the checkpoint in ``folder`` into ``model``; a tied head and RoPE's frequencies are passed over."""
+    """Copies the checkpoint in ``folder`` into ``model``; skips a tied head and RoPE's frequencies."""
     parameters = dict(model.named_parameters())
     whole: Tensor | None = None
     if model.config.tail_rank:

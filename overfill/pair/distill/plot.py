@@ -1,4 +1,4 @@
-"""Learning curves as a picture: one run, or several side by side."""
+"""Draw the learning curves of one run or of several."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from overfill.pair.distill.metrics import METRICS, read_metrics
 
 
 def metrics_file(folder: Path) -> Path:
-    """The metrics of a run's folder or of a pair that came out of one.
+    """Returns the metrics file in a run's folder or in a distilled pair.
 
     Raises:
-        InvalidRequest: there are none.
+        InvalidRequest: the folder has none.
     """
     for file in (folder / METRICS, folder / "distill" / METRICS):
         if file.exists():
@@ -23,11 +23,11 @@ def metrics_file(folder: Path) -> Path:
 
 
 def plot_runs(runs: Sequence[tuple[str, Path]], out: Path) -> None:
-    """Draws training loss, held-out likelihood and agreement against answer tokens learnt.
+    """Draws training loss, held-out NLL and agreement against the number of answer tokens learnt.
 
     Args:
-        runs: (label, metrics file) of each.
-        out: the picture; its suffix says which kind.
+        runs: (label, metrics file) of each run.
+        out: Picture to write; the suffix sets its format.
     """
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def _finish(axes: Any, title: str) -> None:
 
 
 def _smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """An exponential mean without the pull towards zero at the start."""
+    """Returns the exponential moving average, corrected for its start at zero."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + value, keep * weight + 1

@@ -1,6 +1,6 @@
-"""Training recipes: TOML files with the models, the data and every hyperparameter. Needs no torch.
+"""Read training recipes: TOML files with the models, the data and every hyperparameter. Needs no torch.
 
-Packaged recipes are found by name; any other is a file. Unknown keys are errors.
+A name selects a recipe in the package; anything else is a file. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ class _Frozen(BaseModel):
 
 
 class Training(_Frozen):
-    """Hyperparameters.
+    """Hyperparameters of a run.
 
     Attributes:
-        steps, minutes, epochs: how long to train; exactly one of them. Minutes count training, not evaluation; the
-            schedule then follows the clock, so that runs of equal minutes are not bit-equal.
-        batch_transcripts: transcripts per step, over all processes.
-        pack_rows: tokens that one forward pass computes at most; a batch is run in as many packs as it takes.
-        warmup: share of the run in which the learning rate rises; then it follows a cosine.
-        final_rate: share of the learning rate that is left at the end.
-        clip: largest norm of the gradient.
-        cross_entropy, kl, temperature: the loss, as in ``overfill.pair.distill.loss``.
-        top_tokens: how many of the full model's most likely tokens KL looks at; the rest count as one token. 0: all.
-        sampled_tokens: with ``top_tokens``, how many tokens are drawn for each pass to stand for those that are neither
-            an answer's nor likely; 0: the whole vocabulary. Only the loss is estimated, evaluation is exact.
-        recompute_activations: trades a third more computing for memory (gradient checkpointing).
-        fused: torch.compile fuses what is between the matrix products: a fifth less time, after a minute of compiling.
-            Without a compiler, training goes on without.
-        eval_steps: steps between evaluations on held-out transcripts.
-        checkpoint_steps, checkpoint_minutes: a checkpoint is due when either has passed; None: the minutes only.
-        cache_gib: room for what the full model computed, so that later epochs need not; 0 turns it off.
+        steps, minutes, epochs: Length of the run; exactly one of them is set. Minutes count training, not evaluation.
+            With minutes the schedule follows the clock, so that two such runs are not bit-equal.
+        batch_transcripts: Transcripts per step, over all processes.
+        pack_rows: Maximum number of tokens per forward pass. A batch runs in as many packs as needed.
+        warmup: Share of the run in which the learning rate rises linearly. After that it follows a cosine.
+        final_rate: Learning rate at the end, as a share of ``learning_rate``.
+        clip: Maximum norm of the gradient.
+        cross_entropy, kl, temperature: Weights and temperature of the loss (``overfill.pair.distill.loss``).
+        top_tokens: Number of the full model's most likely tokens in the KL; all others count as one token. 0 means all.
+        sampled_tokens: With ``top_tokens``, number of tokens drawn per pass to represent the rest of the vocabulary. 0
+            means the whole vocabulary. Sampling makes the loss an estimate; evaluation stays exact.
+        recompute_activations: Gradient checkpointing: less memory, a third more computing.
+        fused: Let torch.compile fuse the operations between matrix products. Saves a fifth of the time after a minute
+            of compiling. Without a C++ compiler, training runs unfused.
+        eval_steps: Steps between evaluations on held-out transcripts.
+        checkpoint_steps, checkpoint_minutes: Intervals of checkpoints, whichever passes first. None means no interval
+            in steps.
+        cache_gib: Maximum GiB for the cache of the full model's outputs, which later epochs reuse. 0 turns it off.
     """
 
     learning_rate: PositiveFloat = 6e-4
@@ -86,16 +87,16 @@ class Training(_Frozen):
 
 
 class Data(_Frozen):
-    """Where conversations come from.
+    """Sources of the conversations.
 
     Attributes:
-        source: ``shipped``, a file of JSON lines, or the id of a data set on the Hugging Face hub, where ``:split`` may
-            follow in place of ``split``.
-        split, held_out_split: of a hub data set; a file and the shipped set need none.
-        column: of a hub data set, with messages of ``role`` and ``content`` (or ``from`` and ``value``).
-        held_out: ``shipped`` or a file; None takes ``held_out_split``.
-        max_tokens: longer transcripts lose the end of their answer.
-        max_held_out: transcripts that are evaluated at most.
+        source: ``shipped``, a file of JSON lines, or the id of a data set on the Hugging Face hub: ``owner/name``, or
+            ``owner/name:split`` instead of ``split``.
+        split, held_out_split: Splits of a hub data set; other sources have none.
+        column: Column of a hub data set that holds messages with ``role`` and ``content``, or ``from`` and ``value``.
+        held_out: ``shipped`` or a file. None means ``held_out_split``.
+        max_tokens: Maximum length of a transcript. Longer ones lose the end of their answer.
+        max_held_out: Maximum number of transcripts to evaluate.
     """
 
     source: str = "shipped"
@@ -108,7 +109,7 @@ class Data(_Frozen):
 
 
 class FullModel(_Frozen):
-    """The full model's id, and its widths, so that a dry run need not download it."""
+    """The full model's id and its widths, which let a dry run do without a download."""
 
     id: str
     hidden_size: Positive
@@ -119,7 +120,7 @@ class FullModel(_Frozen):
 
 
 class Decoder(_Frozen):
-    """The decoder to start from, in the words of ``overfill pair build``."""
+    """The decoder to start from; the keys are the options of ``overfill pair build``."""
 
     hidden_size: Positive
     intermediate_size: Positive
@@ -132,8 +133,8 @@ class Recipe(_Frozen):
     """One training run.
 
     Attributes:
-        source: where the figures come from.
-        full, decoder: None in recipes for any pair.
+        source: Origin of the hyperparameters.
+        full, decoder: Models of the run. None means that the recipe is for any pair.
     """
 
     source: str
@@ -144,16 +145,16 @@ class Recipe(_Frozen):
 
 
 def recipe_names() -> list[str]:
-    """The packaged recipes."""
+    """Returns the names of the recipes in the package."""
     folder = resources.files("overfill.pair") / "recipes"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
 def read_recipe(name_or_file: str) -> Recipe:
-    """A packaged recipe, or a TOML file.
+    """Reads a recipe of the package or a TOML file.
 
     Raises:
-        InvalidRequest: there is no such recipe, or a key is unknown or has a wrong value; it is named.
+        InvalidRequest: the recipe does not exist, or a key is unknown or has a wrong value; the message names it.
     """
     try:
         if name_or_file in recipe_names():
@@ -175,7 +176,9 @@ _Part = TypeVar("_Part", Training, Data)
 
 
 def changed(part: _Part, **changes: object) -> _Part:
-    """A part of a recipe with the changes that are not None; a length (steps, minutes, epochs) replaces any other.
+    """Returns a part of a recipe with the changes that are not None; a new length replaces the recipe's.
+
+    Lengths are ``steps``, ``minutes`` and ``epochs``.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -191,5 +194,5 @@ def changed(part: _Part, **changes: object) -> _Part:
 
 
 def describe(error: ValidationError) -> str:
-    """All problems in one line, each with its dotted key."""
+    """Lists all problems in one line, each with its dotted key."""
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())

@@ -1,4 +1,4 @@
-"""The learning rate's course over a run."""
+"""Compute the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from overfill.pair.distill.recipe import Training
 
 
 def learning_rate(training: Training, done: float) -> float:
-    """A linear rise over ``warmup``, then a cosine down to ``final_rate``; ``done`` is the share of the run."""
+    """Returns the rate at the share ``done`` of the run: a linear warm-up, then a cosine down to ``final_rate``."""
     if done < training.warmup:
         return training.learning_rate * done / training.warmup
     after = (done - training.warmup) / (1 - training.warmup) if training.warmup < 1 else 1.0

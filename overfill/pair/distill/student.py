@@ -1,4 +1,4 @@
-"""The decoder in training: teacher-forced on answers, two-stage or on its own, and its loss."""
+"""The decoder in training and its loss: teacher-forced on answers, two-stage or standalone."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.loss import LossWeights, TeacherView, compare, distillation_loss, shortlist_loss
+from overfill.pair.distill.loss import (
+    LossWeights,
+    TeacherView,
+    compare_with_teacher,
+    distillation_loss,
+    top_k_distillation_loss,
+)
 from overfill.pair.distill.model import PackedModel
-from overfill.pair.distill.rows import Rows, in_packs, learnt_tokens
-from overfill.pair.distill.shortlist import Shortlist, make_shortlist
-from overfill.pair.distill.teacher import Taught, Teacher
+from overfill.pair.distill.packed_rows import PackedRows, in_packs, learnt_tokens
+from overfill.pair.distill.sampled_vocabulary import SampledVocabulary, sample_vocabulary
+from overfill.pair.distill.teacher import Teacher, TeacherOutputs
 
 
 class Student(nn.Module):
-    """
+    """The decoder with its loss, as one module.
+
     Args:
-        decoder: float32, trained.
-        teacher_head: [vocab, full hidden]; makes logits of the full model's hidden states.
-        standalone: the decoder reads the prompt itself, as a pruned model without a full one would. Everything
-            else, the tokens that are learnt included, is the same.
-        dtype: of the matrix products; other than float32, they run under autocast.
+        decoder: The model to train, in float32.
+        teacher_head: [vocab, full hidden]; turns the full model's hidden states into logits.
+        standalone: Let the decoder read the prompt itself, as a pruned model without a full model would. All else,
+            the learnt tokens included, is the same.
+        dtype: Type of the matrix products. Types other than float32 use autocast.
     """
 
     def __init__(
@@ -36,45 +43,53 @@ class Student(nn.Module):
         self._weights = weights
         self._dtype = dtype
 
-    def rows(self, transcripts: Sequence[Transcript]) -> Rows:
-        rows = Rows.of_whole(transcripts) if self.standalone else Rows.of_answers(transcripts)
+    def rows(self, transcripts: Sequence[Transcript]) -> PackedRows:
+        rows = PackedRows.of_whole(transcripts) if self.standalone else PackedRows.of_answers(transcripts)
         return rows.to(self._teacher_head.device)
 
-    def hidden(self, rows: Rows, taught: Taught) -> Tensor:
-        """[N, hidden] at the rows that predict, in ``dtype``."""
+    def hidden(self, rows: PackedRows, teacher_outputs: TeacherOutputs) -> Tensor:
+        """Computes the hidden states of the predicting rows. [N, hidden] in ``dtype``"""
         narrow = self._dtype != torch.float32
         with torch.autocast(rows.token_ids.device.type, dtype=self._dtype if narrow else None, enabled=narrow):
-            hidden: Tensor = self.decoder(rows, None if self.standalone else taught.prefix)
+            hidden: Tensor = self.decoder(rows, None if self.standalone else teacher_outputs.prefix)
         return hidden[rows.predicting].to(self._dtype)
 
-    def view(self, taught: Taught) -> TeacherView | None:
-        return None if taught.hidden is None else TeacherView(taught.hidden, self._teacher_head)
+    def teacher_view(self, teacher_outputs: TeacherOutputs) -> TeacherView | None:
+        return None if teacher_outputs.hidden is None else TeacherView(teacher_outputs.hidden, self._teacher_head)
 
-    def shortlist(self, rows: Rows, taught: Taught, sampled: int, generator: torch.Generator) -> Shortlist | None:
-        """What the loss looks at; None for all of the full model's logits, or none of them."""
-        if taught.top_ids is None:
+    def sample_vocabulary(
+        self, rows: PackedRows, teacher_outputs: TeacherOutputs, sampled: int, generator: torch.Generator
+    ) -> SampledVocabulary | None:
+        """Samples the vocabulary for the loss; returns None unless training uses the full model's top tokens."""
+        if teacher_outputs.top_ids is None:
             return None
-        return make_shortlist(rows.targets, taught.top_ids, len(self._teacher_head), sampled, generator)
+        return sample_vocabulary(rows.targets, teacher_outputs.top_ids, len(self._teacher_head), sampled, generator)
 
-    def forward(self, rows: Rows, taught: Taught, shortlist: Shortlist | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of loss, cross-entropy and KL over the learnt tokens; the loss carries the gradient."""
-        hidden = self.hidden(rows, taught)
-        if shortlist is not None and taught.top_probabilities is not None:
-            sums = shortlist_loss(hidden, self.decoder.head, shortlist, taught.top_probabilities, self._weights)
+    def forward(
+        self, rows: PackedRows, teacher_outputs: TeacherOutputs, sampled: SampledVocabulary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the sums of loss, cross-entropy and KL over the learnt tokens; the loss carries the gradient."""
+        hidden = self.hidden(rows, teacher_outputs)
+        if sampled is not None and teacher_outputs.top_probabilities is not None:
+            sums = top_k_distillation_loss(
+                hidden, self.decoder.head, sampled, teacher_outputs.top_probabilities, self._weights
+            )
         else:
-            sums = distillation_loss(hidden, self.decoder.head, rows.targets, self.view(taught), self._weights)
+            sums = distillation_loss(
+                hidden, self.decoder.head, rows.targets, self.teacher_view(teacher_outputs), self._weights
+            )
         return sums.loss, sums.cross_entropy, sums.kl
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
-    """How good a decoder is on held-out answers, per learnt token.
+class HeldOutResult:
+    """A decoder's quality on held-out answers, as means over the judged tokens.
 
     Attributes:
-        nll: negative log-likelihood of the answers' tokens, in nats.
-        kl: KL of the decoder from the full model, in nats.
-        agreement: share of tokens where both find the same one most likely.
-        tokens: that were judged.
+        nll: Negative log likelihood of the answers' tokens, in nats.
+        kl: KL(full model || decoder), in nats.
+        agreement: Share of tokens at which both have the same most likely token.
+        tokens: Number of judged tokens.
     """
 
     nll: float
@@ -87,17 +102,17 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcript], pack_rows: int) -> HeldOut:
-    """Judges the decoder on ``held_out``. ``teacher`` must give hidden states, and prefixes unless standalone."""
+def evaluate(student: Student, teacher: Teacher, held_out: Mapping[int, Transcript], pack_rows: int) -> HeldOutResult:
+    """Judges the decoder on ``held_out``; ``teacher`` must give hidden states, and prompt KV unless standalone."""
     nll = kl = 0.0
     agreed = tokens = 0
     for pack in in_packs(held_out, lambda i: len(held_out[i].token_ids), pack_rows):
         transcripts = {i: held_out[i] for i in pack}
-        taught = teacher(transcripts)
-        view = student.view(taught)
+        teacher_outputs = teacher(transcripts)
+        view = student.teacher_view(teacher_outputs)
         assert view is not None
         rows = student.rows(list(transcripts.values()))
-        found = compare(student.hidden(rows, taught), student.decoder.head, rows.targets, view)
+        found = compare_with_teacher(student.hidden(rows, teacher_outputs), student.decoder.head, rows.targets, view)
         nll, kl, agreed = nll + found.nll, kl + found.kl, agreed + found.agreed
         tokens += sum(map(learnt_tokens, transcripts.values()))
-    return HeldOut(nll / tokens, kl / tokens, agreed / tokens, tokens)
+    return HeldOutResult(nll / tokens, kl / tokens, agreed / tokens, tokens)

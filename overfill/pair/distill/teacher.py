@@ -1,4 +1,4 @@
-"""The frozen full model's side: keys and values of prompts, and what it would have said on answers."""
+"""The frozen full model's outputs for training: keys and values of prompts, and predictions on answers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.cache import Column, TeacherCache
 from overfill.pair.distill.model import PackedModel
-from overfill.pair.distill.rows import Rows
+from overfill.pair.distill.packed_rows import PackedRows
+from overfill.pair.distill.teacher_cache import Column, TeacherCache
 
 _CHUNK = 128  # rows of logits at a time
 
-Opinion = Literal["none", "hidden", "top"]
-"""What is wanted of the full model on answers: nothing, hidden states that give all its logits, or top tokens."""
+LogitsForm = Literal["none", "hidden", "top"]
+"""Form of the full model's logits on answers: none, hidden states (which give all logits), or the top tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
-    """What the full model gives for some transcripts, in their order; None for what is not wanted.
+class TeacherOutputs:
+    """The full model's outputs for some transcripts, in their order. None means not requested.
 
     Attributes:
-        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values.
-        hidden: [learnt tokens, full hidden], whose product with the full model's head are its logits.
-        top_ids, top_probabilities: [learnt tokens, k] int64 and float32, its most likely tokens.
+        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values of the prompts.
+        hidden: [learnt tokens, full hidden]; the product with the full model's head gives its logits.
+        top_ids, top_probabilities: [learnt tokens, k] int64 and float32, the most likely tokens.
     """
 
     prefix: Tensor | None = None
@@ -38,12 +38,13 @@ class Taught:
 
 
 class Teacher:
-    """Computes, or remembers, what the full model gives.
+    """Computes the full model's outputs, or reads them from a cache.
 
     Args:
-        layer_map: full-model layer whose keys and values each decoder layer reads.
-        wants_prefix: whether the decoder finds the prompt's keys and values in place.
-        top_tokens: how many most likely tokens, if those are wanted.
+        layer_map: Full-model layer whose keys and values each decoder layer reads.
+        with_prompt_kv: Also return the keys and values of the prompts.
+        logits_form: Form of the logits on answers.
+        top_tokens: Number of most likely tokens, for the form ``top``.
     """
 
     def __init__(
@@ -51,79 +52,83 @@ class Teacher:
         model: PackedModel,
         layer_map: Sequence[int],
         *,
-        wants_prefix: bool,
-        opinion: Opinion,
+        with_prompt_kv: bool,
+        logits_form: LogitsForm,
         top_tokens: int = 0,
     ) -> None:
         self.model = model.requires_grad_(False)
         self._layer_map = tuple(layer_map)
-        self._wants_prefix = wants_prefix
-        self._opinion = opinion
+        self._with_prompt_kv = with_prompt_kv
+        self._logits_form = logits_form
         self._top_tokens = top_tokens
         self._cache: TeacherCache | None = None
 
     @property
     def columns(self) -> list[Column]:
-        """What is to be remembered."""
+        """The outputs to cache."""
         return list(self._columns())
 
     def _columns(self) -> Iterator[Column]:
-        # float16 is finer than bfloat16, and none of this comes near its limit.
+        # float16 is more precise than bfloat16, and no output comes near its limit.
         config = self.model.config
-        if self._wants_prefix:
+        if self._with_prompt_kv:
             shape = (len(self._layer_map), 2, -1, config.num_kv_heads, config.head_dim)
             yield Column("prefix", "prompt", shape, torch.float16)
-        if self._opinion == "hidden":
+        if self._logits_form == "hidden":
             yield Column("hidden", "learnt", (-1, config.hidden_size), torch.float16)
-        elif self._opinion == "top":
+        elif self._logits_form == "top":
             yield Column("top_ids", "learnt", (-1, self._top_tokens), torch.int32)
             yield Column("top_probabilities", "learnt", (-1, self._top_tokens), torch.float16)
 
     def use_cache(self, cache: TeacherCache) -> None:
         self._cache = cache
 
-    def __call__(self, transcripts: Mapping[int, Transcript]) -> Taught:
-        """For ``transcripts``, in their order; the keys are their numbers in the cache."""
+    def __call__(self, transcripts: Mapping[int, Transcript]) -> TeacherOutputs:
+        """Returns the outputs for ``transcripts``, in their order; the keys are their numbers in the cache."""
         if not self.columns:
-            return Taught()
+            return TeacherOutputs()
         if self._cache is None:
-            return self._taught(self._compute(list(transcripts.values())))
+            return self._to_outputs(self._compute(list(transcripts.values())))
         missing = {number: t for number, t in transcripts.items() if number not in self._cache}
         if missing:
             self._cache.write(missing, self._compute(list(missing.values())))
-        # Read even what was just computed: rounding must not depend on whether a run was interrupted.
-        return self._taught(self._cache.read(list(transcripts)))
+        # Reads back fresh outputs too, so that their rounding does not depend on an interruption.
+        return self._to_outputs(self._cache.read(list(transcripts)))
 
-    def _taught(self, computed: Mapping[str, Tensor]) -> Taught:
+    def _to_outputs(self, computed: Mapping[str, Tensor]) -> TeacherOutputs:
         head = self.model.head
         dtypes = {"top_ids": torch.int64, "top_probabilities": torch.float32}
-        return Taught(**{name: t.to(head.device).to(dtypes.get(name, head.dtype)) for name, t in computed.items()})
+        return TeacherOutputs(
+            **{name: t.to(head.device).to(dtypes.get(name, head.dtype)) for name, t in computed.items()}
+        )
 
     @torch.no_grad()
     def _compute(self, transcripts: Sequence[Transcript]) -> dict[str, Tensor]:
-        """By column."""
-        whole = self._opinion != "none"
-        rows = (Rows.of_whole(transcripts) if whole else Rows.of_prompts(transcripts)).to(self.model.head.device)
+        """Runs the full model; returns one tensor per column."""
+        whole = self._logits_form != "none"
+        rows = (PackedRows.of_whole(transcripts) if whole else PackedRows.of_prompts(transcripts)).to(
+            self.model.head.device
+        )
         starts = list(accumulate(rows.lengths, initial=0))[:-1]
         parts = [torch.arange(s, s + t.answer_start) for s, t in zip(starts, transcripts, strict=True)]
         prompt = torch.cat(parts).to(self.model.head.device)
         kept: dict[int, Tensor] = {}
-        wanted = set(self._layer_map) if self._wants_prefix else set()
+        layers = set(self._layer_map) if self._with_prompt_kv else set()
 
         def keep(layer: int, keys: Tensor, values: Tensor) -> None:
-            if layer in wanted:
+            if layer in layers:
                 kept[layer] = torch.stack([keys[prompt], values[prompt]])
 
         hidden = self.model(rows, on_kv=keep)[rows.predicting]
-        computed = {"prefix": torch.stack([kept[layer] for layer in self._layer_map])} if wanted else {}
-        if self._opinion == "hidden":
+        computed = {"prefix": torch.stack([kept[layer] for layer in self._layer_map])} if layers else {}
+        if self._logits_form == "hidden":
             computed["hidden"] = hidden
-        elif self._opinion == "top":
+        elif self._logits_form == "top":
             computed["top_probabilities"], computed["top_ids"] = self._top(hidden)
         return computed
 
     def _top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The most likely tokens' probabilities and ids, each [rows, k]."""
+        """Returns the most likely tokens' probabilities and ids, each [rows, k]."""
         found = []
         for chunk in hidden.split(_CHUNK):
             probabilities = (chunk @ self.model.head.T).float().softmax(-1)

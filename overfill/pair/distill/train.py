@@ -1,4 +1,4 @@
-"""The training run: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
+"""Run the training: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Pair
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.cache import TeacherCache
-from overfill.pair.distill.checkpoint import Checkpoints, Progress, write_pair
 from overfill.pair.distill.data import Transcripts, batches, digest
 from overfill.pair.distill.loss import LossWeights
 from overfill.pair.distill.metrics import METRICS, Metrics
 from overfill.pair.distill.model import PackedModel
+from overfill.pair.distill.packed_rows import in_packs, learnt_tokens
 from overfill.pair.distill.plot import plot_runs
 from overfill.pair.distill.recipe import Training
-from overfill.pair.distill.rows import in_packs, learnt_tokens
+from overfill.pair.distill.run_checkpoints import Checkpoints, Progress, write_pair
+from overfill.pair.distill.run_settings import SETTINGS, open_run_folder
 from overfill.pair.distill.schedule import learning_rate
-from overfill.pair.distill.settings import SETTINGS, claim_folder
-from overfill.pair.distill.student import HeldOut, Student, evaluate
-from overfill.pair.distill.teacher import Opinion, Teacher
+from overfill.pair.distill.student import HeldOutResult, Student, evaluate
+from overfill.pair.distill.teacher import LogitsForm, Teacher
+from overfill.pair.distill.teacher_cache import TeacherCache
 from overfill.process.compiled import COMPILERS, find_compiler
 from overfill.process.extras import needs
 from overfill.telemetry.progress import Report, silent
 
-# Settings that a resumed run may change: they decide when things are written, not what is computed.
-_FREE = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
+# Settings that a resumed run may change: they do not affect the trained weights.
+_MAY_CHANGE_ON_RESUME = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
 
-Tell = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 class Diverged(OverfillError):
@@ -47,7 +47,7 @@ class Diverged(OverfillError):
 
 
 def run_folder(out: Path) -> Path:
-    """Where the run that makes the pair ``out`` keeps checkpoints, metrics and what the full model computed."""
+    """Returns the folder for checkpoints, metrics and caches of the run that makes the pair ``out``."""
     return out.with_name(f"{out.name}.run")
 
 
@@ -55,14 +55,13 @@ class Run:
     """One training run of the decoder of ``pair`` on ``transcripts``, judged on ``held_out``.
 
     Args:
-        out: the pair to write; the run's own folder is beside it (``run_folder``).
-        standalone: train the decoder to read prompts itself, as a baseline. The pair that is written is then an
-            ordinary pair whose decoder was trained so.
-        resume: go on from the last checkpoint of a run with the same settings, exactly.
-        tell: gets a line for people at every evaluation.
+        out: Pair folder to write. The run's own folder is beside it (``run_folder``).
+        standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
+        resume: Continue exactly from the last checkpoint of a run with the same settings.
+        log_line: Called with a readable line at every evaluation.
 
     Raises:
-        InvalidRequest: there is a run already, or the one to go on with has other settings; they are named.
+        InvalidRequest: the folder holds a run already, or the run to resume has other settings.
     """
 
     def __init__(
@@ -76,37 +75,37 @@ class Run:
         standalone: bool = False,
         resume: bool = False,
         report: Report = silent,
-        tell: Tell = lambda line: None,
+        log_line: LogLine = lambda line: None,
     ) -> None:
         self._accelerator = accelerator = make_accelerator()
         self._pair, self._out, self._training = pair, out, training
         self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
-        self._report, self._tell = report, tell
+        self._report, self._log_line = report, log_line
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
         dtype = TORCH_DTYPES[native_dtype(accelerator.device)]
         identity = self._identity(standalone, str(dtype))
         if accelerator.is_main_process:
-            claim_folder(self.folder, identity, resume)
+            open_run_folder(self.folder, identity, resume)
         report("Loading models", 0, 2)
         full = PackedModel.load(pair.full_path, dtype, accelerator.device)
         report("Loading models", 1, 2)
         decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
-        decoder.remember_activations = not training.recompute_activations
+        decoder.save_activations = not training.recompute_activations
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
             decoder.fuse()
         weights = LossWeights(training.cross_entropy, training.kl, training.temperature)
         self._student = Student(decoder, full.head, weights, standalone, dtype)
-        opinion: Opinion = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
+        logits_form: LogitsForm = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
         self._teacher = Teacher(
-            full, pair.layer_map, wants_prefix=not standalone, opinion=opinion, top_tokens=training.top_tokens
+            full, pair.layer_map, with_prompt_kv=not standalone, logits_form=logits_form, top_tokens=training.top_tokens
         )
-        self._judge = Teacher(full, pair.layer_map, wants_prefix=not standalone, opinion="hidden")
-        self._cache_room = training.cache_gib * 2**30
-        self._cache(self._judge, held_out, "held-out", identity["held_out"])
+        self._eval_teacher = Teacher(full, pair.layer_map, with_prompt_kv=not standalone, logits_form="hidden")
+        self._cache_bytes_left = training.cache_gib * 2**30
+        self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
         self._cache(self._teacher, transcripts, "training", identity["data"])
         optimizer = torch.optim.AdamW(
             decoder.parameters(),
@@ -154,7 +153,7 @@ class Run:
                 saved_at = time.monotonic()
 
     def _share_done(self) -> float:
-        """Share of the run that is done, the same on all processes."""
+        """Returns the share of the run that is done; it is the same on all processes."""
         training, progress = self._training, self._progress
         if training.minutes is not None:
             return progress.seconds / (60 * training.minutes)
@@ -170,14 +169,14 @@ class Run:
     def _step(self, batch: list[int], done: float) -> None:
         started = time.monotonic()
         accelerator, training = self._accelerator, self._training
-        everyone = {i: t for i in batch if (t := self._transcripts[i]) is not None}
-        tokens = sum(map(learnt_tokens, everyone.values()))
-        share = sorted(everyone)[accelerator.process_index :: accelerator.num_processes]
-        idle = not share and bool(everyone)
-        if idle:  # fewer transcripts than processes: the others wait for this one's part of the gradient, which is 0
-            share = sorted(everyone)[:1]
-        packs = list(in_packs(share, lambda i: len(everyone[i].token_ids), training.pack_rows))
-        # The schedule's value for the middle of the step: neither the first nor the last step is lost to a rate of 0.
+        transcripts = {i: t for i in batch if (t := self._transcripts[i]) is not None}
+        tokens = sum(map(learnt_tokens, transcripts.values()))
+        own = sorted(transcripts)[accelerator.process_index :: accelerator.num_processes]
+        idle = not own and bool(transcripts)
+        if idle:  # fewer transcripts than processes: this one contributes a gradient of 0, for which others wait
+            own = sorted(transcripts)[:1]
+        packs = list(in_packs(own, lambda i: len(transcripts[i].token_ids), training.pack_rows))
+        # Takes the rate in the middle of the step, so that neither the first nor the last step has a rate of 0.
         half = 0.5 / self._steps if training.minutes is None else 0.0
         rate = learning_rate(training, done + half) or training.learning_rate / 1000
         for group in self._optimizer.param_groups:
@@ -186,7 +185,7 @@ class Run:
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
-                sums += self._backward({i: everyone[i] for i in pack}, tokens, index, weight=0.0 if idle else 1.0)
+                sums += self._backward({i: transcripts[i] for i in pack}, tokens, index, weight=0.0 if idle else 1.0)
         sums = accelerator.reduce(sums, "sum") / max(tokens, 1)
         norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
         self._check_finite(float(sums[0]), float(norm))
@@ -201,54 +200,54 @@ class Run:
             self._metrics.step(self._progress, values | {"tokens_per_second": tokens / seconds})
 
     def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int, weight: float) -> Tensor:
-        """Adds ``weight`` times a pack's gradients; returns as much of its loss, cross-entropy and KL, [3] float64."""
-        taught = self._teacher(transcripts)
+        """Adds ``weight`` times a pack's gradients; returns weighted loss, cross-entropy and KL, [3] float64."""
+        teacher_outputs = self._teacher(transcripts)
         rows = self._student.rows(list(transcripts.values()))
         draws = np.random.SeedSequence(
             [self._training.seed, self._progress.step, self._accelerator.process_index, pack]
         ).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
-        shortlist = self._student.shortlist(rows, taught, self._training.sampled_tokens, generator)
-        loss, cross_entropy, kl = self._model(rows, taught, shortlist)
-        # Processes' gradients are averaged, but the mean is over all their tokens.
+        sampled = self._student.sample_vocabulary(rows, teacher_outputs, self._training.sampled_tokens, generator)
+        loss, cross_entropy, kl = self._model(rows, teacher_outputs, sampled)
+        # accelerate averages the gradients over processes; the loss is a mean over the tokens of all processes.
         self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
 
     def _can_fuse(self) -> bool:
         if self._accelerator.device.type != "cpu" or find_compiler() is not None:
             return True
-        self._tell(f"training goes on unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
+        self._log_line(f"training runs unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
         return False
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         latest = self._checkpoints.latest()
-        kept = f"the last good checkpoint is {latest}" if latest else "there was no checkpoint yet"
+        kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint exists yet"
         raise Diverged(
             f"step {self._progress.step + 1}: the loss is {loss} and its gradient's norm {norm}; {kept}. Try a lower "
             "learning rate (--learning-rate), or look for damage in the models and the data"
         )
 
     def _agree(self, seconds: float) -> float:
-        """The main process's time, so that all processes stop together."""
+        """Returns the main process's time on all processes, so that they stop together."""
         from accelerate.utils import broadcast_object_list
 
         shared = [seconds]
         broadcast_object_list(shared)
         return shared[0]
 
-    def _evaluate(self) -> HeldOut | None:
-        """Judges the decoder, on the main process; None on the others."""
+    def _evaluate(self) -> HeldOutResult | None:
+        """Judges the decoder on the main process; returns None on the others."""
         if self._metrics is None:
             self._accelerator.wait_for_everyone()
             return None
-        result = evaluate(self._student, self._judge, self._held_out, self._training.pack_rows)
+        result = evaluate(self._student, self._eval_teacher, self._held_out, self._training.pack_rows)
         progress = self._progress
         if progress.step not in self._metrics.evaluated:
             self._metrics.held_out(progress, result)
             rate = f", {progress.tokens / progress.seconds:.0f} tokens/s" if progress.seconds else ""
-            self._tell(
+            self._log_line(
                 f"step {progress.step}, {progress.tokens:,} tokens{rate}: held-out NLL {result.nll:.3f}, "
                 f"KL {result.kl:.3f}, agreement {100 * result.agreement:.1f} %"
             )
@@ -260,7 +259,7 @@ class Run:
             self._checkpoints.save(self._student.decoder, self._optimizer, self._progress)
         self._accelerator.wait_for_everyone()
 
-    def _finish(self, result: HeldOut | None) -> Pair:
+    def _finish(self, result: HeldOutResult | None) -> Pair:
         if self._metrics is not None and result is not None:
             facts = {
                 **self._training.model_dump(exclude_none=True),
@@ -277,9 +276,9 @@ class Run:
         return Pair.load(self._out)
 
     def _identity(self, standalone: bool, dtype: str) -> dict[str, Any]:
-        """All that decides what is computed."""
+        """Returns all settings that determine the results."""
         return {
-            **self._training.model_dump(exclude=_FREE),
+            **self._training.model_dump(exclude=_MAY_CHANGE_ON_RESUME),
             "standalone": standalone,
             "dtype": dtype,
             "processes": self._accelerator.num_processes,
@@ -291,21 +290,23 @@ class Run:
         }
 
     def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str, data: str) -> None:
-        """Lets ``teacher`` remember what it computed, if that fits; hub data sets never do."""
+        """Gives ``teacher`` a cache if it fits in ``cache_gib``. Hub data sets are never cached."""
         if not isinstance(transcripts, list) or not teacher.columns:
             return
         size = sum(column.bytes(transcripts) for column in teacher.columns)
-        if size > self._cache_room:
-            self._tell(f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching")
+        if size > self._cache_bytes_left:
+            self._log_line(
+                f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching"
+            )
             return
-        self._cache_room -= size
+        self._cache_bytes_left -= size
         identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
         with self._accelerator.main_process_first():
             teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))
 
 
 def make_accelerator() -> Any:
-    """What knows the devices and the processes.
+    """Makes the object that manages devices and processes.
 
     Raises:
         MissingExtra: the package accelerate is not installed.

@@ -1,9 +1,8 @@
-"""Pruning against its honest rival, plain quantisation: quality for the bytes and operations of a decode step.
+"""Compare pruned decoders with plain quantisation of the full model: quality per byte and operation of a decode step.
 
-Every decoder, and the full model itself, is judged at every one of ``PRECISIONS``. Pruning saves operations as well as
-bytes and composes with quantisation; quantisation alone saves bytes. Where a checkpoint was published in 4 bits, as the
-default one was, a 4-bit copy of it loses nothing, which no other checkpoint would show: compare points of equal
-precision.
+Every decoder and the full model itself are judged at each of ``PRECISIONS``. Pruning saves bytes and operations and
+composes with quantisation; quantisation alone saves bytes. Compare points of equal precision: the default full model
+was published in 4 bits, so that a 4-bit copy of its layers loses nothing, unlike other checkpoints.
 """
 
 from __future__ import annotations
@@ -26,25 +25,28 @@ from overfill.model.transformer import Transformer
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import PRECISIONS, DecodeCost, Precision
 from overfill.pair.evaluate.evaluation import check_lengths
+from overfill.pair.evaluate.fake_quantization import fake_quantized_model
 from overfill.pair.evaluate.forward import cache_tokens
-from overfill.pair.evaluate.rivals import quantised
-from overfill.pair.evaluate.tally import Estimate
 from overfill.pair.evaluate.teacher_forced import Candidate, Judgement, scorable, teacher_forced
+from overfill.pair.evaluate.token_metrics import Estimate
 from overfill.telemetry.progress import Report, silent
 
 FULL = "full model"
 NOTE = (
-    "The default full model was published with 4-bit layers and a wider head: int4 leaves the weights of its layers "
-    "as they are, and only what is done to the head costs quality. That is not so for models in general, nor for "
-    "pruned ones: compare pruned and unpruned decoders at equal precision."
+    "The default full model was published with 4-bit layers and a wider head. int4 therefore leaves its layers as they "
+    "are, and only rounding the head costs quality. Other models and pruned decoders do lose quality at int4: compare "
+    "pruned and unpruned decoders at equal precision."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One decoder at one precision, as the second stage behind the full model, and alone.
+class TradeoffPoint:
+    """One decoder at one precision, judged on the full model's KV of the prompt and as a model on its own.
 
-    ``name`` is the pair's, or ``full model``.
+    Attributes:
+        name: The pair's name, or ``full model``.
+        agreement, nll, kl: Figures on the full model's KV of the prompt.
+        agreement_alone, nll_alone: Figures of the decoder that reads the prompt itself.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Point:
     nll_alone: Estimate
 
     @classmethod
-    def of(cls, name: str, precision: Precision, cost: DecodeCost, judged: Judgement) -> Point:
+    def of(cls, name: str, precision: Precision, cost: DecodeCost, judged: Judgement) -> TradeoffPoint:
         two_stage, alone = judged.two_stage, judged.alone
         return cls(
             name=name,
@@ -82,10 +84,10 @@ def compare(
     device: str = "auto",
     threads: int | None = None,
     report: Report = silent,
-) -> Iterator[Point]:
+) -> Iterator[TradeoffPoint]:
     """Judges the full model and each pair's decoder at every precision, one after the other.
 
-    A pair's own quantisation does not matter here. Arguments and errors are those of ``evaluate``.
+    Ignores the pairs' own quantisation. Takes the arguments of ``evaluate`` and raises its errors.
 
     Raises:
         InvalidRequest: the pairs have different full models, or two have the same name.
@@ -104,14 +106,14 @@ def compare(
     weights = load_weights(pairs[0].full_path, config, torch_dtype, where)
     full = Transformer(config, weights, positions)
 
-    def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[Point]:
-        # All precisions together: the full model then reads every transcript once for them.
+    def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[TradeoffPoint]:
+        # Judges all precisions together, so that the full model reads every transcript once for them.
         limit = min(positions, config.max_positions)
-        models = {precision: quantised(config, weights, precision, limit) for precision in PRECISIONS}
+        models = {precision: fake_quantized_model(config, weights, precision, limit) for precision in PRECISIONS}
         candidates: dict[str, Candidate] = {name: Candidate(model, layer_map) for name, model in models.items()}
         _, judged = teacher_forced(full, candidates, kept, step=f"Judging: {name}", report=report)
         for precision in PRECISIONS:
-            yield Point.of(name, precision, DecodeCost.of(config, precision), judged[precision])
+            yield TradeoffPoint.of(name, precision, DecodeCost.of(config, precision), judged[precision])
 
     yield from judge(FULL, config, weights, range(config.num_layers))
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""What one decode step costs, from a model's geometry: weights, bytes and floating-point operations per token."""
+"""Compute the cost of one decode step from a model's geometry: weights, bytes and operations per token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRECISIONS: dict[Precision, tuple[Rounding, Rounding]] = {
     "int4+int8 head": ("int4", "int8"),
     "int4": ("int4", "int4"),
 }
-"""What each makes of the layers' matrices, and of the head, which 4-bit formats usually keep wider."""
+"""Rounding of the layers' matrices and of the head. 4-bit formats usually keep the head at more bits."""
 
 INT4_GROUP = 32
 _INT4_GROUP_BYTES = INT4_GROUP // 2 + 4  # 32 numbers of 4 bits, a scale and an offset of 16 bits
@@ -23,12 +23,12 @@ _INT4_GROUP_BYTES = INT4_GROUP // 2 + 4  # 32 numbers of 4 bits, a scale and an 
 
 @dataclass(frozen=True, slots=True)
 class DecodeCost:
-    """What a model reads and computes to write one token, KV aside.
+    """Weights read and operations computed for one token, without those of the KV cache.
 
     Attributes:
-        weights: elements of all matrices, head included; of the embedding one row is read, which is not counted.
-        bytes: of these weights with their scales.
-        flops: a multiplication and an addition per weight.
+        weights: Number of elements of all matrices, head included. The one row read from the embedding is not counted.
+        bytes: Size of these weights, with the scales of quantised ones.
+        flops: One multiplication and one addition per weight.
     """
 
     weights: int
@@ -46,7 +46,7 @@ class DecodeCost:
 
 
 def _layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """(rows, columns) of qkv, o, gate with up, and down."""
+    """Returns (rows, columns) of qkv, o, fused gate and up, and down."""
     attention = config.num_heads * config.head_dim
     return [
         (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),

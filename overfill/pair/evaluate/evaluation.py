@@ -1,4 +1,4 @@
-"""A pair, judged on held-out conversations: the full model, both halves together, and the decoder alone."""
+"""Judge a pair on held-out conversations: the full model, both halves together, and the decoder alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.forward import cache_tokens
 from overfill.pair.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
-from overfill.pair.evaluate.tally import Estimate, finite
 from overfill.pair.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
+from overfill.pair.evaluate.token_metrics import Estimate, finite_or_none
 from overfill.pair.identity_pair import identity_pair
 from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
@@ -37,14 +37,14 @@ TITLES: dict[Variant, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a pair costs and how good it is.
+    """Quality and decode cost of a pair.
 
     Attributes:
-        pair: its name.
-        dtype, device: what it was computed in.
-        transcripts: that were judged.
-        full, decoder: cost of one decode step; the full model's in bf16.
-        teacher_forced, free_running: by variant; the latter is empty when it was not asked for.
+        pair: Name of the pair.
+        dtype, device: Type and device of the computation.
+        transcripts: Number of judged transcripts.
+        full, decoder: Cost of one decode step; the full model's is that of bf16.
+        teacher_forced, free_running: Figures by variant. ``free_running`` is empty if it was not requested.
     """
 
     pair: str
@@ -58,7 +58,7 @@ class Evaluation:
     free_running: Mapping[Variant, FreeRunning]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Returns all figures as plain values."""
         return {
             "pair": self.pair,
             "recipe": dict(self.recipe),
@@ -72,15 +72,15 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The few figures that ``pair.json`` keeps, by variant."""
+        """Returns the main figures by variant, for ``pair.json``."""
         figures: dict[str, Any] = {"dtype": self.dtype, "transcripts": self.transcripts}
         for name, forced in self.teacher_forced.items():
             values = {"nll": forced.nll, "kl": forced.kl, "agreement": forced.agreement}
             figures[name] = {key: round(metric.overall.mean, 4) for key, metric in values.items()}
             if name in self.free_running:
                 written = self.free_running[name]
-                figures[name]["teacher_perplexity"] = finite(round(written.perplexity, 4))
-                figures[name]["repeated_4grams"] = finite(round(written.repeated.overall.mean, 4))
+                figures[name]["teacher_perplexity"] = finite_or_none(round(written.perplexity, 4))
+                figures[name]["repeated_4grams"] = finite_or_none(round(written.repeated.overall.mean, 4))
         figures["tokens"] = self.teacher_forced["full"].nll.overall.count
         return figures
 
@@ -96,16 +96,16 @@ def evaluate(
     threads: int | None = None,
     report: Report = silent,
 ) -> Evaluation:
-    """Judges the pair in ``pair_folder`` on ``transcripts``; those with fewer than two answer tokens are left out.
+    """Judges the pair in ``pair_folder`` on ``transcripts``; leaves out answers of fewer than two tokens.
 
     Args:
-        free_running: also let each variant answer the prompts by itself.
-        max_tokens: most tokens of such an answer.
-        dtype: of weights and activations; None takes what the device computes in.
-        threads: CPU threads; None leaves torch's setting.
+        free_running: Also let each variant write its own answers to the prompts.
+        max_tokens: Maximum length of such an answer.
+        dtype: Type of weights and activations. None means the device's native type.
+        threads: Number of CPU threads. None keeps torch's setting.
 
     Raises:
-        InvalidRequest: there is nothing to judge.
+        InvalidRequest: there is no answer to judge, or a transcript exceeds the pair's context.
         InvalidPair: as ``Pair.load`` with digests.
     """
     if threads is not None:
@@ -134,9 +134,9 @@ def evaluate(
         teacher_forced={
             "full": full_figures,
             "two_stage": figures.two_stage,
-            "two_stage_int8": figures.through["int8"],
-            "two_stage_fp8": figures.through["fp8"],
-            "two_stage_int8_cache": figures.through["int8 cache"],
+            "two_stage_int8": figures.by_kv_form["int8"],
+            "two_stage_fp8": figures.by_kv_form["fp8"],
+            "two_stage_int8_cache": figures.by_kv_form["int8 cache"],
             "decoder_alone": figures.alone,
         },
         free_running={
@@ -147,10 +147,10 @@ def evaluate(
 
 
 def two_stage_agreement(pair: Pair, transcripts: Sequence[Transcript], *, report: Report = silent) -> Estimate:
-    """Share of the answers' tokens on which both stages together agree with the full model, computed as served.
+    """Returns the share of answer tokens on which both stages together agree with the full model, as served.
 
     Raises:
-        InvalidRequest: there is nothing to judge, or a transcript does not fit the pair's context.
+        InvalidRequest: there is no answer to judge, or a transcript exceeds the pair's context.
     """
     kept = scorable(transcripts)
     check_lengths(pair, kept)
@@ -163,7 +163,7 @@ def two_stage_agreement(pair: Pair, transcripts: Sequence[Transcript], *, report
 
 
 def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
-    """Raises InvalidRequest when a transcript does not fit the pair's context."""
+    """Raises InvalidRequest if a transcript exceeds the pair's context."""
     context = min(pair.full_config.max_positions, pair.decoder_config.max_positions)
     longest = max(len(t.token_ids) for t in transcripts)
     if longest > context:
@@ -171,7 +171,7 @@ def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
 
 
 def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> Model:
-    """One half as it is served, for sequences of up to ``longest`` tokens, or what its context allows."""
+    """Loads one half as the services do, for sequences of up to ``longest`` tokens or its context."""
     config = pair.full_config if half == "full" else pair.decoder_config
     return load_half(
         pair,
@@ -193,7 +193,7 @@ def _write_all(
     device: str,
     report: Report,
 ) -> dict[Variant, list[Completion]]:
-    """Each variant's answers. One engine is in memory at a time."""
+    """Lets each variant write its answers, with one engine in memory at a time."""
     answers: dict[Variant, list[Completion]] = {}
 
     def write(name: Variant, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Whole transcripts through both halves of a pair, in the forward pass that is served.
+"""Run whole transcripts through both halves of a pair, with the services' forward pass.
 
-The engine's ``Transformer`` over a KV cache that holds one batch of sequences; no scheduling, no padding. A token's
-slot is its sequence's first slot plus its position, so blocks are single tokens.
+The engine's ``Transformer`` runs over a KV cache that holds one batch of sequences, without scheduling or padding. A
+block is one token: a token's slot is its sequence's first slot plus its position.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from overfill.pair.conversations import Transcript
 from overfill.v1 import common_pb2
 
 BATCH_TOKENS = 1024
-"""Tokens of a batch, unless one transcript is longer. Logits of all of them may be held for two models at once."""
+"""Tokens of a batch, unless one transcript is longer. Memory holds the logits of a batch for two models at once."""
 
 
 def batches(transcripts: Sequence[Transcript], tokens: int = BATCH_TOKENS) -> Iterator[list[Transcript]]:
-    """Consecutive transcripts of at most ``tokens`` together; a longer one comes alone."""
+    """Groups consecutive transcripts with at most ``tokens`` in total; a longer transcript is a batch of its own."""
     batch: list[Transcript] = []
     size = 0
     for transcript in transcripts:
@@ -40,18 +40,18 @@ def batches(transcripts: Sequence[Transcript], tokens: int = BATCH_TOKENS) -> It
 
 
 def cache_tokens(transcripts: Sequence[Transcript]) -> int:
-    """Tokens that a cache must hold for the largest of the ``batches``."""
+    """Returns the number of tokens in the largest of the ``batches``, which a cache must hold."""
     return max([BATCH_TOKENS, *(len(t.token_ids) for t in transcripts)])
 
 
 @dataclass(frozen=True, slots=True)
-class _New:
-    """New tokens of one sequence, from position ``start``; logits are wanted for the last ``wanted`` of them."""
+class _NewTokens:
+    """New tokens of one sequence, from position ``start``. The last ``num_logits`` of them get logits."""
 
     tokens: Sequence[int]
     start: int
-    slot: int  # of position 0
-    wanted: int
+    slot: int  # slot of position 0
+    num_logits: int
 
     @property
     def end(self) -> int:
@@ -59,10 +59,10 @@ class _New:
 
 
 class BatchModel:
-    """A model with a cache for one batch of ``max_tokens`` tokens.
+    """A model with a KV cache for one batch of ``max_tokens`` tokens.
 
     Raises:
-        ValueError: on use, when a batch is larger.
+        ValueError: on use, if a batch is larger.
     """
 
     def __init__(self, model: Model, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
@@ -70,24 +70,24 @@ class BatchModel:
         spec = model.config.kv_spec(_dtype_name(model.dtype))
         self.cache = KvCache(spec, max_tokens, 1, model.device, kv_cache_dtype)
 
-    def prefill(self, batch: Sequence[Transcript], skip: int) -> Tensor:
-        """Reads prompts and answers, and predicts the answers' tokens from the one with index ``skip``.
+    def read_all(self, batch: Sequence[Transcript], skip: int) -> Tensor:
+        """Reads prompts and answers, and predicts the answer tokens from index ``skip`` on.
 
-        Prompts have a token at least, and answers ``skip`` or more.
+        Each prompt needs at least one token, and each answer at least ``skip``.
 
         Returns:
-            [N, vocab] float32, the batch's answer tokens but the first ``skip`` of each, in order.
+            [N, vocab] float32, a row per answer token without the first ``skip`` of each answer, in order.
         """
         slots = _slots(batch)
         return self._forward(
-            [_New(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
+            [_NewTokens(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
         )
 
-    def prompts(self, batch: Sequence[Transcript]) -> Tensor:
-        """Reads the prompts only, and predicts each answer's first token. [len(batch), vocab] float32"""
-        return self._forward([_New(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
+    def read_prompts(self, batch: Sequence[Transcript]) -> Tensor:
+        """Reads the prompts only and predicts each answer's first token. [len(batch), vocab] float32"""
+        return self._forward([_NewTokens(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
 
-    def answer(
+    def read_answers(
         self,
         batch: Sequence[Transcript],
         full: BatchModel,
@@ -97,10 +97,10 @@ class BatchModel:
         """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
 
         Args:
-            codec: that the prompts' KV passes through on its way.
+            codec: Codec that encodes and decodes the prompts' KV on its way.
 
         Returns:
-            [N, vocab] float32, for all answer tokens but the first of each answer, in order.
+            [N, vocab] float32, a row per answer token without the first of each answer, in order.
         """
         new = []
         for transcript, slot in zip(batch, _slots(batch), strict=True):
@@ -112,17 +112,17 @@ class BatchModel:
                     prompt = half[:, slot : slot + start]
                     prompt.copy_(restore(*quantise(prompt, codec), half.dtype))
             if inputs:
-                new.append(_New(inputs, start, slot, len(inputs)))
+                new.append(_NewTokens(inputs, start, slot, len(inputs)))
         return self._forward(new)
 
-    def _forward(self, sequences: Sequence[_New]) -> Tensor:
+    def _forward(self, sequences: Sequence[_NewTokens]) -> Tensor:
         device = self.model.device
         if not sequences:
             return torch.empty(0, self.model.config.vocab_size, device=device)
         ends = [s.end for s in sequences]
         if sequences[-1].slot + ends[-1] > self.cache.num_blocks:
             needed = sequences[-1].slot + ends[-1]
-            raise ValueError(f"a batch of {needed} tokens; there is room for {self.cache.num_blocks}")
+            raise ValueError(f"the batch has {needed} tokens; the cache holds {self.cache.num_blocks}")
         tables = torch.zeros(len(sequences), max(ends), dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             tables[row, : sequence.end] = torch.arange(sequence.slot, sequence.slot + sequence.end)
@@ -137,14 +137,14 @@ class BatchModel:
                 context_lens=ends,
                 block_tables=tables.to(device),
                 context_lens_device=torch.tensor(ends).to(device),
-                logits_indices=_wanted_rows(sequences).to(device),
+                logits_indices=_logits_rows(sequences).to(device),
             ),
             self.cache,
         )
 
 
-def targets(batch: Sequence[Transcript], skip: int) -> Tensor:
-    """The answers' tokens but the first ``skip`` of each. [N] int64"""
+def target_tokens(batch: Sequence[Transcript], skip: int) -> Tensor:
+    """Returns the answer tokens without the first ``skip`` of each answer. [N] int64"""
     return torch.tensor([token for t in batch for token in t.answer[skip:]], dtype=torch.int64)
 
 
@@ -156,11 +156,11 @@ def _slots(batch: Sequence[Transcript]) -> list[int]:
     return slots
 
 
-def _wanted_rows(sequences: Sequence[_New]) -> Tensor:
+def _logits_rows(sequences: Sequence[_NewTokens]) -> Tensor:
     rows, end = [], 0
     for sequence in sequences:
         end += len(sequence.tokens)
-        rows.append(torch.arange(end - sequence.wanted, end))
+        rows.append(torch.arange(end - sequence.num_logits, end))
     return torch.cat(rows)
 
 

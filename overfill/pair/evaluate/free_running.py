@@ -1,6 +1,6 @@
-"""How good the answers are that a decoder writes by itself: likely to the full model, and not going round in circles.
+"""Judge the answers that a decoder writes freely: their likelihood under the full model and their repetition.
 
-Answers are greedy and come from the serving engine, so that errors feed back as they would for a user.
+The serving engine writes the answers greedily, so that each error affects later tokens as it would for a user.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
-from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
-from overfill.pair.evaluate.tally import Metric, Tally, finite
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
+from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator, finite_or_none
 from overfill.pair.llm import LLM, Completion
 from overfill.request.params import SamplingParams
 from overfill.telemetry.progress import Report, silent
 
 MAX_TOKENS = 128
-SEQUENCES = 32  # written at once
+SEQUENCES = 32  # answers written at once
 _BLOCK_SIZE = 16
-_ROWS = 128
+_ROWS = 128  # rows of logits at a time
 _GRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRunning:
-    """Figures over answers that one variant wrote, their end-of-sequence tokens left out.
+    """Figures over the answers that one variant wrote, without their end-of-sequence tokens.
 
     Attributes:
-        nll: of the answers' tokens under the full model, in nats.
-        repeated: share of 4-grams that stood in the same answer before, by the position of their last token.
-        mean_tokens: length of an answer.
-        finished: share of answers that ended before the limit.
+        nll: Negative log likelihood of the answer tokens under the full model, in nats.
+        repeated: Share of 4-grams that occurred earlier in the same answer, by the position of their last token.
+        mean_tokens: Mean length of the answers.
+        finished: Share of answers that ended before the limit.
     """
 
     nll: Metric
@@ -48,12 +48,12 @@ class FreeRunning:
 
     @property
     def perplexity(self) -> float:
-        """Of the answers under the full model."""
+        """Perplexity of the answers under the full model."""
         return math.exp(self.nll.overall.mean)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "teacher_perplexity": finite(self.perplexity),
+            "teacher_perplexity": finite_or_none(self.perplexity),
             "teacher_nll": self.nll.to_json(),
             "repeated_4grams": self.repeated.to_json(),
             "mean_tokens": self.mean_tokens,
@@ -71,7 +71,7 @@ def write_answers(
     step: str = "Writing answers",
     report: Report = silent,
 ) -> list[Completion]:
-    """Greedy answers of the pair, in the order of ``prompts``.
+    """Lets the pair write greedy answers; returns them in the order of ``prompts``.
 
     Raises:
         PromptTooLong: a prompt fills the context.
@@ -103,18 +103,18 @@ def judge_answers(
     step: str = "Scoring answers",
     report: Report = silent,
 ) -> FreeRunning:
-    """Lets the full model read the answers to ``prompts``. Empty answers count for length only."""
+    """Lets the full model score the answers to ``prompts``. Empty answers count for the mean length only."""
     written = [
         Transcript((*prompt, *answer.token_ids), len(prompt))
         for prompt, answer in zip(prompts, answers, strict=True)
         if answer.token_ids
     ]
     reader = BatchModel(full, cache_tokens(written))
-    nll, repeated = Tally(), Tally()
+    nll, repeated = MetricAccumulator(), MetricAccumulator()
     done = 0
     for batch in batches(written):
-        logits, wanted = reader.prefill(batch, 0), targets(batch, 0).to(full.device)
-        chunks = zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True)
+        logits, targets = reader.read_all(batch, 0), target_tokens(batch, 0).to(full.device)
+        chunks = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
         values = torch.cat([torch.nn.functional.cross_entropy(x, y, reduction="none") for x, y in chunks])
         for transcript, own in zip(batch, values.split([len(t.answer) for t in batch]), strict=True):
             nll.add(own, 0)

@@ -1,4 +1,4 @@
-"""Running tasks of the lm-evaluation-harness on a pair. Needs the extra ``eval``."""
+"""Run tasks of the lm-evaluation-harness on a pair. Needs the extra ``pairs``."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def run_tasks(
     """Runs tasks of the harness on a pair.
 
     Args:
-        include_path: folder with more task files.
-        limit: documents of each task; None takes all.
-        num_fewshot: examples before each question; None takes the task's own number.
-        chat: put questions into the checkpoint's chat template.
+        include_path: Folder with more task files.
+        limit: Maximum number of documents per task. None means all.
+        num_fewshot: Number of examples before each question. None means the task's own number.
+        chat: Put questions into the checkpoint's chat template.
 
     Returns:
-        ``{task: {metric: {"value", "stderr"}}}``; stderr is None where the harness gives none.
+        ``{task: {metric: {"value", "stderr"}}}``; ``stderr`` is None if the harness gives none.
 
     Raises:
-        InvalidRequest: there is no such task.
+        InvalidRequest: a task does not exist.
     """
     manager = _find_tasks(tasks, include_path)
     output = lm_eval.simple_evaluate(
@@ -54,7 +54,7 @@ def run_tasks(
 
 
 def _find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Looks in ``include_path`` alone first: reading the harness's own thousands of files takes many seconds."""
+    """Finds the tasks. Searches ``include_path`` first, because reading the harness's own files takes many seconds."""
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         if all(task in manager.all_tasks for task in tasks):
@@ -66,7 +66,7 @@ def _find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """From the harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}``."""
+    """Converts the harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …}``."""
     figures = {}
     for key, value in values.items():
         name, _, filtered = key.partition(",")

@@ -1,7 +1,7 @@
-"""A pair as a model of the lm-evaluation-harness: the full model reads the context, the decoder continues it.
+"""Present a pair as a model to the lm-evaluation-harness: the full model reads the context, the decoder continues it.
 
-Contexts and continuations are tokenized, truncated and cut as the harness's own ``hf`` model does, so that the numbers
-of an identity pair are those of the full model there. Needs the extra ``eval``.
+Tokenizing, truncating and cutting follow the harness's own ``hf`` model. An identity pair therefore scores what its
+full model scores there. Needs the extra ``pairs``.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from overfill.model.manifest import Pair
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.evaluation import load_model
-from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
+from overfill.pair.hf_model import load_tokenizer
 from overfill.pair.llm import LLM
-from overfill.pair.plain import load_tokenizer
 from overfill.request.params import SamplingParams
 
-MAX_TOKENS = 256  # of a generated answer, unless the task says otherwise
+MAX_TOKENS = 256  # maximum length of a generated answer; a task can set its own
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
-_ENGINE_MEMORY = 0.5  # of what is free: the models that score may have to fit beside it
+_ENGINE_MEMORY = 0.5  # share of the free memory; the rest is for the scoring models
 
 
 class OverfillLM(TemplateLM):  # type: ignore[misc]
-    """The pair in ``pair_folder``.
+    """The pair in ``pair_folder``, as a model of the harness.
 
-    The first token of every continuation is predicted by the full model, the rest by the decoder on the full model's KV
-    of the context.
+    The full model predicts the first token of every continuation. The decoder predicts the others, on the full model's
+    KV of the context.
 
     Args:
-        dtype: of weights and activations; None takes what the device computes in.
-        threads: CPU threads; None leaves torch's setting.
+        dtype: Type of weights and activations. None means the device's native type.
+        threads: Number of CPU threads. None keeps torch's setting.
 
     Raises:
         InvalidPair: as ``Pair.load`` with digests.
@@ -71,7 +71,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context becomes."""
+        """Token that replaces an empty context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -90,13 +90,13 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; None adds what the tokenizer adds by itself, unless the text brings its own prefix token."""
+        """Tokenizes text. None adds the tokenizer's special tokens unless the text starts with its prefix token."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log likelihood of whole texts, in windows of the context's length that share no predicted token."""
+        """Computes the log likelihood of whole texts, in context-sized windows that share no predicted token."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -115,17 +115,17 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each (key, context, continuation): the log likelihood, and whether every token is the most likely one."""
+        """Returns, for each (key, context, continuation), the log likelihood and whether greedy decoding gives it."""
         transcripts = [self._transcript(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(transcripts)), key=lambda i: len(transcripts[i].token_ids), reverse=True)
         longest_first = [transcripts[i] for i in order]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        room = cache_tokens(longest_first)
-        full, decoder = (BatchModel(model, room) for model in self._models)
+        max_tokens = cache_tokens(longest_first)
+        full, decoder = (BatchModel(model, max_tokens) for model in self._models)
         places = iter(order)
         for batch in batches(longest_first):
-            first = _judge(full.prompts(batch), torch.tensor([t.answer[0] for t in batch]))
-            rest = _judge(decoder.answer(batch, full, self.pair.layer_map), targets(batch, 1))
+            first = _judge(full.read_prompts(batch), torch.tensor([t.answer[0] for t in batch]))
+            rest = _judge(decoder.read_answers(batch, full, self.pair.layer_map), target_tokens(batch, 1))
             start = 0
             for row, transcript in enumerate(batch):
                 rows = slice(start, start + len(transcript.answer) - 1)
@@ -138,7 +138,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts. Answers run to their end or limit; text from a stop string on is cut off afterwards.
+        """Continues contexts to the answer's end or limit, then cuts each answer at its first stop string.
 
         Raises:
             InvalidRequest: the task asks for a generation option that is not supported.
@@ -149,9 +149,9 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             context, options = request.args
             sampling, until = _generation(options)
-            if (room := self.max_length - (sampling.max_tokens or 0)) <= 0:
+            if (max_context := self.max_length - (sampling.max_tokens or 0)) <= 0:
                 raise InvalidRequest("max_gen_toks", f"must be less than the context of {self.max_length} tokens")
-            prompts.append(self.tok_encode(context)[-room:])
+            prompts.append(self.tok_encode(context)[-max_context:])
             choices.append(sampling)
             stops.append(until)
         answers = [
@@ -163,7 +163,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _transcript(self, context: list[int], continuation: list[int]) -> Transcript:
-        """The last ``max_length + 1`` tokens: the very last one is only predicted."""
+        """Keeps the last ``max_length + 1`` tokens; the model predicts the last one but does not read it."""
         if not 0 < len(continuation) <= self.max_length or not context:
             raise InvalidRequest(
                 "task", f"has a continuation of {len(continuation)} tokens; the context is {self.max_length}"
@@ -181,12 +181,12 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
 
     @cached_property
     def _engine(self) -> LLM:
-        """Both of them again, for writing."""
+        """Both models in an engine of their own, for generating."""
         return LLM(self.pair.folder, dtype=self._dtype, device=str(self._device), memory_fraction=_ENGINE_MEMORY)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """``text`` up to the first stop string."""
+    """Cuts ``text`` at the first stop string."""
     for stop in until:
         if stop:
             text = text.split(stop)[0]
@@ -194,7 +194,7 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 def _generation(options: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
-    """Sampling parameters and stop strings of a request's options; greedy unless it asks for something else."""
+    """Converts a request's options to sampling parameters and stop strings; the default is greedy."""
     known = {"until", "do_sample", *_LENGTH_NAMES, *_SAMPLING_NAMES}
     if other := sorted(set(options) - known):
         raise InvalidRequest("generation_kwargs", f"{', '.join(other)} is not supported; supported: {sorted(known)}")
@@ -208,8 +208,8 @@ def _generation(options: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
     return SamplingParams(**chosen, max_tokens=limit), stops
 
 
-def _judge(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log likelihood of ``wanted`` [N] and whether it is the most likely token; logits are [N, vocab]; on the CPU."""
-    wanted = wanted.to(logits.device)
-    values = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-    return values.cpu(), (logits.argmax(-1) == wanted).cpu()
+def _judge(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns, on the CPU, the targets' log likelihoods under [N, vocab] logits and whether each is the argmax."""
+    targets = targets.to(logits.device)
+    values = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return values.cpu(), (logits.argmax(-1) == targets).cpu()

@@ -1,6 +1,6 @@
-"""How a decoder predicts answers that are given: likelihood, distance from the full model, agreement with it.
+"""Judge how a decoder predicts given answers: likelihood, KL divergence from the full model, and agreement with it.
 
-The first answer token is the full model's in every case, so all figures are over the tokens after it.
+The full model always writes the first answer token, so that all figures are over the tokens after it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from overfill.errors import InvalidRequest
 from overfill.model.transformer import Model
 from overfill.pair.conversations import Transcript
-from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, targets
-from overfill.pair.evaluate.tally import Metric, Tally
+from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
+from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator
 from overfill.request.names import CODECS
 from overfill.telemetry.progress import Report, silent
 
-_ROWS = 128  # whose softmax is computed at once: memory of a few times [rows, vocab]
+_ROWS = 128  # rows per softmax, which needs memory for a few [rows, vocab] tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class TeacherForced:
     """Figures over answer tokens 1 and up, in nats.
 
     Attributes:
-        nll: negative log likelihood of the answer's own tokens.
-        kl: forward KL divergence, from the full model's distribution to this one's.
-        agreement: share of tokens where both find the same token most likely.
+        nll: Negative log likelihood of the answer's own tokens.
+        kl: Forward KL divergence, KL(full model || this model).
+        agreement: Share of tokens at which both models have the same most likely token.
     """
 
     nll: Metric
@@ -46,7 +46,7 @@ KvForm = Literal["int8", "fp8", "int8 cache"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A decoder to judge; ``layer_map`` says which full layer's KV each of its layers reads."""
+    """A decoder to judge. ``layer_map[i]`` is the full-model layer whose KV its layer i reads."""
 
     model: Model
     layer_map: Sequence[int]
@@ -54,22 +54,24 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A candidate's figures on the full model's KV of the prompt, and as a model that reads the prompt itself.
+    """Figures of one candidate.
 
     Attributes:
-        through: the former, on each other form of KV that was asked for.
+        two_stage: Figures on the full model's KV of the prompt.
+        alone: Figures of the candidate as a model that reads the prompt itself.
+        by_kv_form: Two-stage figures for each requested other form of KV.
     """
 
     two_stage: TeacherForced
     alone: TeacherForced
-    through: Mapping[KvForm, TeacherForced]
+    by_kv_form: Mapping[KvForm, TeacherForced]
 
 
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
-    """Those with a prompt and at least two answer tokens: the first one is not judged.
+    """Returns the transcripts with a prompt and two answer tokens or more, because the first one is not judged.
 
     Raises:
-        InvalidRequest: there is none.
+        InvalidRequest: no transcript qualifies.
     """
     kept = [t for t in transcripts if t.answer_start > 0 and len(t.answer) > 1]
     if not kept:
@@ -86,78 +88,78 @@ def teacher_forced(
     step: str = "Teacher forcing",
     report: Report = silent,
 ) -> tuple[TeacherForced, dict[str, Judgement]]:
-    """Figures of the full model and of every candidate; the full model reads each transcript once.
+    """Judges the full model and every candidate; the full model reads each transcript once.
 
-    All models are on one device and of one dtype.
+    All models must have the same device and dtype.
 
     Args:
-        kv_forms: what else the candidates' KV is to be: the prompt's come through a codec, or all of it held as int8.
+        kv_forms: Further forms of KV to judge: a codec for the prompt's KV, or an int8 cache for all KV.
 
     Raises:
         InvalidRequest: as ``scorable``.
     """
     transcripts = scorable(transcripts)
-    room = cache_tokens(transcripts)
-    reader = BatchModel(full, room)
-    halves = {name: BatchModel(candidate.model, room) for name, candidate in candidates.items()}
-    coded = {}
+    max_tokens = cache_tokens(transcripts)
+    reader = BatchModel(full, max_tokens)
+    halves = {name: BatchModel(candidate.model, max_tokens) for name, candidate in candidates.items()}
+    int8_cached = {}
     if "int8 cache" in kv_forms:
-        coded = {name: BatchModel(candidate.model, room, "int8") for name, candidate in candidates.items()}
-    full_tally = _Tallies()
-    two_stage = {name: _Tallies() for name in candidates}
-    alone = {name: _Tallies() for name in candidates}
-    through = {name: {form: _Tallies() for form in kv_forms} for name in candidates}
+        int8_cached = {name: BatchModel(candidate.model, max_tokens, "int8") for name, candidate in candidates.items()}
+    full_accumulator = _TeacherForcedAccumulator()
+    two_stage = {name: _TeacherForcedAccumulator() for name in candidates}
+    alone = {name: _TeacherForcedAccumulator() for name in candidates}
+    by_kv_form = {name: {form: _TeacherForcedAccumulator() for form in kv_forms} for name in candidates}
     done = 0
     for batch in batches(transcripts):
-        wanted = targets(batch, 1).to(full.device)
-        truth = reader.prefill(batch, 1)
-        full_tally.add(batch, truth, truth, wanted)
+        targets = target_tokens(batch, 1).to(full.device)
+        truth = reader.read_all(batch, 1)
+        full_accumulator.add(batch, truth, truth, targets)
         for name, half in halves.items():
-            two_stage[name].add(batch, truth, half.answer(batch, reader, candidates[name].layer_map), wanted)
-            for form, tallies in through[name].items():
+            two_stage[name].add(batch, truth, half.read_answers(batch, reader, candidates[name].layer_map), targets)
+            for form, accumulator in by_kv_form[name].items():
                 layer_map = candidates[name].layer_map
                 if form == "int8 cache":
-                    logits = coded[name].answer(batch, reader, layer_map)
+                    logits = int8_cached[name].read_answers(batch, reader, layer_map)
                 else:
-                    logits = half.answer(batch, reader, layer_map, CODECS[form])
-                tallies.add(batch, truth, logits, wanted)
-            alone[name].add(batch, truth, half.prefill(batch, 1), wanted)
+                    logits = half.read_answers(batch, reader, layer_map, CODECS[form])
+                accumulator.add(batch, truth, logits, targets)
+            alone[name].add(batch, truth, half.read_all(batch, 1), targets)
         done += len(batch)
         report(step, done, len(transcripts))
     judgements = {
         name: Judgement(
             two_stage[name].result(),
             alone[name].result(),
-            {form: tallies.result() for form, tallies in through[name].items()},
+            {form: accumulator.result() for form, accumulator in by_kv_form[name].items()},
         )
         for name in candidates
     }
-    return full_tally.result(), judgements
+    return full_accumulator.result(), judgements
 
 
-class _Tallies:
-    """What one variant's logits say, collected batch by batch."""
+class _TeacherForcedAccumulator:
+    """Collects one variant's figures, batch by batch."""
 
     def __init__(self) -> None:
-        self._nll, self._kl, self._agreement = Tally(), Tally(), Tally()
+        self._nll, self._kl, self._agreement = MetricAccumulator(), MetricAccumulator(), MetricAccumulator()
 
-    def add(self, batch: Sequence[Transcript], truth: Tensor, logits: Tensor, wanted: Tensor) -> None:
-        """truth, logits: [N, vocab]; wanted: [N]; rows are the answer tokens 1 and up of ``batch``."""
-        nll, kl, agreement = (torch.cat(parts).cpu() for parts in zip(*_compare(truth, logits, wanted), strict=True))
+    def add(self, batch: Sequence[Transcript], truth: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch: ``truth`` and ``logits`` [N, vocab], ``targets`` [N], a row per answer token 1 and up."""
+        nll, kl, agreement = (torch.cat(parts).cpu() for parts in zip(*_compare(truth, logits, targets), strict=True))
         start = 0
         for transcript in batch:
             rows = slice(start, start + len(transcript.answer) - 1)
-            for tally, values in ((self._nll, nll), (self._kl, kl), (self._agreement, agreement)):
-                tally.add(values[rows], 1)
+            for accumulator, values in ((self._nll, nll), (self._kl, kl), (self._agreement, agreement)):
+                accumulator.add(values[rows], 1)
             start = rows.stop
 
     def result(self) -> TeacherForced:
         return TeacherForced(self._nll.metric(), self._kl.metric(), self._agreement.metric())
 
 
-def _compare(truth: Tensor, logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(NLL of ``wanted``, KL(truth || logits), same argmax), each [rows] float32, a few rows at a time."""
-    for p_logits, q_logits, tokens in zip(truth.split(_ROWS), logits.split(_ROWS), wanted.split(_ROWS), strict=True):
+def _compare(truth: Tensor, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (NLL of ``targets``, KL(truth || logits), same argmax), each [rows] float32, a few rows at a time."""
+    for p_logits, q_logits, tokens in zip(truth.split(_ROWS), logits.split(_ROWS), targets.split(_ROWS), strict=True):
         p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
         nll = -q.gather(1, tokens.unsqueeze(1)).squeeze(1)
         kl = (p.exp() * (p - q)).sum(-1)

@@ -14,7 +14,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.head import head_mask_of, low_rank_factors, lower_rank, tokens_in_row_order
 from overfill.model.loading import load_int8_weights, load_weights
 from overfill.pair.distill.model import PackedModel
-from overfill.pair.plain import load_plain, round_to_int8
+from overfill.pair.hf_model import load_hf_model, round_to_int8
 from overfill.pair.prune import HeadPlan
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_int8_rounds_the_factors_as_the_reference_does(save_model, tmp_path: Pat
     assert weights.tail is not None
     stored = torch.cat([weights.head.dequantised(), weights.tail.left.dequantised() @ weights.tail.right.dequantised()])
     ours = stored[weights.tail.row_index]
-    reference = load_plain(tmp_path)
+    reference = load_hf_model(tmp_path)
     round_to_int8(reference)
     torch.testing.assert_close(ours, reference.lm_head.weight.detach(), atol=1e-5, rtol=0)
 

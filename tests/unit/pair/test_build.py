@@ -13,7 +13,7 @@ from overfill.model.digest import checkpoint_digest
 from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import load_weights
 from overfill.model.manifest import Pair
-from overfill.pair.build import SCORES_FILE, build_pair, take
+from overfill.pair.build import SCORES_FILE, build_pair, limit_answer_tokens
 from overfill.pair.conversations import Conversation, Transcript
 from overfill.pair.prune import Scores
 from overfill.pair.recipe import DecoderRecipe, resolve_size
@@ -103,9 +103,9 @@ def test_sizes_that_do_not_fit_are_refused(size: int | float) -> None:
 
 def test_calibration_text_is_cut_to_the_tokens_asked_for() -> None:
     text = [Transcript(tuple(range(30)), 10), Transcript(tuple(range(40)), 10)]
-    assert [len(t.answer) for t in take(text, 25)] == [20, 5]
-    assert take(text, 20) == text[:1]
-    assert take(text, 1000) == text
+    assert [len(t.answer) for t in limit_answer_tokens(text, 25)] == [20, 5]
+    assert limit_answer_tokens(text, 20) == text[:1]
+    assert limit_answer_tokens(text, 1000) == text
 
 
 def test_the_config_says_what_changed_and_nothing_else(tiny_pair: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_config_says_what_changed_and_nothing_else(tiny_pair: Path, tmp_path
 
 @pytest.mark.parametrize("fit", ["least-squares", "none"])
 def test_a_head_in_two_parts_is_an_ordinary_one_to_plain_transformers(fit: str, tmp_path: Path) -> None:
-    """What ends an answer keeps its row; ours reads the parts and computes the same."""
+    """End-of-sequence tokens keep their rows; the engine reads the two parts and computes the same."""
     full = make_tiny_pair(tmp_path / "tiny", identity=True) / "full"
     vocab = ModelConfig.load(full).vocab_size
     whole, lowered = (

@@ -16,7 +16,7 @@ from overfill.pair.conversations import (
     shipped_conversations,
 )
 from overfill.pair.llm import Completion
-from overfill.pair.selfwrite import write_conversations
+from overfill.pair.synthetic_data import generate_conversations
 from overfill.request.params import SamplingParams
 
 
@@ -72,7 +72,7 @@ def test_shipped_parts_share_no_question() -> None:
 
 
 class Author:
-    """Stands in for the engine: questions and answers follow from the seeds alone."""
+    """Replaces the engine; questions and answers depend on the seeds only."""
 
     def __init__(self, pair: str, **_: object) -> None:
         self.tokenizer = Tokenizer.load(Path(pair) / "full")
@@ -96,13 +96,13 @@ class Author:
 
 
 def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overfill.pair.selfwrite.LLM", Author)
+    monkeypatch.setattr("overfill.pair.synthetic_data.LLM", Author)
 
     def write(seed: int) -> list[Conversation]:
-        return list(write_conversations(tiny_pair / "full", 10, seed=seed))
+        return list(generate_conversations(tiny_pair / "full", 10, seed=seed))
 
     chats = write(0)
-    # Questions 0 and 2 to 10: each once, neither cut off, short nor garbled, and none answered in 3 tokens.
+    # Questions 0 and 2 to 10 remain: each once, neither cut off, short nor garbled, nor answered in 3 tokens.
     assert [c.messages[0]["content"] for c in chats] == [f"What is {n} + 1?" for n in (0, *range(2, 11))]
     assert all(c.messages[-1]["content"].startswith("It is this") for c in chats)
     assert write(0) == chats
@@ -110,10 +110,10 @@ def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeyp
 
 
 def test_a_model_that_writes_nothing_usable_is_told(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overfill.pair.selfwrite.LLM", Author)
+    monkeypatch.setattr("overfill.pair.synthetic_data.LLM", Author)
     monkeypatch.setattr(Author, "_question", lambda self, seed: Completion("?", [5], "stop", 1))
     with pytest.raises(InvalidPair, match="only 0 of"):
-        list(write_conversations(tiny_pair / "full", 3))
+        list(generate_conversations(tiny_pair / "full", 3))
 
 
 def test_an_unknown_source_of_calibration_text_is_refused(tiny_pair: Path) -> None:

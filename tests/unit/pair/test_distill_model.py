@@ -1,4 +1,4 @@
-"""The differentiable forward pass and the fused loss, held against plain transformers and plain torch."""
+"""The differentiable forward pass and the fused loss, compared with plain transformers and plain torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from overfill.pair.checkpoint import write_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.distill import attention
 from overfill.pair.distill.attention import Padded, PerTranscript
-from overfill.pair.distill.loss import LossSums, LossWeights, TeacherView, compare, distillation_loss, shortlist_loss
+from overfill.pair.distill.loss import (
+    LossSums,
+    LossWeights,
+    TeacherView,
+    compare_with_teacher,
+    distillation_loss,
+    top_k_distillation_loss,
+)
 from overfill.pair.distill.model import PackedModel
-from overfill.pair.distill.rows import Rows, in_packs
-from overfill.pair.distill.shortlist import make_shortlist
+from overfill.pair.distill.packed_rows import PackedRows, in_packs
+from overfill.pair.distill.sampled_vocabulary import sample_vocabulary
 from overfill.pair.distill.teacher import Teacher
-from overfill.pair.plain import load_plain
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import Architecture, make_tiny_pair
 
@@ -41,11 +48,11 @@ def load(folder: Path) -> PackedModel:
 def two_stage_logits(folder: Path) -> torch.Tensor:
     pair = Pair.load(folder)
     decoder = load(pair.decoder_path)
-    teacher = Teacher(load(pair.full_path), pair.layer_map, wants_prefix=True, opinion="none")
-    taught = teacher(dict(enumerate(TRANSCRIPTS)))
-    rows = Rows.of_answers(TRANSCRIPTS)
+    teacher = Teacher(load(pair.full_path), pair.layer_map, with_prompt_kv=True, logits_form="none")
+    teacher_outputs = teacher(dict(enumerate(TRANSCRIPTS)))
+    rows = PackedRows.of_answers(TRANSCRIPTS)
     with torch.no_grad():
-        return decoder(rows, taught.prefix)[rows.predicting] @ decoder.head.T
+        return decoder(rows, teacher_outputs.prefix)[rows.predicting] @ decoder.head.T
 
 
 @torch.inference_mode()
@@ -73,8 +80,8 @@ def test_the_decoder_reads_the_mapped_layers(tmp_path: Path) -> None:
 
 
 def test_reading_prompts_itself_is_the_plain_model(tiny_pair: Path) -> None:
-    decoder, plain = load(tiny_pair / "decoder"), load_plain(tiny_pair / "decoder")
-    rows = Rows.of_whole(TRANSCRIPTS)
+    decoder, plain = load(tiny_pair / "decoder"), load_hf_model(tiny_pair / "decoder")
+    rows = PackedRows.of_whole(TRANSCRIPTS)
     with torch.no_grad():
         found = decoder(rows)[rows.predicting] @ decoder.head.T
         expected = [plain(torch.tensor([t.token_ids])).logits[0, t.answer_start : -1] for t in TRANSCRIPTS]
@@ -83,8 +90,8 @@ def test_reading_prompts_itself_is_the_plain_model(tiny_pair: Path) -> None:
 
 
 def test_gradients_are_plain_transformers(tiny_pair: Path) -> None:
-    decoder, plain = load(tiny_pair / "decoder"), load_plain(tiny_pair / "decoder")
-    rows = Rows.of_whole(TRANSCRIPTS)
+    decoder, plain = load(tiny_pair / "decoder"), load_hf_model(tiny_pair / "decoder")
+    rows = PackedRows.of_whole(TRANSCRIPTS)
     sums = distillation_loss(decoder(rows)[rows.predicting], decoder.head, rows.targets, None, LossWeights(1, 0))
     sums.loss.backward()
     for t in TRANSCRIPTS:
@@ -100,8 +107,8 @@ def test_gradients_are_plain_transformers(tiny_pair: Path) -> None:
 def test_recomputing_activations_changes_no_gradient(tiny_pair: Path) -> None:
     def gradients(remember: bool) -> list[torch.Tensor]:
         decoder = load(tiny_pair / "decoder")
-        decoder.remember_activations = remember
-        decoder(Rows.of_whole(TRANSCRIPTS)).square().sum().backward()
+        decoder.save_activations = remember
+        decoder(PackedRows.of_whole(TRANSCRIPTS)).square().sum().backward()
         return [p.grad for p in decoder.parameters() if p.grad is not None]
 
     assert all(map(torch.equal, gradients(True), gradients(False)))
@@ -109,7 +116,7 @@ def test_recomputing_activations_changes_no_gradient(tiny_pair: Path) -> None:
 
 @pytest.mark.parametrize("with_prefix", [True, False])
 def test_all_forms_of_attention_agree(with_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows.of_answers(TRANSCRIPTS) if with_prefix else Rows.of_whole(TRANSCRIPTS)
+    rows = PackedRows.of_answers(TRANSCRIPTS) if with_prefix else PackedRows.of_whole(TRANSCRIPTS)
     total, before = sum(rows.lengths), sum(rows.prefixes)
     inputs = [torch.randn(total, heads, 8, generator=GENERATOR, requires_grad=True) for heads in (6, 2, 2)]
     prefix = torch.randn(2, before, 2, 8, generator=GENERATOR) if with_prefix else None
@@ -121,7 +128,7 @@ def test_all_forms_of_attention_agree(with_prefix: bool, monkeypatch: pytest.Mon
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(PerTranscript.of(rows)(*inputs, prefix), found[0][0], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(attention, "_LONGEST_KEPT", 1)  # as long transcripts are computed
+    monkeypatch.setattr(attention, "_MAX_SAVED_CONTEXT", 1)  # the path of long transcripts
     out = PerTranscript.of(rows)(*inputs, prefix)
     long = [out, *torch.autograd.grad((out * torch.arange(48.0)).sum(), inputs)]
     for one, other in zip(long, found[0], strict=True):
@@ -151,7 +158,7 @@ def test_the_fused_loss_is_cross_entropy_plus_kl(temperature: float, ce: float, 
     torch.testing.assert_close(sums.kl.float(), plain_kl)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    compared = compare(hidden, head, targets, teacher)
+    compared = compare_with_teacher(hidden, head, targets, teacher)
     assert compared.nll == pytest.approx(plain_ce.item(), rel=1e-5)
     assert compared.agreed == int((logits.argmax(-1) == theirs.argmax(-1)).sum())
 
@@ -177,8 +184,8 @@ def short_loss(
 ) -> LossSums:
     top = (teacher.hidden @ teacher.head.T).softmax(-1).topk(k)
     generator = torch.Generator().manual_seed(0)
-    shortlist = make_shortlist(targets, top.indices, len(head), sampled, generator)
-    return shortlist_loss(hidden, head, shortlist, top.values, LossWeights(0.3, 0.7))
+    shortlist = sample_vocabulary(targets, top.indices, len(head), sampled, generator)
+    return top_k_distillation_loss(hidden, head, shortlist, top.values, LossWeights(0.3, 0.7))
 
 
 def problem(rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TeacherView]:

@@ -1,4 +1,4 @@
-"""Recipes, the data that they name, and the order that steps take it in."""
+"""Recipes, the data that they name, and the order of the batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.cache import Column, TeacherCache
 from overfill.pair.distill.data import HubTranscripts, batches, digest, load_data
 from overfill.pair.distill.dry_run import dry_run
 from overfill.pair.distill.recipe import Data, changed, read_recipe, recipe_names
+from overfill.pair.distill.teacher_cache import Column, TeacherCache
 from overfill.pair.hub_data import as_conversation
 
 SIZES = {

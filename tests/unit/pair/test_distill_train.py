@@ -1,4 +1,4 @@
-"""Training runs on tiny pairs: what a run leaves, goes on from, and refuses."""
+"""Training runs on tiny pairs: their files, resuming, and refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a tiny training run; only the test that looks at the picture waits for it."""
+    """Skips drawing, which takes longer than a tiny training run, except in the test of the picture."""
     if "curve" not in request.node.name:
         monkeypatch.setattr(train, "plot_runs", lambda runs, out: out.touch())
 
@@ -59,7 +59,7 @@ class Killed(BaseException):
 def killed_after(
     steps: int, tiny_pair: Path, out: Path, monkeypatch: pytest.MonkeyPatch, training: Training, **options: Any
 ) -> None:
-    """A run that dies before step ``steps + 1`` is recorded."""
+    """Runs until it is killed before step ``steps + 1`` is recorded."""
     with monkeypatch.context() as patch:
         original = Run._check_finite
 
@@ -76,7 +76,9 @@ def killed_after(
 def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pair: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     lines: list[str] = []
-    pair = run(tiny_pair, out, TRAINING.model_copy(update={"steps": 30, "eval_steps": 10}), tell=lines.append).train()
+    pair = run(
+        tiny_pair, out, TRAINING.model_copy(update={"steps": 30, "eval_steps": 10}), log_line=lines.append
+    ).train()
 
     first, *_, last = losses(out)
     assert last < 0.7 * first
@@ -96,7 +98,9 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pai
 
 
 def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "native_dtype", lambda device: "float32")  # the reference's: else near-ties differ
+    monkeypatch.setattr(
+        train, "native_dtype", lambda device: "float32"
+    )  # the reference's dtype; in others near-ties differ
     pair = run(tiny_pair, tmp_path / "out").train()
     reference = TwoStageReference(pair.folder)
     agreed = total = 0
@@ -131,7 +135,7 @@ def test_a_resumed_run_is_bit_equal(
 
 def test_a_resumed_run_must_have_the_same_settings(tiny_pair: Path, tmp_path: Path) -> None:
     run(tiny_pair, tmp_path / "out").train()
-    with pytest.raises(InvalidRequest, match="holds a run already; go on with --resume"):
+    with pytest.raises(InvalidRequest, match="holds a run already; continue it with --resume"):
         run(tiny_pair, tmp_path / "out")
     other = TRAINING.model_copy(update={"learning_rate": 1e-4, "eval_steps": 7})
     with pytest.raises(InvalidRequest, match=r"other settings: learning_rate \(0\.003 before, 0\.0001 now\)$"):
@@ -156,7 +160,7 @@ def test_recomputing_activations_changes_nothing(tiny_pair: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
+@pytest.mark.filterwarnings("ignore")  # torch emits warnings of its own while it compiles
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 def test_fusing_changes_nothing_but_rounding(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "native_dtype", lambda device: "float32")
@@ -172,7 +176,7 @@ def test_without_a_compiler_training_goes_on_unfused(
     monkeypatch.setattr(train, "find_compiler", lambda: None)
     lines: list[str] = []
     training = TRAINING.model_copy(update={"steps": 1, "fused": True})
-    run(tiny_pair, tmp_path / "out", training, tell=lines.append).train()
+    run(tiny_pair, tmp_path / "out", training, log_line=lines.append).train()
     assert "unfused" in lines[0]
 
 
@@ -210,7 +214,9 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
 
     def torn(self: Any, decoder: Any, optimizer: Any, progress: Any) -> None:
         if progress.step == 10:
-            monkeypatch.setattr("overfill.pair.distill.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(Killed))
+            monkeypatch.setattr(
+                "overfill.pair.distill.run_checkpoints.write_json", lambda *_: (_ for _ in ()).throw(Killed)
+            )
         original(self, decoder, optimizer, progress)
 
     monkeypatch.setattr(train.Checkpoints, "save", torn)
@@ -234,7 +240,7 @@ def test_the_layer_map_is_kept(tiny_pair: Path, tmp_path: Path, fresh: Any) -> N
 
 
 def test_minutes_bound_the_run(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Every look at the clock is 0.02 s after the last one: on a busy machine real steps take any time.
+    # Each reading of the clock adds 0.02 s, because real steps take any time on a busy machine.
     clock = itertools.count()
     monkeypatch.setattr("overfill.pair.distill.train.time", SimpleNamespace(monotonic=lambda: 0.02 * next(clock)))
     training = TRAINING.model_copy(update={"steps": None, "minutes": 0.01, "eval_steps": 10_000})

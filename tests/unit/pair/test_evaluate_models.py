@@ -17,16 +17,16 @@ from overfill.cli.evaluate import _transcripts, compare_command, eval_command
 from overfill.errors import InvalidRequest
 from overfill.model.manifest import Pair, write_manifest
 from overfill.model.transformer import Transformer
+from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.compare import compare
 from overfill.pair.evaluate.costs import PRECISIONS
 from overfill.pair.evaluate.evaluation import Evaluation, evaluate
+from overfill.pair.evaluate.evaluation_report import save_summary
 from overfill.pair.evaluate.forward import batches
 from overfill.pair.evaluate.free_running import judge_answers
-from overfill.pair.evaluate.report import save_summary
-from overfill.pair.intact import is_intact, seal
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.llm import Completion
-from overfill.pair.plain import load_plain
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import make_tiny_pair
 
@@ -73,8 +73,8 @@ def through_fp8(vectors: torch.Tensor) -> torch.Tensor:
 def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str, tuple[float, float, float]]:
     """(NLL, KL, agreement) of each variant over answer tokens 1 and up, one transcript at a time."""
     reference = TwoStageReference(pair_folder)
-    decoder = load_plain(reference.pair.decoder_path)
-    full = load_plain(reference.pair.full_path)
+    decoder = load_hf_model(reference.pair.decoder_path)
+    full = load_hf_model(reference.pair.full_path)
     names = ("full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     total = 0
@@ -93,7 +93,7 @@ def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str,
             cache, _ = reference._prefill(transcript.prompt)
             for layer in cache.layers if rounded is not None else ():
                 layer.keys, layer.values = rounded(layer.keys), rounded(layer.values)
-                if name == "two_stage_int8_cache":  # what the decoder writes itself is held so too
+                if name == "two_stage_int8_cache":  # the decoder's own KV is int8 too
                     layer.update = partial(_update_through, layer.update, rounded)
             logits[name] = _forward(decoder, list(transcript.answer[:-1]), transcript.answer_start, cache)
         targets = torch.tensor(transcript.answer[1:])
@@ -122,7 +122,7 @@ def test_figures_are_those_of_plain_transformers(tiny_pair: Path, evaluation: Ev
     expected = plain_figures(tiny_pair, TRANSCRIPTS)
     assert figures(evaluation).keys() == expected.keys()
     for name, values in figures(evaluation).items():
-        # A last bit decides which way a code is rounded.
+        # The last bit of a value decides how its code is rounded.
         close = 1e-4 if name in ("full", "two_stage", "decoder_alone") else 5e-3
         assert values == pytest.approx(expected[name], rel=close, abs=close), name
     assert figures(evaluation)["two_stage_int8"] != figures(evaluation)["two_stage"]
@@ -170,7 +170,7 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> N
     total, count = 0.0, 0
     with torch.inference_mode():
         for transcript in written:
-            logits = load_plain(tiny_pair / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
+            logits = load_hf_model(tiny_pair / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
             rows = logits[transcript.answer_start - 1 :].double().log_softmax(-1)
             total -= float(rows[torch.arange(len(rows)), torch.tensor(transcript.answer)].sum())
             count += len(rows)
@@ -249,9 +249,9 @@ def test_pairs_of_different_full_models_are_not_comparable(tiny_pair: Path, tmp_
 
 def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
     folder = fresh()
-    seal(folder)
+    record_checksums(folder)
     save_summary(folder, evaluation)
-    assert is_intact(folder)
+    assert checksums_match(folder)
     kept = Pair.load(folder, check_digests=True).eval
     assert kept["two_stage"]["agreement"] == round(figures(evaluation)["two_stage"][2], 4)
     assert kept["transcripts"] == len(TRANSCRIPTS)
@@ -259,10 +259,10 @@ def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path]
 
 def test_saving_does_not_bless_a_changed_folder(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
     folder = fresh()
-    seal(folder)
+    record_checksums(folder)
     (folder / "full" / "generation_config.json").write_text("{}")
     save_summary(folder, evaluation)
-    assert not is_intact(folder)
+    assert not checksums_match(folder)
 
 
 def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: Path, tmp_path: Path) -> None:

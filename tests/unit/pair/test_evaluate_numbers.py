@@ -1,4 +1,4 @@
-"""What is counted, without a model: means by position, repetition, costs, rounding."""
+"""Figures that need no model: means by position, repetition, costs, rounding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from overfill.model.config import ModelConfig
 from overfill.pair.evaluate.costs import DecodeCost
+from overfill.pair.evaluate.fake_quantization import fake_quantize
 from overfill.pair.evaluate.free_running import repeats
-from overfill.pair.evaluate.rivals import round_to
-from overfill.pair.evaluate.tally import Tally
+from overfill.pair.evaluate.token_metrics import MetricAccumulator
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,10 +29,10 @@ CONFIG = {
 
 
 def test_positions_fall_into_buckets_of_powers_of_two() -> None:
-    tally = Tally()
-    tally.add([10.0, 1.0, 2.0, 4.0, 5.0], 0)
-    tally.add([3.0, 5.0], 2)
-    metric = tally.metric()
+    accumulator = MetricAccumulator()
+    accumulator.add([10.0, 1.0, 2.0, 4.0, 5.0], 0)
+    accumulator.add([3.0, 5.0], 2)
+    metric = accumulator.metric()
     found = [(b.first, b.last, b.estimate.count, b.estimate.mean) for b in metric.by_position]
     assert found == [(0, 0, 1, 10.0), (1, 1, 1, 1.0), (2, 3, 4, 3.5), (4, 7, 1, 5.0)]
     assert metric.overall.count == 7
@@ -40,26 +40,26 @@ def test_positions_fall_into_buckets_of_powers_of_two() -> None:
 
 
 def test_long_answers_reach_high_buckets() -> None:
-    tally = Tally()
-    tally.add(torch.ones(600), 1)
-    assert [(b.first, b.estimate.count) for b in tally.metric().by_position][-2:] == [(256, 256), (512, 89)]
+    accumulator = MetricAccumulator()
+    accumulator.add(torch.ones(600), 1)
+    assert [(b.first, b.estimate.count) for b in accumulator.metric().by_position][-2:] == [(256, 256), (512, 89)]
 
 
 def test_the_standard_error_is_over_answers() -> None:
-    tally = Tally()
+    accumulator = MetricAccumulator()
     for value in (1.0, 2.0, 3.0, 6.0):
-        tally.add([value] * 5, 1)
-    overall = tally.metric().overall
+        accumulator.add([value] * 5, 1)
+    overall = accumulator.metric().overall
     deviation = torch.tensor([1.0, 2.0, 3.0, 6.0]).std().item()
     assert overall.standard_error == pytest.approx(deviation / math.sqrt(4))
 
 
 def test_one_answer_has_no_error_and_none_has_no_mean() -> None:
-    tally = Tally()
-    assert math.isnan(tally.metric().overall.mean)
-    assert tally.metric().to_json()["mean"] is None
-    tally.add([1.0, 3.0], 1)
-    assert (tally.metric().overall.mean, tally.metric().overall.standard_error) == (2.0, 0.0)
+    accumulator = MetricAccumulator()
+    assert math.isnan(accumulator.metric().overall.mean)
+    assert accumulator.metric().to_json()["mean"] is None
+    accumulator.add([1.0, 3.0], 1)
+    assert (accumulator.metric().overall.mean, accumulator.metric().overall.standard_error) == (2.0, 0.0)
 
 
 def test_repeated_grams_are_those_seen_before_in_the_answer() -> None:
@@ -82,7 +82,7 @@ def test_quantised_bytes_include_scales() -> None:
     rows = (6 + 4) * 16 + 96 + 400 + 96 + 1000
     weights = DecodeCost.of(config, "int8").weights
     assert DecodeCost.of(config, "int8").bytes == weights + 4 * rows
-    # 96 inputs are three groups, 200 are seven.
+    # 96 inputs make three groups, 200 make seven.
     assert DecodeCost.of(config, "int4").bytes == 20 * (3 * (rows - 96) + 7 * 96)
     assert DecodeCost.of(config, "int4+int8 head").bytes == 20 * (3 * (rows - 1096) + 7 * 96) + 1000 * 100
 
@@ -91,7 +91,7 @@ def test_quantised_bytes_include_scales() -> None:
 @pytest.mark.parametrize("columns", [64, 40])
 def test_rounding_errs_by_half_a_step_at_most(precision: str, levels: int, columns: int) -> None:
     matrix = torch.randn(8, columns, generator=torch.Generator().manual_seed(0))
-    rounded = round_to(matrix, precision)  # type: ignore[arg-type]
+    rounded = fake_quantize(matrix, precision)  # type: ignore[arg-type]
     assert rounded.shape == matrix.shape
     groups = [slice(0, None)] if precision == "int8" else [slice(i, i + 32) for i in range(0, columns, 32)]
     for group in groups:
@@ -107,10 +107,10 @@ def test_int4_of_a_4_bit_matrix_is_lossless() -> None:
     steps = torch.randint(0, 16, (4, 2, 32), generator=torch.Generator().manual_seed(1)).float()
     steps[..., 0], steps[..., 1] = 0, 15
     matrix = (steps * 0.125 - 0.75).view(4, 64)
-    assert torch.equal(round_to(matrix, "int4"), matrix)
+    assert torch.equal(fake_quantize(matrix, "int4"), matrix)
 
 
 def test_a_constant_group_stays() -> None:
     matrix = torch.full((2, 32), 0.5)
-    assert torch.equal(round_to(matrix, "int4"), matrix)
-    assert torch.equal(round_to(torch.zeros(2, 32), "int8"), torch.zeros(2, 32))
+    assert torch.equal(fake_quantize(matrix, "int4"), matrix)
+    assert torch.equal(fake_quantize(torch.zeros(2, 32), "int8"), torch.zeros(2, 32))

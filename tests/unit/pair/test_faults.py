@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults replace attributes for good; here they are put back."""
+    """Restores the attributes that faults replace permanently."""
     monkeypatch.setattr(Transformer, "load", Transformer.load)
     monkeypatch.setattr(Transformer, "forward", Transformer.forward)
     monkeypatch.setattr(overfill.kv.receiver, "write_chunks", overfill.kv.receiver.write_chunks)

@@ -1,4 +1,4 @@
-"""The files and folders of a pair have the modes that the umask gives."""
+"""The modes of a pair's files and folders follow the umask."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.pair.conversations import Transcript
 from overfill.pair.fit import check_enough, fit
-from overfill.pair.packed import LayerMath, Packed, attend_answers, fold_norms, prompt_kv, run_full_layer
-from overfill.pair.prune import Plan, Scores, make_plan, score, slice_weights
-from overfill.pair.regression import Ridge
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, attend_answers, fold_norms, prompt_kv, run_full_layer
+from overfill.pair.prune import PruningPlan, Scores, make_pruning_plan, score, slice_weights
+from overfill.pair.ridge import Ridge
 from overfill.pair.sensitivity import measure_sensitivity
 from overfill.pair.tiny import Architecture, make_tiny_pair
 
@@ -29,17 +29,19 @@ def full(tiny_pair: Path) -> tuple[Weights, ModelConfig]:
     return fold_norms(load_weights(tiny_pair / "full", config, torch.float32, torch.device("cpu"))), config
 
 
-def plan(full: tuple[Weights, ModelConfig], packed: Packed, **sizes: int) -> Plan:
+def plan(full: tuple[Weights, ModelConfig], packed: PackedTranscripts, **sizes: int) -> PruningPlan:
     chosen = {"hidden_size": 64, "intermediate_size": 128} | sizes
-    return make_plan(scores(full, packed), **chosen, layers=range(full[1].num_layers), method="rotate")
+    return make_pruning_plan(scores(full, packed), **chosen, layers=range(full[1].num_layers), method="rotate")
 
 
-def scores(full: tuple[Weights, ModelConfig], packed: Packed) -> Scores:
+def scores(full: tuple[Weights, ModelConfig], packed: PackedTranscripts) -> Scores:
     return score(*full, packed, measure_sensitivity(*full, packed))
 
 
-def stream_error(full: tuple[Weights, ModelConfig], decoder: Weights, basis: torch.Tensor, packed: Packed) -> float:
-    """Mean square of what the decoder's last residual stream lacks of the full model's."""
+def stream_error(
+    full: tuple[Weights, ModelConfig], decoder: Weights, basis: torch.Tensor, packed: PackedTranscripts
+) -> float:
+    """Mean square of the difference between the last residual streams of the full model and the decoder."""
     weights, config = full
     math = LayerMath(config, 64)
     theirs = weights.embedding[packed.token_ids]
@@ -60,7 +62,7 @@ def test_a_decoder_of_full_size_stays_the_full_model(architecture: Architecture,
     folder = make_tiny_pair(tmp_path, architecture=architecture, identity=True) / "full"
     config = ModelConfig.load(folder)
     weights = fold_norms(load_weights(folder, config, torch.float32, torch.device("cpu")))
-    packed = Packed.of(transcripts(8), rows_at_once=130)
+    packed = PackedTranscripts.of(transcripts(8), rows_at_once=130)
     fitted = fit(weights, config, plan((weights, config), packed), packed)
     for ours, theirs in zip(fitted.layers, weights.layers, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):
@@ -69,7 +71,7 @@ def test_a_decoder_of_full_size_stays_the_full_model(architecture: Architecture,
 
 
 def test_fitting_brings_the_residual_stream_closer_on_text_it_has_not_seen(full: tuple[Weights, ModelConfig]) -> None:
-    packed, unseen = Packed.of(transcripts(60)), Packed.of(transcripts(8, seed=1))
+    packed, unseen = PackedTranscripts.of(transcripts(60)), PackedTranscripts.of(transcripts(8, seed=1))
     smaller = plan(full, packed, hidden_size=56, intermediate_size=64)
     fitted = stream_error(full, fit(*full, smaller, packed), smaller.basis, unseen)
     assert fitted < 0.9 * stream_error(full, slice_weights(full[0], smaller), smaller.basis, unseen)
@@ -77,30 +79,32 @@ def test_fitting_brings_the_residual_stream_closer_on_text_it_has_not_seen(full:
 
 def test_how_transcripts_are_packed_changes_nothing(full: tuple[Weights, ModelConfig]) -> None:
     text = transcripts(8)
-    smaller = plan(full, Packed.of(text), intermediate_size=64)
-    one, many = (fit(*full, smaller, Packed.of(text, rows_at_once=rows)) for rows in (10_000, 60))
+    smaller = plan(full, PackedTranscripts.of(text), intermediate_size=64)
+    one, many = (fit(*full, smaller, PackedTranscripts.of(text, rows_at_once=rows)) for rows in (10_000, 60))
     torch.testing.assert_close(one.head, many.head, rtol=1e-3, atol=1e-3)
 
 
 def test_layers_that_are_left_out_are_made_up_for(full: tuple[Weights, ModelConfig]) -> None:
-    packed = Packed.of(transcripts(60))
-    kept = make_plan(scores(full, packed), hidden_size=64, intermediate_size=128, layers=[0, 1, 3], method="rotate")
+    packed = PackedTranscripts.of(transcripts(60))
+    kept = make_pruning_plan(
+        scores(full, packed), hidden_size=64, intermediate_size=128, layers=[0, 1, 3], method="rotate"
+    )
     decoder = fit(*full, kept, packed)
     assert len(decoder.layers) == 3
-    # The layer before the gap writes more than it did: it stands in for the missing one.
+    # The layer before the gap writes more than before, because it replaces the missing one.
     assert not torch.allclose(decoder.layers[1].down, full[0].layers[1].down, atol=1e-2)
     torch.testing.assert_close(decoder.layers[0].down, full[0].layers[0].down, rtol=0, atol=1e-3)
 
 
 def test_too_little_text_is_refused(full: tuple[Weights, ModelConfig]) -> None:
-    packed = Packed.of(transcripts(2))
-    with pytest.raises(InvalidRequest, match=r"calibration: has 100 answer tokens.* 256 or more"):
+    packed = PackedTranscripts.of(transcripts(2))
+    with pytest.raises(InvalidRequest, match=r"calibration: has 100 answer tokens.* needs at least 256"):
         check_enough(packed, full[1], {"hidden_size": 64, "intermediate_size": 128})
 
 
 def test_a_layer_that_cannot_be_fitted_is_named(full: tuple[Weights, ModelConfig]) -> None:
     weights, config = full
-    packed = Packed.of(transcripts(8))
+    packed = PackedTranscripts.of(transcripts(8))
     good = plan(full, packed)
     layers = list(weights.layers)
     layers[2] = replace(layers[2], down=torch.full_like(layers[2].down, torch.nan))

@@ -17,7 +17,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.transformer import Transformer
 from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.hf_config import decoder_config, loadable_config
-from overfill.pair.plain import load_plain, load_tokenizer
+from overfill.pair.hf_model import load_hf_model, load_tokenizer
 from overfill.pair.tiny import make_tiny_pair
 
 CPU = torch.device("cpu")
@@ -115,10 +115,12 @@ def test_a_llama_of_any_hidden_size_is_loaded_as_it_was_published(tmp_path: Path
     config = read_config(full) | {"hidden_size": 65, "intermediate_size": 50, "num_hidden_layers": 3}
     config["rope_parameters"] = LLAMA_3B["rope_scaling"] | {"rope_theta": 500.0, "original_max_position_embeddings": 64}
     decoder = write_checkpoint(tmp_path / "decoder", config, full)
-    with pytest.raises(Exception, match="not a multiple"):  # if this passes one day, the rewriting can go
+    with pytest.raises(
+        Exception, match="not a multiple"
+    ):  # when transformers accepts it, the conversion to Mistral can be removed
         AutoModelForCausalLM.from_pretrained(decoder)
 
-    model = load_plain(decoder)
+    model = load_hf_model(decoder)
 
     assert model.generation_config.eos_token_id == 1
     torch.testing.assert_close(engine_logits(decoder), plain_logits(model), atol=1e-4, rtol=0)
@@ -158,7 +160,9 @@ def test_a_llama_written_as_a_mistral_keeps_its_tokenizer(tmp_path: Path) -> Non
     decoder = write_checkpoint(tmp_path / "decoder", config, full)
 
     assert config["model_type"] == "mistral"
-    assert not config["transformers_version"].startswith("4.")  # transformers would doubt large tokenizers
+    assert not config["transformers_version"].startswith(
+        "4."
+    )  # otherwise transformers takes large tokenizers for damaged
     text = "What's 2024 + 17, naïve reader?\n\nIt isn't 2041 …"
     ours, theirs = AutoTokenizer.from_pretrained(decoder), AutoTokenizer.from_pretrained(full)
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]

@@ -1,4 +1,4 @@
-"""Data sets of the hub: which split is read, and what is said when none can be."""
+"""Data sets on the hub: the split that is read, and the error when none can be."""
 
 import sys
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ class Rows(list):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What was loaded, in place of the hub."""
+    """Replaces the hub and records what was loaded."""
     found = []
 
     def load_dataset(name, split):

@@ -1,4 +1,4 @@
-"""``LLM``: both halves in one process give the reference's answers, whatever the batch and however small the cache."""
+"""``LLM``: both halves in one process give the reference's answers, in any batch and with a small cache."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def reference(folder):
 
 
 def assert_nothing_leaked(llm):
-    """No request owns a block; what is left is prefix cache of the full model."""
+    """Checks that no request owns a block; only the full model's prefix cache still has blocks."""
     assert llm._prefix.num_used == llm._prefix.num_leaked == 0
     llm._prefix.check_integrity()
     assert llm._decoder.pool.num_used == 0
@@ -45,7 +45,7 @@ def assert_nothing_leaked(llm):
 
 
 class Computed:
-    """Which token at which position each model computes, as the runners are told."""
+    """Records the tokens and positions that each model computes."""
 
     def __init__(self, llm, monkeypatch):
         names = {id(llm._full.runner): "full", id(llm._decoder.runner): "decoder"}
@@ -126,7 +126,7 @@ def test_a_second_turn_computes_only_what_is_new(folder, reference, monkeypatch)
 
 
 def test_the_first_turn_s_answer_is_read_by_the_full_model_in_the_second(folder, reference, monkeypatch):
-    """The decoder wrote KV of the answer while it made it; the next prompt's KV is the full model's all the same."""
+    """The decoder wrote KV of the answer; the full model still computes the KV of the next prompt."""
     llm = new_llm(folder)
     prompt = PROMPTS[4][:64]  # whole blocks, so that the answer begins a block of its own
     answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))[0].token_ids
@@ -182,7 +182,7 @@ def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(fo
     acquire = pool.acquire
 
     def interrupted(owner, count):
-        acquire(owner, count)  # the blocks are taken, and nothing knows of them
+        acquire(owner, count)  # the blocks are acquired but not yet recorded
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pool, "acquire", interrupted)
@@ -296,7 +296,7 @@ def test_answers_obey_their_grammar_from_the_first_token_on(llm, temperature):
 def test_bias_and_penalties_reach_both_stages(llm):
     biased = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={77: 100.0})
     assert llm.generate(PROMPTS[:1], biased)[0].token_ids == [77] * 6
-    # Every token is worth 100 once and 2 less each time: 77 gives way to 78 and back.
+    # A token's logit starts at 100 and loses 2 at each use, so that 77 and 78 alternate.
     both = SamplingParams(
         temperature=0, max_tokens=6, ignore_eos=True, logit_bias={77: 100.0, 78: 99.0}, frequency_penalty=2.0
     )

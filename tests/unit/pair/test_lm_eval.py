@@ -14,12 +14,12 @@ from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest
 from overfill.pair.evaluate.forward import batches
-from overfill.pair.plain import load_plain, load_tokenizer
+from overfill.pair.hf_model import load_hf_model, load_tokenizer
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.pair.tiny import make_tiny_pair
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-# The harness and its data sets warn about themselves; none of it is ours.
+# The harness and its data sets emit warnings of their own.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTIONS = [
@@ -70,7 +70,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def harness(model: Any, tasks: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """What the harness makes of ``model``: results by task, and the model's raw answers by task."""
+    """Runs the harness on ``model``; returns its results and the model's raw answers, by task."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -88,7 +88,7 @@ def harness(model: Any, tasks: Path) -> tuple[dict[str, Any], dict[str, list[Any
 
 
 def flat(values: Any) -> list[float]:
-    """All numbers of nested lists, booleans and numbers in text included."""
+    """Collects all numbers of nested lists, with booleans and numbers in text."""
     if isinstance(values, (list, tuple)):
         return [number for value in values for number in flat(value)]
     return (
@@ -108,7 +108,7 @@ def two_stage(folder: Path, context: str, continuation: str) -> tuple[float, boo
     answer = tokenizer(context + continuation)["input_ids"][len(prompt) :]
     cache, logits = reference._prefill(prompt)
     if len(answer) > 1:
-        own = _forward(load_plain(reference.pair.decoder_path), answer[:-1], len(prompt), cache)
+        own = _forward(load_hf_model(reference.pair.decoder_path), answer[:-1], len(prompt), cache)
         logits = torch.cat([logits, own])
     targets = torch.tensor(answer)
     values = logits.double().log_softmax(-1)[torch.arange(len(answer)), targets]
@@ -143,7 +143,7 @@ def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny_pair:
 
 
 def test_greedy_answers_are_greedy(tiny_pair: Path) -> None:
-    """What the pair writes itself is what it finds most likely, token by token."""
+    """Scoring finds each token of the pair's own answer most likely."""
     from overfill.pair.evaluate.lm_eval_adapter import OverfillLM
 
     model = OverfillLM(tiny_pair, dtype="float32")
@@ -162,10 +162,10 @@ def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.Monk
     text = "The full model reads the whole prompt and the decoder writes the answer. " * 2
     ids = model.tok_encode(text)
     assert len(ids) > 16
-    plain, total = load_plain(identity / "full"), 0.0
+    plain, total = load_hf_model(identity / "full"), 0.0
     for start in range(0, len(ids), 8):
         predicted = ids[start : start + 8]
-        # The last window is filled up with what was predicted before.
+        # The last window starts with tokens that were predicted before.
         context = ([0] if start == 0 else ids[max(0, start + len(predicted) - 9) : start])[-(9 - len(predicted)) :]
         with torch.inference_mode():
             logits = plain(torch.tensor([[*context, *predicted][:-1]])).logits[0, len(context) - 1 :]
@@ -206,7 +206,7 @@ def test_the_command_prints_json(tiny_pair: Path, tasks: Path) -> None:
     assert figures["acc"]["stderr"] is not None
 
 
-@pytest.mark.slow  # the harness reads all its thousands of task files
+@pytest.mark.slow  # the harness reads its thousands of task files
 def test_an_unknown_task_is_named(tiny_pair: Path, tasks: Path) -> None:
     from overfill.pair.evaluate.harness import run_tasks
 

@@ -14,11 +14,11 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.pair.checkpoint import write_decoder
 from overfill.pair.conversations import Transcript
-from overfill.pair.depth import choose_layers
-from overfill.pair.packed import Packed, fold_norms
-from overfill.pair.plain import load_plain
-from overfill.pair.prune import Plan, Scores, leading_directions, make_plan, score, slice_weights
-from overfill.pair.selection import removal_order
+from overfill.pair.hf_model import load_hf_model
+from overfill.pair.layer_selection import choose_layers
+from overfill.pair.layerwise import PackedTranscripts, fold_norms
+from overfill.pair.neuron_selection import removal_order
+from overfill.pair.prune import PruningPlan, Scores, leading_directions, make_pruning_plan, score, slice_weights
 from overfill.pair.sensitivity import measure_sensitivity
 from overfill.pair.tiny import Architecture, make_tiny_pair
 
@@ -48,8 +48,8 @@ def some_scores(layers: int = 4, neurons: int = 128, hidden: int = 64) -> Scores
 
 def plan_of(
     scores: Scores, hidden: int = 64, neurons: int = 128, layers: Sequence[int] = range(4), method: str = "rotate"
-) -> Plan:
-    return make_plan(scores, hidden_size=hidden, intermediate_size=neurons, layers=layers, method=method)  # type: ignore[arg-type]
+) -> PruningPlan:
+    return make_pruning_plan(scores, hidden_size=hidden, intermediate_size=neurons, layers=layers, method=method)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -80,7 +80,9 @@ def test_neurons_that_others_stand_in_for_go_first() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(400, 64, generator=generator)
     down = torch.randn(16, 64, generator=generator)
-    outputs[:, 7] = outputs[:, 9] + 0.01 * torch.randn(400, generator=generator)  # one of two equals is spare
+    outputs[:, 7] = outputs[:, 9] + 0.01 * torch.randn(
+        400, generator=generator
+    )  # 7 and 9 are nearly equal, so that one is superfluous
     down[:, 30] = 0  # feeds nothing
     down[:, 50] *= 50  # matters most
     places = removal_order(outputs.T @ outputs, down)
@@ -92,9 +94,9 @@ def test_neurons_that_others_stand_in_for_go_first() -> None:
 
 def test_scores_are_measured_on_answer_positions(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
-    packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
+    packed = PackedTranscripts.of(TRANSCRIPTS, rows_at_once=20)
     scores = score(weights, config, packed, measure_sensitivity(weights, config, packed))
-    model = load_plain(tiny_pair / "full")
+    model = load_hf_model(tiny_pair / "full")
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -133,7 +135,7 @@ def test_a_cut_stream_is_scaled_to_its_size_before_it_was_normalised_again() -> 
 
 
 def reconstruction_error(basis: Tensor, covariance: Tensor, sensitivity: Tensor) -> float:
-    """Of x from its measurements, weighed by the sensitivity."""
+    """Error of reconstructing x from its measurements, weighted by the sensitivity."""
     solved = torch.linalg.solve(basis.T @ covariance @ basis, basis.T @ covariance)
     return float(torch.trace(sensitivity @ (covariance - covariance @ basis @ solved)))
 
@@ -157,13 +159,13 @@ def test_leading_directions_are_the_best_measurements_at_every_width() -> None:
 
 def test_sensitivity_tells_what_the_answers_depend_on(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
-    packed = Packed.of(TRANSCRIPTS, rows_at_once=20)
+    packed = PackedTranscripts.of(TRANSCRIPTS, rows_at_once=20)
     for layer in weights.layers[2:]:
         layer.qkv[:, 5] = 0
         layer.gate_up[:, 5] = 0
     weights.head[:, 5] = 0
     blind = measure_sensitivity(weights, config, packed)
-    # Only through the size of the stream does what nothing reads still matter.
+    # Directions that nothing reads still matter through the size of the stream.
     assert float(blind.streams[3, 5, 5]) < 0.2
     assert float(blind.streams[3].diagonal().mean()) == pytest.approx(1, abs=0.01)
 
@@ -193,4 +195,4 @@ def test_the_layer_that_does_least_goes_first(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
     weights.layers[2].o.zero_()
     weights.layers[2].down.mul_(0.01)
-    assert choose_layers(weights, config, Packed.of(TRANSCRIPTS), 3) == [0, 1, 3]
+    assert choose_layers(weights, config, PackedTranscripts.of(TRANSCRIPTS), 3) == [0, 1, 3]

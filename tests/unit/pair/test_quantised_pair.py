@@ -54,7 +54,9 @@ def test_a_quantised_full_model_is_no_identity_pair(tmp_path: Path) -> None:
     folder = make_tiny_pair(tmp_path / "pair", identity=True)
     plain, quantised = Pair.load(folder), write_manifest(folder, decoder="full", recipe=INT8)
     assert (plain.identity, quantised.identity) == (True, False)
-    assert quantised.decoder_digest == plain.decoder_digest  # of the checkpoint, which is the same
+    assert (
+        quantised.decoder_digest == plain.decoder_digest
+    )  # the digest is that of the checkpoint, which stays unquantised
     assert isinstance(load(quantised, "decoder").weights.head, Int8Matrix)
     assert isinstance(load(quantised, "full").weights.head, torch.Tensor)
 
@@ -78,14 +80,14 @@ def test_the_reference_rounds_as_the_engine_does(identity: bool, tmp_path: Path)
         for v in unquantised.score(prompt, answer.token_ids)
         if v.kind == "error"
     ]
-    assert differing  # the rounding shows in the answers, so that a reference without it would notice
+    assert differing  # rounding changes answers, so that an unquantised reference would notice
 
 
 def test_the_fault_in_a_weight_reaches_a_quantised_decoder(
     fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = write_manifest(fresh(), recipe=INT8)
-    monkeypatch.setattr(Transformer, "load", Transformer.load)  # so that it is restored
+    monkeypatch.setattr(Transformer, "load", Transformer.load)  # monkeypatch then restores it
     right = load(pair, "decoder").weights.layers
     negate_weight_row()
     wrong = load(pair, "decoder").weights.layers

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill.model.manifest import write_manifest
-from overfill.pair.reference import Judged, TwoStageReference, Verdict, judge, summarise
+from overfill.pair.reference import JudgedAnswer, TwoStageReference, Verdict, judge, summarise
 from overfill.pair.tiny import make_tiny_pair
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()
@@ -22,13 +22,13 @@ def reference(tiny_pair: Path) -> TwoStageReference:
 
 @pytest.fixture(scope="module")
 def prompt(reference: TwoStageReference) -> list[int]:
-    """One that the reference answers with at least eight tokens."""
+    """A prompt that the reference answers with at least eight tokens."""
     return next(p for p in PROMPTS if len(reference.generate(p, 8)) == 8)
 
 
 @torch.inference_mode()
 def greedy(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
-    """One model, no cache, token by token."""
+    """Computes the answer with one model, without a cache, token by token."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
@@ -118,9 +118,9 @@ def test_an_answer_that_is_too_short_is_a_problem(reference: TwoStageReference, 
     assert not judged.correct
 
 
-def verdicts(*margins: float) -> Judged:
+def verdicts(*margins: float) -> JudgedAnswer:
     """Token 0 is the reference's choice; another token has the given margin."""
-    return Judged(tuple(Verdict(i, 1 if m else 0, 0, m) for i, m in enumerate(margins)))
+    return JudgedAnswer(tuple(Verdict(i, 1 if m else 0, 0, m) for i, m in enumerate(margins)))
 
 
 def test_a_tie_is_within_a_thousandth_of_the_largest_logit() -> None:
@@ -128,7 +128,7 @@ def test_a_tie_is_within_a_thousandth_of_the_largest_logit() -> None:
 
 
 def test_summary_counts_answers_and_ties() -> None:
-    summary = summarise([verdicts(0, 0), verdicts(0, 5e-4), verdicts(0, 1), Judged((), "no answer")])
+    summary = summarise([verdicts(0, 0), verdicts(0, 5e-4), verdicts(0, 1), JudgedAnswer((), "no answer")])
     assert str(summary) == "2/4 correct (1 identical, 1 ties)"
     assert not summary.passed
 

@@ -18,7 +18,7 @@ from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.pair import sources
 from overfill.pair.gguf_model import convert_gguf
-from overfill.pair.plain import load_plain
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.sources import SourceUnavailable, extract_model, fetch_default, fetch_from_hub
 from overfill.pair.tiny import CHAT_TEMPLATE, make_tiny_pair
 
@@ -63,7 +63,7 @@ def write_gguf(model: Path, file: Path, architecture: str = "llama") -> Path:
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_chat_template(CHAT_TEMPLATE)
-    for name, tensor in load_plain(model).state_dict().items():
+    for name, tensor in load_hf_model(model).state_dict().items():
         stem, values = name.removesuffix(".weight"), tensor.numpy()
         if stem in OUTER:
             target = OUTER[stem]
@@ -84,7 +84,7 @@ def write_gguf(model: Path, file: Path, architecture: str = "llama") -> Path:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny_pair checkpoint, and what its GGUF converts to."""
+    """A tiny pair's checkpoint, and the conversion of its GGUF."""
     folder = tmp_path_factory.mktemp("gguf")
     full = make_tiny_pair(folder / "pair", identity=True) / "full"
     (folder / "converted").mkdir()
@@ -93,7 +93,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_conversion_gives_the_model_back(converted: tuple[Path, Path]) -> None:
-    original, copy = (load_plain(folder) for folder in converted)
+    original, copy = (load_hf_model(folder) for folder in converted)
     assert original.state_dict().keys() == copy.state_dict().keys()
     for name, tensor in original.state_dict().items():
         assert torch.equal(tensor, copy.state_dict()[name]), name

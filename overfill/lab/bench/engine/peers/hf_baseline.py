@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from overfill.lab.bench.engine.overfill_engine import random_prompt
 from overfill.model.manifest import Pair
-from overfill.pair.plain import load_plain
+from overfill.pair.hf_model import load_hf_model
 
 
 class TransformersGenerate:
@@ -147,7 +147,7 @@ class ReferenceLoop:
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    model: Any = load_plain(folder)
+    model: Any = load_hf_model(folder)
     return model.to(device=device, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""Least squares from normal equations, so that memory does not grow with the number of rows."""
+"""Solve ridge regression from normal equations, whose memory does not grow with the number of rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 class Ridge:
     """Accumulates rows of inputs and targets, then solves for the matrix that maps one to the other.
 
-    Sums are kept in float64: thousands of rows are added, and the equations are ill-conditioned where inputs
-    are nearly dependent.
+    The sums are float64, because thousands of rows are added and nearly dependent inputs make the equations
+    ill-conditioned.
 
     Args:
-        num_inputs, num_targets: width of the rows.
+        num_inputs, num_targets: Widths of the rows of inputs and targets.
     """
 
     def __init__(self, num_inputs: int, num_targets: int) -> None:
@@ -22,25 +22,25 @@ class Ridge:
         self._rows = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """[rows, num_inputs] and [rows, num_targets] float32."""
+        """Adds rows: [rows, num_inputs] and [rows, num_targets], both float32."""
         self._rows += len(inputs)
         self._moments += inputs.T @ inputs
         self._cross += inputs.T @ targets
 
     @property
     def covariance(self) -> Tensor:
-        """E[x x'] of the inputs, [num_inputs, num_inputs] float64."""
+        """Second moment E[x x'] of the inputs, [num_inputs, num_inputs] float64."""
         return self._moments / self._rows
 
     def solve(self, start: Tensor, prior_rows: float) -> Tensor:
-        """Minimises ``|inputs W' - targets|^2 + prior_rows * s * |W - start|^2``, s being the mean square of an input.
+        """Minimises ``|inputs W' - targets|^2 + prior_rows * s * |W - start|^2``; s is the mean square of an input.
 
         Args:
-            start: [num_targets, num_inputs]; what W is without any rows.
-            prior_rows: how many rows of independent inputs ``start`` weighs as much as.
+            start: [num_targets, num_inputs]; the prior for W.
+            prior_rows: Weight of the prior, in rows of independent inputs.
 
         Returns:
-            W, [num_targets, num_inputs] float32; not finite when the rows were not.
+            W, [num_targets, num_inputs] float32; not finite if the rows are not finite.
         """
         residual = self._cross - self._moments @ start.T.double()
         damped = self._moments.clone()

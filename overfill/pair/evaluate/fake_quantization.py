@@ -1,6 +1,6 @@
-"""Weight-only quantisation, simulated: the weights a quantised model would compute with, in the original dtype.
+"""Simulate weight-only quantisation: round weights to a quantised model's values and keep the original dtype.
 
-What is judged is the loss of precision; sizes are those of ``costs``.
+This shows the loss of precision. The sizes that a quantised model would have are computed in ``costs``.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from overfill.pair.evaluate.costs import INT4_GROUP, PRECISIONS, Precision, Roun
 _MATRICES = ("qkv", "o", "gate_up", "down")
 
 
-def quantised(config: ModelConfig, weights: Weights, precision: Precision, max_positions: int) -> Transformer:
-    """A model with every matrix that a decode step reads rounded; norms, biases and the embedding stay."""
-    of_layers, of_head = PRECISIONS[precision]
+def fake_quantized_model(
+    config: ModelConfig, weights: Weights, precision: Precision, max_positions: int
+) -> Transformer:
+    """Builds a model whose decode-step matrices are rounded; norms, biases and the embedding stay."""
+    layer_rounding, head_rounding = PRECISIONS[precision]
     layers = tuple(
-        replace(layer, **{name: round_to(getattr(layer, name), of_layers) for name in _MATRICES})
+        replace(layer, **{name: fake_quantize(getattr(layer, name), layer_rounding) for name in _MATRICES})
         for layer in weights.layers
     )
-    head, tail = round_to(weights.head, of_head), weights.tail
+    head, tail = fake_quantize(weights.head, head_rounding), weights.tail
     if tail is not None:
-        tail = replace(tail, left=round_to(tail.left, of_head), right=round_to(tail.right, of_head))
+        tail = replace(
+            tail, left=fake_quantize(tail.left, head_rounding), right=fake_quantize(tail.right, head_rounding)
+        )
     return Transformer(config, Weights(weights.embedding, layers, weights.norm, head, tail), max_positions)
 
 
-def round_to(matrix: Tensor, rounding: Rounding) -> Tensor:
-    """``matrix`` [out, in] as it is after quantisation, in its own dtype.
+def fake_quantize(matrix: Tensor, rounding: Rounding) -> Tensor:
+    """Quantises and dequantises ``matrix`` [out, in]; returns it in its own dtype.
 
-    bf16 rounds each element. int8 is what int8 decoders are served with. int4 is asymmetric with a scale and an offset,
-    both float16, for every 32 elements of a row, like llama.cpp's Q4_1.
+    bf16 rounds each element. int8 is the form in which the services run int8 decoders. int4 is asymmetric, like
+    llama.cpp's Q4_1: every 32 elements of a row share a scale and an offset, both float16.
     """
     if rounding == "bf16":
         return matrix.bfloat16().to(matrix.dtype)
@@ -47,7 +51,7 @@ def round_to(matrix: Tensor, rounding: Rounding) -> Tensor:
 
 def _int4(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
-    # The last group of a row may be short; its last element, repeated, changes neither minimum nor maximum.
+    # Pads a short last group with its last element, which changes neither minimum nor maximum.
     padded = pad(matrix, (0, -columns % INT4_GROUP), mode="replicate").view(rows, -1, INT4_GROUP)
     low = padded.amin(-1, keepdim=True)
     scale = ((padded.amax(-1, keepdim=True) - low) / 15).half().float()

@@ -1,4 +1,4 @@
-"""What decides a run's results, kept in its folder, so that only the same run goes on there."""
+"""Record the settings that determine a run's results, so that only an equal run resumes in its folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from overfill.pair.checkpoint import write_json
 SETTINGS = "settings.json"
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Makes ``folder`` a run's own, or checks that the run in it may go on.
+def open_run_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Records ``settings`` in a new run's ``folder``, or checks that the run in it may resume.
 
     Raises:
-        InvalidRequest: there is a run and ``resume`` is false, or its settings are others; they are named.
+        InvalidRequest: the folder holds a run and ``resume`` is False, or settings differ; the message names them.
     """
     file = folder / SETTINGS
     if not file.exists():
@@ -25,7 +25,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     if not resume:
-        raise InvalidRequest("out", f"{folder} holds a run already; go on with --resume, or remove it")
+        raise InvalidRequest("out", f"{folder} holds a run already; continue it with --resume, or remove it")
     if changed := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
         values = ", ".join(f"{key} ({before.get(key)} before, {settings.get(key)} now)" for key in changed)
         raise InvalidRequest("resume", f"the run in {folder} had other settings: {values}")

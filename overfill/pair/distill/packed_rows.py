@@ -1,4 +1,4 @@
-"""Transcripts end to end in one dimension: what one forward pass of training computes. No padding, no model."""
+"""Pack transcripts end to end, without padding, for one forward pass of training. Knows no model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from overfill.pair.conversations import Transcript
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows (tokens to compute) of several transcripts, in order.
+class PackedRows:
+    """The tokens that one forward pass computes for several transcripts, end to end; a row is a token.
 
-    The first token of an answer comes from the full model, so what is learnt are the tokens after it: each is
-    predicted by the row of the token before it.
+    The full model writes the first token of an answer, so that the decoder learns the tokens after it. The row of the
+    token before it predicts each of them.
 
     Attributes:
         token_ids, positions: [T] int64; positions are absolute.
-        lengths: rows of each transcript.
-        prefixes: tokens of each transcript before its rows, whose keys and values come from elsewhere.
-        predicting: [N] int64, the rows that predict a token to learn.
-        targets: [N] int64, those tokens.
+        lengths: Number of rows of each transcript.
+        prefixes: Number of tokens of each transcript before its rows. Their keys and values are given.
+        predicting: [N] int64, indices of the rows that predict a token to learn.
+        targets: [N] int64, the tokens to learn.
     """
 
     token_ids: Tensor
@@ -34,23 +34,23 @@ class Rows:
     targets: Tensor
 
     @classmethod
-    def of_answers(cls, transcripts: Sequence[Transcript]) -> Rows:
-        """What a decoder computes that finds the prompt's keys and values in place."""
+    def of_answers(cls, transcripts: Sequence[Transcript]) -> PackedRows:
+        """Packs the answers, for a decoder that is given the prompts' keys and values."""
         return _rows(transcripts, [t.answer_start for t in transcripts])
 
     @classmethod
-    def of_whole(cls, transcripts: Sequence[Transcript]) -> Rows:
-        """What a model computes that reads prompt and answer itself."""
+    def of_whole(cls, transcripts: Sequence[Transcript]) -> PackedRows:
+        """Packs prompts and answers, for a model that reads both itself."""
         return _rows(transcripts, [0] * len(transcripts))
 
     @classmethod
-    def of_prompts(cls, transcripts: Sequence[Transcript]) -> Rows:
-        """Prompts alone; nothing is predicted."""
+    def of_prompts(cls, transcripts: Sequence[Transcript]) -> PackedRows:
+        """Packs the prompts only; no row predicts a token."""
         rows = _rows([Transcript((*t.prompt, 0), t.answer_start) for t in transcripts], [0] * len(transcripts))
         return replace(rows, predicting=rows.predicting[:0], targets=rows.targets[:0])
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(
+    def to(self, device: torch.device) -> PackedRows:
+        return PackedRows(
             self.token_ids.to(device),
             self.positions.to(device),
             self.lengths,
@@ -60,18 +60,18 @@ class Rows:
         )
 
 
-def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> Rows:
+def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> PackedRows:
     token_ids: list[int] = []
     predicting: list[Tensor] = []
     targets: list[int] = []
     lengths = []
     for transcript, start in zip(transcripts, starts, strict=True):
         first = len(token_ids) + transcript.answer_start - start
-        token_ids += transcript.token_ids[start:-1]  # nothing follows the last token
+        token_ids += transcript.token_ids[start:-1]  # the last token predicts nothing
         lengths.append(len(transcript.token_ids) - 1 - start)
         predicting.append(torch.arange(first, len(token_ids)))
         targets += transcript.answer[1:]
-    return Rows(
+    return PackedRows(
         token_ids=torch.tensor(token_ids),
         positions=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]),
         lengths=tuple(lengths),
@@ -82,20 +82,22 @@ def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> Rows:
 
 
 def learnt_tokens(transcript: Transcript) -> int:
-    """Tokens of the answer that a decoder learns: all but the first."""
+    """Returns the number of answer tokens that a decoder learns: all but the first."""
     return len(transcript.token_ids) - transcript.answer_start - 1
 
 
-def in_packs(indices: Iterable[int], size: Callable[[int], int], most_rows: int) -> Iterator[list[int]]:
-    """Groups of ``indices`` with at most ``most_rows`` rows in total; one that is larger stands alone.
+def in_packs(indices: Iterable[int], size: Callable[[int], int], max_rows: int) -> Iterator[list[int]]:
+    """Groups ``indices`` into packs of at most ``max_rows`` rows; a larger transcript is a pack of its own.
+
+    Packs hold transcripts of similar size, which keeps the padding of padded attention small.
 
     Args:
-        size: rows of an index. Similar sizes come together, so that little is padded where attention pads.
+        size: Returns the number of rows of an index.
     """
     pack: list[int] = []
     rows = 0
     for index in sorted(indices, key=lambda i: (size(i), i)):
-        if pack and rows + size(index) > most_rows:
+        if pack and rows + size(index) > max_rows:
             yield pack
             pack, rows = [], 0
         pack.append(index)

@@ -1,7 +1,7 @@
-"""Means of per-token numbers over many answers: overall and by position, with their standard errors. No models.
+"""Average per-token numbers over many answers, overall and by position, with standard errors. Knows no models.
 
-Positions count from 0 and fall into buckets 0, 1, 2-3, 4-7, 8-15 and so on: what drifts as an answer grows shows on a
-logarithmic scale, and every bucket has many tokens.
+Positions count from 0 and fall into buckets 0, 1, 2-3, 4-7, 8-15 and so on. The logarithmic scale shows drift within an
+answer, and every bucket has many tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Estimate:
     """A mean over ``count`` tokens.
 
     Attributes:
-        standard_error: over answers, since tokens of one answer are not independent; 0 where there is only one.
+        standard_error: Standard error over answers, because tokens of one answer are not independent; 0 for one answer.
     """
 
     mean: float
@@ -30,13 +30,13 @@ class Estimate:
     count: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        """As plain values; without tokens, the mean is None."""
-        return {"mean": finite(self.mean), "standard_error": self.standard_error, "count": self.count}
+        """Returns plain values; the mean is None if there are no tokens."""
+        return {"mean": finite_or_none(self.mean), "standard_error": self.standard_error, "count": self.count}
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """The estimate for positions ``first`` to ``last`` of the answers, both included."""
+class PositionBucket:
+    """The estimate for positions ``first`` to ``last`` of the answers, inclusive."""
 
     first: int
     last: int
@@ -45,46 +45,46 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number per token, averaged. ``by_position`` leaves out buckets without tokens."""
+    """Means of one number per token. ``by_position`` leaves out buckets without tokens."""
 
     overall: Estimate
-    by_position: tuple[Bucket, ...]
+    by_position: tuple[PositionBucket, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """``{"mean", "standard_error", "count", "by_position": [{"first", "last", "mean", …}]}``"""
+        """Returns ``{"mean", "standard_error", "count", "by_position": [{"first", "last", "mean", …}]}``."""
         buckets = [{"first": b.first, "last": b.last, **b.estimate.to_json()} for b in self.by_position]
         return {**self.overall.to_json(), "by_position": buckets}
 
 
-class Tally:
-    """Collects a number per token, answer by answer. Keeps one sum and count per answer and bucket."""
+class MetricAccumulator:
+    """Collects one number per token, answer by answer. Stores a sum and a count per answer and bucket."""
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
         self._counts: list[Tensor] = []
 
     def add(self, values: Tensor | Sequence[float], first: int) -> None:
-        """``values`` [n] belong to the tokens at positions ``first`` and up of one answer."""
+        """Adds ``values`` [n], which belong to consecutive tokens of one answer from position ``first``."""
         values = torch.as_tensor(values, dtype=torch.float64).cpu()
         buckets = torch.tensor([p.bit_length() for p in range(first, first + len(values))], dtype=torch.int64)
         self._sums.append(torch.zeros(_BUCKETS, dtype=torch.float64).index_add_(0, buckets, values))
         self._counts.append(torch.bincount(buckets, minlength=_BUCKETS))
 
     def metric(self) -> Metric:
-        """The means so far; NaN without any token."""
+        """Returns the means so far; NaN if there are no tokens."""
         if not self._sums:
             return Metric(Estimate(math.nan, 0.0, 0), ())
         sums, counts = torch.stack(self._sums), torch.stack(self._counts)
         buckets = [
-            Bucket(_first(i), (1 << i) - 1, _estimate(sums[:, i], counts[:, i]))
+            PositionBucket(_first(i), (1 << i) - 1, _estimate(sums[:, i], counts[:, i]))
             for i in range(_BUCKETS)
             if counts[:, i].any()
         ]
         return Metric(_estimate(sums.sum(1), counts.sum(1)), tuple(buckets))
 
 
-def finite(value: float) -> float | None:
-    """``value``, or None for what JSON cannot say."""
+def finite_or_none(value: float) -> float | None:
+    """Returns ``value``, or None for NaN and infinities, which JSON cannot express."""
     return value if math.isfinite(value) else None
 
 
@@ -93,7 +93,7 @@ def _first(bucket: int) -> int:
 
 
 def _estimate(sums: Tensor, counts: Tensor) -> Estimate:
-    """The ratio estimator: sums and counts are [answers]; its error is that of the answers' residuals."""
+    """Computes the ratio estimator of [answers] sums and counts; its error comes from the answers' residuals."""
     present = counts > 0
     sums, counts = sums[present], counts[present]
     total, answers = int(counts.sum()), len(counts)

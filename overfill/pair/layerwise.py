@@ -1,7 +1,8 @@
-"""Transcripts end to end in one dimension, and the arithmetic of one layer over them, in plain float32 torch.
+"""Compute one layer at a time over packed transcripts, in plain float32 torch.
 
-Scoring and fitting walk a model layer by layer over all transcripts at once, which the engine's forward pass cannot:
-it runs one batch through all layers. Rows are tokens. No padding: attention runs transcript by transcript.
+Scoring and fitting run each layer over all transcripts before the next layer. The engine's forward pass cannot do that,
+because it runs one batch through all layers. The tokens of all transcripts lie end to end; a row is a token. There is
+no padding, because attention runs transcript by transcript.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from overfill.model.loading import LayerWeights, Weights
 from overfill.model.rope import apply_rope, rope_tables
 from overfill.pair.conversations import Transcript
 
-ROWS_AT_ONCE = 3072  # enough for full speed of the matrix products, small enough for the memory of one MLP
+ROWS_AT_ONCE = 3072  # large enough for fast matrix products, small enough for the activations of one MLP
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """One transcript: rows ``start..answer`` are its prompt, ``answer..end`` its answer.
+class TranscriptSpan:
+    """The rows of one transcript: ``start..answer`` are its prompt, ``answer..end`` its answer.
 
-    ``answer_start`` is the first of its rows among the rows of all answers.
+    ``answer_start`` is the index of its first answer row among the answer rows of all transcripts.
     """
 
     start: int
@@ -39,42 +40,42 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A few whole transcripts that are computed together.
+class PackedPart:
+    """A group of whole transcripts that are computed together.
 
     Attributes:
-        rows: of all rows, those of these transcripts.
-        answer_rows: of the rows of all answers, those of these transcripts.
-        answers: [answer rows] int64; where the answers are within ``rows``.
+        rows: Slice of these transcripts within all rows.
+        answer_rows: Slice of their answers within the answer rows of all transcripts.
+        answers: [answer rows] int64; indices of the answer rows within ``rows``.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[TranscriptSpan, ...]
     rows: slice
     answer_rows: slice
     answers: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """All transcripts.
+class PackedTranscripts:
+    """The tokens of all transcripts, end to end, divided into parts that fit memory.
 
     Attributes:
         token_ids, positions: [rows] int64.
-        answers: [answer rows] int64; the rows of ``token_ids`` that belong to answers.
+        answers: [answer rows] int64; indices of the rows that belong to answers.
     """
 
     token_ids: Tensor
     positions: Tensor
     answers: Tensor
-    parts: tuple[Part, ...]
+    parts: tuple[PackedPart, ...]
 
     @classmethod
-    def of(cls, transcripts: Sequence[Transcript], rows_at_once: int = ROWS_AT_ONCE) -> Packed:
+    def of(cls, transcripts: Sequence[Transcript], rows_at_once: int = ROWS_AT_ONCE) -> PackedTranscripts:
         spans = []
         start = answer_start = 0
         for transcript in transcripts:
             length = len(transcript.token_ids)
-            spans.append(Span(start, start + transcript.answer_start, start + length, answer_start))
+            spans.append(TranscriptSpan(start, start + transcript.answer_start, start + length, answer_start))
             start, answer_start = start + length, spans[-1].answer_end
         return cls(
             token_ids=torch.tensor([token for t in transcripts for token in t.token_ids]),
@@ -84,13 +85,13 @@ class Packed:
         )
 
 
-def _parts(spans: Sequence[Span], rows_at_once: int) -> Iterator[Part]:
+def _parts(spans: Sequence[TranscriptSpan], rows_at_once: int) -> Iterator[PackedPart]:
     first = 0
     for index, span in enumerate(spans):
         if index + 1 == len(spans) or spans[index + 1].end - spans[first].start > rows_at_once:
             chosen = tuple(spans[first : index + 1])
             begin = chosen[0].start
-            yield Part(
+            yield PackedPart(
                 chosen,
                 rows=slice(begin, span.end),
                 answer_rows=slice(chosen[0].answer_start, span.answer_end),
@@ -100,18 +101,18 @@ def _parts(spans: Sequence[Span], rows_at_once: int) -> Iterator[Part]:
 
 
 class LayerMath:
-    """One layer of a Llama-family model over packed rows, whose weights have their norms' gains folded in."""
+    """Arithmetic of one Llama-family layer over packed rows; expects weights from ``fold_norms``."""
 
     def __init__(self, config: ModelConfig, max_positions: int) -> None:
         self.config = config
         self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_positions, torch.device("cpu"))
 
     def norm(self, x: Tensor) -> Tensor:
-        """RMSNorm without a gain. [rows, hidden]"""
+        """Applies RMSNorm without a gain. [rows, hidden]"""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
 
     def project(self, layer: LayerWeights, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, hidden] -> q [rows, heads, D] and k [rows, kv_heads, D], rotated, and v [rows, kv_heads, D]."""
+        """Computes rotated q [rows, heads, D] and k [rows, kv_heads, D], and v [rows, kv_heads, D]."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), heads + 2 * kv_heads, self.config.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
@@ -122,7 +123,7 @@ class LayerMath:
         return qk[:, :heads], qk[:, heads:], v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of the last ``len(q)`` tokens of one transcript. [rows, heads * D]"""
+        """Computes causal attention for the last ``len(q)`` tokens of one transcript. [rows, heads * D]"""
         new, context, kv_heads = len(q), len(k), self.config.num_kv_heads
         grouped = q.reshape(new, kv_heads, -1, self.config.head_dim).permute(1, 2, 0, 3)
         shared = (kv_heads, grouped.shape[1], context, self.config.head_dim)
@@ -137,13 +138,13 @@ class LayerMath:
         return out.permute(2, 0, 1, 3).reshape(new, -1)
 
     def neurons(self, layer: LayerWeights, normed: Tensor) -> Tensor:
-        """What the MLP's neurons feed to the down projection. [rows, intermediate]"""
+        """Computes the MLP's activations, the inputs of the down projection. [rows, intermediate]"""
         gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         return silu(gate) * up
 
 
 def fold_norms(weights: Weights) -> Weights:
-    """The same function with every RMSNorm's gain multiplied into the projections that read it. In float32."""
+    """Multiplies every RMSNorm's gain into the projections that read it. The model's function stays the same."""
     layers = tuple(
         replace(
             layer,
@@ -159,12 +160,12 @@ def fold_norms(weights: Weights) -> Weights:
 
 @dataclass(frozen=True, slots=True)
 class FullLayer:
-    """What the full model computes in one layer for one part.
+    """Activations of one full-model layer for one part.
 
     Attributes:
-        keys, values: [rows, kv_heads, D]; keys rotated.
+        keys, values: [rows, kv_heads, D]; keys are rotated.
         middle, out: [rows, hidden]; the residual stream after attention and after the MLP.
-        normed, middle_normed: [rows, hidden]; what the projections read.
+        normed, middle_normed: [rows, hidden]; inputs of the projections before attention and of the MLP.
         neurons: [rows, intermediate].
     """
 
@@ -178,11 +179,13 @@ class FullLayer:
 
 
 PromptKv = list[tuple[Tensor, Tensor]]
-"""Keys and values that the full model's layer computed of each prompt, [prompt rows, kv_heads, D]."""
+"""Keys and values that one full-model layer computed for each prompt, [prompt rows, kv_heads, D]."""
 
 
-def run_full_layer(math: LayerMath, layer: LayerWeights, packed: Packed, part: Part, x: Tensor) -> FullLayer:
-    """The full model's layer over the prompts and answers of ``part``; ``x`` is [rows of the part, hidden]."""
+def run_full_layer(
+    math: LayerMath, layer: LayerWeights, packed: PackedTranscripts, part: PackedPart, x: Tensor
+) -> FullLayer:
+    """Runs a full-model layer over the prompts and answers of ``part``; ``x`` is [rows of the part, hidden]."""
     normed = math.norm(x)
     q, k, v = math.project(layer, normed, packed.positions[part.rows])
     begin = part.rows.start
@@ -202,19 +205,23 @@ def run_full_layer(math: LayerMath, layer: LayerWeights, packed: Packed, part: P
     )
 
 
-def prompt_kv(layer: FullLayer, part: Part) -> PromptKv:
-    """Of the prompts of ``part``."""
+def prompt_kv(layer: FullLayer, part: PackedPart) -> PromptKv:
+    """Copies the keys and values of the prompts of ``part``."""
     begin = part.rows.start
     prompts = [slice(span.start - begin, span.answer - begin) for span in part.spans]
     return [(layer.keys[rows].clone(), layer.values[rows].clone()) for rows in prompts]
 
 
-def attend_answers(math: LayerMath, layer: LayerWeights, packed: Packed, stream: Tensor, prompts: PromptKv) -> Tensor:
-    """Attention of a decoder's layer over the answers: on the full model's KV of the prompt and its own of the answer.
+def attend_answers(
+    math: LayerMath, layer: LayerWeights, packed: PackedTranscripts, stream: Tensor, prompts: PromptKv
+) -> Tensor:
+    """Computes a decoder layer's attention over the answers.
+
+    Attention reads the full model's KV of the prompt and the decoder's own KV of the answer.
 
     Args:
-        stream: [answer rows, hidden]; the decoder's.
-        prompts: of all parts.
+        stream: [answer rows, hidden]; the decoder's residual stream.
+        prompts: KV of the prompts of all parts.
 
     Returns:
         [answer rows, heads * D]

@@ -1,4 +1,4 @@
-"""Memory-mapped files of what the full model computed, so that it computes each transcript once."""
+"""Cache the full model's outputs in memory-mapped files, so that it computes each transcript once."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from overfill.pair.conversations import Transcript
-from overfill.pair.distill.rows import learnt_tokens
+from overfill.pair.distill.packed_rows import learnt_tokens
 
 _NUMPY: dict[torch.dtype, type[np.generic]] = {torch.float16: np.float16, torch.int32: np.int32}
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One kind of thing that is kept.
+    """One kind of cached output.
 
     Attributes:
-        per: kept for each token of the prompt, or for each token of the answer that is learnt.
-        shape: of one transcript's tensor, with -1 where the tokens are.
-        dtype: in the file; float16 or int32.
+        per: Unit that has an entry: each prompt token, or each answer token that the decoder learns.
+        shape: Shape of one transcript's tensor, with -1 for the number of tokens.
+        dtype: Type of the elements in the file; float16 or int32.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Column:
         return self.shape.index(-1)
 
     def numbers(self, transcript: Transcript) -> int:
-        """Of one transcript."""
+        """Returns the number of elements of one transcript."""
         return self.tokens(transcript) * -math.prod(self.shape)
 
     def tokens(self, transcript: Transcript) -> int:
@@ -51,13 +51,13 @@ class Column:
 
 
 class TeacherCache:
-    """One file per column, one transcript after the other, and ``done.bin`` with a byte per transcript.
+    """A file per column with all transcripts in order, and ``done.bin`` with a byte per transcript.
 
-    All processes of one machine may share them.
+    The processes of one machine may share a cache.
 
     Args:
-        folder: created; its contents are kept if they were written for the same ``identity``.
-        identity: of the full model, the transcripts and what is kept.
+        folder: Folder of the cache, created if needed. Contents written for another ``identity`` are deleted.
+        identity: Identifies the full model, the transcripts and the columns.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class TeacherCache:
         return bool(self._done[number])
 
     def write(self, transcripts: Mapping[int, Transcript], computed: Mapping[str, Tensor]) -> None:
-        """Keeps what was computed, by column, for ``transcripts`` in their order."""
+        """Stores the outputs of ``transcripts``; ``computed`` has one tensor per column, in their order."""
         for column, file in self._columns:
             lengths = [column.tokens(transcript) for transcript in transcripts.values()]
             for number, part in zip(transcripts, computed[column.name].split(lengths, column.dim), strict=True):
                 file.write(number, part)
         for number in transcripts:
-            self._done[number] = 1  # last: a killed process leaves no half-written transcript marked
+            self._done[number] = 1  # last: a killed process marks no half-written transcript as done
 
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """By column, for the transcripts ``numbers`` in their order; on the CPU, in the files' dtypes."""
+        """Reads one CPU tensor per column for the transcripts ``numbers``, in the files' dtypes."""
         return {
             column.name: torch.cat([file.read(number) for number in numbers], column.dim)
             for column, file in self._columns
@@ -113,7 +113,7 @@ def _start_over_unless(folder: Path, identity: str) -> None:
 
 
 def _open(file: Path, count: int, dtype: type[np.generic]) -> np.memmap:
-    """A file of ``count`` numbers, zero (and sparse) at first."""
+    """Maps a file of ``count`` numbers; a new file is sparse and all zero."""
     if not file.exists():
         with file.open("wb") as new:
             new.truncate(count * np.dtype(dtype).itemsize)

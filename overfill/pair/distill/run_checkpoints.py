@@ -1,4 +1,4 @@
-"""Whole checkpoints of a run, and the pair that comes out of it. Each appears at once or not at all."""
+"""Write a run's checkpoints and its finished pair, each atomically."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from overfill.telemetry.progress import Report, silent
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: steps done, answer tokens learnt, seconds of training (without evaluation and saving)."""
+    """Progress of a run: steps done, answer tokens learnt, and seconds of training without evaluation and saving."""
 
     step: int = 0
     tokens: int = 0
@@ -32,19 +32,19 @@ class Progress:
 class Checkpoints:
     """``step-<number>/`` folders with the decoder in float32, the optimiser's moments and the progress.
 
-    The data's position, the learning rate and the seeds of what is drawn follow from the progress, so this is all
-    that a run needs to go on exactly.
+    A resumed run continues exactly from these, because the position in the data, the learning rate and all random seeds
+    follow from the progress.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def latest(self) -> Path | None:
-        """The last whole one."""
+        """Returns the folder of the last checkpoint, or None."""
         return max(self._folder.glob("step-*"), default=None)
 
     def save(self, decoder: PackedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Writes a checkpoint, then removes older ones."""
+        """Writes a checkpoint, then deletes older ones."""
         target = self._folder / f"step-{progress.step:08d}"
         if target.exists():
             return
@@ -76,7 +76,7 @@ def _parameters(decoder: PackedModel) -> dict[str, torch.Tensor]:
 
 
 def _moments(decoder: PackedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state as flat tensors, ``<what>.<number of the parameter>``."""
+    """Flattens the optimiser's state to tensors named ``<state>.<index of the parameter>``."""
     state = optimizer.state_dict()["state"]
     return {f"{key}.{index}": value.cpu() for index, values in state.items() for key, value in values.items()}
 
@@ -89,11 +89,11 @@ def write_pair(
     extras: Sequence[Path],
     report: Report = silent,
 ) -> Pair:
-    """Writes ``out``: the full model of ``source`` (a link) and ``decoder``, in the dtype that the source's has.
+    """Writes the pair ``out``: a link to the full model of ``source``, and ``decoder`` in the dtype of its decoder.
 
     Args:
-        distilled: goes into the manifest's recipe under ``distill``.
-        extras: files that are copied to ``distill/``.
+        distilled: Facts of the training, recorded in the manifest's recipe under ``distill``.
+        extras: Files to copy to ``distill/``.
     """
     dtype = stored_dtype(source.decoder_path)
     recipe = dict(source.recipe)
@@ -102,7 +102,7 @@ def write_pair(
     with atomic_folder(out) as folder:
         link_full(folder, source.full_path)
         (folder / "decoder").mkdir()
-        # A head in two parts keeps the rank that its config says in float32 only.
+        # A head in two parts stays in float32, because rounding would raise the rank of its low-rank part.
         wide = {HEAD} if decoder.config.tail_rank else set()
         tensors = {n: t.to("cpu", torch.float32 if n in wide else dtype) for n, t in decoder.checkpoint().items()}
         write_weights(folder / "decoder", tensors)

@@ -1,4 +1,4 @@
-"""Evaluations for people: tables for a terminal, a folder with a page and plots, figures in pair.json."""
+"""Present evaluations: tables for a terminal, a report folder with plots, and figures in ``pair.json``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from overfill.model.manifest import MANIFEST, Pair
-from overfill.pair.evaluate.compare import NOTE, Point
+from overfill.pair.checksums import checksums_match, update_checksum
+from overfill.pair.evaluate.compare import NOTE, TradeoffPoint
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.evaluation import TITLES, Evaluation
-from overfill.pair.evaluate.tally import Estimate, Metric
-from overfill.pair.intact import is_intact, reseal
+from overfill.pair.evaluate.token_metrics import Estimate, Metric
 
-Rows = list[list[str]]
-"""A heading and the lines under it, all of the same length."""
+TableRows = list[list[str]]
+"""A header row and data rows, all of the same length."""
 
 
-def evaluation_rows(evaluation: Evaluation) -> Rows:
-    """One line per variant. NLL and KL in nats per token."""
+def evaluation_rows(evaluation: Evaluation) -> TableRows:
+    """Returns one row per variant, with NLL and KL in nats per token."""
     rows = [["", "NLL", "KL", "top-1 agreement"]]
     if evaluation.free_running:
         rows[0] += ["teacher perplexity", "repeated 4-grams", "mean length", "finished"]
@@ -34,8 +34,8 @@ def evaluation_rows(evaluation: Evaluation) -> Rows:
     return rows
 
 
-def position_rows(metrics: Mapping[str, Metric], percent: bool) -> Rows:
-    """One line per bucket of positions, one column per variant."""
+def position_rows(metrics: Mapping[str, Metric], percent: bool) -> TableRows:
+    """Returns one row per bucket of positions, with one column per variant."""
     rows = [["position", *metrics]]
     columns = [{(b.first, b.last): b.estimate for b in metric.by_position} for metric in metrics.values()]
     for first, last in sorted({bucket for column in columns for bucket in column}):
@@ -45,8 +45,8 @@ def position_rows(metrics: Mapping[str, Metric], percent: bool) -> Rows:
     return rows
 
 
-def point_rows(points: Sequence[Point]) -> Rows:
-    """One line per decoder and precision."""
+def point_rows(points: Sequence[TradeoffPoint]) -> TableRows:
+    """Returns one row per decoder and precision."""
     rows = [["decoder", "precision", "MB/token", "MFLOP/token", "top-1 agreement", "NLL", "KL", "alone: agreement"]]
     rows[0].append("alone: NLL")
     for point in points:
@@ -58,7 +58,7 @@ def point_rows(points: Sequence[Point]) -> Rows:
 
 
 def cost_line(full: DecodeCost, decoder: DecodeCost) -> str:
-    """What a decode step reads and computes, beside the full model's."""
+    """Describes what a decode step reads and computes, beside the full model's."""
     return (
         f"A decode step reads {decoder.weights / 1e6:.1f} M weights, {decoder.bytes / 1e6:.1f} MB, for "
         f"{decoder.flops / 1e6:.1f} MFLOP; the full model in bf16 reads {full.weights / 1e6:.1f} M, "
@@ -68,7 +68,7 @@ def cost_line(full: DecodeCost, decoder: DecodeCost) -> str:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Writes ``report.md``, its plots and ``evaluation.json`` into ``folder``, which is made when missing."""
+    """Writes ``report.md``, its plots and ``evaluation.json`` into ``folder``; creates the folder if needed."""
     from overfill.pair.evaluate.plots import save_drift
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,25 +103,25 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
             "![NLL under the full model by position](free_running.png)",
             "NLL under the full model:",
             _markdown(position_rows(teacher, percent=False)),
-            "Share of 4-grams that stood in the answer before:",
+            "Share of 4-grams that occurred earlier in the answer:",
             _markdown(position_rows(repeated, percent=True)),
         ]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def write_comparison(folder: Path, points: Sequence[Point]) -> None:
-    """Writes ``report.md``, its plot and ``points.jsonl`` into ``folder``, which is made when missing."""
+def write_comparison(folder: Path, points: Sequence[TradeoffPoint]) -> None:
+    """Writes ``report.md``, its plot and ``points.jsonl`` into ``folder``; creates the folder if needed."""
     from overfill.pair.evaluate.plots import save_tradeoff
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tradeoff(folder / "tradeoff.png", points)
     parts = [
         "# Pruning beside plain quantisation",
-        "Decoders read the prompt's KV from the unquantised full model; *alone*, they read the prompt themselves, "
-        "which for the full model is plain quantisation. int8 has one scale per output channel, int4 a scale and an "
-        "offset for every 32 weights; int4+int8 head keeps the output head at 8 bits, as 4-bit formats usually do. ± "
-        "is one standard error over answers.",
+        "Decoders answer on the unquantised full model's KV of the prompt. In the columns *alone* they read the prompt "
+        "themselves; for the full model that is plain quantisation. int8 has one scale per output channel, int4 a "
+        "scale and an offset for every 32 weights; int4+int8 head keeps the output head at 8 bits, as 4-bit formats "
+        "usually do. ± is one standard error over answers.",
         NOTE,
         _markdown(point_rows(points)),
         "![agreement against bytes and FLOPs](tradeoff.png)",
@@ -132,20 +132,20 @@ def write_comparison(folder: Path, points: Sequence[Point]) -> None:
 
 
 def save_summary(pair_folder: Path, evaluation: Evaluation) -> None:
-    """Puts the evaluation's summary into ``pair.json``, whole or not at all; a valid seal stays valid.
+    """Writes the evaluation's summary into ``pair.json`` atomically; valid checksums stay valid.
 
     Raises:
-        InvalidPair: there is no pair.
+        InvalidPair: the folder holds no pair.
     """
     folder = Pair.load(pair_folder).folder
-    sealed = is_intact(folder)
+    valid = checksums_match(folder)
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     manifest["eval"] = evaluation.summary()
     temporary = folder / f".{MANIFEST}.tmp"
     temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(temporary, folder / MANIFEST)
-    if sealed:
-        reseal(folder, MANIFEST)
+    if valid:
+        update_checksum(folder, MANIFEST)
 
 
 def _figure(estimate: Estimate) -> str:
@@ -158,6 +158,6 @@ def _share(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f} %"
 
 
-def _markdown(rows: Rows) -> str:
+def _markdown(rows: TableRows) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

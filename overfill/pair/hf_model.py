@@ -1,4 +1,4 @@
-"""Checkpoints as plain transformers models, which compute nothing with ``overfill.model``."""
+"""Load checkpoints as plain transformers models, which share no forward pass with ``overfill.model``."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from transformers.utils import logging
 from overfill.errors import InvalidPair
 from overfill.model.config import HEAD_KEY
 
-# The factors that are rounded must be the ones that the engine rounds.
+# Shared with the engine, because both sides must round the same factors.
 from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.pair.hf_config import loadable_config
 
 
-def load_plain(folder: Path) -> PreTrainedModel:
-    """The causal language model in ``folder``, in float32 and evaluation mode.
+def load_hf_model(folder: Path) -> PreTrainedModel:
+    """Loads the causal language model in ``folder``, in float32 and evaluation mode.
 
-    A Llama whose hidden size transformers refuses is loaded as the equal Mistral.
+    A Llama whose hidden size transformers refuses is loaded as the equal Mistral (``hf_config``).
 
     Raises:
         InvalidPair: transformers cannot load it.
-        UnsupportedModel: it is a Llama whose hidden size transformers refuses, and there is no equal Mistral.
+        UnsupportedModel: transformers refuses the Llama's hidden size, and no equal Mistral exists.
     """
-    # Its bar for loading would interleave with ours.
+    # The progress bar of transformers would interleave with ours.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -53,9 +53,10 @@ def load_plain(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def round_to_int8(model: PreTrainedModel) -> None:
-    """Gives every projection and the head the values that int8 leaves of it: one scale per row, its largest over 127.
+    """Rounds every projection and the head to the values that int8 can hold.
 
-    A tied head is rounded by itself; the embedding stays. Of a head in two parts, the second one's factors are rounded.
+    Each row has one scale: its largest absolute value divided by 127. A tied head is rounded and the embedding is not.
+    In a head in two parts, the factors of the low-rank part are rounded.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -78,7 +79,7 @@ def _rounded(weight: torch.Tensor) -> nn.Parameter:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``.
+    """Loads the tokenizer in ``folder``.
 
     Raises:
         InvalidPair: transformers cannot load it.
@@ -91,7 +92,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def chat_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """``prompt`` as one user turn in the checkpoint's chat template; as it is when there is no template."""
+    """Tokenizes ``prompt`` as one user turn of the chat template, or as plain text without a template."""
     if tokenizer.chat_template is None:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}]
@@ -100,7 +101,7 @@ def chat_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]
 
 
 def _replaced_config(folder: Path) -> PretrainedConfig | None:
-    """What to load the checkpoint with; None where its own config will do."""
+    """Returns the config that replaces the checkpoint's own, or None when transformers accepts its own."""
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     loadable = loadable_config(found)
     return None if loadable == found else AutoConfig.for_model(**loadable)

@@ -1,4 +1,4 @@
-"""Which layers a decoder can do without, by the damage that leaving each out does, not by where it stands."""
+"""Choose the layers that a decoder keeps, by the measured damage of leaving each one out."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from torch.nn.functional import kl_div, linear
 
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights
-from overfill.pair.packed import LayerMath, Packed, PromptKv, attend_answers, prompt_kv, run_full_layer
+from overfill.pair.layerwise import LayerMath, PackedTranscripts, PromptKv, attend_answers, prompt_kv, run_full_layer
 from overfill.telemetry.progress import Report, silent
 
 
 @torch.inference_mode()
-def choose_layers(full: Weights, config: ModelConfig, packed: Packed, keep: int, report: Report = silent) -> list[int]:
-    """The ``keep`` layers of ``full`` that a decoder needs most, ascending.
+def choose_layers(
+    full: Weights, config: ModelConfig, packed: PackedTranscripts, keep: int, report: Report = silent
+) -> list[int]:
+    """Returns the ``keep`` layers of ``full`` that a decoder needs most, ascending.
 
-    One layer goes at a time: the one without which the answers' next-token distributions move least (mean forward
-    KL from the full model), given those that have gone. Prompts are always read by the whole full model.
+    Removes one layer at a time, greedily: the layer whose removal changes the answers' next-token distributions least
+    (mean forward KL from the full model). The whole full model always reads the prompts.
 
     Args:
-        full: float32, norms folded in.
-        packed: a few hundred answer tokens do; memory and time grow with them and the number of layers.
+        full: Weights in float32 with the norms folded in.
+        packed: Transcripts with a few hundred answer tokens. Memory and time grow with them and with the layers.
     """
-    trial = _Trial(full, config, packed)
+    trial = _LayerRemovalTrial(full, config, packed)
     kept = list(range(config.num_layers))
-    for gone in range(config.num_layers - keep):
+    for removed in range(config.num_layers - keep):
         damage = {layer: trial.damage([k for k in kept if k != layer]) for layer in kept}
         kept.remove(min(damage, key=damage.__getitem__))
-        report("Measuring layers", gone + 1, config.num_layers - keep)
+        report("Measuring layers", removed + 1, config.num_layers - keep)
     return kept
 
 
-class _Trial:
-    """Decoders that are the full model without some layers, answering on its KV of the prompts."""
+class _LayerRemovalTrial:
+    """Runs the full model without some layers over the answers, on the full model's KV of the prompts."""
 
-    def __init__(self, full: Weights, config: ModelConfig, packed: Packed) -> None:
+    def __init__(self, full: Weights, config: ModelConfig, packed: PackedTranscripts) -> None:
         self._full = full
         self._packed = packed
         self._math = LayerMath(config, int(packed.positions.max()) + 1)
@@ -51,7 +53,7 @@ class _Trial:
         self._expected = self._log_probabilities(stream[packed.answers])
 
     def damage(self, layers: list[int]) -> float:
-        """Mean KL in nats when only ``layers`` compute the answers."""
+        """Returns the mean KL, in nats, when only ``layers`` compute the answers."""
         packed, math = self._packed, self._math
         stream = self._full.embedding[packed.token_ids[packed.answers]]
         for index in layers:
