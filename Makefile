@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything runs inside .venv, which `make setup` creates.
+# `make help` lists the targets. All commands run inside .venv, which `make setup` creates.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,7 +25,7 @@ setup: .venv/.installed  ## Create .venv and install the project and its tools; 
 	  exit 1; }
 	$(PYTHON) -m venv .venv
 	@echo "Installing the project and its tools in .venv: minutes and 2.5 GB, once"
-	@# compat: otherwise a script beside a clone named overfill would import the clone's folder.
+	@# Without compat, a script in the folder above a clone named overfill would import the clone's folder.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
@@ -42,7 +42,7 @@ check: setup audit  ## Lint, formatting, types, import contracts, generated code
 	diff --recursive --exclude=__init__.py --exclude=__pycache__ overfill/v1 "$$fresh/overfill/v1" || { \
 	  echo "overfill/v1 is not up to date with proto/; run  make proto" >&2; exit 1; }
 
-# Runs at most once a day, and again when pyproject.toml has changed.
+# Runs at most once a day, and whenever pyproject.toml has changed.
 audit: setup  ## Write the bill of materials; look for known vulnerabilities
 	@if [ -n "$$(find .venv/sbom.json -newer pyproject.toml -mmin -1440 2>/dev/null)" ]; then exit 0; fi; \
 	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
@@ -53,7 +53,7 @@ test: setup check  ## check, then all tests except the slow ones
 test-all: setup check .venv/.browser .venv/.prometheus  ## check, then all tests that this machine can run
 	$(PYTEST)
 
-# Installs Chromium for the tests of /ui where that is possible; without it, pytest skips them.
+# Installs Chromium for the tests of /ui if it can; without Chromium, pytest skips them.
 .venv/.browser: | .venv/.installed
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && apt-get update -qq && \
@@ -61,7 +61,7 @@ test-all: setup check .venv/.browser .venv/.prometheus  ## check, then all tests
 	  echo "Chromium is missing and cannot be installed: the tests of /ui will be skipped" >&2
 	@touch $@
 
-# The same for Prometheus and promtool, which Debian has in one package or in two.
+# Does the same for Prometheus and promtool, which Debian ships in one package or in two.
 .venv/.prometheus: | .venv/.installed
 	@{ command -v prometheus && command -v promtool; } >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && apt-get update -qq && \

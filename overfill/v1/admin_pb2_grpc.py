@@ -50,15 +50,15 @@ class AdminServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Status(self, request, context):
-        """A worker answers for itself. A router answers for itself and asks every worker it knows.
+        """Returns the status of a process. A router adds the status of every worker that it knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Readiness off at once, running sequences finish, then the process exits 0. On a router,
-        `worker_id` passes the request on to that worker.
+        """Drains a process: it reports not ready and refuses new requests at once, lets running requests finish, and exits with 0.
+        A router forwards the call to the worker that `worker_id` names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

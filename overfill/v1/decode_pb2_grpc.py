@@ -50,15 +50,16 @@ class DecodeServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What this worker runs.
+        """Describes the worker and what it runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request_iterator, context):
-        """One attempt at one sequence. Start first; Reserved (or Refused, which ends the stream); AssignPrefill;
-        Tokens...; Done. NeedPrefill may come at any time after Reserved and wants another AssignPrefill.
+        """Runs one attempt at one sequence. The router sends StartDecode; the worker answers Reserved, or Refused, which ends
+        the stream. The router then sends AssignPrefill, and the worker sends Tokens until DecodeDone. NeedPrefill may come
+        at any time after Reserved; the router answers it with another AssignPrefill.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,29 +60,31 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams one answer. The RPC's deadline is the request's deadline.
-        Errors: INVALID_ARGUMENT (with google.rpc.BadRequest naming the field), NOT_FOUND (model),
-        RESOURCE_EXHAUSTED (no capacity now, or too late for the deadline; with google.rpc.RetryInfo), DEADLINE_EXCEEDED, UNAVAILABLE (workers lost).
+        """Streams one answer: Accepted, then any number of Deltas, then Finished. The RPC's deadline is the request's deadline.
+        Errors: INVALID_ARGUMENT (with google.rpc.BadRequest, which names the field), NOT_FOUND (model),
+        RESOURCE_EXHAUSTED (no capacity now, or the deadline would be missed; with google.rpc.RetryInfo), DEADLINE_EXCEEDED,
+        UNAVAILABLE (workers lost).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists the models that the router serves.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids of a prompt, as Generate would make them. Errors as Generate.
+        """Returns the token ids of a prompt, as Generate would compute them. Errors are those of Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """The text of token ids. Errors as Generate.
+        """Returns the text of token ids. Errors are those of Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

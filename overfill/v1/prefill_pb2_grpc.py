@@ -56,23 +56,23 @@ class PrefillServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What this worker computes. The decode worker compares it with its own pair before the first request.
+        """Describes the worker. The decode worker compares this with its own pair before the first request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prefill(self, request_iterator, context):
-        """Prefills one prompt. The life of this RPC is the lease on the KV it produces: it ends when every range
-        has been acknowledged; cancel, deadline or a dead peer end it too, and the blocks are free at once.
+        """Prefills one prompt. The life of this RPC is the lease on the KV that it produces: it ends when every range has been
+        acknowledged. A cancel, the deadline or a dead peer end it too. The prefill worker then frees the blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PullKv(self, request, context):
-        """Streams KV of a prefill in progress, each chunk as soon as its layer is computed. Open several, each
-        on its own channel, with disjoint ranges.
+        """Streams KV of a running prefill, each chunk as soon as its layer is computed. The decode worker opens several streams
+        with disjoint ranges, each on its own channel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

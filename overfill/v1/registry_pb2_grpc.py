@@ -45,8 +45,8 @@ class RegistryServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request_iterator, context):
-        """Kept open for as long as the worker wants work from this router. A broken stream stops new
-        placements only; running RPCs judge themselves.
+        """Makes the worker a member of the router's pool. The worker keeps the stream open for as long as it wants requests from
+        this router. When the stream breaks, the router places no new requests; running RPCs continue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
