@@ -34,12 +34,12 @@ from overfill.lab.faults.message_proxy import (
     Fault,
     Filter,
     HalfOpen,
-    Limit,
     MessageProxy,
+    OnHit,
     Reorder,
     Rule,
     Stall,
-    Strike,
+    Throttle,
     Truncate,
 )
 from overfill.model.manifest import Pair
@@ -56,8 +56,8 @@ class OneOf:
 
     faults: Sequence[Fault]
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return rng.choice(self.faults).begin(rng, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return rng.choice(self.faults).begin(rng, on_hit)
 
 
 @dataclass(slots=True)
@@ -156,7 +156,9 @@ def same(one: Received, other: Received) -> bool:
 @pytest.mark.parametrize("faults", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(lanes: list[Handoffs], faults: int) -> None:
     seeds = itertools.count(1)
-    rules = [Rule(OneOf((Corrupt(2), Truncate(2), Duplicate(2), Drop(2))), "Prefill/PullKv", share=0.7) for _ in lanes]
+    rules = [
+        Rule(OneOf((Corrupt(2), Truncate(2), Duplicate(2), Drop(2))), "Prefill/PullKv", fraction=0.7) for _ in lanes
+    ]
 
     async def work(lane: Handoffs, rule: Rule) -> int:
         """Transfers until there are enough faults; returns how many failed."""
@@ -199,7 +201,7 @@ async def test_chunks_in_any_order_are_right(lanes: list[Handoffs], transfers: i
 
 
 async def test_a_slow_link_delivers_the_same(lanes: list[Handoffs]) -> None:
-    lanes[0].rules.append(Rule(Limit(256 * 1024), "Prefill/PullKv"))
+    lanes[0].rules.append(Rule(Throttle(256 * 1024), "Prefill/PullKv"))
     assert same(await lanes[0].faulty(1), await lanes[0].clean(1))
 
 

@@ -53,7 +53,7 @@ def loadtest_command(api_key: str | None, **options: Any) -> int:
     from overfill.lab.loadtest.workload import Workload
 
     try:
-        plan = LoadPlan.of(options)
+        plan = LoadPlan.from_options(options)
         Workload(plan)  # a trace that cannot be read is told before anything starts
     except InvalidRequest as error:
         name = error.field.replace("_", "-")

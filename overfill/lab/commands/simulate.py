@@ -37,7 +37,7 @@ class _Load:
     seed: int
 
     def requests(self) -> list[TraceRequest]:
-        from overfill.lab.traffic.traces import one_after_another, scale_lengths, scale_rate, set_rate
+        from overfill.lab.traffic.traces import concatenate, scale_lengths, scale_rate, set_rate
 
         parts = []
         for name in self.traces:
@@ -45,7 +45,7 @@ class _Load:
             if self.rate is not None and name != "synthetic":
                 part = set_rate(part, self.rate)
             parts.append(scale_lengths(part, self.length_scale, self.longest))
-        return scale_rate(one_after_another(parts), self.rate_scale)
+        return scale_rate(concatenate(parts), self.rate_scale)
 
     def _read(self, name: str) -> list[TraceRequest]:
         from overfill.lab.traffic.traces import read_trace, synthetic
@@ -105,7 +105,7 @@ class _Load:
 @click.option("--max-workers", type=click.IntRange(2), help="With --autoscale: most of both kinds together.")
 @click.option("--use-all", is_flag=True, help="With --max-workers: always run them all, and only divide them.")
 @click.option("--size", is_flag=True, help="Search how many of each kind the objective needs.")
-@click.option("--share", type=Number(0.5, 1), default=0.95, show_default=True, help="Of requests, for --size.")
+@click.option("--attainment", type=Number(0.5, 1), default=0.95, show_default=True, help="Of requests, for --size.")
 @click.option("--costs", default="1,1", show_default=True, help="Of a prefill and a decode worker, for --size.")
 @click.option("--compare-policies", is_flag=True, help="A table of all policies.")
 @click.option("--check", is_flag=True, help="Hold the books and the waiting rule after every event; slow.")
@@ -135,7 +135,7 @@ def simulate_command(
     max_workers: int | None,
     use_all: bool,
     size: bool,
-    share: float,
+    attainment: float,
     costs: str,
     compare_policies: bool,
     check: bool,
@@ -176,7 +176,7 @@ def simulate_command(
         seed=seed,
     )
     if size:
-        return _size(requests, profile, options, objective, share, _costs(costs), as_json)
+        return _size(requests, profile, options, objective, attainment, _costs(costs), as_json)
     if compare_policies:
         return _compare(requests, profile, options, objective, as_json)
     return _run(requests, profile, options, objective, plot, as_json)
@@ -215,7 +215,7 @@ def _size(
     profile: Profile,
     options: Options,
     objective: Objective,
-    share: float,
+    attainment: float,
     costs: tuple[float, float],
     as_json: bool,
 ) -> int:
@@ -226,16 +226,16 @@ def _size(
     with show_progress() as report:
         runs: list[tuple[int, int]] = []
 
-        def tried(prefill: int, decode: int, met: bool) -> None:
+        def on_run(prefill: int, decode: int, met: bool) -> None:
             runs.append((prefill, decode))
             report(f"Tried {prefill} + {decode} workers", len(runs), len(runs) + 1)
 
-        search = SizeSearch(requests, profile, options, objective, share, costs, tried=tried)
+        search = SizeSearch(requests, profile, options, objective, attainment, costs, on_run=on_run)
         sizes = search.frontier()
     if as_json:
-        print_json(size_json(sizes, objective, share, search.runs))
+        print_json(size_json(sizes, objective, attainment, search.runs))
     else:
-        console().print(size_table(sizes, objective, share, search.runs))
+        console().print(size_table(sizes, objective, attainment, search.runs))
     return 0
 
 

@@ -19,7 +19,7 @@ from overfill.rpc.channel import open_channel, server_options
 Direction = Literal["request", "response"]
 
 
-class Vanished(Exception):
+class ConnectionLost(Exception):
     """Raised by a filter: the call ends for the sender, and the receiver does not hear of it."""
 
 
@@ -27,20 +27,20 @@ class Filter(Protocol):
     """What happens to the messages of one direction of one call."""
 
     async def pass_on(self, message: bytes) -> list[bytes]:
-        """What goes on in place of ``message``, in order; anything may take its time. May raise Vanished."""
+        """What goes on in place of ``message``, in order; anything may take its time. May raise ConnectionLost."""
 
     def end(self) -> list[bytes]:
         """What was held back, when the sender has ended."""
 
 
-Strike = Callable[[], None]
+OnHit = Callable[[], None]
 
 
 class Fault(Protocol):
     """A way to misbehave."""
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        """A filter for one call; it calls ``strike`` whenever it does its worst."""
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        """A filter for one call; it calls ``on_hit`` whenever it does its worst."""
 
 
 @dataclass(slots=True)
@@ -59,11 +59,11 @@ class Rule:
     fault: Fault
     method: str = ""
     direction: Direction = "response"
-    share: float = 1.0
+    fraction: float = 1.0
     remaining: int | None = None
     hits: int = 0
 
-    def strike(self) -> None:
+    def record_hit(self) -> None:
         self.hits += 1
 
 
@@ -105,12 +105,12 @@ class MessageProxy:
         try:
             while not receiving.done():
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                if sending in done and isinstance(sending.exception(), Vanished):
+                if sending in done and isinstance(sending.exception(), ConnectionLost):
                     self._half_open.append(call)  # to the server the client is still there
                     async with writing:
                         await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
             receiving.result()
-        except Vanished:
+        except ConnectionLost:
             call.cancel()
             await asyncio.Event().wait()  # until the client gives up
         except grpc.aio.AioRpcError as error:
@@ -126,10 +126,10 @@ class MessageProxy:
         async with writing:
             await context.send_initial_metadata(metadata)
         while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-            for out in await _through(filters, message):
+            for out in await _apply(filters, message):
                 async with writing:
                     await context.write(out)
-        for out in _rest(filters):
+        for out in _flush(filters):
             async with writing:
                 await context.write(out)
         context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
@@ -137,9 +137,9 @@ class MessageProxy:
     async def _send(self, call: Any, requests: AsyncIterator[bytes], filters: Sequence[Filter]) -> None:
         try:
             async for message in requests:
-                for out in await _through(filters, message):
+                for out in await _apply(filters, message):
                     await call.write(out)
-            for out in _rest(filters):
+            for out in _flush(filters):
                 await call.write(out)
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -148,11 +148,11 @@ class MessageProxy:
     def _filters(self, method: str) -> tuple[list[Filter], list[Filter]]:
         chosen: dict[Direction, list[Filter]] = {"request": [], "response": []}
         for rule in self.rules:
-            if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.share:
+            if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.fraction:
                 continue
             if rule.remaining is not None:
                 rule.remaining -= 1
-            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64)), rule.strike))
+            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64)), rule.record_hit))
         return chosen["request"], chosen["response"]
 
 
@@ -170,14 +170,14 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return grpc.stream_stream_rpc_method_handler(handle)
 
 
-async def _through(filters: Sequence[Filter], message: bytes) -> list[bytes]:
+async def _apply(filters: Sequence[Filter], message: bytes) -> list[bytes]:
     messages = [message]
     for filter_ in filters:
         messages = [out for item in messages for out in await filter_.pass_on(item)]
     return messages
 
 
-def _rest(filters: Sequence[Filter]) -> list[bytes]:
+def _flush(filters: Sequence[Filter]) -> list[bytes]:
     return [out for filter_ in filters for out in filter_.end()]
 
 
@@ -196,36 +196,36 @@ class _Unbuffered:
 
 
 @dataclass(slots=True)
-class _Once(_Unbuffered):
+class _ChangeOne(_Unbuffered):
     """A filter that ``change``s message number ``at`` of the call."""
 
     change: Callable[[bytes], list[bytes]]
     at: int
-    strike: Strike
+    on_hit: OnHit
     seen: int = 0
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         self.seen += 1
         if self.seen - 1 != self.at:
             return [message]
-        self.strike()
+        self.on_hit()
         return self.change(message)
 
 
 @dataclass(frozen=True, slots=True)
-class _OneMessage:
+class _OneMessageFault:
     """A fault that befalls one of the first ``within`` messages of a call."""
 
     within: int = 1
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Once(lambda message: self._change(message, rng), rng.randrange(self.within), strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _ChangeOne(lambda message: self._change(message, rng), rng.randrange(self.within), on_hit)
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         raise NotImplementedError
 
 
-class Corrupt(_OneMessage):
+class Corrupt(_OneMessageFault):
     """Flips one bit of one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
@@ -235,21 +235,21 @@ class Corrupt(_OneMessage):
         return [bytes(damaged)]
 
 
-class Truncate(_OneMessage):
+class Truncate(_OneMessageFault):
     """Cuts off the end of one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         return [message[: rng.randrange(max(1, len(message)))]]
 
 
-class Duplicate(_OneMessage):
+class Duplicate(_OneMessageFault):
     """Sends one of the first ``within`` messages twice."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         return [message, message]
 
 
-class Drop(_OneMessage):
+class Drop(_OneMessageFault):
     """Loses one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
@@ -262,42 +262,42 @@ class Delay:
 
     seconds: float
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Delaying(self.seconds, rng, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Delaying(self.seconds, rng, on_hit)
 
 
 @dataclass(slots=True)
 class _Delaying(_Unbuffered):
     seconds: float
     rng: random.Random
-    strike: Strike
+    on_hit: OnHit
 
     async def pass_on(self, message: bytes) -> list[bytes]:
-        self.strike()
+        self.on_hit()
         await asyncio.sleep(self.rng.random() * self.seconds)
         return [message]
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class Throttle:
     """Lets ``bytes_per_second`` pass; each message that is held up counts."""
 
     bytes_per_second: float
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Limiting(self.bytes_per_second, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Throttling(self.bytes_per_second, on_hit)
 
 
 @dataclass(slots=True)
-class _Limiting(_Unbuffered):
+class _Throttling(_Unbuffered):
     rate: float
-    strike: Strike
+    on_hit: OnHit
     free_at: float = 0.0
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         now = asyncio.get_running_loop().time()
         self.free_at = max(self.free_at, now) + len(message) / self.rate
-        self.strike()
+        self.on_hit()
         await asyncio.sleep(self.free_at - now)
         return [message]
 
@@ -308,19 +308,19 @@ class HalfOpen:
 
     after: int = 0
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _HalfOpening(self.after, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _HalfOpening(self.after, on_hit)
 
 
 @dataclass(slots=True)
 class _HalfOpening(_Unbuffered):
     left: int
-    strike: Strike
+    on_hit: OnHit
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         if self.left == 0:
-            self.strike()
-            raise Vanished
+            self.on_hit()
+            raise ConnectionLost
         self.left -= 1
         return [message]
 
@@ -331,18 +331,18 @@ class Stall:
 
     after: int = 0
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Stalling(self.after, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Stalling(self.after, on_hit)
 
 
 @dataclass(slots=True)
 class _Stalling(_Unbuffered):
     left: int
-    strike: Strike
+    on_hit: OnHit
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         if self.left == 0:
-            self.strike()
+            self.on_hit()
             await asyncio.Event().wait()
         self.left -= 1
         return [message]
@@ -354,15 +354,15 @@ class Reorder:
 
     window: int = 4
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Reordering(self.window, rng, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Reordering(self.window, rng, on_hit)
 
 
 @dataclass(slots=True)
 class _Reordering:
     window: int
     rng: random.Random
-    strike: Strike
+    on_hit: OnHit
     held: list[bytes] = field(default_factory=list)
 
     async def pass_on(self, message: bytes) -> list[bytes]:
@@ -375,5 +375,5 @@ class _Reordering:
     def _take(self) -> bytes:
         chosen = self.rng.randrange(len(self.held))
         if chosen:
-            self.strike()
+            self.on_hit()
         return self.held.pop(chosen)

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback: slow, late, lossy, cut off, or silent like a network that has lost its route.
+"""A TCP proxy on loopback: slow, delay, lossy, cut off, or silent like a network that has lost its route.
 
 It forwards bytes and so stands below gRPC: keepalive pings stop with everything else. ``message_proxy`` stands above.
 """
@@ -10,8 +10,8 @@ import random
 from contextlib import suppress
 from types import TracebackType
 
-_PIECE = 16 * 1024  # bytes forwarded at a time
-_ON_THE_WAY = 64  # pieces of one direction, at most
+_PIECE_BYTES = 16 * 1024  # bytes forwarded at a time
+_MAX_PIECES = 64  # pieces of one direction, at most
 _RETRANSMISSION = 0.2  # seconds after which Linux sends again what was lost, and twice as long each further time
 
 
@@ -38,8 +38,8 @@ class TcpProxy:
         self._port = port
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self._flows = asyncio.Event()
-        self._flows.set()
+        self._open = asyncio.Event()
+        self._open.set()
         self.address = ""
 
     async def __aenter__(self) -> TcpProxy:
@@ -57,11 +57,11 @@ class TcpProxy:
 
     def partition(self) -> None:
         """Nothing passes in either direction from now on; connections stay open, new ones are accepted in silence."""
-        self._flows.clear()
+        self._open.clear()
 
     def heal(self) -> None:
         """Everything passes again, what was held back first."""
-        self._flows.set()
+        self._open.set()
 
     def cut(self) -> None:
         """Closes every connection; new ones are forwarded."""
@@ -74,7 +74,7 @@ class TcpProxy:
         self._connections.add(task)
         upstream: asyncio.StreamWriter | None = None
         try:
-            await self._flows.wait()
+            await self._open.wait()
             from_target, upstream = await asyncio.open_connection(*self._target)
             await asyncio.gather(self._forward(reader, upstream), self._forward(from_target, writer))
         except (OSError, asyncio.CancelledError):
@@ -89,16 +89,16 @@ class TcpProxy:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Until either end closes: pieces arrive on their own, and leave in order, each when it is due."""
-        on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_ON_THE_WAY)
-        arriving = asyncio.ensure_future(self._arrive(reader, on_the_way))
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MAX_PIECES)
+        reading = asyncio.ensure_future(self._read(reader, queue))
         loop = asyncio.get_running_loop()
         free_at = loop.time()
         try:
             while True:
-                due, piece = await on_the_way.get()
+                due, piece = await queue.get()
                 if not piece:
                     break
-                await self._flows.wait()
+                await self._open.wait()
                 if (wait := max(due, free_at) - loop.time()) > 0:
                     await asyncio.sleep(wait)
                 if self.rate is not None:
@@ -106,25 +106,25 @@ class TcpProxy:
                 writer.write(piece)
                 await writer.drain()
         finally:
-            arriving.cancel()
-        await self._flows.wait()
+            reading.cancel()
+        await self._open.wait()
         writer.write_eof()
 
-    async def _arrive(self, reader: asyncio.StreamReader, on_the_way: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _read(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
         due = 0.0
         piece = b"."
         while piece:
             try:
-                piece = await reader.read(_PIECE)
+                piece = await reader.read(_PIECE_BYTES)
             except OSError:
                 piece = b""  # the other end hears of it as of any end
-            due = max(due, asyncio.get_running_loop().time() + self._late())
-            await on_the_way.put((due, piece))
+            due = max(due, asyncio.get_running_loop().time() + self._draw_delay())
+            await queue.put((due, piece))
 
-    def _late(self) -> float:
+    def _draw_delay(self) -> float:
         """Seconds that a piece that arrives now takes."""
-        late = self._rng.uniform(0, self.delay) if self.delay else 0.0
+        delay = self._rng.uniform(0, self.delay) if self.delay else 0.0
         wait = _RETRANSMISSION
         while self.loss and self._rng.random() < self.loss:
-            late, wait = late + wait, 2 * wait
-        return late
+            delay, wait = delay + wait, 2 * wait
+        return delay

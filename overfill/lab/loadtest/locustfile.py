@@ -22,12 +22,12 @@ from locust.runners import STATE_INIT, MasterRunner, WorkerRunner
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.loadtest.measure import measure
-from overfill.lab.loadtest.plan import LOCUST_OWN, LoadPlan, locust_flag, plain
+from overfill.lab.loadtest.plan import LOCUST_NAMES, LoadPlan, locust_flag, locust_type
 from overfill.lab.loadtest.progress import Progress
-from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.shapes import users_at
-from overfill.lab.loadtest.users import GrpcUser, OpenAiUser, attach, session_of, user_class
-from overfill.lab.loadtest.verdict import Result, conclude
+from overfill.lab.loadtest.users import GrpcUser, OpenAiUser, attach, run_of, user_class
+from overfill.lab.loadtest.verdict import LoadTestStatus, conclude
 from overfill.lab.traffic.traces import TraceRequest
 
 __all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]
@@ -55,11 +55,11 @@ class PlannedShape(LoadTestShape):
     def tick(self) -> Any:
         assert self.runner is not None
         environment = self.runner.environment
-        session = session_of(environment)
+        run = run_of(environment)
         if self.runner.state == STATE_INIT:  # once for each test: options may have been edited on locust's page
             _adopt(environment)
-        plan, elapsed = session.plan, time.perf_counter() - self.start_time
-        if session.over(elapsed):
+        plan, elapsed = run.plan, time.perf_counter() - self.start_time
+        if run.is_over(elapsed):
             return None
         users: int | None = _processes(environment)  # in an open loop one for each process
         if not plan.open_loop:
@@ -75,7 +75,7 @@ def _add_options(parser: LocustArgumentParser, **_: Any) -> None:
             own = _OWN_FLAGS.get(f.name)
             group.add_argument(
                 locust_flag(f),
-                type=plain(f),
+                type=locust_type(f),
                 default=f.default if own is None else None,
                 help=f.metadata["help"] if own is None else f"The same as {own}; give one of the two.",
             )
@@ -84,9 +84,9 @@ def _add_options(parser: LocustArgumentParser, **_: Any) -> None:
 def _init(environment: Environment, **_: Any) -> None:
     options = _options(environment)
     try:
-        plan = LoadPlan.of_locust(vars(options))
+        plan = LoadPlan.from_locust(vars(options))
         _refuse(options, plan)
-        session = Session(plan)
+        run = LoadTestRun(plan)
     except InvalidRequest as error:
         message = str(error).removeprefix(f"{error.field}: ")
         print(f"loadtest: {_flag(error.field, options)}: {message}", file=sys.stderr)
@@ -94,16 +94,16 @@ def _init(environment: Environment, **_: Any) -> None:
     options.num_users = plan.users  # one, in locust
     options.spawn_rate = options.spawn_rate or _SPAWN_RATE
     _settle(environment, plan)
-    attach(environment, session)
+    attach(environment, run)
     # A request on its way when the time is over is waited for: those left out would be the slow ones.
-    environment.stop_timeout = session.plan.timeout
+    environment.stop_timeout = run.plan.timeout
     if isinstance(environment.runner, WorkerRunner):
-        environment.events.report_to_master.add_listener(lambda data, **_: session.report(data))
+        environment.events.report_to_master.add_listener(lambda data, **_: run.report(data))
     elif isinstance(environment.runner, MasterRunner):
-        environment.events.worker_report.add_listener(lambda data, **_: session.collect(data))
+        environment.events.worker_report.add_listener(lambda data, **_: run.collect(data))
     if not isinstance(environment.runner, WorkerRunner):
         environment.events.quitting.add_listener(_judge)
-        gevent.spawn(Progress(session, sys.stderr).run)
+        gevent.spawn(Progress(run, sys.stderr).run)
 
 
 def _refuse(options: Namespace, plan: LoadPlan) -> None:
@@ -113,7 +113,7 @@ def _refuse(options: Namespace, plan: LoadPlan) -> None:
             raise InvalidRequest(flag, f"cannot be used: {why}")
     if options.exit_code_on_error != 1:
         raise InvalidRequest("--exit-code-on-error", "cannot be used: --slo errors=N says how many errors are allowed")
-    for name, own in LOCUST_OWN.items():
+    for name, own in LOCUST_NAMES.items():
         ours, theirs = getattr(options, name, None), getattr(options, own)
         if ours is not None and theirs is not None and ours != theirs:
             raise InvalidRequest(_OWN_FLAGS[name], f"is {theirs}, but --{name} is {ours}; give one of the two")
@@ -134,7 +134,7 @@ def _options(environment: Environment) -> Namespace:
 
 def _flag(field: str, options: Namespace) -> str:
     """The option that set ``field``, as it was given."""
-    own = LOCUST_OWN.get(field)
+    own = LOCUST_NAMES.get(field)
     if own is not None and getattr(options, own):
         return _OWN_FLAGS[field]
     flags = {f.name: locust_flag(f) for f in fields(LoadPlan)}
@@ -151,41 +151,43 @@ def _settle(environment: Environment, plan: LoadPlan) -> None:
 
 def _adopt(environment: Environment) -> None:
     """Takes the options as they are now, for a test that is about to start."""
-    session = session_of(environment)
-    session.outcomes.clear()  # of an earlier test, started from locust's own page
+    run = run_of(environment)
+    run.outcomes.clear()  # of an earlier test, started from locust's own page
     try:
-        plan = LoadPlan.of_locust(vars(_options(environment)))
-        session.adopt(plan)
-        session.broken = None
+        plan = LoadPlan.from_locust(vars(_options(environment)))
+        run.set_plan(plan)
+        run.failure = None
         _settle(environment, plan)
     except (OverfillError, ValueError) as error:
-        session.broken = str(error)
+        run.failure = str(error)
 
 
 def _begin(environment: Environment, **_: Any) -> None:
     runner = environment.runner
-    session = session_of(environment)
+    run = run_of(environment)
     if isinstance(runner, MasterRunner):
         return
     if isinstance(runner, WorkerRunner):
         _adopt(environment)  # it has the master's options by now
-    if session.broken is None:
-        session.broken = _warm_up(session)
-    if session.broken is None:
+    if run.failure is None:
+        run.failure = _warm_up(run)
+    if run.failure is None:
         index = runner.worker_index if isinstance(runner, WorkerRunner) else 0
-        session.begin(index, _processes(environment))
+        run.begin(index, _processes(environment))
     if environment.shape_class is not None:
-        environment.shape_class.reset_time()  # what came before is not part of the test
+        environment.shape_class.reset_time()  # what on_tokens before is not part of the test
 
 
 def _judge(environment: Environment, **_: Any) -> None:
-    result = conclude(session_of(environment), sys.stdout, sys.stderr)
-    environment.process_exit_code = {Result.MET: 0, Result.MISSED: 1, Result.BROKEN: 2}[result]
+    result = conclude(run_of(environment), sys.stdout, sys.stderr)
+    environment.process_exit_code = {LoadTestStatus.MET: 0, LoadTestStatus.MISSED: 1, LoadTestStatus.NOT_MEASURED: 2}[
+        result
+    ]
 
 
-def _warm_up(session: Session) -> str | None:
+def _warm_up(run: LoadTestRun) -> str | None:
     """One short request, not measured: connections are open then. Why it failed, or None."""
-    plan = session.plan
+    plan = run.plan
     prompt_tokens, output_tokens = _WARM_UP_TOKENS
     # Tokens that no other request has: their KV must not be in a prefix cache.
     prompt = TraceRequest(0.0, prompt_tokens, output_tokens).prompt(plan.vocab_size, -1)
@@ -194,7 +196,7 @@ def _warm_up(session: Session) -> str | None:
     except (OverfillError, ValueError, OSError) as error:
         return str(error)
     try:
-        return measure(transport, prompt, output_tokens, plan.timeout, None, session.clock).error
+        return measure(transport, prompt, output_tokens, plan.timeout, None, run.clock).error
     finally:
         transport.close()
 

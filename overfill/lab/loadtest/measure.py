@@ -10,12 +10,17 @@ from overfill.client.answers import Timing
 from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.traffic.outcome import Outcome
 
+OnTokens = Callable[[int], None]
+"""Called with the number of tokens so far; ``transport.ask`` calls it for every message."""
+
 
 class Transport(Protocol):
     """A way to ask a server; safe to use from several greenlets."""
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
-        """Returns at the end of the answer; calls ``came`` with the number of tokens so far, with every message.
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
+    ) -> Timing | None:
+        """Returns at the end of the answer; calls ``on_tokens`` with the number of tokens so far, with every message.
 
         Raises:
             RequestFailed: the server refused, broke off or took too long.
@@ -32,22 +37,22 @@ def measure(
     due: float | None,
     clock: Callable[[], float],
 ) -> Outcome:
-    """Sends one request and says what came of it. ``due``: None when it is due as it is sent."""
+    """Sends one request and says what on_tokens of it. ``due``: None when it is due as it is sent."""
     times: list[float] = []
     tokens = 0
     sent = clock()
     timing: Timing | None = None
     error: str | None = None
 
-    def came(total: int) -> None:
+    def on_tokens(total: int) -> None:
         nonlocal tokens
         tokens = total
         times.extend([clock()] * (total - len(times)))
 
     try:
-        timing = transport.ask(prompt, max_tokens, timeout, came)
+        timing = transport.ask(prompt, max_tokens, timeout, on_tokens)
         if not times:
-            error = "no token came"
+            error = "no token on_tokens"
     except RequestFailed as failure:
         error = str(failure)
     return Outcome(sent if due is None else due, tuple(times), error, sent, timing, tokens)
@@ -63,7 +68,7 @@ def from_record(record: dict[str, Any]) -> Outcome:
     return Outcome(**(record | {"times": tuple(record["times"]), "timing": timing}))
 
 
-def from_start(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def relative_to_start(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """In order of when they were due, all times counted from the first of these."""
     start = min((outcome.due for outcome in outcomes), default=0.0)
     return [

@@ -10,12 +10,12 @@ from typing import Any
 
 from overfill.errors import InvalidRequest
 from overfill.lab.loadtest.shapes import DURATIONS, SHAPES, Shape
-from overfill.lab.traffic.gate import Gate
+from overfill.lab.traffic.run_objectives import RunObjectives
 
 API_KEY = "OVERFILL_API_KEY"
 """Environment variable with the key to show: on a command line, other users of the machine would see it."""
 
-LOCUST_OWN = {"target": "host", "users": "num_users", "duration": "run_time"}
+LOCUST_NAMES = {"target": "host", "users": "num_users", "duration": "run_time"}
 """Options that locust has itself, and where its parser puts them. Those of locust win, for its page edits them."""
 
 
@@ -31,23 +31,25 @@ class LoadPlan:
         "grpc://127.0.0.1:7600", "grpc://HOST:PORT, several separated by commas, or http(s)://HOST:PORT/v1."
     )
     trace: str | None = _option(None, "Azure's CSV or Mooncake's JSON lines.", Path)
-    requests: int | None = _option(None, "End after so many; of a trace, the first.", int, least=1)
-    rate: float | None = _option(None, "Mean arrivals per second; a trace is stretched or squeezed.", float, above=0)
+    requests: int | None = _option(None, "End after so many; of a trace, the first.", int, minimum=1)
+    rate: float | None = _option(
+        None, "Mean arrivals per second; a trace is stretched or squeezed.", float, more_than=0
+    )
     shape: Shape | None = _option(
         None, "How the load goes over time. By default arrivals with a trace or rate, else constant.", choices=SHAPES
     )
-    users: int = _option(4, "Most users of all shapes but arrivals.", int, least=1)
-    duration: float | None = _option(None, "Seconds. By default 60; ramp and spike 120, soak 3600.", float, above=0)
-    length_scale: float = _option(1.0, "Prompts and answers of a trace are so many times as long.", float, above=0)
-    longest: int | None = _option(None, "Most tokens of a prompt with its answer; prompts are cut.", int, least=2)
-    prompt_tokens: int = _option(512, "Without a trace.", int, least=1)
-    output_tokens: int = _option(128, "Without a trace.", int, least=1)
-    vocab_size: int = _option(32_000, "Prompts hold token ids below.", int, least=2)
+    users: int = _option(4, "Most users of all shapes but arrivals.", int, minimum=1)
+    duration: float | None = _option(None, "Seconds. By default 60; ramp and spike 120, soak 3600.", float, more_than=0)
+    length_scale: float = _option(1.0, "Prompts and answers of a trace are so many times as long.", float, more_than=0)
+    longest: int | None = _option(None, "Most tokens of a prompt with its answer; prompts are cut.", int, minimum=2)
+    prompt_tokens: int = _option(512, "Without a trace.", int, minimum=1)
+    output_tokens: int = _option(128, "Without a trace.", int, minimum=1)
+    vocab_size: int = _option(32_000, "Prompts hold token ids below.", int, minimum=2)
     seed: int = _option(0, "Of arrivals at a rate.", int)
     slo: str = _option(
         "", "Objectives: ttft_p95=2,itl_p99=200ms,errors=0. Also tpot, e2e, unattributed. errors=0 is always one."
     )
-    timeout: float = _option(600.0, "Seconds for one request.", float, above=0)
+    timeout: float = _option(600.0, "Seconds for one request.", float, more_than=0)
     model: str | None = _option(None, "Name to ask for. By default the endpoint's first.")
     tls_ca: str | None = _option(None, "PEM certificates to trust; over gRPC, turns TLS on.", Path)
     tls_cert: str | None = _option(None, "PEM certificate to show.", Path, locust="client_tls_cert")
@@ -68,7 +70,7 @@ class LoadPlan:
             raise InvalidRequest("shape", "arrivals needs a trace or a rate")
         if self.open_loop and self.trace is None and self.requests is None and self.duration is None:
             raise InvalidRequest("rate", "says no end; give requests or duration too")
-        self.gate  # noqa: B018  # parsed now, so that a mistake is told before the test and not after it
+        self.objectives  # noqa: B018  # parsed now, so that a mistake is told before the test and not after it
 
     @property
     def kind(self) -> Shape:
@@ -90,29 +92,29 @@ class LoadPlan:
         return not self.target.startswith("grpc://")
 
     @property
-    def gate(self) -> Gate:
+    def objectives(self) -> RunObjectives:
         """The objectives. Raises InvalidRequest."""
-        return Gate.parse(self.slo)
+        return RunObjectives.parse(self.slo)
 
     @property
     def api_key(self) -> str | None:
         return os.environ.get(API_KEY) or None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> LoadPlan:
+    def from_options(cls, options: Mapping[str, Any]) -> LoadPlan:
         """From parsed options. Raises InvalidRequest."""
         given: dict[str, Any] = {n: str(value) if isinstance(value, Path) else value for n, value in options.items()}
         return cls(**given)
 
     @classmethod
-    def of_locust(cls, options: Mapping[str, Any]) -> LoadPlan:
+    def from_locust(cls, options: Mapping[str, Any]) -> LoadPlan:
         """From locust's parsed options, which hold more than ours. Raises InvalidRequest."""
         given: dict[str, Any] = {}
         for f in fields(cls):
-            for name in (LOCUST_OWN.get(f.name), locust_name(f)):
+            for name in (LOCUST_NAMES.get(f.name), locust_name(f)):
                 if name is not None and f.name not in given and options.get(name) not in (None, ""):
-                    given[f.name] = plain(f)(options[name])
-        return cls.of(given)
+                    given[f.name] = locust_type(f)(options[name])
+        return cls.from_options(given)
 
     def locust_argv(self) -> list[str]:
         """The options that differ from their defaults, for locust."""
@@ -130,7 +132,7 @@ def locust_flag(f: Field[Any]) -> str:
     return f"--{locust_name(f).replace('_', '-')}"
 
 
-def plain(f: Field[Any]) -> Callable[[Any], Any]:
+def locust_type(f: Field[Any]) -> Callable[[Any], Any]:
     """Makes a value what the option holds in locust. Paths stay text: the master sends options to the workers."""
     kind: Callable[[Any], Any] = f.metadata["kind"]
     return kind if kind in (int, float) else str
@@ -139,10 +141,10 @@ def plain(f: Field[Any]) -> Callable[[Any], Any]:
 def _check(f: Field[Any], value: Any) -> None:
     if value is None:
         return
-    least, above, choices = (f.metadata.get(name) for name in ("least", "above", "choices"))
-    if least is not None and value < least:
-        raise InvalidRequest(f.name, f"must be at least {least}, got {value}")
-    if above is not None and not value > above:
-        raise InvalidRequest(f.name, f"must be more than {above}, got {value}")
+    minimum, more_than, choices = (f.metadata.get(name) for name in ("minimum", "more_than", "choices"))
+    if minimum is not None and value < minimum:
+        raise InvalidRequest(f.name, f"must be at minimum {minimum}, got {value}")
+    if more_than is not None and not value > more_than:
+        raise InvalidRequest(f.name, f"must be more than {more_than}, got {value}")
     if choices is not None and value not in choices:
         raise InvalidRequest(f.name, f"must be one of {', '.join(choices)}, got {value!r}")

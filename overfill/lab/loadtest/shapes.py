@@ -15,13 +15,13 @@ DURATIONS: dict[Shape, float] = {"constant": 60.0, "ramp": 120.0, "spike": 120.0
 """Seconds, where none are given."""
 
 
-def users_at(shape: Shape, elapsed: float, duration: float, most: int) -> int | None:
+def users_at(shape: Shape, elapsed: float, duration: float, max_users: int) -> int | None:
     """Users ``elapsed`` seconds after the start; None when the test is over."""
     if elapsed >= duration:
         return None
     if shape == "ramp":
         # Whole users, each for an equal part of the time, and all of them for the last part.
-        return min(most, 1 + int(elapsed / duration * most))
+        return min(max_users, 1 + int(elapsed / duration * max_users))
     if shape == "spike":
-        return most if 0.4 <= elapsed / duration < 0.6 else max(1, round(most / 10))
-    return most
+        return max_users if 0.4 <= elapsed / duration < 0.6 else max(1, round(max_users / 10))
+    return max_users

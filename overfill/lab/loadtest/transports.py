@@ -29,14 +29,16 @@ class GrpcTransport:
         tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
         self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
+    ) -> Timing | None:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         tokens = 0
         try:
             with self._client.stream(list(prompt), sampling=sampling, timeout=timeout) as stream:
                 for delta in stream:
                     tokens += len(delta.token_ids)
-                    came(tokens)
+                    on_tokens(tokens)
                 return stream.answer.timing
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
@@ -61,7 +63,9 @@ class OpenAiTransport:
         if plan.api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {plan.api_key}"
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
+    ) -> Timing | None:
         deadline = time.monotonic() + timeout
         events = openai.CompletionEvents()
         try:
@@ -72,7 +76,7 @@ class OpenAiTransport:
                 if response.status_code != 200:
                     raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
                 for line in _lines(response.iter_content(None)):
-                    came(events.push(line))
+                    on_tokens(events.push(line))
                     if time.monotonic() > deadline:
                         raise RequestFailed(f"not finished after {timeout:g} s")
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:

@@ -17,7 +17,7 @@ from locust.env import Environment
 from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.loadtest.measure import measure
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.transports import GrpcTransport, OpenAiTransport
 from overfill.lab.traffic.outcome import Outcome
 
@@ -35,41 +35,41 @@ class LoadUser(User):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self._session = session_of(environment)
-        self._transport = self.transport(self._session.plan)
+        self._load_run = run_of(environment)
+        self._transport = self.transport(self._load_run.plan)
 
     def on_stop(self) -> None:
         self._transport.close()
 
     @task
     def ask(self) -> None:
-        share = self._session.share
-        if share is None:
+        shard = self._load_run.shard
+        if shard is None:
             gevent.sleep(_IDLE_SECONDS)
-        elif self._session.plan.open_loop:
+        elif self._load_run.plan.open_loop:
             self._send_when_due()
-        elif (ordinal := share.take()) is None:
+        elif (ordinal := shard.take()) is None:
             gevent.sleep(_IDLE_SECONDS)
         else:
             self._send(ordinal, None)
 
     def _send_when_due(self) -> None:
-        session, on_their_way = self._session, Group()
-        assert session.share is not None
-        start = session.clock()
-        while (ordinal := session.share.take()) is not None:
-            due = start + session.workload[ordinal].arrival
-            gevent.sleep(max(0.0, due - session.clock()))
+        run, on_their_way = self._load_run, Group()
+        assert run.shard is not None
+        start = run.clock()
+        while (ordinal := run.shard.take()) is not None:
+            due = start + run.workload[ordinal].arrival
+            gevent.sleep(max(0.0, due - run.clock()))
             on_their_way.spawn(self._send, ordinal, due)
         on_their_way.join()
         gevent.sleep(_IDLE_SECONDS)
 
     def _send(self, ordinal: int, due: float | None) -> None:
-        session = self._session
-        request = session.workload[ordinal]
-        prompt = session.workload.prompt(ordinal)
-        outcome = measure(self._transport, prompt, request.output_tokens, session.plan.timeout, due, session.clock)
-        session.outcomes.append(outcome)
+        run = self._load_run
+        request = run.workload[ordinal]
+        prompt = run.workload.prompt(ordinal)
+        outcome = measure(self._transport, prompt, request.output_tokens, run.plan.timeout, due, run.clock)
+        run.outcomes.append(outcome)
         self._fire(outcome, len(prompt))
 
     def _fire(self, outcome: Outcome, prompt_tokens: int) -> None:
@@ -89,7 +89,7 @@ class LoadUser(User):
                 fire("ITL", gap)
             fire("end to end", outcome.e2e)
         else:
-            fire("end to end", self._session.clock() - outcome.due, RequestFailed(outcome.error))
+            fire("end to end", self._load_run.clock() - outcome.due, RequestFailed(outcome.error))
 
 
 class GrpcUser(LoadUser):
@@ -111,12 +111,12 @@ def user_class(plan: LoadPlan) -> type[LoadUser]:
     return OpenAiUser if plan.http else GrpcUser
 
 
-def attach(environment: Environment, session: Session) -> None:
-    """Gives an environment its session."""
-    environment.overfill = session  # type: ignore[attr-defined]
+def attach(environment: Environment, run: LoadTestRun) -> None:
+    """Gives an environment its run."""
+    environment.overfill = run  # type: ignore[attr-defined]
 
 
-def session_of(environment: Environment) -> Session:
-    session = environment.overfill  # type: ignore[attr-defined]
-    assert isinstance(session, Session)
-    return session
+def run_of(environment: Environment) -> LoadTestRun:
+    run = environment.overfill  # type: ignore[attr-defined]
+    assert isinstance(run, LoadTestRun)
+    return run

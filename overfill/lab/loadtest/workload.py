@@ -50,10 +50,10 @@ class Workload:
         ready = self._prompts.pop(ordinal, None)
         return self[ordinal].prompt(self._vocab_size, ordinal) if ready is None else ready.tolist()
 
-    def prepare(self, share: Share, seconds: float) -> None:
+    def prepare(self, shard: ProcessShard, seconds: float) -> None:
         """Makes prompts beforehand, so that making one does not delay the tokens of others; for ``seconds`` at most."""
         began = time.monotonic()
-        for ordinal in share.ordinals():
+        for ordinal in shard.ordinals():
             if time.monotonic() - began > seconds:
                 return
             self._prompts[ordinal] = array("I", self[ordinal].prompt(self._vocab_size, ordinal))
@@ -64,7 +64,7 @@ class Workload:
         return self._requests[-1].arrival
 
 
-class Share:
+class ProcessShard:
     """The ordinals that fall to process ``index`` of ``processes``: every ``processes``-th one. Each is given once."""
 
     def __init__(self, total: int | None, index: int, processes: int) -> None:

@@ -14,7 +14,7 @@ from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
 from overfill.v1 import registry_pb2
 
-_ONLY_HERE = 1 << 31
+_FIRST_UNIQUE_ID = 1 << 31
 """Numbers from here on stand for blocks that no other prompt shares; a key is made of 32 bits."""
 
 
@@ -119,7 +119,7 @@ class SharedBlocks:
         full, rest = divmod(prompt_tokens, self.block_size)
         numbers = list(shared[:full])
         for _ in range(full + bool(rest) - len(numbers)):
-            numbers.append(_ONLY_HERE + self._next % _ONLY_HERE)
+            numbers.append(_FIRST_UNIQUE_ID + self._next % _FIRST_UNIQUE_ID)
             self._next += 1
         return self._cache.blocks_of(numbers)
 

@@ -27,7 +27,7 @@ class SequenceState(enum.Enum):
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class SimSequence:
     """One answer on a decode worker.
 
     Attributes:
@@ -50,12 +50,12 @@ class Sequence:
 
 
 class DecodeListener(Protocol):
-    def answer_done(self, sequence: Sequence) -> None: ...
+    def answer_done(self, sequence: SimSequence) -> None: ...
 
-    def kv_wanted(self, sequence: Sequence) -> None:
+    def kv_wanted(self, sequence: SimSequence) -> None:
         """It was preempted and has blocks again: its prompt's KV must come once more."""
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         """It gave its blocks up; KV on its way is of no use."""
 
     def load_changed(self) -> None: ...
@@ -78,11 +78,11 @@ class SimDecode:
         self.generated = 0
         self.preemptions = 0
         self._reserved = 0  # blocks held, but for those that the running phase takes
-        self._sequences: dict[Sequence, None] = {}  # oldest first
+        self._sequences: dict[SimSequence, None] = {}  # oldest first
         self._num_preempted = 0
-        self._joining: list[Sequence] = []
-        self._leaving: list[Sequence] = []
-        self._heap: list[tuple[int, int, Sequence]] = []  # (step after which it ends, order, sequence)
+        self._joining: list[SimSequence] = []
+        self._leaving: list[SimSequence] = []
+        self._heap: list[tuple[int, int, SimSequence]] = []  # (step after which it ends, order, sequence)
         self._order = 0
         self._batch = 0
         self._context = 0  # tokens that the next step attends to
@@ -110,7 +110,7 @@ class SimDecode:
         """Blocks held now."""
         return self._reserved + (self._wanted(self._steps_begun()) if self._phase is not None else 0)
 
-    def reserve(self, sequence: Sequence) -> bool:
+    def reserve(self, sequence: SimSequence) -> bool:
         """Blocks for prompt + emitted + 1 tokens, or False."""
         if len(self._sequences) >= self._model.max_seqs or self._num_preempted:
             return False
@@ -120,7 +120,7 @@ class SimDecode:
         self._listener.load_changed()
         return True
 
-    def first_token(self, sequence: Sequence) -> None:
+    def first_token(self, sequence: SimSequence) -> None:
         """The full model has chosen the first token."""
         if sequence.state is not SequenceState.RECEIVING or sequence.emitted:
             return
@@ -130,7 +130,7 @@ class SimDecode:
             if self._phase is None:
                 self._begin_phase()
 
-    def kv_arrived(self, sequence: Sequence) -> None:
+    def kv_arrived(self, sequence: SimSequence) -> None:
         """All KV of the prompt is here: it joins at the next step."""
         if sequence.state is not SequenceState.RECEIVING:
             return
@@ -138,7 +138,7 @@ class SimDecode:
         self._joining.append(sequence)
         self._cut()
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: SimSequence) -> None:
         """The router takes it back: it moves, or nobody wants it. Its blocks are free after the running step."""
         if sequence.state is SequenceState.RUNNING:
             self._leaving.append(sequence)
@@ -154,7 +154,7 @@ class SimDecode:
         if self._phase is None:
             self._begin_phase()
 
-    def kill(self) -> list[Sequence]:
+    def kill(self) -> list[SimSequence]:
         """The worker dies; the sequences that were on it, ``emitted`` brought up to date."""
         if self._phase is not None:
             self._phase.cancel()
@@ -164,11 +164,11 @@ class SimDecode:
             sequence.state = SequenceState.ENDED
         return lost
 
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[SimSequence]:
         """Those on the worker, the oldest first."""
         return list(self._sequences)
 
-    def emitted(self, sequence: Sequence) -> int:
+    def emitted(self, sequence: SimSequence) -> int:
         """Tokens of its answer by now."""
         if sequence.state is not SequenceState.RUNNING:
             return sequence.emitted
@@ -216,7 +216,7 @@ class SimDecode:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._model.block_size)
 
-    def _blocks_held(self, sequence: Sequence) -> int:
+    def _blocks_held(self, sequence: SimSequence) -> int:
         if sequence.state is SequenceState.RUNNING:
             # The pending token's KV is written by the next step, which takes its block.
             tokens = sequence.prompt_tokens + sequence.emitted + self._step - sequence.joined - 1
@@ -232,20 +232,20 @@ class SimDecode:
             wanted += self._crossings[(self._step + offset) % size]
         return wanted
 
-    def _steps_with_room(self, most: int) -> int:
-        """How many steps, ``most`` at most, the free blocks allow."""
+    def _steps_with_room(self, max_steps: int) -> int:
+        """How many steps, ``max_steps`` at max_steps, the free blocks allow."""
         free = self.total - self._reserved
-        if self._wanted(most) <= free:
-            return most
+        if self._wanted(max_steps) <= free:
+            return max_steps
         size = self._model.block_size
         steps = free // self._batch * size  # whole rounds, each of which takes a block per sequence
         left = free - self._wanted(steps)
-        while steps < most and (need := self._crossings[(self._step + steps) % size]) <= left:
+        while steps < max_steps and (need := self._crossings[(self._step + steps) % size]) <= left:
             left -= need
             steps += 1
         return steps
 
-    def _acquire(self, sequence: Sequence) -> bool:
+    def _acquire(self, sequence: SimSequence) -> bool:
         blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
         if blocks + self._num_growing > self.total - self.used:
             return False
@@ -316,7 +316,7 @@ class SimDecode:
         self._begin_phase()
         self._listener.load_changed()
 
-    def _join(self, sequence: Sequence) -> None:
+    def _join(self, sequence: SimSequence) -> None:
         length = sequence.prompt_tokens + sequence.emitted  # the last token's KV is not written yet
         sequence.state, sequence.joined = SequenceState.RUNNING, self._step
         if sequence.replay:
@@ -333,11 +333,11 @@ class SimDecode:
         ends = self._step + sequence.output_tokens - sequence.emitted
         heapq.heappush(self._heap, (ends, self._order, sequence))
 
-    def _crossing(self, sequence: Sequence, length: int) -> int:
+    def _crossing(self, sequence: SimSequence, length: int) -> int:
         """Which steps, modulo the block size, take a block for a sequence that joined with ``length`` tokens."""
         return (sequence.joined - (length - 1)) % self._model.block_size
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: SimSequence) -> None:
         """Out of the batch, between two phases; its entry of the heap is gone already."""
         length = sequence.prompt_tokens + sequence.emitted
         steps = self._step - sequence.joined
@@ -348,13 +348,13 @@ class SimDecode:
         sequence.emitted += steps
         sequence.state = SequenceState.PREEMPTED
 
-    def _end(self, sequence: Sequence, *, popped: bool = False) -> None:
+    def _end(self, sequence: SimSequence, *, popped: bool = False) -> None:
         if popped:
             self._leave(sequence)
         self._forget(sequence)
         self._listener.answer_done(sequence)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: SimSequence) -> None:
         self._reserved -= sequence.reserved
         sequence.reserved = 0
         sequence.state = SequenceState.ENDED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.request import Counters, Sample
+from overfill.lab.simulate.request import Counters, Snapshot
 from overfill.lab.simulate.workers import SimWorker
 from overfill.routing.scaling import Targets
 from overfill.routing.worker import PREFILL
@@ -18,7 +18,7 @@ class Observer:
 
     def __init__(self, clock: Clock, workers: Mapping[str, SimWorker], counters: Counters) -> None:
         self._clock, self._workers, self._counters = clock, workers, counters
-        self.samples: list[Sample] = []
+        self.samples: list[Snapshot] = []
         self._then = (0.0, 0.0, 0.0, 0)  # time, seconds of work of either pool, arrivals at the last sample
 
     def sample(self, waiting: int, arrived: int, targets: Targets | None) -> None:
@@ -36,7 +36,7 @@ class Observer:
         ]
         span = max(now - then, 1e-9)
         self.samples.append(
-            Sample(
+            Snapshot(
                 time=now,
                 prefill_workers=len(prefill),
                 decode_workers=len(decode),

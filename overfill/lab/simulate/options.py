@@ -22,8 +22,8 @@ class Options:
         mtbf: mean seconds until a worker dies; None: they do not. A new one starts in its place.
         check: hold the books and the *Waiting* rule after every event.
         seed: of failures.
-        objective, most_misses: stop once more than ``most_misses`` requests have ended outside ``objective``.
-        patience: seconds after the last arrival when what has not ended has failed.
+        objective, max_misses: stop once more than ``max_misses`` requests have ended outside ``objective``.
+        end_timeout: seconds after the last arrival when what has not ended has failed.
     """
 
     prefill: int = 1
@@ -36,6 +36,6 @@ class Options:
     mtbf: float | None = None
     check: bool = False
     seed: int = 0
-    patience: float = 3600.0
+    end_timeout: float = 3600.0
     objective: Objective | None = None
-    most_misses: int = 0
+    max_misses: int = 0

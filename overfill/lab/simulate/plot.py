@@ -12,12 +12,12 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.result import SimulationResult
 
 _PREFILL, _DECODE, _GREY = "#d95f02", "#1b9e77", "#666666"
 
 
-def save_timeline(path: Path, title: str, result: Result) -> None:
+def save_timeline(path: Path, title: str, result: SimulationResult) -> None:
     """Arrivals, workers and utilisation of both pools over minutes; the suffix picks the format."""
     samples = result.samples[1:]  # the first is of no time at all
     minutes = [sample.time / 60 for sample in samples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overfill.lab.simulate.decode import Sequence as DecodeSequence
+from overfill.lab.simulate.decode import SimSequence
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest
@@ -13,21 +13,21 @@ from overfill.routing.dispatcher import Job
 
 
 @dataclass(eq=False, slots=True)
-class Attempt:
+class DecodeAttempt:
     """The request on one decode worker. What comes in after it is ``over`` is stale."""
 
     request: SimRequest
     worker: str
-    sequence: DecodeSequence
+    sequence: SimSequence
     ticket: Ticket | None = None
     prefill: str = ""
     over: bool = False
 
     @classmethod
-    def start(cls, request: SimRequest, worker: str) -> Attempt:
+    def start(cls, request: SimRequest, worker: str) -> DecodeAttempt:
         """One that goes on where the last one ended: emitted tokens are replayed."""
         trace, emitted = request.trace, request.emitted
-        sequence = DecodeSequence(
+        sequence = SimSequence(
             trace.prompt_tokens, trace.output_tokens, emitted, owner=None, replay=max(0, emitted - 1)
         )
         attempt = cls(request, worker, sequence)
@@ -35,8 +35,8 @@ class Attempt:
         return attempt
 
 
-def attempt_of(sequence: DecodeSequence) -> Attempt:
-    assert isinstance(sequence.owner, Attempt)
+def attempt_of(sequence: SimSequence) -> DecodeAttempt:
+    assert isinstance(sequence.owner, DecodeAttempt)
     return sequence.owner
 
 
@@ -55,7 +55,7 @@ class SimRequest:
     first: float | None = None
     last: float | None = None
     emitted: int = 0
-    attempt: Attempt | None = None
+    attempt: DecodeAttempt | None = None
     error: str = ""
     cached: int = 0
     migrations: int = 0
@@ -89,7 +89,7 @@ class SimRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Snapshot:
     """The stack at one moment; shares are of the time since the sample before.
 
     Attributes:

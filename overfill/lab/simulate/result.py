@@ -12,14 +12,14 @@ import numpy as np
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import Options
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Counters, Sample, SimRequest
+from overfill.lab.simulate.request import Counters, SimRequest, Snapshot
 from overfill.lab.traffic.outcome import Objective
 
 PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SimulationResult:
     """One run.
 
     Attributes:
@@ -31,7 +31,7 @@ class Result:
     profile: Profile
     options: Options
     requests: Sequence[SimRequest]
-    samples: Sequence[Sample]
+    samples: Sequence[Snapshot]
     gaps: Histogram
     counters: Counters
 

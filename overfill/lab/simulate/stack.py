@@ -15,16 +15,15 @@ from overfill.errors import OverfillError
 from overfill.lab.simulate.autoscale import Autoscaler
 from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import Sequence as DecodeSequence
-from overfill.lab.simulate.decode import SequenceState
+from overfill.lab.simulate.decode import SequenceState, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.observer import Observer
 from overfill.lab.simulate.options import Options
 from overfill.lab.simulate.policies import make_dispatcher, make_job
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Attempt, Counters, SimRequest, attempt_of
-from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, attempt_of
+from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing.dispatcher import Job, JobState, Rejection
@@ -47,7 +46,7 @@ class Simulation:
         self.open: dict[Job, SimRequest] = {}
         self.workers: dict[str, SimWorker] = {}
         self._trace = trace
-        self._misses, self._hopeless = 0, False
+        self._misses, self._objective_missed = 0, False
         self._shares = any(request.blocks for request in trace)
         self._requests: list[SimRequest] = []
         self._gaps = Histogram()
@@ -56,8 +55,8 @@ class Simulation:
         self._scaler = Autoscaler(self, options.scaling) if options.scaling is not None else None
         self._observer = Observer(self.clock, self.workers, self.counters)
 
-    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Result:
-        """Plays the whole trace; ``progress`` is told how many requests have ended."""
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
+        """Plays the whole trace; ``progress`` is reported how many requests have ended."""
         began = thread_time()
         for _ in range(self.options.prefill):
             self.start_worker(PREFILL, 0.0)
@@ -69,14 +68,18 @@ class Simulation:
             self.clock.at(0.0, self._scaler.tick)
         span = self._trace[-1].arrival
         self.clock.at(0.0, self._sample, max(1.0, span / 300))
-        limit, told = span + self.options.patience, 0
-        while (self.open or len(self._requests) < len(self._trace)) and self.clock.now < limit and not self._hopeless:
+        limit, reported = span + self.options.end_timeout, 0
+        while (
+            (self.open or len(self._requests) < len(self._trace))
+            and self.clock.now < limit
+            and not self._objective_missed
+        ):
             self.clock.step()
             if self.options.check:
                 self._check()
-            if len(self._requests) - len(self.open) - told >= 500:
-                told = len(self._requests) - len(self.open)
-                progress(told, len(self._trace))
+            if len(self._requests) - len(self.open) - reported >= 500:
+                reported = len(self._requests) - len(self.open)
+                progress(reported, len(self._trace))
         self._sample(None)
         for request in list(self.open.values()):
             self._end(request, "did not end in time")
@@ -84,7 +87,9 @@ class Simulation:
             self._observer.account(worker)
         self.counters.events = self.clock.events
         self.counters.cpu_seconds = thread_time() - began
-        return Result(self.profile, self.options, self._requests, self._observer.samples, self._gaps, self.counters)
+        return SimulationResult(
+            self.profile, self.options, self._requests, self._observer.samples, self._gaps, self.counters
+        )
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +209,7 @@ class Simulation:
             else:
                 if request.placed is None:
                     request.placed = self.clock.now
-                request.attempt = attempt = Attempt.start(request, outcome.worker.id)
+                request.attempt = attempt = DecodeAttempt.start(request, outcome.worker.id)
                 self.clock.after(self.profile.hop, self._reserve, attempt)
 
     def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
@@ -215,19 +220,19 @@ class Simulation:
         finally:
             self.counters.decision_seconds += thread_time() - began
 
-    def _reserved(self, attempt: Attempt) -> None:
+    def _reserved(self, attempt: DecodeAttempt) -> None:
         if not attempt.over:
             self._ask(self.dispatcher.reserved, attempt.request.job)
             self._poll()
 
-    def _refused(self, attempt: Attempt, load: decode_pb2.WorkerLoad) -> None:
+    def _refused(self, attempt: DecodeAttempt, load: decode_pb2.WorkerLoad) -> None:
         if not attempt.over:
             attempt.over = True
             self.counters.refusals += 1
             self._ask(self.dispatcher.refused, attempt.request.job, load)
             self._poll()
 
-    def _tokens(self, attempt: Attempt) -> None:
+    def _tokens(self, attempt: DecodeAttempt) -> None:
         """Tokens reach the client, the first of this attempt."""
         if attempt.over:
             return
@@ -238,13 +243,13 @@ class Simulation:
             self._ask(self.dispatcher.prefill_done, request.job)
             self._poll()
 
-    def _done(self, attempt: Attempt) -> None:
+    def _done(self, attempt: DecodeAttempt) -> None:
         if not attempt.over:
             attempt.request.last = self.clock.now
             self._end(attempt.request, "")
             self._poll()
 
-    def _lost(self, attempt: Attempt, emitted: int, gone: bool) -> None:
+    def _lost(self, attempt: DecodeAttempt, emitted: int, gone: bool) -> None:
         """The decode worker failed the request, or sends it elsewhere."""
         if attempt.over:
             return
@@ -263,7 +268,7 @@ class Simulation:
             self._ask(self.dispatcher.lost, request.job, self.clock.now, gone=gone)
         self._poll()
 
-    def _need_prefill(self, attempt: Attempt, failed: bool) -> None:
+    def _need_prefill(self, attempt: DecodeAttempt, failed: bool) -> None:
         job = attempt.request.job
         if attempt.over or job.state is JobState.WANTS_PREFILL:  # it gets the one that it waits for
             return
@@ -281,13 +286,13 @@ class Simulation:
             self._scaler.finished(request)
         if (objective := self.options.objective) is not None and not request.meets(objective):
             self._misses += 1
-            self._hopeless = self._misses > self.options.most_misses
+            self._objective_missed = self._misses > self.options.max_misses
         self._ask(self.dispatcher.finish, request.job)
         del self.open[request.job]
 
     # -- on the way to and from workers ----------------------------------------------------------------------------
 
-    def _reserve(self, attempt: Attempt) -> None:
+    def _reserve(self, attempt: DecodeAttempt) -> None:
         if attempt.over:
             return
         worker, hop = self.workers.get(attempt.worker), self.profile.hop
@@ -298,8 +303,8 @@ class Simulation:
         else:
             self.clock.after(hop, self._refused, attempt, worker.load())
 
-    def _submit(self, attempt: Attempt, name: str) -> None:
-        """The decode worker asks the prefill worker that it was told to ask."""
+    def _submit(self, attempt: DecodeAttempt, name: str) -> None:
+        """The decode worker asks the prefill worker that it was reported to ask."""
         request, sequence = attempt.request, attempt.sequence
         if attempt.over or sequence.state is not SequenceState.RECEIVING:
             return
@@ -319,7 +324,7 @@ class Simulation:
         self.counters.cached_tokens += ticket.cached
         self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
 
-    def _first_token(self, attempt: Attempt, ticket: Ticket) -> None:
+    def _first_token(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             self.clock.after(self.profile.hop, self._tokens, attempt)
@@ -328,37 +333,37 @@ class Simulation:
     def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None:
         self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
 
-    def _kv_arrived(self, attempt: Attempt, ticket: Ticket) -> None:
+    def _kv_arrived(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             attempt.ticket = None
             worker.engine.kv_arrived(attempt.sequence)
 
-    def answer_done(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+    def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
         self._cancel(attempt)  # nobody needs the rest of an answer of one token
         self.clock.after(self.profile.hop, self._done, attempt)
 
-    def kv_wanted(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+    def kv_wanted(self, worker: SimWorker, sequence: SimSequence) -> None:
         self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)
 
-    def preempted(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+    def preempted(self, worker: SimWorker, sequence: SimSequence) -> None:
         self.counters.preemptions += 1
         self._cancel(attempt_of(sequence))
 
-    def _prefill_lost(self, attempt: Attempt, ticket: Ticket, failed: bool) -> None:
+    def _prefill_lost(self, attempt: DecodeAttempt, ticket: Ticket, failed: bool) -> None:
         if not attempt.over and attempt.ticket is ticket:
             attempt.ticket = None
             self._need_prefill(attempt, failed)
 
-    def _cancel(self, attempt: Attempt) -> None:
+    def _cancel(self, attempt: DecodeAttempt) -> None:
         """Ends the prefill that runs for it, if one does."""
         ticket, attempt.ticket = attempt.ticket, None
         worker = self.workers.get(attempt.prefill)
         if ticket is not None and isinstance(worker, PrefillWorker):
             self.clock.after(self.profile.hop, worker.engine.cancel, ticket)
 
-    def _receiver(self, attempt: Attempt, ticket: Ticket) -> DecodeWorker | None:
+    def _receiver(self, attempt: DecodeAttempt, ticket: Ticket) -> DecodeWorker | None:
         """The decode worker that a prefill's message reaches; None when it is stale, or the worker is gone, of which
         the router may not have heard yet."""
         worker = self.workers.get(attempt.worker)

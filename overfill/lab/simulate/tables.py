@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.sizing import Size
 from overfill.lab.traffic.outcome import Objective
 
 
-def title(result: Result) -> str:
+def title(result: SimulationResult) -> str:
     """What ran, in a line."""
     options = result.options
     size = f"{options.prefill} + {options.decode} workers"
@@ -23,7 +23,7 @@ def title(result: Result) -> str:
     return f"{len(result.requests):,} requests, {size}, profile {result.profile.name}, {options.policy}"
 
 
-def run_table(result: Result, objective: Objective) -> Table:
+def run_table(result: SimulationResult, objective: Objective) -> Table:
     """Latencies, then everything else, a line each."""
     figures = result.figures(objective)
     table = Table(title=title(result), title_justify="left", box=None, padding=(0, 2, 0, 0))
@@ -63,13 +63,13 @@ def run_table(result: Result, objective: Objective) -> Table:
 _EVENTS = ("refusals", "preemptions", "migrations")
 
 
-def errors_text(result: Result) -> str:
+def errors_text(result: SimulationResult) -> str:
     """Why requests failed, in a line; empty when none did."""
     errors = Counter(request.error for request in result.requests if request.error)
     return ", ".join(f"{count} x {error}" for error, count in errors.most_common())
 
 
-def policy_table(results: Sequence[Result], objective: Objective) -> Table:
+def policy_table(results: Sequence[SimulationResult], objective: Objective) -> Table:
     """A line per policy."""
     first = results[0]
     table = Table(

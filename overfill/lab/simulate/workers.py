@@ -5,14 +5,14 @@ Reports are the wire's own messages, pushed on change and every second, as ``rpc
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from typing import Protocol
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import Blocks
 from overfill.lab.simulate.clock import Clock, Event
-from overfill.lab.simulate.decode import Sequence, SimDecode
+from overfill.lab.simulate.decode import SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
@@ -34,11 +34,11 @@ class Router(Protocol):
 
     def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None: ...
 
-    def answer_done(self, worker: SimWorker, sequence: Sequence) -> None: ...
+    def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
-    def kv_wanted(self, worker: SimWorker, sequence: Sequence) -> None: ...
+    def kv_wanted(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
-    def preempted(self, worker: SimWorker, sequence: Sequence) -> None: ...
+    def preempted(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
 
 class SimWorker:
@@ -145,7 +145,7 @@ class PrefillWorker(SimWorker):
             load=self.load(), credits=self._credits, ready=True, draining=self.draining, prefix=delta
         )
 
-    def kill(self) -> Many[Ticket]:
+    def kill(self) -> Sequence[Ticket]:
         self.leave()
         return self.engine.kill()
 
@@ -179,15 +179,15 @@ class DecodeWorker(SimWorker):
     def report(self) -> registry_pb2.Report:
         return registry_pb2.Report(load=self.load(), credits=self._model.max_seqs, ready=True, draining=self.draining)
 
-    def kill(self) -> Many[Sequence]:
+    def kill(self) -> Sequence[SimSequence]:
         self.leave()
         return self.engine.kill()
 
-    def answer_done(self, sequence: Sequence) -> None:
+    def answer_done(self, sequence: SimSequence) -> None:
         self.router.answer_done(self, sequence)
 
-    def kv_wanted(self, sequence: Sequence) -> None:
+    def kv_wanted(self, sequence: SimSequence) -> None:
         self.router.kv_wanted(self, sequence)
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         self.router.preempted(self, sequence)

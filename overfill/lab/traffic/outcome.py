@@ -107,7 +107,7 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class LoadFigure:
     """A number with its name and unit."""
 
     name: str
@@ -123,7 +123,7 @@ def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
     return [value for outcome in done if (value := getattr(outcome, name)) is not None]
 
 
-def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Figure]:
+def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[LoadFigure]:
     """What a run comes to; latencies are None when no request finished."""
     import numpy as np  # here, since the options of a load test are read without it
 
@@ -134,15 +134,15 @@ def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Fi
         values = samples(done, name)
         marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
         found += [
-            Figure(f"{name}_p{p}", None if mark is None else float(mark), "s")
+            LoadFigure(f"{name}_p{p}", None if mark is None else float(mark), "s")
             for p, mark in zip(PERCENTILES, marks, strict=True)
         ]
     tokens = sum(outcome.tokens for outcome in done)
-    found.append(Figure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
-    found.append(Figure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
-    found.append(Figure("failed", float(len(outcomes) - len(done)), "requests"))
+    found.append(LoadFigure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
+    found.append(LoadFigure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
+    found.append(LoadFigure("failed", float(len(outcomes) - len(done)), "requests"))
     if objective is not None:
         good = sum(objective.met(outcome) for outcome in outcomes)
-        found.append(Figure("goodput", good / span if span > 0 else 0.0, "1/s"))
-        found.append(Figure("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
+        found.append(LoadFigure("goodput", good / span if span > 0 else 0.0, "1/s"))
+        found.append(LoadFigure("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
     return found

@@ -76,7 +76,7 @@ def read_trace(path: Path, limit: int | None = None, kind: TraceKind | None = No
     return [replace(request, arrival=request.arrival - start) for request in requests]
 
 
-def one_after_another(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceRequest]:
+def concatenate(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceRequest]:
     """Several traces in a row: each begins when the last request of the one before has arrived.
 
     What requests share is within their own trace.

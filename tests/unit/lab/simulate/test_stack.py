@@ -171,7 +171,7 @@ def test_sizes_meet_the_objective_and_one_worker_less_does_not():
 
 
 def test_an_objective_that_no_number_of_workers_meets_is_said_to_be_one():
-    search = SizeSearch([TraceRequest(0.0, 4000, 5)], CPU, Options(), Objective(ttft=0.1), 0.95, most=4)
+    search = SizeSearch([TraceRequest(0.0, 4000, 5)], CPU, Options(), Objective(ttft=0.1), 0.95, max_workers=4)
     with pytest.raises(InvalidRequest, match="not met by 95% of the requests with 4 workers"):
         search.frontier()
 

@@ -14,7 +14,7 @@ from overfill.lab.bench.bounds import ModelCost, decode_step_seconds, prefill_se
 from overfill.lab.bench.machine import Machine
 from overfill.lab.simulate.blocks import CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import Sequence, SequenceState, SimDecode
+from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import BUILT_IN, CPU, DecodeModel, PrefillModel, Profile, load_profile
@@ -59,7 +59,7 @@ def decode_worker(**model):
 
 
 def start(worker, name, prompt, output):
-    sequence = Sequence(prompt, output, 0, name)
+    sequence = SimSequence(prompt, output, 0, name)
     assert worker.reserve(sequence)
     worker.first_token(sequence)
     worker.kv_arrived(sequence)
@@ -119,7 +119,7 @@ def test_a_preempted_sequence_replays_and_ends():
     assert young.state is SequenceState.PREEMPTED
     emitted = young.emitted
     assert 1 < emitted < 12
-    assert not worker.reserve(Sequence(1, 1, 0, "new")), "preempted sequences come first"
+    assert not worker.reserve(SimSequence(1, 1, 0, "new")), "preempted sequences come first"
     while not listener.wanted:
         clock.step()
         worker.check()
@@ -133,17 +133,17 @@ def test_a_preempted_sequence_replays_and_ends():
 
 def test_a_reservation_is_refused_when_it_does_not_fit():
     clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_seqs=2)
-    assert worker.reserve(Sequence(79, 5, 0, "a"))
-    assert not worker.reserve(Sequence(10, 5, 0, "b")), "a block is left for a to grow into"
-    assert worker.reserve(Sequence(9, 5, 0, "c"))
-    assert not worker.reserve(Sequence(1, 1, 0, "d")), "two sequences are the most"
+    assert worker.reserve(SimSequence(79, 5, 0, "a"))
+    assert not worker.reserve(SimSequence(10, 5, 0, "b")), "a block is left for a to grow into"
+    assert worker.reserve(SimSequence(9, 5, 0, "c"))
+    assert not worker.reserve(SimSequence(1, 1, 0, "d")), "two sequences are the most"
     clock.step()
     worker.check()
 
 
 def test_an_answer_of_one_token_needs_no_step():
     _, listener, worker = decode_worker(base=1.0)
-    sequence = Sequence(10, 1, 0, "a")
+    sequence = SimSequence(10, 1, 0, "a")
     worker.reserve(sequence)
     worker.first_token(sequence)
     assert listener.done == {"a": 0.0}
@@ -174,7 +174,7 @@ def test_blocks_are_counted_to_the_last_one_whatever_happens(sequences, kv, bloc
     for index, (time, prompt, output) in enumerate(sequences):
         if prompt + output + block < room:
             waiting.append(index)
-            clock.at(time, arrive, Sequence(prompt, output, 0, index))
+            clock.at(time, arrive, SimSequence(prompt, output, 0, index))
     answered = 0
     while clock.step():
         worker.check()

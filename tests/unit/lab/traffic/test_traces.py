@@ -9,7 +9,7 @@ import pytest
 from overfill.errors import InvalidRequest
 from overfill.lab.traffic.traces import (
     TraceRequest,
-    one_after_another,
+    concatenate,
     read_trace,
     scale_lengths,
     scale_rate,
@@ -96,7 +96,7 @@ def test_synthetic_arrivals():
 
 
 def test_traces_in_a_row_keep_what_they_share_to_themselves(azure, mooncake):
-    joined = one_after_another([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
+    joined = concatenate([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
     assert [r.arrival for r in joined] == pytest.approx([0, 1.5, 1.5, 5.814579, 6.041977, 6.041977, 7.541977], abs=1e-5)
     assert [r.blocks for r in joined] == [(0, 1, 2), (0, 1, 7), (), (), (), (8, 9, 10), (8, 9, 15)]
 

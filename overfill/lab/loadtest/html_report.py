@@ -15,8 +15,8 @@ import numpy as np
 
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.traffic.gate import Verdict
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
+from overfill.lab.traffic.run_objectives import Verdict
 from overfill.version import __version__
 
 mpl.use("Agg")
@@ -189,7 +189,7 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
     counts: dict[str, int] = {}
     for outcome in outcomes:
         if not outcome.ok:
-            counts[outcome.error or "no token came"] = counts.get(outcome.error or "no token came", 0) + 1
+            counts[outcome.error or "no token on_tokens"] = counts.get(outcome.error or "no token on_tokens", 0) + 1
     if not counts:
         return ""
     most = sorted(counts.items(), key=lambda item: -item[1])[:20]
@@ -198,8 +198,8 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
 
 def _verdict_row(verdict: Verdict) -> Sequence[str]:
     told = '<span class="met">met</span>' if verdict.met else '<span class="missed">missed</span>'
-    limit = verdict.limit
-    return limit.name, limit.text(verdict.measured), limit.text(limit.most), told
+    threshold = verdict.threshold
+    return threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), told
 
 
 def _option(plan: LoadPlan, f: Field[Any]) -> str:

@@ -22,20 +22,20 @@ from overfill.cli.stack import Stack, StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 
-_SETTLE = 10.0  # seconds for all blocks to be free before the trial says that they are not
+_FREE_TIMEOUT = 10.0  # seconds for all blocks to be free before the trial says that they are not
 _POLL = 0.01
-_REHEARSALS = 5  # answers that are let finish, to know how long one takes
+_TIMED_ANSWERS = 5  # answers that are let finish, to know how long one takes
 
 
 @dataclass(slots=True)
-class Vanished:
-    """What came of a trial.
+class ClientKillResult:
+    """Results of killing clients.
 
     Attributes:
-        delays: per client killed before its answer was whole, seconds until no worker had a used block or a request;
-            infinite when some still had.
-        holding: how many of them had blocks in use when first looked at, after the kill.
-        finished: clients that had their answer before their moment came; they do not count.
+        delays: For each client killed before its answer was complete: seconds until no worker had a used block or a
+            request. Infinite if one still had after 10 s.
+        holding: Number of these clients whose blocks were in use at the first check after the kill.
+        finished: Number of clients that had their whole answer before the kill; they are not counted in ``delays``.
     """
 
     delays: list[float] = field(default_factory=list)
@@ -43,45 +43,45 @@ class Vanished:
     finished: int = 0
 
 
-async def run_vanishing(
+async def kill_clients(
     plan: StackPlan,
     prompts: Sequence[Sequence[int]],
     kills: int,
     max_tokens: int,
     seed: int,
     report: Callable[[str, int, int], None],
-) -> Vanished:
+) -> ClientKillResult:
     """Kills ``kills`` clients on a stack of its own. On the main thread: children are tied to it."""
     rng = random.Random(seed)
-    result = Vanished()
+    result = ClientKillResult()
     stack = Stack(plan, lambda name, line: None)
     try:
         stack.start()
         await asyncio.to_thread(stack.wait_ready, threading.Event())
         address = plan.addresses[0]
-        async with AsyncClient(address, tls=plan.client_tls) as watcher, _nursery() as nursery:
-            times = [await nursery.whole(address, rng.choice(prompts), max_tokens) for _ in range(_REHEARSALS)]
-            usual = median(times)
+        async with AsyncClient(address, tls=plan.client_tls) as watcher, _client_forker() as forker:
+            times = [await forker.run_to_end(address, rng.choice(prompts), max_tokens) for _ in range(_TIMED_ANSWERS)]
+            usual_seconds = median(times)
             while len(result.delays) < kills:
-                await nursery.begin(address, rng.choice(prompts), max_tokens)
-                await asyncio.sleep(rng.uniform(0, usual))
-                if not await nursery.kill():
+                await forker.begin(address, rng.choice(prompts), max_tokens)
+                await asyncio.sleep(rng.uniform(0, usual_seconds))
+                if not await forker.kill():
                     result.finished += 1
                     continue
                 killed = time.monotonic()
                 if await _in_use(watcher):
                     result.holding += 1
-                result.delays.append(await _freed(watcher, killed))
+                result.delays.append(await _seconds_until_free(watcher, killed))
                 report("Killing clients", len(result.delays), kills)
     finally:
         stack.stop()
     return result
 
 
-async def _freed(watcher: AsyncClient, since: float) -> float:
+async def _seconds_until_free(watcher: AsyncClient, since: float) -> float:
     """Seconds from ``since`` to the first of two readings, one after the other, that show nothing in use."""
     freed: float | None = None
-    while (now := time.monotonic()) - since < _SETTLE:
+    while (now := time.monotonic()) - since < _FREE_TIMEOUT:
         if await _in_use(watcher):
             freed = None
         elif freed is not None:
@@ -100,7 +100,7 @@ async def _in_use(watcher: AsyncClient) -> bool:
     return False
 
 
-class _Nursery:
+class _ClientForker:
     """A process that has loaded the SDK and forks a client at a time: a fresh one would take a second to load it."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -117,7 +117,7 @@ class _Nursery:
         """How the client ended."""
         return await self._line()
 
-    async def whole(self, address: str, prompt: Sequence[int], max_tokens: int) -> float:
+    async def run_to_end(self, address: str, prompt: Sequence[int], max_tokens: int) -> float:
         """Seconds that a client takes for its answer."""
         started = time.monotonic()
         await self.begin(address, prompt, max_tokens)
@@ -139,21 +139,21 @@ class _Nursery:
 
 
 @asynccontextmanager
-async def _nursery() -> AsyncIterator[_Nursery]:
-    command = [sys.executable, "-m", "overfill.lab.faults.vanishing"]
+async def _client_forker() -> AsyncIterator[_ClientForker]:
+    command = [sys.executable, "-m", "overfill.lab.faults.client_kills"]
     pipe = asyncio.subprocess.PIPE
     # Without gRPC's own handling of forks: the parent never opens a channel.
     environment = os.environ | {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=environment)
     try:
-        yield _Nursery(process)
+        yield _ClientForker(process)
     finally:
         assert process.stdin is not None
         process.stdin.close()
         await process.wait()
 
 
-def _serve_nursery() -> None:
+def _fork_clients() -> None:
     """Per line of stdin a client: prints its pid, waits for it, prints how it ended."""
     pid = 0
     for line in sys.stdin:
@@ -178,4 +178,4 @@ def _serve_nursery() -> None:
 
 
 if __name__ == "__main__":
-    _serve_nursery()
+    _fork_clients()

@@ -7,7 +7,7 @@ from typing import Any
 
 from overfill.lab.loadtest.measure import from_record, to_record
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.workload import Share, Workload
+from overfill.lab.loadtest.workload import ProcessShard, Workload
 from overfill.lab.traffic.outcome import Outcome
 
 PREPARE_SECONDS = 60.0
@@ -17,7 +17,7 @@ _SLACK = 30.0
 """Seconds beyond the last request's own timeout, after which a process that reports nothing is not waited for."""
 
 
-class Session:
+class LoadTestRun:
     """Of a process that sends requests, or of the master, which collects what the others report.
 
     Attributes:
@@ -28,10 +28,10 @@ class Session:
     """
 
     def __init__(self, plan: LoadPlan) -> None:
-        self.adopt(plan)
-        self.share: Share | None = None
+        self.set_plan(plan)
+        self.shard: ProcessShard | None = None
         self.outcomes: list[Outcome] = []
-        self.broken: str | None = None
+        self.failure: str | None = None
         # The same in all processes of a test as far as their clocks agree, and steady within each.
         self._anchor = time.time() - time.perf_counter()
 
@@ -39,21 +39,21 @@ class Session:
         """Seconds since the epoch."""
         return self._anchor + time.perf_counter()
 
-    def adopt(self, plan: LoadPlan) -> None:
+    def set_plan(self, plan: LoadPlan) -> None:
         """Takes another plan. Raises InvalidRequest when its trace cannot be read."""
         self.plan = plan
         self.workload = Workload(plan)
 
     def begin(self, index: int, processes: int) -> None:
         """This process is number ``index`` of ``processes`` that send."""
-        self.share = Share(self.workload.total, index, processes)
+        self.shard = ProcessShard(self.workload.total, index, processes)
         if self.workload.total is not None:
-            self.workload.prepare(self.share, PREPARE_SECONDS)
+            self.workload.prepare(self.shard, PREPARE_SECONDS)
 
-    def over(self, elapsed: float) -> bool:
+    def is_over(self, elapsed: float) -> bool:
         """Whether a test that has run for ``elapsed`` seconds has all its outcomes, or will get no more."""
         total = self.workload.total
-        if self.broken is not None or (total is not None and len(self.outcomes) >= total):
+        if self.failure is not None or (total is not None and len(self.outcomes) >= total):
             return True
         if self.plan.open_loop:
             return elapsed > PREPARE_SECONDS + self.workload.last_arrival + self.plan.timeout + _SLACK
@@ -69,11 +69,11 @@ class Session:
 
     def report(self, data: dict[str, Any]) -> None:
         """Moves the outcomes into what a worker sends to the master."""
-        data["overfill"] = {"outcomes": [to_record(outcome) for outcome in self.outcomes], "broken": self.broken}
+        data["overfill"] = {"outcomes": [to_record(outcome) for outcome in self.outcomes], "failure": self.failure}
         self.outcomes.clear()
 
     def collect(self, data: dict[str, Any]) -> None:
         """Takes what a worker sent."""
         told = data.get("overfill", {})
         self.outcomes += [from_record(record) for record in told.get("outcomes", ())]
-        self.broken = self.broken or told.get("broken")
+        self.failure = self.failure or told.get("failure")

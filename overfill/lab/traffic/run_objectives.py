@@ -17,7 +17,7 @@ _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class Threshold:
     """One objective.
 
     Attributes:
@@ -27,14 +27,14 @@ class Limit:
     """
 
     name: str
-    most: float
-    share: bool = False
+    maximum: float
+    is_fraction: bool = False
 
     def measure(self, outcomes: Sequence[Outcome]) -> float | None:
         """The value of a run; None when no answer has one."""
         if self.name == "errors":
             failed = sum(not outcome.ok for outcome in outcomes)
-            return failed / max(1, len(outcomes)) if self.share else float(failed)
+            return failed / max(1, len(outcomes)) if self.is_fraction else float(failed)
         import numpy as np  # here, since the options of a load test are read without it
 
         latency, _, percentile = self.name.partition("_p")
@@ -48,7 +48,7 @@ class Limit:
         """``value`` with its unit."""
         if value is None:
             return "not measured"
-        if self.share:
+        if self.is_fraction:
             return f"{100 * value:.2f} %"
         if self.name == "errors":
             return f"{value:.0f}"
@@ -57,61 +57,61 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A limit held against a run. What was not measured is not met."""
+    """A threshold held against a run. What was not measured is not met."""
 
-    limit: Limit
+    threshold: Threshold
     measured: float | None
 
     @property
     def met(self) -> bool:
-        return self.measured is not None and self.measured <= self.limit.most
+        return self.measured is not None and self.measured <= self.threshold.maximum
 
     def __str__(self) -> str:
-        limit = self.limit
-        return f"{limit.name}: {limit.text(self.measured)} (at most {limit.text(limit.most)})"
+        threshold = self.threshold
+        return f"{threshold.name}: {threshold.text(self.measured)} (at most {threshold.text(threshold.maximum)})"
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class RunObjectives:
     """Every objective of a run. ``errors=0`` is one of them unless another number of errors is allowed."""
 
-    limits: tuple[Limit, ...]
+    thresholds: tuple[Threshold, ...]
 
     @classmethod
-    def parse(cls, text: str) -> Gate:
+    def parse(cls, text: str) -> RunObjectives:
         """From ``NAME=VALUE,…``. Latencies are in seconds, or in ms when they say so; an empty text is ``errors=0``.
 
         Raises:
             InvalidRequest: a part is no objective, or is there twice.
         """
-        limits: dict[str, Limit] = {}
+        thresholds: dict[str, Threshold] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
-            limit = _limit(part)
-            if limit.name in limits:
-                raise InvalidRequest("slo", f"has {limit.name} twice")
-            limits[limit.name] = limit
-        limits.setdefault("errors", Limit("errors", 0.0))
-        return cls(tuple(limits.values()))
+            threshold = _parse_threshold(part)
+            if threshold.name in thresholds:
+                raise InvalidRequest("slo", f"has {threshold.name} twice")
+            thresholds[threshold.name] = threshold
+        thresholds.setdefault("errors", Threshold("errors", 0.0))
+        return cls(tuple(thresholds.values()))
 
     def judge(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
-        """Every limit with what was measured."""
-        return [Verdict(limit, limit.measure(outcomes)) for limit in self.limits]
+        """Every threshold with what was measured."""
+        return [Verdict(threshold, threshold.measure(outcomes)) for threshold in self.thresholds]
 
 
-def _limit(part: str) -> Limit:
+def _parse_threshold(part: str) -> Threshold:
     name, _, given = part.partition("=")
     value = _VALUE.fullmatch(given)
     if value is not None:
         number, unit = float(value[1]), value[2]
         if name == "errors" and unit == "%":
-            return Limit(name, number / 100, share=True)
+            return Threshold(name, number / 100, is_fraction=True)
         if name == "errors" and unit is None and number == int(number):
-            return Limit(name, number)
+            return Threshold(name, number)
         if _NAME.fullmatch(name):
             if name.startswith("unattributed") and unit in (None, "%"):
-                return Limit(name, number / 100 if unit else number, share=True)
+                return Threshold(name, number / 100 if unit else number, is_fraction=True)
             if not name.startswith("unattributed") and unit != "%" and number > 0:
-                return Limit(name, number / 1e3 if unit == "ms" else number)
+                return Threshold(name, number / 1e3 if unit == "ms" else number)
     raise InvalidRequest(
         "slo",
         f"{part!r} is no objective such as ttft_p95=2 (seconds), itl_p99=200ms, tpot_p50=0.1, e2e_p90=30, "
