@@ -1,6 +1,6 @@
-"""Kills clients of a stack with SIGKILL, each at a random moment of its answer, and times how soon all KV is free.
+"""Kills clients of a stack with SIGKILL at random moments of their answers, and measures when all KV is free.
 
-One client at a time, so that the blocks that are in use are its own.
+It runs one client at a time, so that all used blocks belong to it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from overfill.cli.stack import Stack, StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 
-_FREE_TIMEOUT = 10.0  # seconds for all blocks to be free before the trial says that they are not
+_FREE_TIMEOUT = 10.0  # seconds after a kill in which all blocks must be free
 _POLL = 0.01
-_TIMED_ANSWERS = 5  # answers that are let finish, to know how long one takes
+_TIMED_ANSWERS = 5  # answers that may finish, to learn how long one takes
 
 
 @dataclass(slots=True)
@@ -51,7 +51,10 @@ async def kill_clients(
     seed: int,
     report: Callable[[str, int, int], None],
 ) -> ClientKillResult:
-    """Kills ``kills`` clients on a stack of its own. On the main thread: children are tied to it."""
+    """Kills ``kills`` clients of a new stack.
+
+    Call it on the main thread: child processes end with the thread that starts them.
+    """
     rng = random.Random(seed)
     result = ClientKillResult()
     stack = Stack(plan, lambda name, line: None)
@@ -79,7 +82,7 @@ async def kill_clients(
 
 
 async def _seconds_until_free(watcher: AsyncClient, since: float) -> float:
-    """Seconds from ``since`` to the first of two readings, one after the other, that show nothing in use."""
+    """Returns the seconds from ``since`` to the first of two successive polls that show nothing in use."""
     freed: float | None = None
     while (now := time.monotonic()) - since < _FREE_TIMEOUT:
         if await _in_use(watcher):
@@ -101,7 +104,7 @@ async def _in_use(watcher: AsyncClient) -> bool:
 
 
 class _ClientForker:
-    """A process that has loaded the SDK and forks a client at a time: a fresh one would take a second to load it."""
+    """A process that has imported the SDK and forks one client at a time. A new process needs 1 s for the import."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -114,27 +117,27 @@ class _ClientForker:
         self._pid = int(await self._line())
 
     async def end(self) -> str:
-        """How the client ended."""
+        """Waits for the client; returns its exit code, or minus the signal that ended it."""
         return await self._line()
 
     async def run_to_end(self, address: str, prompt: Sequence[int], max_tokens: int) -> float:
-        """Seconds that a client takes for its answer."""
+        """Runs a client to the end of its answer and returns the seconds that this took."""
         started = time.monotonic()
         await self.begin(address, prompt, max_tokens)
         if (how := await self.end()) != "0":
-            raise InternalError(f"a client that nobody killed ended with {how}")
+            raise InternalError(f"a client exited with {how}, although it was not killed")
         return time.monotonic() - started
 
     async def kill(self) -> bool:
-        """Kills the client; whether it was still waiting for tokens."""
-        # It stays a zombie until the next one begins, so the pid is still its own.
+        """Kills the client. Returns False if it had already exited."""
+        # The client stays a zombie until the next one starts, so its pid is not reused.
         os.kill(self._pid, signal.SIGKILL)
         return await self.end() == str(-signal.SIGKILL)
 
     async def _line(self) -> str:
         assert self._process.stdout is not None
         if not (line := await self._process.stdout.readline()):
-            raise InternalError("the process that forks clients has died")
+            raise InternalError("the process that forks clients has exited")
         return line.decode().strip()
 
 
@@ -142,7 +145,7 @@ class _ClientForker:
 async def _client_forker() -> AsyncIterator[_ClientForker]:
     command = [sys.executable, "-m", "overfill.lab.faults.client_kills"]
     pipe = asyncio.subprocess.PIPE
-    # Without gRPC's own handling of forks: the parent never opens a channel.
+    # gRPC's fork handlers are not needed: the parent never opens a channel.
     environment = os.environ | {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=environment)
     try:
@@ -154,7 +157,7 @@ async def _client_forker() -> AsyncIterator[_ClientForker]:
 
 
 def _fork_clients() -> None:
-    """Per line of stdin a client: prints its pid, waits for it, prints how it ended."""
+    """Forks one client per line of stdin: prints its pid, waits for it, prints its exit status."""
     pid = 0
     for line in sys.stdin:
         if pid:

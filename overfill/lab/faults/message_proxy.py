@@ -1,6 +1,7 @@
-"""A gRPC proxy that damages, holds up or reorders messages. Seeded; knows no message types.
+"""A gRPC proxy that damages, delays, drops or reorders messages. A seed chooses them; message types do not matter.
 
-``overfill.lab.faults.proxy`` works below it, on bytes: keepalive pings pass through that one, and not through this one.
+``overfill.lab.faults.proxy`` works on the bytes of a connection, so it forwards keepalive pings. This proxy opens
+and accepts connections, so it answers pings itself.
 """
 
 from __future__ import annotations
@@ -20,40 +21,38 @@ Direction = Literal["request", "response"]
 
 
 class ConnectionLost(Exception):
-    """Raised by a filter: the call ends for the sender, and the receiver does not hear of it."""
+    """Raised by a filter: the call ends for the sender, and the receiver is not notified."""
 
 
 class Filter(Protocol):
-    """What happens to the messages of one direction of one call."""
+    """Transforms the messages of one direction of one call."""
 
     async def pass_on(self, message: bytes) -> list[bytes]:
-        """What goes on in place of ``message``, in order; anything may take its time. May raise ConnectionLost."""
+        """Returns the messages to forward instead of ``message``. May wait, or raise ConnectionLost."""
 
     def end(self) -> list[bytes]:
-        """What was held back, when the sender has ended."""
+        """Returns the messages still held back. Called when the sender has ended."""
 
 
 OnHit = Callable[[], None]
 
 
 class Fault(Protocol):
-    """A way to misbehave."""
+    """A kind of fault."""
 
     def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
-        """A filter for one call; it calls ``on_hit`` whenever it does its worst."""
+        """Returns a filter for one call. The filter calls ``on_hit`` each time it injects the fault."""
 
 
 @dataclass(slots=True)
 class Rule:
-    """Which calls a fault befalls.
-
-    Args:
-        method: end of the full method name, such as ``Prefill/PullKv``; empty for all.
-        share: of these calls, chosen at random.
-        remaining: calls that are still to be befallen; None is no limit.
+    """A fault, and the calls to which it applies.
 
     Attributes:
-        hits: times that the fault has struck so far.
+        method: End of the full method name, such as ``Prefill/PullKv``. Empty means all methods.
+        fraction: Fraction of these calls that get the fault, chosen at random.
+        remaining: Number of further calls that get the fault. None means no limit.
+        hits: Number of times the fault was injected so far.
     """
 
     fault: Fault
@@ -68,9 +67,9 @@ class Rule:
 
 
 class MessageProxy:
-    """Forwards every RPC to ``target``, message by message, through the rules that fit it.
+    """Forwards every RPC to ``target``, message by message, and applies the matching rules.
 
-    Statuses, metadata, deadlines and cancellation pass unchanged, in both directions.
+    Statuses, metadata, deadlines and cancellation are forwarded unchanged.
     """
 
     def __init__(self, target: str, rules: Sequence[Rule] = (), seed: int = 0) -> None:
@@ -92,21 +91,21 @@ class MessageProxy:
         await self._channel.close(None)
 
     async def forward(self, method: str, requests: AsyncIterator[bytes], context: Any) -> None:
-        """One call. Every gRPC call is a stream both ways on the wire, one with a single message included."""
+        """Forwards one call. On the wire every gRPC call is a stream in both directions, unary calls included."""
         to_server, to_client = self._filters(method)
         channel: Any = self._channel
         call = channel.stream_stream(method)(
             timeout=context.time_remaining(), metadata=_without_transport(context.invocation_metadata())
         )
         sending = asyncio.ensure_future(self._send(call, requests, to_server))
-        writing = asyncio.Lock()  # towards the client: gRPC takes one operation at a time
+        writing = asyncio.Lock()  # towards the client: gRPC allows one operation at a time
         receiving = asyncio.ensure_future(self._receive(call, context, writing, to_client))
         ends = {receiving, sending}
         try:
             while not receiving.done():
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if sending in done and isinstance(sending.exception(), ConnectionLost):
-                    self._half_open.append(call)  # to the server the client is still there
+                    self._half_open.append(call)  # the server must not notice that the client has gone
                     async with writing:
                         await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
             receiving.result()
@@ -143,7 +142,7 @@ class MessageProxy:
                 await call.write(out)
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            pass  # the call has ended, which the reading side tells
+            pass  # the call has ended; the reading side reports it
 
     def _filters(self, method: str) -> tuple[list[Filter], list[Filter]]:
         chosen: dict[Direction, list[Filter]] = {"request": [], "response": []}
@@ -163,7 +162,7 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def service(self, handler_call_details: Any) -> Any:
         method = handler_call_details.method
 
-        # gRPC looks at the function to tell an asynchronous handler.
+        # A coroutine function, not a callable object: gRPC inspects it to recognise an asynchronous handler.
         async def handle(requests: AsyncIterator[bytes], context: Any) -> None:
             await self._proxy.forward(method, requests, context)
 
@@ -182,12 +181,12 @@ def _flush(filters: Sequence[Filter]) -> list[bytes]:
 
 
 def _without_transport(metadata: Any) -> list[tuple[str, str | bytes]]:
-    """Metadata that a new call may carry; gRPC sets its own."""
+    """Returns the metadata without the entries that gRPC sets itself."""
     return [(key, value) for key, value in metadata or () if not key.startswith((":", "grpc-")) and key != "user-agent"]
 
 
 class _Unbuffered:
-    """Part of a filter that holds nothing back."""
+    """Mixin for filters that hold no messages back."""
 
     __slots__ = ()
 
@@ -197,7 +196,7 @@ class _Unbuffered:
 
 @dataclass(slots=True)
 class _ChangeOne(_Unbuffered):
-    """A filter that ``change``s message number ``at`` of the call."""
+    """A filter that applies ``change`` to message number ``at`` of the call."""
 
     change: Callable[[bytes], list[bytes]]
     at: int
@@ -214,7 +213,7 @@ class _ChangeOne(_Unbuffered):
 
 @dataclass(frozen=True, slots=True)
 class _OneMessageFault:
-    """A fault that befalls one of the first ``within`` messages of a call."""
+    """A fault in one of the first ``within`` messages of a call."""
 
     within: int = 1
 
@@ -250,7 +249,7 @@ class Duplicate(_OneMessageFault):
 
 
 class Drop(_OneMessageFault):
-    """Loses one of the first ``within`` messages."""
+    """Drops one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         return []
@@ -258,7 +257,7 @@ class Drop(_OneMessageFault):
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Holds every message up for up to ``seconds``; each counts."""
+    """Delays every message by up to ``seconds``. Each one counts as a hit."""
 
     seconds: float
 
@@ -280,7 +279,7 @@ class _Delaying(_Unbuffered):
 
 @dataclass(frozen=True, slots=True)
 class Throttle:
-    """Lets ``bytes_per_second`` pass; each message that is held up counts."""
+    """Limits the bandwidth to ``bytes_per_second``. Each message counts as a hit."""
 
     bytes_per_second: float
 
@@ -304,7 +303,7 @@ class _Throttling(_Unbuffered):
 
 @dataclass(frozen=True, slots=True)
 class HalfOpen:
-    """After ``after`` messages the call has ended for the sender, and is open for the receiver, who hears nothing."""
+    """After ``after`` messages, ends the call for the sender only. It stays open and silent for the receiver."""
 
     after: int = 0
 
@@ -327,7 +326,7 @@ class _HalfOpening(_Unbuffered):
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Lets ``after`` messages pass and then nothing more, while both ends stay."""
+    """Forwards ``after`` messages and then no more. The call stays open at both ends."""
 
     after: int = 0
 
@@ -350,7 +349,7 @@ class _Stalling(_Unbuffered):
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Keeps up to ``window`` messages and lets them go in random order; each that overtakes another counts."""
+    """Holds up to ``window`` messages and forwards them in random order. Each that overtakes another is a hit."""
 
     window: int = 4
 

@@ -1,4 +1,4 @@
-"""One line about a running test: over and over in a terminal, now and then in a log."""
+"""Prints the state of a running test: one line that is updated in a terminal, or a line every 10 s in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Writes to ``out`` until the process ends."""
+    """Writes progress to ``out`` until the process ends."""
 
     def __init__(self, run: LoadTestRun, out: TextIO) -> None:
         self._run = run

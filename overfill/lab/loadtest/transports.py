@@ -1,4 +1,4 @@
-"""How a load test asks: our own protocol, or any OpenAI endpoint. Blocking calls, which gevent turns into waits."""
+"""Transports of a load test: our gRPC protocol, and OpenAI endpoints. Calls block; gevent makes them yield."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from overfill.rpc.tls import ClientTls
 
 _CONNECT_SECONDS = 10.0
 _CONNECTIONS = 1000
-"""That are kept open for the next request."""
+"""Maximum connections that are kept open for later requests."""
 
 
 class GrpcTransport:
-    """A stack of ours; connections of its own."""
+    """Sends requests to a stack over gRPC. Has its own connections."""
 
     def __init__(self, plan: LoadPlan) -> None:
         ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
@@ -48,7 +48,7 @@ class GrpcTransport:
 
 
 class OpenAiTransport:
-    """``/completions`` of an OpenAI endpoint, streamed."""
+    """Sends requests to ``/completions`` of an OpenAI endpoint and streams the answers."""
 
     def __init__(self, plan: LoadPlan) -> None:
         self._url = plan.target.rstrip("/")
@@ -97,7 +97,7 @@ class OpenAiTransport:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines as soon as they are complete, however they were cut."""
+    """Yields each line as soon as it is complete, independent of the chunks' boundaries."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,6 +1,6 @@
-"""Locust users: one that asks over gRPC, one that asks an OpenAI endpoint. Importing this patches the process (gevent).
+"""Locust users for gRPC and for OpenAI endpoints. Importing this module patches the process (gevent).
 
-Each answer makes three kinds of entries in locust's statistics: ``TTFT``, ``ITL`` (every gap between two tokens) and
+Each answer adds three kinds of entries to locust's statistics: ``TTFT``, ``ITL`` (one per gap between two tokens) and
 ``end to end``, which also counts failures.
 """
 
@@ -21,13 +21,13 @@ from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.transports import GrpcTransport, OpenAiTransport
 from overfill.lab.traffic.outcome import Outcome
 
-grpc.experimental.gevent.init_gevent()  # before the first channel: gRPC's own threads would block all greenlets
+grpc.experimental.gevent.init_gevent()  # before the first channel; otherwise gRPC's threads block all greenlets
 
 _IDLE_SECONDS = 0.2
 
 
 class LoadUser(User):
-    """Asks again as soon as it has its answer; in an open loop, sends all of its process's requests when due."""
+    """Sends a request after each answer. In an open loop, sends all requests of its process when they are due."""
 
     abstract = True
     protocol: ClassVar[str]
@@ -54,14 +54,14 @@ class LoadUser(User):
             self._send(ordinal, None)
 
     def _send_when_due(self) -> None:
-        run, on_their_way = self._load_run, Group()
+        run, running = self._load_run, Group()
         assert run.shard is not None
         start = run.clock()
         while (ordinal := run.shard.take()) is not None:
             due = start + run.workload[ordinal].arrival
             gevent.sleep(max(0.0, due - run.clock()))
-            on_their_way.spawn(self._send, ordinal, due)
-        on_their_way.join()
+            running.spawn(self._send, ordinal, due)
+        running.join()
         gevent.sleep(_IDLE_SECONDS)
 
     def _send(self, ordinal: int, due: float | None) -> None:
@@ -93,26 +93,26 @@ class LoadUser(User):
 
 
 class GrpcUser(LoadUser):
-    """Over our own protocol."""
+    """A user that sends requests over gRPC."""
 
     protocol = "gRPC"
     transport = GrpcTransport
 
 
 class OpenAiUser(LoadUser):
-    """Over HTTP, streaming."""
+    """A user that sends requests to an OpenAI endpoint and streams the answers."""
 
     protocol = "OpenAI"
     transport = OpenAiTransport
 
 
 def user_class(plan: LoadPlan) -> type[LoadUser]:
-    """Who can ask the plan's target."""
+    """Returns the class of users for the plan's target."""
     return OpenAiUser if plan.http else GrpcUser
 
 
 def attach(environment: Environment, run: LoadTestRun) -> None:
-    """Gives an environment its run."""
+    """Stores ``run`` in locust's environment."""
     environment.overfill = run  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The end of a load test: what on_tokens of it, as a table, a page and records, and whether the objectives are met."""
+"""Ends a load test: prints its table, writes report and records, and checks the objectives."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class LoadTestStatus(enum.Enum):
 
 
 def conclude(run: LoadTestRun, out: TextIO, err: TextIO) -> LoadTestStatus:
-    """Prints the table on ``out`` and objectives missed on ``err``; writes the files that the plan asks for."""
+    """Prints tables to ``out`` and missed objectives to ``err``; writes the files that the plan names."""
     if run.failure is not None or not run.outcomes:
         print(f"\nloadtest: nothing was measured: {run.failure or 'no request was sent'}", file=err)
         return LoadTestStatus.NOT_MEASURED
     outcomes = relative_to_start(run.all_outcomes())
     verdicts = run.plan.objectives.judge(outcomes)
     if err.isatty():
-        print(file=err)  # below the progress
+        print(file=err)  # below the progress line
     console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
     console.print(summary(outcomes))
     console.print(_verdict_table(verdicts))
@@ -55,7 +55,7 @@ def conclude(run: LoadTestRun, out: TextIO, err: TextIO) -> LoadTestStatus:
 
 
 def summary(outcomes: list[Outcome]) -> Table:
-    """Latencies in a row each, and rates below."""
+    """Returns a table with a row per latency, and rates below."""
     found = {figure.name: figure for figure in figures(outcomes, None)}
     table = Table(box=None, padding=(0, 2))
     table.add_column("")
@@ -78,8 +78,8 @@ def _verdict_table(verdicts: list[Verdict]) -> Table:
         table.add_column(column)
     for verdict in verdicts:
         threshold = verdict.threshold
-        told = "met" if verdict.met else "MISSED"
-        table.add_row(threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), told)
+        status = "met" if verdict.met else "MISSED"
+        table.add_row(threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status)
     return table
 
 

@@ -1,5 +1,7 @@
-"""Every PromQL expression of ``deploy``: of dashboards with their variables filled in, of rules without the comparison
-that makes them an alert. Needs promql-parser.
+"""Extracts the PromQL expressions of ``deploy``'s dashboards and rules. Needs promql-parser.
+
+Dashboards' variables are filled in. Of alerts, the compared expressions are returned without their comparisons, so that
+they have a value while the alert does not fire.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ _SETS = {"and", "or", "unless"}
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """``text`` as Prometheus takes it; ``where`` names the file and the panel or rule."""
+    """A PromQL expression. ``where`` names its dashboard and panel, or its rule."""
 
     where: str
     text: str
 
 
 def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expression]:
-    """Of the dashboards in ``folder``, with all workers chosen."""
+    """Yields the expressions of the dashboards in ``folder``, with all workers selected."""
     for path in sorted(folder.glob("*.json")):
         for panel in panels(json.loads(path.read_text())):
             for target in panel["targets"]:
@@ -34,7 +36,7 @@ def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expressi
 
 
 def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All panels that show data, those of folded rows too."""
+    """Yields all panels that show data, including those in folded rows."""
     for panel in dashboard["panels"]:
         if panel["type"] == "row":
             yield from panels({"panels": panel.get("panels") or []})
@@ -43,19 +45,19 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def filled(expression: str, rate_interval: str) -> str:
-    """``expression`` as Grafana sends it."""
+    """Fills in the variables of ``expression`` as Grafana does."""
     return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+")
 
 
 def rules(folder: Path) -> Iterator[dict[str, Any]]:
-    """Recording and alert rules in ``folder``."""
+    """Yields the recording and alert rules in ``folder``."""
     for path in sorted(folder.glob("*.yml")):
         for group in yaml.safe_load(path.read_text())["groups"]:
             yield from group["rules"]
 
 
 def rule_expressions(folder: Path) -> Iterator[Expression]:
-    """Of the rules in ``folder``: of alerts, what is compared."""
+    """Yields the expressions of the rules in ``folder``; for alerts, the compared ones."""
     for rule in rules(folder):
         if "alert" in rule:
             for text in compared(rule["expr"]):
@@ -65,7 +67,7 @@ def rule_expressions(folder: Path) -> Iterator[Expression]:
 
 
 def compared(alert: str) -> Iterator[str]:
-    """The sides of an alert's comparisons that may be empty: of ``a > 1 and b > 2``, ``a`` and ``b``."""
+    """Yields the left sides of an alert's comparisons: for ``a > 1 and b > 2``, ``a`` and ``b``."""
     yield from _compared(promql_parser.parse(alert))
 
 
@@ -82,7 +84,7 @@ def _compared(node: Any) -> Iterator[str]:
 
 
 def names(expression: str) -> set[str]:
-    """Metrics that ``expression`` reads. Raises ValueError when it is no PromQL."""
+    """Returns the metrics that ``expression`` reads. Raises ValueError when it is not valid PromQL."""
     return set(_names(promql_parser.parse(expression)))
 
 

@@ -1,4 +1,4 @@
-"""A real Prometheus beside a stack, for tests and for pictures. Needs the program ``prometheus`` (Debian has it)."""
+"""Runs a real Prometheus beside a stack, for tests and images. Needs the program ``prometheus`` (a Debian package)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from typing import Any
 
 import yaml
 
-_START = 30.0  # seconds for it to come up
+_START = 30.0  # seconds until Prometheus must be ready
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One series of a result: labels, and (seconds since the epoch, value) in order."""
+    """One series of a query's result: labels, and points of (seconds since the epoch, value) in order."""
 
     labels: dict[str, str]
     points: list[tuple[float, float]]
@@ -35,37 +35,37 @@ class Series:
 
     @property
     def has_number(self) -> bool:
-        """Whether any of the values is one."""
+        """True if any value is finite."""
         return any(math.isfinite(value) for _, value in self.points)
 
 
 class Prometheus:
-    """Asks a running server. Raises RuntimeError when a query is wrong, with what Prometheus says about it."""
+    """Client of a running Prometheus. A wrong query raises RuntimeError with Prometheus's message."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def query(self, expression: str) -> list[Series]:
-        """As of now."""
+        """Evaluates ``expression`` now."""
         return [_series(item, [item["value"]]) for item in self._result("query", query=expression)]
 
     def query_range(self, expression: str, start: float, end: float, step: float) -> list[Series]:
-        """Over time; times in seconds since the epoch."""
+        """Evaluates ``expression`` every ``step`` seconds from ``start`` to ``end`` (seconds since the epoch)."""
         found = self._result("query_range", query=expression, start=str(start), end=str(end), step=str(step))
         return [_series(item, item["values"]) for item in found]
 
     def firing(self) -> set[str]:
-        """Names of the alerts that fire."""
+        """Returns the names of the alerts that are firing."""
         alerts = self._get("alerts")["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
     def up(self) -> set[str]:
-        """Workers and routers whose last scrape went well."""
+        """Returns the workers and routers whose last scrape succeeded."""
         targets = self._get("targets")["activeTargets"]
         return {target["labels"]["worker"] for target in targets if target["health"] == "up"}
 
     def names(self) -> set[str]:
-        """Of all series."""
+        """Returns the names of all series."""
         return set(self._get("label/__name__/values"))
 
     def _result(self, what: str, **parameters: str) -> list[dict[str, Any]]:
@@ -92,18 +92,18 @@ def running_prometheus(
     """Runs Prometheus on loopback until the end of the block.
 
     Args:
-        folder: for its configuration and data; must exist.
-        targets_url: a router's ``/targets``.
-        rules: files of rules.
-        interval: seconds between scrapes, and between evaluations of rules.
+        folder: Existing folder for configuration and data.
+        targets_url: URL of a router's ``/targets``.
+        rules: Files with rules.
+        interval: Seconds between scrapes, and between evaluations of rules.
 
     Raises:
-        FileNotFoundError: there is no program ``prometheus``.
-        RuntimeError: it did not come up.
+        FileNotFoundError: The program ``prometheus`` is not installed.
+        RuntimeError: Prometheus did not start within 30 s.
     """
     program = shutil.which("prometheus")
     if program is None:
-        raise FileNotFoundError("there is no program prometheus here")
+        raise FileNotFoundError("the program prometheus is not installed or not on PATH")
     pause = f"{round(interval * 1000)}ms"
     config = {
         "global": {"scrape_interval": pause, "scrape_timeout": pause, "evaluation_interval": pause},
@@ -140,7 +140,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
                 return
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"Prometheus did not come up: {log.read_text()}") from None
+                raise RuntimeError(f"Prometheus did not start: {log.read_text()}") from None
             time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""The timeline of a simulated run, as a file. No display is needed."""
+"""Plots the timeline of a simulated run to a file. Needs no display."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PREFILL, _DECODE, _GREY = "#d95f02", "#1b9e77", "#666666"
 
 
 def save_timeline(path: Path, title: str, result: SimulationResult) -> None:
-    """Arrivals, workers and utilisation of both pools over minutes; the suffix picks the format."""
-    samples = result.samples[1:]  # the first is of no time at all
+    """Plots arrivals, workers and utilisation of both pools over minutes. The suffix of ``path`` chooses the format."""
+    samples = result.samples[1:]  # the first snapshot covers no time
     minutes = [sample.time / 60 for sample in samples]
     ends = [0.0, *(sample.time for sample in samples)]
     spans = [max(1e-9, b - a) for a, b in pairwise(ends)]
@@ -53,7 +53,7 @@ def save_timeline(path: Path, title: str, result: SimulationResult) -> None:
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """Mean over ``width`` samples."""
+    """Returns the moving average over ``width`` values."""
     smooth = []
     for index in range(len(values)):
         part = values[max(0, index - width + 1) : index + 1]

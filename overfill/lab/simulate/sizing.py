@@ -1,7 +1,7 @@
-"""How workers workers of each kind a trace needs at an objective: a search over simulated runs.
+"""Searches how many workers of each kind a trace needs to meet an objective, by simulating runs.
 
-More workers of either kind never hurt, so the smallest sizes form a staircase: the fewer prefill workers, the more
-decode workers. The search finds both ends by halving and walks along.
+We assume that more workers never make a run worse. The smallest sizes then form a staircase: fewer prefill workers need
+more decode workers. The search finds both ends by bisection and walks from one to the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from overfill.lab.traffic.traces import TraceRequest
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A pair of pools that meets the objective, and fails it with one worker less of either kind."""
+    """Sizes of both pools that meet the objective, and miss it with one worker less of either kind."""
 
     prefill: int
     decode: int
@@ -29,10 +29,13 @@ class Size:
 
 
 class SizeSearch:
-    """Args:
-    attainment: of requests that must meet ``objective``.
-    costs: of one prefill and one decode worker, in any unit.
-    max_workers: workers of one kind to try.
+    """Searches the smallest sizes of both pools.
+
+    Args:
+        attainment: Share of requests that must meet ``objective``.
+        costs: Costs of one prefill and one decode worker, in any unit.
+        max_workers: Maximum workers of one kind to try.
+        on_run: Called after each run with (prefill, decode, objective met).
     """
 
     def __init__(
@@ -58,10 +61,10 @@ class SizeSearch:
         return len(self._met)
 
     def frontier(self) -> list[Size]:
-        """The staircase, fewest prefill workers first.
+        """Returns the smallest sizes, fewest prefill workers first.
 
         Raises:
-            InvalidRequest: not even ``max_workers`` workers of each kind are enough.
+            InvalidRequest: Even ``max_workers`` workers of each kind miss the objective.
         """
         workers = 1
         while self._try(workers, workers) is None:
@@ -72,7 +75,7 @@ class SizeSearch:
                     "of each kind; some requests may take longer than that on an idle worker",
                 )
             workers = min(self._max_workers, 2 * workers)
-        # With twice as workers of the other kind, one kind alone decides.
+        # With twice as many workers of the other kind, only the searched kind limits the run.
         ample = 2 * workers
         fewest_prefill = _smallest(1, workers, lambda n: self._try(n, ample) is not None)
         fewest_decode = _smallest(1, workers, lambda m: self._try(ample, m) is not None)
@@ -81,7 +84,7 @@ class SizeSearch:
         for prefill in range(fewest_prefill, ample + 1):
             least = _smallest(fewest_decode, decode, lambda m, n=prefill: self._try(n, m) is not None)  # type: ignore[misc]
             if sizes and least == decode:
-                continue  # one more prefill worker, and nothing saved
+                continue  # one more prefill worker saves no decode worker
             result = self._try(prefill, least)
             assert result is not None
             decode = least
@@ -92,7 +95,7 @@ class SizeSearch:
         return sizes
 
     def _try(self, prefill: int, decode: int) -> SimulationResult | None:
-        """The run, if it meets the objective."""
+        """Simulates these sizes once. Returns the result if it meets the objective, else None."""
         if (prefill, decode) not in self._met:
             options = replace(self._options, prefill=prefill, decode=decode)
             result = Simulation(self._trace, self._profile, options).run()
@@ -103,7 +106,7 @@ class SizeSearch:
 
 
 def _smallest(low: int, high: int, enough: Callable[[int], bool]) -> int:
-    """Smallest number from ``low`` to ``high`` that is enough; ``high`` is taken to be."""
+    """Returns the smallest number from ``low`` to ``high`` that is enough. ``high`` must be enough."""
     while low < high:
         middle = (low + high) // 2
         if enough(middle):

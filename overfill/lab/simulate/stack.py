@@ -1,7 +1,8 @@
 """The simulated stack: the real dispatcher and roster, modelled workers, and the messages between them.
 
-Everything a router decides is decided by ``routing``; this module carries messages, each of which takes a ``hop``, and
-plays the parts of ``routing/attempt.py`` and ``relay.py`` that need sockets there. One router; clients never leave.
+``overfill.routing`` makes all of the router's decisions. This module carries messages, each of which takes a ``hop``,
+and replaces the parts of ``routing/attempt.py`` and ``relay.py`` that use sockets. There is one router, and clients
+never disconnect.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _T = TypeVar("_T")
 
 
 class Simulation:
-    """One run of ``trace`` on workers of ``profile``. ``run`` once."""
+    """Simulates one run of ``trace`` on workers of ``profile``. Call ``run`` only once."""
 
     def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: Options) -> None:
         self.clock = Clock()
@@ -56,13 +57,13 @@ class Simulation:
         self._observer = Observer(self.clock, self.workers, self.counters)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
-        """Plays the whole trace; ``progress`` is reported how many requests have ended."""
+        """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
         began = thread_time()
         for _ in range(self.options.prefill):
             self.start_worker(PREFILL, 0.0)
         for _ in range(self.options.decode):
             self.start_worker(common_pb2.STAGE_DECODE, 0.0)
-        # Workers have joined and reported before the first request.
+        # Events run in the order of scheduling, so workers join and report before the first request.
         self.clock.at(self._trace[0].arrival, self._arrive, 0)
         if self._scaler is not None:
             self.clock.at(0.0, self._scaler.tick)
@@ -94,7 +95,7 @@ class Simulation:
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def start_worker(self, stage: common_pb2.Stage, delay: float) -> SimWorker:
-        """A new worker takes work after ``delay`` seconds."""
+        """Starts a worker that is ready after ``delay`` seconds."""
         self._started += 1
         worker: SimWorker
         if stage == PREFILL:
@@ -111,8 +112,8 @@ class Simulation:
         return worker
 
     def drain_worker(self, worker: SimWorker) -> None:
-        """It takes nothing new; what has not ended after the grace period moves."""
-        if worker.entry is None:  # not there yet
+        """Drains a worker: it accepts no new requests; those left after the grace period migrate."""
+        if worker.entry is None:  # it has not joined yet
             self._remove(worker)
             return
         worker.draining = True
@@ -165,7 +166,7 @@ class Simulation:
         self._poll()
 
     def _evict(self, worker: SimWorker) -> None:
-        """The grace period is over."""
+        """Migrates the requests that are left on a worker after its grace period."""
         if worker.gone:
             return
         if isinstance(worker, DecodeWorker):
@@ -213,7 +214,7 @@ class Simulation:
                 self.clock.after(self.profile.hop, self._reserve, attempt)
 
     def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
-        """Calls the dispatcher, and counts the CPU time that it takes."""
+        """Calls the dispatcher and adds its CPU time to the counters."""
         began = thread_time()
         try:
             return method(*args, **named)
@@ -233,7 +234,7 @@ class Simulation:
             self._poll()
 
     def _tokens(self, attempt: DecodeAttempt) -> None:
-        """Tokens reach the client, the first of this attempt."""
+        """Handles the arrival of an attempt's first token at the client."""
         if attempt.over:
             return
         request = attempt.request
@@ -250,13 +251,13 @@ class Simulation:
             self._poll()
 
     def _lost(self, attempt: DecodeAttempt, emitted: int, gone: bool) -> None:
-        """The decode worker failed the request, or sends it elsewhere."""
+        """Handles a decode worker's failure (``gone``) or its eviction of a request."""
         if attempt.over:
             return
         self._cancel(attempt)
         attempt.over = True
         request = attempt.request
-        if request.first is not None:  # otherwise the first token never got here
+        if request.first is not None:  # otherwise the first token never reached the router
             request.emitted = max(request.emitted, emitted)
         if request.emitted >= request.trace.output_tokens:
             request.last = self.clock.now
@@ -270,7 +271,7 @@ class Simulation:
 
     def _need_prefill(self, attempt: DecodeAttempt, failed: bool) -> None:
         job = attempt.request.job
-        if attempt.over or job.state is JobState.WANTS_PREFILL:  # it gets the one that it waits for
+        if attempt.over or job.state is JobState.WANTS_PREFILL:  # it already waits for a prefill worker
             return
         self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, pause=failed)
         self._poll()
@@ -304,7 +305,7 @@ class Simulation:
             self.clock.after(hop, self._refused, attempt, worker.load())
 
     def _submit(self, attempt: DecodeAttempt, name: str) -> None:
-        """The decode worker asks the prefill worker that it was reported to ask."""
+        """Sends a prompt from the decode worker to the prefill worker that the router assigned."""
         request, sequence = attempt.request, attempt.sequence
         if attempt.over or sequence.state is not SequenceState.RECEIVING:
             return
@@ -341,7 +342,7 @@ class Simulation:
 
     def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
-        self._cancel(attempt)  # nobody needs the rest of an answer of one token
+        self._cancel(attempt)  # a one-token answer needs no KV: cancel its transfer
         self.clock.after(self.profile.hop, self._done, attempt)
 
     def kv_wanted(self, worker: SimWorker, sequence: SimSequence) -> None:
@@ -357,21 +358,23 @@ class Simulation:
             self._need_prefill(attempt, failed)
 
     def _cancel(self, attempt: DecodeAttempt) -> None:
-        """Ends the prefill that runs for it, if one does."""
+        """Cancels the attempt's prefill, if one is running."""
         ticket, attempt.ticket = attempt.ticket, None
         worker = self.workers.get(attempt.prefill)
         if ticket is not None and isinstance(worker, PrefillWorker):
             self.clock.after(self.profile.hop, worker.engine.cancel, ticket)
 
     def _receiver(self, attempt: DecodeAttempt, ticket: Ticket) -> DecodeWorker | None:
-        """The decode worker that a prefill's message reaches; None when it is stale, or the worker is gone, of which
-        the router may not have heard yet."""
+        """Returns the decode worker that receives a prefill's message.
+
+        None means that the message is stale or the worker has left, which the router may not know yet.
+        """
         worker = self.workers.get(attempt.worker)
         if attempt.over or attempt.ticket is not ticket or not isinstance(worker, DecodeWorker):
             return None
         return worker
 
-    # -- books -----------------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         self.counters.checks += 1
@@ -382,7 +385,7 @@ class Simulation:
             raise AssertionError(f"{len(self.open)} requests are open, the dispatcher knows {self.dispatcher.num_jobs}")
 
     def _sample(self, interval: float | None) -> None:
-        """Notes how things are; again after ``interval`` seconds, unless that is None."""
+        """Takes a snapshot, and another one every ``interval`` seconds. None means only one."""
         targets = self._scaler.latest if self._scaler is not None else None
         self._observer.sample(self.dispatcher.num_waiting, len(self._requests), targets)
         if interval is not None:

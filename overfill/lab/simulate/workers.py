@@ -1,6 +1,8 @@
-"""A modelled worker as the router sees it: it joins, reports and drains. What it computes is in its neighbours.
+"""Modelled workers as the router sees them: they join, report and drain.
 
-Reports are the wire's own messages, pushed on change and every second, as ``rpc/membership.py`` does it.
+Their engines are modelled in ``prefill`` and ``decode``.
+
+Reports are real wire messages, sent after changes and every second, as by ``rpc/membership.py``.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 REPORT_INTERVAL = 1.0
-"""Seconds between reports when nothing changes."""
+"""Seconds between reports while nothing changes."""
 
 _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
 
 
 class Router(Protocol):
-    """Whom workers talk to. All of it happens now; who calls has waited for the message to travel."""
+    """Receiver of the workers' messages. It adds the time that each message travels."""
 
     def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None: ...
 
@@ -42,13 +44,14 @@ class Router(Protocol):
 
 
 class SimWorker:
-    """Lifecycle and reports.
+    """Base class of modelled workers: lifecycle and reports.
 
     Attributes:
-        entry: the worker in the router's roster; None before it has joined.
-        since: when it was started; ready_since: when it first took work, None while it starts.
-        gone: it has left, or died.
-        engine: what computes; each kind of worker makes its own.
+        entry: The worker in the router's roster; None before it has joined.
+        since: Time at which it was started.
+        ready_since: Time at which it became ready; None while it starts.
+        gone: True once it has left or died.
+        engine: Model of its computation, created by the subclass.
     """
 
     engine: SimPrefill | SimDecode
@@ -71,26 +74,26 @@ class SimWorker:
 
     @property
     def active(self) -> int:
-        """Requests on the worker."""
+        """Number of requests on the worker."""
         return self.engine.active
 
     @property
     def busy(self) -> float:
-        """Seconds of work so far."""
+        """Seconds spent in steps so far."""
         return self.engine.busy
 
     def load(self) -> decode_pb2.WorkerLoad:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises AssertionError when its books do not balance."""
+        """Raises AssertionError when the engine's counters are inconsistent."""
         self.engine.check()
 
     def report(self) -> registry_pb2.Report:
         raise NotImplementedError
 
     def load_changed(self) -> None:
-        """Reports soon, but not more often than every ``report_gap`` seconds."""
+        """Schedules a report as soon as ``report_gap`` seconds have passed since the last one."""
         if not self.gone and self.entry is not None:
             due = max(self.clock.now, self._reported + self._gap)
             if self._due is None or due < self._due_at:

@@ -1,4 +1,4 @@
-"""Objectives that a whole run has to meet, such as ``ttft_p95=2,itl_p99=200ms,errors=0``. Arithmetic only."""
+"""Objectives of a whole run, such as ``ttft_p95=2,itl_p99=200ms,errors=0``: parsing and checking. No I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from overfill.errors import InvalidRequest
 from overfill.lab.traffic.outcome import Outcome, samples
 
 LATENCIES = ("ttft", "itl", "tpot", "e2e")
-"""``itl``: every gap between two tokens; ``tpot``: the mean gap of each answer."""
+"""Latencies that may have an objective. ``itl`` has a value per gap between two tokens, ``tpot`` per answer (mean)."""
 
 _NAME = re.compile(r"(ttft|itl|tpot|e2e|unattributed)_p(\d{1,2}(?:\.\d+)?|100)")
 _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
@@ -18,12 +18,12 @@ _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """One objective.
+    """Maximum of one measured value.
 
     Attributes:
-        name: ``errors``, or a latency with its percentile.
-        most: seconds for latencies, a share of 1 for ``unattributed`` and for ``errors`` with ``share``; otherwise a
-            number of requests.
+        name: ``errors``, or a latency or ``unattributed`` with its percentile, such as ``ttft_p95``.
+        maximum: Seconds for latencies, a fraction if ``is_fraction`` is set, else a number of failed requests.
+        is_fraction: True for ``unattributed``, and for ``errors`` given in percent.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Threshold:
     is_fraction: bool = False
 
     def measure(self, outcomes: Sequence[Outcome]) -> float | None:
-        """The value of a run; None when no answer has one."""
+        """Returns the value for a run. None means that no answer has this value."""
         if self.name == "errors":
             failed = sum(not outcome.ok for outcome in outcomes)
             return failed / max(1, len(outcomes)) if self.is_fraction else float(failed)
-        import numpy as np  # here, since the options of a load test are read without it
+        import numpy as np  # imported here: parsing a load test's options must not need it
 
         latency, _, percentile = self.name.partition("_p")
         if latency == "tpot":
@@ -45,7 +45,7 @@ class Threshold:
         return float(np.percentile(values, float(percentile))) if values else None
 
     def text(self, value: float | None) -> str:
-        """``value`` with its unit."""
+        """Formats ``value`` with its unit."""
         if value is None:
             return "not measured"
         if self.is_fraction:
@@ -57,7 +57,7 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A threshold held against a run. What was not measured is not met."""
+    """Result of checking one threshold. A value that was not measured does not meet it."""
 
     threshold: Threshold
     measured: float | None
@@ -73,28 +73,28 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class RunObjectives:
-    """Every objective of a run. ``errors=0`` is one of them unless another number of errors is allowed."""
+    """All objectives of a run. They include ``errors=0`` unless the text allows another number of errors."""
 
     thresholds: tuple[Threshold, ...]
 
     @classmethod
     def parse(cls, text: str) -> RunObjectives:
-        """From ``NAME=VALUE,…``. Latencies are in seconds, or in ms when they say so; an empty text is ``errors=0``.
+        """Parses ``NAME=VALUE,…``. Latencies are in seconds, or in milliseconds with the unit ``ms``.
 
         Raises:
-            InvalidRequest: a part is no objective, or is there twice.
+            InvalidRequest: A part is not an objective, or is given twice.
         """
         thresholds: dict[str, Threshold] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             threshold = _parse_threshold(part)
             if threshold.name in thresholds:
-                raise InvalidRequest("slo", f"has {threshold.name} twice")
+                raise InvalidRequest("slo", f"gives {threshold.name} twice")
             thresholds[threshold.name] = threshold
         thresholds.setdefault("errors", Threshold("errors", 0.0))
         return cls(tuple(thresholds.values()))
 
     def judge(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
-        """Every threshold with what was measured."""
+        """Checks every threshold against the outcomes of a run."""
         return [Verdict(threshold, threshold.measure(outcomes)) for threshold in self.thresholds]
 
 
@@ -114,6 +114,6 @@ def _parse_threshold(part: str) -> Threshold:
                 return Threshold(name, number / 1e3 if unit == "ms" else number)
     raise InvalidRequest(
         "slo",
-        f"{part!r} is no objective such as ttft_p95=2 (seconds), itl_p99=200ms, tpot_p50=0.1, e2e_p90=30, "
+        f"{part!r} is not an objective such as ttft_p95=2 (seconds), itl_p99=200ms, tpot_p50=0.1, e2e_p90=30, "
         "unattributed_p99=5%, errors=0 or errors=1%",
     )

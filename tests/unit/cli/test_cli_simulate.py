@@ -14,7 +14,7 @@ def test_one_run_as_a_table_and_as_json(capsys):
     text = capsys.readouterr().out
     assert "40 requests, 1 + 1 workers, profile cpu" in text
     assert "time to first token" in text
-    assert "books and waiting rule held" in text
+    assert "counters and waiting rule checked" in text
     assert main([*SMALL, "--json", "--slo", "ttft=1"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["figures"]["requests"] == 40

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from overfill.lab.chaos.fault_plan import FAULTS, PHASES, TARGETS, draw, matrix, read_report
 
+from overfill.lab.chaos.fault_plan import FAULTS, PHASES, TARGETS, draw, matrix, read_report
 from overfill.lab.chaos.trial import InjectedFault
 
 

@@ -56,7 +56,7 @@ def test_a_server_s_own_count_at_the_end_counts():
 
 def test_a_failed_request_says_why():
     assert asked(Canned([1], "the stream broke off")).error == "the stream broke off"
-    assert asked(Canned([])).error == "no token on_tokens"
+    assert asked(Canned([])).error == "no token arrived"
 
 
 def test_outcomes_survive_the_way_to_the_master():

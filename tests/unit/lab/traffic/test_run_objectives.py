@@ -53,7 +53,7 @@ def test_unattributed_is_what_no_part_covers_of_what_the_client_saw():
     "slo", ["ttft=2", "ttft_p101=1", "ttft_p95", "ttft_p95=-1", "ttft_p95=5%", "errors=1.5", "errors=2s", "x_p50=1"]
 )
 def test_what_is_no_objective_is_told(slo):
-    with pytest.raises(InvalidRequest, match="no objective such as"):
+    with pytest.raises(InvalidRequest, match="not an objective such as"):
         RunObjectives.parse(slo)
 
 

@@ -114,11 +114,11 @@ def test_a_file_s_kind_can_be_said(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "when,what\n1,2\n", "line 2: TIMESTAMP is missing; there are when, what"),
-        ("a.csv", AZURE.splitlines()[0], "holds no request"),
+        ("a.csv", "when,what\n1,2\n", "line 2: TIMESTAMP is missing; the fields are when, what"),
+        ("a.csv", AZURE.splitlines()[0], "contains no requests"),
         ("a.csv", AZURE.replace(",44", ",0"), "line 2: GeneratedTokens must be a whole number of at least 1, got '0'"),
         ("a.csv", AZURE.replace(",396,", ",many,"), "line 3: ContextTokens must be a whole number"),
-        ("a.csv", AZURE.replace("2023-11-16 18:15:51", "yesterday"), "line 4: TIMESTAMP is no date and time"),
+        ("a.csv", AZURE.replace("2023-11-16 18:15:51", "yesterday"), "line 4: TIMESTAMP is not a date and time"),
         ("a.jsonl", MOONCAKE + "nonsense\n", "line 3: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: must be an object"),
         ("a.jsonl", MOONCAKE.replace("3000", '"soon"'), "line 2: timestamp must be a number of milliseconds"),
