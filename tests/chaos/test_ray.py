@@ -74,7 +74,7 @@ def answered(up: Up, pair: Path, inject: Callable[[], None]) -> int:
         wait_until(lambda: len(load.answers) >= 8, 120, "the first answers")
         inject()
         so_far = len(load.answers)
-        wait_until(lambda: len(load.answers) >= so_far + 8, 180, "answers go on")
+        wait_until(lambda: len(load.answers) >= so_far + 8, 180, "answers continue")
         wait_until(lambda: whole(up), 300, "all workers are back")
     assert load.errors == []
     reference = TwoStageReference(pair)

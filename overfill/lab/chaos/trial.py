@@ -433,10 +433,10 @@ class _TrialRun:
         Restarted workers need this time to join, and partitioned ones to notice.
         """
         deadline = time.monotonic() + _RETURN_TIMEOUT
-        wanted = {worker.worker_id for _, worker in self._stack.plan.workers()}
+        expected = {worker.worker_id for _, worker in self._stack.plan.workers()}
         while True:
             empty = [{worker.id for worker in seen if _is_empty(worker)} for seen in await self._workers()]
-            leaked = sorted(name for name in wanted if not all(name in ids for ids in empty))
+            leaked = sorted(name for name in expected if not all(name in ids for ids in empty))
             if not leaked or time.monotonic() > deadline:
                 return leaked
             await asyncio.sleep(_POLL)

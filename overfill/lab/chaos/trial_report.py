@@ -148,7 +148,7 @@ class TrialReport:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """Returns the value below which ``share`` (0 to 1) of the ascending values lie. None if there are none."""
+    """Returns the ``share`` quantile (0 to 1) of ascending values. None if there are no values."""
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else None
 
 

@@ -37,11 +37,13 @@ _SPAWN_RATE = 100.0  # users per second
 
 _OWN_FLAGS = {"target": "--host", "users": "--users", "duration": "--run-time"}
 
+_EXIT_CODES = {LoadTestStatus.MET: 0, LoadTestStatus.MISSED: 1, LoadTestStatus.NOT_MEASURED: 2}
+
 _REFUSED = {
     "stop_timeout": ("--stop-timeout", "the test always waits for running requests; --timeout limits each of them"),
     "class_picker": ("--class-picker", "--host decides which users send requests: grpc://… or http(s)://…"),
-    "tags": ("--tags", "there is one task, without tags"),
-    "exclude_tags": ("--exclude-tags", "there is one task, without tags"),
+    "tags": ("--tags", "the only task has no tags"),
+    "exclude_tags": ("--exclude-tags", "the only task has no tags"),
     "config_users": ("--config-users", "the options under OverFill in --help configure the users"),
 }
 """Options of locust that would have no effect here: name in the parsed options -> (flag, reason)."""
@@ -183,10 +185,8 @@ def _begin(environment: Environment, **_: Any) -> None:
 
 
 def _judge(environment: Environment, **_: Any) -> None:
-    result = conclude(run_of(environment), sys.stdout, sys.stderr)
-    environment.process_exit_code = {LoadTestStatus.MET: 0, LoadTestStatus.MISSED: 1, LoadTestStatus.NOT_MEASURED: 2}[
-        result
-    ]
+    status = conclude(run_of(environment), sys.stdout, sys.stderr)
+    environment.process_exit_code = _EXIT_CODES[status]
 
 
 def _warm_up(run: LoadTestRun) -> str | None:

@@ -34,9 +34,7 @@ class LoadPlan:
         None, "Trace to play: Azure's CSV or Mooncake's JSON lines. By default synthetic requests.", Path
     )
     requests: int | None = _option(None, "Number of requests; of a trace, the first ones.", int, minimum=1)
-    rate: float | None = _option(
-        None, "Mean arrivals per second; a trace is stretched or squeezed.", float, more_than=0
-    )
+    rate: float | None = _option(None, "Mean requests per second; scales a trace's arrival times.", float, more_than=0)
     shape: Shape | None = _option(
         None, "Load over time. By default arrivals with a trace or rate, else constant.", choices=SHAPES
     )

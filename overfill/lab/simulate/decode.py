@@ -52,7 +52,7 @@ class SimSequence:
 class DecodeListener(Protocol):
     def answer_done(self, sequence: SimSequence) -> None: ...
 
-    def kv_wanted(self, sequence: SimSequence) -> None:
+    def kv_needed(self, sequence: SimSequence) -> None:
         """A preempted sequence has blocks again and needs its prompt's KV again."""
 
     def preempted(self, sequence: SimSequence) -> None:
@@ -112,7 +112,7 @@ class SimDecode:
     @property
     def used(self) -> int:
         """Blocks in use now."""
-        return self._reserved + (self._wanted(self._steps_begun()) if self._phase is not None else 0)
+        return self._reserved + (self._blocks_taken(self._steps_begun()) if self._phase is not None else 0)
 
     def reserve(self, sequence: SimSequence) -> bool:
         """Reserves blocks for prompt + emitted + 1 tokens. Returns False if the worker refuses."""
@@ -227,23 +227,23 @@ class SimDecode:
             return self._blocks_for(tokens)
         return sequence.reserved
 
-    def _wanted(self, steps: int) -> int:
+    def _blocks_taken(self, steps: int) -> int:
         """Returns the blocks that the phase's first ``steps`` steps take."""
         size = self._model.block_size
         rounds, rest = divmod(steps, size)
-        wanted = rounds * self._batch
+        blocks = rounds * self._batch
         for offset in range(rest):
-            wanted += self._crossings[(self._step + offset) % size]
-        return wanted
+            blocks += self._crossings[(self._step + offset) % size]
+        return blocks
 
     def _steps_with_room(self, max_steps: int) -> int:
         """Returns how many steps the free blocks allow, up to ``max_steps``."""
         free = self.total - self._reserved
-        if self._wanted(max_steps) <= free:
+        if self._blocks_taken(max_steps) <= free:
             return max_steps
         size = self._model.block_size
         steps = free // self._batch * size  # whole rounds of block_size steps; each takes one block per sequence
-        left = free - self._wanted(steps)
+        left = free - self._blocks_taken(steps)
         while steps < max_steps and (need := self._crossings[(self._step + steps) % size]) <= left:
             left -= need
             steps += 1
@@ -256,7 +256,7 @@ class SimDecode:
         sequence.reserved = blocks
         sequence.state = SequenceState.RECEIVING
         self._reserved += blocks
-        if self._phase is not None and self._wanted(self._phase_steps) > self.total - self._reserved:
+        if self._phase is not None and self._blocks_taken(self._phase_steps) > self.total - self._reserved:
             self._cut()  # the phase would have needed these blocks
         return True
 
@@ -304,7 +304,7 @@ class SimDecode:
         if steps > 1:
             self.gaps.add((seconds - first) / (steps - 1), self._batch * (steps - 1))
         self._extra = 0.0
-        self._reserved += self._wanted(steps)
+        self._reserved += self._blocks_taken(steps)
         self._step += steps
         self._context += steps * self._batch
         self.generated += steps * self._batch
@@ -395,7 +395,7 @@ class SimDecode:
             sequence.replay = max(0, sequence.emitted - 1)
             self._reserved += blocks
             self._num_preempted -= 1
-            self._listener.kv_wanted(sequence)
+            self._listener.kv_needed(sequence)
 
 
 def _require(holds: bool, what: str) -> None:

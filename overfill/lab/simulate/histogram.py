@@ -23,9 +23,9 @@ class Histogram:
 
     def percentile(self, share: float) -> float | None:
         """Returns the value that a ``share`` (0 to 1) of all values do not exceed. None if there are no values."""
-        wanted, seen = share * self.total, 0
+        rank, seen = share * self.total, 0
         for bucket in sorted(self._counts):
             seen += self._counts[bucket]
-            if seen >= wanted:
+            if seen >= rank:
                 return math.exp(bucket * _BASE)
         return None

@@ -35,8 +35,8 @@ def save_timeline(path: Path, title: str, result: SimulationResult) -> None:
     ):
         workers.step(minutes, ready, where="post", color=colour, label=f"{name}, ready")
         if any(value is not None for value in target):
-            wanted = [float("nan") if value is None else value for value in target]
-            workers.step(minutes, wanted, where="post", color=colour, linestyle=":", label=f"{name}, wanted")
+            targets = [float("nan") if value is None else value for value in target]
+            workers.step(minutes, targets, where="post", color=colour, linestyle=":", label=f"{name}, target")
     workers.set(ylabel="workers")
     workers.set_ylim(bottom=0)
     workers.legend(loc="upper right", fontsize=8)

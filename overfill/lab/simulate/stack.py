@@ -345,7 +345,7 @@ class Simulation:
         self._cancel(attempt)  # a one-token answer needs no KV: cancel its transfer
         self.clock.after(self.profile.hop, self._done, attempt)
 
-    def kv_wanted(self, worker: SimWorker, sequence: SimSequence) -> None:
+    def kv_needed(self, worker: SimWorker, sequence: SimSequence) -> None:
         self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)
 
     def preempted(self, worker: SimWorker, sequence: SimSequence) -> None:

@@ -38,7 +38,7 @@ class Router(Protocol):
 
     def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
-    def kv_wanted(self, worker: SimWorker, sequence: SimSequence) -> None: ...
+    def kv_needed(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
     def preempted(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
@@ -189,8 +189,8 @@ class DecodeWorker(SimWorker):
     def answer_done(self, sequence: SimSequence) -> None:
         self.router.answer_done(self, sequence)
 
-    def kv_wanted(self, sequence: SimSequence) -> None:
-        self.router.kv_wanted(self, sequence)
+    def kv_needed(self, sequence: SimSequence) -> None:
+        self.router.kv_needed(self, sequence)
 
     def preempted(self, sequence: SimSequence) -> None:
         self.router.preempted(self, sequence)

@@ -54,12 +54,12 @@ def test_sizes_policies_and_scaling(capsys, tmp_path):
     ("arguments", "code", "message"),
     [
         (("--size", "--autoscale"), 2, "exclude each other"),
-        (("--max-workers", "4"), 2, "is for --autoscale"),
+        (("--max-workers", "4"), 2, "needs --autoscale"),
         (("--size", "--plot", "a.png"), 2, "one run"),
         (("--size", "--costs", "1"), 2, "two positive numbers"),
         (("--slo", "ttft"), 1, "slo: 'ttft' is not a limit"),
         (("--policy", "best"), 1, "policy: must be one of"),
-        (("--profile", "gpu"), 1, "profile: is one of cpu"),
+        (("--profile", "gpu"), 1, "profile: must be one of cpu"),
     ],
 )
 def test_what_does_not_go_together_is_said(capsys, arguments, code, message):

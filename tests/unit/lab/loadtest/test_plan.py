@@ -1,4 +1,4 @@
-"""Options of a load test: what contradicts, how they reach locust, how the users go over time."""
+"""Options of a load test: conflicts, the way to locust, and the number of users over time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_locust_gets_what_differs_under_its_own_names():
         "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
     }  # fmt: skip
     assert LoadPlan().locust_argv() == []
-    # What its parser then has, with options of its own.
+    # The options as locust's parser returns them, among its own.
     parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
     assert LoadPlan.from_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
 

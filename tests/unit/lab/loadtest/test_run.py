@@ -1,4 +1,4 @@
-"""What a load test collects: timed requests, records between processes, the end, and the report."""
+"""A load test: timed requests, records between processes, its end, and its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMING = Timing(ttft=0.9, router_queue=0.2, prefill_compute=0.5, total=2.0)
 
 
 class Canned:
-    """Has sent as many tokens as ``counts`` says in turn, then fails if told to."""
+    """A transport that reports ``counts`` tokens in turn and then fails if ``failure`` is set."""
 
     def __init__(self, counts, failure=None):
         self.counts = counts
@@ -104,7 +104,7 @@ def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(slo, re
 
 def test_nothing_measured_is_told_apart_from_missed():
     run = LoadTestRun(LoadPlan())
-    run.failure = "nobody answers"
+    run.failure = "the server does not answer"
     err = io.StringIO()
     assert conclude(run, io.StringIO(), err) is LoadTestStatus.NOT_MEASURED
-    assert "nobody answers" in err.getvalue()
+    assert "the server does not answer" in err.getvalue()

@@ -1,4 +1,4 @@
-"""Which requests are sent: shared prefixes of a trace, and shards of several processes."""
+"""Requests of a load test: shared prefixes of a trace, and the shards of several processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from overfill.lab.loadtest.workload import ProcessShard, Workload
 
 @pytest.fixture
 def trace(tmp_path):
-    """Two requests that share their first block, one that shards none."""
+    """Two requests that share their first block, one that shares none."""
     path = tmp_path / "mooncake.jsonl"
     blocks = ([1, 2], [1, 3], [4, 5])
     lines = [
