@@ -323,7 +323,7 @@ def test_a_wrong_profile_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InvalidRequest, match=message.replace("[", r"\[")):
         load_profile(str(path))
-    with pytest.raises(InvalidRequest, match="is one of cpu, h100-l4"):
+    with pytest.raises(InvalidRequest, match="must be one of cpu, h100-l4"):
         load_profile("nothing-here")
 
 
