@@ -47,7 +47,7 @@ class ProbeControl:
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "probes")
         self._processes: dict[str, socket.socket] = {}
-        self._where: dict[str, dict[str, str]] = {}
+        self._request_processes: dict[str, dict[str, str]] = {}
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[HeldRequest]] = {}
         self._breakpoints: dict[int, tuple[Phase, float]] = {}
@@ -70,7 +70,7 @@ class ProbeControl:
 
     def processes_of(self, request: str) -> dict[str, str]:
         """Returns stage -> process that has, or last had, the request. Unknown stages are missing."""
-        return self._where.get(request, {})
+        return self._request_processes.get(request, {})
 
     async def hold_next(self, phase: Phase, hold: float, timeout: float) -> HeldRequest:
         """Waits for the next request that enters ``phase``. It is held there for ``hold`` seconds or until ``release``.
@@ -118,29 +118,29 @@ class ProbeControl:
         with peer:
             try:
                 while packet := await loop.sock_recv(peer, 4096):
-                    said = json.loads(packet)
-                    if "name" in said:
-                        name = said["name"]
+                    message = json.loads(packet)
+                    if "name" in message:
+                        name = message["name"]
                         self._processes[name] = peer
                         for breakpoint, (phase, hold) in self._breakpoints.items():  # it connected during a wait
                             if name.startswith(STAGE_OF[phase]):
                                 self.send(name, {"breakpoint": breakpoint, "phase": phase, "hold": hold})
                     else:
-                        self._on(name, said)
+                        self._on(name, message)
             except OSError:
                 pass  # the process was killed
             finally:
                 if self._processes.get(name) is peer:
                     del self._processes[name]
 
-    def _on(self, name: str, said: dict[str, Any]) -> None:
-        request = said["request"]
-        self._where.setdefault(request, {})[name.partition("-")[0]] = name
-        while len(self._where) > _MAX_REQUESTS:
-            self._where.pop(next(iter(self._where)))
-        if said["breakpoint"] is None:
+    def _on(self, name: str, message: dict[str, Any]) -> None:
+        request = message["request"]
+        self._request_processes.setdefault(request, {})[name.partition("-")[0]] = name
+        while len(self._request_processes) > _MAX_REQUESTS:
+            self._request_processes.pop(next(iter(self._request_processes)))
+        if message["breakpoint"] is None:
             return
-        held = HeldRequest(said["breakpoint"], name, request)
+        held = HeldRequest(message["breakpoint"], name, request)
         waiting = self._waiting.get(held.breakpoint)
         if waiting is None or waiting.done():  # another process was first to reach the phase
             self.release(held)
