@@ -1,8 +1,8 @@
-"""Every promise of docs/reliability.md broken on purpose, and the tests that notice.
+"""Breaks every promise of docs/reliability.md on purpose, and checks that a test fails.
 
-``python tests/chaos/broken_promises.py`` copies the tree, changes one line or a few of it, runs the test that is to
-hold the promise, and wants it to fail; then it changes them back. Prints the table of docs/reliability.md; with
-promises as arguments, those rows only. A test that cannot fail holds nothing.
+``python tests/chaos/broken_promises.py`` copies the tree. For each promise it changes a few lines of the copy, runs the
+test of the promise, requires it to fail, and restores the lines. It prints the table of docs/reliability.md. Arguments
+select promises. This proves that each test can fail.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TIMEOUT = 600  # seconds
 
 @dataclass(frozen=True)
 class Broken:
-    """A promise, and how it is broken: ``old``, which is there once, becomes ``new`` in ``file``; ``test`` fails."""
+    """A promise and what breaks it: ``old``, which occurs once in ``file``, becomes ``new``. Then ``test`` fails."""
 
     promise: str
     how: str
@@ -45,7 +45,7 @@ BROKEN = (
         "tests/unit/routing/test_relay.py::test_a_lost_worker_is_followed_by_another_that_knows_the_tokens",
     ),
     Broken(
-        "it goes on token for token",
+        "the answer continues token for token",
         "a worker may begin behind a gap",
         "overfill/routing/answer.py",
         "        if tokens.first_index > known:\n",
@@ -53,7 +53,7 @@ BROKEN = (
         "tests/unit/routing/test_relay.py::test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer",
     ),
     Broken(
-        "what the client has is not computed anew",
+        "tokens that the client has are not computed again",
         "the next worker is not told the tokens so far",
         "overfill/routing/relay.py",
         "emitted_token_ids=self.answer.emitted,",
@@ -77,8 +77,8 @@ BROKEN = (
         "tests/unit/client/test_client.py::test_an_answer_goes_on_at_the_next_router_when_one_is_lost",
     ),
     Broken(
-        "and a second one, if the first is back",
-        "being taken again counts for nothing",
+        "a request outlives a second router too, if the first is back",
+        "an accepted request does not reset the count of failures",
         "overfill/client/failover.py",
         'has accepted the request."""\n        self._failures = 0',
         'has accepted the request."""',
@@ -86,7 +86,7 @@ BROKEN = (
     ),
     Broken(
         "a silent peer is left after 10 s",
-        "pings may stay unanswered for gRPC's own minute",
+        "pings may stay unanswered for gRPC's default minute",
         "overfill/rpc/channel.py",
         '        ("grpc.http2.ping_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),\n',
         "",
@@ -109,16 +109,16 @@ BROKEN = (
         "tests/unit/kv/test_native_kv.py::test_a_flipped_bit_is_noticed_and_chunks_before_it_are_in_place",
     ),
     Broken(
-        "nor does KV that comes twice",
-        "overlaps are allowed",
+        "KV that arrives twice never becomes a token",
+        "overlapping chunks are accepted",
         "overfill/kv/ranges.py",
         "            if view.any():\n",
         "            if False:\n",
         "tests/unit/kv/test_ranges.py::test_a_duplicate_or_overlap_is_refused_and_changes_nothing",
     ),
     Broken(
-        "what is missing is pulled again",
-        "no stream is begun anew",
+        "missing KV is pulled again",
+        "a broken stream is not restarted",
         "overfill/kv/receiver.py",
         "MAX_REPEATS = 3",
         "MAX_REPEATS = 0",
@@ -133,7 +133,7 @@ BROKEN = (
         "tests/unit/kv/test_stall.py::test_a_peer_that_takes_no_part_is_given_up_after_the_stall_timeout",
     ),
     Broken(
-        "a trickle does not hold KV for ever",
+        "a very slow transfer does not hold KV for ever",
         "a transfer may take any time",
         "overfill/kv/stall.py",
         "        if self._all_ready is not None and now - self._all_ready >= self._limits.whole:\n",
@@ -142,23 +142,23 @@ BROKEN = (
     ),
     Broken(
         "many transfers on one link all finish",
-        "a transfer has to be quick",
+        "a stall of 2 s ends a transfer",
         "overfill/rpc/constants.py",
         "STALL_TIMEOUT: Final = 30.0",
         "STALL_TIMEOUT: Final = 2.0",
         "tests/unit/kv/test_stall.py::test_many_transfers_on_one_link_all_finish",
     ),
     Broken(
-        "a client that goes frees decode blocks",
-        "its sequence runs on",
+        "a client that disconnects frees decode blocks",
+        "its sequence continues to run",
         "services/decode/servicer.py",
         "            running.cancel()  # the session",
         "            pass  # the session",
         "tests/integration/test_phases.py::test_a_router_that_vanishes_frees_both_sides",
     ),
     Broken(
-        "and prefill blocks",
-        "its lease stays",
+        "a client that disconnects frees prefill blocks",
+        "its lease is not ended",
         "services/prefill/servicer.py",
         "                self._end(lease)\n",
         "                pass\n",
@@ -173,7 +173,7 @@ BROKEN = (
         "tests/unit/services/test_prefill_servicer.py::test_blocks_are_released_after_the_last_read",
     ),
     Broken(
-        "nor while it is written",
+        "no block is freed while it is written",
         "writers are not waited for",
         "services/decode/sequence_session.py",
         "                await shielded(self._join_pull())\n",
@@ -182,7 +182,7 @@ BROKEN = (
     ),
     Broken(
         "a lost block ends the worker",
-        "an idle engine does not look",
+        "an idle engine does not check its blocks",
         "overfill/engine/thread.py",
         "                    if not busy:\n                        self._core.check()\n",
         "                    if not busy:\n",
@@ -206,23 +206,23 @@ BROKEN = (
     ),
     Broken(
         "a stuck step ends the worker",
-        "the watchdog does not bark",
+        "the watchdog does nothing",
         "overfill/engine/thread.py",
         "                self._on_stuck()\n",
         "",
         "tests/integration/test_stack.py::test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere",
     ),
     Broken(
-        "a failed step costs no worker",
-        "it is let through",
+        "a failed step does not end the worker",
+        "the exception is raised again",
         "overfill/engine/decode.py",
         '            log.exception("decode step failed")\n',
         "            raise\n",
         "tests/unit/engine/test_decode_engine.py::test_a_failed_step_fails_its_sequences_only",
     ),
     Broken(
-        "a sequence that lost its blocks comes back",
-        "it is not told its tokens",
+        "a preempted sequence resumes with its tokens",
+        "its tokens are cleared",
         "overfill/engine/decode.py",
         "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n",
         "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n        sequence.emitted.clear()\n",
@@ -230,7 +230,7 @@ BROKEN = (
     ),
     Broken(
         "a deadline ends a request everywhere",
-        "the router knows none",
+        "the router ignores it",
         "overfill/routing/relay.py",
         "async with asyncio.timeout_at(self._request.deadline):",
         "async with asyncio.timeout_at(None):",
@@ -238,7 +238,7 @@ BROKEN = (
     ),
     Broken(
         "deadlines do not move with wall clocks",
-        "a decode worker counts by the time of day",
+        "a decode worker measures deadlines by the wall clock",
         "services/decode/servicer.py",
         "            context.time_remaining,\n",
         "            lambda end=__import__('time').time() + (context.time_remaining() or 1e9): max(\n"
@@ -270,8 +270,8 @@ BROKEN = (
         "tests/integration/test_overload.py",
     ),
     Broken(
-        "a slow reader holds nobody up",
-        "tokens wait for who reads them",
+        "a slow reader delays no other request",
+        "each token waits for the reader as its own message",
         "services/decode/sequence_session.py",
         "        if last is not None and last.HasField",
         "        if False and last.HasField",
@@ -279,15 +279,15 @@ BROKEN = (
     ),
     Broken(
         "lost shared memory costs speed only",
-        "what it did not bring is asked of it again",
+        "missing KV is requested through shared memory again",
         "overfill/kv/receiver.py",
         "if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None",
         "if self._peer.link is not None and self._peer.link.alive else None",
         "tests/unit/kv/test_shm.py::test_a_link_that_only_the_server_has_lost_makes_payloads_travel",
     ),
     Broken(
-        "so does a full disk",
-        "memory that cannot be set aside is a bug",
+        "a full disk costs speed only",
+        "a failed allocation of shared memory is not handled",
         "overfill/kv/shm.py",
         "            except OSError as error:  # no memory",
         "            except ZeroDivisionError as error:  # no memory",
@@ -298,7 +298,7 @@ BROKEN = (
 
 @contextmanager
 def copied_tree() -> Iterator[Path]:
-    """A copy of what tests need, to be damaged."""
+    """Yields a copy of the files that the tests need."""
     with tempfile.TemporaryDirectory(prefix="overfill-broken-") as parent:
         for name in _COPIED:
             source, copy = ROOT / name, Path(parent) / name
@@ -309,13 +309,13 @@ def copied_tree() -> Iterator[Path]:
         yield Path(parent)
 
 
-def caught(tree: Path, broken: Broken) -> tuple[bool, str]:
-    """Whether the test fails in ``tree`` with the promise broken, and what it said in the end."""
+def is_noticed(tree: Path, broken: Broken) -> tuple[bool, str]:
+    """Breaks a promise in ``tree``. Returns True if its test fails, and the last lines of its output."""
     file = tree / broken.file
     whole = file.read_text(encoding="utf-8")
-    assert whole.count(broken.old) == 1, f"{broken.file} does not have this once: {broken.old!r}"
+    assert whole.count(broken.old) == 1, f"{broken.file} must contain this exactly once: {broken.old!r}"
     file.write_text(whole.replace(broken.old, broken.new), encoding="utf-8")
-    # A test that waits for ever without the promise fails too, in its time.
+    # Without the promise, a test may wait for ever. The timeout makes it fail.
     patience = 60 if broken.test.startswith("tests/unit") else 240
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     try:
@@ -328,11 +328,11 @@ def caught(tree: Path, broken: Broken) -> tuple[bool, str]:
             timeout=_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return False, "it neither passed nor failed in time"
+        return False, f"the test did not end within {_TIMEOUT} s"
     finally:
         file.write_text(whole, encoding="utf-8")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("E  ", "FAILED", "ERROR"))]
-    # 1 is pytest's word for tests that failed; 2 to 5 would be our own fault.
+    # Exit code 1 means that tests failed; 2 to 5 are errors in the call of pytest.
     return done.returncode == 1, " / ".join(lines[-2:]) or done.stdout[-300:]
 
 
@@ -345,7 +345,7 @@ def main() -> int:
             if wanted and broken.promise not in wanted:
                 continue
             began = time.monotonic()
-            noticed, said = caught(tree, broken)
+            noticed, said = is_noticed(tree, broken)
             missed += not noticed
             name = broken.test.removeprefix("tests/").replace("::", " ")
             print(f"| {broken.promise} | {broken.how} | {'' if noticed else '**NOT** '}`{name}` |", flush=True)

@@ -1,6 +1,6 @@
 """Damaged, repeated, lost and reordered KV chunks between a real prefill worker and a real receiver.
 
-Whatever arrives, the KV in the blocks is that of an undisturbed transfer, or the transfer fails.
+In every case the KV in the blocks equals that of an undisturbed transfer, or the transfer fails.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from overfill.lab.faults.message_proxy import (
     Fault,
     Filter,
     HalfOpen,
-    Limit,
     MessageProxy,
+    OnHit,
     Reorder,
     Rule,
     Stall,
-    Strike,
+    Throttle,
     Truncate,
 )
 from overfill.model.manifest import Pair
@@ -52,12 +52,12 @@ LANES = 8
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """Another fault for each call."""
+    """Picks a random fault for each call."""
 
     faults: Sequence[Fault]
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return rng.choice(self.faults).begin(rng, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return rng.choice(self.faults).begin(rng, on_hit)
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Received:
 
 
 class Handoffs:
-    """Pulls prompts from a prefill worker, past a proxy of its own and straight; one at a time."""
+    """Pulls the KV of prompts from a prefill worker, one at a time: through a proxy or directly."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class Handoffs:
 
 @pytest.fixture(scope="module")
 def prefill_worker(tiny_pair: Path) -> Iterator[registry_pb2.Hello]:
-    """What a real prefill worker says of itself; it serves although its router has gone."""
-    # Without a cache: behind one, a prompt is computed in other pieces, and equal bits are wanted.
+    """Starts a real prefill worker and yields its Hello. It keeps serving after its router has stopped."""
+    # Prefix cache off: with it, a prompt would be computed in other pieces, and bits would differ.
     arguments = [f"--pair={tiny_pair}", "--dtype=float32", "--kv-memory=4MiB", "--grace-period=1", "--prefix-cache=off"]
 
     async def start() -> tuple[Child, registry_pb2.Hello]:
@@ -124,7 +124,7 @@ def prefill_worker(tiny_pair: Path) -> Iterator[registry_pb2.Hello]:
 
 @pytest.fixture
 async def lanes(tiny_pair: Path, prefill_worker: registry_pb2.Hello) -> AsyncIterator[list[Handoffs]]:
-    """Several at a time, since a damaged transfer mostly waits before it asks again."""
+    """Several handoffs at a time, because a damaged transfer mostly waits before its retry."""
     pair, spec = Pair.load(tiny_pair), KvSpec.from_proto(prefill_worker.kv)
     async with AsyncExitStack() as exits:
         executor = exits.enter_context(ThreadPoolExecutor(2))
@@ -156,7 +156,9 @@ def same(one: Received, other: Received) -> bool:
 @pytest.mark.parametrize("faults", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(lanes: list[Handoffs], faults: int) -> None:
     seeds = itertools.count(1)
-    rules = [Rule(OneOf((Corrupt(2), Truncate(2), Duplicate(2), Drop(2))), "Prefill/PullKv", share=0.7) for _ in lanes]
+    rules = [
+        Rule(OneOf((Corrupt(2), Truncate(2), Duplicate(2), Drop(2))), "Prefill/PullKv", fraction=0.7) for _ in lanes
+    ]
 
     async def work(lane: Handoffs, rule: Rule) -> int:
         """Transfers until there are enough faults; returns how many failed."""
@@ -166,7 +168,7 @@ async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(lanes: list[Ha
             seed, before = next(seeds), rule.hits
             try:
                 received = await lane.faulty(seed)
-            except (TransferFailed, InternalError):  # struck again at every repeat
+            except (TransferFailed, InternalError):  # damaged at every retry
                 failed += 1
                 assert rule.hits > before
             else:
@@ -176,7 +178,7 @@ async def test_every_wrong_chunk_is_noticed_and_no_wrong_kv_stays(lanes: list[Ha
 
     failed = sum(await asyncio.gather(*map(work, lanes, rules)))
     hits, transfers = sum(rule.hits for rule in rules), next(seeds) - 1
-    print(f"{hits} damaged chunks in {transfers} transfers, {failed} of which were given up")
+    print(f"{hits} damaged chunks in {transfers} transfers, {failed} of them given up")
     assert failed < transfers / 2
 
 
@@ -194,12 +196,12 @@ async def test_chunks_in_any_order_are_right(lanes: list[Handoffs], transfers: i
 
     overtaken = sum(await asyncio.gather(*map(work, lanes)))
     print(f"{overtaken} chunks overtook others in {transfers} transfers")
-    # How many can be overtaken at all depends on how busy the machine is: what has piled up shares a message.
+    # On a busy machine chunks pile up and share a message, so that fewer of them can be reordered.
     assert transfers < 1_000 or overtaken > transfers / 4
 
 
 async def test_a_slow_link_delivers_the_same(lanes: list[Handoffs]) -> None:
-    lanes[0].rules.append(Rule(Limit(256 * 1024), "Prefill/PullKv"))
+    lanes[0].rules.append(Rule(Throttle(256 * 1024), "Prefill/PullKv"))
     assert same(await lanes[0].faulty(1), await lanes[0].clean(1))
 
 

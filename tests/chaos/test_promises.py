@@ -1,4 +1,4 @@
-"""Every promise can be broken, and its test notices."""
+"""Every promise of docs/reliability.md can be broken, and its test then fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _spec = importlib.util.spec_from_file_location("broken_promises", _FILE)
 assert _spec is not None
 assert _spec.loader is not None
 promises: Any = importlib.util.module_from_spec(_spec)
-sys.modules["broken_promises"] = promises  # where dataclasses look their annotations up
+sys.modules["broken_promises"] = promises  # dataclasses look up annotations there
 _spec.loader.exec_module(promises)
 
 
@@ -48,5 +48,5 @@ def tree() -> Iterator[Path]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("broken", promises.BROKEN, ids=words)
 def test_its_test_fails_without_it(tree: Path, broken: Any) -> None:
-    noticed, said = promises.caught(tree, broken)
+    noticed, said = promises.is_noticed(tree, broken)
     assert noticed, said

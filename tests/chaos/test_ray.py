@@ -1,4 +1,4 @@
-"""Ray breaks under a stack: a replica, Serve's controller, the raylet of a machine. No answer is lost or wrong."""
+"""Failures of Ray under a stack: a replica, Serve's controller, a machine's raylet. No answer is lost or wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def up(cluster: Cluster, tiny_pair: Path) -> Iterator[Up]:
-    """Two of everything in float32, each worker small enough that a machine that is left can take what is lost."""
+    """Two workers per stage in float32, small enough that the other machines can take over a lost machine's workers."""
     running = Up(
         *("--prefill=2", "--decode=2", "--router=1", "--worker-cpus=0.3", "--dtype=float32", "--kv-memory=4MiB"),
         *("--grace-period=2", "--max-model-len=512", f"--pair={tiny_pair}", f"--address={cluster.address}"),
@@ -41,7 +41,7 @@ def up(cluster: Cluster, tiny_pair: Path) -> Iterator[Up]:
 
 
 def title(process: psutil.Process) -> str:
-    """What it calls itself; empty when it has just ended."""
+    """Returns the process's title; empty if the process has just ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -49,7 +49,7 @@ def title(process: psutil.Process) -> str:
 
 
 def replicas(of: psutil.Process | None = None) -> dict[int, str]:
-    """Pid -> deployment of the stack's replicas on this machine; those that ``of``, a raylet, has started."""
+    """Returns pid -> deployment of the stack's replicas on this machine; with ``of``, only those of that raylet."""
     found = {}
     for process in psutil.process_iter() if of is None else of.children(recursive=True):
         prefix, _, name = title(process).partition("ServeReplica:overfill:")
@@ -59,22 +59,22 @@ def replicas(of: psutil.Process | None = None) -> dict[int, str]:
 
 
 def whole(up: Up) -> bool:
-    """Whether both workers of both stages serve; a router that is too busy to say is asked again."""
+    """Returns True if both workers of both stages serve; False too when the router does not answer."""
     try:
         return all(len(up.workers(stage)) == 2 for stage in ("prefill", "decode"))
     except OverfillError:
         return False
 
 
-def answered(up: Up, pair: Path, strike: Callable[[], None]) -> int:
-    """Strikes under load and waits until the stack is whole again; every answer is right. Returns the migrations."""
+def answered(up: Up, pair: Path, inject: Callable[[], None]) -> int:
+    """Calls ``inject`` under load, waits for recovery, asserts that all answers are right. Returns the migrations."""
     with Client(up.address) as client:
         prompt = client.tokenize("Once upon a time")
     with Load(up.address, 4, TOKENS) as load:
         wait_until(lambda: len(load.answers) >= 8, 120, "the first answers")
-        strike()
+        inject()
         so_far = len(load.answers)
-        wait_until(lambda: len(load.answers) >= so_far + 8, 180, "answers go on")
+        wait_until(lambda: len(load.answers) >= so_far + 8, 180, "answers continue")
         wait_until(lambda: whole(up), 300, "all workers are back")
     assert load.errors == []
     reference = TwoStageReference(pair)
@@ -85,33 +85,33 @@ def answered(up: Up, pair: Path, strike: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_replica_is_killed(up: Up, tiny_pair: Path, stage: str) -> None:
-    def strike() -> None:
+    def inject() -> None:
         (pid, *_) = up.workers(stage).values()
         psutil.Process(pid).kill()
 
-    answered(up, tiny_pair, strike)
+    answered(up, tiny_pair, inject)
 
 
 def test_serves_controller_is_killed(up: Up, tiny_pair: Path) -> None:
-    """It is started again, and whatever it did not see meanwhile it sees then."""
+    """Ray restarts the controller; it then notices the changes that it missed."""
 
-    def strike() -> None:
+    def inject() -> None:
         (controller,) = [p for p in psutil.process_iter() if title(p).startswith("ray::ServeController")]
         controller.kill()
 
-    assert answered(up, tiny_pair, strike) == 0
+    assert answered(up, tiny_pair, inject) == 0
 
 
 def test_the_raylet_of_a_machine_is_killed(up: Up, tiny_pair: Path, cluster: Cluster) -> None:
-    """All replicas there die with it, and come back on the machines that are left."""
+    """All of its replicas die with it and restart on the other machines."""
     raylets = [p for p in psutil.Process(cluster.pid).children(recursive=True) if p.name() == "raylet"]
     _, *others = sorted(raylets, key=lambda process: process.create_time())  # the first is the cluster's head
     with_workers = [p for p in others if (here := set(replicas(p).values())) and "router" not in here]
     assert with_workers, "a machine with workers and no router"
     gone = set(replicas(with_workers[0]))
 
-    def strike() -> None:
+    def inject() -> None:
         with_workers[0].kill()
         wait_until(lambda: not gone & set(replicas()), 60, "its replicas die with it")
 
-    answered(up, tiny_pair, strike)
+    answered(up, tiny_pair, inject)

@@ -119,7 +119,7 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
 
 def test_the_extra_of_load_tests_has_what_measures_from_outside() -> None:
     modules = [
-        *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "report")),
+        *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "html_report")),
         *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
         *(f"overfill.lab.bench.serve.{name}" for name in ("compare", "targets", "report", "plot")),
     ]

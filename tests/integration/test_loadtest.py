@@ -63,4 +63,4 @@ def test_wrong_options_are_told_before_anything_starts(tmp_path, capfd):
     assert main(["loadtest", f"--trace={trace}"]) == 2
     assert "--trace: " in capfd.readouterr().err
     assert main(["loadtest", "--slo=ttft=2"]) == 2
-    assert "--slo: 'ttft=2' is no objective" in capfd.readouterr().err
+    assert "--slo: 'ttft=2' is not an objective" in capfd.readouterr().err

@@ -1,5 +1,8 @@
 """Breaks a running stack under load, at a chosen phase of a request, and judges every answer.
 
-``strikes`` chooses faults and moments, ``trial`` runs them on a stack of its own, ``probes`` tells where a request is,
-``faults`` injects them, ``load`` sends requests, ``watch`` samples the processes' memory, ``report`` prints the result.
+* ``fault_plan`` chooses faults and moments; ``injector`` injects them;
+* ``trial`` runs a plan on a stack of its own, under the requests of ``load``;
+* ``probes`` runs inside the services and tells ``control`` where each request is;
+* ``clock`` sets the wall clock of one process;
+* ``memory`` samples the processes' memory; ``trial_report`` prints the result.
 """

@@ -1,9 +1,9 @@
-/* A wall clock that can be set for one process: preloaded, it adds the nanoseconds in the file that
- * OVERFILL_CHAOS_CLOCK names (an int64 that others may change at any time) to CLOCK_REALTIME.
+/* Sets the wall clock of one process. Preloaded, this library adds an offset to CLOCK_REALTIME: the int64 of nanoseconds
+ * in the file that OVERFILL_CHAOS_CLOCK names. Another process may change it at any time.
  *
- * When the wall clock of a machine is set, waits until a time of day end early or late. So do they here, to within the
- * second or so in which nobody looks: deadlines on the shifted clock are given to the kernel on its own.
- * Monotonic clocks are not touched, as the kernel does not touch them.
+ * When a machine's wall clock is set, waits until a time of day end early or late. They do so here too: each deadline is
+ * converted to the kernel's clock when the wait begins, so a change during a wait takes effect at the next wait.
+ * Monotonic clocks do not change.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -73,7 +73,7 @@ time_t time(time_t *t) {
   return exact.tv_sec;
 }
 
-/* Deadlines on the shifted clock, for a kernel that knows only its own. */
+/* Converts a deadline on the shifted clock to the kernel's clock. */
 static struct timespec unshifted(const struct timespec *t) {
   struct timespec kernel = *t;
   add(&kernel, -now_shift());
@@ -81,8 +81,8 @@ static struct timespec unshifted(const struct timespec *t) {
 }
 
 int pthread_cond_timedwait(pthread_cond_t *restrict c, pthread_mutex_t *restrict m, const struct timespec *restrict t) {
-  /* Of the condition's own clock, which its attributes said; ours and Python's are monotonic unless they say a clock.
-   * A time of day is billions of seconds, a time since boot millions. */
+  /* The condition's attributes chose its clock, and cannot be read here. A time of day is billions of seconds, a
+   * monotonic time (since boot) millions: deadlines below a billion are monotonic and pass unchanged. */
   if (t->tv_sec < 1000000000) return REAL(pthread_cond_timedwait)(c, m, t);
   struct timespec kernel = unshifted(t);
   return REAL(pthread_cond_timedwait)(c, m, &kernel);

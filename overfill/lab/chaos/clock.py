@@ -1,7 +1,7 @@
-"""Wall clocks that can be set for one process at a time: a small library that is preloaded, and the files it looks at.
+"""Sets the wall clock of a single process: a small preloaded library adds an offset that it reads from a file.
 
-It covers everything that a process reads through the C library: Python's ``time.time`` and ``datetime``, gRPC's and
-torch's clocks, and timed waits on them. Monotonic clocks stay, as they do when a machine's clock is set.
+The library covers everything that a process reads through the C library: Python's ``time.time`` and ``datetime``, the
+clocks of gRPC and torch, and timed waits on them. Monotonic clocks do not change, as when a machine's clock is set.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _SOURCE = Path(__file__).with_name("clock.c")
 
 
 class Clocks:
-    """The clocks of a trial's processes. ``folder`` takes the library and a file for each process.
+    """The wall clocks of a trial's processes. ``folder`` holds the compiled library and one file per process.
 
     Attributes:
-        available: whether there is a C compiler; without one no clock can be set.
+        available: True on Linux with a C compiler. Otherwise no clock can be set.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,14 +34,14 @@ class Clocks:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
 
     def environment(self, name: str) -> dict[str, str]:
-        """For a process that begins, with the right time."""
+        """Returns the variables for a process that is about to start, and sets its clock to the machine's."""
         if not self.available:
             return {}
         self.jump(name, 0.0)
         return {"LD_PRELOAD": str(self._library), "OVERFILL_CHAOS_CLOCK": str(self._file(name))}
 
     def jump(self, name: str, seconds: float) -> None:
-        """From now on the process is that much ahead of the machine, at once."""
+        """Sets the process's clock ``seconds`` ahead of the machine's, at once."""
         with self._file(name).open("r+b" if self._file(name).exists() else "w+b") as file:
             file.write(struct.pack("=q", round(seconds * 1e9)))
 

@@ -1,4 +1,4 @@
-"""The trial's end of the probes: hears where requests are, has one held, says when it may go on."""
+"""The trial's side of the probes: learns which process has a request, holds a request in a phase, and releases it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.chaos.strikes import Phase
+from overfill.lab.chaos.fault_plan import Phase
 
 STAGE_OF: dict[Phase, str] = {
     "queued": "router",
@@ -22,37 +22,38 @@ STAGE_OF: dict[Phase, str] = {
     "decode": "decode",
     "finishing": "decode",
 }
-"""Which process knows that a request is in a phase."""
+"""Phase -> the stage whose processes report that a request is in it."""
 
-_KEPT = 10_000  # requests whose processes are remembered
+_MAX_REQUESTS = 10_000  # requests for which the processes are remembered
 
 
 @dataclass(frozen=True, slots=True)
-class Caught:
-    """A request that is held in a phase.
+class HeldRequest:
+    """A request that a process holds in a phase.
 
     Attributes:
-        process: that holds it.
+        breakpoint: Identifier of the breakpoint that holds the request.
+        process: Name of that process.
     """
 
-    arm: int
+    breakpoint: int
     process: str
     request: str
 
 
-class Control:
-    """Listens at ``folder / "probes"``; a process is known by its name once it has connected, and until it goes."""
+class ProbeControl:
+    """Listens at ``folder / "probes"``. A process is known by its name while it is connected."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "probes")
         self._processes: dict[str, socket.socket] = {}
-        self._where: dict[str, dict[str, str]] = {}
-        self._arms = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Caught]] = {}
-        self._armed: dict[int, tuple[Phase, float]] = {}
+        self._request_processes: dict[str, dict[str, str]] = {}
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[HeldRequest]] = {}
+        self._breakpoints: dict[int, tuple[Phase, float]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Control:
+    async def __aenter__(self) -> ProbeControl:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(self.path)
@@ -67,40 +68,40 @@ class Control:
         self._listener.close()
         os.unlink(self.path)
 
-    def where(self, request: str) -> dict[str, str]:
-        """Stage -> the process of that stage that has, or last had, the request; as far as it is known."""
-        return self._where.get(request, {})
+    def processes_of(self, request: str) -> dict[str, str]:
+        """Returns stage -> process that has, or last had, the request. Unknown stages are missing."""
+        return self._request_processes.get(request, {})
 
-    async def catch(self, phase: Phase, hold: float, timeout: float) -> Caught:
-        """The next request that comes into ``phase``, held there for ``hold`` seconds or until it is released.
+    async def hold_next(self, phase: Phase, hold: float, timeout: float) -> HeldRequest:
+        """Waits for the next request that enters ``phase``. It is held there for ``hold`` seconds or until ``release``.
 
         Raises:
-            TimeoutError: none came.
+            TimeoutError: No request entered the phase within ``timeout`` seconds.
         """
-        arm = next(self._arms)
-        self._waiting[arm] = asyncio.get_running_loop().create_future()
-        self._armed[arm] = (phase, hold)
-        self._say_all(phase, {"arm": arm, "phase": phase, "hold": hold})
+        breakpoint = next(self._ids)
+        self._waiting[breakpoint] = asyncio.get_running_loop().create_future()
+        self._breakpoints[breakpoint] = (phase, hold)
+        self._send_to_stage(phase, {"breakpoint": breakpoint, "phase": phase, "hold": hold})
         try:
             async with asyncio.timeout(timeout):
-                return await self._waiting[arm]
+                return await self._waiting[breakpoint]
         finally:
-            del self._waiting[arm], self._armed[arm]
-            self._say_all(phase, {"disarm": arm})
+            del self._waiting[breakpoint], self._breakpoints[breakpoint]
+            self._send_to_stage(phase, {"remove": breakpoint})
 
-    def release(self, caught: Caught) -> None:
-        self.say(caught.process, {"release": caught.arm})
+    def release(self, held: HeldRequest) -> None:
+        self.send(held.process, {"release": held.breakpoint})
 
-    def say(self, name: str, packet: dict[str, Any]) -> None:
-        """Tells a process, if it is there."""
+    def send(self, name: str, packet: dict[str, Any]) -> None:
+        """Sends ``packet`` to a process. Does nothing when the process is not connected."""
         if (peer := self._processes.get(name)) is not None:
             with contextlib.suppress(OSError):
                 peer.send(json.dumps(packet).encode())
 
-    def _say_all(self, phase: Phase, packet: dict[str, Any]) -> None:
+    def _send_to_stage(self, phase: Phase, packet: dict[str, Any]) -> None:
         for name in [*self._processes]:
             if name.startswith(STAGE_OF[phase]):
-                self.say(name, packet)
+                self.send(name, packet)
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
@@ -117,31 +118,31 @@ class Control:
         with peer:
             try:
                 while packet := await loop.sock_recv(peer, 4096):
-                    said = json.loads(packet)
-                    if "name" in said:
-                        name = said["name"]
+                    message = json.loads(packet)
+                    if "name" in message:
+                        name = message["name"]
                         self._processes[name] = peer
-                        for arm, (phase, hold) in self._armed.items():  # it comes in the middle of a wait
+                        for breakpoint, (phase, hold) in self._breakpoints.items():  # it connected during a wait
                             if name.startswith(STAGE_OF[phase]):
-                                self.say(name, {"arm": arm, "phase": phase, "hold": hold})
+                                self.send(name, {"breakpoint": breakpoint, "phase": phase, "hold": hold})
                     else:
-                        self._on(name, said)
+                        self._on(name, message)
             except OSError:
-                pass  # killed
+                pass  # the process was killed
             finally:
                 if self._processes.get(name) is peer:
                     del self._processes[name]
 
-    def _on(self, name: str, said: dict[str, Any]) -> None:
-        request = said["request"]
-        self._where.setdefault(request, {})[name.partition("-")[0]] = name
-        while len(self._where) > _KEPT:
-            self._where.pop(next(iter(self._where)))
-        if said["arm"] is None:
+    def _on(self, name: str, message: dict[str, Any]) -> None:
+        request = message["request"]
+        self._request_processes.setdefault(request, {})[name.partition("-")[0]] = name
+        while len(self._request_processes) > _MAX_REQUESTS:
+            self._request_processes.pop(next(iter(self._request_processes)))
+        if message["breakpoint"] is None:
             return
-        caught = Caught(said["arm"], name, request)
-        waiting = self._waiting.get(caught.arm)
-        if waiting is None or waiting.done():  # several processes were asked, and another was first
-            self.release(caught)
+        held = HeldRequest(message["breakpoint"], name, request)
+        waiting = self._waiting.get(held.breakpoint)
+        if waiting is None or waiting.done():  # another process was first to reach the phase
+            self.release(held)
         else:
-            waiting.set_result(caught)
+            waiting.set_result(held)

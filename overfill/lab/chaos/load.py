@@ -1,4 +1,4 @@
-"""Who asks while a stack breaks: greedy streams, some of which read slowly or vanish."""
+"""Sends greedy requests while a stack breaks. On demand, a client reads slowly or disconnects."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from overfill.errors import OverfillError, Overloaded, Unavailable
 
 Ending = Literal["answered", "refused", "given up", "failed", "vanished"]
 
-_TIMEOUT = 300.0  # seconds of a request; one that ends by it has failed
-_SLOW = 0.15  # seconds that a slow reader takes for each part
+_TIMEOUT = 300.0  # seconds for one request; a timeout counts as failed
+_SLOW = 0.15  # seconds that a slow client waits after each part
 
 
 @dataclass(slots=True)
-class Outcome:
-    """One request.
+class RequestResult:
+    """Result of one request.
 
     Attributes:
-        ending: "refused" when the stack would not take it, "given up" when it said, after losing too many workers, that
-            another try may succeed; "failed" is any other error.
-        longest_pause: seconds without a new token, the wait for the first one included.
-        slow: whether the client took its time.
+        ending: "refused": the stack was overloaded. "given up": it lost too many workers and said that another try may
+            succeed. "vanished": the client disconnected on purpose. "failed": any other error.
+        longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
+        slow: True if the client read slowly.
     """
 
     request: str
@@ -43,11 +43,12 @@ class Outcome:
     slow: bool = False
 
 
-class Load:
-    """Asks the routers at ``addresses``, first the one or the other, and keeps what came of it.
+class LoadGenerator:
+    """Sends requests to the routers and collects their results. Each client starts with another router.
 
     Args:
-        max_tokens: longest answer.
+        addresses: Addresses of the routers.
+        max_tokens: Maximum tokens of an answer.
     """
 
     def __init__(
@@ -65,60 +66,60 @@ class Load:
         self._rng = random.Random(seed)
         self._numbers = itertools.count()
         self._idle: list[AsyncClient] = []
-        self._running: dict[str, tuple[AsyncClient, Outcome]] = {}
-        self.outcomes: list[Outcome] = []
+        self._running: dict[str, tuple[AsyncClient, RequestResult]] = {}
+        self.results: list[RequestResult] = []
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    async def ask(self) -> Outcome:
-        """One request, to its end."""
+    async def send(self) -> RequestResult:
+        """Sends one request and waits for its end."""
         number = next(self._numbers)
         client = self._idle.pop() if self._idle else self._connect(number)
-        outcome = Outcome(f"chaos-{number}", self._prompts[number % len(self._prompts)])
-        self._running[outcome.request] = client, outcome
+        result = RequestResult(f"chaos-{number}", self._prompts[number % len(self._prompts)])
+        self._running[result.request] = client, result
         try:
-            await self._read(client, outcome)
+            await self._read(client, result)
         except OverfillError as error:
-            outcome.error = f"{type(error).__name__}: {error}"
-            if outcome.ending != "vanished":
-                outcome.ending = _ending(error)
+            result.error = f"{type(error).__name__}: {error}"
+            if result.ending != "vanished":
+                result.ending = _ending(error)
         except (asyncio.CancelledError, grpc.aio.UsageError):
-            if outcome.ending != "vanished":  # which is how gRPC tells of a channel that was closed
+            if result.ending != "vanished":  # gRPC raises these for a channel that was closed
                 raise
         finally:
-            del self._running[outcome.request]
-        if outcome.ending == "vanished":
+            del self._running[result.request]
+        if result.ending == "vanished":
             await client.close()
         else:
             self._idle.append(client)
-        self.outcomes.append(outcome)
-        return outcome
+        self.results.append(result)
+        return result
 
-    async def keep_asking(self, until: asyncio.Event) -> None:
-        """One request after the other."""
+    async def send_one_by_one(self, until: asyncio.Event) -> None:
+        """Sends one request after the other."""
         while not until.is_set():
-            await self.ask()
+            await self.send()
 
-    async def keep_arriving(self, rate: float, until: asyncio.Event) -> None:
-        """``rate`` requests per second at random moments, whatever becomes of them; returns when all have ended."""
+    async def send_at_rate(self, rate: float, until: asyncio.Event) -> None:
+        """Sends ``rate`` requests per second at random moments (open loop). Returns when all have ended."""
         async with asyncio.TaskGroup() as group:
             while not until.is_set():
                 await asyncio.sleep(self._rng.expovariate(rate))
-                group.create_task(self.ask())
+                group.create_task(self.send())
 
-    async def vanish(self, request: str) -> bool:
-        """Its client closes its connections as if it had died; False when it has its answer by now."""
+    async def disconnect(self, request: str) -> bool:
+        """Closes the connections of the request's client. Returns False if the request has already ended."""
         if request not in self._running:
             return False
-        client, outcome = self._running[request]
-        outcome.ending = "vanished"
+        client, result = self._running[request]
+        result.ending = "vanished"
         await client.close()
         return True
 
-    def slow_down(self, request: str) -> bool:
-        """Its client takes its time from now on; False when it has its answer by now."""
+    def read_slowly(self, request: str) -> bool:
+        """Makes the request's client read slowly from now on. Returns False if the request has already ended."""
         if request not in self._running:
             return False
         self._running[request][1].slow = True
@@ -128,21 +129,21 @@ class Load:
         for client in self._idle:
             await client.close()
 
-    async def _read(self, client: AsyncClient, outcome: Outcome) -> None:
+    async def _read(self, client: AsyncClient, result: RequestResult) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=self._max_tokens)
         last = time.monotonic()
-        options = {"sampling": sampling, "request_id": outcome.request, "timeout": _TIMEOUT}
-        async with client.stream(outcome.prompt, **options) as stream:  # type: ignore[arg-type]
+        options = {"sampling": sampling, "request_id": result.request, "timeout": _TIMEOUT}
+        async with client.stream(result.prompt, **options) as stream:  # type: ignore[arg-type]
             async for delta in stream:
                 if delta.token_ids:
                     now = time.monotonic()
-                    outcome.longest_pause = max(outcome.longest_pause, now - last)
+                    result.longest_pause = max(result.longest_pause, now - last)
                     last = now
-                if outcome.slow:
+                if result.slow:
                     await asyncio.sleep(_SLOW)
             answer = stream.answer
-        outcome.token_ids, outcome.finish_reason = answer.token_ids, answer.finish_reason
-        outcome.migrations = answer.migrations
+        result.token_ids, result.finish_reason = answer.token_ids, answer.finish_reason
+        result.migrations = answer.migrations
 
     def _connect(self, number: int) -> AsyncClient:
         first = number % len(self._addresses)

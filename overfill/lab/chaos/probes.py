@@ -1,13 +1,19 @@
-"""Runs a service so that a trial sees where its requests are, and can hold one there for a moment.
+"""Runs a service with a probe: a trial sees the phase of each request and can hold a request there.
 
-``python -m overfill.lab.chaos.probes SOCKET NAME MODULE [ARGS...]`` connects to the trial's Unix socket, wraps the
-functions that a request passes on its way, and runs MODULE as ``__main__``. Nothing in the service knows of it.
+``python -m overfill.lab.chaos.probes SOCKET NAME MODULE [ARGS...]`` connects to the trial's Unix socket, wraps
+the functions that a request passes through, and runs MODULE as ``__main__``. The service's own code is unchanged.
 
-One packet of JSON at a time. To the trial: ``{"name"}`` once, then ``{"at", "request", "arm"}`` whenever a request
-comes into a phase; ``arm`` is null unless it is held. From the trial: ``{"arm", "phase", "hold"}`` holds the next
-request that comes into ``phase`` until ``{"release"}`` or for ``hold`` seconds; ``{"disarm"}``; ``{"corrupt": n}``
-flips a bit of each of the next n KV chunks: of what this process sends, once the checksum has been taken, and of what
-it receives, before it is looked at.
+Each packet is one JSON object. The probe sends:
+
+* ``{"name"}`` once;
+* ``{"at", "request", "breakpoint"}`` when a request enters a phase; ``breakpoint`` is null unless the request is held.
+
+The trial sends:
+
+* ``{"breakpoint", "phase", "hold"}``: hold the next request that enters ``phase``, for at most ``hold`` seconds;
+* ``{"release": breakpoint}``: release the request that is held; ``{"remove": breakpoint}``: hold no request;
+* ``{"corrupt": n}``: flip one bit in each of the next n KV chunks. A chunk that this process sends is changed after its
+  checksum was computed, a chunk that it receives before the checksum is compared.
 """
 
 from __future__ import annotations
@@ -25,13 +31,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_LOOK = 0.002  # seconds between looks at whether what is held may go on
-_DECODING = 3  # tokens after which a sequence counts as being decoded
+_POLL = 0.002  # seconds between checks whether a held request was released
+_DECODE_TOKENS = 3  # token index from which on a sequence is in the phase decode
 
 
-class _Arm:
-    def __init__(self, number: int, hold: float) -> None:
-        self.number = number
+class _Breakpoint:
+    def __init__(self, id: int, hold: float) -> None:
+        self.id = id
         self.hold = hold
         self.until = 0.0
         self.released = False
@@ -42,14 +48,14 @@ class _Arm:
 
 
 class Probe:
-    """This process's end of the socket. Callable from any thread."""
+    """This process's end of the socket. Thread-safe."""
 
     def __init__(self, path: str, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.connect(path)
         self._lock = threading.Lock()
-        self._armed: dict[str, list[_Arm]] = {}
-        self._held: dict[int, _Arm] = {}
+        self._breakpoints: dict[str, list[_Breakpoint]] = {}
+        self._held: dict[int, _Breakpoint] = {}
         self._corrupt = 0
         self._rng = random.Random(name)
         self._tell({"name": name})
@@ -57,37 +63,40 @@ class Probe:
         self._listening.start()
 
     def close(self) -> None:
-        """The trial does not see this process any more."""
+        """Disconnects from the trial."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._listening.join()
         self._socket.close()
 
-    def reached(self, phase: str, request: str, *, quiet: bool = False) -> _Arm | None:
-        """A request is in ``phase``. Tells the trial, unless ``quiet`` and nothing waits for it."""
+    def reached(self, phase: str, request: str, *, quiet: bool = False) -> _Breakpoint | None:
+        """Notes that a request is in ``phase``, and returns the breakpoint that holds it, if any.
+
+        Reports to the trial, unless ``quiet`` is set and no breakpoint holds the request.
+        """
         with self._lock:
-            arms = self._armed.get(phase)
-            arm = arms.pop(0) if arms else None
-            if arm is not None:
-                arm.until = time.monotonic() + arm.hold
-                self._held[arm.number] = arm
-        if arm is not None or not quiet:
-            self._tell({"at": phase, "request": request, "arm": None if arm is None else arm.number})
-        return arm
+            breakpoints = self._breakpoints.get(phase)
+            breakpoint = breakpoints.pop(0) if breakpoints else None
+            if breakpoint is not None:
+                breakpoint.until = time.monotonic() + breakpoint.hold
+                self._held[breakpoint.id] = breakpoint
+        if breakpoint is not None or not quiet:
+            self._tell({"at": phase, "request": request, "breakpoint": None if breakpoint is None else breakpoint.id})
+        return breakpoint
 
     async def hold(self, phase: str, request: str, *, quiet: bool = False) -> None:
-        """``reached``, and waits if the trial says so."""
-        arm = self.reached(phase, request, quiet=quiet)
-        while arm is not None and arm.holds:  # noqa: ASYNC110  # another thread lets go
-            await asyncio.sleep(_LOOK)
+        """Calls ``reached``, and waits while a breakpoint holds the request."""
+        breakpoint = self.reached(phase, request, quiet=quiet)
+        while breakpoint is not None and breakpoint.holds:  # noqa: ASYNC110  # another thread releases it
+            await asyncio.sleep(_POLL)
 
     def hold_thread(self, phase: str, request: str) -> None:
-        """``hold`` for a thread of its own."""
-        arm = self.reached(phase, request, quiet=True)
-        while arm is not None and arm.holds:
-            time.sleep(_LOOK)
+        """Does the same as ``hold`` outside of the event loop: blocks the calling thread."""
+        breakpoint = self.reached(phase, request, quiet=True)
+        while breakpoint is not None and breakpoint.holds:
+            time.sleep(_POLL)
 
     def flip(self, size: int) -> tuple[int, int] | None:
-        """The byte of a chunk of ``size`` bytes, and the mask, with which it is to be damaged, if it is."""
+        """Returns the byte to damage in a chunk of ``size`` bytes and the bit's mask. None means no damage."""
         with self._lock:
             if not self._corrupt or not size:
                 return None
@@ -95,18 +104,20 @@ class Probe:
             return self._rng.randrange(size), 1 << self._rng.randrange(8)
 
     def _tell(self, packet: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the trial is busy, or over
+        with contextlib.suppress(OSError):  # the trial does not read, or has ended
             self._socket.send(json.dumps(packet).encode(), socket.MSG_DONTWAIT)
 
     def _listen(self) -> None:
         while packet := self._socket.recv(4096):
             order = json.loads(packet)
             with self._lock:
-                if "arm" in order:
-                    self._armed.setdefault(order["phase"], []).append(_Arm(order["arm"], order["hold"]))
-                elif "disarm" in order:
-                    for arms in self._armed.values():
-                        arms[:] = [arm for arm in arms if arm.number != order["disarm"]]
+                if "breakpoint" in order:
+                    self._breakpoints.setdefault(order["phase"], []).append(
+                        _Breakpoint(order["breakpoint"], order["hold"])
+                    )
+                elif "remove" in order:
+                    for breakpoints in self._breakpoints.values():
+                        breakpoints[:] = [breakpoint for breakpoint in breakpoints if breakpoint.id != order["remove"]]
                 elif "release" in order and (held := self._held.pop(order["release"], None)):
                     held.released = True
                 elif "corrupt" in order:
@@ -119,7 +130,7 @@ def watch_router(probe: Probe) -> None:
     run = Relay._run
 
     async def watched(self: Relay, placement: Any) -> None:
-        # Held or not, what waits for a place stays in the queue; what has one is held in front of its worker.
+        # A request that waits for a worker stays in the queue; one that has a worker is held before it is sent there.
         if placement.done():
             await probe.hold("queued", self._request.id)
         else:
@@ -133,10 +144,12 @@ def watch_prefill(probe: Probe) -> None:
     import overfill.kv.sender
     from overfill.engine.prefill import PrefillEngine
 
-    servicer = importlib.import_module("services.prefill.servicer").PrefillServicer  # named, as everywhere in here
+    servicer = importlib.import_module(
+        "services.prefill.servicer"
+    ).PrefillServicer  # by name: the library never imports services
     sender: Any = overfill.kv.sender
     accept, compute, seal, seal_in_place = servicer._accept, PrefillEngine._compute, sender.seal, sender.seal_in_place
-    requests: dict[str, str] = {}  # by sequence
+    requests: dict[str, str] = {}  # sequence -> request
 
     def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
         lease = accept(self, start, *rest)
@@ -152,7 +165,7 @@ def watch_prefill(probe: Probe) -> None:
     def seal_and_damage(spec: Any, box: Any, payload: Any, *rest: Any) -> Any:
         frame = seal(spec, box, payload, *rest)
         if isinstance(payload, memoryview):
-            damage(payload)  # a view into what the frame is made of, or into shared memory
+            damage(payload)  # a view into the frame's memory, or into shared memory
         return frame
 
     def seal_in_place_and_damage(blank: Any, *rest: Any) -> None:
@@ -184,7 +197,7 @@ def watch_decode(probe: Probe) -> None:
         elif isinstance(item, TokenSampled):
             if item.finish is not None:
                 await probe.hold("finishing", request, quiet=True)
-            elif item.index >= _DECODING:
+            elif item.index >= _DECODE_TOKENS:
                 await probe.hold("decode", request, quiet=True)
         return bool(await handle(self, item))
 

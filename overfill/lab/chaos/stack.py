@@ -1,4 +1,4 @@
-"""A stack that can be broken: every process with a probe, a clock of its own and, if wanted, links of its own."""
+"""A stack whose processes have probes, settable clocks and, through ``add_proxies``, connections that can fail."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _PROBES = "overfill.lab.chaos.probes"
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What lies between the processes.
+    """The proxies between the processes.
 
     Attributes:
-        of: process -> the proxies through which others reach it, and it others.
-        routers: where clients reach the routers.
+        routers: Addresses at which clients reach the routers.
+        by_process: Process -> proxies through which it communicates.
     """
 
     routers: tuple[str, ...]
-    of: dict[str, list[TcpProxy]] = field(default_factory=dict)
+    by_process: dict[str, list[TcpProxy]] = field(default_factory=dict)
 
 
 class BreakableStack(Stack):
-    """``plan`` with probes that connect to ``probes``, a path; routers can be restarted too."""
+    """Runs ``plan`` with probes that connect to the socket at the path ``probes``. It can restart routers too."""
 
     def __init__(self, plan: StackPlan, probes: str, clocks: Clocks) -> None:
         super().__init__(plan, lambda name, line: None)
@@ -39,21 +39,21 @@ class BreakableStack(Stack):
 
     @property
     def routers(self) -> list[str]:
-        """Their names, in the order of the plan's addresses."""
+        """The routers' names, in the order of the plan's addresses."""
         return [f"router-{index}" for index in range(len(self.plan.routers))]
 
     def names(self, stage: str) -> list[str]:
-        """The processes of a stage."""
+        """Returns the names of a stage's processes."""
         if stage == "router":
             return self.routers
         return [worker.worker_id for of, worker in self.plan.workers() if of == stage]
 
     def process(self, name: str) -> Child:
-        """The process that now has the name."""
+        """Returns the process that currently has the name."""
         return next(child for child in [*self._routers, *self._workers] if child.name == name)
 
     def processes(self) -> list[Child]:
-        """Those that run."""
+        """Returns the processes that are running."""
         return [child for child in [*self._routers, *self._workers] if child.returncode is None]
 
     def restart(self, name: str) -> None:
@@ -70,11 +70,12 @@ class BreakableStack(Stack):
         return Child(name, command, environment, self._sink)
 
 
-async def behind_links(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tuple[StackPlan, Links]:
-    """``plan`` with a proxy in front of everything that listens.
+async def add_proxies(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tuple[StackPlan, Links]:
+    """Puts a proxy in front of every port of ``plan`` that listens.
 
-    Every worker is reached through one of its own and reaches each router through another; clients have one to each
-    router. A router's links are those of all who reach it; it reaches workers through theirs.
+    * Clients reach each router through one proxy.
+    * A worker has one proxy through which others reach it, and one towards each router.
+    * A router's links are the proxies towards it; it reaches workers through the workers' links.
     """
     inbound = [await exits.enter_async_context(TcpProxy(a, seed=seed)) for a in plan.addresses]
     links = Links(tuple(p.address for p in inbound), {f"router-{i}": [proxy] for i, proxy in enumerate(inbound)})
@@ -84,12 +85,12 @@ async def behind_links(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tup
         port = next(ports)
         own = await exits.enter_async_context(TcpProxy(f"127.0.0.1:{port}", seed=seed + number))
         outbound = [await exits.enter_async_context(TcpProxy(a, seed=seed - number)) for a in plan.addresses]
-        links.of[worker.worker_id] = [own, *outbound]
+        links.by_process[worker.worker_id] = [own, *outbound]
         for index, proxy in enumerate(outbound):
-            links.of[f"router-{index}"].append(proxy)
+            links.by_process[f"router-{index}"].append(proxy)
         update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
         if stage == "decode" and number % 2:
-            update["shm"] = "off"  # so that KV takes both ways
+            update["shm"] = "off"  # so that some KV travels by shared memory and some over the network
         moved.append(worker.model_copy(update=update))
     prefill, decode = moved[: len(plan.prefill)], moved[len(plan.prefill) :]
     return replace(plan, prefill=tuple(prefill), decode=tuple(decode)), links  # type: ignore[arg-type]

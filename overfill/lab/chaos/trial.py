@@ -1,7 +1,7 @@
-"""A trial: a stack of its own, load on it, strikes, and what came of it all.
+"""Runs a trial: starts a stack, sends requests, injects faults, and collects the results.
 
-A strike waits until a request comes into its phase, holds it there, does its harm and lets go. No process is silenced
-unless another of its stage is there and ready.
+A fault waits until a request enters its phase. The trial holds the request there, injects the fault and releases the
+request. It never kills, drains, freezes or partitions a process unless another of the same stage is ready.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -22,119 +22,124 @@ from overfill.client import AsyncClient
 from overfill.client.status import WorkerStatus
 from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
-from overfill.lab.chaos.control import Caught, Control
-from overfill.lab.chaos.faults import SILENCING, Faults
-from overfill.lab.chaos.load import Load, Outcome
-from overfill.lab.chaos.stack import BreakableStack, Links, behind_links
-from overfill.lab.chaos.strikes import Strike
-from overfill.lab.chaos.watch import Sample, watch
+from overfill.lab.chaos.control import HeldRequest, ProbeControl
+from overfill.lab.chaos.fault_plan import PlannedFault
+from overfill.lab.chaos.injector import SILENCING, FaultInjector
+from overfill.lab.chaos.load import LoadGenerator, RequestResult
+from overfill.lab.chaos.memory import MemorySample, watch
+from overfill.lab.chaos.stack import BreakableStack, Links, add_proxies
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge, summarise
 
-_HOLD = 0.5  # seconds that a request is held in its phase at most, while the strike comes
-_CATCH = 8.0  # seconds to wait for a request in a phase, before one that is not there is done without
-_LOOK = 0.4  # seconds between looks at who is ready
-_PATIENCE = 60.0  # seconds for a spare to be there
-_SETTLE = 20.0  # seconds for all blocks to be free after the last answer, before the trial says that they are not
-_BACK = 60.0  # seconds for workers that were started again to be there in the end
+_HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
+_MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
+_STATUS_INTERVAL = 0.4  # seconds between polls of the workers that a router has ready
+_VICTIM_TIMEOUT = 60.0  # seconds to wait for a process that may be hit; then the fault is skipped
+_FREE_TIMEOUT = 20.0  # seconds after the last answer in which all blocks must be free
+_RETURN_TIMEOUT = 60.0  # seconds after the last answer in which restarted workers must be back
 _POLL = 0.05
-_MEASURED = 20.0  # seconds of undisturbed load that tell what the stack can do
+_CAPACITY_SECONDS = 20.0  # seconds of load without faults in which the capacity is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a trial does.
+    """Settings of a trial.
 
     Attributes:
-        strikes: one after the other, ``abreast`` of them at a time.
-        prompts: token ids; requests take them in turn.
-        requests: at least.
-        streams: requests at a time; with ``share``, while the stack's capacity is measured.
-        share: of the measured capacity at which requests arrive, whatever becomes of others; None: ``streams`` always.
-        seconds: after which no more strikes begin and no requests arrive; None: once all strikes are over.
-        limit: seconds after which no more strikes begin.
+        faults: Faults to inject, in order.
+        prompts: Token ids of the prompts, used in turn.
+        requests: Minimum number of requests.
+        streams: Concurrent requests. With ``load_fraction`` they apply only while the capacity is measured.
+        load_fraction: Fraction of the measured capacity at which requests arrive (open loop). None means that
+            ``streams`` requests run at any time.
+        seconds: Seconds after which no fault begins and requests stop. None means when all faults are over.
+        concurrent_faults: Maximum number of faults at the same time.
+        time_limit: Seconds after which no fault begins, and the trial waits for no more requests.
     """
 
-    strikes: Iterable[Strike]
+    faults: Iterable[PlannedFault]
     prompts: Sequence[Sequence[int]]
     requests: int
     streams: int
     max_tokens: int
-    share: float | None = None
+    load_fraction: float | None = None
     seconds: float | None = None
-    abreast: int = 1
-    limit: float = 3600.0
+    concurrent_faults: int = 1
+    time_limit: float = 3600.0
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Struck:
-    """A strike that was made.
+class InjectedFault:
+    """A fault that was injected.
 
     Attributes:
-        at: seconds since the load began.
-        victim: the process; or "client".
-        request: that was held for it; empty: none came into that phase, and the strike did without.
-        took: seconds until it was over, a restart included.
+        at: Seconds from the beginning of the load to the injection.
+        victim: Name of the process, or "client".
+        request: Request that was held for the fault. Empty when none entered the phase in time.
+        duration: Seconds until the fault was over, including a restart.
     """
 
-    strike: Strike
+    fault: PlannedFault
     at: float
     victim: str
     request: str
-    took: float
+    duration: float
 
     def as_dict(self) -> dict[str, object]:
-        """The strike's fields among the others, for a report."""
-        return asdict(self.strike) | {
+        """Returns all fields for a report, those of the plan among them."""
+        return self.fault.as_dict() | {
             "at": round(self.at, 2),
             "victim": self.victim,
             "request": self.request,
-            "took": round(self.took, 2),
+            "took": round(self.duration, 2),
         }
 
 
 @dataclass(slots=True)
-class Result:
-    """What came of a trial.
+class TrialResult:
+    """Result of a trial.
 
     Attributes:
-        missed: strikes for which there was never a victim.
-        freed_after: seconds from the last answer until no worker, other than those a fault held, had a used block;
-            None: some still had.
-        leaked: workers with used blocks, or missing, in the end, when every fault was over.
-        unclean_exits: processes that did not end as they should.
-        capacity, rate: answers per second that the stack gave undisturbed, and that were asked for.
-        unavailable: faults that cannot be made on this machine.
+        results: Results of all requests.
+        missed: Faults that were skipped, because no process could be hit in time.
+        freed_after: Seconds from the last answer until no worker had a used block, workers with a fault excepted. None
+            means that some still had one after 20 s.
+        leaked: Workers that had used blocks, or were missing, after every fault was over.
+        unclean_exits: Descriptions of processes that did not exit as they should.
+        seconds: Duration of the load.
+        capacity: Requests per second before the first fault; None if it was not measured.
+        rate: Requests per second sent during the faults; None if ``streams`` set the pace.
+        unavailable: Faults that this machine cannot inject.
     """
 
-    outcomes: list[Outcome] = field(default_factory=list)
-    struck: list[Struck] = field(default_factory=list)
-    missed: list[Strike] = field(default_factory=list)
+    results: list[RequestResult] = field(default_factory=list)
+    injected: list[InjectedFault] = field(default_factory=list)
+    missed: list[PlannedFault] = field(default_factory=list)
     freed_after: float | None = None
     leaked: list[str] = field(default_factory=list)
     unclean_exits: list[str] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    memory_samples: list[MemorySample] = field(default_factory=list)
     seconds: float = 0.0
     capacity: float | None = None
     rate: float | None = None
     unavailable: list[str] = field(default_factory=list)
 
-    def ended(self, ending: str) -> list[Outcome]:
-        """The requests that ended so."""
-        return [outcome for outcome in self.outcomes if outcome.ending == ending]
+    def ended(self, ending: str) -> list[RequestResult]:
+        """Returns the requests that ended in this way."""
+        return [request_result for request_result in self.results if request_result.ending == ending]
 
     @property
     def migrations(self) -> int:
-        return sum(o.migrations for o in self.outcomes)
+        return sum(o.migrations for o in self.results)
 
     def usual_pause(self) -> float:
-        """The median of the longest pauses of requests that nothing befell, seconds."""
-        struck = {one.request for one in self.struck}
-        calm = [o for o in self.ended("answered") if not o.migrations and not o.slow and o.request not in struck]
+        """Returns the median of ``longest_pause``, in seconds, over answers that no fault and no migration affected."""
+        hit = {one.request for one in self.injected}
+        calm = [o for o in self.ended("answered") if not o.migrations and not o.slow and o.request not in hit]
         return median([o.longest_pause for o in calm] or [0.0])
 
     def delays(self) -> list[float]:
-        """Seconds that each migrated answer was held up: its longest pause, less an undisturbed one's; ascending."""
+        """Returns the delay of each migrated answer in seconds, ascending: its longest pause minus the usual one."""
         usual = self.usual_pause()
         moved = [o for o in self.ended("answered") if o.migrations and not o.slow]
         return sorted(max(0.0, o.longest_pause - usual) for o in moved)
@@ -142,44 +147,44 @@ class Result:
     def judge(
         self, reference: TwoStageReference, max_tokens: int, report: Callable[[str, int, int], None]
     ) -> tuple[Summary, set[str]]:
-        """Holds every answer against ``reference``; one that was given before has the same verdict.
+        """Compares every answer with ``reference``. Equal answers to equal prompts are judged once.
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
         known: dict[tuple[object, ...], JudgedAnswer] = {}
         judged, wrong = [], set()
         answered = self.ended("answered")
-        for outcome in answered:
-            answer = tuple(outcome.prompt), tuple(outcome.token_ids), outcome.finish_reason
+        for request_result in answered:
+            answer = tuple(request_result.prompt), tuple(request_result.token_ids), request_result.finish_reason
             if answer not in known:
                 known[answer] = judge(reference, *answer, max_tokens)
             judged.append(known[answer])
             if not known[answer].correct:
-                wrong.add(outcome.request)
+                wrong.add(request_result.request)
             report("Judging", len(judged), len(answered))
         return summarise(judged), wrong
 
 
-async def run_trial(plan: StackPlan, trial: Trial, report: Callable[[str, int, int], None]) -> Result:
-    """Runs ``trial`` on a stack of its own. On the main thread: children are tied to the thread that starts them."""
+async def run_trial(plan: StackPlan, trial: Trial, report: Callable[[str, int, int], None]) -> TrialResult:
+    """Runs ``trial`` on a new stack. Call it on the main thread: children end with the thread that starts them."""
     async with AsyncExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-chaos-")))
         clocks = Clocks(folder)
-        control = await exits.enter_async_context(Control(folder))
-        plan, links = await behind_links(plan, exits, trial.seed)
+        control = await exits.enter_async_context(ProbeControl(folder))
+        plan, links = await add_proxies(plan, exits, trial.seed)
         stack = BreakableStack(plan, control.path, clocks)
         exits.callback(stack.stop)
         stack.start()
         await asyncio.to_thread(stack.wait_ready, threading.Event())
-        return await _Run(stack, links, control, clocks, trial, report).run()
+        return await _TrialRun(stack, links, control, clocks, trial, report).run()
 
 
-class _Run:
+class _TrialRun:
     def __init__(
         self,
         stack: BreakableStack,
         links: Links,
-        control: Control,
+        control: ProbeControl,
         clocks: Clocks,
         trial: Trial,
         report: Callable[[str, int, int], None],
@@ -187,152 +192,158 @@ class _Run:
         self._stack = stack
         self._control = control
         self._clocks = clocks
-        self._faults = Faults(stack, links, control, clocks)
+        self._injector = FaultInjector(stack, links, control, clocks)
         self._trial = trial
         self._report = report
         self._rng = random.Random(trial.seed)
-        self._load = Load(links.routers, stack.plan.client_tls, trial.prompts, trial.max_tokens, trial.seed)
-        self._result = Result(outcomes=self._load.outcomes)
+        self._load = LoadGenerator(links.routers, stack.plan.client_tls, trial.prompts, trial.max_tokens, trial.seed)
+        self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds
-        self._back: dict[str, float] = {}  # when a fault let go of them
-        self._seen: dict[str, tuple[float, set[str]]] = {}  # router -> when it was asked, and who was ready
-        self._over = asyncio.Event()  # nobody asks any more
+        self._restored_at: dict[str, float] = {}  # process -> when its last fault ended
+        self._statuses: dict[str, tuple[float, set[str]]] = {}  # router -> (time of the request, its ready workers)
+        self._load_ended = asyncio.Event()
         self._began = time.monotonic()
 
-    async def run(self) -> Result:
-        # A failure of the trial itself ends all of it, at once and with its cause.
+    async def run(self) -> TrialResult:
+        # The task group ends the whole trial at once if one of its own tasks fails.
         done = asyncio.Event()
-        async with asyncio.TaskGroup() as looking:
-            looks = [looking.create_task(self._look_on(name)) for name in self._stack.routers]
-            looking.create_task(watch(self._stack.processes, self._result.samples, done))
-            if self._trial.share is not None:
-                await self._measure(self._trial.share)
+        async with asyncio.TaskGroup() as observers:
+            polls = [observers.create_task(self._poll_router(name)) for name in self._stack.routers]
+            observers.create_task(watch(self._stack.processes, self._result.memory_samples, done))
+            if self._trial.load_fraction is not None:
+                await self._measure_capacity(self._trial.load_fraction)
             self._began = time.monotonic()
             async with asyncio.TaskGroup() as group:
-                striking = group.create_task(self._strike_on())
-                for work in self._asking():
+                injecting = group.create_task(self._inject_all())
+                for work in self._load_tasks():
                     group.create_task(work)
-                await striking
-                await self._asked_enough()
-                self._over.set()
-            self._result.freed_after = await self._freed(time.monotonic())
+                await injecting
+                await self._wait_for_requests()
+                self._load_ended.set()
+            self._result.freed_after = await self._wait_until_free(time.monotonic())
             self._result.seconds = time.monotonic() - self._began
-            self._result.leaked = await self._leaked()
+            self._result.leaked = await self._find_leaks()
             done.set()
-            for look in looks:
-                look.cancel()
+            for poll in polls:
+                poll.cancel()
         await self._load.close()
         return self._result
 
-    def _asking(self) -> list[Coroutine[object, object, None]]:
+    def _load_tasks(self) -> list[Coroutine[object, object, None]]:
         if self._result.rate is not None:
-            return [self._load.keep_arriving(self._result.rate, self._over)]
-        return [self._load.keep_asking(self._over) for _ in range(self._trial.streams)]
+            return [self._load.send_at_rate(self._result.rate, self._load_ended)]
+        return [self._load.send_one_by_one(self._load_ended) for _ in range(self._trial.streams)]
 
-    async def _measure(self, share: float) -> None:
-        """What the stack can do, before anything befalls it."""
+    async def _measure_capacity(self, load_fraction: float) -> None:
+        """Measures the stack's capacity before the first fault."""
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for _ in range(self._trial.streams):
-                group.create_task(self._load.keep_asking(over))
-            await asyncio.sleep(_MEASURED / 4)  # everything is warm
-            before = len(self._result.outcomes)
-            await asyncio.sleep(_MEASURED)
-            self._result.capacity = (len(self._result.outcomes) - before) / _MEASURED
+                group.create_task(self._load.send_one_by_one(over))
+            await asyncio.sleep(_CAPACITY_SECONDS / 4)  # warm-up
+            before = len(self._result.results)
+            await asyncio.sleep(_CAPACITY_SECONDS)
+            self._result.capacity = (len(self._result.results) - before) / _CAPACITY_SECONDS
             over.set()
-        self._result.rate = share * self._result.capacity
+        self._result.rate = load_fraction * self._result.capacity
 
-    async def _asked_enough(self) -> None:
-        while len(self._result.outcomes) < self._trial.requests:
-            if time.monotonic() - self._began > self._trial.limit:
+    async def _wait_for_requests(self) -> None:
+        while len(self._result.results) < self._trial.requests:
+            if time.monotonic() - self._began > self._trial.time_limit:
                 return
             await asyncio.sleep(_POLL)
 
-    # Striking
+    # Faults
 
     @property
-    def _late(self) -> bool:
+    def _time_is_up(self) -> bool:
         seconds = time.monotonic() - self._began
-        return seconds > self._trial.limit or (self._trial.seconds is not None and seconds > self._trial.seconds)
+        return seconds > self._trial.time_limit or (self._trial.seconds is not None and seconds > self._trial.seconds)
 
-    async def _strike_on(self) -> None:
-        places = asyncio.Semaphore(self._trial.abreast)
-        strikes = self._trial.strikes
-        total = len(strikes) if isinstance(strikes, Sequence) else 0
+    async def _inject_all(self) -> None:
+        slots = asyncio.Semaphore(self._trial.concurrent_faults)
+        faults = self._trial.faults
+        total = len(faults) if isinstance(faults, Sequence) else 0
 
-        async def one(strike: Strike) -> None:
+        async def one(fault: PlannedFault) -> None:
             try:
-                if not await self._strike(strike):
-                    self._result.missed.append(strike)
+                if not await self._inject(fault):
+                    self._result.missed.append(fault)
             finally:
-                places.release()
-            so_far = len(self._result.struck)
-            self._report("Striking", so_far, total or so_far + 1)
+                slots.release()
+            so_far = len(self._result.injected)
+            self._report("Injecting faults", so_far, total or so_far + 1)
 
         async with asyncio.TaskGroup() as group:
-            for strike in strikes:
-                if strike.after:
-                    await self._rest(strike.after)
-                await places.acquire()
-                if self._late:
+            for fault in faults:
+                if fault.after:
+                    await self._pause(fault.after)
+                await slots.acquire()
+                if self._time_is_up:
                     return
-                if strike.fault == "clock" and not self._clocks.available:
+                if fault.kind == "clock" and not self._clocks.available:
                     if "clock" not in self._result.unavailable:
                         self._result.unavailable.append("clock")
-                    places.release()
+                    slots.release()
                     continue
-                group.create_task(one(strike))
+                group.create_task(one(fault))
 
-    async def _rest(self, seconds: float) -> None:
+    async def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._late:  # noqa: ASYNC110  # two clocks
+        while time.monotonic() < end and not self._time_is_up:  # noqa: ASYNC110  # two clocks
             await asyncio.sleep(min(0.5, seconds))
 
-    async def _strike(self, strike: Strike) -> bool:
-        """False when there was no victim in time."""
-        deadline = time.monotonic() + _PATIENCE
+    async def _inject(self, fault: PlannedFault) -> bool:
+        """Injects one fault. Returns False if no process could be hit in time."""
+        deadline = time.monotonic() + _VICTIM_TIMEOUT
         while time.monotonic() < deadline:
-            if strike.target != "client" and not any(
-                self._may(strike, name) for name in self._stack.names(strike.target)
+            if fault.target != "client" and not any(
+                self._may_hit(fault, name) for name in self._stack.names(fault.target)
             ):
                 await asyncio.sleep(_POLL)
                 continue
             try:
-                caught = await self._control.catch(strike.phase, _HOLD, _CATCH)
+                held = await self._control.hold_next(fault.phase, _HOLD_SECONDS, _MATCH_TIMEOUT)
             except TimeoutError:
-                caught = None  # a quiet moment
-            if strike.target == "client":
-                if caught is not None and await self._strike_client(strike, caught):
+                held = None  # no request entered the phase
+            if fault.target == "client":
+                if held is not None and await self._inject_client(fault, held):
                     return True
-            elif (name := self._victim(strike, caught)) is not None:
-                await self._strike_process(strike, name, caught)
+            elif (name := self._victim(fault, held)) is not None:
+                await self._inject_process(fault, name, held)
                 return True
-            if caught is not None:
-                self._control.release(caught)
+            if held is not None:
+                self._control.release(held)
             await asyncio.sleep(_POLL)
         return False
 
-    def _victim(self, strike: Strike, caught: Caught | None) -> str | None:
-        """The process on the side of the caught request; where that is not known yet, any."""
-        known = None if caught is None else self._control.where(caught.request).get(strike.target)
+    def _victim(self, fault: PlannedFault, held: HeldRequest | None) -> str | None:
+        """Returns the process that has the held request on the fault's side, or a random one if that is unknown.
+
+        None means that no such process may be hit.
+        """
+        known = None if held is None else self._control.processes_of(held.request).get(fault.target)
         if known is not None:
-            return known if self._may(strike, known) else None
-        among = [name for name in self._stack.names(strike.target) if self._may(strike, name)]
+            return known if self._may_hit(fault, known) else None
+        among = [name for name in self._stack.names(fault.target) if self._may_hit(fault, name)]
         return self._rng.choice(among) if among else None
 
-    def _may(self, strike: Strike, name: str) -> bool:
+    def _may_hit(self, fault: PlannedFault, name: str) -> bool:
         if name in self._down:
             return False
         stage = name.partition("-")[0]
         ready = self._ready(stage)
-        return name in ready and (strike.fault not in SILENCING or len(ready) > 1)
+        return name in ready and (fault.kind not in SILENCING or len(ready) > 1)
 
     def _ready(self, stage: str) -> set[str]:
-        """Processes of a stage that serve, in the eyes of every router that does."""
+        """Returns the processes of a stage that every ready router considers ready.
+
+        A router is ready when it has a ready worker of both stages. Answers from before the last fault are ignored.
+        """
         views = {
             router: ready
-            for router, (asked, ready) in self._seen.items()
-            if router not in self._down and asked > self._back.get(router, 0.0)
+            for router, (asked, ready) in self._statuses.items()
+            if router not in self._down and asked > self._restored_at.get(router, 0.0)
         }
         complete = [
             router
@@ -349,41 +360,41 @@ class _Run:
             for name in common
             if name.startswith(stage)
             and name not in self._down
-            and all(self._seen[router][0] > self._back.get(name, 0.0) for router in complete)
+            and all(self._statuses[router][0] > self._restored_at.get(name, 0.0) for router in complete)
         }
 
-    async def _strike_client(self, strike: Strike, caught: Caught) -> bool:
+    async def _inject_client(self, fault: PlannedFault, held: HeldRequest) -> bool:
         at = time.monotonic()
         done = (
-            await self._load.vanish(caught.request)
-            if strike.fault == "vanish"
-            else self._load.slow_down(caught.request)
+            await self._load.disconnect(held.request)
+            if fault.kind == "vanish"
+            else self._load.read_slowly(held.request)
         )
-        self._control.release(caught)
+        self._control.release(held)
         if done:
-            self._record(strike, "client", caught, at)
+            self._record(fault, "client", held, at)
         return done
 
-    async def _strike_process(self, strike: Strike, name: str, caught: Caught | None) -> None:
+    async def _inject_process(self, fault: PlannedFault, name: str, held: HeldRequest | None) -> None:
         self._down.add(name)
         at = time.monotonic()
-        self._faults.begin(strike, name)
-        if caught is not None:
-            self._control.release(caught)
-        complaint = await self._faults.mend(strike, name)
-        if complaint is not None:
-            self._result.unclean_exits.append(complaint)
-        self._back[name] = time.monotonic()
+        self._injector.inject(fault, name)
+        if held is not None:
+            self._control.release(held)
+        problem = await self._injector.end(fault, name)
+        if problem is not None:
+            self._result.unclean_exits.append(problem)
+        self._restored_at[name] = time.monotonic()
         self._down.discard(name)
-        self._record(strike, name, caught, at)
+        self._record(fault, name, held, at)
 
-    def _record(self, strike: Strike, victim: str, caught: Caught | None, at: float) -> None:
-        request = "" if caught is None else caught.request
-        self._result.struck.append(Struck(strike, at - self._began, victim, request, time.monotonic() - at))
+    def _record(self, fault: PlannedFault, victim: str, held: HeldRequest | None, at: float) -> None:
+        request = "" if held is None else held.request
+        self._result.injected.append(InjectedFault(fault, at - self._began, victim, request, time.monotonic() - at))
 
-    # Looking
+    # Status of the stack
 
-    async def _look_on(self, router: str) -> None:
+    async def _poll_router(self, router: str) -> None:
         address = self._stack.plan.addresses[self._stack.routers.index(router)]
         async with AsyncClient(address, tls=self._stack.plan.client_tls) as client:
             while True:
@@ -393,13 +404,13 @@ class _Run:
                     pid = status.process.pid
                     if pid == self._stack.process(router).pid:
                         ready = {w.id for w in status.workers if w.process is not None and w.process.ready}
-                        self._seen[router] = asked, ready
+                        self._statuses[router] = asked, ready
                 except OverfillError:
-                    self._seen.pop(router, None)
-                await asyncio.sleep(_LOOK)
+                    self._statuses.pop(router, None)
+                await asyncio.sleep(_STATUS_INTERVAL)
 
     async def _workers(self) -> list[list[WorkerStatus]]:
-        """What each router says of its workers; one that does not answer says nothing of any."""
+        """Returns each router's list of workers; an empty list for a router that does not answer."""
         found = []
         for address in self._stack.plan.addresses:
             try:
@@ -409,26 +420,29 @@ class _Run:
                 found.append([])
         return found
 
-    async def _freed(self, since: float) -> float | None:
-        while (now := time.monotonic()) - since < _SETTLE:
+    async def _wait_until_free(self, since: float) -> float | None:
+        while (now := time.monotonic()) - since < _FREE_TIMEOUT:
             if all(_is_empty(w) for seen in await self._workers() for w in seen if w.id not in self._down):
                 return now - since
             await asyncio.sleep(_POLL)
         return None
 
-    async def _leaked(self) -> list[str]:
-        """Gives restarted workers time to come back, and those that were cut off to notice it."""
-        deadline = time.monotonic() + _BACK
-        wanted = {worker.worker_id for _, worker in self._stack.plan.workers()}
+    async def _find_leaks(self) -> list[str]:
+        """Returns the workers that are not empty or not back after at most 60 s.
+
+        Restarted workers need this time to join, and partitioned ones to notice.
+        """
+        deadline = time.monotonic() + _RETURN_TIMEOUT
+        expected = {worker.worker_id for _, worker in self._stack.plan.workers()}
         while True:
             empty = [{worker.id for worker in seen if _is_empty(worker)} for seen in await self._workers()]
-            leaked = sorted(name for name in wanted if not all(name in ids for ids in empty))
+            leaked = sorted(name for name in expected if not all(name in ids for ids in empty))
             if not leaked or time.monotonic() > deadline:
                 return leaked
             await asyncio.sleep(_POLL)
 
 
 def _is_empty(worker: WorkerStatus) -> bool:
-    """Whether it answers, and owns no block and has no request."""
+    """Returns True if the worker answers, uses no block and has no request."""
     load = None if worker.process is None else worker.process.load
     return load is not None and load.kv_blocks_used == load.running == load.waiting == 0

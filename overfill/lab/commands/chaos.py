@@ -1,4 +1,4 @@
-"""``overfill chaos``: break a stack under load, at every phase of a request, and judge every answer."""
+"""``overfill chaos``: injects faults into a stack under load, in every phase of a request, and checks every answer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import Number
+from overfill.cli.options import Number, RenamedFlags
 from overfill.cli.output import console, print_json
-from overfill.lab.chaos.strikes import FAULTS, PHASES, FaultName, Phase, Strike, Target, draw, matrix, replayed
+from overfill.lab.chaos.fault_plan import (
+    FAULTS,
+    PHASES,
+    FaultName,
+    Phase,
+    PlannedFault,
+    Target,
+    draw,
+    matrix,
+    read_report,
+)
 
 if TYPE_CHECKING:
     from overfill.cli.stack import StackPlan
@@ -24,67 +34,137 @@ if TYPE_CHECKING:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command("chaos")
-@click.option(
-    "--pair", default="tiny", show_default=True, help="A named pair, the folder of one, or tiny: random weights."
+@click.command(
+    "chaos",
+    cls=RenamedFlags,
+    renamed={
+        "strikes": "num-faults",
+        "rate-share": "load-fraction",
+        "from": "first-fault",
+        "abreast": "concurrent-faults",
+        "limit": "time-limit",
+    },
 )
 @click.option(
-    "--fault", "faults", type=click.Choice(FAULTS), multiple=True, help="What happens; may be repeated.  [default: all]"
+    "--pair",
+    default="tiny",
+    show_default=True,
+    help="Name of a pair, folder of a pair, or tiny (a small pair with random weights).",
+)
+@click.option(
+    "--fault",
+    "faults",
+    type=click.Choice(FAULTS),
+    multiple=True,
+    help="Fault to inject; repeat for several.  [default: all]",
 )
 @click.option(
     "--phase", "phases", type=click.Choice(PHASES), multiple=True,
-    help="Of a request, in which it happens; may be repeated.  [default: all]",
+    help="Phase of a request in which a fault is injected; repeat for several.  [default: all]",
 )  # fmt: skip
 @click.option(
     "--target", "targets", type=click.Choice(get_args(Target)), multiple=True,
-    help="Whom it befalls; may be repeated.  [default: all that the fault can befall]",
+    help="Side on which a fault is injected; repeat for several.  [default: all that the fault can hit]",
 )  # fmt: skip
-@click.option("--strikes", type=click.IntRange(0), default=60, show_default=True, help="Faults, drawn at random.")
-@click.option("--matrix", "times", type=click.IntRange(1), help="Instead: each fault in each phase this often.")
-@click.option("--soak", type=Number(0, min_open=True), help="Instead: random faults for so many minutes.")
+@click.option("--num-faults", type=click.IntRange(0), default=60, show_default=True, help="Number of random faults.")
 @click.option(
-    "--rate-share", type=Number(0, 1, min_open=True),
-    help="Share of what the stack can do at which requests arrive.  [default: 0.7 with --soak, else --streams always]",
+    "--matrix",
+    "times",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Inject every fault in every phase N times, instead of random faults.",
+)
+@click.option(
+    "--soak",
+    metavar="MINUTES",
+    type=Number(0, min_open=True),
+    help="Inject random faults for this many minutes, instead of a fixed number.",
+)
+@click.option(
+    "--load-fraction", type=Number(0, 1, min_open=True),
+    help="Rate of requests, as a fraction of the capacity measured at the start (open loop).  [default: 0.7 with "
+    "--soak; otherwise --streams requests run at any time]",
 )  # fmt: skip
-@click.option("--replay", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The faults of a report.")
-@click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="First fault of the seed.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of faults, phases, victims and moments.")
-@click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean seconds between faults.")
-@click.option("--abreast", type=click.IntRange(1), default=2, show_default=True, help="Faults at a time.")
-@click.option("--prefill", type=click.IntRange(2), default=2, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=click.IntRange(2), default=3, show_default=True, help="Decode workers.")
-@click.option("--router", "routers", type=click.IntRange(2), default=2, show_default=True, help="Routers.")
-@click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="At least.")
-@click.option("--streams", type=click.IntRange(1), default=16, show_default=True, help="Requests at a time.")
-@click.option("--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Longest answer.")
-@click.option("--limit", type=Number(0), default=3600.0, show_default=True, help="Seconds, at most.")
-@click.option("--grace-period", default=1.0, show_default=True, help="Seconds that a drained process has.")
-@click.option("--max-num-seqs", default=4, show_default=True, help="Sequences of a worker; few make requests wait.")
-@click.option("--kv-memory", help="KV cache per worker, such as 512MiB; by default 8MiB for tiny, else sized to fit.")
-@click.option("--report", "report_file", type=_FILE, help="Write the JSON report here.")
-@click.option("--plot", type=_FILE, help="Draw the memory of every process here.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--replay",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Inject the faults of this JSON report again.",
+)
+@click.option(
+    "--first-fault",
+    "first",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of the first fault to inject from the sequence that --seed draws.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Random seed for faults, phases, targets and times."
+)
+@click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean pause between faults, seconds.")
+@click.option(
+    "--concurrent-faults",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Maximum number of faults at the same time.",
+)
+@click.option("--prefill", type=click.IntRange(2), default=2, show_default=True, help="Number of prefill workers.")
+@click.option("--decode", type=click.IntRange(2), default=3, show_default=True, help="Number of decode workers.")
+@click.option("--router", "routers", type=click.IntRange(2), default=2, show_default=True, help="Number of routers.")
+@click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="Minimum number of requests.")
+@click.option(
+    "--streams",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Concurrent requests; with --load-fraction only while capacity is measured.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens of an answer."
+)
+@click.option(
+    "--time-limit", type=Number(0), default=3600.0, show_default=True, help="Seconds after which no new fault begins."
+)
+@click.option(
+    "--grace-period",
+    default=1.0,
+    show_default=True,
+    help="Seconds that a process has to finish requests after SIGTERM.",
+)
+@click.option(
+    "--max-num-seqs",
+    default=4,
+    show_default=True,
+    help="Maximum sequences per worker; a small number makes requests queue.",
+)
+@click.option(
+    "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
+)
+@click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
+@click.option("--plot", type=_FILE, help="Plot the memory of every process to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def chaos_command(
     pair: str,
     faults: tuple[FaultName, ...],
     phases: tuple[Phase, ...],
     targets: tuple[Target, ...],
-    strikes: int,
+    num_faults: int,
     times: int | None,
     soak: float | None,
-    rate_share: float | None,
+    load_fraction: float | None,
     replay: Path | None,
     first: int,
     seed: int,
     pause: float,
-    abreast: int,
+    concurrent_faults: int,
     prefill: int,
     decode: int,
     routers: int,
     requests: int,
     streams: int,
     max_tokens: int,
-    limit: float,
+    time_limit: float,
     grace_period: float,
     max_num_seqs: int,
     kv_memory: str | None,
@@ -92,38 +172,40 @@ def chaos_command(
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Start a stack on this machine, keep it busy, break it, and judge every answer.
+    """Start a stack on this machine, inject faults while it serves requests, and check every answer.
 
-    A fault waits for a request that is in its phase and befalls a process that serves it, or its client; nothing is
-    silenced unless another of its stage is ready. The same seed draws the same faults; --from goes on in the
-    middle, and --replay takes them from the report of an earlier run.
+    A fault waits for a request in its phase. It hits a process that serves this request, or the client.
+    A process is killed, drained, frozen or partitioned only while another one of its stage is ready.
 
-    Exits 1 unless every request was answered right, or refused in so many words, every process ended as it should, and
-    every KV block was free within two seconds of the last answer.
+    The same seed draws the same faults. --first-fault starts later in this sequence; --replay injects the faults of an
+    earlier run's report.
+
+    Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
+    every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
     """
-    from overfill.lab.chaos.report import Report as TrialReport
+    from overfill.lab.chaos.memory import draw as draw_memory
     from overfill.lab.chaos.trial import Trial, run_trial
-    from overfill.lab.chaos.watch import draw as draw_memory
+    from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import TwoStageReference
     from overfill.telemetry.progress import show_progress
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     among = (faults or FAULTS, phases or PHASES, targets or None)
-    chosen = _strikes(*among, strikes, times, soak, replay, first, seed, pause)
+    chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause)
     trial_settings = {"grace_period": grace_period, "kv_memory": kv_memory, "max_num_seqs": max_num_seqs}
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
         plan, prompts, folder = prepare(pair, prefill, decode, routers, exits, report, trial_settings)
         trial = Trial(
-            strikes=chosen,
+            faults=chosen,
             prompts=prompts,
             requests=requests,
             streams=streams,
             max_tokens=max_tokens,
-            share=rate_share or (0.7 if soak else None),
+            load_fraction=load_fraction or (0.7 if soak else None),
             seconds=soak * 60 if soak else None,
-            abreast=abreast,
-            limit=max(limit, soak * 60 if soak else 0.0),
+            concurrent_faults=concurrent_faults,
+            time_limit=max(time_limit, soak * 60 if soak else 0.0),
             seed=seed,
         )
         result = asyncio.run(run_trial(plan, trial, report))
@@ -133,9 +215,9 @@ def chaos_command(
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
     if plot is not None:
         title = (
-            f"{result.seconds / 60:.0f} minutes, seed {seed}: {len(result.struck)} faults, {summary.answers} answers"
+            f"{result.seconds / 60:.0f} minutes, seed {seed}: {len(result.injected)} faults, {summary.answers} answers"
         )
-        draw_memory(result.samples, title, plot)
+        draw_memory(result.memory_samples, title, plot)
     if as_json:
         print_json(judged.as_dict())
     else:
@@ -145,7 +227,7 @@ def chaos_command(
     return 0 if judged.passed else 1
 
 
-def _strikes(
+def _choose_faults(
     faults: tuple[FaultName, ...],
     phases: tuple[Phase, ...],
     targets: tuple[Target, ...] | None,
@@ -156,13 +238,13 @@ def _strikes(
     first: int,
     seed: int,
     pause: float,
-) -> Iterable[Strike]:
-    """What the options ask for. Raises click.UsageError when they contradict each other."""
+) -> Iterable[PlannedFault]:
+    """Returns the faults that the options choose. Raises click.UsageError if they conflict."""
     if sum(option is not None for option in (times, soak, replay)) > 1:
-        raise click.UsageError("--matrix, --soak and --replay are three ways to choose faults: give one")
+        raise click.UsageError("--matrix, --soak and --replay each choose the faults: give only one of them")
     if replay is not None:
         try:
-            return replayed(replay)
+            return read_report(replay)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
     if times is not None:
@@ -174,7 +256,7 @@ def _strikes(
 def prepare(
     pair: str, prefill: int, decode: int, routers: int, exits: ExitStack, report: Report, settings: dict[str, Any]
 ) -> tuple[StackPlan, list[list[int]], Path]:
-    """A float32 stack of ``pair``, what to ask it, and the pair's folder; that of a tiny pair goes with ``exits``."""
+    """Returns the plan of a float32 stack, prompts, and the pair's folder. ``exits`` removes a tiny pair's folder."""
     from overfill.cli.up_plan import make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer

@@ -1,4 +1,4 @@
-"""``overfill chaos-clients``: kill clients at random moments and see how soon their KV is free."""
+"""``overfill chaos-clients``: kills clients at random moments and measures when their KV blocks are free."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ import click
 
 from overfill.cli.output import print_json
 
-_BOUND = 1.0  # seconds
+_MAX_DELAY = 1.0  # seconds from a kill until all KV blocks are free
 
 
 @click.command("chaos-clients")
 @click.option(
-    "--pair", default="tiny", show_default=True, help="A named pair, the folder of one, or tiny: random weights."
+    "--pair",
+    default="tiny",
+    show_default=True,
+    help="Name of a pair, folder of a pair, or tiny (a small pair with random weights).",
 )
-@click.option("--kills", type=click.IntRange(1), default=1000, show_default=True, help="Clients to kill.")
-@click.option("--prefill", type=click.IntRange(1), default=2, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=click.IntRange(1), default=3, show_default=True, help="Decode workers.")
-@click.option("--max-tokens", type=click.IntRange(2), default=200, show_default=True, help="Length of the answers.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of moments and prompts.")
+@click.option("--kills", type=click.IntRange(1), default=1000, show_default=True, help="Number of clients to kill.")
+@click.option("--prefill", type=click.IntRange(1), default=2, show_default=True, help="Number of prefill workers.")
+@click.option("--decode", type=click.IntRange(1), default=3, show_default=True, help="Number of decode workers.")
+@click.option("--max-tokens", type=click.IntRange(2), default=200, show_default=True, help="Tokens of each answer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for times and prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def chaos_clients_command(
     pair: str, kills: int, prefill: int, decode: int, max_tokens: int, seed: int, as_json: bool
 ) -> int:
-    """Start a stack on this machine and kill its clients with SIGKILL, one by one, while their answers come.
+    """Start a stack on this machine and kill its clients one by one with SIGKILL, while they receive answers.
 
-    Exits 1 unless every KV block on every worker was free within a second of each kill.
+    Exit code 0 when all KV blocks of all workers were free within one second of each kill. Exit code 1 otherwise.
     """
     from overfill.lab.commands.chaos import prepare
-    from overfill.lab.faults.vanishing import run_vanishing
+    from overfill.lab.faults.client_kills import kill_clients
     from overfill.telemetry.progress import show_progress
 
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
         plan, prompts, _ = prepare(pair, prefill, decode, 1, exits, report, {})
-        result = asyncio.run(run_vanishing(plan, prompts, kills, max_tokens, seed, report))
+        result = asyncio.run(kill_clients(plan, prompts, kills, max_tokens, seed, report))
     delays = sorted(result.delays)
     figures = {
         "kills": len(delays),
@@ -51,4 +54,4 @@ def chaos_clients_command(
     else:
         for name, value in figures.items():
             click.echo(f"{name.replace('_', ' ')}: {value}")
-    return 0 if delays[-1] <= _BOUND else 1
+    return 0 if delays[-1] <= _MAX_DELAY else 1

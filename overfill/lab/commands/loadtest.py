@@ -1,4 +1,4 @@
-"""``overfill loadtest``: the common cases of a load test with locust, which runs in a process of its own."""
+"""``overfill loadtest``: runs the common kinds of load test with locust, in a child process."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def _kind(f: Field[Any]) -> Any:
 
 @click.command("loadtest")
 @_plan_options
-@click.option("--api-key", envvar=API_KEY, show_envvar=True, help="Key to show, where the stack wants one.")
+@click.option("--api-key", envvar=API_KEY, show_envvar=True, help="API key, if the server requires one.")
 def loadtest_command(api_key: str | None, **options: Any) -> int:
-    """Load on a running stack or any OpenAI endpoint, held against objectives.
+    """Send load to a running stack or an OpenAI endpoint, and check objectives.
 
-    Exits 0 when every objective is met, 1 when one is not (it is named with what was measured), and 2 when nothing
-    could be measured.
+    Exit code 0 when every objective is met, 1 when one is missed (it is printed with the measured value), 2 when
+    nothing could be measured.
     """
-    require("loadtest", "`overfill loadtest`", "locust")  # which runs in a process of its own
+    require("loadtest", "`overfill loadtest`", "locust")  # runs in a child process
     from overfill.lab.loadtest.workload import Workload
 
     try:
-        plan = LoadPlan.of(options)
-        Workload(plan)  # a trace that cannot be read is told before anything starts
+        plan = LoadPlan.from_options(options)
+        Workload(plan)  # reports an unreadable trace before anything starts
     except InvalidRequest as error:
         name = error.field.replace("_", "-")
         message = str(error).removeprefix(f"{error.field}: ")
@@ -64,9 +64,9 @@ def loadtest_command(api_key: str | None, **options: Any) -> int:
 
 def _run(plan: LoadPlan, api_key: str | None) -> int:
     command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parents[1] / "loadtest" / "locustfile.py")]
-    # Locust's own tables stay away: one of ours follows, and there is no other switch for the last of them.
+    # --json-file suppresses locust's last table, for which there is no other switch; we print our own.
     command += ["--headless", "--only-summary", "--loglevel", "WARNING", "--json-file", os.devnull]
-    # Locust takes options from variables too; a test is what its command line says.
+    # Locust also reads options from LOCUST_* variables. Leave them out: only the command line configures the test.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
     environment = GRPC_ENVIRONMENT | inherited | ({} if api_key is None else {API_KEY: api_key})
     child = subprocess.Popen([*tied_to_parent(), *command, *plan.locust_argv()], env=environment)
@@ -74,5 +74,5 @@ def _run(plan: LoadPlan, api_key: str | None) -> int:
         try:
             code = child.wait()
         except KeyboardInterrupt:
-            continue  # it has been interrupted too, and tells what it has
+            continue  # the child was interrupted too and prints its results
         return 128 + signal.SIGINT if code == -signal.SIGINT else code if code in (0, 1) else 2

@@ -1,4 +1,4 @@
-"""``overfill simulate``: a trace on modelled workers, placed and scaled by the real router's code."""
+"""``overfill simulate``: plays a trace on modelled workers, placed and scaled by the real router's code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import Number
+from overfill.cli.options import Number, RenamedFlags
 from overfill.cli.output import console, print_json
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
 
@@ -23,7 +23,7 @@ _POSITIVE = Number(0, min_open=True)
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What is asked of the stack: one or more traces in a row."""
+    """The requests of a simulation: one or more traces, one after another."""
 
     traces: tuple[str, ...]
     count: int | None
@@ -37,7 +37,7 @@ class _Load:
     seed: int
 
     def requests(self) -> list[TraceRequest]:
-        from overfill.lab.traffic.traces import one_after_another, scale_lengths, scale_rate, set_rate
+        from overfill.lab.traffic.traces import concatenate, scale_lengths, scale_rate, set_rate
 
         parts = []
         for name in self.traces:
@@ -45,7 +45,7 @@ class _Load:
             if self.rate is not None and name != "synthetic":
                 part = set_rate(part, self.rate)
             parts.append(scale_lengths(part, self.length_scale, self.longest))
-        return scale_rate(one_after_another(parts), self.rate_scale)
+        return scale_rate(concatenate(parts), self.rate_scale)
 
     def _read(self, name: str) -> list[TraceRequest]:
         from overfill.lab.traffic.traces import read_trace, synthetic
@@ -59,58 +59,118 @@ class _Load:
         return read_trace(Path(name), self.count)
 
 
-@click.command("simulate")
+@click.command("simulate", cls=RenamedFlags, renamed={"share": "attainment"})
 @click.option(
     "--trace",
     "traces",
     multiple=True,
     default=("synthetic",),
     show_default=True,
-    help="FILE, azure:FILE, mooncake:FILE or synthetic; several are played one after the other.",
+    help="Trace to play: FILE, azure:FILE, mooncake:FILE or synthetic. Repeat it to play several one after another.",
 )
-@click.option("--requests", "count", type=click.IntRange(1), help="The first so many of each.  [default: all; 1000]")
-@click.option("--rate", type=_POSITIVE, help="Mean requests per second of each trace.  [default: the trace's; 1]")
-@click.option("--rate-scale", type=_POSITIVE, default=1.0, show_default=True, help="Times as many per second.")
-@click.option("--length-scale", type=_POSITIVE, default=1.0, show_default=True, help="Times as long.")
-@click.option("--longest", type=click.IntRange(2), help="Most tokens of a prompt with its answer; prompts are cut.")
-@click.option("--arrivals", type=click.Choice(get_args(Arrivals)), default="poisson", help="Synthetic.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Synthetic.")
-@click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Synthetic.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of synthetic arrivals, policies and failures.")
+@click.option(
+    "--requests",
+    "count",
+    type=click.IntRange(1),
+    help="Play the first N requests of each trace.  [default: all; synthetic: 1000]",
+)
+@click.option(
+    "--rate", type=_POSITIVE, help="Mean requests per second of each trace.  [default: the trace's; synthetic: 1]"
+)
+@click.option(
+    "--rate-scale", type=_POSITIVE, default=1.0, show_default=True, help="Factor for the rate of all requests."
+)
+@click.option(
+    "--length-scale",
+    type=_POSITIVE,
+    default=1.0,
+    show_default=True,
+    help="Factor for the lengths of prompts and answers.",
+)
+@click.option(
+    "--longest", type=click.IntRange(2), help="Maximum tokens of a prompt and its answer; longer prompts are cut."
+)
+@click.option(
+    "--arrivals", type=click.Choice(get_args(Arrivals)), default="poisson", help="Arrivals of synthetic requests."
+)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of a synthetic prompt."
+)
+@click.option(
+    "--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of a synthetic answer."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Random seed for synthetic arrivals, policies and failures."
+)
 @click.option(
     "--profile",
     "profile_name",
     default="cpu",
     show_default=True,
-    help="Of the workers: cpu (measured), h100, h100-l4, l4 (from datasheets), a JSON file of a profile, or the output "
-    "of `overfill bench prefill --json` and `decode --json`.",
+    help="Speed of the workers: cpu (measured), h100, h100-l4, l4 (estimated from datasheets), a JSON file with a "
+    "profile, or a file with the output of `overfill bench prefill --json` and `decode --json`.",
 )
 @click.option(
-    "--prefill", type=click.IntRange(1), default=1, show_default=True, help="Workers; with --autoscale at first."
+    "--prefill",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of prefill workers; with --autoscale at the start.",
 )
 @click.option(
-    "--decode", type=click.IntRange(1), default=1, show_default=True, help="Workers; with --autoscale at first."
+    "--decode",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of decode workers; with --autoscale at the start.",
 )
-@click.option("--policy", default="default", show_default=True, help="Who gets a request.")
+@click.option("--policy", default="default", show_default=True, help="Routing policy.")
 @click.option(
-    "--prefix-cache", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Of prefill workers."
+    "--prefix-cache",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="Whether prefill workers cache prompts.",
 )
 @click.option(
-    "--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Requests; more are refused."
+    "--max-queue",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Maximum requests in the router's queue; further ones are refused.",
 )
-@click.option("--slo", default="ttft=2,itl=0.1", show_default=True, help="The objective, in seconds: ttft, itl, e2e.")
-@click.option("--startup", type=Number(0), help="Seconds until a new worker takes work.  [default: the profile's]")
-@click.option("--mtbf", type=_POSITIVE, help="Workers die after so many seconds on average and are replaced.")
-@click.option("--autoscale", is_flag=True, help="The scaling policy adds and drains workers.")
-@click.option("--max-workers", type=click.IntRange(2), help="With --autoscale: most of both kinds together.")
-@click.option("--use-all", is_flag=True, help="With --max-workers: always run them all, and only divide them.")
-@click.option("--size", is_flag=True, help="Search how many of each kind the objective needs.")
-@click.option("--share", type=Number(0.5, 1), default=0.95, show_default=True, help="Of requests, for --size.")
-@click.option("--costs", default="1,1", show_default=True, help="Of a prefill and a decode worker, for --size.")
-@click.option("--compare-policies", is_flag=True, help="A table of all policies.")
-@click.option("--check", is_flag=True, help="Hold the books and the waiting rule after every event; slow.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timeline to this file.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option(
+    "--slo",
+    default="ttft=2,itl=0.1",
+    show_default=True,
+    help="Objective of each request, in seconds: one or more of ttft, itl, e2e.",
+)
+@click.option(
+    "--startup", type=Number(0), help="Seconds from starting a worker until it is ready.  [default: the profile's]"
+)
+@click.option("--mtbf", type=_POSITIVE, help="Mean seconds until a worker dies and is replaced.  [default: never]")
+@click.option("--autoscale", is_flag=True, help="Let the scaling policy add and drain workers.")
+@click.option("--max-workers", type=click.IntRange(2), help="With --autoscale: maximum workers of both kinds together.")
+@click.option(
+    "--use-all", is_flag=True, help="With --max-workers: always run all of them; the policy only divides them."
+)
+@click.option("--size", is_flag=True, help="Search how many workers of each kind the objective needs.")
+@click.option(
+    "--attainment",
+    type=Number(0.5, 1),
+    default=0.95,
+    show_default=True,
+    help="With --size: share of requests that must meet --slo.",
+)
+@click.option(
+    "--costs", default="1,1", show_default=True, help="With --size: costs of a prefill and of a decode worker."
+)
+@click.option("--compare-policies", is_flag=True, help="Run the trace with every policy and print a table.")
+@click.option(
+    "--check", is_flag=True, help="After every event, check all counters and that no request waits in vain; slow."
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot the timeline to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def simulate_command(
     traces: tuple[str, ...],
     count: int | None,
@@ -135,29 +195,29 @@ def simulate_command(
     max_workers: int | None,
     use_all: bool,
     size: bool,
-    share: float,
+    attainment: float,
     costs: str,
     compare_policies: bool,
     check: bool,
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Play a trace on modelled workers under a virtual clock: latencies, goodput, and how many workers it takes.
+    """Play a trace on modelled workers in virtual time: print latencies and goodput, or size the pools.
 
-    Placement, queueing and scaling are the router's own code; what a worker takes for its work comes from a profile.
+    The router's own code places, queues and scales. A profile says how long a worker takes for its work.
     """
     from overfill.lab.simulate.options import Options
     from overfill.lab.simulate.profiles import load_profile
     from overfill.lab.traffic.outcome import Objective
 
     if sum((size, compare_policies, autoscale)) > 1:
-        raise click.UsageError("--size, --compare-policies and --autoscale exclude each other")
+        raise click.UsageError("--size, --compare-policies and --autoscale exclude each other: give only one of them")
     if max_workers is not None and not autoscale:
-        raise click.UsageError("--max-workers is for --autoscale; fixed pools have --prefill and --decode workers")
+        raise click.UsageError("--max-workers needs --autoscale; without it, pools have --prefill and --decode workers")
     if plot is not None and (size or compare_policies):
         raise click.UsageError("--plot draws the timeline of one run; leave out --size and --compare-policies")
     if use_all and max_workers is None:
-        raise click.UsageError("--use-all needs --max-workers: all of how many")
+        raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
     objective = Objective.parse(slo)
     profile = load_profile(profile_name)
     if startup is not None:
@@ -176,7 +236,7 @@ def simulate_command(
         seed=seed,
     )
     if size:
-        return _size(requests, profile, options, objective, share, _costs(costs), as_json)
+        return _size(requests, profile, options, objective, attainment, _costs(costs), as_json)
     if compare_policies:
         return _compare(requests, profile, options, objective, as_json)
     return _run(requests, profile, options, objective, plot, as_json)
@@ -215,7 +275,7 @@ def _size(
     profile: Profile,
     options: Options,
     objective: Objective,
-    share: float,
+    attainment: float,
     costs: tuple[float, float],
     as_json: bool,
 ) -> int:
@@ -226,16 +286,16 @@ def _size(
     with show_progress() as report:
         runs: list[tuple[int, int]] = []
 
-        def tried(prefill: int, decode: int, met: bool) -> None:
+        def on_run(prefill: int, decode: int, met: bool) -> None:
             runs.append((prefill, decode))
             report(f"Tried {prefill} + {decode} workers", len(runs), len(runs) + 1)
 
-        search = SizeSearch(requests, profile, options, objective, share, costs, tried=tried)
+        search = SizeSearch(requests, profile, options, objective, attainment, costs, on_run=on_run)
         sizes = search.frontier()
     if as_json:
-        print_json(size_json(sizes, objective, share, search.runs))
+        print_json(size_json(sizes, objective, attainment, search.runs))
     else:
-        console().print(size_table(sizes, objective, share, search.runs))
+        console().print(size_table(sizes, objective, attainment, search.runs))
     return 0
 
 
@@ -283,5 +343,5 @@ def _costs(text: str) -> tuple[float, float]:
     except ValueError:
         prefill = decode = 0.0
     if not (prefill > 0 and decode > 0):
-        raise click.UsageError(f"--costs: two positive numbers such as 3,1, got {text!r}")
+        raise click.UsageError(f"--costs: must be two positive numbers such as 3,1, got {text!r}")
     return prefill, decode

@@ -1,6 +1,7 @@
-"""A gRPC proxy that damages, holds up or reorders messages. Seeded; knows no message types.
+"""A gRPC proxy that damages, delays, drops or reorders messages. A seed chooses them; message types do not matter.
 
-``overfill.lab.faults.proxy`` works below it, on bytes: keepalive pings pass through that one, and not through this one.
+``overfill.lab.faults.proxy`` works on the bytes of a connection, so it forwards keepalive pings. This proxy opens
+and accepts connections, so it answers pings itself.
 """
 
 from __future__ import annotations
@@ -19,58 +20,56 @@ from overfill.rpc.channel import open_channel, server_options
 Direction = Literal["request", "response"]
 
 
-class Vanished(Exception):
-    """Raised by a filter: the call ends for the sender, and the receiver does not hear of it."""
+class ConnectionLost(Exception):
+    """Raised by a filter: the call ends for the sender, and the receiver is not notified."""
 
 
 class Filter(Protocol):
-    """What happens to the messages of one direction of one call."""
+    """Transforms the messages of one direction of one call."""
 
     async def pass_on(self, message: bytes) -> list[bytes]:
-        """What goes on in place of ``message``, in order; anything may take its time. May raise Vanished."""
+        """Returns the messages to forward instead of ``message``. May wait, or raise ConnectionLost."""
 
     def end(self) -> list[bytes]:
-        """What was held back, when the sender has ended."""
+        """Returns the messages still held back. Called when the sender has ended."""
 
 
-Strike = Callable[[], None]
+OnHit = Callable[[], None]
 
 
 class Fault(Protocol):
-    """A way to misbehave."""
+    """A kind of fault."""
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        """A filter for one call; it calls ``strike`` whenever it does its worst."""
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        """Returns a filter for one call. The filter calls ``on_hit`` each time it injects the fault."""
 
 
 @dataclass(slots=True)
 class Rule:
-    """Which calls a fault befalls.
-
-    Args:
-        method: end of the full method name, such as ``Prefill/PullKv``; empty for all.
-        share: of these calls, chosen at random.
-        remaining: calls that are still to be befallen; None is no limit.
+    """A fault, and the calls to which it applies.
 
     Attributes:
-        hits: times that the fault has struck so far.
+        method: End of the full method name, such as ``Prefill/PullKv``. Empty means all methods.
+        fraction: Fraction of these calls that get the fault, chosen at random.
+        remaining: Number of further calls that get the fault. None means no limit.
+        hits: Number of times the fault was injected so far.
     """
 
     fault: Fault
     method: str = ""
     direction: Direction = "response"
-    share: float = 1.0
+    fraction: float = 1.0
     remaining: int | None = None
     hits: int = 0
 
-    def strike(self) -> None:
+    def record_hit(self) -> None:
         self.hits += 1
 
 
 class MessageProxy:
-    """Forwards every RPC to ``target``, message by message, through the rules that fit it.
+    """Forwards every RPC to ``target``, message by message, and applies the matching rules.
 
-    Statuses, metadata, deadlines and cancellation pass unchanged, in both directions.
+    Statuses, metadata, deadlines and cancellation are forwarded unchanged.
     """
 
     def __init__(self, target: str, rules: Sequence[Rule] = (), seed: int = 0) -> None:
@@ -92,25 +91,25 @@ class MessageProxy:
         await self._channel.close(None)
 
     async def forward(self, method: str, requests: AsyncIterator[bytes], context: Any) -> None:
-        """One call. Every gRPC call is a stream both ways on the wire, one with a single message included."""
+        """Forwards one call. On the wire every gRPC call is a stream in both directions, unary calls included."""
         to_server, to_client = self._filters(method)
         channel: Any = self._channel
         call = channel.stream_stream(method)(
             timeout=context.time_remaining(), metadata=_without_transport(context.invocation_metadata())
         )
         sending = asyncio.ensure_future(self._send(call, requests, to_server))
-        writing = asyncio.Lock()  # towards the client: gRPC takes one operation at a time
+        writing = asyncio.Lock()  # towards the client: gRPC allows one operation at a time
         receiving = asyncio.ensure_future(self._receive(call, context, writing, to_client))
         ends = {receiving, sending}
         try:
             while not receiving.done():
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                if sending in done and isinstance(sending.exception(), Vanished):
-                    self._half_open.append(call)  # to the server the client is still there
+                if sending in done and isinstance(sending.exception(), ConnectionLost):
+                    self._half_open.append(call)  # the server must not notice that the client has gone
                     async with writing:
                         await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
             receiving.result()
-        except Vanished:
+        except ConnectionLost:
             call.cancel()
             await asyncio.Event().wait()  # until the client gives up
         except grpc.aio.AioRpcError as error:
@@ -126,10 +125,10 @@ class MessageProxy:
         async with writing:
             await context.send_initial_metadata(metadata)
         while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-            for out in await _through(filters, message):
+            for out in await _apply(filters, message):
                 async with writing:
                     await context.write(out)
-        for out in _rest(filters):
+        for out in _flush(filters):
             async with writing:
                 await context.write(out)
         context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
@@ -137,22 +136,22 @@ class MessageProxy:
     async def _send(self, call: Any, requests: AsyncIterator[bytes], filters: Sequence[Filter]) -> None:
         try:
             async for message in requests:
-                for out in await _through(filters, message):
+                for out in await _apply(filters, message):
                     await call.write(out)
-            for out in _rest(filters):
+            for out in _flush(filters):
                 await call.write(out)
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            pass  # the call has ended, which the reading side tells
+            pass  # the call has ended; the reading side reports it
 
     def _filters(self, method: str) -> tuple[list[Filter], list[Filter]]:
         chosen: dict[Direction, list[Filter]] = {"request": [], "response": []}
         for rule in self.rules:
-            if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.share:
+            if rule.remaining == 0 or not method.endswith(rule.method) or self._rng.random() >= rule.fraction:
                 continue
             if rule.remaining is not None:
                 rule.remaining -= 1
-            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64)), rule.strike))
+            chosen[rule.direction].append(rule.fault.begin(random.Random(self._rng.getrandbits(64)), rule.record_hit))
         return chosen["request"], chosen["response"]
 
 
@@ -163,31 +162,31 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def service(self, handler_call_details: Any) -> Any:
         method = handler_call_details.method
 
-        # gRPC looks at the function to tell an asynchronous handler.
+        # A coroutine function, not a callable object: gRPC inspects it to recognise an asynchronous handler.
         async def handle(requests: AsyncIterator[bytes], context: Any) -> None:
             await self._proxy.forward(method, requests, context)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
 
-async def _through(filters: Sequence[Filter], message: bytes) -> list[bytes]:
+async def _apply(filters: Sequence[Filter], message: bytes) -> list[bytes]:
     messages = [message]
     for filter_ in filters:
         messages = [out for item in messages for out in await filter_.pass_on(item)]
     return messages
 
 
-def _rest(filters: Sequence[Filter]) -> list[bytes]:
+def _flush(filters: Sequence[Filter]) -> list[bytes]:
     return [out for filter_ in filters for out in filter_.end()]
 
 
 def _without_transport(metadata: Any) -> list[tuple[str, str | bytes]]:
-    """Metadata that a new call may carry; gRPC sets its own."""
+    """Returns the metadata without the entries that gRPC sets itself."""
     return [(key, value) for key, value in metadata or () if not key.startswith((":", "grpc-")) and key != "user-agent"]
 
 
 class _Unbuffered:
-    """Part of a filter that holds nothing back."""
+    """Mixin for filters that hold no messages back."""
 
     __slots__ = ()
 
@@ -196,36 +195,36 @@ class _Unbuffered:
 
 
 @dataclass(slots=True)
-class _Once(_Unbuffered):
-    """A filter that ``change``s message number ``at`` of the call."""
+class _ChangeOne(_Unbuffered):
+    """A filter that applies ``change`` to message number ``at`` of the call."""
 
     change: Callable[[bytes], list[bytes]]
     at: int
-    strike: Strike
+    on_hit: OnHit
     seen: int = 0
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         self.seen += 1
         if self.seen - 1 != self.at:
             return [message]
-        self.strike()
+        self.on_hit()
         return self.change(message)
 
 
 @dataclass(frozen=True, slots=True)
-class _OneMessage:
-    """A fault that befalls one of the first ``within`` messages of a call."""
+class _OneMessageFault:
+    """A fault in one of the first ``within`` messages of a call."""
 
     within: int = 1
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Once(lambda message: self._change(message, rng), rng.randrange(self.within), strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _ChangeOne(lambda message: self._change(message, rng), rng.randrange(self.within), on_hit)
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         raise NotImplementedError
 
 
-class Corrupt(_OneMessage):
+class Corrupt(_OneMessageFault):
     """Flips one bit of one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
@@ -235,22 +234,22 @@ class Corrupt(_OneMessage):
         return [bytes(damaged)]
 
 
-class Truncate(_OneMessage):
+class Truncate(_OneMessageFault):
     """Cuts off the end of one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         return [message[: rng.randrange(max(1, len(message)))]]
 
 
-class Duplicate(_OneMessage):
+class Duplicate(_OneMessageFault):
     """Sends one of the first ``within`` messages twice."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         return [message, message]
 
 
-class Drop(_OneMessage):
-    """Loses one of the first ``within`` messages."""
+class Drop(_OneMessageFault):
+    """Drops one of the first ``within`` messages."""
 
     def _change(self, message: bytes, rng: random.Random) -> list[bytes]:
         return []
@@ -258,91 +257,91 @@ class Drop(_OneMessage):
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Holds every message up for up to ``seconds``; each counts."""
+    """Delays every message by up to ``seconds``. Each one counts as a hit."""
 
     seconds: float
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Delaying(self.seconds, rng, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Delaying(self.seconds, rng, on_hit)
 
 
 @dataclass(slots=True)
 class _Delaying(_Unbuffered):
     seconds: float
     rng: random.Random
-    strike: Strike
+    on_hit: OnHit
 
     async def pass_on(self, message: bytes) -> list[bytes]:
-        self.strike()
+        self.on_hit()
         await asyncio.sleep(self.rng.random() * self.seconds)
         return [message]
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """Lets ``bytes_per_second`` pass; each message that is held up counts."""
+class Throttle:
+    """Limits the bandwidth to ``bytes_per_second``. Each message counts as a hit."""
 
     bytes_per_second: float
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Limiting(self.bytes_per_second, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Throttling(self.bytes_per_second, on_hit)
 
 
 @dataclass(slots=True)
-class _Limiting(_Unbuffered):
+class _Throttling(_Unbuffered):
     rate: float
-    strike: Strike
+    on_hit: OnHit
     free_at: float = 0.0
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         now = asyncio.get_running_loop().time()
         self.free_at = max(self.free_at, now) + len(message) / self.rate
-        self.strike()
+        self.on_hit()
         await asyncio.sleep(self.free_at - now)
         return [message]
 
 
 @dataclass(frozen=True, slots=True)
 class HalfOpen:
-    """After ``after`` messages the call has ended for the sender, and is open for the receiver, who hears nothing."""
+    """After ``after`` messages, ends the call for the sender only. It stays open and silent for the receiver."""
 
     after: int = 0
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _HalfOpening(self.after, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _HalfOpening(self.after, on_hit)
 
 
 @dataclass(slots=True)
 class _HalfOpening(_Unbuffered):
     left: int
-    strike: Strike
+    on_hit: OnHit
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         if self.left == 0:
-            self.strike()
-            raise Vanished
+            self.on_hit()
+            raise ConnectionLost
         self.left -= 1
         return [message]
 
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Lets ``after`` messages pass and then nothing more, while both ends stay."""
+    """Forwards ``after`` messages and then no more. The call stays open at both ends."""
 
     after: int = 0
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Stalling(self.after, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Stalling(self.after, on_hit)
 
 
 @dataclass(slots=True)
 class _Stalling(_Unbuffered):
     left: int
-    strike: Strike
+    on_hit: OnHit
 
     async def pass_on(self, message: bytes) -> list[bytes]:
         if self.left == 0:
-            self.strike()
+            self.on_hit()
             await asyncio.Event().wait()
         self.left -= 1
         return [message]
@@ -350,19 +349,19 @@ class _Stalling(_Unbuffered):
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Keeps up to ``window`` messages and lets them go in random order; each that overtakes another counts."""
+    """Holds up to ``window`` messages and forwards them in random order. Each that overtakes another is a hit."""
 
     window: int = 4
 
-    def begin(self, rng: random.Random, strike: Strike) -> Filter:
-        return _Reordering(self.window, rng, strike)
+    def begin(self, rng: random.Random, on_hit: OnHit) -> Filter:
+        return _Reordering(self.window, rng, on_hit)
 
 
 @dataclass(slots=True)
 class _Reordering:
     window: int
     rng: random.Random
-    strike: Strike
+    on_hit: OnHit
     held: list[bytes] = field(default_factory=list)
 
     async def pass_on(self, message: bytes) -> list[bytes]:
@@ -375,5 +374,5 @@ class _Reordering:
     def _take(self) -> bytes:
         chosen = self.rng.randrange(len(self.held))
         if chosen:
-            self.strike()
+            self.on_hit()
         return self.held.pop(chosen)

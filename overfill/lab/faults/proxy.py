@@ -1,6 +1,6 @@
-"""A TCP proxy on loopback: slow, late, lossy, cut off, or silent like a network that has lost its route.
+"""A TCP proxy on loopback that limits bandwidth, delays or loses data, closes connections, or partitions the network.
 
-It forwards bytes and so stands below gRPC: keepalive pings stop with everything else. ``message_proxy`` stands above.
+It forwards bytes, so a partition stops gRPC's keepalive pings too. ``message_proxy`` works on gRPC messages instead.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ import random
 from contextlib import suppress
 from types import TracebackType
 
-_PIECE = 16 * 1024  # bytes forwarded at a time
-_ON_THE_WAY = 64  # pieces of one direction, at most
-_RETRANSMISSION = 0.2  # seconds after which Linux sends again what was lost, and twice as long each further time
+_PIECE_BYTES = 16 * 1024  # maximum bytes forwarded at a time
+_MAX_PIECES = 64  # maximum pieces in flight per direction
+_RETRANSMISSION = 0.2  # seconds until Linux retransmits; doubles with every further loss
 
 
 class TcpProxy:
     """Listens on a loopback port and forwards to ``target``, HOST:PORT.
 
     Args:
-        bytes_per_second: of each connection in each direction; None is no limit.
-        port: to listen on; 0 picks a free one.
+        bytes_per_second: Bandwidth of each connection in each direction. None means no limit.
+        port: Port to listen on; 0 picks a free one.
 
     Attributes:
-        rate: as ``bytes_per_second``; like the two below it may change at any time.
-        delay: most seconds that a piece of up to 16 KiB takes, drawn for each; their order stays.
-        loss: probability that a piece is lost. What whoever uses TCP sees of that is a wait for the retransmission, of
-            it and of all behind it.
+        rate: Current bandwidth, at first ``bytes_per_second``. This and the next two may be changed at any time.
+        delay: Maximum delay in seconds. Each piece of up to 16 KiB gets a random delay; the order is kept.
+        loss: Probability that a piece is lost. As with TCP, the piece and all later ones wait for its retransmission.
     """
 
     def __init__(self, target: str, bytes_per_second: float | None = None, port: int = 0, seed: int = 0) -> None:
@@ -38,8 +37,8 @@ class TcpProxy:
         self._port = port
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self._flows = asyncio.Event()
-        self._flows.set()
+        self._open = asyncio.Event()
+        self._open.set()
         self.address = ""
 
     async def __aenter__(self) -> TcpProxy:
@@ -56,15 +55,15 @@ class TcpProxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def partition(self) -> None:
-        """Nothing passes in either direction from now on; connections stay open, new ones are accepted in silence."""
-        self._flows.clear()
+        """Stops all traffic in both directions. Connections stay open; new ones are accepted but not forwarded."""
+        self._open.clear()
 
     def heal(self) -> None:
-        """Everything passes again, what was held back first."""
-        self._flows.set()
+        """Ends the partition. Data held back is forwarded first."""
+        self._open.set()
 
     def cut(self) -> None:
-        """Closes every connection; new ones are forwarded."""
+        """Closes every connection. New ones are forwarded as usual."""
         for task in self._connections:
             task.cancel()
 
@@ -74,11 +73,11 @@ class TcpProxy:
         self._connections.add(task)
         upstream: asyncio.StreamWriter | None = None
         try:
-            await self._flows.wait()
+            await self._open.wait()
             from_target, upstream = await asyncio.open_connection(*self._target)
             await asyncio.gather(self._forward(reader, upstream), self._forward(from_target, writer))
         except (OSError, asyncio.CancelledError):
-            pass  # either end has gone, or the proxy is closing: both ends see a closed connection
+            pass  # one end closed, or the proxy is closing: close both ends
         finally:
             self._connections.discard(task)
             for end in (writer, upstream):
@@ -88,17 +87,17 @@ class TcpProxy:
                         await end.wait_closed()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Until either end closes: pieces arrive on their own, and leave in order, each when it is due."""
-        on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_ON_THE_WAY)
-        arriving = asyncio.ensure_future(self._arrive(reader, on_the_way))
+        """Forwards pieces in order, each when it is due, until either end closes."""
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MAX_PIECES)
+        reading = asyncio.ensure_future(self._read(reader, queue))
         loop = asyncio.get_running_loop()
         free_at = loop.time()
         try:
             while True:
-                due, piece = await on_the_way.get()
+                due, piece = await queue.get()
                 if not piece:
                     break
-                await self._flows.wait()
+                await self._open.wait()
                 if (wait := max(due, free_at) - loop.time()) > 0:
                     await asyncio.sleep(wait)
                 if self.rate is not None:
@@ -106,25 +105,25 @@ class TcpProxy:
                 writer.write(piece)
                 await writer.drain()
         finally:
-            arriving.cancel()
-        await self._flows.wait()
+            reading.cancel()
+        await self._open.wait()
         writer.write_eof()
 
-    async def _arrive(self, reader: asyncio.StreamReader, on_the_way: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _read(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
         due = 0.0
         piece = b"."
         while piece:
             try:
-                piece = await reader.read(_PIECE)
+                piece = await reader.read(_PIECE_BYTES)
             except OSError:
-                piece = b""  # the other end hears of it as of any end
-            due = max(due, asyncio.get_running_loop().time() + self._late())
-            await on_the_way.put((due, piece))
+                piece = b""  # treated as the end of the stream
+            due = max(due, asyncio.get_running_loop().time() + self._draw_delay())
+            await queue.put((due, piece))
 
-    def _late(self) -> float:
-        """Seconds that a piece that arrives now takes."""
-        late = self._rng.uniform(0, self.delay) if self.delay else 0.0
+    def _draw_delay(self) -> float:
+        """Draws the delay of one piece, in seconds, including retransmissions."""
+        delay = self._rng.uniform(0, self.delay) if self.delay else 0.0
         wait = _RETRANSMISSION
         while self.loss and self._rng.random() < self.loss:
-            late, wait = late + wait, 2 * wait
-        return late
+            delay, wait = delay + wait, 2 * wait
+        return delay

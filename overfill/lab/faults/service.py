@@ -1,17 +1,17 @@
 """Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
 
-The first three strike after every check that the service makes has passed, so that only a judge of the answers
-(``overfill verify``) can notice. They are installed in memory and named on stderr.
+The first three faults act after all of the service's own checks, so that only a comparison of the answers
+(``overfill verify``) can detect them. Faults are patched in memory and named on stderr.
 
 =====================  ==============================================================================
-negate-weight-row      one row of the down projection of the middle layer changes its sign after loading
+negate-weight-row      one row of the middle layer's down projection is negated after loading
 overwrite-kv-chunk     received KV that starts at token 0 of layer 0 is overwritten with zeros (decode)
-shift-positions        every forward pass is given positions that are one too large; for one stage only, since
-                       RoPE is relative
-hang-step              the twentieth step of the engine never ends
-out-of-memory          every fifth step of the engine fails for want of memory
-lose-block             a released sequence's last block is not given back to the pool
-slow-kv                the first KV of every prompt is written 0.8 s late (decode)
+shift-positions        every forward pass gets positions that are one too large; use it in one stage only,
+                       since RoPE is relative
+hang-step              the engine's twentieth step never ends
+out-of-memory          every fifth step of the engine raises an out-of-memory error
+lose-block             the last block of a released sequence is not returned to the pool
+slow-kv                each prompt's first KV is written 0.8 s late (decode)
 slow-steps             every step of the engine takes 0.15 s longer
 =====================  ==============================================================================
 """
@@ -51,7 +51,7 @@ def negate_weight_row() -> None:
         model = load(folder, *args, **kwargs)
         down = model.weights.layers[len(model.weights.layers) // 2].down
         with torch.inference_mode():
-            # The row that adds most to the residual stream: one of an unused channel would change no answer.
+            # The row with the largest norm: negating a row of an unused channel would change no answer.
             if isinstance(down, Int8Matrix):
                 down.values[down.dequantised().norm(dim=1).argmax()].neg_()
             else:
@@ -83,7 +83,7 @@ def shift_positions() -> None:
     forward = Transformer.forward
 
     def forward_shifted(self: Transformer, batch: ForwardBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # The last position has no successor in the tables.
+        # Clamp: the RoPE tables end at max_positions - 1.
         positions = (batch.positions + 1).clamp(max=self.max_positions - 1)
         return forward(self, dataclasses.replace(batch, positions=positions), *args, **kwargs)
 
@@ -108,7 +108,7 @@ def run_out_of_memory() -> None:
 
     def make_or_fail(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
         step = next(steps)
-        if step > 10 and step % 5 == 0:  # what a worker runs to warm up is spared
+        if step > 10 and step % 5 == 0:  # the first 10 steps are the worker's warm-up
             raise torch.OutOfMemoryError("no room for this step")
         return make_batch(self, works)
 

@@ -1,9 +1,9 @@
-"""What ``locust -f`` loads: options, users, the shape, and the verdict when the test ends.
+"""The file for ``locust -f``: adds our options, users and shape, and checks the objectives when the test ends.
 
-Locust's own ``--host``, ``--users``, ``--spawn-rate`` and ``--run-time`` hold. What of locust's options cannot work
-here is refused by name.
+Locust's own ``--host``, ``--users``, ``--spawn-rate`` and ``--run-time`` apply. Options of locust that cannot work here
+are refused by name.
 
-Exit code 0 when every objective is met, 1 when one is not, 2 when nothing could be measured.
+Exit code 0 when every objective is met, 1 when one is missed, 2 when nothing could be measured.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from locust.runners import STATE_INIT, MasterRunner, WorkerRunner
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.loadtest.measure import measure
-from overfill.lab.loadtest.plan import LOCUST_OWN, LoadPlan, locust_flag, plain
+from overfill.lab.loadtest.plan import LOCUST_NAMES, LoadPlan, locust_flag, locust_type
 from overfill.lab.loadtest.progress import Progress
-from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.shapes import users_at
-from overfill.lab.loadtest.users import GrpcUser, OpenAiUser, attach, session_of, user_class
-from overfill.lab.loadtest.verdict import Result, conclude
+from overfill.lab.loadtest.users import GrpcUser, OpenAiUser, attach, run_of, user_class
+from overfill.lab.loadtest.verdict import LoadTestStatus, conclude
 from overfill.lab.traffic.traces import TraceRequest
 
 __all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]
@@ -37,31 +37,33 @@ _SPAWN_RATE = 100.0  # users per second
 
 _OWN_FLAGS = {"target": "--host", "users": "--users", "duration": "--run-time"}
 
+_EXIT_CODES = {LoadTestStatus.MET: 0, LoadTestStatus.MISSED: 1, LoadTestStatus.NOT_MEASURED: 2}
+
 _REFUSED = {
-    "stop_timeout": ("--stop-timeout", "requests on their way are always waited for; --timeout limits each of them"),
-    "class_picker": ("--class-picker", "--host decides which users ask: grpc://… or http(s)://…"),
-    "tags": ("--tags", "there is one task, without tags"),
-    "exclude_tags": ("--exclude-tags", "there is one task, without tags"),
-    "config_users": ("--config-users", "the options below OverFill in --help say what users do"),
+    "stop_timeout": ("--stop-timeout", "the test always waits for running requests; --timeout limits each of them"),
+    "class_picker": ("--class-picker", "--host decides which users send requests: grpc://… or http(s)://…"),
+    "tags": ("--tags", "the only task has no tags"),
+    "exclude_tags": ("--exclude-tags", "the only task has no tags"),
+    "config_users": ("--config-users", "the options under OverFill in --help configure the users"),
 }
-"""Options of locust that nothing here would read, by where its parser puts them."""
+"""Options of locust that would have no effect here: name in the parsed options -> (flag, reason)."""
 
 
 class PlannedShape(LoadTestShape):
-    """Users over time as the plan has it, until it is over."""
+    """Number of users over time, from the plan, until the test is over."""
 
     use_common_options = True
 
     def tick(self) -> Any:
         assert self.runner is not None
         environment = self.runner.environment
-        session = session_of(environment)
-        if self.runner.state == STATE_INIT:  # once for each test: options may have been edited on locust's page
+        run = run_of(environment)
+        if self.runner.state == STATE_INIT:  # once per test: the options may have been edited on locust's page
             _adopt(environment)
-        plan, elapsed = session.plan, time.perf_counter() - self.start_time
-        if session.over(elapsed):
+        plan, elapsed = run.plan, time.perf_counter() - self.start_time
+        if run.is_over(elapsed):
             return None
-        users: int | None = _processes(environment)  # in an open loop one for each process
+        users: int | None = _processes(environment)  # open loop: one user per process
         if not plan.open_loop:
             assert plan.seconds is not None
             users = users_at(plan.kind, elapsed, plan.seconds, plan.users)
@@ -69,61 +71,65 @@ class PlannedShape(LoadTestShape):
 
 
 def _add_options(parser: LocustArgumentParser, **_: Any) -> None:
-    group = parser.add_argument_group("OverFill", "What is asked, how, and what has to come of it.")
+    group = parser.add_argument_group("OverFill", "Requests, server, and objectives of the test.")
     for f in fields(LoadPlan):
-        if f.name != "users":  # locust has that one
+        if f.name != "users":  # locust has this option itself
             own = _OWN_FLAGS.get(f.name)
             group.add_argument(
                 locust_flag(f),
-                type=plain(f),
+                type=locust_type(f),
                 default=f.default if own is None else None,
-                help=f.metadata["help"] if own is None else f"The same as {own}; give one of the two.",
+                help=f.metadata["help"] if own is None else f"Same as {own}; give only one of the two.",
             )
 
 
 def _init(environment: Environment, **_: Any) -> None:
     options = _options(environment)
     try:
-        plan = LoadPlan.of_locust(vars(options))
+        plan = LoadPlan.from_locust(vars(options))
         _refuse(options, plan)
-        session = Session(plan)
+        run = LoadTestRun(plan)
     except InvalidRequest as error:
         message = str(error).removeprefix(f"{error.field}: ")
         print(f"loadtest: {_flag(error.field, options)}: {message}", file=sys.stderr)
         sys.exit(2)
-    options.num_users = plan.users  # one, in locust
+    options.num_users = plan.users  # locust's default is 1
     options.spawn_rate = options.spawn_rate or _SPAWN_RATE
     _settle(environment, plan)
-    attach(environment, session)
-    # A request on its way when the time is over is waited for: those left out would be the slow ones.
-    environment.stop_timeout = session.plan.timeout
+    attach(environment, run)
+    # Wait for requests that run when the time is over: leaving them out would leave out the slow ones.
+    environment.stop_timeout = run.plan.timeout
     if isinstance(environment.runner, WorkerRunner):
-        environment.events.report_to_master.add_listener(lambda data, **_: session.report(data))
+        environment.events.report_to_master.add_listener(lambda data, **_: run.report(data))
     elif isinstance(environment.runner, MasterRunner):
-        environment.events.worker_report.add_listener(lambda data, **_: session.collect(data))
+        environment.events.worker_report.add_listener(lambda data, **_: run.collect(data))
     if not isinstance(environment.runner, WorkerRunner):
         environment.events.quitting.add_listener(_judge)
-        gevent.spawn(Progress(session, sys.stderr).run)
+        gevent.spawn(Progress(run, sys.stderr).run)
 
 
 def _refuse(options: Namespace, plan: LoadPlan) -> None:
-    """Raises InvalidRequest for an option of locust that would be ignored, or says something else than ours."""
+    """Raises InvalidRequest for an option of locust that would be ignored or conflicts with ours."""
     for name, (flag, why) in _REFUSED.items():
         if getattr(options, name, None):
             raise InvalidRequest(flag, f"cannot be used: {why}")
     if options.exit_code_on_error != 1:
         raise InvalidRequest("--exit-code-on-error", "cannot be used: --slo errors=N says how many errors are allowed")
-    for name, own in LOCUST_OWN.items():
+    for name, own in LOCUST_NAMES.items():
         ours, theirs = getattr(options, name, None), getattr(options, own)
         if ours is not None and theirs is not None and ours != theirs:
-            raise InvalidRequest(_OWN_FLAGS[name], f"is {theirs}, but --{name} is {ours}; give one of the two")
+            raise InvalidRequest(_OWN_FLAGS[name], f"is {theirs}, but --{name} is {ours}; give only one of the two")
     if plan.open_loop:
         for flag, value in (("--users", options.num_users), ("--spawn-rate", options.spawn_rate)):
             if value is not None:
-                raise InvalidRequest(flag, "cannot be used with shape arrivals, which sends requests when they are due")
+                raise InvalidRequest(
+                    flag, "cannot be used with shape arrivals, which sends each request at its own time"
+                )
     for name in options.user_classes:
         if name != user_class(plan).__name__:
-            raise InvalidRequest(name, f"does not ask {plan.target}; leave it out, for --host decides which users ask")
+            raise InvalidRequest(
+                name, f"cannot send requests to {plan.target}; leave it out: --host decides which users run"
+            )
 
 
 def _options(environment: Environment) -> Namespace:
@@ -133,8 +139,8 @@ def _options(environment: Environment) -> Namespace:
 
 
 def _flag(field: str, options: Namespace) -> str:
-    """The option that set ``field``, as it was given."""
-    own = LOCUST_OWN.get(field)
+    """Returns the flag that set ``field``, as the user gave it."""
+    own = LOCUST_NAMES.get(field)
     if own is not None and getattr(options, own):
         return _OWN_FLAGS[field]
     flags = {f.name: locust_flag(f) for f in fields(LoadPlan)}
@@ -142,7 +148,7 @@ def _flag(field: str, options: Namespace) -> str:
 
 
 def _settle(environment: Environment, plan: LoadPlan) -> None:
-    """Moves what locust's own options say into ours: a master hands only those to its workers."""
+    """Copies locust's own options into ours: a master sends only ours to its workers."""
     options = _options(environment)
     options.target, options.duration = plan.target, plan.duration
     options.host = options.run_time = None
@@ -150,57 +156,57 @@ def _settle(environment: Environment, plan: LoadPlan) -> None:
 
 
 def _adopt(environment: Environment) -> None:
-    """Takes the options as they are now, for a test that is about to start."""
-    session = session_of(environment)
-    session.outcomes.clear()  # of an earlier test, started from locust's own page
+    """Reads the options again for a test that is about to start."""
+    run = run_of(environment)
+    run.outcomes.clear()  # outcomes of an earlier test that was started from locust's page
     try:
-        plan = LoadPlan.of_locust(vars(_options(environment)))
-        session.adopt(plan)
-        session.broken = None
+        plan = LoadPlan.from_locust(vars(_options(environment)))
+        run.set_plan(plan)
+        run.failure = None
         _settle(environment, plan)
     except (OverfillError, ValueError) as error:
-        session.broken = str(error)
+        run.failure = str(error)
 
 
 def _begin(environment: Environment, **_: Any) -> None:
     runner = environment.runner
-    session = session_of(environment)
+    run = run_of(environment)
     if isinstance(runner, MasterRunner):
         return
     if isinstance(runner, WorkerRunner):
-        _adopt(environment)  # it has the master's options by now
-    if session.broken is None:
-        session.broken = _warm_up(session)
-    if session.broken is None:
+        _adopt(environment)  # the master's options have arrived
+    if run.failure is None:
+        run.failure = _warm_up(run)
+    if run.failure is None:
         index = runner.worker_index if isinstance(runner, WorkerRunner) else 0
-        session.begin(index, _processes(environment))
+        run.begin(index, _processes(environment))
     if environment.shape_class is not None:
-        environment.shape_class.reset_time()  # what came before is not part of the test
+        environment.shape_class.reset_time()  # the warm-up is not part of the test
 
 
 def _judge(environment: Environment, **_: Any) -> None:
-    result = conclude(session_of(environment), sys.stdout, sys.stderr)
-    environment.process_exit_code = {Result.MET: 0, Result.MISSED: 1, Result.BROKEN: 2}[result]
+    status = conclude(run_of(environment), sys.stdout, sys.stderr)
+    environment.process_exit_code = _EXIT_CODES[status]
 
 
-def _warm_up(session: Session) -> str | None:
-    """One short request, not measured: connections are open then. Why it failed, or None."""
-    plan = session.plan
+def _warm_up(run: LoadTestRun) -> str | None:
+    """Sends one short request that is not measured, to open connections. Returns the reason if it failed, else None."""
+    plan = run.plan
     prompt_tokens, output_tokens = _WARM_UP_TOKENS
-    # Tokens that no other request has: their KV must not be in a prefix cache.
+    # Seed -1: tokens that no other request has, so that no later prompt finds them in a prefix cache.
     prompt = TraceRequest(0.0, prompt_tokens, output_tokens).prompt(plan.vocab_size, -1)
     try:
         transport = user_class(plan).transport(plan)
     except (OverfillError, ValueError, OSError) as error:
         return str(error)
     try:
-        return measure(transport, prompt, output_tokens, plan.timeout, None, session.clock).error
+        return measure(transport, prompt, output_tokens, plan.timeout, None, run.clock).error
     finally:
         transport.close()
 
 
 def _processes(environment: Environment) -> int:
-    """How many send: of a distributed test as many as ``--expect-workers`` says."""
+    """Returns the number of processes that send requests; in a distributed test, ``--expect-workers``."""
     if isinstance(environment.runner, MasterRunner | WorkerRunner):
         return int(getattr(_options(environment), "expect_workers", 1))
     return 1

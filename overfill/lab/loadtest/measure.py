@@ -1,4 +1,4 @@
-"""One request to a server, timed; and outcomes as plain records, to be sent between processes. Knows no locust."""
+"""Times one request, and converts outcomes to records that processes can exchange. Independent of locust."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from overfill.client.answers import Timing
 from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.traffic.outcome import Outcome
 
+OnTokens = Callable[[int], None]
+"""Receives the number of tokens so far, once per message."""
+
 
 class Transport(Protocol):
-    """A way to ask a server; safe to use from several greenlets."""
+    """Sends requests to a server. Safe to use from several greenlets."""
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
-        """Returns at the end of the answer; calls ``came`` with the number of tokens so far, with every message.
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
+    ) -> Timing | None:
+        """Sends a request and calls ``on_tokens`` for every message. Returns the server's timing, if it sent one.
 
         Raises:
-            RequestFailed: the server refused, broke off or took too long.
+            RequestFailed: The server refused the request, ended the stream early or exceeded ``timeout``.
         """
 
     def close(self) -> None: ...
@@ -32,29 +37,29 @@ def measure(
     due: float | None,
     clock: Callable[[], float],
 ) -> Outcome:
-    """Sends one request and says what came of it. ``due``: None when it is due as it is sent."""
+    """Sends one request and returns its outcome. ``due`` None means that it is due when it is sent."""
     times: list[float] = []
     tokens = 0
     sent = clock()
     timing: Timing | None = None
     error: str | None = None
 
-    def came(total: int) -> None:
+    def on_tokens(total: int) -> None:
         nonlocal tokens
         tokens = total
         times.extend([clock()] * (total - len(times)))
 
     try:
-        timing = transport.ask(prompt, max_tokens, timeout, came)
+        timing = transport.ask(prompt, max_tokens, timeout, on_tokens)
         if not times:
-            error = "no token came"
+            error = "no token arrived"
     except RequestFailed as failure:
         error = str(failure)
     return Outcome(sent if due is None else due, tuple(times), error, sent, timing, tokens)
 
 
 def to_record(outcome: Outcome) -> dict[str, Any]:
-    """Lists, numbers and text only."""
+    """Converts an outcome to lists, numbers and text."""
     return asdict(outcome) | {"times": list(outcome.times)}
 
 
@@ -63,8 +68,8 @@ def from_record(record: dict[str, Any]) -> Outcome:
     return Outcome(**(record | {"times": tuple(record["times"]), "timing": timing}))
 
 
-def from_start(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """In order of when they were due, all times counted from the first of these."""
+def relative_to_start(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Sorts outcomes by due time and makes all times relative to the first one."""
     start = min((outcome.due for outcome in outcomes), default=0.0)
     return [
         replace(

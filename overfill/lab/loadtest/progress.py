@@ -1,4 +1,4 @@
-"""One line about a running test: over and over in a terminal, now and then in a log."""
+"""Prints the state of a running test: one line that is updated in a terminal, or a line every 10 s in a log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TextIO
 
 import gevent
 
-from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.traffic.outcome import figures
 
 _TERMINAL_SECONDS = 1.0
@@ -15,10 +15,10 @@ _LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Writes to ``out`` until the process ends."""
+    """Writes progress to ``out`` until the process ends."""
 
-    def __init__(self, session: Session, out: TextIO) -> None:
-        self._session = session
+    def __init__(self, run: LoadTestRun, out: TextIO) -> None:
+        self._run = run
         self._out = out
         self._began = time.monotonic()
 
@@ -31,13 +31,13 @@ class Progress:
             self._out.flush()
 
     def _line(self) -> str:
-        session = self._session
-        total = session.workload.total
-        found = {figure.name: figure.value for figure in figures(session.outcomes[-500:], None)}
+        run = self._run
+        total = run.workload.total
+        found = {figure.name: figure.value for figure in figures(run.outcomes[-500:], None)}
         latencies = [
             f"{name} {1e3 * value:.0f} ms" for name in ("ttft_p90", "itl_p90") if (value := found[name]) is not None
         ]
         of = "" if total is None else f" of {total}"
-        failed = sum(not outcome.ok for outcome in session.outcomes)
-        parts = [f"{time.monotonic() - self._began:.0f} s", f"{len(session.outcomes)}{of} answered"]
+        failed = sum(not outcome.ok for outcome in run.outcomes)
+        parts = [f"{time.monotonic() - self._began:.0f} s", f"{len(run.outcomes)}{of} answered"]
         return ", ".join([*parts, f"{failed} failed", *latencies])

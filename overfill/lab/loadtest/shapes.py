@@ -1,4 +1,4 @@
-"""How many users there are at a moment of a test. Arithmetic only."""
+"""Shapes of load: the number of users at each moment of a test. No I/O."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from typing import Literal, get_args
 Shape = Literal["arrivals", "constant", "ramp", "spike", "soak"]
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
-"""``arrivals``: requests are sent when they are due, whatever becomes of earlier ones. In all others users ask again
-as soon as they have an answer: ``constant`` as many all along; ``ramp`` from one to all; ``spike`` a tenth of them, and
-all in the middle fifth; ``soak`` all of them, for an hour unless told otherwise."""
+"""With ``arrivals``, each request is sent at its own time (open loop). With the others, each user sends the next
+request after an answer (closed loop):
+
+* ``constant``: all users all the time;
+* ``ramp``: from one user to all;
+* ``spike``: a tenth of the users, and all of them in the middle fifth;
+* ``soak``: all users, for an hour by default.
+"""
 
 DURATIONS: dict[Shape, float] = {"constant": 60.0, "ramp": 120.0, "spike": 120.0, "soak": 3600.0}
-"""Seconds, where none are given."""
+"""Default duration in seconds."""
 
 
-def users_at(shape: Shape, elapsed: float, duration: float, most: int) -> int | None:
-    """Users ``elapsed`` seconds after the start; None when the test is over."""
+def users_at(shape: Shape, elapsed: float, duration: float, max_users: int) -> int | None:
+    """Returns the number of users ``elapsed`` seconds after the start. None means that the test is over."""
     if elapsed >= duration:
         return None
     if shape == "ramp":
-        # Whole users, each for an equal part of the time, and all of them for the last part.
-        return min(most, 1 + int(elapsed / duration * most))
+        # Steps of equal length, one user more in each; the last step has all users.
+        return min(max_users, 1 + int(elapsed / duration * max_users))
     if shape == "spike":
-        return most if 0.4 <= elapsed / duration < 0.6 else max(1, round(most / 10))
-    return most
+        return max_users if 0.4 <= elapsed / duration < 0.6 else max(1, round(max_users / 10))
+    return max_users

@@ -1,4 +1,4 @@
-"""How a load test asks: our own protocol, or any OpenAI endpoint. Blocking calls, which gevent turns into waits."""
+"""Transports of a load test: our gRPC protocol, and OpenAI endpoints. Calls block; gevent makes them yield."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from overfill.rpc.tls import ClientTls
 
 _CONNECT_SECONDS = 10.0
 _CONNECTIONS = 1000
-"""That are kept open for the next request."""
+"""Maximum connections that are kept open for later requests."""
 
 
 class GrpcTransport:
-    """A stack of ours; connections of its own."""
+    """Sends requests to a stack over gRPC. Has its own connections."""
 
     def __init__(self, plan: LoadPlan) -> None:
         ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
         tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
         self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
+    ) -> Timing | None:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         tokens = 0
         try:
             with self._client.stream(list(prompt), sampling=sampling, timeout=timeout) as stream:
                 for delta in stream:
                     tokens += len(delta.token_ids)
-                    came(tokens)
+                    on_tokens(tokens)
                 return stream.answer.timing
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
@@ -46,7 +48,7 @@ class GrpcTransport:
 
 
 class OpenAiTransport:
-    """``/completions`` of an OpenAI endpoint, streamed."""
+    """Sends requests to ``/completions`` of an OpenAI endpoint and streams the answers."""
 
     def __init__(self, plan: LoadPlan) -> None:
         self._url = plan.target.rstrip("/")
@@ -61,7 +63,9 @@ class OpenAiTransport:
         if plan.api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {plan.api_key}"
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, timeout: float, came: Callable[[int], None]) -> Timing | None:
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
+    ) -> Timing | None:
         deadline = time.monotonic() + timeout
         events = openai.CompletionEvents()
         try:
@@ -72,7 +76,7 @@ class OpenAiTransport:
                 if response.status_code != 200:
                     raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
                 for line in _lines(response.iter_content(None)):
-                    came(events.push(line))
+                    on_tokens(events.push(line))
                     if time.monotonic() > deadline:
                         raise RequestFailed(f"not finished after {timeout:g} s")
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
@@ -93,7 +97,7 @@ class OpenAiTransport:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines as soon as they are complete, however they were cut."""
+    """Yields each line as soon as it is complete, independent of the chunks' boundaries."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

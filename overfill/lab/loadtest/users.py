@@ -1,6 +1,6 @@
-"""Locust users: one that asks over gRPC, one that asks an OpenAI endpoint. Importing this patches the process (gevent).
+"""Locust users for gRPC and for OpenAI endpoints. Importing this module patches the process (gevent).
 
-Each answer makes three kinds of entries in locust's statistics: ``TTFT``, ``ITL`` (every gap between two tokens) and
+Each answer adds three kinds of entries to locust's statistics: ``TTFT``, ``ITL`` (one per gap between two tokens) and
 ``end to end``, which also counts failures.
 """
 
@@ -17,17 +17,17 @@ from locust.env import Environment
 from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.loadtest.measure import measure
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.session import Session
+from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.transports import GrpcTransport, OpenAiTransport
 from overfill.lab.traffic.outcome import Outcome
 
-grpc.experimental.gevent.init_gevent()  # before the first channel: gRPC's own threads would block all greenlets
+grpc.experimental.gevent.init_gevent()  # before the first channel; otherwise gRPC's threads block all greenlets
 
 _IDLE_SECONDS = 0.2
 
 
 class LoadUser(User):
-    """Asks again as soon as it has its answer; in an open loop, sends all of its process's requests when due."""
+    """Sends a request after each answer. In an open loop, sends all requests of its process when they are due."""
 
     abstract = True
     protocol: ClassVar[str]
@@ -35,41 +35,41 @@ class LoadUser(User):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self._session = session_of(environment)
-        self._transport = self.transport(self._session.plan)
+        self._load_run = run_of(environment)
+        self._transport = self.transport(self._load_run.plan)
 
     def on_stop(self) -> None:
         self._transport.close()
 
     @task
     def ask(self) -> None:
-        share = self._session.share
-        if share is None:
+        shard = self._load_run.shard
+        if shard is None:
             gevent.sleep(_IDLE_SECONDS)
-        elif self._session.plan.open_loop:
+        elif self._load_run.plan.open_loop:
             self._send_when_due()
-        elif (ordinal := share.take()) is None:
+        elif (ordinal := shard.take()) is None:
             gevent.sleep(_IDLE_SECONDS)
         else:
             self._send(ordinal, None)
 
     def _send_when_due(self) -> None:
-        session, on_their_way = self._session, Group()
-        assert session.share is not None
-        start = session.clock()
-        while (ordinal := session.share.take()) is not None:
-            due = start + session.workload[ordinal].arrival
-            gevent.sleep(max(0.0, due - session.clock()))
-            on_their_way.spawn(self._send, ordinal, due)
-        on_their_way.join()
+        run, running = self._load_run, Group()
+        assert run.shard is not None
+        start = run.clock()
+        while (ordinal := run.shard.take()) is not None:
+            due = start + run.workload[ordinal].arrival
+            gevent.sleep(max(0.0, due - run.clock()))
+            running.spawn(self._send, ordinal, due)
+        running.join()
         gevent.sleep(_IDLE_SECONDS)
 
     def _send(self, ordinal: int, due: float | None) -> None:
-        session = self._session
-        request = session.workload[ordinal]
-        prompt = session.workload.prompt(ordinal)
-        outcome = measure(self._transport, prompt, request.output_tokens, session.plan.timeout, due, session.clock)
-        session.outcomes.append(outcome)
+        run = self._load_run
+        request = run.workload[ordinal]
+        prompt = run.workload.prompt(ordinal)
+        outcome = measure(self._transport, prompt, request.output_tokens, run.plan.timeout, due, run.clock)
+        run.outcomes.append(outcome)
         self._fire(outcome, len(prompt))
 
     def _fire(self, outcome: Outcome, prompt_tokens: int) -> None:
@@ -89,34 +89,34 @@ class LoadUser(User):
                 fire("ITL", gap)
             fire("end to end", outcome.e2e)
         else:
-            fire("end to end", self._session.clock() - outcome.due, RequestFailed(outcome.error))
+            fire("end to end", self._load_run.clock() - outcome.due, RequestFailed(outcome.error))
 
 
 class GrpcUser(LoadUser):
-    """Over our own protocol."""
+    """A user that sends requests over gRPC."""
 
     protocol = "gRPC"
     transport = GrpcTransport
 
 
 class OpenAiUser(LoadUser):
-    """Over HTTP, streaming."""
+    """A user that sends requests to an OpenAI endpoint and streams the answers."""
 
     protocol = "OpenAI"
     transport = OpenAiTransport
 
 
 def user_class(plan: LoadPlan) -> type[LoadUser]:
-    """Who can ask the plan's target."""
+    """Returns the class of users for the plan's target."""
     return OpenAiUser if plan.http else GrpcUser
 
 
-def attach(environment: Environment, session: Session) -> None:
-    """Gives an environment its session."""
-    environment.overfill = session  # type: ignore[attr-defined]
+def attach(environment: Environment, run: LoadTestRun) -> None:
+    """Stores ``run`` in locust's environment."""
+    environment.overfill = run  # type: ignore[attr-defined]
 
 
-def session_of(environment: Environment) -> Session:
-    session = environment.overfill  # type: ignore[attr-defined]
-    assert isinstance(session, Session)
-    return session
+def run_of(environment: Environment) -> LoadTestRun:
+    run = environment.overfill  # type: ignore[attr-defined]
+    assert isinstance(run, LoadTestRun)
+    return run

@@ -1,4 +1,4 @@
-"""The end of a load test: what came of it, as a table, a page and records, and whether the objectives are met."""
+"""Ends a load test: prints its table, writes report and records, and checks the objectives."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from overfill.lab.loadtest.measure import from_start, to_record
-from overfill.lab.loadtest.session import Session
-from overfill.lab.traffic.gate import Verdict
+from overfill.lab.loadtest.measure import relative_to_start, to_record
+from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
+from overfill.lab.traffic.run_objectives import Verdict
 
 _WIDTH = 100
 
 
-class Result(enum.Enum):
+class LoadTestStatus(enum.Enum):
     MET = "every objective is met"
     MISSED = "an objective is missed"
-    BROKEN = "nothing was measured"
+    NOT_MEASURED = "nothing was measured"
 
 
-def conclude(session: Session, out: TextIO, err: TextIO) -> Result:
-    """Prints the table on ``out`` and objectives missed on ``err``; writes the files that the plan asks for."""
-    if session.broken is not None or not session.outcomes:
-        print(f"\nloadtest: nothing was measured: {session.broken or 'no request was sent'}", file=err)
-        return Result.BROKEN
-    outcomes = from_start(session.all_outcomes())
-    verdicts = session.plan.gate.judge(outcomes)
+def conclude(run: LoadTestRun, out: TextIO, err: TextIO) -> LoadTestStatus:
+    """Prints tables to ``out`` and missed objectives to ``err``; writes the files that the plan names."""
+    if run.failure is not None or not run.outcomes:
+        print(f"\nloadtest: nothing was measured: {run.failure or 'no request was sent'}", file=err)
+        return LoadTestStatus.NOT_MEASURED
+    outcomes = relative_to_start(run.all_outcomes())
+    verdicts = run.plan.objectives.judge(outcomes)
     if err.isatty():
-        print(file=err)  # below the progress
+        print(file=err)  # below the progress line
     console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
     console.print(summary(outcomes))
     console.print(_verdict_table(verdicts))
@@ -43,19 +43,19 @@ def conclude(session: Session, out: TextIO, err: TextIO) -> Result:
     for verdict in verdicts:
         if not verdict.met:
             print(f"loadtest: missed: {verdict}", file=err)
-    if session.plan.records is not None:
+    if run.plan.records is not None:
         lines = (json.dumps(to_record(outcome)) + "\n" for outcome in outcomes)
-        Path(session.plan.records).write_text("".join(lines))
-    if session.plan.report is not None:
-        from overfill.lab.loadtest.report import write_report
+        Path(run.plan.records).write_text("".join(lines))
+    if run.plan.report is not None:
+        from overfill.lab.loadtest.html_report import write_report
 
-        write_report(Path(session.plan.report), session.plan, outcomes, verdicts)
-        print(f"loadtest: the report is {session.plan.report}", file=err)
-    return Result.MET if all(verdict.met for verdict in verdicts) else Result.MISSED
+        write_report(Path(run.plan.report), run.plan, outcomes, verdicts)
+        print(f"loadtest: the report is {run.plan.report}", file=err)
+    return LoadTestStatus.MET if all(verdict.met for verdict in verdicts) else LoadTestStatus.MISSED
 
 
 def summary(outcomes: list[Outcome]) -> Table:
-    """Latencies in a row each, and rates below."""
+    """Returns a table with a row per latency, and rates below."""
     found = {figure.name: figure for figure in figures(outcomes, None)}
     table = Table(box=None, padding=(0, 2))
     table.add_column("")
@@ -77,9 +77,9 @@ def _verdict_table(verdicts: list[Verdict]) -> Table:
     for column in ("objective", "measured", "at most", ""):
         table.add_column(column)
     for verdict in verdicts:
-        limit = verdict.limit
-        told = "met" if verdict.met else "MISSED"
-        table.add_row(limit.name, limit.text(verdict.measured), limit.text(limit.most), told)
+        threshold = verdict.threshold
+        status = "met" if verdict.met else "MISSED"
+        table.add_row(threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Which requests a test sends: synthetic ones or those of a trace, shared out among the processes of the test."""
+"""The requests of a load test, synthetic or from a trace, and their distribution among processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from overfill.lab.traffic.traces import TraceRequest, read_trace, scale_lengths,
 
 
 class Workload:
-    """The requests of a plan, by ordinal; the same in every process.
+    """The requests of a plan, by ordinal. They are the same in every process.
 
-    Where blocks of a trace have the same hash, prompts have the same tokens there, whichever process sends them.
+    Blocks of a trace with the same hash have the same tokens in every process.
 
     Attributes:
-        total: how many are sent; None when only the time ends the test.
+        total: Number of requests. None means that only the duration ends the test.
 
     Raises:
-        InvalidRequest: the trace cannot be read, or an answer of it is longer than the plan allows.
+        InvalidRequest: The trace cannot be read, or one of its answers is longer than the plan allows.
     """
 
     def __init__(self, plan: LoadPlan) -> None:
@@ -42,30 +42,30 @@ class Workload:
             self.total = plan.requests
 
     def __getitem__(self, ordinal: int) -> TraceRequest:
-        """A shorter list begins again."""
+        """Returns a request. After the last one the list begins again."""
         return self._requests[ordinal % len(self._requests)]
 
     def prompt(self, ordinal: int) -> list[int]:
-        """Its token ids."""
+        """Returns the token ids of a request's prompt."""
         ready = self._prompts.pop(ordinal, None)
         return self[ordinal].prompt(self._vocab_size, ordinal) if ready is None else ready.tolist()
 
-    def prepare(self, share: Share, seconds: float) -> None:
-        """Makes prompts beforehand, so that making one does not delay the tokens of others; for ``seconds`` at most."""
+    def prepare(self, shard: ProcessShard, seconds: float) -> None:
+        """Makes prompts for at most ``seconds``, so that making one later does not delay other requests' tokens."""
         began = time.monotonic()
-        for ordinal in share.ordinals():
+        for ordinal in shard.ordinals():
             if time.monotonic() - began > seconds:
                 return
             self._prompts[ordinal] = array("I", self[ordinal].prompt(self._vocab_size, ordinal))
 
     @property
     def last_arrival(self) -> float:
-        """Seconds after the start."""
+        """Seconds from the start to the last arrival."""
         return self._requests[-1].arrival
 
 
-class Share:
-    """The ordinals that fall to process ``index`` of ``processes``: every ``processes``-th one. Each is given once."""
+class ProcessShard:
+    """The ordinals that process ``index`` of ``processes`` sends: every ``processes``-th one. Each is returned once."""
 
     def __init__(self, total: int | None, index: int, processes: int) -> None:
         self._total = total
@@ -73,14 +73,14 @@ class Share:
         self._processes = processes
 
     def take(self) -> int | None:
-        """The next ordinal; None when none is left."""
+        """Returns the next ordinal. None means that none is left."""
         if self._total is not None and self._next >= self._total:
             return None
         ordinal, self._next = self._next, self._next + self._processes
         return ordinal
 
     def ordinals(self) -> Iterator[int]:
-        """Those that are left, without taking them."""
+        """Yields the ordinals that are left, without taking them."""
         ordinal = self._next
         while self._total is None or ordinal < self._total:
             yield ordinal

@@ -1,4 +1,4 @@
-"""The scaling policy at work in the simulation: what it is told, and how its targets become workers."""
+"""Runs the router's scaling policy in the simulation: feeds it signals and applies its targets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ INTERVAL = 1.0
 
 
 class Fleet(Protocol):
-    """What the scaler reads and changes of a fleet.
+    """The simulated workers and requests, as the autoscaler sees and changes them.
 
     Attributes:
-        open: requests that have not ended, by job.
-        workers: by name, those that still start or drain included.
+        open: Job -> request that has not ended.
+        workers: Name -> worker, including those that are starting or draining.
     """
 
     @property
@@ -47,22 +47,22 @@ class Fleet(Protocol):
 
 
 class Autoscaler:
-    """Uses only what a router knows: arrivals, answers, reports, and the time that prefill workers were busy.
+    """Scales the fleet from what a router knows: arrivals, answers, reports, and prefill workers' busy time.
 
     Attributes:
-        latest: the last decision.
+        latest: The last decision; None before the first.
     """
 
     def __init__(self, fleet: Fleet, config: ScalingConfig) -> None:
         self._fleet = fleet
         self._config = config
         self._scaler = Scaler(config)
-        self._worked: dict[str, tuple[int, float]] = {}  # tokens and seconds of each prefill worker, last time
+        self._worked: dict[str, tuple[int, float]] = {}  # prefill worker -> (tokens, busy seconds) at the last tick
         self.latest: Targets | None = None
 
     def arrived(self, request: SimRequest) -> None:
         counters = self._fleet.counters
-        # What the pool has found in its caches so far is the best guess for one more prompt.
+        # Estimate the new prompt's cached tokens by the pool's hit rate so far.
         share = counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0
         tokens = request.trace.prompt_tokens
         self._scaler.arrived(self._fleet.clock.now, tokens, int(share * tokens))
@@ -115,7 +115,7 @@ class Autoscaler:
         staying = [worker for worker in pool if not worker.draining]
         for _ in range(target - len(staying)):
             limit = self._config.max_total
-            # A draining worker keeps its machine until it has gone.
+            # A draining worker occupies its machine until it has left.
             if limit is not None and len(fleet.workers) >= limit:
                 return
             fleet.start_worker(stage, fleet.profile.startup)

@@ -1,7 +1,7 @@
-"""KV blocks of a modelled prefill worker: the real prefix cache where a trace says what is shared, counts elsewhere.
+"""KV blocks of a modelled prefill worker: the real prefix cache for traces with shared prefixes, counters for others.
 
-A block of the trace (512 tokens for Mooncake) stands for one block of the worker, and one number of the trace for its
-tokens, so eviction and hits are those of ``kv.prefix`` itself, at that size.
+A block of the trace (512 tokens for Mooncake) is one block of the worker, and its number replaces its tokens. Hits and
+evictions are therefore those of ``kv.prefix`` with this block size.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
 from overfill.v1 import registry_pb2
 
-_ONLY_HERE = 1 << 31
-"""Numbers from here on stand for blocks that no other prompt shares; a key is made of 32 bits."""
+_FIRST_UNIQUE_ID = 1 << 31
+"""First number for blocks that no other prompt shares. Block numbers are 32-bit."""
 
 
 class Blocks(Protocol):
-    """What a prefill worker asks of its cache. Tokens, not blocks, in and out."""
+    """Block accounting of a prefill worker. Arguments and results are in tokens; the properties are in blocks."""
 
     block_size: int
     tokens_looked_up: int
@@ -35,18 +35,18 @@ class Blocks(Protocol):
     def cached(self) -> int: ...
 
     def acquire(self, owner: str, prompt_tokens: int, shared: Sequence[int]) -> int | None:
-        """Room for a prompt; how many of its tokens are cached, or None when there is no room."""
+        """Acquires a prompt's blocks and returns its number of cached tokens. None means too few free blocks."""
 
     def publish(self, owner: str, num_tokens: int) -> None: ...
 
     def release(self, owner: str) -> None: ...
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
-        """What has changed since the last call, for a report."""
+        """Returns the changes of the cache since the last call, for a report."""
 
 
 class CountedBlocks:
-    """Nothing is shared: a number is enough."""
+    """Counts blocks, for traces without shared prefixes."""
 
     def __init__(self, kv_tokens: int, block_size: int) -> None:
         self.block_size = block_size
@@ -75,7 +75,7 @@ class CountedBlocks:
 
 
 class SharedBlocks:
-    """``kv.prefix.PrefixCache`` over the trace's blocks."""
+    """Runs ``kv.prefix.PrefixCache`` over the trace's blocks."""
 
     def __init__(self, kv_tokens: int, block_size: int, *, enabled: bool = True) -> None:
         self.block_size = block_size
@@ -83,7 +83,7 @@ class SharedBlocks:
         self._cache = PrefixCache(self._pool, enabled=enabled, attention_tokens=max(1.0, 4096 / block_size))
         self._feed = self._cache.journal.feed()
         self._next = 0
-        self._refused: tuple[str, PromptBlocks] | None = None  # the owner that was refused last
+        self._refused: tuple[str, PromptBlocks] | None = None  # (owner, prompt) of the last refusal
         self.tokens_looked_up = self.tokens_found = 0
 
     @property
@@ -100,9 +100,9 @@ class SharedBlocks:
 
     def acquire(self, owner: str, prompt_tokens: int, shared: Sequence[int]) -> int | None:
         if not self._cache.num_available:
-            return None  # the last block of a prompt is never taken from the cache
+            return None  # a prompt needs at least one free block: its last block is never cached
         if self._refused is not None and self._refused[0] == owner:
-            prompt = self._refused[1]  # hashing takes long, and a prompt that waits asks again and again
+            prompt = self._refused[1]  # hashing is slow, and a waiting prompt asks again and again
         else:
             prompt = self._prompt(prompt_tokens, shared)
         grant = self._cache.acquire(owner, prompt, prompt.num_tokens)
@@ -119,12 +119,12 @@ class SharedBlocks:
         full, rest = divmod(prompt_tokens, self.block_size)
         numbers = list(shared[:full])
         for _ in range(full + bool(rest) - len(numbers)):
-            numbers.append(_ONLY_HERE + self._next % _ONLY_HERE)
+            numbers.append(_FIRST_UNIQUE_ID + self._next % _FIRST_UNIQUE_ID)
             self._next += 1
         return self._cache.blocks_of(numbers)
 
     def publish(self, owner: str, num_tokens: int) -> None:
-        # The last block, unless it is full, is nobody else's; nor is it ever looked for.
+        # Only full blocks: a partial last block is never looked up.
         self._cache.publish(owner, num_tokens // self.block_size)
 
     def release(self, owner: str) -> None:

@@ -1,4 +1,4 @@
-"""Virtual time: events in order of time, then of scheduling. Nothing waits, and nothing is random."""
+"""Virtual time: runs events in order of time, then of scheduling. Deterministic; never waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Event:
-    """Something that will happen, unless it is cancelled."""
+    """A scheduled call that can be cancelled."""
 
     __slots__ = ("action", "args")
 
@@ -21,9 +21,11 @@ class Event:
 
 
 class Clock:
-    """Attributes:
-    now: seconds since the simulation began.
-    events: that have happened.
+    """The clock of a simulation.
+
+    Attributes:
+        now: Seconds since the simulation began.
+        events: Number of events that have run.
     """
 
     def __init__(self) -> None:
@@ -33,7 +35,7 @@ class Clock:
         self._order = 0
 
     def at(self, time: float, action: Callable[..., None], *args: Any) -> Event:
-        """Calls ``action(*args)`` at ``time``, or now if that is past."""
+        """Schedules ``action(*args)`` at ``time``; now if that is in the past."""
         event = Event(action, args)
         self._order += 1
         heapq.heappush(self._heap, (max(time, self.now), self._order, event))
@@ -43,7 +45,7 @@ class Clock:
         return self.at(self.now + delay, action, *args)
 
     def step(self) -> bool:
-        """Lets the next event happen. False when there is none."""
+        """Runs the next event. Returns False when there is none."""
         while self._heap:
             self.now, _, event = heapq.heappop(self._heap)
             if event.action is not None:

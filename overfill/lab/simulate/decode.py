@@ -1,8 +1,8 @@
-"""A modelled decode worker: continuous batching over paged KV, time from a ``DecodeModel``. An event per phase.
+"""A modelled decode worker: continuous batching over paged KV. A ``DecodeModel`` gives the time; a phase is one event.
 
-A phase is a run of steps in which the batch stays the same: it ends when a sequence ends, joins, moves or is preempted.
-Within it every step attends to one more token for each sequence, so its length in seconds is a polynomial, and tokens
-need no events of their own. Reservation, refusal and preemption are those of ``engine/decode.py``.
+A phase is a series of steps with the same batch. It ends when a sequence ends, joins, moves or is preempted. Each step
+attends to one more token per sequence than the last, so the phase's duration is a polynomial, and tokens need no
+events. Reservation, refusal and preemption are those of ``engine/decode.py``.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from overfill.lab.simulate.profiles import Profile
 
 
 class SequenceState(enum.Enum):
-    RECEIVING = "blocks reserved, KV on its way"
-    JOINING = "KV is there; runs from the next step on"
+    RECEIVING = "blocks are reserved; KV is arriving"
+    JOINING = "KV is complete; runs from the next step on"
     RUNNING = "running"
-    PREEMPTED = "gave its blocks up"
+    PREEMPTED = "its blocks were freed"
     ENDED = "ended"
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class SimSequence:
     """One answer on a decode worker.
 
     Attributes:
-        prompt_tokens, output_tokens: lengths; the answer ends after ``output_tokens``.
-        emitted: tokens of the answer when it last joined the batch; ``SimDecode.emitted`` counts those since.
-        owner: whatever the listener wants back.
-        reserved: blocks that it holds while it is not running.
-        joined: the worker's step at which it joined.
-        replay: emitted tokens to run through the decoder when it joins.
+        prompt_tokens, output_tokens: Lengths. The answer ends after ``output_tokens``.
+        emitted: Tokens of the answer when it last joined the batch; ``SimDecode.emitted`` adds those since.
+        owner: Object that the listener uses to identify the sequence.
+        reserved: Blocks held while the sequence is not running.
+        joined: Number of the worker's step at which it joined.
+        replay: Emitted tokens that the decoder recomputes when the sequence joins.
     """
 
     prompt_tokens: int
@@ -50,21 +50,25 @@ class Sequence:
 
 
 class DecodeListener(Protocol):
-    def answer_done(self, sequence: Sequence) -> None: ...
+    def answer_done(self, sequence: SimSequence) -> None: ...
 
-    def kv_wanted(self, sequence: Sequence) -> None:
-        """It was preempted and has blocks again: its prompt's KV must come once more."""
+    def kv_needed(self, sequence: SimSequence) -> None:
+        """A preempted sequence has blocks again and needs its prompt's KV again."""
 
-    def preempted(self, sequence: Sequence) -> None:
-        """It gave its blocks up; KV on its way is of no use."""
+    def preempted(self, sequence: SimSequence) -> None:
+        """A sequence lost its blocks. KV that is still arriving for it is useless."""
 
     def load_changed(self) -> None: ...
 
 
 class SimDecode:
-    """Attributes:
-    gaps: time between tokens, all sequences together.
-    busy: seconds in steps. generated: tokens. preemptions: so far.
+    """The engine of a modelled decode worker.
+
+    Attributes:
+        gaps: Seconds between tokens, over all sequences.
+        busy: Seconds spent in steps.
+        generated: Number of tokens generated.
+        preemptions: Number of preemptions.
     """
 
     def __init__(self, clock: Clock, profile: Profile, listener: DecodeListener, gaps: Histogram) -> None:
@@ -77,21 +81,21 @@ class SimDecode:
         self.busy = 0.0
         self.generated = 0
         self.preemptions = 0
-        self._reserved = 0  # blocks held, but for those that the running phase takes
-        self._sequences: dict[Sequence, None] = {}  # oldest first
+        self._reserved = 0  # blocks held, without those that the running phase takes
+        self._sequences: dict[SimSequence, None] = {}  # oldest first
         self._num_preempted = 0
-        self._joining: list[Sequence] = []
-        self._leaving: list[Sequence] = []
-        self._heap: list[tuple[int, int, Sequence]] = []  # (step after which it ends, order, sequence)
+        self._joining: list[SimSequence] = []
+        self._leaving: list[SimSequence] = []
+        self._heap: list[tuple[int, int, SimSequence]] = []  # (step after which it ends, order, sequence)
         self._order = 0
         self._batch = 0
         self._context = 0  # tokens that the next step attends to
-        self._crossings = [0] * model.block_size  # sequences by the step, modulo block_size, that takes a block
-        self._step = 0  # steps done before the running phase
+        self._crossings = [0] * model.block_size  # step modulo block_size -> sequences that take a block in it
+        self._step = 0  # steps finished before the running phase
         self._phase: Event | None = None
         self._phase_start = 0.0
         self._phase_steps = 0
-        self._extra = 0.0  # replays within the phase's first step
+        self._extra = 0.0  # seconds of replays in the phase's first step
 
     @property
     def num_running(self) -> int:
@@ -107,11 +111,11 @@ class SimDecode:
 
     @property
     def used(self) -> int:
-        """Blocks held now."""
-        return self._reserved + (self._wanted(self._steps_begun()) if self._phase is not None else 0)
+        """Blocks in use now."""
+        return self._reserved + (self._blocks_taken(self._steps_begun()) if self._phase is not None else 0)
 
-    def reserve(self, sequence: Sequence) -> bool:
-        """Blocks for prompt + emitted + 1 tokens, or False."""
+    def reserve(self, sequence: SimSequence) -> bool:
+        """Reserves blocks for prompt + emitted + 1 tokens. Returns False if the worker refuses."""
         if len(self._sequences) >= self._model.max_seqs or self._num_preempted:
             return False
         if not self._acquire(sequence):
@@ -120,8 +124,8 @@ class SimDecode:
         self._listener.load_changed()
         return True
 
-    def first_token(self, sequence: Sequence) -> None:
-        """The full model has chosen the first token."""
+    def first_token(self, sequence: SimSequence) -> None:
+        """Notes the first token, which the full model sampled."""
         if sequence.state is not SequenceState.RECEIVING or sequence.emitted:
             return
         sequence.emitted = 1
@@ -130,16 +134,16 @@ class SimDecode:
             if self._phase is None:
                 self._begin_phase()
 
-    def kv_arrived(self, sequence: Sequence) -> None:
-        """All KV of the prompt is here: it joins at the next step."""
+    def kv_arrived(self, sequence: SimSequence) -> None:
+        """Notes that all KV of the prompt has arrived. The sequence joins at the next step."""
         if sequence.state is not SequenceState.RECEIVING:
             return
         sequence.state = SequenceState.JOINING
         self._joining.append(sequence)
         self._cut()
 
-    def release(self, sequence: Sequence) -> None:
-        """The router takes it back: it moves, or nobody wants it. Its blocks are free after the running step."""
+    def release(self, sequence: SimSequence) -> None:
+        """Removes a sequence that the router moves or cancels. Its blocks are free after the running step."""
         if sequence.state is SequenceState.RUNNING:
             self._leaving.append(sequence)
             self._cut()
@@ -154,8 +158,8 @@ class SimDecode:
         if self._phase is None:
             self._begin_phase()
 
-    def kill(self) -> list[Sequence]:
-        """The worker dies; the sequences that were on it, ``emitted`` brought up to date."""
+    def kill(self) -> list[SimSequence]:
+        """Kills the worker. Returns its sequences, with ``emitted`` up to date."""
         if self._phase is not None:
             self._phase.cancel()
         lost = list(self._sequences)
@@ -164,19 +168,19 @@ class SimDecode:
             sequence.state = SequenceState.ENDED
         return lost
 
-    def sequences(self) -> list[Sequence]:
-        """Those on the worker, the oldest first."""
+    def sequences(self) -> list[SimSequence]:
+        """Returns the sequences on the worker, oldest first."""
         return list(self._sequences)
 
-    def emitted(self, sequence: Sequence) -> int:
-        """Tokens of its answer by now."""
+    def emitted(self, sequence: SimSequence) -> int:
+        """Returns the number of tokens that a sequence has emitted so far."""
         if sequence.state is not SequenceState.RUNNING:
             return sequence.emitted
         done = self._steps_done() if self._phase is not None else 0
         return sequence.emitted + self._step + done - sequence.joined
 
     def check(self) -> None:
-        """Raises AssertionError unless blocks and sequences are what the counts say."""
+        """Raises AssertionError unless the counters agree with the sequences."""
         held = sum(self._blocks_held(sequence) for sequence in self._sequences)
         _require(held == self._reserved, f"{held} blocks held, {self._reserved} counted")
         _require(0 <= self.used <= self.total, f"{self.used} of {self.total} blocks used")
@@ -187,14 +191,14 @@ class SimDecode:
     # -- time ------------------------------------------------------------------------------------------------------
 
     def _seconds(self, steps: int) -> float:
-        """Of the first ``steps`` steps of the phase."""
+        """Returns the seconds of the phase's first ``steps`` steps."""
         if not steps:
             return 0.0
         kv = steps * self._context + self._batch * (steps * (steps - 1) // 2)
         return self._extra + steps * (self._base + self._per_sequence * self._batch) + self._per_kv * kv
 
     def _steps_within(self, seconds: float) -> float:
-        """How many steps of the phase fit into ``seconds``; a fraction when the next one has begun."""
+        """Returns how many steps of the phase fit into ``seconds``, with a fraction for the step that has begun."""
         seconds -= self._extra
         if seconds <= 0:
             return 0.0
@@ -205,7 +209,7 @@ class SimDecode:
         return (math.sqrt(line * line + 4 * square * seconds) - line) / (2 * square)
 
     def _steps_begun(self) -> int:
-        """Steps of the phase that have begun by now; at least 1."""
+        """Returns the number of the phase's steps that have begun; at least 1."""
         return min(self._phase_steps, max(1, math.ceil(self._steps_within(self._clock.now - self._phase_start) - 1e-6)))
 
     def _steps_done(self) -> int:
@@ -216,55 +220,55 @@ class SimDecode:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._model.block_size)
 
-    def _blocks_held(self, sequence: Sequence) -> int:
+    def _blocks_held(self, sequence: SimSequence) -> int:
         if sequence.state is SequenceState.RUNNING:
-            # The pending token's KV is written by the next step, which takes its block.
+            # The next step writes the last token's KV and takes the block for it.
             tokens = sequence.prompt_tokens + sequence.emitted + self._step - sequence.joined - 1
             return self._blocks_for(tokens)
         return sequence.reserved
 
-    def _wanted(self, steps: int) -> int:
-        """Blocks that the first ``steps`` steps of the phase take."""
+    def _blocks_taken(self, steps: int) -> int:
+        """Returns the blocks that the phase's first ``steps`` steps take."""
         size = self._model.block_size
         rounds, rest = divmod(steps, size)
-        wanted = rounds * self._batch
+        blocks = rounds * self._batch
         for offset in range(rest):
-            wanted += self._crossings[(self._step + offset) % size]
-        return wanted
+            blocks += self._crossings[(self._step + offset) % size]
+        return blocks
 
-    def _steps_with_room(self, most: int) -> int:
-        """How many steps, ``most`` at most, the free blocks allow."""
+    def _steps_with_room(self, max_steps: int) -> int:
+        """Returns how many steps the free blocks allow, up to ``max_steps``."""
         free = self.total - self._reserved
-        if self._wanted(most) <= free:
-            return most
+        if self._blocks_taken(max_steps) <= free:
+            return max_steps
         size = self._model.block_size
-        steps = free // self._batch * size  # whole rounds, each of which takes a block per sequence
-        left = free - self._wanted(steps)
-        while steps < most and (need := self._crossings[(self._step + steps) % size]) <= left:
+        steps = free // self._batch * size  # whole rounds of block_size steps; each takes one block per sequence
+        left = free - self._blocks_taken(steps)
+        while steps < max_steps and (need := self._crossings[(self._step + steps) % size]) <= left:
             left -= need
             steps += 1
         return steps
 
-    def _acquire(self, sequence: Sequence) -> bool:
+    def _acquire(self, sequence: SimSequence) -> bool:
         blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
         if blocks + self._num_growing > self.total - self.used:
             return False
         sequence.reserved = blocks
         sequence.state = SequenceState.RECEIVING
         self._reserved += blocks
-        if self._phase is not None and self._wanted(self._phase_steps) > self.total - self._reserved:
-            self._cut()  # it had counted on these
+        if self._phase is not None and self._blocks_taken(self._phase_steps) > self.total - self._reserved:
+            self._cut()  # the phase would have needed these blocks
         return True
 
     @property
     def _num_growing(self) -> int:
-        """Sequences that hold blocks, and for each of which a block is left when another comes or comes back."""
+        """Sequences that hold blocks. For each, one free block must remain when another is admitted or resumed."""
         return len(self._sequences) - self._num_preempted
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def _cut(self) -> None:
-        """Ends the phase with the step that runs now."""
+        """Ends the phase after the current step."""
         if self._phase is None:
             self._begin_phase()
             return
@@ -300,7 +304,7 @@ class SimDecode:
         if steps > 1:
             self.gaps.add((seconds - first) / (steps - 1), self._batch * (steps - 1))
         self._extra = 0.0
-        self._reserved += self._wanted(steps)
+        self._reserved += self._blocks_taken(steps)
         self._step += steps
         self._context += steps * self._batch
         self.generated += steps * self._batch
@@ -316,13 +320,13 @@ class SimDecode:
         self._begin_phase()
         self._listener.load_changed()
 
-    def _join(self, sequence: Sequence) -> None:
+    def _join(self, sequence: SimSequence) -> None:
         length = sequence.prompt_tokens + sequence.emitted  # the last token's KV is not written yet
         sequence.state, sequence.joined = SequenceState.RUNNING, self._step
         if sequence.replay:
             self._extra += sequence.replay * self._replay_seconds
             sequence.replay = 0
-        # Its block for the pending token is taken by the step that writes it, like all later ones.
+        # The step that writes the last token's KV takes the block for it, as for all later tokens.
         held = self._blocks_for(length - 1)
         self._reserved -= sequence.reserved - held
         sequence.reserved = held
@@ -333,12 +337,12 @@ class SimDecode:
         ends = self._step + sequence.output_tokens - sequence.emitted
         heapq.heappush(self._heap, (ends, self._order, sequence))
 
-    def _crossing(self, sequence: Sequence, length: int) -> int:
-        """Which steps, modulo the block size, take a block for a sequence that joined with ``length`` tokens."""
+    def _crossing(self, sequence: SimSequence, length: int) -> int:
+        """Returns the steps, modulo block size, that take a block for a sequence of ``length`` tokens at its start."""
         return (sequence.joined - (length - 1)) % self._model.block_size
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of the batch, between two phases; its entry of the heap is gone already."""
+    def _leave(self, sequence: SimSequence) -> None:
+        """Removes a sequence from the batch between two phases. Its heap entry must be removed already."""
         length = sequence.prompt_tokens + sequence.emitted
         steps = self._step - sequence.joined
         self._crossings[self._crossing(sequence, length)] -= 1
@@ -348,13 +352,13 @@ class SimDecode:
         sequence.emitted += steps
         sequence.state = SequenceState.PREEMPTED
 
-    def _end(self, sequence: Sequence, *, popped: bool = False) -> None:
+    def _end(self, sequence: SimSequence, *, popped: bool = False) -> None:
         if popped:
             self._leave(sequence)
         self._forget(sequence)
         self._listener.answer_done(sequence)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: SimSequence) -> None:
         self._reserved -= sequence.reserved
         sequence.reserved = 0
         sequence.state = SequenceState.ENDED
@@ -377,7 +381,7 @@ class SimDecode:
         self._listener.preempted(victim)
 
     def _resume_preempted(self) -> None:
-        """Free blocks go to preempted sequences, oldest first; none overtakes another."""
+        """Gives free blocks to preempted sequences, strictly oldest first."""
         if not self._num_preempted:
             return
         for sequence in list(self._sequences):
@@ -391,7 +395,7 @@ class SimDecode:
             sequence.replay = max(0, sequence.emitted - 1)
             self._reserved += blocks
             self._num_preempted -= 1
-            self._listener.kv_wanted(sequence)
+            self._listener.kv_needed(sequence)
 
 
 def _require(holds: bool, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Percentiles of very many values in little memory: counts in buckets a hundredth wide."""
+"""Histogram with logarithmic buckets, each 1 % wide: percentiles of many values in little memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BASE = math.log(1.01)
 
 
 class Histogram:
-    """Positive values; a percentile is within 0.5 % of a value that was added."""
+    """Counts positive values. A percentile is within 0.5 % of an added value."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
@@ -22,10 +22,10 @@ class Histogram:
         self.total += count
 
     def percentile(self, share: float) -> float | None:
-        """The value that ``share`` (0 to 1) of all are not above; None when there is none."""
-        wanted, seen = share * self.total, 0
+        """Returns the value that a ``share`` (0 to 1) of all values do not exceed. None if there are no values."""
+        rank, seen = share * self.total, 0
         for bucket in sorted(self._counts):
             seen += self._counts[bucket]
-            if seen >= wanted:
+            if seen >= rank:
                 return math.exp(bucket * _BASE)
         return None

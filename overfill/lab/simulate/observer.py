@@ -1,28 +1,30 @@
-"""Watches a run: samples over time, and what every worker did in its life."""
+"""Records a run: snapshots over time, and the totals of each worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.request import Counters, Sample
+from overfill.lab.simulate.request import Counters, Snapshot
 from overfill.lab.simulate.workers import SimWorker
 from overfill.routing.scaling import Targets
 from overfill.routing.worker import PREFILL
 
 
 class Observer:
-    """Attributes:
-    samples: so far.
+    """Records snapshots and adds up what the workers did.
+
+    Attributes:
+        samples: Snapshots so far.
     """
 
     def __init__(self, clock: Clock, workers: Mapping[str, SimWorker], counters: Counters) -> None:
         self._clock, self._workers, self._counters = clock, workers, counters
-        self.samples: list[Sample] = []
-        self._then = (0.0, 0.0, 0.0, 0)  # time, seconds of work of either pool, arrivals at the last sample
+        self.samples: list[Snapshot] = []
+        self._then = (0.0, 0.0, 0.0, 0)  # last snapshot: time, busy seconds of prefill and decode, arrivals
 
     def sample(self, waiting: int, arrived: int, targets: Targets | None) -> None:
-        """Notes how things are; ``waiting`` requests wait in the router, ``arrived`` have come so far."""
+        """Adds a snapshot. ``waiting`` requests are in the router's queue; ``arrived`` have arrived so far."""
         now, counters = self._clock.now, self._counters
         then, prefill_busy, decode_busy, before = self._then
         if self.samples and now <= then:
@@ -36,7 +38,7 @@ class Observer:
         ]
         span = max(now - then, 1e-9)
         self.samples.append(
-            Sample(
+            Snapshot(
                 time=now,
                 prefill_workers=len(prefill),
                 decode_workers=len(decode),
@@ -44,7 +46,7 @@ class Observer:
                 decode_ready=ready[1],
                 prefill_target=targets.prefill if targets else None,
                 decode_target=targets.decode if targets else None,
-                # Work is counted when a step begins (prefill) or a phase ends (decode): a short span may get too much.
+                # Capped: work counts when a step begins (prefill) or a phase ends (decode), outside of a short span.
                 prefill_busy=min(1.0, (busy[0] - prefill_busy) / span / max(1, ready[0])),
                 decode_busy=min(1.0, (busy[1] - decode_busy) / span / max(1, ready[1])),
                 waiting=waiting,
@@ -56,7 +58,7 @@ class Observer:
         self._then = (now, busy[0], busy[1], arrived)
 
     def account(self, worker: SimWorker) -> None:
-        """Adds what a worker did to the totals: it has left, or all is over."""
+        """Adds a worker's time to the totals. Call it when the worker leaves, or at the end."""
         lived, counters = self._clock.now - worker.since, self._counters
         if worker.stage == PREFILL:
             counters.prefill_worker_seconds += lived

@@ -1,4 +1,4 @@
-"""How a simulation runs."""
+"""Options of a simulation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from overfill.routing.scaling import ScalingConfig
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run.
+    """Options of a simulation.
 
     Attributes:
-        prefill, decode: workers at the start; all the time when ``scaling`` is None.
-        policy: name of a routing policy.
-        scaling: the scaling policy's configuration.
-        prefix_cache: whether prefill workers keep prompts' KV.
-        max_queue: most requests that wait in the router; the others are refused.
-        report_gap: least seconds between two reports of a worker.
-        mtbf: mean seconds until a worker dies; None: they do not. A new one starts in its place.
-        check: hold the books and the *Waiting* rule after every event.
-        seed: of failures.
-        objective, most_misses: stop once more than ``most_misses`` requests have ended outside ``objective``.
-        patience: seconds after the last arrival when what has not ended has failed.
+        prefill, decode: Number of workers at the start; constant when ``scaling`` is None.
+        policy: Name of a routing policy.
+        scaling: Configuration of the scaling policy. None means no scaling.
+        prefix_cache: True if prefill workers cache prompts' KV.
+        max_queue: Maximum requests in the router's queue; further ones are refused.
+        report_gap: Minimum seconds between two reports of a worker.
+        mtbf: Mean seconds until a worker dies and is replaced. None means never.
+        check: Check all counters and the *Waiting* rule after every event.
+        seed: Random seed for failures and policies.
+        objective, max_misses: Stop once more than ``max_misses`` requests have missed ``objective``.
+        end_timeout: Seconds after the last arrival after which unfinished requests count as failed.
     """
 
     prefill: int = 1
@@ -36,6 +36,6 @@ class Options:
     mtbf: float | None = None
     check: bool = False
     seed: int = 0
-    patience: float = 3600.0
+    end_timeout: float = 3600.0
     objective: Objective | None = None
-    most_misses: int = 0
+    max_misses: int = 0

@@ -1,4 +1,4 @@
-"""The timeline of a simulated run, as a file. No display is needed."""
+"""Plots the timeline of a simulated run to a file. Needs no display."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.result import SimulationResult
 
 _PREFILL, _DECODE, _GREY = "#d95f02", "#1b9e77", "#666666"
 
 
-def save_timeline(path: Path, title: str, result: Result) -> None:
-    """Arrivals, workers and utilisation of both pools over minutes; the suffix picks the format."""
-    samples = result.samples[1:]  # the first is of no time at all
+def save_timeline(path: Path, title: str, result: SimulationResult) -> None:
+    """Plots arrivals, workers and utilisation of both pools over minutes. The suffix of ``path`` chooses the format."""
+    samples = result.samples[1:]  # the first snapshot covers no time
     minutes = [sample.time / 60 for sample in samples]
     ends = [0.0, *(sample.time for sample in samples)]
     spans = [max(1e-9, b - a) for a, b in pairwise(ends)]
@@ -35,8 +35,8 @@ def save_timeline(path: Path, title: str, result: Result) -> None:
     ):
         workers.step(minutes, ready, where="post", color=colour, label=f"{name}, ready")
         if any(value is not None for value in target):
-            wanted = [float("nan") if value is None else value for value in target]
-            workers.step(minutes, wanted, where="post", color=colour, linestyle=":", label=f"{name}, wanted")
+            targets = [float("nan") if value is None else value for value in target]
+            workers.step(minutes, targets, where="post", color=colour, linestyle=":", label=f"{name}, target")
     workers.set(ylabel="workers")
     workers.set_ylim(bottom=0)
     workers.legend(loc="upper right", fontsize=8)
@@ -53,7 +53,7 @@ def save_timeline(path: Path, title: str, result: Result) -> None:
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """Mean over ``width`` samples."""
+    """Returns the moving average over ``width`` values."""
     smooth = []
     for index in range(len(values)):
         part = values[max(0, index - width + 1) : index + 1]

@@ -1,4 +1,4 @@
-"""The routing policies at work in the simulation, and what they may know of a simulated request."""
+"""Makes the router's dispatcher and jobs for the simulation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from overfill.routing.pool import Roster
 
 DEFAULT = "default"
 NAMES = (DEFAULT, *get_args(PolicyName))
-"""``default`` is what the router does when nothing is said: prefix affinity for prefill, least load for decode."""
+"""``default`` is the router's default: prefix affinity for prefill, least load for decode."""
 
 _ROOT = root_key("", "", "")
 
 
 def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> Dispatcher:
-    """``policy``: one of ``NAMES``, for both stages where decode takes it.
+    """Makes a dispatcher with ``policy``, one of ``NAMES``. Decode uses its default if it does not have this policy.
 
     Raises:
-        InvalidRequest: there is no such policy.
+        InvalidRequest: The policy is unknown.
     """
     if policy not in NAMES:
         raise InvalidRequest("policy", f"must be one of {', '.join(NAMES)}, got {policy!r}")
@@ -33,7 +33,7 @@ def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> D
 
 
 def make_job(name: str, trace: TraceRequest) -> Job:
-    """As a router makes it of a request; the trace's numbers stand for the tokens of blocks."""
+    """Makes the job of a request, as the router does. The trace's block numbers replace the tokens of blocks."""
     job = Job(id=name, prompt_tokens=trace.prompt_tokens, max_tokens=trace.output_tokens)
     if trace.blocks:
         keys = PromptKeys(_ROOT, trace.blocks[: trace.prompt_tokens // trace.block_tokens])

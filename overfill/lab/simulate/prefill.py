@@ -1,6 +1,6 @@
-"""A modelled prefill worker: scheduling as in ``engine/prefill.py``, time from a ``PrefillModel``. An event per step.
+"""A modelled prefill worker: schedules as ``engine/prefill.py``. A ``PrefillModel`` gives the time.
 
-It knows requests only as tickets, and tells what happens to them through ``PrefillListener``.
+A step is one event. The worker knows requests only as tickets, and reports to a ``PrefillListener``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from overfill.lab.simulate.profiles import Profile
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One prompt on a prefill worker: the lease.
+    """One prompt on a prefill worker; corresponds to the lease of its KV.
 
     Attributes:
-        prompt_tokens, cached, computed: of the prompt; ``computed`` includes what was cached.
-        shared: the trace's numbers for the prompt's blocks.
-        owner: whatever the listener wants back.
-        submitted, started: when it came, and when its first chunk did.
+        prompt_tokens, cached, computed: Tokens of the prompt; ``computed`` includes the cached ones.
+        shared: The trace's numbers of the prompt's blocks.
+        owner: Object that the listener uses to identify the prompt.
+        submitted, started: Times of its arrival and of the start of its first chunk.
     """
 
     id: str
@@ -34,7 +34,7 @@ class Ticket:
     computed: int = 0
     submitted: float = 0.0
     started: float | None = None
-    sent: float = 0.0  # when the KV computed so far has left
+    sent: float = 0.0  # time at which the KV computed so far has been sent
     cancelled: bool = False
 
     @property
@@ -44,17 +44,20 @@ class Ticket:
 
 class PrefillListener(Protocol):
     def prompt_computed(self, ticket: Ticket) -> None:
-        """The first token is known."""
+        """The prompt is computed and the first token sampled."""
 
     def kv_sent(self, ticket: Ticket) -> None:
-        """All KV has left the worker; its lease ends."""
+        """All KV of the prompt has been sent; its lease ends."""
 
     def load_changed(self) -> None: ...
 
 
 class SimPrefill:
-    """Attributes:
-    busy: seconds spent in steps. computed: prompt tokens computed.
+    """The engine of a modelled prefill worker.
+
+    Attributes:
+        busy: Seconds spent in steps.
+        computed: Prompt tokens computed.
     """
 
     def __init__(self, clock: Clock, profile: Profile, blocks: Blocks, listener: PrefillListener) -> None:
@@ -90,7 +93,7 @@ class SimPrefill:
         self._listener.load_changed()
 
     def cancel(self, ticket: Ticket) -> None:
-        """The decode worker gave up. A prompt in the running step leaves when that ends."""
+        """Cancels a prompt. If it is in the running step, it leaves when the step ends."""
         if ticket.cancelled:
             return
         ticket.cancelled = True
@@ -103,11 +106,11 @@ class SimPrefill:
         self._listener.load_changed()
 
     def tickets(self) -> list[Ticket]:
-        """Those on the worker."""
+        """Returns the tickets on the worker."""
         return [*self._waiting, *self._running.values(), *self._holding.values()]
 
     def kill(self) -> list[Ticket]:
-        """The worker dies; the tickets that were on it."""
+        """Kills the worker. Returns its tickets."""
         if self._step is not None:
             self._step.cancel()
         lost = self.tickets()
@@ -116,7 +119,7 @@ class SimPrefill:
         return lost
 
     def check(self) -> None:
-        """Raises AssertionError unless the counts are what they stand for."""
+        """Raises AssertionError unless the counters agree with the tickets."""
         tokens = sum(ticket.left for ticket in (*self._waiting, *self._running.values()))
         if tokens != self.queued_tokens:
             raise AssertionError(f"{tokens} tokens are queued, {self.queued_tokens} counted")
@@ -151,7 +154,7 @@ class SimPrefill:
             self._running[ticket.id] = ticket
 
     def _schedule(self) -> list[tuple[Ticket, int]]:
-        """As ``PrefillEngine._schedule``: the oldest gets half a budget at least, the rest the shortest first."""
+        """Schedules as ``PrefillEngine._schedule``: at least half of the budget for the oldest, then shortest first."""
         if not self._running:
             return []
         oldest, *others = self._running.values()
@@ -182,7 +185,7 @@ class SimPrefill:
                 del self._running[ticket.id]
                 self._holding[ticket.id] = ticket
                 self._listener.prompt_computed(ticket)
-                # The last layer's KV can leave only now.
+                # The last layer's KV can be sent only now.
                 bandwidth, layers = self._profile.link_bandwidth, self._profile.layers
                 last = now + count * self._profile.kv_token_bytes / layers / bandwidth
                 self._clock.at(max(last, ticket.sent), self._sent, ticket)
@@ -192,7 +195,7 @@ class SimPrefill:
         self._listener.load_changed()
 
     def _send(self, ticket: Ticket, tokens: int, since: float) -> None:
-        """``tokens`` more may travel from ``since`` on, behind what is on the link already."""
+        """Queues KV of ``tokens`` tokens on the link, from time ``since`` on."""
         seconds = tokens * self._profile.kv_token_bytes / self._profile.link_bandwidth
         self._link_free = ticket.sent = max(self._link_free, since) + seconds
 

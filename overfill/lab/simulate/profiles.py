@@ -1,7 +1,7 @@
-"""How fast modelled workers are: three small formulas, from measurements or from a datasheet.
+"""Speed of modelled workers: three formulas with coefficients from measurements or datasheets.
 
-* prefill: ``seconds_per_token`` for each token, and ``seconds_per_position`` for each token it attends to;
-* decode: ``StepCost``, base + per_sequence x batch + per_kv_token x tokens attended to;
+* Prefill: ``seconds_per_token`` per token, plus ``seconds_per_position`` per token that it attends to.
+* Decode: ``StepCost``, base + per_sequence x batch + per_kv_token x tokens attended to.
 * KV: bytes per token over a link.
 
 A profile is a JSON file of the fields below, or the output of ``overfill bench decode --json`` and ``prefill --json``.
@@ -23,15 +23,15 @@ from overfill.routing.capacity import StepCost
 
 @dataclass(frozen=True, slots=True)
 class PrefillModel:
-    """A prefill worker.
+    """Speed and size of a prefill worker.
 
     Attributes:
-        seconds_per_token: of computing one prompt token.
-        seconds_per_position: besides, for each token that it attends to.
-        seconds_per_step: least time of a step: the weights are read once.
-        token_budget: most prompt tokens of a step.
-        kv_tokens: tokens of KV that it holds, its prefix cache included.
-        max_seqs: most prompts at once; the credits it grants.
+        seconds_per_token: Seconds to compute one prompt token.
+        seconds_per_position: Additional seconds per token that it attends to.
+        seconds_per_step: Minimum seconds of a step, in which the weights are read once.
+        token_budget: Maximum prompt tokens per step.
+        kv_tokens: Capacity for KV in tokens, including the prefix cache.
+        max_seqs: Maximum prompts at the same time, and the number of credits granted.
     """
 
     seconds_per_token: float
@@ -42,7 +42,7 @@ class PrefillModel:
     max_seqs: int = 64
 
     def step_seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
-        """Of a step that computes ``count`` tokens after the first ``start`` of a prompt, for each (start, count)."""
+        """Returns the seconds of a step. A chunk (start, count) is ``count`` tokens of a prompt from ``start`` on."""
         work = 0.0
         for start, count in chunks:
             work += count * (self.seconds_per_token + self.seconds_per_position * (start + (count + 1) / 2))
@@ -51,14 +51,14 @@ class PrefillModel:
 
 @dataclass(frozen=True, slots=True)
 class DecodeModel:
-    """A decode worker.
+    """Speed and size of a decode worker.
 
     Attributes:
-        base, per_sequence, per_kv_token: seconds of a step, as in ``StepCost``.
-        replay_per_token: seconds to run one emitted token through the decoder again, after a migration.
-        kv_tokens: tokens of KV that it holds.
-        block_size: tokens per block.
-        max_seqs: most sequences at once.
+        base, per_sequence, per_kv_token: Seconds of a step, as in ``StepCost``.
+        replay_per_token: Seconds to recompute the KV of one emitted token after a migration.
+        kv_tokens: Capacity for KV in tokens.
+        block_size: Tokens per block.
+        max_seqs: Maximum sequences at the same time.
     """
 
     base: float
@@ -76,17 +76,17 @@ class DecodeModel:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Both kinds of worker and what lies between them.
+    """Both kinds of worker and the network between them.
 
     Attributes:
-        name: for titles.
-        source: where the numbers come from, in words.
-        kv_token_bytes: of one token's keys and values in all layers that travel.
-        layers: all but one layer's KV travels while later layers are computed.
-        link_bandwidth: bytes per second out of a prefill worker.
-        hop: seconds of a message between two processes.
-        startup: seconds from the decision to start a worker until it takes work.
-        grace: seconds in which a draining worker's sequences may end before they move.
+        name: Name for titles.
+        source: Source of the numbers, in words.
+        kv_token_bytes: Bytes of one token's keys and values in all transferred layers.
+        layers: Number of layers. KV of all but the last is sent while later layers are computed.
+        link_bandwidth: Bytes per second that a prefill worker can send.
+        hop: Seconds for a message between two processes.
+        startup: Seconds from the decision to start a worker until it is ready.
+        grace: Seconds in which a draining worker's sequences may end before they migrate.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Profile:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens/s of a worker that computes prompts of 2,048 tokens."""
+        """Tokens per second of a prefill worker with prompts of 2,048 tokens."""
         return 2048 / self.prefill.step_seconds([(0, 2048)])
 
     def to_json(self) -> str:
@@ -111,7 +111,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """From a datasheet: dense bfloat16 operations per second, bytes per second, bytes."""
+    """Figures of a datasheet: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, memory in bytes."""
 
     flops: float
     bandwidth: float
@@ -120,7 +120,7 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a Llama-shaped model costs; bfloat16 throughout."""
+    """Size of a Llama-shaped model in bfloat16."""
 
     parameters: float
     layers: int
@@ -138,7 +138,7 @@ class ModelShape:
 
     @property
     def attention_flops(self) -> float:
-        """Of one token, per token attended to."""
+        """FLOP of one token's attention per token attended to."""
         return 4.0 * self.hidden * self.layers
 
 
@@ -146,16 +146,16 @@ H100 = Accelerator(flops=989e12, bandwidth=3.35e12, memory=80e9)
 L4 = Accelerator(flops=121e12, bandwidth=300e9, memory=24e9)
 LLAMA_8B = ModelShape(8.03e9, 32, 4096, 8, 128)
 LLAMA_8B_TO_3B = ModelShape(3.2e9, 32, 4096, 8, 128)
-"""A decoder of the paper's size. It keeps all KV of the full model, so its KV costs what the full model's does."""
+"""A decoder of the paper's size. It keeps the full model's KV heads, so its KV has the same size."""
 
 _COMPUTE_SHARE, _BANDWIDTH_SHARE, _MEMORY_SHARE = 0.5, 0.8, 0.9
-"""What is taken to be reached of a datasheet's figures; assumptions, not measurements."""
+"""Shares of a datasheet's figures that we assume to be reached. They are not measured."""
 
 
 def from_datasheets(
     name: str, prefill: Accelerator, decode: Accelerator, full: ModelShape, decoder: ModelShape
 ) -> Profile:
-    """An estimate: flops / rate for prefill, bytes / bandwidth for decode, at the shares above."""
+    """Estimates a profile: FLOP / rate for prefill, bytes / bandwidth for decode, at the shares above."""
     rate = prefill.flops * _COMPUTE_SHARE
     bandwidth = decode.bandwidth * _BANDWIDTH_SHARE
     decode_rate = decode.flops * _COMPUTE_SHARE
@@ -172,7 +172,7 @@ def from_datasheets(
         ),
         decode=DecodeModel(
             base=decoder.weight_bytes / bandwidth,
-            # Products hide behind reading the weights until the batch is large; attention's reads come on top.
+            # Up to a large batch, compute overlaps with reading the weights; attention's reads are added.
             per_sequence=0.0,
             per_kv_token=kv / bandwidth,
             replay_per_token=2 * decoder.parameters / decode_rate,
@@ -208,10 +208,10 @@ BUILT_IN: dict[str, Profile] = {
 
 
 def load_profile(name: str) -> Profile:
-    """A built-in profile, or one from a file.
+    """Returns a built-in profile, or one from a file.
 
     Raises:
-        InvalidRequest: there is neither, or a field of the file is wrong; it is named.
+        InvalidRequest: The name is neither, or a field of the file is wrong. The message names it.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -220,7 +220,7 @@ def load_profile(name: str) -> Profile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(BUILT_IN)
-        raise InvalidRequest("profile", f"is one of {known}, or a file; {name} cannot be read: {error}") from None
+        raise InvalidRequest("profile", f"must be one of {known}, or a file; {name} cannot be read: {error}") from None
     try:
         document = json.loads(text)
     except ValueError:
@@ -235,7 +235,7 @@ def _parse(kind: type[Any], document: object, where: str) -> Any:
         raise InvalidRequest(where, f"must be an object of {kind.__name__}'s fields, got {type(document).__name__}")
     known = {item.name: item for item in fields(kind)}
     if unknown := sorted(set(document) - set(known)):
-        raise InvalidRequest(f"{where}.{unknown[0]}", f"is not known; known are {', '.join(known)}")
+        raise InvalidRequest(f"{where}.{unknown[0]}", f"is unknown; allowed are {', '.join(known)}")
     values: dict[str, Any] = {}
     for name, value in document.items():
         declared = known[name].type
@@ -297,7 +297,7 @@ def _from_bench(path: Path, text: str) -> Profile:
 
 
 def _fit(features: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> list[float]:
-    """Least squares of relative errors, no coefficient below 0."""
+    """Fits coefficients of at least 0 by least squares of relative errors."""
     relative = features / seconds[:, None]
     active = list(range(features.shape[1]))
     weights = [0.0] * features.shape[1]

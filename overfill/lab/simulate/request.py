@@ -1,11 +1,11 @@
-"""One request of a trace on its way through the simulated stack, and what became of it."""
+"""State of a simulated request, snapshots of the stack, and counters of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overfill.lab.simulate.decode import Sequence as DecodeSequence
+from overfill.lab.simulate.decode import SimSequence
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest
@@ -13,21 +13,21 @@ from overfill.routing.dispatcher import Job
 
 
 @dataclass(eq=False, slots=True)
-class Attempt:
-    """The request on one decode worker. What comes in after it is ``over`` is stale."""
+class DecodeAttempt:
+    """A request on one decode worker. Messages that arrive after ``over`` is set are stale."""
 
     request: SimRequest
     worker: str
-    sequence: DecodeSequence
+    sequence: SimSequence
     ticket: Ticket | None = None
     prefill: str = ""
     over: bool = False
 
     @classmethod
-    def start(cls, request: SimRequest, worker: str) -> Attempt:
-        """One that goes on where the last one ended: emitted tokens are replayed."""
+    def start(cls, request: SimRequest, worker: str) -> DecodeAttempt:
+        """Starts an attempt that continues the last one: it replays the emitted tokens."""
         trace, emitted = request.trace, request.emitted
-        sequence = DecodeSequence(
+        sequence = SimSequence(
             trace.prompt_tokens, trace.output_tokens, emitted, owner=None, replay=max(0, emitted - 1)
         )
         attempt = cls(request, worker, sequence)
@@ -35,18 +35,21 @@ class Attempt:
         return attempt
 
 
-def attempt_of(sequence: DecodeSequence) -> Attempt:
-    assert isinstance(sequence.owner, Attempt)
+def attempt_of(sequence: SimSequence) -> DecodeAttempt:
+    assert isinstance(sequence.owner, DecodeAttempt)
     return sequence.owner
 
 
 @dataclass(eq=False, slots=True)
 class SimRequest:
-    """Attributes:
-    first, last: when the client had the first and the last token; None: not yet.
-    emitted: tokens that the router knows of, for the next attempt.
-    error: why it ended without its answer.
-    cached: prompt tokens that the last prefill found in the cache.
+    """A request of the trace in the simulated stack.
+
+    Attributes:
+        first, last: Times at which the client had the first and the last token. None means not yet.
+        emitted: Tokens that the router has received; the next attempt continues after them.
+        error: Reason why the request ended without an answer; empty if it did not.
+        cached: Prompt tokens that the last prefill found in the prefix cache.
+        placed: Time at which it was first placed on a decode worker.
     """
 
     trace: TraceRequest
@@ -55,12 +58,12 @@ class SimRequest:
     first: float | None = None
     last: float | None = None
     emitted: int = 0
-    attempt: Attempt | None = None
+    attempt: DecodeAttempt | None = None
     error: str = ""
     cached: int = 0
     migrations: int = 0
     ended: bool = False
-    placed: float | None = None  # on a decode worker, for the first time
+    placed: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -68,7 +71,7 @@ class SimRequest:
 
     @property
     def ttft(self) -> float:
-        """Seconds from arrival to the first token; infinite when none came."""
+        """Seconds from arrival to the first token; infinite if there was none."""
         return float("inf") if self.first is None else self.first - self.trace.arrival
 
     @property
@@ -83,20 +86,23 @@ class SimRequest:
         return float("inf") if self.last is None else self.last - self.trace.arrival
 
     def meets(self, objective: Objective) -> bool:
-        """Whether it was answered within the objective."""
+        """Returns True if the request was answered within the objective."""
         pairs = ((objective.ttft, self.ttft), (objective.itl, self.itl), (objective.e2e, self.e2e))
         return self.ok and all(limit is None or value <= limit for limit, value in pairs)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """The stack at one moment; shares are of the time since the sample before.
+class Snapshot:
+    """The stack at one moment. Each name with prefill_ or decode_ is of that pool.
 
     Attributes:
-        workers: of a pool that exist, those that start or drain included; ready: that take work.
-        target: what the scaler wants; None without one.
-        busy: share of the ready workers' time spent in steps.
-        waiting, arrived: requests waiting in the router; that came since the sample before.
+        workers: Number of workers, including those that are starting or draining.
+        ready: Number of workers that accept work.
+        target: Number of workers that the scaler requests. None means that there is no scaler.
+        busy: Share of the ready workers' time spent in steps since the previous snapshot.
+        waiting: Requests in the router's queue.
+        arrived: Requests that arrived since the previous snapshot.
+        need: Number of workers that the scaler computed, as a fraction; None without a scaler.
     """
 
     time: float
@@ -116,10 +122,12 @@ class Sample:
 
 @dataclass(slots=True)
 class Counters:
-    """What a run counted. Times in seconds of virtual time.
+    """Counters of a run. Times are in virtual seconds, except three that are real CPU seconds.
 
-    CPU time are ``cpu_seconds``, and of those ``decision_seconds`` (in the dispatcher, reports apart) and
-    ``report_seconds``.
+    Attributes:
+        cpu_seconds: CPU time of the whole run.
+        decision_seconds: CPU time of the dispatcher, without reports.
+        report_seconds: CPU time of the dispatcher for workers' reports.
     """
 
     events: int = 0

@@ -1,4 +1,4 @@
-"""What a run came to: latencies, goodput, utilisation; named as by ``overfill bench serve`` where they are the same."""
+"""Result of a simulated run. Figures have the names of ``overfill bench serve`` where they are the same."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import numpy as np
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import Options
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Counters, Sample, SimRequest
+from overfill.lab.simulate.request import Counters, SimRequest, Snapshot
 from overfill.lab.traffic.outcome import Objective
 
 PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One run.
+class SimulationResult:
+    """Result of one run.
 
     Attributes:
-        requests: in order of arrival.
-        samples: the stack over time.
-        gaps: time between any two tokens of an answer; a request's own ``itl`` is their mean.
+        requests: All requests, in order of arrival.
+        samples: Snapshots of the stack over time.
+        gaps: Seconds between successive tokens, over all answers. A request's ``itl`` is the mean of its own gaps.
     """
 
     profile: Profile
     options: Options
     requests: Sequence[SimRequest]
-    samples: Sequence[Sample]
+    samples: Sequence[Snapshot]
     gaps: Histogram
     counters: Counters
 
     def met(self, objective: Objective) -> list[SimRequest]:
-        """Requests that were answered within the objective."""
+        """Returns the requests that were answered within the objective."""
         return [request for request in self.requests if request.meets(objective)]
 
     def attainment(self, objective: Objective) -> float:
-        """Share of all requests that meet it."""
+        """Returns the share of all requests that meet the objective."""
         return len(self.met(objective)) / max(1, len(self.requests))
 
     @property
@@ -53,7 +53,7 @@ class Result:
         return (self.counters.prefill_worker_seconds + self.counters.decode_worker_seconds) / 3600
 
     def figures(self, objective: Objective | None) -> dict[str, float | None]:
-        """By name: seconds, shares of 1, requests and tokens per second. None: there is no such value."""
+        """Returns name -> figure: seconds, fractions, or requests and tokens per second. None means no value."""
         done = [request for request in self.requests if request.ok]
         counters, span = self.counters, self.span
         found: dict[str, float | None] = {}
@@ -90,7 +90,7 @@ class Result:
         return found
 
     def to_json(self, objective: Objective | None) -> dict[str, Any]:
-        """For ``--json``: settings, figures, why requests failed, the timeline."""
+        """Returns the document for ``--json``: settings, figures, errors, and the timeline."""
         options = self.options
         return {
             "profile": self.profile.name,

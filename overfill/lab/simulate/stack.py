@@ -1,7 +1,8 @@
 """The simulated stack: the real dispatcher and roster, modelled workers, and the messages between them.
 
-Everything a router decides is decided by ``routing``; this module carries messages, each of which takes a ``hop``, and
-plays the parts of ``routing/attempt.py`` and ``relay.py`` that need sockets there. One router; clients never leave.
+``overfill.routing`` makes all of the router's decisions. This module carries messages, each of which takes a ``hop``,
+and replaces the parts of ``routing/attempt.py`` and ``relay.py`` that use sockets. There is one router, and clients
+never disconnect.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from overfill.errors import OverfillError
 from overfill.lab.simulate.autoscale import Autoscaler
 from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import Sequence as DecodeSequence
-from overfill.lab.simulate.decode import SequenceState
+from overfill.lab.simulate.decode import SequenceState, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.observer import Observer
 from overfill.lab.simulate.options import Options
 from overfill.lab.simulate.policies import make_dispatcher, make_job
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Attempt, Counters, SimRequest, attempt_of
-from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, attempt_of
+from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing.dispatcher import Job, JobState, Rejection
@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 
 class Simulation:
-    """One run of ``trace`` on workers of ``profile``. ``run`` once."""
+    """Simulates one run of ``trace`` on workers of ``profile``. Call ``run`` only once."""
 
     def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: Options) -> None:
         self.clock = Clock()
@@ -47,7 +47,7 @@ class Simulation:
         self.open: dict[Job, SimRequest] = {}
         self.workers: dict[str, SimWorker] = {}
         self._trace = trace
-        self._misses, self._hopeless = 0, False
+        self._misses, self._objective_missed = 0, False
         self._shares = any(request.blocks for request in trace)
         self._requests: list[SimRequest] = []
         self._gaps = Histogram()
@@ -56,27 +56,31 @@ class Simulation:
         self._scaler = Autoscaler(self, options.scaling) if options.scaling is not None else None
         self._observer = Observer(self.clock, self.workers, self.counters)
 
-    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Result:
-        """Plays the whole trace; ``progress`` is told how many requests have ended."""
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
+        """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
         began = thread_time()
         for _ in range(self.options.prefill):
             self.start_worker(PREFILL, 0.0)
         for _ in range(self.options.decode):
             self.start_worker(common_pb2.STAGE_DECODE, 0.0)
-        # Workers have joined and reported before the first request.
+        # Events run in the order of scheduling, so workers join and report before the first request.
         self.clock.at(self._trace[0].arrival, self._arrive, 0)
         if self._scaler is not None:
             self.clock.at(0.0, self._scaler.tick)
         span = self._trace[-1].arrival
         self.clock.at(0.0, self._sample, max(1.0, span / 300))
-        limit, told = span + self.options.patience, 0
-        while (self.open or len(self._requests) < len(self._trace)) and self.clock.now < limit and not self._hopeless:
+        limit, reported = span + self.options.end_timeout, 0
+        while (
+            (self.open or len(self._requests) < len(self._trace))
+            and self.clock.now < limit
+            and not self._objective_missed
+        ):
             self.clock.step()
             if self.options.check:
                 self._check()
-            if len(self._requests) - len(self.open) - told >= 500:
-                told = len(self._requests) - len(self.open)
-                progress(told, len(self._trace))
+            if len(self._requests) - len(self.open) - reported >= 500:
+                reported = len(self._requests) - len(self.open)
+                progress(reported, len(self._trace))
         self._sample(None)
         for request in list(self.open.values()):
             self._end(request, "did not end in time")
@@ -84,12 +88,14 @@ class Simulation:
             self._observer.account(worker)
         self.counters.events = self.clock.events
         self.counters.cpu_seconds = thread_time() - began
-        return Result(self.profile, self.options, self._requests, self._observer.samples, self._gaps, self.counters)
+        return SimulationResult(
+            self.profile, self.options, self._requests, self._observer.samples, self._gaps, self.counters
+        )
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def start_worker(self, stage: common_pb2.Stage, delay: float) -> SimWorker:
-        """A new worker takes work after ``delay`` seconds."""
+        """Starts a worker that is ready after ``delay`` seconds."""
         self._started += 1
         worker: SimWorker
         if stage == PREFILL:
@@ -106,8 +112,8 @@ class Simulation:
         return worker
 
     def drain_worker(self, worker: SimWorker) -> None:
-        """It takes nothing new; what has not ended after the grace period moves."""
-        if worker.entry is None:  # not there yet
+        """Drains a worker: it accepts no new requests; those left after the grace period migrate."""
+        if worker.entry is None:  # it has not joined yet
             self._remove(worker)
             return
         worker.draining = True
@@ -160,7 +166,7 @@ class Simulation:
         self._poll()
 
     def _evict(self, worker: SimWorker) -> None:
-        """The grace period is over."""
+        """Migrates the requests that are left on a worker after its grace period."""
         if worker.gone:
             return
         if isinstance(worker, DecodeWorker):
@@ -204,31 +210,31 @@ class Simulation:
             else:
                 if request.placed is None:
                     request.placed = self.clock.now
-                request.attempt = attempt = Attempt.start(request, outcome.worker.id)
+                request.attempt = attempt = DecodeAttempt.start(request, outcome.worker.id)
                 self.clock.after(self.profile.hop, self._reserve, attempt)
 
     def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
-        """Calls the dispatcher, and counts the CPU time that it takes."""
+        """Calls the dispatcher and adds its CPU time to the counters."""
         began = thread_time()
         try:
             return method(*args, **named)
         finally:
             self.counters.decision_seconds += thread_time() - began
 
-    def _reserved(self, attempt: Attempt) -> None:
+    def _reserved(self, attempt: DecodeAttempt) -> None:
         if not attempt.over:
             self._ask(self.dispatcher.reserved, attempt.request.job)
             self._poll()
 
-    def _refused(self, attempt: Attempt, load: decode_pb2.WorkerLoad) -> None:
+    def _refused(self, attempt: DecodeAttempt, load: decode_pb2.WorkerLoad) -> None:
         if not attempt.over:
             attempt.over = True
             self.counters.refusals += 1
             self._ask(self.dispatcher.refused, attempt.request.job, load)
             self._poll()
 
-    def _tokens(self, attempt: Attempt) -> None:
-        """Tokens reach the client, the first of this attempt."""
+    def _tokens(self, attempt: DecodeAttempt) -> None:
+        """Handles the arrival of an attempt's first token at the client."""
         if attempt.over:
             return
         request = attempt.request
@@ -238,20 +244,20 @@ class Simulation:
             self._ask(self.dispatcher.prefill_done, request.job)
             self._poll()
 
-    def _done(self, attempt: Attempt) -> None:
+    def _done(self, attempt: DecodeAttempt) -> None:
         if not attempt.over:
             attempt.request.last = self.clock.now
             self._end(attempt.request, "")
             self._poll()
 
-    def _lost(self, attempt: Attempt, emitted: int, gone: bool) -> None:
-        """The decode worker failed the request, or sends it elsewhere."""
+    def _lost(self, attempt: DecodeAttempt, emitted: int, gone: bool) -> None:
+        """Handles a decode worker's failure (``gone``) or its eviction of a request."""
         if attempt.over:
             return
         self._cancel(attempt)
         attempt.over = True
         request = attempt.request
-        if request.first is not None:  # otherwise the first token never got here
+        if request.first is not None:  # otherwise the first token never reached the router
             request.emitted = max(request.emitted, emitted)
         if request.emitted >= request.trace.output_tokens:
             request.last = self.clock.now
@@ -263,9 +269,9 @@ class Simulation:
             self._ask(self.dispatcher.lost, request.job, self.clock.now, gone=gone)
         self._poll()
 
-    def _need_prefill(self, attempt: Attempt, failed: bool) -> None:
+    def _need_prefill(self, attempt: DecodeAttempt, failed: bool) -> None:
         job = attempt.request.job
-        if attempt.over or job.state is JobState.WANTS_PREFILL:  # it gets the one that it waits for
+        if attempt.over or job.state is JobState.WANTS_PREFILL:  # it already waits for a prefill worker
             return
         self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, pause=failed)
         self._poll()
@@ -281,13 +287,13 @@ class Simulation:
             self._scaler.finished(request)
         if (objective := self.options.objective) is not None and not request.meets(objective):
             self._misses += 1
-            self._hopeless = self._misses > self.options.most_misses
+            self._objective_missed = self._misses > self.options.max_misses
         self._ask(self.dispatcher.finish, request.job)
         del self.open[request.job]
 
     # -- on the way to and from workers ----------------------------------------------------------------------------
 
-    def _reserve(self, attempt: Attempt) -> None:
+    def _reserve(self, attempt: DecodeAttempt) -> None:
         if attempt.over:
             return
         worker, hop = self.workers.get(attempt.worker), self.profile.hop
@@ -298,8 +304,8 @@ class Simulation:
         else:
             self.clock.after(hop, self._refused, attempt, worker.load())
 
-    def _submit(self, attempt: Attempt, name: str) -> None:
-        """The decode worker asks the prefill worker that it was told to ask."""
+    def _submit(self, attempt: DecodeAttempt, name: str) -> None:
+        """Sends a prompt from the decode worker to the prefill worker that the router assigned."""
         request, sequence = attempt.request, attempt.sequence
         if attempt.over or sequence.state is not SequenceState.RECEIVING:
             return
@@ -319,7 +325,7 @@ class Simulation:
         self.counters.cached_tokens += ticket.cached
         self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
 
-    def _first_token(self, attempt: Attempt, ticket: Ticket) -> None:
+    def _first_token(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             self.clock.after(self.profile.hop, self._tokens, attempt)
@@ -328,45 +334,47 @@ class Simulation:
     def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None:
         self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
 
-    def _kv_arrived(self, attempt: Attempt, ticket: Ticket) -> None:
+    def _kv_arrived(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             attempt.ticket = None
             worker.engine.kv_arrived(attempt.sequence)
 
-    def answer_done(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+    def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
-        self._cancel(attempt)  # nobody needs the rest of an answer of one token
+        self._cancel(attempt)  # a one-token answer needs no KV: cancel its transfer
         self.clock.after(self.profile.hop, self._done, attempt)
 
-    def kv_wanted(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+    def kv_needed(self, worker: SimWorker, sequence: SimSequence) -> None:
         self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)
 
-    def preempted(self, worker: SimWorker, sequence: DecodeSequence) -> None:
+    def preempted(self, worker: SimWorker, sequence: SimSequence) -> None:
         self.counters.preemptions += 1
         self._cancel(attempt_of(sequence))
 
-    def _prefill_lost(self, attempt: Attempt, ticket: Ticket, failed: bool) -> None:
+    def _prefill_lost(self, attempt: DecodeAttempt, ticket: Ticket, failed: bool) -> None:
         if not attempt.over and attempt.ticket is ticket:
             attempt.ticket = None
             self._need_prefill(attempt, failed)
 
-    def _cancel(self, attempt: Attempt) -> None:
-        """Ends the prefill that runs for it, if one does."""
+    def _cancel(self, attempt: DecodeAttempt) -> None:
+        """Cancels the attempt's prefill, if one is running."""
         ticket, attempt.ticket = attempt.ticket, None
         worker = self.workers.get(attempt.prefill)
         if ticket is not None and isinstance(worker, PrefillWorker):
             self.clock.after(self.profile.hop, worker.engine.cancel, ticket)
 
-    def _receiver(self, attempt: Attempt, ticket: Ticket) -> DecodeWorker | None:
-        """The decode worker that a prefill's message reaches; None when it is stale, or the worker is gone, of which
-        the router may not have heard yet."""
+    def _receiver(self, attempt: DecodeAttempt, ticket: Ticket) -> DecodeWorker | None:
+        """Returns the decode worker that receives a prefill's message.
+
+        None means that the message is stale or the worker has left, which the router may not know yet.
+        """
         worker = self.workers.get(attempt.worker)
         if attempt.over or attempt.ticket is not ticket or not isinstance(worker, DecodeWorker):
             return None
         return worker
 
-    # -- books -----------------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         self.counters.checks += 1
@@ -377,7 +385,7 @@ class Simulation:
             raise AssertionError(f"{len(self.open)} requests are open, the dispatcher knows {self.dispatcher.num_jobs}")
 
     def _sample(self, interval: float | None) -> None:
-        """Notes how things are; again after ``interval`` seconds, unless that is None."""
+        """Takes a snapshot, and another one every ``interval`` seconds. None means only one."""
         targets = self._scaler.latest if self._scaler is not None else None
         self._observer.sample(self.dispatcher.num_waiting, len(self._requests), targets)
         if interval is not None:

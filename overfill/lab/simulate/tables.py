@@ -1,4 +1,4 @@
-"""Simulated runs as tables, and the sizes of a search as JSON."""
+"""Formats simulated runs as tables, and the sizes of a search as a table or JSON."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from overfill.lab.simulate.result import Result
+from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.sizing import Size
 from overfill.lab.traffic.outcome import Objective
 
 
-def title(result: Result) -> str:
-    """What ran, in a line."""
+def title(result: SimulationResult) -> str:
+    """Describes a run in one line."""
     options = result.options
     size = f"{options.prefill} + {options.decode} workers"
     if options.scaling is not None:
@@ -23,8 +23,8 @@ def title(result: Result) -> str:
     return f"{len(result.requests):,} requests, {size}, profile {result.profile.name}, {options.policy}"
 
 
-def run_table(result: Result, objective: Objective) -> Table:
-    """Latencies, then everything else, a line each."""
+def run_table(result: SimulationResult, objective: Objective) -> Table:
+    """Returns a table of latencies, then of all other figures, one per row."""
     figures = result.figures(objective)
     table = Table(title=title(result), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("", "p50", "p90", "p95", "p99"):
@@ -46,7 +46,7 @@ def run_table(result: Result, objective: Objective) -> Table:
         ("decode workers busy", _share(figures["decode_utilisation"])),
         ("worker hours", f"{figures['worker_hours']:.2f}"),
         ("failed", f"{figures['failed']:.0f}"),
-        ("refused by a worker, preempted, moved", " / ".join(f"{figures[n]:.0f}" for n in _EVENTS)),
+        ("refused by a worker, preempted, migrated", " / ".join(f"{figures[n]:.0f}" for n in _EVENTS)),
         (
             "CPU time per placement, per report",
             f"{figures['decision_us'] or 0:.0f} us, {figures['report_us'] or 0:.0f} us",
@@ -54,7 +54,7 @@ def run_table(result: Result, objective: Objective) -> Table:
         ("speed", f"{figures['requests_per_cpu_minute'] or 0:,.0f} requests per CPU minute"),
     ]
     if result.counters.checks:
-        lines.append(("books and waiting rule held", f"after each of {result.counters.checks:,} events"))
+        lines.append(("counters and waiting rule checked", f"after each of {result.counters.checks:,} events"))
     for label, value in lines:
         table.add_row(label, value)
     return table
@@ -63,14 +63,14 @@ def run_table(result: Result, objective: Objective) -> Table:
 _EVENTS = ("refusals", "preemptions", "migrations")
 
 
-def errors_text(result: Result) -> str:
-    """Why requests failed, in a line; empty when none did."""
+def errors_text(result: SimulationResult) -> str:
+    """Counts the failed requests by error, in one line. Empty if none failed."""
     errors = Counter(request.error for request in result.requests if request.error)
     return ", ".join(f"{count} x {error}" for error, count in errors.most_common())
 
 
-def policy_table(results: Sequence[Result], objective: Objective) -> Table:
-    """A line per policy."""
+def policy_table(results: Sequence[SimulationResult], objective: Objective) -> Table:
+    """Returns a table with a row per policy."""
     first = results[0]
     table = Table(
         title=f"{len(first.requests):,} requests, {first.options.prefill} + {first.options.decode} workers, "
@@ -90,7 +90,7 @@ def policy_table(results: Sequence[Result], objective: Objective) -> Table:
 
 
 def size_table(sizes: Sequence[Size], objective: Objective, share: float, runs: int) -> Table:
-    """The staircase; the cheapest is marked."""
+    """Returns a table of the sizes that a search found. The cheapest is marked."""
     table = Table(
         title=f"Fewest workers for {share:.0%} of requests at {objective} ({runs} runs)", title_justify="left"
     )

@@ -1,18 +1,20 @@
-"""A modelled worker as the router sees it: it joins, reports and drains. What it computes is in its neighbours.
+"""Modelled workers as the router sees them: they join, report and drain.
 
-Reports are the wire's own messages, pushed on change and every second, as ``rpc/membership.py`` does it.
+Their engines are modelled in ``prefill`` and ``decode``.
+
+Reports are real wire messages, sent after changes and every second, as by ``rpc/membership.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from typing import Protocol
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import Blocks
 from overfill.lab.simulate.clock import Clock, Event
-from overfill.lab.simulate.decode import Sequence, SimDecode
+from overfill.lab.simulate.decode import SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
@@ -20,13 +22,13 @@ from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 REPORT_INTERVAL = 1.0
-"""Seconds between reports when nothing changes."""
+"""Seconds between reports while nothing changes."""
 
 _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
 
 
 class Router(Protocol):
-    """Whom workers talk to. All of it happens now; who calls has waited for the message to travel."""
+    """Receiver of the workers' messages. It adds the time that each message travels."""
 
     def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None: ...
 
@@ -34,21 +36,22 @@ class Router(Protocol):
 
     def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None: ...
 
-    def answer_done(self, worker: SimWorker, sequence: Sequence) -> None: ...
+    def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
-    def kv_wanted(self, worker: SimWorker, sequence: Sequence) -> None: ...
+    def kv_needed(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
-    def preempted(self, worker: SimWorker, sequence: Sequence) -> None: ...
+    def preempted(self, worker: SimWorker, sequence: SimSequence) -> None: ...
 
 
 class SimWorker:
-    """Lifecycle and reports.
+    """Base class of modelled workers: lifecycle and reports.
 
     Attributes:
-        entry: the worker in the router's roster; None before it has joined.
-        since: when it was started; ready_since: when it first took work, None while it starts.
-        gone: it has left, or died.
-        engine: what computes; each kind of worker makes its own.
+        entry: The worker in the router's roster; None before it has joined.
+        since: Time at which it was started.
+        ready_since: Time at which it became ready; None while it starts.
+        gone: True once it has left or died.
+        engine: Model of its computation, created by the subclass.
     """
 
     engine: SimPrefill | SimDecode
@@ -71,26 +74,26 @@ class SimWorker:
 
     @property
     def active(self) -> int:
-        """Requests on the worker."""
+        """Number of requests on the worker."""
         return self.engine.active
 
     @property
     def busy(self) -> float:
-        """Seconds of work so far."""
+        """Seconds spent in steps so far."""
         return self.engine.busy
 
     def load(self) -> decode_pb2.WorkerLoad:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises AssertionError when its books do not balance."""
+        """Raises AssertionError when the engine's counters are inconsistent."""
         self.engine.check()
 
     def report(self) -> registry_pb2.Report:
         raise NotImplementedError
 
     def load_changed(self) -> None:
-        """Reports soon, but not more often than every ``report_gap`` seconds."""
+        """Schedules a report as soon as ``report_gap`` seconds have passed since the last one."""
         if not self.gone and self.entry is not None:
             due = max(self.clock.now, self._reported + self._gap)
             if self._due is None or due < self._due_at:
@@ -145,7 +148,7 @@ class PrefillWorker(SimWorker):
             load=self.load(), credits=self._credits, ready=True, draining=self.draining, prefix=delta
         )
 
-    def kill(self) -> Many[Ticket]:
+    def kill(self) -> Sequence[Ticket]:
         self.leave()
         return self.engine.kill()
 
@@ -179,15 +182,15 @@ class DecodeWorker(SimWorker):
     def report(self) -> registry_pb2.Report:
         return registry_pb2.Report(load=self.load(), credits=self._model.max_seqs, ready=True, draining=self.draining)
 
-    def kill(self) -> Many[Sequence]:
+    def kill(self) -> Sequence[SimSequence]:
         self.leave()
         return self.engine.kill()
 
-    def answer_done(self, sequence: Sequence) -> None:
+    def answer_done(self, sequence: SimSequence) -> None:
         self.router.answer_done(self, sequence)
 
-    def kv_wanted(self, sequence: Sequence) -> None:
-        self.router.kv_wanted(self, sequence)
+    def kv_needed(self, sequence: SimSequence) -> None:
+        self.router.kv_needed(self, sequence)
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         self.router.preempted(self, sequence)

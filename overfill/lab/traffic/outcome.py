@@ -1,4 +1,4 @@
-"""What a client saw of one request, and what many such say: percentiles, throughput, goodput. Arithmetic only."""
+"""Outcome of one request as its client measured it, and figures of many: percentiles, throughput, goodput. No I/O."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request. Times are seconds since the run began, on the client's clock.
+    """Outcome of one request. Times are seconds since the run began, on the client's clock.
 
     Attributes:
-        due: when it should have been sent; latencies count from here, so a late client does not flatter a server.
-        times: when tokens came; those of one message came together.
-        error: why it failed; None when it did not.
-        sent: when it was sent, where that is known; later than ``due`` when the client is too slow.
-        timing: where the server says that the time went.
-        counted: how many tokens came, where that need not be the number of ``times``: a server that only tells at the
-            end may correct what was taken for a token each.
+        due: Time at which the request should have been sent. Latencies count from here, so that a client that sends
+            late does not make the server look faster.
+        times: Arrival time of each token. Tokens of one message have the same time.
+        error: Reason for the failure. None means success.
+        sent: Time at which the request was sent, if known. It is later than ``due`` when the client is too slow.
+        timing: The server's own breakdown of the time.
+        counted: Number of tokens, if it may differ from the length of ``times``: some servers report the exact number
+            only at the end, and the client had counted one token per message.
     """
 
     due: float
@@ -51,7 +52,7 @@ class Outcome:
 
     @property
     def gaps(self) -> list[float]:
-        """Between one token and the next: inter-token latencies."""
+        """Seconds between each token and the next (inter-token latencies)."""
         return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
 
     @property
@@ -61,8 +62,10 @@ class Outcome:
 
     @property
     def unattributed(self) -> float | None:
-        """Share of the time from sending to the first token that none of the server's parts covers: the network, and
-        both ends of it. None when the server does not tell its parts."""
+        """Share of the time from sending to the first token that no part of the server's breakdown covers.
+
+        It is spent in the network and at both of its ends. None means that the server sent no breakdown.
+        """
         if not self.ok or self.sent is None or self.timing is None or self.timing.ttft is None:
             return None
         seen = self.times[0] - self.sent
@@ -72,7 +75,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A request meets it when its first token came within ``ttft`` and its tokens within ``itl`` each, on average."""
+    """Objective of a single request: maxima, in seconds, of its TTFT, mean inter-token latency and total time."""
 
     ttft: float | None = None
     itl: float | None = None
@@ -80,10 +83,10 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """From ``ttft=2,itl=0.2``, in seconds.
+        """Parses a text such as ``ttft=2,itl=0.2``, in seconds.
 
         Raises:
-            InvalidRequest: a name is none of ttft, itl, e2e, or a value is no positive number.
+            InvalidRequest: A name is not ttft, itl or e2e, or a value is not a positive number.
         """
         limits: dict[str, float] = {}
         for part in text.split(","):
@@ -107,8 +110,8 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A number with its name and unit."""
+class LoadFigure:
+    """A figure of a run: number, name and unit. ``value`` None means that nothing was measured."""
 
     name: str
     value: float | None
@@ -116,16 +119,16 @@ class Figure:
 
 
 def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
-    """All values of one latency: ``ttft``, ``e2e`` and ``unattributed`` have one per answer, ``itl`` one per gap."""
+    """Returns all values of ``ttft``, ``e2e`` or ``unattributed`` (one per answer) or of ``itl`` (one per gap)."""
     done = [outcome for outcome in outcomes if outcome.ok]
     if name == "itl":
         return [gap for outcome in done for gap in outcome.gaps]
     return [value for outcome in done if (value := getattr(outcome, name)) is not None]
 
 
-def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Figure]:
-    """What a run comes to; latencies are None when no request finished."""
-    import numpy as np  # here, since the options of a load test are read without it
+def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[LoadFigure]:
+    """Computes the figures of a run: latencies, throughput, failures, and goodput if there is an objective."""
+    import numpy as np  # imported here: parsing a load test's options must not need it
 
     done = [outcome for outcome in outcomes if outcome.ok]
     span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
@@ -134,15 +137,15 @@ def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[Fi
         values = samples(done, name)
         marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
         found += [
-            Figure(f"{name}_p{p}", None if mark is None else float(mark), "s")
+            LoadFigure(f"{name}_p{p}", None if mark is None else float(mark), "s")
             for p, mark in zip(PERCENTILES, marks, strict=True)
         ]
     tokens = sum(outcome.tokens for outcome in done)
-    found.append(Figure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
-    found.append(Figure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
-    found.append(Figure("failed", float(len(outcomes) - len(done)), "requests"))
+    found.append(LoadFigure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
+    found.append(LoadFigure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
+    found.append(LoadFigure("failed", float(len(outcomes) - len(done)), "requests"))
     if objective is not None:
         good = sum(objective.met(outcome) for outcome in outcomes)
-        found.append(Figure("goodput", good / span if span > 0 else 0.0, "1/s"))
-        found.append(Figure("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
+        found.append(LoadFigure("goodput", good / span if span > 0 else 0.0, "1/s"))
+        found.append(LoadFigure("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
     return found

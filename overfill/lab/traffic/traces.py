@@ -1,8 +1,10 @@
-"""Who asks for how much and when: recorded traces and synthetic arrivals, in one form.
+"""Traces of requests: reads recorded ones, makes synthetic ones, scales rates and lengths.
 
-Two published formats are read: the Azure LLM inference traces (CSV: ``TIMESTAMP``, ``ContextTokens``,
-``GeneratedTokens``) and Mooncake's (JSON lines: ``timestamp`` in ms, ``input_length``, ``output_length``,
-``hash_ids`` of the prompt's blocks of 512 tokens). Lengths only: what was said is in neither.
+Two published formats are read. Neither contains text, only lengths.
+
+* Azure LLM inference traces (CSV): ``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens``.
+* Mooncake (JSON lines): ``timestamp`` in ms, ``input_length``, ``output_length``, and ``hash_ids``, one per block of
+  512 prompt tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Literal
 from overfill.errors import InvalidRequest
 
 MOONCAKE_BLOCK = 512
-"""Prompt tokens that one of Mooncake's hashes stands for."""
+"""Prompt tokens per hash in Mooncake's traces."""
 
 Arrivals = Literal["poisson", "constant", "burst"]
 TraceKind = Literal["azure", "mooncake"]
@@ -31,10 +33,10 @@ class TraceRequest:
     """One request of a trace.
 
     Attributes:
-        arrival: seconds after the first.
-        prompt_tokens, output_tokens: at least 1 each.
-        blocks: one number per ``block_tokens`` of the prompt; requests whose first numbers are equal begin alike.
-            Empty: nothing is known to be shared.
+        arrival: Seconds after the first request.
+        prompt_tokens, output_tokens: Lengths, at least 1 each.
+        blocks: One number per ``block_tokens`` of the prompt. Prompts whose first numbers are equal share a prefix.
+            Empty means that no shared prefix is known.
     """
 
     arrival: float
@@ -44,7 +46,7 @@ class TraceRequest:
     block_tokens: int = MOONCAKE_BLOCK
 
     def prompt(self, vocab_size: int, seed: int) -> list[int]:
-        """Token ids of the right length that say nothing: random, but the same wherever ``blocks`` are."""
+        """Returns random token ids of the prompt's length. Equal numbers in ``blocks`` give equal tokens."""
         if not self.blocks:
             return _ids(random.Random(f"request {seed}"), vocab_size, self.prompt_tokens)
         ids: list[int] = []
@@ -55,12 +57,13 @@ class TraceRequest:
 
 
 def read_trace(path: Path, limit: int | None = None, kind: TraceKind | None = None) -> list[TraceRequest]:
-    """The first ``limit`` requests of a trace, in order of arrival; the first arrives at 0.
+    """Reads the first ``limit`` requests of a trace. Returns them by arrival; the first one arrives at 0.
 
-    ``kind``: what the file holds; None: Azure's when its name ends in ``.csv``, else Mooncake's.
+    Args:
+        kind: Format of the file. None means Azure's if the name ends in ``.csv``, else Mooncake's.
 
     Raises:
-        InvalidRequest: the file cannot be read, or a line of it is wrong; the line and the field are named.
+        InvalidRequest: The file cannot be read, or a line is wrong. The message names the line and the field.
     """
     kind = kind or ("azure" if path.suffix == ".csv" else "mooncake")
     try:
@@ -70,16 +73,16 @@ def read_trace(path: Path, limit: int | None = None, kind: TraceKind | None = No
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest("trace", f"{path} cannot be read: {error}") from None
     if not requests:
-        raise InvalidRequest("trace", f"{path} holds no request")
+        raise InvalidRequest("trace", f"{path} contains no requests")
     requests.sort(key=lambda request: request.arrival)
     start = requests[0].arrival
     return [replace(request, arrival=request.arrival - start) for request in requests]
 
 
-def one_after_another(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceRequest]:
-    """Several traces in a row: each begins when the last request of the one before has arrived.
+def concatenate(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceRequest]:
+    """Joins traces: each one begins when the last request of the previous one arrives.
 
-    What requests share is within their own trace.
+    Block numbers are made distinct, so that requests of different traces share no prefix.
     """
     joined: list[TraceRequest] = []
     start, used = 0.0, 0
@@ -93,12 +96,13 @@ def one_after_another(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceReq
 
 
 def scale_lengths(requests: Sequence[TraceRequest], factor: float, longest: int | None = None) -> list[TraceRequest]:
-    """Prompts and answers ``factor`` times as long; what they share keeps its share.
+    """Makes prompts and answers ``factor`` times as long. Shared prefixes scale with them.
 
-    ``longest``: most tokens of a prompt with its answer; the prompt is cut to fit.
+    Args:
+        longest: Maximum tokens of a prompt and its answer together; the prompt is cut to fit.
 
     Raises:
-        InvalidRequest: an answer alone is ``longest`` or longer.
+        InvalidRequest: An answer has ``longest`` tokens or more.
     """
     scaled = []
     for request in requests:
@@ -114,10 +118,10 @@ def scale_lengths(requests: Sequence[TraceRequest], factor: float, longest: int 
 
 
 def set_rate(requests: Sequence[TraceRequest], rate: float) -> list[TraceRequest]:
-    """The same arrivals, stretched or squeezed so that ``rate`` of them come per second on average.
+    """Scales the arrival times so that on average ``rate`` requests arrive per second.
 
     Raises:
-        InvalidRequest: all of them arrive at once, which no factor changes.
+        InvalidRequest: All requests arrive at the same time, so that no factor sets a rate.
     """
     span = requests[-1].arrival
     if len(requests) < 2:
@@ -129,17 +133,17 @@ def set_rate(requests: Sequence[TraceRequest], rate: float) -> list[TraceRequest
 
 
 def scale_rate(requests: Sequence[TraceRequest], factor: float) -> list[TraceRequest]:
-    """``factor`` times as many requests per second."""
+    """Scales the arrival times so that ``factor`` times as many requests arrive per second."""
     return [replace(request, arrival=request.arrival / factor) for request in requests]
 
 
 def synthetic(
     count: int, arrivals: Arrivals, rate: float, prompt_tokens: int, output_tokens: int, seed: int
 ) -> list[TraceRequest]:
-    """``count`` requests of one length.
+    """Returns ``count`` requests of equal length.
 
     Args:
-        arrivals: ``poisson`` and ``constant`` at ``rate`` per second; ``burst`` all at once.
+        arrivals: ``poisson`` and ``constant`` arrive at ``rate`` per second; ``burst`` all at once, ignoring ``rate``.
     """
     generator = random.Random(seed)
     requests = []
@@ -159,10 +163,10 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
         where = f"{path}, line {reader.line_num}"
         stamp = _field(where, row, "TIMESTAMP")
         try:
-            # Seven digits of a second, of which datetime knows six.
+            # The trace has seven digits after the second; datetime parses six.
             arrival = datetime.fromisoformat(str(stamp)[:26]).timestamp()
         except ValueError:
-            raise InvalidRequest("trace", f"{where}: TIMESTAMP is no date and time: {stamp!r}") from None
+            raise InvalidRequest("trace", f"{where}: TIMESTAMP is not a date and time: {stamp!r}") from None
         yield TraceRequest(arrival, _length(where, row, "ContextTokens"), _length(where, row, "GeneratedTokens"))
 
 
@@ -189,7 +193,7 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
 def _field(where: str, record: Mapping[str, object], name: str) -> object:
     value = record.get(name)
     if value is None:
-        raise InvalidRequest("trace", f"{where}: {name} is missing; there are {', '.join(map(str, record))}")
+        raise InvalidRequest("trace", f"{where}: {name} is missing; the fields are {', '.join(map(str, record))}")
     return value
 
 

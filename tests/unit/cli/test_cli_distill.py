@@ -51,13 +51,13 @@ def test_a_pair_is_distilled_and_drawn(tmp_path: Path, chats: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["somewhere"], "--out is required"),
+        (["somewhere"], "--out is missing"),
         (["somewhere", "--out", "."], "already exists"),
         (["--out", "new"], "this recipe has no starting pair: give one"),
         (["somewhere", "--out", "new", "--learning-rate", "-1"], "learning_rate"),
         (["somewhere", "--out", "new", "--max-tokens", "0"], "max_tokens"),
         (["somewhere", "--out", "new", "--seed", "-1"], "seed"),
-        (["somewhere", "--dry-run"], "remove PAIR"),
+        (["somewhere", "--dry-run"], "leave out PAIR"),
         (["--dry-run"], "needs the sizes of both models"),
     ],
 )

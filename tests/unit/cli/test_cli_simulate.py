@@ -14,7 +14,7 @@ def test_one_run_as_a_table_and_as_json(capsys):
     text = capsys.readouterr().out
     assert "40 requests, 1 + 1 workers, profile cpu" in text
     assert "time to first token" in text
-    assert "books and waiting rule held" in text
+    assert "counters and waiting rule checked" in text
     assert main([*SMALL, "--json", "--slo", "ttft=1"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["figures"]["requests"] == 40
@@ -54,12 +54,12 @@ def test_sizes_policies_and_scaling(capsys, tmp_path):
     ("arguments", "code", "message"),
     [
         (("--size", "--autoscale"), 2, "exclude each other"),
-        (("--max-workers", "4"), 2, "is for --autoscale"),
+        (("--max-workers", "4"), 2, "needs --autoscale"),
         (("--size", "--plot", "a.png"), 2, "one run"),
         (("--size", "--costs", "1"), 2, "two positive numbers"),
         (("--slo", "ttft"), 1, "slo: 'ttft' is not a limit"),
         (("--policy", "best"), 1, "policy: must be one of"),
-        (("--profile", "gpu"), 1, "profile: is one of cpu"),
+        (("--profile", "gpu"), 1, "profile: must be one of cpu"),
     ],
 )
 def test_what_does_not_go_together_is_said(capsys, arguments, code, message):

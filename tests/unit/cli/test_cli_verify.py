@@ -41,7 +41,7 @@ def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:
 @pytest.mark.parametrize(
     ("part", "name", "value", "says"),
     [
-        ("kv", "dtype", "bfloat16", "d-0 runs in bfloat16, raw codec; answers can be compared only in float32"),
+        ("kv", "dtype", "bfloat16", "d-0 runs in bfloat16, raw codec; answers can be verified only in float32"),
         ("", "codec", "int8", "d-0 runs in float32, int8 codec; .* with the raw codec"),
         ("model", "kv_cache_dtype", "int8", "d-0 runs in float32, raw codec, with a KV cache in int8"),
     ],

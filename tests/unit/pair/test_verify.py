@@ -218,4 +218,4 @@ def test_pair_build_refuses_other_sizes(size: str, tiny_pair: Path, tmp_path: Pa
 def test_pair_build_does_not_overwrite(tiny_pair: Path, tmp_path: Path) -> None:
     result = invoke_pair("build", "--full", str(tiny_pair / "full"), "--out", str(tmp_path))
     assert result.exit_code == 2
-    assert "exists already" in result.stderr
+    assert "already exists" in result.stderr

@@ -1,4 +1,4 @@
-"""The means of a trial: links that are late and lossy, clocks of single processes, probes that hold a request."""
+"""The tools of a trial: slow and lossy links, wall clocks of single processes, probes that hold a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from overfill.lab.chaos.clock import Clocks
-from overfill.lab.chaos.control import Control
+from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.chaos.probes import Probe
 from overfill.lab.faults.proxy import TcpProxy
 
@@ -22,7 +22,7 @@ DATA = bytes(range(256)) * 400  # seven pieces
 
 @asynccontextmanager
 async def echo() -> AsyncIterator[TcpProxy]:
-    """A proxy in front of a server that sends everything back."""
+    """Yields a proxy in front of a server that sends everything back."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while piece := await reader.read(65536):
@@ -36,7 +36,7 @@ async def echo() -> AsyncIterator[TcpProxy]:
 
 
 async def through(proxy: TcpProxy) -> tuple[bytes, float]:
-    """What comes back, and the seconds that it took."""
+    """Sends DATA; returns what comes back and the seconds that this took."""
     host, _, port = proxy.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     started = asyncio.get_running_loop().time()
@@ -59,7 +59,7 @@ async def test_a_lossy_link_delivers_everything_after_retransmissions() -> None:
         proxy.loss = 0.3
         back, seconds = await through(proxy)
     assert back == DATA
-    assert seconds > 0.2  # the least that a loss costs
+    assert seconds > 0.2  # minimum delay of one loss
 
 
 async def test_a_link_that_recovers_is_as_before() -> None:
@@ -68,7 +68,7 @@ async def test_a_link_that_recovers_is_as_before() -> None:
         proxy.rate, proxy.delay, proxy.loss = None, 0.0, 0.0
         back, seconds = await through(proxy)
     assert back == DATA
-    assert seconds < 5  # at that rate it took ten
+    assert seconds < 5  # at the earlier rate it would take ten
 
 
 CLOCK = """
@@ -78,7 +78,7 @@ print(ahead(), flush=True)
 sys.stdin.readline()
 print(ahead(), flush=True)
 began = time.monotonic()
-threading.Event().wait(0.2)  # as long as ever
+threading.Event().wait(0.2)  # takes 0.2 s of real time
 print(0.1 < time.monotonic() - began < 30, flush=True)
 """
 
@@ -103,35 +103,35 @@ def test_a_clock_is_set_for_one_process_while_it_runs(tmp_path: Path, seconds: i
 
 
 async def test_a_request_is_held_in_its_phase_until_it_is_let_go(tmp_path: Path) -> None:
-    async with Control(tmp_path) as control:
+    async with ProbeControl(tmp_path) as control:
         probe = await asyncio.to_thread(Probe, control.path, "decode-0")
-        catching = asyncio.ensure_future(control.catch("reserving", 30.0, 30.0))
-        holding = asyncio.ensure_future(held(probe, "reserving", "r1"))
-        caught = await catching
-        assert (caught.process, caught.request) == ("decode-0", "r1")
-        assert control.where("r1") == {"decode": "decode-0"}
+        waiting_for = asyncio.ensure_future(control.hold_next("reserving", 30.0, 30.0))
+        holding = asyncio.ensure_future(until_held(probe, "reserving", "r1"))
+        held = await waiting_for
+        assert (held.process, held.request) == ("decode-0", "r1")
+        assert control.processes_of("r1") == {"decode": "decode-0"}
         assert not holding.done()
-        control.release(caught)
+        control.release(held)
         await asyncio.wait_for(holding, 10)
-        await probe.hold("reserving", "r2")  # nobody waits for this one
+        await probe.hold("reserving", "r2")  # no breakpoint holds this one
         probe.close()
 
 
 async def test_nobody_waits_for_longer_than_asked(tmp_path: Path) -> None:
-    async with Control(tmp_path) as control:
+    async with ProbeControl(tmp_path) as control:
         probe = await asyncio.to_thread(Probe, control.path, "decode-0")
         with pytest.raises(TimeoutError):
-            await control.catch("decode", 0.05, 0.05)
-        await asyncio.wait_for(held(probe, "decode", "r1"), 10)
+            await control.hold_next("decode", 0.05, 0.05)
+        await asyncio.wait_for(until_held(probe, "decode", "r1"), 10)
         probe.close()
 
 
-async def held(probe: Probe, phase: str, request: str) -> None:
-    """Comes into the phase again and again, as request after request does, until it was held once."""
+async def until_held(probe: Probe, phase: str, request: str) -> None:
+    """Enters the phase again and again, as one request after another does, until it was held once."""
     while True:
-        arm = probe.reached(phase, request, quiet=True)
-        if arm is not None:
-            while arm.holds:
+        breakpoint = probe.reached(phase, request, quiet=True)
+        if breakpoint is not None:
+            while breakpoint.holds:
                 await asyncio.sleep(0.005)
             return
         if phase == "decode":

@@ -19,11 +19,11 @@ from overfill.lab.faults.message_proxy import (
     Duplicate,
     Fault,
     HalfOpen,
-    Limit,
     MessageProxy,
     Reorder,
     Rule,
     Stall,
+    Throttle,
     Truncate,
 )
 from overfill.rpc.calls import responses
@@ -176,7 +176,7 @@ async def test_a_half_open_call_has_ended_for_the_client_only(sender: tuple[Send
 async def test_a_limit_takes_its_time(sender: tuple[Sender, str]) -> None:
     loop = asyncio.get_running_loop()
     size = sum(chunk.ByteSize() for chunk in SENT)
-    async with proxied(sender[1], Limit(4 * size)) as proxy:
+    async with proxied(sender[1], Throttle(4 * size)) as proxy:
         before = loop.time()
         assert await received(proxy.address) == PAYLOADS
         assert loop.time() - before >= 0.25
@@ -190,6 +190,6 @@ async def test_rules_choose_calls(sender: tuple[Sender, str]) -> None:
         assert proxy.rules[0].hits == 2
     async with MessageProxy(sender[1], [Rule(Drop(), "Prefill/Describe")]) as proxy:
         assert len(await received(proxy.address)) == 10
-    async with proxied(sender[1], Drop(), share=0.5) as proxy:
+    async with proxied(sender[1], Drop(), fraction=0.5) as proxy:
         lengths = [len(await received(proxy.address)) for _ in range(40)]
         assert 8 < lengths.count(9) < 32

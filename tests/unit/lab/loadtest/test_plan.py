@@ -1,4 +1,4 @@
-"""Options of a load test: what contradicts, how they reach locust, how the users go over time."""
+"""Options of a load test: conflicts, the way to locust, and the number of users over time."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def test_locust_gets_what_differs_under_its_own_names():
         "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
     }  # fmt: skip
     assert LoadPlan().locust_argv() == []
-    # What its parser then has, with options of its own.
+    # The options as locust's parser returns them, among its own.
     parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
-    assert LoadPlan.of_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
+    assert LoadPlan.from_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
 
 
 def test_options_that_locust_has_itself_win_because_its_page_edits_them():
     parsed = {"host": "http://h/v1", "target": "grpc://t:1", "run_time": 30, "duration": 60.0, "num_users": 2}
-    plan = LoadPlan.of_locust(parsed)
+    plan = LoadPlan.from_locust(parsed)
     assert (plan.target, plan.duration, plan.users) == ("http://h/v1", 30.0, 2)
     # Fields of the page that are left empty, and numbers, which come as text.
-    plan = LoadPlan.of_locust({"host": "", "target": "grpc://t:1", "duration": "", "requests": "5"})
+    plan = LoadPlan.from_locust({"host": "", "target": "grpc://t:1", "duration": "", "requests": "5"})
     assert (plan.target, plan.duration, plan.requests) == ("grpc://t:1", None, 5)
 
 
@@ -64,11 +64,11 @@ def test_a_key_is_in_no_option(monkeypatch):
 
 
 def test_users_over_time():
-    def users(shape, most=10):
-        return [users_at(shape, elapsed, 100.0, most) for elapsed in range(0, 110, 10)]
+    def users(shape, max_users=10):
+        return [users_at(shape, elapsed, 100.0, max_users) for elapsed in range(0, 110, 10)]
 
     assert users("constant") == users("soak") == [10] * 10 + [None]
     assert users("ramp") == [*range(1, 11), None]
     assert users("spike") == [1, 1, 1, 1, 10, 10, 1, 1, 1, 1, None]
-    assert users("ramp", most=2) == [1] * 5 + [2] * 5 + [None]
-    assert users("spike", most=1)[4] == 1
+    assert users("ramp", max_users=2) == [1] * 5 + [2] * 5 + [None]
+    assert users("spike", max_users=1)[4] == 1

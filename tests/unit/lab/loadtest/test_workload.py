@@ -1,4 +1,4 @@
-"""Which requests are sent: shared prefixes of a trace, and shares of several processes."""
+"""Requests of a load test: shared prefixes of a trace, and the shards of several processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import pytest
 
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.session import Session
-from overfill.lab.loadtest.workload import Share, Workload
+from overfill.lab.loadtest.run import LoadTestRun
+from overfill.lab.loadtest.workload import ProcessShard, Workload
 
 
 @pytest.fixture
@@ -54,16 +54,16 @@ def test_arrivals_end_with_the_time_or_the_count(trace):
 
 
 def test_every_request_falls_to_one_process_once():
-    shares = [Share(10, index, 3) for index in range(3)]
-    assert [list(share.ordinals()) for share in shares] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
-    taken = [ordinal for share in shares for ordinal in iter(share.take, None)]
+    shards = [ProcessShard(10, index, 3) for index in range(3)]
+    assert [list(shard.ordinals()) for shard in shards] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    taken = [ordinal for shard in shards for ordinal in iter(shard.take, None)]
     assert sorted(taken) == list(range(10))
-    endless = Share(None, 1, 2)
+    endless = ProcessShard(None, 1, 2)
     assert [endless.take() for _ in range(3)] == [1, 3, 5]
 
 
 def test_prompts_made_beforehand_are_the_same(trace):
     plan = LoadPlan(trace=trace)
-    session, fresh = Session(plan), Workload(plan)
-    session.begin(0, 1)
-    assert [session.workload.prompt(i) for i in range(3)] == [fresh.prompt(i) for i in range(3)]
+    run, fresh = LoadTestRun(plan), Workload(plan)
+    run.begin(0, 1)
+    assert [run.workload.prompt(i) for i in range(3)] == [fresh.prompt(i) for i in range(3)]

@@ -1,4 +1,4 @@
-"""The whole simulated stack: every request ends once, whatever happens; runs repeat; policies, sizes and scaling."""
+"""The whole simulated stack: every request ends exactly once, runs repeat; policies, sizes and scaling."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def run(trace, profile=CPU, **options):
 
 def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
     [request] = run([TraceRequest(0.0, 512, 11)], check=True).requests
-    hops = 6 * CPU.hop  # to the decode worker and back, assigned, asked for, the first token back over two processes
+    hops = 6 * CPU.hop  # reserve and answer, assignment, prompt, and the first token through two processes
     assert request.ttft == pytest.approx(CPU.prefill.step_seconds([(0, 512)]) + hops, abs=1e-6)
     steps = sum(CPU.decode.cost.seconds(1, 513 + step) for step in range(10))
     handoff = 512 * CPU.kv_token_bytes / CPU.layers / CPU.link_bandwidth
@@ -50,7 +50,7 @@ def test_runs_repeat_and_another_seed_differs():
 
 @st.composite
 def loads(draw):
-    """Requests that share beginnings, up to what the tight profile can hold."""
+    """Requests with shared prefixes, up to the capacity of the tight profile."""
     count = draw(st.integers(5, 40))
     pauses = draw(st.lists(st.floats(0, 2), min_size=count, max_size=count))
     trace, now = [], 0.0
@@ -72,7 +72,7 @@ def loads(draw):
     seed=st.integers(0, 3),
 )
 def test_every_request_ends_once_and_nobody_waits_in_vain(trace, policy, workers, mtbf, total, seed):
-    """Workers die, pools grow and shrink, blocks run out: the dispatcher's books are held after every event."""
+    """Workers die, pools grow and shrink, blocks run out: all counters are checked after every event."""
     bounds = Bounds(1, 5)
     scaling = None
     if total != 0:
@@ -115,7 +115,7 @@ def test_a_dead_decode_worker_s_answers_go_on_elsewhere():
 
 
 def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
-    """Messages take so long here that first tokens and KV are on their way whenever a decode worker dies."""
+    """Messages are slow, so first tokens and KV are in transit whenever a decode worker dies."""
     profile = replace(CPU, hop=0.3, startup=2)
     for seed in range(10):
         trace = synthetic(40, "poisson", 3, 200, 50, seed)
@@ -171,7 +171,7 @@ def test_sizes_meet_the_objective_and_one_worker_less_does_not():
 
 
 def test_an_objective_that_no_number_of_workers_meets_is_said_to_be_one():
-    search = SizeSearch([TraceRequest(0.0, 4000, 5)], CPU, Options(), Objective(ttft=0.1), 0.95, most=4)
+    search = SizeSearch([TraceRequest(0.0, 4000, 5)], CPU, Options(), Objective(ttft=0.1), 0.95, max_workers=4)
     with pytest.raises(InvalidRequest, match="not met by 95% of the requests with 4 workers"):
         search.frontier()
 

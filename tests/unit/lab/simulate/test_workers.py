@@ -1,4 +1,4 @@
-"""Modelled workers alone, without a router: time against the bound model and queueing theory, and every block."""
+"""Modelled workers without a router: times agree with the bound model and queueing theory, blocks are counted."""
 
 import math
 import random
@@ -14,24 +14,24 @@ from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, pre
 from overfill.lab.bench.engine.machine import Machine
 from overfill.lab.simulate.blocks import CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import Sequence, SequenceState, SimDecode
+from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import BUILT_IN, CPU, DecodeModel, PrefillModel, Profile, load_profile
 
 
 class Listener:
-    """Writes down what workers say."""
+    """Records the workers' messages."""
 
     def __init__(self, clock):
         self.clock = clock
-        self.done, self.computed, self.sent, self.wanted, self.lost = {}, {}, {}, [], []
+        self.done, self.computed, self.sent, self.needed, self.lost = {}, {}, {}, [], []
 
     def answer_done(self, sequence):
         self.done[sequence.owner] = self.clock.now
 
-    def kv_wanted(self, sequence):
-        self.wanted.append(sequence)
+    def kv_needed(self, sequence):
+        self.needed.append(sequence)
 
     def preempted(self, sequence):
         self.lost.append(sequence)
@@ -59,7 +59,7 @@ def decode_worker(**model):
 
 
 def start(worker, name, prompt, output):
-    sequence = Sequence(prompt, output, 0, name)
+    sequence = SimSequence(prompt, output, 0, name)
     assert worker.reserve(sequence)
     worker.first_token(sequence)
     worker.kv_arrived(sequence)
@@ -67,7 +67,7 @@ def start(worker, name, prompt, output):
 
 
 def test_a_single_worker_reproduces_the_bound_model():
-    """Answers and prompts of the bound model's own formulas, summed step by step."""
+    """Times equal the bound model's formulas, summed step by step."""
     cost = ModelCost(
         6_400_000_000, 131_072, layer_flops=0, tail_flops=0, head_flops=0, attention_flops=0, num_layers=10**12
     )
@@ -75,7 +75,7 @@ def test_a_single_worker_reproduces_the_bound_model():
     clock, listener, worker = decode_worker(
         base=cost.weight_bytes / machine.bandwidth, per_kv_token=cost.kv_token_bytes / machine.bandwidth
     )
-    start(worker, "first", 1, 2)  # one step, at whose end the others join, all at once
+    start(worker, "first", 1, 2)  # runs one step; the others join together at its end
     for index in range(8):
         start(worker, index, 500, 101)
     run(clock)
@@ -119,8 +119,8 @@ def test_a_preempted_sequence_replays_and_ends():
     assert young.state is SequenceState.PREEMPTED
     emitted = young.emitted
     assert 1 < emitted < 12
-    assert not worker.reserve(Sequence(1, 1, 0, "new")), "preempted sequences come first"
-    while not listener.wanted:
+    assert not worker.reserve(SimSequence(1, 1, 0, "new")), "preempted sequences come first"
+    while not listener.needed:
         clock.step()
         worker.check()
     assert listener.done["old"] == 11.0
@@ -133,17 +133,17 @@ def test_a_preempted_sequence_replays_and_ends():
 
 def test_a_reservation_is_refused_when_it_does_not_fit():
     clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_seqs=2)
-    assert worker.reserve(Sequence(79, 5, 0, "a"))
-    assert not worker.reserve(Sequence(10, 5, 0, "b")), "a block is left for a to grow into"
-    assert worker.reserve(Sequence(9, 5, 0, "c"))
-    assert not worker.reserve(Sequence(1, 1, 0, "d")), "two sequences are the most"
+    assert worker.reserve(SimSequence(79, 5, 0, "a"))
+    assert not worker.reserve(SimSequence(10, 5, 0, "b")), "a block is left for a to grow into"
+    assert worker.reserve(SimSequence(9, 5, 0, "c"))
+    assert not worker.reserve(SimSequence(1, 1, 0, "d")), "two sequences are the most"
     clock.step()
     worker.check()
 
 
 def test_an_answer_of_one_token_needs_no_step():
     _, listener, worker = decode_worker(base=1.0)
-    sequence = Sequence(10, 1, 0, "a")
+    sequence = SimSequence(10, 1, 0, "a")
     worker.reserve(sequence)
     worker.first_token(sequence)
     assert listener.done == {"a": 0.0}
@@ -157,7 +157,7 @@ def test_an_answer_of_one_token_needs_no_step():
     block=st.sampled_from([1, 3, 16]),
 )
 def test_blocks_are_counted_to_the_last_one_whatever_happens(sequences, kv, block):
-    """KV arrives two seconds after it is wanted; everything ends, and in between no block is lost or owed."""
+    """KV arrives 2 s after it is needed. Every sequence ends, and the block counts are exact after every event."""
     clock, listener, worker = decode_worker(
         base=0.5, per_kv_token=0.001, kv_tokens=kv * max(block, 4), block_size=block
     )
@@ -174,14 +174,14 @@ def test_blocks_are_counted_to_the_last_one_whatever_happens(sequences, kv, bloc
     for index, (time, prompt, output) in enumerate(sequences):
         if prompt + output + block < room:
             waiting.append(index)
-            clock.at(time, arrive, Sequence(prompt, output, 0, index))
+            clock.at(time, arrive, SimSequence(prompt, output, 0, index))
     answered = 0
     while clock.step():
         worker.check()
-        for sequence in listener.wanted[answered:]:
+        for sequence in listener.needed[answered:]:
             clock.after(1.0, worker.first_token, sequence)
             clock.after(2.0, worker.kv_arrived, sequence)
-        answered = len(listener.wanted)
+        answered = len(listener.needed)
     assert sorted(listener.done) == waiting
     assert worker.used == 0
 
@@ -310,7 +310,7 @@ def test_profiles_are_read_from_files_and_bench_output(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "x", "speed": 1}', "profile.speed: is not known"),
+        ('{"name": "x", "speed": 1}', "profile.speed: is unknown"),
         ('{"name": "x", "prefill": {"seconds_per_token": -1}}', "profile.prefill.seconds_per_token: must be a number"),
         ('{"name": "x", "decode": {"base": "fast"}}', "profile.decode.base: must be a number"),
         ('{"name": "x", "decode": 3}', "profile.decode: must be an object"),
@@ -323,7 +323,7 @@ def test_a_wrong_profile_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InvalidRequest, match=message.replace("[", r"\[")):
         load_profile(str(path))
-    with pytest.raises(InvalidRequest, match="is one of cpu, h100-l4"):
+    with pytest.raises(InvalidRequest, match="must be one of cpu, h100-l4"):
         load_profile("nothing-here")
 
 

@@ -9,7 +9,7 @@ import pytest
 from overfill.errors import InvalidRequest
 from overfill.lab.traffic.traces import (
     TraceRequest,
-    one_after_another,
+    concatenate,
     read_trace,
     scale_lengths,
     scale_rate,
@@ -96,7 +96,7 @@ def test_synthetic_arrivals():
 
 
 def test_traces_in_a_row_keep_what_they_share_to_themselves(azure, mooncake):
-    joined = one_after_another([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
+    joined = concatenate([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
     assert [r.arrival for r in joined] == pytest.approx([0, 1.5, 1.5, 5.814579, 6.041977, 6.041977, 7.541977], abs=1e-5)
     assert [r.blocks for r in joined] == [(0, 1, 2), (0, 1, 7), (), (), (), (8, 9, 10), (8, 9, 15)]
 
@@ -114,11 +114,11 @@ def test_a_file_s_kind_can_be_said(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "when,what\n1,2\n", "line 2: TIMESTAMP is missing; there are when, what"),
-        ("a.csv", AZURE.splitlines()[0], "holds no request"),
+        ("a.csv", "when,what\n1,2\n", "line 2: TIMESTAMP is missing; the fields are when, what"),
+        ("a.csv", AZURE.splitlines()[0], "contains no requests"),
         ("a.csv", AZURE.replace(",44", ",0"), "line 2: GeneratedTokens must be a whole number of at least 1, got '0'"),
         ("a.csv", AZURE.replace(",396,", ",many,"), "line 3: ContextTokens must be a whole number"),
-        ("a.csv", AZURE.replace("2023-11-16 18:15:51", "yesterday"), "line 4: TIMESTAMP is no date and time"),
+        ("a.csv", AZURE.replace("2023-11-16 18:15:51", "yesterday"), "line 4: TIMESTAMP is not a date and time"),
         ("a.jsonl", MOONCAKE + "nonsense\n", "line 3: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: must be an object"),
         ("a.jsonl", MOONCAKE.replace("3000", '"soon"'), "line 2: timestamp must be a number of milliseconds"),

@@ -1,4 +1,4 @@
-"""What a load test collects: timed requests, records between processes, the end, and the report."""
+"""A load test: timed requests, records between processes, its end, and its report."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import pytest
 
 from overfill.client import Timing
 from overfill.lab.bench.serve.load import RequestFailed
-from overfill.lab.loadtest.measure import from_record, from_start, measure, to_record
+from overfill.lab.loadtest.measure import from_record, measure, relative_to_start, to_record
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.session import Session
-from overfill.lab.loadtest.verdict import Result, conclude
+from overfill.lab.loadtest.run import LoadTestRun
+from overfill.lab.loadtest.verdict import LoadTestStatus, conclude
 from overfill.lab.traffic.outcome import Outcome
 
 TIMING = Timing(ttft=0.9, router_queue=0.2, prefill_compute=0.5, total=2.0)
 
 
 class Canned:
-    """Has sent as many tokens as ``counts`` says in turn, then fails if told to."""
+    """A transport that reports ``counts`` tokens in turn and then fails if ``failure`` is set."""
 
     def __init__(self, counts, failure=None):
         self.counts = counts
         self.failure = failure
 
-    def ask(self, prompt, max_tokens, timeout, came):
+    def ask(self, prompt, max_tokens, timeout, on_tokens):
         for count in self.counts:
-            came(count)
+            on_tokens(count)
         if self.failure:
             raise RequestFailed(self.failure)
         return TIMING
@@ -56,11 +56,11 @@ def test_a_server_s_own_count_at_the_end_counts():
 
 def test_a_failed_request_says_why():
     assert asked(Canned([1], "the stream broke off")).error == "the stream broke off"
-    assert asked(Canned([])).error == "no token came"
+    assert asked(Canned([])).error == "no token arrived"
 
 
 def test_outcomes_survive_the_way_to_the_master():
-    master, worker = Session(LoadPlan(requests=2)), Session(LoadPlan(requests=2))
+    master, worker = LoadTestRun(LoadPlan(requests=2)), LoadTestRun(LoadPlan(requests=2))
     worker.outcomes = [asked(Canned([1, 2])), asked(Canned([], "refused"))]
     sent, data = list(worker.outcomes), {}
     worker.report(data)
@@ -68,31 +68,33 @@ def test_outcomes_survive_the_way_to_the_master():
     master.collect(json.loads(json.dumps(data)))
     assert master.outcomes == sent
     assert from_record(to_record(sent[0])) == sent[0]
-    assert master.over(0.0)
+    assert master.is_over(0.0)
 
 
 def test_a_process_that_never_reports_is_not_waited_for_and_counts_as_failed():
-    session = Session(LoadPlan(rate=10.0, requests=5, timeout=3.0))
-    session.outcomes = [asked(Canned([1]))]
-    assert not session.over(1.0)
-    assert session.over(1000.0)
-    assert [outcome.ok for outcome in session.all_outcomes()] == [True] + [False] * 4
+    run = LoadTestRun(LoadPlan(rate=10.0, requests=5, timeout=3.0))
+    run.outcomes = [asked(Canned([1]))]
+    assert not run.is_over(1.0)
+    assert run.is_over(1000.0)
+    assert [outcome.ok for outcome in run.all_outcomes()] == [True] + [False] * 4
 
 
 def test_times_count_from_the_first_request():
     later, first = Outcome(105.0, (106.0,), sent=105.5), Outcome(100.0, (), "refused")
-    assert from_start([later, first]) == [Outcome(0.0, (), "refused"), Outcome(5.0, (6.0,), sent=5.5)]
+    assert relative_to_start([later, first]) == [Outcome(0.0, (), "refused"), Outcome(5.0, (6.0,), sent=5.5)]
 
 
-@pytest.mark.parametrize(("slo", "result"), [("ttft_p99=2", Result.MET), ("ttft_p99=0.5", Result.MISSED)])
+@pytest.mark.parametrize(
+    ("slo", "result"), [("ttft_p99=2", LoadTestStatus.MET), ("ttft_p99=0.5", LoadTestStatus.MISSED)]
+)
 def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(slo, result, tmp_path):
     page, records = tmp_path / "report.html", tmp_path / "records.jsonl"
-    session = Session(LoadPlan(slo=slo, report=str(page), records=str(records)))
-    session.outcomes = [Outcome(i, (i + 1.0, i + 1.5), sent=float(i), timing=TIMING) for i in range(20)]
+    run = LoadTestRun(LoadPlan(slo=slo, report=str(page), records=str(records)))
+    run.outcomes = [Outcome(i, (i + 1.0, i + 1.5), sent=float(i), timing=TIMING) for i in range(20)]
     out, err = io.StringIO(), io.StringIO()
-    assert conclude(session, out, err) is result
+    assert conclude(run, out, err) is result
     assert "1,000.0" in out.getvalue()
-    assert ("ttft_p99: 1000.0 ms (at most 500.0 ms)" in err.getvalue()) == (result is Result.MISSED)
+    assert ("ttft_p99: 1000.0 ms (at most 500.0 ms)" in err.getvalue()) == (result is LoadTestStatus.MISSED)
     html = page.read_text()
     assert html.count("<svg") == 2
     assert "unattributed" in html
@@ -101,8 +103,8 @@ def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(slo, re
 
 
 def test_nothing_measured_is_told_apart_from_missed():
-    session = Session(LoadPlan())
-    session.broken = "nobody answers"
+    run = LoadTestRun(LoadPlan())
+    run.failure = "the server does not answer"
     err = io.StringIO()
-    assert conclude(session, io.StringIO(), err) is Result.BROKEN
-    assert "nobody answers" in err.getvalue()
+    assert conclude(run, io.StringIO(), err) is LoadTestStatus.NOT_MEASURED
+    assert "the server does not answer" in err.getvalue()

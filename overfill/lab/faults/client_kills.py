@@ -1,6 +1,6 @@
-"""Kills clients of a stack with SIGKILL, each at a random moment of its answer, and times how soon all KV is free.
+"""Kills clients of a stack with SIGKILL at random moments of their answers, and measures when all KV is free.
 
-One client at a time, so that the blocks that are in use are its own.
+It runs one client at a time, so that all used blocks belong to it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from overfill.cli.stack import Stack, StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 
-_SETTLE = 10.0  # seconds for all blocks to be free before the trial says that they are not
+_FREE_TIMEOUT = 10.0  # seconds after a kill in which all blocks must be free
 _POLL = 0.01
-_REHEARSALS = 5  # answers that are let finish, to know how long one takes
+_TIMED_ANSWERS = 5  # answers that may finish, to learn how long one takes
 
 
 @dataclass(slots=True)
-class Vanished:
-    """What came of a trial.
+class ClientKillResult:
+    """Results of killing clients.
 
     Attributes:
-        delays: per client killed before its answer was whole, seconds until no worker had a used block or a request;
-            infinite when some still had.
-        holding: how many of them had blocks in use when first looked at, after the kill.
-        finished: clients that had their answer before their moment came; they do not count.
+        delays: For each client killed before its answer was complete: seconds until no worker had a used block or a
+            request. Infinite if one still had after 10 s.
+        holding: Number of these clients whose blocks were in use at the first check after the kill.
+        finished: Number of clients that had their whole answer before the kill; they are not counted in ``delays``.
     """
 
     delays: list[float] = field(default_factory=list)
@@ -43,45 +43,48 @@ class Vanished:
     finished: int = 0
 
 
-async def run_vanishing(
+async def kill_clients(
     plan: StackPlan,
     prompts: Sequence[Sequence[int]],
     kills: int,
     max_tokens: int,
     seed: int,
     report: Callable[[str, int, int], None],
-) -> Vanished:
-    """Kills ``kills`` clients on a stack of its own. On the main thread: children are tied to it."""
+) -> ClientKillResult:
+    """Kills ``kills`` clients of a new stack.
+
+    Call it on the main thread: child processes end with the thread that starts them.
+    """
     rng = random.Random(seed)
-    result = Vanished()
+    result = ClientKillResult()
     stack = Stack(plan, lambda name, line: None)
     try:
         stack.start()
         await asyncio.to_thread(stack.wait_ready, threading.Event())
         address = plan.addresses[0]
-        async with AsyncClient(address, tls=plan.client_tls) as watcher, _nursery() as nursery:
-            times = [await nursery.whole(address, rng.choice(prompts), max_tokens) for _ in range(_REHEARSALS)]
-            usual = median(times)
+        async with AsyncClient(address, tls=plan.client_tls) as watcher, _client_forker() as forker:
+            times = [await forker.run_to_end(address, rng.choice(prompts), max_tokens) for _ in range(_TIMED_ANSWERS)]
+            usual_seconds = median(times)
             while len(result.delays) < kills:
-                await nursery.begin(address, rng.choice(prompts), max_tokens)
-                await asyncio.sleep(rng.uniform(0, usual))
-                if not await nursery.kill():
+                await forker.begin(address, rng.choice(prompts), max_tokens)
+                await asyncio.sleep(rng.uniform(0, usual_seconds))
+                if not await forker.kill():
                     result.finished += 1
                     continue
                 killed = time.monotonic()
                 if await _in_use(watcher):
                     result.holding += 1
-                result.delays.append(await _freed(watcher, killed))
+                result.delays.append(await _seconds_until_free(watcher, killed))
                 report("Killing clients", len(result.delays), kills)
     finally:
         stack.stop()
     return result
 
 
-async def _freed(watcher: AsyncClient, since: float) -> float:
-    """Seconds from ``since`` to the first of two readings, one after the other, that show nothing in use."""
+async def _seconds_until_free(watcher: AsyncClient, since: float) -> float:
+    """Returns the seconds from ``since`` to the first of two successive polls that show nothing in use."""
     freed: float | None = None
-    while (now := time.monotonic()) - since < _SETTLE:
+    while (now := time.monotonic()) - since < _FREE_TIMEOUT:
         if await _in_use(watcher):
             freed = None
         elif freed is not None:
@@ -100,8 +103,8 @@ async def _in_use(watcher: AsyncClient) -> bool:
     return False
 
 
-class _Nursery:
-    """A process that has loaded the SDK and forks a client at a time: a fresh one would take a second to load it."""
+class _ClientForker:
+    """A process that has imported the SDK and forks one client at a time. A new process needs 1 s for the import."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -114,47 +117,47 @@ class _Nursery:
         self._pid = int(await self._line())
 
     async def end(self) -> str:
-        """How the client ended."""
+        """Waits for the client; returns its exit code, or minus the signal that ended it."""
         return await self._line()
 
-    async def whole(self, address: str, prompt: Sequence[int], max_tokens: int) -> float:
-        """Seconds that a client takes for its answer."""
+    async def run_to_end(self, address: str, prompt: Sequence[int], max_tokens: int) -> float:
+        """Runs a client to the end of its answer and returns the seconds that this took."""
         started = time.monotonic()
         await self.begin(address, prompt, max_tokens)
         if (how := await self.end()) != "0":
-            raise InternalError(f"a client that nobody killed ended with {how}")
+            raise InternalError(f"a client exited with {how}, although it was not killed")
         return time.monotonic() - started
 
     async def kill(self) -> bool:
-        """Kills the client; whether it was still waiting for tokens."""
-        # It stays a zombie until the next one begins, so the pid is still its own.
+        """Kills the client. Returns False if it had already exited."""
+        # The client stays a zombie until the next one starts, so its pid is not reused.
         os.kill(self._pid, signal.SIGKILL)
         return await self.end() == str(-signal.SIGKILL)
 
     async def _line(self) -> str:
         assert self._process.stdout is not None
         if not (line := await self._process.stdout.readline()):
-            raise InternalError("the process that forks clients has died")
+            raise InternalError("the process that forks clients has exited")
         return line.decode().strip()
 
 
 @asynccontextmanager
-async def _nursery() -> AsyncIterator[_Nursery]:
-    command = [sys.executable, "-m", "overfill.lab.faults.vanishing"]
+async def _client_forker() -> AsyncIterator[_ClientForker]:
+    command = [sys.executable, "-m", "overfill.lab.faults.client_kills"]
     pipe = asyncio.subprocess.PIPE
-    # Without gRPC's own handling of forks: the parent never opens a channel.
+    # gRPC's fork handlers are not needed: the parent never opens a channel.
     environment = os.environ | {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=environment)
     try:
-        yield _Nursery(process)
+        yield _ClientForker(process)
     finally:
         assert process.stdin is not None
         process.stdin.close()
         await process.wait()
 
 
-def _serve_nursery() -> None:
-    """Per line of stdin a client: prints its pid, waits for it, prints how it ended."""
+def _fork_clients() -> None:
+    """Forks one client per line of stdin: prints its pid, waits for it, prints its exit status."""
     pid = 0
     for line in sys.stdin:
         if pid:
@@ -178,4 +181,4 @@ def _serve_nursery() -> None:
 
 
 if __name__ == "__main__":
-    _serve_nursery()
+    _fork_clients()

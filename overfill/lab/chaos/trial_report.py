@@ -1,4 +1,4 @@
-"""A trial in numbers: as JSON, from which it can be run again, and as tables. No judgement but ``passed``."""
+"""Reports a trial as JSON, from which the faults can be replayed, and as tables."""
 
 from __future__ import annotations
 
@@ -9,44 +9,48 @@ from typing import Any
 
 from rich.table import Table
 
-from overfill.lab.chaos.load import Outcome
-from overfill.lab.chaos.strikes import FAULTS, PHASES
-from overfill.lab.chaos.trial import Result, Struck
-from overfill.lab.chaos.watch import lives
+from overfill.lab.chaos.fault_plan import FAULTS, PHASES
+from overfill.lab.chaos.load import RequestResult
+from overfill.lab.chaos.memory import lifetimes
+from overfill.lab.chaos.trial import InjectedFault, TrialResult
 from overfill.pair.reference import Summary
 
 FREED_WITHIN = 2.0
-"""Seconds from the last answer in which every block has to be free."""
+"""Maximum seconds from the last answer until every block is free."""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What came of a trial, judged.
+class TrialReport:
+    """A judged trial.
 
     Attributes:
-        wrong: requests whose answers are wrong.
-        settings: of the command, to run it again.
+        summary: Comparison of all answers with the reference.
+        wrong: Requests whose answers are wrong.
+        settings: Options of the command.
     """
 
-    result: Result
+    result: TrialResult
     summary: Summary
     wrong: set[str]
     settings: dict[str, Any]
 
     @property
     def passed(self) -> bool:
-        """Every request was answered right or refused in so many words, and nothing is left behind."""
+        """True if every request was answered right or refused with a reason, and the stack ended clean.
+
+        Clean means: all blocks were free within 2 s, no worker leaked or is missing, every process exited as it should.
+        """
         result = self.result
         freed = result.freed_after is not None and result.freed_after <= FREED_WITHIN
         whole = freed and not result.leaked and not result.unclean_exits
         return self.summary.passed and not result.ended("failed") and whole
 
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Fault -> phase -> what came of its strikes."""
-        by_id = {outcome.request: outcome for outcome in self.result.outcomes}
-        found: dict[str, dict[str, list[Struck]]] = {}
-        for one in self.result.struck:
-            found.setdefault(one.strike.fault, {}).setdefault(one.strike.phase, []).append(one)
+        """Returns fault -> phase -> counts of the faults and of the requests held for them."""
+        by_id = {one.request: one for one in self.result.results}
+        found: dict[str, dict[str, list[InjectedFault]]] = {}
+        for one in self.result.injected:
+            found.setdefault(one.fault.kind, {}).setdefault(one.fault.phase, []).append(one)
         return {
             fault: {phase: self._cell(found[fault][phase], by_id) for phase in PHASES if phase in found[fault]}
             for fault in FAULTS
@@ -55,23 +59,23 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         result, delays = self.result, self.result.delays()
-        endings = Counter(outcome.ending for outcome in result.outcomes)
-        errors = Counter(outcome.error for outcome in result.outcomes if outcome.error)
+        endings = Counter(one.ending for one in result.results)
+        errors = Counter(one.error for one in result.results if one.error)
         return {
             "passed": self.passed,
             "settings": self.settings,
             "seconds": round(result.seconds, 1),
             "capacity_per_second": result.capacity,
             "requests_per_second": result.rate,
-            "requests": len(result.outcomes),
+            "requests": len(result.results),
             "endings": dict(endings),
             "answers": self.summary.answers,
             "correct": self.summary.correct,
             "identical": self.summary.identical,
             "ties": self.summary.ties,
             "errors": dict(errors.most_common(20)),
-            "faults": len(result.struck),
-            "missed": [asdict(strike) for strike in result.missed],
+            "faults": len(result.injected),
+            "missed": [fault.as_dict() for fault in result.missed],
             "unavailable": result.unavailable,
             "migrations": result.migrations,
             "migrated_answers": len(delays),
@@ -82,20 +86,20 @@ class Report:
             "leaked": result.leaked,
             "unclean_exits": result.unclean_exits,
             "cells": self.cells(),
-            "lives": [asdict(life) for life in lives(result.samples)],
-            "strikes": [one.as_dict() for one in result.struck],
+            "lives": [asdict(lifetime) for lifetime in lifetimes(result.memory_samples)],
+            "strikes": [one.as_dict() for one in result.injected],
         }
 
     def tables(self) -> list[Table]:
-        """The figures; how the request that was held for a strike ended, per fault and phase; memory."""
+        """Returns three tables: totals; how held requests ended, per fault and phase; memory (if long enough)."""
         return [self._figures(), self._matrix(), *self._memory()]
 
-    def _cell(self, struck: Sequence[Struck], by_id: dict[str, Outcome]) -> dict[str, Any]:
-        held = [by_id[one.request] for one in struck if one.request in by_id]
+    def _cell(self, injected: Sequence[InjectedFault], by_id: dict[str, RequestResult]) -> dict[str, Any]:
+        held = [by_id[one.request] for one in injected if one.request in by_id]
         usual = self.result.usual_pause()
         delays = sorted(max(0.0, o.longest_pause - usual) for o in held if o.ending == "answered" and not o.slow)
         return {
-            "strikes": len(struck),
+            "strikes": len(injected),
             "in_phase": len(held),
             "right": sum(o.ending == "answered" and o.request not in self.wrong for o in held),
             "wrong": sum(o.request in self.wrong for o in held),
@@ -104,7 +108,7 @@ class Report:
             "failed": sum(o.ending == "failed" for o in held),
             "delay_p50": _round(quantile(delays, 0.5)),
             "delay_max": _round(quantile(delays, 1.0)),
-            "victims": dict(Counter(one.victim.partition("-")[0] for one in struck)),
+            "victims": dict(Counter(one.victim.partition("-")[0] for one in injected)),
         }
 
     def _figures(self) -> Table:
@@ -116,7 +120,7 @@ class Report:
         return table
 
     def _matrix(self) -> Table:
-        table = Table(title="strikes: right/held requests, longest delay in seconds", title_justify="left")
+        table = Table(title="faults: right/held requests, longest delay in seconds", title_justify="left")
         table.add_column("fault")
         for phase in PHASES:
             table.add_column(phase, justify="right")
@@ -125,26 +129,26 @@ class Report:
         return table
 
     def _memory(self) -> list[Table]:
-        found = lives(self.result.samples)
+        found = lifetimes(self.result.memory_samples)
         if not found:
             return []
-        table = Table(title="memory of processes from a minute after their start", title_justify="left")
-        for column in ("process", "minutes", "MiB", "growth, MiB", "open files", "more of them"):
+        table = Table(title="memory of processes, from one minute after their start", title_justify="left")
+        for column in ("process", "minutes", "MiB", "growth, MiB", "open files", "growth, files"):
             table.add_column(column, justify="right")
-        for life in found:
+        for lifetime in found:
             table.add_row(
-                life.name,
-                f"{life.seconds / 60:.1f}",
-                f"{life.rss / 2**20:.1f}",
-                f"{life.growth / 2**20:+.1f}",
-                str(life.files),
-                f"{life.more_files:+d}",
+                lifetime.name,
+                f"{lifetime.seconds / 60:.1f}",
+                f"{lifetime.rss / 2**20:.1f}",
+                f"{lifetime.growth / 2**20:+.1f}",
+                str(lifetime.files),
+                f"{lifetime.more_files:+d}",
             )
         return [table]
 
 
 def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """None of nothing."""
+    """Returns the ``share`` quantile (0 to 1) of ascending values. None if there are no values."""
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else None
 
 

@@ -1,4 +1,4 @@
-"""The report of a load test: one HTML file with plots inside, which needs nothing else. No display is needed."""
+"""Writes the report of a load test: one self-contained HTML file with plots. Needs no display."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.traffic.gate import Verdict
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
+from overfill.lab.traffic.run_objectives import Verdict
 from overfill.version import __version__
 
 mpl.use("Agg")
@@ -24,9 +24,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 _BINS = 40
-_FEWEST_PER_BIN = 5
+_MIN_PER_BIN = 5
 _GROUPS = 10
-"""Groups of answers, by their time to first token, in the plot of its parts."""
+"""Number of groups, by time to first token, in the plot of its parts."""
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c9c9c")
 _LINES = {50: "#1b9e77", 90: "#d95f02", 99: "#7570b3"}
 
@@ -39,7 +39,7 @@ svg{width:100%;height:auto}h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2r
 
 
 def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> None:
-    """``outcomes``: in order of when they were due, times from the start of the test."""
+    """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test."""
     passed = all(verdict.met for verdict in verdicts)
     body = [
         f"<h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>",
@@ -72,14 +72,14 @@ def _plots(outcomes: Sequence[Outcome]) -> list[str]:
     done = [outcome for outcome in outcomes if outcome.ok]
     if not done:
         return []
-    told = [outcome for outcome in done if outcome.timing is not None and outcome.timing.ttft is not None]
+    timed = [outcome for outcome in done if outcome.timing is not None and outcome.timing.ttft is not None]
     plots = ["<h2>Latencies over time</h2>", _svg(lambda: _over_time(done))]
-    if told:
+    if timed:
         plots += [
             "<h2>Parts of the time to first token</h2>",
-            "<p>Means over time, and of the fastest tenth of the answers to the slowest. What no part covers, between "
-            "sending and the first token on this side, is unattributed.</p>",
-            _svg(lambda: _parts(told)),
+            "<p>Left: means over time. Right: means per tenth of the answers, from the fastest to the slowest. "
+            "Time that no part of the server covers is unattributed: network and client.</p>",
+            _svg(lambda: _parts(timed)),
         ]
     return plots
 
@@ -106,14 +106,14 @@ def _over_time(done: Sequence[Outcome]) -> Any:
     return figure
 
 
-def _parts(told: Sequence[Outcome]) -> Any:
+def _parts(timed: Sequence[Outcome]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=False)
-    bins = [(low, high, of_bin) for low, high, of_bin in _binned(told, _edges(told)) if of_bin]
+    bins = [(low, high, of_bin) for low, high, of_bin in _binned(timed, _edges(timed)) if of_bin]
     places = [0.5 * (low + high) for low, high, _ in bins]
     width = max(1e-3, 0.9 * (bins[0][1] - bins[0][0]))
     _stack(left, places, [of_bin for _, _, of_bin in bins], width)
     left.set(xlabel="due, seconds since the start", ylabel="time to first token (ms)")
-    ranked = sorted(told, key=lambda outcome: outcome.ttft)
+    ranked = sorted(timed, key=lambda outcome: outcome.ttft)
     groups = [list(group) for group in np.array_split(np.array(ranked, dtype=object), _GROUPS) if len(group)]
     _stack(right, list(range(1, len(groups) + 1)), groups, 0.9)
     right.set(xlabel="tenth of the answers, fastest first", xticks=range(1, len(groups) + 1))
@@ -131,7 +131,7 @@ def _stack(axes: Any, places: Sequence[float], groups: Sequence[Sequence[Outcome
 
 
 def _part(outcome: Outcome, name: str) -> float:
-    """Seconds of one part of the time to first token."""
+    """Returns the seconds of one part of the time to first token."""
     if name == "unattributed":
         share = outcome.unattributed
         return 0.0 if share is None or outcome.sent is None else share * (outcome.times[0] - outcome.sent)
@@ -139,7 +139,7 @@ def _part(outcome: Outcome, name: str) -> float:
 
 
 def _edges(done: Sequence[Outcome]) -> list[float]:
-    count = max(1, min(_BINS, len(done) // _FEWEST_PER_BIN))
+    count = max(1, min(_BINS, len(done) // _MIN_PER_BIN))
     last = max(outcome.due for outcome in done)
     return [float(edge) for edge in np.linspace(0.0, max(last, 1e-3), count + 1)]
 
@@ -189,7 +189,7 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
     counts: dict[str, int] = {}
     for outcome in outcomes:
         if not outcome.ok:
-            counts[outcome.error or "no token came"] = counts.get(outcome.error or "no token came", 0) + 1
+            counts[outcome.error or "no token arrived"] = counts.get(outcome.error or "no token arrived", 0) + 1
     if not counts:
         return ""
     most = sorted(counts.items(), key=lambda item: -item[1])[:20]
@@ -197,13 +197,13 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
 
 
 def _verdict_row(verdict: Verdict) -> Sequence[str]:
-    told = '<span class="met">met</span>' if verdict.met else '<span class="missed">missed</span>'
-    limit = verdict.limit
-    return limit.name, limit.text(verdict.measured), limit.text(limit.most), told
+    status = '<span class="met">met</span>' if verdict.met else '<span class="missed">missed</span>'
+    threshold = verdict.threshold
+    return threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status
 
 
 def _option(plan: LoadPlan, f: Field[Any]) -> str:
-    """Empty when it is not set. Of a path its last part: where things lie on a machine is nobody's business."""
+    """Formats an option's value; empty if not set. Of a path only the file name, to reveal no folder names."""
     value = getattr(plan, f.name)
     if not value:
         return ""
@@ -211,7 +211,7 @@ def _option(plan: LoadPlan, f: Field[Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML."""
+    """Returns an HTML table. Cells are HTML already."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -6,8 +6,8 @@ import pytest
 
 from overfill.client import Timing
 from overfill.errors import InvalidRequest
-from overfill.lab.traffic.gate import Gate
 from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.run_objectives import RunObjectives
 
 FAST = Outcome(0.0, (0.1, 0.2, 0.3))
 SLOW = Outcome(0.0, (2.0, 2.5, 3.0))
@@ -15,7 +15,9 @@ FAILED = Outcome(0.0, (), "refused")
 
 
 def verdicts(slo, outcomes):
-    return {verdict.limit.name: (verdict.measured, verdict.met) for verdict in Gate.parse(slo).judge(outcomes)}
+    return {
+        verdict.threshold.name: (verdict.measured, verdict.met) for verdict in RunObjectives.parse(slo).judge(outcomes)
+    }
 
 
 def test_percentiles_are_held_against_seconds_or_milliseconds():
@@ -51,15 +53,15 @@ def test_unattributed_is_what_no_part_covers_of_what_the_client_saw():
     "slo", ["ttft=2", "ttft_p101=1", "ttft_p95", "ttft_p95=-1", "ttft_p95=5%", "errors=1.5", "errors=2s", "x_p50=1"]
 )
 def test_what_is_no_objective_is_told(slo):
-    with pytest.raises(InvalidRequest, match="no objective such as"):
-        Gate.parse(slo)
+    with pytest.raises(InvalidRequest, match="not an objective such as"):
+        RunObjectives.parse(slo)
 
 
 def test_an_objective_may_not_be_there_twice():
     with pytest.raises(InvalidRequest, match="ttft_p95 twice"):
-        Gate.parse("ttft_p95=1,ttft_p95=2")
+        RunObjectives.parse("ttft_p95=1,ttft_p95=2")
 
 
 def test_a_verdict_says_what_was_measured():
-    missed = Gate.parse("ttft_p95=10ms").judge([FAST])[0]
+    missed = RunObjectives.parse("ttft_p95=10ms").judge([FAST])[0]
     assert str(missed) == "ttft_p95: 100.0 ms (at most 10.0 ms)"

@@ -1,0 +1,124 @@
+"""Plans of faults: drawn from a seed, listed for a matrix, or read from the report of an earlier trial."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+FaultName = Literal[
+    "kill", "drain", "freeze", "partition", "delay", "loss", "bandwidth", "corrupt", "clock", "disk", "slow", "vanish"
+]
+Phase = Literal["queued", "reserving", "prefill", "handoff", "decode", "finishing"]
+Target = Literal["router", "prefill", "decode", "client"]
+
+FAULTS: tuple[FaultName, ...] = get_args(FaultName)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+TARGETS: dict[FaultName, tuple[Target, ...]] = {
+    **dict.fromkeys(FAULTS, ("router", "prefill", "decode")),
+    "corrupt": ("prefill", "decode"),  # either end of a handoff
+    "slow": ("client",),
+    "vanish": ("client",),
+}
+"""Fault -> the targets that it can hit."""
+
+_SECONDS: dict[FaultName, tuple[float, float]] = {
+    # The range includes the 10 s after which a silent peer is given up.
+    "freeze": (1.0, 13.0),
+    "partition": (1.0, 13.0),
+    "delay": (1.0, 4.0),
+    "loss": (1.0, 4.0),
+    "bandwidth": (1.0, 4.0),
+    "clock": (1.0, 3.0),
+    "disk": (1.0, 4.0),
+}
+_MAX_JUMP = 3600.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFault:
+    """One fault to inject.
+
+    Attributes:
+        number: Index in the plan.
+        phase: Phase of a request that the fault waits for.
+        target: Side of that request on which the fault is injected.
+        seconds: Duration; 0 for faults that have none.
+        jump: Seconds by which the clock is set forward (positive) or back (negative).
+        after: Seconds of rest before the fault. 0 means as soon as possible.
+    """
+
+    number: int
+    kind: FaultName
+    phase: Phase
+    target: Target
+    seconds: float = 0.0
+    jump: float = 0.0
+    after: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields for a report, in which ``kind`` is called "fault"."""
+        return {"fault" if name == "kind" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> PlannedFault:
+        """Reads what ``as_dict`` wrote; ignores other keys. Raises KeyError when one is missing."""
+        return cls(**{name: record["fault" if name == "kind" else name] for name in cls.__slots__})
+
+
+def draw(
+    seed: int,
+    pause: float,
+    faults: Sequence[FaultName] = FAULTS,
+    phases: Sequence[Phase] = PHASES,
+    targets: Sequence[Target] | None = None,
+    first: int = 0,
+) -> Iterator[PlannedFault]:
+    """Draws random faults without end, from number ``first`` on. Each depends only on the seed and its number.
+
+    Args:
+        pause: Mean seconds of rest between two faults.
+        targets: None means all targets that a fault can hit.
+    """
+    number = first
+    while True:
+        rng = random.Random(f"{seed}/{number}")
+        kind = rng.choice(faults)
+        among = [target for target in TARGETS[kind] if targets is None or target in targets]
+        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or TARGETS[kind]))
+        yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
+        number += 1
+
+
+def matrix(
+    seed: int, times: int, faults: Sequence[FaultName] = FAULTS, phases: Sequence[Phase] = PHASES
+) -> list[PlannedFault]:
+    """Returns every fault in every phase ``times`` times, in random order. Each fault's targets alternate."""
+    rng = random.Random(seed)
+    cells = [
+        (fault, phase, TARGETS[fault][turn % len(TARGETS[fault])])
+        for fault in faults
+        for phase in phases
+        for turn in range(times)
+    ]
+    rng.shuffle(cells)
+    return [_make(rng, number, *cell) for number, cell in enumerate(cells)]
+
+
+def read_report(report: Path) -> list[PlannedFault]:
+    """Returns the faults of a report, in their order. Raises ValueError when the file is not a report."""
+    try:
+        records: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["strikes"]
+        return [PlannedFault.from_dict(record) for record in records]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{report} is not a report of overfill chaos: {error}") from error
+
+
+def _make(rng: random.Random, number: int, kind: FaultName, phase: Phase, target: Target) -> PlannedFault:
+    seconds = round(rng.uniform(*_SECONDS.get(kind, (0.0, 0.0))), 2)
+    jump = round(rng.uniform(-_MAX_JUMP, _MAX_JUMP), 1) if kind == "clock" else 0.0
+    return PlannedFault(number, kind, phase, target, seconds, jump)

@@ -1,0 +1,119 @@
+"""Samples memory and open files of a trial's processes, summarises their growth and plots it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from overfill.cli.processes import Child
+
+_INTERVAL = 2.0  # seconds between samples
+_WARM_UP = 60.0  # seconds after a process's start that are left out: pools and caches fill
+_MIN_LIFETIME = 180.0  # seconds after the warm-up; growth over a shorter time says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySample:
+    """One process at one moment: seconds since the trial began, resident bytes, open files."""
+
+    at: float
+    name: str
+    pid: int
+    rss: int
+    files: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLifetime:
+    """Memory and open files of one process, from the end of its warm-up to its end.
+
+    Attributes:
+        seconds: Time between the two.
+        rss, files: Medians of the last third.
+        growth, more_files: Difference between the medians of the first and the last third.
+    """
+
+    name: str
+    seconds: float
+    rss: int
+    growth: int
+    files: int
+    more_files: int
+
+
+async def watch(processes: Callable[[], Iterable[Child]], samples: list[MemorySample], until: asyncio.Event) -> None:
+    """Appends to ``samples`` every 2 s until ``until`` is set."""
+    began = time.monotonic()
+    while not until.is_set():
+        for child in processes():
+            with contextlib.suppress(psutil.Error):  # the process has just ended
+                process = psutil.Process(child.pid)
+                at = time.monotonic() - began
+                samples.append(MemorySample(at, child.name, child.pid, process.memory_info().rss, process.num_fds()))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(until.wait(), _INTERVAL)
+
+
+def lifetimes(samples: Sequence[MemorySample]) -> list[ProcessLifetime]:
+    """Summarises every process that ran for at least 3 minutes after its warm-up. Sorted by name, longest first."""
+    found = []
+    for (name, _), of_process in _by_process(samples).items():
+        warm = [sample for sample in of_process if sample.at - of_process[0].at >= _WARM_UP]
+        if not warm or warm[-1].at - warm[0].at < _MIN_LIFETIME:
+            continue
+        third = max(1, len(warm) // 3)
+        rss = [_median([s.rss for s in part]) for part in (warm[:third], warm[-third:])]
+        files = [_median([s.files for s in part]) for part in (warm[:third], warm[-third:])]
+        seconds = warm[-1].at - warm[0].at
+        found.append(ProcessLifetime(name, seconds, rss[1], rss[1] - rss[0], files[1], files[1] - files[0]))
+    return sorted(found, key=lambda lifetime: (lifetime.name, -lifetime.seconds))
+
+
+def draw(samples: Sequence[MemorySample], title: str, path: Path) -> None:
+    """Plots resident memory over time: a panel per stage, a line per process. A restart begins a new line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages = ("router", "prefill", "decode")
+    figure, panels = pyplot.subplots(len(stages), 1, figsize=(9, 6.5), sharex=True, layout="constrained")
+    colours: dict[str, str] = {}
+    for (name, _), of_process in _by_process(samples).items():
+        panel = panels[stages.index(name.partition("-")[0])]
+        known = name in colours
+        (line,) = panel.plot(
+            [sample.at / 60 for sample in of_process],
+            [sample.rss / 2**20 for sample in of_process],
+            linewidth=1.2,
+            color=colours.get(name),
+            label=None if known else name,
+        )
+        colours.setdefault(name, line.get_color())
+    for stage, panel in zip(stages, panels, strict=True):
+        panel.set_ylabel(f"{stage}, MiB")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right", fontsize=8, ncols=4)
+    panels[0].set_title(title, fontsize=10)
+    panels[-1].set_xlabel("minutes")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _by_process(samples: Sequence[MemorySample]) -> dict[tuple[str, int], list[MemorySample]]:
+    found: dict[tuple[str, int], list[MemorySample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.name, sample.pid].append(sample)
+    return found
+
+
+def _median(values: Sequence[int]) -> int:
+    return sorted(values)[len(values) // 2]

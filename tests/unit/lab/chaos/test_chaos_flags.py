@@ -1,0 +1,20 @@
+"""Earlier flags of ``overfill chaos`` and ``overfill simulate`` set the options that replaced them, with a warning."""
+
+from __future__ import annotations
+
+import pytest
+
+from overfill.lab.commands.chaos import chaos_command
+from overfill.lab.commands.simulate import simulate_command
+
+
+def test_earlier_flags_of_chaos_work(caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ["--strikes", "7", "--rate-share=0.5", "--from", "2", "--abreast", "3", "--limit", "9"]
+    options = chaos_command.make_context("chaos", arguments).params
+    names = ("num_faults", "load_fraction", "first", "concurrent_faults", "time_limit")
+    assert [options[name] for name in names] == [7, 0.5, 2, 3, 9.0]
+    assert "--abreast is now --concurrent-faults; the old name works until version 0.3" in caplog.text
+
+
+def test_share_of_simulate_is_attainment() -> None:
+    assert simulate_command.make_context("simulate", ["--share", "0.9"]).params["attainment"] == 0.9

@@ -1,0 +1,54 @@
+"""Plans of faults: a seed always draws the same, a matrix is complete, a report can be replayed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from overfill.lab.chaos.fault_plan import FAULTS, PHASES, TARGETS, draw, matrix, read_report
+from overfill.lab.chaos.trial import InjectedFault
+
+
+def test_a_seed_draws_the_same_faults_from_any_first_number() -> None:
+    whole = list(itertools.islice(draw(7, 2.0), 50))
+    assert list(itertools.islice(draw(7, 2.0, first=30), 20)) == whole[30:]
+    assert list(itertools.islice(draw(8, 2.0), 50)) != whole
+    assert {fault.kind for fault in itertools.islice(draw(7, 2.0), 500)} == set(FAULTS)
+    assert all(fault.target in TARGETS[fault.kind] for fault in whole)
+
+
+def test_drawn_faults_keep_to_the_given_kinds_phases_and_targets() -> None:
+    drawn = list(itertools.islice(draw(0, 1.0, ["kill", "slow"], ["handoff"], ["decode"]), 40))
+    assert {(f.kind, f.phase, f.target) for f in drawn} == {
+        ("kill", "handoff", "decode"),
+        ("slow", "handoff", "client"),  # its only target
+    }
+
+
+def test_a_matrix_has_every_cell_as_often_as_asked_and_every_target() -> None:
+    faults = matrix(0, 6)
+    cells = Counter((f.kind, f.phase) for f in faults)
+    assert cells == dict.fromkeys(itertools.product(FAULTS, PHASES), 6)
+    assert {(f.kind, f.target) for f in faults} == {(f, t) for f in FAULTS for t in TARGETS[f]}
+    assert [f.number for f in faults] == list(range(len(faults)))
+    assert matrix(0, 6) == faults != matrix(1, 6)
+
+
+def test_the_faults_of_a_report_are_those_that_were_injected(tmp_path: Path) -> None:
+    faults = list(itertools.islice(draw(3, 1.0), 9))
+    report = tmp_path / "report.json"
+    injected = [InjectedFault(fault, 1.0, "decode-0", "chaos-1", 2.0).as_dict() for fault in faults]
+    report.write_text(json.dumps({"strikes": injected}), encoding="utf-8")
+    assert read_report(report) == faults
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"strikes": [{}]}'])
+def test_what_is_no_report_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"report\.json is not a report of overfill chaos"):
+        read_report(report)
