@@ -151,7 +151,7 @@ def check_stack(status: StackStatus, pair: Pair) -> None:
         cache_dtype = process.model.kv_cache_dtype
         if process.kv.dtype != "float32" or cache_dtype or (is_decode and process.codec != "raw"):
             codec = f", {process.codec} codec" if is_decode else ""
-            cache = f", with KV held as {cache_dtype}" if cache_dtype else ""
+            cache = f", with a KV cache in {cache_dtype}" if cache_dtype else ""
             raise CannotVerify(
                 f"{process.id} runs in {process.kv.dtype}{codec}{cache}; answers can be verified only in float32 with "
                 "the raw codec and an unquantised KV cache: start the stack with `overfill up --dtype float32`"

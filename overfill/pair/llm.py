@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
 from overfill.request.params import SamplingParams, check_token_ids
+from overfill.settings.renamed import REMOVED_IN
 
 Prompt = str | Sequence[int]
 
@@ -60,8 +62,9 @@ class LLM:
         threads: Number of CPU threads. None keeps torch's setting.
         kv_memory: Bytes of each half's KV cache. None divides the free memory (on a CPU at most 1 GiB each).
         memory_fraction: Share of the free memory to use when ``kv_memory`` is None.
-        token_budget: Maximum number of prompt tokens in one prefill step.
+        max_num_batched_tokens: Maximum number of prompt tokens in one prefill step.
         prefix_cache: Keep the KV of prompts for later calls. An interrupted call empties the cache.
+        token_budget: Earlier name of ``max_num_batched_tokens``, accepted with a warning until 0.3.
 
     Example:
         >>> llm = LLM("default")  # doctest: +SKIP
@@ -80,9 +83,17 @@ class LLM:
         block_size: int = 16,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
-        token_budget: int = 2048,
+        max_num_batched_tokens: int = 2048,
         prefix_cache: bool = True,
+        token_budget: int | None = None,
     ) -> None:
+        if token_budget is not None:
+            warnings.warn(
+                f"LLM(token_budget=…) is deprecated and goes in {REMOVED_IN}; use max_num_batched_tokens",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            max_num_batched_tokens = token_budget
         if threads is not None:
             torch.set_num_threads(threads)
         loaded = Pair.load(resolve_pair(pair), check_digests=True)
@@ -97,7 +108,7 @@ class LLM:
                 device=where,
                 block_size=block_size,
                 max_model_len=max_model_len,
-                warm_tokens=token_budget,
+                warm_tokens=max_num_batched_tokens,
                 max_num_seqs=max_num_seqs,
             )
 
@@ -110,7 +121,7 @@ class LLM:
         self._device = where
         self._prefix_cache = prefix_cache
         self._prefix = self._full.prefix_cache(prefix_cache)
-        self._token_budget = token_budget
+        self._token_budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
 
     def generate(

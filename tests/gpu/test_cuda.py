@@ -27,7 +27,7 @@ def exact_float32():
 
 def test_answers_on_the_device_are_the_reference_s(pair, exact_float32):
     prompts = [[(7 * i * (seed + 3)) % 470 + 20 for i in range(10 + 40 * seed)] for seed in range(8)]
-    llm = LLM(pair, dtype="float32", device="cuda", kv_memory=16 * 2**20, token_budget=64)
+    llm = LLM(pair, dtype="float32", device="cuda", kv_memory=16 * 2**20, max_num_batched_tokens=64)
     reference = TwoStageReference(pair)
     answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
     assert [a.token_ids for a in answers] == [reference.generate(p, 24) for p in prompts]

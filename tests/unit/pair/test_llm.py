@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, token_budget=64)
+    return LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, max_num_batched_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ def test_preemption_changes_no_answer(folder, reference, monkeypatch):
         handle(run, event)
 
     monkeypatch.setattr(Colocated, "_on_decode", spy)
-    small = LLM(folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, token_budget=64)
+    small = LLM(
+        folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, max_num_batched_tokens=64
+    )
     answers = small.generate(PROMPTS, GREEDY)
     assert preempted
     assert [a.token_ids for a in answers] == [reference.generate(p, 40) for p in PROMPTS]
@@ -107,7 +109,13 @@ def test_an_answer_ends_at_its_limit_or_at_a_stop_token(llm):
 
 
 def new_llm(folder, **more):
-    settings = {"dtype": "float32", "device": "cpu", "kv_memory": 2**20, "max_model_len": 256, "token_budget": 64}
+    settings = {
+        "dtype": "float32",
+        "device": "cpu",
+        "kv_memory": 2**20,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 64,
+    }
     return LLM(folder, **(settings | more))
 
 
@@ -306,7 +314,9 @@ def test_bias_and_penalties_reach_both_stages(llm):
 
 
 def test_preemption_keeps_penalties_and_grammar(folder, llm):
-    small = LLM(folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, token_budget=64)
+    small = LLM(
+        folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, max_num_batched_tokens=64
+    )
     penalised = SamplingParams(temperature=0, max_tokens=40, presence_penalty=2.0, repetition_penalty=1.5)
     for sampling in (penalised, SamplingParams(temperature=0, max_tokens=40, grammar=SCHEMA)):
         expected = [a.token_ids for a in llm.generate(PROMPTS, sampling)]
@@ -342,3 +352,8 @@ def test_answers_have_their_least_length_in_both_stages_and_after_preemption(fol
 def test_a_least_length_that_the_context_does_not_hold_is_refused(llm):
     with pytest.raises(PromptTooLong, match=r"min_tokens: 300 tokens do not fit; 236 do"):
         llm.generate(PROMPTS[:1], SamplingParams(min_tokens=300))
+
+
+def test_the_earlier_name_of_max_num_batched_tokens_works_with_a_warning(folder):
+    with pytest.warns(DeprecationWarning, match="use max_num_batched_tokens"):
+        LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, token_budget=64)

@@ -209,7 +209,7 @@ def _colocated(pair: str, max_model_len: int, settings: LoadSettings) -> Iterato
         threads=settings.threads,
         max_model_len=max_model_len,
         max_num_seqs=_BATCH,
-        token_budget=_TOKEN_BUDGET,
+        max_num_batched_tokens=_TOKEN_BUDGET,
         prefix_cache=False,  # the same load may be played more than once
     )
 
