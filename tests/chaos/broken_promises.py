@@ -202,7 +202,7 @@ BROKEN = (
         "overfill/process/leaving.py",
         "    os._exit(code)",
         "    sys.exit(code)",
-        "tests/unit/engine/test_build.py::test_the_process_ends_with_what_it_serves_whatever_its_threads_do",
+        "tests/unit/services/test_hosting.py::test_the_process_ends_with_what_it_serves_whatever_its_threads_do",
     ),
     Broken(
         "a stuck step ends the worker",

@@ -1,11 +1,10 @@
 """Tests the decode engine: continuous batching, preemption and resumption, without a lost block."""
 
-import pytest
 import torch
-from counting import CountingRunner
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import precondition, rule
+from scheduling import GREEDY, EngineMachine, evict_all
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
@@ -25,22 +24,6 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.request.params import SamplingParams
-
-GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture
-def pool():
-    pool = BlockPool(8, 4)
-    yield pool
-    pool.check_integrity()
-    assert pool.num_used == 0, "the test leaked blocks"
-
-
-@pytest.fixture
-def events():
-    return []
 
 
 def new_engine(runner, pool, events, max_num_seqs=8, replay_budget=16):
@@ -286,8 +269,7 @@ def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(run
     assert events[-1] == Reserved("two", again.blocks, held_tokens=4)
     engine.handle(Release("two"))
     prefix.check_integrity()
-    prefix.acquire("everything", prefix.blocks_of([63]), 8)  # evicts all cached blocks, so that all must be free
-    prefix.release("everything")
+    evict_all(prefix)
 
 
 def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):
@@ -329,28 +311,22 @@ def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
         assert events[-1].held_tokens == held
         engine.handle(Start(name, 10))
         engine.handle(Release(name))
-    prefix.acquire("everything", prefix.blocks_of([63]), 8)
-    prefix.release("everything")
+    evict_all(prefix)
 
 
-class DecodeMachine(RuleBasedStateMachine):
+class DecodeMachine(EngineMachine):
     """Runs arrivals, steps, late answers and cancellations in any order: all tokens are right, no block is lost."""
 
-    caches = False
+    memory_error = torch.OutOfMemoryError
 
     def __init__(self):
         super().__init__()
-        self.pool = BlockPool(10, 4)
-        self.events = []
-        self.runner = CountingRunner()
-        self.prefix = PrefixCache(self.pool, enabled=self.caches)
-        self.engine = DecodeEngine(self.runner, self.pool, 4, 16, self.take, self.prefix)
+        self.engine = DecodeEngine(self.runner, self.prefix.pool, 4, 16, self.take, self.prefix)
         self.first: dict[str, int] = {}
         self.answer: dict[str, list[int]] = {}
         self.receiving: set[str] = set()
         self.must_yield: set[str] = set()
         self.must_release: set[str] = set()
-        self.names = 0
 
     def take(self, events):
         for event in events:
@@ -380,10 +356,10 @@ class DecodeMachine(RuleBasedStateMachine):
     # At most 40 tokens, the pool's capacity: admission refuses larger requests before they reach the engine.
     @rule(prompt=st.integers(1, 16), emitted=st.integers(0, 12), more=st.integers(2, 12))
     def arrive(self, prompt, emitted, more):
-        self.names += 1
-        name = f"s{self.names}"
-        said = [self.names % 20 + i for i in range(emitted)]
-        self.answer[name] = said or [self.names % 20]
+        number = self.new_number()
+        name = f"s{number}"
+        said = [number % 20 + i for i in range(emitted)]
+        self.answer[name] = said or [number % 20]
         self.engine.handle(Reserve(sequence(name, prompt=prompt, emitted=said, max_tokens=emitted + more)))
 
     @precondition(lambda self: self.receiving)
@@ -413,21 +389,6 @@ class DecodeMachine(RuleBasedStateMachine):
     def release(self, name):
         self.forget(name)
         self.engine.handle(Release(name))
-
-    @rule()
-    def step(self):
-        self.engine.step()
-
-    @rule()
-    def step_without_memory(self):
-        self.runner.fail_next = torch.OutOfMemoryError("no room")
-        self.engine.step()
-        self.runner.fail_next = None
-
-    @invariant()
-    def no_block_is_lost(self):
-        self.engine.check()
-        self.prefix.check_integrity()
 
     def teardown(self):
         for _ in range(2000):

@@ -4,7 +4,8 @@ import pytest
 from counting import CountingRunner
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import precondition, rule
+from scheduling import GREEDY, EngineMachine, evict_all
 
 from overfill.engine import prefill
 from overfill.engine.prefill import PrefillEngine
@@ -21,22 +22,6 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.request.params import SamplingParams
-
-GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture
-def pool():
-    pool = BlockPool(8, 4)
-    yield pool
-    pool.check_integrity()
-    assert pool.num_used == 0, "the test leaked blocks"
-
-
-@pytest.fixture
-def events():
-    return []
 
 
 def new_engine(runner, pool, events, token_budget=8, max_num_seqs=4):
@@ -250,7 +235,7 @@ def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
     assert engine.load().blocks_used == 8
     engine.handle(Release("all"))
     prefix.check_integrity()
-    make_room(prefix)
+    evict_all(prefix)
 
 
 def test_equal_prompts_that_arrive_together_are_computed_once(events):
@@ -268,7 +253,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
     assert engine.load().blocks_used == 32 + 7, "the last block is each one's own"
     for name in "abcdefgh":
         engine.handle(Release(name))
-    make_room(prefix)
+    evict_all(prefix)
 
 
 def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
@@ -287,7 +272,7 @@ def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
     assert sorted(e.id for e in of(PromptComputed, events)) == ["first", "other", "same"]
     for name in ("first", "same", "other"):
         engine.handle(Release(name))
-    make_room(prefix)
+    evict_all(prefix)
 
 
 def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(runner, pool, events):
@@ -304,7 +289,7 @@ def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(r
     assert [e.id for e in of(PromptComputed, events)] == ["c"]
     for name in ("a", "b", "c"):
         engine.handle(Release(name))
-    make_room(prefix)
+    evict_all(prefix)
     plain = new_engine(runner, pool, events, token_budget=16)
     for name in ("d", "e"):
         plain.handle(Submit(prompt(name, 8)))
@@ -323,29 +308,18 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     engine.step()
     engine.handle(Release("a"))
     assert engine.load().blocks_cached == 2  # of the step before
-    make_room(prefix)
+    evict_all(prefix)
 
 
-def make_room(prefix):
-    """Evicts all cached blocks, so that the test can compare the pool with its full size."""
-    assert prefix.acquire("everything", prefix.blocks_of([63]), prefix.pool.num_blocks) is not None
-    prefix.release("everything")
-
-
-class PrefillMachine(RuleBasedStateMachine):
+class PrefillMachine(EngineMachine):
     """Runs prompts, steps, failures and releases in any order: every prompt is computed, no block is lost."""
-
-    caches = False
 
     def __init__(self):
         super().__init__()
-        self.runner = CountingRunner()
-        self.prefix = PrefixCache(BlockPool(10, 4), enabled=self.caches)
         self.engine = PrefillEngine(self.runner, self.prefix.pool, 7, 3, self.take, self.prefix)
         self.sequences: dict[str, PrefillSequence] = {}
         self.computed: dict[str, int] = {}
         self.ended: set[str] = set()
-        self.names = 0
 
     def take(self, events):
         for event in events:
@@ -368,8 +342,7 @@ class PrefillMachine(RuleBasedStateMachine):
 
     @rule(length=st.integers(1, 40))
     def arrive(self, length):
-        self.names += 1
-        name = f"p{self.names}"
+        name = f"p{self.new_number()}"
         self.sequences[name] = prompt(name, length)
         self.computed[name] = 0
         self.engine.handle(Submit(self.sequences[name]))
@@ -388,21 +361,6 @@ class PrefillMachine(RuleBasedStateMachine):
         self.sequences.pop(name).cancelled = True
         self.ended.discard(name)
         self.engine.handle(Release(name))
-
-    @rule()
-    def step(self):
-        self.engine.step()
-
-    @rule()
-    def step_without_memory(self):
-        self.runner.fail_next = MemoryError("no room")
-        self.engine.step()
-        self.runner.fail_next = None
-
-    @invariant()
-    def no_block_is_lost(self):
-        self.engine.check()
-        self.prefix.check_integrity()
 
     def teardown(self):
         for _ in range(1000):

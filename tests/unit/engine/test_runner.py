@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from scheduling import GREEDY
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.runner import ModelRunner, SamplingSpec, Work
@@ -17,7 +18,6 @@ from overfill.model.processors import new_processor
 from overfill.request.params import SamplingParams
 
 BLOCK = 4
-GREEDY = SamplingParams(temperature=0)
 
 
 def new_cache(num_blocks):

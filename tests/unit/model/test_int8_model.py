@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import CPU, PROMPT, SHAPE
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
@@ -16,16 +17,6 @@ from overfill.model.loading import load_int8_weights
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 
-CPU = torch.device("cpu")
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
@@ -33,7 +24,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2-tied-odd-hidden": Qwen2Config(**SHAPE | {"hidden_size": 51}, head_dim=8, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
 }
-PROMPT = torch.randint(0, 96, (41,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
 def rounded(matrix: Tensor) -> Tensor:
