@@ -152,7 +152,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
     assert worker.acknowledged == 24
 
 
-async def test_chunks_in_reverse_order_are_as_good(pull, worker):
+async def test_chunks_may_arrive_in_reverse_order(pull, worker):
     worker.spoil = lambda chunks: reversed(chunks)
     cache, _ = await pull()
     assert cache.k.sum() == 2 * 6 * 2 * 4
@@ -194,7 +194,7 @@ ONCE = {kind: spoil for kind, (spoil, _) in BAD.items()} | {
 
 
 @pytest.mark.parametrize("kind", ONCE)
-async def test_what_a_wrong_chunk_leaves_out_is_sent_again(pull, worker, kind):
+async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind):
     worker.spoil, worker.spoiled_pulls = ONCE[kind], 1
     cache, _ = await pull()
     used = cache.slots([2, 0], 0, 6)

@@ -90,7 +90,7 @@ def test_a_page_of_the_internet_may_ask_a_stack_in_a_private_network(guarded):
     assert ask(stack, "OPTIONS", "/v1/chat/completions", {"origin": "https://evil.example"} | asking)[0] == 400
 
 
-def test_other_pages_stay_out(guarded, named):
+def test_pages_of_other_origins_are_refused(guarded, named):
     stack, key = guarded
     other = {"origin": "https://evil.example", "authorization": f"Bearer {key}"}
     status, headers, _ = ask(stack, "OPTIONS", "/v1/models", other | ASKING)
@@ -117,7 +117,7 @@ def test_a_star_allows_every_page_and_never_what_a_browser_shows_by_itself(tiny_
 
 
 @pytest.mark.parametrize("origin", ["chat.example.org", "https://chat.example.org/", "https://a.org/chat", "null"])
-def test_what_no_browser_would_send_is_no_origin(origin, capsys):
+def test_an_invalid_origin_is_refused_at_start(origin, capsys):
     with pytest.raises(SystemExit):
         RouterConfig.parse(["--pair=p", f"--allowed-origins={origin}"])
     assert "--allowed-origins" in capsys.readouterr().err

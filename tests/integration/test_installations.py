@@ -170,7 +170,7 @@ def test_a_command_without_its_extra_says_the_line_to_run(arguments: list[str], 
     )
 
 
-def test_an_extra_that_is_there_is_not_named_again(tmp_path: Path) -> None:
+def test_an_installed_extra_is_not_named_again(tmp_path: Path) -> None:
     done = overfill(["bench", "decode", "--plot", str(tmp_path / "speeds.png")], ("server",))
     assert done.returncode == 1
     assert done.stderr == (

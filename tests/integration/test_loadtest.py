@@ -40,7 +40,7 @@ def test_a_trace_over_grpc_meets_its_objectives(stack, tmp_path, capfd):
     assert page.read_text().count("<svg") == 2
 
 
-def test_users_over_openai_miss_what_nobody_could_meet(stack, tmp_path, capfd):
+def test_users_over_openai_miss_an_impossible_objective(stack, tmp_path, capfd):
     told = tmp_path / "told.jsonl"
     arguments = [f"--target={stack[1]}", "--requests=6", "--users=2", f"--records={told}", *TINY]
     assert main(["loadtest", *arguments, "--slo=e2e_p50=0.000001,errors=0"]) == 1
@@ -52,7 +52,7 @@ def test_users_over_openai_miss_what_nobody_could_meet(stack, tmp_path, capfd):
     assert all(record["timing"]["prefill_compute"] > 0 for record in found), "the endpoint tells its parts"
 
 
-def test_nobody_there_is_neither_met_nor_missed(capfd):
+def test_an_unreachable_stack_is_neither_met_nor_missed(capfd):
     assert main(["loadtest", "--target=http://127.0.0.1:9/v1", "--requests=1", *TINY]) == 2
     assert "nothing was measured" in capfd.readouterr().err
 

@@ -119,7 +119,7 @@ def test_host_users_spawn_rate_and_run_time_are_locusts(stack, tmp_path, protoco
     assert found[-1]["due"] - found[0]["due"] < 30
 
 
-def test_our_own_names_of_the_same_still_work(stack, tmp_path):
+def test_names_of_overfill_loadtest_work_too(stack, tmp_path):
     told = tmp_path / "told.jsonl"
     done = locust(f"--target=grpc://{stack.grpc}", "--duration=2.5", "--requests=3", f"--records={told}", *SHORT)
     assert done.returncode == 0, done.stderr
@@ -143,7 +143,7 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_work_is_refused_by_name():
+def test_options_that_cannot_work_are_refused_by_name():
     wanted = json.dumps([arguments for arguments, _ in REFUSED])
     command = [sys.executable, "-c", ASK, str(LOCUSTFILE), wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=True)

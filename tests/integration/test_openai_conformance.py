@@ -104,7 +104,7 @@ def test_fields_do_what_the_table_says(send, endpoint, case):
 
 
 @pytest.mark.parametrize("endpoint", PLAIN)
-def test_null_is_as_good_as_nothing(send, endpoint):
+def test_null_means_the_same_as_an_absent_field(send, endpoint):
     needed = {"model", *PLAIN[endpoint]}
     nulls = {case.name: None for case in CASES[endpoint] if case.name not in needed}
     assert same(send(endpoint, **nulls)) == same(send(endpoint))
@@ -161,7 +161,7 @@ def test_every_field_has_a_case_and_vllm_s_are_among_them(endpoint):
         ),
     ],
 )
-def test_numbers_that_are_none_are_refused_by_field(send, endpoint, param, fields, number):
+def test_invalid_numbers_are_refused_by_field(send, endpoint, param, fields, number):
     body = json.dumps({"model": "", **PLAIN[endpoint]})[:-1] + ", " + fields % number + "}"
     with pytest.raises(NotAnswered) as caught:
         send(endpoint, raw=body.encode())

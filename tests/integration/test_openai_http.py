@@ -156,7 +156,7 @@ def test_request_ids_are_taken_over(stack, model):
     ],
     ids=lambda field: next(iter(field)),
 )
-def test_what_tokenize_would_not_do_with_a_prompt_is_refused_by_name(stack, field):
+def test_tokenize_refuses_fields_that_a_text_prompt_cannot_use(stack, field):
     status, _, body = post(f"{stack.url}/tokenize", json.dumps({"prompt": "Hi", **field}).encode())
     assert (status, json.loads(body)["error"]["param"]) == (400, next(iter(field)))
     off = dict.fromkeys(field)
@@ -392,7 +392,7 @@ def test_events_are_not_held_back_for_acknowledgements(stack):
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_too_many_rpcs_are_told_so(tiny_pair):
+def test_rpcs_beyond_the_limit_are_refused_as_overload(tiny_pair):
     slow = {"mock_step": 0.05}
     with mock_stack(tiny_pair, decode_settings=slow, max_connections=4) as stack, Client(stack.grpc) as ours:
         # Two workers have joined: two RPCs are left.
@@ -405,7 +405,7 @@ def test_too_many_rpcs_are_told_so(tiny_pair):
             stream.cancel()
 
 
-def test_too_many_connections_are_told_so(tiny_pair):
+def test_connections_beyond_the_limit_are_answered_with_an_error(tiny_pair):
     with mock_stack(tiny_pair, max_connections=2) as stack:
         host, _, port = stack.url.removeprefix("http://").partition(":")
         held = [socket.create_connection((host, int(port))) for _ in range(2)]

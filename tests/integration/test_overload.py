@@ -2,7 +2,7 @@ from overfill.lab.bench.router.measure import measure_overload
 from overfill.pair.tiny import make_tiny_pair
 
 
-def test_under_ten_times_the_load_what_is_taken_is_answered_and_the_rest_refused_with_a_time_to_retry(tmp_path):
+def test_under_ten_times_the_load_admitted_requests_are_answered_and_others_get_a_time_to_retry(tmp_path):
     found = {figure.name: figure.value for figure in measure_overload(make_tiny_pair(tmp_path / "tiny"), 3.0)}
     assert found["failed"] == 0
     assert found["answered"] > 0

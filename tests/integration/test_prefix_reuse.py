@@ -173,7 +173,7 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     assert stats.cached_tokens == 0
 
 
-def test_keys_share_no_cache_whatever_they_come_by(tiny_pair, tmp_path):
+def test_keys_share_no_cache_over_either_protocol(tiny_pair, tmp_path):
     """Neither by gRPC nor by HTTP, on neither stage; one key's own requests share theirs, over both."""
     file = tmp_path / "keys.json"
     a, b = keys.create(file, "a"), keys.create(file, "b")
@@ -211,7 +211,7 @@ def _accepted(address, key):
             return False
 
 
-async def test_what_is_held_does_not_travel(worker):
+async def test_kv_that_the_decode_worker_holds_is_not_sent(worker):
     prompt = list(range(100, 170))
     whole, everything = await worker(prompt)
     rest, stats = await worker(prompt, held=48)

@@ -374,7 +374,7 @@ async def test_a_client_that_gives_up_while_waiting_leaves_nothing_behind(stack,
     assert stack.first.calls.empty()
 
 
-async def test_a_client_that_stops_reading_stalls_nobody(stack, client):
+async def test_a_client_that_stops_reading_delays_no_other(stack, client):
     count = 1900
     # A connection that takes little, so that writes to it wait.
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]

@@ -29,7 +29,7 @@ def ask(url, path, key, body=None, scheme="Bearer"):
         return error.code, str(error.headers) + error.read().decode()
 
 
-def test_nothing_secret_is_told_to_anybody(tiny_pair, tmp_path):
+def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "ci", scopes=list(Scope))
     few = keys.create(file, "few", scopes=["infer"])

@@ -238,7 +238,7 @@ def test_clients_killed_with_kill_9_leave_no_blocks(tiny_pair):
         wait_until(lambda: all(v.kv_blocks_used == 0 for v in loads(address).values()), 5, "all blocks free")
 
 
-def test_a_frozen_client_stalls_nobody(address):
+def test_a_frozen_client_delays_no_other(address):
     (frozen,) = spawn_clients(address, 1)
     try:
         frozen.stdout.readline()
@@ -347,7 +347,7 @@ def with_faults(fault):
     return {"prefill": 2, "decode": 2, "faults": {"prefill-0": fault, "decode-0": fault}}
 
 
-def test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere(tiny_pair):
+def test_a_worker_stuck_in_a_step_exits_and_its_requests_continue_elsewhere(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     with running_stack(tiny_pair, **with_faults("hang-step"), step_timeout="1") as (stack, address):
         stuck = [stack.worker(name) for name in ("prefill-0", "decode-0")]
@@ -374,7 +374,7 @@ def test_steps_that_find_no_memory_cost_no_answer_and_no_worker(tiny_pair):
         assert any("no room for this step" in line for line in stack.worker(name).last_lines())
 
 
-def test_a_worker_that_loses_a_block_notices_when_idle_and_leaves(tiny_pair):
+def test_a_worker_that_loses_a_block_notices_when_idle_and_exits(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=12)
     with running_stack(tiny_pair, **with_faults("lose-block")) as (stack, address), Client(address) as client:
         leaking = [stack.worker(name) for name in ("prefill-0", "decode-0")]

@@ -17,7 +17,7 @@ def status(stack):
         return json.load(response)
 
 
-def test_the_last_minute_and_both_pools_are_told(tiny_pair):
+def test_status_has_the_last_minute_and_both_pools(tiny_pair):
     with mock_stack(tiny_pair, decode=2) as stack, Client(stack.grpc) as client:
         assert status(stack)["timing_ms"] == {}
         for _ in range(3):

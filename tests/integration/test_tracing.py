@@ -217,7 +217,7 @@ def test_spans_leave_before_a_process_ends(tiny_pair, collector):
     assert names >= {"router.request", "decode.attempt", "prefill.prompt"}
 
 
-def test_nothing_is_imported_where_nobody_traces(tmp_path):
+def test_without_tracing_opentelemetry_is_not_imported(tmp_path):
     code = (
         "import sys, services.router.app, services.decode.main, services.prefill.main, overfill.client\n"
         "from overfill.telemetry import tracing\n"

@@ -89,7 +89,7 @@ def test_an_answer_streams_and_its_parts_add_up(browser, stack):
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_a_killed_worker_shows(browser, stack):
+def test_the_page_shows_a_killed_worker(browser, stack):
     browser.get(f"{stack[1]}/ui")
     state = "(w => w && w.querySelector('.state').textContent)(document.querySelector('[data-worker=decode-1]'))"
     until(browser, f"{state} === 'ready'", "both decode workers are there")

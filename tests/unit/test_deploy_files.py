@@ -30,7 +30,7 @@ def load(path: str) -> Any:
     return yaml.safe_load((DEPLOY / path).read_text())
 
 
-def test_generated_files_of_the_chart_are_what_they_are_made_of() -> None:
+def test_generated_files_of_the_chart_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, DEPLOY / "helm" / "generate.py", "--check"], capture_output=True, text=True, check=False
     )
@@ -68,7 +68,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("target", ["router", "prefill", "decode", "ray"])
-def test_images_run_as_nobody_and_tell_their_health(target: str) -> None:
+def test_images_run_without_root_and_have_health_checks(target: str) -> None:
     steps = dict(stages()[target])  # Docker uses the last one of each instruction
     assert steps["USER"] == "10001:10001"
     if target == "ray":
@@ -151,7 +151,7 @@ def test_serve_takes_the_arguments() -> None:
 # Compose and systemd
 
 
-def test_compose_starts_what_there_is() -> None:
+def test_compose_uses_existing_flags_ports_and_files() -> None:
     compose = load("compose/compose.yaml")
     settings = read_checked(DEPLOY / "compose" / "overfill.yaml").sections
     targets = stages()

@@ -42,7 +42,7 @@ def test_variables_reach_the_template(template):
     "name",
     ["messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "chat_template", "range"],
 )
-def test_what_the_server_sets_is_not_for_requests(template, name):
+def test_requests_cannot_set_the_servers_template_variables(template, name):
     with pytest.raises(InvalidRequest, match="is the server's to set") as caught:
         template.render([HI], options=TemplateOptions({name: []}))
     assert caught.value.field == f"chat.chat_template_kwargs.{name}"
@@ -77,7 +77,7 @@ def test_what_cannot_be_continued_is_refused(source, messages, reason):
     assert caught.value.field == "chat.continue_final_message"
 
 
-def test_a_message_that_such_a_template_leaves_alone_is_continued():
+def test_a_message_that_the_template_does_not_change_is_continued():
     options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
     assert ChatTemplate(DROPS_THOUGHTS, {}).render([HI, END], options=options) == "HiThe end of im_end "
 
@@ -94,7 +94,7 @@ def chat(**fields):
     return inference_pb2.Chat(messages=[HI, {"role": "assistant", "content": "Hello wo"}], **fields)
 
 
-def test_over_the_wire(byte_level_tokenizer):
+def test_options_of_a_chat_arrive_over_the_wire(byte_level_tokenizer):
     tokenizer = byte_level_tokenizer
     plain = tokenizer.decode(encode_chat(chat(), tokenizer))
     assert plain.endswith("Hello wo\nassistant\n")  # special tokens have no text

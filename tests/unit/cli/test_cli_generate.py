@@ -73,7 +73,7 @@ def sampled(fake_client: Any) -> list[tuple[int | None, float]]:
 
 
 @pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
-def test_an_answer_is_short_and_not_too_wild_unless_told_otherwise(
+def test_max_tokens_and_temperature_have_defaults(
     command: list[str], fake_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for flags in ([], ["--greedy"], ["--max-tokens", "9000", "--temperature", "1"]):
@@ -119,7 +119,7 @@ def test_an_answer_that_the_context_cut_says_so_and_advises_no_limit(
 
 @pytest.mark.parametrize("flag", ["--temperature", "--top-p", "--min-p", "--timeout"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_number_that_is_none_is_refused_by_the_name_of_its_flag(
+def test_an_invalid_number_is_refused_by_the_name_of_its_flag(
     flag: str, value: str, fake_client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", flag, value, "hi"]) == 2
@@ -334,12 +334,12 @@ def test_status_says_its_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  1  the stack cannot answer requests" in help
 
 
-def test_status_is_1_when_nobody_answers(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_is_1_without_an_answer(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.errors.append(Unreachable("127.0.0.1:7600: nothing listens there"))
     assert main(["status"]) == 1
     assert "overfill up" in capsys.readouterr().err
 
 
-def test_an_address_that_is_none_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--address", "a:1,,b:2"]) == 2
     assert main(["status", "--tls-ca", "/no/such/file"]) == 2

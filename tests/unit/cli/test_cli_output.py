@@ -47,7 +47,7 @@ def test_speed_counts_the_tokens_after_the_first(answer: Callable[..., Answer]) 
     assert tokens_per_second(replace(whole, timing=Timing())) is None
 
 
-def test_migrations_and_cache_hits_are_told(answer: Callable[..., Answer]) -> None:
+def test_migrations_and_cache_hits_are_shown(answer: Callable[..., Answer]) -> None:
     text = shown(answer(migrations=2, usage=Usage(20, 11, 16)))
     assert "moved 2 times" in text
     assert "16 from the prefix cache" in text

@@ -39,7 +39,7 @@ def test_the_digests_of_a_whole_pair(pair: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("half", ["full", "decoder"])
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
-def test_weights_that_changed_are_told_with_both_digests(
+def test_weights_that_changed_are_shown_with_both_digests(
     half: str, options: list[str], pair: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stated = getattr(Pair.load(pair), f"{half}_digest")

@@ -125,7 +125,7 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
     assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.addresses}
 
 
-def test_settings_go_to_those_that_have_them() -> None:
+def test_each_process_gets_only_settings_that_it_has() -> None:
     made = plan(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
     assert made.prefill[0].max_num_batched_tokens == 512
     assert made.decode[0].data_streams == 3
@@ -171,7 +171,7 @@ def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.Ca
     assert "overlap" in capsys.readouterr().err
 
 
-def test_a_port_that_nobody_gave_is_told_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--pair", "/no/such/pair", "--grpc", "8000"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "--grpc 8000 and --http 8000 (its default) overlap" in message
@@ -189,14 +189,14 @@ def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
     assert len({port for router in routers for port in (router.port, router.http)}) == 4
 
 
-def test_wrong_settings_are_told_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_are_reported_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["up", "--pair", "/no/such/pair", "--metrics-port", "no-port"])
     assert caught.value.code == 2
     assert "--metrics-port" in capsys.readouterr().err
 
 
-def test_all_that_an_open_host_needs_is_told_at_once_and_in_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--no-ray", "--pair", "/no/such/pair", "--host", "0.0.0.0"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "give --tls FOLDER (`overfill certs FOLDER` makes it) and --api-keys FILE (`overfill keys create" in message
@@ -252,7 +252,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
     return plans
 
 
-def test_the_openai_endpoint_is_on_unless_told_otherwise(
+def test_the_openai_endpoint_is_on_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[StackPlan]
 ) -> None:
     def https(*arguments: str) -> list[object]:
@@ -280,7 +280,7 @@ def test_the_openai_endpoint_is_on_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])
-def test_a_port_in_use_is_told_before_the_pair_is_looked_for(
+def test_a_port_in_use_is_reported_before_the_pair_is_looked_for(
     flag: str, otherwise: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -326,7 +326,7 @@ def test_every_router_must_be_ready(gather: Callable[..., Gathering], routers: C
     assert fake.asked == list(stack.plan.addresses)
 
 
-def test_a_worker_that_dies_at_start_stops_everything_and_its_last_words_are_shown(
+def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
     gather: Callable[..., Gathering], routers: Callable[..., Routers]
 ) -> None:
     routers(lambda: Unavailable("not yet"))

@@ -108,7 +108,7 @@ def test_stream(sdk: Sdk, router: Any) -> None:
     assert stream.answer.text == "Hello"
 
 
-def test_the_answer_is_not_there_before_the_end(sdk: Sdk, router: Any) -> None:
+def test_a_stream_has_its_answer_only_at_the_end(sdk: Sdk, router: Any) -> None:
     def look(stream: Any) -> None:
         with pytest.raises(InternalError):
             _ = stream.answer
@@ -135,7 +135,7 @@ def test_mistakes_are_not_sent(sdk: Sdk, router: Any) -> None:
     assert router.requests == []
 
 
-def test_a_passed_deadline_is_told(sdk: Sdk, router: Any) -> None:
+def test_a_passed_deadline_raises_deadline_exceeded(sdk: Sdk, router: Any) -> None:
     router.script = ["hang"]
     with pytest.raises(DeadlineExceeded):
         sdk.run(router.address, "generate", "x", timeout=0.2)
@@ -233,7 +233,7 @@ def test_held_back_text_comes_once_when_the_router_is_lost_before_the_end(
     assert (answer.text, answer.token_ids) == ("Hello!", (10, 11, 12))
 
 
-def test_a_router_that_is_lost_after_its_last_word_changes_nothing(
+def test_losing_a_router_after_its_last_message_changes_nothing(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
     router.script = [*say.good, ShuttingDown("leaving")]
@@ -274,7 +274,7 @@ def test_an_answer_that_a_router_cancels_goes_on_at_the_next_one(
     assert (answer.text, answer.token_ids) == ("Hello", (10, 11, 12))
 
 
-def test_a_client_that_is_closed_asks_nobody_else(router: Any, another_router: Any, say: SimpleNamespace) -> None:
+def test_a_closed_client_asks_no_other_router(router: Any, another_router: Any, say: SimpleNamespace) -> None:
     router.script = [*say.good[:2], "hang"]
     client = Client(f"{router.address},{another_router.address}")
     stream = client.stream("x")
@@ -305,7 +305,7 @@ def test_a_router_that_is_back_is_asked_again(sdk: Sdk, router: Any, another_rou
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gave up after 4 attempts")])
-def test_what_a_living_router_says_is_final(sdk: Sdk, router: Any, another_router: Any, error: Exception) -> None:
+def test_an_error_from_a_living_router_is_final(sdk: Sdk, router: Any, another_router: Any, error: Exception) -> None:
     router.script = [error]
     with pytest.raises(type(error)):
         sdk.run(f"{router.address},{another_router.address}", "generate", "x")

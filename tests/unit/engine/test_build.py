@@ -60,11 +60,11 @@ def test_both_halves_of_a_process_get_a_cache():
     assert caches > 15 * GIB
 
 
-def test_nothing_fits_where_activations_alone_are_too_much():
+def test_no_block_fits_if_activations_alone_are_too_large():
     assert fit_blocks([requirement(activations=2 * GIB)], GIB) == 0
 
 
-def test_a_stated_cache_is_what_one_gets(pair):
+def test_a_stated_cache_size_is_used(pair):
     parts = load(pair, kv_memory=2**20)
     assert parts.pool.num_blocks * parts.runner.cache.block_bytes == 2**20
     assert parts.max_model_len == 256
@@ -86,7 +86,7 @@ def test_without_a_stated_cache_a_cpu_gives_a_gibibyte_at_most(pair, monkeypatch
     assert parts.pool.num_blocks * parts.runner.cache.block_bytes == GIB
 
 
-def test_without_a_stated_cache_a_share_of_what_is_free_is_taken(pair, monkeypatch):
+def test_without_a_stated_cache_a_share_of_free_memory_is_used(pair, monkeypatch):
     monkeypatch.setattr(build, "_free_memory", lambda device: 40 * 2**20)
     parts = load(pair, kv_memory=None, memory_fraction=0.5)
     taken = parts.pool.num_blocks * parts.runner.cache.block_bytes
@@ -101,7 +101,7 @@ def test_a_cache_that_fits_only_without_the_step_is_refused_with_both_numbers(pa
         load(pair, kv_memory=8 * 2**20, max_num_seqs=64)
 
 
-def test_a_cache_too_small_for_the_longest_request_names_what_would_do(pair):
+def test_an_error_about_a_cache_too_small_names_the_size_needed(pair):
     with pytest.raises(NotEnoughMemory, match=r"holds 64 tokens, fewer than --max-model-len 256; .*--kv-memory 1MiB"):
         load(pair, kv_memory=64 * 1024)
     assert load(pair, kv_memory=64 * 1024, max_model_len=None).max_model_len == 64

@@ -113,7 +113,7 @@ def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
     engine.handle(Release("a"))
 
 
-def test_nothing_comes_without_a_block_left_for_each_that_runs_to_grow_into(runner, events):
+def test_a_sequence_is_admitted_only_if_a_free_block_is_left_per_running_one(runner, events):
     pool = BlockPool(8, 4)
     engine = new_engine(runner, pool, events)
     engine.handle(Reserve(sequence("a", prompt=7)))
@@ -124,7 +124,7 @@ def test_nothing_comes_without_a_block_left_for_each_that_runs_to_grow_into(runn
     assert isinstance(events[-1], Reserved)
 
 
-def test_a_preempted_sequence_comes_back_when_it_can_stay(runner, events):
+def test_a_preempted_sequence_resumes_only_if_a_free_block_is_left_per_running_one(runner, events):
     pool = BlockPool(9, 4)
     engine = new_engine(runner, pool, events)
     for name, prompt, most in (("long", 3, 20), ("short", 7, 6), ("young", 7, 12)):
@@ -160,7 +160,7 @@ def run_until_preempted(engine, events):
     raise AssertionError("nothing was preempted")
 
 
-def test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_tokens(runner, pool, events):
+def test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_tokens(runner, pool, events):
     engine = new_engine(runner, pool, events)
     for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
         engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
@@ -252,7 +252,7 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, e
     engine.handle(Release("b"))
 
 
-def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(runner, pool, events):
+def test_the_prompt_s_kv_is_held_and_the_decoder_s_own_is_not(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     turn = sequence("one", prompt=6, max_tokens=8)
@@ -292,7 +292,7 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
     prefix.check_integrity()
 
 
-def test_kv_that_never_came_is_never_held(runner, pool, events):
+def test_kv_that_never_arrived_is_not_held(runner, pool, events):
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, PrefixCache(pool))
     engine.handle(Reserve(sequence("a", prompt=9)))
     engine.handle(Release("a"))  # the handoff failed
@@ -301,7 +301,7 @@ def test_kv_that_never_came_is_never_held(runner, pool, events):
     engine.handle(Release("b"))
 
 
-def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
+def test_kv_is_held_within_its_cache_namespace_only(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     for name, namespace, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):

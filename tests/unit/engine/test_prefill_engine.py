@@ -58,7 +58,7 @@ def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, eve
 
 
 @pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
-def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
+def test_kv_is_announced_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
     monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", worth_telling)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 8, 4, lists.append)
@@ -70,7 +70,7 @@ def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telli
     engine.handle(Release("a"))
 
 
-def test_short_prompts_are_told_of_by_themselves(pool, monkeypatch):
+def test_kv_of_short_prompts_is_announced_without_delaying_long_ones(pool, monkeypatch):
     monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 640)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 20, 4, lists.append)
@@ -154,7 +154,7 @@ def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_befor
     assert engine.load().blocks_used == engine.load().waiting == engine.load().queued_tokens == 0
 
 
-def test_a_step_that_nobody_wants_is_abandoned_between_layers(runner, pool, events, monkeypatch):
+def test_a_step_whose_prompts_are_cancelled_is_abandoned_between_layers(runner, pool, events, monkeypatch):
     monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)
     engine = new_engine(runner, pool, events)
     sequence = prompt("a", 6)
@@ -256,7 +256,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
     evict_all(prefix)
 
 
-def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
+def test_prompts_wait_for_shared_blocks_and_no_longer(runner, events):
     prefix = PrefixCache(BlockPool(100, 4))
     engine = PrefillEngine(runner, prefix.pool, 8, 8, events.extend, prefix)
     first, same, other = prompt("first", 24), prompt("same", 15), prompt("other", 8)
@@ -275,7 +275,7 @@ def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
     evict_all(prefix)
 
 
-def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(runner, pool, events):
+def test_prompts_do_not_wait_for_failed_or_released_ones_nor_without_a_cache(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = PrefillEngine(runner, pool, 16, 4, events.extend, prefix)
     for name in ("a", "b", "c"):

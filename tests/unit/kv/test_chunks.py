@@ -85,7 +85,7 @@ def test_several_chunks_in_one_message_are_read_as_several():
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_what_is_no_message_is_refused(data):
+def test_bytes_that_are_not_a_message_are_refused(data):
     try:
         expected = kv_pb2.KvChunk.FromString(data)
     except DecodeError:

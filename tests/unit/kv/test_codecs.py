@@ -61,7 +61,7 @@ def test_a_vector_does_not_depend_on_its_neighbours(codec):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_scale_that_is_no_number_is_refused(bad):
+def test_a_scale_that_is_not_finite_is_refused(bad):
     with pytest.raises(TransferFailed, match="scale"):
         decode(CODECS["int8"], "float32", 4, np.array([bad], np.float32).tobytes(), bytes(4))
 

@@ -35,14 +35,14 @@ def rounded(vectors: torch.Tensor) -> torch.Tensor:
     return restore(*quantise(vectors, INT8), vectors.dtype)
 
 
-def test_it_takes_half_of_the_bytes_and_the_scales() -> None:
+def test_an_int8_cache_takes_half_of_the_bytes_and_the_scales() -> None:
     assert KvCache(SPEC, 6, 4, CPU, "int8").token_bytes == 3 * 2 * 2 * (8 + 4)
     assert KvCache(SPEC, 6, 4, CPU, "int8").block_bytes == 4 * 3 * 2 * 2 * (8 + 4)
     assert KvCache(SPEC, 6, 4, CPU).lossless
     assert not KvCache(SPEC, 6, 4, CPU, "int8").lossless
 
 
-def test_new_tokens_come_back_as_the_codec_would_bring_them() -> None:
+def test_new_tokens_read_back_as_the_codec_rounds_them() -> None:
     cache, slots = KvCache(SPEC, 6, 4, CPU, "int8"), torch.tensor([9, 2, 23])
     k, v = torch.randn(2, 3, 2, 8).bfloat16()
     cache.put(1, slots, k, v)

@@ -72,7 +72,7 @@ def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
     assert compute(cache, "c", list(range(9))) == 8
 
 
-def test_what_is_not_computed_yet_is_not_shared():
+def test_blocks_that_are_not_computed_yet_are_not_shared():
     cache = new_cache()
     cache.acquire("a", cache.blocks_of(range(12)), 3)
     assert cache.acquire("b", cache.blocks_of(range(12)), 3).cached_tokens == 0
@@ -81,7 +81,7 @@ def test_what_is_not_computed_yet_is_not_shared():
     assert cache.acquire("c", cache.blocks_of(range(12)), 3).cached_tokens == 4
 
 
-def test_of_two_that_compute_the_same_one_is_kept_and_both_go_on():
+def test_of_equal_blocks_computed_twice_one_is_kept_and_both_owners_continue():
     cache = new_cache(num_blocks=8)
     one = cache.acquire("a", cache.blocks_of([*range(8), 50, 51, 52, 53]), 3)
     other = cache.acquire("b", cache.blocks_of([*range(8), 60, 61, 62, 63]), 3)
@@ -163,7 +163,7 @@ def test_keys_chain_and_differ_by_model_dtype_and_tenant():
     assert block_key(first, [5, 6, 7, 8]) != block_key(root, [5, 6, 7, 8])
 
 
-def test_a_prompts_keys_are_those_that_the_cache_tells():
+def test_a_prompts_keys_are_those_that_the_cache_reports():
     journal = KeyJournal()
     cache = new_cache(num_blocks=4, journal=journal)
     compute(cache, "a", list(range(10)))
@@ -191,7 +191,7 @@ def test_a_prompt_of_many_groups_has_the_keys_of_its_blocks(monkeypatch):
     assert len(set(made.tokens)) == len(made.keys) == 8
 
 
-def test_the_journal_tells_every_reader_all_and_then_what_changes():
+def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
     journal = KeyJournal()
     cache = new_cache(num_blocks=2, journal=journal)
     compute(cache, "a", list(range(8)))

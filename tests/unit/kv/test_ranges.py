@@ -63,7 +63,7 @@ def test_runs_of_consecutive_numbers():
     assert list(runs([])) == []
 
 
-def test_what_is_missing_is_told_in_boxes_that_can_be_asked_for_again():
+def test_missing_cells_are_reported_as_ranges_that_can_be_pulled_again():
     coverage = Coverage([0, 1, 2, 5], (10, 20), 2)
     whole = [KvRange(0, 3, 10, 20, 0, 2), KvRange(5, 6, 10, 20, 0, 2)]
     assert coverage.missing(whole) == whole

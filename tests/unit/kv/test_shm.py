@@ -260,12 +260,12 @@ async def test_without_the_token_nothing_is_shared(worker):
     assert not worker.shm_server._links
 
 
-async def test_nobody_there_is_an_error_at_once():
+async def test_a_missing_server_is_an_error_at_once():
     with pytest.raises(OSError, match="refused"):
         await ShmClient.connect(prefill_pb2.ShmOffer(name="overfill-kv-nobody", token=bytes(16)))
 
 
-async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
+async def test_a_silent_stranger_delays_no_other_client(worker, connect):
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(f"\0{worker.shm_server.offer.name}")
         peer = await connect()
@@ -273,7 +273,7 @@ async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
         assert len(worker.shm_server._links) == 1
 
 
-async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, caplog):
+async def test_the_server_recovers_from_a_lack_of_file_descriptors(worker, connect, monkeypatch, caplog):
     loop = asyncio.get_running_loop()
     accept, failures = loop.sock_accept, [OSError(errno.EMFILE, "Too many open files")]
 
@@ -295,7 +295,7 @@ async def test_the_client_cannot_write(worker, connect):
         peer.link.payload(kv_pb2.SharedPayload(slot=0, length=4))[0] = 1
 
 
-async def test_nothing_of_it_has_a_name_in_the_file_system(worker, connect):
+async def test_shared_memory_has_no_name_in_the_file_system(worker, connect):
     before = set(os.listdir("/dev/shm"))
     await connect()
     assert set(os.listdir("/dev/shm")) == before

@@ -139,7 +139,7 @@ def test_a_transfer_that_owes_nothing_is_never_given_up():
     assert not any(detector.fault(t, 10 * MIB, 10 * MIB) for t in range(20_000, 30_000))
 
 
-def test_what_becomes_ready_late_has_the_whole_time():
+def test_kv_that_becomes_ready_late_has_the_whole_stall_timeout():
     detector = StallDetector(0.0, 1000, LIMITS)
     assert detector.fault(1000.0, 0, 0) is None
     assert detector.fault(1000.5, 500, 0) is None

@@ -20,7 +20,7 @@ def edit(file: Path, change: Edit) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_a_pair_tells_what_it_is(tiny_pair: Path) -> None:
+def test_a_manifest_is_read_back(tiny_pair: Path) -> None:
     pair = Pair.load(tiny_pair, check_digests=True)
     assert (pair.name, pair.layer_map) == ("tiny", (0, 1, 2, 3))
     assert (pair.full_path, pair.decoder_path) == (tiny_pair / "full", tiny_pair / "decoder")

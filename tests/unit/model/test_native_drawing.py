@@ -72,7 +72,7 @@ def test_a_token_that_cannot_come_never_comes(options: dict, u: float) -> None:
     assert token in (300, 700)
 
 
-def test_broken_rows_are_told_and_the_others_drawn() -> None:
+def test_broken_rows_are_reported_and_the_others_drawn() -> None:
     logits = torch.zeros(4, 100)
     logits[1, 50], logits[2, 0], logits[3] = torch.nan, torch.inf, -torch.inf
     for options in ({}, {"top_p": 0.5}):

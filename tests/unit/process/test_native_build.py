@@ -47,7 +47,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_it_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> None:
+def test_the_library_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> None:
     first = build()
     assert first.read_text() == "library\n"
     assert build() == first
@@ -64,7 +64,7 @@ def test_a_damaged_library_is_made_again(damage, compiler: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("mode", [0o575, 0o557], ids=["group", "world"])
-def test_what_others_could_have_written_is_not_loaded(mode: int, compiler: Path, tmp_path: Path) -> None:
+def test_a_library_that_others_can_write_is_not_loaded(mode: int, compiler: Path, tmp_path: Path) -> None:
     library = build()
     library.chmod(mode)
     assert stat.S_IMODE(build().stat().st_mode) & 0o022 == 0
@@ -113,13 +113,13 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkey
     assert [p.name for p in (tmp_path / "home" / "native").iterdir()] == [".lock"]
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_error_names_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(compiled.CannotBuild, match=r"install one of c\+\+, g\+\+, clang\+\+"):
         build()
 
 
-def test_a_folder_that_cannot_be_written(compiler: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(compiler: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "native").write_text("a file")
     with pytest.raises(compiled.CannotBuild, match="cannot be written"):

@@ -50,7 +50,7 @@ def test_a_request_takes_a_decode_worker_then_a_prefill_slot(roster, dispatcher,
     assert (decode.in_flight, prefill.in_flight, dispatcher.num_jobs) == (0, 0, 0)
 
 
-def test_no_decode_worker_is_taken_while_no_prefill_slot_would_be_there(roster, dispatcher, add_worker):
+def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(roster, dispatcher, add_worker):
     decode = add_worker(roster, "d0")
     prefill = add_worker(roster, "p0", PREFILL, credits=1)
     a, b = job("a"), job("b")
@@ -73,7 +73,7 @@ def test_waiting_requests_are_served_in_order(roster, dispatcher, add_worker):
     assert placed(dispatcher.poll(0.0)) == [("a", "d0"), ("b", "d0"), ("c", "d0")]
 
 
-def test_what_a_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
+def test_a_request_that_its_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
     add_worker(roster, "p0", PREFILL)
     dispatcher.submit(job("new", prompt=10, key="a"), 0.0)
     dispatcher.submit(job("begun", priority=1, emitted=1, key="b"), 0.0)
@@ -83,7 +83,7 @@ def test_what_a_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
     assert [name for name, _ in placed(dispatcher.poll(1.0))] == ["new", "another", "begun too", "begun"]
 
 
-def test_what_clients_resume_finds_a_full_queue_open_but_not_an_endless_one(roster, dispatcher, add_worker):
+def test_clients_may_resume_into_a_full_queue_up_to_twice_its_length(roster, dispatcher, add_worker):
     add_worker(roster, "p0", PREFILL)
     for name in "abc":
         dispatcher.submit(job(name), 0.0)
@@ -403,7 +403,7 @@ def test_keys_take_turns_by_the_tokens_they_ask_for(roster, add_worker):
     assert names == ["greedy0", "modest0", "modest1", "modest2"]
 
 
-def test_what_a_key_did_not_write_is_given_back_to_it(roster, add_worker):
+def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
     dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
     add_worker(roster, "p0", PREFILL, credits=100, total=10000)
     worker = add_worker(roster, "d0", credits=1, total=10000)
@@ -420,7 +420,7 @@ def test_what_a_key_did_not_write_is_given_back_to_it(roster, add_worker):
     assert [j.id for j in dispatcher.waiting()] == ["a2", "b2"], "15 tokens used, not 1010"
 
 
-def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
+def test_a_key_is_refunded_no_more_than_it_was_charged(roster, add_worker):
     dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
     for index in range(3):  # resumed by its client, and given up before its turn
         given_up = job(f"gone{index}", prompt=100, answer=1000, key="a", emitted=500)
@@ -491,7 +491,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     dispatcher.admit(-1, "", now, now + 0.3)  # an urgent request has none ahead of it
 
 
-def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
+def test_a_full_queue_says_when_half_of_it_will_have_left(roster, dispatcher, add_worker, make_report):
     now = drained(roster, dispatcher, add_worker, make_report, 2, 8)
     dispatcher.submit(job("last"), now)
     with pytest.raises(Overloaded) as caught:
@@ -509,7 +509,7 @@ def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, m
             dispatcher.submit(job(f"too many{index}"), now)
 
 
-def test_idle_time_is_no_sign_of_a_slow_queue(roster, dispatcher, add_worker, make_report):
+def test_idle_time_does_not_count_as_a_slow_queue(roster, dispatcher, add_worker, make_report):
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for waiting in list(dispatcher.waiting()):
         dispatcher.finish(waiting)

@@ -124,7 +124,7 @@ def test_affinity_yields_to_load_when_the_queue_is_longer_than_what_the_cache_sa
     assert choose(pool, 80, keys(1, 2, 3, 4, 5)).id == "p0"
 
 
-def test_a_prefix_that_everybody_has_does_not_unbalance_the_pool(affinity, make_report, add_worker):
+def test_a_prefix_that_every_worker_has_does_not_unbalance_the_pool(affinity, make_report, add_worker):
     pool = affinity.prefill
     for index in range(40):
         worker = add_worker(affinity, f"q{index:02}", PREFILL)
@@ -134,7 +134,7 @@ def test_a_prefix_that_everybody_has_does_not_unbalance_the_pool(affinity, make_
     assert choose(pool, 32, keys(1, 2)).id == "q33"
 
 
-def test_a_prompt_that_was_just_sent_somewhere_draws_its_like_there_before_the_report(affinity, make_report):
+def test_a_prompt_attracts_similar_ones_to_its_worker_before_the_next_report(affinity, make_report):
     pool = affinity.prefill
     first = Job("a", 64, 10, block_keys=keys(1, 2, 3, 4))
     worker = choose(pool, 64, first.block_keys)
@@ -145,7 +145,7 @@ def test_a_prompt_that_was_just_sent_somewhere_draws_its_like_there_before_the_r
     assert pool.policy.placed(second, worker) == 48, "that much need not be computed"
 
 
-def test_blocks_that_were_evicted_or_whose_worker_left_draw_nobody(affinity, make_report):
+def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affinity, make_report):
     pool = affinity.prefill
     prompt = keys(1, 2)
     tell(affinity, pool.get("p1"), make_report, prompt)

@@ -96,7 +96,7 @@ def test_the_same_incarnation_that_joins_again_still_has_its_requests(make_info,
     assert not back.admissible(1.0), "its only credit is in use"
 
 
-def test_room_counts_what_was_placed_since_the_report(make_info, make_report):
+def test_free_capacity_accounts_for_placements_since_the_report(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(used=90, total=100), 0.0)
@@ -185,7 +185,7 @@ def test_a_refusal_without_a_load_leaves_what_is_known(make_info, make_report):
     assert not worker.has_room(161)
 
 
-def test_hello_becomes_what_it_says():
+def test_a_hello_becomes_the_workers_description():
     kv = KvSpec(4, 2, 16, "float32", RopeSpec())
     hello = registry_pb2.Hello(
         worker_id="p0",
@@ -215,7 +215,7 @@ def test_hello_becomes_what_it_says():
         ({"startup_seconds": float("nan")}, "hello.startup_seconds"),
     ],
 )
-def test_a_hello_that_describes_no_worker_names_the_field(change, field):
+def test_an_invalid_hello_is_refused_by_field(change, field):
     kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
     good = {"worker_id": "p0", "stage": PREFILL, "address": "h:1", "kv": kv}
     with pytest.raises(InvalidRequest) as caught:

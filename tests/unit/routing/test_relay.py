@@ -391,7 +391,7 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
 
 
-async def test_the_decode_worker_knows_best_whose_kv_it_used(stack):
+async def test_the_prefill_worker_that_decode_names_is_recorded(stack):
     async with stack.request() as relay:
         stream = await stack.stream()
         await stream.accept()
@@ -413,7 +413,7 @@ async def test_prefill_that_keeps_failing_ends_the_request(stack):
             await relay.next()
 
 
-async def test_prefill_that_fits_nowhere_is_told_as_what_it_is(stack):
+async def test_prefill_that_fits_no_worker_is_reported_as_incompatible(stack):
     async with stack.request(max_attempts=1) as relay:
         stream = await stack.stream()
         await stream.accept()

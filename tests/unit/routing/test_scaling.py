@@ -116,7 +116,7 @@ def test_a_queue_is_worked_off():
     assert grown.prefill_pool.reason == "queue to work off"
 
 
-def test_who_waits_for_decode_because_prefill_is_behind_is_prefill_s_to_answer_for():
+def test_requests_that_wait_for_decode_because_of_prefill_count_for_prefill():
     waiting = PoolState(ready=2, waiting_jobs=100, waiting_tokens=50_000)
     behind = PoolState(ready=2, waiting_jobs=20, waiting_tokens=10_000)
     blocked = Scaler(CONFIG).targets(0, behind, waiting)
@@ -126,7 +126,7 @@ def test_who_waits_for_decode_because_prefill_is_behind_is_prefill_s_to_answer_f
     assert (free.prefill, free.decode) == (2, 3)
 
 
-def test_sequences_that_are_there_count_before_any_has_finished():
+def test_running_sequences_count_before_any_has_finished():
     scaler = Scaler(CONFIG)
     scaler.arrived(0, 500)
     targets = scaler.targets(1, PoolState(ready=1), PoolState(ready=1, running=150, waiting_jobs=50))

@@ -50,7 +50,7 @@ def signals(roster):
     return Signals(roster, Dispatcher(roster, LeastLoad()))
 
 
-def test_a_reader_hears_of_every_request_once(signals):
+def test_a_reader_counts_every_request_once(signals):
     heard = Heard()
     reader = SignalReader(heard, {})
     signals.arrived(100, 0.0)
@@ -65,7 +65,7 @@ def test_a_reader_hears_of_every_request_once(signals):
     assert heard.prefilled_by == [(100.0, 0.5)]
 
 
-def test_the_past_of_a_router_that_is_new_to_the_reader_is_not_load_of_now(signals):
+def test_the_history_of_a_router_new_to_the_reader_does_not_count_as_load(signals):
     for _ in range(1000):
         signals.arrived(100, 0.0)
     heard = Heard()
@@ -73,7 +73,7 @@ def test_the_past_of_a_router_that_is_new_to_the_reader_is_not_load_of_now(signa
     assert heard.arrivals == []
 
 
-def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster):
+def test_a_router_that_replaces_another_starts_at_zero(signals, roster):
     heard = Heard()
     reader = SignalReader(heard, {})
     signals.arrived(50, 0.0)
@@ -87,7 +87,7 @@ def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster)
     assert set(reader.seen) == {"r2"}
 
 
-def test_what_the_prefix_cache_is_known_to_hold_is_no_work(signals):
+def test_tokens_known_to_be_cached_do_not_count_as_work(signals):
     for _ in range(500):
         signals.finished(finished(cached=80), 0.0)
     before = signals.read(0.0)["arrived_tokens"]
@@ -96,7 +96,7 @@ def test_what_the_prefix_cache_is_known_to_hold_is_no_work(signals):
     assert signals.read(0.0)["prefilled_tokens"] == 500 * 20
 
 
-def test_an_answer_of_one_token_says_nothing_of_steps(signals):
+def test_an_answer_of_one_token_gives_no_step_time(signals):
     signals.finished(finished(answer=1, decode=0), 0.0)
     assert signals.read(0.0)["timed"] == 0
 
@@ -136,7 +136,7 @@ def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monke
     assert signals._counts["timed_batch"] == 10, "what it was when it was looked at last"
 
 
-def test_a_batch_is_what_ran_all_along_and_not_at_the_end(signals, roster, add_worker, make_report):
+def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals, roster, add_worker, make_report):
     worker = add_worker(roster, "d", running=10)
     for second in range(11):
         signals.read(float(second))

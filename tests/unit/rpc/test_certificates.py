@@ -109,7 +109,7 @@ STATUS = "/overfill.v1.Admin/Status"
 OK, DENIED = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED
 
 
-async def test_a_worker_takes_its_peers_only(folder: Path, worker: str) -> None:
+async def test_a_worker_accepts_its_peers_only(folder: Path, worker: str) -> None:
     for role, expected in (
         (Role.ROUTER, OK),
         (Role.WORKER, OK),
@@ -121,7 +121,7 @@ async def test_a_worker_takes_its_peers_only(folder: Path, worker: str) -> None:
     assert await outcome(worker, client_tls(folder, Role.WORKER), STATUS) == DENIED, "status is for routers"
 
 
-async def test_a_router_takes_clients_and_not_workers_for_clients(folder: Path, router: str) -> None:
+async def test_a_router_accepts_clients_and_refuses_workers_as_clients(folder: Path, router: str) -> None:
     for role, expected in ((Role.CLIENT, OK), (Role.OPERATOR, OK), (Role.WORKER, DENIED), (Role.SCRAPER, DENIED)):
         assert await outcome(router, client_tls(folder, role), MODELS) == expected, role
     assert await outcome(router, client_tls(folder, Role.CLIENT), "/overfill.v1.Registry/Join") == (
@@ -164,7 +164,7 @@ async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None
         await server.stop()
 
 
-async def test_a_client_s_certificate_is_refused_for_what_it_is_not_for(folder: Path) -> None:
+async def test_a_client_s_certificate_as_a_server_s_is_refused_for_its_use(folder: Path) -> None:
     """The reason is the certificate's use, not its name: with the right names it is refused all the same."""
     peers = certificates._authority(folder, certificates.CLIENTS_CA)
     key, cert = folder / "named.key", folder / "named.crt"
@@ -273,7 +273,7 @@ async def test_what_is_revoked_by_a_new_authority_does_not_come_back(tmp_path: P
     await server.stop()
 
 
-def test_threads_follow_too(tmp_path: Path, at_once: None) -> None:
+def test_blocking_channels_follow_replaced_certificates(tmp_path: Path, at_once: None) -> None:
     certificates.make(tmp_path)
 
     async def serving(started: Callable[[str], None], stop: asyncio.Event) -> None:

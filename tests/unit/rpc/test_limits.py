@@ -45,7 +45,7 @@ async def test_a_call_whose_message_never_comes_ends(monkeypatch: pytest.MonkeyP
     await server.stop()
 
 
-async def test_metadata_and_messages_have_a_size() -> None:
+async def test_metadata_and_messages_are_limited_in_size() -> None:
     server, address = await serving()
     async with open_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -71,7 +71,7 @@ async def closed(reader: asyncio.StreamReader, seconds: float) -> bool:
     return True
 
 
-async def test_half_of_a_handshake_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unfinished_handshake_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "HANDSHAKE_TIMEOUT", 0.5)
     server, address = await serving()
     host, _, port = address.rpartition(":")
@@ -83,7 +83,7 @@ async def test_half_of_a_handshake_does_not_stay(monkeypatch: pytest.MonkeyPatch
     await server.stop()
 
 
-async def test_a_server_keeps_a_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_limits_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "MAX_CONNECTIONS", 3)
     server, address = await serving()
     async with contextlib.AsyncExitStack() as stack:
@@ -97,7 +97,7 @@ async def test_a_server_keeps_a_number_of_connections(monkeypatch: pytest.Monkey
     await server.stop()
 
 
-def test_metrics_keep_a_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_server_limits_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_http, "MAX_CONNECTIONS", 4)
     server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
     host, _, port = server.address.rpartition(":")

@@ -178,7 +178,7 @@ async def test_credits_that_one_router_does_not_use_go_to_one_that_queues():
         await first.report_with(6)
 
 
-async def test_a_refusal_for_good_is_told_and_not_repeated():
+async def test_a_final_refusal_is_reported_and_not_retried():
     refusals = asyncio.Queue()
     async with registry() as (router, address):
         router.errors.append(Incompatible("wire version 1, not 2", ["wire_version"]))
@@ -249,7 +249,7 @@ class Name:
 
 
 @pytest.mark.parametrize("answer", ["empty", "partial"])
-async def test_an_answer_without_them_leaves_joined_routers_alone(monkeypatch, answer):
+async def test_joined_routers_stay_when_a_look_up_omits_them(monkeypatch, answer):
     monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
     async with registry() as (first, one), registry() as (second, two):
         name = Name(monkeypatch, one, two)
@@ -289,7 +289,7 @@ async def test_a_router_that_is_neither_listed_nor_joined_is_left_until_it_is_li
             await first.report_with(6)
 
 
-async def test_a_worker_is_told_when_only_routers_that_refuse_it_are_left(monkeypatch):
+async def test_a_refusal_is_reported_when_no_other_router_is_left(monkeypatch):
     refusals = asyncio.Queue()
     async with registry() as (first, one), registry() as (second, two):
         name = Name(monkeypatch, one, two)
@@ -355,7 +355,7 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
         assert await asked.get() == ("router-0.internal:7600", told)
 
 
-async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkeypatch):
+async def test_an_address_that_was_given_itself_stays_when_a_name_omits_it(monkeypatch):
     async with registry() as (router, address):
         answers, lookups = [{address}], asyncio.Queue()
 
@@ -385,7 +385,7 @@ async def test_a_fault_of_its_own_does_not_end_a_worker_s_attempts_to_join():
         assert router.hellos.qsize() == 3
 
 
-async def test_a_name_that_cannot_be_resolved_keeps_the_streams_there_are(monkeypatch):
+async def test_streams_stay_while_a_name_cannot_be_resolved(monkeypatch):
     async with registry() as (router, address):
         failures = asyncio.Queue()
         answers = [{address}]
@@ -434,7 +434,7 @@ async def test_every_router_is_told_what_the_prefix_cache_holds_and_then_what_ch
         assert list(report.prefix.added) == [2]
 
 
-async def test_other_kinds_of_name_can_be_taught(monkeypatch):
+async def test_resolvers_for_other_kinds_of_name_can_be_added(monkeypatch):
     async with registry() as (router, address):
 
         async def look_up(name):
@@ -461,6 +461,6 @@ async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):
             await router.reports.get()
 
 
-def test_a_kind_of_name_that_nobody_can_look_up_is_told_at_once():
+def test_a_name_of_an_unknown_kind_is_refused_at_once():
     with pytest.raises(ValueError, match=r"board:///stack.*known schemes are dns"):
         Membership(registry_pb2.Hello(), ["board:///stack"], lambda routers: registry_pb2.Report())

@@ -149,13 +149,13 @@ async def test_bugs_do_not_leak_and_leave_the_server_serving(channel: grpc.aio.C
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_bytes_that_are_no_message_are_the_senders_fault(channel: grpc.aio.Channel, kind: str) -> None:
+async def test_bytes_that_are_not_a_message_are_the_senders_fault(channel: grpc.aio.Channel, kind: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="not a valid message"):
         await call(channel, kind, BAD_UTF8)
 
 
 @pytest.mark.parametrize("kind", ["stream_unary", "stream_stream"])
-async def test_a_later_bad_message_of_a_stream_too(channel: grpc.aio.Channel, kind: str) -> None:
+async def test_a_later_invalid_message_of_a_stream_is_the_senders_fault(channel: grpc.aio.Channel, kind: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="not a valid message"):
         await call(channel, kind, Message(name="a"), BAD_UTF8)
 
@@ -202,7 +202,7 @@ async def test_health_follows_set_ready(server: RpcServer, channel: grpc.aio.Cha
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_every_health_watcher_is_told_and_none_delays_a_stop(
+async def test_every_health_watcher_is_notified_and_none_delays_a_stop(
     server: RpcServer, channel: grpc.aio.Channel
 ) -> None:
     stub = health_pb2_grpc.HealthStub(channel)

@@ -97,7 +97,7 @@ async def test_a_server_of_an_unknown_ca_or_a_client_in_the_clear_is_refused(cer
         await check(address, None)
 
 
-async def test_the_name_that_a_certificate_must_bear_can_be_told(certificates: Path, address: str) -> None:
+async def test_the_name_that_a_certificate_must_have_can_be_set(certificates: Path, address: str) -> None:
     _, _, port = address.rpartition(":")
     # In a cluster the name is the certificate's and the address anybody's; here the certificate is for an address.
     for name, right in (("", False), ("127.0.0.1", True), ("other.internal", False)):

@@ -62,7 +62,7 @@ def test_a_signal_while_the_model_loads_ends_the_process_in_silence(number):
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_the_process_ends_with_what_it_serves_whatever_its_threads_do(code):
+def test_the_process_ends_with_its_service_even_if_threads_still_run(code):
     with worker(f"leaves({code})") as process:
         try:
             stdout, stderr = process.communicate(timeout=60)

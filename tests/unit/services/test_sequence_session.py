@@ -149,7 +149,7 @@ async def test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_for
     assert isinstance(bench.sent[-1], Release)
 
 
-async def test_an_assignment_that_nobody_asked_for_is_ignored(bench):
+async def test_an_unrequested_assignment_is_ignored(bench):
     bench.assign()
     await settle()
     bench.pulls[0].let_go.set()
@@ -170,7 +170,7 @@ async def test_a_refusal_carries_the_load():
     assert isinstance(bench.sent[0], Reserve)
 
 
-async def test_tokens_that_nobody_reads_become_one_message():
+async def test_unread_tokens_merge_into_one_message():
     outbox = Outbox()
     for index in range(1000):
         outbox.put(decode_pb2.DecodeResponse(tokens=decode_pb2.Tokens(first_index=index, ids=[index])))

@@ -53,7 +53,7 @@ def test_the_table_of_metrics_is_up_to_date():
 
 
 @pytest.mark.parametrize("kind", [RouterMetrics, PrefillMetrics, DecodeMetrics])
-def test_what_is_exported_is_what_is_declared(kind):
+def test_exactly_the_declared_metrics_are_exported(kind):
     metrics = kind()
     families = text_string_to_metric_families(metrics.render().decode())
     exported = {family.name for family in families if family.name.startswith("overfill")}
@@ -66,7 +66,7 @@ def test_what_is_exported_is_what_is_declared(kind):
         assert spec.help.endswith(".")
 
 
-def test_buckets_are_honest_at_5_ms_and_at_5_s():
+def test_buckets_are_fine_enough_at_5_ms_and_at_5_s():
     assert 0.005 in LATENCY_BUCKETS
     assert 5.0 in LATENCY_BUCKETS
     # A quantile is somewhere in its bucket: it is off by less than the bucket is wide.
@@ -85,7 +85,7 @@ def test_every_error_is_an_outcome():
     assert outcome_of(ValueError()) == "internal"
 
 
-def test_parts_of_the_time_to_first_token_and_what_they_leave():
+def test_parts_of_the_time_to_first_token_and_the_unattributed_rest():
     metrics = RouterMetrics()
     timing = common_pb2.Timing(
         ttft_ns=100_000_000,
@@ -174,7 +174,7 @@ def test_steps_refusals_and_preemptions_of_a_decode_engine():
     assert engine.value("prefix_tokens_total", "miss") == 26
 
 
-def test_a_lost_block_shows():
+def test_lost_blocks_are_exported():
     engine = Engine()
     assert engine.value("kv_blocks_leaked") == 0
     lost = engine.pool.acquire("nobody", 2)
@@ -232,7 +232,7 @@ def test_refusals_by_reason():
     assert values(metrics, "overfill_router_failed_attempts_total")["transfer_failed",] == 1
 
 
-def test_what_the_scaling_policy_makes_of_things():
+def test_inputs_needs_and_decisions_of_the_scaling_policy_are_exported():
     metrics = RouterMetrics()
     scaler = Scaler(ScalingConfig())
     ready = PoolState(ready=1)

@@ -11,7 +11,7 @@ from overfill.telemetry import progress
 from overfill.telemetry.progress import LINE_SECONDS, progress_lines, show_progress
 
 
-def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> None:
+def test_lines_report_a_step_s_start_end_and_progress_now_and_then() -> None:
     now, lines = 0.0, list[str]()
     report = progress_lines(lines.append, lambda: now)
     for done in range(101):
@@ -28,7 +28,7 @@ def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> No
     ]
 
 
-def test_a_step_that_comes_again_is_told_again() -> None:
+def test_a_repeated_step_is_reported_again() -> None:
     now, lines = 0.0, list[str]()
     report = progress_lines(lines.append, lambda: now)
     for _ in range(2):

@@ -83,7 +83,7 @@ def test_a_peer_that_dies_is_not_waited_for(fake):
         fake.prefill([4])
 
 
-def test_an_environment_is_there_only_when_it_is_whole(tmp_path, monkeypatch):
+def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
     monkeypatch.setitem(environment.RECIPES, "thing", Recipe((str(tmp_path / "no-such-package"),)))
     with pytest.raises(PeerInstallFailed, match=r"pip .*install .*no-such-package"):

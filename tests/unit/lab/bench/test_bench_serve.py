@@ -132,7 +132,7 @@ def test_every_token_is_counted_once(fake, per_message, texts, says_why, extensi
     assert all(body.get("ignore_eos", False) is extensions for body in played)
 
 
-async def test_a_message_without_text_is_no_token(fake):
+async def test_a_message_without_text_does_not_count_as_a_token(fake):
     fake.says_why = True
     async with OpenAiTarget(fake.url, extensions=False) as target:
         assert max([count async for count in target.stream([1], 4)]) == 4
@@ -174,7 +174,7 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3, abs=0.01)  # rates differ by 15 %
 
 
-def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
+def test_a_target_that_is_never_saturated_is_reported(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
     _, rows = rows_of(*load, "--slo=ttft=60")  # all requests meet it
     assert {(row["saturates"], row["not_saturated"]) for row in rows} == {(None, "a")}
