@@ -1,4 +1,4 @@
-"""The same promises on a CUDA device. Skipped where there is none."""
+"""Tests on a CUDA device that answers and caches equal those on the CPU. Skipped without a device."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def exact_float32():
-    """TF32 would make float32 products too coarse to compare."""
+    """Turns TF32 off, because its products are too coarse to compare with float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -81,4 +81,5 @@ def test_a_cache_of_int8_gives_what_one_on_the_cpu_does(pair):
         cache.write([1, 7, 2], LayerTargets({1: [0]}), [chunk])
         found[-1] += [half.cpu() for half in cache.gather(0, cache.slots([1, 7, 2], 2, 11))]
     for on_gpu, on_cpu in zip(*found, strict=True):
-        torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)  # a last bit decides which way a code is rounded
+        # Codes may round differently where the last bit differs.
+        torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)

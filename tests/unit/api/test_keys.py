@@ -1,4 +1,4 @@
-"""API keys: what the file holds, who is let in, what a damaged file does."""
+"""Tests API keys: the content of their file, which callers it admits, and what a damaged file changes."""
 
 import errno
 import json
@@ -167,6 +167,6 @@ def test_scopes_are_kept_and_checked(file):
     with pytest.raises(BadKeyFile, match="scopes"):
         keys.load(file)
     for entry in data["keys"]:
-        del entry["scopes"]  # as files were before there were scopes
+        del entry["scopes"]  # the format before scopes existed
     file.write_text(json.dumps(data))
     assert {key.scopes for key in keys.load(file)} == {keys.DEFAULT_SCOPES}

@@ -22,7 +22,7 @@ def run(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
 
 
 def cut(stops: list[str], text: str) -> tuple[str, str | None]:
-    """What is meant, one character after the other."""
+    """The specification: looks for stop strings one character at a time."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -74,7 +74,7 @@ def test_a_stop_string_may_be_text_as_long_as_the_answer_may_not_end() -> None:
     matcher = StopStrings(["END"])
     assert matcher.push("an END, E", may_end=False) == ("an END, ", None)
     assert matcher.push("N", may_end=False) == ("", None)
-    assert matcher.push("D at last") == ("", "END"), "it began before and is complete now"
+    assert matcher.push("D at last") == ("", "END"), "it began earlier and is complete now"
     matcher = StopStrings(["a", "ab"])
     assert matcher.push("xa", may_end=False) == ("x", None)
-    assert matcher.push("c") == ("ac", None), "it was complete before"
+    assert matcher.push("c") == ("ac", None), "it was complete while the answer could not end"

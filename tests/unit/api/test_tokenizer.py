@@ -22,7 +22,7 @@ CHAT = [
 
 @pytest.fixture
 def folder(byte_level_folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the checkpoint that the test may damage."""
     return Path(shutil.copytree(byte_level_folder, tmp_path / "checkpoint"))
 
 

@@ -1,4 +1,4 @@
-"""``generate``, ``chat`` and ``status``, over a client that needs no stack."""
+"""Tests ``generate``, ``chat`` and ``status`` with a client that needs no stack."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_an_error_in_the_middle_is_exit_1_after_what_came(fake_client: Any, caps
 
 
 def test_an_argument_that_is_not_utf_8_is_an_error_naming_the_field(capsys: pytest.CaptureFixture[str]) -> None:
-    # What Python makes of the byte 0xff on the command line.
+    # Python decodes the byte 0xff on the command line to this.
     assert main(["generate", "caf\udcff"]) == 1
     assert "content" in capsys.readouterr().err
 
@@ -255,7 +255,7 @@ def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatu
 
 
 def stack(prefill: int = 1, decode: int = 1) -> StackStatus:
-    """With so many ready workers of each stage; it was started with one prefill and two decode workers."""
+    """Status of a stack with the given ready workers of each stage, started with one prefill and two decode workers."""
     load = WorkerLoad(
         kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0,
         prefix_tokens_looked_up=200, prefix_tokens_found=50,

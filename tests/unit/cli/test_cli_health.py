@@ -1,4 +1,4 @@
-"""``overfill health`` against a server of its kind, and against nobody."""
+"""Tests ``overfill health`` against a running server and against an address without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOBODY = "127.0.0.1:1"
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Refuses, as a server does that has as many RPCs as it takes."""
+    """Refuses every call, like a server at its limit of concurrent RPCs."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -49,14 +49,14 @@ def test_the_next_address_is_asked_when_one_is_dead(full: str, capsys: pytest.Ca
     assert main(["health", "--live", f"{NOBODY},{full}"]) == 0
     err = capsys.readouterr().err
     assert f"{NOBODY}: nothing listens there" in err
-    assert "overfill up" not in err, "there is a stack"
+    assert "overfill up" not in err, "a stack runs at the second address"
 
 
 def test_addresses_may_have_spaces_between_them_and_repeat(full: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", "--live", f"{NOBODY}, {full}"]) == 0
     capsys.readouterr()
     assert main(["health", "--live", f"{NOBODY},{NOBODY}"]) == 1
-    assert capsys.readouterr().err.count("overfill up") == 1, "at the end only"
+    assert capsys.readouterr().err.count("overfill up") == 1, "the hint comes once, after all addresses"
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "127.0.0.1:1,", ""])

@@ -1,4 +1,4 @@
-"""The command itself: what it loads, how errors end."""
+"""Tests the program itself: which modules it imports, and how it prints errors and exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How results are shown."""
+"""Tests how results are printed: parts of the time to first token, speed, migrations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_part_has_a_row_and_the_rest_is_unattributed(answer: Callable[...,
     rows = {line.split("  ")[0].strip(): line for line in shown(answer()).splitlines()}
     assert "80.00" in rows["prefill compute"]
     assert "80.0" in rows["prefill compute"]
-    assert "2.00" in rows["unattributed"], "100 ms less 10 + 1 + 4 + 80 + 3"
+    assert "2.00" in rows["unattributed"], "100 ms minus 10 + 1 + 4 + 80 + 3"
     assert {"router queue", "decode reservation", "prefill queue", "return path"} <= set(rows)
 
 

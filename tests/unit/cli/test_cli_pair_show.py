@@ -1,4 +1,4 @@
-"""`overfill pair show` tells what the files are now, not what the manifest says that they were."""
+"""Tests that ``overfill pair show`` reports digests of the present files, not those of the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pair(tiny_pair: Path, tmp_path: Path) -> Path:
 
 
 def change(checkpoint: Path) -> None:
-    """Other weights of the same shapes: only reading them tells."""
+    """Replaces weights by others of the same shapes, so that only their digest differs."""
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})

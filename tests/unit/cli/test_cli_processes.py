@@ -1,4 +1,4 @@
-"""Children of ``overfill up``: none is left, whatever happens to the parent."""
+"""Tests that no child of ``overfill up`` outlives it, however it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STUBBORN = (
 
 
 class Sink:
-    """Collects lines, and lets a test wait for one."""
+    """Collects lines; a test can wait for a given one."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""``up`` on Ray, without Ray: what a plan becomes, what is told of a status, which options contradict."""
+"""Tests the parts of ``up`` on Ray that need no Ray: the spec made of a plan, reports of status, option conflicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``up``: what is started with which settings, when it counts as ready, how it ends."""
+"""Tests ``up``: the processes and settings that it starts, when the stack is ready, and how it ends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plan(**settings: Any) -> StackPlan:
 
 
 class Gathering(Stack):
-    """A stack whose processes run the given code, by name; the default waits for a signal."""
+    """A stack whose processes run the code given for their name. By default a process waits for a signal."""
 
     def __init__(self, code: dict[str, str] | None = None, **settings: Any) -> None:
         self.lines: list[tuple[str, str]] = []
@@ -58,7 +58,7 @@ class Gathering(Stack):
 
 
 class Routers:
-    """Stands in for the SDK: each router answers what its script says, call by call; the last stays."""
+    """Stands in for the SDK. Each router gives the answers of its script in order, and then repeats the last one."""
 
     def __init__(self, answers: Callable[[], Any]) -> None:
         self._answers = answers
@@ -142,7 +142,7 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_worker(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     made = plan(prefill=1, decode=3)
-    assert (made.prefill[0].threads, made.decode[2].threads) == (8, 2)  # each stage has all of them
+    assert (made.prefill[0].threads, made.decode[2].threads) == (8, 2)  # on one machine each stage may use all
     made = plan(prefill=1, decode=3, apart=True)
     assert (made.prefill[0].threads, made.decode[2].threads) == (2, 2)
     assert plan(threads=5).prefill[0].threads == 5
@@ -179,7 +179,7 @@ def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.Cap
 
 
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # with those of both workers
+    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # workers' ports included
     assert "--http 8000 (its default) and --metrics-port 7998 overlap" in " ".join(capsys.readouterr().err.split())
 
 
@@ -238,13 +238,13 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     assert "\x1b" not in said
     assert "curl" not in welcome(plan())
     elsewhere = welcome(plan(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
-    assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, a router may be on another machine"
+    assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
     assert '"model": "pair"' in welcome(plan(http=8000))
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
-    """Plans that ``up`` would have run. Whether their ports are free on this machine does not matter."""
+    """Collects the plans that ``up`` would run, without checking that their ports are free."""
     plans: list[StackPlan] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
@@ -338,7 +338,7 @@ def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_sho
 
 
 def wait_for_exit(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # it has been reaped already
+    with contextlib.suppress(ChildProcessError):  # the process has been reaped already
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
@@ -400,7 +400,7 @@ def test_routers_drain_before_the_workers_are_asked_to_stop(gather: Callable[...
 
 
 class Steps(threading.Event):
-    """An event that does one step at each wait and is set after the last."""
+    """An event that runs one step at each wait and is set after the last step."""
 
     def __init__(self, steps: list[Callable[[], Any]]) -> None:
         super().__init__()

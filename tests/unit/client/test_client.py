@@ -1,4 +1,4 @@
-"""Both clients against a scripted router, by the same tests."""
+"""Tests the blocking and the asyncio client with the same tests against a scripted router."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from overfill.v1 import inference_pb2
 
 
 class SyncSdk:
-    """One call with a fresh client."""
+    """Makes each call with a new blocking client."""
 
     def run(self, address: str, method: str, *args: Any, **kwargs: Any) -> Any:
         with Client(address) as client:
@@ -44,7 +44,7 @@ class SyncSdk:
 
 
 class AsyncSdk:
-    """The same, with awaits."""
+    """Makes each call with a new asyncio client."""
 
     def run(self, address: str, method: str, *args: Any, **kwargs: Any) -> Any:
         async def main() -> Any:
@@ -92,7 +92,7 @@ def test_generate(sdk: Sdk, router: Any) -> None:
     (request,) = router.requests
     assert request.chat.messages[0].content == "Hi"
     assert (request.sampling.max_tokens, list(request.stop)) == (5, ["\n"])
-    assert 0 < router.time_remaining[0] < 61  # gRPC rounds up
+    assert 0 < router.time_remaining[0] < 61  # gRPC rounds the timeout up
 
 
 def test_no_timeout_is_no_deadline(sdk: Sdk, router: Any) -> None:
@@ -227,7 +227,8 @@ def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
 def test_held_back_text_comes_once_when_the_router_is_lost_before_the_end(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
-    router.script = [*say.good[:3], ShuttingDown("leaving")]  # all tokens are there; the end, with its text, is not
+    # All tokens arrive, but not the final message, which has the held-back text.
+    router.script = [*say.good[:3], ShuttingDown("leaving")]
     another_router.script = [say.accepted(), say.finished(rest=inference_pb2.Delta(text="!"))]
     answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x")
     assert (answer.text, answer.token_ids) == ("Hello!", (10, 11, 12))

@@ -1,4 +1,4 @@
-"""The blocking client is generated from the asyncio one."""
+"""Tests that the blocking client is up to date with the asyncio client it is generated from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a stack fits machines, and what its workers reserve."""
+"""Tests whether a stack fits machines, and which resources its workers reserve."""
 
 from __future__ import annotations
 

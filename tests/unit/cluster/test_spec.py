@@ -1,4 +1,4 @@
-"""A stack's description for Ray, and the Serve config it becomes. No Ray here."""
+"""Tests a stack's description for Ray and the Serve config made of it, without Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The line that installs an extra, by where an installation came from; what is told as missing and what is not."""
+"""Tests the command that installs an extra, by the origin of the installation, and which modules count as missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overfill.process.extras import MissingExtra, install_line, needs, require
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets where pip says that it took the distribution from."""
+    """Sets the origin that pip has recorded for the distribution."""
 
     class Distribution:
         source: dict[str, Any] | None = None

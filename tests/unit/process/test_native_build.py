@@ -1,4 +1,4 @@
-"""The kernels are compiled once and kept; whatever is wrong with that, models run on the reference."""
+"""Tests that kernels are compiled once and kept, and that models run on the reference if that fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fake_compiler(folder: Path, body: str) -> Path:
-    """A ``c++`` that notes each compilation in ``folder/calls`` and then does ``body``."""
+    """Writes a ``c++`` that records each compilation in ``folder/calls`` and then runs ``body``."""
     path = folder / "bin" / "c++"
     path.parent.mkdir()
     path.write_text(
@@ -53,7 +53,7 @@ def test_the_library_is_compiled_once_and_found_again(compiler: Path, tmp_path: 
     assert build() == first
     assert calls(tmp_path) == 1
     left = sorted(p.name for p in first.parent.parent.iterdir())
-    assert left == [".lock", first.parent.name], "nothing half-made is left"
+    assert left == [".lock", first.parent.name], "no unfinished file is left"
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_text("libr"), Path.unlink], ids=["cut short", "gone"])

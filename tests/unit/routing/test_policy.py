@@ -82,7 +82,7 @@ def test_of_two_drawn_workers_the_less_loaded_is_taken(add_worker):
     for index in range(10):
         add_worker(roster, f"d{index}", running=index)
     chosen = [choose(roster.decode).id for _ in range(200)]
-    assert len(set(chosen)) > 5, "not all the same one"
+    assert len(set(chosen)) > 5, "the draws differ"
     assert "d9" not in chosen, "the most loaded worker loses every comparison"
 
 
@@ -112,8 +112,8 @@ def test_a_prompt_goes_where_most_of_it_is_cached(affinity, make_report):
     tell(affinity, pool.get("p1"), make_report, keys(1, 2))
     tell(affinity, pool.get("p2"), make_report, keys(1, 2, 3))
     assert choose(pool, 64, keys(1, 2, 3, 4)).id == "p2"
-    assert choose(pool, 64, keys(1, 2, 9, 4)).id == "p1", "both have as much of it; the order decides"
-    assert choose(pool, 64, keys(5, 2, 3, 4)).id == "p0", "a block counts behind the same blocks only"
+    assert choose(pool, 64, keys(1, 2, 9, 4)).id == "p1", "both cache the same length, so the order decides"
+    assert choose(pool, 64, keys(5, 2, 3, 4)).id == "p0", "a block matches only after the same earlier blocks"
 
 
 def test_affinity_yields_to_load_when_the_queue_is_longer_than_what_the_cache_saves(affinity, make_report):
@@ -142,7 +142,7 @@ def test_a_prompt_attracts_similar_ones_to_its_worker_before_the_next_report(aff
     pool.place(worker, 16)
     second = Job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
     assert choose(pool, 64, second.block_keys) is worker
-    assert pool.policy.placed(second, worker) == 48, "that much need not be computed"
+    assert pool.policy.placed(second, worker) == 48, "cached tokens do not count as queued work"
 
 
 def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affinity, make_report):

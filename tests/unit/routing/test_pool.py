@@ -52,11 +52,11 @@ def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_r
     assert roster.unready_stages(0.0) == [PREFILL, DECODE]
     prefill = roster.join(make_info("p0", PREFILL))
     decode = [roster.join(make_info(name)) for name in ("d0", "d1")]
-    assert roster.unready_stages(0.0) == [PREFILL, DECODE], "none has reported"
+    assert roster.unready_stages(0.0) == [PREFILL, DECODE], "no worker has reported"
     roster.prefill.report(prefill, make_report(ready=False), 0.0)
     for worker in decode:
         roster.decode.report(worker, make_report(credits=0), 0.0)
-    assert roster.unready_stages(0.0) == [PREFILL], "a full worker is ready, one that is loading is not"
+    assert roster.unready_stages(0.0) == [PREFILL], "a full worker counts as ready, a loading one does not"
     roster.prefill.report(prefill, make_report(), 1.0)
     assert roster.unready_stages(1.0) == []
     roster.decode.remove(decode[0])
@@ -65,7 +65,7 @@ def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_r
     assert roster.unready_stages(1.0) == [DECODE]
     roster.decode.report(decode[1], make_report(), 2.0)
     assert roster.unready_stages(1.0 + STALE_AFTER) == []
-    assert roster.unready_stages(1.1 + STALE_AFTER) == [PREFILL], "silence is enough, without any event"
+    assert roster.unready_stages(1.1 + STALE_AFTER) == [PREFILL], "silence suffices; no event is needed"
 
 
 def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, make_report):
@@ -76,7 +76,7 @@ def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, ma
     new = pool.join(make_info("d0", incarnation=2))
     assert list(pool) == [new]
     assert new.in_flight == 0
-    pool.release(old)  # the old one's request ends later and touches only the old one
+    pool.release(old)  # a request of the old incarnation ends later and changes only the old one
     assert (old.in_flight, new.in_flight) == (0, 0)
     pool.remove(old)
     assert list(pool) == [new]
@@ -91,7 +91,7 @@ def test_the_same_incarnation_that_joins_again_still_has_its_requests(make_info,
     assert len(pool) == 0
     back = pool.join(make_info("d0"))
     assert back is worker
-    assert not back.admissible(0.0), "must report first"
+    assert not back.admissible(0.0), "it must report first"
     pool.report(back, make_report(credits=1), 1.0)
     assert not back.admissible(1.0), "its only credit is in use"
 
@@ -168,7 +168,7 @@ def test_a_refusal_closes_the_worker_and_its_load_counts_until_the_next_report(m
     pool.place(worker, 160)
     pool.refused(worker, make_report(used=95, total=100).load)
     assert not worker.admissible(0.0)
-    assert worker.has_room(80), "what was placed is in the load that it says it has"
+    assert worker.has_room(80), "the reported load includes earlier placements"
     assert not worker.has_room(81)
     pool.report(worker, make_report(used=0, total=100), 1.0)
     assert worker.admissible(1.0)
@@ -230,7 +230,7 @@ def test_the_keys_of_a_prefix_cache_are_mirrored(make_info, make_report):
         (registry_pb2.PrefixDelta(added=[1, 2], replaces=True), {1, 2}),
         (None, {1, 2}),
         (registry_pb2.PrefixDelta(added=[3], removed=[1]), {2, 3}),
-        (registry_pb2.PrefixDelta(added=[9], replaces=True), {9}),  # it has joined again
+        (registry_pb2.PrefixDelta(added=[9], replaces=True), {9}),  # the worker has joined again
     ):
         report = make_report()
         if delta is not None:

@@ -1,4 +1,4 @@
-"""The scaling policy: needs against hand-made arithmetic, and how targets follow them over time."""
+"""Tests the scaling policy: needs against arithmetic by hand, and how targets follow needs over time."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ CONFIG = ScalingConfig(ttft=2.0, itl=0.05, prefill_rate=1000.0, step=STEP, answe
 
 
 def play(scaler, seconds, rate, *, prompt=500, answer=100, start=0.0, pools=None, noise=None):
-    """Targets every second while ``rate`` requests/s come and end as they should; workers follow at once."""
+    """Returns the targets of every second at ``rate`` requests/s. Workers follow the targets at once."""
     pools = pools if pools is not None else [1, 1]
     history, now, arrival = [], start, start
     while now < start + seconds:
@@ -35,7 +35,7 @@ def play(scaler, seconds, rate, *, prompt=500, answer=100, start=0.0, pools=None
 
 def test_needs_follow_from_load_and_capacity():
     last = play(Scaler(CONFIG), 120, rate=20)[-1]
-    # 20 x 500 tokens/s at 1,000 tokens/s a worker: ten busy workers, and more than that so that none waits long.
+    # 20 x 500 tokens/s at 1,000 tokens/s a worker: ten busy workers, and some more so that no request waits long.
     assert last.prefill_pool.inputs["load"] == pytest.approx(10, rel=0.05)
     assert 10 < last.prefill_pool.need < 13
     # A step of 35 sequences takes 45 ms, nine tenths of the objective; 20 x 100 tokens/s x 45 ms = 90 at once.

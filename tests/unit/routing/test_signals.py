@@ -1,4 +1,4 @@
-"""Routers' numbers, and the scaler that they feed."""
+"""Tests the signals that routers collect, and how the scaler reads them."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monke
     monkeypatch.setattr(Pool, "__iter__", lambda self: pytest.fail("looked at every worker"))
     signals.arrived(100, 0.5)
     signals.finished(finished(decode=0.4), 0.9)
-    assert signals._counts["timed_batch"] == 10, "what it was when it was looked at last"
+    assert signals._counts["timed_batch"] == 10, "the value at the last reading"
 
 
 def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals, roster, add_worker, make_report):
@@ -145,5 +145,5 @@ def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals
     assert signals.read(10.0)["timed_batch"] == pytest.approx(10)
     for second in range(11, 21):
         signals.read(float(second))
-    signals.finished(finished(decode=15.0), 20.0)  # five seconds with ten, ten seconds alone
+    signals.finished(finished(decode=15.0), 20.0)  # five seconds beside nine others, ten seconds alone
     assert signals.read(20.0)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15)

@@ -1,6 +1,6 @@
-"""Who gets in with which certificate, and where it is refused: at the handshake, or before the first byte of a message.
+"""Tests which certificate is accepted where, and whether it is refused at the handshake or before the first message.
 
-Real servers on loopback with the gates of a router and of a worker, certificates as ``overfill certs`` makes them.
+Real servers on loopback use the access rules of a router and of a worker; certificates are those of ``overfill certs``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Outcome = grpc.StatusCode | str
 
 
 class Everything(admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, inference_pb2_grpc.InferenceServicer):
-    """Says yes to whoever gets here."""
+    """Answers every call that passes access control."""
 
     async def Status(self, request: admin_pb2.StatusRequest, context: object) -> admin_pb2.StatusResponse:
         return admin_pb2.StatusResponse()
@@ -48,7 +48,7 @@ class Everything(admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates of a stack, those of another one in ``other``, and expired ones of this stack in ``expired``."""
+    """Certificates of a stack. ``other`` has those of another stack, ``expired`` has expired ones of this stack."""
     folder = tmp_path_factory.mktemp("certs")
     certificates.make(folder)
     certificates.make(folder / "other")
@@ -92,13 +92,13 @@ async def worker(folder: Path) -> AsyncIterator[str]:
 
 
 async def outcome(address: str, tls: ClientTls | None, method: str) -> Outcome:
-    """The status of an empty call; "handshake" when the two ends never came to speak HTTP/2."""
+    """Makes an empty call; returns its status, or "handshake" if the connection failed before HTTP/2."""
     async with open_channel(address, tls) as channel:
         call = channel.unary_unary(method)(b"", timeout=20)  # type: ignore[type-var]
         try:
             await call
         except grpc.aio.AioRpcError as error:
-            # Nothing of ours has spoken: neither a status of the gate's nor one of a method.
+            # Neither access control nor a method has answered.
             at_handshake = error.code() is grpc.StatusCode.UNAVAILABLE
             return "handshake" if at_handshake else error.code()
         return grpc.StatusCode.OK
@@ -113,12 +113,12 @@ async def test_a_worker_accepts_its_peers_only(folder: Path, worker: str) -> Non
     for role, expected in (
         (Role.ROUTER, OK),
         (Role.WORKER, OK),
-        (Role.SCRAPER, DENIED),  # of the stack, but not for this
+        (Role.SCRAPER, DENIED),  # certificates of the stack, for another use
         (Role.CLIENT, "handshake"),
         (Role.OPERATOR, "handshake"),
     ):
         assert await outcome(worker, client_tls(folder, role), DESCRIBE) == expected, role
-    assert await outcome(worker, client_tls(folder, Role.WORKER), STATUS) == DENIED, "status is for routers"
+    assert await outcome(worker, client_tls(folder, Role.WORKER), STATUS) == DENIED, "Status is for routers only"
 
 
 async def test_a_router_accepts_clients_and_refuses_workers_as_clients(folder: Path, router: str) -> None:
@@ -146,9 +146,9 @@ async def test_strangers_do_not_get_past_the_handshake(folder: Path, worker: str
 
 
 async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None:
-    """Nor an expired worker's: a router that connects to such a server ends the handshake."""
+    """A router also ends the handshake with a server that shows a worker's expired certificate."""
     impostors = {
-        # Even if routers trusted the authority of clients for servers, which they do: `ca.crt` holds both.
+        # This must hold although routers trust the clients' authority too, because `ca.crt` holds both authorities.
         "client": certificates.role_files(folder, Role.CLIENT),
         "expired": certificates.role_files(folder / "expired", Role.WORKER),
         "other": certificates.role_files(folder / "other", Role.WORKER),
@@ -159,13 +159,13 @@ async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None
         )
         address = await server.start("127.0.0.1:0")
         tls = client_tls(folder, Role.ROUTER)
-        # Without a name to check: the certificate itself has to be the reason.
+        # No name is checked, so that the certificate itself is the reason.
         assert await outcome(address, tls, "/grpc.health.v1.Health/Check") == "handshake", what
         await server.stop()
 
 
 async def test_a_client_s_certificate_as_a_server_s_is_refused_for_its_use(folder: Path) -> None:
-    """The reason is the certificate's use, not its name: with the right names it is refused all the same."""
+    """With the right names it is refused too, because its extended key usage does not include servers."""
     peers = certificates._authority(folder, certificates.CLIENTS_CA)
     key, cert = folder / "named.key", folder / "named.crt"
     made = certificates._SERVERS
@@ -187,7 +187,7 @@ async def test_a_client_s_certificate_as_a_server_s_is_refused_for_its_use(folde
 
 
 def _without_server_use(folder: Path, issuer: certificates.Authority) -> tuple[Path, Path]:
-    """A client's certificate with a server's names."""
+    """Makes a client's certificate that has a server's names."""
     key = certificates.ec.generate_private_key(certificates.ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
     builder = certificates._builder(name, issuer.certificate.subject, key, 1)
@@ -244,7 +244,7 @@ async def test_certificates_are_replaced_under_running_servers_and_channels(tmp_
         await stub.Describe(decode_pb2.DescribeDecodeRequest())  # over a new connection
         server.set_ready(True)
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING  # still over the old one
-        (tmp_path / "router.crt").write_bytes((tmp_path / "worker.crt").read_bytes())  # half of a pair
+        (tmp_path / "router.crt").write_bytes((tmp_path / "worker.crt").read_bytes())  # a certificate without its key
         (tmp_path / "worker.key").unlink()
         await stub.Describe(decode_pb2.DescribeDecodeRequest())
         watching.cancel()
@@ -252,7 +252,7 @@ async def test_certificates_are_replaced_under_running_servers_and_channels(tmp_
 
 
 async def test_what_is_revoked_by_a_new_authority_does_not_come_back(tmp_path: Path, at_once: None) -> None:
-    """A server that has a new authority refuses the old certificates, and its clients follow theirs."""
+    """A server with a new authority refuses the old certificates; its clients load their new ones."""
     certificates.make(tmp_path)
     server, address = await serve(tmp_path, Role.WORKER)
     old = client_tls(tmp_path, Role.ROUTER)
@@ -308,7 +308,7 @@ def test_blocking_channels_follow_replaced_certificates(tmp_path: Path, at_once:
 
 
 async def _serial(address: str, folder: Path) -> int:
-    """Of the certificate that the server at ``address`` shows now."""
+    """Returns the serial number of the certificate that the server at ``address`` shows now."""
     import ssl
 
     files = certificates.role_files(folder, Role.ROUTER)

@@ -21,7 +21,7 @@ def test_a_router_that_queues_gets_what_another_does_not_use_but_for_one():
 
 def test_two_routers_that_queue_come_to_equal_shares():
     assert divide(12, [RouterDemand(3, 50), RouterDemand(1, 50)]) == [6, 6]
-    assert divide(12, [RouterDemand(9, 50), RouterDemand(1, 50)]) == [9, 3], "what runs is not taken away"
+    assert divide(12, [RouterDemand(9, 50), RouterDemand(1, 50)]) == [9, 3], "credits of running requests stay"
 
 
 def test_every_router_gets_one_credit_even_of_a_tiny_worker():
@@ -36,9 +36,9 @@ def test_credits_never_exceed_capacity_and_none_is_unused_while_a_router_queues(
     kept = sum(capacity // len(demands) for demand in demands if demand is None)
     used = sum(min(demand.in_use, capacity) for _, demand in said)
     new = sum(max(0, share - min(demand.in_use, capacity)) for share, demand in said)
-    assert new <= max(0, capacity - used - kept) + len(said), "but for the one that each may always have"
+    assert new <= max(0, capacity - used - kept) + len(said), "except the one credit that every router gets"
     if any(share < demand.in_use + demand.queued for share, demand in said):
-        assert used + new >= capacity - kept, "room is left while a router queues"
+        assert used + new >= capacity - kept, "credits are unused while a router queues"
 
 
 def test_without_capacity_all_credits_are_zero():

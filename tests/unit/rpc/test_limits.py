@@ -1,4 +1,4 @@
-"""What one caller may cost a server: connections, handshakes, messages that do not come."""
+"""Tests the limits of what one caller may cost a server: connections, handshakes, missing messages, sizes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_metadata_and_messages_are_limited_in_size() -> None:
 
 
 async def closed(reader: asyncio.StreamReader, seconds: float) -> bool:
-    """Whether the server ends the connection within ``seconds``; what it says first does not count."""
+    """True if the server ends the connection within ``seconds``; data that it sends first is ignored."""
     with contextlib.suppress(ConnectionError):
         async with asyncio.timeout(seconds):
             try:
@@ -107,7 +107,7 @@ def test_the_metrics_server_limits_its_connections(monkeypatch: pytest.MonkeyPat
             assert held[-1].recv(10) == b"", "one too many"
             for connection in held:
                 connection.close()
-            for _ in range(100):  # until their threads have noticed
+            for _ in range(100):  # until their threads have noticed the close
                 with (
                     contextlib.suppress(OSError),
                     urllib.request.urlopen(f"http://{server.address}/metrics", timeout=5) as it,

@@ -1,4 +1,4 @@
-"""A worker's membership against registries that the test plays, on loopback."""
+"""Tests a worker's membership against scripted registries on loopback."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -18,7 +18,7 @@ SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):
-    """Records what workers say; ``outbox`` goes to them; ``error`` refuses them."""
+    """Records messages of workers, sends those in ``outbox``, and refuses workers with ``errors``."""
 
     def __init__(self):
         self.hellos = asyncio.Queue()
@@ -230,7 +230,7 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
 
 
 class Name:
-    """A name of routers; ``addresses`` is what it lists."""
+    """A DNS name of routers that resolves to ``addresses``."""
 
     def __init__(self, monkeypatch, *addresses):
         self.addresses = set(addresses)
@@ -242,7 +242,7 @@ class Name:
         return set(self.addresses)
 
     async def looked_up(self, times=4):
-        """Returns when it was looked up so many times, and what was found has been acted on."""
+        """Waits for the given number of look-ups, and until the membership has acted on their results."""
         for _ in range(times):
             self._looked.clear()
             await self._looked.wait()
@@ -262,7 +262,7 @@ async def test_joined_routers_stay_when_a_look_up_omits_them(monkeypatch, answer
             name.addresses = {one, two}
             await name.looked_up()
             assert worker.num_joined == 2
-            assert (first.hellos.qsize(), second.hellos.qsize()) == (1, 1), "the streams are the first ones"
+            assert (first.hellos.qsize(), second.hellos.qsize()) == (1, 1), "no stream was opened anew"
             worker.notify()
             assert (await first.reports.get()).credits == 6
 

@@ -1,4 +1,4 @@
-"""A real server and channel on loopback."""
+"""Tests a server and a channel on loopback: errors, health, limits, and the end of running calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Message = common_pb2.ModelIdentity
 
 
 class Echo:
-    """Answers with the request's name; "fail" raises, "hang" waits for ever."""
+    """Answers with the request's name; "fail" raises an error, "hang" waits for ever."""
 
     def __init__(self) -> None:
         self.hanging = asyncio.Event()
@@ -113,7 +113,7 @@ async def channel(server: RpcServer) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def call(channel: grpc.aio.Channel, kind: str, *requests: Message | bytes) -> list[Message]:
-    """Sends messages, or bytes as they are, and gathers what comes back."""
+    """Sends messages, or raw bytes; returns all responses."""
 
     def serialize(message: Message | bytes) -> bytes:
         return message if isinstance(message, bytes) else message.SerializeToString()
@@ -212,7 +212,7 @@ async def test_every_health_watcher_is_notified_and_none_delays_a_stop(
     leaver.cancel()
     server.set_ready(True)
     assert (await stayer.read()).status == response.SERVING
-    await server.stop(grace=3600)  # the test's own limit is shorter
+    await server.stop(grace=3600)  # the test waits for less than that
     assert (await stayer.read()).status == response.NOT_SERVING
     assert await stayer.read() is grpc.aio.EOF
 

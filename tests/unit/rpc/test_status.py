@@ -33,7 +33,7 @@ ERRORS = [
 
 
 class FakeRpcError(grpc.RpcError):
-    """As a client sees a status."""
+    """A gRPC status as the client receives it."""
 
     def __init__(self, code: grpc.StatusCode, details: str = "", trailers: object = ()) -> None:
         self._parts = code, details, trailers

@@ -1,4 +1,4 @@
-"""When a router sends its demand to workers that it shares with other routers."""
+"""Tests when a router sends its demand to workers: only to shared ones, and only when it changes."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -37,7 +37,7 @@ class Connector:
 
 
 class Stream:
-    """A worker's Join, which the test plays."""
+    """A worker's Join stream, which the test controls."""
 
     def __init__(self):
         self.said = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""One attempt as an actor: its messages to the engine, for every order of events."""
+"""Tests the messages that a session of one attempt sends to the engine, for different orders of events."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ from services.decode.sequence_session import Outbox, PullEnded, SequenceSession
 
 
 class Pull:
-    """A pull that ends when the test says so, and holds its blocks for a while after it is cancelled."""
+    """A pull that the test ends; after a cancellation it holds its blocks for a while."""
 
     codec = common_pb2.KV_CODEC_RAW
 
@@ -98,16 +98,16 @@ async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(bench):
     bench.assign()
     await settle()
     sequence = bench.session.sequence
-    sequence.state = DecodeState.YIELDING  # as the engine does when it picks a victim
+    sequence.state = DecodeState.YIELDING  # the engine does this when it preempts a sequence
     # The pull has finished already when the session hears of the preemption.
     bench.session.inbox.put_nowait(Preempted("s"))
     bench.session.inbox.put_nowait(PullEnded(1, "p", None))
     bench.pulls[0].let_go.set()
     await settle()
     assert isinstance(bench.sent[-1], Yielded)
-    bench.engine.step()  # gives it new blocks
+    bench.engine.step()  # the engine gives it new blocks
     await settle()
-    assert sequence.state is DecodeState.RECEIVING, "new blocks hold nothing yet"
+    assert sequence.state is DecodeState.RECEIVING, "new blocks hold no KV yet"
     assert sequence.computed == 0
 
 

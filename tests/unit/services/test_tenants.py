@@ -1,4 +1,4 @@
-"""Each request reaches the workers with the cache namespace of its own API key."""
+"""Tests that each request reaches workers with the cache namespace of its own API key."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -12,7 +12,7 @@ from overfill.v1 import inference_pb2, inference_pb2_grpc
 
 
 class Telling(inference_pb2_grpc.InferenceServicer):
-    """Says which namespace it sees, once all RPCs are there."""
+    """Waits until all RPCs have arrived, then answers each with its namespace."""
 
     def __init__(self, calls):
         self._barrier = asyncio.Barrier(calls)

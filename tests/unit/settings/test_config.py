@@ -1,4 +1,4 @@
-"""Settings of the services: flags, variables, refusals, and the way back to flags."""
+"""Tests the services' settings: flags, variables, refusals, and their conversion back to flags."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> No
         (["--port", "70000"], "--port"),
         (["--grace-period", "-1"], "--grace-period"),
         (["--no-such-flag", "1"], "--no-such-flag"),
-        (["--kv-mem", "1GiB"], "--kv-mem"),  # abbreviations would break when a flag is added
+        (["--kv-mem", "1GiB"], "--kv-mem"),  # abbreviations are refused, because a new flag could make them ambiguous
         (["stray"], "stray"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_wrong_flag_is_named(argv: list[str], says: str, capsys: pytest.Captur
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OVERFILL_PREFILL_KV_MEMROY", "1GiB")
     assert "OVERFILL_PREFILL_KV_MEMROY" in refused(PrefillConfig, ["--pair", "p"], capsys)
-    DecodeConfig.parse(["--pair", "p"])  # somebody else's
+    DecodeConfig.parse(["--pair", "p"])  # a variable of another program
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])

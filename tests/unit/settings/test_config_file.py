@@ -1,4 +1,4 @@
-"""The file of settings: what it says, what beats it, and how its faults are told."""
+"""Tests the file of settings: its sections, their precedence, and how faults are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A setting under its earlier name still works, wherever it is given, and the warning names both."""
+"""Tests that earlier names of settings still work everywhere, with a warning that gives both names."""
 
 from __future__ import annotations
 

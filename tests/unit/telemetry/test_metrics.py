@@ -1,4 +1,4 @@
-"""What is exported: names that documents and dashboards may rely on, honest buckets, failures that count."""
+"""Tests exported metrics: their names, the width of their buckets, and that failures are counted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 def values(metrics, name):
-    """Samples of ``name``, by values of the labels."""
+    """Returns the samples of ``name`` by the values of their labels."""
     return {
         tuple(sample.labels.values()): sample.value
         for family in text_string_to_metric_families(metrics.render().decode())
@@ -69,7 +69,7 @@ def test_exactly_the_declared_metrics_are_exported(kind):
 def test_buckets_are_fine_enough_at_5_ms_and_at_5_s():
     assert 0.005 in LATENCY_BUCKETS
     assert 5.0 in LATENCY_BUCKETS
-    # A quantile is somewhere in its bucket: it is off by less than the bucket is wide.
+    # A quantile lies anywhere in its bucket, so its error is below the width of the bucket.
     assert all(high / low < 1.7 for low, high in pairwise(LATENCY_BUCKETS) if high <= 10)
 
 

@@ -1,4 +1,4 @@
-"""Progress of long steps where no terminal reads it."""
+"""Tests progress reports of long steps, in logs and pipes as well as on a terminal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_repeated_step_is_reported_again() -> None:
 
 
 def test_a_pipe_gets_lines_and_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes everything for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat every output as a terminal
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)
     with show_progress() as report:
