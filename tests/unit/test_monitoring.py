@@ -1,6 +1,6 @@
 """Dashboards and rules use every exported metric and no other, and every alert has a runbook.
 
-``tests/integration/test_telemetry.py`` checks that they return data.
+``tests/integration/test_telemetry.py`` checks that their queries return data.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def test_the_loader_of_settings_makes_text_lists_and_mappings_only() -> None:
         made = yaml.load("!!python/object/apply:os.getcwd []", Loader=_TextLoader)
     except yaml.YAMLError:
         return
-    assert made == [], "text, lists and mappings are all that it makes"
+    assert made == [], "it makes text, lists and mappings only"
 
 
 def test_only_safetensors_are_fetched_from_a_hub() -> None:

@@ -1,4 +1,4 @@
-"""Blocks have one owner at a time, and none is ever lost."""
+"""Tests that every block has one owner at a time and that none is lost."""
 
 import pytest
 from hypothesis import settings
@@ -39,7 +39,7 @@ def test_blocks_for_a_number_of_tokens(tokens, blocks):
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Any order of acquires and releases."""
+    """Acquires and releases blocks in any order."""
 
     def __init__(self):
         super().__init__()

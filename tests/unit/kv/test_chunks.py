@@ -1,4 +1,4 @@
-"""A chunk that is wrong in any way is refused, with a reason."""
+"""Tests that a chunk with any fault is refused with a reason."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_several_chunks_in_one_message_are_read_as_several():
     chunks = parse_message(message)
     assert [check(SPEC, chunk) for chunk in chunks] == boxes
     assert [bytes(chunk.payload) for chunk in chunks] == payloads
-    read = kv_pb2.KvChunk.FromString(message)  # as any protobuf reader sees it
+    read = kv_pb2.KvChunk.FromString(message)  # as any protobuf parser reads it
     assert [read.payload, *(other.payload for other in read.also)] == payloads
     with pytest.raises(TransferFailed, match="of its own"):
         parse_chunk(message)
@@ -108,7 +108,7 @@ def test_a_message_that_is_cut_off_is_refused():
 
 
 def test_the_checksum_is_what_the_wire_says():
-    # Written out by hand from the comment of KvChunk.checksum: another language must get the same number.
+    # Written from the comment of KvChunk.checksum alone, as an implementation in another language would be.
     import struct
 
     import xxhash

@@ -1,4 +1,4 @@
-"""A cache of int8 codes: what comes out is what the int8 codec makes of what went in, however it went in."""
+"""Tests that a cache of int8 codes returns the values that the int8 codec gives, however they were written."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_a_sequence_is_copied_from_a_cache_of_any_kind() -> None:
 
 @pytest.mark.parametrize("heads", [(0, 2), (1, 2)])
 def test_raw_bytes_are_rounded_and_codes_stored_as_they_came(heads: tuple[int, int]) -> None:
-    """Payloads of raw KV and of the int8 codec, into the layers that take them, give the same cache."""
+    """Payloads of raw KV and of the int8 codec give the same cache."""
     source = filled()
     kv_range = KvRange(0, 2, 1, 10, *heads)
     raw = read_range(source, TABLE, kv_range)

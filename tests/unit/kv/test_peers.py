@@ -1,4 +1,4 @@
-"""The pool of connections to prefill workers keeps what is used, and nothing else."""
+"""Tests that the pool of connections to prefill workers keeps those in use and closes idle ones."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Peers in environments of their own: installation, and the process that is driven over JSON lines."""
+"""Tests other engines in their own environments: their installation, and their process, driven by JSON lines."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monk
     assert python_of("thing") is None
     monkeypatch.setitem(environment.RECIPES, "thing", Recipe(()))
     python = install("thing")
-    install_missing(("transformers", "thing"))  # neither needs anything
+    install_missing(("transformers", "thing"))  # neither needs an installation
     assert python_of("thing") == python
     assert python.exists()
 

@@ -1,4 +1,4 @@
-"""``overfill bench handoff --timeline``: output and exit code for a recorded timeline."""
+"""Tests output and exit code of ``overfill bench handoff --timeline`` for a recorded timeline."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A measurement: its JSON line, its row in the table, and the exit code of the command that prints it."""
+"""Tests a measurement's JSON line, its row in the table, and the exit code of a command that prints it."""
 
 import json
 import math

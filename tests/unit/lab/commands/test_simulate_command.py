@@ -1,4 +1,4 @@
-"""``overfill simulate`` as a user runs it."""
+"""Tests ``overfill simulate`` on the command line."""
 
 import json
 
