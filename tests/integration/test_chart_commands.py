@@ -1,4 +1,4 @@
-"""The services start with exactly the commands that the chart renders, and its probes succeed."""
+"""Tests that the services start with exactly the commands that the chart renders, and that its probes succeed."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_the_services_take_every_rendered_flag(values: str) -> None:
             argv = [argument.replace("$(POD_IP)", "10.1.2.3") for argument in pod["containers"][0]["args"]]
             config = kinds[component].parse(argv)
             assert config.host == "0.0.0.0"
-            assert len(argv) == len({word.partition("=")[0] for word in argv}), "a flag is there twice"
+            assert len(argv) == len({word.partition("=")[0] for word in argv}), "a flag is repeated"
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -1,4 +1,4 @@
-"""What the core and the extras of ``pyproject.toml`` promise, in processes that find nothing else installed."""
+"""Tests the core and each extra of ``pyproject.toml`` in processes that find no other distribution."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLIENT = [name for name in COMMANDS if name not in EXTRAS]
 SERVERS = {"torch", "transformers", "matplotlib", "gguf", "ray"}
 
-# No finder finds modules that are not of this installation.
+# Import finders hide modules that are not part of this installation.
 _WITHOUT = """
 import sys
 absent = set({absent!r})
@@ -46,7 +46,7 @@ def normal(name: str) -> str:
 
 
 def installation(*extras: str) -> set[str]:
-    """Normalised names of the distributions that the core and ``extras`` bring, of those that are installed here."""
+    """Returns normalised names of the installed distributions that the core and ``extras`` require."""
     found: set[tuple[str, str]] = set()
     waiting = [(PROJECT["name"], extra) for extra in ("", *extras)]
     while waiting:
@@ -69,7 +69,7 @@ def installation(*extras: str) -> set[str]:
 
 @cache
 def modules() -> dict[str, set[str]]:
-    """Distributions by the top-level module that they bring."""
+    """Returns distributions by the top-level modules that they install."""
     return {module: set(map(normal, names)) for module, names in packages_distributions().items()}
 
 

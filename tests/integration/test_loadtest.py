@@ -1,4 +1,4 @@
-"""`overfill loadtest` against a stack of real processes, over both protocols, with locust in a process of its own."""
+"""Tests ``overfill loadtest`` over both protocols on a stack of real processes; locust runs in its own process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_users_over_openai_miss_an_impossible_objective(stack, tmp_path, capfd):
     assert "missed: errors" not in captured.err
     found = records(told)
     assert [len(record["times"]) for record in found] == [6] * 6
-    assert all(record["timing"]["prefill_compute"] > 0 for record in found), "the endpoint tells its parts"
+    assert all(record["timing"]["prefill_compute"] > 0 for record in found), "answers have the parts of their time"
 
 
 def test_an_unreachable_stack_is_neither_met_nor_missed(capfd):

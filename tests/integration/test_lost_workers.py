@@ -1,4 +1,4 @@
-"""What a stack says of itself while workers are lost: `overfill status`, gRPC health and `GET /health`."""
+"""Tests `overfill status`, gRPC health and `GET /health` while workers are lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfill.rpc.channel import open_sync_channel
 
 
 class Look:
-    """Asks one router by every way there is."""
+    """Asks one router by command, gRPC and HTTP."""
 
     def __init__(self, stack, address, capsys):
         self.address = address
@@ -26,13 +26,13 @@ class Look:
         self._capsys = capsys
 
     def command(self, *arguments):
-        """Exit code and stdout of a command."""
+        """Runs a command; returns exit code and stdout."""
         self._capsys.readouterr()
         code = main(list(arguments))
         return code, self._capsys.readouterr().out
 
     def status(self):
-        """Exit code, and the state as the table's first line has it."""
+        """Returns the exit code of `status`, and the state in the first line of its table."""
         code, out = self.command("status", "--address", self.address)
         return code, out.splitlines()[0].split("; ")[0].removeprefix(f"{self.address}: ")
 
@@ -44,12 +44,12 @@ class Look:
             return error.code, json.load(error)
 
     def health(self):
-        """Exit code and answer of readiness, and exit code of liveness."""
+        """Returns exit code and answer of readiness, and exit code of liveness."""
         ready, answer = self.command("health", self.address)
         return ready, answer.strip(), self.command("health", "--live", self.address)[0]
 
     def assert_serving(self, state):
-        # Each asks at a time of its own, and a worker that has just come back may not be seen by all of them yet.
+        # The checks run one after another, and a worker that has just returned may show only in the later ones.
         wait_until(lambda: self.status() == (0, state), 30, f"the status is {state}")
         wait_until(lambda: self.health() == (0, "SERVING", 0), 30, "the health is SERVING")
         wait_until(lambda: self.http() == (200, {"status": "ok"}), 30, "HTTP's health is ok")

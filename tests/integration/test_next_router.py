@@ -1,4 +1,4 @@
-"""Client commands with several addresses, of which the first is dead or frozen."""
+"""Tests client commands with several addresses, the first of which is dead or frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def alive(tiny_pair):
 
 @pytest.fixture
 def frozen():
-    """Takes connections, as a router that was stopped does, and says nothing."""
+    """Accepts connections but never answers, like a router stopped by SIGSTOP."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"127.0.0.1:{listening.getsockname()[1]}"
 

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's reference does what docs/openai.md says, and every field is there."""
+"""Tests that every field of OpenAI's API is listed in docs/openai.md and behaves as stated there."""
 
 import json
 import urllib.error
@@ -33,7 +33,7 @@ CASES = {
 KINDS = {"chat/completions": ChatRequest, "completions": CompletionRequest}
 ALL = [(endpoint, case) for endpoint, cases in CASES.items() for case in cases]
 
-# What vLLM's own server takes beside OpenAI's reference, the older names included.
+# Fields that vLLM's server accepts in addition to OpenAI's, older names included.
 # fmt: off
 VLLM = [
     "add_special_tokens", "allowed_token_ids", "bad_words", "best_of", "cache_salt", "ec_transfer_params",
@@ -79,7 +79,7 @@ def send(tiny_pair):
 
 
 def same(answer):
-    """What of an answer depends on the request alone."""
+    """Returns the parts of an answer that depend on the request alone."""
     return answer["choices"], answer["usage"]
 
 
@@ -119,7 +119,7 @@ def test_unknown_fields_are_refused_as_openai_does(send, endpoint):
 
 
 def test_no_field_of_the_reference_is_missing():
-    """As the official client knows it."""
+    """The reference is the official client's list of parameters."""
     for params, table in (
         (chat_create_params.CompletionCreateParamsBase, CHAT),
         (completion_create_params.CompletionCreateParamsBase, COMPLETIONS),
@@ -175,7 +175,7 @@ def test_answers_have_the_reference_s_fields(send):
     assert set(RESPONSE["chat"]) | {"overfill"} == set(answer)
     assert set(RESPONSE["choice"]) == set(answer["choices"][0])
     assert set(RESPONSE["message"]) == set(answer["choices"][0]["message"])
-    assert set(parsed.model_extra) == {"overfill"}, "nothing but our own object is unknown to the client"
+    assert set(parsed.model_extra) == {"overfill"}, "only the `overfill` object is unknown to the client"
 
 
 def test_the_documented_table_is_the_tested_one():

@@ -1,4 +1,4 @@
-"""The OpenAI endpoint of a real router, asked by OpenAI's own client and by clients that misbehave."""
+"""Tests the OpenAI endpoint of a router with OpenAI's own client and with misbehaving clients."""
 
 import base64
 import concurrent.futures
@@ -41,7 +41,7 @@ def model(client):
 
 
 def get(url, headers=None, data=None):
-    """Status, headers and body, whatever the status."""
+    """Makes a request; returns status, headers and body for any status."""
     request = urllib.request.Request(url, data, headers or {})
     try:
         with urllib.request.urlopen(request) as response:
@@ -56,7 +56,7 @@ def post(url, body, headers=None):
 
 
 def idle(stack):
-    """Returns once nothing is in flight."""
+    """Waits until no request is in flight."""
     deadline = time.monotonic() + 20
     while stack.router.dispatcher.num_jobs:
         assert time.monotonic() < deadline, "a request is still in flight"
@@ -74,7 +74,7 @@ def test_streaming_gives_the_same_answer_as_not_streaming(client, model):
                 reasons[choice.index] = choice.finish_reason or reasons[choice.index]
             usage = chunk.usage
     assert texts == [choice.message.content for choice in whole.choices]
-    assert len(set(texts)) == 3, "each of the n answers is its own"
+    assert len(set(texts)) == 3, "the n answers differ"
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["length"] * 3
     assert usage == whole.usage
     assert usage.completion_tokens == 90
@@ -237,7 +237,7 @@ def test_pages_of_other_sites_cannot_have_a_browser_ask(stack, model):
         status, _, answer = post(url, body, headers)
         assert (status, json.loads(answer)["error"]["type"]) == (403, "permission_error"), headers
         assert get(f"{stack.url}/status", headers)[0] == 403
-    with socket.create_connection(tuple(here.split(":"))) as connection:  # as a form or a beacon sends it
+    with socket.create_connection(tuple(here.split(":"))) as connection:  # the content type of forms and beacons
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {here}\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         assert b" 415 " in connection.recv(100)
@@ -343,7 +343,7 @@ def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path, mon
         keys.revoke(file, "ci")
         deadline = time.monotonic() + 20
         while get(f"{stack.url}/version", {"authorization": f"Bearer {key}"})[0] == 200:
-            assert time.monotonic() < deadline, "a revoked key still works"
+            assert time.monotonic() < deadline, "the revoked key is still accepted"
             time.sleep(0.1)
 
 
@@ -356,7 +356,7 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
             status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
             error = json.loads(answer)["error"]
             assert (status, error["param"]) == (400, "n")
-            assert "API key 'ci'" in error["message"], "the key by its name, not by a hash"
+            assert "API key 'ci'" in error["message"], "the error names the key by its name, not its hash"
         body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "n": 2, "max_tokens": 2})
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
@@ -380,7 +380,7 @@ def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
 
 
 def test_events_are_not_held_back_for_acknowledgements(stack):
-    """Nagle's algorithm would add 40 ms to every small event."""
+    """With Nagle's algorithm every small event would be up to 40 ms late."""
     host, _, port = stack.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -395,7 +395,7 @@ def test_events_are_not_held_back_for_acknowledgements(stack):
 def test_rpcs_beyond_the_limit_are_refused_as_overload(tiny_pair):
     slow = {"mock_step": 0.05}
     with mock_stack(tiny_pair, decode_settings=slow, max_connections=4) as stack, Client(stack.grpc) as ours:
-        # Two workers have joined: two RPCs are left.
+        # Each of the two workers holds an RPC, so two are left.
         running = [ours.stream("x", sampling=SamplingParams(max_tokens=200, ignore_eos=True)) for _ in range(2)]
         for stream in running:
             next(stream)

@@ -6,5 +6,5 @@ def test_under_ten_times_the_load_admitted_requests_are_answered_and_others_get_
     found = {figure.name: figure.value for figure in measure_overload(make_tiny_pair(tmp_path / "tiny"), 3.0)}
     assert found["failed"] == 0
     assert found["answered"] > 0
-    assert found["refused"] > found["answered"], "most of it is too much"
+    assert found["refused"] > found["answered"], "most requests are refused"
     assert found["refused_without_retry_time"] == 0

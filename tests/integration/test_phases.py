@@ -1,7 +1,7 @@
-"""A request that ends early, in any phase: by its deadline, by a client that vanishes, by an eviction.
+"""Tests requests that end early in any phase: by their deadline, a client that vanishes, or an eviction.
 
-A real prefill and a real decode worker in this process, on loopback, with gates in their engines that hold a
-request in the phase under test. Afterwards neither worker owns a block.
+A prefill and a decode worker run in this process, on loopback. Gates in their engines hold a request in the phase under
+test. Afterwards neither worker owns a block.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ PROMPT = [(7 * i) % 400 + 20 for i in range(200)]
 
 
 class Gate:
-    """Holds a thread between two layers for as long as it is closed."""
+    """Blocks the engine's thread between two layers while it is closed."""
 
     def __init__(self):
         self.open = threading.Event()
@@ -82,7 +82,7 @@ def load(pair, half, kv_memory=2 * 2**20):
 
 
 class Workers:
-    """One worker of each stage, and a way to talk to the decode worker as a router does."""
+    """One worker of each stage, and calls to the decode worker like a router's."""
 
     async def start(self, stack, folder):
         loop = asyncio.get_running_loop()
@@ -186,7 +186,7 @@ class Workers:
         raise AssertionError(f"no Done: {await call.code()} {await call.details()}")
 
     async def until_empty(self):
-        """Both pools are empty within two seconds, and so are the tables of requests."""
+        """Waits up to two seconds until both pools and both tables of requests are empty."""
         async with asyncio.timeout(2):
             while self.full.pool.num_used or self.decoder.pool.num_used or self.prefill.active or self.decode.active:
                 await asyncio.sleep(0.01)
@@ -196,7 +196,7 @@ class Workers:
 
 @pytest.fixture
 async def workers(tiny_pair, monkeypatch):
-    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # tiny KV is sent layer by layer, as that of large models
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # send small KV layer by layer, like that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)
@@ -219,7 +219,7 @@ async def reached(gate):
 
 @asynccontextmanager
 async def in_phase(workers, phase, timeout=None):
-    """A call whose request stands still in ``phase``."""
+    """Starts a call and returns it once its request is held in ``phase``."""
     async with AsyncExitStack() as stack:
         call = await workers.reserve(timeout)
         if phase == "prefill queued":

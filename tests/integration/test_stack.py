@@ -1,4 +1,4 @@
-"""A stack of real processes: right answers, clear refusals, nothing left behind."""
+"""Tests a stack of real processes: correct answers, clear refusals, and no block or process left behind."""
 
 import dataclasses
 import json
@@ -229,7 +229,7 @@ def test_clients_killed_with_kill_9_leave_no_blocks(tiny_pair):
     with running_stack(tiny_pair, decode=2, kv_memory="32MiB") as (_, address):
         clients = spawn_clients(address, 8)
         for client in clients:
-            assert client.stdout.readline(), "the answer streams"
+            assert client.stdout.readline(), "the answer is still streaming"
         assert sum(load.running for load in loads(address).values()) > 0
         for client in clients:
             client.kill()
@@ -326,7 +326,7 @@ def test_streams_go_on_at_another_router_when_theirs_is_lost(tiny_pair):
 
 def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    slow = {"decode-0": "slow-steps"}  # the answer takes longer than a server waits without a grace period
+    slow = {"decode-0": "slow-steps"}  # the answer takes longer than a server without a grace period waits
     with running_stack(tiny_pair, faults=slow, grace_period="60") as (stack, address), Client(address) as client:
         processes = children(stack, "")
         with client.stream(prompt(1), sampling=sampling) as stream:
@@ -343,7 +343,7 @@ def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair):
 
 
 def with_faults(fault):
-    """One worker of each stage with the fault, and one without."""
+    """A stack that has, in each stage, one worker with the fault and one without."""
     return {"prefill": 2, "decode": 2, "faults": {"prefill-0": fault, "decode-0": fault}}
 
 
@@ -389,7 +389,7 @@ def test_a_worker_that_loses_a_block_notices_when_idle_and_exits(tiny_pair):
 
 
 def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
-    # Longer than a server takes to stop.
+    # The answer takes longer than a server needs to stop.
     sampling = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
     with running_stack(tiny_pair, decode=2, grace_period="0") as (stack, address), Client(address) as client:
         expected = client.generate(prompt(1), sampling=sampling).token_ids

@@ -1,4 +1,4 @@
-"""Two real routers and mock workers that both of them use, over loopback."""
+"""Tests two routers that share mock workers, on loopback."""
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,7 +20,7 @@ def pair(tmp_path_factory):
 
 
 async def until(condition):
-    """Polls, since what a router knows about others has no event to wait for."""
+    """Polls ``condition``, because a router's view of other processes has no event to wait for."""
     while not condition():
         await asyncio.sleep(0.01)
 
