@@ -235,7 +235,7 @@ async def test_kv_that_is_held_as_int8_is_checked_as_well(pull, worker, codec, k
     assert worker.acknowledged == 24
 
 
-async def test_a_stream_that_breaks_goes_on_in_another(pull, worker):
+async def test_a_broken_data_stream_continues_in_another(pull, worker):
     def breaking(chunks):
         yield chunks[0]
         raise Unavailable("the connection is gone")
@@ -335,7 +335,7 @@ async def test_a_restarted_worker_is_not_the_one_that_was_chosen(pull, worker):
         await pull()
 
 
-async def test_a_worker_that_is_gone_is_unavailable(pull, worker):
+async def test_pulling_from_a_dead_worker_raises_unavailable(pull, worker):
     worker.address = "127.0.0.1:1"
     with pytest.raises(Unavailable, match="did not answer"):
         await pull()

@@ -209,7 +209,7 @@ def test_ports_probes_and_services_agree(values: str) -> None:
     assert "overfill-routers" in of_kind(objects, "Service")
 
 
-def test_network_policies_let_the_stack_talk_and_nobody_else() -> None:
+def test_network_policies_admit_the_stack_and_refuse_others() -> None:
     policies = of_kind(render("values-prod.yaml"), "NetworkPolicy")
 
     def callers(name: str, port: int) -> set[str]:

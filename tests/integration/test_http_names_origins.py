@@ -105,7 +105,7 @@ def test_pages_of_other_origins_are_refused(guarded, named):
         assert "access-control-allow-origin" not in headers
 
 
-def test_a_star_allows_every_page_and_never_what_a_browser_shows_by_itself(tiny_pair):
+def test_a_star_allows_every_origin_but_no_credentials(tiny_pair):
     with mock_stack(tiny_pair, allowed_origins="*", prefill=0, decode=0) as stack:
         for origin in (PAGE, "null"):
             for method in ("OPTIONS", "GET"):

@@ -18,7 +18,6 @@ from mocks import mock_stack
 from packaging.requirements import Requirement
 
 from overfill.cli.main import COMMANDS, EXTRAS, cli
-from overfill.pair.tiny import make_tiny_pair
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,7 +116,7 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_extra_of_load_tests_has_what_measures_from_outside() -> None:
+def test_the_extra_of_load_tests_has_all_that_load_tests_import() -> None:
     modules = [
         *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "report")),
         *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
@@ -211,13 +210,13 @@ def test_every_extra_of_a_command_exists() -> None:
     assert {one for extra in EXTRAS.values() for one in extra.split(",")} <= PROJECT["optional-dependencies"].keys()
 
 
-def test_the_commands_of_a_client_work_with_the_core_only(tmp_path: Path) -> None:
+def test_the_commands_of_a_client_work_with_the_core_only(tiny_pair: Path, tmp_path: Path) -> None:
     def check(*arguments, **options) -> str:
         done = overfill(arguments, **options)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    with mock_stack(make_tiny_pair(tmp_path / "tiny"), decode=2) as stack:
+    with mock_stack(tiny_pair, decode=2) as stack:
         at = f"--address={stack.grpc}"
         assert check("generate", "-v", "--max-tokens=4", at, "Hello")
         assert json.loads(check("generate", "--json", "--max-tokens=4", at, "Hello"))["usage"]["completion_tokens"] == 4
@@ -232,5 +231,5 @@ def test_the_commands_of_a_client_work_with_the_core_only(tmp_path: Path) -> Non
     check("keys", "revoke", "ann", keys)
     assert "router.key" in check("certs", tmp_path / "certs")
     assert check("metrics") == (ROOT / "docs" / "metrics.md").read_text()
-    assert "right" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
+    assert "valid" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
     assert "max-decode" in check("config", "show")

@@ -57,7 +57,7 @@ def test_an_unreachable_stack_is_neither_met_nor_missed(capfd):
     assert "nothing was measured" in capfd.readouterr().err
 
 
-def test_wrong_options_are_told_before_anything_starts(tmp_path, capfd):
+def test_wrong_options_are_reported_before_anything_starts(tmp_path, capfd):
     trace = tmp_path / "trace.csv"
     trace.write_text("a,b\n1,2\n")
     assert main(["loadtest", f"--trace={trace}"]) == 2

@@ -134,7 +134,7 @@ def test_the_overfill_object_says_where_the_time_went(client, model):
     assert last.overfill["choices"][0]["timing"]["ttft_ms"] > 0
 
 
-def test_request_ids_are_taken_over(stack, model):
+def test_request_ids_of_clients_are_kept(stack, model):
     body = json.dumps({"model": model, "messages": HI, "max_tokens": 2}).encode()
     _, headers, answer = post(f"{stack.url}/v1/chat/completions", body, {"x-request-id": "mine-1"})
     assert headers["x-request-id"] == json.loads(answer)["id"] == "mine-1"

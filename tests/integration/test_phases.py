@@ -185,8 +185,10 @@ class Workers:
                 raise AssertionError(message)
         raise AssertionError(f"no Done: {await call.code()} {await call.details()}")
 
-    async def until_empty(self):
-        """Waits up to two seconds until both pools and both tables of requests are empty."""
+    async def open_gates_until_empty(self):
+        """Opens both gates; waits up to two seconds until both pools and both tables of requests are empty."""
+        self.prefill_gate.open.set()
+        self.decode_gate.open.set()
         async with asyncio.timeout(2):
             while self.full.pool.num_used or self.decoder.pool.num_used or self.prefill.active or self.decode.active:
                 await asyncio.sleep(0.01)
@@ -201,9 +203,7 @@ async def workers(tiny_pair, monkeypatch):
         workers = Workers()
         await workers.start(stack, tiny_pair)
         yield workers
-        workers.prefill_gate.open.set()
-        workers.decode_gate.open.set()
-        await workers.until_empty()
+        await workers.open_gates_until_empty()
 
 
 @pytest.fixture(scope="module")
@@ -253,18 +253,14 @@ PHASES = ["reserved", "prefill queued", "prefill running", "KV on its way", "dec
 async def test_a_deadline_that_passes_frees_both_sides(workers, phase):
     async with in_phase(workers, phase, timeout=2.0) as call:
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    workers.prefill_gate.open.set()
-    workers.decode_gate.open.set()
-    await workers.until_empty()
+    await workers.open_gates_until_empty()
 
 
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_router_that_vanishes_frees_both_sides(workers, phase):
     async with in_phase(workers, phase) as call:
         call.cancel()
-    workers.prefill_gate.open.set()
-    workers.decode_gate.open.set()
-    await workers.until_empty()
+    await workers.open_gates_until_empty()
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -276,9 +272,7 @@ async def test_an_eviction_frees_both_sides(workers, phase):
                 await call.read()
         assert await call.code() is grpc.StatusCode.UNAVAILABLE
         assert "elsewhere" in await call.details()
-    workers.prefill_gate.open.set()
-    workers.decode_gate.open.set()
-    await workers.until_empty()
+    await workers.open_gates_until_empty()
 
 
 async def test_the_answer_is_the_reference_s(workers, reference):
@@ -290,7 +284,7 @@ async def test_the_answer_is_the_reference_s(workers, reference):
     assert done.prefill_worker_id == "p"
 
 
-async def test_a_resumed_answer_goes_on_where_it_was(workers, reference):
+async def test_a_resumed_answer_continues_after_its_tokens(workers, reference):
     whole = reference.generate(PROMPT, 20)
     call = await workers.reserve(emitted=whole[:7])
     await workers.assign(call)
@@ -349,7 +343,7 @@ async def test_a_stale_incarnation_is_refused(workers):
     assert await call.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_draining_worker_takes_nothing_new(workers, monkeypatch):
+async def test_a_draining_worker_refuses_new_requests(workers, monkeypatch):
     monkeypatch.setattr(workers.decode, "host", SimpleNamespace(draining=True, notify=lambda: None))
     call = workers.stub.Generate()
     await call.write(workers.start_message())

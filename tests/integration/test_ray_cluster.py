@@ -130,7 +130,7 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
     assert any(answer.migrations or answer.routers > 1 for answer in load.answers)
 
 
-def test_a_stack_beside_it_comes_and_goes_alone(cluster, config, tiny_pair):
+def test_a_second_stack_starts_and_stops_without_touching_the_first(cluster, config, tiny_pair):
     address = f"127.0.0.1:{config['applications'][0]['args']['router']['ports'][0]}"
     assert answers(address), "the other application runs"
     up = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--name=second", "--worker-cpus=0.1")

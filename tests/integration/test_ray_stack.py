@@ -26,7 +26,7 @@ def up(tiny_pair):
         yield running
 
 
-def test_it_answers_and_says_what_runs(up):
+def test_the_stack_answers_and_lists_its_processes(up):
     with Client(up.address) as client:
         answer = client.generate("Hello", sampling=SamplingParams(temperature=0, max_tokens=5))
     assert len(answer.token_ids) == 5
@@ -73,7 +73,7 @@ def test_a_killed_worker_is_replaced_and_no_request_fails(up):
     assert sum(answer.migrations for answer in load.answers) >= 1
 
 
-def test_a_drained_worker_leaves_with_its_work_moved_and_another_comes(up):
+def test_a_drained_worker_is_replaced_after_its_requests_have_migrated(up):
     before = up.workers("decode")
     with Load(up.address, 4, 60) as load:  # an answer takes three seconds, the grace period is one
         wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
@@ -90,7 +90,7 @@ def test_a_burst_makes_the_decode_pool_grow(up):
     assert len(up.workers("prefill")) == 1
 
 
-def test_ctrl_c_finishes_what_runs_and_leaves_nothing_behind(up):
+def test_ctrl_c_finishes_running_requests_and_leaves_no_process_behind(up):
     tree = up.processes()
     with Client(up.address) as client, ThreadPoolExecutor(1) as pool:
         sampling = SamplingParams(temperature=0, max_tokens=10)

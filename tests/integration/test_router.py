@@ -230,7 +230,7 @@ def request(**more):
     )
 
 
-async def test_an_answer_with_everything_the_client_is_told(stack, client, tokenizer):
+async def test_an_answer_has_all_its_fields(stack, client, tokenizer):
     ids = tokenizer.encode("an answer")
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), request_id="mine"))
     call = await stack.first.calls.get()
@@ -308,14 +308,14 @@ async def test_a_refused_request_goes_to_another_worker(stack, client):
     assert (answer.decode_worker, answer.migrations) == ("d1", 0)
 
 
-async def test_a_refused_request_comes_back_to_a_lone_worker_after_its_report(stack, client):
+async def test_a_refused_request_returns_to_a_lone_worker_after_its_report(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     (await stack.first.calls.get()).refuse()
     await (await stack.first.calls.get()).answer([20])
     assert list((await asking).token_ids) == [20]
 
 
-async def test_another_worker_goes_on_when_one_dies_in_the_middle(stack, client):
+async def test_another_worker_continues_when_one_dies_in_the_middle(stack, client):
     second = await stack.add("d1")
     await stack.joined("p0", "d0", "d1")
     seen = []
@@ -335,7 +335,7 @@ async def test_another_worker_goes_on_when_one_dies_in_the_middle(stack, client)
         assert (stream.answer.migrations, stream.answer.decode_worker) == (1, "d1")
 
 
-async def test_a_request_that_workers_drop_in_vain_ends_with_what_had_been_produced(stack, client):
+async def test_a_request_that_every_worker_drops_ends_with_the_tokens_so_far(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     for tokens in ([20], [], []):
         call = await stack.first.calls.get()
@@ -416,7 +416,7 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, clien
     await call.ended.wait()
 
 
-async def test_a_resubmitted_request_goes_on_behind_the_clients_tokens(stack, client):
+async def test_a_resubmitted_request_continues_after_the_clients_tokens(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20, 21]))
     call = await stack.first.calls.get()
     assert list(call.start.emitted_token_ids) == [20, 21]
@@ -612,7 +612,7 @@ async def test_a_worker_that_leaves_before_it_answers_has_been_drained(stack):
     await channel.close(None)
 
 
-async def test_a_draining_router_finishes_what_runs_and_takes_nothing_new(tiny_pair):
+async def test_a_draining_router_finishes_running_requests_and_refuses_new_ones(tiny_pair):
     async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
         await stack.add("p0", common_pb2.STAGE_PREFILL)
         worker = await stack.add("d0")

@@ -253,7 +253,7 @@ def test_a_frozen_client_delays_no_other(address):
         frozen.stdout.close()
 
 
-def test_status_comes_from_the_workers(address):
+def test_status_shows_reports_of_the_workers(address):
     shown = subprocess.run(
         [sys.executable, "-m", "overfill.cli.main", "status", "--json", "--address", address],
         capture_output=True,

@@ -118,7 +118,7 @@ def rayservice() -> Any:
     return first
 
 
-def test_ray_s_groups_hold_what_serve_asks_for() -> None:
+def test_ray_s_groups_have_the_resources_that_serve_requests() -> None:
     service = rayservice()
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     (application,) = config["applications"]
@@ -140,7 +140,7 @@ def test_ray_s_groups_hold_what_serve_asks_for() -> None:
     assert set(groups) == {"router", "prefill", "decode"}
 
 
-def test_serve_takes_the_arguments() -> None:
+def test_the_application_accepts_the_arguments() -> None:
     spec = pytest.importorskip("overfill.cluster.spec", reason="the application for Ray Serve is missing")
     (application,) = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"]
     spec.StackSpec(**application["args"])

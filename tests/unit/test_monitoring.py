@@ -92,7 +92,7 @@ def test_runbooks_name_existing_panels():
     assert [pair for pair in named if pair not in titles] == []
 
 
-def test_what_an_alert_compares():
+def test_the_expressions_that_an_alert_compares_are_found():
     assert list(compared("a > 1")) == ["a"]
     assert list(compared("(a / b) > 1 and c < 2")) == ["(a / b)", "c"]
     assert list(compared("avg_over_time(x[5m]) >= 3 unless (y == 0)")) == ["avg_over_time(x[5m])", "y"]

@@ -70,7 +70,7 @@ def test_a_message_is_continued_from_its_last_character_on(template):
         (DROPS_THOUGHTS, [HI, {"role": "assistant", "content": "<think>Hm</think>So"}], NOT_AS_IT_IS),
     ],
 )
-def test_what_cannot_be_continued_is_refused(source, messages, reason):
+def test_a_message_that_cannot_be_continued_is_refused(source, messages, reason):
     options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
     with pytest.raises(InvalidRequest, match=reason) as caught:
         ChatTemplate(source, {}).render(messages, options=options)

@@ -1,3 +1,5 @@
+"""Tests how requests are validated: defaults, tokenization, limits, and the field that each error names."""
+
 from __future__ import annotations
 
 import math

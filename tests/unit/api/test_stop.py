@@ -1,3 +1,5 @@
+"""Tests that text is cut exactly before a stop string, and that only text which may become one is held back."""
+
 from __future__ import annotations
 
 import pytest
@@ -32,12 +34,12 @@ def cut(stops: list[str], text: str) -> tuple[str, str | None]:
 
 
 @given(stops=stop_lists, pieces=st.lists(short, max_size=6))
-def test_cuts_exactly_however_the_text_arrives(stops: list[str], pieces: list[str]) -> None:
+def test_text_is_cut_exactly_however_it_arrives(stops: list[str], pieces: list[str]) -> None:
     assert run(stops, pieces) == cut(stops, "".join(pieces))
 
 
 @given(stops=stop_lists, text=short)
-def test_holds_back_only_what_may_become_a_stop(stops: list[str], text: str) -> None:
+def test_only_text_that_may_become_a_stop_string_is_held_back(stops: list[str], text: str) -> None:
     matcher = StopStrings(stops)
     safe, matched = matcher.push(text)
     if matched is None and safe != text:
@@ -59,7 +61,7 @@ def test_holds_back_only_what_may_become_a_stop(stops: list[str], text: str) -> 
         (["👋🏽"], ["hi👋", "🏽"], ("hi", "👋🏽")),
     ],
 )
-def test_examples(stops: list[str], pieces: list[str], expected: tuple[str, str | None]) -> None:
+def test_examples_of_stop_strings(stops: list[str], pieces: list[str], expected: tuple[str, str | None]) -> None:
     assert run(stops, pieces) == expected
 
 

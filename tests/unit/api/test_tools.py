@@ -91,7 +91,7 @@ def accepts(grammars, grammar, text):
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
 @pytest.mark.parametrize("single", [True, False])
-def test_the_grammar_takes_what_write_calls_writes(grammars, mode, single):
+def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, single):
     grammar = tools_grammar(TOOLS, mode, single=single)
     one, two = write_calls(CALLS[:1]), write_calls(CALLS)
     assert accepts(grammars, grammar, one)

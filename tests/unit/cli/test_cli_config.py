@@ -43,7 +43,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict
     return result
 
 
-def test_show_tells_each_value_and_its_origin(
+def test_show_prints_each_value_and_its_origin(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_MAX_NUM_SEQS", "8")

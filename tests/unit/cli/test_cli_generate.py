@@ -174,7 +174,9 @@ def test_json_is_one_object(fake_client: Any, capsys: pytest.CaptureFixture[str]
     assert answer["finish_reason"] == "stop"
 
 
-def test_an_error_in_the_middle_is_exit_1_after_what_came(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_the_middle_is_exit_1_after_the_text_so_far(
+    fake_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake_client.errors.append(Unavailable("lost every worker"))
     assert main(["generate", "hi"]) == 1
     captured = capsys.readouterr()
@@ -225,7 +227,7 @@ def test_piped_chat_stops_at_an_error(fake_client: Any, monkeypatch: pytest.Monk
     assert len(fake_client.requests) == 1
 
 
-def test_typed_chat_goes_on_after_an_error_without_that_turn(
+def test_typed_chat_continues_after_an_error_without_that_turn(
     fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_client.errors.append(Unavailable("gone"))

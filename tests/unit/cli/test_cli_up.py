@@ -342,7 +342,7 @@ def wait_for_exit(pid: int) -> None:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-def test_a_worker_that_dies_later_is_reported_once_and_the_stack_goes_on(
+def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
     gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stack = gather({"prefill-0": "import signal, sys; print('oh no', flush=True); signal.pause()"})

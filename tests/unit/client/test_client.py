@@ -244,7 +244,7 @@ def test_losing_a_router_after_its_last_message_changes_nothing(
     assert another_router.requests == []
 
 
-def test_an_error_carries_what_had_been_produced(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
+def test_an_error_carries_the_answer_so_far(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
     router.script = [*say.good[:2], Unavailable("gave up after 4 attempts")]
     with pytest.raises(Unavailable, match="gave up") as caught:
         sdk.run(router.address, "generate", "x")
@@ -266,7 +266,7 @@ def test_a_lone_router_that_is_lost_is_an_error(sdk: Sdk, router: Any, say: Simp
     assert len(router.requests) == 1
 
 
-def test_an_answer_that_a_router_cancels_goes_on_at_the_next_one(
+def test_an_answer_that_a_router_cancels_continues_at_the_next_one(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
     router.script = [*say.good[:2], RequestCancelled("its process ends")]

@@ -1,3 +1,5 @@
+"""Tests that the client builds requests from its arguments, and finds mistakes before it sends any."""
+
 from __future__ import annotations
 
 import math

@@ -91,7 +91,7 @@ def test_bounds_are_the_deployments() -> None:
     assert make(app, step=[0.05, 0.01, 0.0])(app.contexts())[0] == {"id-p": 1, "id-d": 6}
 
 
-def test_what_was_decided_holds_between_decisions_and_while_no_router_reports() -> None:
+def test_targets_hold_between_decisions_and_while_no_router_reports() -> None:
     app = App({"r1": busy(16)})
     decide = make(app, step=[0.05, 0.01, 0.0])
     wanted = decide(app.contexts())[0]

@@ -71,7 +71,7 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
         ({"dekode": {}}, "dekode"),
     ],
 )
-def test_what_is_wrong_is_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**fields)
 
@@ -119,7 +119,7 @@ def test_a_wrong_objective_is_refused_before_deployment() -> None:
         serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
 
 
-def test_what_the_shipped_config_says_of_several_machines_is_enough(tmp_path: Path) -> None:
+def test_the_shipped_config_s_advice_for_several_machines_is_complete(tmp_path: Path) -> None:
     text = SHIPPED.read_text(encoding="utf-8")
     (settings,) = re.findall(r"((?: +# \w+: \S+.*\n){3,})", text)
     given = yaml.safe_load(re.sub(r"(?m)^ +# ", "", settings))
@@ -130,7 +130,7 @@ def test_what_the_shipped_config_says_of_several_machines_is_enough(tmp_path: Pa
     assert spec(settings=given).router_config().host == "0.0.0.0"
 
 
-def test_the_shipped_config_is_what_the_code_takes() -> None:
+def test_the_shipped_config_is_valid() -> None:
     config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     (application,) = config["applications"]
     made = StackSpec.model_validate(application["args"])

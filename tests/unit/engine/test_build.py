@@ -6,7 +6,6 @@ import torch
 from overfill.engine import build
 from overfill.engine.build import MemoryRequirement, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
 from overfill.model.manifest import Pair
-from overfill.pair.tiny import make_tiny_pair
 
 GIB = 2**30
 
@@ -17,9 +16,8 @@ def requirement(layers=16, longest=8192, max_num_seqs=64, activations=0):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    torch.set_num_threads(1)
-    return Pair.load(make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny"))
+def pair(tiny_pair):
+    return Pair.load(tiny_pair)
 
 
 def load(pair, **changes):
@@ -56,7 +54,7 @@ def test_both_halves_of_a_process_get_a_cache():
     halves = [requirement(activations=GIB), requirement()]
     blocks = fit_blocks(halves, 20 * GIB)
     caches, step = memory_needed(halves, [blocks, blocks])
-    assert step == max(d.step_bytes(blocks) for d in halves)  # they step in turn, so one of them at a time
+    assert step == max(d.step_bytes(blocks) for d in halves)  # the engines step in turn, so they share one scratch
     assert caches > 15 * GIB
 
 
@@ -75,7 +73,7 @@ def test_a_cache_of_int8_holds_more_tokens_in_the_same_memory(pair):
     spec = parts["auto"].kv
     coded = (spec.head_dim + 4) / (4 * spec.head_dim)
     assert parts["int8"].pool.num_blocks == int(parts["auto"].pool.num_blocks / coded)
-    assert parts["int8"].kv == spec  # what travels is the same
+    assert parts["int8"].kv == spec  # the size on the wire is the same
     identities = {held: p.model_identity("decoder").kv_cache_dtype for held, p in parts.items()}
     assert identities == {"auto": "", "int8": "int8"}
 

@@ -42,7 +42,7 @@ def kinds(events):
     return [type(e) for e in events]
 
 
-def test_an_answer_goes_on_after_the_first_token_until_max_tokens(runner, pool, events):
+def test_an_answer_continues_after_the_first_token_until_max_tokens(runner, pool, events):
     engine = new_engine(runner, pool, events)
     engine.handle(Reserve(sequence("a", max_tokens=4)))
     engine.handle(Start("a", 10))
@@ -101,7 +101,7 @@ def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
     assert replayed == [([10, 11, 12, 13], 4), ([14, 15, 16, 17], 8), ([18, 19], 12)]
     assert tokens(events, "a") == [20, 21]
     assert tokens(events, "b") == [51, 52]
-    assert ([50], 4) in runner.steps[1]  # a normal step went between two parts of the replay
+    assert ([50], 4) in runner.steps[1]  # one decode step ran between two parts of the replay
 
 
 def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
@@ -138,7 +138,7 @@ def test_a_preempted_sequence_resumes_only_if_a_free_block_is_left_per_running_o
                 engine.handle(Yielded(event.id))
             elif isinstance(event, Reserved):
                 running = engine.load().running
-                assert pool.num_free >= running, "a block for each"
+                assert pool.num_free >= running, "one free block is left per running sequence"
                 engine.handle(Start(event.id, 10))
     assert engine.load().running == engine.load().waiting == 0
     assert engine._pool.num_used == 0
@@ -152,6 +152,13 @@ def test_refusal_when_the_worker_is_full(runner, pool, events):
     engine.handle(Release("a"))
 
 
+def reserve_old_and_young(engine):
+    """Starts two sequences that together need more blocks than the pool has."""
+    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
+        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
+        engine.handle(Start(name, first))
+
+
 def run_until_preempted(engine, events):
     for _ in range(50):
         engine.step()
@@ -162,9 +169,7 @@ def run_until_preempted(engine, events):
 
 def test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_tokens(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
-        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
-        engine.handle(Start(name, first))
+    reserve_old_and_young(engine)
     run_until_preempted(engine, events)
     assert [e.id for e in events if isinstance(e, Preempted)] == ["young"]
     before = tokens(events, "young")
@@ -182,9 +187,7 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_toke
 
 def test_preempted_sequences_come_before_new_ones(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
-        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
-        engine.handle(Start(name, first))
+    reserve_old_and_young(engine)
     run_until_preempted(engine, events)
     engine.handle(Yielded("young"))
     engine.handle(Reserve(sequence("new", prompt=1)))
@@ -262,7 +265,7 @@ def test_the_prompt_s_kv_is_held_and_the_decoder_s_own_is_not(runner, pool, even
         pass
     assert tokens(events, "one") == [11, 12, 13, 14, 15, 16, 17]
     assert engine.load().blocks_used == 0
-    assert engine.load().blocks_cached == 1  # tokens 0..3; the block with the answer's start is gone
+    assert engine.load().blocks_cached == 1  # tokens 0..3; the block that the answer starts in is not kept
     again = sequence("two", max_tokens=2)
     again.prompt = [*turn.prompt, *turn.emitted, 5, 5, 5]
     engine.handle(Reserve(again))
@@ -280,7 +283,7 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     for name in ("first", "second", "third", "fourth"):
         arriving = sequence(name, max_tokens=8)
-        arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four common blocks, one of its own
+        arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four shared blocks, one of its own
         engine.handle(Reserve(arriving))
         engine.handle(Start(name, 10))
         if name == "first":

@@ -45,7 +45,7 @@ def test_a_core_is_checked_once_each_time_it_falls_idle(core):
         engine.send("work")
         assert core.checked.acquire(timeout=10)
     engine.stop()
-    assert core.checked.acquire(timeout=10), "and when it is stopped"
+    assert core.checked.acquire(timeout=10), "it is also checked when it stops"
     assert not core.checked.acquire(blocking=False)
     assert engine.failure is None
 

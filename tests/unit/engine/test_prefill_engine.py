@@ -111,7 +111,7 @@ def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
     while "long" not in [e.id for e in of(PromptComputed, events)]:
         engine.step()
         steps += 1
-    assert steps <= 7  # 28 tokens, 4 at least with each step
+    assert steps <= 7  # 28 tokens, at least 4 of them in each step
     while engine.step():
         pass
     for name in ("long", "longer", "short", "next-0", "next-1", "next-2"):
@@ -214,7 +214,7 @@ def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
     engine.handle(Release("a"))
 
 
-def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
+def test_a_prompt_is_computed_from_the_end_of_its_cached_prefix(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
     engine.handle(Submit(prompt("a", 10)))
@@ -250,7 +250,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
     assert [e.cached_tokens for e in of(PrefillScheduled, events)] == [0] + [496] * 7
     assert len(of(PromptComputed, events)) == 8
     assert len({e.first.token_id for e in of(PromptComputed, events)}) == 1
-    assert engine.load().blocks_used == 32 + 7, "the last block is each one's own"
+    assert engine.load().blocks_used == 32 + 7, "each prompt has its own last block"
     for name in "abcdefgh":
         engine.handle(Release(name))
     evict_all(prefix)
@@ -307,7 +307,7 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     runner.fail_next = MemoryError("no room")
     engine.step()
     engine.handle(Release("a"))
-    assert engine.load().blocks_cached == 2  # of the step before
+    assert engine.load().blocks_cached == 2  # blocks of the step before
     evict_all(prefix)
 
 

@@ -15,7 +15,7 @@ def test_too_few_blocks_is_an_answer_and_changes_nothing():
     assert pool.num_used == 3
 
 
-def test_releasing_what_another_owns_is_refused_and_changes_nothing():
+def test_releasing_blocks_of_another_owner_is_refused_and_changes_nothing():
     pool = BlockPool(4, 16)
     mine = pool.acquire("a", 2)
     theirs = pool.acquire("b", 1)

@@ -42,7 +42,7 @@ def executor():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_read_can_be_written_elsewhere(dtype):
+def test_kv_read_from_one_cache_can_be_written_to_another(dtype):
     source, target = make_cache(dtype), make_cache(dtype, layers=3, seed=1)
     table, other = [5, 0, 3], [1, 7, 2]
     kv_range = KvRange(1, 4, 2, 11, 0, 2)

@@ -47,7 +47,7 @@ def test_a_good_chunk_survives_the_wire():
         shared=st.none() | st.builds(kv_pb2.SharedPayload, slot=st.integers(0, 300), length=st.integers(0, 2**32 - 1)),
     )
 )
-def test_the_framing_by_hand_is_what_the_generated_class_writes_and_reads(chunk):
+def test_messages_framed_by_hand_equal_those_of_the_generated_class(chunk):
     wire = parse_chunk(chunk.SerializeToString())
     assert (bytes(wire.scales), bytes(wire.payload)) == (chunk.scales, chunk.payload)
     head = kv_pb2.KvChunk()
@@ -107,7 +107,7 @@ def test_a_message_that_is_cut_off_is_refused():
             check(SPEC, parse_chunk(message[:end]))
 
 
-def test_the_checksum_is_what_the_wire_says():
+def test_the_checksum_is_the_one_that_the_proto_file_defines():
     # Written from the comment of KvChunk.checksum alone, as an implementation in another language would be.
     import struct
 

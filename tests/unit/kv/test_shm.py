@@ -214,7 +214,7 @@ async def test_a_link_that_only_the_server_has_lost_makes_payloads_travel(worker
     peer.link.close()
 
 
-async def test_a_client_that_goes_frees_what_waits_for_it(worker, connect):
+async def test_a_client_that_disconnects_frees_its_slots(worker, connect):
     peer = await connect()
     link = the_link(worker)
     stream = link.stream(99)

@@ -21,8 +21,8 @@ class Stream:
 
     left: int
     share: float
-    sent: float = 0.0  # of the running message
-    seconds: float = 0.0  # that it has taken
+    sent: float = 0.0  # bytes of the message in transit
+    seconds: float = 0.0  # duration of that message so far
 
     def __post_init__(self):
         self.growth = MessageGrowth()

@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_rounded_weights(name: str, save_model, runner, 
     got = torch.cat([run.step({"a": PROMPT[:30]}), *(run.step({"a": [token]}) for token in PROMPT[30:])])
 
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    assert (want - unrounded).abs().max() > 1e-3  # the rounding shows
+    assert (want - unrounded).abs().max() > 1e-3  # rounding changes the logits
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -87,7 +87,7 @@ def test_bytes_read_counts_a_tied_head_and_no_other_embedding(save_model, tmp_pa
         assert Transformer.load(tmp_path, torch.bfloat16, CPU).weights.bytes_read == 2 * elements
 
 
-def test_quantisation_starts_from_what_the_files_hold(save_model, tmp_path: Path) -> None:
+def test_weights_are_quantised_from_the_values_in_the_files(save_model, tmp_path: Path) -> None:
     save_model(CONFIGS["llama"])
     config = ModelConfig.load(tmp_path)
     exact, half = (load_int8_weights(tmp_path, config, dtype, CPU) for dtype in (torch.float32, torch.bfloat16))

@@ -1,3 +1,5 @@
+"""Tests pair.json: what is read from it, and that faults are named by field or file."""
+
 from __future__ import annotations
 
 import json

@@ -57,7 +57,7 @@ def test_draws_are_those_of_the_reference(options: dict, spread: float, vocab: i
 
 def test_of_equal_tokens_the_filters_keep_what_the_reference_keeps() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0] * 50).expand(200, -1)
-    u = np.random.default_rng(2).random(200)  # not on a boundary, of which there are many
+    u = np.random.default_rng(2).random(200)  # not on one of the many boundaries
     for options in ({"top_k": 120}, {"top_p": 0.7}, {"top_p": 0.9, "top_k": 60}, {"min_p": 0.3}):
         params = [SamplingParams(**options)] * 200
         assert torch.equal(draw(logits, params, u), reference(logits, params, u)), options

@@ -88,7 +88,7 @@ def test_the_umask_says_who_may_read_it_and_only_the_owner_may_write(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize(("owner", "compilations"), [(0, 1), (1001, 2)], ids=["root", "another"])
-def test_what_root_compiled_is_loaded_and_what_another_user_compiled_is_not(
+def test_a_library_of_root_is_loaded_and_one_of_another_user_is_not(
     owner: int, compilations: int, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = build()
@@ -105,7 +105,7 @@ def test_another_compiler_version_is_another_library(compiler: Path) -> None:
     assert build() != first
 
 
-def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_named_with_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fake_compiler(tmp_path, "echo kernels.h: no such register >&2; exit 1")
     monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
     with pytest.raises(compiled.CannotBuild, match="no such register"):

@@ -1,3 +1,5 @@
+"""Tests admission: the quotas of API keys, and the estimate of waiting time in a queue."""
+
 import pytest
 
 from overfill.errors import InvalidRequest, Overloaded

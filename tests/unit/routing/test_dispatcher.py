@@ -1,3 +1,5 @@
+"""Tests the dispatcher: the order of requests, placement, retries, refusals, fairness between keys, absent stages."""
+
 import itertools
 from dataclasses import replace
 
@@ -360,17 +362,12 @@ def test_a_router_that_was_stopped_itself_waits_for_reports_before_it_rejects(ro
     assert dispatcher.poll(500.0) == []
 
 
-def test_a_worker_that_has_not_reported_yet_is_waited_for(roster, dispatcher, add_worker, make_info):
-    roster.join(make_info("d0"))
-    add_worker(roster, "p0", PREFILL)
-    dispatcher.submit(job("a"), 0.0)
-    assert dispatcher.poll(0.0) == []
-    keep_reporting(roster, "p0", 100.0)
-    assert dispatcher.poll(100.0) == []
-
-
-def test_a_worker_that_is_still_warming_up_is_waited_for(roster, dispatcher, add_worker):
-    add_worker(roster, "d0", ready=False)
+@pytest.mark.parametrize("has_reported", [False, True])
+def test_a_worker_that_is_not_ready_yet_is_waited_for(roster, dispatcher, add_worker, make_info, has_reported):
+    if has_reported:
+        add_worker(roster, "d0", ready=False)
+    else:
+        roster.join(make_info("d0"))
     add_worker(roster, "p0", PREFILL)
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
@@ -458,7 +455,7 @@ def drained(roster, dispatcher, add_worker, make_report, per_second, until):
 
 
 @pytest.mark.parametrize("back", ["refused", "lost"])
-def test_a_request_that_comes_back_after_the_only_large_worker_began_to_leave_is_refused(
+def test_a_request_that_returns_after_the_only_large_worker_began_to_drain_is_refused(
     roster, dispatcher, add_worker, make_report, back
 ):
     add_worker(roster, "p0", PREFILL, total=1000)
@@ -499,7 +496,7 @@ def test_a_full_queue_says_when_half_of_it_will_have_left(roster, dispatcher, ad
     assert caught.value.retry_after == pytest.approx(0.75, abs=0.3)
 
 
-def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, make_report):
+def test_a_limit_on_waiting_refuses_requests_that_would_wait_longer(roster, add_worker, make_report):
     dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100, max_wait=1.0)
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for index in range(2):

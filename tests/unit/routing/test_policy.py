@@ -1,3 +1,5 @@
+"""Tests routing policies: load, free KV, two random choices, and prefix affinity."""
+
 import pytest
 
 from overfill.kv.keys import PromptKeys
@@ -76,7 +78,7 @@ def test_most_free_kv_prefers_room_to_few_requests(add_worker):
     assert choose(roster.decode) is roomy
 
 
-def test_of_two_drawn_workers_the_less_loaded_is_taken(add_worker):
+def test_of_two_drawn_workers_the_less_loaded_is_chosen(add_worker):
     roster = Roster()
     roster.decode.use(PowerOfTwo(seed=1))
     for index in range(10):

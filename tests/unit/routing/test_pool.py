@@ -1,3 +1,5 @@
+"""Tests pools of workers: readiness, credits, incarnations, identity, and refusals."""
+
 import dataclasses
 
 import pytest
@@ -19,7 +21,7 @@ def test_a_worker_takes_work_only_once_it_is_ready(make_info, make_report):
     assert worker.admissible(0.0)
 
 
-def test_a_draining_worker_takes_nothing_new(make_info, make_report):
+def test_a_draining_worker_refuses_new_requests(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(draining=True), 0.0)
@@ -27,7 +29,7 @@ def test_a_draining_worker_takes_nothing_new(make_info, make_report):
     assert worker.draining
 
 
-def test_credits_bound_what_is_in_flight(make_info, make_report):
+def test_credits_bound_requests_in_flight(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(credits=2), 0.0)
@@ -39,7 +41,7 @@ def test_credits_bound_what_is_in_flight(make_info, make_report):
     assert worker.admissible(0.0)
 
 
-def test_a_worker_that_stopped_reporting_takes_nothing_new(make_info, make_report):
+def test_a_worker_that_stopped_reporting_gets_no_new_requests(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(), 0.0)
@@ -138,7 +140,7 @@ def test_a_worker_of_another_model_is_refused_with_the_differing_fields(make_inf
     assert [w.id for w in roster.workers()] == ["d0"]
 
 
-def test_what_is_expected_holds_for_the_first_worker_too(make_info):
+def test_the_expected_identity_holds_for_the_first_worker_too(make_info):
     roster = Roster({"full_digest": "expected"})
     with pytest.raises(Incompatible, match="'expected'"):
         roster.join(make_info("d0"))
@@ -175,7 +177,7 @@ def test_a_refusal_closes_the_worker_and_its_load_counts_until_the_next_report(m
     assert worker.has_room(1600)
 
 
-def test_a_refusal_without_a_load_leaves_what_is_known(make_info, make_report):
+def test_a_refusal_without_a_load_keeps_the_known_load(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(used=90, total=100), 0.0)

@@ -1,3 +1,5 @@
+"""Tests a request from its first attempt to its answer, with scripted workers that refuse, fail or vanish."""
+
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -500,7 +502,7 @@ async def test_a_reader_that_reads_nothing_does_not_hold_the_worker_up(stack):
         assert batches == [(0, list(range(1000)))]
 
 
-async def test_a_resubmitted_request_goes_on_behind_its_tokens(stack):
+async def test_a_resubmitted_request_continues_after_its_tokens(stack):
     async with stack.request(emitted=(7, 8)) as relay:
         stream = await stack.stream()
         start, _ = await stream.accept()

@@ -381,7 +381,7 @@ class Routing(RuleBasedStateMachine):
                 self.requests[stream.start.request_id].failed_prefills += 1
             self.act(stream.say, need_prefill=NEED(reason=reason))
 
-    # What must always hold -----------------------------------------------------------------------------------------
+    # Invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
     def no_wrong_token_is_read(self):
@@ -399,7 +399,7 @@ class Routing(RuleBasedStateMachine):
             self.check_end(request)
 
     def check_end(self, request):
-        """An answer is whole; a failure has its cause."""
+        """Checks that an answer is complete, or that a failure has a cause that the test gave."""
         match request.end:
             case None:
                 return
@@ -414,7 +414,7 @@ class Routing(RuleBasedStateMachine):
             case error if "gave up after" in str(error) or "no prefill worker is compatible" in str(error):
                 assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
             case PromptTooLong():
-                pass  # the workers that could have held it have left
+                pass  # all workers large enough for it have left
             case error:
                 assert "worker has reported for" in str(error)
         streams = [s for s in self.streams if s.start is not None and s.start.request_id == request.id]

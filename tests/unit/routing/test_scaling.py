@@ -81,7 +81,7 @@ def test_a_step_of_load_is_followed_within_the_short_window():
     reached = next(t.at for t in history if t.prefill >= settled.prefill and t.decode >= settled.decode)
     assert before.prefill < settled.prefill
     assert reached <= 120 + CONFIG.short_window + 1
-    assert all(t.prefill >= settled.prefill for t in history if t.at >= reached), "and it stays there"
+    assert all(t.prefill >= settled.prefill for t in history if t.at >= reached), "targets stay there"
 
 
 def test_a_pool_shrinks_only_after_the_stabilisation_window():
@@ -168,7 +168,7 @@ def test_constant_load_settles(rate, prompt, answer):
     history = play(Scaler(CONFIG), 300, rate, prompt=prompt, answer=answer)
     late = [(t.prefill, t.decode) for t in history[150:]]
     # The prior of an answer's length fades for minutes: a need that nears a whole number may still pass it, once.
-    assert sum(a != b for a, b in itertools.pairwise(late)) <= 1, "constant load, and still it moves"
+    assert sum(a != b for a, b in itertools.pairwise(late)) <= 1, "targets move although the load is constant"
     prefill, decode = late[-1]
     assert prefill >= min(64, rate * prompt / CONFIG.prefill_rate * 0.95)
     assert decode >= min(64, rate * answer * STEP.seconds(35, 0) / 35 * 0.95)

@@ -118,7 +118,7 @@ def test_every_number_is_a_number(signals):
 
 
 @pytest.mark.parametrize(("values"), [[100] * 6, [10, 10, 10, 500, 500, 500], [1, 2, 3, 4, 5, 6, 7], [9]])
-def test_arrivals_told_together_keep_their_number_sum_and_spread(values):
+def test_arrivals_reported_together_keep_their_number_sum_and_spread(values):
     told = two_point_values(len(values), sum(values), sum(v * v for v in values))
     assert len(told) == len(values)
     assert sum(told) == pytest.approx(sum(values), rel=0.02)

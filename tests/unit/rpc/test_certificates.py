@@ -125,7 +125,7 @@ async def test_a_router_accepts_clients_and_refuses_workers_as_clients(folder: P
     for role, expected in ((Role.CLIENT, OK), (Role.OPERATOR, OK), (Role.WORKER, DENIED), (Role.SCRAPER, DENIED)):
         assert await outcome(router, client_tls(folder, role), MODELS) == expected, role
     assert await outcome(router, client_tls(folder, Role.CLIENT), "/overfill.v1.Registry/Join") == (
-        grpc.StatusCode.UNIMPLEMENTED  # this server has none; test_mutual_tls_on_a_stack asks one that has
+        grpc.StatusCode.UNIMPLEMENTED  # this server has no Registry; `test_roles_on_a_whole_stack` asks one that has
     )
 
 
@@ -251,7 +251,7 @@ async def test_certificates_are_replaced_under_running_servers_and_channels(tmp_
     await server.stop()
 
 
-async def test_what_is_revoked_by_a_new_authority_does_not_come_back(tmp_path: Path, at_once: None) -> None:
+async def test_certificates_revoked_by_a_new_authority_stay_revoked(tmp_path: Path, at_once: None) -> None:
     """A server with a new authority refuses the old certificates; its clients load their new ones."""
     certificates.make(tmp_path)
     server, address = await serve(tmp_path, Role.WORKER)

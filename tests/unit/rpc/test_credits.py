@@ -1,3 +1,5 @@
+"""Tests how a worker divides its credits among routers."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ def test_idle_routers_share_the_capacity():
     assert divide(12, [RouterDemand(0, 0)] * 3) == [4, 4, 4]
 
 
-def test_a_router_that_queues_gets_what_another_does_not_use_but_for_one():
+def test_a_router_that_queues_gets_all_unused_credits_but_one():
     assert divide(12, [RouterDemand(6, 20), RouterDemand(0, 0)]) == [11, 1]
 
 

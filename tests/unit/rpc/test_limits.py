@@ -29,7 +29,7 @@ async def serving() -> tuple[RpcServer, str]:
     return server, address
 
 
-async def test_a_call_whose_message_never_comes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_whose_message_never_arrives_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interceptors, "FIRST_MESSAGE_TIMEOUT", 0.2)
     server, address = await serving()
     async with open_channel(address) as channel:

@@ -111,7 +111,7 @@ async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypa
         await router.report_with(2)
 
 
-async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkeypatch):
+async def test_changes_that_can_wait_are_reported_together_or_with_urgent_ones(monkeypatch):
     monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 3600.0)
     monkeypatch.setattr(membership_module, "REPORT_GAP", 0.0)
     monkeypatch.setattr(membership_module, "DEBOUNCE_GAP", 3600.0)
@@ -132,7 +132,7 @@ async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkey
         await router.report_with(9)
 
 
-async def test_credits_are_divided_among_the_routers_that_are_there():
+async def test_credits_are_divided_among_joined_routers():
     async with registry() as (first, one), registry() as (second, two), member(one, two):
         await first.report_with(6)
         await second.report_with(6)
@@ -416,7 +416,7 @@ async def test_a_worker_that_stops_leaves():
         assert worker.num_joined == 0
 
 
-async def test_every_router_is_told_what_the_prefix_cache_holds_and_then_what_changes(monkeypatch):
+async def test_every_router_gets_the_prefix_cache_s_keys_and_then_changes(monkeypatch):
     monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
     journal = KeyJournal()
     journal.add(1)

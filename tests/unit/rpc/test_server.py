@@ -160,7 +160,7 @@ async def test_a_later_invalid_message_of_a_stream_is_the_senders_fault(channel:
         await call(channel, kind, Message(name="a"), BAD_UTF8)
 
 
-async def test_an_abort_by_the_servicer_stays_what_it_is(
+async def test_an_abort_by_the_servicer_keeps_its_status(
     channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
 ) -> None:
     method = channel.unary_unary(f"/{SERVICE}/unary_unary", Message.SerializeToString, Message.FromString)

@@ -1,3 +1,5 @@
+"""Tests that errors survive gRPC with their class, message and fields."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,16 +1,17 @@
+"""Tests the text of a streamed answer: batches, stop strings, replayed tokens."""
+
 import pytest
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.pair.tiny import make_tiny_pair
 from overfill.routing.answer import TokenBatch
 from overfill.v1 import common_pb2
 from services.router.text import AnswerText
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(make_tiny_pair(tmp_path_factory.mktemp("pair") / "tiny") / "full")
+def tokenizer(tiny_pair):
+    return Tokenizer.load(tiny_pair / "full")
 
 
 def write(tokenizer, ids, cuts, stops=(), replayed=()):

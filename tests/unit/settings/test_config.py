@@ -199,7 +199,7 @@ def test_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_settings_by_name_make_the_same_configuration_and_say_what_is_wrong() -> None:
+def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> None:
     config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
     assert DecodeConfig.of(config.settings()) == config
     assert DecodeConfig.of({"pair": "p", "kv_memory": None, "data_streams": 3}).data_streams == 3
