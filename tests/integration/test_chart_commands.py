@@ -38,7 +38,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Machine:
+class LocalCluster:
     """Stands in for a cluster: replaces pods' ports by free ones of this machine, and their paths by the test's."""
 
     def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
@@ -90,7 +90,7 @@ class Machine:
 
 
 @contextmanager
-def running(machine: Machine, specs: dict[str, dict]) -> Iterator[dict[str, Child]]:
+def running(machine: LocalCluster, specs: dict[str, dict]) -> Iterator[dict[str, Child]]:
     children = {}
     try:
         for component in ("router", "prefill", "decode"):
@@ -115,7 +115,7 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
     specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys"))
     keys = tmp_path / "keys.json"
     api_key = keyfile.create(keys, "test")
-    machine = Machine(tiny_pair, tls, tmp_path, keys)
+    machine = LocalCluster(tiny_pair, tls, tmp_path, keys)
     with running(machine, specs) as children:
 
         def alive_and(probe: str) -> bool:

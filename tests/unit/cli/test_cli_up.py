@@ -38,7 +38,7 @@ def plan(**settings: Any) -> StackPlan:
     return make_plan(Path("pair"), **(values | own), settings=settings)
 
 
-class Gathering(Stack):
+class RecordingStack(Stack):
     """A stack whose processes run the code given for their name. By default a process waits for a signal."""
 
     def __init__(self, code: dict[str, str] | None = None, **settings: Any) -> None:
@@ -95,11 +95,11 @@ def routers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Ro
 
 
 @pytest.fixture
-def gather() -> Iterator[Callable[..., Gathering]]:
-    made: list[Gathering] = []
+def new_stack() -> Iterator[Callable[..., RecordingStack]]:
+    made: list[RecordingStack] = []
 
-    def make(*args: Any, **settings: Any) -> Gathering:
-        made.append(Gathering(*args, **settings))
+    def make(*args: Any, **settings: Any) -> RecordingStack:
+        made.append(RecordingStack(*args, **settings))
         return made[-1]
 
     yield make
@@ -295,19 +295,19 @@ def test_a_port_in_use_is_reported_before_the_pair_is_looked_for(
     assert int(other) != port
 
 
-def test_a_taken_port_is_named_and_nothing_starts(gather: Callable[..., Gathering]) -> None:
+def test_a_taken_port_is_named_and_nothing_starts(new_stack: Callable[..., RecordingStack]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        stack = gather(port=port)
+        stack = new_stack(port=port)
         with pytest.raises(StartFailed, match=str(port)):
             stack.start()
     assert stack.started == []
 
 
 def test_ready_means_complete_and_our_own_router(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers]
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]
 ) -> None:
-    stack = gather()
+    stack = new_stack()
     stack.start()
     own = stack.pid("router-0")
     script = [Unavailable("not yet"), status(True, own + 1), status(False, own), status(True, own)]
@@ -317,8 +317,8 @@ def test_ready_means_complete_and_our_own_router(
     assert fake.asked == [stack.plan.addresses[0]] * 4
 
 
-def test_every_router_must_be_ready(gather: Callable[..., Gathering], routers: Callable[..., Routers]) -> None:
-    stack = gather(routers=2)
+def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]) -> None:
+    stack = new_stack(routers=2)
     stack.start()
     script = [status(True, stack.pid("router-0")), status(True, stack.pid("router-1"))]
     fake = routers(lambda: script.pop(0))
@@ -327,10 +327,10 @@ def test_every_router_must_be_ready(gather: Callable[..., Gathering], routers: C
 
 
 def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers]
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]
 ) -> None:
     routers(lambda: Unavailable("not yet"))
-    stack = gather({"decode-0": "raise SystemExit('the pair does not fit')"})
+    stack = new_stack({"decode-0": "raise SystemExit('the pair does not fit')"})
     with pytest.raises(StartFailed, match="decode-0 exited with status 1") as caught:
         up.run(stack, threading.Event(), Console(file=io.StringIO()))
     assert caught.value.__notes__ == ["  decode-0 | the pair does not fit"]
@@ -343,9 +343,9 @@ def wait_for_exit(pid: int) -> None:
 
 
 def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stack = gather({"prefill-0": "import signal, sys; print('oh no', flush=True); signal.pause()"})
+    stack = new_stack({"prefill-0": "import signal, sys; print('oh no', flush=True); signal.pause()"})
     routers(lambda: status(True, stack.pid("router-0")))
     stopping = Steps(
         [
@@ -366,9 +366,9 @@ def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
 
 
 def test_without_a_router_the_stack_ends(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stack = gather()
+    stack = new_stack()
     routers(lambda: status(True, stack.pid("router-0")))
     stopping = Steps(
         [
@@ -381,14 +381,14 @@ def test_without_a_router_the_stack_ends(
     assert "no router" in capsys.readouterr().err
 
 
-def test_routers_drain_before_the_workers_are_asked_to_stop(gather: Callable[..., Gathering]) -> None:
+def test_routers_drain_before_the_workers_are_asked_to_stop(new_stack: Callable[..., RecordingStack]) -> None:
     tell = (
         "import signal, sys, time\n"
         "def bye(*_):\n    print(time.monotonic_ns(), flush=True)\n    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, bye); print('up', flush=True)\nwhile True: signal.pause()"
     )
     names = ("router-0", "prefill-0", "decode-0")
-    stack = gather(dict.fromkeys(names, tell))
+    stack = new_stack(dict.fromkeys(names, tell))
     ready = threading.Semaphore(0)
     stack._sink = lambda name, line: (stack.lines.append((name, line)), ready.release())  # type: ignore[assignment]
     stack.start()

@@ -12,7 +12,7 @@ from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states,
 from overfill.v1 import common_pb2, inference_pb2
 
 
-class Heard:
+class RecordingScaler:
     """Records the calls to a scaler."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def signals(roster):
 
 
 def test_a_reader_counts_every_request_once(signals):
-    heard = Heard()
+    heard = RecordingScaler()
     reader = SignalReader(heard, {})
     signals.arrived(100, 0.0)
     reader.read(0.0, {"r": signals.read(0.0)})
@@ -68,13 +68,13 @@ def test_a_reader_counts_every_request_once(signals):
 def test_the_history_of_a_router_new_to_the_reader_does_not_count_as_load(signals):
     for _ in range(1000):
         signals.arrived(100, 0.0)
-    heard = Heard()
+    heard = RecordingScaler()
     SignalReader(heard, {}).read(0.0, {"r": signals.read(0.0)})
     assert heard.arrivals == []
 
 
 def test_a_router_that_replaces_another_starts_at_zero(signals, roster):
-    heard = Heard()
+    heard = RecordingScaler()
     reader = SignalReader(heard, {})
     signals.arrived(50, 0.0)
     reader.read(0.0, {"r1": signals.read(0.0)})

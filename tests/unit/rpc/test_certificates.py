@@ -29,7 +29,9 @@ from overfill.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc, 
 Outcome = grpc.StatusCode | str
 
 
-class Everything(admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, inference_pb2_grpc.InferenceServicer):
+class AnsweringService(
+    admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, inference_pb2_grpc.InferenceServicer
+):
     """Answers every call that passes access control."""
 
     async def Status(self, request: admin_pb2.StatusRequest, context: object) -> admin_pb2.StatusResponse:
@@ -70,7 +72,7 @@ async def serve(folder: Path, role: Role, trusted: Path | None = None) -> tuple[
     files = certificates.role_files(folder, role)
     access = AccessPolicy(ROUTER_RPCS if role is Role.ROUTER else WORKER_RPCS)
     server = RpcServer(ServerTls(files.cert, files.key, trusted or files.ca), access=access)
-    servicer = Everything()
+    servicer = AnsweringService()
     server.add(admin_pb2_grpc.add_AdminServicer_to_server, servicer, "overfill.v1.Admin")
     server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, "overfill.v1.Decode")
     server.add(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, "overfill.v1.Inference")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.error
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,8 +18,6 @@ from overfill.kv.blocks import BlockPool
 from overfill.request.params import SamplingParams
 from overfill.routing.admission import Admission
 from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
-from overfill.rpc.metrics_http import MetricsServer
-from overfill.rpc.tls import TlsError
 from overfill.telemetry.metrics import (
     LATENCY_BUCKETS,
     MAX_KEY_SERIES,
@@ -181,33 +176,6 @@ def test_lost_blocks_are_exported():
     assert engine.value("kv_blocks_leaked") == 2
     engine.pool.release("nobody", lost)
     assert engine.value("kv_blocks_leaked") == 0
-
-
-def get(address, path="/metrics"):
-    with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
-        return response.read().decode()
-
-
-def test_metrics_are_served_with_targets():
-    groups = [{"targets": ["127.0.0.1:1"], "labels": {"stage": "router"}}]
-    server = MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, targets=lambda: groups)
-    try:
-        assert 'overfill_build_info{stage="router"' in get(server.address)
-        assert json.loads(get(server.address, "/targets")) == groups
-        with pytest.raises(urllib.error.HTTPError) as missing:
-            get(server.address, "/")
-        assert missing.value.code == 404
-        missing.value.close()
-        port = int(server.address.rpartition(":")[2])
-        with pytest.raises(errors.Unavailable, match=str(port)):
-            MetricsServer(RouterMetrics().registry, "127.0.0.1", port)
-    finally:
-        server.close()
-
-
-def test_metrics_stay_on_this_machine_without_certificates():
-    with pytest.raises(TlsError, match=r"0\.0\.0\.0"):
-        MetricsServer(RouterMetrics().registry, "0.0.0.0", 0)
 
 
 def test_no_name_is_declared_twice():

@@ -219,7 +219,7 @@ def test_a_server_that_does_not_start_says_why():
     assert any("vllm" in note for note in caught.value.__notes__)
 
 
-class Meeting:
+class BarrierTarget:
     """A target that ends its requests as soon as ``size`` of them run at once."""
 
     def __init__(self, size):
@@ -237,7 +237,7 @@ class Meeting:
 
 @pytest.mark.parametrize(("concurrency", "together"), [(None, 6), (2, 2), (3, 3)])
 async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(concurrency, together):
-    target = Meeting(together)
+    target = BarrierTarget(together)
     requests = synthetic(6, "burst", 1, 8, 5, 0)
     outcomes = await run_load(target, requests, 100, concurrency=concurrency, timeout=60)
     assert target.max_concurrent == together
@@ -246,7 +246,7 @@ async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(con
 
 
 async def test_a_request_that_takes_too_long_has_failed():
-    (outcome,) = await run_load(Meeting(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
+    (outcome,) = await run_load(BarrierTarget(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
     assert not outcome.ok
     assert outcome.error == "not finished after 0.05 s"
 
