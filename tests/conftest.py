@@ -1,4 +1,4 @@
-"""What more than one suite needs."""
+"""Fixtures of all suites: a check for lost blocks after each test, and a tiny pair."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _remember_pools() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def every_block_is_free_or_owned_once() -> Iterator[None]:
-    """Whatever a test does: no block of this process is lost or has two owners in the end."""
+    """After each test, fails it if a block of any pool in this process is lost or has two owners."""
     yield
     for pool in list(_POOLS):
         pool.check_integrity()
@@ -37,8 +37,8 @@ def every_block_is_free_or_owned_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pair that tests only read."""
-    # Here, since most unit tests need no torch, which takes seconds to import.
+    """A tiny pair. Tests must not change it; `fresh` makes copies that they may damage."""
+    # Imported here because torch takes seconds to import and most unit tests do not need it.
     import torch
 
     from overfill.pair.tiny import make_tiny_pair

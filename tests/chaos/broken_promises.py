@@ -122,7 +122,7 @@ BROKEN = (
         "overfill/kv/receiver.py",
         "MAX_REPEATS = 3",
         "MAX_REPEATS = 0",
-        "tests/integration/test_bad_kv.py::test_what_a_wrong_chunk_leaves_out_is_sent_again",
+        "tests/integration/test_bad_kv.py::test_ranges_of_a_wrong_chunk_are_sent_again",
     ),
     Broken(
         "a transfer that stalls is given up",
@@ -186,7 +186,7 @@ BROKEN = (
         "overfill/engine/thread.py",
         "                    if not busy:\n                        self._core.check()\n",
         "                    if not busy:\n",
-        "tests/integration/test_stack.py::test_a_worker_that_loses_a_block_notices_when_idle_and_leaves",
+        "tests/integration/test_stack.py::test_a_worker_that_loses_a_block_notices_when_idle_and_exits",
     ),
     Broken(
         "SIGTERM lets answers finish",
@@ -202,7 +202,7 @@ BROKEN = (
         "overfill/process/leaving.py",
         "    os._exit(code)",
         "    sys.exit(code)",
-        "tests/unit/engine/test_build.py::test_the_process_ends_with_what_it_serves_whatever_its_threads_do",
+        "tests/unit/services/test_hosting.py::test_the_process_ends_with_its_service_even_if_threads_still_run",
     ),
     Broken(
         "a stuck step ends the worker",
@@ -210,7 +210,7 @@ BROKEN = (
         "overfill/engine/thread.py",
         "                self._on_stuck()\n",
         "",
-        "tests/integration/test_stack.py::test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere",
+        "tests/integration/test_stack.py::test_a_worker_stuck_in_a_step_exits_and_its_requests_continue_elsewhere",
     ),
     Broken(
         "a failed step does not end the worker",
@@ -226,7 +226,7 @@ BROKEN = (
         "overfill/engine/decode.py",
         "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n",
         "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n        sequence.emitted.clear()\n",
-        "tests/unit/engine/test_decode_engine.py::test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_tokens",
+        "tests/unit/engine/test_decode_engine.py::test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_tokens",
     ),
     Broken(
         "a deadline ends a request everywhere",
@@ -275,7 +275,7 @@ BROKEN = (
         "services/decode/sequence_session.py",
         "        if last is not None and last.HasField",
         "        if False and last.HasField",
-        "tests/unit/services/test_sequence_session.py::test_tokens_that_nobody_reads_become_one_message",
+        "tests/unit/services/test_sequence_session.py::test_unread_tokens_merge_into_one_message",
     ),
     Broken(
         "lost shared memory costs speed only",

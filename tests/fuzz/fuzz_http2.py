@@ -1,4 +1,4 @@
-"""Frames of HTTP/2 by hand, for connections that no gRPC client makes."""
+"""Raw HTTP/2 frames, for connections that no gRPC client would make."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def settings(**values):
 
 
 def headers(method, extra=()):
-    """HPACK without a table: every field in full."""
+    """Encodes headers by HPACK without its tables, every field in full."""
     fields = [
         (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "x"),
         ("te", "trailers"), ("content-type", "application/grpc"), *extra,
@@ -32,7 +32,7 @@ def headers(method, extra=()):
 
 
 def message(data):
-    """As gRPC puts one into DATA frames."""
+    """Returns ``data`` with the five bytes of prefix that gRPC gives a message."""
     return b"\0" + struct.pack(">I", len(data)) + data
 
 
@@ -47,13 +47,13 @@ def _length(size):
 
 
 def open_call(method, data=b"", stream=1, window=0, end=True):
-    """A connection's first bytes and one RPC, whose answer may not be longer than ``window`` bytes."""
+    """Returns the first bytes of a connection and one RPC, with a flow-control window of ``window`` bytes."""
     start = PREFACE + settings(window=window) + frame(HEADERS, END_HEADERS, stream, headers(method))
     return start + frame(DATA, END_STREAM if end else 0, stream, message(data))
 
 
 def broken(rng, method):
-    """Bytes of a connection that breaks the rules somewhere."""
+    """Returns the bytes of a connection that violates HTTP/2 in one place."""
     good = PREFACE + settings(window=65535)
     call = frame(HEADERS, END_HEADERS, 1, headers(method))
     return rng.choice((
@@ -61,11 +61,11 @@ def broken(rng, method):
         lambda: PREFACE[: rng.randint(1, 23)],
         lambda: PREFACE + rng.randbytes(rng.randint(9, 200)),
         lambda: good + call[: rng.randint(1, len(call) - 1)],
-        lambda: good + frame(HEADERS, END_HEADERS, 2, headers(method)),  # an even stream is the server's
-        lambda: good + frame(DATA, 0, 1, b"x"),  # of no stream
+        lambda: good + frame(HEADERS, END_HEADERS, 2, headers(method)),  # even stream ids belong to the server
+        lambda: good + frame(DATA, 0, 1, b"x"),  # a frame of a stream that does not exist
         lambda: good + frame(HEADERS, END_HEADERS, 1, rng.randbytes(40)),
         lambda: good + call + frame(DATA, END_STREAM, 1, b"\0\xff\xff\xff\xff" + b"x" * 50),
-        lambda: good + call + frame(DATA, END_STREAM, 1, b"\x01\0\0\0\x04abcd"),  # compressed, says it
+        lambda: good + call + frame(DATA, END_STREAM, 1, b"\x01\0\0\0\x04abcd"),  # not compressed as flagged
         lambda: good + call + frame(DATA, END_STREAM, 1, b"\0\0\0\0\x04a"),
         lambda: good + call + frame(RESET, 0, 1, struct.pack(">I", rng.randrange(20))),
         lambda: good + frame(WINDOW, 0, 0, struct.pack(">I", rng.choice((0, (1 << 31) - 1)))),

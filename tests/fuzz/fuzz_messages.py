@@ -1,6 +1,6 @@
-"""Wrong messages, made from right ones: by their fields as the descriptors have them, then by their bytes.
+"""Makes malformed messages from valid ones: changes fields by their descriptors, then bytes.
 
-Everything follows from one random generator, so that a case can be made again from its number.
+All choices come from one random generator, so that a case can be made again from its number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RANGES = {
 
 
 def scalar(rng, field):
-    """A value for a field that is no message: at the edges more often than between them."""
+    """Returns a value for a scalar field, more often from the ends of its range than from between."""
     kind = field.cpp_type
     if kind in _RANGES:
         low, high = _RANGES[kind]
@@ -45,14 +45,14 @@ def _repeated(field):
 
 
 def fill(rng, message, depth=0):
-    """Sets about half of a message's fields to anything."""
+    """Sets about half of a message's fields to random values."""
     for field in message.DESCRIPTOR.fields:
         if rng.random() < 0.5:
             put(rng, message, field, depth)
 
 
 def put(rng, message, field, depth=0):
-    """Sets one field to anything."""
+    """Sets one field to a random value."""
     name = field.name
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
@@ -76,7 +76,7 @@ def put(rng, message, field, depth=0):
 
 
 def mutate(rng, message):
-    """A copy of ``message`` with one to three fields, however deep, changed, cleared or doubled."""
+    """Returns a copy of ``message`` with one to three fields, at any depth, changed, cleared or doubled."""
     copy = type(message)()
     copy.CopyFrom(message)
     for _ in range(rng.randint(1, 3)):
@@ -99,10 +99,10 @@ def mutate(rng, message):
 
 
 def damage(rng, data):
-    """``data`` as no encoder writes it."""
+    """Returns ``data`` with damage that no encoder produces."""
     data = bytearray(data)
     kind = rng.randrange(9)
-    if kind == 0 and data:  # bits
+    if kind == 0 and data:  # flipped bits
         for _ in range(rng.randint(1, 8)):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif kind == 1:  # cut off
@@ -111,9 +111,9 @@ def damage(rng, data):
         data += b"\x08" + b"\xff" * rng.choice((10, 11, 5000))
     elif kind == 3:  # a length beyond the end
         data += b"\x0a" + b"\xff\xff\xff\xff\x07" + b"x"
-    elif kind == 4:  # a group, which is never closed, or a wire type that there is not
+    elif kind == 4:  # an unclosed group, or an undefined wire type
         data += bytes([rng.choice((0x0B, 0x0C, 0x0E, 0x0F, 0x07))]) * rng.choice((1, 200))
-    elif kind == 5:  # text that is no UTF-8, in whatever field
+    elif kind == 5:  # text that is not UTF-8, in any field
         data += bytes([(rng.randint(1, 12) << 3) | 2, 3]) + b"\xff\xfe\xfd"
     elif kind == 6:  # messages in messages
         for _ in range(rng.choice((20, 150))):

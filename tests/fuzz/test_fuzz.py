@@ -1,8 +1,8 @@
-"""Malformed requests over every RPC and route of a stack of real processes: no crash, hang, growth or 5xx.
+"""Tests malformed requests over every RPC and route of a real stack: no crash, hang, memory growth or 5xx.
 
-A case is made from its number, so that it can be made again: ``OVERFILL_FUZZ_SEED=N pytest tests/fuzz``. Right
-messages to begin with are in ``corpus/seeds.json``; cases that once did harm are in ``corpus/found.json`` and are sent
-every time.
+A case is made from its number, so that it can be made again: ``OVERFILL_FUZZ_SEED=N pytest tests/fuzz``. The valid
+messages from which cases are made are in ``corpus/seeds.json``. Cases that once did harm are in ``corpus/found.json``
+and are always sent.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SEED = int(os.environ.get("OVERFILL_FUZZ_SEED", "11"))
 OURS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 """What no mistake of a client may be answered with."""
 
-DEADLINE = 4.0  # seconds that a call gives the server
-PATIENCE = 60.0  # seconds after which a call hangs, on a machine however busy
-GROWTH = 96 << 20  # bytes that a process may have more in the end
+DEADLINE = 4.0  # deadline of a call, in seconds
+PATIENCE = 60.0  # seconds after which a call counts as hanging, even on a busy machine
+GROWTH = 96 << 20  # bytes by which a process may grow
 
 _TYPES = {
     "Inference": inference_pb2,
@@ -63,7 +63,7 @@ def request_type(method):
 
 
 class Cases:
-    """Requests by number. ``facts`` are values without which nothing gets past the first check."""
+    """Makes requests by number. ``facts`` are valid values, without which a request fails the first check."""
 
     def __init__(self, facts):
         self._seeds = {}
@@ -83,7 +83,7 @@ class Cases:
                 seed.hello.kv.CopyFrom(facts["kv"])
 
     def messages(self, method, number):
-        """The messages of a call, as bytes."""
+        """Returns the messages of a call, as bytes."""
         rng = random.Random(f"{SEED}/{method}/{number}")
         kind, streams = request_type(method)
         seeds = self._seeds[method]
@@ -115,7 +115,7 @@ def _bytes(message):
 
 
 def _drains(data):
-    """Whether a right request of Drain would end the process that we are testing."""
+    """True if ``data`` is a request of Drain that would end the process under test."""
     try:
         return admin_pb2.DrainRequest.FromString(data).worker_id != "nobody"
     except DecodeError:
@@ -123,7 +123,10 @@ def _drains(data):
 
 
 def call(channel, method, messages):
-    """(status, message) of a call. Of threads: asyncio's calls make up an INTERNAL when they write to an ended one."""
+    """Makes a call; returns (status, message).
+
+    The call is blocking, because asyncio calls report INTERNAL when they write to a call that has ended.
+    """
     try:
         for _ in channel.stream_stream(method)(iter(messages), timeout=0.5 if method.endswith("/Watch") else DEADLINE):
             pass
@@ -133,7 +136,7 @@ def call(channel, method, messages):
 
 
 def send_all(address, cases, wrong, counts, abreast=12):
-    """Sends (method, number, messages), several at once over several channels."""
+    """Sends cases of (method, number, messages), several at once over several channels."""
     queue = collections.deque(cases)
 
     def work():
@@ -158,7 +161,7 @@ def send_all(address, cases, wrong, counts, abreast=12):
 
 
 class Held:
-    """Connections that stay: half of a request, half of a handshake, or an answer that nobody reads."""
+    """Connections that stay open: half a request, half a handshake, or an answer that is not read."""
 
     def __init__(self, grpc_addresses, http_addresses):
         self.sockets = []
@@ -175,10 +178,10 @@ class Held:
                     fuzz_http2.PREFACE,
                     b"",
                     fuzz_http2.open_call(method, b"\x0a\x05ab", end=False)[:-4],
-                    # The call is made, its message never comes.
+                    # The call starts, but its message never arrives.
                     fuzz_http2.PREFACE + fuzz_http2.settings(window=0)
                     + fuzz_http2.frame(fuzz_http2.HEADERS, fuzz_http2.END_HEADERS, 1, fuzz_http2.headers(method)),
-                    # The answer has no room to be sent.
+                    # The flow-control window is too small for the answer.
                     fuzz_http2.open_call("/overfill.v1.Inference/Generate", generate.SerializeToString()),
                 )[number % 6])  # fmt: skip
         body = json.dumps(
@@ -210,7 +213,7 @@ def memory(processes):
 
 
 def exchange(address, data, drops):
-    """Status of an HTTP exchange; None when the connection was cut, "hang" when nothing came."""
+    """Makes an HTTP request; returns its status, None if the connection was closed, or "hang" without an answer."""
     try:
         return hostile.exchange(address, data, drops)
     except TimeoutError:
@@ -220,7 +223,7 @@ def exchange(address, data, drops):
 
 
 def http_case(number):
-    """(kind, bytes, whether in drops)"""
+    """Makes an HTTP case: (kind, bytes, whether they are sent slowly)."""
     rng = random.Random(f"{SEED}/http/{number}")
     kinds = [kind for kind in hostile.KINDS if not kind.__name__.startswith("half_")]
     if rng.random() < 0.8:
@@ -268,7 +271,7 @@ def run(pair, http_count, rpc_count, frame_count):
 
         def rpcs(share):
             for where, table in homes.items():
-                # Workers that do not exist must not be chosen while others ask for answers.
+                # Made-up workers must not be chosen for the requests of others.
                 for group in (lambda m: "Join" not in m, lambda m: "Join" in m):
                     batch = [
                         (method, number, cases.messages(method, number))
@@ -309,7 +312,7 @@ def run(pair, http_count, rpc_count, frame_count):
         found = [(case["method"], -1, [base64.b64decode(m) for m in case["messages"]]) for case in _found()]
         for where, table in homes.items():
             send_all(where, [case for case in found if case[0] in table], wrong, counts)
-        # A tenth first: what a process takes once, it keeps.
+        # A tenth of the cases first, because a process keeps the memory that it allocates once.
         https((0, http_count // 10))
         rpcs((0, each // 10))
         frames((0, frame_count // 10))
@@ -321,7 +324,7 @@ def run(pair, http_count, rpc_count, frame_count):
             rpcs((each // 10, each))
             frames((frame_count // 10, frame_count))
             reading.join()
-            with Client(address) as client:  # while all of them are still held
+            with Client(address) as client:  # while all connections are still open
                 answer = client.generate([20, 21], sampling=SamplingParams(max_tokens=3, ignore_eos=True), timeout=60)
                 assert len(answer.token_ids) == 3
         wait_until(lambda: idle(address), 90, "everything has ended")
@@ -334,7 +337,7 @@ def run(pair, http_count, rpc_count, frame_count):
             assert {w.id: w.process.incarnation for w in client.status().workers} == {
                 "prefill-0": prefill.process.incarnation,
                 "decode-0": decode.process.incarnation,
-            }, "somebody was restarted"
+            }, "a process was restarted"
         lines = list(stack.lines)
     total = sum(counts.values())
     print(f"{total} requests; grown by {[size >> 10 for size in grown.values()]} KiB (router, prefill, decode)")

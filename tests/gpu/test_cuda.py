@@ -1,46 +1,40 @@
-"""The same promises on a CUDA device. Skipped where there is none."""
+"""Tests on a CUDA device that answers and caches equal those on the CPU. Skipped without a device."""
 
 import pytest
 import torch
 
 from overfill import LLM
 from overfill.pair.reference import TwoStageReference
-from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
-
-
 @pytest.fixture
 def exact_float32():
-    """TF32 would make float32 products too coarse to compare."""
+    """Turns TF32 off, because its products are too coarse to compare with float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
 
 
-def test_answers_on_the_device_are_the_reference_s(pair, exact_float32):
+def test_answers_on_the_device_are_the_reference_s(tiny_pair, exact_float32):
     prompts = [[(7 * i * (seed + 3)) % 470 + 20 for i in range(10 + 40 * seed)] for seed in range(8)]
-    llm = LLM(pair, dtype="float32", device="cuda", kv_memory=16 * 2**20, max_num_batched_tokens=64)
-    reference = TwoStageReference(pair)
+    llm = LLM(tiny_pair, dtype="float32", device="cuda", kv_memory=16 * 2**20, max_num_batched_tokens=64)
+    reference = TwoStageReference(tiny_pair)
     answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
     assert [a.token_ids for a in answers] == [reference.generate(p, 24) for p in prompts]
 
 
-def test_both_halves_fit_one_device_without_a_stated_cache(pair, exact_float32):
-    llm = LLM(pair, dtype="float32", device="cuda", memory_fraction=0.25)
+def test_both_halves_fit_one_device_without_a_stated_cache(tiny_pair, exact_float32):
+    llm = LLM(tiny_pair, dtype="float32", device="cuda", memory_fraction=0.25)
     prompt = list(range(20, 60))
     answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8))[0]
-    assert answer.token_ids == TwoStageReference(pair).generate(prompt, 8)
+    assert answer.token_ids == TwoStageReference(tiny_pair).generate(prompt, 8)
 
 
-def test_kv_read_beside_a_running_step_is_what_was_written(pair):
+def test_kv_read_beside_a_running_step_is_what_was_written():
     from overfill.kv.cache import KvCache
     from overfill.kv.chunks import Chunk
     from overfill.kv.ranges import KvRange
@@ -61,7 +55,7 @@ def test_kv_read_beside_a_running_step_is_what_was_written(pair):
     assert torch.equal(target.gather(1, placed)[1], source.gather(1, taken)[1])
 
 
-def test_a_cache_of_int8_gives_what_one_on_the_cpu_does(pair):
+def test_an_int8_cache_returns_the_same_values_as_on_the_cpu():
     from overfill.kv.cache import KvCache
     from overfill.kv.chunks import Chunk
     from overfill.kv.ranges import KvRange
@@ -81,4 +75,5 @@ def test_a_cache_of_int8_gives_what_one_on_the_cpu_does(pair):
         cache.write([1, 7, 2], LayerTargets({1: [0]}), [chunk])
         found[-1] += [half.cpu() for half in cache.gather(0, cache.slots([1, 7, 2], 2, 11))]
     for on_gpu, on_cpu in zip(*found, strict=True):
-        torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)  # a last bit decides which way a code is rounded
+        # Codes may round differently where the last bit differs.
+        torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)

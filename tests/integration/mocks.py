@@ -1,4 +1,4 @@
-"""A real router with mock workers, all in a thread of their own: fast, without torch, for tests of what is in front."""
+"""A router with mock workers in a thread: a fast stack without torch, for tests of the router's interfaces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MockStack:
     loop: asyncio.AbstractEventLoop
 
     def call(self, coroutine, timeout=30):
-        """The result of ``coroutine``, run in the stack's loop."""
+        """Runs ``coroutine`` in the stack's event loop; returns its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
 
 
@@ -37,7 +37,7 @@ def _flags(settings):
 
 @contextmanager
 def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, **router):
-    """Yields a MockStack that can answer; ``router`` are flags of the router, ``workers`` of all mock workers."""
+    """Yields a ready MockStack. ``router`` are the router's flags, ``workers`` those of every mock worker."""
     started = Future()
     secret = {}
     if router.get("api_keys") is not None:

@@ -1,7 +1,7 @@
-"""What we make of every field of OpenAI's reference and of vLLM's: the cases that tests run, and the table of the docs.
+"""Cases for every field of OpenAI's and vLLM's APIs: tests run them, and the table in the docs is made of them.
 
-``python tests/integration/openai_cases.py`` writes the table into ``docs/openai.md``; a test fails when it is not what
-the cases say, or when a case is not what the server does.
+``python tests/integration/openai_cases.py`` writes the table into ``docs/openai.md``. A test fails when the table or
+the server differs from the cases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 
 class NotAnswered(Exception):
-    """An answer that is an error."""
+    """The endpoint answered with an error."""
 
     def __init__(self, status: int, error: dict[str, Any]) -> None:
         super().__init__(status, error)
@@ -39,9 +39,9 @@ class Case:
     """One field.
 
     Attributes:
-        value: that a refused field is refused with, and that changes nothing where it is ignored.
-        check: raises unless a supported field has its effect.
-        note: for the table; of a refused field, the server's own words.
+        value: value with which a refused field is refused, and which has no effect in an ignored field.
+        check: function that raises if a supported field lacks its effect.
+        note: text for the table; for a refused field, the server's message.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
 
 
 def text(answer: dict[str, Any]) -> str:
-    """Of the first choice."""
+    """Returns the text of the first choice."""
     choice = answer["choices"][0]
     return choice["text"] if "text" in choice else choice["message"]["content"]
 
@@ -128,7 +128,7 @@ def _logit_bias(ask: Ask) -> None:
 
 
 def _accepted(**fields: Any) -> Callable[[Ask], None]:
-    """Takes it; that it has its effect on logits is tested with real workers, not with these."""
+    """Checks that the field is accepted. Tests with real workers check its effect on logits."""
 
     def check(ask: Ask) -> None:
         assert ask(**fields)["choices"]
@@ -215,7 +215,7 @@ def _guided_grammar(ask: Ask) -> None:
 
 
 def _old_response_format(ask: Ask) -> None:
-    """Of ``/v1/completions``."""
+    """``response_format`` of ``/v1/completions``."""
     _structural_tag(ask)
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     assert json.loads(text(ask(response_format=wanted, max_tokens=60)))["n"] in (1, 2)
@@ -227,7 +227,7 @@ def _structural_tag(ask: Ask) -> None:
 
 
 def _template_kwargs(ask: Ask) -> None:
-    """The template here reads none; that one of Qwen's does is tested beside the template."""
+    """This template reads no options. The template's own tests use one that does, like Qwen's."""
     assert text(ask(chat_template_kwargs={"enable_thinking": False})) == text(ask())
     for name in ("messages", "tools", "add_generation_prompt", "eos_token", "chat_template", "tokenize"):
         refuses(ask, f"chat_template_kwargs.{name}", chat_template_kwargs={name: 1})
@@ -247,7 +247,7 @@ def _continue(ask: Ask) -> None:
 
 
 def _documents(ask: Ask) -> None:
-    """The template here shows none; that others do is tested beside the template."""
+    """This template shows no documents. The template's own tests use one that does."""
     assert text(ask(documents=[])) == text(ask())
     refuses(ask, "documents", documents=[{"title": "t", "text": "x"}])
     refuses(ask, "documents", documents=[], chat_template_kwargs={"documents": []})
@@ -499,7 +499,7 @@ def _note(kind: type[Sampling], case: Case) -> str:
 
 
 def render() -> str:
-    """The tables in Markdown."""
+    """Returns the tables in Markdown."""
     lines = []
     for title, (kind, cases) in TABLES.items():
         heading = f"`POST {title}`" if title.startswith("/") else title
@@ -514,7 +514,7 @@ def render() -> str:
 
 
 def documented() -> str:
-    """The tables that docs show."""
+    """Returns the tables that the docs contain."""
     return DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
 
 

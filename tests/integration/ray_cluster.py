@@ -1,7 +1,7 @@
 """``python ray_cluster.py NODES CPUS DASHBOARD_PORT``: a Ray cluster of several nodes on loopback, until stdin ends.
 
-A process of its own, since Ray's nodes and warnings do not belong into that of the tests. Prints the address of the
-cluster's head once it is there.
+Runs as a process of its own, to keep Ray's nodes and warnings out of the tests' process. Prints the address of the
+cluster's head once the head is up.
 """
 
 import os

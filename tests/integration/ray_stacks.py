@@ -1,4 +1,4 @@
-"""``overfill up`` on Ray as a process of its own, for tests: its lines, its status, its end."""
+"""``overfill up`` on Ray as a child process of a test: its output, its status, its end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfill.client import Client, SamplingParams
 
 
 class Up:
-    """A running ``overfill up``. ``lines`` is what it has written so far."""
+    """A running ``overfill up``. ``lines`` is its output so far."""
 
     def __init__(self, *arguments, environment=None):
         (self.port,) = free_ports("127.0.0.1", 1)
@@ -32,13 +32,13 @@ class Up:
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
-            process_group=0,  # so that a test can do what ctrl-C in a terminal does
+            process_group=0,  # so that a test can signal the group, like ctrl-C in a terminal
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def wait_ready(self):
-        """Returns once the stack says that it is up; AssertionError with its lines when it ends instead."""
+        """Waits until the stack reports that it is up; raises AssertionError with its output if it ends instead."""
         self._up.wait(170)
         assert self.ready, "\n".join(self.lines)
 
@@ -47,23 +47,23 @@ class Up:
         return any("OverFill is up" in line for line in self.lines)
 
     def interrupt(self):
-        """Ctrl-C: SIGINT to every process of the terminal's group."""
+        """Sends SIGINT to every process of the group, like ctrl-C in a terminal."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def wait(self):
-        """The exit code, once it has ended."""
+        """Waits for the end; returns the exit code."""
         code = self.process.wait(120)
         self._reader.join(10)
         self.process.stdout.close()
         return code
 
     def processes(self):
-        """Every process of the tree, itself included."""
+        """Returns every process of the tree, the root included."""
         process = psutil.Process(self.process.pid)
         return [process, *process.children(recursive=True)]
 
     def workers(self, stage=None):
-        """``id -> pid`` of the workers that the router knows and that answer."""
+        """Returns ``id -> pid`` of the workers that have joined the router and answer."""
         with Client(self.address) as client:
             found = client.status().workers
         return {w.id: w.process.pid for w in found if w.process is not None and stage in (None, w.stage)}
@@ -77,7 +77,7 @@ class Up:
 
 
 class Load:
-    """Streams that go on until told to stop; ``errors`` are those that failed."""
+    """Runs streams until ``stop``; collects errors of failed ones in ``errors``."""
 
     def __init__(self, address, streams, max_tokens):
         self.errors, self.answers, self._stop = [], [], threading.Event()
@@ -104,7 +104,7 @@ class Load:
 
 @contextmanager
 def up_on_ray(*arguments, **settings):
-    """Yields an ``Up`` that is ready; ends it like ctrl-C does, if it still runs."""
+    """Yields a ready ``Up``; afterwards ends it like ctrl-C, if it still runs."""
     up = Up(*arguments, **settings)
     tree = []
     try:
@@ -126,7 +126,7 @@ def up_on_ray(*arguments, **settings):
 
 
 def cli(*arguments):
-    """Runs ``overfill``; returns the exit code and what it wrote."""
+    """Runs ``overfill``; returns the exit code and the output."""
     command = [sys.executable, "-m", "overfill.cli.main", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Whole stacks of real processes for tests: started, asked, damaged, stopped."""
+"""Stacks of real processes for tests: starts them, reads their state, adds faults, stops them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE = {
 
 
 class FaultyStack(Stack):
-    """A stack in which the workers named in ``faults`` run with one fault each (overfill.lab.faults.service)."""
+    """A stack whose workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
 
     def __init__(self, plan, sink, faults):
         super().__init__(plan, sink)
@@ -43,7 +43,7 @@ class FaultyStack(Stack):
 def running_stack(
     pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, **settings
 ):
-    """Yields ``(stack, address)`` when every worker is ready; drains it at the end. ``lines`` gets what they say."""
+    """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
     if settings.get("api_keys") is not None and tls is None:
         settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
         settings["stack_secret"].write_text(SECRET)
@@ -63,12 +63,16 @@ def running_stack(
 
 
 def children(stack, stage):
-    """Processes of one stage: "router", "prefill" or "decode"."""
+    """Returns the processes of one stage: "router", "prefill" or "decode"."""
     return [c for c in [*stack._routers, *stack._workers] if c.name.startswith(stage)]
 
 
 def wait_until(condition, timeout, what):
-    """Polls ``condition`` until it is true; AssertionError after ``timeout`` seconds. Returns the seconds it took."""
+    """Polls ``condition`` until it is true, for up to ``timeout`` seconds; returns the seconds waited.
+
+    Raises:
+        AssertionError: ``condition`` was still false after ``timeout`` seconds.
+    """
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > timeout:
@@ -78,11 +82,11 @@ def wait_until(condition, timeout, what):
 
 
 def loads(address, tls=None, api_key=None):
-    """Load of every worker that answers, by id."""
+    """Returns the load of every worker that answers, by id."""
     with Client(address, tls=tls, api_key=api_key) as client:
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
 
 
 def idle(address):
-    """Whether no worker owns a block or runs anything."""
+    """True if no worker owns a block or runs a request."""
     return all(load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address).values())

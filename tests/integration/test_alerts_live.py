@@ -1,6 +1,7 @@
-"""Three typical faults of a stack each raise their own alert in a real Prometheus, and neither of the other two.
+"""Tests that three typical faults raise their own alert in a real Prometheus, and neither of the other two alerts.
 
-The fault also shows in the panel that the runbook names. The rules are those of the chart, with seconds for minutes.
+The fault also shows in the panel that the runbook names. The rules are those of the chart, with minutes shortened to
+seconds.
 """
 
 from __future__ import annotations

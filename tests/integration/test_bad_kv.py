@@ -1,6 +1,6 @@
-"""A prefill worker that sends wrong KV: the attempt fails with a reason, and no block is written to afterwards.
+"""Tests wrong KV from a prefill worker: the attempt fails with a reason, and no block is written to afterwards.
 
-The real receiver, over real gRPC, against a scripted prefill worker.
+The receiver under test pulls from a scripted prefill worker over gRPC.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ PROMPT = [1, 2, 3, 4, 5, 6]
 
 
 class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
-    """Sends the right KV (all ones), unless ``spoil`` changes the list of chunks."""
+    """Sends correct KV (all ones); ``spoil`` may change the list of chunks."""
 
     def __init__(self):
         self.identity = IDENTITY
@@ -121,7 +121,7 @@ async def worker():
 
 @pytest.fixture
 async def pull(worker):
-    """Runs one handoff; returns the cache it wrote into and the first token."""
+    """Returns a function that runs one handoff and returns the written cache and the first token."""
     pool = PeerPool(IDENTITY, streams=2, tls=None)
     with ThreadPoolExecutor(2) as executor:
 
@@ -152,7 +152,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
     assert worker.acknowledged == 24
 
 
-async def test_chunks_in_reverse_order_are_as_good(pull, worker):
+async def test_chunks_may_arrive_in_reverse_order(pull, worker):
     worker.spoil = lambda chunks: reversed(chunks)
     cache, _ = await pull()
     assert cache.k.sum() == 2 * 6 * 2 * 4
@@ -194,7 +194,7 @@ ONCE = {kind: spoil for kind, (spoil, _) in BAD.items()} | {
 
 
 @pytest.mark.parametrize("kind", ONCE)
-async def test_what_a_wrong_chunk_leaves_out_is_sent_again(pull, worker, kind):
+async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind):
     worker.spoil, worker.spoiled_pulls = ONCE[kind], 1
     cache, _ = await pull()
     used = cache.slots([2, 0], 0, 6)
@@ -230,12 +230,12 @@ async def test_kv_that_is_held_as_int8_is_checked_as_well(pull, worker, codec, k
     for layer in (0, 1):
         for half in cache.gather(layer, cache.slots([2, 0], 0, 6)):
             torch.testing.assert_close(half, torch.ones(6, 2, 4))
-    assert cache.k.sum() == 2 * 6 * 2 * 4 * 127  # and nowhere else
+    assert cache.k.sum() == 2 * 6 * 2 * 4 * 127  # no other cell is written
     assert pull.stats.broken_streams == (kind != "right")
     assert worker.acknowledged == 24
 
 
-async def test_a_stream_that_breaks_goes_on_in_another(pull, worker):
+async def test_a_broken_data_stream_continues_in_another(pull, worker):
     def breaking(chunks):
         yield chunks[0]
         raise Unavailable("the connection is gone")
@@ -251,7 +251,7 @@ async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, 
     worker.spoil, reason = BAD[kind]
     with pytest.raises(TransferFailed, match=reason):
         await pull()
-    await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is told, and may free its side
+    await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is notified and may free its blocks
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
@@ -293,7 +293,7 @@ async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worke
         await pull()
     assert caught.value.fields == ("kv.dtype",)
     worker.kv_dtype = None
-    await pull()  # the connection is tried afresh
+    await pull()  # the next transfer connects again
 
 
 async def test_the_deadline_ends_a_transfer_that_waits(pull, worker):
@@ -335,7 +335,7 @@ async def test_a_restarted_worker_is_not_the_one_that_was_chosen(pull, worker):
         await pull()
 
 
-async def test_a_worker_that_is_gone_is_unavailable(pull, worker):
+async def test_pulling_from_a_dead_worker_raises_unavailable(pull, worker):
     worker.address = "127.0.0.1:1"
     with pytest.raises(Unavailable, match="did not answer"):
         await pull()

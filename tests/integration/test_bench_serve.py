@@ -1,4 +1,4 @@
-"""`overfill bench serve` against a running stack, over its own protocol."""
+"""Tests ``overfill bench serve`` against a running stack over gRPC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Helm chart renders valid and safe objects, which an API server accepts, and refuses unknown values."""
+"""Tests that the Helm chart renders valid and safe objects, which an API server accepts, and refuses unknown values."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_pods_have_no_rights(values: str, settings: tuple[str, ...]) -> None:
     accounts = of_kind(objects, "ServiceAccount")
     for component, pod in pods(objects).items():
         assert pod["automountServiceAccountToken"] is False
-        assert pod["enableServiceLinks"] is False, "their variables would be read as settings"
+        assert pod["enableServiceLinks"] is False, "variables of service links would be read as settings"
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         if component != "test":
@@ -209,7 +209,7 @@ def test_ports_probes_and_services_agree(values: str) -> None:
     assert "overfill-routers" in of_kind(objects, "Service")
 
 
-def test_network_policies_let_the_stack_talk_and_nobody_else() -> None:
+def test_network_policies_admit_the_stack_and_refuse_others() -> None:
     policies = of_kind(render("values-prod.yaml"), "NetworkPolicy")
 
     def callers(name: str, port: int) -> set[str]:
@@ -244,7 +244,7 @@ def test_prefill_and_decode_are_sized_and_scaled_on_their_own() -> None:
         assert by_component[stage]["tolerations"]
         assert by_component[stage]["topologySpreadConstraints"]
         assert by_component[stage]["priorityClassName"] in of_kind(objects, "PriorityClass")
-        assert "replicas" not in of_kind(objects, "Deployment")[f"overfill-{stage}"]["spec"], "KEDA's"
+        assert "replicas" not in of_kind(objects, "Deployment")[f"overfill-{stage}"]["spec"], "KEDA sets replicas"
     scaled = of_kind(objects, "ScaledObject")
     assert scaled["overfill-prefill"]["spec"]["maxReplicaCount"] == 8
     assert scaled["overfill-decode"]["spec"]["maxReplicaCount"] == 24
@@ -340,7 +340,7 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
 async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
     """A stateful stand-in of an API server accepts all objects, twice; the second time nothing changes."""
     objects = [one for one in render(values) if one["kind"] != "Pod"]
-    with warnings.catch_warnings():  # kmock reads its data by a way that Python 3.11 deprecates
+    with warnings.catch_warnings():  # kmock reads its data with a function that Python 3.11 deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         kmock.resources.load_bundled()
     kmock["get /api/v1"] << {  # kmock 0.8 names this group "/v1", which kubectl does not know

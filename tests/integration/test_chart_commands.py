@@ -1,4 +1,4 @@
-"""The services start with exactly the commands that the chart renders, and its probes succeed."""
+"""Tests that the services start with exactly the commands that the chart renders, and that its probes succeed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Machine:
+class LocalCluster:
     """Stands in for a cluster: replaces pods' ports by free ones of this machine, and their paths by the test's."""
 
     def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
@@ -90,7 +90,7 @@ class Machine:
 
 
 @contextmanager
-def running(machine: Machine, specs: dict[str, dict]) -> Iterator[dict[str, Child]]:
+def running(machine: LocalCluster, specs: dict[str, dict]) -> Iterator[dict[str, Child]]:
     children = {}
     try:
         for component in ("router", "prefill", "decode"):
@@ -115,7 +115,7 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
     specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys"))
     keys = tmp_path / "keys.json"
     api_key = keyfile.create(keys, "test")
-    machine = Machine(tiny_pair, tls, tmp_path, keys)
+    machine = LocalCluster(tiny_pair, tls, tmp_path, keys)
     with running(machine, specs) as children:
 
         def alive_and(probe: str) -> bool:
@@ -151,7 +151,7 @@ def test_the_services_take_every_rendered_flag(values: str) -> None:
             argv = [argument.replace("$(POD_IP)", "10.1.2.3") for argument in pod["containers"][0]["args"]]
             config = kinds[component].parse(argv)
             assert config.host == "0.0.0.0"
-            assert len(argv) == len({word.partition("=")[0] for word in argv}), "a flag is there twice"
+            assert len(argv) == len({word.partition("=")[0] for word in argv}), "a flag is repeated"
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -1,4 +1,4 @@
-"""KV through a codec on a real stack: chosen per pool and per request, and reported."""
+"""Tests codecs of KV on a real stack: the choice per pool and per request, and its report."""
 
 import pytest
 from stacks import idle, running_stack, wait_until
@@ -17,8 +17,8 @@ def test_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
         for codec in ("int8", "fp8"):
             first = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec=codec)
             assert first.codec == codec
-            assert first.usage.cached_tokens == 96  # the full model's own KV is exact
-            assert first.trace.held_tokens == 0  # raw KV is not what was asked for
+            assert first.usage.cached_tokens == 96  # the prefill worker's KV is not rounded
+            assert first.trace.held_tokens == 0  # raw KV does not have the requested codec
             assert first.trace.kv_bytes == RAW_BYTES * (16 + 4) // 64
             again = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec=codec)
             assert again.trace.held_tokens == 96
@@ -50,5 +50,5 @@ def test_a_decode_worker_that_holds_kv_as_int8_asks_for_it_so_and_takes_raw_kv_t
         assert (coded.codec, coded.trace.kv_bytes) == ("int8", RAW_BYTES * 20 // 64)
         raw = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec="raw")
         assert (raw.codec, raw.trace.kv_bytes) == ("raw", RAW_BYTES)
-        assert raw.token_ids == coded.token_ids  # rounded here, or before it left: the same codes
+        assert raw.token_ids == coded.token_ids  # rounding at either end gives the same codes
         wait_until(lambda: idle(address), 5, "all blocks free")

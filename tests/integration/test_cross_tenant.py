@@ -1,6 +1,7 @@
-"""One tenant learns nothing of another's prompts from how fast its own are read, where keys separate the prefix cache.
+"""Tests that a tenant cannot learn another's prompts from the time that its own take, because keys separate the cache.
 
-Judged by what time follows from, the counters of blocks found; times are printed, and prove nothing on a busy machine.
+The test compares the counters of cached blocks, which determine the time. It prints times, but does not judge them,
+because they prove nothing on a busy machine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SAMPLING = SamplingParams(temperature=0, max_tokens=1)
 
 
 def probe(client, address, guess, secret):
-    """(blocks' tokens found by prefill workers, cached tokens told, seconds of prefill) of one guess."""
+    """Sends one guess; returns (tokens cached at prefill workers, cached tokens reported, seconds of prefill)."""
     before = loads(address, api_key=secret)["prefill-0"].prefix_tokens_found
     answer = client.generate(guess, sampling=SAMPLING)
     after = loads(address, api_key=secret)["prefill-0"].prefix_tokens_found
@@ -43,12 +44,12 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
                 victim.generate(prompt, sampling=SAMPLING)
                 assert with_keys or probe(victim, address, prompt, secret)[0] > 0
                 other = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
-                # Each guess once: a second time the attacker would find its own.
+                # Each guess is sent once, because the second would find the blocks of the first.
                 right.append(probe(attacker, address, [*prompt[: 5 * BLOCK], *other[5 * BLOCK :]], secret))
                 wrong.append(probe(attacker, address, other, secret))
             if with_keys:
-                assert probe(victim, address, prompt, secret)[0] == 5 * BLOCK, "the victim itself finds its blocks"
-                # Who is given the victim's name later is somebody else.
+                assert probe(victim, address, prompt, secret)[0] == 5 * BLOCK, "the victim finds its own blocks"
+                # A later key with the victim's name is another tenant.
                 keys.revoke(file, "victim")
                 heir = keys.create(file, "victim")
         if with_keys:

@@ -1,4 +1,4 @@
-"""The default pair itself: our logits and answers against plain transformers, in float32."""
+"""Tests logits and answers of the default pair against plain transformers, in float32."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_logits_equal_those_of_transformers(pair, llm, half):
 )
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_native_kernels_are_nearer_to_transformers_than_eager_bfloat16(pair, llm, quantize):
-    """A prompt in one pass and an answer token by token; the answer is what float32 says, so that all see the same."""
+    """Runs a prompt in one pass and float32's answer token by token, so that all models see the same tokens."""
     prompt = llm.tokenizer.encode_chat([{"role": "user", "content": "Summarise: " + TEXT}])
 
     def load(dtype):

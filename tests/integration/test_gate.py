@@ -1,4 +1,4 @@
-"""Deny by default: every RPC and route of running processes wants credentials, as the one table says."""
+"""Tests that every RPC and route of running processes requires the credentials that the access table lists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 
 def methods(channel):
-    """Full names of all RPCs that the server there says it has: its reflection, read to the last descriptor."""
+    """Returns the full names of all RPCs that the server lists by reflection."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
 
     def ask(**request):
@@ -42,7 +42,7 @@ def methods(channel):
 
 
 def code(channel, method):
-    """Status of a call with an empty message. On the wire every RPC is a stream both ways."""
+    """Returns the status of a call with an empty message. On the wire every RPC is a stream in both directions."""
     try:
         for _ in channel.stream_stream(method)(iter([b""]), timeout=10):
             return grpc.StatusCode.OK
@@ -88,7 +88,7 @@ def test_every_rpc_of_running_processes_refuses_without_credentials(tiny_pair, t
         for where, table in processes.items():
             with channel_to(where, secret=secret) as channel:
                 running = methods(channel)
-            # What runs is in the table; what no table has is refused anyway, so this is about what is forgotten.
+            # Unlisted RPCs are refused anyway; this notices an RPC that the table has forgotten.
             assert running - {"/grpc.health.v1.Health/List"} <= table.keys(), running - table.keys()
             seen |= running
             for method in running:
@@ -101,12 +101,12 @@ def test_every_rpc_of_running_processes_refuses_without_credentials(tiny_pair, t
                 with channel_to(where, key=good) as channel:
                     answer = code(channel, method) if not method.endswith("/Drain") else None
                 if table is WORKER_RPCS and method not in HEALTH:
-                    assert answer in REFUSED | {None}, (method, "workers take no keys")
+                    assert answer in REFUSED | {None}, (method, "workers accept no keys")
                 elif method in table and table[method].scope is not None:
                     assert answer not in REFUSED, method
             with channel_to(where) as channel:
                 assert code(channel, "/overfill.v1.Nothing/There") is grpc.StatusCode.UNIMPLEMENTED
-        assert seen - {"/grpc.health.v1.Health/List"} == ROUTER_RPCS.keys() | WORKER_RPCS.keys(), "every RPC was seen"
+        assert seen - {"/grpc.health.v1.Health/List"} == ROUTER_RPCS.keys() | WORKER_RPCS.keys(), "each RPC was tried"
         print(len(seen), "RPCs in", len(processes), "processes")
 
         ports = [status.process.metrics_address, *(w.process.metrics_address for w in status.workers)]

@@ -1,4 +1,4 @@
-"""The names under which a router serves its model, the web pages that may ask it, and where ``/`` leads."""
+"""Tests the names of a router's model, the web origins that may call it, and the redirect of ``/``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def guarded(tiny_pair, tmp_path_factory):
 
 
 def ask(stack, method, path, headers, body=None):
-    """Status, headers (lower case) and body of one request; redirects are not followed."""
+    """Makes one request without following redirects; returns status, headers (lower case) and body."""
     connection = http.client.HTTPConnection(stack.url.removeprefix("http://"), timeout=30)
     try:
         connection.request(method, path, body, headers)
@@ -79,7 +79,7 @@ def test_a_page_that_is_allowed_asks_for_leave_without_a_key_and_then_with_one(g
     assert "origin" in headers["vary"].lower()
     assert "x-request-id" in headers["access-control-expose-headers"]
     status, headers, _ = ask(stack, "POST", "/v1/completions", shown, body)
-    assert (status, headers["access-control-allow-origin"]) == (401, PAGE), "the page may read why it was refused"
+    assert (status, headers["access-control-allow-origin"]) == (401, PAGE), "the page may read the reason"
 
 
 def test_a_page_of_the_internet_may_ask_a_stack_in_a_private_network(guarded):
@@ -90,7 +90,7 @@ def test_a_page_of_the_internet_may_ask_a_stack_in_a_private_network(guarded):
     assert ask(stack, "OPTIONS", "/v1/chat/completions", {"origin": "https://evil.example"} | asking)[0] == 400
 
 
-def test_other_pages_stay_out(guarded, named):
+def test_pages_of_other_origins_are_refused(guarded, named):
     stack, key = guarded
     other = {"origin": "https://evil.example", "authorization": f"Bearer {key}"}
     status, headers, _ = ask(stack, "OPTIONS", "/v1/models", other | ASKING)
@@ -99,25 +99,25 @@ def test_other_pages_stay_out(guarded, named):
     status, headers, body = ask(stack, "GET", "/v1/models", other)
     assert (status, json.loads(body)["error"]["code"]) == (403, "foreign_origin")
     assert "access-control-allow-origin" not in headers
-    for method in ("OPTIONS", "GET"):  # by default there are no others
+    for method in ("OPTIONS", "GET"):  # by default no origin is allowed
         status, headers, body = ask(named, method, "/v1/models", {"origin": PAGE} | ASKING)
         assert (status, b"--allowed-origins" in body) == (403, True)
         assert "access-control-allow-origin" not in headers
 
 
-def test_a_star_allows_every_page_and_never_what_a_browser_shows_by_itself(tiny_pair):
+def test_a_star_allows_every_origin_but_no_credentials(tiny_pair):
     with mock_stack(tiny_pair, allowed_origins="*", prefill=0, decode=0) as stack:
         for origin in (PAGE, "null"):
             for method in ("OPTIONS", "GET"):
                 status, headers, _ = ask(stack, method, "/v1/models", {"origin": origin} | ASKING)
                 assert (status, headers["access-control-allow-origin"]) == (200, "*")
                 assert "access-control-allow-credentials" not in headers
-        # Names that lead here are refused all the same.
+        # Other DNS names of this address are still refused.
         assert ask(stack, "GET", "/v1/models", {"origin": PAGE, "host": "evil.example"})[0] == 403
 
 
 @pytest.mark.parametrize("origin", ["chat.example.org", "https://chat.example.org/", "https://a.org/chat", "null"])
-def test_what_no_browser_would_send_is_no_origin(origin, capsys):
+def test_an_invalid_origin_is_refused_at_start(origin, capsys):
     with pytest.raises(SystemExit):
         RouterConfig.parse(["--pair=p", f"--allowed-origins={origin}"])
     assert "--allowed-origins" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the core and the extras of ``pyproject.toml`` promise, in processes that find nothing else installed."""
+"""Tests the core and each extra of ``pyproject.toml`` in processes that find no other distribution."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from mocks import mock_stack
 from packaging.requirements import Requirement
 
 from overfill.cli.main import COMMANDS, EXTRAS, cli
-from overfill.pair.tiny import make_tiny_pair
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLIENT = [name for name in COMMANDS if name not in EXTRAS]
 SERVERS = {"torch", "transformers", "matplotlib", "gguf", "ray"}
 
-# No finder finds modules that are not of this installation.
+# Import finders hide modules that are not part of this installation.
 _WITHOUT = """
 import sys
 absent = set({absent!r})
@@ -46,7 +45,7 @@ def normal(name: str) -> str:
 
 
 def installation(*extras: str) -> set[str]:
-    """Normalised names of the distributions that the core and ``extras`` bring, of those that are installed here."""
+    """Returns normalised names of the installed distributions that the core and ``extras`` require."""
     found: set[tuple[str, str]] = set()
     waiting = [(PROJECT["name"], extra) for extra in ("", *extras)]
     while waiting:
@@ -69,7 +68,7 @@ def installation(*extras: str) -> set[str]:
 
 @cache
 def modules() -> dict[str, set[str]]:
-    """Distributions by the top-level module that they bring."""
+    """Returns distributions by the top-level modules that they install."""
     return {module: set(map(normal, names)) for module, names in packages_distributions().items()}
 
 
@@ -117,7 +116,7 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_extra_of_load_tests_has_what_measures_from_outside() -> None:
+def test_the_extra_of_load_tests_has_all_that_load_tests_import() -> None:
     modules = [
         *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "html_report")),
         *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
@@ -170,7 +169,7 @@ def test_a_command_without_its_extra_says_the_line_to_run(arguments: list[str], 
     )
 
 
-def test_an_extra_that_is_there_is_not_named_again(tmp_path: Path) -> None:
+def test_an_installed_extra_is_not_named_again(tmp_path: Path) -> None:
     done = overfill(["bench", "decode", "--plot", str(tmp_path / "speeds.png")], ("server",))
     assert done.returncode == 1
     assert done.stderr == (
@@ -211,13 +210,13 @@ def test_every_extra_of_a_command_exists() -> None:
     assert {one for extra in EXTRAS.values() for one in extra.split(",")} <= PROJECT["optional-dependencies"].keys()
 
 
-def test_the_commands_of_a_client_work_with_the_core_only(tmp_path: Path) -> None:
+def test_the_commands_of_a_client_work_with_the_core_only(tiny_pair: Path, tmp_path: Path) -> None:
     def check(*arguments, **options) -> str:
         done = overfill(arguments, **options)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    with mock_stack(make_tiny_pair(tmp_path / "tiny"), decode=2) as stack:
+    with mock_stack(tiny_pair, decode=2) as stack:
         at = f"--address={stack.grpc}"
         assert check("generate", "-v", "--max-tokens=4", at, "Hello")
         assert json.loads(check("generate", "--json", "--max-tokens=4", at, "Hello"))["usage"]["completion_tokens"] == 4
@@ -225,12 +224,12 @@ def test_the_commands_of_a_client_work_with_the_core_only(tmp_path: Path) -> Non
         assert "decode-1" in check("status", at)
         assert check("top", "--once", at)
         assert check("health", stack.grpc) == "SERVING\n"
-        assert check("drain", "--timeout=0", at, "decode-1") == "decode-1 drains\n"
+        assert check("drain", "--timeout=0", at, "decode-1") == "decode-1 is draining\n"
     keys = f"--file={tmp_path / 'keys.json'}"
     assert check("keys", "create", "ann", keys)
     assert check("keys", "list", keys).startswith("ann\t")
     check("keys", "revoke", "ann", keys)
     assert "router.key" in check("certs", tmp_path / "certs")
     assert check("metrics") == (ROOT / "docs" / "metrics.md").read_text()
-    assert "right" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
+    assert "valid" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
     assert "max-decode" in check("config", "show")

@@ -1,4 +1,4 @@
-"""`overfill loadtest` against a stack of real processes, over both protocols, with locust in a process of its own."""
+"""Tests ``overfill loadtest`` over both protocols on a stack of real processes; locust runs in its own process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_trace_over_grpc_meets_its_objectives(stack, tmp_path, capfd):
     assert page.read_text().count("<svg") == 2
 
 
-def test_users_over_openai_miss_what_nobody_could_meet(stack, tmp_path, capfd):
+def test_users_over_openai_miss_an_impossible_objective(stack, tmp_path, capfd):
     told = tmp_path / "told.jsonl"
     arguments = [f"--target={stack[1]}", "--requests=6", "--users=2", f"--records={told}", *TINY]
     assert main(["loadtest", *arguments, "--slo=e2e_p50=0.000001,errors=0"]) == 1
@@ -49,15 +49,15 @@ def test_users_over_openai_miss_what_nobody_could_meet(stack, tmp_path, capfd):
     assert "missed: errors" not in captured.err
     found = records(told)
     assert [len(record["times"]) for record in found] == [6] * 6
-    assert all(record["timing"]["prefill_compute"] > 0 for record in found), "the endpoint tells its parts"
+    assert all(record["timing"]["prefill_compute"] > 0 for record in found), "answers have the parts of their time"
 
 
-def test_nobody_there_is_neither_met_nor_missed(capfd):
+def test_an_unreachable_stack_is_neither_met_nor_missed(capfd):
     assert main(["loadtest", "--target=http://127.0.0.1:9/v1", "--requests=1", *TINY]) == 2
     assert "nothing was measured" in capfd.readouterr().err
 
 
-def test_wrong_options_are_told_before_anything_starts(tmp_path, capfd):
+def test_wrong_options_are_reported_before_anything_starts(tmp_path, capfd):
     trace = tmp_path / "trace.csv"
     trace.write_text("a,b\n1,2\n")
     assert main(["loadtest", f"--trace={trace}"]) == 2

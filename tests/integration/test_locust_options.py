@@ -1,4 +1,4 @@
-"""`locust -f loadtest/locustfile.py` by itself: its own options work, or are refused by name. Against mock workers."""
+"""Tests ``locust -f loadtest/locustfile.py`` on mock workers: its options work or are refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stack(tiny_pair):
         yield stack
 
 
-# In a process of its own: what the locustfile imports hands gRPC to gevent, for good.
+# Runs in a process of its own, because importing the locustfile patches gRPC for gevent permanently.
 ASK = """
 import contextlib, io, json, sys
 from locust.argument_parser import parse_options
@@ -54,7 +54,7 @@ def locust(*arguments):
 
 
 def test_locusts_page_and_its_workers_have_what_the_page_says(stack, tmp_path):
-    """The page starts the test, with another host and time than the command line; a worker sends the requests."""
+    """The page starts the test with another host and run time than the command line; a worker sends the requests."""
     told = tmp_path / "told.jsonl"
     page, bus = free_ports("127.0.0.1", 2)
     master = [f"--web-port={page}", "--web-host=127.0.0.1", "--master", f"--master-bind-port={bus}"]
@@ -119,11 +119,11 @@ def test_host_users_spawn_rate_and_run_time_are_locusts(stack, tmp_path, protoco
     assert found[-1]["due"] - found[0]["due"] < 30
 
 
-def test_our_own_names_of_the_same_still_work(stack, tmp_path):
+def test_names_of_overfill_loadtest_work_too(stack, tmp_path):
     told = tmp_path / "told.jsonl"
     done = locust(f"--target=grpc://{stack.grpc}", "--duration=2.5", "--requests=3", f"--records={told}", *SHORT)
     assert done.returncode == 0, done.stderr
-    assert "Shape test updating to 4 users at 100.00 spawn rate" in done.stderr, "as many as `overfill loadtest` has"
+    assert "Shape test updating to 4 users at 100.00 spawn rate" in done.stderr, "the default of `overfill loadtest`"
     assert len(records(told)) >= 3
 
 
@@ -143,7 +143,7 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_work_is_refused_by_name():
+def test_options_that_cannot_work_are_refused_by_name():
     wanted = json.dumps([arguments for arguments, _ in REFUSED])
     command = [sys.executable, "-c", ASK, str(LOCUSTFILE), wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=True)

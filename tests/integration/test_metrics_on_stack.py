@@ -1,4 +1,4 @@
-"""What a router counts while it serves, with mock workers: successes, failures, who asked, who left."""
+"""Tests a router's counters with mock workers: successes, failures, usage by key, lost and drained workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.mock.running import mock_worker
 
 
 def scrape(stack, key=None):
-    """Samples by name and values of the labels."""
+    """Returns samples by name and label values."""
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"http://{stack.router._exporter.address}/metrics", headers=headers)
     with urllib.request.urlopen(request, timeout=10) as response:

@@ -1,4 +1,4 @@
-"""A stack of real processes over mutual TLS: who gets in, what a listener on the wire sees, new certificates."""
+"""Tests mutual TLS on a stack of real processes: roles, what a listener on the wire sees, rotated certificates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shown(folder, role):
 
 
 def test_roles_on_a_whole_stack(tiny_pair, certs):
-    """Without keys a client's certificate is enough for answers; a worker's is not, and a client's joins nothing."""
+    """Without API keys, a client's certificate may request answers but not join; a worker's may not request answers."""
     with running_stack(tiny_pair, tls=certs, shm="off") as (_, address):
         with Client(address, tls=shown(certs, Role.CLIENT)) as client:
             assert len(client.generate("Hello", sampling=GREEDY).token_ids) == 8
@@ -72,7 +72,7 @@ def test_roles_on_a_whole_stack(tiny_pair, certs):
 
 @contextmanager
 def captured():
-    """Everything that passes the loopback interface meanwhile, as a list of packets."""
+    """Records all packets on the loopback interface during the block, as a list."""
     packets, stop = [], threading.Event()
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(0x0003)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 20)
@@ -84,7 +84,7 @@ def captured():
                 try:
                     packets.append(listener.recv(1 << 17))
                 except TimeoutError:
-                    if stop.is_set():  # and all that was sent before it is read
+                    if stop.is_set():  # everything sent before it has been read by then
                         return
 
         thread = threading.Thread(target=listen)
@@ -97,7 +97,7 @@ def captured():
 
 
 async def pull(tiny_pair, worker, prompt, credentials):
-    """The KV of ``prompt`` as a decode worker would get it from ``worker``."""
+    """Pulls the KV of ``prompt`` from ``worker`` as a decode worker does."""
     target = decode_pb2.AssignPrefill(
         worker_id=worker.id,
         incarnation=worker.process.incarnation,
@@ -131,7 +131,7 @@ def varints(ids):
 
 
 @pytest.mark.skipif(
-    not hasattr(socket, "AF_PACKET") or os.geteuid() != 0, reason="listening to an interface takes root"
+    not hasattr(socket, "AF_PACKET") or os.geteuid() != 0, reason="listening to an interface requires root"
 )
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
 async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_path, certs, secured):
@@ -169,7 +169,7 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
         "its keys": bytes(blocks[1].tobytes()[:32]),
         "the API key": key.encode(),
     }
-    assert any(needles["its keys"]), "no zeroes"
+    assert any(needles["its keys"]), "KV of zeros would prove nothing"
     found = {what: needle in wire for what, needle in needles.items()}
     print(f"{len(packets)} packets, {len(wire)} bytes: {found}")
     assert len(wire) > 10_000
@@ -177,7 +177,7 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
 
 
 def serial(address, folder):
-    """Of the certificate that is shown there now."""
+    """Returns the serial number of the certificate that the server shows now."""
     files = certificates.role_files(folder, Role.ROUTER)
     context = ssl.create_default_context(cafile=str(files.ca))
     context.load_cert_chain(files.cert, files.key)

@@ -1,4 +1,4 @@
-"""Services take named pairs and folders alike, as every command does."""
+"""Tests that services accept named pairs as well as folders, as every command does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from overfill.pair.recipe import DecoderRecipe
 
 @pytest.fixture
 def downloads(tiny_pair, tmp_path, monkeypatch):
-    """An empty cache, in which named pairs are made of a tiny full model; yields what was downloaded."""
+    """Sets an empty cache, in which named pairs are made of a tiny full model; yields the list of downloads."""
     fetched = []
 
     def fetch(source, out, report):
@@ -32,7 +32,7 @@ def downloads(tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
         store, "NAMED", {"default": DecoderRecipe(intermediate_size=64, tokens=512), "identity": DecoderRecipe()}
     )
-    # A folder that has the name of a pair: only ./default is this one.
+    # A folder with the name of a pair is reached as ./default only.
     (tmp_path / "here" / "default").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     return fetched

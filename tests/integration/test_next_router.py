@@ -1,4 +1,4 @@
-"""Client commands with several addresses, of which the first is dead or frozen."""
+"""Tests client commands with several addresses, the first of which is dead or frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def alive(tiny_pair):
 
 @pytest.fixture
 def frozen():
-    """Takes connections, as a router that was stopped does, and says nothing."""
+    """Accepts connections but never answers, like a router stopped by SIGSTOP."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"127.0.0.1:{listening.getsockname()[1]}"
 
@@ -40,7 +40,7 @@ def test_the_next_router_is_asked_when_the_first_is_dead(alive, command, capsys)
     assert says in capsys.readouterr().out
 
 
-def test_one_that_is_frozen_leaves_time_for_the_next(alive, frozen, capsys):
+def test_a_frozen_router_leaves_time_for_the_next(alive, frozen, capsys):
     assert main(["status", "--address", f"{frozen},{alive}"]) == 0
     assert "prefill-0" in capsys.readouterr().out
     assert main(["health", f"{frozen},{alive}"]) == 0

@@ -1,4 +1,4 @@
-"""What listens where: every socket of every process of the default stack, read from the kernel's own tables."""
+"""Tests where the default stack listens: all sockets of all its processes, read from the kernel's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LISTEN = "0A"
 
 
 def owned(pids):
-    """Inodes of the sockets that these processes have open."""
+    """Returns inodes of the sockets that these processes have open."""
     inodes = set()
     for pid in pids:
         try:
@@ -22,7 +22,7 @@ def owned(pids):
                 try:
                     target = os.readlink(descriptor)
                 except OSError:
-                    continue  # closed meanwhile
+                    continue  # closed since the listing
                 if target.startswith("socket:["):
                     inodes.add(target[8:-1])
         except OSError:
@@ -31,7 +31,7 @@ def owned(pids):
 
 
 def address(text):
-    """``0100007F:1DB0`` of /proc/net/tcp, or its long form of tcp6."""
+    """Parses ``0100007F:1DB0`` of /proc/net/tcp, or its longer form of tcp6."""
     host, _, port = text.partition(":")
     words = [int(host[i : i + 8], 16).to_bytes(4, "little") for i in range(0, len(host), 8)]
     found = ipaddress.ip_address(b"".join(words))
@@ -39,7 +39,7 @@ def address(text):
 
 
 def listening(pids):
-    """(protocol, IP address, port) of every listening TCP and bound UDP socket of the processes."""
+    """Returns (protocol, IP address, port) of every listening TCP and bound UDP socket of the processes."""
     inodes, found = owned(pids), set()
     for table in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -50,7 +50,7 @@ def listening(pids):
 
 
 def own_address():
-    """Of this machine, to be reached from elsewhere; None when it has none."""
+    """Returns an address of this machine that others can reach; None if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # nothing is sent
@@ -65,7 +65,7 @@ def own_address():
     [
         # Three ports of gRPC, one of HTTP, and one of metrics for each process.
         (["--no-ray"], 7),
-        pytest.param(["--mock"], 10, marks=pytest.mark.slow),  # on Ray, as by default, with all that Ray starts
+        pytest.param(["--mock"], 10, marks=pytest.mark.slow),  # on Ray, as by default, including Ray's own processes
     ],
     ids=["processes", "ray"],
 )
@@ -83,7 +83,7 @@ def test_nothing_listens_beyond_loopback(tiny_pair, arguments, least):
         if outside is not None:
             for table, _, port in found:
                 if table.startswith("tcp"):
-                    with pytest.raises(OSError):  # noqa: PT011  # refused, or nobody answers
+                    with pytest.raises(OSError):  # noqa: PT011  # refused, or unanswered
                         socket.create_connection((outside, port), 2).close()
 
 

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's reference does what docs/openai.md says, and every field is there."""
+"""Tests that every field of OpenAI's API is listed in docs/openai.md and behaves as stated there."""
 
 import json
 import urllib.error
@@ -33,7 +33,7 @@ CASES = {
 KINDS = {"chat/completions": ChatRequest, "completions": CompletionRequest}
 ALL = [(endpoint, case) for endpoint, cases in CASES.items() for case in cases]
 
-# What vLLM's own server takes beside OpenAI's reference, the older names included.
+# Fields that vLLM's server accepts in addition to OpenAI's, older names included.
 # fmt: off
 VLLM = [
     "add_special_tokens", "allowed_token_ids", "bad_words", "best_of", "cache_salt", "ec_transfer_params",
@@ -79,7 +79,7 @@ def send(tiny_pair):
 
 
 def same(answer):
-    """What of an answer depends on the request alone."""
+    """Returns the parts of an answer that depend on the request alone."""
     return answer["choices"], answer["usage"]
 
 
@@ -104,7 +104,7 @@ def test_fields_do_what_the_table_says(send, endpoint, case):
 
 
 @pytest.mark.parametrize("endpoint", PLAIN)
-def test_null_is_as_good_as_nothing(send, endpoint):
+def test_null_means_the_same_as_an_absent_field(send, endpoint):
     needed = {"model", *PLAIN[endpoint]}
     nulls = {case.name: None for case in CASES[endpoint] if case.name not in needed}
     assert same(send(endpoint, **nulls)) == same(send(endpoint))
@@ -119,7 +119,7 @@ def test_unknown_fields_are_refused_as_openai_does(send, endpoint):
 
 
 def test_no_field_of_the_reference_is_missing():
-    """As the official client knows it."""
+    """The reference is the official client's list of parameters."""
     for params, table in (
         (chat_create_params.CompletionCreateParamsBase, CHAT),
         (completion_create_params.CompletionCreateParamsBase, COMPLETIONS),
@@ -161,7 +161,7 @@ def test_every_field_has_a_case_and_vllm_s_are_among_them(endpoint):
         ),
     ],
 )
-def test_numbers_that_are_none_are_refused_by_field(send, endpoint, param, fields, number):
+def test_invalid_numbers_are_refused_by_field(send, endpoint, param, fields, number):
     body = json.dumps({"model": "", **PLAIN[endpoint]})[:-1] + ", " + fields % number + "}"
     with pytest.raises(NotAnswered) as caught:
         send(endpoint, raw=body.encode())
@@ -175,7 +175,7 @@ def test_answers_have_the_reference_s_fields(send):
     assert set(RESPONSE["chat"]) | {"overfill"} == set(answer)
     assert set(RESPONSE["choice"]) == set(answer["choices"][0])
     assert set(RESPONSE["message"]) == set(answer["choices"][0]["message"])
-    assert set(parsed.model_extra) == {"overfill"}, "nothing but our own object is unknown to the client"
+    assert set(parsed.model_extra) == {"overfill"}, "only the `overfill` object is unknown to the client"
 
 
 def test_the_documented_table_is_the_tested_one():

@@ -1,4 +1,4 @@
-"""A thousand requests that nobody should send: each gets its 4xx, none a 5xx, and nothing is left behind."""
+"""Tests a thousand malformed requests: each gets a 4xx and none a 5xx, and no request or memory is left behind."""
 
 import concurrent.futures
 import gc
@@ -43,7 +43,7 @@ def with_body(path, body):
 
 def wrong_type(rng, path):
     name = rng.choice(TYPED[path])
-    # Any text is a right prompt, and any short one a right stop string.
+    # Any text is a valid prompt, and any short text a valid stop string.
     value = rng.choice([v for v in WRONG if not (name in ("prompt", "stop") and isinstance(v, str))])
     return with_body(path, json.dumps(GOOD[path] | {name: value}).encode())
 
@@ -158,13 +158,13 @@ KINDS = [
 
 
 def exchange(address, data, slow):
-    """Sends ``data``, in drops when ``slow``; the status of the answer."""
+    """Sends ``data``, in parts of 40 bytes if ``slow``; returns the status of the answer."""
     with socket.create_connection(address, timeout=30) as connection:
         try:
             for start in range(0, len(data), 40 if slow else len(data)):
                 connection.sendall(data[start : start + (40 if slow else len(data))])
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it was told before it had said everything
+            pass  # the answer arrived before all was sent
         answer = b""
         try:
             while b"\r\n" not in answer and (part := connection.recv(65536)):
@@ -176,7 +176,7 @@ def exchange(address, data, slow):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Half-open requests need not wait for long."""
+    """Shortens the time that the server waits for the rest of a request."""
     monkeypatch.setattr(services.router.http.server, "HEAD_TIMEOUT", 0.5)
     monkeypatch.setattr(services.router.http.body, "BODY_TIMEOUT", 0.5)
 
@@ -207,7 +207,7 @@ def test_a_thousand_hostile_requests(tiny_pair, impatient, caplog):
         for (name, data, _), status in zip(requests, statuses, strict=True):
             answered[name].add(status)
             assert status is None or 400 <= status < 500, (name, status, data[:300])
-            # A connection may be cut instead where the client would not read an answer anyway.
+            # The server may close the connection instead if the client would not read an answer.
             assert status is not None or name in ("huge", "announced_huge", "long_head"), (name, data[:300])
         print(len(statuses), "requests,", grown >> 10, "KiB more:")
         print({name: sorted(map(str, seen)) for name, seen in answered.items()})
@@ -217,9 +217,9 @@ def test_a_thousand_hostile_requests(tiny_pair, impatient, caplog):
 
         deadline = time.monotonic() + 20
         while len(stack.router._http._server.server_state.connections) or stack.router.dispatcher.num_jobs:
-            assert time.monotonic() < deadline, "something is left"
+            assert time.monotonic() < deadline, "a request is still in flight"
             time.sleep(0.01)
-        assert grown < 32 << 20, f"{grown >> 20} MiB were not given back"
-        assert "incident" not in caplog.text, "a fault of ours"
+        assert grown < 32 << 20, f"{grown >> 20} MiB were not freed"
+        assert "incident" not in caplog.text, "the router reports an internal error"
         for path in PATHS:
             assert exchange(address, with_body(path, json.dumps(GOOD[path]).encode()), False) == 200

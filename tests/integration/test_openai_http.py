@@ -1,4 +1,4 @@
-"""The OpenAI endpoint of a real router, asked by OpenAI's own client and by clients that misbehave."""
+"""Tests the OpenAI endpoint of a router with OpenAI's own client and with misbehaving clients."""
 
 import base64
 import concurrent.futures
@@ -41,7 +41,7 @@ def model(client):
 
 
 def get(url, headers=None, data=None):
-    """Status, headers and body, whatever the status."""
+    """Makes a request; returns status, headers and body for any status."""
     request = urllib.request.Request(url, data, headers or {})
     try:
         with urllib.request.urlopen(request) as response:
@@ -56,7 +56,7 @@ def post(url, body, headers=None):
 
 
 def idle(stack):
-    """Returns once nothing is in flight."""
+    """Waits until no request is in flight."""
     deadline = time.monotonic() + 20
     while stack.router.dispatcher.num_jobs:
         assert time.monotonic() < deadline, "a request is still in flight"
@@ -74,7 +74,7 @@ def test_streaming_gives_the_same_answer_as_not_streaming(client, model):
                 reasons[choice.index] = choice.finish_reason or reasons[choice.index]
             usage = chunk.usage
     assert texts == [choice.message.content for choice in whole.choices]
-    assert len(set(texts)) == 3, "each of the n answers is its own"
+    assert len(set(texts)) == 3, "the n answers differ"
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["length"] * 3
     assert usage == whole.usage
     assert usage.completion_tokens == 90
@@ -134,7 +134,7 @@ def test_the_overfill_object_says_where_the_time_went(client, model):
     assert last.overfill["choices"][0]["timing"]["ttft_ms"] > 0
 
 
-def test_request_ids_are_taken_over(stack, model):
+def test_request_ids_of_clients_are_kept(stack, model):
     body = json.dumps({"model": model, "messages": HI, "max_tokens": 2}).encode()
     _, headers, answer = post(f"{stack.url}/v1/chat/completions", body, {"x-request-id": "mine-1"})
     assert headers["x-request-id"] == json.loads(answer)["id"] == "mine-1"
@@ -156,7 +156,7 @@ def test_request_ids_are_taken_over(stack, model):
     ],
     ids=lambda field: next(iter(field)),
 )
-def test_what_tokenize_would_not_do_with_a_prompt_is_refused_by_name(stack, field):
+def test_tokenize_refuses_fields_that_a_text_prompt_cannot_use(stack, field):
     status, _, body = post(f"{stack.url}/tokenize", json.dumps({"prompt": "Hi", **field}).encode())
     assert (status, json.loads(body)["error"]["param"]) == (400, next(iter(field)))
     off = dict.fromkeys(field)
@@ -237,7 +237,7 @@ def test_pages_of_other_sites_cannot_have_a_browser_ask(stack, model):
         status, _, answer = post(url, body, headers)
         assert (status, json.loads(answer)["error"]["type"]) == (403, "permission_error"), headers
         assert get(f"{stack.url}/status", headers)[0] == 403
-    with socket.create_connection(tuple(here.split(":"))) as connection:  # as a form or a beacon sends it
+    with socket.create_connection(tuple(here.split(":"))) as connection:  # the content type of forms and beacons
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {here}\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         assert b" 415 " in connection.recv(100)
@@ -343,7 +343,7 @@ def test_keys_guard_every_route_but_health_and_grpc_too(tiny_pair, tmp_path, mon
         keys.revoke(file, "ci")
         deadline = time.monotonic() + 20
         while get(f"{stack.url}/version", {"authorization": f"Bearer {key}"})[0] == 200:
-            assert time.monotonic() < deadline, "a revoked key still works"
+            assert time.monotonic() < deadline, "the revoked key is still accepted"
             time.sleep(0.1)
 
 
@@ -356,7 +356,7 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
             status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
             error = json.loads(answer)["error"]
             assert (status, error["param"]) == (400, "n")
-            assert "API key 'ci'" in error["message"], "the key by its name, not by a hash"
+            assert "API key 'ci'" in error["message"], "the error names the key by its name, not its hash"
         body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "n": 2, "max_tokens": 2})
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
@@ -380,7 +380,7 @@ def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
 
 
 def test_events_are_not_held_back_for_acknowledgements(stack):
-    """Nagle's algorithm would add 40 ms to every small event."""
+    """With Nagle's algorithm every small event would be up to 40 ms late."""
     host, _, port = stack.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -392,10 +392,10 @@ def test_events_are_not_held_back_for_acknowledgements(stack):
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_too_many_rpcs_are_told_so(tiny_pair):
+def test_rpcs_beyond_the_limit_are_refused_as_overload(tiny_pair):
     slow = {"mock_step": 0.05}
     with mock_stack(tiny_pair, decode_settings=slow, max_connections=4) as stack, Client(stack.grpc) as ours:
-        # Two workers have joined: two RPCs are left.
+        # Each of the two workers holds an RPC, so two are left.
         running = [ours.stream("x", sampling=SamplingParams(max_tokens=200, ignore_eos=True)) for _ in range(2)]
         for stream in running:
             next(stream)
@@ -405,7 +405,7 @@ def test_too_many_rpcs_are_told_so(tiny_pair):
             stream.cancel()
 
 
-def test_too_many_connections_are_told_so(tiny_pair):
+def test_connections_beyond_the_limit_are_answered_with_an_error(tiny_pair):
     with mock_stack(tiny_pair, max_connections=2) as stack:
         host, _, port = stack.url.removeprefix("http://").partition(":")
         held = [socket.create_connection((host, int(port))) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The default pair behind the OpenAI endpoint: held to schemas and tools, it never writes what does not fit."""
+"""Tests that answers of the default pair over the OpenAI endpoint always fit their schemas and tools."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_100_of_100_tool_calls_parse(client):
             choice = client.chat.completions.create(**fields).choices[0]
             calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
             reason = choice.finish_reason
-        if reason == "length":  # text that went on and on
+        if reason == "length":  # text that reached max_tokens
             assert fields["tool_choice"] == "auto"
             return 0
         for name, arguments in calls:

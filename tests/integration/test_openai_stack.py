@@ -1,4 +1,4 @@
-"""The OpenAI endpoint of whole stacks of real processes: shapes hold from the first token on, and when workers die."""
+"""Tests the OpenAI endpoint of real stacks: grammars hold from the first token on, and when workers die."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_streaming_equals_not_streaming_with_every_kind_of_parameter(running):
 
 
 def test_one_bias_rules_both_stages(running):
-    """Token 77 from the full model and from the decoder alike."""
+    """A bias yields token 77 from the full model and from the decoder."""
     _, address, _ = running
     with Client(address) as client:
         sampling = SamplingParams(max_tokens=8, ignore_eos=True, logit_bias={77: 100})

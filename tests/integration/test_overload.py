@@ -1,10 +1,11 @@
+"""Tests a router under ten times the load that it can serve."""
+
 from overfill.lab.bench.router.measure import measure_overload
-from overfill.pair.tiny import make_tiny_pair
 
 
-def test_under_ten_times_the_load_what_is_taken_is_answered_and_the_rest_refused_with_a_time_to_retry(tmp_path):
-    found = {figure.name: figure.value for figure in measure_overload(make_tiny_pair(tmp_path / "tiny"), 3.0)}
+def test_under_ten_times_the_load_admitted_requests_are_answered_and_others_get_a_time_to_retry(tiny_pair):
+    found = {figure.name: figure.value for figure in measure_overload(tiny_pair, 3.0)}
     assert found["failed"] == 0
     assert found["answered"] > 0
-    assert found["refused"] > found["answered"], "most of it is too much"
+    assert found["refused"] > found["answered"], "most requests are refused"
     assert found["refused_without_retry_time"] == 0

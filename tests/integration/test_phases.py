@@ -1,7 +1,7 @@
-"""A request that ends early, in any phase: by its deadline, by a client that vanishes, by an eviction.
+"""Tests requests that end early in any phase: by their deadline, a client that vanishes, or an eviction.
 
-A real prefill and a real decode worker in this process, on loopback, with gates in their engines that hold a
-request in the phase under test. Afterwards neither worker owns a block.
+A prefill and a decode worker run in this process, on loopback. Gates in their engines hold a request in the phase under
+test. Afterwards neither worker owns a block.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ PROMPT = [(7 * i) % 400 + 20 for i in range(200)]
 
 
 class Gate:
-    """Holds a thread between two layers for as long as it is closed."""
+    """Blocks the engine's thread between two layers while it is closed."""
 
     def __init__(self):
         self.open = threading.Event()
@@ -82,7 +82,7 @@ def load(pair, half, kv_memory=2 * 2**20):
 
 
 class Workers:
-    """One worker of each stage, and a way to talk to the decode worker as a router does."""
+    """One worker of each stage, and calls to the decode worker like a router's."""
 
     async def start(self, stack, folder):
         loop = asyncio.get_running_loop()
@@ -185,8 +185,10 @@ class Workers:
                 raise AssertionError(message)
         raise AssertionError(f"no Done: {await call.code()} {await call.details()}")
 
-    async def until_empty(self):
-        """Both pools are empty within two seconds, and so are the tables of requests."""
+    async def open_gates_until_empty(self):
+        """Opens both gates; waits up to two seconds until both pools and both tables of requests are empty."""
+        self.prefill_gate.open.set()
+        self.decode_gate.open.set()
         async with asyncio.timeout(2):
             while self.full.pool.num_used or self.decoder.pool.num_used or self.prefill.active or self.decode.active:
                 await asyncio.sleep(0.01)
@@ -196,14 +198,12 @@ class Workers:
 
 @pytest.fixture
 async def workers(tiny_pair, monkeypatch):
-    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # tiny KV is sent layer by layer, as that of large models
+    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # send small KV layer by layer, like that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)
         yield workers
-        workers.prefill_gate.open.set()
-        workers.decode_gate.open.set()
-        await workers.until_empty()
+        await workers.open_gates_until_empty()
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ async def reached(gate):
 
 @asynccontextmanager
 async def in_phase(workers, phase, timeout=None):
-    """A call whose request stands still in ``phase``."""
+    """Starts a call and returns it once its request is held in ``phase``."""
     async with AsyncExitStack() as stack:
         call = await workers.reserve(timeout)
         if phase == "prefill queued":
@@ -253,18 +253,14 @@ PHASES = ["reserved", "prefill queued", "prefill running", "KV on its way", "dec
 async def test_a_deadline_that_passes_frees_both_sides(workers, phase):
     async with in_phase(workers, phase, timeout=2.0) as call:
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    workers.prefill_gate.open.set()
-    workers.decode_gate.open.set()
-    await workers.until_empty()
+    await workers.open_gates_until_empty()
 
 
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_router_that_vanishes_frees_both_sides(workers, phase):
     async with in_phase(workers, phase) as call:
         call.cancel()
-    workers.prefill_gate.open.set()
-    workers.decode_gate.open.set()
-    await workers.until_empty()
+    await workers.open_gates_until_empty()
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -276,9 +272,7 @@ async def test_an_eviction_frees_both_sides(workers, phase):
                 await call.read()
         assert await call.code() is grpc.StatusCode.UNAVAILABLE
         assert "elsewhere" in await call.details()
-    workers.prefill_gate.open.set()
-    workers.decode_gate.open.set()
-    await workers.until_empty()
+    await workers.open_gates_until_empty()
 
 
 async def test_the_answer_is_the_reference_s(workers, reference):
@@ -290,7 +284,7 @@ async def test_the_answer_is_the_reference_s(workers, reference):
     assert done.prefill_worker_id == "p"
 
 
-async def test_a_resumed_answer_goes_on_where_it_was(workers, reference):
+async def test_a_resumed_answer_continues_after_its_tokens(workers, reference):
     whole = reference.generate(PROMPT, 20)
     call = await workers.reserve(emitted=whole[:7])
     await workers.assign(call)
@@ -349,7 +343,7 @@ async def test_a_stale_incarnation_is_refused(workers):
     assert await call.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_draining_worker_takes_nothing_new(workers, monkeypatch):
+async def test_a_draining_worker_refuses_new_requests(workers, monkeypatch):
     monkeypatch.setattr(workers.decode, "host", SimpleNamespace(draining=True, notify=lambda: None))
     call = workers.stub.Generate()
     await call.write(workers.start_message())

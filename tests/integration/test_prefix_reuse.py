@@ -1,4 +1,4 @@
-"""Chats of several turns on real stacks: KV is reused where the full model computed it, and nowhere else."""
+"""Tests multi-turn chats on real stacks: only KV that the full model computed is reused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def full_blocks(tokens):
 
 
 def chat(client, seed):
-    """A chat of token ids: every prompt is all that went before and a new turn. [(prompt, answer)]"""
+    """Runs a chat of token ids, each prompt being the chat so far plus a turn; returns [(prompt, answer)]."""
     rng = random.Random(seed)
     prompt, turns = [], []
     for _ in range(TURNS):
@@ -67,7 +67,7 @@ def judged(reference, chats):
 
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
-    """Address and client of a stack with caches, which no test has filled with its own prompts."""
+    """Address and client of a stack with prefix caches. Each test uses prompts of its own."""
     with running_stack(tiny_pair) as (_, address), Client(address) as client:
         yield address, client
 
@@ -79,8 +79,8 @@ def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(stack, refe
         for turns in chats:
             assert turns[0][1].usage.cached_tokens == turns[0][1].trace.held_tokens == 0
             for (before, answer), (prompt, now) in itertools.pairwise(turns):
-                # The full model has read the whole earlier prompt, so its blocks are found on both sides; it has not
-                # read the answer, however long, though the decode worker had its KV when the turn ended.
+                # The full model has computed the whole earlier prompt, so both workers hold its blocks. It has not
+                # computed the answer, and the decoder's own KV of the answer is never reused.
                 assert now.usage.cached_tokens == now.trace.cached_tokens == full_blocks(len(before))
                 assert now.trace.held_tokens == full_blocks(len(before))
                 assert full_blocks(len(before) + len(answer.token_ids)) > full_blocks(len(before))
@@ -173,8 +173,8 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     assert stats.cached_tokens == 0
 
 
-def test_keys_share_no_cache_whatever_they_come_by(tiny_pair, tmp_path):
-    """Neither by gRPC nor by HTTP, on neither stage; one key's own requests share theirs, over both."""
+def test_keys_share_no_cache_over_either_protocol(tiny_pair, tmp_path):
+    """No stage shares KV between keys, over gRPC or HTTP. Requests of one key share it over both."""
     file = tmp_path / "keys.json"
     a, b = keys.create(file, "a"), keys.create(file, "b")
     prompt = list(range(10, 10 + 5 * BLOCK))
@@ -211,7 +211,7 @@ def _accepted(address, key):
             return False
 
 
-async def test_what_is_held_does_not_travel(worker):
+async def test_kv_that_the_decode_worker_holds_is_not_sent(worker):
     prompt = list(range(100, 170))
     whole, everything = await worker(prompt)
     rest, stats = await worker(prompt, held=48)

@@ -1,4 +1,4 @@
-"""The shipped Serve config on a Ray cluster of several nodes, deployed and changed with Serve's own command."""
+"""Tests the shipped Serve config on a Ray cluster of several nodes, deployed and changed by Serve's command."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def complete(address):
 
 
 def answers(address):
-    """Whether the stack serves. Not ``complete``: routers that an upgrade began count the size that it was given."""
+    """True if the stack serves. ``complete`` cannot be used, because routers started by an upgrade expect its sizes."""
     try:
         with Client(address) as client:
             return (
@@ -107,7 +107,7 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
         wait_until(lambda a=address: complete(a), 300, "the stack is there")
     both = ",".join(addresses)
     first = {stage: workers(both, stage) for stage in ("prefill", "decode")}
-    with Load(both, 4, 80) as load:  # four seconds each, of which a drain leaves two
+    with Load(both, 4, 80) as load:  # each takes four seconds; a drain allows two
         wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
         args["decode"]["settings"]["max_num_seqs"] = 16
         cluster.deploy(config, tmp_path)
@@ -120,17 +120,17 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
         assert load.errors == []
         kept = workers(both, "decode") | workers(both, "prefill")
         one = {"min_replicas": 1, "max_replicas": 1, "downscale_delay_s": 0}
-        # As docs/operations.md says: this alone restarts nobody.
+        # According to docs/operations.md, this change alone restarts no replica.
         config["applications"][0]["deployments"] = [{"name": "decode", "autoscaling_config": one}]
         cluster.deploy(config, tmp_path)
         wait_until(lambda: len(workers(both, "decode")) == 1, 300, "one decode worker is left")
         assert workers(both, "decode") | workers(both, "prefill") < kept
     assert load.errors == []
-    # A decode worker that left handed its sequences over, or its router left as well and the client went on.
+    # Sequences of a leaving decode worker migrated, or their router left too and the client resumed.
     assert any(answer.migrations or answer.routers > 1 for answer in load.answers)
 
 
-def test_a_stack_beside_it_comes_and_goes_alone(cluster, config, tiny_pair):
+def test_a_second_stack_starts_and_stops_without_touching_the_first(cluster, config, tiny_pair):
     address = f"127.0.0.1:{config['applications'][0]['args']['router']['ports'][0]}"
     assert answers(address), "the other application runs"
     up = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--name=second", "--worker-cpus=0.1")

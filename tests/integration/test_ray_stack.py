@@ -1,4 +1,4 @@
-"""A stack on a Ray that ``overfill up`` starts here: mock workers, one start for all tests of the file."""
+"""Tests a stack of mock workers on a Ray that ``overfill up`` starts; all tests of the file share it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def up(tiny_pair):
         yield running
 
 
-def test_it_answers_and_says_what_runs(up):
+def test_the_stack_answers_and_lists_its_processes(up):
     with Client(up.address) as client:
         answer = client.generate("Hello", sampling=SamplingParams(temperature=0, max_tokens=5))
     assert len(answer.token_ids) == 5
     status = status_json(up.address)
     assert {w["id"].partition("-")[0] for w in status["workers"]} == {"prefill", "decode"}
     assert answer.decode_worker in {w["id"] for w in status["workers"]}
-    assert [line for line in up.lines if "joined router" in line], "replicas' lines come through"
-    assert not [line for line in up.lines if "\x1b" in line], "a file or a pipe gets no colours"
+    assert [line for line in up.lines if "joined router" in line], "lines of replicas are shown"
+    assert not [line for line in up.lines if "\x1b" in line], "output to a pipe has no colours"
 
 
 def test_nothing_listens_where_other_machines_could_reach_it(up):
@@ -50,7 +50,7 @@ def test_nothing_listens_where_other_machines_could_reach_it(up):
 
 
 def busy_decoder(up):
-    """The id of a decode worker that runs sequences."""
+    """Returns the id of a decode worker that runs sequences."""
     decoders, busy = up.workers("decode"), []
 
     def found():
@@ -65,7 +65,7 @@ def test_a_killed_worker_is_replaced_and_no_request_fails(up):
     before = up.workers("decode")
     with Load(up.address, 4, 40) as load:
         wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
-        victim = busy_decoder(up)  # an idle one would leave nothing to move
+        victim = busy_decoder(up)  # an idle worker would have no request to move
         os.kill(before[victim], signal.SIGKILL)
         wait_until(lambda: victim not in up.workers("decode"), 60, "the router forgets the worker")
         wait_until(lambda: len(up.workers("decode").keys() - before.keys()) >= 1, 120, "another takes its place")
@@ -73,7 +73,7 @@ def test_a_killed_worker_is_replaced_and_no_request_fails(up):
     assert sum(answer.migrations for answer in load.answers) >= 1
 
 
-def test_a_drained_worker_leaves_with_its_work_moved_and_another_comes(up):
+def test_a_drained_worker_is_replaced_after_its_requests_have_migrated(up):
     before = up.workers("decode")
     with Load(up.address, 4, 60) as load:  # an answer takes three seconds, the grace period is one
         wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
@@ -90,7 +90,7 @@ def test_a_burst_makes_the_decode_pool_grow(up):
     assert len(up.workers("prefill")) == 1
 
 
-def test_ctrl_c_finishes_what_runs_and_leaves_nothing_behind(up):
+def test_ctrl_c_finishes_running_requests_and_leaves_no_process_behind(up):
     tree = up.processes()
     with Client(up.address) as client, ThreadPoolExecutor(1) as pool:
         sampling = SamplingParams(temperature=0, max_tokens=10)

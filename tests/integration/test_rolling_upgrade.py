@@ -1,4 +1,4 @@
-"""A rolling upgrade by hand: a new worker joins, an old one drains, stage by stage; no request notices."""
+"""Tests a rolling upgrade by hand: in each stage a new worker joins and an old one drains; no request fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_worker_is_replaced_under_load_and_no_request_fails(tiny_pair: Pat
             used = {w.id for w in client.status().workers}
         assert used == {"prefill-0-new", "decode-0-new", "decode-1-new"}
         assert len(answers) > 8 * STREAMS
-        # Every stream said the same all along, whichever workers it ran on.
+        # Every stream had the same answers throughout, on old and new workers.
         assert len(set(answers)) == STREAMS
         assert {prompt for prompt, _ in answers} == set(range(STREAMS))
 
@@ -49,7 +49,7 @@ def gone(client: Client, worker: str) -> bool:
 
 
 class Load(threading.Thread):
-    """Greedy requests without a pause, one after another on each stream. A failure ends it, and ``stop`` raises it."""
+    """Sends greedy requests one after another on each stream. A failure ends its stream; ``stop`` raises it."""
 
     def __init__(self, address: str) -> None:
         super().__init__(name="load", daemon=True)

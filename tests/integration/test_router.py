@@ -1,4 +1,4 @@
-"""The real router on loopback, with decode workers that the test plays."""
+"""Tests a router on loopback with scripted decode workers."""
 
 import asyncio
 import os
@@ -45,13 +45,13 @@ PROMPT = [10, 11, 12]
 
 
 async def until(condition):
-    """Polls, since what a router knows about others has no event to wait for."""
+    """Polls ``condition``, because a router's view of other processes has no event to wait for."""
     while not condition():
         await asyncio.sleep(0.01)
 
 
 class Call:
-    """One Decode.Generate, seen from the worker."""
+    """One call of Decode.Generate, from the worker's end."""
 
     def __init__(self, start, requests, context):
         self.start = start
@@ -75,7 +75,7 @@ class Call:
         self.outbox.put_nowait(None)
 
     async def reserve(self):
-        """Answers Reserved; returns the assigned prefill worker."""
+        """Answers Reserved; returns the assignment of a prefill worker."""
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=1000))
         return (await anext(self._requests)).assign_prefill
 
@@ -86,14 +86,14 @@ class Call:
 
 
 class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
-    """A worker process without an engine: the test takes its calls and answers them."""
+    """A worker without an engine; the test answers its calls."""
 
     def __init__(self, name, pair, stage, *, wire_version=WIRE_VERSION, total=128):
         config = pair.full_config
         self.calls = asyncio.Queue()
         self.silent = False
         self.drained = asyncio.Event()
-        self.breaks_off = None  # "gone", or "there": ends Drain without an answer, and is gone or there
+        self.breaks_off = None  # "gone" or "there": ends Drain without an answer, and leaves or stays
         self.refusal = asyncio.Queue()
         self.credits = 8
         self.hello = registry_pb2.Hello(
@@ -142,7 +142,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
         await self.membership.start()
 
     async def kill(self):
-        """As if the process died: streams break, nothing is said."""
+        """Ends as a process that dies: streams break without a message."""
         await self._server.stop(0)
         await self.membership.stop()
 
@@ -166,11 +166,11 @@ class Stack:
         return worker
 
     async def joined(self, *names):
-        """Returns once exactly these workers can be given work."""
+        """Waits until exactly these workers are available for requests."""
         await until(lambda: {w.id for w in self.router.roster.workers() if w.credits_left} == set(names))
 
     async def idle(self):
-        """Returns once nothing is in flight."""
+        """Waits until no request is in flight."""
         await until(lambda: not self.router.dispatcher.num_jobs)
         assert all(w.in_flight == 0 for w in self.router.roster.workers())
 
@@ -207,7 +207,7 @@ async def client(stack):
 
 @pytest.fixture
 async def stub(stack):
-    """For tests that are closer to the wire than the SDK."""
+    """A stub, for tests below the SDK."""
     channel = open_channel(stack.address)
     yield inference_pb2_grpc.InferenceStub(channel)
     await channel.close(None)
@@ -230,7 +230,7 @@ def request(**more):
     )
 
 
-async def test_an_answer_with_everything_the_client_is_told(stack, client, tokenizer):
+async def test_an_answer_has_all_its_fields(stack, client, tokenizer):
     ids = tokenizer.encode("an answer")
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), request_id="mine"))
     call = await stack.first.calls.get()
@@ -274,7 +274,7 @@ async def test_a_stop_string_cuts_the_answer_and_cancels_the_worker(stack, clien
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(64), stop=["END"]))
     call = await stack.first.calls.get()
     await call.reserve()
-    call.tokens(0, ids)  # and no Done: the worker would go on
+    call.tokens(0, ids)  # without Done, the worker would continue
     answer = await asking
     await call.ended.wait()
     assert answer.text == "one two "
@@ -308,14 +308,14 @@ async def test_a_refused_request_goes_to_another_worker(stack, client):
     assert (answer.decode_worker, answer.migrations) == ("d1", 0)
 
 
-async def test_a_refused_request_comes_back_to_a_lone_worker_after_its_report(stack, client):
+async def test_a_refused_request_returns_to_a_lone_worker_after_its_report(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     (await stack.first.calls.get()).refuse()
     await (await stack.first.calls.get()).answer([20])
     assert list((await asking).token_ids) == [20]
 
 
-async def test_another_worker_goes_on_when_one_dies_in_the_middle(stack, client):
+async def test_another_worker_continues_when_one_dies_in_the_middle(stack, client):
     second = await stack.add("d1")
     await stack.joined("p0", "d0", "d1")
     seen = []
@@ -335,7 +335,7 @@ async def test_another_worker_goes_on_when_one_dies_in_the_middle(stack, client)
         assert (stream.answer.migrations, stream.answer.decode_worker) == (1, "d1")
 
 
-async def test_a_request_that_workers_drop_in_vain_ends_with_what_had_been_produced(stack, client):
+async def test_a_request_that_every_worker_drops_ends_with_the_tokens_so_far(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     for tokens in ([20], [], []):
         call = await stack.first.calls.get()
@@ -374,9 +374,9 @@ async def test_a_client_that_gives_up_while_waiting_leaves_nothing_behind(stack,
     assert stack.first.calls.empty()
 
 
-async def test_a_client_that_stops_reading_stalls_nobody(stack, client):
+async def test_a_client_that_stops_reading_delays_no_other(stack, client):
     count = 1900
-    # A connection that takes little, so that writes to it wait.
+    # A small window, so that the router's writes wait.
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     channel = grpc.aio.insecure_channel(stack.address, options=narrow)
     stub = inference_pb2_grpc.InferenceStub(channel)
@@ -403,20 +403,20 @@ async def test_a_client_that_stops_reading_stalls_nobody(stack, client):
             ids += response.delta.token_ids
             messages += 1
     assert ids == [index % 500 for index in range(count)]
-    assert messages < count, "what was not read has merged"
+    assert messages < count, "unread tokens have merged"
     await channel.close(None)
 
 
 async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), timeout=0.3))
     call = await stack.first.calls.get()
-    assert 0 < call.context.time_remaining() <= 0.31  # gRPC rounds what it tells the other end up
+    assert 0 < call.context.time_remaining() <= 0.31  # gRPC rounds up the deadline that it sends
     with pytest.raises(DeadlineExceeded):
         await asking
     await call.ended.wait()
 
 
-async def test_a_resubmitted_request_goes_on_behind_the_clients_tokens(stack, client):
+async def test_a_resubmitted_request_continues_after_the_clients_tokens(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20, 21]))
     call = await stack.first.calls.get()
     assert list(call.start.emitted_token_ids) == [20, 21]
@@ -424,7 +424,7 @@ async def test_a_resubmitted_request_goes_on_behind_the_clients_tokens(stack, cl
     answer = await asking
     assert list(answer.token_ids)[-1] == 22
     assert answer.usage.completion_tokens == 3
-    assert answer.timing.ttft is None, "the first token was there before the request"
+    assert answer.timing.ttft is None, "the request already had the first token"
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ async def test_status_counts_the_workers_that_are_ready_now(tiny_pair):
         assert await look() == ([(1, 1), (2, 2)], True, True)
         third = await stack.add("d2")
         await stack.joined("p0", "d0", "d1", "d2")
-        assert await look() == ([(1, 1), (3, 2)], True, True), "more than it was started with are no less complete"
+        assert await look() == ([(1, 1), (3, 2)], True, True), "more workers than expected are complete too"
         await third.kill()
         await second.kill()
         await stack.joined("p0", "d0")
@@ -612,7 +612,7 @@ async def test_a_worker_that_leaves_before_it_answers_has_been_drained(stack):
     await channel.close(None)
 
 
-async def test_a_draining_router_finishes_what_runs_and_takes_nothing_new(tiny_pair):
+async def test_a_draining_router_finishes_running_requests_and_refuses_new_ones(tiny_pair):
     async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
         await stack.add("p0", common_pb2.STAGE_PREFILL)
         worker = await stack.add("d0")

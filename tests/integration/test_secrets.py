@@ -1,4 +1,4 @@
-"""Keys, secrets and prompts appear in no log, error, metric or process title of a stack."""
+"""Tests that keys, secrets and prompts appear in no log, error, metric or process title of a stack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = "Nobody else shall read that the treasure lies under the third oak."
 
 
 def ask(url, path, key, body=None, scheme="Bearer"):
-    """(status, everything that came back, headers included)"""
+    """Makes a request; returns (status, whole response with headers)."""
     headers = {"content-type": "application/json", "authorization": f"{scheme} {key}"}
     request = urllib.request.Request(f"{url}{path}", None if body is None else json.dumps(body).encode(), headers)
     try:
@@ -29,7 +29,7 @@ def ask(url, path, key, body=None, scheme="Bearer"):
         return error.code, str(error.headers) + error.read().decode()
 
 
-def test_nothing_secret_is_told_to_anybody(tiny_pair, tmp_path):
+def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "ci", scopes=list(Scope))
     few = keys.create(file, "few", scopes=["infer"])
@@ -48,7 +48,7 @@ def test_nothing_secret_is_told_to_anybody(tiny_pair, tmp_path):
         ):
             for path in ("/status", "/metrics", "/version", "/nothing", f"/v1/models/{'x' * 50}"):
                 said.append(ask(url, path, shown, scheme=scheme)[1])
-            # Answers hold what the model says, and nothing of what was asked; errors name the field.
+            # Answers contain the model's text only, and errors name the field only; neither repeats the prompt.
             said.append(ask(url, "/v1/completions", shown, good, scheme)[1])
             for bad in (
                 {"temperature": 99},

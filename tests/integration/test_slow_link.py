@@ -1,4 +1,4 @@
-"""A link of 100 Mbit/s: the first token does not wait for the KV, and other links do not wait for the slow one."""
+"""Tests a link of 100 Mbit/s: the first token does not wait for the KV, nor do other links for the slow one."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ TOKENS = 1000  # of 64 KiB each: five seconds at that rate
 
 @pytest.fixture(scope="module")
 def heavy_pair(tmp_path_factory):
-    """Much KV for little compute."""
+    """A pair with much KV and little compute."""
     folder = tmp_path_factory.mktemp("pairs") / "heavy"
     return make_tiny_pair(
         folder, identity=True, num_layers=16, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=64
@@ -34,7 +34,7 @@ def heavy_pair(tmp_path_factory):
 
 
 class Pull:
-    """One prompt on its way to a decode worker of its own; ``run`` returns the cache."""
+    """One prompt that is handed to a decode worker of its own; ``run`` returns the cache."""
 
     def __init__(self, hello, data_address, prompt, executor, shm):
         self._spec = KvSpec.from_proto(hello.kv)
@@ -75,7 +75,7 @@ async def test_a_slow_link_holds_up_neither_its_first_token_nor_others(heavy_pai
             slow = Pull(hello, proxy.address, prompt, executor, shm=False)
             slow_run = asyncio.ensure_future(slow.run())
             await asyncio.wait_for(slow.first_token.wait(), 60)
-            assert not slow_run.done(), "the KV cannot have come yet"
+            assert not slow_run.done(), "the KV cannot have arrived yet"
             for turn in range(3):
                 other = Pull(hello, hello.data_address, [*prompt[:500], 30 + turn], executor, shm)
                 await asyncio.wait_for(other.run(), 60)
@@ -87,12 +87,12 @@ async def test_a_slow_link_holds_up_neither_its_first_token_nor_others(heavy_pai
 
 
 async def test_a_receiver_that_does_not_read_does_not_bloat_the_worker(heavy_pair):
-    """What waits for a slow reader stays in the cache: 64 MB of KV, and a few messages under way."""
+    """KV for a slow reader stays in the cache (64 MB); only a few messages are in transit."""
     prompt = [(11 * i) % 470 + 20 for i in range(TOKENS)]
     arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
     with ThreadPoolExecutor(2) as executor:
         async with prefill_worker(arguments, 1, lambda name, line: None) as hello:
-            await Pull(hello, hello.data_address, prompt, executor, shm=False).run()  # touches all memory
+            await Pull(hello, hello.data_address, prompt, executor, shm=False).run()  # allocates all memory
             worker = psutil.Process(hello.pid)
             async with TcpProxy(hello.data_address, 2e6) as proxy:
                 stuck = [Pull(hello, proxy.address, prompt, executor, shm=False) for _ in range(3)]
@@ -103,5 +103,5 @@ async def test_a_receiver_that_does_not_read_does_not_bloat_the_worker(heavy_pai
                 for run in runs:
                     run.cancel()
                 await asyncio.wait(runs)
-    # Four MiB are read ahead of four that are being sent, and gRPC buffers some; all of it would be 3 x 64 MB.
+    # The worker reads 4 MiB ahead of 4 MiB being sent, and gRPC buffers some; all KV would be 3 x 64 MB.
     assert grown < 3 * 20 * 2**20

@@ -1,4 +1,4 @@
-"""A stack of real processes: right answers, clear refusals, nothing left behind."""
+"""Tests a stack of real processes: correct answers, clear refusals, and no block or process left behind."""
 
 import dataclasses
 import json
@@ -229,7 +229,7 @@ def test_clients_killed_with_kill_9_leave_no_blocks(tiny_pair):
     with running_stack(tiny_pair, decode=2, kv_memory="32MiB") as (_, address):
         clients = spawn_clients(address, 8)
         for client in clients:
-            assert client.stdout.readline(), "the answer streams"
+            assert client.stdout.readline(), "the answer is still streaming"
         assert sum(load.running for load in loads(address).values()) > 0
         for client in clients:
             client.kill()
@@ -238,7 +238,7 @@ def test_clients_killed_with_kill_9_leave_no_blocks(tiny_pair):
         wait_until(lambda: all(v.kv_blocks_used == 0 for v in loads(address).values()), 5, "all blocks free")
 
 
-def test_a_frozen_client_stalls_nobody(address):
+def test_a_frozen_client_delays_no_other(address):
     (frozen,) = spawn_clients(address, 1)
     try:
         frozen.stdout.readline()
@@ -253,7 +253,7 @@ def test_a_frozen_client_stalls_nobody(address):
         frozen.stdout.close()
 
 
-def test_status_comes_from_the_workers(address):
+def test_status_shows_reports_of_the_workers(address):
     shown = subprocess.run(
         [sys.executable, "-m", "overfill.cli.main", "status", "--json", "--address", address],
         capture_output=True,
@@ -326,7 +326,7 @@ def test_streams_go_on_at_another_router_when_theirs_is_lost(tiny_pair):
 
 def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    slow = {"decode-0": "slow-steps"}  # the answer takes longer than a server waits without a grace period
+    slow = {"decode-0": "slow-steps"}  # the answer takes longer than a server without a grace period waits
     with running_stack(tiny_pair, faults=slow, grace_period="60") as (stack, address), Client(address) as client:
         processes = children(stack, "")
         with client.stream(prompt(1), sampling=sampling) as stream:
@@ -343,11 +343,11 @@ def test_sigterm_lets_running_answers_finish_and_exits_0(tiny_pair):
 
 
 def with_faults(fault):
-    """One worker of each stage with the fault, and one without."""
+    """A stack that has, in each stage, one worker with the fault and one without."""
     return {"prefill": 2, "decode": 2, "faults": {"prefill-0": fault, "decode-0": fault}}
 
 
-def test_a_worker_stuck_in_a_step_leaves_and_its_requests_go_on_elsewhere(tiny_pair):
+def test_a_worker_stuck_in_a_step_exits_and_its_requests_continue_elsewhere(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     with running_stack(tiny_pair, **with_faults("hang-step"), step_timeout="1") as (stack, address):
         stuck = [stack.worker(name) for name in ("prefill-0", "decode-0")]
@@ -374,7 +374,7 @@ def test_steps_that_find_no_memory_cost_no_answer_and_no_worker(tiny_pair):
         assert any("no room for this step" in line for line in stack.worker(name).last_lines())
 
 
-def test_a_worker_that_loses_a_block_notices_when_idle_and_leaves(tiny_pair):
+def test_a_worker_that_loses_a_block_notices_when_idle_and_exits(tiny_pair):
     sampling = SamplingParams(temperature=0, max_tokens=12)
     with running_stack(tiny_pair, **with_faults("lose-block")) as (stack, address), Client(address) as client:
         leaking = [stack.worker(name) for name in ("prefill-0", "decode-0")]
@@ -389,7 +389,7 @@ def test_a_worker_that_loses_a_block_notices_when_idle_and_leaves(tiny_pair):
 
 
 def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
-    # Longer than a server takes to stop.
+    # The answer takes longer than a server needs to stop.
     sampling = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
     with running_stack(tiny_pair, decode=2, grace_period="0") as (stack, address), Client(address) as client:
         expected = client.generate(prompt(1), sampling=sampling).token_ids

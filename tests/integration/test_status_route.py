@@ -1,4 +1,4 @@
-"""`GET /status` and the router's part of Admin.Status: what a router knows without asking anybody."""
+"""Tests `GET /status` and the router's part of Admin.Status, which ask no other process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def status(stack):
         return json.load(response)
 
 
-def test_the_last_minute_and_both_pools_are_told(tiny_pair):
+def test_status_has_the_last_minute_and_both_pools(tiny_pair):
     with mock_stack(tiny_pair, decode=2) as stack, Client(stack.grpc) as client:
         assert status(stack)["timing_ms"] == {}
         for _ in range(3):
@@ -33,8 +33,8 @@ def test_the_last_minute_and_both_pools_are_told(tiny_pair):
         assert {"router_queue", "prefill_compute", "unattributed", "itl"} <= set(times)
         blocks = told["workers"][1]["kv_blocks"]
         assert blocks["used"] + blocks["cached"] + blocks["free"] == blocks["total"]
-        assert "127.0.0.1" not in json.dumps(told), "clients are not told where workers are"
-        # The same over gRPC.
+        assert "127.0.0.1" not in json.dumps(told), "addresses of workers are not shown to clients"
+        # Admin.Status over gRPC says the same.
         activity = client.status().activity
         assert activity.answers == 3
         assert activity.timing["ttft"].p50 > 0
@@ -69,7 +69,7 @@ def test_workers_say_how_long_they_took_to_start(tiny_pair):
 
 
 def test_a_worker_that_drains_is_still_expected(tiny_pair):
-    """Until another has taken its place: a stack that replaces a worker is not complete meanwhile."""
+    """While a worker is replaced, the stack is incomplete until the new worker is ready."""
     with mock_stack(tiny_pair) as stack:
 
         async def look_while_draining():

@@ -1,4 +1,4 @@
-"""The telemetry check: a stack under load, watched by a real Prometheus.
+"""Tests the telemetry of a stack under load with a real Prometheus.
 
 Every panel and rule has data, no metric is missing or undocumented, and histograms agree with clients' measurements.
 """

@@ -1,4 +1,4 @@
-"""KV leaves layer by layer, while later layers run; the first token overtakes it on a slow link."""
+"""Tests that KV is sent layer by layer while later layers run, and that the first token overtakes it on a slow link."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from overfill.pair.tiny import make_tiny_pair
 
 @pytest.fixture(scope="module")
 def wide_pair(tmp_path_factory):
-    """Layers long enough for KV to leave before the last one, however the two cores are shared."""
+    """A pair whose layers take long enough for KV to be sent before the last one, even on shared cores."""
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "wide", num_layers=8, intermediate_size=2048)
 
 

@@ -1,4 +1,4 @@
-"""One trace from the client through router, decode and prefill worker; ids in logs and errors, and no prompts."""
+"""Tests that one trace spans client, router and workers, and that logs and errors have its id but no prompts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Span:
 
 
 class Collector(proto.TraceServiceServicer):
-    """What an OTLP collector is to our processes."""
+    """Stands in for an OTLP collector; records the spans that it receives."""
 
     def __init__(self):
         self.spans, self._lock = [], threading.Lock()
@@ -76,7 +76,7 @@ def collector():
 
 @pytest.fixture(scope="module")
 def traced(tiny_pair, collector):
-    """(gRPC address, HTTP address, what the processes say)."""
+    """A stack with tracing: (gRPC address, HTTP address, output of its processes)."""
     lines = []
     with running_stack(
         tiny_pair,
@@ -94,7 +94,7 @@ def traced(tiny_pair, collector):
 
 @pytest.fixture
 def application(monkeypatch):
-    """Spans of an application that uses OpenTelemetry itself."""
+    """Spans of a client application that uses OpenTelemetry."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
@@ -136,7 +136,7 @@ def test_one_trace_from_client_to_prefill(traced, collector, application):
         assert span.service == f"overfill-{name.partition('.')[0]}"
         assert span.start <= span.end
         assert not span.failed
-    # What spans say of times is what the answer says.
+    # Durations of spans equal the times in the answer.
     compute = found["prefill.compute"]
     assert (compute.end - compute.start) / 1e9 == pytest.approx(answer.timing.prefill_compute, rel=0.01)
     assert found["router.request"].attributes["overfill.request_id"] == answer.request_id
@@ -212,12 +212,12 @@ def test_spans_leave_before_a_process_ends(tiny_pair, collector):
     with running_stack(tiny_pair, otlp_traces_endpoint=collector.endpoint) as (_, address), Client(address) as client:
         before = len(collector.spans)
         client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=3, ignore_eos=True))
-    # Batches leave every five seconds; the stack was stopped at once.
+    # Batches are sent every five seconds, but the stack stopped at once.
     names = {span.name for span in collector.spans[before:]}
     assert names >= {"router.request", "decode.attempt", "prefill.prompt"}
 
 
-def test_nothing_is_imported_where_nobody_traces(tmp_path):
+def test_without_tracing_opentelemetry_is_not_imported(tmp_path):
     code = (
         "import sys, services.router.app, services.decode.main, services.prefill.main, overfill.client\n"
         "from overfill.telemetry import tracing\n"

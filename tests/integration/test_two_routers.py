@@ -1,12 +1,9 @@
-"""Two real routers and mock workers that both of them use, over loopback."""
+"""Tests two routers that share mock workers, on loopback."""
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import pytest
-
 from overfill.client import AsyncClient
-from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 from overfill.settings.config import RouterConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
@@ -14,13 +11,8 @@ from services.mock.running import mock_worker
 from services.router.app import Router
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_tiny_pair(tmp_path_factory.mktemp("pair") / "tiny")
-
-
 async def until(condition):
-    """Polls, since what a router knows about others has no event to wait for."""
+    """Polls ``condition``, because a router's view of other processes has no event to wait for."""
     while not condition():
         await asyncio.sleep(0.01)
 
@@ -48,8 +40,8 @@ def ask(client, tokens):
     return client.generate([5, 6, 7], sampling=SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
 
 
-async def test_a_router_that_queues_gets_credits_that_the_other_does_not_use_and_both_go_on(pair):
-    async with two_routers(pair, seqs=8) as (routers, clients):
+async def test_a_router_that_queues_gets_credits_that_the_other_does_not_use_and_both_go_on(tiny_pair):
+    async with two_routers(tiny_pair, seqs=8) as (routers, clients):
         decode = next(iter(routers[0].roster.decode))
         assert decode.report.credits == 4
         busy = [asyncio.create_task(ask(clients[0], 150)) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""The page at /ui in a real browser, before a stack of real processes."""
+"""Tests the page at /ui in a browser, with a stack of real processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stack(tiny_pair):
 
 
 def until(browser, script, what, seconds=60.0):
-    """The value of ``script``, a JavaScript expression, as soon as it is not empty."""
+    """Waits until ``script``, a JavaScript expression, is not empty; returns its value."""
     deadline = time.monotonic() + seconds
     while not (value := browser.execute_script(f"return {script}")):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -59,7 +59,7 @@ def ask(browser, text, most=40):
 def test_an_answer_streams_and_its_parts_add_up(browser, stack):
     browser.get(f"{stack[1]}/ui")
     until(browser, "document.getElementById('model').textContent", "the status arrived")
-    # Every text that the answer ever had.
+    # Records every text that the answer has had.
     browser.execute_script("""
         window.texts = new Set();
         new MutationObserver(() => {
@@ -76,27 +76,27 @@ def test_an_answer_streams_and_its_parts_add_up(browser, stack):
         "(document.querySelector('.details .bar'))",
         "the answer is complete",
     )
-    assert browser.execute_script("return texts.size") > 3, "the text came bit by bit"
+    assert browser.execute_script("return texts.size") > 3, "the text arrived in parts"
     assert bar["names"][-1] == "unattributed"
     assert sum(bar["parts"]) == pytest.approx(bar["ttft"], rel=1e-3)
     assert all(part >= 0 for part in bar["parts"])
     assert sum(bar["widths"]) == pytest.approx(bar["width"], abs=len(bar["widths"]))
     cut = browser.execute_script("return document.querySelector('.cut').textContent")
-    assert "Max tokens" in cut, "40 tokens are the limit, and the page says so"
+    assert "Max tokens" in cut, "the page reports the limit of 40 tokens"
     facts = browser.execute_script("return document.querySelector('.facts').textContent")
     assert "tokens/s" in facts
     assert "prefill-0 → decode-" in facts
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_a_killed_worker_shows(browser, stack):
+def test_the_page_shows_a_killed_worker(browser, stack):
     browser.get(f"{stack[1]}/ui")
     state = "(w => w && w.querySelector('.state').textContent)(document.querySelector('[data-worker=decode-1]'))"
     until(browser, f"{state} === 'ready'", "both decode workers are there")
     victim = next(child for child in children(stack[0], "decode") if child.name == "decode-1")
     killed = time.monotonic()
     os.kill(victim.pid, 9)
-    until(browser, f"{state} === 'gone'", "the page shows it", seconds=20)  # within 2 s where the machine is not busy
+    until(browser, f"{state} === 'gone'", "the page shows it", seconds=20)  # within 2 s on an idle machine
     print(f"a killed worker showed after {time.monotonic() - killed:.2f} s")
 
 
@@ -107,9 +107,9 @@ def test_the_browser_asks_for_a_key_where_one_is_needed(browser, tiny_pair, tmp_
         url = f"{stack.plan.openai_urls[0].removesuffix('/v1')}/ui"
         browser.get(url)
         assert browser.execute_script("return document.getElementById('problem')") is None, "shown without a key"
-        browser.get(url.replace("://", f"://x:{key}@"))  # what the user types into the browser's question
+        browser.get(url.replace("://", f"://x:{key}@"))  # what the user enters in the browser's password dialog
         browser.get(url)
-        # What was typed there is good for the page alone: other pages could make the browser send it.
+        # The password opens the page only, because other pages could make the browser send it.
         browser.execute_script("const k = document.getElementById('key'); k.value = arguments[0];", key)
         until(browser, "document.querySelector('[data-worker=decode-0]') !== null", "the workers are shown")
         until(browser, "document.getElementById('problem').textContent === ''", "nothing is the matter")

@@ -1,4 +1,4 @@
-"""``overfill verify`` passes on a correct stack and fails on one with a fault that no other check can see."""
+"""Tests that ``overfill verify`` passes on a correct stack and fails on one with a fault that no other check finds."""
 
 import json
 

@@ -17,8 +17,8 @@ class CountingRunner:
     """Stands in for ``ModelRunner``: the next token is always the last one plus 1, modulo ``VOCAB_SIZE``.
 
     Attributes:
-        steps: per step and sequence, the new tokens and the position of the first.
-        fail_next: error that the next step raises.
+        steps: new tokens and the position of the first of them, by step and sequence.
+        fail_next: error that the next step raises, once.
     """
 
     def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
@@ -30,19 +30,19 @@ class CountingRunner:
         self._block_size = block_size
 
     def synchronize(self) -> None:
-        """Does nothing: ``run`` has finished when it returns."""
+        """Does nothing, because ``run`` has finished when it returns."""
 
     def clean_up(self, error: Exception) -> None:
-        """Does nothing: a failed step leaves nothing behind."""
+        """Does nothing, because a failed step leaves nothing behind."""
 
     def next_tokens(
         self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """Runs one step and samples, as ``ModelRunner.next_tokens``."""
+        """Runs one step and samples from its logits; takes and returns the same as ``ModelRunner.next_tokens``."""
         return sample_next(self.run(works, hooks), works, specs)
 
     def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
-        """Runs one step; returns logits, [number of works that want them, VOCAB_SIZE]."""
+        """Runs one step; returns logits, [number of works with ``wants_logits``, VOCAB_SIZE]."""
         self.steps.append([(list(work.tokens), work.start) for work in works])
         for work in works:
             if work.end > len(work.blocks) * self._block_size:

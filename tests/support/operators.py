@@ -1,7 +1,7 @@
 """Kubernetes operators' resource definitions (CRDs), and strict validation of objects against them.
 
-The definitions are files of ``../shared/schemas`` beside the repository, one CRD each. Tests that need them skip where
-that folder is missing.
+The definitions are files in ``../shared/schemas``, one CRD each. If that folder is missing, tests that need them are
+skipped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import yaml
 SCHEMAS = Path(__file__).parents[3] / "shared" / "schemas"
 
 needs_definitions = pytest.mark.skipif(
-    not SCHEMAS.is_dir(), reason="the operators' resource definitions are not here: no folder ../shared/schemas"
+    not SCHEMAS.is_dir(), reason="the operators' resource definitions are missing: no folder ../shared/schemas"
 )
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # definitions have up to 1.5 MB: minutes without C
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # without C, definitions of up to 1.5 MB take minutes
 
 
 def validate(obj: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def _validator(group: str, version: str, kind: str) -> Any:
         if spec["names"]["kind"] == kind:
             (schema,) = [each["schema"]["openAPIV3Schema"] for each in spec["versions"] if each["name"] == version]
             strict = _strict(schema)
-            strict["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which definitions leave open
+            strict["properties"]["metadata"] = {"type": "object"}  # defined by Kubernetes
             return jsonschema.Draft7Validator(strict)
     raise FileNotFoundError(f"no definition of {kind} ({group}) in {SCHEMAS}")
 

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def fresh(tiny_pair: Path, tmp_path: Path) -> Callable[[], Path]:
-    """Makes copies of the tiny pair that a test may damage."""
+    """Returns a function that makes a copy of the tiny pair, which the test may damage."""
 
     def copy() -> Path:
         target = tmp_path / "copy"

@@ -1,4 +1,4 @@
-"""The files of ``deploy``: up to date with the code, and correct as far as a test without containers can tell."""
+"""Tests that the files of ``deploy`` agree with the code and are valid, as far as possible without containers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(path: str) -> Any:
     return yaml.safe_load((DEPLOY / path).read_text())
 
 
-def test_generated_files_of_the_chart_are_what_they_are_made_of() -> None:
+def test_generated_files_of_the_chart_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, DEPLOY / "helm" / "generate.py", "--check"], capture_output=True, text=True, check=False
     )
@@ -54,7 +54,7 @@ def dockerfile() -> list[dict[str, Any]]:
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """Instructions of each stage of the Dockerfile, after those of its base stages."""
+    """Returns the instructions of each Dockerfile stage, preceded by those of its base stages."""
     found: dict[str, list[tuple[str, str]]] = {}
     current: list[tuple[str, str]] = []
     for step in dockerfile():
@@ -68,8 +68,8 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("target", ["router", "prefill", "decode", "ray"])
-def test_images_run_as_nobody_and_tell_their_health(target: str) -> None:
-    steps = dict(stages()[target])  # Docker uses the last one of each instruction
+def test_images_run_without_root_and_have_health_checks(target: str) -> None:
+    steps = dict(stages()[target])  # of repeated instructions, Docker uses the last
     assert steps["USER"] == "10001:10001"
     if target == "ray":
         return
@@ -118,7 +118,7 @@ def rayservice() -> Any:
     return first
 
 
-def test_ray_s_groups_hold_what_serve_asks_for() -> None:
+def test_ray_s_groups_have_the_resources_that_serve_requests() -> None:
     service = rayservice()
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     (application,) = config["applications"]
@@ -140,8 +140,8 @@ def test_ray_s_groups_hold_what_serve_asks_for() -> None:
     assert set(groups) == {"router", "prefill", "decode"}
 
 
-def test_serve_takes_the_arguments() -> None:
-    spec = pytest.importorskip("overfill.cluster.spec", reason="the application for Ray Serve is not here")
+def test_the_application_accepts_the_arguments() -> None:
+    spec = pytest.importorskip("overfill.cluster.spec", reason="the application for Ray Serve is missing")
     (application,) = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"]
     spec.StackSpec(**application["args"])
     module, _, function = application["import_path"].partition(":")
@@ -151,7 +151,7 @@ def test_serve_takes_the_arguments() -> None:
 # Compose and systemd
 
 
-def test_compose_starts_what_there_is() -> None:
+def test_compose_uses_existing_flags_ports_and_files() -> None:
     compose = load("compose/compose.yaml")
     settings = read_checked(DEPLOY / "compose" / "overfill.yaml").sections
     targets = stages()
@@ -184,7 +184,7 @@ def test_prometheus_finds_the_rules(path: str) -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
 def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
-    # As compose mounts it.
+    # The paths at which compose mounts it.
     shutil.copy(DEPLOY / "compose" / "prometheus.yml", tmp_path)
     shutil.copytree(DEPLOY / "helm/overfill/files/rules", tmp_path / "rules")
     subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "tls"], check=True, capture_output=True)

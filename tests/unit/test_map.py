@@ -20,7 +20,7 @@ TABLE = re.compile(r"(?<=\| package \| does \|\n\|---\|---\|\n)(?:\|.*\n)*")
 
 
 def floors() -> list[list[str]]:
-    """Packages and modules of each floor, from the top, as the contract in ``pyproject.toml`` has them."""
+    """Packages and modules of each floor, from the top, as listed by the contract in ``pyproject.toml``."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(each["layers"] for each in contracts if "docs/map.md" in each["name"])
     return [layer.split(" | ") for layer in layers]
@@ -34,7 +34,7 @@ def row(folder: Path) -> str:
 
 
 def table() -> str:
-    """Every package once, in the order of the floors; inside of a floor, a package before those it contains."""
+    """Lists every package once, in the order of the floors; within a floor, a package precedes those it contains."""
     tops = [ROOT / name.replace(".", "/") for floor in floors() for name in floor]
     return "".join(
         row(file.parent) for top in tops for file in sorted(top.rglob("__init__.py"), key=lambda f: f.parent)
@@ -56,7 +56,7 @@ def test_every_package_has_its_sentence_and_its_floor() -> None:
     rows = table().splitlines()
     assert [line for line in rows if not line.endswith(". |")] == []
     packages = [path for top in ("overfill", "services") for path in (ROOT / top).rglob("__init__.py")]
-    assert len(rows) == len(packages) - 1, "all but `overfill` itself"
+    assert len(rows) == len(packages) - 1, "every package but `overfill` itself"
 
 
 def test_the_map_draws_the_floors() -> None:

@@ -1,6 +1,6 @@
 """Dashboards and rules use every exported metric and no other, and every alert has a runbook.
 
-``tests/integration/test_telemetry.py`` checks that they return data.
+``tests/integration/test_telemetry.py`` checks that their queries return data.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def expressions():
     return [*dashboard_expressions(DASHBOARDS, "1m"), *rule_expressions(RULES)]
 
 
-def test_dashboards_are_what_they_are_made_of():
+def test_dashboards_are_up_to_date():
     command = [sys.executable, ROOT / "deploy/grafana/generate.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_nothing_is_read_that_is_not_exported_or_recorded():
+def test_queries_read_exported_or_recorded_metrics_only():
     exported = set(STANDARD)
     for spec in declared():
         exported |= (
@@ -51,7 +51,7 @@ def test_every_metric_is_on_a_dashboard():
     assert not missing
 
 
-def test_every_rule_that_is_recorded_is_read():
+def test_every_recorded_rule_is_used():
     read = {name for each in expressions() for name in names(each.text)}
     assert {rule["record"] for rule in rules(RULES) if "record" in rule} <= read
 
@@ -80,7 +80,7 @@ def test_panels_have_a_place_a_unit_and_a_source():
             assert panel["targets"]
 
 
-def test_runbooks_name_panels_that_there_are():
+def test_runbooks_name_existing_panels():
     page = (ROOT / "docs/operations.md").read_text()
     titles = {
         (json.loads(path.read_text())["title"].removeprefix("Overfill / "), panel["title"])
@@ -92,7 +92,7 @@ def test_runbooks_name_panels_that_there_are():
     assert [pair for pair in named if pair not in titles] == []
 
 
-def test_what_an_alert_compares():
+def test_the_expressions_that_an_alert_compares_are_found():
     assert list(compared("a > 1")) == ["a"]
     assert list(compared("(a / b) > 1 and c < 2")) == ["(a / b)", "c"]
     assert list(compared("avg_over_time(x[5m]) >= 3 unless (y == 0)")) == ["avg_over_time(x[5m])", "y"]

@@ -36,6 +36,7 @@ def test_every_console_script_has_its_function(script: str) -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    graph = grimp.build_graph("overfill", "services", cache_dir=None)  # imports for type checkers and lazy ones count
+    # The graph includes imports for type checkers and those within functions.
+    graph = grimp.build_graph("overfill", "services", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle

@@ -1,4 +1,4 @@
-"""Small tokenizers of the two families in use: byte-level BPE, and SentencePiece-like with byte fallback."""
+"""Small tokenizers of the two supported families: byte-level BPE, and SentencePiece-like with byte fallback."""
 
 from __future__ import annotations
 

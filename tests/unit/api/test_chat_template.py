@@ -1,4 +1,4 @@
-"""What requests may say to a chat template, and prompts that end within a message."""
+"""Tests options that requests give to a chat template, and prompts that end within a message."""
 
 import json
 
@@ -10,7 +10,7 @@ from overfill.api.requests import validate_generate
 from overfill.errors import InvalidRequest
 from overfill.v1 import inference_pb2
 
-# As Qwen3's does it: an empty thought, already thought.
+# Like Qwen3's template: it inserts an empty, finished thought.
 THINKS = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {{ message.content | trim }}<|im_end|>
@@ -19,7 +19,7 @@ THINKS = """{%- for message in messages -%}
 <|im_start|>assistant
 {% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
 {%- endif %}"""
-# As DeepSeek-R1's does it.
+# Like DeepSeek-R1's template.
 DROPS_THOUGHTS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
 NOT_AS_IT_IS = "repeats or changes the last message"
 HI = {"role": "user", "content": "Hi"}
@@ -42,7 +42,7 @@ def test_variables_reach_the_template(template):
     "name",
     ["messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "chat_template", "range"],
 )
-def test_what_the_server_sets_is_not_for_requests(template, name):
+def test_requests_cannot_set_the_servers_template_variables(template, name):
     with pytest.raises(InvalidRequest, match="is the server's to set") as caught:
         template.render([HI], options=TemplateOptions({name: []}))
     assert caught.value.field == f"chat.chat_template_kwargs.{name}"
@@ -56,7 +56,7 @@ def test_a_prompt_may_end_without_opening_an_answer(template):
 def test_a_message_is_continued_from_its_last_character_on(template):
     options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
     text = template.render([HI, END], options=options)
-    assert text.endswith("<|im_start|>assistant\nThe end of im_end "), "white space at its end is the client's"
+    assert text.endswith("<|im_start|>assistant\nThe end of im_end "), "white space at its end is kept"
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_a_message_is_continued_from_its_last_character_on(template):
         (DROPS_THOUGHTS, [HI, {"role": "assistant", "content": "<think>Hm</think>So"}], NOT_AS_IT_IS),
     ],
 )
-def test_what_cannot_be_continued_is_refused(source, messages, reason):
+def test_a_message_that_cannot_be_continued_is_refused(source, messages, reason):
     options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
     with pytest.raises(InvalidRequest, match=reason) as caught:
         ChatTemplate(source, {}).render(messages, options=options)
     assert caught.value.field == "chat.continue_final_message"
 
 
-def test_a_message_that_such_a_template_leaves_alone_is_continued():
+def test_a_message_that_the_template_does_not_change_is_continued():
     options = TemplateOptions(add_generation_prompt=False, continue_final_message=True)
     assert ChatTemplate(DROPS_THOUGHTS, {}).render([HI, END], options=options) == "HiThe end of im_end "
 
@@ -94,7 +94,7 @@ def chat(**fields):
     return inference_pb2.Chat(messages=[HI, {"role": "assistant", "content": "Hello wo"}], **fields)
 
 
-def test_over_the_wire(byte_level_tokenizer):
+def test_options_of_a_chat_arrive_over_the_wire(byte_level_tokenizer):
     tokenizer = byte_level_tokenizer
     plain = tokenizer.decode(encode_chat(chat(), tokenizer))
     assert plain.endswith("Hello wo\nassistant\n")  # special tokens have no text
@@ -102,7 +102,7 @@ def test_over_the_wire(byte_level_tokenizer):
     begun = chat(continue_final_message=True)
     assert tokenizer.decode(encode_chat(begun, tokenizer)).endswith("Hello wo")
     request = inference_pb2.GenerateRequest(chat=begun)
-    assert validate_generate(request, tokenizer, 64, 400).continues_text, "so that a first word keeps its space"
+    assert validate_generate(request, tokenizer, 64, 400).continues_text, "the first word keeps its space"
     with pytest.raises(InvalidRequest, match="conflicts with add_generation_prompt"):
         encode_chat(chat(continue_final_message=True, add_generation_prompt=True), tokenizer)
     for wrong in ("[]", "{", json.dumps({"messages": []})):
@@ -119,7 +119,7 @@ def test_only_the_end_of_a_prompt_is_kept(byte_level_tokenizer):
 
     assert kept(3) == [42, 43, 44]
     assert kept(-1, max_tokens=10) == list(range(23, 45))
-    assert kept(-1) == list(range(14, 45)), "room for one token"
+    assert kept(-1) == list(range(14, 45)), "one token remains for the answer"
     for wrong in (0, -2):
         with pytest.raises(InvalidRequest, match="truncate_prompt_tokens"):
             kept(wrong)

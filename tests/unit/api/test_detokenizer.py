@@ -1,3 +1,5 @@
+"""Tests that streamed pieces join to the whole text, never split a character, and are not held back without need."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,7 +36,7 @@ def test_pieces_join_to_the_whole(any_tokenizer: Tokenizer, text: str) -> None:
 
 
 @given(text=texts, cuts=st.lists(st.integers(0, 40), max_size=5))
-def test_it_does_not_matter_how_tokens_are_batched(any_tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
+def test_pieces_do_not_depend_on_how_tokens_are_batched(any_tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
     ids = any_tokenizer.encode(text)
     bounds = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
     pieces = [ids[a:b] for a, b in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""API keys: what the file holds, who is let in, what a damaged file does."""
+"""Tests API keys: the content of their file, which callers it admits, and what a damaged file changes."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ def file(tmp_path):
     return tmp_path / "keys.json"
 
 
-def test_a_key_is_known_by_its_hash_only(file):
+def test_the_file_of_keys_holds_hashes_only(file):
     key = keys.create(file, "ci")
     other = keys.create(file, "dev")
     assert key != other
@@ -34,7 +34,7 @@ def test_a_key_is_known_by_its_hash_only(file):
         assert ring.find(wrong) is None
 
 
-def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
+def test_a_changed_file_of_keys_is_loaded_and_a_damaged_one_is_not(file, monkeypatch):
     monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
     key = keys.create(file, "ci")
     ring = KeyRing(file)
@@ -48,7 +48,7 @@ def test_a_changed_file_counts_and_a_damaged_one_does_not(file, monkeypatch):
     assert ring.find(later).name == "later"
 
 
-def test_a_revoked_key_dies_although_the_first_read_of_the_new_file_fails(file, monkeypatch):
+def test_a_revoked_key_is_refused_although_the_first_read_of_the_new_file_fails(file, monkeypatch):
     monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
     key = keys.create(file, "ci")
     ring = KeyRing(file)
@@ -65,7 +65,7 @@ def test_a_revoked_key_dies_although_the_first_read_of_the_new_file_fails(file, 
     assert ring.find(key) is None
 
 
-def test_names_are_checked_and_taken_once(file):
+def test_names_of_keys_are_checked_and_unique(file):
     keys.create(file, "ci")
     for name in ("ci", "", "a b", "x" * 65, "ü"):
         with pytest.raises(InvalidRequest):
@@ -91,7 +91,7 @@ def test_a_short_hash_is_refused(file):
         KeyRing(file)
 
 
-def test_bearer():
+def test_the_key_is_read_from_the_authorization_header():
     assert bearer("Bearer x") == bearer("bearer  x ") == "x"
     assert bearer("Basic YTprZXk=", page=True) == "key"
     assert bearer("Basic YTprZXk=") is None
@@ -126,10 +126,10 @@ def test_scopes_are_given_with_commas_or_one_by_one(file, arguments, scopes):
 
 
 @pytest.mark.parametrize(("given", "wrong"), [("infer,root", "'root'"), ("infer,", "''"), ("Infer", "'Infer'")])
-def test_a_wrong_scope_is_named_with_those_there_are(file, capsys, given, wrong):
+def test_a_wrong_scope_is_named_with_the_valid_ones(file, capsys, given, wrong):
     assert main(["keys", "create", "ci", "--file", str(file), "--scope", given]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert f"'--scope': there is no scope {wrong}; give some of infer, status, metrics, admin" in error
+    assert f"'--scope': unknown scope {wrong}; allowed are infer, status, metrics, admin" in error
     assert not file.exists()
 
 
@@ -167,6 +167,6 @@ def test_scopes_are_kept_and_checked(file):
     with pytest.raises(BadKeyFile, match="scopes"):
         keys.load(file)
     for entry in data["keys"]:
-        del entry["scopes"]  # as files were before there were scopes
+        del entry["scopes"]  # the format before scopes existed
     file.write_text(json.dumps(data))
     assert {key.scopes for key in keys.load(file)} == {keys.DEFAULT_SCOPES}

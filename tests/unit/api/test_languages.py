@@ -1,4 +1,4 @@
-"""Text in many languages, of several answers at once, comes out of a stream as it went in, and stops as it should."""
+"""Tests that streamed text in many languages equals the whole text, for several answers at once, with stop strings."""
 
 import random
 
@@ -53,7 +53,7 @@ def encode(tokenizer, text):
 
 
 def interleave(tokenizer, answers, stops, rng):
-    """Feeds all ``answers`` (token ids) to texts of their own, in turns of random lengths; what came of each."""
+    """Feeds each answer's token ids to its own text, in turns of random lengths; returns pieces and stop strings."""
     texts = [AnswerText(StreamDetokenizer(tokenizer), stops) for _ in answers]
     pieces, fed = [[] for _ in answers], [0] * len(answers)
     open_ = set(range(len(answers)))
@@ -75,7 +75,7 @@ def test_many_languages_at_once(tokenizer):
     answers = [encode(tokenizer, text) for text in TEXTS.values()]
     expected = [tokenizer.decode(ids) for ids in answers]
     assert sum(a == b for a, b in zip(expected, TEXTS.values(), strict=True)) >= len(TEXTS) - 3, (
-        "else this proves little"
+        "otherwise the test proves little"
     )
     pieces, stops = interleave(tokenizer, answers, [], rng)
     assert ["".join(each) for each in pieces] == expected

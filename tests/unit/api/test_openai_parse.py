@@ -1,4 +1,4 @@
-"""Bodies that are wrong in a great many places are answered as quickly as those that are wrong in one."""
+"""Tests that a body with very many errors is answered as quickly as one with a single error."""
 
 import json
 
@@ -25,15 +25,15 @@ def explained(kind, **fields):
         (ChatRequest, {"messages": [1] * MANY}, "messages[0]"),
     ],
 )
-def test_of_a_list_the_first_wrong_item_is_named(kind, fields, param, monkeypatch):
+def test_only_the_first_wrong_item_of_a_list_is_named(kind, fields, param, monkeypatch):
     problems = []
     monkeypatch.setattr("overfill.api.openai.parse._explain", lambda error, body: problems.append(error) or told)
     told = ApiError(400, "told")
     explained(kind, **fields)
-    assert problems[0].error_count() < 10, "complaints about every item"
+    assert problems[0].error_count() < 10, "the error mentions every item"
     monkeypatch.undo()
     assert param in explained(kind, **fields)
 
 
-def test_very_many_problems_are_only_counted():
+def test_a_great_many_problems_are_counted_not_listed():
     assert str(MANY) in explained(CompletionRequest, prompt="x", **{f"unknown_{i}": 1 for i in range(MANY)})

@@ -1,3 +1,5 @@
+"""Tests how requests are validated: defaults, tokenization, limits, and the field that each error names."""
+
 from __future__ import annotations
 
 import math
@@ -42,7 +44,7 @@ def test_open_ids_and_seeds_are_drawn_anew_each_time(validate: Any) -> None:
     assert len({r.sampling.seed for r in requests}) == 8
 
 
-def test_what_the_client_says_is_kept(validate: Any) -> None:
+def test_values_that_the_client_gives_are_kept(validate: Any) -> None:
     request = validate(
         model="m",
         request_id="r",
@@ -56,7 +58,7 @@ def test_what_the_client_says_is_kept(validate: Any) -> None:
     assert (request.sampling.seed, request.sampling.max_tokens) == (0, 4)
 
 
-def test_min_tokens_that_do_not_fit_are_told_without_a_limit_that_nobody_gave(validate: Any) -> None:
+def test_an_error_about_min_tokens_names_no_limit_that_was_not_given(validate: Any) -> None:
     assert validate(sampling=SamplingParams(min_tokens=29)).sampling.max_tokens == 29
     with pytest.raises(PromptTooLong, match="30 tokens after a prompt of 3 do not fit the context of 32") as caught:
         validate(sampling=SamplingParams(min_tokens=30))

@@ -1,3 +1,5 @@
+"""Tests that text is cut exactly before a stop string, and that only text which may become one is held back."""
+
 from __future__ import annotations
 
 import pytest
@@ -22,7 +24,7 @@ def run(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
 
 
 def cut(stops: list[str], text: str) -> tuple[str, str | None]:
-    """What is meant, one character after the other."""
+    """The specification: looks for stop strings one character at a time."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -32,12 +34,12 @@ def cut(stops: list[str], text: str) -> tuple[str, str | None]:
 
 
 @given(stops=stop_lists, pieces=st.lists(short, max_size=6))
-def test_cuts_exactly_however_the_text_arrives(stops: list[str], pieces: list[str]) -> None:
+def test_text_is_cut_exactly_however_it_arrives(stops: list[str], pieces: list[str]) -> None:
     assert run(stops, pieces) == cut(stops, "".join(pieces))
 
 
 @given(stops=stop_lists, text=short)
-def test_holds_back_only_what_may_become_a_stop(stops: list[str], text: str) -> None:
+def test_only_text_that_may_become_a_stop_string_is_held_back(stops: list[str], text: str) -> None:
     matcher = StopStrings(stops)
     safe, matched = matcher.push(text)
     if matched is None and safe != text:
@@ -59,7 +61,7 @@ def test_holds_back_only_what_may_become_a_stop(stops: list[str], text: str) -> 
         (["👋🏽"], ["hi👋", "🏽"], ("hi", "👋🏽")),
     ],
 )
-def test_examples(stops: list[str], pieces: list[str], expected: tuple[str, str | None]) -> None:
+def test_examples_of_stop_strings(stops: list[str], pieces: list[str], expected: tuple[str, str | None]) -> None:
     assert run(stops, pieces) == expected
 
 
@@ -74,7 +76,7 @@ def test_a_stop_string_may_be_text_as_long_as_the_answer_may_not_end() -> None:
     matcher = StopStrings(["END"])
     assert matcher.push("an END, E", may_end=False) == ("an END, ", None)
     assert matcher.push("N", may_end=False) == ("", None)
-    assert matcher.push("D at last") == ("", "END"), "it began before and is complete now"
+    assert matcher.push("D at last") == ("", "END"), "it began earlier and is complete now"
     matcher = StopStrings(["a", "ab"])
     assert matcher.push("xa", may_end=False) == ("x", None)
-    assert matcher.push("c") == ("ac", None), "it was complete before"
+    assert matcher.push("c") == ("ac", None), "it was complete while the answer could not end"

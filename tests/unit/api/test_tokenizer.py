@@ -1,3 +1,5 @@
+"""Tests tokenizers and chat templates against transformers, and errors about damaged checkpoints."""
+
 from __future__ import annotations
 
 import hashlib
@@ -22,7 +24,7 @@ CHAT = [
 
 @pytest.fixture
 def folder(byte_level_folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the checkpoint that the test may damage."""
     return Path(shutil.copytree(byte_level_folder, tmp_path / "checkpoint"))
 
 
@@ -130,7 +132,7 @@ def test_training_time_truncation_does_not_cut_prompts(folder: Path) -> None:
     assert len(Tokenizer.load(folder).encode("Hello, world! " * 20)) > 20
 
 
-def test_identity(folder: Path) -> None:
+def test_digest_special_tokens_and_vocabulary_are_read(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.digest == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}

@@ -1,4 +1,4 @@
-"""Tools: what models are told, what they may write, and how it is read back."""
+"""Tests tools: how the model is told of them, which calls its grammar allows, and how calls are parsed."""
 
 import json
 
@@ -77,7 +77,7 @@ def grammars(tiny_pair):
 
 
 def accepts(grammars, grammar, text):
-    """Whether the whole text follows the grammar; 1 ends an answer."""
+    """True if the whole text follows the grammar; token 1 ends an answer."""
     import tokenizers
 
     matcher = grammars.matcher(Grammar("lark", grammar))
@@ -91,7 +91,7 @@ def accepts(grammars, grammar, text):
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
 @pytest.mark.parametrize("single", [True, False])
-def test_the_grammar_takes_what_write_calls_writes(grammars, mode, single):
+def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, single):
     grammar = tools_grammar(TOOLS, mode, single=single)
     one, two = write_calls(CALLS[:1]), write_calls(CALLS)
     assert accepts(grammars, grammar, one)

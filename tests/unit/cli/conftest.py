@@ -1,4 +1,4 @@
-"""A client that answers without a stack, for tests of the commands."""
+"""A client that answers without a stack, for tests of client commands."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FakeStream:
         return make_answer("".join(self._pieces), finish_reason=self._finish_reason)
 
     def __iter__(self) -> Iterator[Delta]:
-        if isinstance(self._error, InvalidRequest):  # which comes before any token
+        if isinstance(self._error, InvalidRequest):  # raised before any token
             raise self._error
         for index, piece in enumerate(self._pieces):
             yield Delta(index, (index,), piece, None)
@@ -71,7 +71,7 @@ class FakeStream:
 
 @dataclass
 class FakeClient:
-    """Answers every request with ``pieces``; ``requests`` keeps (prompt, arguments)."""
+    """Answers every request with ``pieces`` and records (prompt, arguments) in ``requests``."""
 
     pieces: Sequence[str] = ("It ", "scatters.")
     finish_reason: str = "stop"
@@ -106,7 +106,7 @@ class FakeClient:
 
 @pytest.fixture
 def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    """What ``connect`` gives in every client command."""
+    """Replaces the client that ``connect`` returns in every client command."""
     client = FakeClient()
     for module in ("generate", "chat", "status", "top"):
         monkeypatch.setattr(f"overfill.cli.{module}.connect", client.connect())
@@ -115,5 +115,5 @@ def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
 
 @pytest.fixture
 def answer() -> Callable[..., Answer]:
-    """Makes an answer of 11 tokens, with changes."""
+    """Returns a function that makes an answer of 11 tokens; arguments replace its fields."""
     return make_answer

@@ -1,4 +1,4 @@
-"""``overfill config`` and what ``overfill up`` takes from variables and files."""
+"""Tests ``overfill config``, and the settings that ``overfill up`` reads from variables and files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict
     return result
 
 
-def test_show_tells_each_value_and_its_origin(
+def test_show_prints_each_value_and_its_origin(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_MAX_NUM_SEQS", "8")
@@ -80,7 +80,7 @@ def test_secrets_are_not_shown() -> None:
 
 
 def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_ROUTER_PORT", "many")  # not the file's fault
+    monkeypatch.setenv("OVERFILL_ROUTER_PORT", "many")  # an error, but not of the file
     assert main(["config", "check", str(file)]) == 0
     assert "valid (9 settings)" in capsys.readouterr().out
     file.write_text("router: {port: 70000}\nprefill: {host: 10.1.2.3}\nup: {decode: some}")

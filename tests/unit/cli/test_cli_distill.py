@@ -1,4 +1,4 @@
-"""``overfill pair distill`` and ``distill-plot``, as a user calls them."""
+"""Tests ``overfill pair distill`` and ``distill-plot`` on the command line."""
 
 from __future__ import annotations
 

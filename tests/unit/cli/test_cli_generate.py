@@ -1,4 +1,4 @@
-"""``generate``, ``chat`` and ``status``, over a client that needs no stack."""
+"""Tests ``generate``, ``chat`` and ``status`` with a client that needs no stack."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def sampled(fake_client: Any) -> list[tuple[int | None, float]]:
 
 
 @pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
-def test_an_answer_is_short_and_not_too_wild_unless_told_otherwise(
+def test_max_tokens_and_temperature_have_defaults(
     command: list[str], fake_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for flags in ([], ["--greedy"], ["--max-tokens", "9000", "--temperature", "1"]):
@@ -119,7 +119,7 @@ def test_an_answer_that_the_context_cut_says_so_and_advises_no_limit(
 
 @pytest.mark.parametrize("flag", ["--temperature", "--top-p", "--min-p", "--timeout"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_number_that_is_none_is_refused_by_the_name_of_its_flag(
+def test_an_invalid_number_is_refused_by_the_name_of_its_flag(
     flag: str, value: str, fake_client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", flag, value, "hi"]) == 2
@@ -174,7 +174,9 @@ def test_json_is_one_object(fake_client: Any, capsys: pytest.CaptureFixture[str]
     assert answer["finish_reason"] == "stop"
 
 
-def test_an_error_in_the_middle_is_exit_1_after_what_came(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_the_middle_is_exit_1_after_the_text_so_far(
+    fake_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake_client.errors.append(Unavailable("lost every worker"))
     assert main(["generate", "hi"]) == 1
     captured = capsys.readouterr()
@@ -183,7 +185,7 @@ def test_an_error_in_the_middle_is_exit_1_after_what_came(fake_client: Any, caps
 
 
 def test_an_argument_that_is_not_utf_8_is_an_error_naming_the_field(capsys: pytest.CaptureFixture[str]) -> None:
-    # What Python makes of the byte 0xff on the command line.
+    # Python decodes the byte 0xff on the command line to this.
     assert main(["generate", "caf\udcff"]) == 1
     assert "content" in capsys.readouterr().err
 
@@ -225,7 +227,7 @@ def test_piped_chat_stops_at_an_error(fake_client: Any, monkeypatch: pytest.Monk
     assert len(fake_client.requests) == 1
 
 
-def test_typed_chat_goes_on_after_an_error_without_that_turn(
+def test_typed_chat_continues_after_an_error_without_that_turn(
     fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_client.errors.append(Unavailable("gone"))
@@ -255,7 +257,7 @@ def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatu
 
 
 def stack(prefill: int = 1, decode: int = 1) -> StackStatus:
-    """With so many ready workers of each stage; it was started with one prefill and two decode workers."""
+    """Status of a stack with the given ready workers of each stage, started with one prefill and two decode workers."""
     load = WorkerLoad(
         kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0,
         prefix_tokens_looked_up=200, prefix_tokens_found=50,
@@ -334,12 +336,12 @@ def test_status_says_its_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  1  the stack cannot answer requests" in help
 
 
-def test_status_is_1_when_nobody_answers(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_is_1_without_an_answer(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.errors.append(Unreachable("127.0.0.1:7600: nothing listens there"))
     assert main(["status"]) == 1
     assert "overfill up" in capsys.readouterr().err
 
 
-def test_an_address_that_is_none_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--address", "a:1,,b:2"]) == 2
     assert main(["status", "--tls-ca", "/no/such/file"]) == 2

@@ -1,4 +1,4 @@
-"""``overfill health`` against a server of its kind, and against nobody."""
+"""Tests ``overfill health`` against a running server and against an address without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOBODY = "127.0.0.1:1"
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Refuses, as a server does that has as many RPCs as it takes."""
+    """Refuses every call, like a server at its limit of concurrent RPCs."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -34,13 +34,13 @@ def full() -> Iterator[str]:
     server.stop(0).wait()
 
 
-def test_a_process_that_refuses_lives_but_is_not_ready(full: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_at_its_limit_of_rpcs_is_alive_but_not_ready(full: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", "--live", full]) == 0
     assert main(["health", full]) == 1
     assert "no more now" in capsys.readouterr().err
 
 
-def test_nobody_there_is_not_alive_and_the_next_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_without_a_server_is_not_alive_and_the_next_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", "--live", NOBODY]) == 1
     assert "overfill up" in capsys.readouterr().err
 
@@ -49,20 +49,18 @@ def test_the_next_address_is_asked_when_one_is_dead(full: str, capsys: pytest.Ca
     assert main(["health", "--live", f"{NOBODY},{full}"]) == 0
     err = capsys.readouterr().err
     assert f"{NOBODY}: nothing listens there" in err
-    assert "overfill up" not in err, "there is a stack"
+    assert "overfill up" not in err, "a stack runs at the second address"
 
 
-def test_addresses_may_have_spaces_between_them_and_may_be_there_twice(
-    full: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_addresses_may_have_spaces_between_them_and_repeat(full: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", "--live", f"{NOBODY}, {full}"]) == 0
     capsys.readouterr()
     assert main(["health", "--live", f"{NOBODY},{NOBODY}"]) == 1
-    assert capsys.readouterr().err.count("overfill up") == 1, "at the end only"
+    assert capsys.readouterr().err.count("overfill up") == 1, "the hint comes once, after all addresses"
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "127.0.0.1:1,", ""])
-def test_what_is_no_address_is_bad_usage(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address_is_bad_usage(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", address]) == 2
     assert "address is" in capsys.readouterr().err.lower()
 

@@ -1,4 +1,4 @@
-"""The command itself: what it loads, how errors end."""
+"""Tests the program itself: which modules it imports, and how it prints errors and exits."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_commands_exit_code_is_the_programs(monkeypatch: pytest.MonkeyPatch) -
     assert main(["x"]) == 1
 
 
-def test_a_reader_that_leaves_is_no_traceback() -> None:
+def test_a_closed_pipe_gives_no_traceback() -> None:
     code = (
         "import sys, click; from overfill.cli import main as m\n"
         "many = click.Command('x', callback=lambda: [print('line') for _ in range(100000)] and None)\n"

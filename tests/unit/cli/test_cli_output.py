@@ -1,4 +1,4 @@
-"""How results are shown."""
+"""Tests how results are printed: parts of the time to first token, speed, migrations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_part_has_a_row_and_the_rest_is_unattributed(answer: Callable[...,
     rows = {line.split("  ")[0].strip(): line for line in shown(answer()).splitlines()}
     assert "80.00" in rows["prefill compute"]
     assert "80.0" in rows["prefill compute"]
-    assert "2.00" in rows["unattributed"], "100 ms less 10 + 1 + 4 + 80 + 3"
+    assert "2.00" in rows["unattributed"], "100 ms minus 10 + 1 + 4 + 80 + 3"
     assert {"router queue", "decode reservation", "prefill queue", "return path"} <= set(rows)
 
 
@@ -47,7 +47,7 @@ def test_speed_counts_the_tokens_after_the_first(answer: Callable[..., Answer]) 
     assert tokens_per_second(replace(whole, timing=Timing())) is None
 
 
-def test_migrations_and_cache_hits_are_told(answer: Callable[..., Answer]) -> None:
+def test_migrations_and_cache_hits_are_shown(answer: Callable[..., Answer]) -> None:
     text = shown(answer(migrations=2, usage=Usage(20, 11, 16)))
     assert "moved 2 times" in text
     assert "16 from the prefix cache" in text

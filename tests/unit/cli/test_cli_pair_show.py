@@ -1,4 +1,4 @@
-"""`overfill pair show` tells what the files are now, not what the manifest says that they were."""
+"""Tests that ``overfill pair show`` reports digests of the present files, not those of the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pair(tiny_pair: Path, tmp_path: Path) -> Path:
 
 
 def change(checkpoint: Path) -> None:
-    """Other weights of the same shapes: only reading them tells."""
+    """Replaces weights by others of the same shapes, so that only their digest differs."""
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
@@ -39,7 +39,7 @@ def test_the_digests_of_a_whole_pair(pair: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("half", ["full", "decoder"])
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
-def test_weights_that_changed_are_told_with_both_digests(
+def test_weights_that_changed_are_shown_with_both_digests(
     half: str, options: list[str], pair: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stated = getattr(Pair.load(pair), f"{half}_digest")

@@ -1,4 +1,4 @@
-"""Children of ``overfill up``: none is left, whatever happens to the parent."""
+"""Tests that no child of ``overfill up`` outlives it, however it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STUBBORN = (
 
 
 class Sink:
-    """Collects lines, and lets a test wait for one."""
+    """Collects lines; a test can wait for a given one."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
@@ -61,7 +61,7 @@ def test_only_the_last_lines_are_kept(sink: Sink) -> None:
     assert child.returncode == 3
 
 
-def test_stop_asks_first(sink: Sink) -> None:
+def test_stop_sends_sigterm_first(sink: Sink) -> None:
     child = start(POLITE, sink)
     sink.wait_for(1)
     assert stop([child], grace=60) == []
@@ -69,7 +69,7 @@ def test_stop_asks_first(sink: Sink) -> None:
     assert "SIGTERM" in child.describe_exit()
 
 
-def test_stop_kills_who_does_not_listen_and_says_so(sink: Sink) -> None:
+def test_stop_kills_a_child_that_ignores_sigterm_and_says_so(sink: Sink) -> None:
     polite, stubborn = start(POLITE, sink), start(STUBBORN, sink)
     sink.wait_for(2)
     assert stop([stubborn, polite], grace=0.5) == [stubborn]

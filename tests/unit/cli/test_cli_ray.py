@@ -1,4 +1,4 @@
-"""``up`` on Ray, without Ray: what a plan becomes, what is told of a status, which options contradict."""
+"""Tests the parts of ``up`` on Ray that need no Ray: the spec made of a plan, reports of status, option conflicts."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def status(app: str = "DEPLOYING", message: str = "", **deployments: tuple[str, 
     )
 
 
-def test_progress_is_told_in_one_line() -> None:
+def test_progress_is_reported_in_one_line() -> None:
     told = progress(
         status(router=("HEALTHY", {"RUNNING": 1}, ""), decode=("UPDATING", {"STARTING": 2, "RUNNING": 1}, "soon"))
     )
     assert told == "decode: 1 running, 2 starting; router: 1 running"
 
 
-def test_of_an_unhealthy_deployment_serves_reason_is_told() -> None:
+def test_serves_reason_for_an_unhealthy_deployment_is_shown() -> None:
     said = describe(status(decode=("UNHEALTHY", {"STARTING": 1}, "A replica's health check failed.\nTraceback")))
     assert said == {"decode": "1 starting; A replica's health check failed."}
 
@@ -104,13 +104,15 @@ def test_a_start_fails_with_what_serve_says_or_when_there_is_no_room_for_long() 
         (["--decode", "3", "--max-decode", "2"], "--max-decode 2 is less than --decode 3"),
     ],
 )
-def test_contradictions_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conflicting_options_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["up", "--pair", "/no/such/pair", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["up", "demo"])
-def test_without_ray_it_is_told_what_to_do(
+def test_without_ray_the_error_says_what_to_do(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
@@ -121,7 +123,7 @@ def test_without_ray_it_is_told_what_to_do(
     assert "--no-ray" in err
 
 
-def test_plain_processes_can_be_chosen_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[Any] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
@@ -136,7 +138,7 @@ def test_plain_processes_can_be_chosen_for_good(tmp_path: Path, monkeypatch: pyt
     assert [type(stack).__name__ for stack in stacks] == ["Stack", "Stack", "RayStack"]
 
 
-def test_a_cluster_that_is_not_there_is_told_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_cluster_is_reported_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     assert main(["up", "--mock", "--pair", str(tiny_pair), "--grpc", "0", "--address", f"127.0.0.1:{port}"]) == 1

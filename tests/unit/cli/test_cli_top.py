@@ -1,4 +1,4 @@
-"""`overfill top` on canned looks at a stack."""
+"""Tests ``overfill top`` on recorded states of a stack."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_once_shows_both_pools_the_queue_and_the_parts(fake_client: Any, capsys:
     assert line("decode-0") == ["decode-0", "silent"]
     assert line("first token")[:5] == ["first", "token", "100.0", "200.0", "300.0"]
     assert line("prefill compute")[-1].startswith("█" * 12), "half of the first token's time"
-    assert line("router queue")[2:] == ["–"] * 3, "what nobody measured is not shown as nothing"
+    assert line("router queue")[2:] == ["–"] * 3, "a time that was not measured is not shown as 0"
 
 
 def test_json_is_a_line_for_scripts(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_a_stack_of_an_older_version_has_no_activity(fake_client: Any, capsys: p
 
 def test_into_a_pipe_it_prints_one_look_and_ends(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.stack = LOOK
-    assert main(["top"]) == 0  # before, it drew nothing and never ended
+    assert main(["top"]) == 0  # an earlier version drew nothing and never ended
     captured = capsys.readouterr()
     assert "prefill-0" in captured.out
     assert "\x1b" not in captured.out

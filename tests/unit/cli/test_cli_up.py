@@ -1,4 +1,4 @@
-"""``up``: what is started with which settings, when it counts as ready, how it ends."""
+"""Tests ``up``: the processes and settings that it starts, when the stack is ready, and how it ends."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def plan(**settings: Any) -> StackPlan:
     return make_plan(Path("pair"), **(values | own), settings=settings)
 
 
-class Gathering(Stack):
-    """A stack whose processes run the given code, by name; the default waits for a signal."""
+class RecordingStack(Stack):
+    """A stack whose processes run the code given for their name. By default a process waits for a signal."""
 
     def __init__(self, code: dict[str, str] | None = None, **settings: Any) -> None:
         self.lines: list[tuple[str, str]] = []
@@ -58,7 +58,7 @@ class Gathering(Stack):
 
 
 class Routers:
-    """Stands in for the SDK: each router answers what its script says, call by call; the last stays."""
+    """Stands in for the SDK. Each router gives the answers of its script in order, and then repeats the last one."""
 
     def __init__(self, answers: Callable[[], Any]) -> None:
         self._answers = answers
@@ -95,11 +95,11 @@ def routers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Ro
 
 
 @pytest.fixture
-def gather() -> Iterator[Callable[..., Gathering]]:
-    made: list[Gathering] = []
+def new_stack() -> Iterator[Callable[..., RecordingStack]]:
+    made: list[RecordingStack] = []
 
-    def make(*args: Any, **settings: Any) -> Gathering:
-        made.append(Gathering(*args, **settings))
+    def make(*args: Any, **settings: Any) -> RecordingStack:
+        made.append(RecordingStack(*args, **settings))
         return made[-1]
 
     yield make
@@ -125,7 +125,7 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
     assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.addresses}
 
 
-def test_settings_go_to_those_that_have_them() -> None:
+def test_each_process_gets_only_settings_that_it_has() -> None:
     made = plan(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
     assert made.prefill[0].max_num_batched_tokens == 512
     assert made.decode[0].data_streams == 3
@@ -142,7 +142,7 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_worker(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     made = plan(prefill=1, decode=3)
-    assert (made.prefill[0].threads, made.decode[2].threads) == (8, 2)  # each stage has all of them
+    assert (made.prefill[0].threads, made.decode[2].threads) == (8, 2)  # on one machine each stage may use all
     made = plan(prefill=1, decode=3, apart=True)
     assert (made.prefill[0].threads, made.decode[2].threads) == (2, 2)
     assert plan(threads=5).prefill[0].threads == 5
@@ -171,7 +171,7 @@ def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.Ca
     assert "overlap" in capsys.readouterr().err
 
 
-def test_a_port_that_nobody_gave_is_told_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--pair", "/no/such/pair", "--grpc", "8000"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "--grpc 8000 and --http 8000 (its default) overlap" in message
@@ -179,7 +179,7 @@ def test_a_port_that_nobody_gave_is_told_as_the_default(capsys: pytest.CaptureFi
 
 
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # with those of both workers
+    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # workers' ports included
     assert "--http 8000 (its default) and --metrics-port 7998 overlap" in " ".join(capsys.readouterr().err.split())
 
 
@@ -189,14 +189,14 @@ def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
     assert len({port for router in routers for port in (router.port, router.http)}) == 4
 
 
-def test_wrong_settings_are_told_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_are_reported_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["up", "--pair", "/no/such/pair", "--metrics-port", "no-port"])
     assert caught.value.code == 2
     assert "--metrics-port" in capsys.readouterr().err
 
 
-def test_all_that_an_open_host_needs_is_told_at_once_and_in_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--no-ray", "--pair", "/no/such/pair", "--host", "0.0.0.0"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "give --tls FOLDER (`overfill certs FOLDER` makes it) and --api-keys FILE (`overfill keys create" in message
@@ -238,13 +238,13 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     assert "\x1b" not in said
     assert "curl" not in welcome(plan())
     elsewhere = welcome(plan(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
-    assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, a router may be on another machine"
+    assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
     assert '"model": "pair"' in welcome(plan(http=8000))
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
-    """Plans that ``up`` would have run. Whether their ports are free on this machine does not matter."""
+    """Collects the plans that ``up`` would run, without checking that their ports are free."""
     plans: list[StackPlan] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
@@ -252,7 +252,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
     return plans
 
 
-def test_the_openai_endpoint_is_on_unless_told_otherwise(
+def test_the_openai_endpoint_is_on_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[StackPlan]
 ) -> None:
     def https(*arguments: str) -> list[object]:
@@ -280,7 +280,7 @@ def test_the_openai_endpoint_is_on_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])
-def test_a_port_in_use_is_told_before_the_pair_is_looked_for(
+def test_a_port_in_use_is_reported_before_the_pair_is_looked_for(
     flag: str, otherwise: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -295,19 +295,19 @@ def test_a_port_in_use_is_told_before_the_pair_is_looked_for(
     assert int(other) != port
 
 
-def test_a_taken_port_is_named_and_nothing_starts(gather: Callable[..., Gathering]) -> None:
+def test_a_taken_port_is_named_and_nothing_starts(new_stack: Callable[..., RecordingStack]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        stack = gather(port=port)
+        stack = new_stack(port=port)
         with pytest.raises(StartFailed, match=str(port)):
             stack.start()
     assert stack.started == []
 
 
 def test_ready_means_complete_and_our_own_router(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers]
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]
 ) -> None:
-    stack = gather()
+    stack = new_stack()
     stack.start()
     own = stack.pid("router-0")
     script = [Unavailable("not yet"), status(True, own + 1), status(False, own), status(True, own)]
@@ -317,8 +317,8 @@ def test_ready_means_complete_and_our_own_router(
     assert fake.asked == [stack.plan.addresses[0]] * 4
 
 
-def test_every_router_must_be_ready(gather: Callable[..., Gathering], routers: Callable[..., Routers]) -> None:
-    stack = gather(routers=2)
+def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]) -> None:
+    stack = new_stack(routers=2)
     stack.start()
     script = [status(True, stack.pid("router-0")), status(True, stack.pid("router-1"))]
     fake = routers(lambda: script.pop(0))
@@ -326,11 +326,11 @@ def test_every_router_must_be_ready(gather: Callable[..., Gathering], routers: C
     assert fake.asked == list(stack.plan.addresses)
 
 
-def test_a_worker_that_dies_at_start_stops_everything_and_its_last_words_are_shown(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers]
+def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]
 ) -> None:
     routers(lambda: Unavailable("not yet"))
-    stack = gather({"decode-0": "raise SystemExit('the pair does not fit')"})
+    stack = new_stack({"decode-0": "raise SystemExit('the pair does not fit')"})
     with pytest.raises(StartFailed, match="decode-0 exited with status 1") as caught:
         up.run(stack, threading.Event(), Console(file=io.StringIO()))
     assert caught.value.__notes__ == ["  decode-0 | the pair does not fit"]
@@ -338,14 +338,14 @@ def test_a_worker_that_dies_at_start_stops_everything_and_its_last_words_are_sho
 
 
 def wait_for_exit(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # it has been reaped already
+    with contextlib.suppress(ChildProcessError):  # the process has been reaped already
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-def test_a_worker_that_dies_later_is_reported_once_and_the_stack_goes_on(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
+def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stack = gather({"prefill-0": "import signal, sys; print('oh no', flush=True); signal.pause()"})
+    stack = new_stack({"prefill-0": "import signal, sys; print('oh no', flush=True); signal.pause()"})
     routers(lambda: status(True, stack.pid("router-0")))
     stopping = Steps(
         [
@@ -366,9 +366,9 @@ def test_a_worker_that_dies_later_is_reported_once_and_the_stack_goes_on(
 
 
 def test_without_a_router_the_stack_ends(
-    gather: Callable[..., Gathering], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
+    new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stack = gather()
+    stack = new_stack()
     routers(lambda: status(True, stack.pid("router-0")))
     stopping = Steps(
         [
@@ -381,14 +381,14 @@ def test_without_a_router_the_stack_ends(
     assert "no router" in capsys.readouterr().err
 
 
-def test_routers_drain_before_the_workers_are_asked_to_stop(gather: Callable[..., Gathering]) -> None:
+def test_routers_drain_before_the_workers_are_asked_to_stop(new_stack: Callable[..., RecordingStack]) -> None:
     tell = (
         "import signal, sys, time\n"
         "def bye(*_):\n    print(time.monotonic_ns(), flush=True)\n    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, bye); print('up', flush=True)\nwhile True: signal.pause()"
     )
     names = ("router-0", "prefill-0", "decode-0")
-    stack = gather(dict.fromkeys(names, tell))
+    stack = new_stack(dict.fromkeys(names, tell))
     ready = threading.Semaphore(0)
     stack._sink = lambda name, line: (stack.lines.append((name, line)), ready.release())  # type: ignore[assignment]
     stack.start()
@@ -400,7 +400,7 @@ def test_routers_drain_before_the_workers_are_asked_to_stop(gather: Callable[...
 
 
 class Steps(threading.Event):
-    """An event that does one step at each wait and is set after the last."""
+    """An event that runs one step at each wait and is set after the last step."""
 
     def __init__(self, steps: list[Callable[[], Any]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``verify`` before it asks anything: is this a stack that can be judged?"""
+"""Tests the checks by which ``verify`` decides, before its first prompt, whether it can judge a stack."""
 
 from __future__ import annotations
 

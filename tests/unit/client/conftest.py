@@ -1,4 +1,4 @@
-"""A router that says what a test tells it to say, on loopback, in its own thread."""
+"""A scripted router on loopback, which runs in a thread of its own."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ GOOD = [accepted(), delta(0, [10], "Hel"), delta(1, [11, 12], "lo"), finished()]
 
 
 class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
-    """Plays ``script``: responses are sent, exceptions raised, "hang" waits until the client goes away.
+    """Plays ``script``: sends responses, raises exceptions, and at "hang" waits until the client disconnects.
 
-    ``on_request`` is called before.
+    Calls ``on_request`` before the script starts.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
 
 @contextmanager
 def serve(router: FakeRouter) -> Iterator[FakeRouter]:
-    """Serves ``router`` until the block is left; ``address`` is set then."""
+    """Serves ``router`` within the block, and sets its ``address``."""
     started: Future[Callable[[], None]] = Future()
 
     async def main() -> None:
@@ -131,12 +131,12 @@ def another_router() -> Iterator[FakeRouter]:
 
 @pytest.fixture
 def closed_address() -> str:
-    """Where nobody listens any more."""
+    """An address at which a server has stopped listening."""
     with serve(FakeRouter()) as router:
         return router.address
 
 
 @pytest.fixture(scope="session")
 def say() -> SimpleNamespace:
-    """Builders of the events of a stream."""
+    """Functions that make the events of a stream."""
     return SimpleNamespace(accepted=accepted, delta=delta, finished=finished, good=GOOD)

@@ -1,3 +1,5 @@
+"""Tests how the events of a stream become an answer, and that events out of order are errors."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -87,7 +89,7 @@ def test_tokens_without_their_logprobs_are_an_error(say: SimpleNamespace) -> Non
         fold([say.accepted(), say.delta(0, [4, 5], logprobs=[LOGPROBS])], WITH_LOGPROBS)
 
 
-def test_timing_is_in_seconds_and_absent_is_none() -> None:
+def test_timing_is_in_seconds_and_a_missing_time_is_none() -> None:
     timing = Timing.from_proto(common_pb2.Timing(ttft_ns=2_000_000_000, prefill_queue_ns=0, total_ns=5))
     assert (timing.ttft, timing.prefill_queue, timing.total) == (2.0, 0.0, 5e-9)
     assert timing.decode is None
@@ -98,7 +100,7 @@ def test_every_field_of_the_wire_timing_is_there() -> None:
     assert set(TTFT_PARTS) < set(Timing.__slots__)
 
 
-def test_unattributed_is_what_no_part_covers() -> None:
+def test_unattributed_time_is_what_no_part_covers() -> None:
     timing = Timing(
         ttft=1.0, router_queue=0.1, decode_reservation=0.2, prefill_queue=0.1, prefill_compute=0.3, return_path=0.1
     )
@@ -107,7 +109,7 @@ def test_unattributed_is_what_no_part_covers() -> None:
     assert Timing(router_queue=1.0).unattributed is None
 
 
-def test_text_that_comes_with_the_end_is_a_last_delta(say: SimpleNamespace) -> None:
+def test_text_in_the_final_message_is_a_last_delta(say: SimpleNamespace) -> None:
     deltas, answer = fold([say.accepted(), say.delta(0, [1]), say.finished(rest=inference_pb2.Delta(text="?"))])
     assert deltas[-1] == Delta(1, (), "?", None)
     assert answer.text == "?"

@@ -1,4 +1,4 @@
-"""Both clients against a scripted router, by the same tests."""
+"""Tests the blocking and the asyncio client with the same tests against a scripted router."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from overfill.v1 import inference_pb2
 
 
 class SyncSdk:
-    """One call with a fresh client."""
+    """Makes each call with a new blocking client."""
 
     def run(self, address: str, method: str, *args: Any, **kwargs: Any) -> Any:
         with Client(address) as client:
@@ -44,7 +44,7 @@ class SyncSdk:
 
 
 class AsyncSdk:
-    """The same, with awaits."""
+    """Makes each call with a new asyncio client."""
 
     def run(self, address: str, method: str, *args: Any, **kwargs: Any) -> Any:
         async def main() -> Any:
@@ -92,7 +92,7 @@ def test_generate(sdk: Sdk, router: Any) -> None:
     (request,) = router.requests
     assert request.chat.messages[0].content == "Hi"
     assert (request.sampling.max_tokens, list(request.stop)) == (5, ["\n"])
-    assert 0 < router.time_remaining[0] < 61  # gRPC rounds up
+    assert 0 < router.time_remaining[0] < 61  # gRPC rounds the timeout up
 
 
 def test_no_timeout_is_no_deadline(sdk: Sdk, router: Any) -> None:
@@ -108,7 +108,7 @@ def test_stream(sdk: Sdk, router: Any) -> None:
     assert stream.answer.text == "Hello"
 
 
-def test_the_answer_is_not_there_before_the_end(sdk: Sdk, router: Any) -> None:
+def test_a_stream_has_its_answer_only_at_the_end(sdk: Sdk, router: Any) -> None:
     def look(stream: Any) -> None:
         with pytest.raises(InternalError):
             _ = stream.answer
@@ -135,7 +135,7 @@ def test_mistakes_are_not_sent(sdk: Sdk, router: Any) -> None:
     assert router.requests == []
 
 
-def test_a_passed_deadline_is_told(sdk: Sdk, router: Any) -> None:
+def test_a_passed_deadline_raises_deadline_exceeded(sdk: Sdk, router: Any) -> None:
     router.script = ["hang"]
     with pytest.raises(DeadlineExceeded):
         sdk.run(router.address, "generate", "x", timeout=0.2)
@@ -227,13 +227,14 @@ def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
 def test_held_back_text_comes_once_when_the_router_is_lost_before_the_end(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
-    router.script = [*say.good[:3], ShuttingDown("leaving")]  # all tokens are there; the end, with its text, is not
+    # All tokens arrive, but not the final message, which has the held-back text.
+    router.script = [*say.good[:3], ShuttingDown("leaving")]
     another_router.script = [say.accepted(), say.finished(rest=inference_pb2.Delta(text="!"))]
     answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x")
     assert (answer.text, answer.token_ids) == ("Hello!", (10, 11, 12))
 
 
-def test_a_router_that_is_lost_after_its_last_word_changes_nothing(
+def test_losing_a_router_after_its_last_message_changes_nothing(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
     router.script = [*say.good, ShuttingDown("leaving")]
@@ -243,7 +244,7 @@ def test_a_router_that_is_lost_after_its_last_word_changes_nothing(
     assert another_router.requests == []
 
 
-def test_an_error_carries_what_had_been_produced(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
+def test_an_error_carries_the_answer_so_far(sdk: Sdk, router: Any, say: SimpleNamespace) -> None:
     router.script = [*say.good[:2], Unavailable("gave up after 4 attempts")]
     with pytest.raises(Unavailable, match="gave up") as caught:
         sdk.run(router.address, "generate", "x")
@@ -265,7 +266,7 @@ def test_a_lone_router_that_is_lost_is_an_error(sdk: Sdk, router: Any, say: Simp
     assert len(router.requests) == 1
 
 
-def test_an_answer_that_a_router_cancels_goes_on_at_the_next_one(
+def test_an_answer_that_a_router_cancels_continues_at_the_next_one(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
     router.script = [*say.good[:2], RequestCancelled("its process ends")]
@@ -274,7 +275,7 @@ def test_an_answer_that_a_router_cancels_goes_on_at_the_next_one(
     assert (answer.text, answer.token_ids) == ("Hello", (10, 11, 12))
 
 
-def test_a_client_that_is_closed_asks_nobody_else(router: Any, another_router: Any, say: SimpleNamespace) -> None:
+def test_a_closed_client_asks_no_other_router(router: Any, another_router: Any, say: SimpleNamespace) -> None:
     router.script = [*say.good[:2], "hang"]
     client = Client(f"{router.address},{another_router.address}")
     stream = client.stream("x")
@@ -305,7 +306,7 @@ def test_a_router_that_is_back_is_asked_again(sdk: Sdk, router: Any, another_rou
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gave up after 4 attempts")])
-def test_what_a_living_router_says_is_final(sdk: Sdk, router: Any, another_router: Any, error: Exception) -> None:
+def test_an_error_from_a_living_router_is_final(sdk: Sdk, router: Any, another_router: Any, error: Exception) -> None:
     router.script = [error]
     with pytest.raises(type(error)):
         sdk.run(f"{router.address},{another_router.address}", "generate", "x")

@@ -1,4 +1,4 @@
-"""The blocking client is generated from the asyncio one."""
+"""Tests that the blocking client is up to date with the asyncio client it is generated from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_a_word_that_cannot_block_is_named() -> None:
         blocking(ASYNCIO + "\n\nasync def pause() -> None:\n    await asyncio.sleep(1)\n")
 
 
-def test_a_phrase_that_is_gone_is_named() -> None:
+def test_a_phrase_to_replace_that_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="for one event loop"):
         blocking(ASYNCIO.replace("for one event loop", "for a loop"))

@@ -1,3 +1,5 @@
+"""Tests that the client builds requests from its arguments, and finds mistakes before it sends any."""
+
 from __future__ import annotations
 
 import math
@@ -25,7 +27,7 @@ def test_three_kinds_of_prompt() -> None:
     assert [(m.role, m.content) for m in chat.messages] == [("system", "s"), ("user", "u")]
 
 
-def test_everything_else_is_passed_on() -> None:
+def test_all_other_arguments_are_passed_on() -> None:
     sampling = SamplingParams(temperature=0.5, seed=3)
     request = build(model="m", sampling=sampling, stop=["a", "b"], request_id="r", resume_token_ids=[9], trace=True)
     assert (request.model, list(request.stop), request.request_id) == ("m", ["a", "b"], "r")
@@ -95,7 +97,7 @@ def test_stop_strings_are_not_sampling_parameters_and_the_error_says_whose_they_
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000/v1", "HTTPS://example.org", "127.0.0.1:7600,http://x:8000"])
 @pytest.mark.parametrize("client", [Client, AsyncClient])
-def test_a_url_is_no_address_and_the_error_says_what_is(client: Any, address: str) -> None:
+def test_a_url_is_refused_and_the_error_says_what_an_address_is(client: Any, address: str) -> None:
     with pytest.raises(ValueError, match=r"(?i)http.*is a URL; an address is HOST:PORT.*7600"):
         client(address)
 

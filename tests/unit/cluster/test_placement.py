@@ -1,4 +1,4 @@
-"""Whether a stack fits machines, and what its workers reserve."""
+"""Tests whether a stack fits machines, and which resources its workers reserve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_six_processes_fit_two_cores() -> None:
     check_room(spec(prefill={"replicas": 2}, decode={"replicas": 3}), [{"CPU": 2.0}])
 
 
-def test_what_is_short_is_named_with_what_there_is() -> None:
+def test_the_resource_that_is_short_is_named_with_the_amount_available() -> None:
     with pytest.raises(NoRoom, match=r"GPU: 3 needed, 2 available"):
         check_room(spec(decode={"replicas": 3, "num_gpus": 1}), [{"CPU": 8.0, "GPU": 2.0}])
     with pytest.raises(NoRoom, match=r"CPU: 5.5 needed, 2 available"):

@@ -1,4 +1,4 @@
-"""A stack on several machines says at once what it needs."""
+"""Tests that a stack on several machines lists all settings that it lacks at once."""
 
 from __future__ import annotations
 

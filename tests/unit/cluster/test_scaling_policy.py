@@ -1,4 +1,4 @@
-"""The policy in Serve's controller: which numbers it decides on, and what it answers."""
+"""Tests the policy in Serve's controller: the numbers that it reads, and the targets that it returns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ZERO = dict.fromkeys(
 
 @dataclass
 class App:
-    """Serve's side: three deployments, and what the routers reported last."""
+    """Stands in for Serve: three deployments, and the last report of each router."""
 
     routers: dict[str, dict[str, float]] = field(default_factory=dict)
     decode_target: int = 1
@@ -91,7 +91,7 @@ def test_bounds_are_the_deployments() -> None:
     assert make(app, step=[0.05, 0.01, 0.0])(app.contexts())[0] == {"id-p": 1, "id-d": 6}
 
 
-def test_what_was_decided_holds_between_decisions_and_while_no_router_reports() -> None:
+def test_targets_hold_between_decisions_and_while_no_router_reports() -> None:
     app = App({"r1": busy(16)})
     decide = make(app, step=[0.05, 0.01, 0.0])
     wanted = decide(app.contexts())[0]
@@ -105,7 +105,7 @@ def test_what_was_decided_holds_between_decisions_and_while_no_router_reports() 
 
 def test_two_routers_see_the_same_workers_and_different_queues() -> None:
     app = App({"r1": busy(8, queued_for_decode=4, queued_jobs=4), "r2": busy(8, queued_for_decode=4, queued_jobs=4)})
-    assert make(app, step=[0.05, 0.01, 0.0])(app.contexts())[0]["id-d"] == 4  # 8 running and 8 queued, four at a time
+    assert make(app, step=[0.05, 0.01, 0.0])(app.contexts())[0]["id-d"] == 4  # 8 running and 8 queued, 4 per worker
 
 
 def test_the_newest_complete_numbers_of_each_router_count() -> None:

@@ -1,4 +1,4 @@
-"""A stack's description for Ray, and the Serve config it becomes. No Ray here."""
+"""Tests a stack's description for Ray and the Serve config made of it, without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def spec(**fields: Any) -> StackSpec:
     return StackSpec.model_validate({"pair": "pair"} | fields)
 
 
-def test_shared_settings_reach_those_that_have_them_and_a_pools_own_go_first() -> None:
+def test_shared_settings_reach_deployments_that_have_them_and_a_pools_own_win() -> None:
     made = spec(
         settings={"dtype": "float32", "max_num_batched_tokens": 256, "log_level": "error"},
         prefill={"settings": {"max_num_batched_tokens": 512}},
@@ -71,7 +71,7 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
         ({"dekode": {}}, "dekode"),
     ],
 )
-def test_what_is_wrong_is_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**fields)
 
@@ -84,7 +84,7 @@ def test_a_fixed_pool_has_its_replicas_and_no_autoscaling() -> None:
     assert (actor["num_cpus"], actor["num_gpus"]) == (0.25, 0.5)
 
 
-def test_if_one_pool_scales_all_have_bounds_since_only_then_serve_collects_the_routers_signals() -> None:
+def test_if_one_pool_scales_every_deployment_has_bounds() -> None:
     made = spec(decode={"replicas": 2, "max_replicas": 5}, router={"replicas": 2})
     bounds = {name: deployment_options(made, name)["autoscaling_config"] for name in (ROUTER, PREFILL, DECODE)}
     limits = {name: (config["min_replicas"], config["max_replicas"]) for name, config in bounds.items()}
@@ -114,12 +114,12 @@ def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_so
     assert "autoscaling_policy" not in fixed
 
 
-def test_a_wrong_objective_is_told_here_and_not_in_serves_controller() -> None:
+def test_a_wrong_objective_is_refused_before_deployment() -> None:
     with pytest.raises(ValueError, match="tfft: no such setting of the scaling policy"):
         serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
 
 
-def test_what_the_shipped_config_says_of_several_machines_is_enough(tmp_path: Path) -> None:
+def test_the_shipped_config_s_advice_for_several_machines_is_complete(tmp_path: Path) -> None:
     text = SHIPPED.read_text(encoding="utf-8")
     (settings,) = re.findall(r"((?: +# \w+: \S+.*\n){3,})", text)
     given = yaml.safe_load(re.sub(r"(?m)^ +# ", "", settings))
@@ -130,7 +130,7 @@ def test_what_the_shipped_config_says_of_several_machines_is_enough(tmp_path: Pa
     assert spec(settings=given).router_config().host == "0.0.0.0"
 
 
-def test_the_shipped_config_is_what_the_code_takes() -> None:
+def test_the_shipped_config_is_valid() -> None:
     config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     (application,) = config["applications"]
     made = StackSpec.model_validate(application["args"])

@@ -1,9 +1,4 @@
-"""Tests how memory is divided between caches and steps, and how a worker process ends when it cannot start."""
-
-import signal
-import subprocess
-import sys
-import textwrap
+"""Tests how memory is divided between caches and steps."""
 
 import pytest
 import torch
@@ -11,7 +6,6 @@ import torch
 from overfill.engine import build
 from overfill.engine.build import MemoryRequirement, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
 from overfill.model.manifest import Pair
-from overfill.pair.tiny import make_tiny_pair
 
 GIB = 2**30
 
@@ -22,9 +16,8 @@ def requirement(layers=16, longest=8192, max_num_seqs=64, activations=0):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    torch.set_num_threads(1)
-    return Pair.load(make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny"))
+def pair(tiny_pair):
+    return Pair.load(tiny_pair)
 
 
 def load(pair, **changes):
@@ -61,15 +54,15 @@ def test_both_halves_of_a_process_get_a_cache():
     halves = [requirement(activations=GIB), requirement()]
     blocks = fit_blocks(halves, 20 * GIB)
     caches, step = memory_needed(halves, [blocks, blocks])
-    assert step == max(d.step_bytes(blocks) for d in halves)  # they step in turn, so one of them at a time
+    assert step == max(d.step_bytes(blocks) for d in halves)  # the engines step in turn, so they share one scratch
     assert caches > 15 * GIB
 
 
-def test_nothing_fits_where_activations_alone_are_too_much():
+def test_no_block_fits_if_activations_alone_are_too_large():
     assert fit_blocks([requirement(activations=2 * GIB)], GIB) == 0
 
 
-def test_a_stated_cache_is_what_one_gets(pair):
+def test_a_stated_cache_size_is_used(pair):
     parts = load(pair, kv_memory=2**20)
     assert parts.pool.num_blocks * parts.runner.cache.block_bytes == 2**20
     assert parts.max_model_len == 256
@@ -80,7 +73,7 @@ def test_a_cache_of_int8_holds_more_tokens_in_the_same_memory(pair):
     spec = parts["auto"].kv
     coded = (spec.head_dim + 4) / (4 * spec.head_dim)
     assert parts["int8"].pool.num_blocks == int(parts["auto"].pool.num_blocks / coded)
-    assert parts["int8"].kv == spec  # what travels is the same
+    assert parts["int8"].kv == spec  # the size on the wire is the same
     identities = {held: p.model_identity("decoder").kv_cache_dtype for held, p in parts.items()}
     assert identities == {"auto": "", "int8": "int8"}
 
@@ -91,7 +84,7 @@ def test_without_a_stated_cache_a_cpu_gives_a_gibibyte_at_most(pair, monkeypatch
     assert parts.pool.num_blocks * parts.runner.cache.block_bytes == GIB
 
 
-def test_without_a_stated_cache_a_share_of_what_is_free_is_taken(pair, monkeypatch):
+def test_without_a_stated_cache_a_share_of_free_memory_is_used(pair, monkeypatch):
     monkeypatch.setattr(build, "_free_memory", lambda device: 40 * 2**20)
     parts = load(pair, kv_memory=None, memory_fraction=0.5)
     taken = parts.pool.num_blocks * parts.runner.cache.block_bytes
@@ -106,7 +99,7 @@ def test_a_cache_that_fits_only_without_the_step_is_refused_with_both_numbers(pa
         load(pair, kv_memory=8 * 2**20, max_num_seqs=64)
 
 
-def test_a_cache_too_small_for_the_longest_request_names_what_would_do(pair):
+def test_an_error_about_a_cache_too_small_names_the_size_needed(pair):
     with pytest.raises(NotEnoughMemory, match=r"holds 64 tokens, fewer than --max-model-len 256; .*--kv-memory 1MiB"):
         load(pair, kv_memory=64 * 1024)
     assert load(pair, kv_memory=64 * 1024, max_model_len=None).max_model_len == 64
@@ -122,76 +115,3 @@ def test_a_device_that_runs_out_of_memory_says_what_to_change(pair, monkeypatch)
         NotEnoughMemory, match=r"weights of the full model did not fit .* 1MiB of 81920MiB free; .*--device"
     ):
         load(pair)
-
-
-WORKER = """
-import asyncio, concurrent.futures, sys, threading, torch
-from overfill.settings.config import DecodeConfig
-from services.hosting import run_worker_process
-from overfill.errors import InvalidPair
-from overfill.rpc.tls import TlsError
-
-async def fails(error):
-    raise error
-
-async def loads():
-    print("loading", flush=True)
-    await asyncio.to_thread(threading.Event().wait)
-
-async def leaves(code):
-    # The interpreter would join this thread at an orderly exit, and the thread never ends.
-    concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)
-    asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
-    print("served", end="")
-    return code
-
-async def breaks():
-    raise KeyError("a bug")
-
-run_worker_process({}, DecodeConfig.parse(["--pair=x", "--routers=127.0.0.1:1", "--threads=1"]))
-"""
-
-
-def worker(serve):
-    code = textwrap.dedent(WORKER).replace("{}", serve)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize(
-    "error",
-    ["TlsError('cannot read the key')", "InvalidPair('no pair.json')", "torch.OutOfMemoryError('no memory\\nstack')"],
-)
-def test_an_expected_failure_is_one_line_and_exit_code_1(error):
-    with worker(f"fails({error})") as process:
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert stderr.startswith("error: ")
-    assert len(stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_model_loads_ends_the_process_in_silence(number):
-    with worker("loads()") as process:
-        assert process.stdout.readline() == "loading\n"
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert stderr == ""
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_the_process_ends_with_what_it_serves_whatever_its_threads_do(code):
-    with worker(f"leaves({code})") as process:
-        try:
-            stdout, stderr = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert (process.returncode, stdout, stderr) == (code, "served", "")
-
-
-def test_an_unexpected_failure_shows_where_and_is_exit_code_1():
-    with worker("breaks()") as process:
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "in breaks" in stderr
-    assert "KeyError: 'a bug'" in stderr

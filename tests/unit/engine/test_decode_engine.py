@@ -1,11 +1,10 @@
 """Tests the decode engine: continuous batching, preemption and resumption, without a lost block."""
 
-import pytest
 import torch
-from counting import CountingRunner
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import precondition, rule
+from scheduling import GREEDY, EngineMachine, evict_all
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
@@ -25,22 +24,6 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.request.params import SamplingParams
-
-GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture
-def pool():
-    pool = BlockPool(8, 4)
-    yield pool
-    pool.check_integrity()
-    assert pool.num_used == 0, "the test leaked blocks"
-
-
-@pytest.fixture
-def events():
-    return []
 
 
 def new_engine(runner, pool, events, max_num_seqs=8, replay_budget=16):
@@ -59,7 +42,7 @@ def kinds(events):
     return [type(e) for e in events]
 
 
-def test_an_answer_goes_on_after_the_first_token_until_max_tokens(runner, pool, events):
+def test_an_answer_continues_after_the_first_token_until_max_tokens(runner, pool, events):
     engine = new_engine(runner, pool, events)
     engine.handle(Reserve(sequence("a", max_tokens=4)))
     engine.handle(Start("a", 10))
@@ -118,7 +101,7 @@ def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
     assert replayed == [([10, 11, 12, 13], 4), ([14, 15, 16, 17], 8), ([18, 19], 12)]
     assert tokens(events, "a") == [20, 21]
     assert tokens(events, "b") == [51, 52]
-    assert ([50], 4) in runner.steps[1]  # a normal step went between two parts of the replay
+    assert ([50], 4) in runner.steps[1]  # one decode step ran between two parts of the replay
 
 
 def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
@@ -130,7 +113,7 @@ def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
     engine.handle(Release("a"))
 
 
-def test_nothing_comes_without_a_block_left_for_each_that_runs_to_grow_into(runner, events):
+def test_a_sequence_is_admitted_only_if_a_free_block_is_left_per_running_one(runner, events):
     pool = BlockPool(8, 4)
     engine = new_engine(runner, pool, events)
     engine.handle(Reserve(sequence("a", prompt=7)))
@@ -141,7 +124,7 @@ def test_nothing_comes_without_a_block_left_for_each_that_runs_to_grow_into(runn
     assert isinstance(events[-1], Reserved)
 
 
-def test_a_preempted_sequence_comes_back_when_it_can_stay(runner, events):
+def test_a_preempted_sequence_resumes_only_if_a_free_block_is_left_per_running_one(runner, events):
     pool = BlockPool(9, 4)
     engine = new_engine(runner, pool, events)
     for name, prompt, most in (("long", 3, 20), ("short", 7, 6), ("young", 7, 12)):
@@ -155,7 +138,7 @@ def test_a_preempted_sequence_comes_back_when_it_can_stay(runner, events):
                 engine.handle(Yielded(event.id))
             elif isinstance(event, Reserved):
                 running = engine.load().running
-                assert pool.num_free >= running, "a block for each"
+                assert pool.num_free >= running, "one free block is left per running sequence"
                 engine.handle(Start(event.id, 10))
     assert engine.load().running == engine.load().waiting == 0
     assert engine._pool.num_used == 0
@@ -169,6 +152,13 @@ def test_refusal_when_the_worker_is_full(runner, pool, events):
     engine.handle(Release("a"))
 
 
+def reserve_old_and_young(engine):
+    """Starts two sequences that together need more blocks than the pool has."""
+    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
+        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
+        engine.handle(Start(name, first))
+
+
 def run_until_preempted(engine, events):
     for _ in range(50):
         engine.step()
@@ -177,11 +167,9 @@ def run_until_preempted(engine, events):
     raise AssertionError("nothing was preempted")
 
 
-def test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_tokens(runner, pool, events):
+def test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_tokens(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
-        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
-        engine.handle(Start(name, first))
+    reserve_old_and_young(engine)
     run_until_preempted(engine, events)
     assert [e.id for e in events if isinstance(e, Preempted)] == ["young"]
     before = tokens(events, "young")
@@ -199,9 +187,7 @@ def test_when_blocks_run_out_the_youngest_gives_way_and_comes_back_with_its_toke
 
 def test_preempted_sequences_come_before_new_ones(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
-        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
-        engine.handle(Start(name, first))
+    reserve_old_and_young(engine)
     run_until_preempted(engine, events)
     engine.handle(Yielded("young"))
     engine.handle(Reserve(sequence("new", prompt=1)))
@@ -269,7 +255,7 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, e
     engine.handle(Release("b"))
 
 
-def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(runner, pool, events):
+def test_the_prompt_s_kv_is_held_and_the_decoder_s_own_is_not(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     turn = sequence("one", prompt=6, max_tokens=8)
@@ -279,15 +265,14 @@ def test_a_prompt_received_before_is_held_and_nothing_that_the_decoder_wrote(run
         pass
     assert tokens(events, "one") == [11, 12, 13, 14, 15, 16, 17]
     assert engine.load().blocks_used == 0
-    assert engine.load().blocks_cached == 1  # tokens 0..3; the block with the answer's start is gone
+    assert engine.load().blocks_cached == 1  # tokens 0..3; the block that the answer starts in is not kept
     again = sequence("two", max_tokens=2)
     again.prompt = [*turn.prompt, *turn.emitted, 5, 5, 5]
     engine.handle(Reserve(again))
     assert events[-1] == Reserved("two", again.blocks, held_tokens=4)
     engine.handle(Release("two"))
     prefix.check_integrity()
-    prefix.acquire("everything", prefix.blocks_of([63]), 8)  # evicts all cached blocks, so that all must be free
-    prefix.release("everything")
+    evict_all(prefix)
 
 
 def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):
@@ -298,7 +283,7 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     for name in ("first", "second", "third", "fourth"):
         arriving = sequence(name, max_tokens=8)
-        arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four common blocks, one of its own
+        arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four shared blocks, one of its own
         engine.handle(Reserve(arriving))
         engine.handle(Start(name, 10))
         if name == "first":
@@ -310,7 +295,7 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
     prefix.check_integrity()
 
 
-def test_kv_that_never_came_is_never_held(runner, pool, events):
+def test_kv_that_never_arrived_is_not_held(runner, pool, events):
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, PrefixCache(pool))
     engine.handle(Reserve(sequence("a", prompt=9)))
     engine.handle(Release("a"))  # the handoff failed
@@ -319,7 +304,7 @@ def test_kv_that_never_came_is_never_held(runner, pool, events):
     engine.handle(Release("b"))
 
 
-def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
+def test_kv_is_held_within_its_cache_namespace_only(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
     for name, namespace, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):
@@ -329,28 +314,22 @@ def test_other_tenants_and_codecs_hold_nothing(runner, pool, events):
         assert events[-1].held_tokens == held
         engine.handle(Start(name, 10))
         engine.handle(Release(name))
-    prefix.acquire("everything", prefix.blocks_of([63]), 8)
-    prefix.release("everything")
+    evict_all(prefix)
 
 
-class DecodeMachine(RuleBasedStateMachine):
+class DecodeMachine(EngineMachine):
     """Runs arrivals, steps, late answers and cancellations in any order: all tokens are right, no block is lost."""
 
-    caches = False
+    memory_error = torch.OutOfMemoryError
 
     def __init__(self):
         super().__init__()
-        self.pool = BlockPool(10, 4)
-        self.events = []
-        self.runner = CountingRunner()
-        self.prefix = PrefixCache(self.pool, enabled=self.caches)
-        self.engine = DecodeEngine(self.runner, self.pool, 4, 16, self.take, self.prefix)
+        self.engine = DecodeEngine(self.runner, self.prefix.pool, 4, 16, self.take, self.prefix)
         self.first: dict[str, int] = {}
         self.answer: dict[str, list[int]] = {}
         self.receiving: set[str] = set()
         self.must_yield: set[str] = set()
         self.must_release: set[str] = set()
-        self.names = 0
 
     def take(self, events):
         for event in events:
@@ -380,10 +359,10 @@ class DecodeMachine(RuleBasedStateMachine):
     # At most 40 tokens, the pool's capacity: admission refuses larger requests before they reach the engine.
     @rule(prompt=st.integers(1, 16), emitted=st.integers(0, 12), more=st.integers(2, 12))
     def arrive(self, prompt, emitted, more):
-        self.names += 1
-        name = f"s{self.names}"
-        said = [self.names % 20 + i for i in range(emitted)]
-        self.answer[name] = said or [self.names % 20]
+        number = self.new_number()
+        name = f"s{number}"
+        said = [number % 20 + i for i in range(emitted)]
+        self.answer[name] = said or [number % 20]
         self.engine.handle(Reserve(sequence(name, prompt=prompt, emitted=said, max_tokens=emitted + more)))
 
     @precondition(lambda self: self.receiving)
@@ -413,21 +392,6 @@ class DecodeMachine(RuleBasedStateMachine):
     def release(self, name):
         self.forget(name)
         self.engine.handle(Release(name))
-
-    @rule()
-    def step(self):
-        self.engine.step()
-
-    @rule()
-    def step_without_memory(self):
-        self.runner.fail_next = torch.OutOfMemoryError("no room")
-        self.engine.step()
-        self.runner.fail_next = None
-
-    @invariant()
-    def no_block_is_lost(self):
-        self.engine.check()
-        self.prefix.check_integrity()
 
     def teardown(self):
         for _ in range(2000):

@@ -1,4 +1,4 @@
-"""Tests that work for ``cuda:1`` names that device, whatever the thread's current device is. Torch is replaced."""
+"""Tests that work for ``cuda:1`` uses that device, not the thread's current one. Parts of torch are replaced."""
 
 import threading
 

@@ -45,12 +45,12 @@ def test_a_core_is_checked_once_each_time_it_falls_idle(core):
         engine.send("work")
         assert core.checked.acquire(timeout=10)
     engine.stop()
-    assert core.checked.acquire(timeout=10), "and when it is stopped"
+    assert core.checked.acquire(timeout=10), "it is also checked when it stops"
     assert not core.checked.acquire(blocking=False)
     assert engine.failure is None
 
 
-def test_only_more_room_is_worth_telling_at_once():
+def test_only_freed_capacity_is_reported_at_once():
     busy = EngineLoad(blocks_used=8, blocks_total=9, running=3, waiting=1)
     for change in ({"blocks_used": 9}, {"running": 4, "waiting": 0}, {"waiting": 2}, {"blocks_cached": 1}):
         assert not replace(busy, **change).freed_capacity_since(busy)

@@ -4,7 +4,8 @@ import pytest
 from counting import CountingRunner
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import precondition, rule
+from scheduling import GREEDY, EngineMachine, evict_all
 
 from overfill.engine import prefill
 from overfill.engine.prefill import PrefillEngine
@@ -21,22 +22,6 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.request.params import SamplingParams
-
-GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture
-def pool():
-    pool = BlockPool(8, 4)
-    yield pool
-    pool.check_integrity()
-    assert pool.num_used == 0, "the test leaked blocks"
-
-
-@pytest.fixture
-def events():
-    return []
 
 
 def new_engine(runner, pool, events, token_budget=8, max_num_seqs=4):
@@ -73,7 +58,7 @@ def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, eve
 
 
 @pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
-def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
+def test_kv_is_announced_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
     monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", worth_telling)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 8, 4, lists.append)
@@ -85,7 +70,7 @@ def test_kv_is_told_of_once_it_is_worth_a_message(pool, monkeypatch, worth_telli
     engine.handle(Release("a"))
 
 
-def test_short_prompts_are_told_of_by_themselves(pool, monkeypatch):
+def test_kv_of_short_prompts_is_announced_without_delaying_long_ones(pool, monkeypatch):
     monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 640)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 20, 4, lists.append)
@@ -126,7 +111,7 @@ def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
     while "long" not in [e.id for e in of(PromptComputed, events)]:
         engine.step()
         steps += 1
-    assert steps <= 7  # 28 tokens, 4 at least with each step
+    assert steps <= 7  # 28 tokens, at least 4 of them in each step
     while engine.step():
         pass
     for name in ("long", "longer", "short", "next-0", "next-1", "next-2"):
@@ -169,7 +154,7 @@ def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_befor
     assert engine.load().blocks_used == engine.load().waiting == engine.load().queued_tokens == 0
 
 
-def test_a_step_that_nobody_wants_is_abandoned_between_layers(runner, pool, events, monkeypatch):
+def test_a_step_whose_prompts_are_cancelled_is_abandoned_between_layers(runner, pool, events, monkeypatch):
     monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)
     engine = new_engine(runner, pool, events)
     sequence = prompt("a", 6)
@@ -229,7 +214,7 @@ def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
     engine.handle(Release("a"))
 
 
-def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
+def test_a_prompt_is_computed_from_the_end_of_its_cached_prefix(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
     engine.handle(Submit(prompt("a", 10)))
@@ -250,7 +235,7 @@ def test_a_prompt_goes_on_behind_what_the_cache_has(runner, pool, events):
     assert engine.load().blocks_used == 8
     engine.handle(Release("all"))
     prefix.check_integrity()
-    make_room(prefix)
+    evict_all(prefix)
 
 
 def test_equal_prompts_that_arrive_together_are_computed_once(events):
@@ -265,13 +250,13 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
     assert [e.cached_tokens for e in of(PrefillScheduled, events)] == [0] + [496] * 7
     assert len(of(PromptComputed, events)) == 8
     assert len({e.first.token_id for e in of(PromptComputed, events)}) == 1
-    assert engine.load().blocks_used == 32 + 7, "the last block is each one's own"
+    assert engine.load().blocks_used == 32 + 7, "each prompt has its own last block"
     for name in "abcdefgh":
         engine.handle(Release(name))
-    make_room(prefix)
+    evict_all(prefix)
 
 
-def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
+def test_prompts_wait_for_shared_blocks_and_no_longer(runner, events):
     prefix = PrefixCache(BlockPool(100, 4))
     engine = PrefillEngine(runner, prefix.pool, 8, 8, events.extend, prefix)
     first, same, other = prompt("first", 24), prompt("same", 15), prompt("other", 8)
@@ -287,10 +272,10 @@ def test_prompts_wait_for_what_they_share_and_no_longer(runner, events):
     assert sorted(e.id for e in of(PromptComputed, events)) == ["first", "other", "same"]
     for name in ("first", "same", "other"):
         engine.handle(Release(name))
-    make_room(prefix)
+    evict_all(prefix)
 
 
-def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(runner, pool, events):
+def test_prompts_do_not_wait_for_failed_or_released_ones_nor_without_a_cache(runner, pool, events):
     prefix = PrefixCache(pool)
     engine = PrefillEngine(runner, pool, 16, 4, events.extend, prefix)
     for name in ("a", "b", "c"):
@@ -304,7 +289,7 @@ def test_prompts_wait_for_nobody_who_has_failed_or_is_gone_nor_without_a_cache(r
     assert [e.id for e in of(PromptComputed, events)] == ["c"]
     for name in ("a", "b", "c"):
         engine.handle(Release(name))
-    make_room(prefix)
+    evict_all(prefix)
     plain = new_engine(runner, pool, events, token_budget=16)
     for name in ("d", "e"):
         plain.handle(Submit(prompt(name, 8)))
@@ -322,30 +307,19 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     runner.fail_next = MemoryError("no room")
     engine.step()
     engine.handle(Release("a"))
-    assert engine.load().blocks_cached == 2  # of the step before
-    make_room(prefix)
+    assert engine.load().blocks_cached == 2  # blocks of the step before
+    evict_all(prefix)
 
 
-def make_room(prefix):
-    """Evicts all cached blocks, so that the test can compare the pool with its full size."""
-    assert prefix.acquire("everything", prefix.blocks_of([63]), prefix.pool.num_blocks) is not None
-    prefix.release("everything")
-
-
-class PrefillMachine(RuleBasedStateMachine):
+class PrefillMachine(EngineMachine):
     """Runs prompts, steps, failures and releases in any order: every prompt is computed, no block is lost."""
-
-    caches = False
 
     def __init__(self):
         super().__init__()
-        self.runner = CountingRunner()
-        self.prefix = PrefixCache(BlockPool(10, 4), enabled=self.caches)
         self.engine = PrefillEngine(self.runner, self.prefix.pool, 7, 3, self.take, self.prefix)
         self.sequences: dict[str, PrefillSequence] = {}
         self.computed: dict[str, int] = {}
         self.ended: set[str] = set()
-        self.names = 0
 
     def take(self, events):
         for event in events:
@@ -368,8 +342,7 @@ class PrefillMachine(RuleBasedStateMachine):
 
     @rule(length=st.integers(1, 40))
     def arrive(self, length):
-        self.names += 1
-        name = f"p{self.names}"
+        name = f"p{self.new_number()}"
         self.sequences[name] = prompt(name, length)
         self.computed[name] = 0
         self.engine.handle(Submit(self.sequences[name]))
@@ -388,21 +361,6 @@ class PrefillMachine(RuleBasedStateMachine):
         self.sequences.pop(name).cancelled = True
         self.ended.discard(name)
         self.engine.handle(Release(name))
-
-    @rule()
-    def step(self):
-        self.engine.step()
-
-    @rule()
-    def step_without_memory(self):
-        self.runner.fail_next = MemoryError("no room")
-        self.engine.step()
-        self.runner.fail_next = None
-
-    @invariant()
-    def no_block_is_lost(self):
-        self.engine.check()
-        self.prefix.check_integrity()
 
     def teardown(self):
         for _ in range(1000):

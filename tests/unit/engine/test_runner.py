@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from scheduling import GREEDY
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.runner import ModelRunner, SamplingSpec, Work
@@ -17,7 +18,6 @@ from overfill.model.processors import new_processor
 from overfill.request.params import SamplingParams
 
 BLOCK = 4
-GREEDY = SamplingParams(temperature=0)
 
 
 def new_cache(num_blocks):
@@ -50,7 +50,7 @@ class MostLikely(OneBroken):
         return torch.tensor([7])
 
 
-def test_min_tokens_cost_nothing_once_they_are_there():
+def test_min_tokens_cost_nothing_once_they_are_reached():
     cache = KvCache(KvSpec(1, 1, 4, "float32", RopeSpec()), 1, 4, torch.device("cpu"))
     runner = ModelRunner(MostLikely(), cache)
     params = SamplingParams(temperature=0, min_tokens=2)
@@ -102,7 +102,7 @@ class Counted(list):
             yield block
 
 
-def test_a_step_looks_at_the_blocks_that_are_new_and_at_no_others():
+def test_a_step_reads_new_blocks_only():
     runner = ModelRunner(Seen(), new_cache(1))
     tables = [Counted(range(1000 * i, 1000 * i + 250)) for i in range(64)]
     works = [Work([1], 999, table, wants_logits=True) for table in tables]

@@ -1,4 +1,4 @@
-"""Blocks have one owner at a time, and none is ever lost."""
+"""Tests that every block has one owner at a time and that none is lost."""
 
 import pytest
 from hypothesis import settings
@@ -15,7 +15,7 @@ def test_too_few_blocks_is_an_answer_and_changes_nothing():
     assert pool.num_used == 3
 
 
-def test_releasing_what_another_owns_is_refused_and_changes_nothing():
+def test_releasing_blocks_of_another_owner_is_refused_and_changes_nothing():
     pool = BlockPool(4, 16)
     mine = pool.acquire("a", 2)
     theirs = pool.acquire("b", 1)
@@ -39,7 +39,7 @@ def test_blocks_for_a_number_of_tokens(tokens, blocks):
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Any order of acquires and releases."""
+    """Acquires and releases blocks in any order."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""KV leaves as soon as it is computed and arrives where the decoder reads it."""
+"""Tests that KV is sent as soon as it is computed and written where the decoder reads it."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +42,7 @@ def executor():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_read_can_be_written_elsewhere(dtype):
+def test_kv_read_from_one_cache_can_be_written_to_another(dtype):
     source, target = make_cache(dtype), make_cache(dtype, layers=3, seed=1)
     table, other = [5, 0, 3], [1, 7, 2]
     kv_range = KvRange(1, 4, 2, 11, 0, 2)
@@ -128,7 +128,7 @@ async def test_layers_that_wait_together_travel_together(executor):
 
 
 def new_large_sender(executor, layers=2):
-    """All of it computed: a layer has 1000 tokens of 4 KiB."""
+    """Makes a sender of computed KV; a layer has 1000 tokens of 4 KiB."""
     cache = KvCache(KvSpec(layers, 8, 64, "float32", RopeSpec()), 64, 16, CPU)
     sender = KvSender(TransferSpec(b"x" * 16, 0, cache.spec, tuple(range(layers)), (0, 1000)), cache, executor)
     sender.begin(range(64), 0, None)
@@ -140,7 +140,7 @@ def new_large_sender(executor, layers=2):
 async def test_messages_grow_from_one_chunk_on_and_end_with_one(executor):
     sender, _ = new_large_sender(executor, layers=6)  # 24 chunks of 1 MiB
     counts = [len(parse_message(message)) async for message in sender.messages([KvRange(0, 6, 0, 1000, 0, 8)])]
-    assert counts[:4] == [1, 1, 2, 4], "the second is read ahead"
+    assert counts[:4] == [1, 1, 2, 4], "the sender reads one message ahead"
     assert max(counts) == 4
     assert counts[-1] == 1
     assert sum(counts) == 24
@@ -180,7 +180,7 @@ async def test_a_range_is_acknowledged_once(executor):
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_range_is_read_and_written_right_between_caches_of_other_block_sizes(data):
-    """The same cells, and no others, whether blocks are whole or not and heads are all or some."""
+    """Compares all cells, for whole and partial blocks and for all or some heads."""
     source, target = (
         make_cache(layers=3, heads=4, blocks=20, block_size=4),
         make_cache(layers=3, heads=4, blocks=30, block_size=8, seed=1),

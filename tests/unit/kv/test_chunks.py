@@ -1,4 +1,4 @@
-"""A chunk that is wrong in any way is refused, with a reason."""
+"""Tests that a chunk with any fault is refused with a reason."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_a_good_chunk_survives_the_wire():
         shared=st.none() | st.builds(kv_pb2.SharedPayload, slot=st.integers(0, 300), length=st.integers(0, 2**32 - 1)),
     )
 )
-def test_the_framing_by_hand_is_what_the_generated_class_writes_and_reads(chunk):
+def test_messages_framed_by_hand_equal_those_of_the_generated_class(chunk):
     wire = parse_chunk(chunk.SerializeToString())
     assert (bytes(wire.scales), bytes(wire.payload)) == (chunk.scales, chunk.payload)
     head = kv_pb2.KvChunk()
@@ -77,7 +77,7 @@ def test_several_chunks_in_one_message_are_read_as_several():
     chunks = parse_message(message)
     assert [check(SPEC, chunk) for chunk in chunks] == boxes
     assert [bytes(chunk.payload) for chunk in chunks] == payloads
-    read = kv_pb2.KvChunk.FromString(message)  # as any protobuf reader sees it
+    read = kv_pb2.KvChunk.FromString(message)  # as any protobuf parser reads it
     assert [read.payload, *(other.payload for other in read.also)] == payloads
     with pytest.raises(TransferFailed, match="of its own"):
         parse_chunk(message)
@@ -85,7 +85,7 @@ def test_several_chunks_in_one_message_are_read_as_several():
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_what_is_no_message_is_refused(data):
+def test_bytes_that_are_not_a_message_are_refused(data):
     try:
         expected = kv_pb2.KvChunk.FromString(data)
     except DecodeError:
@@ -107,8 +107,8 @@ def test_a_message_that_is_cut_off_is_refused():
             check(SPEC, parse_chunk(message[:end]))
 
 
-def test_the_checksum_is_what_the_wire_says():
-    # Written out by hand from the comment of KvChunk.checksum: another language must get the same number.
+def test_the_checksum_is_the_one_that_the_proto_file_defines():
+    # Written from the comment of KvChunk.checksum alone, as an implementation in another language would be.
     import struct
 
     import xxhash

@@ -1,4 +1,4 @@
-"""Codecs: the error is as small as said, whatever the values; both ends check what they are sent."""
+"""Tests that a codec's error stays within its stated bound for any values, and that both ends check scales."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,11 +19,11 @@ from overfill.kv.tensors import TORCH_DTYPES
 from overfill.kv.wire import join_chunks, parse_message
 from overfill.request.names import CODECS
 
-SMALLEST = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}  # of the element: its type's own rounding
+SMALLEST = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}  # relative to the element: the rounding of its type
 
 
 def bound(codec, vectors, dtype):
-    """What the docstring of the module promises, element by element."""
+    """The largest error that the module's docstring allows, for each element."""
     largest = vectors.abs().amax(-1, keepdim=True)
     if codec == "int8":
         error = (largest / 254).expand_as(vectors)
@@ -61,7 +61,7 @@ def test_a_vector_does_not_depend_on_its_neighbours(codec):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_scale_that_is_no_number_is_refused(bad):
+def test_a_scale_that_is_not_finite_is_refused(bad):
     with pytest.raises(TransferFailed, match="scale"):
         decode(CODECS["int8"], "float32", 4, np.array([bad], np.float32).tobytes(), bytes(4))
 

@@ -1,4 +1,4 @@
-"""Workers that do not fit are refused with the list of what differs."""
+"""Tests that workers that do not fit are refused with a list of all differing fields."""
 
 import dataclasses
 

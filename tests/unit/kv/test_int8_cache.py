@@ -1,4 +1,4 @@
-"""A cache of int8 codes: what comes out is what the int8 codec makes of what went in, however it went in."""
+"""Tests that a cache of int8 codes returns the values that the int8 codec gives, however they were written."""
 
 import pytest
 import torch
@@ -35,14 +35,14 @@ def rounded(vectors: torch.Tensor) -> torch.Tensor:
     return restore(*quantise(vectors, INT8), vectors.dtype)
 
 
-def test_it_takes_half_of_the_bytes_and_the_scales() -> None:
+def test_an_int8_cache_takes_half_of_the_bytes_and_the_scales() -> None:
     assert KvCache(SPEC, 6, 4, CPU, "int8").token_bytes == 3 * 2 * 2 * (8 + 4)
     assert KvCache(SPEC, 6, 4, CPU, "int8").block_bytes == 4 * 3 * 2 * 2 * (8 + 4)
     assert KvCache(SPEC, 6, 4, CPU).lossless
     assert not KvCache(SPEC, 6, 4, CPU, "int8").lossless
 
 
-def test_new_tokens_come_back_as_the_codec_would_bring_them() -> None:
+def test_new_tokens_read_back_as_the_codec_rounds_them() -> None:
     cache, slots = KvCache(SPEC, 6, 4, CPU, "int8"), torch.tensor([9, 2, 23])
     k, v = torch.randn(2, 3, 2, 8).bfloat16()
     cache.put(1, slots, k, v)
@@ -66,7 +66,7 @@ def test_a_sequence_is_copied_from_a_cache_of_any_kind() -> None:
 
 @pytest.mark.parametrize("heads", [(0, 2), (1, 2)])
 def test_raw_bytes_are_rounded_and_codes_stored_as_they_came(heads: tuple[int, int]) -> None:
-    """Payloads of raw KV and of the int8 codec, into the layers that take them, give the same cache."""
+    """Payloads of raw KV and of the int8 codec give the same cache."""
     source = filled()
     kv_range = KvRange(0, 2, 1, 10, *heads)
     raw = read_range(source, TABLE, kv_range)

@@ -1,4 +1,4 @@
-"""Native code, numpy and torch copy and hash the same bytes, and notice damaged chunks."""
+"""Tests that native code, numpy and torch copy and hash the same bytes and detect damaged chunks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The pool of connections to prefill workers keeps what is used, and nothing else."""
+"""Tests that the pool of connections to prefill workers keeps those in use and closes idle ones."""
 
 from typing import ClassVar
 
@@ -38,7 +38,7 @@ async def use(pool, name):
         pass
 
 
-async def test_workers_that_are_gone_are_closed_in_time(pool, monkeypatch):
+async def test_connections_that_are_idle_too_long_are_closed(pool, monkeypatch):
     await use(pool, "prefill-0")
     await use(pool, "prefill-1")
     assert [peer.closed for peer in Peer.made] == [False, False]
@@ -47,7 +47,7 @@ async def test_workers_that_are_gone_are_closed_in_time(pool, monkeypatch):
     assert [peer.closed for peer in Peer.made] == [True, True, False]
 
 
-async def test_a_peer_that_has_lost_its_shared_memory_is_connected_anew_once_nobody_uses_it(pool):
+async def test_a_peer_that_has_lost_its_shared_memory_is_replaced_once_it_is_unused(pool):
     target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
     async with pool.use(target) as peer:
         peer.lost_link = True
@@ -58,7 +58,7 @@ async def test_a_peer_that_has_lost_its_shared_memory_is_connected_anew_once_nob
     assert (peer.closed, other.closed) == (True, False)
 
 
-async def test_a_peer_in_use_stays_however_long(pool, monkeypatch):
+async def test_a_peer_in_use_is_never_closed(pool, monkeypatch):
     monkeypatch.setattr(peers, "_MAX_IDLE_TIME", 0.0)
     target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
     async with pool.use(target) as peer:

@@ -1,4 +1,4 @@
-"""The prefix cache finds what was computed for the same tokens, and nothing else; no block is lost or taken away."""
+"""Tests that the prefix cache finds KV of exactly the same tokens, and that no block is lost or evicted in use."""
 
 import pytest
 from hypothesis import settings
@@ -19,7 +19,7 @@ def new_cache(num_blocks=8, **options):
 
 
 def compute(cache, owner, tokens, namespace="", num_blocks=None):
-    """A whole prompt, computed and released; the tokens that were found."""
+    """Computes and releases a whole prompt; returns the number of tokens that were cached."""
     grant = cache.acquire(owner, cache.blocks_of(tokens, namespace), num_blocks or cache.pool.blocks_for(len(tokens)))
     cache.publish(owner, len(tokens))
     cache.release(owner)
@@ -44,10 +44,10 @@ def test_a_prompt_that_begins_the_same_gets_the_same_blocks():
     ("prompt", "found"),
     [
         (list(range(9)), 8),
-        (list(range(8)), 4),  # a token is left to compute
+        (list(range(8)), 4),  # one token is always left to compute
         ([0, 1, 2, 3, 4, 5, 6, 99, 8], 4),
         ([99, 1, 2, 3, 4, 5, 6, 7, 8], 0),
-        ([4, 5, 6, 7, 8], 0),  # the same block after another one
+        ([4, 5, 6, 7, 8], 0),  # the same tokens after another block
     ],
 )
 def test_only_whole_blocks_after_the_same_tokens_are_found(prompt, found):
@@ -72,7 +72,7 @@ def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
     assert compute(cache, "c", list(range(9))) == 8
 
 
-def test_what_is_not_computed_yet_is_not_shared():
+def test_blocks_that_are_not_computed_yet_are_not_shared():
     cache = new_cache()
     cache.acquire("a", cache.blocks_of(range(12)), 3)
     assert cache.acquire("b", cache.blocks_of(range(12)), 3).cached_tokens == 0
@@ -81,7 +81,7 @@ def test_what_is_not_computed_yet_is_not_shared():
     assert cache.acquire("c", cache.blocks_of(range(12)), 3).cached_tokens == 4
 
 
-def test_of_two_that_compute_the_same_one_is_kept_and_both_go_on():
+def test_of_equal_blocks_computed_twice_one_is_kept_and_both_owners_continue():
     cache = new_cache(num_blocks=8)
     one = cache.acquire("a", cache.blocks_of([*range(8), 50, 51, 52, 53]), 3)
     other = cache.acquire("b", cache.blocks_of([*range(8), 60, 61, 62, 63]), 3)
@@ -92,7 +92,7 @@ def test_of_two_that_compute_the_same_one_is_kept_and_both_go_on():
     cache.release("a")
     cache.check_integrity()
     cache.release("b")
-    assert cache.num_cached == 4  # two shared, one more of each
+    assert cache.num_cached == 4  # two shared blocks, and one of each owner
     assert compute(cache, "c", [*range(8), 60, 61, 62, 63, 1]) == 12
 
 
@@ -121,16 +121,16 @@ def test_the_least_recently_used_of_equals_goes_first():
     cache = new_cache(num_blocks=3)
     for owner, token in (("a", 1), ("b", 2), ("c", 3)):
         compute(cache, owner, [token] * 4 + [9], num_blocks=2 if cache.num_cached < 2 else None)
-        compute(cache, owner, [1] * 4 + [9])  # is used again and again
+        compute(cache, owner, [1] * 4 + [9])  # a block that is used repeatedly
     assert compute(cache, "d", [1] * 4 + [9]) == 4
     assert compute(cache, "e", [2] * 4 + [9]) == 0
 
 
 def test_a_block_that_costs_more_to_compute_again_stays_longer():
-    cache = new_cache(num_blocks=8, attention_tokens=1)  # attention is all the cost
+    cache = new_cache(num_blocks=8, attention_tokens=1)  # attention is the whole cost
     compute(cache, "long", list(range(16)))
     compute(cache, "short", [77] * 4 + [78])
-    cache.acquire("big", cache.blocks_of([55] * 16), 4)  # one more than are free
+    cache.acquire("big", cache.blocks_of([55] * 16), 4)  # one more block than are free
     cache.release("big")
     assert compute(cache, "again", [*range(16), 1]) == 16
     assert compute(cache, "other", [77] * 4 + [78]) == 0
@@ -163,13 +163,13 @@ def test_keys_chain_and_differ_by_model_dtype_and_tenant():
     assert block_key(first, [5, 6, 7, 8]) != block_key(root, [5, 6, 7, 8])
 
 
-def test_a_prompts_keys_are_those_that_the_cache_tells():
+def test_a_prompts_keys_are_those_that_the_cache_reports():
     journal = KeyJournal()
     cache = new_cache(num_blocks=4, journal=journal)
     compute(cache, "a", list(range(10)))
     told = PromptKeys(root_key("digest", "float32", ""), list(range(10)))
     assert sorted(told(4)) == sorted(journal.feed().take().added)
-    assert list(told(2))[1:2] != list(told(4))[:1], "another block size, other keys"
+    assert list(told(2))[1:2] != list(told(4))[:1], "keys depend on the block size"
     assert len(list(told(4))) == 2
 
 
@@ -191,7 +191,7 @@ def test_a_prompt_of_many_groups_has_the_keys_of_its_blocks(monkeypatch):
     assert len(set(made.tokens)) == len(made.keys) == 8
 
 
-def test_the_journal_tells_every_reader_all_and_then_what_changes():
+def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
     journal = KeyJournal()
     cache = new_cache(num_blocks=2, journal=journal)
     compute(cache, "a", list(range(8)))
@@ -202,7 +202,7 @@ def test_the_journal_tells_every_reader_all_and_then_what_changes():
     assert key in told.added
     assert len(told.added) == 2
     assert early.take() is None
-    compute(cache, "b", [9] * 8)  # evicts both
+    compute(cache, "b", [9] * 8)  # evicts both blocks
     change = early.take()
     assert not change.replaces
     assert set(change.removed) == set(told.added)
@@ -216,7 +216,7 @@ def test_the_journal_tells_every_reader_all_and_then_what_changes():
 
 
 class Machine(RuleBasedStateMachine):
-    """Sequences come, are computed in part or whole, grow and go. Blocks are modelled by what was written to them."""
+    """Sequences arrive, are computed in part or whole, grow and end. The model of a block is its tokens."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ class Machine(RuleBasedStateMachine):
         self.live = {}  # owner -> [namespace, tokens, computed, blocks]
         self.number = 0
 
-    # Few tokens and lengths, so that prompts often begin the same.
+    # Few tokens and lengths, so that prompts often share prefixes.
     @rule(
         tokens=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20),
         namespace=st.sampled_from(["", "t"]),

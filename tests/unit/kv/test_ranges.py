@@ -1,4 +1,4 @@
-"""A transfer is complete when every cell has come exactly once."""
+"""Tests that a transfer is complete when every cell has arrived exactly once."""
 
 import pytest
 from hypothesis import given
@@ -21,13 +21,13 @@ def test_complete_after_all_cells_in_any_order():
 @pytest.mark.parametrize(
     "box",
     [
-        KvRange(1, 2, 4, 8, 0, 2),  # a layer that does not travel
-        KvRange(0, 1, 3, 8, 0, 2),  # tokens the receiver holds
+        KvRange(1, 2, 4, 8, 0, 2),  # a layer that is not sent
+        KvRange(0, 1, 3, 8, 0, 2),  # tokens that the receiver holds
         KvRange(0, 1, 4, 9, 0, 2),
         KvRange(0, 1, 4, 8, 0, 3),
         KvRange(0, 1, 6, 6, 0, 2),
         KvRange(0, 0, 4, 8, 0, 2),
-        KvRange(0, 3, 4, 8, 0, 2),  # runs over the layer that does not travel
+        KvRange(0, 3, 4, 8, 0, 2),  # spans the layer that is not sent
     ],
 )
 def test_a_range_outside_the_transfer_is_refused(box):
@@ -63,7 +63,7 @@ def test_runs_of_consecutive_numbers():
     assert list(runs([])) == []
 
 
-def test_what_is_missing_is_told_in_boxes_that_can_be_asked_for_again():
+def test_missing_cells_are_reported_as_ranges_that_can_be_pulled_again():
     coverage = Coverage([0, 1, 2, 5], (10, 20), 2)
     whole = [KvRange(0, 3, 10, 20, 0, 2), KvRange(5, 6, 10, 20, 0, 2)]
     assert coverage.missing(whole) == whole
@@ -74,7 +74,7 @@ def test_what_is_missing_is_told_in_boxes_that_can_be_asked_for_again():
     assert KvRange(5, 6, 10, 20, 0, 2) in missing
     assert len(missing) <= 6
     assert coverage.missing([KvRange(0, 2, 12, 15, 0, 2)]) == []
-    for box in missing:  # none overlaps another or what was there
+    for box in missing:  # no range overlaps another or a received one
         coverage.add(box)
     assert coverage.complete
 
@@ -90,7 +90,7 @@ def cells(boxes):
 
 
 class Receiving(RuleBasedStateMachine):
-    """Chunks arrive in any order and shape, twice, or outside; what is missing is asked for again."""
+    """Chunks arrive in any order and shape, twice, or outside; missing ranges are pulled again."""
 
     LAYERS = (0, 1, 2, 5)
     WHOLE = (KvRange(0, 3, 10, 16, 0, 2), KvRange(5, 6, 10, 16, 0, 2))

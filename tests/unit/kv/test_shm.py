@@ -1,4 +1,4 @@
-"""Shared memory between two workers: the same KV arrives, nothing is written over, nothing is left behind."""
+"""Tests KV through shared memory: the same bytes arrive, none are overwritten, and no memory is left behind."""
 
 import asyncio
 import errno
@@ -32,7 +32,7 @@ TOKENS = 45
 
 
 class Prefill(prefill_pb2_grpc.PrefillServicer):
-    """Sends one prompt's KV, that of its cache; ``spoil`` may change a chunk, or the memory under it."""
+    """Sends the KV of one prompt from its cache. ``spoil`` may change a chunk or its shared memory."""
 
     def __init__(self):
         self.shm_server = ShmServer()
@@ -205,16 +205,16 @@ async def test_when_no_memory_can_be_set_aside_payloads_travel(worker, connect, 
 
 async def test_a_link_that_only_the_server_has_lost_makes_payloads_travel(worker, connect):
     peer = await connect()
-    worker.shm_server._links.clear()  # before the socket tells
+    worker.shm_server._links.clear()  # before the socket reports it
     cache, stats = await pull(peer)
     assert arrived(worker, cache)
     assert stats.shared_bytes == 0
     assert stats.broken_streams == 2
-    worker.shm_server._links[b""] = ShmLink()  # for the socket's end, which forgets it
+    worker.shm_server._links[b""] = ShmLink()  # the end of the socket removes this entry
     peer.link.close()
 
 
-async def test_a_client_that_goes_frees_what_waits_for_it(worker, connect):
+async def test_a_client_that_disconnects_frees_its_slots(worker, connect):
     peer = await connect()
     link = the_link(worker)
     stream = link.stream(99)
@@ -225,7 +225,7 @@ async def test_a_client_that_goes_frees_what_waits_for_it(worker, connect):
     peer.link.close()
     with pytest.raises(Unavailable):
         await waiting
-    slots[0].memory[:] = bytes(len(slots[0].memory))  # a payload on its way in does no harm
+    slots[0].memory[:] = bytes(len(slots[0].memory))  # a payload still in transit does no harm
     await until(lambda: not worker.shm_server._links)
     with pytest.raises(Unavailable):
         worker.shm_server.link(link.id)
@@ -246,7 +246,7 @@ async def test_slots_of_a_stream_come_back_when_both_ends_are_done_with_them():
     assert len(link.free) == SLOTS - 1  # the client may still be reading
     link.returned(0, slot.number)
     assert len(link.free) == SLOTS
-    link.returned(1, 3)  # its end came first
+    link.returned(1, 3)  # the stream's end arrived first
     with pytest.raises(Unavailable):
         link.stream(3)
     with pytest.raises(ValueError, match="does not hold"):
@@ -260,12 +260,12 @@ async def test_without_the_token_nothing_is_shared(worker):
     assert not worker.shm_server._links
 
 
-async def test_nobody_there_is_an_error_at_once():
+async def test_a_missing_server_is_an_error_at_once():
     with pytest.raises(OSError, match="refused"):
         await ShmClient.connect(prefill_pb2.ShmOffer(name="overfill-kv-nobody", token=bytes(16)))
 
 
-async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
+async def test_a_silent_stranger_delays_no_other_client(worker, connect):
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(f"\0{worker.shm_server.offer.name}")
         peer = await connect()
@@ -273,7 +273,7 @@ async def test_a_stranger_who_says_nothing_holds_nothing_up(worker, connect):
         assert len(worker.shm_server._links) == 1
 
 
-async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, caplog):
+async def test_the_server_recovers_from_a_lack_of_file_descriptors(worker, connect, monkeypatch, caplog):
     loop = asyncio.get_running_loop()
     accept, failures = loop.sock_accept, [OSError(errno.EMFILE, "Too many open files")]
 
@@ -283,7 +283,7 @@ async def test_a_lack_of_file_descriptors_passes(worker, connect, monkeypatch, c
         return await accept(listener)
 
     monkeypatch.setattr(loop, "sock_accept", scarce)
-    (await connect()).link.close()  # by the accept that was waiting already
+    (await connect()).link.close()  # uses the accept that was already pending
     assert (await connect()).link is not None
     assert not failures
     assert "the decode worker waits" in caplog.text
@@ -295,7 +295,7 @@ async def test_the_client_cannot_write(worker, connect):
         peer.link.payload(kv_pb2.SharedPayload(slot=0, length=4))[0] = 1
 
 
-async def test_nothing_of_it_has_a_name_in_the_file_system(worker, connect):
+async def test_shared_memory_has_no_name_in_the_file_system(worker, connect):
     before = set(os.listdir("/dev/shm"))
     await connect()
     assert set(os.listdir("/dev/shm")) == before

@@ -1,4 +1,4 @@
-"""A transfer is given up when it stalls or takes too long, not because many share its link. The clock is virtual."""
+"""Tests that a transfer ends if it stalls or takes too long, but not because its link is shared. Time is virtual."""
 
 import random
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, STALL_TIMEOUT
 
 MIB = 2**20
 GIGABIT = 1e9 / 8  # bytes per second
-LOOK = 0.5  # seconds between looks at a transfer
+LOOK = 0.5  # seconds between checks of a transfer
 LIMITS = TransferLimits()
 
 
 @dataclass
 class Stream:
-    """One data stream: messages of whole chunks, whose sizes follow the sender's rule. One is read ahead."""
+    """One data stream, with messages of whole chunks sized by the sender's rule. One message is read ahead."""
 
     left: int
     share: float
-    sent: float = 0.0  # of the running message
-    seconds: float = 0.0  # that it has taken
+    sent: float = 0.0  # bytes of the message in transit
+    seconds: float = 0.0  # duration of that message so far
 
     def __post_init__(self):
         self.growth = MessageGrowth()
         self.chunks, self.ahead = self.growth.max_chunks, self.growth.max_chunks
 
     def advance(self, amount: float, seconds: float) -> int:
-        """Moves ``amount`` bytes; returns the bytes of the messages that are whole by that."""
+        """Moves ``amount`` bytes; returns the bytes of the messages that this completes."""
         self.sent += amount
         self.seconds += seconds
         done = 0
@@ -44,7 +44,7 @@ class Stream:
 
 @dataclass
 class Transfer:
-    """A prompt of ``total`` bytes that is ready from the beginning, as both of its ends see it."""
+    """A transfer of ``total`` bytes, all ready at the start, with the stall detectors of both ends."""
 
     total: int
     streams: list[Stream]
@@ -70,7 +70,7 @@ def share_link(transfers, rate):
         now += LOOK
         weights = sum(s.share for t in running for s in t.streams if s.left)
         for transfer in running:
-            transfer.acknowledged = transfer.received  # acknowledgements take one look longer
+            transfer.acknowledged = transfer.received  # acknowledgements arrive one check later
             for stream in transfer.streams:
                 if stream.left:
                     transfer.received += stream.advance(rate * LOOK * stream.share / weights, LOOK)
@@ -116,7 +116,7 @@ def test_a_trickle_ends_after_the_longest_time():
 def test_the_longest_time_begins_when_all_is_ready():
     total = 100 * MIB
     detector, computed = StallDetector(0.0, total, LIMITS), 2 * LIMITS.whole
-    for i in range(1, int(computed / LOOK)):  # one chunk behind what is computed, all the time
+    for i in range(1, int(computed / LOOK)):  # always one chunk behind the computed KV
         ready = int(total * i * LOOK / computed)
         assert detector.fault(i * LOOK, ready, max(0, ready - MIB)) is None
     assert detector.fault(computed, total, total - MIB) is None
@@ -139,7 +139,7 @@ def test_a_transfer_that_owes_nothing_is_never_given_up():
     assert not any(detector.fault(t, 10 * MIB, 10 * MIB) for t in range(20_000, 30_000))
 
 
-def test_what_becomes_ready_late_has_the_whole_time():
+def test_kv_that_becomes_ready_late_has_the_whole_stall_timeout():
     detector = StallDetector(0.0, 1000, LIMITS)
     assert detector.fault(1000.0, 0, 0) is None
     assert detector.fault(1000.5, 500, 0) is None

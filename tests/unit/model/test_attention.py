@@ -37,7 +37,7 @@ class Case:
         self.queries = [torch.randn(new, HEADS, DIM).to(kind) for new, _ in lengths]
         counts = [-(-context // BLOCK) for _, context in lengths]
         width = max(counts) + 2
-        blocks = (torch.randperm(sum(counts)) + 1).split(counts)  # block 0, the padding, is nobody's
+        blocks = (torch.randperm(sum(counts)) + 1).split(counts)  # block 0 is padding and belongs to no sequence
         self.tables = torch.zeros(len(lengths), width, dtype=torch.int64)
         spec = KvSpec(1, KV_HEADS, DIM, dtype, RopeSpec())
         self.cache = KvCache(spec, sum(counts) + 1, BLOCK, torch.device("cpu"))
@@ -90,7 +90,7 @@ def test_equals_the_textbook(lengths: list[tuple[int, int]]) -> None:
     torch.testing.assert_close(case.run(), case.expected(), atol=2e-6, rtol=0)
 
 
-def test_what_a_decode_step_reads_is_only_the_sequence_itself() -> None:
+def test_a_decode_step_reads_only_the_sequence_s_own_blocks() -> None:
     """NaN of a failed sequence stays in that sequence's rows."""
     case = Case([(1, 6), (1, 11), (1, 3)])
     want = case.expected()

@@ -1,3 +1,5 @@
+"""Tests the digest of a checkpoint: its layout, and that any change of a tensor changes it."""
+
 from __future__ import annotations
 
 import hashlib

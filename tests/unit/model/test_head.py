@@ -43,7 +43,7 @@ def test_rows_of_higher_rank_are_refused() -> None:
         low_rank_factors(torch.randn(60, 32), 6)
 
 
-def test_what_is_lost_is_what_inputs_make_least_of() -> None:
+def test_lowering_the_rank_drops_what_inputs_use_least() -> None:
     rows = torch.randn(60, 32)
     inputs = torch.randn(500, 32) * torch.logspace(0, -2, 32)
     covariance = inputs.T @ inputs / len(inputs)

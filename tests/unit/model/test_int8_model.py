@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import CPU, PROMPT, SHAPE
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
@@ -16,16 +17,6 @@ from overfill.model.loading import load_int8_weights
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 
-CPU = torch.device("cpu")
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
@@ -33,7 +24,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2-tied-odd-hidden": Qwen2Config(**SHAPE | {"hidden_size": 51}, head_dim=8, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
 }
-PROMPT = torch.randint(0, 96, (41,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
 def rounded(matrix: Tensor) -> Tensor:
@@ -61,7 +51,7 @@ def test_logits_are_those_of_the_rounded_weights(name: str, save_model, runner, 
     got = torch.cat([run.step({"a": PROMPT[:30]}), *(run.step({"a": [token]}) for token in PROMPT[30:])])
 
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    assert (want - unrounded).abs().max() > 1e-3  # the rounding shows
+    assert (want - unrounded).abs().max() > 1e-3  # rounding changes the logits
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -97,7 +87,7 @@ def test_bytes_read_counts_a_tied_head_and_no_other_embedding(save_model, tmp_pa
         assert Transformer.load(tmp_path, torch.bfloat16, CPU).weights.bytes_read == 2 * elements
 
 
-def test_quantisation_starts_from_what_the_files_hold(save_model, tmp_path: Path) -> None:
+def test_weights_are_quantised_from_the_values_in_the_files(save_model, tmp_path: Path) -> None:
     save_model(CONFIGS["llama"])
     config = ModelConfig.load(tmp_path)
     exact, half = (load_int8_weights(tmp_path, config, dtype, CPU) for dtype in (torch.float32, torch.bfloat16))

@@ -138,7 +138,7 @@ def test_frequency_buffers_of_old_checkpoints_are_ignored(save_model, tmp_path: 
         (lambda t: t.update({"lm_head.bias": torch.ones(32)}), r"tensor lm_head\.bias is not part"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(change, message: str, save_model, tmp_path: Path) -> None:
+def test_missing_surplus_and_misshapen_tensors_are_named(change, message: str, save_model, tmp_path: Path) -> None:
     save_model(LlamaConfig(**SHAPE))
     rewrite(tmp_path, change)
     with pytest.raises(InvalidPair, match=message):

@@ -1,3 +1,5 @@
+"""Tests pair.json: what is read from it, and that faults are named by field or file."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,7 @@ def edit(file: Path, change: Edit) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_a_pair_tells_what_it_is(tiny_pair: Path) -> None:
+def test_a_manifest_is_read_back(tiny_pair: Path) -> None:
     pair = Pair.load(tiny_pair, check_digests=True)
     assert (pair.name, pair.layer_map) == ("tiny", (0, 1, 2, 3))
     assert (pair.full_path, pair.decoder_path) == (tiny_pair / "full", tiny_pair / "decoder")

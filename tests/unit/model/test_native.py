@@ -72,7 +72,7 @@ def through(run) -> torch.Tensor:
     logits = [run.step({"a": PROMPT[:200]}), run.step({"a": PROMPT[200:330], "b": PROMPT[:37]})]
     logits += [run.step({"b": PROMPT[37:39], "a": PROMPT[330:333]})]
     logits += [run.step({"a": [PROMPT[333 + i]], "b": [PROMPT[39 + i]]}) for i in range(5)]
-    logits += [run.step({"c": PROMPT[:390]})]  # so many that threads share rows out, not panels
+    logits += [run.step({"c": PROMPT[:390]})]  # enough rows for threads to divide rows, not panels
     return torch.cat(logits)
 
 
@@ -270,7 +270,7 @@ def test_hooks_run_in_order_and_may_give_up(save_model, runner, tmp_path: Path) 
     assert run.step({"c": PROMPT[:20]}).isfinite().all()
 
 
-def test_what_a_hook_sees_is_in_the_cache(save_model, runner, tmp_path: Path) -> None:
+def test_hooks_see_kv_in_the_cache(save_model, runner, tmp_path: Path) -> None:
     save_model(CONFIGS["llama"])
     run = runner(load(tmp_path), 256)
     seen: list[bool] = []
@@ -334,7 +334,7 @@ def test_two_engines_of_one_process_compute_at_once(save_model, runner, tmp_path
     assert len(results[2]) == 3
 
 
-def test_what_the_kernels_do_not_cover_runs_on_the_reference(save_model, tmp_path: Path) -> None:
+def test_models_that_the_kernels_do_not_cover_run_on_the_reference(save_model, tmp_path: Path) -> None:
     save_model(LlamaConfig(**SHAPE | {"head_dim": 160}))
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         assert type(fastest_model(Transformer.load(tmp_path, dtype, CPU))) is Transformer

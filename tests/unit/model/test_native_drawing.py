@@ -57,7 +57,7 @@ def test_draws_are_those_of_the_reference(options: dict, spread: float, vocab: i
 
 def test_of_equal_tokens_the_filters_keep_what_the_reference_keeps() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0] * 50).expand(200, -1)
-    u = np.random.default_rng(2).random(200)  # not on a boundary, of which there are many
+    u = np.random.default_rng(2).random(200)  # not on one of the many boundaries
     for options in ({"top_k": 120}, {"top_p": 0.7}, {"top_p": 0.9, "top_k": 60}, {"min_p": 0.3}):
         params = [SamplingParams(**options)] * 200
         assert torch.equal(draw(logits, params, u), reference(logits, params, u)), options
@@ -72,7 +72,7 @@ def test_a_token_that_cannot_come_never_comes(options: dict, u: float) -> None:
     assert token in (300, 700)
 
 
-def test_broken_rows_are_told_and_the_others_drawn() -> None:
+def test_broken_rows_are_reported_and_the_others_drawn() -> None:
     logits = torch.zeros(4, 100)
     logits[1, 50], logits[2, 0], logits[3] = torch.nan, torch.inf, -torch.inf
     for options in ({}, {"top_p": 0.5}):

@@ -164,7 +164,9 @@ def test_tokens_that_break_the_grammar_are_an_error(grammars: Grammars) -> None:
         (Grammar("lark", "start: missing"), "missing"),
     ],
 )
-def test_what_cannot_be_obeyed_is_refused_with_the_reason(grammars: Grammars, grammar: Grammar, message: str) -> None:
+def test_grammars_that_cannot_be_compiled_are_refused_with_the_reason(
+    grammars: Grammars, grammar: Grammar, message: str
+) -> None:
     for attempt in (lambda: grammars.matcher(grammar), lambda: overfill.request.grammar.check_grammar(grammar)):
         with pytest.raises(InvalidRequest, match=message) as caught:
             attempt()
@@ -176,7 +178,7 @@ def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkey
     with pytest.raises(InvalidRequest, match="pip install llguidance"):
         new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
     assert new_processor(SamplingParams(presence_penalty=1), [], grammars, [END]) is not None
-    overfill.request.grammar.check_grammar(DIGITS)  # a router without it leaves that to the workers
+    overfill.request.grammar.check_grammar(DIGITS)  # a router without llguidance leaves the check to the workers
 
 
 def test_logprobs_are_those_of_the_changed_logits(grammars: Grammars) -> None:
@@ -202,7 +204,7 @@ def test_no_answer_ends_before_min_tokens(grammars: Grammars) -> None:
         assert logits[1, [END, 7]].tolist() == [9, 8], "another request's row"
     moved = new_processor(params, [], grammars, [END])
     logits = torch.zeros(1, VOCAB)
-    process(logits, [moved], [[5]])  # on another worker, behind the first token
+    process(logits, [moved], [[5]])  # on another worker, after the first token
     assert logits[0, END] == float("-inf")
 
 
@@ -220,4 +222,4 @@ def test_a_grammar_that_is_complete_ends_the_answer_before_min_tokens(grammars: 
     three_or_more = SamplingParams(temperature=1.5, seed=5, grammar=DIGITS, min_tokens=40, max_tokens=50)
     tokenizer = Tokenizer.load(tiny_pair / "full")
     answers = {tokenizer.decode(run(three_or_more, grammars, seed)) for seed in range(8)}
-    assert all(re.fullmatch("[0-9]{5}", answer) for answer in answers), "as long as the grammar lets it"
+    assert all(re.fullmatch("[0-9]{5}", answer) for answer in answers), "answers are as long as the grammar allows"

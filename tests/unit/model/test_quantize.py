@@ -52,7 +52,7 @@ def test_parts_are_views() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (67, 65), (1, 3)])
 @pytest.mark.parametrize("tokens", [1, 4, 40])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_product_is_that_of_what_the_matrix_stands_for(
+def test_a_product_equals_that_of_the_represented_matrix(
     dtype: torch.dtype, tokens: int, rows: int, columns: int, with_bias: bool, pieces: None
 ) -> None:
     quantised = Int8Matrix.of(torch.randn(rows, columns) * 0.1)

@@ -122,7 +122,7 @@ def test_frequencies_follow_the_distribution(options: dict) -> None:
 
 def test_the_token_is_the_first_beyond_u_in_id_order() -> None:
     probabilities = [0.1, 0.4, 0.0, 0.3, 0.2]
-    logits = torch.tensor([probabilities]).log()  # a -inf is a token that cannot come
+    logits = torch.tensor([probabilities]).log()  # a token with -inf cannot be drawn
     for position, u in enumerate(uniform([9] * 50, [3] * 50, range(50))):
         want = int(np.searchsorted(np.cumsum(probabilities), u, side="right"))
         assert sample(logits, [SamplingParams(seed=9)], [position], [3])[0].token_id == want

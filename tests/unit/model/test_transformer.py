@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import CPU, PROMPT, SHAPE
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from overfill.model.transformer import Transformer
 
-CPU = torch.device("cpu")
 TOLERANCE = 1e-4
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -51,7 +42,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama-head-in-two-parts": LlamaConfig(**SHAPE, overfill_head={"tokens": 40, "tail_rank": 5}),
     "qwen3-odd-hidden-biases": Qwen3Config(**SHAPE | {"hidden_size": 50}, head_dim=16, attention_bias=True),
 }
-PROMPT = torch.randint(0, 96, (41,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
 @pytest.fixture

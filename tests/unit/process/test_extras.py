@@ -1,4 +1,4 @@
-"""The line that installs an extra, by where an installation came from; what is told as missing and what is not."""
+"""Tests the command that installs an extra, by the origin of the installation, and which modules count as missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overfill.process.extras import MissingExtra, install_line, needs, require
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets where pip says that it took the distribution from."""
+    """Sets the origin that pip has recorded for the distribution."""
 
     class Distribution:
         source: dict[str, Any] | None = None
@@ -30,7 +30,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-def test_a_checkout_is_named_as_it_can_be_typed_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_is_named_by_the_shortest_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
     assert install_line("server") == f"pip install -e '{tmp_path}[server]'"
@@ -50,7 +50,7 @@ def test_a_repository_is_named_with_its_commit(installed: Any) -> None:
     assert install_line("server") == "pip install 'overfill[server] @ git+https://host/overfill.git@0123abc'"
 
 
-def test_a_wheel_that_has_gone_is_to_be_installed_again(installed: Any) -> None:
+def test_a_deleted_source_is_to_be_installed_again(installed: Any) -> None:
     installed.source = {"url": "file:///no/such/overfill-1.0-py3-none-any.whl", "archive_info": {}}
     assert install_line("server") == "install the wheel again with [server]"
     assert install_line("") == "install the wheel again"
@@ -58,7 +58,7 @@ def test_a_wheel_that_has_gone_is_to_be_installed_again(installed: Any) -> None:
     assert install_line("server") == "install checkout again with [server]"
 
 
-def test_else_the_name_is_all_there_is(installed: Any) -> None:
+def test_without_a_known_origin_the_line_has_the_name_only(installed: Any) -> None:
     assert install_line("server") == "pip install 'overfill[server]'"
     assert install_line("") == "pip install overfill"
 
@@ -88,11 +88,11 @@ def test_without_metadata_every_module_of_others_is_a_missing_extra(monkeypatch:
         raise ModuleNotFoundError("No module named 'no_such'", name="no_such")
 
 
-def test_a_module_that_is_asked_for_may_be_missing() -> None:
+def test_a_required_module_that_is_missing_is_named() -> None:
     with pytest.raises(MissingExtra, match="no_such"):
         require("server", "`overfill up`", "json", "no_such")
 
 
-def test_a_module_of_ours_is_a_fault() -> None:
+def test_a_missing_module_of_overfill_is_not_blamed_on_an_extra() -> None:
     with pytest.raises(ModuleNotFoundError), needs("server", "`overfill up`"):
         import overfill.no_such_module  # type: ignore[import-not-found]  # noqa: F401

@@ -1,4 +1,4 @@
-"""The kernels are compiled once and kept; whatever is wrong with that, models run on the reference."""
+"""Tests that kernels are compiled once and kept, and that models run on the reference if that fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fake_compiler(folder: Path, body: str) -> Path:
-    """A ``c++`` that notes each compilation in ``folder/calls`` and then does ``body``."""
+    """Writes a ``c++`` that records each compilation in ``folder/calls`` and then runs ``body``."""
     path = folder / "bin" / "c++"
     path.parent.mkdir()
     path.write_text(
@@ -47,13 +47,13 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_it_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> None:
+def test_the_library_is_compiled_once_and_found_again(compiler: Path, tmp_path: Path) -> None:
     first = build()
     assert first.read_text() == "library\n"
     assert build() == first
     assert calls(tmp_path) == 1
     left = sorted(p.name for p in first.parent.parent.iterdir())
-    assert left == [".lock", first.parent.name], "nothing half-made is left"
+    assert left == [".lock", first.parent.name], "no unfinished file is left"
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_text("libr"), Path.unlink], ids=["cut short", "gone"])
@@ -64,7 +64,7 @@ def test_a_damaged_library_is_made_again(damage, compiler: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("mode", [0o575, 0o557], ids=["group", "world"])
-def test_what_others_could_have_written_is_not_loaded(mode: int, compiler: Path, tmp_path: Path) -> None:
+def test_a_library_that_others_can_write_is_not_loaded(mode: int, compiler: Path, tmp_path: Path) -> None:
     library = build()
     library.chmod(mode)
     assert stat.S_IMODE(build().stat().st_mode) & 0o022 == 0
@@ -88,7 +88,7 @@ def test_the_umask_says_who_may_read_it_and_only_the_owner_may_write(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize(("owner", "compilations"), [(0, 1), (1001, 2)], ids=["root", "another"])
-def test_what_root_compiled_is_loaded_and_what_another_user_compiled_is_not(
+def test_a_library_of_root_is_loaded_and_one_of_another_user_is_not(
     owner: int, compilations: int, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = build()
@@ -105,7 +105,7 @@ def test_another_compiler_version_is_another_library(compiler: Path) -> None:
     assert build() != first
 
 
-def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_named_with_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fake_compiler(tmp_path, "echo kernels.h: no such register >&2; exit 1")
     monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
     with pytest.raises(compiled.CannotBuild, match="no such register"):
@@ -113,13 +113,13 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkey
     assert [p.name for p in (tmp_path / "home" / "native").iterdir()] == [".lock"]
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_error_names_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(compiled.CannotBuild, match=r"install one of c\+\+, g\+\+, clang\+\+"):
         build()
 
 
-def test_a_folder_that_cannot_be_written(compiler: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(compiler: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "native").write_text("a file")
     with pytest.raises(compiled.CannotBuild, match="cannot be written"):

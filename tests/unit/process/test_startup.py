@@ -1,4 +1,4 @@
-"""How long a process took to start: what only its first start does is left out."""
+"""Tests the measured start-up time of a process, which excludes work that only the first start does."""
 
 import pytest
 

@@ -57,7 +57,7 @@ def make_report() -> Callable[..., registry_pb2.Report]:
 def add_worker(
     make_info: Callable[..., WorkerInfo], make_report: Callable[..., registry_pb2.Report]
 ) -> Callable[..., Worker]:
-    """Joins a worker that reports at once."""
+    """Returns a function that adds a worker to a roster and gives its first report."""
 
     def add(
         roster: Roster,

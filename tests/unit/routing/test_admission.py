@@ -1,10 +1,12 @@
+"""Tests admission: the quotas of API keys, and the estimate of waiting time in a queue."""
+
 import pytest
 
 from overfill.errors import InvalidRequest, Overloaded
 from overfill.routing.admission import Admission, KeyLimiter, KeyQuota, QueueDepartureRate
 
 
-def test_a_key_has_its_rate_and_what_came_together_after_a_pause():
+def test_a_key_is_limited_in_rate_and_may_burst_after_a_pause():
     limits, two = KeyLimiter(), KeyQuota("a", rate=2.0)
     for _ in range(2):
         limits.acquire("a", two, 0.0)
@@ -21,14 +23,14 @@ def test_a_key_has_its_rate_and_what_came_together_after_a_pause():
         limits.check("a", two, 100.0)
 
 
-def test_asking_whether_a_request_may_begin_takes_nothing():
+def test_checking_a_quota_uses_none_of_it():
     limits, one = KeyLimiter(), KeyQuota("a", rate=1.0, concurrency=1)
     for _ in range(3):
         limits.check("a", one, 0.0)
     limits.acquire("a", one, 0.0)
 
 
-def test_a_key_has_its_requests_at_once():
+def test_a_key_is_limited_in_concurrent_requests():
     limits, two = KeyLimiter(), KeyQuota("a", concurrency=2)
     limits.acquire("a", two, 0.0)
     limits.acquire("a", two, 0.0)
@@ -39,7 +41,7 @@ def test_a_key_has_its_requests_at_once():
     limits.acquire("a", two, 0.0)
 
 
-def test_answers_that_come_together_are_taken_together_or_not_at_all():
+def test_answers_of_one_request_are_admitted_together_or_not_at_all():
     limits = KeyLimiter()
     for limit in (KeyQuota("a", concurrency=4), KeyQuota("a", rate=4.5)):
         limits.acquire("a", limit, 0.0, 2)
@@ -61,7 +63,7 @@ def test_an_error_names_the_key_and_not_its_hash(limit):
         assert "27fb1a0cd3f7a2b1" not in str(caught.value)
 
 
-def test_nothing_is_known_of_a_queue_that_has_hardly_moved():
+def test_a_queue_that_has_hardly_moved_gives_no_estimate():
     rate = QueueDepartureRate()
     assert rate.expected_wait(0) == 0.0
     rate.observe(0.0, 5)
@@ -70,7 +72,7 @@ def test_nothing_is_known_of_a_queue_that_has_hardly_moved():
     Admission(100, max_wait=0.1).check(5, 5, 1.0, deadline=1.1)
 
 
-def test_a_queue_that_stands_still_is_known_in_the_end():
+def test_a_queue_that_stands_still_gives_an_estimate_in_the_end():
     admission = Admission(100)
     for second in range(20):
         admission.departure_rate.observe(float(second), 5)
@@ -81,7 +83,7 @@ def test_a_queue_that_stands_still_is_known_in_the_end():
 
 
 @pytest.mark.parametrize(("at_once", "gap"), [(1, 0.1), (4, 0.4)])
-def test_where_requests_leave_in_clumps_less_is_taken(at_once, gap):
+def test_fewer_requests_are_admitted_when_the_queue_moves_in_bursts(at_once, gap):
     """Ten requests leave per second in both cases; an admitted request must be placed within one second."""
     admission, now = Admission(100, max_wait=1.0), 0.0
     while now < 30:

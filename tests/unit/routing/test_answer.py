@@ -1,3 +1,5 @@
+"""Tests the buffer of an answer: unread tokens merge, repeats are dropped, gaps are errors."""
+
 import asyncio
 
 import pytest
@@ -43,7 +45,7 @@ async def test_all_tokens_come_before_the_end():
         await answer.next()
 
 
-async def test_tokens_go_on_behind_those_the_client_has():
+async def test_tokens_continue_after_those_that_the_client_has():
     answer = Answer((1, 2), 10, 0.0)
     answer.accept(tokens(2, 3), 1.0)
     batch = await answer.next()

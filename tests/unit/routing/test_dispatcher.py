@@ -1,3 +1,5 @@
+"""Tests the dispatcher: the order of requests, placement, retries, refusals, fairness between keys, absent stages."""
+
 import itertools
 from dataclasses import replace
 
@@ -50,13 +52,13 @@ def test_a_request_takes_a_decode_worker_then_a_prefill_slot(roster, dispatcher,
     assert (decode.in_flight, prefill.in_flight, dispatcher.num_jobs) == (0, 0, 0)
 
 
-def test_no_decode_worker_is_taken_while_no_prefill_slot_would_be_there(roster, dispatcher, add_worker):
+def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(roster, dispatcher, add_worker):
     decode = add_worker(roster, "d0")
     prefill = add_worker(roster, "p0", PREFILL, credits=1)
     a, b = job("a"), job("b")
     dispatcher.submit(a, 0.0)
     dispatcher.submit(b, 0.0)
-    assert placed(dispatcher.poll(0.0)) == [("a", "d0")], "the only slot is spoken for"
+    assert placed(dispatcher.poll(0.0)) == [("a", "d0")], "the only slot is reserved for a"
     dispatcher.reserved(a)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
     assert (decode.in_flight, prefill.in_flight) == (1, 1)
@@ -73,7 +75,7 @@ def test_waiting_requests_are_served_in_order(roster, dispatcher, add_worker):
     assert placed(dispatcher.poll(0.0)) == [("a", "d0"), ("b", "d0"), ("c", "d0")]
 
 
-def test_what_a_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
+def test_a_request_that_its_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
     add_worker(roster, "p0", PREFILL)
     dispatcher.submit(job("new", prompt=10, key="a"), 0.0)
     dispatcher.submit(job("begun", priority=1, emitted=1, key="b"), 0.0)
@@ -83,7 +85,7 @@ def test_what_a_client_resumes_waits_its_turn(roster, dispatcher, add_worker):
     assert [name for name, _ in placed(dispatcher.poll(1.0))] == ["new", "another", "begun too", "begun"]
 
 
-def test_what_clients_resume_finds_a_full_queue_open_but_not_an_endless_one(roster, dispatcher, add_worker):
+def test_clients_may_resume_into_a_full_queue_up_to_twice_its_length(roster, dispatcher, add_worker):
     add_worker(roster, "p0", PREFILL)
     for name in "abc":
         dispatcher.submit(job(name), 0.0)
@@ -170,11 +172,11 @@ def test_a_failed_prefill_goes_to_another_worker_before_new_requests(roster, dis
     dispatcher.reserved(b)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0"), ("b", "p1")]
     dispatcher.need_prefill(a, p0, failed=True, pause=False)
-    assert dispatcher.poll(0.0) == [], "p1 is alive, so a waits for it rather than try p0 again"
+    assert dispatcher.poll(0.0) == [], "p1 is alive, so a waits for it instead of trying p0 again"
     dispatcher.prefill_done(b)
     assert placed(dispatcher.poll(0.0)) == [("a", "p1")]
     dispatcher.need_prefill(a, p1, failed=True, pause=True)
-    assert placed(dispatcher.poll(0.0)) == [("a", "p0")], "every worker has failed it: any will do"
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")], "every worker has failed it, so it may go to any"
 
 
 def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatcher, add_worker):
@@ -265,7 +267,7 @@ def test_requests_are_rejected_when_a_stage_stays_empty(roster, dispatcher, add_
 
 
 def keep_reporting(roster, name, now):
-    """Makes worker ``name`` repeat its last report at ``now``."""
+    """Makes the named worker repeat its last report at ``now``."""
     worker = roster.find(name)
     roster.pool(worker.info.stage).report(worker, worker.report, now)
 
@@ -277,7 +279,7 @@ def keep_reporting(roster, name, now):
         ((2.0,), None, 10.0),
         ((60.0,), None, 120.0),
         ((5.0, 60.0, 40.0), None, 120.0),
-        ((5000.0, *[20.0] * 8), None, 40.0),  # one odd start, some time ago
+        ((5000.0, *[20.0] * 8), None, 40.0),  # one exceptional start, some time ago
         ((60.0,), 3.0, 3.0),
         ((2.0,), 300.0, 300.0),
     ],
@@ -323,7 +325,7 @@ def test_how_long_one_stage_takes_to_start_says_nothing_of_the_other(roster, add
 
 @pytest.mark.parametrize("silent", ["p0", "d0"])
 def test_a_stage_whose_workers_are_joined_and_silent_is_absent(roster, dispatcher, add_worker, silent):
-    """The process hangs, and its transport still answers pings: the stream stays open."""
+    """The process hangs, but its transport still answers pings, so the stream stays open."""
     add_worker(roster, "p0", PREFILL)
     add_worker(roster, "d0")
     other = "d0" if silent == "p0" else "p0"
@@ -349,7 +351,7 @@ def test_a_silent_worker_that_reports_in_time_takes_the_jobs_that_waited(roster,
         keep_reporting(roster, name, 14.0)
     assert placed(dispatcher.poll(14.0)) == [("a", "d0")]
     dispatcher.submit(job("b"), 20.0)
-    assert dispatcher.poll(20.0) == [], "the time counts from the last silence on"
+    assert dispatcher.poll(20.0) == [], "the time counts from the start of the last silence"
 
 
 def test_a_router_that_was_stopped_itself_waits_for_reports_before_it_rejects(roster, dispatcher, add_worker):
@@ -360,17 +362,12 @@ def test_a_router_that_was_stopped_itself_waits_for_reports_before_it_rejects(ro
     assert dispatcher.poll(500.0) == []
 
 
-def test_a_worker_that_has_not_reported_yet_is_waited_for(roster, dispatcher, add_worker, make_info):
-    roster.join(make_info("d0"))
-    add_worker(roster, "p0", PREFILL)
-    dispatcher.submit(job("a"), 0.0)
-    assert dispatcher.poll(0.0) == []
-    keep_reporting(roster, "p0", 100.0)
-    assert dispatcher.poll(100.0) == []
-
-
-def test_a_worker_that_is_still_warming_up_is_waited_for(roster, dispatcher, add_worker):
-    add_worker(roster, "d0", ready=False)
+@pytest.mark.parametrize("has_reported", [False, True])
+def test_a_worker_that_is_not_ready_yet_is_waited_for(roster, dispatcher, add_worker, make_info, has_reported):
+    if has_reported:
+        add_worker(roster, "d0", ready=False)
+    else:
+        roster.join(make_info("d0"))
     add_worker(roster, "p0", PREFILL)
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
@@ -403,7 +400,7 @@ def test_keys_take_turns_by_the_tokens_they_ask_for(roster, add_worker):
     assert names == ["greedy0", "modest0", "modest1", "modest2"]
 
 
-def test_what_a_key_did_not_write_is_given_back_to_it(roster, add_worker):
+def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
     dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
     add_worker(roster, "p0", PREFILL, credits=100, total=10000)
     worker = add_worker(roster, "d0", credits=1, total=10000)
@@ -420,9 +417,9 @@ def test_what_a_key_did_not_write_is_given_back_to_it(roster, add_worker):
     assert [j.id for j in dispatcher.waiting()] == ["a2", "b2"], "15 tokens used, not 1010"
 
 
-def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
+def test_a_key_is_refunded_no_more_than_it_was_charged(roster, add_worker):
     dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
-    for index in range(3):  # resumed by its client, and given up before its turn
+    for index in range(3):  # resumed by its client, and cancelled before its turn
         given_up = job(f"gone{index}", prompt=100, answer=1000, key="a", emitted=500)
         dispatcher.submit(given_up, 0.0)
         dispatcher.finish(given_up)
@@ -430,16 +427,16 @@ def test_a_key_is_given_back_no_more_than_it_was_charged(roster, add_worker):
     dispatcher.submit(job("b", prompt=10, answer=10, key="b"), 0.0)
     dispatcher.submit(job("a2", prompt=10, answer=10, key="a"), 0.0)
     dispatcher.submit(job("b2", prompt=10, answer=10, key="b"), 0.0)
-    assert [j.id for j in dispatcher.waiting()] == ["a", "b", "b2", "a2"], "as if the others had never been"
+    assert [j.id for j in dispatcher.waiting()] == ["a", "b", "b2", "a2"], "as if the other requests had never existed"
     moved = FairQueue()
     moved_job = job("moved", key="a")
     moved_job.migrated = True
     moved.append(moved_job)
-    assert moved_job.charged == 0, "so nothing can be given back for it"
+    assert moved_job.charged == 0, "so nothing can be refunded for it"
 
 
 def drained(roster, dispatcher, add_worker, make_report, per_second, until):
-    """Lets ``per_second`` requests leave the queue each second."""
+    """Runs a queue that ``per_second`` requests leave each second; returns the time at the end."""
     add_worker(roster, "p0", PREFILL, credits=1000, total=10000)
     worker = add_worker(roster, "d0", credits=1, total=10000)
     now, count = 0.0, 0
@@ -458,7 +455,7 @@ def drained(roster, dispatcher, add_worker, make_report, per_second, until):
 
 
 @pytest.mark.parametrize("back", ["refused", "lost"])
-def test_a_request_that_comes_back_after_the_only_large_worker_began_to_leave_is_refused(
+def test_a_request_that_returns_after_the_only_large_worker_began_to_drain_is_refused(
     roster, dispatcher, add_worker, make_report, back
 ):
     add_worker(roster, "p0", PREFILL, total=1000)
@@ -488,10 +485,10 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
     dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
-    dispatcher.admit(-1, "", now, now + 0.3)  # an urgent request has none ahead of it
+    dispatcher.admit(-1, "", now, now + 0.3)  # no request is ahead of an urgent one
 
 
-def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_worker, make_report):
+def test_a_full_queue_says_when_half_of_it_will_have_left(roster, dispatcher, add_worker, make_report):
     now = drained(roster, dispatcher, add_worker, make_report, 2, 8)
     dispatcher.submit(job("last"), now)
     with pytest.raises(Overloaded) as caught:
@@ -499,7 +496,7 @@ def test_a_full_queue_says_when_half_of_it_has_drained(roster, dispatcher, add_w
     assert caught.value.retry_after == pytest.approx(0.75, abs=0.3)
 
 
-def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, make_report):
+def test_a_limit_on_waiting_refuses_requests_that_would_wait_longer(roster, add_worker, make_report):
     dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100, max_wait=1.0)
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for index in range(2):
@@ -509,7 +506,7 @@ def test_a_limit_on_waiting_refuses_what_would_wait_longer(roster, add_worker, m
             dispatcher.submit(job(f"too many{index}"), now)
 
 
-def test_idle_time_is_no_sign_of_a_slow_queue(roster, dispatcher, add_worker, make_report):
+def test_idle_time_does_not_count_as_a_slow_queue(roster, dispatcher, add_worker, make_report):
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for waiting in list(dispatcher.waiting()):
         dispatcher.finish(waiting)
@@ -522,7 +519,7 @@ def test_idle_time_is_no_sign_of_a_slow_queue(roster, dispatcher, add_worker, ma
 
 
 def test_no_decision_looks_at_every_worker(roster, add_worker):
-    """Asks a pool of 300 for what costs one look each where all of them were looked at."""
+    """Runs requests through pools of 300 workers; each decision reads a few workers at most."""
     dispatcher = Dispatcher(roster, LeastLoad())
     for index in range(300):
         add_worker(roster, f"p{index}", PREFILL)
@@ -567,7 +564,7 @@ def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispat
 
 
 class Dispatching(RuleBasedStateMachine):
-    """Workers come, go, report and refuse while requests run; in the end every request has its answer."""
+    """Workers join, leave, report and refuse while requests run; in the end every request is answered or refused."""
 
     BLOCK = 16
 

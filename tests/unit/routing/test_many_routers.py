@@ -1,7 +1,7 @@
-"""Several dispatchers over the same modelled workers, which divide their credits: nothing ever waits for ever.
+"""Tests that no request waits for ever when several dispatchers share modelled workers, which divide their credits.
 
-Every step draws what comes next: requests, answers, reports that arrive late, workers that fail or leave. In the end,
-with no more failures, every request is answered or refused, and every block and slot is back.
+Each step draws an event: a request, an answer, a late report, a worker that fails or leaves. At the end failures stop;
+then every request must be answered or refused, and every block and slot free.
 """
 
 import itertools

@@ -1,3 +1,5 @@
+"""Tests routing policies: load, free KV, two random choices, and prefix affinity."""
+
 import pytest
 
 from overfill.kv.keys import PromptKeys
@@ -76,13 +78,13 @@ def test_most_free_kv_prefers_room_to_few_requests(add_worker):
     assert choose(roster.decode) is roomy
 
 
-def test_of_two_drawn_workers_the_less_loaded_is_taken(add_worker):
+def test_of_two_drawn_workers_the_less_loaded_is_chosen(add_worker):
     roster = Roster()
     roster.decode.use(PowerOfTwo(seed=1))
     for index in range(10):
         add_worker(roster, f"d{index}", running=index)
     chosen = [choose(roster.decode).id for _ in range(200)]
-    assert len(set(chosen)) > 5, "not all the same one"
+    assert len(set(chosen)) > 5, "the draws differ"
     assert "d9" not in chosen, "the most loaded worker loses every comparison"
 
 
@@ -112,8 +114,8 @@ def test_a_prompt_goes_where_most_of_it_is_cached(affinity, make_report):
     tell(affinity, pool.get("p1"), make_report, keys(1, 2))
     tell(affinity, pool.get("p2"), make_report, keys(1, 2, 3))
     assert choose(pool, 64, keys(1, 2, 3, 4)).id == "p2"
-    assert choose(pool, 64, keys(1, 2, 9, 4)).id == "p1", "both have as much of it; the order decides"
-    assert choose(pool, 64, keys(5, 2, 3, 4)).id == "p0", "a block counts behind the same blocks only"
+    assert choose(pool, 64, keys(1, 2, 9, 4)).id == "p1", "both cache the same length, so the order decides"
+    assert choose(pool, 64, keys(5, 2, 3, 4)).id == "p0", "a block matches only after the same earlier blocks"
 
 
 def test_affinity_yields_to_load_when_the_queue_is_longer_than_what_the_cache_saves(affinity, make_report):
@@ -124,7 +126,7 @@ def test_affinity_yields_to_load_when_the_queue_is_longer_than_what_the_cache_sa
     assert choose(pool, 80, keys(1, 2, 3, 4, 5)).id == "p0"
 
 
-def test_a_prefix_that_everybody_has_does_not_unbalance_the_pool(affinity, make_report, add_worker):
+def test_a_prefix_that_every_worker_has_does_not_unbalance_the_pool(affinity, make_report, add_worker):
     pool = affinity.prefill
     for index in range(40):
         worker = add_worker(affinity, f"q{index:02}", PREFILL)
@@ -134,7 +136,7 @@ def test_a_prefix_that_everybody_has_does_not_unbalance_the_pool(affinity, make_
     assert choose(pool, 32, keys(1, 2)).id == "q33"
 
 
-def test_a_prompt_that_was_just_sent_somewhere_draws_its_like_there_before_the_report(affinity, make_report):
+def test_a_prompt_attracts_similar_ones_to_its_worker_before_the_next_report(affinity, make_report):
     pool = affinity.prefill
     first = Job("a", 64, 10, block_keys=keys(1, 2, 3, 4))
     worker = choose(pool, 64, first.block_keys)
@@ -142,10 +144,10 @@ def test_a_prompt_that_was_just_sent_somewhere_draws_its_like_there_before_the_r
     pool.place(worker, 16)
     second = Job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
     assert choose(pool, 64, second.block_keys) is worker
-    assert pool.policy.placed(second, worker) == 48, "that much need not be computed"
+    assert pool.policy.placed(second, worker) == 48, "cached tokens do not count as queued work"
 
 
-def test_blocks_that_were_evicted_or_whose_worker_left_draw_nobody(affinity, make_report):
+def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affinity, make_report):
     pool = affinity.prefill
     prompt = keys(1, 2)
     tell(affinity, pool.get("p1"), make_report, prompt)

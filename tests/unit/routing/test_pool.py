@@ -1,3 +1,5 @@
+"""Tests pools of workers: readiness, credits, incarnations, identity, and refusals."""
+
 import dataclasses
 
 import pytest
@@ -19,7 +21,7 @@ def test_a_worker_takes_work_only_once_it_is_ready(make_info, make_report):
     assert worker.admissible(0.0)
 
 
-def test_a_draining_worker_takes_nothing_new(make_info, make_report):
+def test_a_draining_worker_refuses_new_requests(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(draining=True), 0.0)
@@ -27,7 +29,7 @@ def test_a_draining_worker_takes_nothing_new(make_info, make_report):
     assert worker.draining
 
 
-def test_credits_bound_what_is_in_flight(make_info, make_report):
+def test_credits_bound_requests_in_flight(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(credits=2), 0.0)
@@ -39,7 +41,7 @@ def test_credits_bound_what_is_in_flight(make_info, make_report):
     assert worker.admissible(0.0)
 
 
-def test_a_worker_that_stopped_reporting_takes_nothing_new(make_info, make_report):
+def test_a_worker_that_stopped_reporting_gets_no_new_requests(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(), 0.0)
@@ -52,11 +54,11 @@ def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_r
     assert roster.unready_stages(0.0) == [PREFILL, DECODE]
     prefill = roster.join(make_info("p0", PREFILL))
     decode = [roster.join(make_info(name)) for name in ("d0", "d1")]
-    assert roster.unready_stages(0.0) == [PREFILL, DECODE], "none has reported"
+    assert roster.unready_stages(0.0) == [PREFILL, DECODE], "no worker has reported"
     roster.prefill.report(prefill, make_report(ready=False), 0.0)
     for worker in decode:
         roster.decode.report(worker, make_report(credits=0), 0.0)
-    assert roster.unready_stages(0.0) == [PREFILL], "a full worker is ready, one that is loading is not"
+    assert roster.unready_stages(0.0) == [PREFILL], "a full worker counts as ready, a loading one does not"
     roster.prefill.report(prefill, make_report(), 1.0)
     assert roster.unready_stages(1.0) == []
     roster.decode.remove(decode[0])
@@ -65,7 +67,7 @@ def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_r
     assert roster.unready_stages(1.0) == [DECODE]
     roster.decode.report(decode[1], make_report(), 2.0)
     assert roster.unready_stages(1.0 + STALE_AFTER) == []
-    assert roster.unready_stages(1.1 + STALE_AFTER) == [PREFILL], "silence is enough, without any event"
+    assert roster.unready_stages(1.1 + STALE_AFTER) == [PREFILL], "silence suffices; no event is needed"
 
 
 def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, make_report):
@@ -76,7 +78,7 @@ def test_another_incarnation_replaces_the_old_one_and_starts_empty(make_info, ma
     new = pool.join(make_info("d0", incarnation=2))
     assert list(pool) == [new]
     assert new.in_flight == 0
-    pool.release(old)  # the old one's request ends later and touches only the old one
+    pool.release(old)  # a request of the old incarnation ends later and changes only the old one
     assert (old.in_flight, new.in_flight) == (0, 0)
     pool.remove(old)
     assert list(pool) == [new]
@@ -91,12 +93,12 @@ def test_the_same_incarnation_that_joins_again_still_has_its_requests(make_info,
     assert len(pool) == 0
     back = pool.join(make_info("d0"))
     assert back is worker
-    assert not back.admissible(0.0), "must report first"
+    assert not back.admissible(0.0), "it must report first"
     pool.report(back, make_report(credits=1), 1.0)
     assert not back.admissible(1.0), "its only credit is in use"
 
 
-def test_room_counts_what_was_placed_since_the_report(make_info, make_report):
+def test_free_capacity_accounts_for_placements_since_the_report(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(used=90, total=100), 0.0)
@@ -138,7 +140,7 @@ def test_a_worker_of_another_model_is_refused_with_the_differing_fields(make_inf
     assert [w.id for w in roster.workers()] == ["d0"]
 
 
-def test_what_is_expected_holds_for_the_first_worker_too(make_info):
+def test_the_expected_identity_holds_for_the_first_worker_too(make_info):
     roster = Roster({"full_digest": "expected"})
     with pytest.raises(Incompatible, match="'expected'"):
         roster.join(make_info("d0"))
@@ -168,14 +170,14 @@ def test_a_refusal_closes_the_worker_and_its_load_counts_until_the_next_report(m
     pool.place(worker, 160)
     pool.refused(worker, make_report(used=95, total=100).load)
     assert not worker.admissible(0.0)
-    assert worker.has_room(80), "what was placed is in the load that it says it has"
+    assert worker.has_room(80), "the reported load includes earlier placements"
     assert not worker.has_room(81)
     pool.report(worker, make_report(used=0, total=100), 1.0)
     assert worker.admissible(1.0)
     assert worker.has_room(1600)
 
 
-def test_a_refusal_without_a_load_leaves_what_is_known(make_info, make_report):
+def test_a_refusal_without_a_load_keeps_the_known_load(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))
     pool.report(worker, make_report(used=90, total=100), 0.0)
@@ -185,7 +187,7 @@ def test_a_refusal_without_a_load_leaves_what_is_known(make_info, make_report):
     assert not worker.has_room(161)
 
 
-def test_hello_becomes_what_it_says():
+def test_a_hello_becomes_the_workers_description():
     kv = KvSpec(4, 2, 16, "float32", RopeSpec())
     hello = registry_pb2.Hello(
         worker_id="p0",
@@ -215,7 +217,7 @@ def test_hello_becomes_what_it_says():
         ({"startup_seconds": float("nan")}, "hello.startup_seconds"),
     ],
 )
-def test_a_hello_that_describes_no_worker_names_the_field(change, field):
+def test_an_invalid_hello_is_refused_by_field(change, field):
     kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
     good = {"worker_id": "p0", "stage": PREFILL, "address": "h:1", "kv": kv}
     with pytest.raises(InvalidRequest) as caught:
@@ -230,7 +232,7 @@ def test_the_keys_of_a_prefix_cache_are_mirrored(make_info, make_report):
         (registry_pb2.PrefixDelta(added=[1, 2], replaces=True), {1, 2}),
         (None, {1, 2}),
         (registry_pb2.PrefixDelta(added=[3], removed=[1]), {2, 3}),
-        (registry_pb2.PrefixDelta(added=[9], replaces=True), {9}),  # it has joined again
+        (registry_pb2.PrefixDelta(added=[9], replaces=True), {9}),  # the worker has joined again
     ):
         report = make_report()
         if delta is not None:

@@ -1,3 +1,5 @@
+"""Tests a request from its first attempt to its answer, with scripted workers that refuse, fail or vanish."""
+
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ LENGTH = common_pb2.FINISH_REASON_LENGTH
 
 @dataclass
 class FakeStream:
-    """A decode worker's side, played by the test."""
+    """The decode worker's end of a stream, which the test controls."""
 
     worker: str
     timeout: float | None
@@ -70,14 +72,14 @@ class FakeStream:
         return (await self.sent.get()).assign_prefill
 
     async def accept(self):
-        """Reserves, and returns Start and the assigned prefill worker's id."""
+        """Answers Reserved; returns Start and the id of the assigned prefill worker."""
         start = await self.start()
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=5))
         return start, (await self.assigned()).worker_id
 
 
 class Stack:
-    """Two decode and two prefill workers, and a request or more."""
+    """Two decode and two prefill workers, with one or more requests."""
 
     def __init__(self, roster, report):
         self.roster = roster
@@ -136,7 +138,7 @@ async def stack(add_worker, make_report):
 
 
 async def read_all(relay):
-    """Tokens with their first index, and the Finish."""
+    """Reads the answer to its end; returns batches of tokens with their first index, and the Finish."""
     batches = []
     while isinstance(event := await relay.next(), TokenBatch):
         batches.append((event.first_index, event.ids))
@@ -224,7 +226,7 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         await stack.stream()
         worker = stack.roster.decode.get(stream.worker)
         assert worker.report.load == load
-        assert worker.paused_until_report, "opens at its next report"
+        assert worker.paused_until_report, "the worker takes new requests after its next report"
 
 
 async def test_refusals_do_not_count_as_lost_workers(stack):
@@ -281,7 +283,7 @@ async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack)
         for attempt in range(3):
             stream = await stack.stream()
             await stream.accept()
-            if attempt < 2:  # what gets on is not given up
+            if attempt < 2:  # a request that makes progress is not given up
                 stream.tokens(attempt, 7)
             stream.fail(InternalError("bug"))
         with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last failure: bug"):
@@ -340,7 +342,7 @@ async def test_a_failed_prefill_is_tried_on_another_worker(stack, reason):
 
 @pytest.fixture
 def pass_time(monkeypatch):
-    """Sets the clock by which attempts measure forward, by seconds."""
+    """Returns a function that advances the attempts' clock by seconds."""
     passed = [0.0]
     monkeypatch.setattr(attempt, "_now", lambda: asyncio.get_running_loop().time() + passed[0])
 
@@ -391,7 +393,7 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
 
 
-async def test_the_decode_worker_knows_best_whose_kv_it_used(stack):
+async def test_the_prefill_worker_that_decode_names_is_recorded(stack):
     async with stack.request() as relay:
         stream = await stack.stream()
         await stream.accept()
@@ -413,7 +415,7 @@ async def test_prefill_that_keeps_failing_ends_the_request(stack):
             await relay.next()
 
 
-async def test_prefill_that_fits_nowhere_is_told_as_what_it_is(stack):
+async def test_prefill_that_fits_no_worker_is_reported_as_incompatible(stack):
     async with stack.request(max_attempts=1) as relay:
         stream = await stack.stream()
         await stream.accept()
@@ -500,7 +502,7 @@ async def test_a_reader_that_reads_nothing_does_not_hold_the_worker_up(stack):
         assert batches == [(0, list(range(1000)))]
 
 
-async def test_a_resubmitted_request_goes_on_behind_its_tokens(stack):
+async def test_a_resubmitted_request_continues_after_its_tokens(stack):
     async with stack.request(emitted=(7, 8)) as relay:
         stream = await stack.stream()
         start, _ = await stream.accept()

@@ -1,4 +1,4 @@
-"""The statistics of a router's last minute."""
+"""Tests the statistics of a router's last minute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from overfill.v1 import common_pb2, inference_pb2
 
 
 def finished(ttft, tokens=11, **parts):
-    """An answer with its timing in ms."""
+    """Makes an answer; its times are in ms."""
     times = {"ttft_ns": ttft, "total_ns": ttft + 1000} | {f"{name}_ns": value for name, value in parts.items()}
     timing = common_pb2.Timing(**{name: value * 10**6 for name, value in times.items()})
     return inference_pb2.Finished(timing=timing, usage=common_pb2.Usage(completion_tokens=tokens))

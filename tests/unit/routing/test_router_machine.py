@@ -1,8 +1,8 @@
-"""The router's requests as a state machine: workers fail, refuse, drain and come back, readers are slow or leave.
+"""A state machine of the router's requests: workers fail, refuse, drain and return; readers are slow or leave.
 
 Real ``Relay``, ``Attempt``, ``AsyncDispatcher`` and ``Dispatcher`` run on an event loop with a clock of its own; the
-decode workers are simulated. In the end every request is answered, to the last token, or has failed for a reason that
-it was given; no slot is taken, no stream is open, and no worker holds blocks.
+decode workers are simulated. At the end every request has all its tokens, or has failed for a reason that the test gave
+it. No slot is in use, no stream is open, and no worker holds blocks.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class ManualLoop(asyncio.SelectorEventLoop):
         return self.now
 
     def settle(self):
-        """Runs everything that need not wait for time to pass."""
+        """Runs the loop until only timers are left."""
         self.run_until_complete(self._rounds())
 
     async def _rounds(self):
@@ -60,7 +60,7 @@ class ManualLoop(asyncio.SelectorEventLoop):
 
 
 class Stream:
-    """One attempt on a played decode worker, which holds blocks from Reserved until the stream ends."""
+    """One attempt on a simulated decode worker, which holds blocks from Reserved until the stream ends."""
 
     def __init__(self, worker):
         self.worker = worker
@@ -89,7 +89,7 @@ class Stream:
         self._answers.put_nowait(decode_pb2.DecodeResponse(**message))
 
     def end(self, error):
-        """The stream breaks with ``error``; None ends it in silence."""
+        """Ends the stream with ``error``; None ends it without one."""
         self.ended = True
         self._answers.put_nowait(error)
 
@@ -99,7 +99,7 @@ class Stream:
 
 
 class Request:
-    """A request, what its answer has to be, and what was done to it."""
+    """A request, its expected answer, and the events that the test has caused."""
 
     def __init__(self, number, length, max_tokens, known, deadline):
         self.id = f"r{number}"
@@ -139,7 +139,7 @@ class Routing(RuleBasedStateMachine):
         return stream
 
     def act(self, function, *args, **kwargs):
-        """Calls ``function`` on the event loop, then lets everything follow from it."""
+        """Calls ``function`` on the event loop, then runs the loop until only timers are left."""
 
         async def call():
             return function(*args, **kwargs)
@@ -150,7 +150,7 @@ class Routing(RuleBasedStateMachine):
         return result
 
     def look(self):
-        """Notes how requests have ended whose reader was waiting for that."""
+        """Records the results of requests whose readers have finished."""
         for request in self.requests.values():
             if request.reading is not None and request.reading.done():
                 reading, request.reading = request.reading, None
@@ -200,7 +200,7 @@ class Routing(RuleBasedStateMachine):
     def begin(self):
         for name in ("d0", "d1", "p0"):
             self.act(lambda name=name: self.report(self.join(name, 0)))
-        for _ in range(2):  # start with running requests: the rules need many steps to get there
+        for _ in range(2):  # start with running requests, which the rules would need many steps to reach
             self.take(Request(next(self.numbers), 10, 12, 0, None), 20)
         self.advance_all(1)
         self.advance_all(1)
@@ -294,7 +294,7 @@ class Routing(RuleBasedStateMachine):
         open_ = [s for s in self.streams if s.start is not None and s.start.request_id == id and not s.closed]
         assert not open_, "the worker still computes for a client that has left"
 
-    # What decode workers say ---------------------------------------------------------------------------------------
+    # Messages of decode workers ---------------------------------------------------------------------------------------
 
     @rule(data=st.data())
     def one_advances(self, data):
@@ -381,7 +381,7 @@ class Routing(RuleBasedStateMachine):
                 self.requests[stream.start.request_id].failed_prefills += 1
             self.act(stream.say, need_prefill=NEED(reason=reason))
 
-    # What must always hold -----------------------------------------------------------------------------------------
+    # Invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
     def no_wrong_token_is_read(self):
@@ -399,7 +399,7 @@ class Routing(RuleBasedStateMachine):
             self.check_end(request)
 
     def check_end(self, request):
-        """An answer is whole; a failure has its cause."""
+        """Checks that an answer is complete, or that a failure has a cause that the test gave."""
         match request.end:
             case None:
                 return
@@ -414,7 +414,7 @@ class Routing(RuleBasedStateMachine):
             case error if "gave up after" in str(error) or "no prefill worker is compatible" in str(error):
                 assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
             case PromptTooLong():
-                pass  # the workers that could have held it have left
+                pass  # all workers large enough for it have left
             case error:
                 assert "worker has reported for" in str(error)
         streams = [s for s in self.streams if s.start is not None and s.start.request_id == request.id]

@@ -1,4 +1,4 @@
-"""The scaling policy: needs against hand-made arithmetic, and how targets follow them over time."""
+"""Tests the scaling policy: needs against arithmetic by hand, and how targets follow needs over time."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ CONFIG = ScalingConfig(ttft=2.0, itl=0.05, prefill_rate=1000.0, step=STEP, answe
 
 
 def play(scaler, seconds, rate, *, prompt=500, answer=100, start=0.0, pools=None, noise=None):
-    """Targets every second while ``rate`` requests/s come and end as they should; workers follow at once."""
+    """Returns the targets of every second at ``rate`` requests/s. Workers follow the targets at once."""
     pools = pools if pools is not None else [1, 1]
     history, now, arrival = [], start, start
     while now < start + seconds:
@@ -35,7 +35,7 @@ def play(scaler, seconds, rate, *, prompt=500, answer=100, start=0.0, pools=None
 
 def test_needs_follow_from_load_and_capacity():
     last = play(Scaler(CONFIG), 120, rate=20)[-1]
-    # 20 x 500 tokens/s at 1,000 tokens/s a worker: ten busy workers, and more than that so that none waits long.
+    # 20 x 500 tokens/s at 1,000 tokens/s a worker: ten busy workers, and some more so that no request waits long.
     assert last.prefill_pool.inputs["load"] == pytest.approx(10, rel=0.05)
     assert 10 < last.prefill_pool.need < 13
     # A step of 35 sequences takes 45 ms, nine tenths of the objective; 20 x 100 tokens/s x 45 ms = 90 at once.
@@ -81,7 +81,7 @@ def test_a_step_of_load_is_followed_within_the_short_window():
     reached = next(t.at for t in history if t.prefill >= settled.prefill and t.decode >= settled.decode)
     assert before.prefill < settled.prefill
     assert reached <= 120 + CONFIG.short_window + 1
-    assert all(t.prefill >= settled.prefill for t in history if t.at >= reached), "and it stays there"
+    assert all(t.prefill >= settled.prefill for t in history if t.at >= reached), "targets stay there"
 
 
 def test_a_pool_shrinks_only_after_the_stabilisation_window():
@@ -116,7 +116,7 @@ def test_a_queue_is_worked_off():
     assert grown.prefill_pool.reason == "queue to work off"
 
 
-def test_who_waits_for_decode_because_prefill_is_behind_is_prefill_s_to_answer_for():
+def test_requests_that_wait_for_decode_because_of_prefill_count_for_prefill():
     waiting = PoolState(ready=2, waiting_jobs=100, waiting_tokens=50_000)
     behind = PoolState(ready=2, waiting_jobs=20, waiting_tokens=10_000)
     blocked = Scaler(CONFIG).targets(0, behind, waiting)
@@ -126,7 +126,7 @@ def test_who_waits_for_decode_because_prefill_is_behind_is_prefill_s_to_answer_f
     assert (free.prefill, free.decode) == (2, 3)
 
 
-def test_sequences_that_are_there_count_before_any_has_finished():
+def test_running_sequences_count_before_any_has_finished():
     scaler = Scaler(CONFIG)
     scaler.arrived(0, 500)
     targets = scaler.targets(1, PoolState(ready=1), PoolState(ready=1, running=150, waiting_jobs=50))
@@ -168,7 +168,7 @@ def test_constant_load_settles(rate, prompt, answer):
     history = play(Scaler(CONFIG), 300, rate, prompt=prompt, answer=answer)
     late = [(t.prefill, t.decode) for t in history[150:]]
     # The prior of an answer's length fades for minutes: a need that nears a whole number may still pass it, once.
-    assert sum(a != b for a, b in itertools.pairwise(late)) <= 1, "constant load, and still it moves"
+    assert sum(a != b for a, b in itertools.pairwise(late)) <= 1, "targets move although the load is constant"
     prefill, decode = late[-1]
     assert prefill >= min(64, rate * prompt / CONFIG.prefill_rate * 0.95)
     assert decode >= min(64, rate * answer * STEP.seconds(35, 0) / 35 * 0.95)

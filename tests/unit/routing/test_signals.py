@@ -1,4 +1,4 @@
-"""Routers' numbers, and the scaler that they feed."""
+"""Tests the signals that routers collect, and how the scaler reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states,
 from overfill.v1 import common_pb2, inference_pb2
 
 
-class Heard:
+class RecordingScaler:
     """Records the calls to a scaler."""
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ def signals(roster):
     return Signals(roster, Dispatcher(roster, LeastLoad()))
 
 
-def test_a_reader_hears_of_every_request_once(signals):
-    heard = Heard()
+def test_a_reader_counts_every_request_once(signals):
+    heard = RecordingScaler()
     reader = SignalReader(heard, {})
     signals.arrived(100, 0.0)
     reader.read(0.0, {"r": signals.read(0.0)})
@@ -65,16 +65,16 @@ def test_a_reader_hears_of_every_request_once(signals):
     assert heard.prefilled_by == [(100.0, 0.5)]
 
 
-def test_the_past_of_a_router_that_is_new_to_the_reader_is_not_load_of_now(signals):
+def test_the_history_of_a_router_new_to_the_reader_does_not_count_as_load(signals):
     for _ in range(1000):
         signals.arrived(100, 0.0)
-    heard = Heard()
+    heard = RecordingScaler()
     SignalReader(heard, {}).read(0.0, {"r": signals.read(0.0)})
     assert heard.arrivals == []
 
 
-def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster):
-    heard = Heard()
+def test_a_router_that_replaces_another_starts_at_zero(signals, roster):
+    heard = RecordingScaler()
     reader = SignalReader(heard, {})
     signals.arrived(50, 0.0)
     reader.read(0.0, {"r1": signals.read(0.0)})
@@ -87,7 +87,7 @@ def test_a_router_that_takes_anothers_place_starts_from_nothing(signals, roster)
     assert set(reader.seen) == {"r2"}
 
 
-def test_what_the_prefix_cache_is_known_to_hold_is_no_work(signals):
+def test_tokens_known_to_be_cached_do_not_count_as_work(signals):
     for _ in range(500):
         signals.finished(finished(cached=80), 0.0)
     before = signals.read(0.0)["arrived_tokens"]
@@ -96,7 +96,7 @@ def test_what_the_prefix_cache_is_known_to_hold_is_no_work(signals):
     assert signals.read(0.0)["prefilled_tokens"] == 500 * 20
 
 
-def test_an_answer_of_one_token_says_nothing_of_steps(signals):
+def test_an_answer_of_one_token_gives_no_step_time(signals):
     signals.finished(finished(answer=1, decode=0), 0.0)
     assert signals.read(0.0)["timed"] == 0
 
@@ -118,7 +118,7 @@ def test_every_number_is_a_number(signals):
 
 
 @pytest.mark.parametrize(("values"), [[100] * 6, [10, 10, 10, 500, 500, 500], [1, 2, 3, 4, 5, 6, 7], [9]])
-def test_arrivals_told_together_keep_their_number_sum_and_spread(values):
+def test_arrivals_reported_together_keep_their_number_sum_and_spread(values):
     told = two_point_values(len(values), sum(values), sum(v * v for v in values))
     assert len(told) == len(values)
     assert sum(told) == pytest.approx(sum(values), rel=0.02)
@@ -133,10 +133,10 @@ def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monke
     monkeypatch.setattr(Pool, "__iter__", lambda self: pytest.fail("looked at every worker"))
     signals.arrived(100, 0.5)
     signals.finished(finished(decode=0.4), 0.9)
-    assert signals._counts["timed_batch"] == 10, "what it was when it was looked at last"
+    assert signals._counts["timed_batch"] == 10, "the value at the last reading"
 
 
-def test_a_batch_is_what_ran_all_along_and_not_at_the_end(signals, roster, add_worker, make_report):
+def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals, roster, add_worker, make_report):
     worker = add_worker(roster, "d", running=10)
     for second in range(11):
         signals.read(float(second))
@@ -145,5 +145,5 @@ def test_a_batch_is_what_ran_all_along_and_not_at_the_end(signals, roster, add_w
     assert signals.read(10.0)["timed_batch"] == pytest.approx(10)
     for second in range(11, 21):
         signals.read(float(second))
-    signals.finished(finished(decode=15.0), 20.0)  # five seconds with ten, ten seconds alone
+    signals.finished(finished(decode=15.0), 20.0)  # five seconds beside nine others, ten seconds alone
     assert signals.read(20.0)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15)

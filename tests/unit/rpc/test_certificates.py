@@ -1,6 +1,6 @@
-"""Who gets in with which certificate, and where it is refused: at the handshake, or before the first byte of a message.
+"""Tests which certificate is accepted where, and whether it is refused at the handshake or before the first message.
 
-Real servers on loopback with the gates of a router and of a worker, certificates as ``overfill certs`` makes them.
+Real servers on loopback use the access rules of a router and of a worker; certificates are those of ``overfill certs``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from overfill.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc, 
 Outcome = grpc.StatusCode | str
 
 
-class Everything(admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, inference_pb2_grpc.InferenceServicer):
-    """Says yes to whoever gets here."""
+class AnsweringService(
+    admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, inference_pb2_grpc.InferenceServicer
+):
+    """Answers every call that passes access control."""
 
     async def Status(self, request: admin_pb2.StatusRequest, context: object) -> admin_pb2.StatusResponse:
         return admin_pb2.StatusResponse()
@@ -48,7 +50,7 @@ class Everything(admin_pb2_grpc.AdminServicer, decode_pb2_grpc.DecodeServicer, i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates of a stack, those of another one in ``other``, and expired ones of this stack in ``expired``."""
+    """Certificates of a stack. ``other`` has those of another stack, ``expired`` has expired ones of this stack."""
     folder = tmp_path_factory.mktemp("certs")
     certificates.make(folder)
     certificates.make(folder / "other")
@@ -70,7 +72,7 @@ async def serve(folder: Path, role: Role, trusted: Path | None = None) -> tuple[
     files = certificates.role_files(folder, role)
     access = AccessPolicy(ROUTER_RPCS if role is Role.ROUTER else WORKER_RPCS)
     server = RpcServer(ServerTls(files.cert, files.key, trusted or files.ca), access=access)
-    servicer = Everything()
+    servicer = AnsweringService()
     server.add(admin_pb2_grpc.add_AdminServicer_to_server, servicer, "overfill.v1.Admin")
     server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, "overfill.v1.Decode")
     server.add(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, "overfill.v1.Inference")
@@ -92,13 +94,13 @@ async def worker(folder: Path) -> AsyncIterator[str]:
 
 
 async def outcome(address: str, tls: ClientTls | None, method: str) -> Outcome:
-    """The status of an empty call; "handshake" when the two ends never came to speak HTTP/2."""
+    """Makes an empty call; returns its status, or "handshake" if the connection failed before HTTP/2."""
     async with open_channel(address, tls) as channel:
         call = channel.unary_unary(method)(b"", timeout=20)  # type: ignore[type-var]
         try:
             await call
         except grpc.aio.AioRpcError as error:
-            # Nothing of ours has spoken: neither a status of the gate's nor one of a method.
+            # Neither access control nor a method has answered.
             at_handshake = error.code() is grpc.StatusCode.UNAVAILABLE
             return "handshake" if at_handshake else error.code()
         return grpc.StatusCode.OK
@@ -109,23 +111,23 @@ STATUS = "/overfill.v1.Admin/Status"
 OK, DENIED = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED
 
 
-async def test_a_worker_takes_its_peers_only(folder: Path, worker: str) -> None:
+async def test_a_worker_accepts_its_peers_only(folder: Path, worker: str) -> None:
     for role, expected in (
         (Role.ROUTER, OK),
         (Role.WORKER, OK),
-        (Role.SCRAPER, DENIED),  # of the stack, but not for this
+        (Role.SCRAPER, DENIED),  # certificates of the stack, for another use
         (Role.CLIENT, "handshake"),
         (Role.OPERATOR, "handshake"),
     ):
         assert await outcome(worker, client_tls(folder, role), DESCRIBE) == expected, role
-    assert await outcome(worker, client_tls(folder, Role.WORKER), STATUS) == DENIED, "status is for routers"
+    assert await outcome(worker, client_tls(folder, Role.WORKER), STATUS) == DENIED, "Status is for routers only"
 
 
-async def test_a_router_takes_clients_and_not_workers_for_clients(folder: Path, router: str) -> None:
+async def test_a_router_accepts_clients_and_refuses_workers_as_clients(folder: Path, router: str) -> None:
     for role, expected in ((Role.CLIENT, OK), (Role.OPERATOR, OK), (Role.WORKER, DENIED), (Role.SCRAPER, DENIED)):
         assert await outcome(router, client_tls(folder, role), MODELS) == expected, role
     assert await outcome(router, client_tls(folder, Role.CLIENT), "/overfill.v1.Registry/Join") == (
-        grpc.StatusCode.UNIMPLEMENTED  # this server has none; test_mutual_tls_on_a_stack asks one that has
+        grpc.StatusCode.UNIMPLEMENTED  # this server has no Registry; `test_roles_on_a_whole_stack` asks one that has
     )
 
 
@@ -146,9 +148,9 @@ async def test_strangers_do_not_get_past_the_handshake(folder: Path, worker: str
 
 
 async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None:
-    """Nor an expired worker's: a router that connects to such a server ends the handshake."""
+    """A router also ends the handshake with a server that shows a worker's expired certificate."""
     impostors = {
-        # Even if routers trusted the authority of clients for servers, which they do: `ca.crt` holds both.
+        # This must hold although routers trust the clients' authority too, because `ca.crt` holds both authorities.
         "client": certificates.role_files(folder, Role.CLIENT),
         "expired": certificates.role_files(folder / "expired", Role.WORKER),
         "other": certificates.role_files(folder / "other", Role.WORKER),
@@ -159,13 +161,13 @@ async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None
         )
         address = await server.start("127.0.0.1:0")
         tls = client_tls(folder, Role.ROUTER)
-        # Without a name to check: the certificate itself has to be the reason.
+        # No name is checked, so that the certificate itself is the reason.
         assert await outcome(address, tls, "/grpc.health.v1.Health/Check") == "handshake", what
         await server.stop()
 
 
-async def test_a_client_s_certificate_is_refused_for_what_it_is_not_for(folder: Path) -> None:
-    """The reason is the certificate's use, not its name: with the right names it is refused all the same."""
+async def test_a_client_s_certificate_as_a_server_s_is_refused_for_its_use(folder: Path) -> None:
+    """With the right names it is refused too, because its extended key usage does not include servers."""
     peers = certificates._authority(folder, certificates.CLIENTS_CA)
     key, cert = folder / "named.key", folder / "named.crt"
     made = certificates._SERVERS
@@ -187,7 +189,7 @@ async def test_a_client_s_certificate_is_refused_for_what_it_is_not_for(folder: 
 
 
 def _without_server_use(folder: Path, issuer: certificates.Authority) -> tuple[Path, Path]:
-    """A client's certificate with a server's names."""
+    """Makes a client's certificate that has a server's names."""
     key = certificates.ec.generate_private_key(certificates.ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
     builder = certificates._builder(name, issuer.certificate.subject, key, 1)
@@ -244,15 +246,15 @@ async def test_certificates_are_replaced_under_running_servers_and_channels(tmp_
         await stub.Describe(decode_pb2.DescribeDecodeRequest())  # over a new connection
         server.set_ready(True)
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING  # still over the old one
-        (tmp_path / "router.crt").write_bytes((tmp_path / "worker.crt").read_bytes())  # half of a pair
+        (tmp_path / "router.crt").write_bytes((tmp_path / "worker.crt").read_bytes())  # a certificate without its key
         (tmp_path / "worker.key").unlink()
         await stub.Describe(decode_pb2.DescribeDecodeRequest())
         watching.cancel()
     await server.stop()
 
 
-async def test_what_is_revoked_by_a_new_authority_does_not_come_back(tmp_path: Path, at_once: None) -> None:
-    """A server that has a new authority refuses the old certificates, and its clients follow theirs."""
+async def test_certificates_revoked_by_a_new_authority_stay_revoked(tmp_path: Path, at_once: None) -> None:
+    """A server with a new authority refuses the old certificates; its clients load their new ones."""
     certificates.make(tmp_path)
     server, address = await serve(tmp_path, Role.WORKER)
     old = client_tls(tmp_path, Role.ROUTER)
@@ -273,7 +275,7 @@ async def test_what_is_revoked_by_a_new_authority_does_not_come_back(tmp_path: P
     await server.stop()
 
 
-def test_threads_follow_too(tmp_path: Path, at_once: None) -> None:
+def test_blocking_channels_follow_replaced_certificates(tmp_path: Path, at_once: None) -> None:
     certificates.make(tmp_path)
 
     async def serving(started: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -308,7 +310,7 @@ def test_threads_follow_too(tmp_path: Path, at_once: None) -> None:
 
 
 async def _serial(address: str, folder: Path) -> int:
-    """Of the certificate that the server at ``address`` shows now."""
+    """Returns the serial number of the certificate that the server at ``address`` shows now."""
     import ssl
 
     files = certificates.role_files(folder, Role.ROUTER)

@@ -1,4 +1,4 @@
-"""A peer that is frozen, neither answering nor closing its connection, ends the calls to and from it."""
+"""Tests that calls to and from a frozen peer end, although it neither answers nor closes its connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from overfill.rpc.constants import KEEPALIVE_MIN_INTERVAL, KEEPALIVE_TIME, KEEPA
 from overfill.rpc.server import RpcServer
 from overfill.rpc.status import from_rpc_error
 
-# Far more than keepalive takes, and less than the minute that gRPC waits when it is set up wrongly.
+# Seconds: far more than keepalive needs, but less than the minute that gRPC waits with wrong settings.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(45)]
 
 SERVER = """
@@ -83,7 +83,7 @@ async def test_a_server_that_is_only_starved_keeps_its_calls() -> None:
             await watch.read()
             reading = asyncio.ensure_future(watch.read())
             os.kill(process.pid, signal.SIGSTOP)
-            # Without an answer to its ping for 5 s, which a machine with too much to do may take.
+            # An overloaded machine may leave a ping unanswered for 5 s.
             await asyncio.sleep(KEEPALIVE_TIME + 5)
             os.kill(process.pid, signal.SIGCONT)
             await stub.Check(health_pb2.HealthCheckRequest())

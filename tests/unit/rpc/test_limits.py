@@ -1,4 +1,4 @@
-"""What one caller may cost a server: connections, handshakes, messages that do not come."""
+"""Tests the limits of what one caller may cost a server: connections, handshakes, missing messages, sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def serving() -> tuple[RpcServer, str]:
     return server, address
 
 
-async def test_a_call_whose_message_never_comes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_whose_message_never_arrives_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interceptors, "FIRST_MESSAGE_TIMEOUT", 0.2)
     server, address = await serving()
     async with open_channel(address) as channel:
@@ -45,7 +45,7 @@ async def test_a_call_whose_message_never_comes_ends(monkeypatch: pytest.MonkeyP
     await server.stop()
 
 
-async def test_metadata_and_messages_have_a_size() -> None:
+async def test_metadata_and_messages_are_limited_in_size() -> None:
     server, address = await serving()
     async with open_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -60,7 +60,7 @@ async def test_metadata_and_messages_have_a_size() -> None:
 
 
 async def closed(reader: asyncio.StreamReader, seconds: float) -> bool:
-    """Whether the server ends the connection within ``seconds``; what it says first does not count."""
+    """True if the server ends the connection within ``seconds``; data that it sends first is ignored."""
     with contextlib.suppress(ConnectionError):
         async with asyncio.timeout(seconds):
             try:
@@ -71,7 +71,7 @@ async def closed(reader: asyncio.StreamReader, seconds: float) -> bool:
     return True
 
 
-async def test_half_of_a_handshake_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unfinished_handshake_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "HANDSHAKE_TIMEOUT", 0.5)
     server, address = await serving()
     host, _, port = address.rpartition(":")
@@ -83,7 +83,7 @@ async def test_half_of_a_handshake_does_not_stay(monkeypatch: pytest.MonkeyPatch
     await server.stop()
 
 
-async def test_a_server_keeps_a_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_limits_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "MAX_CONNECTIONS", 3)
     server, address = await serving()
     async with contextlib.AsyncExitStack() as stack:
@@ -97,7 +97,7 @@ async def test_a_server_keeps_a_number_of_connections(monkeypatch: pytest.Monkey
     await server.stop()
 
 
-def test_metrics_keep_a_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_server_limits_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_http, "MAX_CONNECTIONS", 4)
     server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
     host, _, port = server.address.rpartition(":")
@@ -107,7 +107,7 @@ def test_metrics_keep_a_number_of_connections(monkeypatch: pytest.MonkeyPatch) -
             assert held[-1].recv(10) == b"", "one too many"
             for connection in held:
                 connection.close()
-            for _ in range(100):  # until their threads have noticed
+            for _ in range(100):  # until their threads have noticed the close
                 with (
                     contextlib.suppress(OSError),
                     urllib.request.urlopen(f"http://{server.address}/metrics", timeout=5) as it,

@@ -1,4 +1,4 @@
-"""A worker's membership against registries that the test plays, on loopback."""
+"""Tests a worker's membership against scripted registries on loopback."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -18,7 +18,7 @@ SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):
-    """Records what workers say; ``outbox`` goes to them; ``error`` refuses them."""
+    """Records messages of workers, sends those in ``outbox``, and refuses workers with ``errors``."""
 
     def __init__(self):
         self.hellos = asyncio.Queue()
@@ -111,7 +111,7 @@ async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypa
         await router.report_with(2)
 
 
-async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkeypatch):
+async def test_changes_that_can_wait_are_reported_together_or_with_urgent_ones(monkeypatch):
     monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 3600.0)
     monkeypatch.setattr(membership_module, "REPORT_GAP", 0.0)
     monkeypatch.setattr(membership_module, "DEBOUNCE_GAP", 3600.0)
@@ -132,7 +132,7 @@ async def test_changes_that_can_wait_travel_together_and_with_what_cannot(monkey
         await router.report_with(9)
 
 
-async def test_credits_are_divided_among_the_routers_that_are_there():
+async def test_credits_are_divided_among_joined_routers():
     async with registry() as (first, one), registry() as (second, two), member(one, two):
         await first.report_with(6)
         await second.report_with(6)
@@ -178,7 +178,7 @@ async def test_credits_that_one_router_does_not_use_go_to_one_that_queues():
         await first.report_with(6)
 
 
-async def test_a_refusal_for_good_is_told_and_not_repeated():
+async def test_a_final_refusal_is_reported_and_not_retried():
     refusals = asyncio.Queue()
     async with registry() as (router, address):
         router.errors.append(Incompatible("wire version 1, not 2", ["wire_version"]))
@@ -230,7 +230,7 @@ async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
 
 
 class Name:
-    """A name of routers; ``addresses`` is what it lists."""
+    """A DNS name of routers that resolves to ``addresses``."""
 
     def __init__(self, monkeypatch, *addresses):
         self.addresses = set(addresses)
@@ -242,14 +242,14 @@ class Name:
         return set(self.addresses)
 
     async def looked_up(self, times=4):
-        """Returns when it was looked up so many times, and what was found has been acted on."""
+        """Waits for the given number of look-ups, and until the membership has acted on their results."""
         for _ in range(times):
             self._looked.clear()
             await self._looked.wait()
 
 
 @pytest.mark.parametrize("answer", ["empty", "partial"])
-async def test_an_answer_without_them_leaves_joined_routers_alone(monkeypatch, answer):
+async def test_joined_routers_stay_when_a_look_up_omits_them(monkeypatch, answer):
     monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
     async with registry() as (first, one), registry() as (second, two):
         name = Name(monkeypatch, one, two)
@@ -262,7 +262,7 @@ async def test_an_answer_without_them_leaves_joined_routers_alone(monkeypatch, a
             name.addresses = {one, two}
             await name.looked_up()
             assert worker.num_joined == 2
-            assert (first.hellos.qsize(), second.hellos.qsize()) == (1, 1), "the streams are the first ones"
+            assert (first.hellos.qsize(), second.hellos.qsize()) == (1, 1), "no stream was opened anew"
             worker.notify()
             assert (await first.reports.get()).credits == 6
 
@@ -289,7 +289,7 @@ async def test_a_router_that_is_neither_listed_nor_joined_is_left_until_it_is_li
             await first.report_with(6)
 
 
-async def test_a_worker_is_told_when_only_routers_that_refuse_it_are_left(monkeypatch):
+async def test_a_refusal_is_reported_when_no_other_router_is_left(monkeypatch):
     refusals = asyncio.Queue()
     async with registry() as (first, one), registry() as (second, two):
         name = Name(monkeypatch, one, two)
@@ -355,7 +355,7 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
         assert await asked.get() == ("router-0.internal:7600", told)
 
 
-async def test_a_name_does_not_take_away_an_address_that_was_given_itself(monkeypatch):
+async def test_an_address_that_was_given_itself_stays_when_a_name_omits_it(monkeypatch):
     async with registry() as (router, address):
         answers, lookups = [{address}], asyncio.Queue()
 
@@ -385,7 +385,7 @@ async def test_a_fault_of_its_own_does_not_end_a_worker_s_attempts_to_join():
         assert router.hellos.qsize() == 3
 
 
-async def test_a_name_that_cannot_be_resolved_keeps_the_streams_there_are(monkeypatch):
+async def test_streams_stay_while_a_name_cannot_be_resolved(monkeypatch):
     async with registry() as (router, address):
         failures = asyncio.Queue()
         answers = [{address}]
@@ -416,7 +416,7 @@ async def test_a_worker_that_stops_leaves():
         assert worker.num_joined == 0
 
 
-async def test_every_router_is_told_what_the_prefix_cache_holds_and_then_what_changes(monkeypatch):
+async def test_every_router_gets_the_prefix_cache_s_keys_and_then_changes(monkeypatch):
     monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
     journal = KeyJournal()
     journal.add(1)
@@ -434,7 +434,7 @@ async def test_every_router_is_told_what_the_prefix_cache_holds_and_then_what_ch
         assert list(report.prefix.added) == [2]
 
 
-async def test_other_kinds_of_name_can_be_taught(monkeypatch):
+async def test_resolvers_for_other_kinds_of_name_can_be_added(monkeypatch):
     async with registry() as (router, address):
 
         async def look_up(name):
@@ -461,6 +461,6 @@ async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):
             await router.reports.get()
 
 
-def test_a_kind_of_name_that_nobody_can_look_up_is_told_at_once():
+def test_a_name_of_an_unknown_kind_is_refused_at_once():
     with pytest.raises(ValueError, match=r"board:///stack.*known schemes are dns"):
         Membership(registry_pb2.Hello(), ["board:///stack"], lambda routers: registry_pb2.Report())

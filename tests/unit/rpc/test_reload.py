@@ -1,4 +1,4 @@
-"""A value that follows the files it is read from."""
+"""Tests a value that is read again when its files change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real server and channel on loopback."""
+"""Tests a server and a channel on loopback: errors, health, limits, and the end of running calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Message = common_pb2.ModelIdentity
 
 
 class Echo:
-    """Answers with the request's name; "fail" raises, "hang" waits for ever."""
+    """Answers with the request's name; "fail" raises an error, "hang" waits for ever."""
 
     def __init__(self) -> None:
         self.hanging = asyncio.Event()
@@ -113,7 +113,7 @@ async def channel(server: RpcServer) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def call(channel: grpc.aio.Channel, kind: str, *requests: Message | bytes) -> list[Message]:
-    """Sends messages, or bytes as they are, and gathers what comes back."""
+    """Sends messages, or raw bytes; returns all responses."""
 
     def serialize(message: Message | bytes) -> bytes:
         return message if isinstance(message, bytes) else message.SerializeToString()
@@ -149,18 +149,18 @@ async def test_bugs_do_not_leak_and_leave_the_server_serving(channel: grpc.aio.C
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_bytes_that_are_no_message_are_the_senders_fault(channel: grpc.aio.Channel, kind: str) -> None:
+async def test_bytes_that_are_not_a_message_are_the_senders_fault(channel: grpc.aio.Channel, kind: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="not a valid message"):
         await call(channel, kind, BAD_UTF8)
 
 
 @pytest.mark.parametrize("kind", ["stream_unary", "stream_stream"])
-async def test_a_later_bad_message_of_a_stream_too(channel: grpc.aio.Channel, kind: str) -> None:
+async def test_a_later_invalid_message_of_a_stream_is_the_senders_fault(channel: grpc.aio.Channel, kind: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="not a valid message"):
         await call(channel, kind, Message(name="a"), BAD_UTF8)
 
 
-async def test_an_abort_by_the_servicer_stays_what_it_is(
+async def test_an_abort_by_the_servicer_keeps_its_status(
     channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
 ) -> None:
     method = channel.unary_unary(f"/{SERVICE}/unary_unary", Message.SerializeToString, Message.FromString)
@@ -202,7 +202,7 @@ async def test_health_follows_set_ready(server: RpcServer, channel: grpc.aio.Cha
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_every_health_watcher_is_told_and_none_delays_a_stop(
+async def test_every_health_watcher_is_notified_and_none_delays_a_stop(
     server: RpcServer, channel: grpc.aio.Channel
 ) -> None:
     stub = health_pb2_grpc.HealthStub(channel)
@@ -212,7 +212,7 @@ async def test_every_health_watcher_is_told_and_none_delays_a_stop(
     leaver.cancel()
     server.set_ready(True)
     assert (await stayer.read()).status == response.SERVING
-    await server.stop(grace=3600)  # the test's own limit is shorter
+    await server.stop(grace=3600)  # the test waits for less than that
     assert (await stayer.read()).status == response.NOT_SERVING
     assert await stayer.read() is grpc.aio.EOF
 

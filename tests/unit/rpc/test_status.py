@@ -1,3 +1,5 @@
+"""Tests that errors survive gRPC with their class, message and fields."""
+
 from __future__ import annotations
 
 import asyncio
@@ -33,7 +35,7 @@ ERRORS = [
 
 
 class FakeRpcError(grpc.RpcError):
-    """As a client sees a status."""
+    """A gRPC status as the client receives it."""
 
     def __init__(self, code: grpc.StatusCode, details: str = "", trailers: object = ()) -> None:
         self._parts = code, details, trailers
@@ -69,7 +71,7 @@ def test_every_error_class_is_covered() -> None:
     assert {type(e) for e in ERRORS} == defined - {errors.Unreachable}
 
 
-def test_that_a_worker_cannot_be_reached_is_not_told_of_the_router() -> None:
+def test_an_unreachable_worker_does_not_make_the_router_look_unreachable() -> None:
     assert type(over_the_wire(errors.Unreachable("10.0.0.1:7: nothing listens there"))) is errors.Unavailable
 
 
@@ -166,7 +168,7 @@ def test_statuses_that_grpc_made_up_name_the_peer(
         ("last error: INTERNAL: ipv4:10.0.0.1:7 (Trying to connect an http1.x server (HTTP status 400))", "gRPC port"),
     ],
 )
-def test_a_connection_that_never_came_to_be_is_told_plainly(details: str, says: str) -> None:
+def test_a_failed_connection_has_a_plain_message(details: str, says: str) -> None:
     message = f"failed to connect to all addresses; {details}"
     received = from_rpc_error(FakeRpcError(grpc.StatusCode.UNAVAILABLE, message), peer="10.0.0.1:7")
     assert says in str(received)

@@ -1,3 +1,5 @@
+"""Tests that faults in TLS files are named."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TLS and mutual TLS between a real server and channel, with certificates made by the openssl program."""
+"""Tests TLS and mutual TLS between a server and a channel, with certificates made by the openssl program."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def address(certificates: Path, mutual: bool) -> AsyncIterator[str]:
 
 
 async def check(address: str, tls: ClientTls | None) -> None:
-    """Raises Unavailable when the two ends do not trust each other."""
+    """Makes a health check; raises Unavailable if the two ends do not trust each other."""
     async with open_channel(address, tls) as channel:
         try:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -97,9 +97,9 @@ async def test_a_server_of_an_unknown_ca_or_a_client_in_the_clear_is_refused(cer
         await check(address, None)
 
 
-async def test_the_name_that_a_certificate_must_bear_can_be_told(certificates: Path, address: str) -> None:
+async def test_the_name_that_a_certificate_must_have_can_be_set(certificates: Path, address: str) -> None:
     _, _, port = address.rpartition(":")
-    # In a cluster the name is the certificate's and the address anybody's; here the certificate is for an address.
+    # In a cluster certificates have names and addresses are arbitrary; here the certificate has an address.
     for name, right in (("", False), ("127.0.0.1", True), ("other.internal", False)):
         tls = ClientTls(certificates / "ca.pem", certificates / "client.pem", certificates / "client.key", name)
         if right:

@@ -1,4 +1,4 @@
-"""What a worker tells others about itself."""
+"""Tests what a worker announces about itself: its address, and how long its process took to start."""
 
 import time
 

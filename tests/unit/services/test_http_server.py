@@ -1,4 +1,4 @@
-"""The HTTP server's limits: clients that send too much, too early or too slowly."""
+"""Tests the HTTP server's limits with clients that send too much, too early or too slowly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class App:
-    """Refuses everything without reading it; ``GET`` begins an answer and waits for ``finish`` in between."""
+    """Refuses every request without reading its body. ``GET`` starts an answer and waits for ``finish`` within it."""
 
     def __init__(self) -> None:
         self.begun, self.finish = asyncio.Event(), asyncio.Event()

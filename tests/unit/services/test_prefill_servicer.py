@@ -1,4 +1,4 @@
-"""A lease ends only when nothing reads its blocks; a full worker says so."""
+"""Tests that a lease ends only when no stream reads its blocks, and that a full worker refuses requests."""
 
 import asyncio
 import threading
@@ -101,8 +101,8 @@ async def test_blocks_are_released_after_the_last_read(bench):
     lease = computed(bench.servicer)
     reader = pull(bench.servicer, 0)
     await asyncio.to_thread(bench.cache.reading.wait, 5)
-    reader.cancel()  # as gRPC does when the peer has gone
-    bench.servicer._end(lease)  # which cancels it again
+    reader.cancel()  # as gRPC does when the peer disconnects
+    bench.servicer._end(lease)  # which cancels the lease again
     late = pull(bench.servicer, 1)  # a stream that was still connecting
     with pytest.raises(TransferFailed, match="has ended"):
         await late

@@ -1,4 +1,4 @@
-"""Prompts are hashed for the prefix cache before the engine sees them, on neither its thread nor the event loop's."""
+"""Tests that prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
 
 import asyncio
 import itertools
@@ -38,7 +38,7 @@ KV = KvSpec(2, 1, 4, "float32", RopeSpec())
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """The threads on which hashes were computed."""
+    """Records the threads on which hashes are computed."""
     threads, original = [], keys._hash64
 
     def spy(data):
@@ -91,7 +91,7 @@ def test_a_decode_engine_hashes_nothing_and_shares_a_long_prompt_in_parts(prefix
 
 
 async def begun(responses, sent):
-    """Reads until something was sent to the engine, then hangs up."""
+    """Reads until a message was sent to the engine, then closes the call."""
     reading, waiting = asyncio.ensure_future(anext(responses)), asyncio.ensure_future(sent.wait())
     await asyncio.wait([reading, waiting], timeout=10, return_when=asyncio.FIRST_COMPLETED)
     if not sent.is_set():
@@ -103,7 +103,7 @@ async def begun(responses, sent):
 
 
 def new_engine(kind):
-    """Takes messages for an engine; keeps the sequence of the first ``kind``."""
+    """Makes a stand-in engine that keeps the sequence of the first message of ``kind``."""
     sent, found = asyncio.Event(), []
 
     def send(message):

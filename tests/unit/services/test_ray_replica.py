@@ -1,4 +1,4 @@
-"""Replicas of Ray Serve: start, health and drain of their service."""
+"""Tests Ray Serve's replicas: start, health and drain of their service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a router sends its demand to workers that it shares with other routers."""
+"""Tests when a router sends its demand to workers: only to shared ones, and only when it changes."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -37,7 +37,7 @@ class Connector:
 
 
 class Stream:
-    """A worker's Join, which the test plays."""
+    """A worker's Join stream, which the test controls."""
 
     def __init__(self):
         self.said = asyncio.Queue()
@@ -80,7 +80,7 @@ def no_gap(monkeypatch):
     monkeypatch.setattr(registry_module, "DEMAND_GAP", 0.0)
 
 
-async def test_a_worker_of_one_router_is_told_nothing_and_costs_nothing():
+async def test_a_worker_of_one_router_is_sent_no_demand_and_costs_nothing():
     async with joined() as (dispatcher, stream):
         stream.report(routers=1)
         await settled()
@@ -91,7 +91,7 @@ async def test_a_worker_of_one_router_is_told_nothing_and_costs_nothing():
         waiting.cancel()
 
 
-async def test_a_shared_worker_is_told_what_changes_and_costs_nothing_while_nothing_does():
+async def test_a_shared_worker_is_sent_changes_of_demand_and_costs_nothing_between_them():
     async with joined() as (dispatcher, stream):
         stream.report(routers=2)
         assert (await stream.heard.get()).demand == registry_pb2.Demand()

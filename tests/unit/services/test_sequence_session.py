@@ -1,4 +1,4 @@
-"""One attempt as an actor: its messages to the engine, for every order of events."""
+"""Tests the messages that a session of one attempt sends to the engine, for different orders of events."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ from services.decode.sequence_session import Outbox, PullEnded, SequenceSession
 
 
 class Pull:
-    """A pull that ends when the test says so, and holds its blocks for a while after it is cancelled."""
+    """A pull that the test ends; after a cancellation it holds its blocks for a while."""
 
     codec = common_pb2.KV_CODEC_RAW
 
@@ -36,7 +36,7 @@ class Pull:
             self.running = False
 
 
-class Bench:
+class SessionHarness:
     """A session with a real engine core and a scripted handoff."""
 
     def __init__(self):
@@ -81,96 +81,96 @@ async def settle():
 
 
 @pytest.fixture
-async def bench():
-    bench = Bench()
-    bench.task = asyncio.ensure_future(bench.session.run())
+async def harness():
+    harness = SessionHarness()
+    harness.task = asyncio.ensure_future(harness.session.run())
     await settle()
-    yield bench
-    for pull in bench.pulls:
+    yield harness
+    for pull in harness.pulls:
         pull.let_go.set()
-    bench.task.cancel()
-    await asyncio.wait([bench.task])
-    assert bench.pool.num_used == 0
-    bench.pool.check_integrity()
+    harness.task.cancel()
+    await asyncio.wait([harness.task])
+    assert harness.pool.num_used == 0
+    harness.pool.check_integrity()
 
 
-async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(bench):
-    bench.assign()
+async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(harness):
+    harness.assign()
     await settle()
-    sequence = bench.session.sequence
-    sequence.state = DecodeState.YIELDING  # as the engine does when it picks a victim
+    sequence = harness.session.sequence
+    sequence.state = DecodeState.YIELDING  # the engine does this when it preempts a sequence
     # The pull has finished already when the session hears of the preemption.
-    bench.session.inbox.put_nowait(Preempted("s"))
-    bench.session.inbox.put_nowait(PullEnded(1, "p", None))
-    bench.pulls[0].let_go.set()
+    harness.session.inbox.put_nowait(Preempted("s"))
+    harness.session.inbox.put_nowait(PullEnded(1, "p", None))
+    harness.pulls[0].let_go.set()
     await settle()
-    assert isinstance(bench.sent[-1], Yielded)
-    bench.engine.step()  # gives it new blocks
+    assert isinstance(harness.sent[-1], Yielded)
+    harness.engine.step()  # the engine gives it new blocks
     await settle()
-    assert sequence.state is DecodeState.RECEIVING, "new blocks hold nothing yet"
+    assert sequence.state is DecodeState.RECEIVING, "new blocks hold no KV yet"
     assert sequence.computed == 0
 
 
-async def test_a_failed_pull_that_was_given_up_asks_for_nothing(bench):
-    bench.assign()
+async def test_a_failed_pull_that_was_given_up_asks_for_nothing(harness):
+    harness.assign()
     await settle()
-    bench.session.sequence.state = DecodeState.YIELDING
-    bench.session.inbox.put_nowait(Preempted("s"))
-    bench.session.inbox.put_nowait(PullEnded(1, "p", Unavailable("gone")))
-    bench.pulls[0].let_go.set()
+    harness.session.sequence.state = DecodeState.YIELDING
+    harness.session.inbox.put_nowait(Preempted("s"))
+    harness.session.inbox.put_nowait(PullEnded(1, "p", Unavailable("gone")))
+    harness.pulls[0].let_go.set()
     await settle()
-    kinds = [response.WhichOneof("message") for response in bench.session.outbox._items]
+    kinds = [response.WhichOneof("message") for response in harness.session.outbox._items]
     assert kinds == ["reserved"]
 
 
-async def test_blocks_are_given_up_only_when_the_pull_has_let_go_of_them(bench):
-    bench.assign()
+async def test_blocks_are_given_up_only_when_the_pull_has_let_go_of_them(harness):
+    harness.assign()
     await settle()
-    bench.session.sequence.state = DecodeState.YIELDING
-    bench.session.inbox.put_nowait(Preempted("s"))
+    harness.session.sequence.state = DecodeState.YIELDING
+    harness.session.inbox.put_nowait(Preempted("s"))
     await settle()
-    assert bench.pulls[0].running
-    assert not any(isinstance(m, Yielded) for m in bench.sent)
-    bench.pulls[0].let_go.set()
+    assert harness.pulls[0].running
+    assert not any(isinstance(m, Yielded) for m in harness.sent)
+    harness.pulls[0].let_go.set()
     await settle()
-    assert isinstance(bench.sent[-1], Yielded)
+    assert isinstance(harness.sent[-1], Yielded)
 
 
-async def test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets(bench):
-    bench.assign()
+async def test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets(harness):
+    harness.assign()
     await settle()
     for _ in range(2):
-        bench.task.cancel()
+        harness.task.cancel()
         await settle()
-    assert bench.pulls[0].running
-    assert not any(isinstance(m, Release) for m in bench.sent)
-    bench.pulls[0].let_go.set()
-    await asyncio.wait([bench.task])
-    assert isinstance(bench.sent[-1], Release)
+    assert harness.pulls[0].running
+    assert not any(isinstance(m, Release) for m in harness.sent)
+    harness.pulls[0].let_go.set()
+    await asyncio.wait([harness.task])
+    assert isinstance(harness.sent[-1], Release)
 
 
-async def test_an_assignment_that_nobody_asked_for_is_ignored(bench):
-    bench.assign()
+async def test_an_unrequested_assignment_is_ignored(harness):
+    harness.assign()
     await settle()
-    bench.pulls[0].let_go.set()
-    bench.pulls[0].done.set()
+    harness.pulls[0].let_go.set()
+    harness.pulls[0].done.set()
     await settle()
-    bench.assign()
+    harness.assign()
     await settle()
-    assert len(bench.pulls) == 1
+    assert len(harness.pulls) == 1
 
 
 async def test_a_refusal_carries_the_load():
-    bench = Bench()
-    bench.pool.acquire("other", 8)
-    bench.session._load = lambda: decode_pb2.WorkerLoad(kv_blocks_used=8)
-    await bench.session.run()
-    (response,) = [response async for response in bench.session.outbox]
+    harness = SessionHarness()
+    harness.pool.acquire("other", 8)
+    harness.session._load = lambda: decode_pb2.WorkerLoad(kv_blocks_used=8)
+    await harness.session.run()
+    (response,) = [response async for response in harness.session.outbox]
     assert response.refused.load.kv_blocks_used == 8
-    assert isinstance(bench.sent[0], Reserve)
+    assert isinstance(harness.sent[0], Reserve)
 
 
-async def test_tokens_that_nobody_reads_become_one_message():
+async def test_unread_tokens_merge_into_one_message():
     outbox = Outbox()
     for index in range(1000):
         outbox.put(decode_pb2.DecodeResponse(tokens=decode_pb2.Tokens(first_index=index, ids=[index])))

@@ -1,4 +1,4 @@
-"""Each request reaches the workers with the cache namespace of its own API key."""
+"""Tests that each request reaches workers with the cache namespace of its own API key."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -11,8 +11,8 @@ from overfill.rpc.server import RpcServer
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 
 
-class Telling(inference_pb2_grpc.InferenceServicer):
-    """Says which namespace it sees, once all RPCs are there."""
+class NamespaceService(inference_pb2_grpc.InferenceServicer):
+    """Waits until all RPCs have arrived, then answers each with its namespace."""
 
     def __init__(self, calls):
         self._barrier = asyncio.Barrier(calls)
@@ -25,7 +25,7 @@ class Telling(inference_pb2_grpc.InferenceServicer):
 async def namespaces(shown, access):
     server = RpcServer(None, access=access)
     name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-    server.add(inference_pb2_grpc.add_InferenceServicer_to_server, Telling(len(shown)), name)
+    server.add(inference_pb2_grpc.add_InferenceServicer_to_server, NamespaceService(len(shown)), name)
     address = await server.start("127.0.0.1:0")
     try:
         async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Settings of the services: flags, variables, refusals, and the way back to flags."""
+"""Tests the services' settings: flags, variables, refusals, and their conversion back to flags."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_full_batch_leaves_room_for_other_calls(kind: type[PrefillConfig] | ty
         assert config.max_rpcs >= sequences * (1 + widest) + 100
 
 
-def test_variables_count_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_PAIR", "/pairs/x")
     monkeypatch.setenv("OVERFILL_DECODE_KV_MEMORY", "2GiB")
     monkeypatch.setenv("OVERFILL_DECODE_ROUTERS", "a:1,b:2")
@@ -76,7 +76,7 @@ def test_variables_count_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--port", "70000"], "--port"),
         (["--grace-period", "-1"], "--grace-period"),
         (["--no-such-flag", "1"], "--no-such-flag"),
-        (["--kv-mem", "1GiB"], "--kv-mem"),  # abbreviations would break when a flag is added
+        (["--kv-mem", "1GiB"], "--kv-mem"),  # abbreviations are refused, because a new flag could make them ambiguous
         (["stray"], "stray"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_wrong_flag_is_named(argv: list[str], says: str, capsys: pytest.Captur
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OVERFILL_PREFILL_KV_MEMROY", "1GiB")
     assert "OVERFILL_PREFILL_KV_MEMROY" in refused(PrefillConfig, ["--pair", "p"], capsys)
-    DecodeConfig.parse(["--pair", "p"])  # somebody else's
+    DecodeConfig.parse(["--pair", "p"])  # a variable of another program
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
@@ -109,14 +109,14 @@ def test_an_open_host_needs_certificates_of_both_sides(
     assert kind.parse(certified).host == host
 
 
-def test_with_keys_workers_need_something_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_keys_workers_need_a_secret_or_a_certificate(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--pair", "p", "--api-keys", "keys.json"]
     assert "--stack-secret" in refused(RouterConfig, argv, capsys)
     assert RouterConfig.parse([*argv, "--stack-secret", "s"]).stack_secret == Path("s")
     assert RouterConfig.parse([*argv, "--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]).stack_secret is None
 
 
-def test_a_secret_that_is_none_is_refused_and_never_shown(tmp_path: Path) -> None:
+def test_an_invalid_secret_is_refused_and_never_shown(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     config = RouterConfig.parse(["--pair", "p", "--stack-secret", str(file)])
     for text in (None, "", "short", "\n" * 40):
@@ -144,7 +144,7 @@ def test_a_worker_on_every_address_must_say_where_it_is(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1"])
-def test_loopback_needs_none(host: str) -> None:
+def test_loopback_needs_no_certificates(host: str) -> None:
     assert RouterConfig.parse(["--pair", "p", "--host", host]).server_tls() is None
 
 
@@ -152,7 +152,7 @@ def test_tls_certificate_and_key_go_together(capsys: pytest.CaptureFixture[str])
     assert "--tls-key" in refused(RouterConfig, ["--pair", "p", "--tls-cert", "c"], capsys)
 
 
-def test_metrics_have_a_port_of_their_own_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert RouterConfig.parse(["--pair", "p"]).metrics_port == 0
     assert RouterConfig.parse(["--pair", "p", "--metrics-port", "9600"]).metrics_port == 9600
     off = RouterConfig.parse(["--pair", "p", "--metrics-port", "off", "--metrics-host", "0.0.0.0"])
@@ -176,7 +176,7 @@ def test_configs_are_frozen() -> None:
         (RouterConfig, ["--port", "0", "--served-model-name", "m=1,other", "--expect-decode", "2"]),
     ],
 )
-def test_to_argv_comes_back_as_the_same(kind: type[ServiceConfig], argv: list[str]) -> None:
+def test_to_argv_parses_back_to_the_same_configuration(kind: type[ServiceConfig], argv: list[str]) -> None:
     config = kind.parse(["--pair=-odd folder", *argv])
     flags = config.to_argv()
     assert kind.parse(flags) == config
@@ -199,7 +199,7 @@ def test_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_settings_by_name_make_the_same_configuration_and_say_what_is_wrong() -> None:
+def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> None:
     config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
     assert DecodeConfig.of(config.settings()) == config
     assert DecodeConfig.of({"pair": "p", "kv_memory": None, "data_streams": 3}).data_streams == 3

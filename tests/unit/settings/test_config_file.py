@@ -1,4 +1,4 @@
-"""The file of settings: what it says, what beats it, and how its faults are told."""
+"""Tests the file of settings: its sections, their precedence, and how faults are reported."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
         ("a: [", "expected"),
     ],
 )
-def test_a_wrong_file_is_told_by_key(text: str, says: str, tmp_path: Path) -> None:
+def test_faults_of_a_file_are_reported_by_key(text: str, says: str, tmp_path: Path) -> None:
     path = written(tmp_path, text)
     (fault,) = faults(path)
     assert fault.startswith(f"{path}: ")
@@ -122,7 +122,7 @@ def test_a_wrong_file_is_told_by_key(text: str, says: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_a_boolean_is_no_setting_of_a_service(value: str, tmp_path: Path) -> None:
+def test_a_boolean_is_refused_as_a_setting_of_a_service(value: str, tmp_path: Path) -> None:
     text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nmock = {value}"
     told = faults(written(tmp_path, text, "overfill.toml"))
     assert len(told) == 3
@@ -134,11 +134,11 @@ def test_off_is_text_in_both_kinds_of_file(name: str, text: str, tmp_path: Path)
     assert RouterConfig.parse(["--pair=p", f"--config={written(tmp_path, text, name)}"]).http == "off"
 
 
-def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
+def test_all_unknown_keys_are_reported_at_once(tmp_path: Path) -> None:
     assert len(faults(written(tmp_path, "router:\n  prot: 1\n  hots: x\ndecod:\n  a: b"))) == 3
 
 
-def test_a_file_that_is_not_there_or_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_or_one_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         RouterConfig.parse(["--config", str(tmp_path / "no.yaml")])
     assert caught.value.code == 2
@@ -146,7 +146,9 @@ def test_a_file_that_is_not_there_or_of_another_kind(tmp_path: Path, capsys: pyt
     assert "its name must end in .yaml, .yml or .toml" in faults(written(tmp_path, "", "overfill.ini"))[0]
 
 
-def test_a_wrong_value_is_told_with_its_place_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_value_is_reported_with_its_place_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = written(tmp_path, "common:\n  pair: p\n  port: many")
     with pytest.raises(SystemExit):
         RouterConfig.parse([f"--config={path}"])

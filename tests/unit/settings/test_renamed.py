@@ -1,4 +1,4 @@
-"""A setting under its earlier name still works, wherever it is given, and the warning names both."""
+"""Tests that earlier names of settings still work everywhere, with a warning that gives both names."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("argv", [["--kv-space", "2GiB"], ["--kv-space=2GiB"]])
-def test_a_flag(argv: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_earlier_flag_works(argv: list[str], caplog: pytest.LogCaptureFixture) -> None:
     assert PrefillConfig.parse(["--pair=p", *argv]).kv_memory == 2 << 30
     assert PrefillConfig.origins(argv) == {"kv_memory": "--kv-memory"}
     assert caplog.messages == ["--kv-space is now --kv-memory; the old name works until version 0.3"]
 
 
-def test_a_variable_unless_there_is_a_new_one(
+def test_an_earlier_variable_works_unless_the_new_one_is_set(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OVERFILL_PREFILL_KV_SPACE", "2GiB")
@@ -55,7 +55,7 @@ def test_a_variable_unless_there_is_a_new_one(
     assert PrefillConfig.origins([]) == {"kv_memory": "OVERFILL_PREFILL_KV_MEMORY"}
 
 
-def test_a_key_of_a_file_comes_after_variables(
+def test_an_earlier_key_of_a_file_works_and_variables_beat_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = written(tmp_path, "common: {pair: p, log: debug}\nprefill: {kv-space: 2GiB}")
@@ -85,12 +85,12 @@ def test_only_services_with_the_setting_know_its_earlier_name(
         read_checked(written(tmp_path, "router: {kv-space: 2GiB}"))
 
 
-def test_a_name_that_is_still_in_use_means_itself() -> None:
+def test_a_current_name_is_not_renamed() -> None:
     config = RouterConfig.parse(["--pair=p", "--port=1"])
     assert (config.port, config.metrics_port) == (1, 0)
 
 
-def test_settings_of_a_stack_on_ray(caplog: pytest.LogCaptureFixture) -> None:
+def test_earlier_settings_of_a_stack_on_ray_work(caplog: pytest.LogCaptureFixture) -> None:
     spec = StackSpec.model_validate(
         {"pair": "p", "settings": {"log": "debug"}, "decode": {"settings": {"kv_space": 4}}}
     )
@@ -101,7 +101,7 @@ def test_settings_of_a_stack_on_ray(caplog: pytest.LogCaptureFixture) -> None:
         DecodeConfig.of({"pair": "p", "kv_space": 4, "kv_memory": 4})
 
 
-def test_flags_of_a_command(caplog: pytest.LogCaptureFixture) -> None:
+def test_earlier_flags_of_a_command_work(caplog: pytest.LogCaptureFixture) -> None:
     @click.command(cls=RenamedFlags, renamed={"share": "load-fraction"})
     @click.option("--kv-memory")
     @click.option("--load-fraction")

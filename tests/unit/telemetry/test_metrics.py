@@ -1,11 +1,8 @@
-"""What is exported: names that documents and dashboards may rely on, honest buckets, failures that count."""
+"""Tests exported metrics: their names, the width of their buckets, and that failures are counted."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.error
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,8 +18,6 @@ from overfill.kv.blocks import BlockPool
 from overfill.request.params import SamplingParams
 from overfill.routing.admission import Admission
 from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
-from overfill.rpc.metrics_http import MetricsServer
-from overfill.rpc.tls import TlsError
 from overfill.telemetry.metrics import (
     LATENCY_BUCKETS,
     MAX_KEY_SERIES,
@@ -39,7 +34,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 def values(metrics, name):
-    """Samples of ``name``, by values of the labels."""
+    """Returns the samples of ``name`` by the values of their labels."""
     return {
         tuple(sample.labels.values()): sample.value
         for family in text_string_to_metric_families(metrics.render().decode())
@@ -53,7 +48,7 @@ def test_the_table_of_metrics_is_up_to_date():
 
 
 @pytest.mark.parametrize("kind", [RouterMetrics, PrefillMetrics, DecodeMetrics])
-def test_what_is_exported_is_what_is_declared(kind):
+def test_exactly_the_declared_metrics_are_exported(kind):
     metrics = kind()
     families = text_string_to_metric_families(metrics.render().decode())
     exported = {family.name for family in families if family.name.startswith("overfill")}
@@ -66,10 +61,10 @@ def test_what_is_exported_is_what_is_declared(kind):
         assert spec.help.endswith(".")
 
 
-def test_buckets_are_honest_at_5_ms_and_at_5_s():
+def test_buckets_are_fine_enough_at_5_ms_and_at_5_s():
     assert 0.005 in LATENCY_BUCKETS
     assert 5.0 in LATENCY_BUCKETS
-    # A quantile is somewhere in its bucket: it is off by less than the bucket is wide.
+    # A quantile lies anywhere in its bucket, so its error is below the width of the bucket.
     assert all(high / low < 1.7 for low, high in pairwise(LATENCY_BUCKETS) if high <= 10)
 
 
@@ -85,7 +80,7 @@ def test_every_error_is_an_outcome():
     assert outcome_of(ValueError()) == "internal"
 
 
-def test_parts_of_the_time_to_first_token_and_what_they_leave():
+def test_parts_of_the_time_to_first_token_and_the_unattributed_rest():
     metrics = RouterMetrics()
     timing = common_pb2.Timing(
         ttft_ns=100_000_000,
@@ -174,40 +169,13 @@ def test_steps_refusals_and_preemptions_of_a_decode_engine():
     assert engine.value("prefix_tokens_total", "miss") == 26
 
 
-def test_a_lost_block_shows():
+def test_lost_blocks_are_exported():
     engine = Engine()
     assert engine.value("kv_blocks_leaked") == 0
     lost = engine.pool.acquire("nobody", 2)
     assert engine.value("kv_blocks_leaked") == 2
     engine.pool.release("nobody", lost)
     assert engine.value("kv_blocks_leaked") == 0
-
-
-def get(address, path="/metrics"):
-    with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
-        return response.read().decode()
-
-
-def test_metrics_are_served_with_targets():
-    groups = [{"targets": ["127.0.0.1:1"], "labels": {"stage": "router"}}]
-    server = MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, targets=lambda: groups)
-    try:
-        assert 'overfill_build_info{stage="router"' in get(server.address)
-        assert json.loads(get(server.address, "/targets")) == groups
-        with pytest.raises(urllib.error.HTTPError) as missing:
-            get(server.address, "/")
-        assert missing.value.code == 404
-        missing.value.close()
-        port = int(server.address.rpartition(":")[2])
-        with pytest.raises(errors.Unavailable, match=str(port)):
-            MetricsServer(RouterMetrics().registry, "127.0.0.1", port)
-    finally:
-        server.close()
-
-
-def test_metrics_stay_on_this_machine_without_certificates():
-    with pytest.raises(TlsError, match=r"0\.0\.0\.0"):
-        MetricsServer(RouterMetrics().registry, "0.0.0.0", 0)
 
 
 def test_no_name_is_declared_twice():
@@ -232,7 +200,7 @@ def test_refusals_by_reason():
     assert values(metrics, "overfill_router_failed_attempts_total")["transfer_failed",] == 1
 
 
-def test_what_the_scaling_policy_makes_of_things():
+def test_inputs_needs_and_decisions_of_the_scaling_policy_are_exported():
     metrics = RouterMetrics()
     scaler = Scaler(ScalingConfig())
     ready = PoolState(ready=1)

@@ -1,4 +1,4 @@
-"""Arithmetic of bounds and medians; rows as JSON and as a table."""
+"""Tests the arithmetic of bounds and medians, and rows as JSON and as a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`overfill bench decode` and `prefill` on a tiny pair. Only the form of the output is tested, not the speed."""
+"""Tests the output, not the speed, of ``overfill bench decode`` and ``prefill`` on a tiny pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers in environments of their own: installation, and the process that is driven over JSON lines."""
+"""Tests other engines in their own environments: their installation, and their process, driven by JSON lines."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_peer_that_dies_is_not_waited_for(fake):
         fake.prefill([4])
 
 
-def test_an_environment_is_there_only_when_it_is_whole(tmp_path, monkeypatch):
+def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
     monkeypatch.setitem(environment.RECIPES, "thing", Recipe((str(tmp_path / "no-such-package"),)))
     with pytest.raises(PeerInstallFailed, match=r"pip .*install .*no-such-package"):
@@ -91,7 +91,7 @@ def test_an_environment_is_there_only_when_it_is_whole(tmp_path, monkeypatch):
     assert python_of("thing") is None
     monkeypatch.setitem(environment.RECIPES, "thing", Recipe(()))
     python = install("thing")
-    install_missing(("transformers", "thing"))  # neither needs anything
+    install_missing(("transformers", "thing"))  # neither needs an installation
     assert python_of("thing") == python
     assert python.exists()
 

@@ -1,4 +1,4 @@
-"""`overfill bench serve` against a small server that speaks OpenAI, and the arithmetic of its figures."""
+"""Tests ``overfill bench serve`` against a small OpenAI server, and the arithmetic of its figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from overfill.rpc.tls import ClientTls
 
 
 class FakeServer:
-    """Answers ``/v1/completions`` with ``max_tokens`` tokens; answers of 13 tokens break off.
+    """Answers ``/v1/completions`` with ``max_tokens`` tokens, but breaks off answers of 13 tokens.
 
     Attributes:
         per_message: Tokens in a message.
@@ -71,7 +71,7 @@ class FakeServer:
 
 @pytest.fixture
 def fake():
-    """A running ``FakeServer``; ``url`` is its address."""
+    """A running ``FakeServer``; its address is ``url``."""
     server = FakeServer()
     loop = asyncio.new_event_loop()
     ready = threading.Event()
@@ -132,7 +132,7 @@ def test_every_token_is_counted_once(fake, per_message, texts, says_why, extensi
     assert all(body.get("ignore_eos", False) is extensions for body in played)
 
 
-async def test_a_message_without_text_is_no_token(fake):
+async def test_a_message_without_text_does_not_count_as_a_token(fake):
     fake.says_why = True
     async with OpenAiTarget(fake.url, extensions=False) as target:
         assert max([count async for count in target.stream([1], 4)]) == 4
@@ -166,7 +166,7 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
     result, rows = rows_of(
         *load, "--slo=ttft=0.000001"
-    )  # no request meets it, so the search goes down to its last step
+    )  # no request meets the objective, so the search goes down to its last step
     lines = [line for line in result.stderr.splitlines() if "requests per second" in line]
     assert len(lines) == MAX_STEPS
     assert all(line.endswith("0 % met the objective") for line in lines)
@@ -174,9 +174,9 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     assert float(lines[-1].split()[1]) == pytest.approx(rows[0]["rate"], rel=1e-3, abs=0.01)  # rates differ by 15 %
 
 
-def test_a_target_that_is_never_saturated_is_said_to_be_so(fake):
+def test_a_target_that_is_never_saturated_is_reported(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
-    _, rows = rows_of(*load, "--slo=ttft=60")  # all requests meet it
+    _, rows = rows_of(*load, "--slo=ttft=60")  # all requests meet the objective
     assert {(row["saturates"], row["not_saturated"]) for row in rows} == {(None, "a")}
     assert "up to which a was not saturated;" in " ".join(run(*load, "--slo=ttft=60").stdout.split())
 
@@ -196,11 +196,11 @@ def test_a_rate_that_cannot_be_found_is_refused(more, message):
 
 @pytest.mark.parametrize("first", [1.0, 6.0, 9.9, 13.0, 100.0])
 def test_saturation_is_the_lowest_rate_that_is_too_much(first):
-    """The server answers 8.9 requests per second in time; the search starts below and above."""
+    """The server answers 8.9 requests per second in time. Searches start below and above that rate."""
     noted = []
     found = find_saturation(first, lambda rate: min(1.0, 8.9 / rate), noted.append)
     assert len({step.rate for step in noted}) == len(noted) <= MAX_STEPS
-    if first in (1, 100):  # too far away
+    if first in (1, 100):  # too far from the rate
         assert len(noted) == MAX_STEPS
         assert found == noted[-1]
         assert found.saturated is (first == 100)
@@ -219,8 +219,8 @@ def test_a_server_that_does_not_start_says_why():
     assert any("vllm" in note for note in caught.value.__notes__)
 
 
-class Meeting:
-    """A target that ends requests once ``size`` of them run at the same time."""
+class BarrierTarget:
+    """A target that ends its requests as soon as ``size`` of them run at once."""
 
     def __init__(self, size):
         self.barrier = asyncio.Barrier(size)
@@ -237,7 +237,7 @@ class Meeting:
 
 @pytest.mark.parametrize(("concurrency", "together"), [(None, 6), (2, 2), (3, 3)])
 async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(concurrency, together):
-    target = Meeting(together)
+    target = BarrierTarget(together)
     requests = synthetic(6, "burst", 1, 8, 5, 0)
     outcomes = await run_load(target, requests, 100, concurrency=concurrency, timeout=60)
     assert target.max_concurrent == together
@@ -246,7 +246,7 @@ async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(con
 
 
 async def test_a_request_that_takes_too_long_has_failed():
-    (outcome,) = await run_load(Meeting(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
+    (outcome,) = await run_load(BarrierTarget(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
     assert not outcome.ok
     assert outcome.error == "not finished after 0.05 s"
 

@@ -1,4 +1,4 @@
-"""``overfill bench handoff --timeline``: output and exit code for a recorded timeline."""
+"""Tests output and exit code of ``overfill bench handoff --timeline`` for a recorded timeline."""
 
 from dataclasses import replace
 
@@ -8,7 +8,6 @@ from click.testing import CliRunner
 from overfill.lab.bench.handoff import timeline as bench
 from overfill.lab.bench.handoff.timeline import Timeline
 from overfill.lab.commands.bench import bench_group
-from overfill.pair.tiny import make_tiny_pair
 
 OVERLAPPED = Timeline(
     tokens=2000,
@@ -26,11 +25,6 @@ KV_LAST = replace(OVERLAPPED, first_kv_sent=0.25)
 TOKEN_LAST = replace(OVERLAPPED, first_token_received=0.5)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
-
-
 def run(monkeypatch, pair, recorded, *flags):
     async def record(*args, **kwargs):
         return recorded
@@ -39,8 +33,8 @@ def run(monkeypatch, pair, recorded, *flags):
     return CliRunner().invoke(bench_group, ["handoff", "--timeline", f"--pair={pair}", *flags], standalone_mode=False)
 
 
-def test_the_table_s_title_is_one_line_and_events_are_in_order(monkeypatch, pair):
-    lines = run(monkeypatch, pair, OVERLAPPED).stdout.splitlines()
+def test_the_table_s_title_is_one_line_and_events_are_in_order(monkeypatch, tiny_pair):
+    lines = run(monkeypatch, tiny_pair, OVERLAPPED).stdout.splitlines()
     assert lines[0] == "one prefill of 2000 tokens, 2.0 MB of KV"
     events = [line.split("│")[1].strip() for line in lines if "│" in line and "received" not in line]
     assert events[:2] == ["first layer starts", "first KV leaves"]
@@ -56,8 +50,8 @@ def test_the_table_s_title_is_one_line_and_events_are_in_order(monkeypatch, pair
         (TOKEN_LAST, [], 0),  # without a limit either may arrive first
     ],
 )
-def test_the_exit_code_says_whether_the_handoff_overlapped(monkeypatch, pair, recorded, flags, code):
-    assert run(monkeypatch, pair, recorded, *flags).return_value == code
+def test_the_exit_code_says_whether_the_handoff_overlapped(monkeypatch, tiny_pair, recorded, flags, code):
+    assert run(monkeypatch, tiny_pair, recorded, *flags).return_value == code
 
 
 def test_the_legend_of_the_plot_hides_no_layer(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A measurement: its JSON line, its row in the table, and the exit code of the command that prints it."""
+"""Tests a measurement's JSON line, its row in the table, and the exit code of a command that prints it."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_json_is_one_line_for_each_measurement(capsys):
     ("value", "bound", "at_least", "code"),
     [(0.5, 1.0, False, 0), (1.5, 1.0, False, 1), (1.5, 1.0, True, 0), (0.5, 1.0, True, 1), (math.nan, 1.0, False, 1)],
 )
-def test_a_missed_bound_is_said_and_is_the_exit_code(capsys, value, bound, at_least, code):
+def test_a_missed_bound_is_printed_and_sets_the_exit_code(capsys, value, bound, at_least, code):
     one = Measurement("figure", value, "s", bound=bound, at_least=at_least)
     assert print_measurements([Measurement("other", 1.0, "s"), one], as_json=False) == code
     assert ("missed" in capsys.readouterr().out) == bool(code)

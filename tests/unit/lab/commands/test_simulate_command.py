@@ -1,4 +1,4 @@
-"""``overfill simulate`` as a user runs it."""
+"""Tests ``overfill simulate`` on the command line."""
 
 import json
 
@@ -62,6 +62,6 @@ def test_sizes_policies_and_scaling(capsys, tmp_path):
         (("--profile", "gpu"), 1, "profile: must be one of cpu"),
     ],
 )
-def test_what_does_not_go_together_is_said(capsys, arguments, code, message):
+def test_conflicting_options_are_refused(capsys, arguments, code, message):
     assert main([*SMALL, *arguments]) == code
     assert message in capsys.readouterr().err

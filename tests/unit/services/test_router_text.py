@@ -1,16 +1,17 @@
+"""Tests the text of a streamed answer: batches, stop strings, replayed tokens."""
+
 import pytest
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.pair.tiny import make_tiny_pair
 from overfill.routing.answer import TokenBatch
 from overfill.v1 import common_pb2
 from services.router.text import AnswerText
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(make_tiny_pair(tmp_path_factory.mktemp("pair") / "tiny") / "full")
+def tokenizer(tiny_pair):
+    return Tokenizer.load(tiny_pair / "full")
 
 
 def write(tokenizer, ids, cuts, stops=(), replayed=()):
@@ -53,13 +54,13 @@ def test_a_stop_string_cuts_text_exactly_and_tokens_behind_it(tokenizer, cuts):
     assert state.num_tokens == len(tokens)
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_released_at_the_end(tokenizer):
+def test_text_that_may_become_a_stop_string_is_held_back_and_released_at_the_end(tokenizer):
     text, _, state = write(tokenizer, tokenizer.encode("one EN"), 1, stops=["END"])
     assert text == "one EN"
     assert state.stop is None
 
 
-def test_replayed_tokens_are_not_said_again_but_count_for_stop_strings(tokenizer):
+def test_replayed_tokens_are_not_sent_again_but_count_for_stop_strings(tokenizer):
     ids = tokenizer.encode("one two END three")
     cut = next(i for i in range(len(ids)) if "E" in tokenizer.decode(ids[:i]))
     before, _, _ = write(tokenizer, ids[:cut], 1, stops=["END"])

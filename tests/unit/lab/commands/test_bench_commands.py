@@ -1,4 +1,4 @@
-"""``overfill bench kv``, ``handoff`` and ``router``: they run, and print the figures that they should."""
+"""Tests that ``overfill bench kv``, ``handoff`` and ``router`` run and print their measurements."""
 
 import json
 import subprocess

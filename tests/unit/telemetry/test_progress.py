@@ -1,4 +1,4 @@
-"""Progress of long steps where no terminal reads it."""
+"""Tests progress reports of long steps, in logs and pipes as well as on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overfill.telemetry import progress
 from overfill.telemetry.progress import LINE_SECONDS, progress_lines, show_progress
 
 
-def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> None:
+def test_lines_report_a_step_s_start_end_and_progress_now_and_then() -> None:
     now, lines = 0.0, list[str]()
     report = progress_lines(lines.append, lambda: now)
     for done in range(101):
@@ -28,7 +28,7 @@ def test_lines_tell_the_begin_the_end_and_now_and_then_how_far_a_step_is() -> No
     ]
 
 
-def test_a_step_that_comes_again_is_told_again() -> None:
+def test_a_repeated_step_is_reported_again() -> None:
     now, lines = 0.0, list[str]()
     report = progress_lines(lines.append, lambda: now)
     for _ in range(2):
@@ -40,7 +40,7 @@ def test_a_step_that_comes_again_is_told_again() -> None:
 
 
 def test_a_pipe_gets_lines_and_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes everything for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat every output as a terminal
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)
     with show_progress() as report:
