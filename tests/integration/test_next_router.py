@@ -29,7 +29,7 @@ COMMANDS = {
     "status": (["status"], "prefill-0"),
     "top": (["top", "--once"], "prefill-0"),
     "generate": (["generate", "--max-tokens", "2", "Hi"], ""),
-    "drain": (["drain", "--timeout", "0", "prefill-0"], "prefill-0 drains"),
+    "drain": (["drain", "--timeout", "0", "prefill-0"], "prefill-0 is draining"),
 }
 
 

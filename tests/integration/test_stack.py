@@ -385,7 +385,7 @@ def test_a_worker_that_loses_a_block_notices_when_idle_and_exits(tiny_pair):
         for worker in leaking:
             assert worker.returncode == 1
             lines = worker.last_lines()
-            assert any("blocks are owned, and their owners and the cache know of" in line for line in lines)
+            assert any("blocks are owned in the pool, but owners and cache hold" in line for line in lines)
 
 
 def test_drain_takes_a_worker_out_and_loses_nothing(tiny_pair):
