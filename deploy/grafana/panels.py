@@ -25,7 +25,7 @@ _PALETTES = {
         "router_queue": "#8AB8FF", "decode_reservation": "#CA95E5", "prefill_queue": "#FFB357",
         "prefill_compute": "#F2495C", "return_path": "#73BF69", "unattributed": "#808080",
     },
-    "{{stage}}": {"prefill": "#F2495C", "decode": "#5794F2"},
+    "{{stage}}": {"prefill": "#F2495C", "decode": "#5794F2", "router": "#FF9830"},
     "used": {"used": "#F2495C", "cached": "#FADE2A", "free": "#73BF69"},
 }  # fmt: skip
 """Legend -> colours by name, so that a part or stage has the same colour on all dashboards."""

@@ -1,6 +1,6 @@
 """Draws the dashboards as pictures, with Grafana's own components in headless Chromium.
 
-    npm install --prefix DIR deploy/grafana/draw        # once
+    npm install --install-links --prefix DIR deploy/grafana/draw        # once
     python deploy/grafana/draw/draw.py --modules DIR/node_modules --out docs/images
 
 Without ``--prometheus URL``, the program starts a stack, puts a calm load on it (``calm.py``) and draws that. It takes
@@ -141,7 +141,9 @@ def shoot(board: dict[str, Any], script: Path, folder: Path, path: Path) -> None
         time.sleep(1.0)
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.open(io.BytesIO(driver.get_screenshot_as_png()))
-        image.convert("RGB").quantize(128).save(path, optimize=True)
+        # Pillow's default, the median cut, drops the colours of thin lines and legends. K-means corrects large areas.
+        quantized = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
+        quantized.save(path, optimize=True)
     finally:
         driver.quit()
 

@@ -194,6 +194,10 @@ function Cells({ panel, width, height }: { panel: Panel; width: number; height: 
     pointsBuilder: () => null } as any);
   builder.addHook('draw', (u: any) => {
     const ratio = window.devicePixelRatio;
+    u.ctx.save();
+    u.ctx.beginPath();
+    u.ctx.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height); // the first cell begins before the axis does
+    u.ctx.clip();
     for (let i = first; i <= last; i++) {
       rows[i].counts.forEach((count, k) => {
         if (count <= 0.02) return;
@@ -204,6 +208,7 @@ function Cells({ panel, width, height }: { panel: Panel; width: number; height: 
         u.ctx.fillRect(left + ratio / 2, top + ratio / 2, right - left - ratio, bottom - top - ratio);
       });
     }
+    u.ctx.restore();
   });
   return (
     <UPlotChart config={builder} data={[times, times.map(() => first)] as any} width={width} height={height}>
