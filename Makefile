@@ -12,7 +12,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 # One thread per process, because thread pools with more threads than cores are many times slower.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo audit check test test-all bench proto sdk dashboards chart
+.PHONY: help setup demo audit check test test-all bench proto sdk dashboards chart docs
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,10 @@ sdk: setup  ## Regenerate the blocking client from the asyncio one
 
 dashboards: setup  ## Regenerate the Grafana dashboards in deploy/helm/overfill/files
 	$(BIN)/python deploy/grafana/generate.py
+
+docs: setup  ## Regenerate docs/metrics.md and the table of docs/map.md
+	$(BIN)/overfill metrics > docs/.metrics.md && mv docs/.metrics.md docs/metrics.md
+	$(BIN)/python tests/unit/test_map.py
 
 chart: setup  ## Regenerate the Helm chart's README and values schema
 	$(BIN)/python deploy/helm/generate.py

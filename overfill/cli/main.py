@@ -18,43 +18,66 @@ from overfill.errors import OverfillError, Overloaded, Unavailable, Unreachable
 from overfill.process.extras import needs
 from overfill.settings.environment import GRPC_ENVIRONMENT
 
-# Name -> module and attribute of the click command, and its line in `overfill --help`.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "up": ("overfill.cli.up:up_command", "Run a stack: router, prefill workers and decode workers."),
-    "generate": (
-        "overfill.cli.generate:generate_command",
-        "Answer one prompt; the answer streams to stdout.",
-    ),
-    "chat": ("overfill.cli.chat:chat_command", "Chat with the model."),
-    "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
-    "top": ("overfill.cli.top:top_command", "Watch a running stack: pools, queue, parts of the time to first token."),
-    "drain": ("overfill.cli.drain:drain_command", "Take a worker out of a running stack without losing a request."),
-    "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
-    "config": ("overfill.cli.config:config_group", "Show where settings come from; check a settings file."),
-    "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
-    "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
-    "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
-    "verify": ("overfill.cli.verify:verify_command", "Check a stack's answers against plain transformers."),
-    "chaos": (
-        "overfill.lab.commands.chaos:chaos_command",
-        "Break the workers of a stack under load; judge every answer.",
-    ),
-    "chaos-clients": (
-        "overfill.lab.commands.chaos_clients:chaos_clients_command",
-        "Kill clients at random moments; time how soon their KV is free.",
-    ),
-    "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
-    "bench": ("overfill.lab.commands.bench:bench_group", "Measure engines, handoff, router, servers."),
-    "loadtest": (
-        "overfill.lab.commands.loadtest:loadtest_command",
-        "Load a stack with locust and check it against objectives.",
-    ),
-    "simulate": ("overfill.lab.commands.simulate:simulate_command", "Play a trace on modelled workers; size pools."),
-    "demo": (
-        "overfill.cli.demo:demo_command",
-        "Start a stack, ask one question, show the parts of its time to first token.",
-    ),
+# Heading in `overfill --help` -> name -> module and attribute of the click command, and its line.
+#
+# This module names commands of the lab and imports them only when they run. It is the one exception to the rule that
+# nothing outside the lab imports it.
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Run a stack": {
+        "demo": (
+            "overfill.cli.demo:demo_command",
+            "Start a stack, ask one question, show the parts of its time to first token.",
+        ),
+        "up": ("overfill.cli.up:up_command", "Run a stack: router, prefill workers and decode workers."),
+    },
+    "Ask": {
+        "generate": ("overfill.cli.generate:generate_command", "Answer one prompt; the answer streams to stdout."),
+        "chat": ("overfill.cli.chat:chat_command", "Chat with the model."),
+    },
+    "Operate": {
+        "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
+        "top": (
+            "overfill.cli.top:top_command",
+            "Watch a running stack: pools, queue, parts of the time to first token.",
+        ),
+        "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
+        "drain": (
+            "overfill.cli.drain:drain_command",
+            "Take a worker out of a running stack without losing a request.",
+        ),
+        "config": (
+            "overfill.cli.config:config_group",
+            "Show where settings come from; check a settings file.",
+        ),
+        "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
+        "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
+        "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
+    },
+    "Make pairs": {
+        "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
+    },
+    "Measure and break": {
+        "verify": ("overfill.cli.verify:verify_command", "Check a stack's answers against plain transformers."),
+        "bench": ("overfill.lab.commands.bench:bench_group", "Measure engines, handoff, router, servers."),
+        "loadtest": (
+            "overfill.lab.commands.loadtest:loadtest_command",
+            "Load a stack with locust and check it against objectives.",
+        ),
+        "simulate": (
+            "overfill.lab.commands.simulate:simulate_command",
+            "Play a trace on modelled workers; size pools.",
+        ),
+        "chaos": (
+            "overfill.lab.commands.chaos:chaos_command",
+            "Break the workers of a stack under load; judge every answer.",
+        ),
+        "chaos-clients": (
+            "overfill.lab.commands.chaos_clients:chaos_clients_command",
+            "Kill clients at random moments; time how soon their KV is free.",
+        ),
+    },
 }
+COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
 
 # Name -> extras that install every module the command imports. Client commands need none and are not listed. A
 # subcommand that is not listed needs its group's extras.
@@ -90,8 +113,10 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+        width = max(len(name) for name in COMMANDS)
+        for heading, commands in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), line) for name, (_, line) in commands.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

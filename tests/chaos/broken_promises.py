@@ -85,7 +85,7 @@ BROKEN = (
         "tests/unit/client/test_client.py::test_a_router_that_is_back_is_asked_again",
     ),
     Broken(
-        "a silent peer is left after 10 s",
+        "a silent peer is given up after 10 s",
         "pings may stay unanswered for gRPC's default minute",
         "overfill/rpc/channel.py",
         '        ("grpc.http2.ping_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),\n',

@@ -49,7 +49,7 @@ def anchors(page: Path) -> set[str]:
 def test_the_map_has_the_first_line_of_every_package() -> None:
     found = TABLE.search(MAP.read_text(encoding="utf-8"))
     assert found is not None
-    assert found.group(0) == table(), "run `python tests/unit/test_map.py`"
+    assert found.group(0) == table(), "run `make docs`"
 
 
 def test_every_package_has_its_sentence_and_its_floor() -> None:

@@ -148,6 +148,9 @@ def serve_command(
 ) -> int:
     """Measure latency, throughput and goodput of servers under load, and compare the first target with the others.
 
+    Use it to compare servers under the same load, or to find the rate that saturates one. To test one server against
+    limits, with users that come and go, use `overfill loadtest`.
+
     Requests are sent when they are due, without waiting for earlier ones. Targets run one after the other. Three of
     them are started here: `colocated` is our engine in one process with both halves of --pair, `openvino` is OpenVINO
     GenAI in a process, `vllm` is vLLM's OpenAI server. `colocated:fast` names another pair. The --tls options are for

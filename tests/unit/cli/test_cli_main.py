@@ -40,6 +40,17 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in text for name in COMMANDS)
 
 
+def test_help_groups_the_commands_under_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    headings = [
+        line.removesuffix(":") for line in lines if line.endswith(":") and not line.startswith((" ", "Options"))
+    ]
+    assert headings == ["Run a stack", "Ask", "Operate", "Make pairs", "Measure and break"]
+    names = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0] in COMMANDS]
+    assert names[:2] == ["demo", "up"]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("overfill, version ")

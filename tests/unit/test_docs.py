@@ -1,0 +1,89 @@
+"""Every command and every option of ours that the guides name exists. The notebook is not brought up to date."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from overfill.cli.main import cli
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("deploy/**/*.md")]
+)
+# In "helm install overfill CHART", overfill is a release.
+COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
+OTHER_PROGRAM = re.compile(r"(?:^|[ /])(helm|kubectl|locust|prometheus|ruff|serve) ")
+# Options of locust, docker, Dynamo and vLLM that the text names without a command.
+OTHER_OPTIONS = {
+    *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
+    *("--exit-code-on-error", "--class-picker", "--config-users", "--tags", "--exclude-tags", "--build-arg"),
+    *("--migration-limit", "--shutdown-timeout"),
+}
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+def code(page: Path) -> Iterator[str]:
+    """The page's code: blocks, without comments and with continued lines joined, and text between backquotes."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield from re.sub(r"\\\n\s*", " ", block).splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose))
+
+
+def options(command: click.Command) -> set[str]:
+    """Options of a command and of all its subcommands."""
+    found = {name for each in command.params for name in (*each.opts, *each.secondary_opts)} | {"--help", "--version"}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found |= options(command.get_command(context, name) or click.Command(name))
+    return found
+
+
+@functools.cache
+def all_options() -> frozenset[str]:
+    services = {name for config in (PrefillConfig, DecodeConfig, RouterConfig) for name in config.model_fields}
+    return frozenset(options(cli) | {f"--{name.replace('_', '-')}" for name in services})
+
+
+def problem(line: str) -> str | None:
+    """Says which command or option of ``line``, which begins with ``overfill``, does not exist. None means all do."""
+    command: click.Command = cli
+    used, _, of_a_service = line.partition(" -- ")
+    for word in used.split()[1:]:
+        if not isinstance(command, click.Group) or not re.fullmatch(r"[a-z][\w-]*", word):
+            break
+        found = command.get_command(click.Context(command), word)
+        if found is None:
+            return f"{line}: no command {word}"
+        command = found
+    known = options(command)
+    unknown = [name for name in OPTION.findall(used) if name not in known]
+    unknown += [name for name in OPTION.findall(of_a_service) if name not in all_options()]
+    return f"{line}: no option {unknown[0]}" if unknown else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_options_exist(page: Path) -> None:
+    lines = [match[0] for line in code(page) for match in COMMAND.finditer(line)]
+    assert [found for found in map(problem, lines) if found is not None] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_on_their_own_exist(page: Path) -> None:
+    names = {name for line in code(page) if not OTHER_PROGRAM.search(line) for name in OPTION.findall(line)}
+    assert sorted(names - all_options() - OTHER_OPTIONS) == []
+
+
+def test_wrong_commands_are_found() -> None:
+    assert problem("overfill bench peers install openvino") == "overfill bench peers install openvino: no command peers"
+    assert problem("overfill up --no-such 3") == "overfill up --no-such 3: no option --no-such"
+    assert problem("overfill config show decode -- --threads 4") is None
