@@ -13,9 +13,9 @@ from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.peers import PeerPool
+from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES

@@ -23,7 +23,8 @@ from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment
 from overfill.errors import InternalError, TransferFailed
 from overfill.kv.cache import KvCache
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest, PullStats
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest, PullStats
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.lab.bench.registry import ListeningRegistry

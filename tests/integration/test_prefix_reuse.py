@@ -21,7 +21,8 @@ from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
