@@ -11,11 +11,11 @@ from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.ranges import KvRange
 from overfill.kv.wire import join_chunks
 from overfill.request.params import SamplingParams
-from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.rpc.interceptors import Context
+from overfill.rpc.worker import fill_description
 from overfill.settings.mock import MockPrefillConfig
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
-from overfill.version import __version__
 from services.mock.tokens import Script
 from services.mock.worker import MockWorker
 
@@ -70,17 +70,8 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        hello = self.worker.hello
-        return prefill_pb2.DescribePrefillResponse(
-            wire_version=WIRE_VERSION,
-            software_version=__version__,
-            worker_id=hello.worker_id,
-            incarnation=hello.incarnation,
-            model=hello.model,
-            kv=hello.kv,
-            max_model_len=hello.max_model_len,
-            codecs=[common_pb2.KV_CODEC_RAW],
-        )
+        description = prefill_pb2.DescribePrefillResponse(codecs=[common_pb2.KV_CODEC_RAW])
+        return fill_description(description, self.worker.hello)
 
     async def Prefill(
         self, request_iterator: AsyncIterator[prefill_pb2.PrefillRequest], context: Context
