@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_chunks(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
-    """Writes chunks into a sequence's blocks. Returns how many, from the first, are undamaged and in place."""
+    """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
     return cache.write(blocks, targets, chunks)
 
 
@@ -125,7 +125,7 @@ class PullStats:
 class PromptPull:
     """Transfers one prompt's KV from a prefill worker into ``blocks``.
 
-    When ``run`` ends, for whatever reason, every task and thread that may touch the blocks has ended.
+    ``run`` ends, also by an error or a cancellation, only after every task and thread that may touch the blocks.
 
     Args:
         kv: geometry of the full model's KV.
@@ -171,10 +171,10 @@ class PromptPull:
         )
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
-        self._unwritten = self._coverage.missing_cells  # cells; coverage marks a chunk before it is written
+        self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
         self._farewell = asyncio.timeout(None)
         self._whole = asyncio.Event()  # set when all KV is written
-        self._ready_bytes = self._moved_bytes = 0  # of raw KV, whatever the codec
+        self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
         self.stats = PullStats(held_tokens=held_tokens)
 
     @property
@@ -201,7 +201,7 @@ class PromptPull:
                 async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
                         case "queued":
-                            # From now on the worker knows the transfer's id, which PullKv names.
+                            # The worker knows the transfer's id now, so that PullKv can name it.
                             for channel, ranges in zip(self._peer.data, self._shares(), strict=False):
                                 group.create_task(self._pull(channel, ranges, timeout))
                         case "scheduled":
@@ -230,7 +230,7 @@ class PromptPull:
             # TaskGroup has joined its tasks. The worker frees the KV when the RPC ends.
             control.cancel()
         if self._unwritten:
-            raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
+            raise TransferFailed(f"prefill ended with {self._unwritten} key and value vectors missing")
 
     async def _watch(self) -> None:
         ready, moved = (lambda: self._ready_bytes), (lambda: self._moved_bytes)
@@ -389,7 +389,7 @@ class PromptPull:
         self.stats.last_kv_ns = now
         self.stats.kv_chunks += len(chunks)
         for one in chunks:
-            self._unwritten -= one.range.num_cells
+            self._unwritten -= one.range.num_vectors
             self.stats.kv_bytes += one.size
             self._moved_bytes += self._spec.raw_bytes(one.range)
             self.stats.shared_bytes += one.size if one.slot is not None else 0

@@ -30,15 +30,16 @@ class _Lease:
         self.spec = TransferSpec(
             start.transfer_id, start.attempt, worker.kv, tuple(start.layers), (start.already_held_tokens, tokens)
         )
-        self.cells = len(start.layers) * (tokens - start.already_held_tokens) * worker.kv.num_kv_heads
+        held = start.already_held_tokens
+        self.missing_vectors = 2 * len(start.layers) * (tokens - held) * worker.kv.num_kv_heads
         self.blocks = -(-tokens // worker.config.block_size)
         self.computed = asyncio.Event()
         self.acknowledged = asyncio.Event()
 
     async def read_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
-            self.cells -= sum(KvRange.from_proto(box).num_cells for box in request.ack.ranges)
-            if self.cells <= 0:
+            self.missing_vectors -= sum(KvRange.from_proto(box).num_vectors for box in request.ack.ranges)
+            if self.missing_vectors <= 0:
                 self.acknowledged.set()
 
 
