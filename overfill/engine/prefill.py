@@ -40,8 +40,8 @@ from overfill.telemetry.metrics import PrefillMetrics
 log = logging.getLogger(__name__)
 
 _MIN_NOTIFY_BYTES = 1 << 20
-"""Minimum bytes of a prompt's KV that the engine reports before the step ends. Each message costs the sender time,
-whatever its size; on a CPU that time is lost to the running step."""
+"""Minimum bytes of a prompt's KV that the engine reports before the step ends. A message costs the sender
+as much time for few bytes as for many; on a CPU the running step loses that time."""
 
 
 class _Abandoned(Exception):

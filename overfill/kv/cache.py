@@ -138,7 +138,7 @@ class KvCache:
             self._elements.read(block_table, chunks, after)
             return
         for chunk in chunks:
-            num_vectors = 2 * chunk.range.num_cells
+            num_vectors = chunk.range.num_vectors
             codes = Chunk(chunk.range, bytearray(num_vectors * self.spec.head_dim))
             scales = Chunk(chunk.range, bytearray(num_vectors * SCALE_BYTES))
             self._elements.read(block_table, [codes], after)

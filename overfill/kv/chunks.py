@@ -83,17 +83,17 @@ class TransferSpec:
 
     def raw_bytes(self, kv_range: KvRange) -> int:
         """Bytes of the raw KV of ``kv_range``."""
-        return 2 * kv_range.num_cells * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]
+        return kv_range.num_vectors * self.kv.head_dim * DTYPE_BYTES[self.kv.dtype]
 
     def payload_bytes(self, kv_range: KvRange) -> int:
         """Bytes of the payload of a chunk of ``kv_range``."""
         if self.codec == common_pb2.KV_CODEC_RAW:
             return self.raw_bytes(kv_range)
-        return 2 * kv_range.num_cells * self.kv.head_dim
+        return kv_range.num_vectors * self.kv.head_dim
 
     def scales_bytes(self, kv_range: KvRange) -> int:
         """Bytes of the scales of a chunk of ``kv_range``."""
-        return 0 if self.codec == common_pb2.KV_CODEC_RAW else 2 * kv_range.num_cells * SCALE_BYTES
+        return 0 if self.codec == common_pb2.KV_CODEC_RAW else kv_range.num_vectors * SCALE_BYTES
 
 
 def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:

@@ -1,22 +1,100 @@
-"""A decode worker's open connections to prefill workers: checked once, shared by requests, closed when unused."""
+"""A decode worker's open connections to prefill workers: checked once, shared by requests, closed when unused.
+
+``PrefillPeer`` is the connection to one prefill worker: a control channel and ``streams`` data channels, each its own
+TCP connection.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from overfill.errors import Incompatible, Unavailable
-from overfill.kv.handshake import KvIdentity
-from overfill.kv.receiver import PrefillPeer
+from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, Unavailable
+from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.shm import ShmClient
+from overfill.kv.spec import KvSpec
+from overfill.rpc.calls import checked_response
+from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
-from overfill.v1 import decode_pb2
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+
+_DESCRIBE_TIMEOUT = 5.0  # seconds
 
 _MAX_IDLE_TIME = 300.0
 """Seconds without use after which a peer is closed, at the next new connection. Its worker may have gone: pods and
 replicas do not return under their old name."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillPeer:
+    """Connection to one incarnation of one prefill worker, usable after ``handshake``.
+
+    Args:
+        streams: number of connections for data streams.
+        shm: whether to share memory with a worker that is on this host and offers it.
+
+    Attributes:
+        link: shared memory; None means that payloads travel.
+        codecs: codecs that the worker can send.
+    """
+
+    def __init__(
+        self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, shm: bool = True
+    ) -> None:
+        self.target = target
+        self.link: ShmClient | None = None
+        self.codecs: frozenset[int] = frozenset()
+        self._shm = shm
+        self._control = open_channel(target.address, tls)
+        self.data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
+        self.control = prefill_pb2_grpc.PrefillStub(self._control)
+
+    async def handshake(self, mine: KvIdentity) -> None:
+        """Compares identities, and connects the shared memory.
+
+        Raises:
+            Incompatible: the identities differ; names every differing field.
+            Unavailable: the worker does not answer, or was restarted.
+        """
+        name = self.target.worker_id
+        call = self.control.Describe(prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT)
+        try:
+            described: prefill_pb2.DescribePrefillResponse = await checked_response(call, name)
+        except (DeadlineExceeded, RequestCancelled, Unavailable) as error:
+            raise Unavailable(f"prefill worker {name} did not answer: {error}") from error
+        if described.incarnation != self.target.incarnation:
+            raise Unavailable(f"prefill worker {name} was restarted")
+        theirs = KvIdentity(
+            described.wire_version,
+            described.model.full_digest,
+            described.model.tokenizer_digest,
+            KvSpec.from_proto(described.kv),
+        )
+        check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
+        if common_pb2.KV_CODEC_RAW not in described.codecs:
+            raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
+        self.codecs = frozenset(described.codecs)
+        if self._shm and described.HasField("shm"):
+            try:
+                self.link = await ShmClient.connect(described.shm)
+            except (OSError, TimeoutError, ValueError) as error:
+                logger.info("prefill worker %s shares no memory with this one: %s", name, error)
+
+    @property
+    def lost_link(self) -> bool:
+        """Whether memory was shared and the link has closed."""
+        return self.link is not None and not self.link.alive
+
+    async def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
+        await asyncio.gather(*(channel.close(None) for channel in (self._control, *self.data)))
 
 
 @dataclass(slots=True, eq=False)

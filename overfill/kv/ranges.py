@@ -17,7 +17,7 @@ from overfill.v1 import kv_pb2
 class KvRange:
     """Full-model layers x prompt positions x KV heads, each half-open.
 
-    A cell is one layer, position and head: one key and one value vector.
+    Its size is counted in vectors: each layer, position and head has a key vector and a value vector.
     """
 
     layer_start: int
@@ -40,8 +40,9 @@ class KvRange:
         return self.head_end - self.head_start
 
     @property
-    def num_cells(self) -> int:
-        return self.num_layers * self.num_tokens * self.num_heads
+    def num_vectors(self) -> int:
+        """Number of key and value vectors, of ``head_dim`` elements each."""
+        return 2 * self.num_layers * self.num_tokens * self.num_heads
 
     @property
     def layers(self) -> range:
@@ -121,7 +122,7 @@ def share_among_streams(
 
 
 class Coverage:
-    """Bitmap of the cells of a transfer that have moved. Thread-safe.
+    """Bitmap of the layers, positions and heads of a transfer that have moved. Thread-safe.
 
     Args:
         layers: full-model layers that travel, ascending.
@@ -138,8 +139,9 @@ class Coverage:
         self._lock = threading.Lock()
 
     @property
-    def missing_cells(self) -> int:
-        return self._missing
+    def missing_vectors(self) -> int:
+        """Number of key and value vectors that have not moved."""
+        return 2 * self._missing
 
     @property
     def complete(self) -> bool:
@@ -157,7 +159,7 @@ class Coverage:
             raise TransferFailed(f"range {kv_range} lies outside the transfer or is empty")
 
     def missing(self, ranges: Sequence[KvRange]) -> list[KvRange]:
-        """The unmarked cells of ``ranges`` as ranges that do not overlap. ``ranges`` lie inside the transfer."""
+        """The unmarked parts of ``ranges`` as ranges that do not overlap. ``ranges`` lie inside the transfer."""
         found: list[KvRange] = []
         for kv_range in ranges:
             with self._lock:
@@ -198,8 +200,9 @@ class Coverage:
     def remove(self, kv_range: KvRange) -> None:
         """Unmarks ``kv_range``, which ``add`` marked."""
         with self._lock:
-            self._marks(kv_range)[...] = False
-            self._missing += kv_range.num_cells
+            view = self._marks(kv_range)
+            view[...] = False
+            self._missing += view.size
 
     def _marks(self, kv_range: KvRange) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """View of the bitmap of ``kv_range``, which lies inside the transfer. [layers, tokens, heads]"""

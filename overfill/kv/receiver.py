@@ -1,8 +1,7 @@
 """The receiving half of a handoff: writes a prompt's KV from a prefill worker into blocks of a decode worker.
 
-``PrefillPeer`` is a decode worker's connection to one prefill worker: a control channel and ``streams`` data channels,
-each its own TCP connection. ``PromptPull`` transfers one prompt over it. Both handle token ids and bytes only; sampling
-and scheduling are the engine's.
+``PromptPull`` transfers one prompt over a ``PrefillPeer``. It handles token ids and bytes only; sampling and scheduling
+are the engine's.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from typing import Any
 import grpc.aio
 
 from overfill.errors import (
-    DeadlineExceeded,
-    Incompatible,
     InternalError,
     InvalidRequest,
     OverfillError,
@@ -33,7 +30,7 @@ from overfill.errors import (
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, Chunk, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import check_scales, decode
-from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.peers import PrefillPeer
 from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
@@ -41,13 +38,9 @@ from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.tensors import LayerTargets
 from overfill.kv.wire import ParsedChunk, parse_message, pull_kv
-from overfill.rpc.calls import checked_response, checked_write, responses
-from overfill.rpc.channel import open_channel
-from overfill.rpc.tls import Credentials
+from overfill.rpc.calls import checked_write, responses
 from overfill.telemetry import tracing
-from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
-
-_DESCRIBE_TIMEOUT = 5.0  # seconds
+from overfill.v1 import common_pb2, kv_pb2, prefill_pb2
 
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
@@ -61,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_chunks(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
-    """Writes chunks into a sequence's blocks. Returns how many, from the first, are undamaged and in place."""
+    """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
     return cache.write(blocks, targets, chunks)
 
 
@@ -129,75 +122,10 @@ class PullStats:
         )
 
 
-class PrefillPeer:
-    """Connection to one incarnation of one prefill worker, usable after ``handshake``.
-
-    Args:
-        streams: number of connections for data streams.
-        shm: whether to share memory with a worker that is on this host and offers it.
-
-    Attributes:
-        link: shared memory; None means that payloads travel.
-        codecs: codecs that the worker can send.
-    """
-
-    def __init__(
-        self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, shm: bool = True
-    ) -> None:
-        self.target = target
-        self.link: ShmClient | None = None
-        self.codecs: frozenset[int] = frozenset()
-        self._shm = shm
-        self._control = open_channel(target.address, tls)
-        self.data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
-        self.control = prefill_pb2_grpc.PrefillStub(self._control)
-
-    async def handshake(self, mine: KvIdentity) -> None:
-        """Compares identities, and connects the shared memory.
-
-        Raises:
-            Incompatible: the identities differ; names every differing field.
-            Unavailable: the worker does not answer, or was restarted.
-        """
-        name = self.target.worker_id
-        call = self.control.Describe(prefill_pb2.DescribePrefillRequest(), timeout=_DESCRIBE_TIMEOUT)
-        try:
-            described: prefill_pb2.DescribePrefillResponse = await checked_response(call, name)
-        except (DeadlineExceeded, RequestCancelled, Unavailable) as error:
-            raise Unavailable(f"prefill worker {name} did not answer: {error}") from error
-        if described.incarnation != self.target.incarnation:
-            raise Unavailable(f"prefill worker {name} was restarted")
-        theirs = KvIdentity(
-            described.wire_version,
-            described.model.full_digest,
-            described.model.tokenizer_digest,
-            KvSpec.from_proto(described.kv),
-        )
-        check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
-        if common_pb2.KV_CODEC_RAW not in described.codecs:
-            raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
-        self.codecs = frozenset(described.codecs)
-        if self._shm and described.HasField("shm"):
-            try:
-                self.link = await ShmClient.connect(described.shm)
-            except (OSError, TimeoutError, ValueError) as error:
-                logger.info("prefill worker %s shares no memory with this one: %s", name, error)
-
-    @property
-    def lost_link(self) -> bool:
-        """Whether memory was shared and the link has closed."""
-        return self.link is not None and not self.link.alive
-
-    async def close(self) -> None:
-        if self.link is not None:
-            self.link.close()
-        await asyncio.gather(*(channel.close(None) for channel in (self._control, *self.data)))
-
-
 class PromptPull:
     """Transfers one prompt's KV from a prefill worker into ``blocks``.
 
-    When ``run`` ends, for whatever reason, every task and thread that may touch the blocks has ended.
+    ``run`` ends, also by an error or a cancellation, only after every task and thread that may touch the blocks.
 
     Args:
         kv: geometry of the full model's KV.
@@ -243,10 +171,10 @@ class PromptPull:
         )
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
-        self._unwritten = self._coverage.missing_cells  # cells; coverage marks a chunk before it is written
+        self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
         self._farewell = asyncio.timeout(None)
         self._whole = asyncio.Event()  # set when all KV is written
-        self._ready_bytes = self._moved_bytes = 0  # of raw KV, whatever the codec
+        self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
         self.stats = PullStats(held_tokens=held_tokens)
 
     @property
@@ -273,7 +201,7 @@ class PromptPull:
                 async for message in responses(control, self._worker):
                     match message.WhichOneof("message"):
                         case "queued":
-                            # From now on the worker knows the transfer's id, which PullKv names.
+                            # The worker knows the transfer's id now, so that PullKv can name it.
                             for channel, ranges in zip(self._peer.data, self._shares(), strict=False):
                                 group.create_task(self._pull(channel, ranges, timeout))
                         case "scheduled":
@@ -302,7 +230,7 @@ class PromptPull:
             # TaskGroup has joined its tasks. The worker frees the KV when the RPC ends.
             control.cancel()
         if self._unwritten:
-            raise TransferFailed(f"prefill ended with {self._unwritten} KV cells missing")
+            raise TransferFailed(f"prefill ended with {self._unwritten} key and value vectors missing")
 
     async def _watch(self) -> None:
         ready, moved = (lambda: self._ready_bytes), (lambda: self._moved_bytes)
@@ -461,7 +389,7 @@ class PromptPull:
         self.stats.last_kv_ns = now
         self.stats.kv_chunks += len(chunks)
         for one in chunks:
-            self._unwritten -= one.range.num_cells
+            self._unwritten -= one.range.num_vectors
             self.stats.kv_bytes += one.size
             self._moved_bytes += self._spec.raw_bytes(one.range)
             self.stats.shared_bytes += one.size if one.slot is not None else 0

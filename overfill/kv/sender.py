@@ -85,6 +85,7 @@ class KvSender:
         self._event: dict[int, DeviceEvent | None] = {}
         self._progress = asyncio.Event()  # replaced after each change
         self._layer_bytes = spec.kv.token_layer_bytes
+        self._vector_bytes = self._layer_bytes // (2 * spec.kv.num_kv_heads)
         self._raw = spec.codec == common_pb2.KV_CODEC_RAW
         self.ready_bytes = 0
         self.first_sent_ns: int | None = None
@@ -93,7 +94,7 @@ class KvSender:
     @property
     def acknowledged_bytes(self) -> int:
         """Bytes of raw KV that the receiver has acknowledged."""
-        return self.spec.total_bytes - self._acknowledged.missing_cells * self._layer_bytes // self.spec.kv.num_kv_heads
+        return self.spec.total_bytes - self._acknowledged.missing_vectors * self._vector_bytes
 
     @property
     def complete(self) -> bool:
@@ -193,12 +194,12 @@ class KvSender:
 
     def _unsent_bytes(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:
         """Bytes of raw KV of ``ranges`` that are not sent."""
-        cells = sum(
-            kv_range.num_heads * (kv_range.token_end - start)
+        num_vectors = sum(
+            2 * kv_range.num_heads * (kv_range.token_end - start)
             for kv_range, cursors in zip(ranges, sent, strict=True)
             for start in cursors.values()
         )
-        return cells * self._layer_bytes // self.spec.kv.num_kv_heads
+        return num_vectors * self._vector_bytes
 
     def _next_range(
         self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]], largest: int

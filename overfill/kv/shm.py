@@ -6,8 +6,8 @@ as one user, and carries the segment's descriptor. When one end exits, the other
 socket nor segment has a name in a file system, so no exit leaves anything behind.
 
 A slot belongs to the server until the chunk in it is sent. It then belongs to the client until the client gives it back
-or the client's socket closes. Nobody writes to the slot in between. The chunk's checksum covers the payload, as it does
-on the network.
+or the client's socket closes. In between, neither end writes to the slot. The chunk's checksum covers the payload, as
+it does on the network.
 """
 
 from __future__ import annotations

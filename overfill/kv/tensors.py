@@ -116,8 +116,8 @@ class PagedTensors(ABC):
             targets: the layers of this cache that each full-model layer is written to.
 
         Returns:
-            Number of chunks, from the first, that are in place. If it is less than all, the next chunk is damaged, and
-            the elements of its range are undefined.
+            Number of leading chunks that were written. If it is smaller than ``len(chunks)``, the next chunk is damaged
+            and the cache elements of its range are undefined.
         """
         undamaged = num_undamaged(chunks)
         for chunk in chunks[:undamaged]:

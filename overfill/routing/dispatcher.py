@@ -9,7 +9,8 @@ admissible combination of the two exists::
 
 ``routing.fair_queue`` gives the order. A small request may overtake a large one that does not fit, until the large one
 has waited ``reserve_after`` seconds. A placement does not look at every worker, nor at every waiting request: the
-pools' indexes and the queue show when no placement is possible. ``routing.invariant`` checks the result by brute force.
+pools' indexes and the queue show when no placement is possible. Tests check the result with
+``routing.invariant`` by brute force.
 
 Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call ``poll``, which returns the outcomes.
 """
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from overfill.errors import OverfillError, PromptTooLong, Unavailable
-from overfill.routing import invariant
 from overfill.routing.admission import Admission
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
@@ -243,18 +243,6 @@ class Dispatcher:
             outcomes += self._place_decode(now)
         self._admission.departure_rate.observe(now, len(self._decode_queue))
         return outcomes
-
-    def check(self, now: float) -> None:
-        """Raises AssertionError if a count is wrong or a job waits without need. Call it after ``poll``."""
-        invariant.check(
-            self._roster,
-            self._jobs,
-            self._reserving,
-            self._decode_queue,
-            self._prefill_queue,
-            self._reserve_after,
-            now,
-        )
 
     def _wait(self, job: Job, now: float) -> None:
         job.state = JobState.WAITING

@@ -1,30 +1,26 @@
-"""Checks the dispatcher against the *Waiting* rule by brute force: every job against every worker. For tests."""
+"""Checks the dispatcher against the *Waiting* rule by brute force: every job against every worker.
+
+Tests and ``overfill simulate --check`` call it. Serving code does not import it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import Worker
 
 
-def check(
-    roster: Roster,
-    jobs: set[Job],
-    reserving: set[Job],
-    decode_queue: FairQueue[Job],
-    prefill_queue: FairQueue[Job],
-    reserve_after: float,
-    now: float,
-) -> None:
+def check(dispatcher: Dispatcher, now: float) -> None:
     """Raises AssertionError if a count is wrong, or if a job waits although an admissible worker exists.
 
-    Args:
-        jobs: all jobs that are not finished.
-        reserving: jobs on a decode worker that has not answered yet.
+    Call it after ``dispatcher.poll``.
     """
+    roster, jobs, reserving = dispatcher._roster, dispatcher._jobs, dispatcher._reserving
+    decode_queue, prefill_queue = dispatcher._decode_queue, dispatcher._prefill_queue
     _check_books(roster, jobs, reserving, decode_queue, prefill_queue)
     for pool in (roster.prefill, roster.decode):
         pool.check(now)
@@ -43,7 +39,7 @@ def check(
             choices = [w for w in large if w.admissible(now) and w.has_room(job.reserve_tokens)]
         if holder is not None:
             choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
-        elif now - job.waiting_since >= reserve_after:
+        elif now - job.waiting_since >= dispatcher._reserve_after:
             holder = job
         _require(not choices, f"{job.id} waits although a decode worker can take it")
 

@@ -1,9 +1,9 @@
 """Certificates for trials and small installations: two private certificate authorities, and a certificate per role.
 
 One authority signs the certificates of the stack's processes (router, worker, scraper), the other those of its users
-(client, operator). Workers trust only the first, so they refuse a client's certificate at the handshake, whatever role
-it claims. Routers trust both. A certificate names its role as a URI, and ``extendedKeyUsage`` says whether a server may
-use it.
+(client, operator). Workers trust only the first, so they refuse every certificate of a user at the handshake, even
+one that claims a process's role. Routers trust both. A certificate names its role as a URI, and ``extendedKeyUsage``
+says whether a server may use it.
 """
 
 from __future__ import annotations

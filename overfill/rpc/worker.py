@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
 from overfill.process import startup
@@ -21,12 +22,14 @@ from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import Credentials
-from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
+from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, prefill_pb2, registry_pb2
 
 log = logging.getLogger(__name__)
 
 ADMIN_SERVICE = "overfill.v1.Admin"
 _POLL = 0.05  # seconds between checks for running requests while draining
+
+_Description = TypeVar("_Description", decode_pb2.DescribeDecodeResponse, prefill_pb2.DescribePrefillResponse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,18 @@ class WorkerHost:
             codec=self._worker.codec,
             metrics_address=hello.metrics_address,
         )
+
+
+def fill_description(description: _Description, hello: registry_pb2.Hello) -> _Description:
+    """Fills the fields of ``description`` that both stages have from ``hello``, and returns it."""
+    description.wire_version = hello.wire_version
+    description.software_version = hello.software_version
+    description.worker_id = hello.worker_id
+    description.incarnation = hello.incarnation
+    description.model.CopyFrom(hello.model)
+    description.kv.CopyFrom(hello.kv)
+    description.max_model_len = hello.max_model_len
+    return description
 
 
 def announced(bound: str, advertise: str) -> str:

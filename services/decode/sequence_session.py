@@ -36,7 +36,8 @@ from overfill.errors import (
     Overloaded,
     Unavailable,
 )
-from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import FirstTokenArrived, PromptPull
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.telemetry import logs, tracing

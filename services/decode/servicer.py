@@ -7,22 +7,20 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from overfill import __version__
 from overfill.engine.build import EngineParts
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.peers import PeerPool
+from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
-from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost
+from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
@@ -81,16 +79,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context
     ) -> decode_pb2.DescribeDecodeResponse:
-        return decode_pb2.DescribeDecodeResponse(
-            wire_version=WIRE_VERSION,
-            software_version=__version__,
-            worker_id=self._hello.worker_id,
-            incarnation=self._hello.incarnation,
-            model=self._hello.model,
-            kv=self._hello.kv,
-            layer_map=self._parts.pair.layer_map,
-            max_model_len=self._parts.max_model_len,
-        )
+        description = decode_pb2.DescribeDecodeResponse(layer_map=self._parts.pair.layer_map)
+        return fill_description(description, self._hello)
 
     async def Generate(
         self,

@@ -19,11 +19,10 @@ from overfill.kv.wire import parse_message, pull_kv
 from overfill.request.params import SamplingParams
 from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
-from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
+from overfill.rpc.worker import fill_description
 from overfill.settings.mock import MockDecodeConfig
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from overfill.version import __version__
 from services.mock.tokens import Script, Speaker
 from services.mock.worker import MockWorker
 
@@ -114,17 +113,8 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context
     ) -> decode_pb2.DescribeDecodeResponse:
-        hello = self.worker.hello
-        return decode_pb2.DescribeDecodeResponse(
-            wire_version=WIRE_VERSION,
-            software_version=__version__,
-            worker_id=hello.worker_id,
-            incarnation=hello.incarnation,
-            model=hello.model,
-            kv=hello.kv,
-            layer_map=self.worker.pair.layer_map,
-            max_model_len=hello.max_model_len,
-        )
+        description = decode_pb2.DescribeDecodeResponse(layer_map=self.worker.pair.layer_map)
+        return fill_description(description, self.worker.hello)
 
     async def Generate(
         self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Context

@@ -11,11 +11,11 @@ from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.ranges import KvRange
 from overfill.kv.wire import join_chunks
 from overfill.request.params import SamplingParams
-from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.rpc.interceptors import Context
+from overfill.rpc.worker import fill_description
 from overfill.settings.mock import MockPrefillConfig
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
-from overfill.version import __version__
 from services.mock.tokens import Script
 from services.mock.worker import MockWorker
 
@@ -30,15 +30,16 @@ class _Lease:
         self.spec = TransferSpec(
             start.transfer_id, start.attempt, worker.kv, tuple(start.layers), (start.already_held_tokens, tokens)
         )
-        self.cells = len(start.layers) * (tokens - start.already_held_tokens) * worker.kv.num_kv_heads
+        held = start.already_held_tokens
+        self.missing_vectors = 2 * len(start.layers) * (tokens - held) * worker.kv.num_kv_heads
         self.blocks = -(-tokens // worker.config.block_size)
         self.computed = asyncio.Event()
         self.acknowledged = asyncio.Event()
 
     async def read_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
-            self.cells -= sum(KvRange.from_proto(box).num_cells for box in request.ack.ranges)
-            if self.cells <= 0:
+            self.missing_vectors -= sum(KvRange.from_proto(box).num_vectors for box in request.ack.ranges)
+            if self.missing_vectors <= 0:
                 self.acknowledged.set()
 
 
@@ -70,17 +71,8 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        hello = self.worker.hello
-        return prefill_pb2.DescribePrefillResponse(
-            wire_version=WIRE_VERSION,
-            software_version=__version__,
-            worker_id=hello.worker_id,
-            incarnation=hello.incarnation,
-            model=hello.model,
-            kv=hello.kv,
-            max_model_len=hello.max_model_len,
-            codecs=[common_pb2.KV_CODEC_RAW],
-        )
+        description = prefill_pb2.DescribePrefillResponse(codecs=[common_pb2.KV_CODEC_RAW])
+        return fill_description(description, self.worker.hello)
 
     async def Prefill(
         self, request_iterator: AsyncIterator[prefill_pb2.PrefillRequest], context: Context

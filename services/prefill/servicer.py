@@ -10,7 +10,6 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import assert_never
 
-from overfill import __version__
 from overfill.engine.build import EngineParts
 from overfill.engine.sequence import (
     ChunkComputed,
@@ -46,9 +45,8 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.request.params import SamplingParams, check_token_ids
-from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost
+from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics, outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
@@ -202,17 +200,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        return prefill_pb2.DescribePrefillResponse(
-            wire_version=WIRE_VERSION,
-            software_version=__version__,
-            worker_id=self._hello.worker_id,
-            incarnation=self._hello.incarnation,
-            model=self._hello.model,
-            kv=self._hello.kv,
-            max_model_len=self._parts.max_model_len,
-            codecs=CODECS.values(),
-            shm=self._shm_server.offer,
-        )
+        description = prefill_pb2.DescribePrefillResponse(codecs=CODECS.values(), shm=self._shm_server.offer)
+        return fill_description(description, self._hello)
 
     async def Prefill(
         self,

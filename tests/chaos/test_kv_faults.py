@@ -18,16 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
-from overfill.errors import InternalError, TransferFailed
-from overfill.kv.cache import KvCache
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest, PullStats
-from overfill.kv.spec import KvSpec
-from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.lab.bench.registry import ListeningRegistry
-from overfill.lab.faults.message_proxy import (
+from message_proxy import (
     Corrupt,
     Drop,
     Duplicate,
@@ -42,6 +33,16 @@ from overfill.lab.faults.message_proxy import (
     Throttle,
     Truncate,
 )
+
+from overfill.cli.processes import Child, stop
+from overfill.cli.stack import child_environment
+from overfill.errors import InternalError, TransferFailed
+from overfill.kv.cache import KvCache
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest, PullStats
+from overfill.kv.spec import KvSpec
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
+from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
 from overfill.v1 import decode_pb2, registry_pb2

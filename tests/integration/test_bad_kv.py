@@ -81,10 +81,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
             yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
-            cells = 2 * 6 * 2
+            num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
-                self.acknowledged += sum(KvRange.from_proto(r).num_cells for r in request.ack.ranges)
-                if self.acknowledged == cells:
+                self.acknowledged += sum(KvRange.from_proto(r).num_vectors for r in request.ack.ranges)
+                if self.acknowledged == num_vectors:
                     break
             if self.hold_done:
                 await asyncio.Event().wait()
@@ -149,7 +149,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
             assert half.sum() == 6 * 2 * 4
     assert tokens[0].token.token_id == 9
-    assert worker.acknowledged == 24
+    assert worker.acknowledged == 48
 
 
 async def test_chunks_may_arrive_in_reverse_order(pull, worker):
@@ -202,7 +202,7 @@ async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind):
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
     assert pull.stats.broken_streams == 1
-    assert worker.acknowledged == 24
+    assert worker.acknowledged == 48
 
 
 def scaled(chunk, scale):
@@ -230,9 +230,9 @@ async def test_kv_that_is_held_as_int8_is_checked_as_well(pull, worker, codec, k
     for layer in (0, 1):
         for half in cache.gather(layer, cache.slots([2, 0], 0, 6)):
             torch.testing.assert_close(half, torch.ones(6, 2, 4))
-    assert cache.k.sum() == 2 * 6 * 2 * 4 * 127  # no other cell is written
+    assert cache.k.sum() == 2 * 6 * 2 * 4 * 127  # nothing else is written
     assert pull.stats.broken_streams == (kind != "right")
-    assert worker.acknowledged == 24
+    assert worker.acknowledged == 48
 
 
 async def test_a_broken_data_stream_continues_in_another(pull, worker):

@@ -22,7 +22,8 @@ from overfill.api import keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
 from overfill.model.manifest import Pair
 from overfill.rpc import certificates

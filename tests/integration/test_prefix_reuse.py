@@ -21,7 +21,8 @@ from overfill.cli.processes import Child, stop
 from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
@@ -167,7 +168,7 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     assert stats.cached_tokens == 0
     warm, stats = await worker(prompt, namespace="one")
     assert stats.cached_tokens == 64
-    assert torch.equal(cold.k[:, :4], warm.k[:, :4])  # the same cells
+    assert torch.equal(cold.k[:, :4], warm.k[:, :4])  # the same elements
     assert torch.allclose(cold.k, warm.k, atol=1e-4)
     _, stats = await worker(prompt, namespace="two")
     assert stats.cached_tokens == 0

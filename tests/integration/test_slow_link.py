@@ -10,7 +10,8 @@ import torch
 
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy

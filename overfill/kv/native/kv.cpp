@@ -70,8 +70,8 @@ int ovf_kv_gather(const OvfCache* cache, const int64_t* table, int64_t length, O
     if (!table_inside(*cache, table, length)) return 1;
     for (OvfChunk* c = chunks; c < chunks + count; ++c) {
         if (!inside(*cache, length, *c) || c->layer_end > cache->layers) return 1;
-        const int64_t num_cells = (c->layer_end - c->layer_start) * (c->token_end - c->token_start) * (c->head_end - c->head_start);
-        Xxh3 hash(c->header_bytes + 2 * num_cells * cache->vector_bytes);
+        const int64_t num_vectors = 2 * (c->layer_end - c->layer_start) * (c->token_end - c->token_start) * (c->head_end - c->head_start);
+        Xxh3 hash(c->header_bytes + num_vectors * cache->vector_bytes);
         if (c->header_bytes) hash.feed(c->header, c->header_bytes);
         uint8_t* to = c->payload;
         for (uint8_t* half : {cache->k, cache->v})

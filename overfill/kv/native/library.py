@@ -99,7 +99,7 @@ class NativeTensors(NumpyTensors):
         """``OvfChunk`` of each chunk."""
         packed = bytearray(_CHUNK.size * len(chunks))
         for index, chunk in enumerate(chunks):
-            if len(chunk.payload) != 2 * chunk.range.num_cells * self._vector_bytes:
+            if len(chunk.payload) != chunk.range.num_vectors * self._vector_bytes:
                 raise IndexError(f"a payload of {len(chunk.payload)} bytes does not fit {chunk.range}")
             header_bytes = 0 if _is_short(chunk) else len(chunk.header)
             _CHUNK.pack_into(

@@ -1,6 +1,7 @@
 """A TCP proxy on loopback that limits bandwidth, delays or loses data, closes connections, or partitions the network.
 
-It forwards bytes, so a partition stops gRPC's keepalive pings too. ``message_proxy`` works on gRPC messages instead.
+It forwards bytes, so a partition stops gRPC's keepalive pings too. ``tests/support/message_proxy.py`` works on gRPC
+messages instead.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from overfill.client.answers import Timing
-from overfill.lab.bench.serve.load import RequestFailed
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Outcome, RequestFailed
 
 OnTokens = Callable[[int], None]
 """Receives the number of tokens so far, once per message."""

@@ -11,9 +11,9 @@ from requests.adapters import HTTPAdapter
 
 from overfill.client import Client, SamplingParams, Timing
 from overfill.errors import OverfillError
-from overfill.lab.bench.serve import openai
-from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.loadtest.plan import LoadPlan
+from overfill.lab.traffic import openai
+from overfill.lab.traffic.outcome import RequestFailed
 from overfill.rpc.tls import ClientTls
 
 _CONNECT_SECONDS = 10.0

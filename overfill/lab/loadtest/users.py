@@ -14,12 +14,11 @@ from gevent.pool import Group
 from locust import User, task
 from locust.env import Environment
 
-from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.loadtest.measure import measure
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.transports import GrpcTransport, OpenAiTransport
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Outcome, RequestFailed
 
 grpc.experimental.gevent.init_gevent()  # before the first channel; otherwise gRPC's threads block all greenlets
 

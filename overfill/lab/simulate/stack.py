@@ -27,6 +27,7 @@ from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, a
 from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.lab.traffic.traces import TraceRequest
+from overfill.routing import invariant
 from overfill.routing.dispatcher import Job, JobState, Rejection
 from overfill.routing.pool import Roster
 from overfill.routing.worker import PREFILL
@@ -378,7 +379,7 @@ class Simulation:
 
     def _check(self) -> None:
         self.counters.checks += 1
-        self.dispatcher.check(self.clock.now)
+        invariant.check(self.dispatcher, self.clock.now)
         for worker in self.workers.values():
             worker.check()
         if self.dispatcher.num_jobs != len(self.open):

@@ -1,1 +1,1 @@
-"""Traces of requests, their outcomes, and the objectives that a run must meet."""
+"""Traces of requests, their OpenAI messages, their outcomes, and the objectives that a run must meet."""

@@ -11,6 +11,10 @@ from overfill.errors import InvalidRequest
 PERCENTILES = (50, 90, 99)
 
 
+class RequestFailed(Exception):
+    """The server did not answer a request completely; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Outcome of one request. Times are seconds since the run began, on the client's clock.

@@ -30,7 +30,7 @@ def make_cache(dtype="float32", layers=4, heads=2, blocks=8, block_size=4, head_
 
 
 def read_range(cache, table, kv_range):
-    payload = bytearray(2 * kv_range.num_cells * cache.spec.head_dim * DTYPE_BYTES[cache.spec.dtype])
+    payload = bytearray(kv_range.num_vectors * cache.spec.head_dim * DTYPE_BYTES[cache.spec.dtype])
     cache.read(table, [Chunk(kv_range, payload)], {})
     return payload
 
@@ -180,7 +180,7 @@ async def test_a_range_is_acknowledged_once(executor):
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_range_is_read_and_written_right_between_caches_of_other_block_sizes(data):
-    """Compares all cells, for whole and partial blocks and for all or some heads."""
+    """Compares all elements, for whole and partial blocks and for all or some heads."""
     source, target = (
         make_cache(layers=3, heads=4, blocks=20, block_size=4),
         make_cache(layers=3, heads=4, blocks=30, block_size=8, seed=1),

@@ -19,7 +19,7 @@ TABLE = [5, 0, 3]
 
 
 def read_range(cache: KvCache, table: list[int], kv_range: KvRange) -> bytearray:
-    payload = bytearray(2 * kv_range.num_cells * cache.spec.head_dim * DTYPE_BYTES[cache.spec.dtype])
+    payload = bytearray(kv_range.num_vectors * cache.spec.head_dim * DTYPE_BYTES[cache.spec.dtype])
     cache.read(table, [Chunk(kv_range, payload)], {})
     return payload
 

@@ -27,7 +27,7 @@ def make_cache(storage=library.NativeTensors, head_dim=8, heads=3, layers=4, blo
 
 
 def blank(cache, kv_range, header):
-    size = 2 * kv_range.num_cells * cache.spec.head_dim * cache.k.element_size()
+    size = kv_range.num_vectors * cache.spec.head_dim * cache.k.element_size()
     return Chunk(kv_range, bytearray(size), header)
 
 

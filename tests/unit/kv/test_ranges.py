@@ -1,4 +1,4 @@
-"""Tests that a transfer is complete when every cell has arrived exactly once."""
+"""Tests that a transfer is complete when every vector has arrived exactly once."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from overfill.errors import TransferFailed
 from overfill.kv.ranges import Coverage, KvRange, runs, share_among_streams
 
 
-def test_complete_after_all_cells_in_any_order():
+def test_complete_after_all_ranges_in_any_order():
     coverage = Coverage([0, 2], (4, 8), num_heads=2)
     for box in (KvRange(2, 3, 4, 8, 0, 2), KvRange(0, 1, 6, 8, 0, 2), KvRange(0, 1, 4, 6, 1, 2)):
         coverage.add(box)
@@ -34,7 +34,7 @@ def test_a_range_outside_the_transfer_is_refused(box):
     coverage = Coverage([0, 2], (4, 8), num_heads=2)
     with pytest.raises(TransferFailed, match="outside"):
         coverage.add(box)
-    assert coverage.missing_cells == 16
+    assert coverage.missing_vectors == 32
 
 
 def test_a_duplicate_or_overlap_is_refused_and_changes_nothing():
@@ -43,7 +43,7 @@ def test_a_duplicate_or_overlap_is_refused_and_changes_nothing():
     for box in (KvRange(0, 1, 2, 6, 0, 1), KvRange(0, 1, 5, 8, 0, 1)):
         with pytest.raises(TransferFailed, match="overlaps"):
             coverage.add(box)
-    assert coverage.missing_cells == 4
+    assert coverage.missing_vectors == 8
 
 
 @given(st.sets(st.integers(0, 40), min_size=1), st.integers(1, 8), st.integers(0, 5), st.integers(1, 6))
@@ -63,7 +63,7 @@ def test_runs_of_consecutive_numbers():
     assert list(runs([])) == []
 
 
-def test_missing_cells_are_reported_as_ranges_that_can_be_pulled_again():
+def test_missing_vectors_are_reported_as_ranges_that_can_be_pulled_again():
     coverage = Coverage([0, 1, 2, 5], (10, 20), 2)
     whole = [KvRange(0, 3, 10, 20, 0, 2), KvRange(5, 6, 10, 20, 0, 2)]
     assert coverage.missing(whole) == whole
@@ -79,7 +79,7 @@ def test_missing_cells_are_reported_as_ranges_that_can_be_pulled_again():
     assert coverage.complete
 
 
-def cells(boxes):
+def positions(boxes):
     return {
         (layer, token, head)
         for box in boxes
@@ -108,8 +108,8 @@ class Receiving(RuleBasedStateMachine):
     def a_chunk_arrives(self, layers, tokens, heads):
         (layer, more_layers), (token, more_tokens), (head, more_heads) = layers, tokens, heads
         box = KvRange(layer, layer + more_layers, token, token + more_tokens, head, head + more_heads)
-        new = cells([box])
-        if new and new <= cells(self.WHOLE) and not new & self.arrived:
+        new = positions([box])
+        if new and new <= positions(self.WHOLE) and not new & self.arrived:
             self.coverage.add(box)
             self.arrived |= new
         else:
@@ -121,14 +121,14 @@ class Receiving(RuleBasedStateMachine):
         if missing := self.coverage.missing(self.WHOLE):
             box = data.draw(st.sampled_from(missing))
             self.coverage.add(box)
-            self.arrived |= cells([box])
+            self.arrived |= positions([box])
 
     @invariant()
     def what_is_missing_is_what_has_not_arrived(self):
         missing = self.coverage.missing(self.WHOLE)
-        assert sum(box.num_cells for box in missing) == len(cells(missing))  # no two overlap
-        assert cells(missing) == cells(self.WHOLE) - self.arrived
-        assert self.coverage.missing_cells == len(cells(missing))
+        assert sum(box.num_vectors for box in missing) == 2 * len(positions(missing))  # no two overlap
+        assert positions(missing) == positions(self.WHOLE) - self.arrived
+        assert self.coverage.missing_vectors == 2 * len(positions(missing))
         assert self.coverage.complete == (not missing)
 
 

@@ -14,8 +14,9 @@ from overfill.kv import shm
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.handshake import KvIdentity
+from overfill.kv.peers import PrefillPeer
 from overfill.kv.ranges import KvRange
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import SLOTS, ShmClient, ShmLink, ShmServer
 from overfill.kv.spec import KvSpec, RopeSpec

@@ -13,6 +13,7 @@ from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
 from overfill.routing.fair_queue import FairQueue
+from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
@@ -560,7 +561,7 @@ def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispat
         dispatcher.finish(a)
         assert [w.in_flight for w in workers] == [0, 0]
         assert (dispatcher.num_jobs, dispatcher.num_waiting) == (0, 0)
-        dispatcher.check(0.0)
+        check(dispatcher, 0.0)
 
 
 class Dispatching(RuleBasedStateMachine):
@@ -582,7 +583,7 @@ class Dispatching(RuleBasedStateMachine):
             if isinstance(outcome, Rejection):
                 self.open.remove(outcome.job)
                 self.ended.append(outcome.job)
-        self.dispatcher.check(self.now)
+        check(self.dispatcher, self.now)
 
     def join(self, name, stage, incarnation):
         spec = KvSpec(1, 1, 2, "float32", RopeSpec())

@@ -13,6 +13,7 @@ from overfill.errors import Overloaded, PromptTooLong
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement
+from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
@@ -98,7 +99,7 @@ class World:
         for outcome in dispatcher.poll(self.now):
             if not isinstance(outcome, Placement):
                 self.drop(outcome.job)
-        dispatcher.check(self.now)
+        check(dispatcher, self.now)
 
     def model(self, worker):
         return next(m for m in self.models if worker is not None and m.name == worker.id)

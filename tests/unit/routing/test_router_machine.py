@@ -27,6 +27,7 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.answer import Finish, TokenBatch
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.invariant import check
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
@@ -391,7 +392,7 @@ class Routing(RuleBasedStateMachine):
     @invariant()
     def the_books_balance(self):
         self.act(self.async_dispatcher.poll)
-        self.dispatcher.check(self.loop.now)
+        check(self.dispatcher, self.loop.now)
 
     @invariant()
     def what_ended_holds_nothing(self):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from overfill.kv.cache import KvCache
-from overfill.kv.receiver import FirstTokenArrived, PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import FirstTokenArrived, PromptPull, PromptRequest
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.lab.bench.workers import Log, prefill_worker
 from overfill.lab.faults.proxy import TcpProxy

@@ -20,7 +20,8 @@ import torch
 from overfill.errors import InternalError
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
-from overfill.kv.receiver import PrefillPeer, PromptPull, PromptRequest
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PromptRequest
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.bench.kv.raw_stream import pull_raw
 from overfill.lab.bench.kv.sender import BLOCK_SIZE

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidRequest, Unavailable
-from overfill.lab.bench.serve.load import Progress, RequestFailed, run_load
+from overfill.lab.bench.serve.load import Progress, run_load
 from overfill.lab.bench.serve.targets import GrpcTarget, OpenAiTarget
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Outcome, RequestFailed
 from overfill.lab.traffic.traces import TraceRequest
 
 if TYPE_CHECKING:

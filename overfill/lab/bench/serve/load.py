@@ -8,14 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Outcome, RequestFailed
 from overfill.lab.traffic.traces import TraceRequest
 
 Progress = Callable[[int, int], None]
-
-
-class RequestFailed(Exception):
-    """The server did not answer a request completely; the message says why."""
 
 
 class Target(Protocol):

@@ -10,8 +10,8 @@ import aiohttp
 
 from overfill.client import AsyncClient, SamplingParams
 from overfill.errors import OverfillError
-from overfill.lab.bench.serve import openai
-from overfill.lab.bench.serve.load import RequestFailed
+from overfill.lab.traffic import openai
+from overfill.lab.traffic.outcome import RequestFailed
 from overfill.rpc.tls import ClientTls
 
 

@@ -9,12 +9,11 @@ import json
 import pytest
 
 from overfill.client import Timing
-from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.loadtest.measure import from_record, measure, relative_to_start, to_record
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.verdict import LoadTestStatus, conclude
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Outcome, RequestFailed
 
 TIMING = Timing(ttft=0.9, router_queue=0.2, prefill_compute=0.5, total=2.0)
 

@@ -8,11 +8,15 @@ from dataclasses import fields
 from typing import Any
 
 from overfill.client.answers import Timing
-from overfill.lab.bench.serve.load import RequestFailed
+from overfill.lab.traffic.outcome import RequestFailed
 
 
 def completion_body(model: str | None, prompt: Sequence[int], max_tokens: int, *, extensions: bool) -> dict[str, Any]:
-    """Builds the body of a ``/completions`` request. ``OpenAiTarget`` explains ``extensions``."""
+    """Builds the body of a ``/completions`` request.
+
+    Args:
+        extensions: whether to use ``ignore_eos`` and a token count in every message, which OpenAI's API does not have.
+    """
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(prompt),

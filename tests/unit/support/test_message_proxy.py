@@ -10,9 +10,7 @@ from contextlib import suppress
 import grpc
 import grpc.aio
 import pytest
-
-from overfill.errors import InternalError, InvalidRequest
-from overfill.lab.faults.message_proxy import (
+from message_proxy import (
     Corrupt,
     Delay,
     Drop,
@@ -26,6 +24,8 @@ from overfill.lab.faults.message_proxy import (
     Throttle,
     Truncate,
 )
+
+from overfill.errors import InternalError, InvalidRequest
 from overfill.rpc.calls import responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
