@@ -35,7 +35,7 @@ from overfill.model.sampling import SampledToken
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class ColocatedRequest:
     """A request on its way through both engines, with one sequence object in each.
 
     Attributes:
@@ -72,7 +72,7 @@ class Colocated:
         prefix: PrefixCache,
         token_budget: int,
         max_num_seqs: int,
-        on_token: Callable[[Request, SampledToken], None] | None,
+        on_token: Callable[[ColocatedRequest, SampledToken], None] | None,
     ) -> None:
         self._full_cache = full.runner.cache
         self._decoder_cache = decoder.runner.cache
@@ -88,14 +88,14 @@ class Colocated:
         self._decode = DecodeEngine(
             decoder.runner, decoder.pool, max_num_seqs, token_budget, self._decode_events.extend
         )
-        self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
+        self._requests: dict[str, ColocatedRequest] = {}
+        self._waiting: deque[ColocatedRequest] = deque()
 
     @property
     def num_unfinished(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: ColocatedRequest) -> None:
         """Queues a request, which a later step starts."""
         self._requests[request.decode.id] = request
         self._waiting.append(request)
@@ -199,7 +199,7 @@ class Colocated:
             case Refused():
                 pass
 
-    def _hand_over(self, request: Request, first: SampledToken | None) -> None:
+    def _hand_over(self, request: ColocatedRequest, first: SampledToken | None) -> None:
         """Hands a computed prompt over: judges the full model's token, copies the KV and starts the decoder."""
         decode, prefill = request.decode, request.prefill
         if prefill is None or not prefill.blocks:  # preempted since; it will be submitted again
@@ -223,7 +223,7 @@ class Colocated:
             self._decode.handle(Release(decode.id))
         self._prefill.handle(Release(decode.id))
 
-    def _accept(self, request: Request, token: SampledToken | None, finish: FinishReason | None) -> None:
+    def _accept(self, request: ColocatedRequest, token: SampledToken | None, finish: FinishReason | None) -> None:
         if token is not None:
             request.answer.append(token)
             if self._on_token is not None:

@@ -13,7 +13,7 @@ from overfill.cli.output import console, print_json
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.lab.simulate.options import Options
+    from overfill.lab.simulate.options import SimulationOptions
     from overfill.lab.simulate.profiles import Profile
     from overfill.lab.traffic.outcome import Objective
     from overfill.routing.scaling import ScalingConfig
@@ -206,7 +206,7 @@ def simulate_command(
 
     The router's own code places, queues and scales. A profile says how long a worker takes for its work.
     """
-    from overfill.lab.simulate.options import Options
+    from overfill.lab.simulate.options import SimulationOptions
     from overfill.lab.simulate.profiles import load_profile
     from overfill.lab.traffic.outcome import Objective
 
@@ -224,7 +224,7 @@ def simulate_command(
         profile = replace(profile, startup=startup)
     load = _Load(traces, count, rate, rate_scale, length_scale, longest, arrivals, prompt_tokens, output_tokens, seed)
     requests = load.requests()
-    options = Options(
+    options = SimulationOptions(
         prefill=prefill,
         decode=decode,
         policy=policy,
@@ -245,7 +245,7 @@ def simulate_command(
 def _run(
     requests: list[TraceRequest],
     profile: Profile,
-    options: Options,
+    options: SimulationOptions,
     objective: Objective,
     plot: Path | None,
     as_json: bool,
@@ -273,7 +273,7 @@ def _run(
 def _size(
     requests: list[TraceRequest],
     profile: Profile,
-    options: Options,
+    options: SimulationOptions,
     objective: Objective,
     attainment: float,
     costs: tuple[float, float],
@@ -300,7 +300,7 @@ def _size(
 
 
 def _compare(
-    requests: list[TraceRequest], profile: Profile, options: Options, objective: Objective, as_json: bool
+    requests: list[TraceRequest], profile: Profile, options: SimulationOptions, objective: Objective, as_json: bool
 ) -> int:
     from overfill.lab.simulate.policies import NAMES
     from overfill.lab.simulate.stack import Simulation

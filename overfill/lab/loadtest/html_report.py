@@ -16,7 +16,7 @@ import numpy as np
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
-from overfill.lab.traffic.run_objectives import Verdict
+from overfill.lab.traffic.run_objectives import ObjectiveVerdict
 from overfill.version import __version__
 
 mpl.use("Agg")
@@ -38,7 +38,7 @@ svg{width:100%;height:auto}h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2r
 """
 
 
-def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> None:
+def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdicts: Sequence[ObjectiveVerdict]) -> None:
     """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test."""
     passed = all(verdict.met for verdict in verdicts)
     body = [
@@ -196,7 +196,7 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
     return "<h2>Failures</h2>" + _table(("times", "error"), [(str(n), escape(e[:300])) for e, n in most])
 
 
-def _verdict_row(verdict: Verdict) -> Sequence[str]:
+def _verdict_row(verdict: ObjectiveVerdict) -> Sequence[str]:
     status = '<span class="met">met</span>' if verdict.met else '<span class="missed">missed</span>'
     threshold = verdict.threshold
     return threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status

@@ -56,7 +56,7 @@ class Threshold:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ObjectiveVerdict:
     """Result of checking one threshold. A value that was not measured does not meet it."""
 
     threshold: Threshold
@@ -93,9 +93,9 @@ class RunObjectives:
         thresholds.setdefault("errors", Threshold("errors", 0.0))
         return cls(tuple(thresholds.values()))
 
-    def judge(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
+    def judge(self, outcomes: Sequence[Outcome]) -> list[ObjectiveVerdict]:
         """Checks every threshold against the outcomes of a run."""
-        return [Verdict(threshold, threshold.measure(outcomes)) for threshold in self.thresholds]
+        return [ObjectiveVerdict(threshold, threshold.measure(outcomes)) for threshold in self.thresholds]
 
 
 def _parse_threshold(part: str) -> Threshold:

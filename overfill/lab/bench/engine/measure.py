@@ -15,7 +15,7 @@ from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, MachineProbe
-from overfill.lab.bench.engine.overfill_engine import OverfillEngine, Workload, load_engines
+from overfill.lab.bench.engine.overfill_engine import EngineWorkload, OverfillEngine, load_engines
 from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_peers
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.lab.bench.engine.rows import Row
@@ -127,7 +127,7 @@ def bench_decode(
     """
     plan = settings.plan
     prompt = max(1, context - plan.warmup - plan.rounds * plan.steps // 2)
-    workload = Workload(max(batches), prompt + plan.total_steps + 2)
+    workload = EngineWorkload(max(batches), prompt + plan.total_steps + 2)
     with _loaded(settings, workload, report) as loaded:
         engines: list[BenchEngine] = [*loaded.ours, *loaded.peers]
         for done, batch in enumerate(batches):
@@ -158,7 +158,7 @@ def bench_prefill(settings: EngineSettings, prompts: Sequence[Sequence[int]], re
     Args:
         prompts: Batches of prompts, each given as the prompts' lengths.
     """
-    workload = Workload(max(map(len, prompts)), max(map(max, prompts)) + 1)
+    workload = EngineWorkload(max(map(len, prompts)), max(map(max, prompts)) + 1)
     with _loaded(settings, workload, report) as loaded:
         engines: list[BenchEngine] = [loaded.full, *loaded.peers]
         for done, lengths in enumerate(prompts):
@@ -193,7 +193,7 @@ def _gain(full: Row, decoder: Row) -> Row:
 
 
 @contextmanager
-def _loaded(settings: EngineSettings, workload: Workload, report: Report) -> Iterator[_Loaded]:
+def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) -> Iterator[_Loaded]:
     device = resolve_device(settings.device)
     dtype = settings.dtype or native_dtype(device)
     torch.set_num_threads(settings.threads)

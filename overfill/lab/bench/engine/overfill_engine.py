@@ -39,7 +39,7 @@ _BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class EngineWorkload:
     """The largest batch of a run, and the maximum tokens (prompt and answer) of a sequence."""
 
     batch: int
@@ -57,7 +57,7 @@ def load_engines(
     device: torch.device,
     quantize: Quantization | None,
     kv_cache_dtype: KvCacheDtype = "auto",
-    workload: Workload,
+    workload: EngineWorkload,
     token_budget: int,
 ) -> tuple[OverfillEngine, OverfillEngine | None]:
     """Loads the full model and the decoder, each with a KV cache of its own.

@@ -176,7 +176,7 @@ def _vllm(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Pla
 def _openvino(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
     import torch
 
-    from overfill.lab.bench.engine.overfill_engine import Workload
+    from overfill.lab.bench.engine.overfill_engine import EngineWorkload
     from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_process
 
     with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
@@ -187,7 +187,7 @@ def _openvino(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator
                 torch.bfloat16,
                 torch.device("cpu"),
                 settings.threads,
-                Workload(_BATCH, max_model_len),
+                EngineWorkload(_BATCH, max_model_len),
                 _TOKEN_BUDGET,
                 Path(logs),
                 kv_bytes=4 << 30,

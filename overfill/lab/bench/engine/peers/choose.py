@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from overfill.errors import InvalidRequest
-from overfill.lab.bench.engine.overfill_engine import Workload
-from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, RECIPES, python_of
+from overfill.lab.bench.engine.overfill_engine import EngineWorkload
+from overfill.lab.bench.engine.peers.environment import ENVIRONMENTS, NOT_INSTALLED, python_of
 from overfill.lab.bench.engine.peers.process import PeerProcess
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.model.manifest import Pair
@@ -20,7 +20,7 @@ from overfill.pair.store import default_gguf
 from overfill.telemetry.progress import Report, silent
 
 BUILT_IN = ("transformers", "reference")
-PEERS = (*BUILT_IN, *RECIPES)
+PEERS = (*BUILT_IN, *ENVIRONMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class PeerSettings:
     dtype: torch.dtype
     device: torch.device
     threads: int
-    workload: Workload
+    workload: EngineWorkload
     token_budget: int
     logs: Path
     kv_bytes: int | None = None
@@ -118,7 +118,7 @@ def open_process(name: str, setting: PeerSettings) -> PeerProcess | Missing:
 
 
 def _open(name: str, setting: PeerSettings) -> BenchEngine | Missing:
-    if name in RECIPES:
+    if name in ENVIRONMENTS:
         return open_process(name, setting)
     # Imported here, because transformers takes seconds to import.
     from overfill.lab.bench.engine.peers.hf_baseline import ReferenceLoop, TransformersGenerate
