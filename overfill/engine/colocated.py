@@ -60,7 +60,7 @@ class Colocated:
 
     Args:
         prefix: prefix cache on the full model's pool.
-        token_budget: maximum number of prompt tokens, or replayed tokens, in one step.
+        max_num_batched_tokens: maximum number of prompt tokens, or replayed tokens, in one step.
         max_num_seqs: maximum number of sequences in each engine.
         on_token: called with the request and each token of its answer as it is sampled.
     """
@@ -70,7 +70,7 @@ class Colocated:
         full: EngineParts,
         decoder: EngineParts,
         prefix: PrefixCache,
-        token_budget: int,
+        max_num_batched_tokens: int,
         max_num_seqs: int,
         on_token: Callable[[ColocatedRequest, SampledToken], None] | None,
     ) -> None:
@@ -83,10 +83,10 @@ class Colocated:
         self._prefill_events: deque[PrefillEvent] = deque()
         self._decode_events: deque[DecodeEvent] = deque()
         self._prefill = PrefillEngine(
-            full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.extend, prefix
+            full.runner, full.pool, max_num_batched_tokens, max_num_seqs, self._prefill_events.extend, prefix
         )
         self._decode = DecodeEngine(
-            decoder.runner, decoder.pool, max_num_seqs, token_budget, self._decode_events.extend
+            decoder.runner, decoder.pool, max_num_seqs, max_num_batched_tokens, self._decode_events.extend
         )
         self._requests: dict[str, ColocatedRequest] = {}
         self._waiting: deque[ColocatedRequest] = deque()

@@ -121,7 +121,7 @@ class LLM:
         self._device = where
         self._prefix_cache = prefix_cache
         self._prefix = self._full.prefix_cache(prefix_cache)
-        self._token_budget = max_num_batched_tokens
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
 
     def generate(
@@ -169,7 +169,9 @@ class LLM:
 
     def colocated(self, on_token: Callable[[ColocatedRequest, SampledToken], None] | None = None) -> Colocated:
         """Returns the engines, for adding requests one by one. Close it before opening another."""
-        return Colocated(self._full, self._decoder, self._prefix, self._token_budget, self._max_num_seqs, on_token)
+        return Colocated(
+            self._full, self._decoder, self._prefix, self._max_num_batched_tokens, self._max_num_seqs, on_token
+        )
 
     def _renew_pools(self) -> None:
         """Replaces both block pools and empties the prefix cache.

@@ -333,7 +333,7 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
         use_all=use_all,
         prefill_rate=profile.prefill_rate,
         step=profile.decode.cost,
-        max_batch=profile.decode.max_seqs,
+        max_batch=profile.decode.max_num_seqs,
     )
 
 

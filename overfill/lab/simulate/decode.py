@@ -116,7 +116,7 @@ class SimDecode:
 
     def reserve(self, sequence: SimSequence) -> bool:
         """Reserves blocks for prompt + emitted + 1 tokens. Returns False if the worker refuses."""
-        if len(self._sequences) >= self._model.max_seqs or self._num_preempted:
+        if len(self._sequences) >= self._model.max_num_seqs or self._num_preempted:
             return False
         if not self._acquire(sequence):
             return False

@@ -126,7 +126,7 @@ class PrefillWorker(SimWorker):
     ) -> None:
         super().__init__(name, PREFILL, clock, router, report_gap)
         self.engine = SimPrefill(clock, profile, blocks, self)
-        self._credits = profile.prefill.max_seqs
+        self._credits = profile.prefill.max_num_seqs
 
     def load(self) -> decode_pb2.WorkerLoad:
         engine, blocks = self.engine, self.engine.blocks
@@ -180,7 +180,9 @@ class DecodeWorker(SimWorker):
         )
 
     def report(self) -> registry_pb2.Report:
-        return registry_pb2.Report(load=self.load(), credits=self._model.max_seqs, ready=True, draining=self.draining)
+        return registry_pb2.Report(
+            load=self.load(), credits=self._model.max_num_seqs, ready=True, draining=self.draining
+        )
 
     def kill(self) -> Sequence[SimSequence]:
         self.leave()

@@ -38,7 +38,7 @@ class EngineSettings:
         peers: Names of the peers to measure.
         quantize: Weights of the decoder. None means the pair's recipe.
         kv_cache_dtype: KV cache of the decoder.
-        token_budget: Maximum prompt tokens in a step, for our engine and the peers.
+        max_num_batched_tokens: Maximum prompt tokens in a step, for our engine and the peers.
     """
 
     pair: Pair
@@ -49,7 +49,7 @@ class EngineSettings:
     plan: BenchPlan
     quantize: Quantization | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
-    token_budget: int = 2048
+    max_num_batched_tokens: int = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +206,18 @@ def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) 
             quantize=settings.quantize,
             kv_cache_dtype=settings.kv_cache_dtype,
             workload=workload,
-            token_budget=settings.token_budget,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
         )
         report("Loading our engine", 1, 1)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
         for_peers = PeerSettings(
-            settings.pair, TORCH_DTYPES[dtype], device, settings.threads, workload, settings.token_budget, logs
+            settings.pair,
+            TORCH_DTYPES[dtype],
+            device,
+            settings.threads,
+            workload,
+            settings.max_num_batched_tokens,
+            logs,
         )
         peers, missing = open_peers(settings.peers, for_peers, stack, report)
         probe = MachineProbe(device, TORCH_DTYPES[dtype], settings.threads)

@@ -85,7 +85,7 @@ def test_int8_weights_count_as_the_bytes_they_are(tiny_pair):
             device=torch.device("cpu"),
             quantize=quantize,
             workload=workload,
-            token_budget=64,
+            max_num_batched_tokens=64,
         )
         assert full.weights == "bfloat16"
         costs[decoder.weights] = decoder.cost

@@ -21,7 +21,7 @@ TIGHT = replace(
     CPU,
     startup=3,
     grace=0.5,
-    prefill=replace(CPU.prefill, kv_tokens=2000, token_budget=128),
+    prefill=replace(CPU.prefill, kv_tokens=2000, max_num_batched_tokens=128),
     decode=replace(CPU.decode, kv_tokens=1600),
 )
 
@@ -136,7 +136,7 @@ def test_pools_follow_the_kind_of_load():
     """Long prompts with short answers, then the other way round, on six workers in all."""
     prompts = synthetic(300, "poisson", 2, 1500, 5, 0)
     answers = [replace(r, arrival=r.arrival + 150) for r in synthetic(600, "poisson", 4, 50, 600, 1)]
-    profile = replace(CPU, startup=5, decode=replace(CPU.decode, base=0.02, per_sequence=0.004, max_seqs=16))
+    profile = replace(CPU, startup=5, decode=replace(CPU.decode, base=0.02, per_sequence=0.004, max_num_seqs=16))
     config = ScalingConfig(
         ttft=3,
         itl=0.1,

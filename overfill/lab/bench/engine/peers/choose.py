@@ -29,7 +29,7 @@ class PeerSettings:
 
     Attributes:
         workload: The largest batch and the longest sequence.
-        token_budget: Maximum prompt tokens in a step.
+        max_num_batched_tokens: Maximum prompt tokens in a step.
         logs: Folder for the output of peer processes.
         kv_bytes: Size of a peer's KV cache, if it has one. None means as much as the workload fills.
     """
@@ -39,7 +39,7 @@ class PeerSettings:
     device: torch.device
     threads: int
     workload: EngineWorkload
-    token_budget: int
+    max_num_batched_tokens: int
     logs: Path
     kv_bytes: int | None = None
 
@@ -156,7 +156,7 @@ def _start(name: str, python: Path, setting: PeerSettings, **options: object) ->
         setting.logs / f"{name}.log",
         vocab_size=setting.pair.full_config.vocab_size,
         max_num_seqs=setting.workload.batch,
-        token_budget=setting.token_budget,
+        max_num_batched_tokens=setting.max_num_batched_tokens,
         kv_bytes=setting.cache_bytes,
         **options,
     )
