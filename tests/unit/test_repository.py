@@ -1,4 +1,4 @@
-"""The repository itself: file sizes, entry points, import circles, class names. `make check` compares generated code."""
+"""The repository itself: file sizes, scripts, import circles, class names. `make check` compares the generated code."""
 
 from __future__ import annotations
 

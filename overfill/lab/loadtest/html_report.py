@@ -43,7 +43,7 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
     passed = all(verdict.met for verdict in verdicts)
     body = [
         f"<h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>",
-        f"<p>{escape(_what(plan, outcomes))}</p>",
+        f"<p>{escape(_description(plan, outcomes))}</p>",
         "<h2>Objectives</h2>",
         _table(("objective", "measured", "at most", ""), [_verdict_row(verdict) for verdict in verdicts]),
         "<h2>Figures</h2>",
@@ -61,7 +61,7 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
     )
 
 
-def _what(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
+def _description(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
     source = f"{len(outcomes)} requests" + (f" of {Path(plan.trace).name}" if plan.trace else "")
     pace = "sent when due" if plan.open_loop else f"{plan.kind}, at most {plan.users} users"
     protocol = "OpenAI over HTTP" if plan.http else "gRPC"

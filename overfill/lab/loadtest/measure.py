@@ -10,9 +10,6 @@ from overfill.client.answers import Timing
 from overfill.lab.bench.serve.load import RequestFailed
 from overfill.lab.traffic.outcome import Outcome
 
-OnTokens = Callable[[int], None]
-"""Receives the number of tokens so far, once per message."""
-
 
 class Transport(Protocol):
     """Sends requests to a server. Safe to use from several greenlets."""

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from overfill.errors import InvalidRequest
 from overfill.lab.traffic.outcome import Outcome, samples
 
-LATENCIES = ("ttft", "itl", "tpot", "e2e")
-"""Latencies that may have an objective. ``itl`` has a value per gap between two tokens, ``tpot`` per answer (mean)."""
-
 _NAME = re.compile(r"(ttft|itl|tpot|e2e|unattributed)_p(\d{1,2}(?:\.\d+)?|100)")
 _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
 
