@@ -106,7 +106,7 @@ class StructuredOutputs(Strict):
     disable_additional_properties: bool | None = None
     disable_any_whitespace: Ignored  # JSON never has optional white space here
     disable_fallback: Ignored
-    structural_tag: Annotated[Any, RefusedField("write what it describes as a 'grammar'")] = None
+    structural_tag: Annotated[Any, RefusedField("use 'grammar' instead: describe the same text there")] = None
     whitespace_pattern: Annotated[Any, RefusedField("JSON is written in one way, without white space to choose")] = None
 
 

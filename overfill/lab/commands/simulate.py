@@ -167,7 +167,9 @@ class _Load:
 )
 @click.option("--compare-policies", is_flag=True, help="Run the trace with every policy and print a table.")
 @click.option(
-    "--check", is_flag=True, help="After every event, check all counters and that no request waits in vain; slow."
+    "--check",
+    is_flag=True,
+    help="After every event, check all counters, and that no request waits while a worker could serve it; slow.",
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot the timeline to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

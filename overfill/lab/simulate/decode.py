@@ -95,7 +95,7 @@ class SimDecode:
         self._phase: Event | None = None
         self._phase_start = 0.0
         self._phase_steps = 0
-        self._extra = 0.0  # seconds of replays in the phase's first step
+        self._extra = 0.0  # seconds that replays add to the phase's first step
 
     @property
     def num_running(self) -> int:
