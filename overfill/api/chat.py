@@ -8,7 +8,7 @@ from typing import Any
 
 from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import Mode, Tool, as_openai, check_tools, describe_tools, tools_grammar, write_calls
+from overfill.api.tools import Mode, ToolDefinition, as_openai, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
 from overfill.v1 import inference_pb2
 
@@ -54,15 +54,15 @@ def template_options(chat: inference_pb2.Chat) -> TemplateOptions:
     return TemplateOptions(variables, opened, continued)
 
 
-def read_tools(chat: inference_pb2.Chat) -> list[Tool]:
+def read_tools(chat: inference_pb2.Chat) -> list[ToolDefinition]:
     """The tools of ``chat``, checked. Raises InvalidRequest."""
     tools = []
     for index, tool in enumerate(chat.tools):
         parameters: Any = _json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
         if parameters is not None and not isinstance(parameters, dict):
             raise InvalidRequest(f"chat.tools[{index}].parameters", "is not a JSON object")
-        known = Tool(tool.name, tool.description)
-        tools.append(Tool(tool.name, tool.description, parameters) if parameters else known)
+        known = ToolDefinition(tool.name, tool.description)
+        tools.append(ToolDefinition(tool.name, tool.description, parameters) if parameters else known)
     check_tools(tools)
     return tools
 

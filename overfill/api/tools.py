@@ -32,7 +32,7 @@ Mode = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True, slots=True)
-class Tool:
+class ToolDefinition:
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments object."""
 
     name: str
@@ -49,7 +49,7 @@ class ToolCallPart:
     arguments: str = ""
 
 
-def check_tools(tools: Sequence[Tool]) -> None:
+def check_tools(tools: Sequence[ToolDefinition]) -> None:
     """Raise InvalidRequest if a name is invalid or used twice, or parameters do not describe an object."""
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest("chat.tools", f"has {len(tools)} tools; at most {MAX_TOOLS} are allowed")
@@ -69,7 +69,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
         seen.add(tool.name)
 
 
-def describe_tools(tools: Sequence[Tool]) -> str:
+def describe_tools(tools: Sequence[ToolDefinition]) -> str:
     """Text that describes ``tools``, for the system message of models whose chat template supports no tools."""
     lines = "\n".join(json.dumps(as_openai(tool), ensure_ascii=False) for tool in tools)
     return (
@@ -80,7 +80,7 @@ def describe_tools(tools: Sequence[Tool]) -> str:
     )
 
 
-def as_openai(tool: Tool) -> dict[str, Any]:
+def as_openai(tool: ToolDefinition) -> dict[str, Any]:
     """``tool`` in OpenAI's format, which chat templates expect."""
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
     return {"type": "function", "function": function}
@@ -91,7 +91,7 @@ def write_calls(calls: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}{_TAIL}" for name, arguments in calls)
 
 
-def tools_grammar(tools: Sequence[Tool], mode: Mode, *, single: bool) -> str:
+def tools_grammar(tools: Sequence[ToolDefinition], mode: Mode, *, single: bool) -> str:
     """A Lark grammar of answers that call ``tools``.
 
     Args:

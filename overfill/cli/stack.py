@@ -54,12 +54,7 @@ class StackPlan:
         """gRPC addresses at which processes on this machine reach the routers."""
         return tuple(f"{reachable(router.host)}:{router.port}" for router in self.routers)
 
-    @property
-    def openai_urls(self) -> tuple[str, ...]:
-        """Base URLs at which processes on this machine reach the OpenAI endpoints."""
-        return self.openai_urls_at(self.addresses)
-
-    def openai_urls_at(self, addresses: Sequence[str]) -> tuple[str, ...]:
+    def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
         scheme = "http" if self.routers[0].tls_cert is None else "https"
         ports = {router.port: router.http for router in self.routers if router.http != "off"}
@@ -153,7 +148,7 @@ class Stack:
 
     def news(self) -> list[str]:
         """Returns lines about changes since the last call."""
-        return [_obituary(child) for child in self.exited()]
+        return [_exit_report(child) for child in self.exited()]
 
     @property
     def reachable(self) -> bool:
@@ -269,7 +264,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return s
 
 
-def _obituary(child: Child) -> str:
+def _exit_report(child: Child) -> str:
     said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
     return (
         f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack continues without it. Plain processes are "

@@ -374,7 +374,7 @@ def _welcome(out: Console, plan: StackPlan, addresses: Sequence[str], describe_w
         option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
     # Not --api-key, because other users of the machine can see flags.
     key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
-    urls = plan.openai_urls_at(addresses)
+    urls = plan.openai_urls(addresses)
     rows = [("gRPC", ", ".join(addresses))]
     if urls:
         rows.append(("OpenAI", ", ".join(urls)))

@@ -143,15 +143,15 @@ def _check_apart(*ranges: tuple[str, object, int]) -> None:
     for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
         if first < others_first + others_count and others_first < first + count:
             raise click.UsageError(
-                f"{_claim(flag, first)} and {_claim(other, others_first)} overlap: from there on, they use {count} and "
-                f"{others_count} ports, one per process; give {other} {first + count} or more, "
-                f"or {other} off"
+                f"port ranges overlap: {_claim(flag, first, count)} and {_claim(other, others_first, others_count)}, "
+                f"one port per process; give {other} {first + count} or higher, or {other} off"
             )
 
 
-def _claim(flag: str, port: int) -> str:
+def _claim(flag: str, port: int, count: int) -> str:
     by_default = (flag, port) in (("--grpc", GRPC_PORT), ("--http", HTTP_PORT))
-    return f"{flag} {port}{' (its default)' if by_default else ''}"
+    used = f"{port} to {port + count - 1}" if count > 1 else f"{port}"
+    return f"{flag} {port}{' (its default)' if by_default else ''} uses {used}"
 
 
 def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:

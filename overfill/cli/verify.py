@@ -199,7 +199,8 @@ def judge_answer(
         return JudgedAnswer((), f"no answer: {answer}")
     prompt_ids = tokenize(prompt)
     if answer.usage.prompt_tokens != len(prompt_ids):
-        return JudgedAnswer((), f"prompt has {answer.usage.prompt_tokens} tokens there and {len(prompt_ids)} here")
+        counts = f"the stack counts {answer.usage.prompt_tokens} prompt tokens, the reference {len(prompt_ids)}"
+        return JudgedAnswer((), f"{counts}: their tokenizers or chat templates differ")
     return judge(reference, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
 
 

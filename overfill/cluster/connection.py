@@ -25,7 +25,7 @@ from overfill.errors import OverfillError
 from overfill.process.extras import install_line
 from overfill.rpc.addresses import is_loopback
 
-_OBJECT_STORE = 80 << 20  # bytes; the stack does not use the object store, and this is about Ray's minimum
+_OBJECT_STORE = 80 << 20  # bytes, approximately Ray's minimum, because the stack does not use the object store
 _QUIET = {"log_level": "WARNING"}
 _POLL = 0.2
 _CONNECT = 5.0  # seconds for a connection to the cluster's head
@@ -219,7 +219,10 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _own_address() -> str:
-    """Returns this machine's address on the network, as Ray finds it: the source of a route outside. Sends nothing."""
+    """Returns this machine's network address, found as Ray does: the source address of the route to an outside host.
+
+    ``connect`` on a UDP socket sends no packet.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))

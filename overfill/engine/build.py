@@ -28,7 +28,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
-from overfill.model.transformer import Model, Transformer
+from overfill.model.transformer import ForwardModel, Transformer
 from overfill.request.grammar import Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
@@ -186,7 +186,7 @@ class LoadedHalf:
 
     half: Half
     pair: Pair
-    model: Model
+    model: ForwardModel
     spec: KvSpec
     full_spec: KvSpec
     requirement: MemoryRequirement
@@ -362,7 +362,7 @@ def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int
     return longest
 
 
-def _profile(model: Model, scratch: KvCache, tokens: int, max_num_seqs: int) -> int:
+def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: int) -> int:
     """Runs the largest steps that ``scratch`` can hold and returns their bytes of activations.
 
     Only CUDA measures memory; elsewhere the result is 0.

@@ -35,7 +35,7 @@ from overfill.model.sampling import SampledToken
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class ColocatedRequest:
     """A request on its way through both engines, with one sequence object in each.
 
     Attributes:
@@ -60,7 +60,7 @@ class Colocated:
 
     Args:
         prefix: prefix cache on the full model's pool.
-        token_budget: maximum number of prompt tokens, or replayed tokens, in one step.
+        max_num_batched_tokens: maximum number of prompt tokens, or replayed tokens, in one step.
         max_num_seqs: maximum number of sequences in each engine.
         on_token: called with the request and each token of its answer as it is sampled.
     """
@@ -70,9 +70,9 @@ class Colocated:
         full: EngineParts,
         decoder: EngineParts,
         prefix: PrefixCache,
-        token_budget: int,
+        max_num_batched_tokens: int,
         max_num_seqs: int,
-        on_token: Callable[[Request, SampledToken], None] | None,
+        on_token: Callable[[ColocatedRequest, SampledToken], None] | None,
     ) -> None:
         self._full_cache = full.runner.cache
         self._decoder_cache = decoder.runner.cache
@@ -83,19 +83,19 @@ class Colocated:
         self._prefill_events: deque[PrefillEvent] = deque()
         self._decode_events: deque[DecodeEvent] = deque()
         self._prefill = PrefillEngine(
-            full.runner, full.pool, token_budget, max_num_seqs, self._prefill_events.extend, prefix
+            full.runner, full.pool, max_num_batched_tokens, max_num_seqs, self._prefill_events.extend, prefix
         )
         self._decode = DecodeEngine(
-            decoder.runner, decoder.pool, max_num_seqs, token_budget, self._decode_events.extend
+            decoder.runner, decoder.pool, max_num_seqs, max_num_batched_tokens, self._decode_events.extend
         )
-        self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
+        self._requests: dict[str, ColocatedRequest] = {}
+        self._waiting: deque[ColocatedRequest] = deque()
 
     @property
     def num_unfinished(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: ColocatedRequest) -> None:
         """Queues a request, which a later step starts."""
         self._requests[request.decode.id] = request
         self._waiting.append(request)
@@ -199,7 +199,7 @@ class Colocated:
             case Refused():
                 pass
 
-    def _hand_over(self, request: Request, first: SampledToken | None) -> None:
+    def _hand_over(self, request: ColocatedRequest, first: SampledToken | None) -> None:
         """Hands a computed prompt over: judges the full model's token, copies the KV and starts the decoder."""
         decode, prefill = request.decode, request.prefill
         if prefill is None or not prefill.blocks:  # preempted since; it will be submitted again
@@ -223,7 +223,7 @@ class Colocated:
             self._decode.handle(Release(decode.id))
         self._prefill.handle(Release(decode.id))
 
-    def _accept(self, request: Request, token: SampledToken | None, finish: FinishReason | None) -> None:
+    def _accept(self, request: ColocatedRequest, token: SampledToken | None, finish: FinishReason | None) -> None:
         if token is not None:
             request.answer.append(token)
             if self._on_token is not None:

@@ -54,7 +54,7 @@ class PrefillEngine:
     A step calls ``emit`` several times, with lists of events.
 
     Args:
-        token_budget: maximum number of prompt tokens in one step.
+        max_num_batched_tokens: maximum number of prompt tokens in one step.
         max_num_seqs: maximum number of prompts that hold blocks.
         prefix: prefix cache on ``pool``. None means that a released prompt's KV is dropped.
         metrics: counters of steps; None disables them.
@@ -64,7 +64,7 @@ class PrefillEngine:
         self,
         runner: ModelRunner,
         pool: BlockPool,
-        token_budget: int,
+        max_num_batched_tokens: int,
         max_num_seqs: int,
         emit: Callable[[list[PrefillEvent]], None],
         prefix: PrefixCache | None = None,
@@ -74,7 +74,7 @@ class PrefillEngine:
         self._metrics = metrics
         self._pool = pool
         self._prefix = prefix or PrefixCache(pool, enabled=False)
-        self._token_budget = token_budget
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._emit = emit
         self._events: list[PrefillEvent] = []  # not yet emitted
@@ -153,7 +153,7 @@ class PrefillEngine:
             return []
         oldest, *others = candidates
         others.sort(key=_remaining)  # stable: among equals, the older one first
-        budget = self._token_budget
+        budget = self._max_num_batched_tokens
         share = budget if not others or _remaining(oldest) <= budget else max(1, budget // 2)
         counts = {oldest.id: min(share, _remaining(oldest))}
         budget -= counts[oldest.id]

@@ -14,7 +14,7 @@ from overfill.kv.cache import KvCache
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import LogitProcessor, process
 from overfill.model.sampling import SampledToken, non_finite_errors, sample
-from overfill.model.transformer import NO_HOOKS, GreedyModel, LayerHooks, Model
+from overfill.model.transformer import NO_HOOKS, ForwardModel, GreedyModel, LayerHooks
 from overfill.request.params import SamplingParams
 
 _ROW_LIFETIME = 8
@@ -83,7 +83,7 @@ class ModelRunner:
         token_layer_bytes: bytes of one token's keys and values in one layer.
     """
 
-    def __init__(self, model: Model, cache: KvCache) -> None:
+    def __init__(self, model: ForwardModel, cache: KvCache) -> None:
         self.model = model
         self.cache = cache
         self.device = cache.device

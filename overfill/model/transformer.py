@@ -48,7 +48,7 @@ class LayerHooks:
 NO_HOOKS = LayerHooks()
 
 
-class Model(Protocol):
+class ForwardModel(Protocol):
     """A model that runs steps: ``Transformer``, which is the reference, or a faster implementation."""
 
     config: ModelConfig

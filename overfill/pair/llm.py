@@ -14,7 +14,7 @@ import torch
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.engine.build import MEMORY_FRACTION, Half, LoadedHalf, load_half, resolve_device, size_pools
-from overfill.engine.colocated import Colocated, Request
+from overfill.engine.colocated import Colocated, ColocatedRequest
 from overfill.engine.device import on_device
 from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
@@ -121,7 +121,7 @@ class LLM:
         self._device = where
         self._prefix_cache = prefix_cache
         self._prefix = self._full.prefix_cache(prefix_cache)
-        self._token_budget = max_num_batched_tokens
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
 
     def generate(
@@ -167,9 +167,11 @@ class LLM:
         engines.close()
         return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
-    def colocated(self, on_token: Callable[[Request, SampledToken], None] | None = None) -> Colocated:
+    def colocated(self, on_token: Callable[[ColocatedRequest, SampledToken], None] | None = None) -> Colocated:
         """Returns the engines, for adding requests one by one. Close it before opening another."""
-        return Colocated(self._full, self._decoder, self._prefix, self._token_budget, self._max_num_seqs, on_token)
+        return Colocated(
+            self._full, self._decoder, self._prefix, self._max_num_batched_tokens, self._max_num_seqs, on_token
+        )
 
     def _renew_pools(self) -> None:
         """Replaces both block pools and empties the prefix cache.
@@ -188,7 +190,7 @@ class LLM:
         """Answers one conversation with the checkpoint's chat template; ``sampling`` is as in ``generate``."""
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
-    def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> Request:
+    def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> ColocatedRequest:
         """Makes a request for ``Colocated.add``; the caller chooses ``index``. Raises as ``generate`` does."""
         if not prompt:
             raise InvalidRequest("prompt", "is empty")
@@ -207,9 +209,9 @@ class LLM:
         stop = StopRule.of(sampling, eos_ids, max_answer)
         processor = new_processor(sampling, prompt, self._full.grammars, eos_ids)
         sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
-        return Request(index, sequence)
+        return ColocatedRequest(index, sequence)
 
-    def _completion(self, prompt: Prompt, request: Request) -> Completion:
+    def _completion(self, prompt: Prompt, request: ColocatedRequest) -> Completion:
         continued = request.decode.prompt if isinstance(prompt, str) else ()
         detokenizer = StreamDetokenizer(self.tokenizer, continued)
         ids = [token.token_id for token in request.answer]

@@ -237,7 +237,7 @@ class HeadPlan:
         return head.index_copy(0, rest, lower_rank(head[rest], covariance, self.tail_rank))
 
     def as_config(self) -> dict[str, Any]:
-        """Returns the split as ``config.json`` records it under ``HEAD_KEY``."""
+        """Returns the value of ``HEAD_KEY`` in ``config.json``: the head rows that stay whole, and the others' rank."""
         whole, _ = self._split()
         mask = b64encode(head_mask_of(whole, len(self.shares))).decode()
         return {"tokens": self.tokens, "tail_rank": self.tail_rank, "whole": mask}

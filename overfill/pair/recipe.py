@@ -16,7 +16,7 @@ Method = Literal["channel", "rotate"]
 Fit = Literal["none", "least-squares"]
 
 MULTIPLE = 64
-"""Shares are rounded to multiples of this number, because matrix products run fastest on them."""
+"""A size given as a share is rounded to a multiple of this number: matrix products are fastest at such sizes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,8 +70,8 @@ class TwoStageReference:
         """Judges each token, given the prompt and the tokens before it.
 
         Args:
-            stop_ids: Ids of stop tokens if one of them, not sent, ended the answer. The one that the reference finds
-                most likely is judged as one more token.
+            stop_ids: Ids of the stop tokens if an unsent stop token ended the answer; else empty. The reference's most
+                likely one among them is then judged as the answer's last token.
         """
         cache, first = self._prefill(prompt_ids)
         inputs = list(answer_ids) if stop_ids else list(answer_ids[:-1])

@@ -27,8 +27,8 @@ class QueueDepartureRate:
         self._left = 0.0
         self._seconds = 0.0
         self._since: float | None = None  # time of the last observation; None if the queue was empty
-        self._stood = 0.0  # seconds with a queue since the last departure
-        self._gaps = 0.0  # sum of the squares of ``_stood`` at each departure
+        self._since_departure = 0.0  # seconds with a queue since the last departure
+        self._gaps = 0.0  # sum of the squares of ``_since_departure`` at each departure
 
     def observe(self, now: float, queue: int) -> None:
         """Records that ``queue`` requests wait now. Call it whenever that may have changed."""
@@ -38,14 +38,14 @@ class QueueDepartureRate:
             self._left *= fade
             self._gaps *= fade
             self._seconds = self._seconds * fade + _MEMORY * (1 - fade)
-            self._stood += passed
+            self._since_departure += passed
         self._since = now if queue else None
 
     def departed(self) -> None:
         """Records that a request which had to wait has been placed on a worker."""
         self._left += 1
-        self._gaps += self._stood * self._stood
-        self._stood = 0.0
+        self._gaps += self._since_departure * self._since_departure
+        self._since_departure = 0.0
 
     def expected_wait(self, ahead: int) -> float | None:
         """Returns the seconds until a request behind ``ahead`` others is placed; None while that is unknown."""
@@ -113,8 +113,8 @@ class Admission:
             )
         if client_resumes or not wait:
             return
-        # Lower bound on the time to first token: the shortest recent one. Only requests behind a queue are held to it,
-        # so a bound that is too high cannot lock clients out.
+        # Lower bound on the time to first token: the shortest recent one. The check applies only while a queue
+        # exists, so a bound that is too high refuses requests only until the queue is empty.
         ttft_bound = wait + min(self._first_tokens, default=0.0)
         if deadline is not None and now + ttft_bound > deadline:
             raise Overloaded(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
-from overfill.routing.policy import LeastLoad, Policy, Request
+from overfill.routing.policy import LeastLoad, PlacementRequest, Policy
 from overfill.routing.worker import Worker
 
 MAX_HOLDERS = 8
@@ -63,7 +63,7 @@ class PrefixAffinity(Policy):
             self._holders.setdefault(key, {})[worker] = None
             self._keep(key, worker)
 
-    def best(self, request: Request) -> Iterator[Worker]:
+    def best(self, request: PlacementRequest) -> Iterator[Worker]:
         preferred: list[Worker] = []
         if levels := self._levels(request):
             size = self._block_size
@@ -72,7 +72,7 @@ class PrefixAffinity(Policy):
         yield from preferred
         yield from (worker for worker in self._load.best(request) if worker not in preferred)
 
-    def placed(self, request: Request, worker: Worker) -> int:
+    def placed(self, request: PlacementRequest, worker: Worker) -> int:
         cached = self._block_size * _depth(self._levels(request), worker)
         if request.block_keys is not None and self._block_size:
             for key in islice(request.block_keys(self._block_size), PROMISED_BLOCKS):
@@ -96,7 +96,7 @@ class PrefixAffinity(Policy):
         if self._promised.get(key) is worker:
             del self._promised[key]
 
-    def _levels(self, request: Request) -> list[_Level]:
+    def _levels(self, request: PlacementRequest) -> list[_Level]:
         """Returns, block by block, the workers that have the prompt's block, up to the first that no worker has."""
         levels: list[_Level] = []
         if request.block_keys is not None and self._block_size:
@@ -107,7 +107,7 @@ class PrefixAffinity(Policy):
                 levels.append((holders, promised))
         return levels
 
-    def _choices(self, request: Request, levels: list[_Level]) -> dict[Worker, None]:
+    def _choices(self, request: PlacementRequest, levels: list[_Level]) -> dict[Worker, None]:
         """Returns workers to compare: those with the longest cached prefixes, and the least loaded."""
         found: dict[Worker, None] = {}
         seen = -1

@@ -39,7 +39,7 @@ class Finish:
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
 
 
-class Answer:
+class AnswerState:
     """The tokens of one request across its attempts. It has one writer, which never waits, and one reader.
 
     Attributes:

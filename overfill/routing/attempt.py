@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
-from overfill.routing.answer import Answer
+from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.dispatcher import Job
 from overfill.routing.stream import DecodeStream
@@ -38,7 +38,7 @@ class Attempt:
         stream: DecodeStream,
         dispatcher: AsyncDispatcher,
         job: Job,
-        answer: Answer,
+        answer: AnswerState,
         *,
         max_prefill_failures: int,
         on_need_prefill: Callable[[decode_pb2.NeedPrefill.Reason], None] = lambda _: None,

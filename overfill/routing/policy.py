@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from overfill.routing.worker import Worker
 
 
-class Request(Protocol):
+class PlacementRequest(Protocol):
     """The part of a request that a policy reads."""
 
     @property
@@ -42,7 +42,7 @@ class Policy(ABC):
         """Removes a worker that is no longer admissible."""
 
     @abstractmethod
-    def best(self, request: Request) -> Iterator[Worker]:
+    def best(self, request: PlacementRequest) -> Iterator[Worker]:
         """Yields each admissible worker once, the best for ``request`` first. Do not change the policy meanwhile."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Policy(ABC):
         """Records changes to the prefix cache of ``worker``. The default ignores them."""
         return
 
-    def placed(self, request: Request, worker: Worker) -> int:
+    def placed(self, request: PlacementRequest, worker: Worker) -> int:
         """Records a placement. Returns the number of prompt tokens that ``worker`` probably has in its cache."""
         return 0
 
@@ -84,7 +84,7 @@ class Ranked(Policy):
     def drop(self, worker: Worker) -> None:
         del self._order[bisect_left(self._order, self._places.pop(worker))]
 
-    def best(self, request: Request) -> Iterator[Worker]:
+    def best(self, request: PlacementRequest) -> Iterator[Worker]:
         return (worker for _, _, worker in self._order)
 
     def check(self, workers: Sequence[Worker]) -> None:
@@ -135,7 +135,7 @@ class PowerOfTwo(Policy):
             self._workers[place] = last
             self._places[last] = place
 
-    def best(self, request: Request) -> Iterator[Worker]:
+    def best(self, request: PlacementRequest) -> Iterator[Worker]:
         count = len(self._workers)
         if count > 1:
             first, second = self._random.randrange(count), self._random.randrange(count - 1)

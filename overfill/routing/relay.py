@@ -21,7 +21,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.keys import PromptKeys
-from overfill.routing.answer import Answer, Finish, TokenBatch
+from overfill.routing.answer import AnswerState, Finish, TokenBatch
 from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
@@ -137,7 +137,7 @@ class Relay:
             deadline=request.deadline,
             block_keys=request.block_keys,
         )
-        self.answer = Answer(request.emitted_token_ids, request.sampling.max_tokens, request.received)
+        self.answer = AnswerState(request.emitted_token_ids, request.sampling.max_tokens, request.received)
         self.decode_worker = ""
 
     @property

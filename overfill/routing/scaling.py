@@ -161,7 +161,7 @@ class Targets:
 
 
 class Scaler:
-    """The policy. Feed it with ``arrived``, ``finished``, ``prefilled`` and ``stepped``; then call ``targets``."""
+    """The policy. Feed it with ``arrived``, ``finished`` and ``prefilled``; then call ``targets``."""
 
     def __init__(self, config: ScalingConfig) -> None:
         self.config = config
@@ -190,10 +190,6 @@ class Scaler:
     def prefilled(self, tokens: float, seconds: float) -> None:
         """Records that a prefill worker computed ``tokens`` in ``seconds``. Count a shared step's seconds only once."""
         self._prefill_rate.add(tokens, seconds)
-
-    def stepped(self, batch: float, context: float, seconds: float) -> None:
-        """Records that a decode step of ``batch`` sequences of ``context`` tokens each took ``seconds``."""
-        self._step.add(batch, context, seconds)
 
     def targets(self, now: float, prefill: PoolState, decode: PoolState) -> Targets:
         """Returns the number of workers that each pool should have now."""

@@ -184,7 +184,7 @@ class AccessPolicy:
         if roles is not None:
             if not roles & rule.roles:
                 has = ", ".join(sorted(roles)) or "no role (`overfill certs` makes certificates with roles)"
-                needed = " or ".join(sorted(rule.roles)) or "(no role is enough)"
+                needed = " or ".join(sorted(rule.roles))
                 raise PermissionDenied(f"this call needs the role {needed}; the caller's certificate has {has}")
             if roles & rule.roles - {Role.CLIENT} or self.keys is None:
                 return None

@@ -40,12 +40,12 @@ def divide(capacity: int, demands: Sequence[RouterDemand | None]) -> list[int]:
             credits[index] += 1
             free -= 1
     wanted = [0 if d is None else max(0, d.in_use + d.queued - c) for d, c in zip(demands, credits, strict=True)]
-    free = _pour(credits, wanted, free)
-    _pour(credits, [0 if demand is None else free for demand in demands], free)
+    free = _hand_out(credits, wanted, free)
+    _hand_out(credits, [0 if demand is None else free for demand in demands], free)
     return [max(1, credit) for credit in credits]
 
 
-def _pour(credits: list[int], wanted: list[int], free: int) -> int:
+def _hand_out(credits: list[int], wanted: list[int], free: int) -> int:
     """Hands out ``free`` credits, each to the router with the fewest that still wants one; returns the rest."""
     while free and any(wanted):
         index = min((i for i, want in enumerate(wanted) if want), key=lambda i: credits[i])

@@ -133,7 +133,7 @@ class PullNumbers(Protocol):
     def broken_streams(self) -> int: ...
 
 
-class PoolTarget(Protocol):
+class PoolTargetNumbers(Protocol):
     """The scaling policy's target for one pool; see ``overfill.routing.scaling.PoolTarget``."""
 
     @property
@@ -150,10 +150,10 @@ class ScalingTargets(Protocol):
     """The scaling policy's targets for both pools; see ``overfill.routing.scaling.Targets``."""
 
     @property
-    def prefill_pool(self) -> PoolTarget: ...
+    def prefill_pool(self) -> PoolTargetNumbers: ...
 
     @property
-    def decode_pool(self) -> PoolTarget: ...
+    def decode_pool(self) -> PoolTargetNumbers: ...
 
 
 class RouterMetrics(MetricSet):
@@ -307,7 +307,7 @@ class RouterMetrics(MetricSet):
             if was != now:
                 self._scaled.labels(stage, "up" if now > was else "down").inc()
 
-    def _scaling(self, values: Callable[[PoolTarget], Sampled]) -> Sampled:
+    def _scaling(self, values: Callable[[PoolTargetNumbers], Sampled]) -> Sampled:
         targets = self._targets
         if targets is None:
             return []

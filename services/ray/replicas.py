@@ -138,7 +138,7 @@ class WorkerReplica(Replica):
             await self.start(config, lambda ready: serve_decode(config, ready))  # type: ignore[arg-type]
 
     async def __del__(self) -> None:
-        """Serve awaits it before it ends a replica."""
+        """Serve awaits this method before it stops the replica."""
         with suppress(AttributeError):  # it never served
             await self.drain()
 
@@ -172,7 +172,7 @@ class RouterReplica(Replica):
         return router.signals.read(asyncio.get_running_loop().time())
 
     async def __del__(self) -> None:
-        """Serve awaits it before it ends a replica."""
+        """Serve awaits this method before it stops the replica."""
         with suppress(AttributeError):  # it never served
             self._reporting.cancel()
             self._service.drain()

@@ -40,7 +40,7 @@ LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
 
 
-class Start(Protocol):
+class StartGeneration(Protocol):
     """Queues a request."""
 
     def __call__(self, checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
@@ -166,7 +166,7 @@ class Generator:
         return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
 
     @contextmanager
-    def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[Start]:
+    def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartGeneration]:
         """Yields a function that queues a request; call it at most ``answers`` times within the block.
 
         All answers count against the key's quota together, before the first is queued. Those that are not queued

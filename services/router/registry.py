@@ -59,7 +59,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise Incompatible(
                 f"a worker of the other stage has the id {info.id!r}; give each worker its own id", ["worker_id"]
             )
-        if previous is not None and self._elsewhere(previous, info):
+        if previous is not None and self._is_duplicate_id(previous, info):
             logger.warning(
                 "refused a second worker %s: the first is at %s, this one at %s",
                 info.id,
@@ -121,7 +121,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             if address
         ]
 
-    def _elsewhere(self, previous: WorkerInfo, info: WorkerInfo) -> bool:
+    def _is_duplicate_id(self, previous: WorkerInfo, info: WorkerInfo) -> bool:
         """True if ``previous`` is alive and another process than ``info``.
 
         The registry refuses the second one then: two workers with one id would replace each other again and again.

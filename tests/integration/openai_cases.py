@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pytest
 
-from overfill.api.openai.schema import ChatRequest, CompletionRequest, Refused, Sampling, refusals
+from overfill.api.openai.schema import ChatRequest, CompletionRequest, RefusedField, Sampling, refusals
 
 DOCS = Path(__file__).parents[2] / "docs" / "openai.md"
 BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
@@ -389,7 +389,7 @@ COMPLETIONS = [
 ]
 
 
-def _refused(names: Iterable[str], marks: Mapping[str, Refused]) -> list[Case]:
+def _refused(names: Iterable[str], marks: Mapping[str, RefusedField]) -> list[Case]:
     return [Case(name, "refused", value="x") for name in sorted(names) if name in marks]
 
 

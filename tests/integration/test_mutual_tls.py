@@ -150,7 +150,7 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
                     client.generate(text, sampling=GREEDY)
                 context = ssl.create_default_context(cafile=certs / "ca.crt") if secured else None
                 request = urllib.request.Request(
-                    f"{stack.plan.openai_urls[0]}/completions",
+                    f"{stack.plan.openai_urls(stack.plan.addresses)[0]}/completions",
                     json.dumps({"model": "tiny", "prompt": text, "max_tokens": 4}).encode(),
                     {"authorization": f"Bearer {key}", "content-type": "application/json"},
                 )
@@ -199,7 +199,7 @@ def test_rotation_under_load_loses_no_request(tiny_pair, certs, tmp_path):
     rotations, answered, failures, stop = 5, [], [], threading.Event()
     with running_stack(tiny_pair, decode=2, http=0, tls=certs, api_keys=file, shm="off") as (stack, address):
         operator = shown(certs, Role.OPERATOR)
-        url = f"{stack.plan.openai_urls[0]}/completions"
+        url = f"{stack.plan.openai_urls(stack.plan.addresses)[0]}/completions"
         http_address = url.split("/")[2]
 
         def by_grpc(kept):

@@ -71,7 +71,9 @@ CHOICES = ["required", "auto", {"type": "function", "function": {"name": "search
 def client():
     settings = {"dtype": None, "kv_memory": "256MiB", "max_model_len": "2048", "http": 0}
     with running_stack(resolve_pair("default"), **settings) as (stack, _):
-        client = openai.OpenAI(base_url=stack.plan.openai_urls[0], api_key="none", max_retries=0, timeout=600)
+        client = openai.OpenAI(
+            base_url=stack.plan.openai_urls(stack.plan.addresses)[0], api_key="none", max_retries=0, timeout=600
+        )
         with client:
             yield client
 

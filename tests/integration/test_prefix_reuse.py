@@ -180,7 +180,7 @@ def test_keys_share_no_cache_over_either_protocol(tiny_pair, tmp_path):
     a, b = keys.create(file, "a"), keys.create(file, "b")
     prompt = list(range(10, 10 + 5 * BLOCK))
     with running_stack(tiny_pair, http=0, api_keys=file) as (stack, address):
-        url = stack.plan.openai_urls[0]
+        url = stack.plan.openai_urls(stack.plan.addresses)[0]
 
         def by_grpc(key):
             with Client(address, api_key=key) as client:

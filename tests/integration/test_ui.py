@@ -39,7 +39,7 @@ def browser():
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
     with running_stack(tiny_pair, decode=2, http=0) as (stack, _):
-        yield stack, stack.plan.openai_urls[0].removesuffix("/v1")
+        yield stack, stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
 
 
 def until(browser, script, what, seconds=60.0):
@@ -104,7 +104,7 @@ def test_the_browser_asks_for_a_key_where_one_is_needed(browser, tiny_pair, tmp_
     file = tmp_path / "keys.json"
     key = keys.create(file, "ui")
     with running_stack(tiny_pair, http=0, api_keys=file) as (stack, _):
-        url = f"{stack.plan.openai_urls[0].removesuffix('/v1')}/ui"
+        url = f"{stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix('/v1')}/ui"
         browser.get(url)
         assert browser.execute_script("return document.getElementById('problem')") is None, "shown without a key"
         browser.get(url.replace("://", f"://x:{key}@"))  # what the user enters in the browser's password dialog

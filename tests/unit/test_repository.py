@@ -1,7 +1,8 @@
-"""The repository itself: file sizes, entry points, import circles. `make check` compares the generated code."""
+"""The repository itself: file sizes, scripts, import circles, class names. `make check` compares the generated code."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import tomllib
@@ -40,3 +41,22 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = grimp.build_graph("overfill", "services", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+SHARED_CLASS_NAMES = {
+    "Message",  # of the Python client and of the OpenAI API
+    "ToolCall",  # of the Python client and of the OpenAI API
+    "Rule",  # who may call (rpc.access); which messages a proxy disturbs (lab.faults)
+}
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for package in ("overfill", "services"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.is_relative_to(ROOT / "overfill" / "v1"):
+                continue
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {n: p for n, p in places.items() if len(p) > 1 and n not in SHARED_CLASS_NAMES} == {}

@@ -1,7 +1,7 @@
 """The requests of OpenAI's API with vLLM's additions. Each field is supported, ignored or refused.
 
 Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI. Fields marked ``Ignored``
-have no effect on an answer. Fields marked ``Refused`` would have one, but are not supported.
+have no effect on an answer. Fields marked ``RefusedField`` would have one, but are not supported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,100}$")]
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedField:
     """Marks a field that is refused, except with a value that has no effect.
 
     Args:
@@ -58,10 +58,13 @@ class Strict(BaseModel):
 
 
 @functools.cache
-def refusals(kind: type[BaseModel]) -> Mapping[str, Refused]:
+def refusals(kind: type[BaseModel]) -> Mapping[str, RefusedField]:
     """The refused fields of ``kind`` by name."""
     return {
-        name: mark for name, field in kind.model_fields.items() for mark in field.metadata if isinstance(mark, Refused)
+        name: mark
+        for name, field in kind.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, RefusedField)
     }
 
 
@@ -84,12 +87,12 @@ _FORMATS = ("text", "json_object", "json_schema")
 class ResponseFormat(Strict):
     type: Annotated[
         Literal["text", "json_object", "json_schema", "structural_tag"],
-        Refused("write what a 'structural_tag' describes as a 'grammar' of 'structured_outputs'", _FORMATS),
+        RefusedField("write what a 'structural_tag' describes as a 'grammar' of 'structured_outputs'", _FORMATS),
     ]
     json_schema: JsonSchema | None = None
-    format: Annotated[Any, Refused("it is part of a structural tag")] = None
-    structures: Annotated[Any, Refused("it is part of a structural tag")] = None
-    triggers: Annotated[Any, Refused("it is part of a structural tag")] = None
+    format: Annotated[Any, RefusedField("it is part of a structural tag")] = None
+    structures: Annotated[Any, RefusedField("it is part of a structural tag")] = None
+    triggers: Annotated[Any, RefusedField("it is part of a structural tag")] = None
 
 
 class StructuredOutputs(Strict):
@@ -103,8 +106,8 @@ class StructuredOutputs(Strict):
     disable_additional_properties: bool | None = None
     disable_any_whitespace: Ignored  # JSON never has optional white space here
     disable_fallback: Ignored
-    structural_tag: Annotated[Any, Refused("write what it describes as a 'grammar'")] = None
-    whitespace_pattern: Annotated[Any, Refused("JSON is written in one way, without white space to choose")] = None
+    structural_tag: Annotated[Any, RefusedField("use 'grammar' instead: describe the same text there")] = None
+    whitespace_pattern: Annotated[Any, RefusedField("JSON is written in one way, without white space to choose")] = None
 
 
 class Sampling(Strict):
@@ -151,40 +154,46 @@ class Sampling(Strict):
     spaces_between_special_tokens: Ignored  # answers never show special tokens
 
     allowed_token_ids: Annotated[
-        Any, Refused("say what an answer may look like with 'structured_outputs', or give tokens a 'logit_bias'")
+        Any, RefusedField("say what an answer may look like with 'structured_outputs', or give tokens a 'logit_bias'")
     ] = None
-    bad_words: Annotated[Any, Refused("give the tokens of these words a 'logit_bias' of -100", ([],))] = None
+    bad_words: Annotated[Any, RefusedField("give the tokens of these words a 'logit_bias' of -100", ([],))] = None
     cache_salt: Annotated[
-        Any, Refused("give each tenant an API key; requests with different keys share no cached prompt")
+        Any, RefusedField("give each tenant an API key; requests with different keys share no cached prompt")
     ] = None
-    ec_transfer_params: Annotated[Any, Refused("this model reads text only", ({},))] = None
-    guided_whitespace_pattern: Annotated[Any, Refused("JSON is written in one way, without white space to choose")] = (
-        None
-    )
+    ec_transfer_params: Annotated[Any, RefusedField("this model reads text only", ({},))] = None
+    guided_whitespace_pattern: Annotated[
+        Any, RefusedField("JSON is written in one way, without white space to choose")
+    ] = None
     include_stop_str_in_output: Annotated[
-        Any, Refused("the string that ended the answer is in 'overfill.choices[].stop'; append it", (False,))
+        Any, RefusedField("the string that ended the answer is in 'overfill.choices[].stop'; append it", (False,))
     ] = None
-    kv_transfer_params: Annotated[Any, Refused("the router chooses the workers between which KV travels", ({},))] = None
-    length_penalty: Annotated[Any, Refused("only beam search has one", (1,))] = None
-    logprob_token_ids: Annotated[Any, Refused("'logprobs' scores the likeliest tokens; no others can be named")] = None
-    logits_processors: Annotated[Any, Refused("the server runs no code that requests name", ([],))] = None
-    prompt_logprobs: Annotated[Any, Refused("prompts are not scored; 'logprobs' scores the answer")] = None
-    repetition_detection: Annotated[Any, Refused("use 'frequency_penalty' or 'repetition_penalty'", ({},))] = None
+    kv_transfer_params: Annotated[
+        Any, RefusedField("the router chooses the workers between which KV travels", ({},))
+    ] = None
+    length_penalty: Annotated[Any, RefusedField("only beam search has one", (1,))] = None
+    logprob_token_ids: Annotated[
+        Any, RefusedField("'logprobs' scores the likeliest tokens; no others can be named")
+    ] = None
+    logits_processors: Annotated[Any, RefusedField("the server runs no code that requests name", ([],))] = None
+    prompt_logprobs: Annotated[Any, RefusedField("prompts are not scored; 'logprobs' scores the answer")] = None
+    repetition_detection: Annotated[Any, RefusedField("use 'frequency_penalty' or 'repetition_penalty'", ({},))] = None
     return_token_ids: Annotated[
-        Any, Refused("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", (False,))
+        Any, RefusedField("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", (False,))
     ] = None
-    return_tokens_as_token_ids: Annotated[Any, Refused("'logprobs' has the bytes of every token", (False,))] = None
-    routed_experts_prompt_start: Annotated[Any, Refused("answers do not show which experts computed them", (0,))] = None
-    skip_special_tokens: Annotated[Any, Refused("answers never show special tokens", (True,))] = None
+    return_tokens_as_token_ids: Annotated[Any, RefusedField("'logprobs' has the bytes of every token", (False,))] = None
+    routed_experts_prompt_start: Annotated[
+        Any, RefusedField("answers do not show which experts computed them", (0,))
+    ] = None
+    skip_special_tokens: Annotated[Any, RefusedField("answers never show special tokens", (True,))] = None
     thinking_token_budget: Annotated[
-        Any, Refused("reasoning is not separated from the answer; use 'max_tokens'", (-1,))
+        Any, RefusedField("reasoning is not separated from the answer; use 'max_tokens'", (-1,))
     ] = None
     truncation_side: Annotated[
-        Any, Refused("'truncate_prompt_tokens' keeps the prompt's last tokens, which is 'left'", ("left",))
+        Any, RefusedField("'truncate_prompt_tokens' keeps the prompt's last tokens, which is 'left'", ("left",))
     ] = None
-    use_beam_search: Annotated[Any, Refused("ask for several answers with 'n'", (False,))] = None
-    vllm_xargs: Annotated[Any, Refused("no extension reads it", ({},))] = None
-    watermarking: Annotated[Any, Refused("the sampler draws without a watermark", (False,))] = None
+    use_beam_search: Annotated[Any, RefusedField("ask for several answers with 'n'", (False,))] = None
+    vllm_xargs: Annotated[Any, RefusedField("no extension reads it", ({},))] = None
+    watermarking: Annotated[Any, RefusedField("the sampler draws without a watermark", (False,))] = None
 
 
 class ContentPart(BaseModel):
@@ -218,8 +227,8 @@ class Message(Strict):
     annotations: Ignored
     reasoning: Ignored  # clients send back whole answers of reasoning models
     reasoning_content: Ignored
-    audio: Annotated[Any, Refused("this model reads text only")] = None
-    function_call: Annotated[Any, Refused("use 'tool_calls'")] = None
+    audio: Annotated[Any, RefusedField("this model reads text only")] = None
+    function_call: Annotated[Any, RefusedField("use 'tool_calls'")] = None
 
 
 class Function(Strict):
@@ -251,9 +260,11 @@ class Templated(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     documents: Items[dict[str, Any]] | None = None
-    chat_template: Annotated[Any, Refused("the model brings its own; 'chat_template_kwargs' sets its variables")] = None
-    media_io_kwargs: Annotated[Any, Refused("this model reads text only", ({},))] = None
-    mm_processor_kwargs: Annotated[Any, Refused("this model reads text only", ({},))] = None
+    chat_template: Annotated[
+        Any, RefusedField("the model brings its own; 'chat_template_kwargs' sets its variables")
+    ] = None
+    media_io_kwargs: Annotated[Any, RefusedField("this model reads text only", ({},))] = None
+    mm_processor_kwargs: Annotated[Any, RefusedField("this model reads text only", ({},))] = None
 
 
 class ChatRequest(Sampling, Templated):
@@ -274,27 +285,29 @@ class ChatRequest(Sampling, Templated):
     service_tier: Ignored
     store: Ignored
 
-    audio: Annotated[Any, Refused("answers are text")] = None
-    function_call: Annotated[Any, Refused("use 'tool_choice'")] = None
-    functions: Annotated[Any, Refused("use 'tools'")] = None
-    modalities: Annotated[Any, Refused("answers are text; leave it out", (["text"],))] = None
-    moderation: Annotated[Any, Refused("no moderation model is served; leave it out")] = None
-    prediction: Annotated[Any, Refused("leave it out: it changes no answer")] = None
+    audio: Annotated[Any, RefusedField("answers are text")] = None
+    function_call: Annotated[Any, RefusedField("use 'tool_choice'")] = None
+    functions: Annotated[Any, RefusedField("use 'tools'")] = None
+    modalities: Annotated[Any, RefusedField("answers are text; leave it out", (["text"],))] = None
+    moderation: Annotated[Any, RefusedField("no moderation model is served; leave it out")] = None
+    prediction: Annotated[Any, RefusedField("leave it out: it changes no answer")] = None
     reasoning_effort: Annotated[
-        Any, Refused("models that reason have a variable in their chat template; set it with 'chat_template_kwargs'")
+        Any,
+        RefusedField("models that reason have a variable in their chat template; set it with 'chat_template_kwargs'"),
     ] = None
-    verbosity: Annotated[Any, Refused("ask for it in a message")] = None
-    web_search_options: Annotated[Any, Refused("nothing is searched; give the model 'tools'")] = None
+    verbosity: Annotated[Any, RefusedField("ask for it in a message")] = None
+    web_search_options: Annotated[Any, RefusedField("nothing is searched; give the model 'tools'")] = None
 
-    add_special_tokens: Annotated[Any, Refused("the chat template writes special tokens itself", (False,))] = None
-    best_of: Annotated[Any, Refused("ask for several answers with 'n'", (1,))] = None
-    echo: Annotated[Any, Refused("put the last message before the answer yourself", (False,))] = None
+    add_special_tokens: Annotated[Any, RefusedField("the chat template writes special tokens itself", (False,))] = None
+    best_of: Annotated[Any, RefusedField("ask for several answers with 'n'", (1,))] = None
+    echo: Annotated[Any, RefusedField("put the last message before the answer yourself", (False,))] = None
     include_reasoning: Annotated[
-        Any, Refused("reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", (True,))
+        Any,
+        RefusedField("reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", (True,)),
     ] = None
 
     return_prompt_text: Annotated[
-        Any, Refused("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", (False,))
+        Any, RefusedField("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", (False,))
     ] = None
 
 
@@ -305,13 +318,13 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    best_of: Annotated[Any, Refused("give 1 or the value of 'n', which asks for several answers", (1,))] = None
-    suffix: Annotated[Any, Refused("leave it out: models here only continue a text", ("",))] = None
+    best_of: Annotated[Any, RefusedField("give 1 or the value of 'n', which asks for several answers", (1,))] = None
+    suffix: Annotated[Any, RefusedField("leave it out: models here only continue a text", ("",))] = None
 
     add_special_tokens: Annotated[
-        Any, Refused("send token ids; '/tokenize' makes them without special tokens", (True,))
+        Any, RefusedField("send token ids; '/tokenize' makes them without special tokens", (True,))
     ] = None
-    prompt_embeds: Annotated[Any, Refused("send text or token ids")] = None
+    prompt_embeds: Annotated[Any, RefusedField("send text or token ids")] = None
 
 
 class TokenizeRequest(Templated):
@@ -321,7 +334,7 @@ class TokenizeRequest(Templated):
     prompt: str | None = None
     messages: Annotated[Items[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
-    return_token_strs: Annotated[Any, Refused("'/detokenize' gives the text of tokens", (False,))] = None
+    return_token_strs: Annotated[Any, RefusedField("'/detokenize' gives the text of tokens", (False,))] = None
 
 
 class DetokenizeRequest(Strict):

@@ -20,9 +20,10 @@ _REFERRING = ("$ref", "anyOf", "oneOf")
 
 
 class CannotForbid(ValueError):
-    """Several schemas describe one object, so none of them may forbid properties that another one names.
+    """Raised when ``additionalProperties: false`` cannot be added.
 
-    The caller puts the field's name before the message and the option's name behind it.
+    Several schemas then describe one object, and each would forbid the others' properties. The message is the middle of
+    a sentence; the caller adds the field's name in front and the option's name at the end.
     """
 
 

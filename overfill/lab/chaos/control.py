@@ -111,9 +111,9 @@ class ProbeControl:
     async def _accept(self) -> None:
         while True:
             peer, _ = await asyncio.get_running_loop().sock_accept(self._listener)
-            self._spawn(self._hear(peer))
+            self._spawn(self._receive(peer))
 
-    async def _hear(self, peer: socket.socket) -> None:
+    async def _receive(self, peer: socket.socket) -> None:
         loop, name = asyncio.get_running_loop(), ""
         with peer:
             try:

@@ -1,4 +1,4 @@
-"""``overfill bench``: a verb per kind of measurement; each prints a table or a JSON line per figure."""
+"""``overfill bench``: a subcommand per kind of measurement; each prints a table or a JSON line per figure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from overfill.lab.commands.bench_serve import serve_command
 
 _REMOVED = {
     "burst": "use `overfill loadtest --shape spike`, and watch the pools with `overfill top`",
+    "chat": "its results are in docs/lab/2026-11-26-chat-prefix-caches.md",
     "http": "use `overfill bench serve` with two targets: grpc=grpc://HOST:PORT and http=http://HOST:PORT/v1",
+    "instrumentation": "its results are in docs/lab/2026-11-25-instrumentation.md",
+    "memory": "its results are in docs/lab/2026-11-25-memory.md",
     "peers": "use `overfill bench decode --install-peers`",
     "route": "use `overfill bench router --decisions 10,100,1000`",
     "timeline": "use `overfill bench handoff --timeline`",
 }
-"""Verbs of 0.1 whose work another command does, and that command."""
+"""Removed subcommands of 0.1 -> replacement, or the note with the results of one that has none."""
 
 
 class _BenchGroup(click.Group):
-    """The group of verbs; for a verb that moved, the error names its new place."""
+    """The ``bench`` group. For a subcommand of 0.1 that was removed, the error names its replacement."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -1,4 +1,4 @@
-"""Options and helpers that several verbs of ``overfill bench`` share."""
+"""Options and helpers that several subcommands of ``overfill bench`` share."""
 
 from __future__ import annotations
 

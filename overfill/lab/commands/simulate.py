@@ -13,7 +13,7 @@ from overfill.cli.output import console, print_json
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.lab.simulate.options import Options
+    from overfill.lab.simulate.options import SimulationOptions
     from overfill.lab.simulate.profiles import Profile
     from overfill.lab.traffic.outcome import Objective
     from overfill.routing.scaling import ScalingConfig
@@ -167,7 +167,9 @@ class _Load:
 )
 @click.option("--compare-policies", is_flag=True, help="Run the trace with every policy and print a table.")
 @click.option(
-    "--check", is_flag=True, help="After every event, check all counters and that no request waits in vain; slow."
+    "--check",
+    is_flag=True,
+    help="After every event, check all counters, and that no request waits while a worker could serve it; slow.",
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot the timeline to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -206,7 +208,7 @@ def simulate_command(
 
     The router's own code places, queues and scales. A profile says how long a worker takes for its work.
     """
-    from overfill.lab.simulate.options import Options
+    from overfill.lab.simulate.options import SimulationOptions
     from overfill.lab.simulate.profiles import load_profile
     from overfill.lab.traffic.outcome import Objective
 
@@ -224,7 +226,7 @@ def simulate_command(
         profile = replace(profile, startup=startup)
     load = _Load(traces, count, rate, rate_scale, length_scale, longest, arrivals, prompt_tokens, output_tokens, seed)
     requests = load.requests()
-    options = Options(
+    options = SimulationOptions(
         prefill=prefill,
         decode=decode,
         policy=policy,
@@ -245,7 +247,7 @@ def simulate_command(
 def _run(
     requests: list[TraceRequest],
     profile: Profile,
-    options: Options,
+    options: SimulationOptions,
     objective: Objective,
     plot: Path | None,
     as_json: bool,
@@ -273,7 +275,7 @@ def _run(
 def _size(
     requests: list[TraceRequest],
     profile: Profile,
-    options: Options,
+    options: SimulationOptions,
     objective: Objective,
     attainment: float,
     costs: tuple[float, float],
@@ -300,7 +302,7 @@ def _size(
 
 
 def _compare(
-    requests: list[TraceRequest], profile: Profile, options: Options, objective: Objective, as_json: bool
+    requests: list[TraceRequest], profile: Profile, options: SimulationOptions, objective: Objective, as_json: bool
 ) -> int:
     from overfill.lab.simulate.policies import NAMES
     from overfill.lab.simulate.stack import Simulation
@@ -333,7 +335,7 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
         use_all=use_all,
         prefill_rate=profile.prefill_rate,
         step=profile.decode.cost,
-        max_batch=profile.decode.max_seqs,
+        max_batch=profile.decode.max_num_seqs,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
-from overfill.lab.traffic.run_objectives import Verdict
+from overfill.lab.traffic.run_objectives import ObjectiveVerdict
 from overfill.version import __version__
 
 mpl.use("Agg")
@@ -38,12 +38,12 @@ svg{width:100%;height:auto}h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2r
 """
 
 
-def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> None:
+def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdicts: Sequence[ObjectiveVerdict]) -> None:
     """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test."""
     passed = all(verdict.met for verdict in verdicts)
     body = [
         f"<h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>",
-        f"<p>{escape(_what(plan, outcomes))}</p>",
+        f"<p>{escape(_description(plan, outcomes))}</p>",
         "<h2>Objectives</h2>",
         _table(("objective", "measured", "at most", ""), [_verdict_row(verdict) for verdict in verdicts]),
         "<h2>Figures</h2>",
@@ -61,7 +61,7 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
     )
 
 
-def _what(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
+def _description(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
     source = f"{len(outcomes)} requests" + (f" of {Path(plan.trace).name}" if plan.trace else "")
     pace = "sent when due" if plan.open_loop else f"{plan.kind}, at most {plan.users} users"
     protocol = "OpenAI over HTTP" if plan.http else "gRPC"
@@ -196,7 +196,7 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
     return "<h2>Failures</h2>" + _table(("times", "error"), [(str(n), escape(e[:300])) for e, n in most])
 
 
-def _verdict_row(verdict: Verdict) -> Sequence[str]:
+def _verdict_row(verdict: ObjectiveVerdict) -> Sequence[str]:
     status = '<span class="met">met</span>' if verdict.met else '<span class="missed">missed</span>'
     threshold = verdict.threshold
     return threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status

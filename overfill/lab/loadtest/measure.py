@@ -9,9 +9,6 @@ from typing import Any, Protocol
 from overfill.client.answers import Timing
 from overfill.lab.traffic.outcome import Outcome, RequestFailed
 
-OnTokens = Callable[[int], None]
-"""Receives the number of tokens so far, once per message."""
-
 
 class Transport(Protocol):
     """Sends requests to a server. Safe to use from several greenlets."""

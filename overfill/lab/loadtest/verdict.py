@@ -14,7 +14,7 @@ from rich.table import Table
 from overfill.lab.loadtest.measure import relative_to_start, to_record
 from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
-from overfill.lab.traffic.run_objectives import Verdict
+from overfill.lab.traffic.run_objectives import ObjectiveVerdict
 
 _WIDTH = 100
 
@@ -72,7 +72,7 @@ def summary(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def _verdict_table(verdicts: list[Verdict]) -> Table:
+def _verdict_table(verdicts: list[ObjectiveVerdict]) -> Table:
     table = Table(box=None, padding=(0, 2))
     for column in ("objective", "measured", "at most", ""):
         table.add_column(column)

@@ -95,7 +95,7 @@ class SimDecode:
         self._phase: Event | None = None
         self._phase_start = 0.0
         self._phase_steps = 0
-        self._extra = 0.0  # seconds of replays in the phase's first step
+        self._extra = 0.0  # seconds that replays add to the phase's first step
 
     @property
     def num_running(self) -> int:
@@ -116,7 +116,7 @@ class SimDecode:
 
     def reserve(self, sequence: SimSequence) -> bool:
         """Reserves blocks for prompt + emitted + 1 tokens. Returns False if the worker refuses."""
-        if len(self._sequences) >= self._model.max_seqs or self._num_preempted:
+        if len(self._sequences) >= self._model.max_num_seqs or self._num_preempted:
             return False
         if not self._acquire(sequence):
             return False

@@ -9,7 +9,7 @@ from overfill.routing.scaling import ScalingConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SimulationOptions:
     """Options of a simulation.
 
     Attributes:

@@ -143,7 +143,7 @@ class SimPrefill:
         self._step = self._clock.after(seconds, self._stepped, chunks, now)
 
     def _admit(self) -> None:
-        while self._waiting and self.num_admitted < self._model.max_seqs:
+        while self._waiting and self.num_admitted < self._model.max_num_seqs:
             ticket = self._waiting[0]
             cached = self.blocks.acquire(ticket.id, ticket.prompt_tokens, ticket.shared)
             if cached is None:
@@ -158,7 +158,7 @@ class SimPrefill:
         if not self._running:
             return []
         oldest, *others = self._running.values()
-        left = self._model.token_budget
+        left = self._model.max_num_batched_tokens
         share = left if not others or oldest.left <= left else max(1, left // 2)
         counts = {oldest.id: min(share, oldest.left)}
         left -= counts[oldest.id]

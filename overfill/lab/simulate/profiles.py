@@ -19,6 +19,10 @@ import numpy as np
 
 from overfill.errors import InvalidRequest
 from overfill.routing.capacity import StepCost
+from overfill.settings.renamed import warn
+
+_RENAMED = {"token_budget": "max_num_batched_tokens", "max_seqs": "max_num_seqs"}
+"""Earlier name of a field in a file -> name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +33,17 @@ class PrefillModel:
         seconds_per_token: Seconds to compute one prompt token.
         seconds_per_position: Additional seconds per token that it attends to.
         seconds_per_step: Minimum seconds of a step, in which the weights are read once.
-        token_budget: Maximum prompt tokens per step.
+        max_num_batched_tokens: Maximum prompt tokens per step.
         kv_tokens: Capacity for KV in tokens, including the prefix cache.
-        max_seqs: Maximum prompts at the same time, and the number of credits granted.
+        max_num_seqs: Maximum prompts at the same time, and the number of credits granted.
     """
 
     seconds_per_token: float
     seconds_per_position: float = 0.0
     seconds_per_step: float = 0.0
-    token_budget: int = 2048
+    max_num_batched_tokens: int = 2048
     kv_tokens: int = 65_536
-    max_seqs: int = 64
+    max_num_seqs: int = 64
 
     def step_seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
         """Returns the seconds of a step. A chunk (start, count) is ``count`` tokens of a prompt from ``start`` on."""
@@ -58,7 +62,7 @@ class DecodeModel:
         replay_per_token: Seconds to recompute the KV of one emitted token after a migration.
         kv_tokens: Capacity for KV in tokens.
         block_size: Tokens per block.
-        max_seqs: Maximum sequences at the same time.
+        max_num_seqs: Maximum sequences at the same time.
     """
 
     base: float
@@ -67,7 +71,7 @@ class DecodeModel:
     replay_per_token: float = 0.0
     kv_tokens: int = 65_536
     block_size: int = 16
-    max_seqs: int = 64
+    max_num_seqs: int = 64
 
     @property
     def cost(self) -> StepCost:
@@ -167,7 +171,7 @@ def from_datasheets(
             seconds_per_token=2 * full.parameters / rate,
             seconds_per_position=full.attention_flops / rate,
             seconds_per_step=full.weight_bytes / (prefill.bandwidth * _BANDWIDTH_SHARE),
-            token_budget=8192,
+            max_num_batched_tokens=8192,
             kv_tokens=int((prefill.memory * _MEMORY_SHARE - full.weight_bytes) / kv),
         ),
         decode=DecodeModel(
@@ -177,7 +181,7 @@ def from_datasheets(
             per_kv_token=kv / bandwidth,
             replay_per_token=2 * decoder.parameters / decode_rate,
             kv_tokens=int((decode.memory * _MEMORY_SHARE - decoder.weight_bytes) / kv),
-            max_seqs=256,
+            max_num_seqs=256,
         ),
         kv_token_bytes=kv,
         layers=full.layers,
@@ -234,6 +238,11 @@ def _parse(kind: type[Any], document: object, where: str) -> Any:
     if not isinstance(document, Mapping):
         raise InvalidRequest(where, f"must be an object of {kind.__name__}'s fields, got {type(document).__name__}")
     known = {item.name: item for item in fields(kind)}
+    document = dict(document)
+    for old, new in _RENAMED.items():
+        if old in document and new in known and new not in document:
+            warn(f"{where}.{old}", f"{where}.{new}")
+            document[new] = document.pop(old)
     if unknown := sorted(set(document) - set(known)):
         raise InvalidRequest(f"{where}.{unknown[0]}", f"is unknown; allowed are {', '.join(known)}")
     values: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.options import Options
+from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, SimRequest, Snapshot
 from overfill.lab.traffic.outcome import Objective
@@ -29,7 +29,7 @@ class SimulationResult:
     """
 
     profile: Profile
-    options: Options
+    options: SimulationOptions
     requests: Sequence[SimRequest]
     samples: Sequence[Snapshot]
     gaps: Histogram

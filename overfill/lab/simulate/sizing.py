@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from overfill.errors import InvalidRequest
-from overfill.lab.simulate.options import Options
+from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.stack import Simulation
@@ -42,7 +42,7 @@ class SizeSearch:
         self,
         trace: Sequence[TraceRequest],
         profile: Profile,
-        options: Options,
+        options: SimulationOptions,
         objective: Objective,
         attainment: float,
         costs: tuple[float, float] = (1.0, 1.0),

@@ -18,13 +18,13 @@ from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import SequenceState, SimSequence
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.observer import Observer
-from overfill.lab.simulate.options import Options
+from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.policies import make_dispatcher, make_job
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, attempt_of
 from overfill.lab.simulate.result import SimulationResult
+from overfill.lab.simulate.run_recorder import RunRecorder
 from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing import invariant
@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 class Simulation:
     """Simulates one run of ``trace`` on workers of ``profile``. Call ``run`` only once."""
 
-    def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: Options) -> None:
+    def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: SimulationOptions) -> None:
         self.clock = Clock()
         self.roster = Roster()
         self.counters = Counters()
@@ -55,7 +55,7 @@ class Simulation:
         self._started = 0
         self._random = random.Random(options.seed)
         self._scaler = Autoscaler(self, options.scaling) if options.scaling is not None else None
-        self._observer = Observer(self.clock, self.workers, self.counters)
+        self._recorder = RunRecorder(self.clock, self.workers, self.counters)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
         """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
@@ -86,11 +86,11 @@ class Simulation:
         for request in list(self.open.values()):
             self._end(request, "did not end in time")
         for worker in self.workers.values():
-            self._observer.account(worker)
+            self._recorder.account(worker)
         self.counters.events = self.clock.events
         self.counters.cpu_seconds = thread_time() - began
         return SimulationResult(
-            self.profile, self.options, self._requests, self._observer.samples, self._gaps, self.counters
+            self.profile, self.options, self._requests, self._recorder.samples, self._gaps, self.counters
         )
 
     # -- workers ---------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class Simulation:
     def _remove(self, worker: SimWorker) -> None:
         worker.leave()
         self.workers.pop(worker.name, None)
-        self._observer.account(worker)
+        self._recorder.account(worker)
         if worker.entry is not None:
             self.roster.pool(worker.stage).remove(worker.entry)
 
@@ -388,6 +388,6 @@ class Simulation:
     def _sample(self, interval: float | None) -> None:
         """Takes a snapshot, and another one every ``interval`` seconds. None means only one."""
         targets = self._scaler.latest if self._scaler is not None else None
-        self._observer.sample(self.dispatcher.num_waiting, len(self._requests), targets)
+        self._recorder.sample(self.dispatcher.num_waiting, len(self._requests), targets)
         if interval is not None:
             self.clock.after(interval, self._sample, interval)

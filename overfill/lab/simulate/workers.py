@@ -27,7 +27,7 @@ REPORT_INTERVAL = 1.0
 _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
 
 
-class Router(Protocol):
+class SimRouter(Protocol):
     """Receiver of the workers' messages. It adds the time that each message travels."""
 
     def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None: ...
@@ -56,7 +56,7 @@ class SimWorker:
 
     engine: SimPrefill | SimDecode
 
-    def __init__(self, name: str, stage: common_pb2.Stage, clock: Clock, router: Router, report_gap: float) -> None:
+    def __init__(self, name: str, stage: common_pb2.Stage, clock: Clock, router: SimRouter, report_gap: float) -> None:
         self.name, self.stage = name, stage
         self.clock, self.router = clock, router
         self.entry: Worker | None = None
@@ -122,11 +122,11 @@ class PrefillWorker(SimWorker):
     engine: SimPrefill
 
     def __init__(
-        self, name: str, clock: Clock, router: Router, report_gap: float, profile: Profile, blocks: Blocks
+        self, name: str, clock: Clock, router: SimRouter, report_gap: float, profile: Profile, blocks: Blocks
     ) -> None:
         super().__init__(name, PREFILL, clock, router, report_gap)
         self.engine = SimPrefill(clock, profile, blocks, self)
-        self._credits = profile.prefill.max_seqs
+        self._credits = profile.prefill.max_num_seqs
 
     def load(self) -> decode_pb2.WorkerLoad:
         engine, blocks = self.engine, self.engine.blocks
@@ -163,7 +163,7 @@ class DecodeWorker(SimWorker):
     engine: SimDecode
 
     def __init__(
-        self, name: str, clock: Clock, router: Router, report_gap: float, profile: Profile, gaps: Histogram
+        self, name: str, clock: Clock, router: SimRouter, report_gap: float, profile: Profile, gaps: Histogram
     ) -> None:
         super().__init__(name, DECODE, clock, router, report_gap)
         self.engine = SimDecode(clock, profile, self, gaps)
@@ -180,7 +180,9 @@ class DecodeWorker(SimWorker):
         )
 
     def report(self) -> registry_pb2.Report:
-        return registry_pb2.Report(load=self.load(), credits=self._model.max_seqs, ready=True, draining=self.draining)
+        return registry_pb2.Report(
+            load=self.load(), credits=self._model.max_num_seqs, ready=True, draining=self.draining
+        )
 
     def kill(self) -> Sequence[SimSequence]:
         self.leave()

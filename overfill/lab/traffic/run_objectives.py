@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from overfill.errors import InvalidRequest
 from overfill.lab.traffic.outcome import Outcome, samples
 
-LATENCIES = ("ttft", "itl", "tpot", "e2e")
-"""Latencies that may have an objective. ``itl`` has a value per gap between two tokens, ``tpot`` per answer (mean)."""
-
 _NAME = re.compile(r"(ttft|itl|tpot|e2e|unattributed)_p(\d{1,2}(?:\.\d+)?|100)")
 _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
 
@@ -56,7 +53,7 @@ class Threshold:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ObjectiveVerdict:
     """Result of checking one threshold. A value that was not measured does not meet it."""
 
     threshold: Threshold
@@ -93,9 +90,9 @@ class RunObjectives:
         thresholds.setdefault("errors", Threshold("errors", 0.0))
         return cls(tuple(thresholds.values()))
 
-    def judge(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
+    def judge(self, outcomes: Sequence[Outcome]) -> list[ObjectiveVerdict]:
         """Checks every threshold against the outcomes of a run."""
-        return [Verdict(threshold, threshold.measure(outcomes)) for threshold in self.thresholds]
+        return [ObjectiveVerdict(threshold, threshold.measure(outcomes)) for threshold in self.thresholds]
 
 
 def _parse_threshold(part: str) -> Threshold:

@@ -22,7 +22,7 @@ from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
-from overfill.model.transformer import NO_HOOKS, LayerHooks, Model, Transformer, check_cache
+from overfill.model.transformer import NO_HOOKS, ForwardModel, LayerHooks, Transformer, check_cache
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def supported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     return device.type == "cpu" and dtype == torch.bfloat16 and fits and heads
 
 
-def fastest_model(model: Transformer) -> Model:
+def fastest_model(model: Transformer) -> ForwardModel:
     """Turns ``model`` into the fastest one that runs here: a native one that takes it over, or ``model`` itself."""
     if supported(model.config, model.dtype, model.device) and library.load() is not None:
         weights = "int8" if model.quantize == "int8" else "bfloat16"

@@ -56,10 +56,10 @@ def _load(
         return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:
         raise InvalidRequest("data", f"{source} is neither `shipped`, nor a file, nor the id of a hub data set")
-    return [t for t in encode(conversations, tokenizer, data.max_tokens) if _teaches(t)]
+    return [t for t in encode(conversations, tokenizer, data.max_tokens) if _has_answer_tokens(t)]
 
 
-def _teaches(transcript: Transcript) -> bool:
+def _has_answer_tokens(transcript: Transcript) -> bool:
     return len(transcript.answer) > 1
 
 
@@ -88,7 +88,7 @@ class HubTranscripts(Sequence[Transcript | None]):
             transcripts = encode([conversation], self._tokenizer, self._data.max_tokens)
         except InvalidRequest:  # the chat template refuses this conversation; training skips it
             return None
-        return transcripts[0] if transcripts and _teaches(transcripts[0]) else None
+        return transcripts[0] if transcripts and _has_answer_tokens(transcripts[0]) else None
 
     def fingerprint(self) -> str:
         return f"{self._rows._fingerprint}:{self._data.column}:{self._data.max_tokens}:{self._tokenizer.digest}"

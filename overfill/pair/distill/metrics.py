@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from overfill.pair.distill.run_checkpoints import Progress
+from overfill.pair.distill.run_checkpoints import TrainingState
 from overfill.pair.distill.student import HeldOutResult
 
 METRICS = "metrics.jsonl"
@@ -15,7 +15,7 @@ METRICS = "metrics.jsonl"
 class Metrics:
     """Appends to the metrics in ``folder``. Drops entries after ``progress``, which an interrupted run left."""
 
-    def __init__(self, folder: Path, progress: Progress) -> None:
+    def __init__(self, folder: Path, progress: TrainingState) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,11 +28,11 @@ class Metrics:
         self._file = file.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)
 
-    def step(self, progress: Progress, values: dict[str, float]) -> None:
+    def step(self, progress: TrainingState, values: dict[str, float]) -> None:
         """Records a training step's means."""
         self._write(progress, values, values, "train")
 
-    def held_out(self, progress: Progress, result: HeldOutResult) -> None:
+    def held_out(self, progress: TrainingState, result: HeldOutResult) -> None:
         """Records an evaluation."""
         self.evaluated.add(progress.step)
         self._write(progress, {"held_out": result.as_dict()}, result.as_dict(), "held_out")
@@ -41,7 +41,7 @@ class Metrics:
         self._file.close()
         self._board.close()
 
-    def _write(self, progress: Progress, entry: dict[str, Any], scalars: dict[str, float], group: str) -> None:
+    def _write(self, progress: TrainingState, entry: dict[str, Any], scalars: dict[str, float], group: str) -> None:
         where = {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
         self._file.write(json.dumps(where | entry) + "\n")
         self._file.flush()

@@ -21,7 +21,7 @@ from overfill.telemetry.progress import Report, silent
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingState:
     """Progress of a run: steps done, answer tokens learnt, and seconds of training without evaluation and saving."""
 
     step: int = 0
@@ -43,7 +43,7 @@ class Checkpoints:
         """Returns the folder of the last checkpoint, or None."""
         return max(self._folder.glob("step-*"), default=None)
 
-    def save(self, decoder: PackedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, decoder: PackedModel, optimizer: torch.optim.Optimizer, progress: TrainingState) -> None:
         """Writes a checkpoint, then deletes older ones."""
         target = self._folder / f"step-{progress.step:08d}"
         if target.exists():
@@ -58,7 +58,7 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     @torch.no_grad()
-    def load(self, folder: Path, decoder: PackedModel, optimizer: torch.optim.Optimizer) -> Progress:
+    def load(self, folder: Path, decoder: PackedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Restores the checkpoint in ``folder`` into ``decoder`` and ``optimizer``."""
         stored = load_file(folder / "decoder.safetensors")
         for name, parameter in decoder.named_parameters():
@@ -68,7 +68,7 @@ class Checkpoints:
             key, _, index = name.rpartition(".")
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return Progress(**json.loads((folder / "progress.json").read_text()))
+        return TrainingState(**json.loads((folder / "progress.json").read_text()))
 
 
 def _parameters(decoder: PackedModel) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from overfill.pair.distill.model import PackedModel
 from overfill.pair.distill.packed_rows import in_packs, learnt_tokens
 from overfill.pair.distill.plot import plot_runs
 from overfill.pair.distill.recipe import Training
-from overfill.pair.distill.run_checkpoints import Checkpoints, Progress, write_pair
+from overfill.pair.distill.run_checkpoints import Checkpoints, TrainingState, write_pair
 from overfill.pair.distill.run_settings import SETTINGS, open_run_folder
 from overfill.pair.distill.schedule import learning_rate
 from overfill.pair.distill.student import HeldOutResult, Student, evaluate
@@ -117,7 +117,7 @@ class Run:
         self._model, self._optimizer = accelerator.prepare(self._student, optimizer)
         self._checkpoints = Checkpoints(self.folder / "checkpoints")
         latest = self._checkpoints.latest() if resume else None
-        self._progress = self._checkpoints.load(latest, decoder, optimizer) if latest else Progress()
+        self._progress = self._checkpoints.load(latest, decoder, optimizer) if latest else TrainingState()
         self._metrics = Metrics(self.folder, self._progress) if accelerator.is_main_process else None
 
     def train(self) -> Pair:
@@ -193,7 +193,7 @@ class Run:
         self._optimizer.zero_grad()
         seconds = self._agree(time.monotonic() - started)
         before = self._progress
-        self._progress = Progress(before.step + 1, before.tokens + tokens, before.seconds + seconds)
+        self._progress = TrainingState(before.step + 1, before.tokens + tokens, before.seconds + seconds)
         if self._metrics is not None:
             loss, cross_entropy, kl = sums.tolist()
             values = {"loss": loss, "ce": cross_entropy, "kl": kl, "lr": rate, "grad_norm": float(norm)}

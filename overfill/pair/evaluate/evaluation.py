@@ -13,7 +13,7 @@ from overfill.engine.build import Half, load_half, native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
-from overfill.model.transformer import Model
+from overfill.model.transformer import ForwardModel
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.evaluate.forward import cache_tokens
@@ -170,7 +170,7 @@ def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
         raise InvalidRequest("data", f"holds a conversation of {longest} tokens; the pair's context is {context}")
 
 
-def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> Model:
+def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> ForwardModel:
     """Loads one half as the services do, for sequences of up to ``longest`` tokens or its context."""
     config = pair.full_config if half == "full" else pair.decoder_config
     return load_half(

@@ -17,7 +17,7 @@ from overfill.kv.codecs import quantise, restore
 from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.batch import ForwardBatch
-from overfill.model.transformer import Model
+from overfill.model.transformer import ForwardModel
 from overfill.pair.conversations import Transcript
 from overfill.v1 import common_pb2
 
@@ -65,7 +65,7 @@ class BatchModel:
         ValueError: on use, if a batch is larger.
     """
 
-    def __init__(self, model: Model, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
+    def __init__(self, model: ForwardModel, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
         self.model = model
         spec = model.config.kv_spec(_dtype_name(model.dtype))
         self.cache = KvCache(spec, max_tokens, 1, model.device, kv_cache_dtype)

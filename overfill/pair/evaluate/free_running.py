@@ -15,7 +15,7 @@ import torch
 
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
-from overfill.model.transformer import Model
+from overfill.model.transformer import ForwardModel
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator, finite_or_none
@@ -96,7 +96,7 @@ def write_answers(
 
 
 def judge_answers(
-    full: Model,
+    full: ForwardModel,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Completion],
     *,

@@ -20,7 +20,7 @@ from overfill.engine.build import native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
-from overfill.model.transformer import Model
+from overfill.model.transformer import ForwardModel
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.evaluation import load_model
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
@@ -172,7 +172,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         return Transcript(tokens, len(tokens) - len(continuation))
 
     @cached_property
-    def _models(self) -> tuple[Model, Model]:
+    def _models(self) -> tuple[ForwardModel, ForwardModel]:
         """The full model and the decoder, for scoring."""
         return (
             load_model(self.pair, "full", self._dtype, self._device, self.max_length),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
-from overfill.model.transformer import Model
+from overfill.model.transformer import ForwardModel
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.pair.evaluate.token_metrics import Metric, MetricAccumulator
@@ -48,7 +48,7 @@ KvForm = Literal["int8", "fp8", "int8 cache"]
 class Candidate:
     """A decoder to judge. ``layer_map[i]`` is the full-model layer whose KV its layer i reads."""
 
-    model: Model
+    model: ForwardModel
     layer_map: Sequence[int]
 
 
@@ -80,7 +80,7 @@ def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
 
 
 def teacher_forced(
-    full: Model,
+    full: ForwardModel,
     candidates: Mapping[str, Candidate],
     transcripts: Sequence[Transcript],
     *,

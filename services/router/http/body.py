@@ -30,7 +30,7 @@ async def read(request: Request, kind: type[R], limit: int) -> R:
         ApiError: the body is too large, too slow, not JSON, or not a valid ``kind``.
         ClientDisconnect: the client has disconnected.
     """
-    # Pages of other sites can send only other content types without a CORS preflight.
+    # Blocks cross-site requests: a page of another site can send application/json only after a CORS preflight.
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise not_json(content_type)

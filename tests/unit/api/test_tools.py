@@ -6,7 +6,7 @@ import pytest
 
 from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
-from overfill.api.tools import Tool, ToolCallReader, check_tools, describe_tools, tools_grammar, write_calls
+from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
 from overfill.request.params import Grammar
@@ -18,7 +18,7 @@ SCHEMA = {
     "required": ["city"],
     "additionalProperties": False,
 }
-TOOLS = [Tool("weather", "Tells the weather.", SCHEMA), Tool("now")]
+TOOLS = [ToolDefinition("weather", "Tells the weather.", SCHEMA), ToolDefinition("now")]
 CALLS = [("weather", '{"city": "Köln }{ \\" ]", "days": 3}'), ("now", "{}")]
 
 
@@ -106,11 +106,11 @@ def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, si
 @pytest.mark.parametrize(
     ("field", "tools"),
     [
-        ("chat.tools[0].name", [Tool("")]),
-        ("chat.tools[0].name", [Tool("a b")]),
-        ("chat.tools[1].name", [Tool("a"), Tool("a")]),
-        ("chat.tools[0].parameters", [Tool("a", "", {"type": "string"})]),
-        ("chat.tools", [Tool(f"t{i}") for i in range(129)]),
+        ("chat.tools[0].name", [ToolDefinition("")]),
+        ("chat.tools[0].name", [ToolDefinition("a b")]),
+        ("chat.tools[1].name", [ToolDefinition("a"), ToolDefinition("a")]),
+        ("chat.tools[0].parameters", [ToolDefinition("a", "", {"type": "string"})]),
+        ("chat.tools", [ToolDefinition(f"t{i}") for i in range(129)]),
     ],
 )
 def test_bad_tools_are_named(field, tools):
@@ -127,7 +127,7 @@ def chat(**fields):
 def test_a_template_that_knows_no_tools_gets_them_in_the_system_message(byte_level_tokenizer):
     tool = inference_pb2.Tool(name="weather", description="Tells.", parameters=json.dumps(SCHEMA))
     text = byte_level_tokenizer.decode(encode_chat(chat(tools=[tool]), byte_level_tokenizer))
-    assert describe_tools([Tool("weather", "Tells.", SCHEMA)]) in text
+    assert describe_tools([ToolDefinition("weather", "Tells.", SCHEMA)]) in text
     system = {"role": "system", "content": "Be brief."}
     text = byte_level_tokenizer.decode(
         encode_chat(chat(tools=[tool], messages=[system, {"role": "user", "content": "Hi"}]), byte_level_tokenizer)

@@ -174,13 +174,14 @@ def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.Ca
 def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--pair", "/no/such/pair", "--grpc", "8000"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "--grpc 8000 and --http 8000 (its default) overlap" in message
-    assert "give --http 8001 or more, or --http off" in message
+    assert "port ranges overlap: --grpc 8000 uses 8000 and --http 8000 (its default) uses 8000, one port per" in message
+    assert "give --http 8001 or higher, or --http off" in message
 
 
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # workers' ports included
-    assert "--http 8000 (its default) and --metrics-port 7998 overlap" in " ".join(capsys.readouterr().err.split())
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--http 8000 (its default) uses 8000 and --metrics-port 7998 uses 7998 to 8000" in message
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])

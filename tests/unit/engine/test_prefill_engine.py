@@ -24,8 +24,8 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 
 
-def new_engine(runner, pool, events, token_budget=8, max_num_seqs=4):
-    return PrefillEngine(runner, pool, token_budget, max_num_seqs, events.extend)
+def new_engine(runner, pool, events, max_num_batched_tokens=8, max_num_seqs=4):
+    return PrefillEngine(runner, pool, max_num_batched_tokens, max_num_seqs, events.extend)
 
 
 def prompt(name, length, **options):
@@ -120,7 +120,7 @@ def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
 
 
 def test_a_prompt_waits_until_all_its_blocks_are_free(runner, pool, events):
-    engine = new_engine(runner, pool, events, token_budget=64)
+    engine = new_engine(runner, pool, events, max_num_batched_tokens=64)
     engine.handle(Submit(prompt("a", 20)))
     engine.handle(Submit(prompt("b", 16)))
     engine.step()
@@ -290,7 +290,7 @@ def test_prompts_do_not_wait_for_failed_or_released_ones_nor_without_a_cache(run
     for name in ("a", "b", "c"):
         engine.handle(Release(name))
     evict_all(prefix)
-    plain = new_engine(runner, pool, events, token_budget=16)
+    plain = new_engine(runner, pool, events, max_num_batched_tokens=16)
     for name in ("d", "e"):
         plain.handle(Submit(prompt(name, 8)))
     plain.step()

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from overfill.errors import InternalError, Unavailable
-from overfill.routing.answer import Answer, Finish
+from overfill.routing.answer import AnswerState, Finish
 from overfill.v1 import common_pb2, decode_pb2
 
 DONE = Finish(common_pb2.FINISH_REASON_STOP, common_pb2.Usage())
@@ -16,7 +16,7 @@ def tokens(first, *ids, logprobs=()):
 
 
 async def test_unread_tokens_merge_into_one_batch():
-    answer = Answer((), 10, 0.0)
+    answer = AnswerState((), 10, 0.0)
     answer.accept(tokens(0, 7), 1.0)
     answer.accept(tokens(1, 8, 9), 2.0)
     batch = await answer.next()
@@ -27,7 +27,7 @@ async def test_unread_tokens_merge_into_one_batch():
 
 
 async def test_a_reader_waits_for_tokens():
-    answer = Answer((), 10, 0.0)
+    answer = AnswerState((), 10, 0.0)
     reading = asyncio.ensure_future(answer.next())
     await asyncio.sleep(0)
     assert not reading.done()
@@ -36,7 +36,7 @@ async def test_a_reader_waits_for_tokens():
 
 
 async def test_all_tokens_come_before_the_end():
-    answer = Answer((), 10, 0.0)
+    answer = AnswerState((), 10, 0.0)
     answer.accept(tokens(0, 7), 1.0)
     answer.end(Unavailable("lost"))
     answer.end(DONE)
@@ -46,7 +46,7 @@ async def test_all_tokens_come_before_the_end():
 
 
 async def test_tokens_continue_after_those_that_the_client_has():
-    answer = Answer((1, 2), 10, 0.0)
+    answer = AnswerState((1, 2), 10, 0.0)
     answer.accept(tokens(2, 3), 1.0)
     batch = await answer.next()
     assert (batch.first_index, batch.ids) == (2, [3])
@@ -54,7 +54,7 @@ async def test_tokens_continue_after_those_that_the_client_has():
 
 
 async def test_an_identical_repeat_is_dropped():
-    answer = Answer((), 10, 0.0)
+    answer = AnswerState((), 10, 0.0)
     lp = [common_pb2.TokenLogprobs(logprob=-x) for x in (1.0, 2.0, 3.0)]
     answer.accept(tokens(0, 7, 8, logprobs=lp[:2]), 1.0)
     await answer.next()
@@ -75,7 +75,7 @@ async def test_an_identical_repeat_is_dropped():
     ],
 )
 def test_gaps_contradictions_and_surplus_are_errors_that_add_nothing(bad, message):
-    answer = Answer((), 4, 0.0)
+    answer = AnswerState((), 4, 0.0)
     answer.accept(tokens(0, 7, 8), 1.0)
     with pytest.raises(InternalError, match=message):
         answer.accept(bad, 2.0)

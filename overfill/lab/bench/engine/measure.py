@@ -15,7 +15,7 @@ from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, MachineProbe
-from overfill.lab.bench.engine.overfill_engine import OverfillEngine, Workload, load_engines
+from overfill.lab.bench.engine.overfill_engine import EngineWorkload, OverfillEngine, load_engines
 from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_peers
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.lab.bench.engine.rows import Row
@@ -38,7 +38,7 @@ class EngineSettings:
         peers: Names of the peers to measure.
         quantize: Weights of the decoder. None means the pair's recipe.
         kv_cache_dtype: KV cache of the decoder.
-        token_budget: Maximum prompt tokens in a step, for our engine and the peers.
+        max_num_batched_tokens: Maximum prompt tokens in a step, for our engine and the peers.
     """
 
     pair: Pair
@@ -49,7 +49,7 @@ class EngineSettings:
     plan: BenchPlan
     quantize: Quantization | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
-    token_budget: int = 2048
+    max_num_batched_tokens: int = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def bench_decode(
     """
     plan = settings.plan
     prompt = max(1, context - plan.warmup - plan.rounds * plan.steps // 2)
-    workload = Workload(max(batches), prompt + plan.total_steps + 2)
+    workload = EngineWorkload(max(batches), prompt + plan.total_steps + 2)
     with _loaded(settings, workload, report) as loaded:
         engines: list[BenchEngine] = [*loaded.ours, *loaded.peers]
         for done, batch in enumerate(batches):
@@ -158,7 +158,7 @@ def bench_prefill(settings: EngineSettings, prompts: Sequence[Sequence[int]], re
     Args:
         prompts: Batches of prompts, each given as the prompts' lengths.
     """
-    workload = Workload(max(map(len, prompts)), max(map(max, prompts)) + 1)
+    workload = EngineWorkload(max(map(len, prompts)), max(map(max, prompts)) + 1)
     with _loaded(settings, workload, report) as loaded:
         engines: list[BenchEngine] = [loaded.full, *loaded.peers]
         for done, lengths in enumerate(prompts):
@@ -193,7 +193,7 @@ def _gain(full: Row, decoder: Row) -> Row:
 
 
 @contextmanager
-def _loaded(settings: EngineSettings, workload: Workload, report: Report) -> Iterator[_Loaded]:
+def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) -> Iterator[_Loaded]:
     device = resolve_device(settings.device)
     dtype = settings.dtype or native_dtype(device)
     torch.set_num_threads(settings.threads)
@@ -206,12 +206,18 @@ def _loaded(settings: EngineSettings, workload: Workload, report: Report) -> Ite
             quantize=settings.quantize,
             kv_cache_dtype=settings.kv_cache_dtype,
             workload=workload,
-            token_budget=settings.token_budget,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
         )
         report("Loading our engine", 1, 1)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
         for_peers = PeerSettings(
-            settings.pair, TORCH_DTYPES[dtype], device, settings.threads, workload, settings.token_budget, logs
+            settings.pair,
+            TORCH_DTYPES[dtype],
+            device,
+            settings.threads,
+            workload,
+            settings.max_num_batched_tokens,
+            logs,
         )
         peers, missing = open_peers(settings.peers, for_peers, stack, report)
         probe = MachineProbe(device, TORCH_DTYPES[dtype], settings.threads)

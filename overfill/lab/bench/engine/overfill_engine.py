@@ -39,7 +39,7 @@ _BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class EngineWorkload:
     """The largest batch of a run, and the maximum tokens (prompt and answer) of a sequence."""
 
     batch: int
@@ -57,8 +57,8 @@ def load_engines(
     device: torch.device,
     quantize: Quantization | None,
     kv_cache_dtype: KvCacheDtype = "auto",
-    workload: Workload,
-    token_budget: int,
+    workload: EngineWorkload,
+    max_num_batched_tokens: int,
 ) -> tuple[OverfillEngine, OverfillEngine | None]:
     """Loads the full model and the decoder, each with a KV cache of its own.
 
@@ -84,7 +84,7 @@ def load_engines(
             device=device,
             block_size=_BLOCK_SIZE,
             max_model_len=None,
-            warm_tokens=token_budget,
+            warm_tokens=max_num_batched_tokens,
             max_num_seqs=workload.batch,
             kv_cache_dtype="auto" if half == "full" else kv_cache_dtype,
         )
@@ -92,9 +92,9 @@ def load_engines(
         return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE)[0]
 
     full = load("full")
-    ours = OverfillEngine("full", full, full, token_budget)
+    ours = OverfillEngine("full", full, full, max_num_batched_tokens)
     same = pair.identity and kv_cache_dtype == "auto"
-    return ours, None if same else OverfillEngine("decoder", full, load("decoder"), token_budget)
+    return ours, None if same else OverfillEngine("decoder", full, load("decoder"), max_num_batched_tokens)
 
 
 class OverfillEngine:
@@ -104,14 +104,16 @@ class OverfillEngine:
     sequence.
     """
 
-    def __init__(self, name: str, full: EngineParts, parts: EngineParts, token_budget: int) -> None:
+    def __init__(self, name: str, full: EngineParts, parts: EngineParts, max_num_batched_tokens: int) -> None:
         self.name = name
         self._full = full
         self._parts = parts
         self._prefill_events: list[PrefillEvent] = []
         self._events: list[DecodeEvent] = []
-        self._prefill = PrefillEngine(full.runner, full.pool, token_budget, 1 << 20, self._prefill_events.extend)
-        self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, token_budget, self._events.extend)
+        self._prefill = PrefillEngine(
+            full.runner, full.pool, max_num_batched_tokens, 1 << 20, self._prefill_events.extend
+        )
+        self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, max_num_batched_tokens, self._events.extend)
         self._ids: list[str] = []
 
     @property

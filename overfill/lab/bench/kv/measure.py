@@ -104,7 +104,7 @@ class _Receiver:
             await connection.handshake(KvIdentity(WIRE_VERSION, "", "", self._spec))
 
     async def pull(self, shared: bool) -> int:
-        """Receives one handoff. Returns the bytes of its KV."""
+        """Receives one handoff. Returns the number of KV bytes received."""
         request = PromptRequest("bench", 0, self._prompt, SamplingParams(temperature=0).to_proto(), 0, False)
         layers = range(self._spec.num_layers)
         pull = PromptPull(

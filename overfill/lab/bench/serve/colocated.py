@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from overfill.engine.colocated import Request
+from overfill.engine.colocated import ColocatedRequest
 from overfill.model.sampling import SampledToken
 from overfill.pair.llm import LLM
 from overfill.request.params import SamplingParams
@@ -38,7 +38,7 @@ def serve_colocated(
     times: list[list[float]] = [[] for _ in requests]
     new_tokens: list[int] = []
 
-    def on_token(request: Request, token: SampledToken) -> None:
+    def on_token(request: ColocatedRequest, token: SampledToken) -> None:
         new_tokens.append(request.index)
 
     start = time.perf_counter()

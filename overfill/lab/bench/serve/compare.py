@@ -29,7 +29,7 @@ LOCAL_ENGINES = ("colocated", "openvino", "vllm")
 """
 
 _BATCH = 64
-_TOKEN_BUDGET = 2048
+_MAX_NUM_BATCHED_TOKENS = 2048
 
 Play = Callable[[Sequence[TraceRequest], Progress | None], list[Outcome]]
 """Plays requests on an open server. Returns their outcomes in the same order."""
@@ -167,7 +167,7 @@ def _vllm(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Pla
         threads=settings.threads,
         max_model_len=max_model_len,
         max_num_seqs=_BATCH,
-        token_budget=_TOKEN_BUDGET,
+        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
     ) as url:
         yield _of_server(url, replace(settings, model=None, key=None, extensions=True))
 
@@ -176,7 +176,7 @@ def _vllm(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Pla
 def _openvino(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
     import torch
 
-    from overfill.lab.bench.engine.overfill_engine import Workload
+    from overfill.lab.bench.engine.overfill_engine import EngineWorkload
     from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_process
 
     with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
@@ -187,8 +187,8 @@ def _openvino(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator
                 torch.bfloat16,
                 torch.device("cpu"),
                 settings.threads,
-                Workload(_BATCH, max_model_len),
-                _TOKEN_BUDGET,
+                EngineWorkload(_BATCH, max_model_len),
+                _MAX_NUM_BATCHED_TOKENS,
                 Path(logs),
                 kv_bytes=4 << 30,
             ),
@@ -209,7 +209,7 @@ def _colocated(pair: str, max_model_len: int, settings: LoadSettings) -> Iterato
         threads=settings.threads,
         max_model_len=max_model_len,
         max_num_seqs=_BATCH,
-        max_num_batched_tokens=_TOKEN_BUDGET,
+        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
         prefix_cache=False,  # the same load may be played more than once
     )
 

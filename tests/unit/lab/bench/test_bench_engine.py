@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from overfill.lab.bench.engine import machine
-from overfill.lab.bench.engine.overfill_engine import Workload, load_engines
+from overfill.lab.bench.engine.overfill_engine import EngineWorkload, load_engines
 from overfill.lab.commands.bench import bench_group
 from overfill.model.manifest import Pair
 
@@ -76,7 +76,7 @@ def test_bad_values_are_named(tiny_pair, flag):
 
 def test_int8_weights_count_as_the_bytes_they_are(tiny_pair):
     pair = Pair.load(tiny_pair)
-    workload = Workload(batch=1, tokens=32)
+    workload = EngineWorkload(batch=1, tokens=32)
     costs = {}
     for quantize in ("none", "int8"):
         full, decoder = load_engines(
@@ -85,7 +85,7 @@ def test_int8_weights_count_as_the_bytes_they_are(tiny_pair):
             device=torch.device("cpu"),
             quantize=quantize,
             workload=workload,
-            token_budget=64,
+            max_num_batched_tokens=64,
         )
         assert full.weights == "bfloat16"
         costs[decoder.weights] = decoder.cost

@@ -9,7 +9,13 @@ import pytest
 
 from overfill.errors import InvalidRequest
 from overfill.lab.bench.engine.peers import environment, process
-from overfill.lab.bench.engine.peers.environment import PeerInstallFailed, Recipe, install, install_missing, python_of
+from overfill.lab.bench.engine.peers.environment import (
+    PeerEnvironment,
+    PeerInstallFailed,
+    install,
+    install_missing,
+    python_of,
+)
 from overfill.lab.bench.engine.peers.process import PeerFailed, PeerProcess
 
 FAKE = """
@@ -85,11 +91,11 @@ def test_a_peer_that_dies_is_not_waited_for(fake):
 
 def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
-    monkeypatch.setitem(environment.RECIPES, "thing", Recipe((str(tmp_path / "no-such-package"),)))
+    monkeypatch.setitem(environment.ENVIRONMENTS, "thing", PeerEnvironment((str(tmp_path / "no-such-package"),)))
     with pytest.raises(PeerInstallFailed, match=r"pip .*install .*no-such-package"):
         install("thing")
     assert python_of("thing") is None
-    monkeypatch.setitem(environment.RECIPES, "thing", Recipe(()))
+    monkeypatch.setitem(environment.ENVIRONMENTS, "thing", PeerEnvironment(()))
     python = install("thing")
     install_missing(("transformers", "thing"))  # neither needs an installation
     assert python_of("thing") == python

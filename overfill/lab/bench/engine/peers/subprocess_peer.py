@@ -28,7 +28,9 @@ from typing import Any
 class OpenVino:
     """OpenVINO GenAI's continuous batching pipeline, with a GGUF file."""
 
-    def __init__(self, model: str, threads: int, max_num_seqs: int, token_budget: int, kv_bytes: int, **_: Any) -> None:
+    def __init__(
+        self, model: str, threads: int, max_num_seqs: int, max_num_batched_tokens: int, kv_bytes: int, **_: Any
+    ) -> None:
         import numpy
         import openvino
         import openvino_genai
@@ -38,7 +40,7 @@ class OpenVino:
         self.version = openvino_genai.get_version()
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_seqs = max_num_seqs
-        scheduler.max_num_batched_tokens = token_budget
+        scheduler.max_num_batched_tokens = max_num_batched_tokens
         scheduler.cache_size = max(1, -(-kv_bytes // 2**30))  # GiB
         scheduler.enable_prefix_caching = False
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
@@ -74,7 +76,14 @@ class Vllm:
     """vLLM's engine in this process, with a checkpoint folder."""
 
     def __init__(
-        self, model: str, threads: int, max_num_seqs: int, token_budget: int, kv_bytes: int, dtype: str, context: int
+        self,
+        model: str,
+        threads: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        kv_bytes: int,
+        dtype: str,
+        context: int,
     ) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -91,7 +100,7 @@ class Vllm:
             dtype=dtype,
             max_model_len=context,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(token_budget, context),
+            max_num_batched_tokens=max(max_num_batched_tokens, context),
             enable_prefix_caching=False,
             disable_log_stats=True,
         ).llm_engine

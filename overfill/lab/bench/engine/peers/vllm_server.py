@@ -27,7 +27,7 @@ def vllm_server(
     threads: int,
     max_model_len: int,
     max_num_seqs: int = 64,
-    token_budget: int = 2048,
+    max_num_batched_tokens: int = 2048,
     kv_bytes: int = 4 << 30,
 ) -> Iterator[str]:
     """Starts the server and yields its URL, including ``/v1``, once it answers. Call it on the main thread only.
@@ -44,7 +44,7 @@ def vllm_server(
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", host, "--port", str(port), "--dtype", "bfloat16", "--no-enable-prefix-caching"]
     command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
-    command += ["--max-num-batched-tokens", str(max(token_budget, max_model_len))]
+    command += ["--max-num-batched-tokens", str(max(max_num_batched_tokens, max_model_len))]
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = os.environ | {

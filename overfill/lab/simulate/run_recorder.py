@@ -11,7 +11,7 @@ from overfill.routing.scaling import Targets
 from overfill.routing.worker import PREFILL
 
 
-class Observer:
+class RunRecorder:
     """Records snapshots and adds up what the workers did.
 
     Attributes:
