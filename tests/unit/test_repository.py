@@ -46,7 +46,6 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 SHARED_CLASS_NAMES = {
     "Message",  # of the Python client and of the OpenAI API
     "ToolCall",  # of the Python client and of the OpenAI API
-    "Rule",  # who may call (rpc.access); which messages a proxy disturbs (lab.faults)
 }
 
 
