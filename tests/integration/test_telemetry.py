@@ -59,8 +59,10 @@ def watched(tiny_pair, tmp_path_factory):
         with running_prometheus(folder, targets, sorted(RULES.glob("*.yml")), INTERVAL) as prometheus:
             wait_until(lambda: len(prometheus.up()) == 5, 30, "all five processes are scraped")
             measured = load(address, http)
+            # The processes are scraped one after another, so each stage's own counter has to have the last answer.
+            ended = ('overfill_router_requests_total{outcome="ok"}', 'overfill_decode_sequences_total{outcome="ok"}')
             wait_until(
-                lambda: total(prometheus, 'overfill_router_requests_total{outcome="ok"}') == measured.answers,
+                lambda: all(total(prometheus, counter) == measured.answers for counter in ended),
                 20,
                 "the last answer is scraped",
             )
