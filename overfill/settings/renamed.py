@@ -8,7 +8,7 @@ has the flag itself is declared with ``cli.options.RenamedFlags``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -59,26 +59,26 @@ def rename_fields(settings: Mapping[str, _V], fields: Collection[str]) -> dict[s
     Raises:
         ValueError: a setting is given under both names.
     """
-    settings = dict(settings)
-    for old, new in old_names(fields):
-        if old in settings:
-            if new in settings:
-                raise ValueError(f"{old} is the earlier name of {new}: remove {old}")
-            warn(old, new)
-            settings[new] = settings.pop(old)
-    return settings
+    return _rename(settings, old_names(fields), "", "{old} is the earlier name of {new}: remove {old}")
 
 
 def rename_keys(section: str, settings: Mapping[str, _V], keys: Collection[str]) -> dict[str, _V]:
     """Replaces earlier keys in a file's ``section``; otherwise as ``rename_fields``, which raises as this does."""
+    names = old_names([field_name(key) for key in keys])
+    flags = ((flag_name(old), flag_name(new)) for old, new in names)
+    both = f"{section}.{{old}}: this is the earlier name of {{new}}: remove {{old}}"
+    return _rename(settings, flags, f"{section}.", both)
+
+
+def _rename(settings: Mapping[str, _V], names: Iterable[tuple[str, str]], prefix: str, both: str) -> dict[str, _V]:
+    """Replaces keys by ``names`` and warns of each with ``prefix``. ``both`` is the error of a key under both names."""
     settings = dict(settings)
-    for old, new in old_names([field_name(key) for key in keys]):
-        before, after = flag_name(old), flag_name(new)
-        if before in settings:
-            if after in settings:
-                raise ValueError(f"{section}.{before}: this is the earlier name of {after}: remove {before}")
-            warn(f"{section}.{before}", f"{section}.{after}")
-            settings[after] = settings.pop(before)
+    for old, new in names:
+        if old in settings:
+            if new in settings:
+                raise ValueError(both.format(old=old, new=new))
+            warn(prefix + old, prefix + new)
+            settings[new] = settings.pop(old)
     return settings
 
 
