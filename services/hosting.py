@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill.engine.build import EngineParts, Half, build_engine_parts, resolve_device
+from overfill.engine.build import EngineParts, build_engine_parts, resolve_device
 from overfill.engine.device import cpu_settings, use_device
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineCore, EngineThread
@@ -27,7 +27,7 @@ from overfill.errors import OverfillError
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Half, Pair
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
 from overfill.process import startup

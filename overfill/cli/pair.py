@@ -11,10 +11,11 @@ import click
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
 from overfill.cli.options import set_threads
+from overfill.cli.pair_import import import_command
+from overfill.cli.pair_show import show_command
 from overfill.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from overfill.model.config import ModelConfig
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
@@ -50,7 +51,15 @@ def pair_group() -> None:
     """
 
 
-for _command in (eval_command, compare_command, lm_eval_command, distill_command, distill_plot_command):
+for _command in (
+    show_command,
+    import_command,
+    eval_command,
+    compare_command,
+    lm_eval_command,
+    distill_command,
+    distill_plot_command,
+):
     pair_group.add_command(_command)
 
 _source_option = click.option(
@@ -264,100 +273,6 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
         for conversation in generate_conversations(folder, count, seed=seed, threads=threads, report=report):
             append_jsonl(out, [conversation])
     click.echo(out)
-
-
-@pair_group.command("show")
-@click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show_command(name: str, as_json: bool) -> int:
-    """Show what the pair NAME consists of.
-
-    NAME is default, fast, identity or a pair folder. Shows the models, sizes, digests, recipe and evaluation.
-
-    Reads all weights to compute their digests, about a second per gigabyte. Exits with 1 if a digest differs from
-    pair.json; services refuse such a pair.
-    """
-    from overfill.cli.output import print_json
-    from overfill.model.manifest import Pair
-    from overfill.telemetry.progress import show_progress
-
-    pair = Pair.load(_resolve(name))
-    with show_progress() as report:
-        facts = describe(pair, report)
-    if as_json:
-        print_json(facts)
-    else:
-        rows = flatten(facts)
-        width = max(len(key) for key, _ in rows)
-        for key, value in rows:
-            click.echo(f"{key:<{width}}  {value}")
-    stale = [half for half in ("full", "decoder") if "manifest_digest" in facts[half]]
-    for half in stale:
-        found, stated = facts[half]["digest"], facts[half]["manifest_digest"]
-        click.echo(
-            f"overfill: {half}: the weights in {facts[half]['path']} have the digest {found}, but pair.json says "
-            f"{stated}. The weights changed after the pair was built, so services refuse it: build the pair again.",
-            err=True,
-        )
-    return 1 if stale else 0
-
-
-def describe(pair: Pair, report: Report) -> dict[str, Any]:
-    """Describes a pair as plain values.
-
-    ``digest`` is computed from the files. ``manifest_digest`` is present if the manifest has another one.
-    """
-    from overfill.model.digest import checkpoint_digest, count_parameters
-
-    full = checkpoint_digest(pair.full_path, report)
-    decoder = full if pair.decoder_path == pair.full_path else checkpoint_digest(pair.decoder_path, report)
-    return {
-        "name": pair.name,
-        "folder": str(pair.folder),
-        "full": {
-            "path": str(pair.full_path),
-            "model_type": pair.full_config.model_type,
-            "parameters": count_parameters(pair.full_path),
-            **_sizes(pair.full_config),
-            **_digests(full, pair.full_digest),
-        },
-        "decoder": {
-            "path": str(pair.decoder_path),
-            "parameters": count_parameters(pair.decoder_path),
-            **_sizes(pair.decoder_config),
-            "quantize": pair.quantize,
-            **_digests(decoder, pair.decoder_digest),
-            "recipe": dict(pair.recipe),
-        },
-        "kv": {
-            "num_layers": pair.full_config.num_layers,
-            "num_kv_heads": pair.full_config.num_kv_heads,
-            "head_dim": pair.full_config.head_dim,
-            "layer_map": list(pair.layer_map),
-        },
-        "tokenizer_digest": pair.tokenizer_digest,
-        "eval": dict(pair.eval),
-    }
-
-
-def _digests(found: str, stated: str) -> dict[str, str]:
-    return {"digest": found} if found == stated else {"digest": found, "manifest_digest": stated}
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    return {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_layers")}
-
-
-def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Flattens nested objects to rows of (dotted name, text); an empty object gives no row."""
-    rows = []
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            rows += flatten(value, f"{prefix}{key}.")
-        else:
-            text = f"{value:,}" if isinstance(value, int) else str(value)
-            rows.append((f"{prefix}{key}", text))
-    return rows
 
 
 def _resolve(name: str, source: Literal["wheel", "hub"] | None = None) -> Path:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import psutil
 import torch
@@ -25,7 +24,7 @@ from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.config import ModelConfig
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
@@ -42,8 +41,6 @@ _DEFAULT_CPU_KV_BYTES = 1024 * MIB
 _CPU_WARM_TOKENS = 128  # on a CPU the warm-up only touches weights and kernels; memory is not measured there
 _INDEX_BYTES = 48  # per gathered token: positions, blocks and slots in int64, and their intermediate results
 _MASK_BYTES = 5  # per pair of a new and a cached token: a bool, and the float32 that attention makes of it
-
-Half = Literal["full", "decoder"]
 
 
 class NotEnoughMemory(OverfillError):
@@ -257,6 +254,7 @@ def load_half(
         InvalidPair: the checkpoint is damaged.
         UnsupportedModel: the engine does not run this model.
     """
+    pair.check_engine(half, "overfill")
     dtype = dtype or native_dtype(device)
     folder = pair.full_path if half == "full" else pair.decoder_path
     config = ModelConfig.load(folder)

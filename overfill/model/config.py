@@ -12,7 +12,7 @@ from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
@@ -34,6 +34,10 @@ HEAD_KEY = "overfill_head"
 Quantization = Literal["none", "int8"]
 """Format to which a model's matrices are quantised when they are loaded."""
 
+WeightFormat = Literal["plain", "fp8", "awq", "gptq", "compressed-tensors"]
+"""Format of a checkpoint's matrices in its files. ``plain`` is float32, bfloat16 or float16; the other names are those
+of ``quant_method`` in ``quantization_config`` of config.json."""
+
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -52,6 +56,7 @@ class ModelConfig:
         tail_rank: rank of the head's other rows; 0 if there are none.
         head_mask: tokens of the full rows: bit t % 8 of byte t // 8 is set for token t. Empty means the lowest ids.
         eos_token_ids: tokens that end an answer; empty when the checkpoint names none.
+        weight_format: format of the matrices in the files.
     """
 
     model_type: str
@@ -74,6 +79,7 @@ class ModelConfig:
     tail_rank: int
     head_mask: bytes = field(repr=False)
     eos_token_ids: tuple[int, ...]
+    weight_format: WeightFormat = "plain"
 
     @property
     def head_matrices(self) -> list[tuple[int, int]]:
@@ -128,6 +134,7 @@ class ModelConfig:
             tail_rank=tail_rank,
             head_mask=head_mask,
             eos_token_ids=_eos_ids(hf_config),
+            weight_format=_weight_format(hf_config),
         )
         if config.num_heads % config.num_kv_heads:
             raise _unsupported(
@@ -136,6 +143,14 @@ class ModelConfig:
         if config.head_dim % 2:
             raise _unsupported("head_dim", config.head_dim, "RoPE needs an even number")
         return config
+
+    def check_plain(self, folder: Path) -> None:
+        """Raises UnsupportedModel if the weights in ``folder`` are quantised in the files."""
+        if self.weight_format != "plain":
+            raise UnsupportedModel(
+                f"{folder}: the weights are stored in {self.weight_format} (quantization_config in config.json); "
+                "only float32, bfloat16 and float16 can be read here"
+            )
 
     @property
     def attention_tokens(self) -> float:
@@ -170,8 +185,6 @@ def _model_type(hf_config: Mapping[str, Any]) -> str:
 
 
 def _refuse_unsupported(hf_config: Mapping[str, Any], model_type: str, max_positions: int) -> None:
-    if hf_config.get("quantization_config") is not None:
-        raise _unsupported("quantization_config", hf_config["quantization_config"], "save the checkpoint unquantised")
     if (activation := hf_config.get("hidden_act", "silu")) != "silu":
         raise _unsupported("hidden_act", activation, "only silu is supported")
     for key in _EXPERT_KEYS:
@@ -187,6 +200,17 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], model_type: str, max_posit
             raise _unsupported("sliding_window", window, f"is shorter than max_position_embeddings={max_positions}")
     elif model_type.startswith("qwen") and hf_config.get("use_sliding_window"):
         raise _unsupported("use_sliding_window", True, "sliding windows are not supported")
+
+
+def _weight_format(hf_config: Mapping[str, Any]) -> WeightFormat:
+    options = hf_config.get("quantization_config")
+    if options is None:
+        return "plain"
+    method = options.get("quant_method") if isinstance(options, Mapping) else options
+    for known in get_args(WeightFormat):
+        if method == known != "plain":
+            return cast(WeightFormat, known)
+    raise _unsupported("quantization_config.quant_method", method, "known are fp8, awq, gptq, compressed-tensors")
 
 
 def _num_kv_heads(hf_config: Mapping[str, Any], model_type: str, num_heads: int) -> int:

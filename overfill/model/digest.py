@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ from overfill.telemetry.progress import Report, silent
 
 _READ_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
+
+
+# dtype in a safetensors file -> (numpy dtype of the same size, mask of the bits that are all set in NaN and infinity)
+_NOT_FINITE: dict[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "BF16": ("<u2", 0x7F80),
+    "F16": ("<u2", 0x7C00),
+    "F8_E4M3": ("<u1", 0x7F),
+    "F8_E5M2": ("<u1", 0x7C),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,39 @@ class StoredTensor:
     end: int
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Lists the safetensors files of the checkpoint in ``folder``: ``model.safetensors``, or what the index lists.
+
+    Raises:
+        InvalidPair: there are none, the index is malformed, or a file that it lists is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InvalidPair(f"{folder} has neither {single.name} nor {index.name}")
+    return indexed_files(index)
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Lists the files that ``index``, an index of a sharded checkpoint, names, in order.
+
+    Raises:
+        InvalidPair: the index is malformed, or a file that it lists is missing.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidPair(f"{index}: malformed index of a checkpoint's files: {error!r}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InvalidPair(f"{index}: {name!r} is not a file name in this folder")
+    missing = sorted(name for name in names if not (index.parent / name).exists())
+    if missing:
+        raise InvalidPair(f"{index} lists files that are not in the folder: {', '.join(missing)}")
+    return [index.parent / name for name in sorted(names)]
+
+
 def list_tensors(folder: Path) -> list[StoredTensor]:
     """Lists the tensors of the safetensors checkpoint in ``folder``, in name order. Reads headers only.
 
@@ -51,7 +95,7 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
         InvalidPair: a file is missing or malformed, or its size differs from what its header says.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _checkpoint_files(folder):
+    for file in checkpoint_files(folder):
         for tensor in _read_header(file):
             if tensor.name in tensors:
                 raise InvalidPair(f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}")
@@ -59,11 +103,14 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
     return [tensors[name] for name in sorted(tensors, key=str.encode)]
 
 
-def checkpoint_digest(folder: Path, report: Report = silent) -> str:
+def checkpoint_digest(
+    folder: Path, report: Report = silent, check: Callable[[StoredTensor, bytes], None] | None = None
+) -> str:
     """Computes the digest of the checkpoint in ``folder``, as lower-case hex.
 
     Args:
         report: called with a description, the bytes done and the bytes in total.
+        check: called with every part of every tensor as it is read, at most 1 MiB each; it may raise.
 
     Raises:
         InvalidPair: a file is missing, malformed or damaged.
@@ -83,10 +130,24 @@ def checkpoint_digest(folder: Path, report: Report = silent) -> str:
                 if not data:
                     raise InvalidPair(f"{tensor.file}: ends inside tensor {tensor.name}")
                 digest.update(data)
+                if check is not None:
+                    check(tensor, data)
                 remaining -= len(data)
                 done += len(data)
                 report("Reading weights", done, total)
     return digest.hexdigest()
+
+
+def check_finite(tensor: StoredTensor, data: bytes) -> None:
+    """Raises InvalidPair if ``data``, a part of ``tensor``, holds NaN or infinity. Integers are always finite."""
+    if tensor.dtype not in _NOT_FINITE:
+        return
+    import numpy as np  # only who imports or inspects a pair has it
+
+    dtype, mask = _NOT_FINITE[tensor.dtype]
+    values = np.frombuffer(data, dtype)
+    if bool(((values & values.dtype.type(mask)) == mask).any()):
+        raise InvalidPair(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -99,20 +160,6 @@ def tokenizer_digest(folder: Path) -> str:
         return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     except FileNotFoundError:
         raise InvalidPair(f"{folder / 'tokenizer.json'}: missing; a fast tokenizer is needed") from None
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidPair(f"{index}: malformed index of safetensors files: {error!r}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InvalidPair(f"{index}: {name!r} is not a file name in this folder")
-    return [folder / name for name in sorted(names)]
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
@@ -138,8 +185,3 @@ def _read_header(file: Path) -> list[StoredTensor]:
     if expected != size:
         raise InvalidPair(f"{file}: {size} bytes, but its header describes {expected}; the file is damaged")
     return tensors
-
-
-def count_parameters(folder: Path) -> int:
-    """Number of elements of all tensors of the checkpoint in ``folder``."""
-    return sum(math.prod(t.shape) for t in list_tensors(folder))

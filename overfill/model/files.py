@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.model.config import ModelConfig
+from overfill.model.digest import StoredTensor, checkpoint_files, list_tensors
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -29,49 +27,55 @@ def checked_files(folder: Path, config: ModelConfig, expected: Mapping[str, torc
 
     Raises:
         InvalidPair: a file or tensor is missing, damaged, surplus, or has another shape; the message names it.
-        UnsupportedModel: a tensor's dtype is not a supported float.
+        UnsupportedModel: the weights are quantised in the files, or a tensor's dtype is not a supported float.
     """
-    files = _tensor_files(folder)
+    config.check_plain(folder)
+    check_tensors(list_tensors(folder), config, expected, folder)
+    return checkpoint_files(folder)
+
+
+def check_tensors(
+    tensors: Iterable[StoredTensor], config: ModelConfig, expected: Mapping[str, torch.Size], folder: Path
+) -> None:
+    """Checks names, shapes and dtypes of a checkpoint's tensors.
+
+    In a quantised format, a matrix may be stored as several tensors with names of their own, such as ``qweight`` and
+    ``scales``. There, a tensor is checked if it has the name and the dimensions of an expected one.
+
+    Args:
+        expected: shape of each tensor, by name.
+        folder: the checkpoint's folder, for messages.
+
+    Raises:
+        InvalidPair: a tensor is missing, surplus, or has another shape; the message names it.
+        UnsupportedModel: a tensor of a plain checkpoint is not a supported float.
+    """
+    plain = config.weight_format == "plain"
     seen: set[str] = set()
-    for path in files:
-        with open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if _is_buffer(name):
-                    continue
-                if name in seen:
-                    raise InvalidPair(f"{folder}: two files hold tensor {name}")
-                seen.add(name)
-                tied_head = name == HEAD and config.tie_embeddings
-                shape = expected.get(EMBEDDING if tied_head else name)
-                if shape is None:
-                    raise InvalidPair(f"{path}: tensor {name} is not part of a {config.model_type} with this config")
-                header = file.get_slice(name)
-                if header.get_dtype() not in _FLOATS:
-                    raise UnsupportedModel(f"{path}: tensor {name} is {header.get_dtype()}; supported are {_FLOATS}")
-                if tuple(header.get_shape()) != tuple(shape):
-                    shapes = f"{tuple(header.get_shape())}; the config implies {tuple(shape)}"
-                    raise InvalidPair(f"{path}: tensor {name} has shape {shapes}")
-    missing = [name for name in expected if name not in seen]
+    for tensor in tensors:
+        if _is_buffer(tensor.name):
+            continue
+        seen.add(tensor.name if plain else tensor.name.rpartition(".")[0])
+        tied_head = tensor.name == HEAD and config.tie_embeddings
+        shape = expected.get(EMBEDDING if tied_head else tensor.name)
+        if shape is None:
+            if not plain:
+                continue
+            raise InvalidPair(
+                f"{tensor.file}: tensor {tensor.name} is not part of a {config.model_type} with this config"
+            )
+        if plain and tensor.dtype not in _FLOATS:
+            raise UnsupportedModel(
+                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}; supported are {', '.join(_FLOATS)}"
+            )
+        if tensor.shape != tuple(shape):
+            raise InvalidPair(
+                f"{tensor.file}: tensor {tensor.name} has shape {tensor.shape}; the config implies {tuple(shape)}"
+            )
+    missing = [name for name in expected if (name if plain else name.rpartition(".")[0]) not in seen]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InvalidPair(f"{folder}: tensor {missing[0]}{more} is missing")
-    return files
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if (folder / _SINGLE).exists():
-        return [folder / _SINGLE]
-    if not index.exists():
-        raise InvalidPair(f"{folder} has neither {_SINGLE} nor {_INDEX}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InvalidPair(f"{index} is damaged: {error!r}") from None
-    for name in names:
-        if Path(name).name != name or not (folder / name).exists():
-            raise InvalidPair(f"{index} lists {name!r}, which is not in the folder")
-    return [folder / name for name in names]
 
 
 def check_tied_head(files: list[Path], embedding: Tensor) -> None:

@@ -97,7 +97,7 @@ def load_weights(
         InvalidPair: a file or tensor is missing, damaged, surplus, or has another shape; the message names it.
         UnsupportedModel: a tensor's dtype is not a supported float.
     """
-    files = checked_files(folder, config, _expected_shapes(config))
+    files = checked_files(folder, config, expected_shapes(config))
     weights = _dense(config, dtype, device)
     _fill(weights, files, config, progress)
     return _with_tail(weights, weights.head, config, lambda rows: rows.to(dtype))
@@ -115,7 +115,7 @@ def load_int8_weights(
     A tied head becomes a quantised copy; the embedding stays as it is. Arguments and errors are those of
     ``load_weights``.
     """
-    files = checked_files(folder, config, _expected_shapes(config))
+    files = checked_files(folder, config, expected_shapes(config))
 
     def matrix(rows: int, columns: int) -> Int8Matrix:
         return Int8Matrix.empty(rows, columns, device)
@@ -137,9 +137,15 @@ def state_dict(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
     return {name: parts[0] for name, parts in _destinations(config, weights).items() if isinstance(parts[0], Tensor)}
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Maps the Hugging Face names of a plain checkpoint's tensors to their shapes; a tied head has no entry."""
     outline = _destinations(config, _dense(config, torch.float32, torch.device("meta")))
     return {name: parts[0].shape for name, parts in outline.items()}
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of weights of a model, however they are stored. A tied head counts once."""
+    return sum(shape.numel() for shape in expected_shapes(config).values())
 
 
 def _dense(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:

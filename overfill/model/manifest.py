@@ -4,14 +4,17 @@
 
     {
       "format": "overfill-pair/1",
-      "full":    {"path": "full", "digest": "<hex>"},
-      "decoder": {"path": "decoder", "digest": "<hex>", "recipe": {...}},
+      "full":    {"path": "full", "digest": "<hex>", "engines": [...]},
+      "decoder": {"path": "decoder", "digest": "<hex>", "engines": [...], "recipe": {...}},
       "kv": {"num_layers", "num_kv_heads", "head_dim", "rope": {...}, "layer_map": [...]},
       "tokenizer_digest": "<hex>",
       "eval": {...}
     }
 
-- ``layer_map[i]`` is the full-model layer whose KV decoder layer i reads.
+docs/pairs.md describes every field.
+
+- ``layer_map[i]`` is the full-model layer whose KV decoder layer i reads. A layer may occur twice or out of order.
+- ``engines`` names the engines that can run the half. Without it, they follow from the checkpoint.
 - ``recipe`` says how the decoder was made, and ``eval`` how good it is. Both are informative, except for
   ``recipe["quantize"]``: with ``"int8"`` the decoder's matrices are quantised when it is loaded. ``"none"``, or no
   entry, leaves them as they are.
@@ -25,9 +28,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
-from overfill.errors import InvalidPair
+from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import RopeSpec
 from overfill.model.config import ModelConfig, Quantization
 from overfill.model.digest import checkpoint_digest, list_tensors, tokenizer_digest
@@ -36,7 +39,49 @@ from overfill.telemetry.progress import Report, silent
 FORMAT = "overfill-pair/1"
 MANIFEST = "pair.json"
 
+Half = Literal["full", "decoder"]
+
+EngineName = Literal["overfill", "vllm"]
+
 T = TypeVar("T")
+
+
+def engines_that_run(config: ModelConfig, quantize: Quantization = "none") -> tuple[EngineName, ...]:
+    """Names the engines that can run a checkpoint.
+
+    OverFill's own engine reads plain weights only. Quantisation on load is its own format.
+    """
+    if config.weight_format != "plain":
+        return ("vllm",) if quantize == "none" else ()
+    return ("overfill", "vllm") if quantize == "none" else ("overfill",)
+
+
+def differing_fields(full: ModelConfig, decoder: ModelConfig) -> list[str]:
+    """Describes each field that must be equal for the decoder to read the full model's KV, and is not.
+
+    RoPE is among them, because keys are stored after it, and the vocabulary, because the full model writes the first
+    token of the answer.
+    """
+    found = [
+        f"{name} (full model {a!r}, decoder {b!r})"
+        for name in ("num_kv_heads", "head_dim", "vocab_size")
+        if (a := getattr(full, name)) != (b := getattr(decoder, name))
+    ]
+    ropes = asdict(full.rope), asdict(decoder.rope)
+    return found + [
+        f"rope.{name} (full model {ropes[0][name]!r}, decoder {ropes[1][name]!r})"
+        for name in ropes[0]
+        if ropes[0][name] != ropes[1][name]
+    ]
+
+
+def layer_map_problem(layer_map: Sequence[int], full: ModelConfig, decoder: ModelConfig) -> str | None:
+    """Says what is wrong with a layer map; None if nothing is. A layer may occur twice or out of order."""
+    if len(layer_map) != decoder.num_layers:
+        return f"has {len(layer_map)} entries, but the decoder has {decoder.num_layers} layers"
+    if wrong := [layer for layer in layer_map if not 0 <= layer < full.num_layers]:
+        return f"names layers {wrong}, but the full model has layers 0..{full.num_layers - 1}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +93,10 @@ class Pair:
         full_path, decoder_path: absolute paths of the checkpoints; equal if the decoder is the full model.
         full_digest, decoder_digest, tokenizer_digest: lower-case hex SHA-256.
         full_config, decoder_config: geometry of both halves.
+        full_engines, decoder_engines: names of the engines that can run each half.
         layer_map: index of the full-model layer whose KV each decoder layer reads.
-        recipe, eval: how the decoder was made, and how good it is; informative, except for ``quantize``.
+        quantize: format of the decoder's matrices after loading; the full model is never quantised.
+        recipe, eval: how the decoder was made, and how good it is; informative, except for ``recipe["quantize"]``.
     """
 
     folder: Path
@@ -60,7 +107,10 @@ class Pair:
     tokenizer_digest: str
     full_config: ModelConfig
     decoder_config: ModelConfig
+    full_engines: tuple[str, ...]
+    decoder_engines: tuple[str, ...]
     layer_map: tuple[int, ...]
+    quantize: Quantization
     recipe: Mapping[str, Any]
     eval: Mapping[str, Any]
 
@@ -74,20 +124,19 @@ class Pair:
         """True if the decoder computes what the full model does: the same checkpoint, not quantised."""
         return self.decoder_digest == self.full_digest and self.quantize == "none"
 
-    @property
-    def quantize(self) -> Quantization:
-        """Format of the decoder's matrices after loading; the full model is never quantised.
-
-        Raises:
-            InvalidPair: the recipe names an unknown format.
-        """
-        found = self.recipe.get("quantize", "none")
-        for known in get_args(Quantization):
-            if found == known:
-                return cast(Quantization, known)
-        raise InvalidPair(
-            f"{self.folder / MANIFEST}: decoder.recipe.quantize is {found!r}; "
-            f"supported are {', '.join(get_args(Quantization))}"
+    def check_engine(self, half: Half, engine: EngineName) -> None:
+        """Raises UnsupportedModel if ``engine`` cannot run ``half``; the message names the engines that can."""
+        engines = self.full_engines if half == "full" else self.decoder_engines
+        if engine in engines:
+            return
+        config, path = (
+            (self.full_config, self.full_path) if half == "full" else (self.decoder_config, self.decoder_path)
+        )
+        what = "the full model" if half == "full" else "the decoder"
+        stored = "" if config.weight_format == "plain" else f", whose weights are stored in {config.weight_format}"
+        able = f"engines that can: {', '.join(engines)}" if engines else "no engine can"
+        raise UnsupportedModel(
+            f"{self.folder / MANIFEST}: {half}.engines: the engine {engine} cannot run {what} in {path}{stored}; {able}"
         )
 
     @classmethod
@@ -111,6 +160,9 @@ class Pair:
         if not all(type(layer) is int for layer in layer_map):
             raise kv.error("layer_map", f"must be a list of layer numbers, got {layer_map!r}")
         full_path, decoder_path = full.checkpoint(folder), decoder.checkpoint(folder)
+        full_config, decoder_config = ModelConfig.load(full_path), ModelConfig.load(decoder_path)
+        recipe = decoder.get("recipe", dict)
+        quantize = _quantize(recipe, decoder)
         pair = cls(
             folder=folder,
             full_path=full_path,
@@ -118,10 +170,13 @@ class Pair:
             full_digest=full.get("digest", str),
             decoder_digest=decoder.get("digest", str),
             tokenizer_digest=manifest.get("tokenizer_digest", str),
-            full_config=ModelConfig.load(full_path),
-            decoder_config=ModelConfig.load(decoder_path),
+            full_config=full_config,
+            decoder_config=decoder_config,
+            full_engines=full.engines(engines_that_run(full_config)),
+            decoder_engines=decoder.engines(engines_that_run(decoder_config, quantize)),
             layer_map=tuple(layer_map),
-            recipe=decoder.get("recipe", dict),
+            quantize=quantize,
+            recipe=recipe,
             eval=manifest.get("eval", dict),
         )
         kv.expect_rope(pair.full_config.rope)
@@ -141,6 +196,7 @@ def write_manifest(
     full: str = "full",
     decoder: str = "decoder",
     full_digest: str | None = None,
+    decoder_digest: str | None = None,
     layer_map: Sequence[int] | None = None,
     recipe: Mapping[str, Any] | None = None,
     eval: Mapping[str, Any] | None = None,
@@ -150,7 +206,7 @@ def write_manifest(
 
     Args:
         full, decoder: paths of the checkpoints, relative to ``folder``; equal for an identity pair.
-        full_digest: digest of the full model. None computes it from the checkpoint.
+        full_digest, decoder_digest: digests of the halves. None computes them from the checkpoints.
         layer_map: one full-model layer per decoder layer. None maps each layer to itself.
         recipe, eval: entries of the manifest.
         report: called with a description, the bytes read and the bytes in total.
@@ -158,14 +214,18 @@ def write_manifest(
     Raises:
         InvalidPair: a checkpoint is damaged, or the halves do not fit each other.
     """
-    full_config = ModelConfig.load(folder / full)
+    full_config, decoder_config = ModelConfig.load(folder / full), ModelConfig.load(folder / decoder)
     full_digest = full_digest or checkpoint_digest(folder / full, report)
+    if decoder_digest is None:
+        decoder_digest = full_digest if decoder == full else checkpoint_digest(folder / decoder, report)
+    quantize: Quantization = "int8" if (recipe or {}).get("quantize") == "int8" else "none"
     manifest = {
         "format": FORMAT,
-        "full": {"path": full, "digest": full_digest},
+        "full": {"path": full, "digest": full_digest, "engines": engines_that_run(full_config)},
         "decoder": {
             "path": decoder,
-            "digest": full_digest if decoder == full else checkpoint_digest(folder / decoder, report),
+            "digest": decoder_digest,
+            "engines": engines_that_run(decoder_config, quantize),
             "recipe": dict(recipe or {}),
         },
         "kv": {
@@ -226,6 +286,15 @@ class _Section:
         list_tensors(path)
         return path
 
+    def engines(self, default: tuple[str, ...]) -> tuple[str, ...]:
+        """The names in ``engines``, or ``default`` if the manifest does not have the field."""
+        if "engines" not in self._values:
+            return default
+        names = self.get("engines", list)
+        if not all(name in get_args(EngineName) for name in names):
+            raise self.error("engines", f"must be a list of {', '.join(get_args(EngineName))}, got {names!r}")
+        return tuple(names)
+
     def expect(self, name: str, actual: object) -> None:
         if (stated := self._values.get(name)) != actual:
             raise self.error(name, f"is {stated!r}, but the full model has {actual!r}")
@@ -237,24 +306,26 @@ class _Section:
 
 
 def _check_halves(pair: Pair, manifest: _Section) -> None:
-    full, decoder, layer_map = pair.full_config, pair.decoder_config, pair.layer_map
-    _ = pair.quantize  # raises InvalidPair for an unknown format
-    for name in ("num_kv_heads", "head_dim", "rope", "vocab_size"):
-        if (a := getattr(full, name)) != (b := getattr(decoder, name)):
-            raise InvalidPair(f"{pair.decoder_path}: {name} is {b}, but the full model has {a}; they must be equal")
-    if len(layer_map) != decoder.num_layers:
-        raise manifest.error(
-            "kv.layer_map", f"has {len(layer_map)} entries, but the decoder has {decoder.num_layers} layers"
+    if differing := differing_fields(pair.full_config, pair.decoder_config):
+        raise InvalidPair(
+            f"{pair.decoder_path} does not fit the full model {pair.full_path}; differing fields: "
+            + ", ".join(differing)
         )
-    if wrong := [layer for layer in layer_map if not 0 <= layer < full.num_layers]:
-        raise manifest.error(
-            "kv.layer_map", f"names layers {wrong}, but the full model has layers 0..{full.num_layers - 1}"
-        )
+    if problem := layer_map_problem(pair.layer_map, pair.full_config, pair.decoder_config):
+        raise manifest.error("kv.layer_map", problem)
     for path in {pair.full_path, pair.decoder_path}:
         if (actual := tokenizer_digest(path)) != pair.tokenizer_digest:
             raise manifest.error(
                 "tokenizer_digest", f"is {pair.tokenizer_digest}, but {path}/tokenizer.json has {actual}"
             )
+
+
+def _quantize(recipe: Mapping[str, Any], decoder: _Section) -> Quantization:
+    found = recipe.get("quantize", "none")
+    for known in get_args(Quantization):
+        if found == known:
+            return cast(Quantization, known)
+    raise decoder.error("recipe.quantize", f"is {found!r}; supported are {', '.join(get_args(Quantization))}")
 
 
 def _check_digest(section: _Section, path: Path, report: Report) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from overfill.errors import InvalidPair
-from overfill.model.config import HEAD_KEY
+from overfill.model.config import HEAD_KEY, ModelConfig
 
 # Shared with the engine, because both sides must round the same factors.
 from overfill.model.head import low_rank_factors, tokens_in_row_order
@@ -33,8 +33,10 @@ def load_hf_model(folder: Path) -> PreTrainedModel:
 
     Raises:
         InvalidPair: transformers cannot load it.
-        UnsupportedModel: transformers refuses the Llama's hidden size, and no equal Mistral exists.
+        UnsupportedModel: the weights are quantised in the files, or transformers refuses the Llama's hidden size and no
+            equal Mistral exists.
     """
+    ModelConfig.load(folder).check_plain(folder)
     # The progress bar of transformers would interleave with ours.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -13,14 +13,14 @@ import torch
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.engine.build import MEMORY_FRACTION, Half, LoadedHalf, load_half, resolve_device, size_pools
+from overfill.engine.build import MEMORY_FRACTION, LoadedHalf, load_half, resolve_device, size_pools
 from overfill.engine.colocated import Colocated, ColocatedRequest
 from overfill.engine.device import on_device
 from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.blocks import BlockPool
 from overfill.kv.spec import DTypeName
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from overfill.engine.build import Half, load_half, native_dtype, resolve_device
+from overfill.engine.build import load_half, native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Half, Pair
 from overfill.model.transformer import ForwardModel
 from overfill.pair.conversations import Transcript
 from overfill.pair.evaluate.costs import DecodeCost

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from overfill.errors import InvalidPair
-from overfill.model.digest import checkpoint_digest, count_parameters, list_tensors, tokenizer_digest
+from overfill.model.config import ModelConfig
+from overfill.model.digest import checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.model.loading import count_parameters
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -67,7 +69,7 @@ def test_progress_reaches_the_total(tiny_pair: Path) -> None:
     checkpoint_digest(tiny_pair / "full", lambda step, done, total: seen.append((done, total)))
     total = sum(t.end - t.start for t in list_tensors(tiny_pair / "full"))
     assert seen[-1] == (total, total)
-    assert total == 4 * count_parameters(tiny_pair / "full")
+    assert total == 4 * count_parameters(ModelConfig.load(tiny_pair / "full"))
 
 
 @pytest.mark.parametrize("length", [0, 7, 200, -1])

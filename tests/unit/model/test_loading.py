@@ -156,17 +156,20 @@ def test_missing_and_damaged_files_are_named(save_model, tmp_path: Path) -> None
     save_model(LlamaConfig(**SHAPE))
     file, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InvalidPair, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(InvalidPair, match=r"model\.safetensors: truncated"):
         load(tmp_path)
     file.unlink()
     with pytest.raises(InvalidPair, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         load(tmp_path)
     index.write_text("{}")
-    with pytest.raises(InvalidPair, match=r"index\.json is damaged"):
+    with pytest.raises(InvalidPair, match=r"index\.json: malformed"):
         load(tmp_path)
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "other.safetensors").touch()
-    for name in ("model-00001-of-00002.safetensors", "inner/other.safetensors"):
+    for name, message in (
+        ("model-00001-of-00002.safetensors", "not in the folder: model-00001-of-00002"),
+        ("inner/other.safetensors", "'inner/other.safetensors' is not a file name"),
+    ):
         index.write_text(json.dumps({"weight_map": {Q: name}}))
-        with pytest.raises(InvalidPair, match=rf"{re.escape(name)}.*not in the folder"):
+        with pytest.raises(InvalidPair, match=message):
             load(tmp_path)

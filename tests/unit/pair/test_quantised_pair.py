@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from overfill.engine.build import Half, load_half
+from overfill.engine.build import load_half
 from overfill.errors import InvalidPair
 from overfill.lab.faults.service import negate_weight_row
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Half, Pair, write_manifest
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 from overfill.pair.llm import LLM

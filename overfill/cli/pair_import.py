@@ -1,0 +1,123 @@
+"""``overfill pair import``: make a pair from a full model and a decoder that somebody else made."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from overfill.pair.import_pair import ImportPlan
+
+_STRATEGIES = ("first", "last", "firstlast")
+
+
+class LayerMapType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Parses layer numbers separated by commas to a tuple, and a depth pruning strategy to its name."""
+
+    name = "0,2,5,…|first|last|firstlast"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...] | str:
+        if isinstance(value, tuple) or value in _STRATEGIES:
+            return value  # type: ignore[no-any-return]
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(
+                f"{value!r} is neither layer numbers such as 0,2,5 nor one of {', '.join(_STRATEGIES)}", param, ctx
+            )
+        return tuple(int(part) for part in parts)
+
+
+@click.command("import")
+@click.option(
+    "--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the Hugging Face hub."
+)
+@click.option(
+    "--decoder",
+    required=True,
+    metavar="FOLDER_OR_ID",
+    help="Decoder: a checkpoint, or a two-stage checkpoint with tensors student.….",
+)
+@click.option(
+    "--layer-map",
+    type=LayerMapType(),
+    help="Full-model layer whose KV each decoder layer reads, or which layers a depth-pruned decoder kept.  "
+    "[default: what the checkpoint says, else each layer its own]",
+)
+@click.option(
+    "--tokenizer", metavar="FOLDER_OR_ID", help="Where both halves' tokenizer comes from.  [default: the full model]"
+)
+@click.option("--copy", is_flag=True, help="Copy the files instead of linking to them.")
+@click.option("--dry-run", is_flag=True, help="Only check that the halves fit; read no weights and write nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+def import_command(
+    full: str,
+    decoder: str,
+    layer_map: tuple[int, ...] | Any,
+    tokenizer: str | None,
+    copy: bool,
+    dry_run: bool,
+    out: Path | None,
+) -> None:
+    """Make a pair from a full model and a decoder made elsewhere.
+
+    The decoder must have the full model's KV heads, head_dim, RoPE, vocabulary and tokenizer. Both may be safetensors
+    or pytorch_model.bin, in one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported;
+    OverFill's own engine does not run them, and the pair says so.
+
+    A decoder in the format of OverFill's authors needs no config: its sizes come from its tensors, everything else from
+    the full model.
+
+    Prints the pair's folder on stdout. Prints progress on stderr, then what was imported and the commands to use next.
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("--out is missing: the folder to write. To only check the halves, add --dry-run")
+    if out is not None and out.exists():
+        raise click.UsageError(f"--out: {out} already exists; give a new folder")
+    from overfill.pair.import_pair import plan_import, write_import
+    from overfill.pair.store import resolve_model
+    from overfill.telemetry.progress import show_progress
+
+    with show_progress() as report:
+        plan = plan_import(
+            resolve_model(full, report),
+            resolve_model(decoder, report),
+            layer_map,
+            resolve_model(tokenizer, report) if tokenizer else None,
+        )
+        for warning in plan.warnings:
+            click.echo(f"overfill: warning: {warning}", err=True)
+        if out is not None and not dry_run:
+            recipe = {"method": "imported", "full": full, "decoder": decoder}
+            out = write_import(plan, out, recipe, copy=copy, report=report).folder
+    _print_summary(plan, None if dry_run else out)
+    if out is not None and not dry_run:
+        click.echo(out)
+
+
+def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
+    """Prints what was imported on stderr, and the next commands if the pair was written."""
+    from overfill.model.manifest import engines_that_run
+
+    kept = "each its own" if list(plan.layer_map) == list(range(plan.full.config.num_layers)) else plan.layer_map
+    for name, half in (("full", plan.full), ("decoder", plan.decoder)):
+        config = half.config
+        sizes = f"hidden {config.hidden_size:,}, MLP {config.intermediate_size:,}, {config.num_layers} layers"
+        click.echo(
+            f"{name:<9}  {half.parameters:,} parameters, {sizes}, {config.weight_format} weights; "
+            f"runs on {', '.join(engines_that_run(config))}",
+            err=True,
+        )
+    click.echo(f"layer map  {kept}", err=True)
+    if folder is None:
+        click.echo("The halves fit. Nothing was written.", err=True)
+        return
+    path = shlex.quote(str(folder))
+    for name, words in (
+        ("check it", f"overfill pair show {path}"),
+        ("serve it", f"overfill up --pair {path}"),
+        ("judge it", f"overfill pair eval {path}"),
+    ):
+        click.echo(f"{name:<9}  {words}", err=True)

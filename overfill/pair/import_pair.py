@@ -1,0 +1,330 @@
+"""Make a pair from a full model and a decoder that somebody else made.
+
+Importing has two steps. ``plan_import`` reads configs, tokenizers and the tensors' headers, and refuses halves that do
+not fit; it reads no weights. ``write_import`` writes the pair's folder, with links to the files, and reads the weights
+once for their digests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.model.config import ModelConfig
+from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest
+from overfill.model.files import HEAD, check_tensors
+from overfill.model.loading import count_parameters, expected_shapes
+from overfill.model.manifest import Pair, differing_fields, layer_map_problem, write_manifest
+from overfill.pair.atomic import atomic_folder
+from overfill.pair.checkpoint import COMPANION_FILES, save_tensors, write_json
+from overfill.pair.hf_config import loadable_config
+from overfill.pair.published import PublishedCheckpoint
+from overfill.pair.two_stage_format import (
+    KeptLayers,
+    check_teacher,
+    count_layers,
+    has_tied_head,
+    is_two_stage,
+    kept_layers,
+    stated_strategy,
+    student_config,
+    student_tensors,
+)
+from overfill.telemetry.progress import Report, silent
+
+_SHARD_BYTES = 2 << 30  # of a converted checkpoint; one shard at a time is in memory
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedHalf:
+    """One half of the pair to be written.
+
+    Attributes:
+        checkpoint: Its source.
+        hf_config: Content of its config.json in the pair.
+        tensors: Headers of its tensors, by the name that they get in the pair.
+        config: ``hf_config``, parsed.
+    """
+
+    checkpoint: PublishedCheckpoint
+    hf_config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    config: ModelConfig
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, however they are stored."""
+        return count_parameters(self.config)
+
+    @property
+    def converted(self) -> bool:
+        """True if the weights are written anew, because they are not ordinary safetensors."""
+        return not self.checkpoint.in_safetensors or any(name != t.name for name, t in self.tensors.items())
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPlan:
+    """Two halves that fit each other.
+
+    Attributes:
+        layer_map: The full-model layer whose KV each decoder layer reads.
+        tokenizer: Folder whose tokenizer both halves get.
+        warnings: What is allowed, but may not be meant.
+    """
+
+    full: ImportedHalf
+    decoder: ImportedHalf
+    layer_map: tuple[int, ...]
+    tokenizer: Path
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def identity(self) -> bool:
+        """True if the decoder is the full model itself."""
+        return self.full.checkpoint.folder.resolve() == self.decoder.checkpoint.folder.resolve() and (
+            self.layer_map == tuple(range(self.full.config.num_layers))
+        )
+
+
+def plan_import(
+    full: Path, decoder: Path, layer_map: Sequence[int] | KeptLayers | None = None, tokenizer: Path | None = None
+) -> ImportPlan:
+    """Reads configs, tokenizers and tensor headers, and checks that the halves fit each other. Reads no weights.
+
+    Args:
+        full, decoder: Folders of the checkpoints. The decoder may be in the format of OverFill's authors.
+        layer_map: The full-model layer whose KV each decoder layer reads, or the authors' name for it. None takes what
+            the checkpoint says, or maps each layer to itself.
+        tokenizer: Folder of a tokenizer for both halves. None takes the full model's.
+
+    Raises:
+        InvalidPair: a file is missing or damaged, or the halves do not fit; the message names every differing field.
+        UnsupportedModel: an architecture, option or format is not supported.
+    """
+    full_half = _full_half(PublishedCheckpoint(full))
+    decoder_half, strategy = _decoder_half(PublishedCheckpoint(decoder), full_half)
+    tokenizer = tokenizer or full
+    problems = differing_fields(full_half.config, decoder_half.config)
+    problems += _tokenizer_problems(tokenizer, decoder, full_half.config.vocab_size)
+    if problems:
+        raise InvalidPair(
+            f"the decoder in {decoder} does not fit the full model in {full}; differing fields: {', '.join(problems)}"
+        )
+    found = _layer_map(layer_map or strategy, full_half.config, decoder_half.config)
+    if (problem := layer_map_problem(found, full_half.config, decoder_half.config)) is not None:
+        raise InvalidPair(f"the layer map {','.join(map(str, found))} {problem}")
+    for half in (full_half, decoder_half):
+        check_tensors(_renamed(half), half.config, expected_shapes(half.config), half.checkpoint.folder)
+    plan = ImportPlan(full_half, decoder_half, found, tokenizer)
+    plan.warnings.extend(_warnings(plan))
+    return plan
+
+
+def write_import(
+    plan: ImportPlan, out: Path, recipe: Mapping[str, Any], *, copy: bool = False, report: Report = silent
+) -> Pair:
+    """Writes the pair's folder and moves it to ``out`` once it is whole. Reads all weights once.
+
+    Weights in safetensors under ordinary names become links; others are converted.
+
+    Args:
+        recipe: Entry of ``pair.json`` that says where the decoder came from.
+        copy: True copies the files instead of linking to them.
+
+    Raises:
+        InvalidPair: a weight is NaN or infinite, or a file changed meanwhile; the message names it.
+    """
+    with atomic_folder(out) as folder:
+
+        def write(half: ImportedHalf, name: str) -> str:
+            (folder / name).mkdir()
+            _write_half(half, folder / name, plan, copy, report)
+            digest = checkpoint_digest(folder / name, report, check_finite)
+            half.checkpoint.check_unchanged()
+            return digest
+
+        full_digest = write(plan.full, "full")
+        decoder_digest = full_digest if plan.identity else write(plan.decoder, "decoder")
+        write_manifest(
+            folder,
+            decoder="full" if plan.identity else "decoder",
+            full_digest=full_digest,
+            decoder_digest=decoder_digest,
+            layer_map=plan.layer_map,
+            recipe=recipe,
+        )
+    return Pair.load(out)
+
+
+def _full_half(checkpoint: PublishedCheckpoint) -> ImportedHalf:
+    if checkpoint.hf_config is None:
+        raise InvalidPair(f"{checkpoint.folder / 'config.json'} is missing; the full model needs one")
+    if is_two_stage(checkpoint):
+        raise InvalidPair(
+            f"{checkpoint.folder} is a two-stage checkpoint (tensors student.…): give it as --decoder, not as --full"
+        )
+    return _ordinary_half(checkpoint, checkpoint.hf_config)
+
+
+def _decoder_half(checkpoint: PublishedCheckpoint, full: ImportedHalf) -> tuple[ImportedHalf, KeptLayers | None]:
+    if not is_two_stage(checkpoint):
+        if checkpoint.hf_config is None:
+            raise InvalidPair(
+                f"{checkpoint.folder / 'config.json'} is missing, and the tensors are not called student.…, as in a "
+                "two-stage checkpoint"
+            )
+        return _ordinary_half(checkpoint, checkpoint.hf_config), None
+    tensors = student_tensors(checkpoint)
+    strategy = stated_strategy(checkpoint, full.config.num_layers, count_layers(tensors))
+    tied = has_tied_head(checkpoint, tensors)
+    if tied:
+        tensors.pop(HEAD, None)
+    hf_config = student_config(full.hf_config, tensors, tied)
+    check_teacher(checkpoint, full.checkpoint)
+    return ImportedHalf(checkpoint, hf_config, tensors, ModelConfig.from_dict(hf_config)), strategy
+
+
+def _ordinary_half(checkpoint: PublishedCheckpoint, hf_config: dict[str, Any]) -> ImportedHalf:
+    try:
+        config = ModelConfig.load(checkpoint.folder)
+        loadable = loadable_config(hf_config)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{checkpoint.folder}: {error}") from None
+    except InvalidPair as error:
+        raise InvalidPair(f"{checkpoint.folder}: {error}") from None
+    return ImportedHalf(checkpoint, loadable, checkpoint.tensors, config)
+
+
+def _renamed(half: ImportedHalf) -> list[StoredTensor]:
+    return [replace(tensor, name=name) for name, tensor in sorted(half.tensors.items())]
+
+
+def _layer_map(asked: Sequence[int] | KeptLayers | None, full: ModelConfig, decoder: ModelConfig) -> tuple[int, ...]:
+    if isinstance(asked, str):
+        if decoder.num_layers > full.num_layers:
+            raise InvalidPair(
+                f"the decoder has {decoder.num_layers} layers and the full model {full.num_layers}: "
+                f"{asked!r} gives no layer map; list the layers"
+            )
+        return kept_layers(asked, full.num_layers, decoder.num_layers)
+    if asked is not None:
+        return tuple(asked)
+    if decoder.num_layers != full.num_layers:
+        raise InvalidPair(
+            f"the decoder has {decoder.num_layers} layers and the full model {full.num_layers}: say with --layer-map "
+            "which full-model layer each decoder layer came from, as 0,2,5,… or as one of "
+            + ", ".join(get_args(KeptLayers))
+        )
+    return tuple(range(full.num_layers))
+
+
+def _tokenizer_problems(tokenizer: Path, decoder: Path, vocab_size: int) -> list[str]:
+    """Describes how the tokenizers of the pair and of the decoder differ. The decoder's may be missing."""
+    tokens = _token_ids(tokenizer / _TOKENIZER)
+    if (highest := max(tokens, default=0)) >= vocab_size:
+        return [f"tokenizer (highest token id {highest}, vocab_size of the full model {vocab_size})"]
+    if not (decoder / _TOKENIZER).exists() or (decoder / _TOKENIZER).samefile(tokenizer / _TOKENIZER):
+        return []
+    others = _token_ids(decoder / _TOKENIZER)
+    differing = sorted(i for i in tokens.keys() | others.keys() if tokens.get(i) != others.get(i))
+    if not differing:
+        return []
+    first = differing[0]
+    return [
+        f"tokenizer ({len(differing)} tokens differ, the first is {first}: "
+        f"full model {tokens.get(first)!r}, decoder {others.get(first)!r})"
+    ]
+
+
+def _token_ids(file: Path) -> dict[int, str]:
+    """Returns the tokens of a tokenizer.json by id."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {int(i): token for token, i in vocabulary.items()}
+        else:  # a Unigram model: pairs of a token and its score
+            tokens = {i: token for i, (token, _) in enumerate(vocabulary)}
+        return tokens | {int(added["id"]): added["content"] for added in content.get("added_tokens") or ()}
+    except FileNotFoundError:
+        raise InvalidPair(
+            f"{file} is missing; a fast tokenizer is needed. Give the folder of one as --tokenizer"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidPair(f"{file} is not a fast tokenizer: {error!r}") from None
+
+
+def _warnings(plan: ImportPlan) -> list[str]:
+    found = []
+    if plan.decoder.parameters > plan.full.parameters:
+        found.append(
+            f"the decoder has {plan.decoder.parameters:,} parameters, more than the full model's "
+            f"{plan.full.parameters:,}: decoding will be slower than with the full model alone"
+        )
+    if len(set(plan.layer_map)) < len(plan.layer_map):
+        found.append("the layer map has a layer twice: two decoder layers read the same KV")
+    if sorted(plan.layer_map) != list(plan.layer_map):
+        found.append("the layer map is not in ascending order")
+    return found
+
+
+def _write_half(half: ImportedHalf, folder: Path, plan: ImportPlan, copy: bool, report: Report) -> None:
+    source = half.checkpoint
+    if half.converted:
+        _convert(half, folder, report)
+    else:
+        for file in (*source.files, source.folder / "model.safetensors.index.json"):
+            if file.exists():
+                _place(file, folder, copy)
+    if half.hf_config == source.hf_config:
+        _place(source.folder / "config.json", folder, copy)
+    else:
+        write_json(folder / "config.json", half.hf_config)
+    # Both halves get the same companions, so that they always have one tokenizer and one set of stop tokens.
+    for name in COMPANION_FILES:
+        generation = name == "generation_config.json"
+        file = (plan.full.checkpoint.folder if generation else plan.tokenizer) / name
+        if file.exists():
+            _place(file, folder, copy)
+
+
+def _convert(half: ImportedHalf, folder: Path, report: Report) -> None:
+    """Writes the half's tensors as safetensors in shards, under their new names."""
+    total, done = sum(t.end - t.start for t in half.tensors.values()), 0
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in sorted(half.tensors.items()):
+        size += (bytes_ := tensor.end - tensor.start)
+        if shards[-1] and size > _SHARD_BYTES:
+            shards.append([])
+            size = bytes_
+        shards[-1].append(name)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Clones, because safetensors refuses tensors that share memory.
+        tensors: dict[str, Tensor] = {n: half.checkpoint.read(half.tensors[n].name).clone().contiguous() for n in names}
+        save_tensors(tensors, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        done += sum(half.tensors[n].end - half.tensors[n].start for n in names)
+        report("Converting weights", done, total)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _place(file: Path, folder: Path, copy: bool) -> None:
+    """Puts a file into ``folder``, as a copy or as a relative link to the real file."""
+    if copy:
+        shutil.copyfile(file, folder / file.name)
+    else:
+        (folder / file.name).symlink_to(os.path.relpath(os.path.realpath(file), os.path.realpath(folder)))

@@ -1,0 +1,208 @@
+"""Read a checkpoint as somebody published it: headers and weights, safetensors or torch files, whole or in shards.
+
+Torch files are pickles. They are read with ``weights_only=True``, so that nothing in them is run, and mapped into
+memory, so that only the tensors that are used are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.model.digest import StoredTensor, checkpoint_files, indexed_files, list_tensors
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of dtypes in safetensors files."""
+
+_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """Size and times of a file, by which a change is noticed."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path) -> FileState:
+        status = file.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+class PublishedCheckpoint:
+    """A checkpoint folder whose headers have been read.
+
+    Attributes:
+        folder: The folder.
+        hf_config: Content of config.json; None if there is no such file.
+        files: The files with weights.
+        tensors: Headers of all tensors, by name.
+        in_safetensors: True if the files are safetensors, False if they are torch files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the headers of the checkpoint in ``folder``.
+
+        Raises:
+            InvalidPair: a file is missing, damaged or holds more than weights; the message names it.
+            UnsupportedModel: the folder has weights in GGUF or for MLX.
+        """
+        self.folder = folder
+        self.hf_config = _read_config(folder / "config.json")
+        _refuse_other_formats(folder, self.hf_config)
+        self._mapped: dict[str, Tensor] = {}
+        self.in_safetensors = _has_safetensors(folder)
+        self.files = checkpoint_files(folder) if self.in_safetensors else _torch_files(folder)
+        self._states = {file: FileState.of(file) for file in self._all_files()}
+        if self.in_safetensors:
+            found = list_tensors(folder)
+        else:
+            found = [header for file in self.files for header in self._map(file)]
+        self.tensors = {header.name: header for header in found}
+
+    def read(self, name: str) -> Tensor:
+        """Returns one tensor as it is stored; a tensor of a torch file is mapped, not read."""
+        if not self.in_safetensors:
+            return self._mapped[name]
+        file = self.tensors[name].file
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InvalidPair(f"{file}: tensor {name} cannot be read: {error}") from None
+        return tensor
+
+    def shares_storage(self, one: str, other: str) -> bool:
+        """True if two tensors of a torch file are the same memory, as tied weights are."""
+        if self.in_safetensors:
+            return False
+        return self._mapped[one].data_ptr() == self._mapped[other].data_ptr()
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidPair if a file has changed, appeared or gone since the headers were read."""
+        try:
+            changed = [file for file in self._all_files() if FileState.of(file) != self._states.get(file)]
+        except FileNotFoundError as error:
+            changed = [Path(error.filename)]
+        if changed:
+            raise InvalidPair(
+                f"{changed[0]} changed while it was read: something is still writing {self.folder}. "
+                "Import it when it is complete"
+            )
+
+    def _all_files(self) -> list[Path]:
+        return [*self.files, *(file for file in self.folder.glob("*.json") if file.is_file())]
+
+    def _map(self, file: Path) -> Iterable[StoredTensor]:
+        for name, tensor in load_torch_file(file).items():
+            if name in self._mapped:
+                raise InvalidPair(f"{file}: tensor {name} is also in another file")
+            self._mapped[name] = tensor
+            dtype = SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
+            yield StoredTensor(name, dtype, tuple(tensor.shape), file, 0, tensor.numel() * tensor.element_size())
+
+
+def load_torch_file(file: Path) -> Mapping[str, Tensor]:
+    """Maps the tensors of a torch file of weights into memory.
+
+    Raises:
+        InvalidPair: the file is damaged, or holds anything but named tensors.
+    """
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {wanted[1]}" if wanted else "its pickle is damaged or asks for code"
+        raise InvalidPair(
+            f"{file}: holds more than weights ({what}), so it was not loaded. Save the weights as safetensors"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise InvalidPair(f"{file}: cannot be read as a torch file: {_first_line(error)}") from None
+    if not isinstance(content, Mapping):
+        raise InvalidPair(f"{file}: holds a {type(content).__name__}, not tensors by name")
+    if others := [name for name, value in content.items() if not isinstance(value, Tensor)]:
+        raise InvalidPair(f"{file}: entry {others[0]!r} is not a tensor; a file of weights alone is needed")
+    return content
+
+
+def _read_config(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InvalidPair(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InvalidPair(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists()
+
+
+def _torch_files(folder: Path) -> list[Path]:
+    if (folder / _TORCH_SINGLE).exists():
+        return [folder / _TORCH_SINGLE]
+    if not (folder / _TORCH_INDEX).exists():
+        unfinished = [name for name in sorted(os.listdir(folder)) if name.endswith((".incomplete", ".tmp", ".part"))]
+        hint = f"; {unfinished[0]} is being written" if unfinished else ""
+        raise InvalidPair(f"{folder} has no model.safetensors and no {_TORCH_SINGLE}, nor an index of either{hint}")
+    return indexed_files(folder / _TORCH_INDEX)
+
+
+def _refuse_other_formats(folder: Path, hf_config: Mapping[str, Any] | None) -> None:
+    if not _has_safetensors(folder) and (gguf := sorted(folder.glob("*.gguf"))):
+        raise UnsupportedModel(
+            f"{gguf[0]}: GGUF is not supported. Give the Hugging Face checkpoint from which it was made"
+        )
+    options = (hf_config or {}).get("quantization")
+    of_mlx = isinstance(options, Mapping) and "group_size" in options
+    if of_mlx or _safetensors_format(folder) == "mlx":
+        raise UnsupportedModel(
+            f"{folder}: MLX weights are not supported. Give the Hugging Face checkpoint from which they were made"
+        )
+
+
+def _safetensors_format(folder: Path) -> str | None:
+    if not _has_safetensors(folder):
+        return None
+    try:
+        with safe_open(checkpoint_files(folder)[0], framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        return None  # `list_tensors` says what is wrong with the file
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
