@@ -101,7 +101,8 @@ def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
     """Prints what was imported on stderr, and the next commands if the pair was written."""
     from overfill.model.manifest import engines_that_run
 
-    kept = "each its own" if list(plan.layer_map) == list(range(plan.full.config.num_layers)) else plan.layer_map
+    each_its_own = list(plan.layer_map) == list(range(plan.full.config.num_layers))
+    kept = "each its own" if each_its_own else ",".join(map(str, plan.layer_map))
     for name, half in (("full", plan.full), ("decoder", plan.decoder)):
         config = half.config
         sizes = f"hidden {config.hidden_size:,}, MLP {config.intermediate_size:,}, {config.num_layers} layers"

@@ -138,7 +138,7 @@ def checkpoint_digest(
     return digest.hexdigest()
 
 
-def check_finite(tensor: StoredTensor, data: bytes) -> None:
+def check_finite(tensor: StoredTensor, data: bytes | memoryview) -> None:
     """Raises InvalidPair if ``data``, a part of ``tensor``, holds NaN or infinity. Integers are always finite."""
     if tensor.dtype not in _NOT_FINITE:
         return
@@ -147,7 +147,8 @@ def check_finite(tensor: StoredTensor, data: bytes) -> None:
     dtype, mask = _NOT_FINITE[tensor.dtype]
     values = np.frombuffer(data, dtype)
     if bool(((values & values.dtype.type(mask)) == mask).any()):
-        raise InvalidPair(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
+        file = tensor.file.resolve()
+        raise InvalidPair(f"{file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
 
 
 def tokenizer_digest(folder: Path) -> str:

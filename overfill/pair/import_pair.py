@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from overfill.errors import InvalidPair, UnsupportedModel
@@ -302,8 +303,8 @@ def _convert(half: ImportedHalf, folder: Path, report: Report) -> None:
     total, done = sum(t.end - t.start for t in half.tensors.values()), 0
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in sorted(half.tensors.items()):
-        size += (bytes_ := tensor.end - tensor.start)
+    for name, header in sorted(half.tensors.items()):
+        size += (bytes_ := header.end - header.start)
         if shards[-1] and size > _SHARD_BYTES:
             shards.append([])
             size = bytes_
@@ -313,6 +314,8 @@ def _convert(half: ImportedHalf, folder: Path, report: Report) -> None:
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Clones, because safetensors refuses tensors that share memory.
         tensors: dict[str, Tensor] = {n: half.checkpoint.read(half.tensors[n].name).clone().contiguous() for n in names}
+        for name, tensor in tensors.items():
+            check_finite(half.tensors[name], tensor.flatten().view(torch.uint8).numpy().data)
         save_tensors(tensors, folder / file, {"format": "pt"})
         places |= dict.fromkeys(names, file)
         done += sum(half.tensors[n].end - half.tensors[n].start for n in names)

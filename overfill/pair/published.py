@@ -147,7 +147,7 @@ def load_torch_file(file: Path) -> Mapping[str, Tensor]:
             f"{file}: holds more than weights ({what}), so it was not loaded. Save the weights as safetensors"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise InvalidPair(f"{file}: cannot be read as a torch file: {_first_line(error)}") from None
+        raise InvalidPair(f"{file}: cannot be read as a torch file: {_first_sentence(error)}") from None
     if not isinstance(content, Mapping):
         raise InvalidPair(f"{file}: holds a {type(content).__name__}, not tensors by name")
     if others := [name for name, value in content.items() if not isinstance(value, Tensor)]:
@@ -204,5 +204,5 @@ def _safetensors_format(folder: Path) -> str | None:
         return None  # `list_tensors` says what is wrong with the file
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]

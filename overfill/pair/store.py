@@ -87,12 +87,16 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
     """Returns the folder of a full model: a local folder, or a model of the hub, which is downloaded once.
 
     Raises:
+        InvalidPair: it is a file.
         SourceUnavailable: there is no such folder or model, or the download fails.
     """
     from overfill.pair.sources import SourceUnavailable, fetch_from_hub
 
     if Path(folder_or_id).is_dir():
         return Path(os.path.abspath(folder_or_id))
+    if Path(folder_or_id).is_file():
+        reason = "GGUF is not supported; " if folder_or_id.endswith(".gguf") else ""
+        raise InvalidPair(f"{folder_or_id} is a file: {reason}give the folder of a Hugging Face checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_id, re.ASCII) or folder_or_id.startswith("."):
         raise SourceUnavailable(f"{folder_or_id!r} is neither a folder here nor an id on the Hugging Face hub")
     target = home() / "models" / folder_or_id.replace("/", "--")

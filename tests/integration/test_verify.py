@@ -4,6 +4,7 @@ import json
 
 import pytest
 from stacks import running_stack
+from two_stage_format import write_two_stage
 
 from overfill.cli.main import main
 
@@ -21,8 +22,8 @@ def questions(tmp_path_factory):
 def verify(tiny_pair, questions, capsys):
     """Run the command in this process, which has imported torch already; return exit code and last line."""
 
-    def run(address):
-        arguments = [f"--questions={questions}", "--max-tokens=24", f"--address={address}", f"--pair={tiny_pair}"]
+    def run(address, pair=tiny_pair):
+        arguments = [f"--questions={questions}", "--max-tokens=24", f"--address={address}", f"--pair={pair}"]
         code = main(["verify", *arguments])
         return code, capsys.readouterr().out.splitlines()[-1]
 
@@ -32,6 +33,16 @@ def verify(tiny_pair, questions, capsys):
 def test_a_right_stack_passes(tiny_pair, verify):
     with running_stack(tiny_pair, decode=2) as (_, address):
         assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
+
+
+def test_an_imported_pair_passes(tiny_pair, tmp_path, verify):
+    """A decoder in the authors' format with three of four layers, which read KV out of order and of one layer twice."""
+    decoder = write_two_stage(tiny_pair, tmp_path / "published", "sharded-bin", teacher=True, kept=[0, 1, 3])
+    pair = tmp_path / "imported"
+    arguments = ["--full", str(tiny_pair / "full"), "--decoder", str(decoder), "--layer-map", "0,3,0"]
+    assert main(["pair", "import", *arguments, "--out", str(pair)]) == 0
+    with running_stack(pair, decode=2) as (_, address):
+        assert verify(address, pair) == (0, "12/12 correct (12 identical, 0 ties)")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ Format = Literal["safetensors", "bin", "sharded-bin"]
 
 
 def write_two_stage(
-    pair: Path, out: Path, format: Format = "safetensors", *, teacher: bool = False, kept: Sequence[int] | None = None
+    pair: Path,
+    out: Path,
+    format: Format = "safetensors",
+    *,
+    teacher: bool = False,
+    kept: Sequence[int] | None = None,
+    hidden_size: int | None = None,
 ) -> Path:
     """Writes the decoder of ``pair`` as ``student.…``, without any config, and returns ``out``.
 
@@ -27,9 +33,12 @@ def write_two_stage(
     Args:
         teacher: True adds the full model as ``teacher.…``.
         kept: Layers of the decoder to keep, which are numbered anew. None keeps all.
+        hidden_size: Channels to keep. None keeps all.
     """
     out.mkdir(parents=True)
     tensors = {f"student.{name}": tensor for name, tensor in _decoder(pair / "decoder", kept).items()}
+    if hidden_size is not None:
+        tensors = {name: _narrow(name, tensor, hidden_size) for name, tensor in tensors.items()}
     if teacher:
         tensors |= {f"teacher.{name}": tensor for name, tensor in _load(pair / "full").items()}
     if format == "safetensors":
@@ -63,6 +72,13 @@ def _decoder(folder: Path, kept: Sequence[int] | None) -> dict[str, torch.Tensor
             parts[2] = numbers[parts[2]]
         found[".".join(parts)] = tensor
     return found
+
+
+def _narrow(name: str, tensor: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """Keeps the first channels of the residual stream: rows of what writes to it, columns of what reads it."""
+    if name.endswith(("o_proj.weight", "down_proj.weight", "layernorm.weight", "model.norm.weight")):
+        return tensor[:hidden_size].contiguous()
+    return tensor[:, :hidden_size].contiguous()
 
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:

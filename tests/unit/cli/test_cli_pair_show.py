@@ -64,3 +64,26 @@ def test_changed_weights_of_a_pair_whose_decoder_is_the_full_model(
     assert main(["pair", "show", str(pair), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["decoder"]["digest"] == told["full"]["digest"] == checkpoint_digest(pair / "full")
+
+
+def test_tensors_that_do_not_fit_the_config_and_values_that_are_not_finite(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, file = pair / "decoder" / "config.json", pair / "decoder" / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 72}))
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert main(["pair", "show", str(pair), "--json"]) == 1
+    captured = capsys.readouterr()
+    problems = json.loads(captured.out)["decoder"]["problems"]
+    for words in ("the config implies", "model.norm.weight holds NaN or infinity", "build or import the pair again"):
+        assert sum(words in problem for problem in problems) == 1
+        assert words in captured.err
+
+
+def test_engines_and_formats_are_shown(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pair", "show", str(pair)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("decoder.engines", "['overfill', 'vllm']", "decoder.dtypes", "['F32']", "decoder.weights"):
+        assert words in shown

@@ -58,6 +58,11 @@ BAD_FIELDS: dict[str, tuple[Edit, str]] = {
     "layer-map-type": (lambda m: m["kv"].update(layer_map=[0, 1, 2, "3"]), r"kv\.layer_map"),
     "tokenizer": (lambda m: m.update(tokenizer_digest="0" * 64), "tokenizer_digest"),
     "eval": (lambda m: m.update(eval=None), "eval"),
+    "engines": (
+        lambda m: m["decoder"].update(engines=["llama.cpp"]),
+        r"decoder\.engines must be a list of overfill",
+    ),
+    "quantize": (lambda m: m["decoder"]["recipe"].update(quantize="int4"), r"decoder\.recipe\.quantize is 'int4'"),
 }
 
 
@@ -69,6 +74,17 @@ def test_a_bad_field_is_named(case: str, fresh: Callable[[], Path]) -> None:
     with pytest.raises(InvalidPair, match=message) as caught:
         Pair.load(folder)
     assert "pair.json" in str(caught.value)
+
+
+def test_engines_follow_from_the_checkpoint_when_the_manifest_does_not_name_them(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    edit(folder / "pair.json", lambda m: (m["full"].pop("engines"), m["decoder"].pop("engines")))
+    assert Pair.load(folder).decoder_engines == ("overfill", "vllm")
+    edit(folder / "pair.json", lambda m: m["decoder"]["recipe"].update(quantize="int8"))
+    assert Pair.load(folder).decoder_engines == ("overfill",)
+    edit(folder / "decoder" / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(UnsupportedModel, match="no engine can"):
+        Pair.load(folder).check_engine("decoder", "vllm")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])

