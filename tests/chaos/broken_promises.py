@@ -243,7 +243,7 @@ BROKEN = (
         "            context.time_remaining,\n",
         "            lambda end=__import__('time').time() + (context.time_remaining() or 1e9): max(\n"
         "                0.0, end - __import__('time').time()\n            ),\n",
-        "tests/chaos/test_trials.py::test_answers_are_right_whatever_befalls_whom",
+        "tests/chaos/test_trials.py::test_a_wall_clock_that_is_set_costs_no_request",
     ),
     Broken(
         "a restarted worker is another one",
