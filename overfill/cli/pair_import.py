@@ -107,7 +107,8 @@ def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
         config = half.config
         sizes = f"hidden {config.hidden_size:,}, MLP {config.intermediate_size:,}, {config.num_layers} layers"
         click.echo(
-            f"{name:<9}  {half.parameters:,} parameters, {sizes}, {config.weight_format} weights; "
+            f"{name:<9}  {half.parameters:,} parameters, of which a decode step reads {half.weights_per_token:,}; "
+            f"{sizes}; {config.weight_format} weights; "
             f"runs on {', '.join(engines_that_run(config))}",
             err=True,
         )

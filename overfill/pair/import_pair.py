@@ -26,6 +26,7 @@ from overfill.model.loading import count_parameters, expected_shapes
 from overfill.model.manifest import Pair, differing_fields, layer_map_problem, write_manifest
 from overfill.pair.atomic import atomic_folder
 from overfill.pair.checkpoint import COMPANION_FILES, save_tensors, write_json
+from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.hf_config import loadable_config
 from overfill.pair.published import PublishedCheckpoint
 from overfill.pair.two_stage_format import (
@@ -65,6 +66,11 @@ class ImportedHalf:
     def parameters(self) -> int:
         """Number of weights, however they are stored."""
         return count_parameters(self.config)
+
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that a decode step reads."""
+        return DecodeCost.of(self.config, "bf16").weights
 
     @property
     def converted(self) -> bool:
@@ -266,10 +272,10 @@ def _token_ids(file: Path) -> dict[int, str]:
 
 def _warnings(plan: ImportPlan) -> list[str]:
     found = []
-    if plan.decoder.parameters > plan.full.parameters:
+    if plan.decoder.weights_per_token > plan.full.weights_per_token:
         found.append(
-            f"the decoder has {plan.decoder.parameters:,} parameters, more than the full model's "
-            f"{plan.full.parameters:,}: decoding will be slower than with the full model alone"
+            f"the decoder reads {plan.decoder.weights_per_token:,} weights per token, more than the full model's "
+            f"{plan.full.weights_per_token:,}: decoding is slower than with the full model alone"
         )
     if len(set(plan.layer_map)) < len(plan.layer_map):
         found.append("the layer map has a layer twice: two decoder layers read the same KV")
