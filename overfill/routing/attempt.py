@@ -87,7 +87,7 @@ class Attempt:
             return
         try:
             self._handle(update)
-        except (OverfillError, GaveUp) as error:
+        except Exception as error:  # one sequence must not end the stream of all
             self._end.set_exception(error)
 
     def _handle(self, update: decode_pb2.SequenceUpdate | OverfillError) -> None:

@@ -253,7 +253,7 @@ class Relay:
     def _start(self, worker: Worker) -> decode_pb2.StartDecode:
         start = decode_pb2.StartDecode(
             request_id=self._request.id,
-            attempt=self._opened,
+            attempt=self._opened - 1,
             expected_incarnation=worker.info.incarnation,
             prompt_token_ids=self._request.prompt_token_ids,
             emitted_token_ids=self.answer.emitted,

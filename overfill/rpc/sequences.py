@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from overfill.errors import DeadlineExceeded, InvalidRequest
+from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
 from overfill.rpc.interceptors import Context
 from overfill.rpc.status import to_bytes
 from overfill.telemetry import logs, tracing
@@ -33,13 +33,25 @@ class ServedSequence:
         commands: The router's later commands, and the InvalidRequest of a command that is not allowed. The sequence may
             put its own events into the same queue.
         deadline: Seconds on the event loop's clock; None without one.
+        answered: Its last update has been put.
     """
 
     start: decode_pb2.StartDecode
-    put: Callable[[decode_pb2.SequenceUpdate], None]
-    """Queues an update for the router; the stream sets its number."""
     deadline: float | None
+    outgoing: OutgoingUpdates
+    number: int
+    answered: bool = False
     commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    def put(self, update: decode_pb2.SequenceUpdate) -> None:
+        """Queues an update for the router."""
+        self.answered = self.answered or update.WhichOneof("message") in ("done", "refused", "failed")
+        self.outgoing.put(self.number, update)
+
+    def fail(self, error: Exception, trace_id: str) -> None:
+        """Queues the sequence's error for the router."""
+        failed = decode_pb2.SequenceFailed(status=to_bytes(error), trace_id=trace_id)
+        self.put(decode_pb2.SequenceUpdate(failed=failed))
 
     def time_left(self) -> float | None:
         """Seconds until the deadline; None without one."""
@@ -57,7 +69,7 @@ async def serve_sequences(
     outgoing = OutgoingUpdates()
     sequences: dict[int, tuple[ServedSequence, asyncio.Task[None]]] = {}
 
-    async def run_one(number: int, sequence: ServedSequence) -> None:
+    async def run_one(sequence: ServedSequence) -> None:
         start = sequence.start
         logs.request_id.set(start.request_id)
         span = tracing.serve("decode.attempt", [(tracing.TRACEPARENT, start.traceparent)])
@@ -65,17 +77,18 @@ async def serve_sequences(
             try:
                 async with asyncio.timeout_at(sequence.deadline) as deadline:
                     await run(sequence)
+                if not sequence.answered:
+                    raise InternalError("the decode worker ended the sequence without an answer")
             except TimeoutError as error:
                 if not deadline.expired():
                     raise
                 raise DeadlineExceeded("the deadline passed on the decode worker") from error
         except Exception as error:
             span.end(error)
-            failed = decode_pb2.SequenceFailed(status=to_bytes(error), trace_id=span.trace_id)
-            outgoing.put(number, decode_pb2.SequenceUpdate(failed=failed))
+            sequence.fail(error, span.trace_id)
         except asyncio.CancelledError as error:
             span.end(error)
-            outgoing.drop(number)
+            outgoing.drop(sequence.number)
             raise
         else:
             span.end()
@@ -83,8 +96,8 @@ async def serve_sequences(
     def begin(number: int, start: decode_pb2.StartDecode) -> None:
         now = asyncio.get_running_loop().time()
         deadline = now + start.time_left_ns / 1e9 if start.HasField("time_left_ns") else None
-        sequence = ServedSequence(start, lambda update: outgoing.put(number, update), deadline)
-        task = asyncio.create_task(run_one(number, sequence), name=f"sequence {start.request_id}")
+        sequence = ServedSequence(start, deadline, outgoing, number)
+        task = asyncio.create_task(run_one(sequence), name=f"sequence {start.request_id}")
         # A callback, because a task that is cancelled before its first step never runs.
         task.add_done_callback(lambda _: sequences.pop(number, None))
         sequences[number] = sequence, task
