@@ -241,8 +241,8 @@ BROKEN = (
         "a decode worker measures deadlines by the wall clock",
         "overfill/rpc/sequences.py",
         "return None if self.deadline is None else max(0.0, self.deadline - asyncio.get_running_loop().time())",
-        "self._end = getattr(self, '_end', __import__('time').time() + 300); "
-        "return max(0.0, self._end - __import__('time').time())",
+        "ends = globals().setdefault('_ends', {}); now = __import__('time').time(); "
+        "return max(0.0, ends.setdefault(id(self), now + 300) - now)",
         "tests/chaos/test_trials.py::test_a_wall_clock_that_is_set_costs_no_request",
     ),
     Broken(
