@@ -1,7 +1,8 @@
 """One attempt at one request: the exchange with one decode worker.
 
-The router sends Start; the worker answers Reserved or Refused. The router gets a prefill slot and sends AssignPrefill.
-Then the worker sends Tokens and Done. After Reserved, it may send NeedPrefill at any time.
+The router sends Start, with a prefill worker if a slot is free; the worker answers Reserved or Refused. If Start had no
+prefill worker, the router then gets a slot and sends AssignPrefill. Then the worker sends Tokens and Done. After
+Reserved, it may send NeedPrefill at any time.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Attempt:
         """
         self._stream = connector.open(worker, self._receive)
         try:
+            if (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
+                start.assign_prefill.CopyFrom(self._assignment(prefill))
             self._stream.send(decode_pb2.RouterMessage(start=start))
             self._queued = _now() - self._answer.received
             return await self._end
@@ -126,26 +129,30 @@ class Attempt:
 
     def _assign(self, worker: Worker) -> None:
         assert self._stream is not None
+        self._stream.send(decode_pb2.RouterMessage(assign_prefill=self._assignment(worker)))
+        now = _now()
+        self._queued += now - self._wanted_since
+        self._wanted_since = now
+
+    def _assignment(self, worker: Worker) -> decode_pb2.AssignPrefill:
+        """Notes ``worker`` as the prefill worker and returns its assignment."""
         self._prefill = worker
         self._answer.prefill_worker = worker.id
-        target = decode_pb2.AssignPrefill(
+        self._span.event("prefill worker assigned", worker=worker.id)
+        return decode_pb2.AssignPrefill(
             worker_id=worker.id,
             incarnation=worker.info.incarnation,
             address=worker.info.address,
             data_address=worker.info.data_address,
         )
-        self._span.event("prefill worker assigned", worker=worker.id)
-        self._stream.send(decode_pb2.RouterMessage(assign_prefill=target))
-        now = _now()
-        self._queued += now - self._wanted_since
-        self._wanted_since = now
 
     def _on_reserved(self, reserved: decode_pb2.Reserved) -> None:
         self._reserved = True
         self._reservation_ns = reserved.reservation_ns
         self._answer.reservations += 1
         self._wanted_since = _now()
-        self._wait_for_slot(self._dispatcher.reserved(self._job))
+        if (placement := self._dispatcher.reserved(self._job)) is not None:
+            self._wait_for_slot(placement)
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()

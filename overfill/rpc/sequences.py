@@ -121,9 +121,10 @@ async def serve_sequences(
                 problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
                 found[0].commands.put_nowait(InvalidRequest(kind or "message", problem))
     finally:
-        writing.cancel()
         for _, task in list(sequences.values()):
             task.cancel()
+        outgoing.close()
+        await writing  # gRPC sends no status while a write is in flight
 
 
 class OutgoingUpdates:
@@ -132,6 +133,12 @@ class OutgoingUpdates:
     def __init__(self) -> None:
         self._waiting: dict[int, deque[decode_pb2.SequenceUpdate]] = {}
         self._changed = asyncio.Event()
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends ``write_to`` after the message that it writes now."""
+        self._closed = True
+        self._changed.set()
 
     def put(self, number: int, update: decode_pb2.SequenceUpdate) -> None:
         """Queues an update. Tokens are appended to the sequence's last update if that has tokens too."""
@@ -162,10 +169,11 @@ class OutgoingUpdates:
         return message
 
     async def write_to(self, context: Context) -> None:
-        """Writes messages until it is cancelled, or the call ends, which ``serve_sequences`` notices by itself."""
+        """Writes messages until ``close``, or until the call ends, which ``serve_sequences`` notices by itself."""
         with suppress(Exception):
-            while True:
-                while not self._waiting:
+            while not self._closed:
+                if self._waiting:
+                    await context.write(self.take())
+                else:
                     self._changed.clear()
                     await self._changed.wait()
-                await context.write(self.take())

@@ -47,7 +47,7 @@ class RouterMessage(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., start: _Optional[_Union[StartDecode, _Mapping]] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., cancel: _Optional[_Union[CancelDecode, _Mapping]] = ...) -> None: ...
 
 class StartDecode(_message.Message):
-    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec", "time_left_ns", "traceparent")
+    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec", "time_left_ns", "traceparent", "assign_prefill")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class StartDecode(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     TIME_LEFT_NS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    ASSIGN_PREFILL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     expected_incarnation: int
@@ -74,7 +75,8 @@ class StartDecode(_message.Message):
     codec: _common_pb2.KvCodec
     time_left_ns: int
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., time_left_ns: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    assign_prefill: AssignPrefill
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., time_left_ns: _Optional[int] = ..., traceparent: _Optional[str] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ...) -> None: ...
 
 class AssignPrefill(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address", "data_address")

@@ -175,10 +175,7 @@ class SequenceSession:
                 self._refused = True
                 return True
             case decode_pb2.AssignPrefill():
-                # Ignore an assignment that arrives after the sequence lost its blocks: it will ask again.
-                if self._wants_kv and self._pull is None:
-                    self._pulls += 1
-                    self._pull = asyncio.ensure_future(self._fetch(item, self._pulls))
+                self._begin_pull(item)
             case FirstTokenArrived():
                 return self._on_first_token(item)
             case PullEnded() if item.pull != self._pulls or self._pull is None:
@@ -222,6 +219,14 @@ class SequenceSession:
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
         self._tell(decode_pb2.SequenceUpdate(reserved=reserved))
+        if self.start.HasField("assign_prefill"):
+            self._begin_pull(self.start.assign_prefill)
+
+    def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
+        # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
+        if self._wants_kv and self._pull is None:
+            self._pulls += 1
+            self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
     def _need_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
         need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)

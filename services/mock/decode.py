@@ -135,6 +135,8 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
             return
         reserved = decode_pb2.Reserved(blocks=sequence.blocks, reservation_ns=time.monotonic_ns() - received)
         served.put(_Update(reserved=reserved))
+        if served.start.HasField("assign_prefill"):
+            served.commands.put_nowait(served.start.assign_prefill)
         handing_over = asyncio.create_task(self._hand_over(sequence, served.commands))
         try:
             await sequence.ended

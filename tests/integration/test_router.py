@@ -86,7 +86,8 @@ class Call:
     async def reserve(self):
         """Answers Reserved; returns the assignment of a prefill worker."""
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=1000))
-        return await self.served.commands.get()
+        with_start = self.start.HasField("assign_prefill")
+        return self.start.assign_prefill if with_start else await self.served.commands.get()
 
     async def answer(self, ids, reason=STOP):
         await self.reserve()

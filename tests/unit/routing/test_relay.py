@@ -69,7 +69,8 @@ class FakeStream:
         """Answers Reserved; returns Start and the id of the assigned prefill worker."""
         start = await self.start()
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=5))
-        return start, (await self.assigned()).worker_id
+        target = start.assign_prefill if start.HasField("assign_prefill") else await self.assigned()
+        return start, target.worker_id
 
 
 class Stack:
@@ -188,10 +189,14 @@ async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
         assert stack.roster.decode.get(stream.worker).in_flight == 1
 
 
-async def test_no_prefill_slot_is_held_before_the_worker_has_reserved(stack):
+async def test_a_slot_that_went_with_the_start_is_free_after_a_refusal(stack):
+    stack.report("d1", credits=0)
     async with stack.request():
         stream = await stack.stream()
-        await stream.start()
+        start = await stream.start()
+        assert stack.roster.prefill.get(start.assign_prefill.worker_id).in_flight == 1
+        stream.say(refused=decode_pb2.Refused(reason="full"))
+        await until(lambda: stream.closed)
         assert all(w.in_flight == 0 for w in stack.roster.prefill)
 
 
@@ -471,13 +476,12 @@ async def test_closing_frees_everything_in_every_phase(stack, phase):
             return
         stream = await stack.stream()
         await stream.start()
+        if phase != "started":
+            stream.say(reserved=decode_pb2.Reserved(blocks=1))
         if phase == "waiting for prefill":
             stack.report("p0", credits=0)
             stack.report("p1", credits=0)
-        if phase != "started":
-            stream.say(reserved=decode_pb2.Reserved(blocks=1))
-        if phase in ("assigned", "running"):
-            await stream.assigned()
+            stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
         if phase == "running":
             stream.tokens(0, 7)
             await relay.next()

@@ -67,12 +67,13 @@ class Stream:
         self.worker = worker
         self._receive = receive
         self.start = None
-        self.reserved = self.assigned = self.closed = self.ended = False
+        self.reserved = self.assigned = self.carried = self.closed = self.ended = False
         self.said = 0  # tokens of the answer, those of earlier attempts included
 
     def send(self, message):
         if message.HasField("start"):
             self.start = message.start
+            self.carried = message.start.HasField("assign_prefill")
             self.said = len(message.start.emitted_token_ids)
         else:
             self.assigned = True
@@ -81,6 +82,7 @@ class Stream:
         self.closed = self.ended = True
 
     def say(self, **message):
+        self.assigned = self.assigned or ("reserved" in message and self.carried)
         self._receive(decode_pb2.SequenceUpdate(**message))
 
     def end(self, error):
