@@ -167,10 +167,11 @@ def check_wire_version(hello: registry_pb2.Hello) -> None:
 
 def check_fields(hello: registry_pb2.Hello) -> None:
     """Raises Incompatible if the worker says something that this router does not know and must not ignore."""
-    unknown = sorted({f.field_number for f in UnknownFieldSet(hello) if f.field_number in MUST_UNDERSTAND})
+    fields: Any = UnknownFieldSet(hello)
+    unknown = sorted({f.field_number for f in fields if f.field_number in MUST_UNDERSTAND})
     if unknown:
         raise Incompatible(
-            f"worker {hello.worker_id} (software {hello.software_version or 'unknown'}) uses fields {unknown} of Hello, "
-            f"which this router (software {__version__}) does not know; upgrade the router first",
+            f"worker {hello.worker_id} (software {hello.software_version or 'unknown'}) uses fields {unknown} of "
+            f"Hello, which this router (software {__version__}) does not know; upgrade the router first",
             ["hello"],
         )
