@@ -107,9 +107,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         own = admin_pb2.RouterStatus(id=member.id, address=member.address, process=process, activity=activity)
         routers = [own, *others]
         if others:
-            activity = rolling_stats.add_up([router.activity for router in routers])
+            activity = rolling_stats.add_up(router.activity for router in routers)
             for router in routers:
-                router.activity.ClearField("histograms")
+                if router.HasField("activity"):
+                    router.activity.ClearField("histograms")
         return admin_pb2.StatusResponse(
             process=process,
             workers=workers,

@@ -62,19 +62,24 @@ def wait_until_dead(stack, pid):
     wait_until(lambda: child.returncode is not None, 10, "the process is gone")
 
 
-def streams_on_every_process(opened, address, **client):
-    """Opens a stream each on a connection of its own until every process runs one. Returns the streams by process."""
+def clients_of_every_process(opened, address, **client):
+    """Opens clients until each of two processes has one. Returns them by process id."""
     found = {}
     for _ in range(TRIES):
-        before = running(address, **client)
-        if len(found) == len(before):
-            return found
         asking = opened.enter_context(Client(address, **client))
-        stream = opened.enter_context(asking.stream("Hi", sampling=LONG))
-        next(stream)
-        (pid,) = [pid for pid, count in running(address, **client).items() if count > before[pid]]
-        found.setdefault(pid, stream)
-    raise AssertionError(f"all streams are on the same process: {found.keys()}")
+        found.setdefault(asking.status().process.pid, asking)  # a client stays at its process
+        if len(found) == 2:
+            return found
+    raise AssertionError(f"all connections went to the same process: {found.keys()}")
+
+
+def streams_on_every_process(opened, address):
+    """Opens a stream on each of two processes. Returns the streams by process id."""
+    found = {}
+    for pid, client in clients_of_every_process(opened, address).items():
+        found[pid] = opened.enter_context(client.stream("Hi", sampling=LONG))
+        next(found[pid])
+    return found
 
 
 def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, tmp_path, capsys):
@@ -145,6 +150,15 @@ def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, 
         assert {router["metrics_address"] for router in told["routers"]} == set(targets[0])
         assert total == sent
 
+        with ExitStack() as opened:
+            (frozen, _), (_, client) = clients_of_every_process(opened, address).items()
+            os.kill(frozen, signal.SIGSTOP)
+            try:
+                silent = [router for router in client.status().routers if router.state == "silent"]
+                assert [(router.process, router.activity) for router in silent] == [(None, None)]
+            finally:
+                os.kill(frozen, signal.SIGCONT)
+
         command = [sys.executable, "-m", "services.mock", "decode", f"--pair={tiny_pair}", f"--routers={address}"]
         lines = []
         lost = Child("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
@@ -156,15 +170,11 @@ def test_a_process_that_is_killed_costs_only_its_own_requests(tiny_pair, tmp_pat
     with shared_stack(tiny_pair, tmp_path) as (stack, address), ExitStack() as opened:
         streams = streams_on_every_process(opened, address)
         # An address that is given twice is tried twice: the answer goes on at the process that is left.
-        survivors = []
         dead, other = streams
-        while len(survivors) < 2:
-            before = running(address)
-            twice = opened.enter_context(Client(f"{address},{address}"))
-            stream = opened.enter_context(twice.stream("Hi", sampling=LONG))
+        client = clients_of_every_process(opened, f"{address},{address}")[dead]
+        survivors = [opened.enter_context(client.stream("Hi", sampling=LONG)) for _ in range(2)]
+        for stream in survivors:
             next(stream)
-            if running(address)[dead] > before[dead]:
-                survivors.append(stream)
         os.kill(dead, signal.SIGKILL)
         with pytest.raises(Unavailable):
             for _ in streams[dead]:
