@@ -280,6 +280,8 @@ def up_command(
             check_ports(planned, metrics=not on_ray)
         with show_progress() as report:
             folder = resolve_pair(pair, report)
+        if not mock:
+            check_engines(folder)
         plan = make_plan(
             folder, prefill, decode, routers, port, threads, settings, http, mock, tls, address is not None, share_port
         )
@@ -288,6 +290,15 @@ def up_command(
                 return run(RayStack(plan, options, _note), stopping, console())
             with _log_sink(log_dir) as sink:
                 return run(Stack(plan, sink), stopping, console())
+
+
+def check_engines(folder: Path) -> None:
+    """Raises UnsupportedModel if the workers cannot run both halves of a pair, such as one with FP8 weights."""
+    from overfill.model.manifest import Pair
+
+    pair = Pair.load(folder)
+    pair.check_engine("full", "overfill")
+    pair.check_engine("decoder", "overfill")
 
 
 @contextlib.contextmanager

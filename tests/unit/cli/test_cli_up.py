@@ -256,11 +256,12 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
-    """Collects the plans that ``up`` would run, without checking that their ports are free."""
+    """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
     plans: list[StackPlan] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr(up, "check_engines", lambda folder: None)
     return plans
 
 
@@ -291,6 +292,29 @@ def test_the_openai_endpoint_is_on_by_default(
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")
     assert main(["up", "--no-ray", "--pair", "p"]) == 0
     assert unchecked.pop().addresses == ("127.0.0.1:7700",)
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+@pytest.mark.parametrize("stack", ["--ray", "--no-ray"])
+def test_a_pair_that_no_worker_runs_is_refused_before_anything_starts(
+    half: str,
+    stack: str,
+    fresh: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(up, "run", lambda *arguments: started.append(arguments) or 0)
+    pair = fresh()
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest[half]["engines"] = ["vllm"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    arguments = ["up", stack, "--pair", str(pair), "--grpc", "0", "--http", "off"]
+    assert main(arguments) == 1
+    assert "the engine overfill cannot run the" in capsys.readouterr().err
+    assert not started
+    assert main([*arguments, "--mock"]) == 0
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])
