@@ -145,6 +145,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         return self._streams.get(info.id, (None, None))[1] is context
 
 
+class SharedPortRegistry(registry_pb2_grpc.RegistryServicer):
+    """Refuses workers at an address that several router processes share, where they would join only one of them."""
+
+    async def Join(self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context) -> None:
+        raise Incompatible(
+            "several router processes share this address; give --routers the address of each of them, with its "
+            "--join-port (`overfill status` lists them)",
+            ["routers"],
+        )
+
+
 def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int]]:
     """Counts joined workers by stage and state. Callable from any thread; ``now`` is on the event loop's clock."""
     counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}

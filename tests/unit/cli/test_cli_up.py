@@ -33,7 +33,7 @@ PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 def plan(**settings: Any) -> StackPlan:
     values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": "off"}
-    values["apart"] = False
+    values |= {"apart": False, "share_port": None}
     own = {name: settings.pop(name) for name in list(settings) if name in values}
     return make_plan(Path("pair"), **(values | own), settings=settings)
 
@@ -123,6 +123,17 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
     assert [w.worker_id for w in made.prefill] == ["prefill-0", "prefill-1"]
     assert [w.worker_id for w in made.decode] == ["decode-0", "decode-1", "decode-2"]
     assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.addresses}
+
+
+def test_routers_that_share_a_port_have_one_address_and_workers_join_each(tmp_path: Path) -> None:
+    made = plan(routers=3, port=7600, http=8000, share_port=tmp_path)
+    assert {(router.port, router.http, router.share_port) for router in made.routers} == {(7600, 8000, tmp_path)}
+    assert made.addresses == ("127.0.0.1:7600",)
+    assert made.openai_urls(made.addresses) == ("http://127.0.0.1:8000/v1",)
+    assert len(set(made.join_addresses)) == 3
+    assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.join_addresses}
+    picked = plan(routers=2, http=0, share_port=tmp_path).routers
+    assert len({port for router in picked for port in (router.port, router.http, router.join_port)}) == 4
 
 
 def test_each_process_gets_only_settings_that_it_has() -> None:
@@ -261,7 +272,9 @@ def test_the_openai_endpoint_is_on_by_default(
         assert main(["up", "--no-ray", "--pair", "p", *arguments]) == 0
         return [router.http for router in unchecked.pop().routers]
 
-    assert https("--router", "2") == [8000, 8001]
+    assert https("--router", "2") == [8000, 8000]
+    assert main(["up", "--pair", "p", "--router", "2"]) == 0
+    assert [router.http for router in unchecked.pop().routers] == [8000, 8001], "on Ray, each has its own"
     assert https("--http", "off") == ["off"]
     assert https("--http", "8100") == [8100]
     assert https("--http", "0")[0] not in (0, 8000, "off")
