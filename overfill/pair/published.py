@@ -7,7 +7,6 @@ memory, so that only the tensors that are used are read; files of torch before 1
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -147,14 +146,13 @@ def load_torch_file(file: Path) -> Mapping[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except pickle.UnpicklingError as error:
-        check_not_pointer(file)
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {wanted[1]}" if wanted else "its pickle is damaged or asks for code"
-        raise InvalidPair(
-            f"{file}: holds more than weights ({what}), so it was not loaded. Save the weights as safetensors"
-        ) from None
     except Exception as error:  # a damaged pickle raises anything
+        check_not_pointer(file)
+        if (wanted := re.search(r"GLOBAL ([\w.]+)", str(error))) is not None:
+            raise InvalidPair(
+                f"{file}: holds more than weights (it asks for {wanted[1]}), so it was not loaded. "
+                "Save the weights as safetensors"
+            ) from None
         raise InvalidPair(f"{file}: cannot be read as a torch file: {_first_sentence(error)}") from None
     if not isinstance(content, Mapping):
         raise InvalidPair(f"{file}: holds a {type(content).__name__}, not tensors by name")

@@ -16,7 +16,7 @@ MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "mar
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
-    "torch.load": "pickle inside; safetensors instead",
+    "torch.load": "pickle inside; safetensors or weights_only=True instead",
     "torch.save": "pickle inside; safetensors instead",
     "torch.hub.load": "runs code from elsewhere",
     "torch.jit.load": "runs code from elsewhere",
@@ -50,7 +50,8 @@ def faults(source: str) -> Iterator[str]:
             continue
         name = ast.unparse(node.func)
         flags = {keyword.arg: keyword.value for keyword in node.keywords}
-        if name in BUILTINS or name in CALLS:
+        weights_only = "weights_only" in flags and ast.unparse(flags["weights_only"]) == "True"
+        if name in BUILTINS or (name in CALLS and not (name == "torch.load" and weights_only)):
             yield f"{node.lineno}: {name}: {CALLS.get(name, 'runs text as code')}"
         last = name.rpartition(".")[2]
         if last in METHODS:
@@ -79,6 +80,7 @@ def test_no_module_executes_data() -> None:
         "import pickle",
         "from cloudpickle import dumps",
         "torch.load('x')",
+        "torch.load('x', weights_only=flag)",
         "torch.save(1, 'x')",
         "eval(text)",
         "exec(text)",
@@ -99,7 +101,14 @@ def test_each_rule_notices(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["AutoModel.from_pretrained('x')", "model.eval()", "re.compile('x')", "yaml.safe_load(x)", "f(shell=False)"],
+    [
+        "torch.load('x', weights_only=True)",
+        "AutoModel.from_pretrained('x')",
+        "model.eval()",
+        "re.compile('x')",
+        "yaml.safe_load(x)",
+        "f(shell=False)",
+    ],
 )
 def test_safe_code_is_accepted(line: str) -> None:
     assert not list(faults(line))
