@@ -151,9 +151,10 @@ class PackedModel(nn.Module):
 
         Raises:
             InvalidPair: a tensor is missing, is unknown or has another shape; the message names it.
-            UnsupportedModel: as ``ModelConfig.load``.
+            UnsupportedModel: as ``ModelConfig.load``, or the weights are quantised in the files.
         """
         config = ModelConfig.load(folder)
+        config.check_plain(folder)
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device=device).to(dtype)

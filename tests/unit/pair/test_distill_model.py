@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from overfill.errors import InvalidPair
+from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.checkpoint import write_weights
 from overfill.pair.conversations import Transcript
@@ -169,6 +171,14 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tiny_pair: Path, tmp_p
     write_weights(tmp_path, tensors)
     with pytest.raises(InvalidPair, match=r"mlp\.down_proj\.weight has shape \(64, 64\)"):
         load(tmp_path)
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_refused(fresh: Callable[[], Path]) -> None:
+    folder = fresh() / "full"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModel, match="the weights are stored in fp8"):
+        PackedModel.load(folder, torch.float32, CPU)
 
 
 def test_packs_hold_everything_once_and_no_more_rows_than_allowed() -> None:
