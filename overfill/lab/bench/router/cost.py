@@ -6,8 +6,9 @@ process alone, all its threads together. The kernel's clock of that process is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,11 @@ _Figures = dict[str, _Figure]
 def measure_cost(
     pair: Path, seconds: float, streams: Sequence[int] = STREAMS, idle_streams: int = IDLE_STREAMS
 ) -> list[Measurement]:
-    """Measures CPU, saturation, latency and memory in about 70 times ``seconds``.
+    """Measures CPU, saturation, latency and memory in about 60 times ``seconds``.
 
-    Three stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the
-    second keep the router at half of its saturation, so that it merges no tokens. Those of the third send nothing after
-    the first token.
+    Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
+    send half of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for each
+    protocol, send nothing after the first token.
 
     Args:
         seconds: Duration of each part; latencies take two.
@@ -66,21 +67,29 @@ def measure_cost(
     with LoadProcesses(CLIENTS) as clients:
         windows = Windows(clients, seconds)
 
-        def beside_peers(pace: Pace, sequences: int, measure: Callable[[Server, _Figures, _Figures], None]) -> None:
-            with paced_stack(pair, pace, sequences) as servers:
-                recordings = {server: record(server.protocol, server.address, server.model) for server in servers}
+        def beside_peers(
+            protocols: Collection[Protocol],
+            pace: Pace,
+            sequences: int,
+            measure: Callable[[Server, _Figures, _Figures], None],
+        ) -> None:
+            with paced_stack(pair, pace, sequences) as both:
+                servers = [server for server in both if server.protocol in protocols]
+                recordings = [record(server.protocol, server.address, server.model) for server in servers]
                 for server in servers:
                     measure(server, router[server.protocol], router[server.protocol])
-            for of, recording in recordings.items():
+            for of, recording in zip(servers, recordings, strict=True):
                 with bare_server(of.protocol, recording, pace) as (address, pid):
                     peer = Server(of.protocol, address, pid, of.model)
                     measure(peer, bare[of.protocol], router[of.protocol])
 
-        beside_peers(Pace(), streams[-1], lambda *given: _measure_saturation(windows, streams, *given))
-        half = min(figures["tokens_per_second"].value for figures in router.values()) / 2
+        beside_peers(PEERS, Pace(), streams[-1], partial(_measure_saturation, windows, streams))
+        half = min(figures["tokens_per_core"].value for figures in router.values()) / 2
         pace = Pace(per_sequence=WORKERS / half, workers=WORKERS)
-        beside_peers(pace, streams[-1], lambda *given: _measure_tokens(windows, streams, *given))
-        beside_peers(Pace(step=_HOUR), idle_streams, lambda *given: _measure_memory(windows, idle_streams, *given))
+        beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
+        for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
+            idle = partial(_measure_memory, windows, idle_streams)
+            beside_peers([protocol], Pace(step=_HOUR), idle_streams, idle)
     found = [one for protocol in PEERS for one in _measurements(protocol, router[protocol], bare[protocol], streams)]
     return [*found, Measurement("failed_requests", windows.failed, "requests", 0)]
 

@@ -50,7 +50,7 @@ def profile_router(pair: Path, seconds: float, streams: int, answer: int) -> str
             for server in servers:
                 profile(server, 1, "request of one token")
                 window = windows.measure(server, answer, streams)
-                saturation.append(window.counts.tokens / window.seconds)
+                saturation.append(window.counts.tokens / window.cpu)
         pace = Pace(per_sequence=2 * WORKERS / min(saturation), workers=WORKERS)
         with paced_stack(pair, pace, streams, launcher) as servers:
             for server in servers:
