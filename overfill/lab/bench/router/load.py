@@ -54,7 +54,7 @@ class Load:
 
 
 @dataclass(slots=True)
-class Counts:
+class Received:
     """What client processes have received since the load began.
 
     Attributes:
@@ -75,7 +75,7 @@ class Counts:
     ttft: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: Received) -> None:
         """Adds the counts of another process."""
         self.begun += other.begun
         self.ended += other.ended
@@ -112,7 +112,7 @@ class LoadProcesses:
             process.kill()
 
     @contextlib.contextmanager
-    def running(self, load: Load) -> Iterator[Callable[[], Counts]]:
+    def running(self, load: Load) -> Iterator[Callable[[], Received]]:
         """Divides ``load`` among the processes. Yields a function that returns the counts so far."""
         count = len(self._pipes)
         for index, pipe in enumerate(self._pipes):
@@ -127,8 +127,8 @@ class LoadProcesses:
             for pipe in self._pipes:
                 _ask(pipe, "stop")
 
-    def _counts(self) -> Counts:
-        total = Counts()
+    def _counts(self) -> Received:
+        total = Received()
         for pipe in self._pipes:
             total.add(_ask(pipe, "counts"))
         return total
@@ -157,7 +157,7 @@ class _Client:
 
     def __init__(self, load: Load, pipe: Connection) -> None:
         self.load = load
-        self.counts = Counts()
+        self.counts = Received()
         self.selector = selectors.DefaultSelector()
         self.selector.register(pipe, selectors.EVENT_READ, self._obey)
         self._pipe = pipe
@@ -231,7 +231,7 @@ class _Client:
 
 
 class _HttpConnection:
-    """A connection with one request at a time. Counts events by their field name and tokens by their text."""
+    """A connection with one request at a time. Received events by their field name and tokens by their text."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client

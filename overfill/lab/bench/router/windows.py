@@ -14,7 +14,7 @@ import psutil
 from overfill.client import Client
 from overfill.errors import Unavailable
 from overfill.lab.bench.router.bare_server import Pace
-from overfill.lab.bench.router.load import TOKEN_TEXT, Counts, Load, LoadProcesses, Protocol
+from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
 from overfill.lab.bench.router.mock_stack import mock_stack
 from overfill.lab.bench.router.recording import make_request
 
@@ -63,7 +63,7 @@ class Window:
 
     seconds: float
     cpu: float
-    counts: Counts
+    counts: Received
     busiest: float
 
     @property
@@ -129,7 +129,7 @@ class Windows:
             return (process.memory_info().rss - before) / streams / 1024
 
     @contextmanager
-    def _running(self, load: Load) -> Iterator[Callable[[], Counts]]:
+    def _running(self, load: Load) -> Iterator[Callable[[], Received]]:
         with self._clients.running(load) as counts:
             yield counts
             self.failed += counts().failed
@@ -167,8 +167,8 @@ def _cpu_of(pids: Sequence[int]) -> list[float]:
     return [cpu_seconds(pid) for pid in pids]
 
 
-def _difference(after: Counts, before: Counts) -> Counts:
-    return Counts(
+def _difference(after: Received, before: Received) -> Received:
+    return Received(
         begun=after.begun - before.begun,
         ended=after.ended - before.ended,
         failed=after.failed - before.failed,
@@ -178,7 +178,7 @@ def _difference(after: Counts, before: Counts) -> Counts:
     )
 
 
-def _wait_for_first_tokens(counts: Callable[[], Counts], streams: int) -> None:
+def _wait_for_first_tokens(counts: Callable[[], Received], streams: int) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while (found := counts()).begun < streams:
         if time.monotonic() > deadline:

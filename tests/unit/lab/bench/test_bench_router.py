@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -92,10 +93,20 @@ def test_a_server_that_refuses_is_counted(clients):
             assert wait_for(counts, lambda found: found.failed >= 10).begun == 0
 
 
-def test_the_cpu_clock_is_that_of_the_process():
+def test_the_cpu_clock_is_that_of_all_threads():
+    def burn():
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+
+    start = cpu_seconds(os.getpid())
+    thread = threading.Thread(target=burn)
+    thread.start()
+    thread.join()
     before = time.process_time()
     ours = cpu_seconds(os.getpid())
     assert before <= ours <= time.process_time()
+    assert ours - start >= 0.1
 
 
 def test_the_sampler_shows_the_function_that_uses_the_cpu(tmp_path):
