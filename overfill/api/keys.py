@@ -52,8 +52,8 @@ class ApiKey:
         name: Name of the key, unique in the file.
         sha256: Hash of the key, lower-case hex.
         created: Time of creation, ISO 8601.
-        rate: Maximum requests per second that one router accepts; None means no limit.
-        concurrency: Maximum concurrent requests that one router accepts; None means no limit.
+        rate: Maximum requests per second that the routers at one address accept; None means no limit.
+        concurrency: Maximum concurrent requests that the routers at one address accept; None means no limit.
         priority: Smallest number, which is the most urgent class, that requests with this key get.
         scopes: Calls that the key allows.
     """

@@ -35,8 +35,8 @@ def keys_group() -> None:
 
 @keys_group.command("create")
 @click.argument("name")
-@click.option("--rate", type=float, help="Maximum requests per second, per router.  [default: no limit]")
-@click.option("--concurrency", type=int, help="Maximum concurrent requests, per router.  [default: no limit]")
+@click.option("--rate", type=float, help="Maximum requests per second, per address.  [default: no limit]")
+@click.option("--concurrency", type=int, help="Maximum concurrent requests, per address.  [default: no limit]")
 @click.option(
     "--priority", type=int, default=0, show_default=True,
     help="Smallest priority that requests with this key may have, -2 to 2. Smaller priorities are served first.",

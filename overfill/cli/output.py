@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from overfill.client import TTFT_PARTS, Answer, StackStatus
-from overfill.client.status_json import worker_json
+from overfill.client.status_json import router_json, worker_json
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200
@@ -79,12 +79,36 @@ def ttft_table(answer: Answer) -> Table:
     return table
 
 
-def status_table(status: StackStatus, tls: bool = False) -> Table:
-    """Returns a table with one line per worker."""
+def status_tables(status: StackStatus, tls: bool = False) -> RenderableType:
+    """Returns a table with a line per worker. If several routers share the address, another has a line per router."""
+    workers = _worker_table(status, tls)
+    return Group(_router_table(status), workers) if len(status.routers) > 1 else workers
+
+
+def _router_table(status: StackStatus) -> Table:
+    title = f"{len(status.routers)} routers share {status.process.address}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    for column in ("router", "state", "address"):
+        table.add_column(column)
+    for column in ("pid", "running", "waiting", "tokens/s", "answers/min"):
+        table.add_column(column, justify="right")
+    table.add_column("metrics")
+    for router in status.routers:
+        row = router_json(router)
+        numbers = ("?" if row[key] is None else str(row[key]) for key in _ROUTER_NUMBERS)
+        table.add_row(router.id, router.state, router.address, *numbers, row["metrics_address"] or "–")
+    if status.activity is not None:
+        total = status.activity
+        sums = (total.running, total.waiting, round(total.tokens_per_second, 2), total.answers)
+        table.add_row("together", "", "", "", *map(str, sums), "")
+    return table
+
+
+def _worker_table(status: StackStatus, tls: bool) -> Table:
     url = openai_url(status, tls)
     metrics = status.process.metrics_address
     title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
-    title += f"; metrics at {metrics}" if metrics else ""
+    title += f"; metrics at {metrics}" if metrics and len(status.routers) < 2 else ""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("worker", "stage", "state", "address"):
         table.add_column(column)
@@ -127,10 +151,12 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
         "serving": status.serving,
         "complete": status.complete,
         "pools": {stage: asdict(pool) for stage, pool in status.pools.items()},
+        "routers": [router_json(router) for router in status.routers],
         "workers": [worker_json(worker) for worker in status.workers],
     }
 
 
+_ROUTER_NUMBERS = ("pid", "running", "waiting", "tokens_per_second", "answers_last_minute")
 _WORKER_NUMBERS = ("pid", "running", "waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
+from overfill.pair.recipe import KeptLayers
 
 if TYPE_CHECKING:
     from overfill.pair.import_pair import ImportPlan
 
-_STRATEGIES = ("first", "last", "firstlast")
+_STRATEGIES = get_args(KeptLayers)
 
 
 class LayerMapType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
     """Parses layer numbers separated by commas to a tuple, and a depth pruning strategy to its name."""
 
-    name = "0,2,5,…|first|last|firstlast"
+    name = "|".join(("0,2,5,…", *_STRATEGIES))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...] | str:
         if isinstance(value, tuple) or value in _STRATEGIES:
@@ -50,7 +53,7 @@ class LayerMapType(click.ParamType):  # type: ignore[type-arg]  # generic from c
     "--tokenizer", metavar="FOLDER_OR_ID", help="Where both halves' tokenizer comes from.  [default: the full model]"
 )
 @click.option("--copy", is_flag=True, help="Copy the files instead of linking to them.")
-@click.option("--dry-run", is_flag=True, help="Only check that the halves fit; read no weights and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Only check that the halves fit; write nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 def import_command(
     full: str,
@@ -64,8 +67,8 @@ def import_command(
     """Make a pair from a full model and a decoder made elsewhere.
 
     The decoder must have the full model's KV heads, head_dim, RoPE, vocabulary and tokenizer. Both may be safetensors
-    or pytorch_model.bin, in one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported;
-    OverFill's own engine does not run them, and the pair says so.
+    or pytorch_model.bin, in one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported, but
+    no worker of this version runs them.
 
     A decoder in the format of OverFill's authors needs no config: its sizes come from its tensors, everything else from
     the full model.
@@ -74,33 +77,38 @@ def import_command(
     """
     if out is None and not dry_run:
         raise click.UsageError("--out is missing: the folder to write. To only check the halves, add --dry-run")
-    if out is not None and out.exists():
-        raise click.UsageError(f"--out: {out} already exists; give a new folder")
+    if out is not None:
+        _check_new(out)
     from overfill.pair.import_pair import plan_import, write_import
     from overfill.pair.store import resolve_model
     from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
-        plan = plan_import(
-            resolve_model(full, report),
-            resolve_model(decoder, report),
-            layer_map,
-            resolve_model(tokenizer, report) if tokenizer else None,
-        )
+        given = {"full": full, "decoder": decoder} | ({"tokenizer": tokenizer} if tokenizer else {})
+        folders = {name: resolve_model(source, report) for name, source in given.items()}
+        plan = plan_import(folders["full"], folders["decoder"], layer_map, folders.get("tokenizer"))
         for warning in plan.warnings:
             click.echo(f"overfill: warning: {warning}", err=True)
         if out is not None and not dry_run:
-            recipe = {"method": "imported", "full": full, "decoder": decoder}
-            out = write_import(plan, out, recipe, copy=copy, report=report).folder
+            # Absolute paths of folders, and ids on the hub as they are.
+            sources = {name: str(folders[name]) if Path(source).is_dir() else source for name, source in given.items()}
+            out = write_import(plan, out, {"method": "imported"} | sources, copy=copy, report=report).folder
     _print_summary(plan, None if dry_run else out)
     if out is not None and not dry_run:
         click.echo(out)
 
 
+def _check_new(out: Path) -> None:
+    """Refuses a folder that cannot be made, before anything is downloaded or read."""
+    if os.path.lexists(out):
+        raise click.UsageError(f"--out: {out} already exists; give a new folder")
+    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise click.UsageError(f"--out: {out} cannot be made, because {parent} is not a folder that you can write to")
+
+
 def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
     """Prints what was imported on stderr, and the next commands if the pair was written."""
-    from overfill.model.manifest import engines_that_run
-
     each_its_own = list(plan.layer_map) == list(range(plan.full.config.num_layers))
     kept = "each its own" if each_its_own else ",".join(map(str, plan.layer_map))
     for name, half in (("full", plan.full), ("decoder", plan.decoder)):
@@ -109,7 +117,7 @@ def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
         click.echo(
             f"{name:<9}  {half.parameters:,} parameters, of which a decode step reads {half.weights_per_token:,}; "
             f"{sizes}; {config.weight_format} weights; "
-            f"runs on {', '.join(engines_that_run(config))}",
+            f"runs on {', '.join(half.engines)}",
             err=True,
         )
     click.echo(f"layer map  {kept}", err=True)
@@ -117,9 +125,8 @@ def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
         click.echo("The halves fit. Nothing was written.", err=True)
         return
     path = shlex.quote(str(folder))
-    for name, words in (
-        ("check it", f"overfill pair show {path}"),
-        ("serve it", f"overfill up --pair {path}"),
-        ("judge it", f"overfill pair eval {path}"),
-    ):
+    commands = {"check it": f"overfill pair show {path}"}
+    if plan.runs_here:
+        commands |= {"serve it": f"overfill up --pair {path}", "judge it": f"overfill pair eval {path}"}
+    for name, words in commands.items():
         click.echo(f"{name:<9}  {words}", err=True)

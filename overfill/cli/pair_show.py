@@ -19,8 +19,9 @@ def show_command(name: str, as_json: bool) -> int:
 
     NAME is default, fast, identity or a pair folder. Shows the models, sizes, digests, engines, recipe and evaluation.
 
-    Reads all weights, about a second per gigabyte. Sizes and digests are those of the files as they are now. Exits with
-    1 if a digest differs from pair.json, a tensor does not fit its config, or a weight is not finite.
+    Reads all weights, about a second per gigabyte. Sizes, digests and engines are those of the files as they are now.
+    Exits with 1 if digest or engines differ from pair.json, a tensor does not fit its config, a tied head differs from
+    its embedding, or a weight is not finite.
     """
     from overfill.cli.output import print_json
     from overfill.model.manifest import Pair
@@ -50,10 +51,8 @@ def describe(pair: Pair, report: Report) -> dict[str, Any]:
     usable.
     """
     full = _half(pair, "full", report)
-    if pair.decoder_path == pair.full_path:
-        decoder = full | _digests(full["digest"], pair, "decoder")
-    else:
-        decoder = _half(pair, "decoder", report)
+    same = pair.decoder_path == pair.full_path
+    decoder = _half(pair, "decoder", report, full["digest"] if same else None)
     geometry = pair.full_config
     return {
         "name": pair.name,
@@ -71,13 +70,19 @@ def describe(pair: Pair, report: Report) -> dict[str, Any]:
     }
 
 
-def _half(pair: Pair, half: Half, report: Report) -> dict[str, Any]:
+def _half(pair: Pair, half: Half, report: Report, digest: str | None = None) -> dict[str, Any]:
+    """Describes one half. Its weights are read and checked unless ``digest`` is given."""
     from overfill.errors import OverfillError
     from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest, list_tensors
     from overfill.model.files import check_tensors
     from overfill.model.loading import count_parameters, expected_shapes
+    from overfill.model.manifest import engines_that_run
+    from overfill.pair.published import PublishedCheckpoint
 
-    path, config = (pair.full_path, pair.full_config) if half == "full" else (pair.decoder_path, pair.decoder_config)
+    is_full = half == "full"
+    path, config = (pair.full_path, pair.full_config) if is_full else (pair.decoder_path, pair.decoder_config)
+    engines = engines_that_run(config, "none" if is_full else pair.quantize)
+    stated_engines = pair.full_engines if is_full else pair.decoder_engines
     tensors = list_tensors(path)
     problems: list[str] = []
 
@@ -90,9 +95,16 @@ def _half(pair: Pair, half: Half, report: Report) -> dict[str, Any]:
 
     try:
         check_tensors(tensors, config, expected_shapes(config), path)
+        if config.tie_embeddings:
+            PublishedCheckpoint(path).check_tied_head()
     except OverfillError as error:
         problems.append(str(error))
-    digests = _digests(checkpoint_digest(path, report, check), pair, half)
+    digests = _digests(digest or checkpoint_digest(path, report, check), pair, half)
+    if set(engines) != set(stated_engines):
+        problems.append(
+            f"engines that can run the weights in {path}: {', '.join(engines) or 'none'}; pair.json says "
+            f"{', '.join(stated_engines) or 'none'}"
+        )
     if "manifest_digest" in digests:
         problems.append(
             f"the weights in {path} have the digest {digests['digest']}, but pair.json says "
@@ -107,7 +119,7 @@ def _half(pair: Pair, half: Half, report: Report) -> dict[str, Any]:
         "weights": config.weight_format,
         "dtypes": sorted({tensor.dtype for tensor in tensors}),
         "bytes": sum(tensor.end - tensor.start for tensor in tensors),
-        "engines": list(pair.full_engines if half == "full" else pair.decoder_engines),
+        "engines": list(engines),
         **digests,
         **({"problems": problems} if problems else {}),
     }

@@ -20,7 +20,7 @@ from overfill.cli import processes
 from overfill.cli.processes import Child
 from overfill.client import Client, ClientTls
 from overfill.errors import OverfillError
-from overfill.rpc.addresses import split_address
+from overfill.rpc.addresses import reachable, split_address
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
 
@@ -35,7 +35,7 @@ class StartFailed(OverfillError):
 
 @dataclass(frozen=True)
 class StackPlan:
-    """The processes of a stack, each with its complete settings. Every router has a fixed port.
+    """The processes of a stack, each with its complete settings. Routers have fixed ports, which they may share.
 
     Attributes:
         routers, prefill, decode: settings of each process.
@@ -51,8 +51,13 @@ class StackPlan:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """gRPC addresses at which processes on this machine reach the routers."""
-        return tuple(f"{reachable(router.host)}:{router.port}" for router in self.routers)
+        """gRPC addresses at which clients on this machine reach the routers: one if the routers share it."""
+        return tuple(dict.fromkeys(f"{reachable(router.host)}:{router.port}" for router in self.routers))
+
+    @property
+    def join_addresses(self) -> tuple[str, ...]:
+        """Address of each router process alone, at which workers join it."""
+        return tuple(f"{reachable(router.host)}:{router.join_port or router.port}" for router in self.routers)
 
     def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
@@ -106,7 +111,7 @@ class Stack:
         Raises:
             StartFailed: a process exited before.
         """
-        waiting = list(zip(self._routers, self.plan.addresses, strict=True))
+        waiting = list(zip(self._routers, self.plan.join_addresses, strict=True))
         while waiting and not cancelled.is_set():
             for child in self.exited():
                 raise _start_failed(child)
@@ -243,11 +248,6 @@ def _free_run(host: str, after: int, count: int) -> int:
                 _bind(host, port).close()
             return first
     return 0
-
-
-def reachable(host: str) -> str:
-    """Returns the address at which processes on this machine reach a server that listens on ``host``."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -33,7 +33,7 @@ def status_command(
       1  the stack cannot answer requests, or nothing answers at the address
       2  wrong usage
     """
-    from overfill.cli.output import console, print_json, stack_state, status_json, status_table
+    from overfill.cli.output import console, print_json, stack_state, status_json, status_tables
 
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         status = client.status(timeout=_ANSWER_SECONDS)
@@ -41,7 +41,7 @@ def status_command(
     if as_json:
         print_json(status_json(status, tls))
     else:
-        console().print(status_table(status, tls))
+        console().print(status_tables(status, tls))
     if not status.serving:
         click.echo(f"overfill: {stack_state(status)}", err=True)
     return 0 if status.serving else 1

@@ -39,8 +39,8 @@ def top_command(
 ) -> int:
     """Watch both pools, the queue and the parts of the time to first token, until ctrl-C.
 
-    Percentiles cover the answers completed in the last minute. Each router counts only its own answers; choose the
-    router with --address.
+    Percentiles cover the answers completed in the last minute, of all routers that share the --address. Routers with
+    other addresses count their own.
     """
     from overfill.cli.output import console
 

@@ -26,7 +26,8 @@ def top_view(status: StackStatus) -> RenderableType:
 
 def _headline(status: StackStatus) -> Text:
     activity = status.activity
-    line = Text.assemble((status.process.id, "bold"), f" at {status.process.address}")
+    name = status.process.id if len(status.routers) < 2 else f"{len(status.routers)} routers"
+    line = Text.assemble((name, "bold"), f" at {status.process.address}")
     if status.process.draining:
         line.append("  draining", "yellow")
     if activity is not None:

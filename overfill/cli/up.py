@@ -63,19 +63,23 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 @click.option(
     "--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Number of decode workers."
 )
-@click.option("--router", "routers", type=click.IntRange(1), default=1, show_default=True, help="Number of routers.")
+@click.option(
+    "--router", "routers", type=click.IntRange(1), default=1, show_default=True,
+    help="Number of router processes. With --no-ray they share one address; on Ray each has its own.",
+)  # fmt: skip
 @click.option(
     "--pair", default="default", show_default=True, help="Pair to serve: default, fast, identity, or a pair's folder."
 )
 @dtype_option
 @click.option(
     "--grpc", "port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True,
-    help="gRPC port of the first router; further routers use the next ports. 0 picks free ports.",
+    help="gRPC port of the routers; on Ray, of the first router, and further ones use the next ports. 0 picks free "
+    "ports.",
 )  # fmt: skip
 @click.option(
     "--http", "http", type=_PortOrOff(), default=str(HTTP_PORT), show_default=True,
-    help="Port of the first router's OpenAI endpoint; further routers use the next ports. 0 picks free ports; off "
-    "disables the endpoint.",
+    help="Port of the routers' OpenAI endpoint; on Ray, of the first router's, and further ones use the next ports. 0 "
+    "picks free ports; off disables the endpoint.",
 )  # fmt: skip
 @click.option(
     "--served-model-name",
@@ -256,9 +260,11 @@ def up_command(
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
-    with _secret(settings, tls) as settings:
+    with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
         # Report wrong settings and ports in use before preparing a pair, which can take minutes.
-        planned = make_plan(Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls)
+        planned = make_plan(
+            Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls, share_port=share_port
+        )
         options = RayOptions(
             address=address,
             name=name,
@@ -274,14 +280,25 @@ def up_command(
             check_ports(planned, metrics=not on_ray)
         with show_progress() as report:
             folder = resolve_pair(pair, report)
+        if not mock:
+            check_engines(folder)
         plan = make_plan(
-            folder, prefill, decode, routers, port, threads, settings, http, mock, tls, apart=address is not None
+            folder, prefill, decode, routers, port, threads, settings, http, mock, tls, address is not None, share_port
         )
         with _stop_signals() as stopping:
             if on_ray:
                 return run(RayStack(plan, options, _note), stopping, console())
             with _log_sink(log_dir) as sink:
                 return run(Stack(plan, sink), stopping, console())
+
+
+def check_engines(folder: Path) -> None:
+    """Raises UnsupportedModel if the workers cannot run both halves of a pair, such as one with FP8 weights."""
+    from overfill.model.manifest import Pair
+
+    pair = Pair.load(folder)
+    pair.check_engine("full", "overfill")
+    pair.check_engine("decoder", "overfill")
 
 
 @contextlib.contextmanager
@@ -300,6 +317,19 @@ def _secret(settings: dict[str, Any], tls: Path | None) -> Iterator[dict[str, An
         path.touch(0o600)
         path.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
         yield settings | {"stack_secret": path}
+
+
+@contextlib.contextmanager
+def _port_group(routers: int, on_ray: bool) -> Iterator[Path | None]:
+    """Yields a new folder through which the routers share their ports; None if each has its own.
+
+    Routers on Ray have their own, because Ray may place them on several machines.
+    """
+    if routers == 1 or on_ray:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # other users cannot read it
+        yield Path(folder)
 
 
 def _check_options(options: RayOptions, prefill: int, decode: int, on_ray: bool) -> None:

@@ -6,15 +6,15 @@ Starts no processes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.stack import StackPlan, free_ports, reachable, threads_per_worker
+from overfill.cli.stack import StackPlan, free_ports, threads_per_worker
 from overfill.rpc.access import Role
-from overfill.rpc.addresses import is_loopback
+from overfill.rpc.addresses import is_loopback, reachable
 from overfill.rpc.certificates import NAME, RoleFiles, role_files
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
@@ -37,12 +37,13 @@ def make_plan(
     mock: bool = False,
     tls: Path | None = None,
     apart: bool = False,
+    share_port: Path | None = None,
 ) -> StackPlan:
     """Returns the settings of all processes. Exits with 2 if a value is wrong, as the services do.
 
     Args:
         prefill, decode, routers: number of processes of each kind.
-        port: gRPC port of the first router; 0 picks free ones.
+        port: gRPC port of the first router; 0 picks free ones. Further routers use the next ports, or share it.
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
             environment variable or default.
@@ -50,6 +51,8 @@ def make_plan(
         mock: plan workers that compute nothing.
         tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
         apart: workers may run on several machines.
+        share_port: folder through which the routers share one gRPC port and one OpenAI endpoint; None gives each router
+            its own.
 
     Raises:
         click.UsageError: two servers would use the same port, certificates are given twice, or the host is open to
@@ -60,28 +63,35 @@ def make_plan(
     of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
     host = settings.get("host") or "127.0.0.1"
     _check_host(host, settings | of_router)
-    free = free_ports(host, 2 * routers)  # in one call, so that all are different
-    ports = range(port, port + routers) if port else free[:routers]
-    https: Iterable[int | Literal["off"]] = ["off"] * routers
+    shared = 1 if share_port is None else routers  # routers per port
+    places = routers // shared
+    free = free_ports(host, 2 * places + routers)  # in one call, so that all are different
+    ports = range(port, port + places) if port else free[:places]
+    https: Sequence[int | Literal["off"]] = ["off"] * places
     if http != "off":
-        https = range(http, http + routers) if http else free[routers:]
+        https = range(http, http + places) if http else free[places : 2 * places]
+    joins = [0] * routers if share_port is None else free[2 * places :]
     first_metrics = settings.pop("metrics_port", None)
     metrics = _metrics_ports(first_metrics, routers + prefill + decode)
     _check_apart(
-        ("--grpc", port, routers),
-        ("--http", http, routers),
+        ("--grpc", port, places),
+        ("--http", http, places),
         ("--metrics-port", first_metrics, routers + prefill + decode),
     )
     routers_all = settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}
     router_configs = [
-        _configure(RouterConfig, routers_all | {"port": p, "http": h, "metrics_port": next(metrics)})
-        for p, h in zip(ports, https, strict=True)
+        _configure(
+            RouterConfig,
+            routers_all
+            | {"port": p, "http": h, "metrics_port": next(metrics), "share_port": share_port, "join_port": join},
+        )
+        for p, h, join in zip([*ports] * shared, [*https] * shared, joins, strict=True)
     ]
     workers = (
         settings
         | of_worker
         | {
-            "routers": ",".join(f"{reachable(c.host)}:{c.port}" for c in router_configs),
+            "routers": ",".join(StackPlan(tuple(router_configs), (), ()).join_addresses),
             "threads": threads,
             "advertise": None if reachable(host) == host else reachable(host),
         }

@@ -9,7 +9,7 @@ from overfill.request.names import CODEC_NAMES
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
 
 Stage = Literal["router", "prefill", "decode", "unspecified"]
-WorkerState = Literal["starting", "ready", "draining", "silent"]
+ProcessState = Literal["starting", "ready", "draining", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +154,9 @@ class WorkerStatus:
     process: ProcessStatus | None
 
     @property
-    def state(self) -> WorkerState:
+    def state(self) -> ProcessState:
         """The worker's state; "silent" means that it did not answer."""
-        if self.process is None:
-            return "silent"
-        if self.process.draining:
-            return "draining"
-        return "ready" if self.process.ready else "starting"
+        return _state(self.process)
 
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
@@ -179,7 +175,7 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Current and recent activity of one router.
+    """Current and recent activity of one router or several.
 
     Attributes:
         running: Number of requests on a decode worker.
@@ -203,6 +199,31 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """One of the router processes that share an address; ``process`` and ``activity`` are None if it did not answer.
+
+    Attributes:
+        address: host:port of its own, at which workers join it.
+    """
+
+    id: str
+    address: str
+    process: ProcessStatus | None
+    activity: Activity | None
+
+    @property
+    def state(self) -> ProcessState:
+        """The router's state: "starting" without a ready worker of each stage, "silent" if it did not answer."""
+        return _state(self.process)
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.RouterStatus) -> RouterStatus:
+        process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
+        activity = Activity.from_proto(message.activity) if message.HasField("activity") else None
+        return cls(message.id, message.address, process, activity)
+
+
+@dataclass(frozen=True, slots=True)
 class PoolStatus:
     """Number of ready workers of one stage, and the number with which the stack is complete."""
 
@@ -212,7 +233,7 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class StackStatus:
-    """Status of a router and its workers, or of a single worker.
+    """Status of the routers at an address and their workers, or of a single worker.
 
     A single worker reports only ``process``.
 
@@ -221,8 +242,9 @@ class StackStatus:
         workers: The router's workers, ordered by stage and id.
         complete: Whether as many workers of each stage are ready as the stack was started with.
         http_address: host:port of the router's OpenAI endpoint; None means that it serves none.
-        activity: Activity of the router; None for a worker.
+        activity: Activity of all router processes at the address; None for a worker.
         pools: Worker counts by stage.
+        routers: The router processes that share the address, first the one that answered.
     """
 
     process: ProcessStatus
@@ -231,6 +253,7 @@ class StackStatus:
     http_address: str | None
     activity: Activity | None = None
     pools: dict[Stage, PoolStatus] = field(default_factory=dict)
+    routers: tuple[RouterStatus, ...] = ()
 
     @property
     def serving(self) -> bool:
@@ -247,7 +270,16 @@ class StackStatus:
             http_address=message.http_address or None,
             activity=Activity.from_proto(message.activity) if message.HasField("activity") else None,
             pools=pools,
+            routers=tuple(RouterStatus.from_proto(router) for router in message.routers),
         )
+
+
+def _state(process: ProcessStatus | None) -> ProcessState:
+    if process is None:
+        return "silent"
+    if process.draining:
+        return "draining"
+    return "ready" if process.ready else "starting"
 
 
 def _stage(value: int) -> Stage:

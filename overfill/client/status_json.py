@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from overfill.client.status import StackStatus, WorkerStatus
+from overfill.client.status import RouterStatus, StackStatus, WorkerStatus
 
 
 def worker_json(worker: WorkerStatus) -> dict[str, Any]:
@@ -26,6 +26,22 @@ def worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
         "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
         "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
+    }
+
+
+def router_json(router: RouterStatus) -> dict[str, Any]:
+    """One router process with its own activity; the values that a silent router does not report are null."""
+    process, activity = router.process, router.activity
+    return {
+        "id": router.id,
+        "pid": process.pid if process is not None else None,
+        "state": router.state,
+        "address": router.address,
+        "metrics_address": process.metrics_address if process is not None else None,
+        "running": activity.running if activity is not None else None,
+        "waiting": activity.waiting if activity is not None else None,
+        "tokens_per_second": round(activity.tokens_per_second, 2) if activity is not None else None,
+        "answers_last_minute": activity.answers if activity is not None else None,
     }
 
 

@@ -342,8 +342,9 @@ def size_pools(
 
 
 def _grammars(half: LoadedHalf) -> Grammars:
-    config = half.model.config
-    return Grammars(half.pair.full_path / "tokenizer.json", config.vocab_size, config.eos_token_ids)
+    # Both halves take the full model's, because a decoder's config may name other stop tokens.
+    pair, vocab_size = half.pair, half.model.config.vocab_size
+    return Grammars(pair.full_path / "tokenizer.json", vocab_size, pair.full_config.eos_token_ids)
 
 
 def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int | None) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
+from overfill.model.digest import check_link
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -95,9 +96,9 @@ class ModelConfig:
             InvalidPair: a file is missing or not JSON, or a field is missing or out of range.
             UnsupportedModel: the engine does not run this architecture or option.
         """
-        config = cls.from_dict(_read_json(folder / "config.json"))
+        config = cls.from_dict(read_json(folder / "config.json"))
         if (folder / "generation_config.json").exists():
-            ids = _eos_ids(_read_json(folder / "generation_config.json"))
+            ids = _eos_ids(read_json(folder / "generation_config.json"))
             config = replace(config, eos_token_ids=ids or config.eos_token_ids)
         return config
 
@@ -164,12 +165,14 @@ class ModelConfig:
         return KvSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype, self.rope)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file of a checkpoint that holds a JSON object; raises InvalidPair if it is missing or something else."""
+    check_link(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidPair(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InvalidPair(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise InvalidPair(f"{path} holds a {type(content).__name__}, not a JSON object")

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,17 +32,25 @@ from overfill.telemetry.progress import Report, silent
 
 _READ_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
+_LFS_POINTER = b"version https://git-lfs"
 
-
-# dtype in a safetensors file -> (numpy dtype of the same size, mask of the bits that are all set in NaN and infinity)
-_NOT_FINITE: dict[str, tuple[str, int]] = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "BF16": ("<u2", 0x7F80),
-    "F16": ("<u2", 0x7C00),
-    "F8_E4M3": ("<u1", 0x7F),
-    "F8_E5M2": ("<u1", 0x7C),
+_BYTES_OF = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
 }
+"""Bytes of an element, by dtype in a safetensors file. Dtypes of less than a byte, and unknown ones, are absent."""
+
+_NOT_FINITE = {
+    "F64": 0x7FF0_0000_0000_0000,
+    "F32": 0x7F80_0000,
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7C,
+}
+"""Mask of the bits that are all set in NaN and infinity, by dtype in a safetensors file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         InvalidPair: there are none, the index is malformed, or a file that it lists is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    for file in (single, index):
+        check_link(file)
     if single.exists():
         return [single]
     if not index.exists():
@@ -73,26 +85,46 @@ def indexed_files(index: Path) -> list[Path]:
     """Lists the files that ``index``, an index of a sharded checkpoint, names, in order.
 
     Raises:
-        InvalidPair: the index is malformed, or a file that it lists is missing.
+        InvalidPair: the index is malformed or lists nothing, or a file that it lists is missing.
     """
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidPair(f"{index}: malformed index of a checkpoint's files: {error!r}") from None
+    if not names:
+        raise InvalidPair(f"{index} lists no files")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InvalidPair(f"{index}: {name!r} is not a file name in this folder")
+        check_link(index.parent / name)
     missing = sorted(name for name in names if not (index.parent / name).exists())
     if missing:
         raise InvalidPair(f"{index} lists files that are not in the folder: {', '.join(missing)}")
     return [index.parent / name for name in sorted(names)]
 
 
+def check_link(path: Path) -> None:
+    """Raises InvalidPair if ``path`` is a link to nothing, as in a pair that was moved without its checkpoints."""
+    if path.is_symlink() and not path.exists():
+        raise InvalidPair(
+            f"{path} is a link to {os.readlink(path)}, which does not exist: a pair with links must move together with "
+            "its checkpoints"
+        )
+
+
+def check_not_pointer(file: Path) -> None:
+    """Raises InvalidPair if ``file`` is what Git LFS leaves in place of a large file that it has not downloaded."""
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InvalidPair(f"{file} is a Git LFS pointer, not weights; run `git lfs pull` in its folder")
+
+
 def list_tensors(folder: Path) -> list[StoredTensor]:
     """Lists the tensors of the safetensors checkpoint in ``folder``, in name order. Reads headers only.
 
     Raises:
-        InvalidPair: a file is missing or malformed, or its size differs from what its header says.
+        InvalidPair: a file is missing or malformed, its size differs from what its header says, or a tensor's bytes do
+            not fit its shape.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in checkpoint_files(folder):
@@ -144,11 +176,10 @@ def check_finite(tensor: StoredTensor, data: bytes | memoryview) -> None:
         return
     import numpy as np  # only who imports or inspects a pair has it
 
-    dtype, mask = _NOT_FINITE[tensor.dtype]
-    values = np.frombuffer(data, dtype)
+    mask = _NOT_FINITE[tensor.dtype]
+    values = np.frombuffer(data, f"<u{_BYTES_OF[tensor.dtype]}")
     if bool(((values & values.dtype.type(mask)) == mask).any()):
-        file = tensor.file.resolve()
-        raise InvalidPair(f"{file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
+        raise InvalidPair(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -157,6 +188,7 @@ def tokenizer_digest(folder: Path) -> str:
     Raises:
         InvalidPair: the file is missing.
     """
+    check_link(folder / "tokenizer.json")
     try:
         return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -166,6 +198,7 @@ def tokenizer_digest(folder: Path) -> str:
 def _read_header(file: Path) -> list[StoredTensor]:
     try:
         size = file.stat().st_size
+        check_not_pointer(file)
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(_MAX_HEADER_BYTES, size - 8):
@@ -179,10 +212,19 @@ def _read_header(file: Path) -> list[StoredTensor]:
             for begin, end in [t["data_offsets"]]
         ]
         expected = max((t.end for t in tensors), default=base)
+        misfits = [
+            t for t in tensors if t.dtype in _BYTES_OF and t.end - t.start != math.prod(t.shape) * _BYTES_OF[t.dtype]
+        ]
     except FileNotFoundError:
         raise InvalidPair(f"{file}: missing") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidPair(f"{file}: not a safetensors file: {error!r}") from None
     if expected != size:
         raise InvalidPair(f"{file}: {size} bytes, but its header describes {expected}; the file is damaged")
+    if misfits:
+        wrong = misfits[0]
+        raise InvalidPair(
+            f"{file}: tensor {wrong.name} has {wrong.end - wrong.start} bytes, which do not fit {wrong.dtype} of shape "
+            f"{wrong.shape}; the file is damaged"
+        )
     return tensors

@@ -39,8 +39,9 @@ def check_tensors(
 ) -> None:
     """Checks names, shapes and dtypes of a checkpoint's tensors.
 
-    In a quantised format, a matrix may be stored as several tensors with names of their own, such as ``qweight`` and
-    ``scales``. There, a tensor is checked if it has the name and the dimensions of an expected one.
+    A quantised format may store a matrix as several tensors with names of their own, such as ``qweight`` and
+    ``scales``. In such a checkpoint, the shape of a tensor is checked only if it has the name of an expected one, its
+    dtype is not checked, and a matrix is missing only if no tensor of its module is there.
 
     Args:
         expected: shape of each tensor, by name.
@@ -53,7 +54,7 @@ def check_tensors(
     plain = config.weight_format == "plain"
     seen: set[str] = set()
     for tensor in tensors:
-        if _is_buffer(tensor.name):
+        if is_buffer(tensor.name):
             continue
         seen.add(tensor.name if plain else tensor.name.rpartition(".")[0])
         tied_head = tensor.name == HEAD and config.tie_embeddings
@@ -74,8 +75,8 @@ def check_tensors(
             )
     missing = [name for name in expected if (name if plain else name.rpartition(".")[0]) not in seen]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InvalidPair(f"{folder}: tensor {missing[0]}{more} is missing")
+        what = f"{missing[0]} is" if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more are"
+        raise InvalidPair(f"{folder}: tensor {what} missing")
 
 
 def check_tied_head(files: list[Path], embedding: Tensor) -> None:
@@ -96,6 +97,6 @@ def open_tensors(path: Path) -> Any:
         raise InvalidPair(f"{path} cannot be read: {error}") from None
 
 
-def _is_buffer(name: str) -> bool:
+def is_buffer(name: str) -> bool:
     """True for RoPE's frequencies, which old checkpoints store although they follow from the config."""
     return name.endswith("rotary_emb.inv_freq")

@@ -33,7 +33,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import RopeSpec
 from overfill.model.config import ModelConfig, Quantization
-from overfill.model.digest import checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.model.digest import check_link, checkpoint_digest, list_tensors, tokenizer_digest
 from overfill.telemetry.progress import Report, silent
 
 FORMAT = "overfill-pair/1"
@@ -90,7 +90,7 @@ class Pair:
 
     Attributes:
         folder: absolute path; links are not resolved.
-        full_path, decoder_path: absolute paths of the checkpoints; equal if the decoder is the full model.
+        full_path, decoder_path: absolute paths of the checkpoints; equal if both halves are one checkpoint.
         full_digest, decoder_digest, tokenizer_digest: lower-case hex SHA-256.
         full_config, decoder_config: geometry of both halves.
         full_engines, decoder_engines: names of the engines that can run each half.
@@ -121,8 +121,9 @@ class Pair:
 
     @property
     def identity(self) -> bool:
-        """True if the decoder computes what the full model does: the same checkpoint, not quantised."""
-        return self.decoder_digest == self.full_digest and self.quantize == "none"
+        """True if the decoder computes what the full model does: the same weights, not quantised, on its own KV."""
+        same_weights = self.decoder_digest == self.full_digest and self.quantize == "none"
+        return same_weights and self.layer_map == tuple(range(self.full_config.num_layers))
 
     def check_engine(self, half: Half, engine: EngineName) -> None:
         """Raises UnsupportedModel if ``engine`` cannot run ``half``; the message names the engines that can."""
@@ -281,6 +282,7 @@ class _Section:
         if relative.is_absolute() or ".." in relative.parts:
             raise self.error("path", f"must be inside the pair's folder, got {str(relative)!r}")
         path = folder / relative
+        check_link(path)
         if not path.is_dir():
             raise self.error("path", f"names {path}, which does not exist")
         list_tensors(path)

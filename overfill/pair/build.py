@@ -15,7 +15,7 @@ from overfill.model.digest import checkpoint_digest
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.atomic import atomic_folder
-from overfill.pair.checkpoint import link_full, write_decoder
+from overfill.pair.checkpoint import link_relatively, write_decoder
 from overfill.pair.conversations import Conversation, Transcript, encode
 from overfill.pair.fit import check_enough, fit
 from overfill.pair.hf_config import decoder_config
@@ -73,13 +73,15 @@ def fill_pair(
     Raises:
         InvalidPair: ``full`` is not a usable checkpoint.
         InvalidRequest: a size is out of range, or there is too little calibration text.
-        UnsupportedModel: the engine does not run ``full``, or plain transformers could not run the decoder.
+        UnsupportedModel: the engine does not run ``full``, its files hold quantised weights, or plain
+            transformers could not run the decoder.
     """
     config = ModelConfig.load(full)
+    config.check_plain(full)
     sizes = recipe.sizes(config)
     if config.tail_rank:
         raise UnsupportedModel(f"{full} is a decoder with a head in two parts; build from its full model")
-    link_full(folder, full)
+    link_relatively(folder / "full", full)
     if sizes == DecoderRecipe().sizes(config):
         write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
         return

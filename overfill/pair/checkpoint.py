@@ -29,18 +29,31 @@ COMPANION_FILES = (
     "chat_template.json",
 )
 
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""torch's dtypes, by their names in safetensors files."""
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Returns the dtype of the checkpoint's tensors in its files; the head may have a wider one."""
-    return _TORCH_DTYPES[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
+    return TORCH_DTYPES[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
 
 
-def link_full(folder: Path, full: Path) -> None:
-    """Links ``folder/full`` to the checkpoint in ``full``, relatively, so that both can be moved together."""
+def link_relatively(link: Path, target: Path) -> None:
+    """Makes ``link`` a relative link to ``target``, so that both can be moved together."""
     # realpath, because the system resolves a relative link against the real folder that holds it.
-    (folder / "full").symlink_to(os.path.relpath(os.path.realpath(full), os.path.realpath(folder)))
+    link.symlink_to(os.path.relpath(os.path.realpath(target), os.path.realpath(link.parent)))
 
 
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,14 +1,12 @@
 """Make a pair from a full model and a decoder that somebody else made.
 
 Importing has two steps. ``plan_import`` reads configs, tokenizers and the tensors' headers, and refuses halves that do
-not fit; it reads no weights. ``write_import`` writes the pair's folder, with links to the files, and reads the weights
-once for their digests.
+not fit. ``write_import`` writes the pair's folder, with links to the files, and reads all weights for their digests.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,31 +16,37 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.errors import InvalidPair, OverfillError
 from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest
 from overfill.model.files import HEAD, check_tensors
 from overfill.model.loading import count_parameters, expected_shapes
-from overfill.model.manifest import Pair, differing_fields, layer_map_problem, write_manifest
+from overfill.model.manifest import (
+    EngineName,
+    Pair,
+    differing_fields,
+    engines_that_run,
+    layer_map_problem,
+    write_manifest,
+)
 from overfill.pair.atomic import atomic_folder
-from overfill.pair.checkpoint import COMPANION_FILES, save_tensors, write_json
+from overfill.pair.checkpoint import COMPANION_FILES, link_relatively, save_tensors, write_json
 from overfill.pair.evaluate.costs import DecodeCost
 from overfill.pair.hf_config import loadable_config
 from overfill.pair.published import PublishedCheckpoint
+from overfill.pair.recipe import KeptLayers, kept_layers
 from overfill.pair.two_stage_format import (
-    KeptLayers,
     check_teacher,
     count_layers,
     has_tied_head,
     is_two_stage,
-    kept_layers,
     stated_strategy,
     student_config,
     student_tensors,
 )
 from overfill.telemetry.progress import Report, silent
 
-_SHARD_BYTES = 2 << 30  # of a converted checkpoint; one shard at a time is in memory
+_SHARD_BYTES = 1 << 30  # of a converted checkpoint; while a shard is written, memory holds it about twice
 _TOKENIZER = "tokenizer.json"
 
 
@@ -66,6 +70,11 @@ class ImportedHalf:
     def parameters(self) -> int:
         """Number of weights, however they are stored."""
         return count_parameters(self.config)
+
+    @property
+    def engines(self) -> tuple[EngineName, ...]:
+        """Names of the engines that can run it."""
+        return engines_that_run(self.config)
 
     @property
     def weights_per_token(self) -> int:
@@ -95,17 +104,23 @@ class ImportPlan:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def identity(self) -> bool:
-        """True if the decoder is the full model itself."""
-        return self.full.checkpoint.folder.resolve() == self.decoder.checkpoint.folder.resolve() and (
-            self.layer_map == tuple(range(self.full.config.num_layers))
-        )
+    def one_checkpoint(self) -> bool:
+        """True if both halves are the same folder, which the pair then has once."""
+        return self.full.checkpoint.folder.resolve() == self.decoder.checkpoint.folder.resolve()
+
+    @property
+    def runs_here(self) -> bool:
+        """True if OverFill's own engine runs both halves."""
+        return "overfill" in self.full.engines and "overfill" in self.decoder.engines
 
 
 def plan_import(
     full: Path, decoder: Path, layer_map: Sequence[int] | KeptLayers | None = None, tokenizer: Path | None = None
 ) -> ImportPlan:
-    """Reads configs, tokenizers and tensor headers, and checks that the halves fit each other. Reads no weights.
+    """Reads configs, tokenizers and tensor headers, and checks that the halves fit each other.
+
+    Reads weights in three cases only: of a two-stage checkpoint, a head that is stored although it is tied, and the
+    norms and biases of a teacher; and files of torch before 1.6, which cannot be mapped.
 
     Args:
         full, decoder: Folders of the checkpoints. The decoder may be in the format of OverFill's authors.
@@ -121,54 +136,61 @@ def plan_import(
     decoder_half, strategy = _decoder_half(PublishedCheckpoint(decoder), full_half)
     tokenizer = tokenizer or full
     problems = differing_fields(full_half.config, decoder_half.config)
-    problems += _tokenizer_problems(tokenizer, decoder, full_half.config.vocab_size)
+    problems += _tokenizer_problems(tokenizer, (full, decoder), full_half.config.vocab_size)
     if problems:
         raise InvalidPair(
             f"the decoder in {decoder} does not fit the full model in {full}; differing fields: {', '.join(problems)}"
         )
     found = _layer_map(layer_map or strategy, full_half.config, decoder_half.config)
+    layers = full_half.config.num_layers, decoder_half.config.num_layers
+    stated = found if strategy is None else kept_layers(strategy, *layers)
     if (problem := layer_map_problem(found, full_half.config, decoder_half.config)) is not None:
-        raise InvalidPair(f"the layer map {','.join(map(str, found))} {problem}")
+        raise InvalidPair(f"the layer map {_listed(found)} {problem}")
     for half in (full_half, decoder_half):
         check_tensors(_renamed(half), half.config, expected_shapes(half.config), half.checkpoint.folder)
     plan = ImportPlan(full_half, decoder_half, found, tokenizer)
     plan.warnings.extend(_warnings(plan))
+    if found != stated:
+        plan.warnings.append(
+            f"the layer map {_listed(found)} was given, but depth_prune_strategy {strategy!r} in {decoder} means "
+            f"{_listed(stated)}"
+        )
     return plan
 
 
 def write_import(
     plan: ImportPlan, out: Path, recipe: Mapping[str, Any], *, copy: bool = False, report: Report = silent
 ) -> Pair:
-    """Writes the pair's folder and moves it to ``out`` once it is whole. Reads all weights once.
+    """Writes the pair's folder and moves it to ``out`` once it is whole. Reads all weights for their digests.
 
-    Weights in safetensors under ordinary names become links; others are converted.
+    Weights in safetensors under ordinary names become links. Others are converted, and read twice: from the source, and
+    as written.
 
     Args:
         recipe: Entry of ``pair.json`` that says where the decoder came from.
         copy: True copies the files instead of linking to them.
 
     Raises:
-        InvalidPair: a weight is NaN or infinite, or a file changed meanwhile; the message names it.
+        InvalidPair: a weight is NaN or infinite, a tied head differs from its embedding, or a file changed meanwhile;
+            the message names it.
+        OverfillError: the folder cannot be written.
     """
-    with atomic_folder(out) as folder:
-
-        def write(half: ImportedHalf, name: str) -> str:
-            (folder / name).mkdir()
-            _write_half(half, folder / name, plan, copy, report)
-            digest = checkpoint_digest(folder / name, report, check_finite)
-            half.checkpoint.check_unchanged()
-            return digest
-
-        full_digest = write(plan.full, "full")
-        decoder_digest = full_digest if plan.identity else write(plan.decoder, "decoder")
-        write_manifest(
-            folder,
-            decoder="full" if plan.identity else "decoder",
-            full_digest=full_digest,
-            decoder_digest=decoder_digest,
-            layer_map=plan.layer_map,
-            recipe=recipe,
-        )
+    try:
+        with atomic_folder(out) as folder:
+            full_digest = _write_half(plan.full, folder / "full", plan, copy, report)
+            decoder_digest = full_digest
+            if not plan.one_checkpoint:
+                decoder_digest = _write_half(plan.decoder, folder / "decoder", plan, copy, report)
+            write_manifest(
+                folder,
+                decoder="full" if plan.one_checkpoint else "decoder",
+                full_digest=full_digest,
+                decoder_digest=decoder_digest,
+                layer_map=plan.layer_map,
+                recipe=recipe,
+            )
+    except OSError as error:
+        raise OverfillError(f"cannot write the pair {out}: {error}") from error
     return Pair.load(out)
 
 
@@ -196,7 +218,7 @@ def _decoder_half(checkpoint: PublishedCheckpoint, full: ImportedHalf) -> tuple[
     if tied:
         tensors.pop(HEAD, None)
     hf_config = student_config(full.hf_config, tensors, tied)
-    check_teacher(checkpoint, full.checkpoint)
+    check_teacher(checkpoint, full.checkpoint, plain=full.config.weight_format == "plain")
     return ImportedHalf(checkpoint, hf_config, tensors, ModelConfig.from_dict(hf_config)), strategy
 
 
@@ -204,10 +226,10 @@ def _ordinary_half(checkpoint: PublishedCheckpoint, hf_config: dict[str, Any]) -
     try:
         config = ModelConfig.load(checkpoint.folder)
         loadable = loadable_config(hf_config)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{checkpoint.folder}: {error}") from None
-    except InvalidPair as error:
-        raise InvalidPair(f"{checkpoint.folder}: {error}") from None
+    except InvalidPair as error:  # or UnsupportedModel, which is one
+        if str(checkpoint.folder) in str(error):
+            raise
+        raise type(error)(f"{checkpoint.folder}: {error}") from None
     return ImportedHalf(checkpoint, loadable, checkpoint.tensors, config)
 
 
@@ -234,22 +256,27 @@ def _layer_map(asked: Sequence[int] | KeptLayers | None, full: ModelConfig, deco
     return tuple(range(full.num_layers))
 
 
-def _tokenizer_problems(tokenizer: Path, decoder: Path, vocab_size: int) -> list[str]:
-    """Describes how the tokenizers of the pair and of the decoder differ. The decoder's may be missing."""
+def _listed(layer_map: Sequence[int]) -> str:
+    return ",".join(map(str, layer_map))
+
+
+def _tokenizer_problems(tokenizer: Path, halves: Sequence[Path], vocab_size: int) -> list[str]:
+    """Describes how the tokenizer of the pair differs from those of its halves, which may have none."""
     tokens = _token_ids(tokenizer / _TOKENIZER)
     if (highest := max(tokens, default=0)) >= vocab_size:
         return [f"tokenizer (highest token id {highest}, vocab_size of the full model {vocab_size})"]
-    if not (decoder / _TOKENIZER).exists() or (decoder / _TOKENIZER).samefile(tokenizer / _TOKENIZER):
-        return []
-    others = _token_ids(decoder / _TOKENIZER)
-    differing = sorted(i for i in tokens.keys() | others.keys() if tokens.get(i) != others.get(i))
-    if not differing:
-        return []
-    first = differing[0]
-    return [
-        f"tokenizer ({len(differing)} tokens differ, the first is {first}: "
-        f"full model {tokens.get(first)!r}, decoder {others.get(first)!r})"
-    ]
+    problems = []
+    for half in halves:
+        if not (half / _TOKENIZER).exists() or (half / _TOKENIZER).samefile(tokenizer / _TOKENIZER):
+            continue
+        others = _token_ids(half / _TOKENIZER)
+        if differing := sorted(i for i in tokens.keys() | others.keys() if tokens.get(i) != others.get(i)):
+            first = differing[0]
+            problems.append(
+                f"tokenizer ({len(differing)} tokens differ, the first is {first}: "
+                f"{tokens.get(first)!r} in {tokenizer}, {others.get(first)!r} in {half})"
+            )
+    return problems
 
 
 def _token_ids(file: Path) -> dict[int, str]:
@@ -272,6 +299,12 @@ def _token_ids(file: Path) -> dict[int, str]:
 
 def _warnings(plan: ImportPlan) -> list[str]:
     found = []
+    for name, half in (("full model", plan.full), ("decoder", plan.decoder)):
+        if "overfill" not in half.engines:
+            found.append(
+                f"no worker of this version runs the {name}, whose weights are stored in {half.config.weight_format}; "
+                f"an engine that can: {', '.join(half.engines)}"
+            )
     if plan.decoder.weights_per_token > plan.full.weights_per_token:
         found.append(
             f"the decoder reads {plan.decoder.weights_per_token:,} weights per token, more than the full model's "
@@ -284,14 +317,19 @@ def _warnings(plan: ImportPlan) -> list[str]:
     return found
 
 
-def _write_half(half: ImportedHalf, folder: Path, plan: ImportPlan, copy: bool, report: Report) -> None:
+def _write_half(half: ImportedHalf, folder: Path, plan: ImportPlan, copy: bool, report: Report) -> str:
+    """Writes the checkpoint of one half and returns its digest."""
+    folder.mkdir()
     source = half.checkpoint
+    if half.config.tie_embeddings:
+        source.check_tied_head()
     if half.converted:
         _convert(half, folder, report)
     else:
-        for file in (*source.files, source.folder / "model.safetensors.index.json"):
-            if file.exists():
-                _place(file, folder, copy)
+        for file in source.files:
+            _place(file, folder, copy)
+        if source.files != [source.folder / "model.safetensors"]:
+            _place(source.folder / "model.safetensors.index.json", folder, copy)
     if half.hf_config == source.hf_config:
         _place(source.folder / "config.json", folder, copy)
     else:
@@ -303,13 +341,21 @@ def _write_half(half: ImportedHalf, folder: Path, plan: ImportPlan, copy: bool, 
         if file.exists():
             _place(file, folder, copy)
 
+    def check(tensor: StoredTensor, data: bytes) -> None:
+        check_finite(half.tensors[tensor.name], data)  # names the file of the source
+
+    digest = checkpoint_digest(folder, report, None if half.converted else check)
+    source.check_unchanged()
+    return digest
+
 
 def _convert(half: ImportedHalf, folder: Path, report: Report) -> None:
-    """Writes the half's tensors as safetensors in shards, under their new names."""
-    total, done = sum(t.end - t.start for t in half.tensors.values()), 0
+    """Writes the half's tensors as safetensors in shards, under their new names, without a tied head."""
+    headers = {n: t for n, t in half.tensors.items() if n != HEAD or not half.config.tie_embeddings}
+    total, done = sum(t.end - t.start for t in headers.values()), 0
     shards: list[list[str]] = [[]]
     size = 0
-    for name, header in sorted(half.tensors.items()):
+    for name, header in sorted(headers.items()):
         size += (bytes_ := header.end - header.start)
         if shards[-1] and size > _SHARD_BYTES:
             shards.append([])
@@ -319,12 +365,12 @@ def _convert(half: ImportedHalf, folder: Path, report: Report) -> None:
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Clones, because safetensors refuses tensors that share memory.
-        tensors: dict[str, Tensor] = {n: half.checkpoint.read(half.tensors[n].name).clone().contiguous() for n in names}
+        tensors: dict[str, Tensor] = {n: half.checkpoint.read(headers[n].name).clone().contiguous() for n in names}
         for name, tensor in tensors.items():
-            check_finite(half.tensors[name], tensor.flatten().view(torch.uint8).numpy().data)
+            check_finite(headers[name], tensor.flatten().view(torch.uint8).numpy().data)
         save_tensors(tensors, folder / file, {"format": "pt"})
         places |= dict.fromkeys(names, file)
-        done += sum(half.tensors[n].end - half.tensors[n].start for n in names)
+        done += sum(headers[n].end - headers[n].start for n in names)
         report("Converting weights", done, total)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -336,4 +382,4 @@ def _place(file: Path, folder: Path, copy: bool) -> None:
     if copy:
         shutil.copyfile(file, folder / file.name)
     else:
-        (folder / file.name).symlink_to(os.path.relpath(os.path.realpath(file), os.path.realpath(folder)))
+        link_relatively(folder / file.name, file)

@@ -1,12 +1,11 @@
 """Read a checkpoint as somebody published it: headers and weights, safetensors or torch files, whole or in shards.
 
-Torch files are pickles. They are read with ``weights_only=True``, so that nothing in them is run, and mapped into
-memory, so that only the tensors that are used are read.
+Torch files are pickles. They are read with ``weights_only=True``, so that nothing in them is run. They are mapped into
+memory, so that only the tensors that are used are read; files of torch before 1.6 cannot be mapped and are read whole.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -20,23 +19,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from overfill.errors import InvalidPair, UnsupportedModel
-from overfill.model.digest import StoredTensor, checkpoint_files, indexed_files, list_tensors
+from overfill.model.config import read_json
+from overfill.model.digest import (
+    StoredTensor,
+    check_link,
+    check_not_pointer,
+    checkpoint_files,
+    indexed_files,
+    list_tensors,
+)
+from overfill.model.files import EMBEDDING, HEAD
+from overfill.pair.checkpoint import TORCH_DTYPES
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Names of dtypes in safetensors files."""
-
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -73,7 +68,8 @@ class PublishedCheckpoint:
             UnsupportedModel: the folder has weights in GGUF or for MLX.
         """
         self.folder = folder
-        self.hf_config = _read_config(folder / "config.json")
+        config = folder / "config.json"
+        self.hf_config = read_json(config) if config.exists() else None
         _refuse_other_formats(folder, self.hf_config)
         self._mapped: dict[str, Tensor] = {}
         self.in_safetensors = _has_safetensors(folder)
@@ -86,7 +82,7 @@ class PublishedCheckpoint:
         self.tensors = {header.name: header for header in found}
 
     def read(self, name: str) -> Tensor:
-        """Returns one tensor as it is stored; a tensor of a torch file is mapped, not read."""
+        """Returns one tensor as it is stored. Tensors of torch files are mapped."""
         if not self.in_safetensors:
             return self._mapped[name]
         file = self.tensors[name].file
@@ -97,11 +93,22 @@ class PublishedCheckpoint:
             raise InvalidPair(f"{file}: tensor {name} cannot be read: {error}") from None
         return tensor
 
-    def shares_storage(self, one: str, other: str) -> bool:
-        """True if two tensors of a torch file are the same memory, as tied weights are."""
-        if self.in_safetensors:
+    def has_equal(self, one: str, other: str) -> bool:
+        """True if two tensors have the same values. Reads only the first rows of tensors that differ there."""
+        if self.tensors[one].shape != self.tensors[other].shape:
             return False
-        return self._mapped[one].data_ptr() == self._mapped[other].data_ptr()
+        left, right = self.read(one), self.read(other)
+        if left.data_ptr() == right.data_ptr():  # tied weights in a torch file
+            return True
+        wide = left.dtype if left.dtype == right.dtype else torch.float32
+        return all(torch.equal(left[rows].to(wide), right[rows].to(wide)) for rows in (slice(8), slice(None)))
+
+    def check_tied_head(self) -> None:
+        """Raises InvalidPair if a head is stored and is not the embedding, although the config ties them."""
+        if HEAD in self.tensors and EMBEDDING in self.tensors and not self.has_equal(HEAD, EMBEDDING):
+            raise InvalidPair(
+                f"{self.tensors[HEAD].file}: the config ties the embeddings, but {HEAD} differs from {EMBEDDING}"
+            )
 
     def check_unchanged(self) -> None:
         """Raises InvalidPair if a file has changed, appeared or gone since the headers were read."""
@@ -123,12 +130,12 @@ class PublishedCheckpoint:
             if name in self._mapped:
                 raise InvalidPair(f"{file}: tensor {name} is also in another file")
             self._mapped[name] = tensor
-            dtype = SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
+            dtype = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             yield StoredTensor(name, dtype, tuple(tensor.shape), file, 0, tensor.numel() * tensor.element_size())
 
 
 def load_torch_file(file: Path) -> Mapping[str, Tensor]:
-    """Maps the tensors of a torch file of weights into memory.
+    """Maps the tensors of a torch file of weights into memory; reads a file of torch before 1.6 whole.
 
     Raises:
         InvalidPair: the file is damaged, or holds anything but named tensors.
@@ -141,37 +148,31 @@ def load_torch_file(file: Path) -> Mapping[str, Tensor]:
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except pickle.UnpicklingError as error:
+        check_not_pointer(file)
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {wanted[1]}" if wanted else "its pickle is damaged or asks for code"
         raise InvalidPair(
             f"{file}: holds more than weights ({what}), so it was not loaded. Save the weights as safetensors"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise InvalidPair(f"{file}: cannot be read as a torch file: {_first_sentence(error)}") from None
     if not isinstance(content, Mapping):
         raise InvalidPair(f"{file}: holds a {type(content).__name__}, not tensors by name")
-    if others := [name for name, value in content.items() if not isinstance(value, Tensor)]:
-        raise InvalidPair(f"{file}: entry {others[0]!r} is not a tensor; a file of weights alone is needed")
-    return content
-
-
-def _read_config(file: Path) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InvalidPair(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InvalidPair(f"{file} holds a {type(content).__name__}, not a JSON object")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InvalidPair(f"{file}: entry {name!r} is not a named tensor; a file of weights alone is needed")
+        if value.layout != torch.strided:
+            raise InvalidPair(f"{file}: tensor {name} is stored as {value.layout}; only dense tensors can be read")
     return content
 
 
 def _has_safetensors(folder: Path) -> bool:
-    return (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists()
+    # Links to nothing count, so that `checkpoint_files` names them.
+    return any(os.path.lexists(folder / name) for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def _torch_files(folder: Path) -> list[Path]:
+    check_link(folder / _TORCH_SINGLE)
     if (folder / _TORCH_SINGLE).exists():
         return [folder / _TORCH_SINGLE]
     if not (folder / _TORCH_INDEX).exists():

@@ -15,6 +15,9 @@ Size = int | float
 Method = Literal["channel", "rotate"]
 Fit = Literal["none", "least-squares"]
 
+KeptLayers = Literal["first", "last", "firstlast"]
+"""``depth_prune_strategy`` of OverFill's authors: which layers of the full model a depth-pruned decoder has kept."""
+
 MULTIPLE = 64
 """A size given as a share is rounded to a multiple of this number: matrix products are fastest at such sizes."""
 
@@ -91,3 +94,15 @@ def resolve_size(name: str, size: Size, full: int, multiple: int = MULTIPLE) -> 
     if not 1 <= size <= full:
         raise InvalidRequest(name, f"must be in 1..{full} (the full model has {full}); got {size}")
     return size
+
+
+def kept_layers(strategy: KeptLayers, full_layers: int, layers: int) -> tuple[int, ...]:
+    """Returns the full model's layers that ``strategy`` keeps (``get_kept_layers_prune`` in the authors' code).
+
+    ``first`` and ``last`` keep layers at one end. ``firstlast`` keeps layer 0 and the last ``layers - 1`` layers.
+    """
+    if strategy == "first":
+        return tuple(range(layers))
+    if strategy == "last":
+        return tuple(range(full_layers - layers, full_layers))
+    return (0, *range(full_layers - layers + 1, full_layers))

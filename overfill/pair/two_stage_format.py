@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor
-from overfill.model.files import EMBEDDING, HEAD
+from overfill.model.files import EMBEDDING, HEAD, is_buffer
 from overfill.pair.hf_config import decoder_config
 from overfill.pair.published import PublishedCheckpoint
+from overfill.pair.recipe import KeptLayers
 
 STUDENT, TEACHER = "student.", "teacher."
 _PROJECTIONS = "embedding_proj."
 _LAYER = "model.layers."
-
-KeptLayers = Literal["first", "last", "firstlast"]
-"""The authors' ``depth_prune_strategy``: which layers of the full model the decoder has kept."""
 
 
 def is_two_stage(checkpoint: PublishedCheckpoint) -> bool:
@@ -33,23 +31,12 @@ def is_two_stage(checkpoint: PublishedCheckpoint) -> bool:
     return any(name.startswith(STUDENT) for name in checkpoint.tensors)
 
 
-def kept_layers(strategy: KeptLayers, full_layers: int, layers: int) -> tuple[int, ...]:
-    """Returns the full model's layers that ``strategy`` keeps (``get_kept_layers_prune`` in the authors' code).
-
-    ``first`` and ``last`` keep layers at one end. ``firstlast`` keeps layer 0 and the last ``layers - 1`` layers.
-    """
-    if strategy == "first":
-        return tuple(range(layers))
-    if strategy == "last":
-        return tuple(range(full_layers - layers, full_layers))
-    return (0, *range(full_layers - layers + 1, full_layers))
-
-
 def stated_strategy(checkpoint: PublishedCheckpoint, full_layers: int, layers: int) -> KeptLayers | None:
     """Returns the ``depth_prune_strategy`` in the checkpoint's config.json; None if it is not there.
 
     Raises:
-        InvalidPair: it is unknown, or ``depth_prune_ratio`` gives another number of layers than the tensors.
+        InvalidPair: it is unknown, or ``depth_prune_ratio`` is no number or gives another number of layers than the
+            tensors.
         UnsupportedModel: the decoder needs the full model's KV projected (``kv_proj_layer``).
     """
     options = checkpoint.hf_config or {}
@@ -62,7 +49,11 @@ def stated_strategy(checkpoint: PublishedCheckpoint, full_layers: int, layers: i
             "full model's KV. Supported are kv_identity and kv_prune, which read the KV as it is"
         )
     ratio = options.get("depth_prune_ratio")
-    if isinstance(ratio, int | float) and (kept := int((1 - ratio) * full_layers)) != layers:
+    try:
+        kept = layers if ratio is None else int((1 - float(ratio)) * full_layers)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidPair(f"{file}: depth_prune_ratio is {ratio!r}; it must be a number") from None
+    if kept != layers:
         raise InvalidPair(
             f"{file}: depth_prune_ratio {ratio} keeps {kept} of {full_layers} layers, but the tensors have {layers}"
         )
@@ -132,33 +123,35 @@ def count_layers(tensors: Mapping[str, StoredTensor]) -> int:
 
 
 def has_tied_head(checkpoint: PublishedCheckpoint, tensors: Mapping[str, StoredTensor]) -> bool:
-    """True if the decoder's head is its embedding: it is not stored, or stored with the same values."""
-    if HEAD not in tensors:
-        return True
-    head, embedding = tensors[HEAD].name, tensors[EMBEDDING].name
-    if checkpoint.shares_storage(head, embedding):
-        return True
-    if tensors[HEAD].shape != tensors[EMBEDDING].shape:
-        return False
-    one, other = checkpoint.read(head), checkpoint.read(embedding)
-    # A head of its own differs in its first rows, so that the rest is read for a tied head only.
-    return torch.equal(one[:8], other[:8]) and torch.equal(one, other)
+    """True if the decoder's head is its embedding: it is not stored, or stored with the same values.
+
+    Reads both if they are equal.
+
+    Raises:
+        InvalidPair: the embedding is missing.
+    """
+    _shape(tensors, EMBEDDING)
+    return HEAD not in tensors or checkpoint.has_equal(tensors[HEAD].name, tensors[EMBEDDING].name)
 
 
-def check_teacher(checkpoint: PublishedCheckpoint, full: PublishedCheckpoint) -> None:
-    """Checks that the full model in a two-stage checkpoint, if there is one, is ``full``.
+def check_teacher(checkpoint: PublishedCheckpoint, full: PublishedCheckpoint, plain: bool) -> None:
+    """Checks that the full model in a two-stage checkpoint, if there is one, has the norms and biases of ``full``.
 
-    Compares names and shapes of all its tensors, and the values of its norms and biases, which are small.
+    Compares names and shapes of all tensors, and the values of norms and biases, which are small. Matrices of equal
+    shapes are not read.
+
+    Args:
+        plain: False if ``full`` is quantised, so that its matrices may have other names.
 
     Raises:
         InvalidPair: they differ; the message names the tensor.
     """
     for name, tensor in checkpoint.tensors.items():
-        if not name.startswith(TEACHER):
+        if not name.startswith(TEACHER) or is_buffer(name):
             continue
         other = full.tensors.get(name.removeprefix(TEACHER))
         if other is None:
-            if name.removeprefix(TEACHER) == HEAD:  # a tied head
+            if not plain or name.removeprefix(TEACHER) == HEAD:  # a tied head
                 continue
             raise InvalidPair(f"{tensor.file}: tensor {name} is not part of the full model in {full.folder}")
         same = tensor.shape == other.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from overfill.errors import InvalidRequest, Overloaded
@@ -18,6 +19,7 @@ MAX_RETRY_AFTER = 60.0
 _MEMORY = 10.0  # seconds with a queue after which an observation counts for 1/e
 _ENOUGH = 4.0  # departures needed before the rate is used
 _UNKNOWN = 1.0  # retry delay in seconds when no wait can be estimated
+_ROUNDING = 1e-6  # part of a request that rounding of times may hide
 
 
 class QueueDepartureRate:
@@ -150,18 +152,33 @@ class KeyQuota:
     concurrency: int | None = None
 
 
-@dataclass(slots=True)
-class _Usage:
+class KeyUsage:
+    """How much of its quota one API key uses.
+
+    Attributes:
+        running: requests of the key that run on this router.
+        spent_until: time at which a pause will have restored the key's whole burst. Other processes may change it too.
+    """
+
     running: int = 0
-    tokens: float = 0.0  # requests that may start now
-    at: float | None = None
+    spent_until: float = 0.0
+
+    @property
+    def running_elsewhere(self) -> int:
+        """Requests of the key that run on other processes which count together with this router."""
+        return 0
 
 
 class KeyLimiter:
-    """Holds the API keys to their quotas on this router."""
+    """Holds the API keys to their quotas on this router, and on all that share its usage.
 
-    def __init__(self) -> None:
-        self._usage: dict[str, _Usage] = {}
+    Args:
+        usage_of: returns the usage of a key from its id; called once per key.
+    """
+
+    def __init__(self, usage_of: Callable[[str], KeyUsage] = lambda key: KeyUsage()) -> None:
+        self._usage_of = usage_of
+        self._usage: dict[str, KeyUsage] = {}
 
     def check(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
         """Raises unless ``count`` requests of ``key`` may start together now. ``key`` is ``ApiKey.id``, not the name.
@@ -170,7 +187,9 @@ class KeyLimiter:
             InvalidRequest: the quota never admits ``count`` requests at once.
             Overloaded: the quota does not admit them now.
         """
-        usage = self._usage.setdefault(key, _Usage())
+        usage = self._usage.get(key)
+        if usage is None:
+            usage = self._usage[key] = self._usage_of(key)
         burst = math.inf if quota.rate is None else max(1.0, quota.rate)
         max_count = min(burst, math.inf if quota.concurrency is None else quota.concurrency)
         if count > max_count:
@@ -179,20 +198,21 @@ class KeyLimiter:
                 f"asks for {count} answers; API key {quota.name!r} may start at most {int(max_count)} at once, "
                 "and each answer counts as a request",
             )
-        if quota.concurrency is not None and usage.running + count > quota.concurrency:
-            raise Overloaded(
-                f"API key {quota.name!r} has {usage.running} request{'s' * (usage.running != 1)} running; "
-                f"its limit is {quota.concurrency}",
-                _UNKNOWN,
-                "key_concurrency",
-            )
+        if quota.concurrency is not None:
+            running = usage.running + usage.running_elsewhere
+            if running + count > quota.concurrency:
+                raise Overloaded(
+                    f"API key {quota.name!r} has {running} request{'s' * (running != 1)} running; "
+                    f"its limit is {quota.concurrency}",
+                    _UNKNOWN,
+                    "key_concurrency",
+                )
         if quota.rate is not None:
-            passed = burst if usage.at is None else (now - usage.at) * quota.rate
-            usage.tokens, usage.at = min(burst, usage.tokens + passed), now
-            if usage.tokens < count:
+            left = burst - max(0.0, usage.spent_until - now) * quota.rate
+            if left < count - _ROUNDING:
                 raise Overloaded(
                     f"API key {quota.name!r} has used its limit of {quota.rate:g} requests per second",
-                    _retry_after((count - usage.tokens) / quota.rate),
+                    _retry_after((count - left) / quota.rate),
                     "key_rate",
                 )
 
@@ -202,7 +222,7 @@ class KeyLimiter:
         usage = self._usage[key]
         usage.running += count
         if quota.rate is not None:
-            usage.tokens -= count
+            usage.spent_until = max(usage.spent_until, now) + count / quota.rate
 
     def release(self, key: str) -> None:
         """Records that a request of ``key`` has ended."""

@@ -62,9 +62,17 @@ class AsyncDispatcher:
         """Number of jobs that wait for a worker of ``stage``; see ``Dispatcher.queued``."""
         return self._dispatcher.queued(stage)
 
-    def reserved(self, job: Job) -> PlacementFuture:
-        """Queues the job for a prefill slot: its decode worker has reserved blocks."""
-        self._dispatcher.reserved(job)
+    def prefill_with_start(self, job: Job) -> Worker | None:
+        """Takes a free prefill slot for a job that has just been placed; see ``Dispatcher.prefill_with_start``."""
+        worker = self._dispatcher.prefill_with_start(job)
+        if worker is not None:
+            self._note_change()
+        return worker
+
+    def reserved(self, job: Job) -> PlacementFuture | None:
+        """Queues the job for a prefill slot: its decode worker has reserved blocks. None if the job holds one."""
+        if self._dispatcher.reserved(job):
+            return None
         return self._await_placement(job)
 
     def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, pause: bool) -> PlacementFuture:

@@ -1,21 +1,21 @@
 """One attempt at one request: the exchange with one decode worker.
 
-The router sends Start; the worker answers Reserved or Refused. The router gets a prefill slot and sends AssignPrefill.
-Then the worker sends Tokens and Done. After Reserved, it may send NeedPrefill at any time.
+The router sends Start, with a prefill worker if a slot is free; the worker answers Reserved or Refused. If Start had no
+prefill worker, the router then gets a slot and sends AssignPrefill. Then the worker sends Tokens and Done. After
+Reserved, it may send NeedPrefill at any time.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.dispatcher import Job
-from overfill.routing.stream import DecodeStream
-from overfill.routing.worker import Worker
+from overfill.routing.stream import DecodeConnector, DecodeStream
+from overfill.routing.worker import Worker, WorkerInfo
 from overfill.telemetry import tracing
 from overfill.v1 import decode_pb2
 
@@ -31,110 +31,128 @@ class GaveUp(Exception):
 
 
 class Attempt:
-    """Runs the exchange with the decode worker on which ``job`` is placed, and adds its tokens to ``answer``."""
+    """Runs the exchange with the decode worker on which ``job`` is placed, and adds its tokens to ``answer``.
+
+    The worker's updates are handled in the task that reads its stream. Only the end of the attempt wakes the task that
+    awaits ``run``.
+    """
 
     def __init__(
         self,
-        stream: DecodeStream,
         dispatcher: AsyncDispatcher,
         job: Job,
         answer: AnswerState,
         *,
         max_prefill_failures: int,
         on_need_prefill: Callable[[decode_pb2.NeedPrefill.Reason], None] = lambda _: None,
+        span: tracing.Span = tracing.OFF,
     ) -> None:
         self._on_need = on_need_prefill
-        self._stream = stream
         self._dispatcher = dispatcher
         self._job = job
         self._answer = answer
         self._max_prefill_failures = max_prefill_failures
+        self._span = span
+        self._stream: DecodeStream | None = None
         self._reserved = False
         self._placement: PlacementFuture | None = None
         self._prefill: Worker | None = None
-        self._receiving: asyncio.Task[decode_pb2.DecodeResponse | None] | None = None
+        self._end: asyncio.Future[decode_pb2.DecodeDone | decode_pb2.Refused] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._wanted_since = 0.0
         self._queued = 0.0  # seconds queued in the router, for both stages
         self._reservation_ns = 0
 
-    async def run(self, start: decode_pb2.StartDecode) -> decode_pb2.DecodeDone | decode_pb2.Refused:
-        """Runs the attempt to its end and returns the worker's last message.
+    async def run(
+        self, connector: DecodeConnector, worker: WorkerInfo, start: decode_pb2.StartDecode
+    ) -> decode_pb2.DecodeDone | decode_pb2.Refused:
+        """Runs the attempt to its end and returns the worker's last message. Ends the sequence on the worker too.
 
         Raises:
             GaveUp: no prefill worker is available.
             OverfillError: the attempt failed.
         """
-        await self._stream.send(decode_pb2.DecodeRequest(start=start))
-        self._queued = _now() - self._answer.received
+        self._stream = connector.open(worker, self._receive)
         try:
-            first = await self._stream.receive()
-        except Overloaded as error:
-            return decode_pb2.Refused(reason=str(error))
-        if first is not None and first.HasField("refused"):
-            return first.refused
-        self._on_reserved(first)
-        while True:
-            message = await self._next()
-            kind = message.WhichOneof("message")
-            if kind == "tokens":
-                self._on_tokens(message.tokens)
-            elif kind == "need_prefill":
-                self._on_need_prefill(message.need_prefill)
-            elif kind == "done":
-                return message.done
-            else:
-                raise _unexpected(message)
+            if (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
+                start.assign_prefill.CopyFrom(self._assignment(prefill))
+            self._stream.send(decode_pb2.RouterMessage(start=start))
+            self._queued = _now() - self._answer.received
+            return await self._end
+        finally:
+            self._end.cancel()
+            self._stream.close()
 
-    async def close(self) -> None:
-        """Ends the exchange, on the worker's side too."""
-        if self._receiving is not None:
-            self._receiving.cancel()
-            await asyncio.wait([self._receiving])
-        self._stream.close()
+    def _receive(self, update: decode_pb2.SequenceUpdate | OverfillError) -> None:
+        """Handles one update of the worker, or the error that ended the sequence."""
+        if self._end.done():
+            return
+        try:
+            self._handle(update)
+        except Exception as error:  # one sequence must not end the stream of all
+            self._end.set_exception(error)
 
-    async def _next(self) -> decode_pb2.DecodeResponse:
-        """Returns the worker's next message. Sends AssignPrefill first if a prefill slot becomes free before it."""
-        while self._placement is not None:
-            if self._receiving is None:
-                self._receiving = asyncio.ensure_future(self._stream.receive())
-            either: set[asyncio.Future[Any]] = {self._receiving, self._placement}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if self._receiving.done():
-                break
-            await self._assign(self._placement)
-        receiving, self._receiving = self._receiving, None
-        message = await (receiving or self._stream.receive())
-        if message is None:
-            raise Unavailable("the decode worker ended the stream before the answer")
-        return message
+    def _handle(self, update: decode_pb2.SequenceUpdate | OverfillError) -> None:
+        if isinstance(update, Overloaded) and not self._reserved:
+            self._end.set_result(decode_pb2.Refused(reason=str(update)))
+            return
+        if isinstance(update, OverfillError):
+            raise update
+        kind = update.WhichOneof("message")
+        if kind == "tokens" and self._reserved:
+            self._on_tokens(update.tokens)
+        elif kind == "reserved" and not self._reserved:
+            self._on_reserved(update.reserved)
+        elif kind == "refused" and not self._reserved:
+            self._end.set_result(update.refused)
+        elif kind == "need_prefill" and self._reserved:
+            self._on_need_prefill(update.need_prefill)
+        elif kind == "done" and self._reserved:
+            self._end.set_result(update.done)
+        else:
+            raise InternalError(f"the decode worker sent {kind or 'nothing'} out of turn")
 
-    async def _assign(self, placement: PlacementFuture) -> None:
+    def _wait_for_slot(self, placement: PlacementFuture) -> None:
+        """Sends AssignPrefill once ``placement`` has a prefill slot."""
+        self._placement = placement
+        placement.add_done_callback(self._on_placement)
+
+    def _on_placement(self, placement: PlacementFuture) -> None:
+        if placement.cancelled() or self._end.done() or placement is not self._placement:
+            return
         self._placement = None
         try:
-            worker = placement.result()
+            self._assign(placement.result())
         except OverfillError as error:
-            raise GaveUp(error) from error
+            self._end.set_exception(GaveUp(error))
+
+    def _assign(self, worker: Worker) -> None:
+        assert self._stream is not None
+        self._stream.send(decode_pb2.RouterMessage(assign_prefill=self._assignment(worker)))
+        now = _now()
+        self._queued += now - self._wanted_since
+        self._wanted_since = now
+
+    def _assignment(self, worker: Worker) -> decode_pb2.AssignPrefill:
+        """Notes ``worker`` as the prefill worker and returns its assignment."""
         self._prefill = worker
         self._answer.prefill_worker = worker.id
-        target = decode_pb2.AssignPrefill(
+        self._span.event("prefill worker assigned", worker=worker.id)
+        return decode_pb2.AssignPrefill(
             worker_id=worker.id,
             incarnation=worker.info.incarnation,
             address=worker.info.address,
             data_address=worker.info.data_address,
         )
-        tracing.current().event("prefill worker assigned", worker=worker.id)
-        await self._stream.send(decode_pb2.DecodeRequest(assign_prefill=target))
-        now = _now()
-        self._queued += now - self._wanted_since
-        self._wanted_since = now
 
-    def _on_reserved(self, message: decode_pb2.DecodeResponse | None) -> None:
-        if message is None or not message.HasField("reserved"):
-            raise _unexpected(message)
-        self._reservation_ns = message.reserved.reservation_ns
+    def _on_reserved(self, reserved: decode_pb2.Reserved) -> None:
+        self._reserved = True
+        self._reservation_ns = reserved.reservation_ns
         self._answer.reservations += 1
         self._wanted_since = _now()
-        self._placement = self._dispatcher.reserved(self._job)
+        if (placement := self._dispatcher.reserved(self._job)) is not None:
+            self._wait_for_slot(placement)
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()
@@ -168,11 +186,13 @@ class Attempt:
         if self._answer.emitted:
             self._wanted_since = _now()
         # Before the first token, the time of a failed prefill counts as queueing.
-        self._placement = self._dispatcher.need_prefill(
-            self._job,
-            tried,
-            failed=failed,
-            pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
+        self._wait_for_slot(
+            self._dispatcher.need_prefill(
+                self._job,
+                tried,
+                failed=failed,
+                pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
+            )
         )
 
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:
@@ -182,12 +202,6 @@ class Attempt:
             f"gave up after {self._answer.prefill_failures} failed prefills; "
             f"{self._answer.progress}; the last failure: {need.detail or need.worker_id}"
         )
-
-
-def _unexpected(message: decode_pb2.DecodeResponse | None) -> OverfillError:
-    if message is None:
-        return Unavailable("the decode worker ended the stream before the answer")
-    return InternalError(f"the decode worker sent {message.WhichOneof('message') or 'nothing'} out of turn")
 
 
 def _now() -> float:

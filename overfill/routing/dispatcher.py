@@ -4,8 +4,12 @@ A request first gets a decode worker, which reserves blocks, and only then a pre
 admissible combination of the two exists::
 
     NEW -> WAITING -> PLACED -> WANTS_PREFILL -> RUNNING -> FINISHED
-              ^         |             ^             |
-              +-refused-+             +-need_prefill+
+              ^         | |           ^           ^ |
+              +-refused-+ |           +-need_prefill+
+                          +-- prefill_with_start -+
+
+``prefill_with_start`` takes a free prefill slot before the blocks are reserved, to save a round trip. The decode worker
+answers at once, so that the slot is held for one round trip, and never while blocks are awaited.
 
 ``routing.fair_queue`` gives the order. A small request may overtake a large one that does not fit, until the large one
 has waited ``reserve_after`` seconds. A placement does not look at every worker, nor at every waiting request: the
@@ -158,10 +162,33 @@ class Dispatcher:
         self._jobs.add(job)
         self._wait(job, now)
 
-    def reserved(self, job: Job) -> None:
-        """Queues the job for a prefill slot: its decode worker has reserved blocks."""
+    def prefill_with_start(self, job: Job) -> Worker | None:
+        """Takes a prefill slot for a job that has just been placed, so that ``StartDecode`` can carry the assignment.
+
+        Returns None if no slot is free for the job, or another job needs the free ones: a migrated job that waits for a
+        slot, or a job whose blocks are being reserved.
+        """
+        pool, waiting = self._roster.prefill, next(iter(self._prefill_queue), None)
+        needed = len(self._reserving) + len(self._prefill_queue)
+        if job not in self._reserving or pool.index.free_credits < needed or (waiting and waiting.migrated):
+            return None
+        worker = self._find(pool, job, job.prompt_tokens)
+        if worker is not None:
+            self._reserving.discard(job)
+            self._assign_prefill(job, worker)
+        return worker
+
+    def reserved(self, job: Job) -> bool:
+        """Notes that the job's decode worker has reserved blocks.
+
+        Returns True if the job holds a prefill slot already; otherwise it is queued for one.
+        """
         self._reserving.discard(job)
-        self._want_prefill(job)
+        if job.prefill is None:
+            self._want_prefill(job)
+            return False
+        job.state = JobState.RUNNING
+        return True
 
     def refused(self, job: Job, load: decode_pb2.WorkerLoad | None = None) -> None:
         """Puts the job back at the front: its decode worker refused it. The worker is paused until its next report.
@@ -273,11 +300,15 @@ class Dispatcher:
             worker = self._find(pool, job, job.prompt_tokens)
             if worker is None:
                 continue
-            job.prefill = worker
-            pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
+            self._assign_prefill(job, worker)
             self._prefill_queue.take(job)
             job.state = JobState.RUNNING
             yield Placement(job, worker)
+
+    def _assign_prefill(self, job: Job, worker: Worker) -> None:
+        pool = self._roster.prefill
+        job.prefill = worker
+        pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
         pool, queue = self._roster.decode, self._decode_queue

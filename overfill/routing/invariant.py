@@ -59,9 +59,10 @@ def _check_books(
         _require((job in decode_queue) == (job.state is JobState.WAITING), f"{job.id}: decode queue")
         _require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
         _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
-        _require(job.prefill is None or job.state is JobState.RUNNING, f"{job.id}: prefill")
+        _require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
     _require({*decode_queue, *prefill_queue} <= jobs, "a finished job waits")
-    _require(reserving == {j for j in jobs if j.state is JobState.PLACED}, "reserving jobs")
+    placed = {j for j in jobs if j.state is JobState.PLACED}
+    _require(reserving == {j for j in placed if j.prefill is None}, "jobs that reserve blocks and hold no prefill slot")
     for queue in (decode_queue, prefill_queue):
         _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
         _require(_ordered(queue), "migrated work and smaller priorities go first")

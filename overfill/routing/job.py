@@ -12,7 +12,7 @@ from overfill.routing.worker import Worker
 class JobState(enum.Enum):
     NEW = "new"
     WAITING = "waiting for a decode worker"
-    PLACED = "on a decode worker, which is reserving blocks"
+    PLACED = "on a decode worker, which is reserving blocks; a prefill slot may be held for this round trip"
     WANTS_PREFILL = "blocks reserved, waiting for a prefill slot"
     RUNNING = "on a decode worker, prefill assigned"
     FINISHED = "finished"

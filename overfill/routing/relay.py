@@ -235,31 +235,25 @@ class Relay:
 
     async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | decode_pb2.Refused:
         """Runs the request on one worker until the stream ends."""
-        deadline = self._request.deadline
-        left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
-        start = self._start(worker)
         self._opened += 1
         self.decode_worker = worker.id
         with tracing.child("router.attempt", "client", worker=worker.id, attempt=self._opened) as span:
             attempt = Attempt(
-                self._connector.open(worker.info, left),
                 self._dispatcher,
                 self._job,
                 self.answer,
                 max_prefill_failures=self._max_attempts,
                 on_need_prefill=self._observer.prefill_again,
+                span=span,
             )
-            try:
-                done = await attempt.run(start)
-            finally:
-                await attempt.close()
+            done = await attempt.run(self._connector, worker.info, self._start(worker))
             span.set(refused=isinstance(done, decode_pb2.Refused))
             return done
 
     def _start(self, worker: Worker) -> decode_pb2.StartDecode:
-        return decode_pb2.StartDecode(
+        start = decode_pb2.StartDecode(
             request_id=self._request.id,
-            attempt=self._opened,
+            attempt=self._opened - 1,
             expected_incarnation=worker.info.incarnation,
             prompt_token_ids=self._request.prompt_token_ids,
             emitted_token_ids=self.answer.emitted,
@@ -269,7 +263,12 @@ class Relay:
             codec=self._request.codec,
             sample_index=self._request.sample_index,
             cache_namespace=self._request.cache_namespace,
+            traceparent=tracing.current().traceparent,
         )
+        if self._request.deadline is not None:
+            left = self._request.deadline - asyncio.get_running_loop().time()
+            start.time_left_ns = max(0, round(left * 1e9))
+        return start
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
         timing = self.answer.timing

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 
 from overfill.v1 import admin_pb2, common_pb2, inference_pb2
 
@@ -16,8 +18,12 @@ RATE_SECONDS = 10
 
 _PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 _WHOLE = ("ttft", "handoff_exposed", "decode", "total")
+_NAMES = (*_WHOLE[:1], *_PARTS, "unattributed", *_WHOLE[1:], "itl")
 _MAX_ANSWERS = 10_000
 """Maximum number of answers kept. If more finish in a minute, the latest are used."""
+
+_PERCENTILES = (50, 90, 99)
+_BUCKET = math.log(1.01)  # logarithm of the ratio of neighbouring buckets
 
 
 class RollingStats:
@@ -42,20 +48,62 @@ class RollingStats:
 
     def activity(self, running: int, waiting: int, now: float) -> admin_pb2.Activity:
         """Returns the statistics as the Status RPC reports them. ``running`` and ``waiting`` are requests now."""
-        while self._answers and self._answers[0][0] < now - WINDOW:
-            self._answers.popleft()
+        self._forget(now)
         # Count whole seconds only, so leave out the current one.
         last = int(now)
         tokens = sum(count for second, count in self._tokens if last - RATE_SECONDS <= second < last)
         activity = admin_pb2.Activity(
             running=running, waiting=waiting, tokens_per_second=tokens / RATE_SECONDS, answers=len(self._answers)
         )
-        for name in (*_WHOLE[:1], *_PARTS, "unattributed", *_WHOLE[1:], "itl"):
-            values = sorted(times[name] for _, times in self._answers if name in times)
-            if values:
-                p50, p90, p99 = (_rank(values, p) / 1e9 for p in (50, 90, 99))
-                activity.timing.add(name=name, p50_seconds=p50, p90_seconds=p90, p99_seconds=p99)
+        for name in _NAMES:
+            if values := sorted(times[name] for _, times in self._answers if name in times):
+                _add_timing(activity, name, [_rank(values, percentile) for percentile in _PERCENTILES])
         return activity
+
+    def histograms(self, now: float) -> Iterator[admin_pb2.Histogram]:
+        """Yields the times of the last minute's answers in a form that ``add_up`` adds to other routers'."""
+        self._forget(now)
+        for name in _NAMES:
+            if counts := Counter(_bucket(times[name]) for _, times in self._answers if name in times):
+                yield admin_pb2.Histogram(name=name, bucket=counts.keys(), count=counts.values())
+
+    def _forget(self, now: float) -> None:
+        while self._answers and self._answers[0][0] < now - WINDOW:
+            self._answers.popleft()
+
+
+def add_up(activities: Iterable[admin_pb2.Activity]) -> admin_pb2.Activity:
+    """Returns the activity of several routers together. Its percentiles are exact to 0.5 %, because of the buckets.
+
+    Args:
+        activities: of one router each, with ``histograms``.
+    """
+    total = admin_pb2.Activity()
+    times: dict[str, Counter[int]] = {name: Counter() for name in _NAMES}
+    for activity in activities:
+        total.running += activity.running
+        total.waiting += activity.waiting
+        total.tokens_per_second += activity.tokens_per_second
+        total.answers += activity.answers
+        for histogram in activity.histograms:
+            if histogram.name in times:  # a newer router may have more times
+                times[histogram.name].update(dict(zip(histogram.bucket, histogram.count, strict=True)))
+    for name, counts in times.items():
+        if counts:
+            buckets = sorted(counts)
+            ranks = list(itertools.accumulate(counts[bucket] for bucket in buckets))
+            found = [buckets[bisect.bisect_left(ranks, percentile / 100 * ranks[-1])] for percentile in _PERCENTILES]
+            _add_timing(total, name, [math.exp(bucket * _BUCKET) for bucket in found])
+    return total
+
+
+def _bucket(nanoseconds: int) -> int:
+    return round(math.log(max(1, nanoseconds)) / _BUCKET)
+
+
+def _add_timing(activity: admin_pb2.Activity, name: str, nanoseconds: Sequence[float]) -> None:
+    p50, p90, p99 = (value / 1e9 for value in nanoseconds)
+    activity.timing.add(name=name, p50_seconds=p50, p90_seconds=p90, p99_seconds=p99)
 
 
 def _times(finished: inference_pb2.Finished) -> Iterator[tuple[str, int]]:

@@ -1,45 +1,61 @@
-"""The stream between one attempt and its decode worker: the interface, and its implementation over gRPC."""
+"""The router's end of ``Decode.Serve``: one stream per decode worker, shared by all of the router's sequences there.
+
+Updates reach their sequence by a callback, in the task that reads the stream. So no token waits for a task of its own,
+and a slow client never holds up the stream.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc.aio
 
-from overfill.errors import OverfillError
+from overfill.errors import InvalidRequest, OverfillError, Unavailable
 from overfill.routing.worker import WorkerInfo
-from overfill.rpc.calls import checked_response, checked_write
+from overfill.rpc.calls import checked_write, responses
 from overfill.rpc.channel import open_channel
+from overfill.rpc.constants import MAX_MESSAGE_BYTES
+from overfill.rpc.status import from_bytes
 from overfill.rpc.tls import Credentials
-from overfill.telemetry import tracing
 from overfill.v1 import decode_pb2, decode_pb2_grpc
+
+Receive = Callable[["decode_pb2.SequenceUpdate | OverfillError"], None]
+"""Receives a sequence's updates in order, or the error that ended the sequence or its stream. It must not raise."""
+
+_LAST = ("done", "refused")
+"""Updates that end a sequence, besides ``failed``."""
+
+_MESSAGE_MARGIN = 1024
+"""Bytes that a command must stay below the limit of messages, beyond which gRPC would end the whole stream."""
 
 
 class DecodeStream(Protocol):
-    """One ``Decode.Generate`` call. Failures are raised as OverfillErrors."""
+    """One sequence on a decode worker."""
 
-    async def send(self, message: decode_pb2.DecodeRequest) -> None:
-        """Sends a message. Does nothing if the stream has ended; ``receive`` raises the reason."""
+    def send(self, command: decode_pb2.RouterMessage) -> None:
+        """Queues a command. Does nothing if the sequence has ended.
 
-    async def receive(self) -> decode_pb2.DecodeResponse | None:
-        """Returns the next message, or None when the worker has ended the stream without error."""
+        Raises:
+            InvalidRequest: the command is too large for one message.
+        """
 
     def close(self) -> None:
-        """Cancels the RPC unless it has ended, and releases the channel."""
+        """Cancels the sequence on the worker unless it has ended. Its callback is not called any more."""
 
 
 class DecodeConnector(Protocol):
-    """Opens streams to decode workers."""
+    """Opens sequences on decode workers."""
 
-    def open(self, worker: WorkerInfo, timeout: float | None) -> DecodeStream:
-        """Starts ``Decode.Generate`` on ``worker``, with ``timeout`` seconds until the request's deadline."""
+    def open(self, worker: WorkerInfo, receive: Receive) -> DecodeStream:
+        """Opens a sequence on ``worker``; ``receive`` gets its updates."""
 
 
 class GrpcConnector:
-    """Keeps one channel to each joined worker, and to each worker that has left until its last stream ends."""
+    """Keeps one channel to each joined worker, and to each worker that has left until its last sequence ends."""
 
     def __init__(self, tls: Credentials | None = None) -> None:
         self._tls = tls
@@ -49,10 +65,10 @@ class GrpcConnector:
     def add(self, worker: WorkerInfo) -> None:
         """Opens a channel to ``worker``. A worker that joins again gets a new channel."""
         self.forget(worker)
-        self._connections[worker.id, worker.incarnation] = _Connection(open_channel(worker.address, self._tls))
+        self._connections[worker.id, worker.incarnation] = self._connect(worker)
 
     def forget(self, worker: WorkerInfo) -> None:
-        """Closes the channel to ``worker`` once no stream uses it."""
+        """Closes the channel to ``worker`` once no sequence uses it."""
         connection = self._connections.pop((worker.id, worker.incarnation), None)
         if connection is not None:
             connection.forgotten = True
@@ -62,62 +78,163 @@ class GrpcConnector:
         """Returns the channel to a joined worker, for the worker's other services."""
         return self._connections[worker.id, worker.incarnation].channel
 
-    def open(self, worker: WorkerInfo, timeout: float | None) -> DecodeStream:
+    def open(self, worker: WorkerInfo, receive: Receive) -> DecodeStream:
         connection = self._connections.get((worker.id, worker.incarnation))
         if connection is None:  # the worker has just left
-            connection = _Connection(open_channel(worker.address, self._tls), forgotten=True)
-        connection.streams += 1
-        return GrpcDecodeStream(connection, self, worker, timeout)
+            connection = self._connect(worker)
+            connection.forgotten = True
+        return connection.open(receive)
 
     async def close(self) -> None:
-        """Closes all channels and cancels their streams."""
+        """Closes all channels and ends their streams."""
         for connection in self._connections.values():
-            await connection.channel.close(None)
+            await connection.close()
         self._connections.clear()
         await asyncio.gather(*self._closing)
 
-    def stream_closed(self, connection: _Connection) -> None:
-        connection.streams -= 1
-        self._close_idle(connection)
+    def _connect(self, worker: WorkerInfo) -> _Connection:
+        return _Connection(f"decode worker {worker.id}", open_channel(worker.address, self._tls), self._close_idle)
 
     def _close_idle(self, connection: _Connection) -> None:
-        if connection.forgotten and not connection.streams:
-            task = asyncio.ensure_future(connection.channel.close(None))
+        if connection.forgotten and not connection.sequences:
+            task = asyncio.ensure_future(connection.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
 
-class GrpcDecodeStream:
-    """Implements ``DecodeStream`` over gRPC."""
+class _Connection:
+    """A channel to one worker, with the current stream on it. A stream that breaks is followed by another one.
 
-    def __init__(
-        self, connection: _Connection, connector: GrpcConnector, worker: WorkerInfo, timeout: float | None
-    ) -> None:
+    Attributes:
+        sequences: number of sequences that have not been closed.
+        forgotten: the worker has left.
+    """
+
+    def __init__(self, peer: str, channel: grpc.aio.Channel, on_idle: Callable[[_Connection], None]) -> None:
+        self.channel = channel
+        self.sequences = 0
+        self.forgotten = False
+        self._peer = peer
+        self._on_idle = on_idle
+        self._stream: _ServeStream | None = None
+
+    def open(self, receive: Receive) -> DecodeStream:
+        if self._stream is None or self._stream.ended:
+            self._stream = _ServeStream(self._peer, self.channel)
+        self.sequences += 1
+        return _Sequence(self, self._stream, receive)
+
+    def closed_sequence(self) -> None:
+        self.sequences -= 1
+        self._on_idle(self)
+
+    async def close(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+        await self.channel.close(None)
+
+
+class _ServeStream:
+    """One call of ``Decode.Serve``.
+
+    Attributes:
+        ended: True once the call has ended; it takes no more sequences.
+    """
+
+    def __init__(self, peer: str, channel: grpc.aio.Channel) -> None:
+        self.ended = False
+        self._peer = peer
+        self._call: Any = decode_pb2_grpc.DecodeStub(channel).Serve()
+        self._numbers = itertools.count(1)
+        self._receivers: dict[int, Receive] = {}
+        self._commands: deque[decode_pb2.RouterMessage] = deque()
+        self._queued = asyncio.Event()
+        self._reading = asyncio.create_task(self._read(), name=f"read {peer}")
+        self._writing = asyncio.create_task(self._write(), name=f"write {peer}")
+
+    def add(self, receive: Receive) -> int:
+        """Returns the number of a new sequence whose updates ``receive`` gets."""
+        number = next(self._numbers)
+        self._receivers[number] = receive
+        return number
+
+    def remove(self, number: int) -> bool:
+        """Forgets a sequence. Returns False if it had ended."""
+        return self._receivers.pop(number, None) is not None
+
+    def send(self, command: decode_pb2.RouterMessage) -> None:
+        self._commands.append(command)
+        self._queued.set()
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                while not self._commands:
+                    self._queued.clear()
+                    await self._queued.wait()
+                await checked_write(self._call.write(self._commands.popleft()), self._peer)
+        except OverfillError:
+            pass  # the reader raises the reason
+
+    async def _read(self) -> None:
+        error: OverfillError = Unavailable(f"{self._peer} ended the stream before the answer")
+        try:
+            async for message in responses(self._call, self._peer):
+                for update in message.updates:
+                    self._deliver(update)
+        except OverfillError as failure:
+            # An error of the stream says nothing about a single request: each may continue on another worker.
+            error = failure if isinstance(failure, Unavailable) else Unavailable(f"{self._peer}: {failure}")
+        finally:
+            self.ended = True
+            self._writing.cancel()
+            self._call.cancel()
+            receivers, self._receivers = self._receivers, {}
+            for receive in receivers.values():
+                receive(error)
+
+    def _deliver(self, update: decode_pb2.SequenceUpdate) -> None:
+        receive = self._receivers.get(update.sequence)
+        if receive is None:
+            return  # cancelled meanwhile
+        kind = update.WhichOneof("message")
+        if kind == "failed":
+            del self._receivers[update.sequence]
+            error = from_bytes(update.failed.status, self._peer)
+            error.trace_id = update.failed.trace_id
+            receive(error)
+            return
+        if kind in _LAST:
+            del self._receivers[update.sequence]
+        receive(update)
+
+
+class _Sequence:
+    """Implements ``DecodeStream``."""
+
+    def __init__(self, connection: _Connection, stream: _ServeStream, receive: Receive) -> None:
         self._connection = connection
-        self._connector = connector
-        self._peer = f"decode worker {worker.id}"
-        self._call: Any = decode_pb2_grpc.DecodeStub(connection.channel).Generate(
-            timeout=timeout, metadata=tracing.outgoing()
-        )
+        self._stream = stream
+        self._number = stream.add(receive)
         self._closed = False
 
-    async def send(self, message: decode_pb2.DecodeRequest) -> None:
-        with suppress(OverfillError):
-            await checked_write(self._call.write(message), self._peer)
-
-    async def receive(self) -> decode_pb2.DecodeResponse | None:
-        message = await checked_response(self._call.read(), self._peer)
-        return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]
+    def send(self, command: decode_pb2.RouterMessage) -> None:
+        size = command.ByteSize()
+        if size > MAX_MESSAGE_BYTES - _MESSAGE_MARGIN:
+            raise InvalidRequest(
+                "", f"the request takes {size} bytes between router and worker; the maximum is {MAX_MESSAGE_BYTES}"
+            )
+        command.sequence = self._number
+        self._stream.send(command)
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._call.cancel()
-            self._connector.stream_closed(self._connection)
-
-
-@dataclass(slots=True)
-class _Connection:
-    channel: grpc.aio.Channel
-    streams: int = 0
-    forgotten: bool = False
+        if self._closed:
+            return
+        self._closed = True
+        if self._stream.remove(self._number):
+            cancel = decode_pb2.CancelDecode()
+            self._stream.send(decode_pb2.RouterMessage(sequence=self._number, cancel=cancel))
+        self._connection.closed_sequence()

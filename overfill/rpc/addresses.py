@@ -21,3 +21,8 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def reachable(host: str) -> str:
+    """Returns the address at which processes on this machine reach a server that listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)

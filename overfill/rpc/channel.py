@@ -77,11 +77,11 @@ def channel_options() -> Options:
     ]
 
 
-def server_options() -> Options:
-    """Options of every server."""
+def server_options(share_port: bool = False) -> Options:
+    """Options of every server. With ``share_port``, other processes may listen on the same port."""
     return [
-        # With SO_REUSEPORT, a second server on the same port would silently get half of the connections.
-        ("grpc.so_reuseport", 0),
+        # With SO_REUSEPORT, a second server on the same port gets half of the connections without an error.
+        ("grpc.so_reuseport", int(share_port)),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_MIN_INTERVAL)),
         # Closes connections that stay silent or do not finish their handshake.
         ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),

@@ -29,7 +29,6 @@ Behaviour = Callable[[Any, Any], Any]
 
 TRACED = {
     "/overfill.v1.Inference/Generate": "router.request",
-    "/overfill.v1.Decode/Generate": "decode.attempt",
     "/overfill.v1.Prefill/Prefill": "prefill.prompt",
 }
 """RPCs that are traced, with the names of their spans."""

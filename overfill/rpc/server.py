@@ -31,6 +31,7 @@ class RpcServer:
         interceptors: further interceptors, called for every RPC; their exceptions are mapped to statuses too.
         condition: returns True while the process can do its work. Health checks report ready only while it does. None
             means always.
+        share_port: let other processes listen on the same port; the kernel divides the connections among them.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class RpcServer:
         access: AccessPolicy | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
         condition: Callable[[], bool] | None = None,
+        share_port: bool = False,
     ) -> None:
+        self._share_port = share_port
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._access = access
@@ -82,7 +85,7 @@ class RpcServer:
             )
         server = grpc.aio.server(
             interceptors=[ErrorInterceptor(self._access, self._wants_certificates), *self._interceptors],
-            options=server_options(),
+            options=server_options(self._share_port),
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )
         for add_servicer, servicer, _ in self._servicers:

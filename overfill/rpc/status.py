@@ -115,10 +115,33 @@ def as_overfill_error(exc: BaseException) -> OverfillError:
     return InternalError(f"internal error: the server's log has the details under incident {incident}")
 
 
+def to_bytes(exc: BaseException) -> bytes:
+    """Returns ``exc`` as a serialized ``google.rpc.Status``, for messages that carry errors. As ``to_status``."""
+    details = dict(_encode(as_overfill_error(exc)).trailing_metadata)[DETAILS_KEY]
+    assert isinstance(details, bytes)
+    return details
+
+
+def from_bytes(data: bytes, peer: str = "") -> OverfillError:
+    """Returns the error that ``to_bytes`` wrote. Bytes that are no such error become an InternalError."""
+    try:
+        status = status_pb2.Status.FromString(data)
+    except DecodeError:
+        status = status_pb2.Status()
+    codes = {code.value[0]: code for code in grpc.StatusCode}
+    code = codes.get(status.code, grpc.StatusCode.INTERNAL)
+    return _from_status(code, status.message or "the error is not readable", status, peer)
+
+
 def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
     """Returns the error for ``err``. ``peer`` names the other end in messages that gRPC itself wrote."""
-    code, message = err.code(), err.details() or err.code().name
-    status = _attached_status(err)
+    error = _from_status(err.code(), err.details() or err.code().name, _attached_status(err), peer)
+    if trace_id := _trailers(err).get(TRACE_ID):
+        error.trace_id = str(trace_id)
+    return error
+
+
+def _from_status(code: grpc.StatusCode, message: str, status: status_pb2.Status, peer: str) -> OverfillError:
     info = _unpack(status, error_details_pb2.ErrorInfo())
     bad_request = _unpack(status, error_details_pb2.BadRequest())
     field = bad_request.field_violations[0].field if bad_request.field_violations else ""
@@ -135,10 +158,7 @@ def from_rpc_error(err: grpc.RpcError, peer: str = "") -> OverfillError:
         if peer:
             message = f"{peer}: {_plain(message)}"
 
-    error = _rebuilt(cls, message, field, status, info)
-    if trace_id := _trailers(err).get(TRACE_ID):
-        error.trace_id = str(trace_id)
-    return error
+    return _rebuilt(cls, message, field, status, info)
 
 
 def _plain(message: str) -> str:

@@ -309,6 +309,15 @@ class RouterConfig(ServiceConfig):
     rpcs = ROUTER_RPCS
 
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
+    share_port: Path | None = Field(
+        None,
+        description="folder through which this router shares --port and --http with the other router processes of this "
+        "machine that name the same folder; they count the limits of API keys together; the folder must be empty after "
+        "a reboot, such as one in /run; by default the ports are this router's alone",
+    )
+    join_port: Port = Field(
+        0, description="with --share-port, port at which workers join this process alone; 0 picks a free one"
+    )
     served_model_name: Names = Field(
         (),
         description="model names that clients may request, separated by commas; answers carry the first; by default "
@@ -371,6 +380,17 @@ class RouterConfig(ServiceConfig):
     max_request_time: float = Field(
         3600.0, gt=0, description="maximum seconds for a request, from its arrival to the end of its answer"
     )
+
+    @model_validator(mode="after")
+    def _check_shared_port(self) -> Self:
+        if self.share_port is None and self.join_port:
+            raise ValueError(
+                "--join-port is for routers that share a port: give --share-port too, or remove --join-port; workers "
+                "join other routers at --port"
+            )
+        if self.share_port is not None and 0 in (self.port, self.http):
+            raise ValueError("--share-port needs the same ports on every router: give --port and --http a number")
+        return self
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:

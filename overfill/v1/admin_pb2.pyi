@@ -8,24 +8,40 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("alone",)
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    alone: bool
+    def __init__(self, alone: bool = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("process", "workers", "complete", "http_address", "activity", "pools")
+    __slots__ = ("process", "workers", "complete", "http_address", "activity", "pools", "routers")
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     process: ProcessStatus
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     complete: bool
     http_address: str
     activity: Activity
     pools: _containers.RepeatedCompositeFieldContainer[PoolStatus]
-    def __init__(self, process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., complete: bool = ..., http_address: _Optional[str] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ...) -> None: ...
+    routers: _containers.RepeatedCompositeFieldContainer[RouterStatus]
+    def __init__(self, process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., complete: bool = ..., http_address: _Optional[str] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ...) -> None: ...
+
+class RouterStatus(_message.Message):
+    __slots__ = ("id", "address", "process", "activity")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    address: str
+    process: ProcessStatus
+    activity: Activity
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
     __slots__ = ("stage", "ready", "expected")
@@ -38,18 +54,30 @@ class PoolStatus(_message.Message):
     def __init__(self, stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., ready: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
 
 class Activity(_message.Message):
-    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing")
+    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing", "histograms")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tokens_per_second: float
     answers: int
     timing: _containers.RepeatedCompositeFieldContainer[Percentiles]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ...) -> None: ...
+    histograms: _containers.RepeatedCompositeFieldContainer[Histogram]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ..., histograms: _Optional[_Iterable[_Union[Histogram, _Mapping]]] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("name", "bucket", "count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bucket: _containers.RepeatedScalarFieldContainer[int]
+    count: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., count: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Percentiles(_message.Message):
     __slots__ = ("name", "p50_seconds", "p90_seconds", "p99_seconds")

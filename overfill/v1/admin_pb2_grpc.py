@@ -50,7 +50,8 @@ class AdminServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Status(self, request, context):
-        """Returns the status of a process. A router adds the status of every worker that it knows.
+        """Returns the status of a process. A router adds the status of every worker that it knows, and of the other router
+        processes that share its address.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -58,7 +59,8 @@ class AdminServicer(object):
 
     def Drain(self, request, context):
         """Drains a process: it reports not ready and refuses new requests at once, lets running requests finish, and exits with 0.
-        A router forwards the call to the worker that `worker_id` names.
+        A router forwards the call to the worker that `worker_id` names. Without a name, all router processes drain that share
+        the address; at its own address (`--join-port`), a process drains alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -32,18 +32,22 @@ class DescribeDecodeResponse(_message.Message):
     max_model_len: int
     def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., layer_map: _Optional[_Iterable[int]] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
-class DecodeRequest(_message.Message):
-    __slots__ = ("start", "assign_prefill", "evict")
+class RouterMessage(_message.Message):
+    __slots__ = ("sequence", "start", "assign_prefill", "evict", "cancel")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_PREFILL_FIELD_NUMBER: _ClassVar[int]
     EVICT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
     start: StartDecode
     assign_prefill: AssignPrefill
     evict: Evict
-    def __init__(self, start: _Optional[_Union[StartDecode, _Mapping]] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ...) -> None: ...
+    cancel: CancelDecode
+    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[_Union[StartDecode, _Mapping]] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., cancel: _Optional[_Union[CancelDecode, _Mapping]] = ...) -> None: ...
 
 class StartDecode(_message.Message):
-    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec")
+    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec", "time_left_ns", "traceparent", "assign_prefill")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +59,9 @@ class StartDecode(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_NS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    ASSIGN_PREFILL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     expected_incarnation: int
@@ -66,7 +73,10 @@ class StartDecode(_message.Message):
     trace: bool
     sample_index: int
     codec: _common_pb2.KvCodec
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
+    time_left_ns: int
+    traceparent: str
+    assign_prefill: AssignPrefill
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., time_left_ns: _Optional[int] = ..., traceparent: _Optional[str] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ...) -> None: ...
 
 class AssignPrefill(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address", "data_address")
@@ -86,19 +96,41 @@ class Evict(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
-class DecodeResponse(_message.Message):
-    __slots__ = ("reserved", "need_prefill", "tokens", "refused", "done")
+class CancelDecode(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerMessage(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[SequenceUpdate]
+    def __init__(self, updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ...) -> None: ...
+
+class SequenceUpdate(_message.Message):
+    __slots__ = ("sequence", "reserved", "need_prefill", "tokens", "refused", "done", "failed")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     NEED_PREFILL_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
     reserved: Reserved
     need_prefill: NeedPrefill
     tokens: Tokens
     refused: Refused
     done: DecodeDone
-    def __init__(self, reserved: _Optional[_Union[Reserved, _Mapping]] = ..., need_prefill: _Optional[_Union[NeedPrefill, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., done: _Optional[_Union[DecodeDone, _Mapping]] = ...) -> None: ...
+    failed: SequenceFailed
+    def __init__(self, sequence: _Optional[int] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., need_prefill: _Optional[_Union[NeedPrefill, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., done: _Optional[_Union[DecodeDone, _Mapping]] = ..., failed: _Optional[_Union[SequenceFailed, _Mapping]] = ...) -> None: ...
+
+class SequenceFailed(_message.Message):
+    __slots__ = ("status", "trace_id")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    status: bytes
+    trace_id: str
+    def __init__(self, status: _Optional[bytes] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("blocks", "reservation_ns")

@@ -39,10 +39,10 @@ class DecodeStub(object):
                 request_serializer=overfill_dot_v1_dot_decode__pb2.DescribeDecodeRequest.SerializeToString,
                 response_deserializer=overfill_dot_v1_dot_decode__pb2.DescribeDecodeResponse.FromString,
                 _registered_method=True)
-        self.Generate = channel.stream_stream(
-                '/overfill.v1.Decode/Generate',
-                request_serializer=overfill_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
-                response_deserializer=overfill_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+        self.Serve = channel.stream_stream(
+                '/overfill.v1.Decode/Serve',
+                request_serializer=overfill_dot_v1_dot_decode__pb2.RouterMessage.SerializeToString,
+                response_deserializer=overfill_dot_v1_dot_decode__pb2.WorkerMessage.FromString,
                 _registered_method=True)
 
 
@@ -56,10 +56,14 @@ class DecodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Generate(self, request_iterator, context):
-        """Runs one attempt at one sequence. The router sends StartDecode; the worker answers Reserved, or Refused, which ends
-        the stream. The router then sends AssignPrefill, and the worker sends Tokens until DecodeDone. NeedPrefill may come
-        at any time after Reserved; the router answers it with another AssignPrefill.
+    def Serve(self, request_iterator, context):
+        """Runs all sequences that one router has on the worker. A router opens one stream per worker.
+
+        A sequence is one attempt at one answer. The router sends StartDecode; the worker answers at once, with Reserved, or with
+        Refused, which ends the sequence. The prefill worker comes in StartDecode, or in AssignPrefill after Reserved. Then the
+        worker sends Tokens until DecodeDone. NeedPrefill may
+        come at any time after Reserved; the router answers it with another AssignPrefill. SequenceFailed ends one sequence. The
+        end of the stream ends all of them, and the worker frees their blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,10 +77,10 @@ def add_DecodeServicer_to_server(servicer, server):
                     request_deserializer=overfill_dot_v1_dot_decode__pb2.DescribeDecodeRequest.FromString,
                     response_serializer=overfill_dot_v1_dot_decode__pb2.DescribeDecodeResponse.SerializeToString,
             ),
-            'Generate': grpc.stream_stream_rpc_method_handler(
-                    servicer.Generate,
-                    request_deserializer=overfill_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
-                    response_serializer=overfill_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            'Serve': grpc.stream_stream_rpc_method_handler(
+                    servicer.Serve,
+                    request_deserializer=overfill_dot_v1_dot_decode__pb2.RouterMessage.FromString,
+                    response_serializer=overfill_dot_v1_dot_decode__pb2.WorkerMessage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -117,7 +121,7 @@ class Decode(object):
             _registered_method=True)
 
     @staticmethod
-    def Generate(request_iterator,
+    def Serve(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -130,9 +134,9 @@ class Decode(object):
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/overfill.v1.Decode/Generate',
-            overfill_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
-            overfill_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            '/overfill.v1.Decode/Serve',
+            overfill_dot_v1_dot_decode__pb2.RouterMessage.SerializeToString,
+            overfill_dot_v1_dot_decode__pb2.WorkerMessage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,14 +1,12 @@
 """One attempt at one sequence: an actor between the router, the engine and a prefill worker.
 
-All events of the sequence arrive in one inbox, and the session handles them in order on the event loop. Messages for
-the router go into an outbox. Consecutive unread tokens merge there, so a slow router never blocks an engine step.
+All events of the sequence arrive in one inbox, and the session handles them in order on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -48,43 +46,6 @@ from services.hosting import logprobs_to_proto
 _Need = decode_pb2.NeedPrefill
 
 
-class Outbox:
-    """Responses for the router, in order. Consecutive unread Tokens messages merge into one."""
-
-    def __init__(self) -> None:
-        self._items: deque[decode_pb2.DecodeResponse] = deque()
-        self._changed = asyncio.Event()
-        self._error: BaseException | None = None
-        self._closed = False
-
-    def put(self, response: decode_pb2.DecodeResponse) -> None:
-        last = self._items[-1] if self._items else None
-        if last is not None and last.HasField("tokens") and response.HasField("tokens"):
-            last.tokens.ids.extend(response.tokens.ids)
-            last.tokens.logprobs.extend(response.tokens.logprobs)
-        else:
-            self._items.append(response)
-        self._changed.set()
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream after the queued messages, with ``error`` if given."""
-        self._closed, self._error = True, error
-        self._changed.set()
-
-    def __aiter__(self) -> Outbox:
-        return self
-
-    async def __anext__(self) -> decode_pb2.DecodeResponse:
-        while not self._items:
-            if self._closed:
-                if self._error is not None:
-                    raise self._error
-                raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
-        return self._items.popleft()
-
-
 @dataclass(frozen=True, slots=True)
 class PullEnded:
     """The end of a pull: the prompt's KV is in place, or ``error`` says why not."""
@@ -102,9 +63,11 @@ NewPull = Callable[[PrefillPeer, "SequenceSession"], PromptPull]
 
 
 class SequenceSession:
-    """Runs one attempt at one sequence. ``run`` closes the outbox before it returns.
+    """Runs one attempt at one sequence.
 
     Args:
+        inbox: receives the router's commands, and everything else that happens to the sequence.
+        tell: queues an update for the router.
         send: sends a message to the engine.
         use_peer: connects to a prefill worker.
         new_pull: creates the pull of the prompt's KV into ``blocks``.
@@ -121,6 +84,8 @@ class SequenceSession:
         self,
         start: decode_pb2.StartDecode,
         sequence: DecodeSequence,
+        inbox: Inbox,
+        tell: Callable[[decode_pb2.SequenceUpdate], None],
         send: Callable[[object], None],
         use_peer: UsePeer,
         new_pull: NewPull,
@@ -131,10 +96,10 @@ class SequenceSession:
         self._metrics = metrics or DecodeMetrics()
         self.start = start
         self.sequence = sequence
-        self.inbox: Inbox = asyncio.Queue()
-        self.outbox = Outbox()
+        self.inbox = inbox
         self.blocks: list[int] = []
         self.held_tokens = 0
+        self._tell = tell
         self._send = send
         self._use_peer = use_peer
         self._new_pull = new_pull
@@ -161,19 +126,18 @@ class SequenceSession:
         return self._emitted == 0
 
     async def run(self) -> None:
-        """Handles events until the attempt ends. Then joins the pull and has the engine release the sequence."""
+        """Handles events until the attempt ends. Then joins the pull and has the engine release the sequence.
+
+        Raises:
+            OverfillError: the attempt failed.
+        """
         self._send(Reserve(self.sequence))
         try:
             while not await self._handle(await self.inbox.get()):
                 pass
-            self.outbox.close()
             if not self._refused:  # the engine counts refusals
                 self._metrics.ended(None)
-        except Exception as error:
-            self._failure = error
-            self.outbox.close(error)
-            self._metrics.ended(error)
-        except asyncio.CancelledError as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._failure = error
             self._metrics.ended(error)
             raise
@@ -207,14 +171,11 @@ class SequenceSession:
                 self._announce_reservation()
             case Refused(reason=reason):
                 refused = decode_pb2.Refused(load=self._load(), reason=reason)
-                self.outbox.put(decode_pb2.DecodeResponse(refused=refused))
+                self._tell(decode_pb2.SequenceUpdate(refused=refused))
                 self._refused = True
                 return True
             case decode_pb2.AssignPrefill():
-                # Ignore an assignment that arrives after the sequence lost its blocks: it will ask again.
-                if self._wants_kv and self._pull is None:
-                    self._pulls += 1
-                    self._pull = asyncio.ensure_future(self._fetch(item, self._pulls))
+                self._begin_pull(item)
             case FirstTokenArrived():
                 return self._on_first_token(item)
             case PullEnded() if item.pull != self._pulls or self._pull is None:
@@ -257,11 +218,19 @@ class SequenceSession:
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
-        self.outbox.put(decode_pb2.DecodeResponse(reserved=reserved))
+        self._tell(decode_pb2.SequenceUpdate(reserved=reserved))
+        if self.start.HasField("assign_prefill"):
+            self._begin_pull(self.start.assign_prefill)
+
+    def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
+        # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
+        if self._wants_kv and self._pull is None:
+            self._pulls += 1
+            self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
     def _need_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
         need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)
-        self.outbox.put(decode_pb2.DecodeResponse(need_prefill=need))
+        self._tell(decode_pb2.SequenceUpdate(need_prefill=need))
 
     async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:
         """Has ``target`` prefill the prompt, and writes its KV into ``blocks``. Puts the outcome into the inbox."""
@@ -316,7 +285,7 @@ class SequenceSession:
                 prefill_compute_ns=token.compute_ns,
                 return_ns=token.return_ns + time.monotonic_ns() - arrived.received_ns,
             )
-            self.outbox.put(decode_pb2.DecodeResponse(tokens=tokens))
+            self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
             self._finish(finish)
         return finish is not None
@@ -334,7 +303,7 @@ class SequenceSession:
                 ids=[event.token.token_id],
                 logprobs=[] if logprobs is None else [logprobs],
             )
-            self.outbox.put(decode_pb2.DecodeResponse(tokens=tokens))
+            self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if event.finish is not None:
             self._finish(event.finish)
         return event.finish is not None
@@ -358,7 +327,7 @@ class SequenceSession:
                 done.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
         if self.start.trace and self._handoff is not None:
             done.trace.CopyFrom(self._handoff.stats.to_proto())
-        self.outbox.put(decode_pb2.DecodeResponse(done=done))
+        self._tell(decode_pb2.SequenceUpdate(done=done))
 
 
 def _reason_for(error: OverfillError) -> decode_pb2.NeedPrefill.Reason:

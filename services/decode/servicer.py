@@ -1,8 +1,7 @@
-"""The Decode service: each RPC is one attempt at one sequence. Token ids only; no text, no routing."""
+"""The Decode service: one stream per router, one session per sequence. Token ids only; no text, no routing."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
@@ -20,8 +19,9 @@ from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.interceptors import Context
+from overfill.rpc.sequences import ServedSequence, serve_sequences
 from overfill.rpc.worker import WorkerHost, fill_description
-from overfill.telemetry import logs, tracing
+from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 from services.decode.sequence_session import SequenceSession
@@ -29,7 +29,7 @@ from services.hosting import PromptHasher, worker_load
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
-    """Serves Generate and Describe. The process sets ``engine`` and ``host`` before the server starts.
+    """Serves Serve and Describe. The process sets ``engine`` and ``host`` before the server starts.
 
     Args:
         prefix: the engine's prefix cache.
@@ -82,34 +82,27 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         description = decode_pb2.DescribeDecodeResponse(layer_map=self._parts.pair.layer_map)
         return fill_description(description, self._hello)
 
-    async def Generate(
-        self,
-        request_iterator: AsyncIterator[decode_pb2.DecodeRequest],
-        context: Context,
-    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("message") != "start":
-            raise InvalidRequest("start", "the first message of Generate is StartDecode")
-        logs.request_id.set(first.start.request_id)
+    async def Serve(self, request_iterator: AsyncIterator[decode_pb2.RouterMessage], context: Context) -> None:
+        await serve_sequences(request_iterator, context, self._run)
+
+    async def _run(self, served: ServedSequence) -> None:
+        """Runs one sequence of a router's stream."""
+        start = served.start
         tracing.current().set(
-            request_id=first.start.request_id,
+            request_id=start.request_id,
             worker=self._hello.worker_id,
-            prompt_tokens=len(first.start.prompt_token_ids),
-            emitted_tokens=len(first.start.emitted_token_ids),
+            prompt_tokens=len(start.prompt_token_ids),
+            emitted_tokens=len(start.emitted_token_ids),
         )
-        self._check_open(first.start)  # checked again below: compiling a grammar takes time
-        processor = await self._processor(first.start)
-        prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, self._cache_namespace(first.start))
-        session = self._accept(first.start, processor, prompt_blocks, context)
-        running = asyncio.ensure_future(session.run())
-        running.add_done_callback(lambda _: self._sessions.pop(session.sequence.id))
-        reading = asyncio.ensure_future(_read_requests(session, request_iterator))
+        self._check_open(start)  # checked again below: compiling a grammar takes time
+        processor = await self._processor(start)
+        prompt_blocks = await self._hasher.blocks_of(start.prompt_token_ids, self._cache_namespace(start))
+        session = self._accept(served, processor, prompt_blocks)
+        self._sessions[session.sequence.id] = session
         try:
-            async for response in session.outbox:
-                yield response
+            await session.run()
         finally:
-            reading.cancel()
-            running.cancel()  # the session first waits until its blocks may be freed
+            del self._sessions[session.sequence.id]
 
     async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
         """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""
@@ -132,12 +125,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.cache_namespace}"
 
     def _accept(
-        self,
-        start: decode_pb2.StartDecode,
-        processor: LogitProcessor | None,
-        prompt_blocks: PromptBlocks,
-        context: Context,
+        self, served: ServedSequence, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
     ) -> SequenceSession:
+        start = served.start
         self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
@@ -153,18 +143,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             cache_namespace=prompt_blocks.cache_namespace,
             prompt_blocks=prompt_blocks,
         )
-        session = SequenceSession(
+        return SequenceSession(
             start,
             sequence,
+            served.commands,
+            served.put,
             self.engine.send,
             self._peers.use,
             self._new_pull,
-            context.time_remaining,
+            served.time_left,
             lambda: worker_load(self.engine.load, self._parts.pool.block_size),
             self._metrics,
         )
-        self._sessions[sequence.id] = session
-        return session
 
     def _check(self, start: decode_pb2.StartDecode, sampling: SamplingParams) -> None:
         vocab, longest = self._parts.config.vocab_size, self._parts.max_model_len
@@ -216,17 +206,3 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             session.held_tokens,
             self._limits,
         )
-
-
-async def _read_requests(session: SequenceSession, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
-    try:
-        async for request in requests:
-            match request.WhichOneof("message"):
-                case "assign_prefill":
-                    session.inbox.put_nowait(request.assign_prefill)
-                case "evict":
-                    session.inbox.put_nowait(request.evict)
-                case other:
-                    raise InvalidRequest(other or "message", "only AssignPrefill and Evict may follow StartDecode")
-    except InvalidRequest as error:
-        session.inbox.put_nowait(error)

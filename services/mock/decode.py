@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,14 @@ from overfill.request.params import SamplingParams
 from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
+from overfill.rpc.sequences import ServedSequence, serve_sequences
 from overfill.rpc.worker import fill_description
 from overfill.settings.mock import MockDecodeConfig
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.mock.tokens import Script, Speaker
 from services.mock.worker import MockWorker
 
-_Response = decode_pb2.DecodeResponse
+_Update = decode_pb2.SequenceUpdate
 _Need = decode_pb2.NeedPrefill
 
 
@@ -37,7 +38,8 @@ class _Sequence:
     speaker: Speaker
     blocks: int
     emitted: list[int]
-    out: asyncio.Queue[_Response | Exception | None] = field(default_factory=asyncio.Queue)
+    put: Callable[[decode_pb2.SequenceUpdate], None]
+    ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     prefill_worker: str = ""
     first_known: int | None = None
     first_step: int | None = None
@@ -55,7 +57,7 @@ class _Sequence:
             first_index=len(self.emitted), ids=[token], logprobs=[] if scored is None else [scored], **timing
         )
         self.emitted.append(token)
-        self.out.put_nowait(_Response(tokens=tokens))
+        self.put(_Update(tokens=tokens))
         if len(self.emitted) >= self.sampling.max_tokens:  # type: ignore[operator]  # checked when accepted
             self._done(common_pb2.FINISH_REASON_LENGTH)
             return True
@@ -72,8 +74,14 @@ class _Sequence:
             done.decode_ns = time.monotonic_ns() - self.first_step
             if self.first_known is not None:
                 done.handoff_exposed_ns = self.first_step - self.first_known
-        self.out.put_nowait(_Response(done=done))
-        self.out.put_nowait(None)
+        self.put(_Update(done=done))
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the sequence with ``error``."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
 
 
 class MockDecode(decode_pb2_grpc.DecodeServicer):
@@ -116,37 +124,32 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         description = decode_pb2.DescribeDecodeResponse(layer_map=self.worker.pair.layer_map)
         return fill_description(description, self.worker.hello)
 
-    async def Generate(
-        self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Context
-    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+    async def Serve(self, request_iterator: AsyncIterator[decode_pb2.RouterMessage], context: Context) -> None:
+        await serve_sequences(request_iterator, context, self._run)
+
+    async def _run(self, served: ServedSequence) -> None:
         received = time.monotonic_ns()
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("message") != "start":
-            raise InvalidRequest("start", "the first message of Generate is StartDecode")
-        sequence = await self._accept(first.start)
+        sequence = await self._accept(served)
         if sequence is None:
-            yield _Response(refused=decode_pb2.Refused(load=self.load(), reason="no blocks are free"))
+            served.put(_Update(refused=decode_pb2.Refused(load=self.load(), reason="no blocks are free")))
             return
-        handing_over: asyncio.Task[None] | None = None
+        reserved = decode_pb2.Reserved(blocks=sequence.blocks, reservation_ns=time.monotonic_ns() - received)
+        served.put(_Update(reserved=reserved))
+        if served.start.HasField("assign_prefill"):
+            served.commands.put_nowait(served.start.assign_prefill)
+        handing_over = asyncio.create_task(self._hand_over(sequence, served.commands))
         try:
-            reserved = decode_pb2.Reserved(blocks=sequence.blocks, reservation_ns=time.monotonic_ns() - received)
-            yield _Response(reserved=reserved)
-            handing_over = asyncio.ensure_future(self._hand_over(sequence, request_iterator))
-            while (response := await sequence.out.get()) is not None:
-                if isinstance(response, Exception):
-                    raise response
-                yield response
-            handing_over.cancel()
+            await sequence.ended
         finally:
-            if handing_over is not None:
-                handing_over.cancel()
+            handing_over.cancel()
             self._sequences.discard(sequence)
             self._running.discard(sequence)
             self.worker.notify()
             self.worker.check_drained()
 
-    async def _accept(self, start: decode_pb2.StartDecode) -> _Sequence | None:
+    async def _accept(self, served: ServedSequence) -> _Sequence | None:
         """Reserves blocks for a sequence; returns None when too few blocks or slots are free."""
+        start = served.start
         if self.worker.draining:
             raise ShuttingDown(f"{self.worker.hello.worker_id} is draining")
         if start.expected_incarnation != self.worker.hello.incarnation:
@@ -161,28 +164,28 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         free = self._config.mock_kv_blocks - sum(sequence.blocks for sequence in self._sequences)
         if blocks > free or len(self._sequences) >= self._config.max_num_seqs:
             return None
-        sequence = _Sequence(start, sampling, speaker, blocks, list(start.emitted_token_ids))
+        sequence = _Sequence(start, sampling, speaker, blocks, list(start.emitted_token_ids), served.put)
         self._sequences.add(sequence)
         self.worker.notify()
         return sequence
 
-    async def _hand_over(self, sequence: _Sequence, requests: AsyncIterator[decode_pb2.DecodeRequest]) -> None:
+    async def _hand_over(self, sequence: _Sequence, commands: asyncio.Queue[Any]) -> None:
         """Fetches the prompt's KV from each assigned prefill worker until one has completed the handoff."""
-        async for request in requests:
-            if request.WhichOneof("message") != "assign_prefill":
+        while True:
+            target = await commands.get()
+            if not isinstance(target, decode_pb2.AssignPrefill):
                 continue
-            target = request.assign_prefill
             try:
                 ended = await self._peer(target).prefill(sequence, target, self._config.mock_kv_layers)
             except InvalidRequest as error:
-                sequence.out.put_nowait(error)
+                sequence.fail(error)
                 return
             except OverfillError as error:
                 need = _Need(reason=_Need.REASON_PREFILL_FAILED, detail=str(error), worker_id=target.worker_id)
-                sequence.out.put_nowait(_Response(need_prefill=need))
+                sequence.put(_Update(need_prefill=need))
                 continue
             except Exception as error:  # a defect of the mock: report it, or the request would wait for ever
-                sequence.out.put_nowait(error)
+                sequence.fail(error)
                 return
             sequence.prefill_worker = target.worker_id
             if not ended:
@@ -205,7 +208,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
                     ended = sequence.take(sequence.speaker.next(sequence.emitted))
                 except OverfillError as error:
                     ended = True
-                    sequence.out.put_nowait(error)
+                    sequence.fail(error)
                 if ended:
                     self._running.discard(sequence)
 

@@ -1,24 +1,30 @@
-"""The Admin service of the router: status of the whole stack, collected from the workers, and draining."""
+"""The Admin service of the router: status of the whole stack, collected from its processes, and draining."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Unavailable
+from overfill.routing import rolling_stats
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import STALE_AFTER, Worker
 from overfill.rpc.calls import checked_response
+from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
+from overfill.rpc.tls import Credentials
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
+from services.router.port_group import Member
 
 STATUS_TIMEOUT = 1.0
-"""Seconds after which a worker counts as silent."""
+"""Seconds after which a worker or another router counts as silent."""
 
 DRAIN_TIMEOUT = 5.0
-"""Seconds for a worker to answer Drain."""
+"""Seconds for a worker or another router to answer Drain."""
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
@@ -28,8 +34,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         expected: number of workers per stage with which the stack is complete.
         process: returns the router's own status.
         drain: drains the router.
-        activity: returns the router's rolling statistics.
+        activity: returns the router's rolling statistics; with True, their histograms too.
+        member: returns the router's own addresses.
         http_address: returns the address of the OpenAI endpoint; empty without one.
+        others: returns the other router processes for which this service answers too.
+        credentials: credentials for calling them.
     """
 
     def __init__(
@@ -39,8 +48,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         expected: Mapping[common_pb2.Stage, int],
         process: Callable[[], admin_pb2.ProcessStatus],
         drain: Callable[[], None],
-        activity: Callable[[], admin_pb2.Activity],
+        activity: Callable[[bool], admin_pb2.Activity],
+        member: Callable[[], Member],
         http_address: Callable[[], str] = lambda: "",
+        others: Callable[[], Sequence[Member]] = lambda: (),
+        credentials: Credentials | None = None,
     ) -> None:
         self._roster = roster
         self._connector = connector
@@ -48,20 +60,26 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._process = process
         self._drain = drain
         self._activity = activity
+        self._member = member
         self._http_address = http_address
+        self._others = others
+        self._credentials = credentials
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
+        if request.alone:
+            return admin_pb2.StatusResponse(process=self._process(), activity=self._activity(True))
         # Look up all channels before the first await: a worker may leave while others are being queried.
         workers = await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()])
-        return self._response(workers)
+        return await self._response(workers)
 
-    def known(self) -> admin_pb2.StatusResponse:
-        """Returns the status from the workers' reports, without queries. A silent worker has an empty ``process``."""
+    async def known(self) -> admin_pb2.StatusResponse:
+        """Returns the status from the workers' reports, without asking them. A silent worker has no ``process``."""
         now = asyncio.get_running_loop().time()
-        return self._response([_reported(worker, now) for worker in self._roster.workers()])
+        return await self._response([_reported(worker, now) for worker in self._roster.workers()])
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         if not request.worker_id:
+            await asyncio.gather(*[self._drain_router(other) for other in self._others()])
             self._drain()
             return admin_pb2.DrainResponse()
         worker = self._roster.find(request.worker_id)
@@ -77,20 +95,53 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
                 raise
         return admin_pb2.DrainResponse()
 
-    def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
+    async def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
         ready = Counter(w.stage for w in workers if w.process.ready and not w.process.draining)
         pools = [
             admin_pb2.PoolStatus(stage=stage, ready=ready[stage], expected=expected)
             for stage, expected in self._expected.items()
         ]
+        process, member = self._process(), self._member()
+        others = await asyncio.gather(*[self._ask_router(other) for other in self._others()])
+        activity = self._activity(bool(others))
+        own = admin_pb2.RouterStatus(id=member.id, address=member.address, process=process, activity=activity)
+        routers = [own, *others]
+        if others:
+            activity = rolling_stats.add_up(router.activity for router in routers)
+            for router in routers:
+                if router.HasField("activity"):
+                    router.activity.ClearField("histograms")
         return admin_pb2.StatusResponse(
-            process=self._process(),
+            process=process,
             workers=workers,
             complete=all(pool.ready >= pool.expected for pool in pools),
             http_address=self._http_address(),
-            activity=self._activity(),
+            activity=activity,
             pools=pools,
+            routers=routers,
         )
+
+    async def _ask_router(self, other: Member) -> admin_pb2.RouterStatus:
+        status = admin_pb2.RouterStatus(id=other.id, address=other.address)
+        try:
+            answer = await self._call_router(other, "Status", admin_pb2.StatusRequest(alone=True), STATUS_TIMEOUT)
+        except OverfillError:
+            return status
+        status.process.CopyFrom(answer.process)
+        status.activity.CopyFrom(answer.activity)
+        return status
+
+    async def _drain_router(self, other: Member) -> None:
+        with suppress(Unavailable, RequestCancelled):  # a router that dies has nothing to drain
+            await self._call_router(other, "Drain", admin_pb2.DrainRequest(), DRAIN_TIMEOUT)
+
+    async def _call_router(self, other: Member, method: str, request: Any, timeout: float) -> Any:
+        channel = open_channel(other.address, self._credentials)
+        try:
+            call = getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=timeout)
+            return await checked_response(call, f"router {other.id}")
+        finally:
+            await channel.close(None)
 
     def _stub(self, worker: Worker) -> admin_pb2_grpc.AdminStub:
         return admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from overfill import __version__
@@ -14,6 +15,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
+from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
 from overfill.routing.policies import POLICIES
@@ -24,7 +26,7 @@ from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.access import AccessPolicy
-from overfill.rpc.addresses import is_loopback
+from overfill.rpc.addresses import is_loopback, reachable, split_address
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
@@ -44,7 +46,8 @@ from overfill.v1 import (
 from services.router.admin import AdminServicer
 from services.router.generation import Generator
 from services.router.inference import InferenceServicer
-from services.router.registry import RegistryServicer, worker_counts
+from services.router.port_group import Member, PortGroup
+from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -59,6 +62,9 @@ STOP_GRACE = 0.5
 class Router:
     """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if configured.
 
+    With ``config.share_port``, other router processes serve the same two ports, and each serves Registry on a third
+    port of its own. It serves Admin on both: there for itself, and on the shared port for all of the processes.
+
     Args:
         config: validated configuration.
 
@@ -71,6 +77,7 @@ class Router:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
         SourceUnavailable: the full model of the named pair cannot be downloaded.
         BadKeyFile: the API keys cannot be read.
+        Unavailable: the folder of ``config.share_port`` cannot be used.
     """
 
     def __init__(self, config: RouterConfig) -> None:
@@ -79,8 +86,8 @@ class Router:
         tokenizer = Tokenizer.load(pair.full_path)
         self._id = f"router-{secrets.token_hex(2)}"
         self._incarnation = secrets.randbits(64)
-        self._address = ""
-        self._http_address = ""
+        self._address = self._join_address = self._http_address = ""
+        self._group = None if config.share_port is None else PortGroup(config.share_port)
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.credentials())
         self.roster = Roster(
@@ -121,6 +128,7 @@ class Router:
             self._connector,
             self._metrics,
             self.signals,
+            KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of),
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
             max_request_time=config.max_request_time,
@@ -130,9 +138,8 @@ class Router:
         self._metrics_access = config.metrics_access(keys)
         self._http_api: HttpApi | None = None
         self._http = None if config.http == "off" else self._http_server(access)
-        self._server = RpcServer(
-            config.server_tls(), config.max_connections, access=access, condition=lambda: not self._unready()
-        )
+        self._server = self._rpc_server(access, share_port=self._group is not None)
+        self._join_server = self._server if self._group is None else self._rpc_server(access)
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
             InferenceServicer(self._generator),
@@ -145,56 +152,54 @@ class Router:
             self._connector,
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
         )
-        self._server.add(
-            registry_pb2_grpc.add_RegistryServicer_to_server,
-            self._registry,
-            registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
-        )
-        self._admin = AdminServicer(
-            self.roster,
-            self._connector,
-            expected,
-            self._status,
-            self.drain,
-            self._activity,
-            lambda: self._http_address,
-        )
-        self._server.add(
-            admin_pb2_grpc.add_AdminServicer_to_server,
-            self._admin,
-            admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
-        )
+        self._admin = self._admin_servicer(expected, self._others)
+        if self._group is None:
+            self._add(self._server, self._registry, self._admin)
+        else:
+            self._add(self._server, SharedPortRegistry(), self._admin)
+            self._add(self._join_server, self._registry, self._admin_servicer(expected, lambda: ()))
 
     async def start(self) -> str:
-        """Listens, and returns the address of the gRPC server.
+        """Listens, and returns the address of the gRPC server for clients.
 
         Raises:
             Unavailable: the address is in use.
             TlsError: the host is open to other machines and there is no TLS.
         """
         tracing.configure(self._config.program, self._id, __version__, self._config.trace_endpoint())
-        self._address = await self._server.start(f"{self._config.host}:{self._config.port}")
+        try:
+            await self._listen()
+        except BaseException:
+            await self._server.stop()
+            await self._join_server.stop()
+            raise
+        for server in self._servers():
+            server.set_ready(True)
+        logger.info("%s listens on %s", self._id, self._address)
+        return self._address
+
+    async def _listen(self) -> None:
+        config = self._config
+        if self._group is not None:
+            self._join_address = await self._join_server.start(f"{config.host}:{config.join_port}")
+            logger.info("%s lets workers join at %s", self._id, self._join_address)
+        self._address = await self._server.start(f"{config.host}:{config.port}")
         if self._http is not None:
-            assert self._config.http != "off"
-            try:
-                self._http_address = await self._http.start(self._config.host, self._config.http)
-            except BaseException:
-                await self._server.stop()
-                raise
+            assert config.http != "off"
+            self._http_address = await self._http.start(config.host, config.http)
             logger.info("%s serves HTTP on %s", self._id, self._http_address)
-        if self._config.metrics_port != "off":
+        if config.metrics_port != "off":
             self._exporter = MetricsServer(
                 self._metrics.registry,
-                self._config.metrics_host,
-                self._config.metrics_port,
-                self._config.server_tls(),
+                config.metrics_host,
+                config.metrics_port,
+                config.server_tls(),
                 self._targets,
                 self._metrics_access,
             )
             logger.info("%s serves metrics on %s", self._id, self._exporter.address)
-        self._server.set_ready(True)
-        logger.info("%s listens on %s", self._id, self._address)
-        return self._address
+        if self._group is not None:
+            self._group.announce(self._member())
 
     @property
     def address(self) -> str:
@@ -215,8 +220,10 @@ class Router:
         """Refuses new requests. ``run`` returns once all running ones have ended, at latest after the grace period."""
         if not self._stopping.is_set():
             logger.info("%s drains", self._id)
-            self._server.set_ready(False)
-            self._generator.drain()
+            for server in self._servers():
+                server.set_ready(False)
+            if self._group is None:
+                self._generator.drain()
             self._stopping.set()
 
     async def run(self) -> None:
@@ -226,20 +233,74 @@ class Router:
             await self._stopping.wait()
         finally:
             advising.cancel()
+        # The other processes take new connections at once, so that no client is refused. Requests on connections that
+        # close are still served.
+        leaving = None if self._group is None else asyncio.create_task(self._leave_shared_port())
         try:
             async with asyncio.timeout(self._config.grace_period):
-                await self._generator.wait_idle()
+                await (self._generator.wait_idle() if leaving is None else asyncio.shield(leaving))
         except TimeoutError:
+            self._generator.drain()
             self._generator.abort_all(
                 ShuttingDown("the router shut down before the answer was complete; send the request again")
             )
+        if leaving is not None:
+            await leaving
         if self._http is not None:
             await self._http.stop()
-        await self._server.stop(STOP_GRACE)
+        for server in self._servers():
+            await server.stop(STOP_GRACE)
         await self._connector.close()
+        if self._group is not None:
+            self._group.leave()
         if self._exporter is not None:
             self._exporter.close()
         await tracing.flush()
+
+    async def _leave_shared_port(self) -> None:
+        """Closes the listeners of the shared ports, and each connection once its answers have ended."""
+        grace = self._config.grace_period + STOP_GRACE
+        await asyncio.gather(self._server.stop(grace), *([] if self._http is None else [self._http.stop()]))
+
+    def _servers(self) -> tuple[RpcServer, ...]:
+        return (self._server,) if self._group is None else (self._server, self._join_server)
+
+    def _rpc_server(self, access: AccessPolicy, *, share_port: bool = False) -> RpcServer:
+        return RpcServer(
+            self._config.server_tls(),
+            self._config.max_connections,
+            access=access,
+            condition=lambda: not self._unready(),
+            share_port=share_port,
+        )
+
+    def _add(self, server: RpcServer, registry: registry_pb2_grpc.RegistryServicer, admin: AdminServicer) -> None:
+        server.add(
+            registry_pb2_grpc.add_RegistryServicer_to_server,
+            registry,
+            registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
+        )
+        server.add(
+            admin_pb2_grpc.add_AdminServicer_to_server,
+            admin,
+            admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+        )
+
+    def _admin_servicer(
+        self, expected: Mapping[common_pb2.Stage, int], others: Callable[[], Sequence[Member]]
+    ) -> AdminServicer:
+        return AdminServicer(
+            self.roster,
+            self._connector,
+            expected,
+            self._status,
+            self.drain,
+            self._activity,
+            self._member,
+            lambda: self._http_address,
+            others,
+            self._config.credentials(),
+        )
 
     def _http_server(self, access: AccessPolicy) -> HttpServer:
         # Import here, so that a router without the endpoint does not load its libraries.
@@ -252,6 +313,7 @@ class Router:
             self._config.max_request_bytes,
             self._unready,
             lambda: self._admin.known(),
+            share_port=self._group is not None,
             local=is_loopback(self._config.host),
             allowed_origins=self._config.allowed_origins,
         )
@@ -260,6 +322,8 @@ class Router:
             self._config.max_connections,
             self._config.server_tls(),
             client_certificates=access.keys is None,  # API keys suffice, and few HTTP clients have certificates
+            share_port=self._group is not None,
+            stop_grace=STOP_GRACE if self._group is None else self._config.grace_period + STOP_GRACE,
         )
 
     async def _advise(self) -> None:
@@ -268,10 +332,21 @@ class Router:
             self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
             await asyncio.sleep(INTERVAL)
 
+    def _others(self) -> list[Member]:
+        return [] if self._group is None else self._group.others()
+
+    def _member(self) -> Member:
+        host, port = split_address(self._join_address or self._address)
+        metrics = "" if self._exporter is None else self._exporter.address
+        return Member(self._id, f"{reachable(host)}:{port}", metrics)
+
     def _targets(self) -> list[dict[str, Any]]:
-        assert self._exporter is not None
-        own = {"targets": [self._exporter.address], "labels": {"stage": "router", "worker": self._id}}
-        return [own, *self._registry.targets()]
+        routers = [
+            {"targets": [router.metrics_address], "labels": {"stage": "router", "worker": router.id}}
+            for router in (self._member(), *self._others())
+            if router.metrics_address
+        ]
+        return [*routers, *self._registry.targets()]
 
     def _unready(self) -> str:
         """Returns why the router cannot answer requests now; empty if it can."""
@@ -281,10 +356,13 @@ class Router:
         stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in unready)
         return f"{stages} is ready" if unready else ""
 
-    def _activity(self) -> admin_pb2.Activity:
-        waiting = self.dispatcher.num_waiting
+    def _activity(self, histograms: bool) -> admin_pb2.Activity:
+        waiting, stats = self.dispatcher.num_waiting, self._generator.rolling_stats
         now = asyncio.get_running_loop().time()
-        return self._generator.rolling_stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        if histograms:
+            activity.histograms.extend(stats.histograms(now))
+        return activity
 
     def _status(self) -> admin_pb2.ProcessStatus:
         return admin_pb2.ProcessStatus(

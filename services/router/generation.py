@@ -79,6 +79,7 @@ class Generator:
         connector: DecodeConnector,
         metrics: RouterMetrics,
         signals: Signals,
+        key_limiter: KeyLimiter,
         *,
         max_attempts: int,
         max_request_bytes: int,
@@ -97,7 +98,7 @@ class Generator:
         self._max_request_bytes = max_request_bytes
         self._max_request_time = max_request_time
         self._running: dict[Relay, ApiKey | None] = {}
-        self._key_limiter = KeyLimiter()
+        self._key_limiter = key_limiter
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False

@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -23,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 DEMAND_GAP = 0.05
 """Minimum number of seconds between two Demand messages to a worker."""
+
+
+MUST_UNDERSTAND = range(32, 64)
+"""Numbers of the fields of Hello that a router must not ignore."""
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
@@ -53,6 +59,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         if first is None or not first.HasField("hello"):
             raise InvalidRequest("hello", "must be the first message")
         check_wire_version(first.hello)
+        check_fields(first.hello)
         info = WorkerInfo.from_hello(first.hello)
         previous, _ = self._streams.get(info.id, (None, None))
         if previous is not None and previous.stage != info.stage:
@@ -138,6 +145,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         return self._streams.get(info.id, (None, None))[1] is context
 
 
+class SharedPortRegistry(registry_pb2_grpc.RegistryServicer):
+    """Refuses workers at an address that several router processes share, where they would join only one of them."""
+
+    async def Join(self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context) -> None:
+        raise Incompatible(
+            "several router processes share this address; give --routers the address of each of them, with its "
+            "--join-port (`overfill status` lists them)",
+            ["routers"],
+        )
+
+
 def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int]]:
     """Counts joined workers by stage and state. Callable from any thread; ``now`` is on the event loop's clock."""
     counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}
@@ -155,4 +173,16 @@ def check_wire_version(hello: registry_pb2.Hello) -> None:
             f"worker {hello.worker_id} speaks wire version {hello.wire_version} (software "
             f"{hello.software_version or 'unknown'}); this router speaks {WIRE_VERSION} (software {__version__})",
             ["wire_version"],
+        )
+
+
+def check_fields(hello: registry_pb2.Hello) -> None:
+    """Raises Incompatible if the worker says something that this router does not know and must not ignore."""
+    fields: Any = UnknownFieldSet(hello)
+    unknown = sorted({f.field_number for f in fields if f.field_number in MUST_UNDERSTAND})
+    if unknown:
+        raise Incompatible(
+            f"worker {hello.worker_id} (software {hello.software_version or 'unknown'}) uses fields {unknown} of "
+            f"Hello, which this router (software {__version__}) does not know; upgrade the router first",
+            ["hello"],
         )

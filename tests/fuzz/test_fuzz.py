@@ -70,7 +70,7 @@ class Cases:
         for method, bodies in json.loads((CORPUS / "seeds.json").read_text()).items():
             kind, _ = request_type(method)
             self._seeds[method] = [json_format.ParseDict(body, kind()) for body in bodies]
-        for method in ("/overfill.v1.Decode/Generate", "/overfill.v1.Prefill/Prefill"):
+        for method in ("/overfill.v1.Decode/Serve", "/overfill.v1.Prefill/Prefill"):
             for seed in self._seeds[method]:
                 if seed.WhichOneof("message") == "start":
                     seed.start.expected_incarnation = facts[method.split("/")[1]]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import torch
+from decode_calls import DecodeCall
 
 from overfill.engine import prefill
 from overfill.engine.build import build_engine_parts
@@ -20,6 +21,7 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
+from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
@@ -146,22 +148,25 @@ class Workers:
         stack.push_async_callback(server.stop)
         return await server.start("127.0.0.1:0")
 
-    def start_message(self, prompt=PROMPT, emitted=(), max_tokens=20, **sampling):
+    def start_message(self, prompt=PROMPT, emitted=(), max_tokens=20, timeout=None, **sampling):
         params = SamplingParams(**{"temperature": 0, "seed": 1, "max_tokens": max_tokens, **sampling})
-        return decode_pb2.DecodeRequest(
-            start=decode_pb2.StartDecode(
-                request_id="r",
-                expected_incarnation=self.hello.incarnation,
-                prompt_token_ids=prompt,
-                emitted_token_ids=emitted,
-                sampling=params.to_proto(),
-                eos_token_ids=[1],
-            )
+        return decode_pb2.StartDecode(
+            request_id="r",
+            expected_incarnation=self.hello.incarnation,
+            prompt_token_ids=prompt,
+            emitted_token_ids=emitted,
+            sampling=params.to_proto(),
+            eos_token_ids=[1],
+            time_left_ns=None if timeout is None else round(timeout * 1e9),
         )
 
+    async def begin(self, start):
+        call = DecodeCall(self.stub)
+        await call.send(start=start)
+        return call
+
     async def reserve(self, timeout=None, **options):
-        call = self.stub.Generate(timeout=timeout)
-        await call.write(self.start_message(**options))
+        call = await self.begin(self.start_message(timeout=timeout, **options))
         assert (await call.read()).HasField("reserved")
         return call
 
@@ -170,11 +175,12 @@ class Workers:
         target.CopyFrom(self.target)
         if data_address:
             target.data_address = data_address
-        await call.write(decode_pb2.DecodeRequest(assign_prefill=target))
+        await call.send(assign_prefill=target)
 
     async def answer(self, call):
         ids = []
-        while (message := await call.read()) is not grpc.aio.EOF:
+        while True:
+            message = await call.read()
             kind = message.WhichOneof("message")
             if kind == "tokens":
                 assert message.tokens.first_index == len(ids)
@@ -183,7 +189,6 @@ class Workers:
                 return ids, message.done
             else:
                 raise AssertionError(message)
-        raise AssertionError(f"no Done: {await call.code()} {await call.details()}")
 
     async def open_gates_until_empty(self):
         """Opens both gates; waits up to two seconds until both pools and both tables of requests are empty."""
@@ -252,7 +257,7 @@ PHASES = ["reserved", "prefill queued", "prefill running", "KV on its way", "dec
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_deadline_that_passes_frees_both_sides(workers, phase):
     async with in_phase(workers, phase, timeout=2.0) as call:
-        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert isinstance(await call.failure(), DeadlineExceeded)
     await workers.open_gates_until_empty()
 
 
@@ -266,12 +271,10 @@ async def test_a_router_that_vanishes_frees_both_sides(workers, phase):
 @pytest.mark.parametrize("phase", PHASES)
 async def test_an_eviction_frees_both_sides(workers, phase):
     async with in_phase(workers, phase) as call:
-        await call.write(decode_pb2.DecodeRequest(evict=decode_pb2.Evict(reason="elsewhere")))
-        with pytest.raises(grpc.RpcError):
-            while True:
-                await call.read()
-        assert await call.code() is grpc.StatusCode.UNAVAILABLE
-        assert "elsewhere" in await call.details()
+        await call.send(evict=decode_pb2.Evict(reason="elsewhere"))
+        error = await call.failure()
+        assert isinstance(error, Unavailable)
+        assert "elsewhere" in str(error)
     await workers.open_gates_until_empty()
 
 
@@ -308,11 +311,9 @@ async def test_a_full_worker_refuses_and_says_why(workers):
     first = await workers.reserve()
     free = workers.decoder.pool.num_free
     blocker = workers.decoder.pool.acquire("blocker", free)
-    call = workers.stub.Generate()
-    await call.write(workers.start_message())
+    call = await workers.begin(workers.start_message())
     refused = await call.read()
     assert "KV blocks needed" in refused.refused.reason
-    assert await call.read() is grpc.aio.EOF
     workers.decoder.pool.release("blocker", blocker)
     first.cancel()
 
@@ -329,31 +330,26 @@ async def test_a_full_worker_refuses_and_says_why(workers):
     ],
 )
 async def test_a_wrong_request_is_refused_naming_the_field(workers, change, field):
-    call = workers.stub.Generate()
-    await call.write(workers.start_message(**change))
-    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert (await call.details()).startswith(field)
+    error = await (await workers.begin(workers.start_message(**change))).failure()
+    assert isinstance(error, InvalidRequest)
+    assert error.field == field
 
 
 async def test_a_stale_incarnation_is_refused(workers):
-    message = workers.start_message()
-    message.start.expected_incarnation += 1
-    call = workers.stub.Generate()
-    await call.write(message)
-    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    start = workers.start_message()
+    start.expected_incarnation += 1
+    assert isinstance(await (await workers.begin(start)).failure(), Unavailable)
 
 
 async def test_a_draining_worker_refuses_new_requests(workers, monkeypatch):
     monkeypatch.setattr(workers.decode, "host", SimpleNamespace(draining=True, notify=lambda: None))
-    call = workers.stub.Generate()
-    await call.write(workers.start_message())
-    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    assert isinstance(await (await workers.begin(workers.start_message())).failure(), Unavailable)
 
 
 async def test_a_prefill_worker_that_fails_is_reported_and_another_may_follow(workers, reference):
     call = await workers.reserve()
     gone = decode_pb2.AssignPrefill(worker_id="gone", incarnation=1, address="127.0.0.1:1", data_address="127.0.0.1:1")
-    await call.write(decode_pb2.DecodeRequest(assign_prefill=gone))
+    await call.send(assign_prefill=gone)
     need = (await call.read()).need_prefill
     assert need.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
     assert need.worker_id == "gone"

@@ -25,6 +25,7 @@ from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.membership import Membership
+from overfill.rpc.sequences import serve_sequences
 from overfill.rpc.server import RpcServer
 from overfill.settings.config import RouterConfig
 from overfill.v1 import (
@@ -51,33 +52,42 @@ async def until(condition):
 
 
 class Call:
-    """One call of Decode.Generate, from the worker's end."""
+    """One sequence, from the worker's end."""
 
-    def __init__(self, start, requests, context):
-        self.start = start
-        self.context = context
+    def __init__(self, served):
+        self.start = served.start
+        self.served = served
         self.ended = asyncio.Event()
-        self.outbox = asyncio.Queue()
-        self._requests = requests
+        self._done = asyncio.get_running_loop().create_future()
 
-    def say(self, **message):
-        self.outbox.put_nowait(decode_pb2.DecodeResponse(**message))
+    def say(self, **update):
+        self.served.put(decode_pb2.SequenceUpdate(**update))
+
+    async def run(self):
+        try:
+            await self._done
+        finally:
+            self.ended.set()
+
+    def end(self):
+        self._done.set_result(None)
 
     def tokens(self, first, ids, **more):
         self.say(tokens=decode_pb2.Tokens(first_index=first, ids=ids, **more))
 
     def done(self, reason=STOP, **more):
         self.say(done=decode_pb2.DecodeDone(reason=reason, **more))
-        self.outbox.put_nowait(None)
+        self.end()
 
     def refuse(self):
         self.say(refused=decode_pb2.Refused(reason="full"))
-        self.outbox.put_nowait(None)
+        self.end()
 
     async def reserve(self):
         """Answers Reserved; returns the assignment of a prefill worker."""
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=1000))
-        return (await anext(self._requests)).assign_prefill
+        with_start = self.start.HasField("assign_prefill")
+        return self.start.assign_prefill if with_start else await self.served.commands.get()
 
     async def answer(self, ids, reason=STOP):
         await self.reserve()
@@ -109,14 +119,13 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
         )
         self.load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=16)
 
-    async def Generate(self, requests, context):
-        call = Call((await anext(requests)).start, requests, context)
+    async def Serve(self, requests, context):
+        await serve_sequences(requests, context, self._run)
+
+    async def _run(self, served):
+        call = Call(served)
         self.calls.put_nowait(call)
-        try:
-            while (item := await call.outbox.get()) is not None:
-                await context.write(item)
-        finally:
-            call.ended.set()
+        await call.run()
 
     async def Status(self, request, context):
         if self.silent:
@@ -342,7 +351,7 @@ async def test_a_request_that_every_worker_drops_ends_with_the_tokens_so_far(sta
         await call.reserve()
         if tokens:
             call.tokens(0, tokens)
-        call.outbox.put_nowait(None)  # ends the stream without Done
+        call.end()  # without Done
     with pytest.raises(Unavailable, match="3 attempts; 1 token had been produced") as caught:
         await asking
     assert caught.value.produced.token_ids == (20,)
@@ -410,7 +419,7 @@ async def test_a_client_that_stops_reading_delays_no_other(stack, client):
 async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), timeout=0.3))
     call = await stack.first.calls.get()
-    assert 0 < call.context.time_remaining() <= 0.31  # gRPC rounds up the deadline that it sends
+    assert 0 < call.served.time_left() <= 0.3
     with pytest.raises(DeadlineExceeded):
         await asking
     await call.ended.wait()

@@ -55,7 +55,7 @@ def test_a_worker_that_does_not_report_is_silent(tiny_pair):
         async def look_after_silence():
             (worker,) = stack.router.roster.decode
             worker.reported_at -= STALE_AFTER + 1
-            return stack.router._admin.known()
+            return await stack.router._admin.known()
 
         known = stack.call(look_after_silence())
         told = [(worker.id, worker.HasField("process")) for worker in known.workers]
@@ -75,7 +75,7 @@ def test_a_worker_that_drains_is_still_expected(tiny_pair):
         async def look_while_draining():
             (worker,) = stack.router.roster.decode
             worker.report.draining = True
-            return stack.router._admin.known()
+            return await stack.router._admin.known()
 
         known = stack.call(look_while_draining())
         assert [(pool.ready, pool.expected) for pool in known.pools] == [(1, 1), (0, 1)]

@@ -1,9 +1,14 @@
-"""Imports pairs, and checks the answers that their engine gives."""
+"""Imports pairs, edits and quantises their halves, and checks the answers that their engine gives."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from overfill import LLM
 from overfill.model.manifest import Pair
@@ -31,3 +36,46 @@ def assert_right_answers(pair: Path) -> list[tuple[int, ...]]:
     ]
     assert summarise(judged).passed, summarise(judged)
     return [answer.token_ids for answer in answers]
+
+
+def edit(file: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], metadata: str = "pt") -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": metadata})
+
+
+def quantise(folder: Path, method: str, names: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    """Stores each projection as tensors with other names, as quantised formats do."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            weight = tensors.pop(name)
+            tensors.update({name.removesuffix("weight") + suffix: made(weight) for suffix, made in names.items()})
+
+    edit_tensors(folder, change)
+    edit(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": method}))
+
+
+FORMATS: dict[str, dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "fp8": {"weight": lambda w: w.to(torch.float8_e4m3fn), "weight_scale_inv": lambda w: torch.ones(1, 1)},
+    "awq": {
+        "qweight": lambda w: torch.zeros(w.shape[1], w.shape[0] // 8, dtype=torch.int32),
+        "qzeros": lambda w: torch.zeros(1, w.shape[0] // 8, dtype=torch.int32),
+        "scales": lambda w: torch.ones(1, w.shape[0], dtype=torch.float16),
+    },
+    "gptq": {
+        "qweight": lambda w: torch.zeros(w.shape[1] // 8, w.shape[0], dtype=torch.int32),
+        "g_idx": lambda w: torch.zeros(w.shape[1], dtype=torch.int32),
+        "scales": lambda w: torch.ones(1, w.shape[0], dtype=torch.float16),
+    },
+    "compressed-tensors": {
+        "weight_packed": lambda w: torch.zeros(w.shape[0], w.shape[1] // 8, dtype=torch.int32),
+        "weight_scale": lambda w: torch.ones(w.shape[0], 1, dtype=torch.bfloat16),
+    },
+}

@@ -21,6 +21,7 @@ class DecodeAttempt:
     sequence: SimSequence
     ticket: Ticket | None = None
     prefill: str = ""
+    with_start: str = ""  # prefill worker that was assigned with the start
     over: bool = False
 
     @classmethod

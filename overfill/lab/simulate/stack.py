@@ -212,6 +212,8 @@ class Simulation:
                 if request.placed is None:
                     request.placed = self.clock.now
                 request.attempt = attempt = DecodeAttempt.start(request, outcome.worker.id)
+                if (prefill := self._ask(self.dispatcher.prefill_with_start, request.job)) is not None:
+                    attempt.with_start = prefill.id
                 self.clock.after(self.profile.hop, self._reserve, attempt)
 
     def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
@@ -302,6 +304,8 @@ class Simulation:
             self.clock.after(hop, self._lost, attempt, attempt.sequence.emitted, True)
         elif not worker.draining and worker.engine.reserve(attempt.sequence):
             self.clock.after(hop, self._reserved, attempt)
+            if attempt.with_start:
+                self.clock.after(hop, self._submit, attempt, attempt.with_start)
         else:
             self.clock.after(hop, self._refused, attempt, worker.load())
 

@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from overfill.model.files import HEAD
 from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.atomic import atomic_folder, remove_leftovers
-from overfill.pair.checkpoint import copy_companions, link_full, save_tensors, stored_dtype, write_json, write_weights
+from overfill.pair.checkpoint import (
+    copy_companions,
+    link_relatively,
+    save_tensors,
+    stored_dtype,
+    write_json,
+    write_weights,
+)
 from overfill.pair.distill.model import PackedModel
 from overfill.telemetry.progress import Report, silent
 
@@ -100,7 +107,7 @@ def write_pair(
     if "distill" in recipe:
         distilled = {**distilled, "after": recipe["distill"]}
     with atomic_folder(out) as folder:
-        link_full(folder, source.full_path)
+        link_relatively(folder / "full", source.full_path)
         (folder / "decoder").mkdir()
         # A head in two parts stays in float32, because rounding would raise the rank of its low-rank part.
         wide = {HEAD} if decoder.config.tail_rank else set()

@@ -7,7 +7,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -52,6 +52,7 @@ class HttpApi:
         max_body: maximum size of a request's body in bytes.
         unready: returns why the router cannot answer requests now; empty if it can.
         status: returns the status of the router and its workers, as the router knows it.
+        share_port: True if other router processes serve the same port.
         local: True if the endpoint listens on loopback only.
         allowed_origins: origins of other sites whose pages may send requests, in lower case; ``*`` allows all.
     """
@@ -62,8 +63,9 @@ class HttpApi:
         access: AccessPolicy,
         max_body: int,
         unready: Callable[[], str],
-        status: Callable[[], admin_pb2.StatusResponse],
+        status: Callable[[], Awaitable[admin_pb2.StatusResponse]],
         *,
+        share_port: bool,
         local: bool = True,
         allowed_origins: Sequence[str] = (),
     ) -> None:
@@ -71,6 +73,7 @@ class HttpApi:
         self._max_body = max_body
         self._unready = unready
         self._status = status
+        self._share_port = share_port
         self._started = int(time.time())
         pair = generator.pair
         self._pair = {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
@@ -167,13 +170,19 @@ class HttpApi:
         return _json({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
+        if self._share_port:
+            raise ApiError(
+                404,
+                "several router processes share this port, and each serves /metrics on a port of its own; "
+                "`overfill status` lists them",
+            )
         return Response(self._generator.metrics.render(), media_type=CONTENT_TYPE)
 
     async def _version(self, request: Request) -> Response:
         return _json({"version": __version__, "wire_version": WIRE_VERSION})
 
     async def _stack_status(self, request: Request) -> Response:
-        status = StackStatus.from_proto(self._status())
+        status = StackStatus.from_proto(await self._status())
         return _json({"model": self._generator.model, **stack_json(status)}, headers={"cache-control": "no-store"})
 
     def _model_json(self, name: str) -> dict[str, Any]:

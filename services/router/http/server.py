@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import ssl
 from collections.abc import Iterator
@@ -49,10 +50,22 @@ class HttpServer:
         max_connections: maximum number of connections. The server answers further ones with an error and closes them.
         tls: certificate and key. None means no TLS, which is allowed on loopback only.
         client_certificates: True to require client certificates signed by ``tls.client_ca``.
+        share_port: let other processes listen on the same port; the kernel divides the connections among them.
+        stop_grace: seconds that ``stop`` gives running answers.
     """
 
-    def __init__(self, app: ASGIApp, max_connections: int, tls: ServerTls | None, *, client_certificates: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_connections: int,
+        tls: ServerTls | None,
+        *,
+        client_certificates: bool,
+        share_port: bool = False,
+        stop_grace: float = 1.0,
+    ) -> None:
         self._tls = tls
+        self._share_port = share_port
         protocol = type("Protocol", (_LimitedProtocol,), {"max_connections": max_connections})
 
         config = uvicorn.Config(
@@ -66,7 +79,7 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=IDLE_TIMEOUT,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=math.ceil(stop_grace),
             backlog=_BACKLOG,
         )
         config.load()
@@ -87,7 +100,10 @@ class HttpServer:
         bare = host.strip("[]")
         try:
             listener = socket.create_server(
-                (bare, port), family=socket.AF_INET6 if ":" in bare else socket.AF_INET, backlog=_BACKLOG
+                (bare, port),
+                family=socket.AF_INET6 if ":" in bare else socket.AF_INET,
+                backlog=_BACKLOG,
+                reuse_port=self._share_port,
             )
         except OSError as error:
             raise Unavailable(f"cannot serve HTTP on {host}:{port}: {error.strerror}") from error

@@ -286,6 +286,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
         "serving": True,
         "complete": False,
         "pools": {"prefill": {"ready": 1, "expected": 1}, "decode": {"ready": 1, "expected": 2}},
+        "routers": [],
         "workers": [
             {
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,51 @@ def test_a_dry_run_writes_nothing(tiny_pair: Path, tmp_path: Path, capsys: pytes
     assert captured.out == ""
     assert "The halves fit. Nothing was written." in captured.err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_recipe_names_folders_by_their_absolute_paths(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_pair)
+    words = ["--full", "full", "--decoder", "decoder/", "--tokenizer", "full", "--out", str(tmp_path / "out")]
+    assert main(["pair", "import", *words]) == 0
+    full = str(tiny_pair / "full")
+    recipe = {"method": "imported", "full": full, "decoder": str(tiny_pair / "decoder"), "tokenizer": full}
+    assert Pair.load(tmp_path / "out").recipe == recipe
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+def test_a_half_that_no_worker_runs_is_told_and_no_service_is_proposed(
+    half: str, fresh: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = fresh()
+    config = json.loads((pair / half / "config.json").read_text())
+    (pair / half / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert run(pair, "--out", str(tmp_path / "out")) == 0
+    err = capsys.readouterr().err
+    name = "full model" if half == "full" else "decoder"
+    assert f"warning: no worker of this version runs the {name}, whose weights are stored in fp8" in err
+    assert "an engine that can: vllm" in err
+    assert "overfill pair show" in err
+    assert "overfill up" not in err
+    assert "overfill pair eval" not in err
+
+
+@pytest.mark.parametrize(
+    ("out", "code", "message"),
+    [
+        ("dangling", 2, "dangling already exists"),
+        ("file/new", 2, "file is not a folder that you can write to"),
+        ("/proc/new", 1, "cannot write the pair /proc/new"),
+    ],
+)
+def test_a_folder_that_cannot_be_made(
+    out: str, code: int, message: str, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    assert run(tiny_pair, "--out", str(tmp_path / out)) == code
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from overfill.cli.main import main
 from overfill.model.digest import checkpoint_digest
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Pair, write_manifest
 from overfill.pair.tiny import make_tiny_pair
 
 
@@ -80,6 +80,33 @@ def test_tensors_that_do_not_fit_the_config_and_values_that_are_not_finite(
     for words in ("the config implies", "model.norm.weight holds NaN or infinity", "build or import the pair again"):
         assert sum(words in problem for problem in problems) == 1
         assert words in captured.err
+
+
+def test_engines_are_those_of_the_files(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest["decoder"]["engines"] = ["vllm"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    assert main(["pair", "show", str(pair), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["decoder"]["engines"] == ["overfill", "vllm"]
+    assert "overfill, vllm; pair.json says vllm" in captured.err
+
+
+def test_an_int8_identity_pair_has_the_decoder_s_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = make_tiny_pair(tmp_path / "identity", identity=True)
+    write_manifest(pair, decoder="full", recipe={"quantize": "int8"})
+    assert main(["pair", "show", str(pair), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["full"]["engines"] == ["overfill", "vllm"]
+    assert told["decoder"]["engines"] == ["overfill"]
+    assert told["decoder"]["digest"] == told["full"]["digest"]
+
+
+def test_a_tied_head_that_differs_is_shown(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = pair / "full" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    assert main(["pair", "show", str(pair)]) == 1
+    assert "the config ties the embeddings, but lm_head.weight differs" in capsys.readouterr().err
 
 
 def test_engines_and_formats_are_shown(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

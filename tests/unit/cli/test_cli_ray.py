@@ -127,6 +127,7 @@ def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatc
     stacks: list[Any] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
+    monkeypatch.setattr(up, "check_engines", lambda folder: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
     file = tmp_path / "stack.yaml"
     file.write_text("up: {ray: no}")

@@ -33,7 +33,7 @@ PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 def plan(**settings: Any) -> StackPlan:
     values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": "off"}
-    values["apart"] = False
+    values |= {"apart": False, "share_port": None}
     own = {name: settings.pop(name) for name in list(settings) if name in values}
     return make_plan(Path("pair"), **(values | own), settings=settings)
 
@@ -123,6 +123,17 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
     assert [w.worker_id for w in made.prefill] == ["prefill-0", "prefill-1"]
     assert [w.worker_id for w in made.decode] == ["decode-0", "decode-1", "decode-2"]
     assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.addresses}
+
+
+def test_routers_that_share_a_port_have_one_address_and_workers_join_each(tmp_path: Path) -> None:
+    made = plan(routers=3, port=7600, http=8000, share_port=tmp_path)
+    assert {(router.port, router.http, router.share_port) for router in made.routers} == {(7600, 8000, tmp_path)}
+    assert made.addresses == ("127.0.0.1:7600",)
+    assert made.openai_urls(made.addresses) == ("http://127.0.0.1:8000/v1",)
+    assert len(set(made.join_addresses)) == 3
+    assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.join_addresses}
+    picked = plan(routers=2, http=0, share_port=tmp_path).routers
+    assert len({port for router in picked for port in (router.port, router.http, router.join_port)}) == 4
 
 
 def test_each_process_gets_only_settings_that_it_has() -> None:
@@ -245,11 +256,12 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
-    """Collects the plans that ``up`` would run, without checking that their ports are free."""
+    """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
     plans: list[StackPlan] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr(up, "check_engines", lambda folder: None)
     return plans
 
 
@@ -260,7 +272,9 @@ def test_the_openai_endpoint_is_on_by_default(
         assert main(["up", "--no-ray", "--pair", "p", *arguments]) == 0
         return [router.http for router in unchecked.pop().routers]
 
-    assert https("--router", "2") == [8000, 8001]
+    assert https("--router", "2") == [8000, 8000]
+    assert main(["up", "--pair", "p", "--router", "2"]) == 0
+    assert [router.http for router in unchecked.pop().routers] == [8000, 8001], "on Ray, each has its own"
     assert https("--http", "off") == ["off"]
     assert https("--http", "8100") == [8100]
     assert https("--http", "0")[0] not in (0, 8000, "off")
@@ -278,6 +292,29 @@ def test_the_openai_endpoint_is_on_by_default(
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")
     assert main(["up", "--no-ray", "--pair", "p"]) == 0
     assert unchecked.pop().addresses == ("127.0.0.1:7700",)
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+@pytest.mark.parametrize("stack", ["--ray", "--no-ray"])
+def test_a_pair_that_no_worker_runs_is_refused_before_anything_starts(
+    half: str,
+    stack: str,
+    fresh: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(up, "run", lambda *arguments: started.append(arguments) or 0)
+    pair = fresh()
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest[half]["engines"] = ["vllm"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    arguments = ["up", stack, "--pair", str(pair), "--grpc", "0", "--http", "off"]
+    assert main(arguments) == 1
+    assert "the engine overfill cannot run the" in capsys.readouterr().err
+    assert not started
+    assert main([*arguments, "--mock"]) == 0
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])

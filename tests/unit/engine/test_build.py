@@ -1,5 +1,7 @@
 """Tests how memory is divided between caches and steps."""
 
+import json
+
 import pytest
 import torch
 
@@ -115,3 +117,25 @@ def test_a_device_that_runs_out_of_memory_says_what_to_change(pair, monkeypatch)
         NotEnoughMemory, match=r"weights of the full model did not fit .* 1MiB of 81920MiB free; .*--device"
     ):
         load(pair)
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+def test_a_grammar_ends_with_the_full_model_s_stop_tokens(half, fresh, monkeypatch):
+    folder = fresh()
+    for path, stop in ((folder / "full", 5), (folder / "decoder", 6)):
+        (path / "generation_config.json").unlink()
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"eos_token_id": stop}))
+    given = []
+    monkeypatch.setattr(build, "Grammars", lambda file, vocab_size, eos_token_ids: given.append(eos_token_ids))
+    build_engine_parts(
+        Pair.load(folder),
+        half,
+        dtype="float32",
+        device=torch.device("cpu"),
+        block_size=16,
+        kv_memory=2**20,
+        max_model_len=256,
+        warm_tokens=16,
+    )
+    assert given == [(5,)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
-from overfill.model.digest import checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest, list_tensors, tokenizer_digest
 from overfill.model.loading import count_parameters
 
 
@@ -85,6 +85,80 @@ def test_index_may_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InvalidPair, match="not a file name"):
         list_tensors(tmp_path)
+
+
+def test_an_index_must_list_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(InvalidPair, match="lists no files"):
+        list_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"shape": [3, 4]}, {"dtype": "BF16"}, {"data_offsets": [0, 44]}], ids=str)
+def test_bytes_that_do_not_fit_the_shape_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", {"a": torch.ones(3, 5), "b": torch.ones(1)})
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:end])
+    header["a"].update(change)
+    packed = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(packed)) + packed + raw[end:])
+    with pytest.raises(InvalidPair, match=r"tensor a has .* bytes, which do not fit"):
+        list_tensors(folder)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
+    with pytest.raises(InvalidPair, match=r"model\.safetensors is a Git LFS pointer.*git lfs pull"):
+        list_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_link_to_nothing_is_named_with_its_target(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("../elsewhere/weights")
+    with pytest.raises(InvalidPair, match=rf"{name} is a link to \.\./elsewhere/weights, which does not exist"):
+        list_tensors(tmp_path)
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_named_with_its_target(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    (tmp_path / "model-1.safetensors").symlink_to("../elsewhere")
+    with pytest.raises(InvalidPair, match=r"model-1\.safetensors is a link to \.\./elsewhere, which"):
+        list_tensors(tmp_path)
+
+
+FINITE = {
+    "F64": (torch.float64, [1.7e308, -1.7e308]),
+    "F32": (torch.float32, [3e38, -3e38]),
+    "BF16": (torch.bfloat16, [3e38, -3e38]),
+    "F16": (torch.float16, [65504.0, -65504.0]),
+    "F8_E4M3": (torch.float8_e4m3fn, [448.0, -448.0]),
+    "F8_E5M2": (torch.float8_e5m2, [57344.0, -57344.0]),
+}
+
+
+@pytest.mark.parametrize("dtype", FINITE)
+def test_nan_and_infinity_of_either_sign_are_found(dtype: str, tmp_path: Path) -> None:
+    kind, values = FINITE[dtype]
+    bad = [float("nan"), -float("nan")] + ([] if dtype == "F8_E4M3" else [float("inf"), -float("inf")])
+
+    def check(numbers: list[float]) -> None:
+        data = torch.tensor(numbers, dtype=torch.float64).to(kind).view(torch.uint8).numpy().tobytes()
+        check_finite(StoredTensor("w", dtype, (len(numbers),), tmp_path, 0, len(data)), data)
+
+    check([0.0, *values])
+    for value in bad:
+        with pytest.raises(InvalidPair, match="tensor w holds NaN or infinity"):
+            check([*values, value])
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_every_part_of_a_large_tensor_is_checked(place: int, tmp_path: Path) -> None:
+    tensor = torch.zeros(400_000)
+    checkpoint_digest(write(tmp_path / "good", {"w": tensor}), check=check_finite)
+    tensor[place] = float("nan")
+    with pytest.raises(InvalidPair, match="tensor w holds NaN or infinity"):
+        checkpoint_digest(write(tmp_path / "bad", {"w": tensor}), check=check_finite)
 
 
 def test_tokenizer_digest_is_of_the_file(tiny_pair: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_frequency_buffers_of_old_checkpoints_are_ignored(save_model, tmp_path: 
     ("change", "message"),
     [
         (lambda t: t.pop(Q), rf"tensor {re.escape(Q)} is missing"),
-        (lambda t: (t.pop(Q), t.pop(GATE)), r"and 1 more is missing"),
+        (lambda t: (t.pop(Q), t.pop(GATE)), r"and 1 more are missing"),
         (lambda t: t.update(surplus=torch.ones(2)), r"tensor surplus is not part of a llama"),
         (lambda t: t.update({Q: t[Q][:-1].clone()}), rf"{re.escape(Q)} has shape \(23, 24\); .* \(24, 24\)"),
         (lambda t: t.pop(HEAD), r"tensor lm_head\.weight is missing"),

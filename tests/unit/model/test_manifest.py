@@ -38,6 +38,30 @@ def test_the_full_model_may_be_a_link(tiny_pair: Path, tmp_path: Path) -> None:
     assert write_manifest(folder, decoder="full").identity
 
 
+def test_an_identity_pair_maps_each_layer_to_itself(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    assert write_manifest(folder, decoder="full").identity
+    assert not write_manifest(folder, decoder="full", layer_map=[0, 1, 1, 3]).identity
+    assert not write_manifest(folder, decoder="full", recipe={"quantize": "int8"}).identity
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_is_named(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    (folder / "full").rename(folder.parent / "elsewhere")
+    (folder / "full").symlink_to("../gone")
+    with pytest.raises(InvalidPair, match=r"copy/full is a link to \.\./gone, which does not exist"):
+        Pair.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_that_is_a_link_to_nothing_is_named(name: str, fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    (folder / "full" / name).unlink()
+    (folder / "full" / name).symlink_to("../gone")
+    with pytest.raises(InvalidPair, match=rf"full/{name} is a link to \.\./gone, which does not exist"):
+        Pair.load(folder)
+
+
 BAD_FIELDS: dict[str, tuple[Edit, str]] = {
     "format": (lambda m: m.update(format="overfill-pair/9"), "format"),
     "no-format": (lambda m: m.pop("format"), "format"),

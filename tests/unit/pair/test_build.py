@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_a_decoder_of_full_size_is_the_full_model(tiny_pair: Path, tmp_path: Pat
     quantised = build_pair(tiny_pair / "full", tmp_path / "int8", DecoderRecipe(quantize="int8"), [])
     assert quantised.quantize == "int8"
     assert quantised.decoder_path == quantised.full_path
+
+
+@pytest.mark.parametrize(
+    "recipe", [DecoderRecipe(), DecoderRecipe(quantize="int8"), DecoderRecipe(intermediate_size=64)]
+)
+def test_a_full_model_that_is_stored_quantised_is_refused(
+    recipe: DecoderRecipe, tiny_pair: Path, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    shutil.copytree(tiny_pair / "full", full)
+    config = json.loads((full / "config.json").read_text())
+    (full / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModel, match="the weights are stored in fp8"):
+        build_pair(full, tmp_path / "built", recipe, CHATS)
+    assert not (tmp_path / "built").exists()
 
 
 def test_a_failed_build_leaves_nothing(tiny_pair: Path, tmp_path: Path) -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from imported_pairs import assert_right_answers, imported
+from imported_pairs import FORMATS, assert_right_answers, edit, edit_tensors, imported, quantise
 from safetensors.torch import load_file, save_file
 from two_stage_format import write_two_stage
 
 from overfill import LLM
 from overfill.errors import InvalidPair, OverfillError, UnsupportedModel
 from overfill.model.manifest import Pair
+from overfill.pair import import_pair
 from overfill.pair.import_pair import plan_import, write_import
 from overfill.pair.reference import TwoStageReference
 from overfill.pair.tiny import make_tiny_pair
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -29,18 +30,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def source(fresh: Callable[[], Path]) -> Path:
     """A built pair whose halves the test may change."""
     return fresh()
-
-
-def edit(file: Path, change: Callable[[Any], object]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], metadata: str = "pt") -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": metadata})
 
 
 def test_a_pair_imported_from_two_folders_equals_the_built_one(tiny_pair: Path, tmp_path: Path) -> None:
@@ -69,6 +58,18 @@ def test_one_checkpoint_as_both_halves_is_an_identity_pair(tiny_pair: Path, tmp_
     pair = imported(tiny_pair, tmp_path / "out", tiny_pair / "full")
     assert pair.identity
     assert pair.decoder_path == pair.full_path
+
+
+def test_a_copy_of_the_full_model_is_an_identity_pair_too(tiny_pair: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_pair / "full", tmp_path / "copy"))
+    assert imported(tiny_pair, tmp_path / "out", copy).identity
+
+
+def test_one_checkpoint_with_another_layer_map_is_no_identity_pair(tiny_pair: Path, tmp_path: Path) -> None:
+    pair = imported(tiny_pair, tmp_path / "out", tiny_pair / "full", layer_map=(0, 1, 1, 3))
+    assert not pair.identity
+    assert pair.decoder_path == pair.full_path
+    assert_right_answers(pair.folder)
 
 
 def test_sharded_halves(source: Path, tmp_path: Path) -> None:
@@ -109,6 +110,103 @@ def test_the_tokenizer_may_come_from_elsewhere(source: Path, tmp_path: Path) -> 
     Pair.load(tmp_path / "out")
 
 
+def test_a_tokenizer_from_elsewhere_must_be_the_full_model_s(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copyfile(source / "full" / "tokenizer.json", tmp_path / "tokenizer" / "tokenizer.json")
+    (source / "decoder" / "tokenizer.json").unlink()
+    plan_import(source / "full", source / "decoder", tokenizer=tmp_path / "tokenizer")
+    edit(
+        tmp_path / "tokenizer" / "tokenizer.json",
+        lambda t: t["model"]["vocab"].update(new=t["model"]["vocab"].pop("a")),
+    )
+    with pytest.raises(InvalidPair, match=rf"'new' in {tmp_path}/tokenizer, 'a' in {source}/full"):
+        plan_import(source / "full", source / "decoder", tokenizer=tmp_path / "tokenizer")
+
+
+def test_an_index_that_the_weights_did_not_come_from_is_left_out(source: Path, tmp_path: Path) -> None:
+    index = source / "decoder" / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}')
+    pair = imported(source, tmp_path / "out")
+    assert not (pair.decoder_path / index.name).is_symlink()
+
+
+def test_a_moved_pair_names_the_link_that_leads_nowhere(source: Path, tmp_path: Path) -> None:
+    imported(source, tmp_path / "out")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "out").rename(tmp_path / "deep" / "out")
+    with pytest.raises(
+        InvalidPair, match=r"full/model\.safetensors is a link to .*full/model\.safetensors, which does"
+    ):
+        Pair.load(tmp_path / "deep" / "out")
+
+
+def tie(folder: Path) -> None:
+    edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
+
+
+def to_torch_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(half: str, source: Path, tmp_path: Path) -> None:
+    tie(source / half)
+    with pytest.raises(
+        InvalidPair, match=rf"{half}/model\.safetensors: the config ties .*, but lm_head\.weight differs"
+    ):
+        imported(source, tmp_path / "out")
+
+
+def test_a_tied_head_that_is_stored_too_is_imported(source: Path, tmp_path: Path) -> None:
+    tie(source / "decoder")
+    # In another dtype, as the engine reads it: the values are what must be equal.
+    edit_tensors(source / "decoder", lambda t: t.update({EMBEDDING: t[EMBEDDING].bfloat16().float()}))
+    edit_tensors(source / "decoder", lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()}))
+    assert_right_answers(imported(source, tmp_path / "out").folder)
+
+
+def test_a_tied_head_in_a_torch_file_is_written_once(source: Path, tmp_path: Path) -> None:
+    tie(source / "decoder")
+    to_torch_file(source / "decoder", lambda t: t.update({HEAD: t[EMBEDDING]}))
+    pair = imported(source, tmp_path / "out")
+    names = load_file(pair.decoder_path / "model.safetensors").keys()
+    assert EMBEDDING in names
+    assert HEAD not in names
+    assert_right_answers(pair.folder)
+
+
+def test_a_converted_half_is_written_in_shards_with_an_index(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_pair, "_SHARD_BYTES", 100_000)
+    digest = Pair.load(source).decoder_digest
+    to_torch_file(source / "decoder", lambda t: None)
+    pair = imported(source, tmp_path / "out")
+    weights = json.loads((pair.decoder_path / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = sorted(set(weights.values()))
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert len(shards) > 2
+    for shard in shards:
+        tensors = load_file(pair.decoder_path / shard)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100_000
+    assert pair.decoder_digest == digest
+    Pair.load(pair.folder, check_digests=True)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_nan_is_named_by_the_path_that_was_given(copy: bool, source: Path, tmp_path: Path) -> None:
+    edit_tensors(source / "decoder", lambda t: t[UP].fill_(float("nan")))
+    file = source / "decoder" / "model.safetensors"
+    file.rename(tmp_path / "blob")
+    file.symlink_to("../../blob")  # as in the hub's cache
+    plan = plan_import(source / "full", source / "decoder")
+    with pytest.raises(InvalidPair, match=f"^{file}: tensor {UP} holds NaN"):
+        write_import(plan, tmp_path / "out", {}, copy=copy)
+
+
 def test_differing_fields_are_named_together_with_both_values(source: Path) -> None:
     change = {"num_key_value_heads": 4, "head_dim": 8, "vocab_size": 500}
     edit(source / "decoder" / "config.json", lambda c: c.update(change))
@@ -120,7 +218,7 @@ def test_differing_fields_are_named_together_with_both_values(source: Path) -> N
         "head_dim (full model 16, decoder 8)",
         "vocab_size (full model 512, decoder 500)",
         "tokenizer (1 tokens differ",
-        "full model 'a', decoder 'new'",
+        f"'a' in {source / 'full'}, 'new' in {source / 'decoder'}",
     ):
         assert words in str(refused.value)
 
@@ -237,14 +335,32 @@ def test_a_file_that_changes_meanwhile_is_named(source: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_changes_during_the_read_is_named(source: Path, tmp_path: Path) -> None:
+    file = source / "full" / "model.safetensors"
+
+    def write(step: str, done: int, total: int) -> None:
+        if step == "Reading weights" and done < total:
+            with file.open("r+b") as stream:
+                stream.seek(-4, os.SEEK_END)
+                stream.write(b"\0\0\0\0")
+
+    with pytest.raises(InvalidPair, match=r"full/model\.safetensors changed while it was read"):
+        write_import(plan_import(source / "full", source / "decoder"), tmp_path / "out", {}, report=write)
+
+
+TWICE, NOT_ASCENDING = "a layer twice", "not in ascending order"
+
+
 @pytest.mark.parametrize(
-    ("layer_map", "warning"), [((0, 1, 1, 3), "a layer twice"), ((3, 1, 2, 0), "ascending order"), ((3, 3, 0, 0), "")]
+    ("layer_map", "warnings"),
+    [((0, 1, 1, 3), [TWICE]), ((3, 1, 2, 0), [NOT_ASCENDING]), ((3, 3, 0, 0), [TWICE, NOT_ASCENDING])],
 )
 def test_a_layer_may_occur_twice_or_out_of_order(
-    layer_map: tuple[int, ...], warning: str, tiny_pair: Path, tmp_path: Path
+    layer_map: tuple[int, ...], warnings: list[str], tiny_pair: Path, tmp_path: Path
 ) -> None:
     plan = plan_import(tiny_pair / "full", tiny_pair / "decoder", layer_map)
-    assert any(warning in words for words in plan.warnings)
+    assert len(plan.warnings) == len(warnings)
+    assert all(expected in words for expected, words in zip(warnings, plan.warnings, strict=True))
     pair = write_import(plan, tmp_path / "out", {})
     assert pair.layer_map == layer_map
     answers = assert_right_answers(pair.folder)
@@ -264,37 +380,6 @@ def test_a_larger_decoder_is_allowed_with_a_warning(tiny_pair: Path, tmp_path: P
     plan = plan_import(tiny_pair / "decoder", tiny_pair / "full")
     assert any("weights per token, more than the full model's" in warning for warning in plan.warnings)
     assert_right_answers(write_import(plan, tmp_path / "out", {}).folder)
-
-
-def quantise(folder: Path, method: str, names: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
-    """Stores each projection as tensors with other names, as quantised formats do."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if n.endswith("_proj.weight")]:
-            weight = tensors.pop(name)
-            tensors.update({name.removesuffix("weight") + suffix: made(weight) for suffix, made in names.items()})
-
-    edit_tensors(folder, change)
-    edit(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": method}))
-
-
-FORMATS: dict[str, dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "fp8": {"weight": lambda w: w.to(torch.float8_e4m3fn), "weight_scale_inv": lambda w: torch.ones(1, 1)},
-    "awq": {
-        "qweight": lambda w: torch.zeros(w.shape[1], w.shape[0] // 8, dtype=torch.int32),
-        "qzeros": lambda w: torch.zeros(1, w.shape[0] // 8, dtype=torch.int32),
-        "scales": lambda w: torch.ones(1, w.shape[0], dtype=torch.float16),
-    },
-    "gptq": {
-        "qweight": lambda w: torch.zeros(w.shape[1] // 8, w.shape[0], dtype=torch.int32),
-        "g_idx": lambda w: torch.zeros(w.shape[1], dtype=torch.int32),
-        "scales": lambda w: torch.ones(1, w.shape[0], dtype=torch.float16),
-    },
-    "compressed-tensors": {
-        "weight_packed": lambda w: torch.zeros(w.shape[0], w.shape[1] // 8, dtype=torch.int32),
-        "weight_scale": lambda w: torch.ones(w.shape[0], 1, dtype=torch.bfloat16),
-    },
-}
 
 
 @pytest.mark.parametrize("method", FORMATS)

@@ -169,6 +169,23 @@ def test_a_full_model_is_a_folder_or_an_id(tiny_pair: Path, downloads: Downloads
             store.resolve_model(wrong)
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, downloads: Downloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("overfill.pair.sources.fetch_from_hub", lambda model_id, *rest: asked.append(model_id))
+    (tmp_path / "my-pair").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceUnavailable, match="no folder my-pair/ful, although there is my-pair"):
+        store.resolve_model("my-pair/ful")
+    assert not asked
+
+
+def test_a_pair_is_no_model(tiny_pair: Path) -> None:
+    with pytest.raises(InvalidPair, match=rf"is a pair: give one of its models, such as {tiny_pair}/full"):
+        store.resolve_model(str(tiny_pair))
+
+
 @pytest.mark.parametrize("name", ["defualt", "no/such/folder", "./default"])
 def test_what_is_neither_a_named_pair_nor_a_folder(
     name: str, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

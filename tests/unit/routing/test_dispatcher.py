@@ -53,6 +53,55 @@ def test_a_request_takes_a_decode_worker_then_a_prefill_slot(roster, dispatcher,
     assert (decode.in_flight, prefill.in_flight, dispatcher.num_jobs) == (0, 0, 0)
 
 
+def test_a_free_prefill_slot_goes_with_the_start(roster, dispatcher, add_worker):
+    decode, prefill = add_worker(roster, "d0"), add_worker(roster, "p0", PREFILL)
+    a, b = job("a"), job("b")
+    for each in (a, b):
+        dispatcher.submit(each, 0.0)
+    dispatcher.poll(0.0)
+    assert dispatcher.prefill_with_start(a) is prefill
+    assert dispatcher.prefill_with_start(a) is None, "it holds a slot already"
+    check(dispatcher, 0.0)
+    assert dispatcher.reserved(a), "no second slot is needed"
+    assert a.state is JobState.RUNNING
+    assert dispatcher.prefill_with_start(b) is prefill
+    dispatcher.refused(b)
+    assert (decode.in_flight, prefill.in_flight) == (1, 1), "a refusal frees the slot"
+    check(dispatcher, 0.0)
+
+
+def test_no_slot_goes_with_the_start_while_a_resumed_job_waits_for_one(roster, dispatcher, add_worker):
+    add_worker(roster, "d0")
+    p0 = add_worker(roster, "p0", PREFILL, credits=2)
+    a, b = job("a", prompt=10), job("b")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.reserved(a)
+    dispatcher.poll(0.0)
+    dispatcher.submit(b, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.need_prefill(a, p0, failed=False, pause=True)
+    dispatcher.poll(0.0)
+    assert a.state is JobState.WANTS_PREFILL
+    p0.paused_until_report = False
+    assert dispatcher.prefill_with_start(b) is None
+    dispatcher.reserved(b)
+    assert b.state is JobState.WANTS_PREFILL
+
+
+def test_a_start_takes_no_slot_that_a_job_with_blocks_needs(roster, dispatcher, add_worker):
+    add_worker(roster, "d0")
+    p0 = add_worker(roster, "p0", PREFILL, credits=2)
+    a, b = job("a"), job("b")
+    for each in (a, b):
+        dispatcher.submit(each, 0.0)
+    dispatcher.poll(0.0)
+    roster.prefill.place(p0, 1)  # one slot is left for two jobs
+    assert dispatcher.prefill_with_start(b) is None
+    dispatcher.reserved(a)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+
+
 def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(roster, dispatcher, add_worker):
     decode = add_worker(roster, "d0")
     prefill = add_worker(roster, "p0", PREFILL, credits=1)
@@ -671,6 +720,15 @@ class Dispatching(RuleBasedStateMachine):
         else:
             self.open.append(job)
         self.poll()
+
+    @rule(data=st.data())
+    def start_carries_a_prefill_worker(self, data):
+        if job := self.pick(data, JobState.PLACED):
+            had = job.prefill
+            resumed = any(waiting.migrated for waiting in self.dispatcher._prefill_queue)
+            worker = self.dispatcher.prefill_with_start(job)
+            assert worker is None or (had is None and not resumed and job.prefill is worker)
+            check(self.dispatcher, self.now)
 
     @rule(data=st.data())
     def decode_reserves(self, data):

@@ -23,6 +23,7 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.stream import Receive
 from overfill.routing.worker import PREFILL
 from overfill.v1 import common_pb2, decode_pb2
 
@@ -36,25 +37,18 @@ class FakeStream:
     """The decode worker's end of a stream, which the test controls."""
 
     worker: str
-    timeout: float | None
+    receive: Receive
     sent: asyncio.Queue = field(default_factory=asyncio.Queue)
-    answers: asyncio.Queue = field(default_factory=asyncio.Queue)
     closed: bool = False
 
-    async def send(self, message):
-        self.sent.put_nowait(message)
-
-    async def receive(self):
-        message = await self.answers.get()
-        if isinstance(message, Exception):
-            raise message
-        return message
+    def send(self, command):
+        self.sent.put_nowait(command)
 
     def close(self):
         self.closed = True
 
-    def say(self, **message):
-        self.answers.put_nowait(decode_pb2.DecodeResponse(**message))
+    def say(self, **update):
+        self.receive(decode_pb2.SequenceUpdate(**update))
 
     def tokens(self, first, *ids, **more):
         self.say(tokens=decode_pb2.Tokens(first_index=first, ids=ids, **more))
@@ -63,7 +57,7 @@ class FakeStream:
         self.say(done=decode_pb2.DecodeDone(reason=reason, **more))
 
     def fail(self, error):
-        self.answers.put_nowait(error)
+        self.receive(error)
 
     async def start(self):
         return (await self.sent.get()).start
@@ -75,7 +69,8 @@ class FakeStream:
         """Answers Reserved; returns Start and the id of the assigned prefill worker."""
         start = await self.start()
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=5))
-        return start, (await self.assigned()).worker_id
+        target = start.assign_prefill if start.HasField("assign_prefill") else await self.assigned()
+        return start, target.worker_id
 
 
 class Stack:
@@ -88,8 +83,8 @@ class Stack:
         self.streams = asyncio.Queue()
         self._report = report
 
-    def open(self, worker, timeout):
-        stream = FakeStream(worker.id, timeout)
+    def open(self, worker, receive):
+        stream = FakeStream(worker.id, receive)
         self.streams.put_nowait(stream)
         return stream
 
@@ -194,10 +189,14 @@ async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
         assert stack.roster.decode.get(stream.worker).in_flight == 1
 
 
-async def test_no_prefill_slot_is_held_before_the_worker_has_reserved(stack):
+async def test_a_slot_that_went_with_the_start_is_free_after_a_refusal(stack):
+    stack.report("d1", credits=0)
     async with stack.request():
         stream = await stack.stream()
-        await stream.start()
+        start = await stream.start()
+        assert stack.roster.prefill.get(start.assign_prefill.worker_id).in_flight == 1
+        stream.say(refused=decode_pb2.Refused(reason="full"))
+        await until(lambda: stream.closed)
         assert all(w.in_flight == 0 for w in stack.roster.prefill)
 
 
@@ -243,7 +242,7 @@ async def test_refusals_do_not_count_as_lost_workers(stack):
         assert (await read_all(relay))[1].reason == STOP
 
 
-@pytest.mark.parametrize("error", [Unavailable("gone"), InternalError("bug"), TransferFailed("bad"), None])
+@pytest.mark.parametrize("error", [Unavailable("gone"), InternalError("bug"), TransferFailed("bad")])
 async def test_a_lost_worker_is_followed_by_another_that_knows_the_tokens(stack, error):
     async with stack.request() as relay:
         first = await stack.stream()
@@ -452,8 +451,8 @@ async def test_the_deadline_ends_a_request_that_waits(stack):
 async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
     async with stack.request(timeout=0.5) as relay:
         stream = await stack.stream()
-        assert 0 < stream.timeout <= 0.5
-        await stream.accept()
+        start, _ = await stream.accept()
+        assert 0 < start.time_left_ns <= 0.5e9
         stream.tokens(0, 7)
         assert (await relay.next()).ids == [7]
         with pytest.raises(DeadlineExceeded, match="1 token had been produced"):
@@ -463,7 +462,8 @@ async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
 
 async def test_no_deadline_means_none(stack):
     async with stack.request():
-        assert (await stack.stream()).timeout is None
+        stream = await stack.stream()
+        assert not (await stream.start()).HasField("time_left_ns")
 
 
 @pytest.mark.parametrize("phase", ["queued", "started", "waiting for prefill", "assigned", "running"])
@@ -476,13 +476,12 @@ async def test_closing_frees_everything_in_every_phase(stack, phase):
             return
         stream = await stack.stream()
         await stream.start()
+        if phase != "started":
+            stream.say(reserved=decode_pb2.Reserved(blocks=1))
         if phase == "waiting for prefill":
             stack.report("p0", credits=0)
             stack.report("p1", credits=0)
-        if phase != "started":
-            stream.say(reserved=decode_pb2.Reserved(blocks=1))
-        if phase in ("assigned", "running"):
-            await stream.assigned()
+            stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
         if phase == "running":
             stream.tokens(0, 7)
             await relay.next()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overfill.routing.rolling_stats import RollingStats
+from overfill.routing.rolling_stats import RollingStats, add_up
 from overfill.v1 import common_pb2, inference_pb2
 
 
@@ -52,3 +52,25 @@ def test_tokens_per_second_are_those_of_the_last_ten():
     assert stats.activity(0, 0, now=100.0).tokens_per_second == pytest.approx(20.0)
     assert stats.activity(0, 0, now=105.0).tokens_per_second == pytest.approx(10.0)
     assert stats.activity(0, 0, now=120.0).tokens_per_second == 0
+
+
+def test_activities_of_several_routers_add_up_as_if_one_router_had_answered_everything():
+    one, many = RollingStats(), [RollingStats() for _ in range(3)]
+    for index, ttft in enumerate(range(100, 700)):
+        answer = finished(ttft, router_queue=20)
+        one.answered(answer, now=10.0)
+        many[0 if index < 400 else 1].answered(answer, now=10.0)  # uneven, and the third is idle
+    many[0].tokens(30, now=9.5)
+    many[2].tokens(20, now=9.5)
+    activities = []
+    for stats in many:
+        activity = stats.activity(running=2, waiting=1, now=12.0)
+        activity.histograms.extend(stats.histograms(12.0))
+        activities.append(activity)
+    total, exact = add_up(activities), one.activity(6, 3, now=12.0)
+    assert (total.running, total.waiting, total.answers) == (6, 3, 600)
+    assert total.tokens_per_second == pytest.approx(5.0)
+    assert [entry.name for entry in total.timing] == [entry.name for entry in exact.timing]
+    for name, times in by_name(exact).items():
+        for field in ("p50_seconds", "p90_seconds", "p99_seconds"):
+            assert getattr(by_name(total)[name], field) == pytest.approx(getattr(times, field), rel=0.005)

@@ -63,36 +63,32 @@ class ManualLoop(asyncio.SelectorEventLoop):
 class Stream:
     """One attempt on a simulated decode worker, which holds blocks from Reserved until the stream ends."""
 
-    def __init__(self, worker):
+    def __init__(self, worker, receive):
         self.worker = worker
+        self._receive = receive
         self.start = None
-        self.reserved = self.assigned = self.closed = self.ended = False
+        self.reserved = self.assigned = self.carried = self.closed = self.ended = False
         self.said = 0  # tokens of the answer, those of earlier attempts included
-        self._answers = asyncio.Queue()
 
-    async def send(self, message):
+    def send(self, message):
         if message.HasField("start"):
             self.start = message.start
+            self.carried = message.start.HasField("assign_prefill")
             self.said = len(message.start.emitted_token_ids)
         else:
             self.assigned = True
-
-    async def receive(self):
-        message = await self._answers.get()
-        if isinstance(message, Exception):
-            raise message
-        return message
 
     def close(self):
         self.closed = self.ended = True
 
     def say(self, **message):
-        self._answers.put_nowait(decode_pb2.DecodeResponse(**message))
+        self.assigned = self.assigned or ("reserved" in message and self.carried)
+        self._receive(decode_pb2.SequenceUpdate(**message))
 
     def end(self, error):
-        """Ends the stream with ``error``; None ends it without one."""
+        """Ends the sequence with ``error``."""
         self.ended = True
-        self._answers.put_nowait(error)
+        self._receive(error)
 
     @property
     def holds_blocks(self):
@@ -134,8 +130,8 @@ class Routing(RuleBasedStateMachine):
         self.relays = {}
 
     # What the relay sees of a worker.
-    def open(self, worker, timeout):
-        stream = Stream((worker.id, worker.incarnation))
+    def open(self, worker, receive):
+        stream = Stream((worker.id, worker.incarnation), receive)
         self.streams.append(stream)
         return stream
 
@@ -342,7 +338,7 @@ class Routing(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         error=st.sampled_from(
-            [Unavailable("gone"), ShuttingDown("draining"), InternalError("bug"), TransferFailed("bad"), None]
+            [Unavailable("gone"), ShuttingDown("draining"), InternalError("bug"), TransferFailed("bad")]
         ),
     )
     def breaks(self, data, error):

@@ -162,7 +162,9 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
         sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
         cache_namespace="tenant",
     )
-    context = SimpleNamespace(time_remaining=lambda: 10.0)
-    await begun(servicer.Generate(stream(decode_pb2.DecodeRequest(start=start)), context), sent)
+    serving = asyncio.create_task(servicer.Serve(stream(decode_pb2.RouterMessage(sequence=1, start=start)), None))
+    await asyncio.wait_for(sent.wait(), timeout=10)
+    serving.cancel()
+    await asyncio.wait([serving])
     check(found[0], hashed)
     assert found[0].prompt_blocks.cache_namespace == found[0].cache_namespace == "raw/tenant"

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from overfill.errors import Incompatible
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
@@ -18,6 +19,21 @@ from services.router.registry import RegistryServicer
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
 HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stage=DECODE, kv=KV.to_proto(), wire_version=WIRE_VERSION)
+
+
+def with_field(number):
+    """HELLO with a string in a field that this version does not know."""
+    key = number << 3 | 2
+    return registry_pb2.Hello.FromString(HELLO.SerializeToString() + bytes([key & 127 | 128, key >> 7, 1, 0x78]))
+
+
+def test_a_field_that_a_router_must_know_is_refused_and_any_other_ignored():
+    registry_module.check_fields(HELLO)
+    registry_module.check_fields(with_field(31))
+    registry_module.check_fields(with_field(64))
+    for number in (32, 63):
+        with pytest.raises(Incompatible, match=rf"fields \[{number}\] of Hello.*upgrade the router first"):
+            registry_module.check_fields(with_field(number))
 
 
 class CountingDispatcher(AsyncDispatcher):

@@ -13,7 +13,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, decode_pb2
-from services.decode.sequence_session import Outbox, PullEnded, SequenceSession
+from services.decode.sequence_session import PullEnded, SequenceSession
 
 
 class Pull:
@@ -44,10 +44,13 @@ class SessionHarness:
         self.engine = DecodeEngine(CountingRunner(), self.pool, 8, 512, self.take)
         sequence = DecodeSequence("s", [1, 2, 3], [7], SamplingParams(temperature=0), StopRule(frozenset(), 4))
         self.sent = []
+        self.told = []
         self.pulls = []
         self.session = SequenceSession(
             decode_pb2.StartDecode(emitted_token_ids=[7]),
             sequence,
+            asyncio.Queue(),
+            self.told.append,
             self.send,
             self.use_peer,
             self.new_pull,
@@ -119,7 +122,7 @@ async def test_a_failed_pull_that_was_given_up_asks_for_nothing(harness):
     harness.session.inbox.put_nowait(PullEnded(1, "p", Unavailable("gone")))
     harness.pulls[0].let_go.set()
     await settle()
-    kinds = [response.WhichOneof("message") for response in harness.session.outbox._items]
+    kinds = [update.WhichOneof("message") for update in harness.told]
     assert kinds == ["reserved"]
 
 
@@ -165,18 +168,6 @@ async def test_a_refusal_carries_the_load():
     harness.pool.acquire("other", 8)
     harness.session._load = lambda: decode_pb2.WorkerLoad(kv_blocks_used=8)
     await harness.session.run()
-    (response,) = [response async for response in harness.session.outbox]
-    assert response.refused.load.kv_blocks_used == 8
+    (update,) = harness.told
+    assert update.refused.load.kv_blocks_used == 8
     assert isinstance(harness.sent[0], Reserve)
-
-
-async def test_unread_tokens_merge_into_one_message():
-    outbox = Outbox()
-    for index in range(1000):
-        outbox.put(decode_pb2.DecodeResponse(tokens=decode_pb2.Tokens(first_index=index, ids=[index])))
-    outbox.put(decode_pb2.DecodeResponse(done=decode_pb2.DecodeDone()))
-    outbox.close()
-    tokens, done = [response async for response in outbox]
-    assert list(tokens.tokens.ids) == list(range(1000))
-    assert tokens.tokens.first_index == 0
-    assert done.HasField("done")

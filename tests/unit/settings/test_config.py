@@ -152,6 +152,20 @@ def test_tls_certificate_and_key_go_together(capsys: pytest.CaptureFixture[str])
     assert "--tls-key" in refused(RouterConfig, ["--pair", "p", "--tls-cert", "c"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--join-port=7"], "give --share-port too"),
+        (["--share-port=/run/x", "--port=0"], "the same ports on every router"),
+        (["--share-port=/run/x", "--http=0"], "the same ports on every router"),
+    ],
+)
+def test_routers_that_share_a_port_name_it(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(RouterConfig, ["--pair", "p", *argv], capsys)
+    config = RouterConfig.parse(["--pair=p", "--share-port=/run/x", "--join-port=7601"])
+    assert RouterConfig.parse(config.to_argv()) == config
+
+
 def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert RouterConfig.parse(["--pair", "p"]).metrics_port == 0
     assert RouterConfig.parse(["--pair", "p", "--metrics-port", "9600"]).metrics_port == 9600

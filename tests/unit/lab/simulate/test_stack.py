@@ -32,7 +32,7 @@ def run(trace, profile=CPU, **options):
 
 def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
     [request] = run([TraceRequest(0.0, 512, 11)], check=True).requests
-    hops = 6 * CPU.hop  # reserve and answer, assignment, prompt, and the first token through two processes
+    hops = 4 * CPU.hop  # start with its prefill worker, prompt, and the first token through two processes
     assert request.ttft == pytest.approx(CPU.prefill.step_seconds([(0, 512)]) + hops, abs=1e-6)
     steps = sum(CPU.decode.cost.seconds(1, 513 + step) for step in range(10))
     handoff = 512 * CPU.kv_token_bytes / CPU.layers / CPU.link_bandwidth

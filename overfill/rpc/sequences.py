@@ -1,0 +1,179 @@
+"""The decode worker's end of ``Decode.Serve``: reads a router's commands and writes its sequences' updates.
+
+Each sequence runs in a task of its own. Updates of all sequences that are not yet sent leave in one message, and
+consecutive tokens of one sequence merge. So one message leaves per engine step while the router keeps up. A router that
+reads slowly delays no engine step, and costs at most the memory of its sequences' tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
+from overfill.rpc.interceptors import Context
+from overfill.rpc.status import to_bytes
+from overfill.telemetry import logs, tracing
+from overfill.v1 import decode_pb2
+
+_MAX_TOKENS_PER_MESSAGE = 16_384
+"""Bounds a message's size after a router has read slowly; a token with log-probabilities counts for each of them."""
+
+
+@dataclass(eq=False, slots=True)
+class ServedSequence:
+    """One sequence of a router's stream.
+
+    Attributes:
+        start: The router's first command.
+        commands: The router's later commands, and the InvalidRequest of a command that is not allowed. The sequence may
+            put its own events into the same queue.
+        deadline: Seconds on the event loop's clock; None without one.
+        answered: Its last update has been put.
+    """
+
+    start: decode_pb2.StartDecode
+    deadline: float | None
+    outgoing: OutgoingUpdates
+    number: int
+    answered: bool = False
+    commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    def put(self, update: decode_pb2.SequenceUpdate) -> None:
+        """Queues an update for the router."""
+        self.answered = self.answered or update.WhichOneof("message") in ("done", "refused", "failed")
+        self.outgoing.put(self.number, update)
+
+    def fail(self, error: Exception, trace_id: str) -> None:
+        """Queues the sequence's error for the router."""
+        failed = decode_pb2.SequenceFailed(status=to_bytes(error), trace_id=trace_id)
+        self.put(decode_pb2.SequenceUpdate(failed=failed))
+
+    def time_left(self) -> float | None:
+        """Seconds until the deadline; None without one."""
+        return None if self.deadline is None else max(0.0, self.deadline - asyncio.get_running_loop().time())
+
+
+RunSequence = Callable[[ServedSequence], Awaitable[None]]
+"""Runs one sequence to its end. An exception fails the sequence; a cancel means that the router no longer wants it."""
+
+
+async def serve_sequences(
+    messages: AsyncIterator[decode_pb2.RouterMessage], context: Context, run: RunSequence
+) -> None:
+    """Serves one stream until the router ends it, and then cancels its sequences."""
+    outgoing = OutgoingUpdates()
+    sequences: dict[int, tuple[ServedSequence, asyncio.Task[None]]] = {}
+
+    async def run_one(sequence: ServedSequence) -> None:
+        start = sequence.start
+        logs.request_id.set(start.request_id)
+        span = tracing.serve("decode.attempt", [(tracing.TRACEPARENT, start.traceparent)])
+        try:
+            try:
+                async with asyncio.timeout_at(sequence.deadline) as deadline:
+                    await run(sequence)
+                if not sequence.answered:
+                    raise InternalError("the decode worker ended the sequence without an answer")
+            except TimeoutError as error:
+                if not deadline.expired():
+                    raise
+                raise DeadlineExceeded("the deadline passed on the decode worker") from error
+        except Exception as error:
+            span.end(error)
+            sequence.fail(error, span.trace_id)
+        except asyncio.CancelledError as error:
+            span.end(error)
+            outgoing.drop(sequence.number)
+            raise
+        else:
+            span.end()
+
+    def begin(number: int, start: decode_pb2.StartDecode) -> None:
+        now = asyncio.get_running_loop().time()
+        deadline = now + start.time_left_ns / 1e9 if start.HasField("time_left_ns") else None
+        sequence = ServedSequence(start, deadline, outgoing, number)
+        task = asyncio.create_task(run_one(sequence), name=f"sequence {start.request_id}")
+        # A callback, because a task that is cancelled before its first step never runs.
+        task.add_done_callback(lambda _: sequences.pop(number, None))
+        sequences[number] = sequence, task
+
+    writing = asyncio.create_task(outgoing.write_to(context))
+    try:
+        async for message in messages:
+            kind = message.WhichOneof("message")
+            found = sequences.get(message.sequence)
+            if kind == "start" and found is None:
+                begin(message.sequence, message.start)
+            elif found is None:
+                continue  # the sequence has ended meanwhile
+            elif kind == "assign_prefill":
+                found[0].commands.put_nowait(message.assign_prefill)
+            elif kind == "evict":
+                found[0].commands.put_nowait(message.evict)
+            elif kind == "cancel":
+                found[1].cancel()
+            else:
+                problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
+                found[0].commands.put_nowait(InvalidRequest(kind or "message", problem))
+    finally:
+        for _, task in list(sequences.values()):
+            task.cancel()
+        outgoing.close()
+        await writing  # gRPC sends no status while a write is in flight
+
+
+class OutgoingUpdates:
+    """Updates that the router has not been sent yet, by sequence."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, deque[decode_pb2.SequenceUpdate]] = {}
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends ``write_to`` after the message that it writes now."""
+        self._closed = True
+        self._changed.set()
+
+    def put(self, number: int, update: decode_pb2.SequenceUpdate) -> None:
+        """Queues an update. Tokens are appended to the sequence's last update if that has tokens too."""
+        waiting = self._waiting.setdefault(number, deque())
+        if waiting and waiting[-1].HasField("tokens") and update.HasField("tokens"):
+            waiting[-1].tokens.ids.extend(update.tokens.ids)
+            waiting[-1].tokens.logprobs.extend(update.tokens.logprobs)
+        else:
+            update.sequence = number
+            waiting.append(update)
+        self._changed.set()
+
+    def drop(self, number: int) -> None:
+        """Forgets the updates of a sequence that the router no longer wants."""
+        self._waiting.pop(number, None)
+
+    def take(self) -> decode_pb2.WorkerMessage:
+        """Removes waiting updates, up to a bound, and returns them as one message."""
+        message, size = decode_pb2.WorkerMessage(), 0
+        while self._waiting and size < _MAX_TOKENS_PER_MESSAGE:
+            number, waiting = next(iter(self._waiting.items()))
+            while waiting and size < _MAX_TOKENS_PER_MESSAGE:
+                update = waiting.popleft()
+                size += 1 + len(update.tokens.ids) + sum(len(entry.top_ids) for entry in update.tokens.logprobs)
+                message.updates.append(update)
+            if not waiting:
+                del self._waiting[number]
+        return message
+
+    async def write_to(self, context: Context) -> None:
+        """Writes messages until ``close``, or until the call ends, which ``serve_sequences`` notices by itself."""
+        with suppress(Exception):
+            while not self._closed:
+                if self._waiting:
+                    await context.write(self.take())
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()

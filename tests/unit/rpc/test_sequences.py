@@ -1,0 +1,351 @@
+"""Both ends of ``Decode.Serve``: what ends one sequence ends no other, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest, OverfillError, Unavailable
+from overfill.kv.blocks import BlockPool
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.stream import GrpcConnector
+from overfill.routing.worker import DECODE, WorkerInfo
+from overfill.rpc.constants import MAX_MESSAGE_BYTES
+from overfill.rpc.sequences import OutgoingUpdates, ServedSequence, serve_sequences
+from overfill.rpc.server import RpcServer
+from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+
+Update = decode_pb2.SequenceUpdate
+
+
+def tokens(first: int, *ids: int) -> Update:
+    return Update(tokens=decode_pb2.Tokens(first_index=first, ids=ids))
+
+
+def done() -> Update:
+    return Update(done=decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_STOP))
+
+
+class Worker(decode_pb2_grpc.DecodeServicer):
+    """A decode worker whose sequences run what the test says. Each holds a block while it runs."""
+
+    def __init__(self) -> None:
+        self.pool = BlockPool(64, 4)
+        self.messages: list[decode_pb2.WorkerMessage] = []
+        self.run: Callable[[ServedSequence], Any] = self.echo
+        self.running = 0
+        self.streams = 0
+
+    async def Serve(self, request_iterator: AsyncIterator[decode_pb2.RouterMessage], context: Any) -> None:
+        self.streams += 1
+        await serve_sequences(request_iterator, _Recorder(context, self.messages), self._run)  # type: ignore[arg-type]
+
+    async def _run(self, served: ServedSequence) -> None:
+        owner = f"{served.start.request_id}/{self.streams}/{served.number}"
+        blocks = self.pool.acquire(owner, 1)
+        if blocks is None:
+            served.put(Update(refused=decode_pb2.Refused(reason="full")))
+            return
+        self.running += 1
+        try:
+            await self.run(served)
+        finally:
+            self.running -= 1
+            self.pool.release(owner, blocks)
+
+    async def echo(self, served: ServedSequence) -> None:
+        """Reserves, waits for a prefill worker, and answers with the prompt."""
+        served.put(Update(reserved=decode_pb2.Reserved(blocks=1)))
+        command = await served.commands.get()
+        if isinstance(command, Exception):
+            raise command
+        if isinstance(command, decode_pb2.Evict):
+            raise Unavailable("evicted")
+        for index, token in enumerate(served.start.prompt_token_ids):
+            served.put(tokens(index, token))
+        served.put(done())
+
+
+class _Recorder:
+    """A context that keeps what it writes."""
+
+    def __init__(self, context: Any, messages: list[decode_pb2.WorkerMessage]) -> None:
+        self._context = context
+        self._messages = messages
+
+    async def write(self, message: decode_pb2.WorkerMessage) -> None:
+        self._messages.append(message)
+        await self._context.write(message)
+
+
+class Sequence:
+    """The router's end of one sequence."""
+
+    def __init__(self, connector: GrpcConnector, worker: WorkerInfo) -> None:
+        self.got: list[Any] = []
+        self.news = asyncio.Event()
+        self.stream = connector.open(worker, self._receive)
+
+    def _receive(self, update: Update | OverfillError) -> None:
+        self.got.append(update)
+        self.news.set()
+
+    def start(self, *prompt: int, **more: Any) -> None:
+        start = decode_pb2.StartDecode(request_id="r", prompt_token_ids=prompt, **more)
+        self.stream.send(decode_pb2.RouterMessage(start=start))
+
+    def assign(self) -> None:
+        self.stream.send(decode_pb2.RouterMessage(assign_prefill=decode_pb2.AssignPrefill(worker_id="p")))
+
+    async def until(self, condition: Callable[[list[Any]], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition(self.got):
+                self.news.clear()
+                await self.news.wait()
+
+    async def reserved(self) -> None:
+        await self.until(lambda got: bool(got))
+        assert got_kinds(self.got)[0] == "reserved"
+
+    async def end(self) -> Any:
+        """Returns the last update or error."""
+        await self.until(lambda got: bool(got) and is_last(got[-1]))
+        return self.got[-1]
+
+    @property
+    def ids(self) -> list[int]:
+        return [i for update in self.got if isinstance(update, Update) for i in update.tokens.ids]
+
+
+def is_last(update: Any) -> bool:
+    return isinstance(update, OverfillError) or update.WhichOneof("message") in ("done", "refused")
+
+
+def got_kinds(got: list[Any]) -> list[str]:
+    return [type(u).__name__ if isinstance(u, OverfillError) else u.WhichOneof("message") for u in got]
+
+
+class Ends:
+    def __init__(self, worker: Worker, connector: GrpcConnector, info: WorkerInfo, server: RpcServer) -> None:
+        self.worker = worker
+        self.connector = connector
+        self.info = info
+        self.server = server
+
+    def open(self) -> Sequence:
+        return Sequence(self.connector, self.info)
+
+    async def idle(self) -> None:
+        """Waits until the worker runs nothing; checks that no block is used."""
+        async with asyncio.timeout(20):
+            while self.worker.running or self.worker.pool.num_used:
+                await asyncio.sleep(0.01)
+        self.worker.pool.check_integrity()
+
+
+@asynccontextmanager
+async def both_ends() -> AsyncIterator[Ends]:
+    worker, server = Worker(), RpcServer()
+    server.add(decode_pb2_grpc.add_DecodeServicer_to_server, worker, "overfill.v1.Decode")
+    address = await server.start("127.0.0.1:0")
+    identity = KvIdentity(2, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
+    info = WorkerInfo("d", 1, DECODE, address, address, identity, 0, 99)
+    connector = GrpcConnector()
+    connector.add(info)
+    try:
+        yield Ends(worker, connector, info, server)
+    finally:
+        await connector.close()
+        await server.stop(0)
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[Ends]:
+    async with both_ends() as ends:
+        yield ends
+        await ends.connector.close()  # a router that dies frees all its sequences
+        await ends.idle()
+
+
+async def test_sequences_share_one_stream(ends: Ends) -> None:
+    sequences = [ends.open() for _ in range(5)]
+    for number, sequence in enumerate(sequences):
+        sequence.start(10 + number, 20 + number)
+    for number, sequence in enumerate(sequences):
+        await sequence.reserved()
+        sequence.assign()
+        assert (await sequence.end()).HasField("done")
+        assert sequence.ids == [10 + number, 20 + number]
+    assert ends.worker.streams == 1
+
+
+async def test_one_message_carries_the_tokens_of_all_sequences(ends: Ends) -> None:
+    step = asyncio.Event()
+
+    async def run(served: ServedSequence) -> None:
+        served.put(Update(reserved=decode_pb2.Reserved(blocks=1)))
+        await step.wait()
+        served.put(tokens(0, served.number))
+        await asyncio.Event().wait()
+
+    ends.worker.run = run
+    sequences = [ends.open() for _ in range(8)]
+    for sequence in sequences:
+        sequence.start(1)
+        await sequence.reserved()
+    before = len(ends.worker.messages)
+    step.set()
+    for sequence in sequences:
+        await sequence.until(lambda got: len(got) == 2)
+    (message,) = ends.worker.messages[before:]
+    assert len(message.updates) == 8
+
+
+async def test_an_error_ends_one_sequence_only(ends: Ends) -> None:
+    good, bad = ends.open(), ends.open()
+    for sequence in (good, bad):
+        sequence.start(1, 2)
+        await sequence.reserved()
+    bad.stream.send(decode_pb2.RouterMessage(start=decode_pb2.StartDecode()))  # a second start is not allowed
+    error = await bad.end()
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "start"
+    good.assign()
+    assert (await good.end()).HasField("done")
+    assert ends.worker.streams == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (InvalidRequest("sampling.seed", "is required"), InvalidRequest),
+        (RuntimeError("a bug"), InternalError),
+        (None, InternalError),  # it ends without a last update
+    ],
+)
+async def test_errors_keep_their_class_and_field(
+    ends: Ends, failure: Exception | None, expected: type[OverfillError]
+) -> None:
+    async def run(served: ServedSequence) -> None:
+        if failure is not None:
+            raise failure
+
+    ends.worker.run = run
+    sequence = ends.open()
+    sequence.start(1)
+    error = await sequence.end()
+    assert type(error) is expected
+    if isinstance(failure, InvalidRequest):
+        assert (error.field, str(error)) == ("sampling.seed", "sampling.seed: is required")
+
+
+async def test_the_worker_keeps_the_deadline(ends: Ends) -> None:
+    sequence, other = ends.open(), ends.open()
+    sequence.start(1, time_left_ns=50_000_000)
+    other.start(1)
+    assert isinstance(await sequence.end(), DeadlineExceeded)
+    await other.reserved()
+    assert ends.worker.running == 1
+
+
+async def test_a_cancel_ends_the_sequence_and_its_updates(ends: Ends) -> None:
+    sequence = ends.open()
+    sequence.start(1)
+    await sequence.reserved()
+    sequence.stream.close()
+    await ends.idle()
+    assert got_kinds(sequence.got) == ["reserved"]
+    again = ends.open()
+    again.start(5)
+    await again.reserved()
+    again.assign()
+    assert (await again.end()).HasField("done")
+
+
+async def test_a_command_that_is_too_large_fails_its_own_request_before_it_is_sent(ends: Ends) -> None:
+    other, large = ends.open(), ends.open()
+    other.start(1)
+    await other.reserved()
+    with pytest.raises(InvalidRequest, match="bytes between router and worker"):
+        large.start(*[2**31] * (MAX_MESSAGE_BYTES // 5))
+    large.stream.close()
+    other.assign()
+    assert (await other.end()).HasField("done")
+
+
+async def test_a_stream_that_breaks_fails_its_sequences_and_another_follows(ends: Ends) -> None:
+    sequences = [ends.open() for _ in range(3)]
+    for sequence in sequences:
+        sequence.start(1)
+        await sequence.reserved()
+    connection = ends.connector._connections["d", 1]
+    assert connection._stream is not None
+    connection._stream.cancel()
+    for sequence in sequences:
+        assert isinstance(await sequence.end(), Unavailable)
+        sequence.stream.close()
+    await ends.idle()
+    again = ends.open()
+    again.start(1)
+    await again.reserved()
+    assert ends.worker.streams == 2
+
+
+async def test_ten_thousand_starts_and_cancels_in_random_order_leave_nothing(ends: Ends) -> None:
+    rng = random.Random(7)
+
+    async def client() -> None:
+        for _ in range(200):
+            sequence = ends.open()
+            sequence.start(*range(rng.randrange(1, 4)))
+            how = rng.random()
+            if how < 0.3:  # cancelled at once, perhaps before the worker has begun
+                if how < 0.1:
+                    await asyncio.sleep(0)
+            else:
+                await sequence.until(lambda got: bool(got))
+                if how > 0.5 and not is_last(sequence.got[-1]):
+                    sequence.assign()
+                    if how > 0.7:
+                        await sequence.end()
+            sequence.stream.close()
+
+    await asyncio.gather(*(client() for _ in range(50)))
+    await ends.idle()
+    connection = ends.connector._connections["d", 1]
+    assert connection.sequences == 0
+    assert connection._stream is not None
+    assert not connection._stream._receivers
+    assert ends.worker.streams == 1
+
+
+async def test_unread_tokens_merge_into_one_update() -> None:
+    outgoing = OutgoingUpdates()
+    for index in range(1000):
+        outgoing.put(3, tokens(index, index))
+    outgoing.put(3, done())
+    first, last = outgoing.take().updates
+    assert list(first.tokens.ids) == list(range(1000))
+    assert (first.sequence, first.tokens.first_index) == (3, 0)
+    assert last.HasField("done")
+    assert not outgoing.take().updates
+
+
+async def test_what_a_slow_router_has_not_read_leaves_in_messages_of_bounded_size() -> None:
+    outgoing = OutgoingUpdates()
+    entry = common_pb2.TokenLogprobs(top_ids=range(20), top_logprobs=[0.0] * 20)
+    for number in range(40):
+        for index in range(200):
+            outgoing.put(number, Update(tokens=decode_pb2.Tokens(first_index=index, ids=[1], logprobs=[entry])))
+    sizes, count = [], 0
+    while (message := outgoing.take()).updates:
+        sizes.append(message.ByteSize())
+        count += sum(len(update.tokens.ids) for update in message.updates)
+    assert count == 8000
+    assert max(sizes) < MAX_MESSAGE_BYTES / 4
