@@ -54,7 +54,7 @@ def measure_cost(
     """Measures CPU, saturation, latency and memory in about 60 times ``seconds``.
 
     Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
-    send half of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for each
+    send a quarter of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for each
     protocol, send nothing after the first token.
 
     Args:
@@ -84,8 +84,9 @@ def measure_cost(
                     measure(peer, bare[of.protocol], router[of.protocol])
 
         beside_peers(PEERS, Pace(), streams[-1], partial(_measure_saturation, windows, streams))
-        half = min(figures["tokens_per_core"].value for figures in router.values()) / 2
-        pace = Pace(per_sequence=WORKERS / half, workers=WORKERS)
+        # tokens_per_core may hold merged tokens. Half of it would keep a router that merges too busy not to.
+        rate = min(figures["tokens_per_core"].value for figures in router.values()) / 4
+        pace = Pace(per_sequence=WORKERS / rate, workers=WORKERS)
         beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
         for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
             idle = partial(_measure_memory, windows, idle_streams)

@@ -14,7 +14,7 @@ from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Server, Windows,
 
 
 def profile_router(pair: Path, seconds: float, streams: int, answer: int) -> str:
-    """Samples the router's CPU time during requests of one token, and during long answers at half of saturation.
+    """Samples the router's CPU time during requests of one token, and during long answers at a quarter of saturation.
 
     Args:
         seconds: Seconds of each sampled load.
@@ -51,7 +51,7 @@ def profile_router(pair: Path, seconds: float, streams: int, answer: int) -> str
                 profile(server, 1, "request of one token")
                 window = windows.measure(server, answer, streams)
                 saturation.append(window.counts.tokens / window.cpu)
-        pace = Pace(per_sequence=2 * WORKERS / min(saturation), workers=WORKERS)
+        pace = Pace(per_sequence=4 * WORKERS / min(saturation), workers=WORKERS)
         with paced_stack(pair, pace, streams, launcher) as servers:
             for server in servers:
                 profile(server, answer, "token")
