@@ -54,8 +54,8 @@ def measure_cost(
     """Measures CPU, saturation, latency and memory in about 60 times ``seconds``.
 
     Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
-    send a quarter of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for each
-    protocol, send nothing after the first token.
+    send a quarter of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for
+    each protocol, send nothing after the first token.
 
     Args:
         seconds: Duration of each part; latencies take two.
