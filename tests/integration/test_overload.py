@@ -1,6 +1,6 @@
 """Tests a router under ten times the load that it can serve."""
 
-from overfill.lab.bench.router.measure import measure_overload
+from overfill.lab.bench.router.overload import measure_overload
 
 
 def test_under_ten_times_the_load_admitted_requests_are_answered_and_others_get_a_time_to_retry(tiny_pair):

@@ -48,9 +48,14 @@ class Measurement:
             return True
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
+    @property
+    def peer_ratio(self) -> float | None:
+        """``value`` divided by ``peer_value``; None without a peer, or when its value is zero."""
+        return self.value / self.peer_value if self.peer_value else None
+
     def to_json(self) -> str:
         """A line of JSON, with numbers rounded to four digits and NaN as null."""
-        found = asdict(self) | {"reached": self.reached}
+        found = asdict(self) | {"peer_ratio": self.peer_ratio, "reached": self.reached}
         return json.dumps({k: _digits(v) if isinstance(v, float) else v for k, v in found.items()})
 
 
@@ -62,6 +67,8 @@ def measurements_table(measurements: Iterable[Measurement]) -> Table:
     for one in measurements:
         bound = "" if one.bound is None else f"{'≥' if one.at_least else '≤'} {one.bound:,g}"
         peer = "" if one.peer_value is None else f"{one.peer}: {_number(one.peer_value)}"
+        if one.peer_ratio is not None:
+            peer += f" ({_number(one.peer_ratio)} x)"
         rounds = "" if one.low is None or one.high is None else f"{_number(one.low)} to {_number(one.high)}"
         verdict = bound if one.reached else f"{bound}, missed"
         table.add_row(one.name, _number(one.value), one.unit, rounds, verdict, peer)

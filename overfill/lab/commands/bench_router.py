@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from overfill.cli.options import Number
@@ -9,10 +11,10 @@ from overfill.lab.bench.measurement import print_measurements
 from overfill.lab.commands.bench_options import Counts, geometry_option, json_option, pair_folder
 
 
-@click.command("router", short_help="CPU, latency and overload of the router, beside a bare gRPC server.")
+@click.command("router", short_help="CPU, latency, memory and overload of the router, beside bare servers.")
 @geometry_option
 @click.option(
-    "--seconds", type=Number(0.5), default=10.0, show_default=True, help="Duration of each part of the measurement."
+    "--seconds", type=Number(0.5), default=2.0, show_default=True, help="Duration of each part of the measurement."
 )
 @click.option(
     "--overload",
@@ -25,23 +27,43 @@ from overfill.lab.commands.bench_options import Counts, geometry_option, json_op
     help="Time the dispatcher's decisions without sockets, with this many workers of each stage (10,100,1000), "
     "instead of the normal measurement.",
 )
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write to this file which functions use the router's CPU time, instead of the normal measurement.",
+)
 @json_option
 def router_command(
-    pair: str, seconds: float, overload: float | None, decisions: tuple[int, ...] | None, as_json: bool
+    pair: str,
+    seconds: float,
+    overload: float | None,
+    decisions: tuple[int, ...] | None,
+    profile: Path | None,
+    as_json: bool,
 ) -> int:
-    """Measure the router with mock workers: CPU per request and per token, saturation, added latency.
+    """Measure the router with mock workers: CPU per request and per token, saturation, added latency, memory.
 
-    The peer in the same run is a bare gRPC server that answers the same RPC at once. Exits with 1 when a bound is
-    missed.
+    Requests come over HTTP and over gRPC, 1, 32 and 256 at a time. The peers in the same run are a bare uvicorn and a
+    bare grpc.aio server, which send the same bytes. Exits with 1 when a bound is missed.
     """
-    if overload is not None and decisions is not None:
-        raise click.UsageError("--overload and --decisions cannot be used together; leave one out")
+    modes = {"--overload": overload, "--decisions": decisions, "--profile": profile}
+    given = [name for name, value in modes.items() if value is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} cannot be used together; give one of them")
     if decisions is not None:
         from overfill.lab.bench.router.decisions import measure_decisions
 
         return print_measurements(measure_decisions(decisions), as_json)
-    from overfill.lab.bench.router.measure import measure_cost, measure_overload
-
     folder = pair_folder(pair)
-    measurements = measure_cost(folder, seconds) if overload is None else measure_overload(folder, overload)
-    return print_measurements(measurements, as_json)
+    if overload is not None:
+        from overfill.lab.bench.router.overload import measure_overload
+
+        return print_measurements(measure_overload(folder, overload), as_json)
+    from overfill.lab.bench.router.cost import ANSWER, STREAMS, measure_cost
+
+    if profile is not None:
+        from overfill.lab.bench.router.profile import profile_router
+
+        profile.write_text(profile_router(folder, 5 * seconds, STREAMS[-1], ANSWER))
+        return 0
+    return print_measurements(measure_cost(folder, seconds), as_json)

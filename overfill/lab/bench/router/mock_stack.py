@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from overfill.cli.processes import Child, stop
@@ -17,45 +18,70 @@ from overfill.errors import OverfillError
 _START_SECONDS = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class MockStack:
+    """A running stack.
+
+    Attributes:
+        grpc, http: The router's addresses.
+        router: Process id of the router.
+        workers: Process ids of the mock workers.
+    """
+
+    grpc: str
+    http: str
+    router: int
+    workers: tuple[int, ...]
+
+
 @contextmanager
 def mock_stack(
-    pair: Path, max_num_seqs: int, *, router: Sequence[str] = (), decode: Sequence[str] = ()
-) -> Iterator[tuple[str, int]]:
-    """Starts a router, a mock prefill worker and a mock decode worker, and stops them at the end.
+    pair: Path,
+    max_num_seqs: int,
+    *,
+    workers: int = 1,
+    router: Sequence[str] = (),
+    common: Sequence[str] = (),
+    decode: Sequence[str] = (),
+    launcher: Sequence[str] = (),
+) -> Iterator[MockStack]:
+    """Starts a router and mock workers, waits until all serve, and stops them at the end.
 
     Args:
         max_num_seqs: Maximum concurrent sequences of each worker.
-        router, decode: Additional flags of the router and of the decode worker.
-
-    Yields:
-        The router's gRPC address and its process id.
+        workers: Number of workers of each stage.
+        router, common, decode: Additional flags of the router, of all mock workers and of decode workers.
+        launcher: Module and arguments that run the router's module; nothing runs it directly.
     """
-    address = f"127.0.0.1:{(port := free_ports('127.0.0.1', 1)[0])}"
-    common = [f"--pair={pair}", "--log-level=warning"]
-    worker = [f"--routers={address}", f"--max-num-seqs={max_num_seqs}", "--mock-kv-blocks=100000", *common]
-    commands = {
-        "router": ["services.router.main", f"--port={port}", "--http=off", *router, *common],
-        "prefill": ["services.mock", "prefill", *worker],
-        "decode": ["services.mock", "decode", *worker, *decode],
-    }
+    grpc, http = (f"127.0.0.1:{port}" for port in free_ports("127.0.0.1", 2))
+    shared = [f"--pair={pair}", "--log-level=warning"]
+    worker = [f"--routers={grpc}", f"--max-num-seqs={max_num_seqs}", "--mock-kv-blocks=10000000", *shared, *common]
+    ports = [f"--port={grpc.rpartition(':')[2]}", f"--http={http.rpartition(':')[2]}"]
+    expected = [f"--expect-prefill={workers}", f"--expect-decode={workers}"]
+    commands = {"router": [*launcher, "services.router.main", *ports, *expected, *router, *shared]}
+    for index in range(workers):
+        commands[f"prefill-{index}"] = ["services.mock", "prefill", *worker]
+        commands[f"decode-{index}"] = ["services.mock", "decode", *worker, *decode]
     children: list[Child] = []
     try:
         for name, arguments in commands.items():
-            children.append(start_module(name, arguments))
-        wait_until_answering(address)
-        yield address, children[0].pid
+            children.append(_start_module(name, arguments))
+        _wait_until_complete(grpc)
+        first, *others = [child.pid for child in children]
+        yield MockStack(grpc, http, first, tuple(others))
     finally:
-        stop(children, grace=2)
+        stop(children[1:], grace=2)  # workers first: they leave the router while it runs
+        stop(children[:1], grace=2)
 
 
-def start_module(name: str, arguments: Sequence[str]) -> Child:
-    """Starts ``python -m ARGUMENTS`` with one thread; its output appears on stdout."""
+def _start_module(name: str, arguments: Sequence[str]) -> Child:
+    """Starts ``python -m ARGUMENTS`` with one thread; its output appears on stderr."""
     command = [sys.executable, "-m", *arguments]
-    return Child(name, command, child_environment(os.environ, 1), lambda name, line: print(line))
+    return Child(name, command, child_environment(os.environ, 1), lambda name, line: print(line, file=sys.stderr))
 
 
-def wait_until_answering(address: str) -> None:
-    """Sends short requests until one is answered.
+def _wait_until_complete(address: str) -> None:
+    """Waits until all workers have joined, and a request is answered.
 
     Raises:
         OverfillError: The last request failed, a minute after the start.
@@ -64,9 +90,10 @@ def wait_until_answering(address: str) -> None:
     with Client(address) as client:
         while True:
             try:
-                client.generate("x", sampling=SamplingParams(max_tokens=1), timeout=5)
-                return
+                if client.status().complete:
+                    client.generate("x", sampling=SamplingParams(max_tokens=1), timeout=5)
+                    return
             except OverfillError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.1)
+            time.sleep(0.1)

@@ -1,13 +1,16 @@
 """Tests that ``overfill bench kv``, ``handoff`` and ``router`` run and print their measurements."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
+from overfill.lab.bench.router.cost import measure_cost
 from overfill.lab.bench.router.decisions import measure_decisions
+from overfill.lab.bench.router.profile import profile_router
 from overfill.lab.commands.bench import bench_group
 
 
@@ -39,13 +42,28 @@ def test_handoff_compares_a_request_with_a_plain_prefill(tiny_pair):
     assert figures["handoff_exposed"]["bound"] == 0.05
 
 
-def test_the_router_is_measured_beside_a_bare_server(tiny_pair):
-    figures = bench("router", f"--pair={tiny_pair}", "--seconds=0.5")
-    for name in ("cpu_per_request", "cpu_per_token", "requests_at_saturation", "tokens_at_saturation"):
-        assert figures[name]["peer"] == "bare gRPC"
-        assert figures[name]["peer_value"] is not None
-    assert figures["requests_at_saturation"]["value"] > 0
-    assert (figures["added_ttft_p50"]["bound"], figures["added_ttft_p99"]["bound"]) == (1.0, 5.0)
+def test_the_router_is_measured_beside_bare_servers_over_http_and_grpc(tiny_pair):
+    found = {one.name: one for one in measure_cost(tiny_pair, 0.2, streams=(1, 4), idle_streams=8)}
+    assert found["failed_requests"].value == 0
+    for protocol, peer in (("http", "bare uvicorn"), ("grpc", "bare grpc.aio")):
+        for name in ("request_cpu_1", "request_cpu_4", "token_cpu_1", "token_cpu_4", "ttft_p50", "tokens_per_second"):
+            one = found[f"{protocol}_{name}"]
+            assert one.peer == peer
+            assert one.value > 0
+            assert one.peer_value > 0
+        assert found[f"{protocol}_tokens_per_event_4"].value >= 1
+        assert found[f"{protocol}_tokens_per_event_4"].peer_value == 1
+        assert found[f"{protocol}_memory_per_stream"].bound == 60
+        ratio = found[f"{protocol}_token_cpu_ratio_4"]
+        assert ratio.value == found[f"{protocol}_token_cpu_4"].peer_ratio
+
+
+def test_the_profile_names_functions_of_the_router_for_each_load(tiny_pair):
+    profile = profile_router(tiny_pair, 1.0, streams=4, answer=200)
+    for protocol in ("http", "grpc"):
+        for what in ("request of one token", "token"):
+            assert re.search(rf"^{protocol}, 4 streams: \d+ us of CPU per {what}, 1", profile, re.MULTILINE)
+    assert profile.count("%  main (services/router/main.py:") == 4
 
 
 def test_decisions_are_compared_with_the_first_number_of_workers():
@@ -63,6 +81,7 @@ def test_decisions_are_compared_with_the_first_number_of_workers():
         (["handoff", "--plot=x.png"], "--plot cannot be used without --timeline"),
         (["handoff", "--timeline", "--kv-codec=int8", "--rounds=2"], "--rounds, --kv-codec cannot be used with --time"),
         (["router", "--overload=5", "--decisions=1"], "--overload and --decisions cannot be used together"),
+        (["router", "--overload=5", "--profile=x"], "--overload and --profile cannot be used together"),
         (["router", "--decisions=1,x"], "is not a list of positive whole numbers"),
         (["timeline", "--tokens=5"], "use `overfill bench handoff --timeline`"),
         (["memory"], "its results are in docs/lab/2026-11-25-memory.md"),

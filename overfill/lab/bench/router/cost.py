@@ -1,0 +1,146 @@
+"""Measures what the router costs, beside bare servers that send the same bytes (``overfill bench router``).
+
+A real router, mock workers, bare servers and client processes run on this machine. CPU time is that of the server's
+process alone, all its threads together. The kernel's clock of that process is read before and after a part of the load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from overfill.lab.bench.measurement import Measurement
+from overfill.lab.bench.router.bare_server import Pace, bare_server
+from overfill.lab.bench.router.load import LoadProcesses, Protocol
+from overfill.lab.bench.router.recording import record
+from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Server, Windows, paced_stack
+
+PEERS: dict[Protocol, str] = {"http": "bare uvicorn", "grpc": "bare grpc.aio"}
+STREAMS = (1, 32, 256)
+"""Concurrent requests of the measured loads."""
+
+ANSWER = 1000
+"""Tokens of a long answer."""
+
+IDLE_STREAMS = 1000
+"""Open streams whose memory is measured."""
+
+_TOKEN_CPU_RATIO: dict[Protocol, float] = {"http": 2.0, "grpc": 1.5}
+"""Bound of the router's CPU per token over the peer's, at the most streams and one event per token."""
+
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """A figure of one server. The fields are those of ``Measurement``; ``bound`` is for the router's."""
+
+    value: float
+    unit: str
+    bound: float | None = None
+    at_least: bool = False
+
+
+_Figures = dict[str, _Figure]
+
+
+def measure_cost(
+    pair: Path, seconds: float, streams: Sequence[int] = STREAMS, idle_streams: int = IDLE_STREAMS
+) -> list[Measurement]:
+    """Measures CPU, saturation, latency and memory in about 60 times ``seconds``.
+
+    Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
+    send a quarter of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for
+    each protocol, send nothing after the first token.
+
+    Args:
+        seconds: Duration of each part; latencies take two.
+        streams: Numbers of concurrent requests; the last is the largest.
+        idle_streams: Number of open streams whose memory is measured.
+    """
+    router: dict[Protocol, _Figures] = {protocol: {} for protocol in PEERS}
+    bare: dict[Protocol, _Figures] = {protocol: {} for protocol in PEERS}
+    with LoadProcesses(CLIENTS) as clients:
+        windows = Windows(clients, seconds)
+
+        def beside_peers(
+            protocols: Collection[Protocol],
+            pace: Pace,
+            sequences: int,
+            measure: Callable[[Server, _Figures, _Figures], None],
+        ) -> None:
+            with paced_stack(pair, pace, sequences) as both:
+                servers = [server for server in both if server.protocol in protocols]
+                recordings = [record(server.protocol, server.address, server.model) for server in servers]
+                for server in servers:
+                    measure(server, router[server.protocol], router[server.protocol])
+            for of, recording in zip(servers, recordings, strict=True):
+                with bare_server(of.protocol, recording, pace) as (address, pid):
+                    peer = Server(of.protocol, address, pid, of.model)
+                    measure(peer, bare[of.protocol], router[of.protocol])
+
+        beside_peers(PEERS, Pace(), streams[-1], partial(_measure_saturation, windows, streams))
+        # tokens_per_core may hold merged tokens. Half of it would keep a router that merges too busy not to.
+        rate = min(figures["tokens_per_core"].value for figures in router.values()) / 4
+        pace = Pace(per_sequence=WORKERS / rate, workers=WORKERS)
+        beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
+        for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
+            idle = partial(_measure_memory, windows, idle_streams)
+            beside_peers([protocol], Pace(step=_HOUR), idle_streams, idle)
+    found = [one for protocol in PEERS for one in _measurements(protocol, router[protocol], bare[protocol], streams)]
+    return [*found, Measurement("failed_requests", windows.failed, "requests", 0)]
+
+
+def _measure_saturation(
+    windows: Windows, streams: Sequence[int], server: Server, into: _Figures, router: _Figures
+) -> None:
+    """Measures requests of one token, and long answers that arrive as fast as the server sends them."""
+    for count in streams:
+        window = windows.measure(server, 1, count)
+        into[f"request_cpu_{count}"] = _Figure(window.cpu_us(window.counts.ended), "us", 800)
+    into["requests_per_second"] = _Figure(window.counts.ended / window.seconds, "1/s")
+    into["requests_per_core"] = _Figure(window.counts.ended / window.cpu, "1/s", 1000, at_least=True)
+    into["requests_cores"] = _Figure(window.cpu / window.seconds, "cores")
+    into["requests_busiest_other"] = _Figure(window.busiest, "cores")
+    ttft = windows.ttft(server, router["requests_per_second"].value / 2) or [float("nan")]
+    for percent in (50, 99):
+        into[f"ttft_p{percent}"] = _Figure(float(np.percentile(ttft, percent)) * 1e3, "ms")
+    window = windows.measure(server, ANSWER, streams[-1])
+    into["saturated_token_cpu"] = _Figure(window.cpu_us(window.counts.tokens), "us")
+    into["saturated_tokens_per_event"] = _Figure(window.tokens_per_event, "tokens")
+    into["tokens_per_second"] = _Figure(window.counts.tokens / window.seconds, "1/s")
+    into["tokens_per_core"] = _Figure(window.counts.tokens / window.cpu, "1/s", 30_000, at_least=True)
+    into["tokens_cores"] = _Figure(window.cpu / window.seconds, "cores")
+    into["tokens_busiest_other"] = _Figure(window.busiest, "cores")
+
+
+def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, into: _Figures, router: _Figures) -> None:
+    """Measures long answers at a fixed pace."""
+    for count in streams:
+        window = windows.measure(server, ANSWER, count)
+        # Answers that end in the window are followed by requests, whose cost is known.
+        requests = window.counts.begun * into[f"request_cpu_{count}"].value
+        per_token = window.cpu_us(window.counts.tokens) - requests / max(1, window.counts.tokens)
+        into[f"token_cpu_{count}"] = _Figure(per_token, "us")
+        into[f"tokens_per_event_{count}"] = _Figure(window.tokens_per_event, "tokens")
+
+
+def _measure_memory(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
+    into["memory_per_stream"] = _Figure(windows.memory(server, streams), "KiB", 60)
+
+
+def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams: Sequence[int]) -> list[Measurement]:
+    def figure(name: str, one: _Figure, peer: str | None = None, peer_value: float | None = None) -> Measurement:
+        return Measurement(f"{protocol}_{name}", one.value, one.unit, one.bound, one.at_least, peer, peer_value)
+
+    found = [figure(name, one, PEERS[protocol], bare[name].value) for name, one in router.items()]
+    name = f"token_cpu_{streams[-1]}"
+    ratio = router[name].value / bare[name].value
+    found.append(figure(f"token_cpu_ratio_{streams[-1]}", _Figure(ratio, "x", _TOKEN_CPU_RATIO[protocol])))
+    for name, bound in (("ttft_p50", 1.0), ("ttft_p99", 4.0)):
+        found.append(figure(f"added_{name}", _Figure(router[name].value - bare[name].value, "ms", bound)))
+    return found

@@ -1,0 +1,186 @@
+"""Parts of a load: what a server spent and what the clients received, from one moment to another."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from overfill.client import Client
+from overfill.errors import Unavailable
+from overfill.lab.bench.router.bare_server import Pace
+from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
+from overfill.lab.bench.router.mock_stack import mock_stack
+from overfill.lab.bench.router.recording import make_request
+
+CLIENTS = 2
+"""Client processes."""
+
+WORKERS = 2 if (os.cpu_count() or 1) < 8 else 4
+"""Mock workers of each stage."""
+
+_START_SECONDS = 60.0
+_SETTLE_SECONDS = 0.4
+"""Maximum time between the start of a load and its window, and after its end."""
+
+_SPARE = 64
+"""Sequences that a worker takes beyond those of a load, because ended ones leave a little later."""
+
+_WARM_STREAMS = 8
+"""Streams that allocate what a server allocates once, before the memory of open streams is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server under load: the router, or a peer.
+
+    Attributes:
+        pid: Its process.
+        others: Processes that must not be the bottleneck, such as mock workers.
+    """
+
+    protocol: Protocol
+    address: str
+    pid: int
+    model: str
+    others: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of a load.
+
+    Attributes:
+        cpu: Seconds of CPU time of the server.
+        counts: What the clients received.
+        busiest: Largest share of a core that a client or mock worker used.
+    """
+
+    seconds: float
+    cpu: float
+    counts: Received
+    busiest: float
+
+    @property
+    def tokens_per_event(self) -> float:
+        return self.counts.tokens / max(1, self.counts.events)
+
+    def cpu_us(self, count: int) -> float:
+        """Microseconds of the server's CPU for each of ``count`` requests or tokens."""
+        return 1e6 * self.cpu / max(1, count)
+
+
+class Windows:
+    """Measures windows with the given client processes, and counts failed requests.
+
+    Args:
+        seconds: Duration of a window.
+    """
+
+    def __init__(self, clients: LoadProcesses, seconds: float) -> None:
+        self._clients = clients
+        self._seconds = seconds
+        self._settle = min(seconds, _SETTLE_SECONDS)
+        self.failed = 0
+
+    def measure(self, server: Server, tokens: int, streams: int, *, during: Callable[[], None] | None = None) -> Window:
+        """Keeps ``streams`` requests of ``tokens`` tokens running, and measures once all have their first token."""
+        load = Load(
+            server.protocol, server.address, make_request(server.protocol, server.model, tokens), tokens, streams
+        )
+        with self._running(load) as counts:
+            _wait_for_first_tokens(counts, streams)
+            time.sleep(self._settle)
+            before, workers, cpu, start = counts(), _cpu_of(server.others), cpu_seconds(server.pid), time.perf_counter()
+            if during is None:
+                time.sleep(self._seconds)
+            else:
+                during()
+            passed = time.perf_counter() - start
+            cpu = cpu_seconds(server.pid) - cpu
+            after, workers_after = counts(), _cpu_of(server.others)
+        used = [b - a for a, b in zip(workers + before.cpu, workers_after + after.cpu, strict=True)]
+        return Window(passed, cpu, _difference(after, before), max(used) / passed)
+
+    def ttft(self, server: Server, rate: float) -> list[float]:
+        """Sends requests of one token at fixed times. Returns the seconds to the first token of each."""
+        request = make_request(server.protocol, server.model, 1)
+        with self._running(Load(server.protocol, server.address, request, 1, rate=rate)) as counts:
+            time.sleep(self._settle)
+            counts()
+            time.sleep(2 * self._seconds)
+            return counts().ttft
+
+    def memory(self, server: Server, streams: int) -> float:
+        """KiB per open stream that has its first token and waits for the next."""
+        process, request = psutil.Process(server.pid), make_request(server.protocol, server.model, 2)
+        load = Load(server.protocol, server.address, request, 2, streams)
+        with self._running(replace(load, streams=_WARM_STREAMS)) as counts:
+            _wait_for_first_tokens(counts, _WARM_STREAMS)
+        time.sleep(2 * self._settle)
+        before = process.memory_info().rss
+        with self._running(load) as counts:
+            _wait_for_first_tokens(counts, streams)
+            return (process.memory_info().rss - before) / streams / 1024
+
+    @contextmanager
+    def _running(self, load: Load) -> Iterator[Callable[[], Received]]:
+        with self._clients.running(load) as counts:
+            yield counts
+            self.failed += counts().failed
+        time.sleep(self._settle)  # the server notices that the clients have gone
+
+
+@contextmanager
+def paced_stack(
+    pair: Path, pace: Pace, sequences: int, launcher: Sequence[str] = ()
+) -> Iterator[tuple[Server, Server]]:
+    """Starts a router whose mock workers keep ``pace`` and take ``sequences`` requests each.
+
+    Args:
+        launcher: As for ``mock_stack``.
+    """
+    decode = [f"--mock-step={pace.step}", f"--mock-per-sequence={pace.per_sequence}"]
+    answer = [f"--mock-answer={TOKEN_TEXT.decode()}"]
+    with mock_stack(
+        pair, sequences + _SPARE, workers=WORKERS, common=answer, decode=decode, launcher=launcher
+    ) as stack:
+        with Client(stack.grpc) as client:
+            model = client.models()[0].name
+        yield (
+            Server("http", stack.http, stack.router, model, stack.workers),
+            Server("grpc", stack.grpc, stack.router, model, stack.workers),
+        )
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all threads together, from the kernel's clock of that process in nanoseconds."""
+    return time.clock_gettime((~pid << 3) | 2)  # the id that clock_getcpuclockid(3) returns
+
+
+def _cpu_of(pids: Sequence[int]) -> list[float]:
+    return [cpu_seconds(pid) for pid in pids]
+
+
+def _difference(after: Received, before: Received) -> Received:
+    return Received(
+        begun=after.begun - before.begun,
+        ended=after.ended - before.ended,
+        failed=after.failed - before.failed,
+        events=after.events - before.events,
+        tokens=after.tokens - before.tokens,
+        ttft=after.ttft,
+    )
+
+
+def _wait_for_first_tokens(counts: Callable[[], Received], streams: int) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while (found := counts()).begun < streams:
+        if time.monotonic() > deadline:
+            raise Unavailable(f"only {found.begun} of {streams} streams began in {_START_SECONDS:g} s")
+        time.sleep(0.05)
