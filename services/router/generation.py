@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
+from overfill.api.answer_text import AnswerText, TextDelta
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
@@ -24,7 +25,7 @@ from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter, KeyQuota
-from overfill.routing.answer import Finish
+from overfill.routing.answer import Finish, TokenBatch
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
@@ -34,7 +35,6 @@ from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics, outcome_of
 from overfill.v1 import common_pb2, inference_pb2
-from services.router.text import AnswerText
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
@@ -314,10 +314,7 @@ class Generator:
 
 
 class Generation:
-    """One running answer. Iterate over its deltas once, within ``async with``; then read ``finished``.
-
-    ``finished.rest`` has the text that was held back until the end, because it might have been part of a stop string.
-    ``all_deltas`` yields it as the last delta.
+    """One running answer. Call ``next`` until it returns None, within ``async with``; then read ``finished``.
 
     Attributes:
         accepted: first message to the client.
@@ -332,6 +329,10 @@ class Generation:
         self._generator = generator
         self._relay = relay
         self._text = text
+        self._handed: TokenBatch | None = None  # tokens of the delta that the caller is handing to the client
+        self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
+        self._ttft_ns: int | None = None
+        self._rest: TextDelta | None = None
         self._finished: inference_pb2.Finished | None = None
 
     @property
@@ -340,55 +341,64 @@ class Generation:
         assert self._finished is not None
         return self._finished
 
-    async def __aiter__(self) -> AsyncIterator[inference_pb2.Delta]:
-        """Yields deltas until the answer is complete or a stop string ends it. Raises OverfillError."""
+    @property
+    def rest(self) -> TextDelta | None:
+        """Text held back until the end, because it might have been part of a stop string; ``finished`` has it too."""
+        return self._rest
+
+    async def next(self) -> TextDelta | None:
+        """Waits for new tokens and returns all that have arrived; None when the answer is complete.
+
+        A call tells that the client has been handed the previous delta.
+
+        Raises:
+            OverfillError: the answer failed.
+        """
+        if self._handed is not None:
+            self._count(self._handed)
+            self._handed = None
+        if self._text.stop is not None:
+            await self._finish(None)
+            return None
         try:
-            async for delta in self._deltas():
-                yield delta
+            event = await self._relay.answer.next()
         except OverfillError as error:
             self._failure = error
             raise
+        if isinstance(event, Finish):
+            await self._finish(event)
+            return None
+        delta = self._text.push(event)
+        if self._text.stop is not None:
+            # Stop the worker now, before the client has read this delta.
+            await self._relay.close()
+        self._handed = event
+        return delta
 
-    async def _deltas(self) -> AsyncIterator[inference_pb2.Delta]:
-        relay, text, metrics = self._relay, self._text, self._generator.metrics
-        loop, last = asyncio.get_running_loop(), None
-        ttft_ns: int | None = None
-        finish: Finish | None = None
-        rest: inference_pb2.Delta | None = None
-        while finish is None and text.stop is None:
-            event = await relay.next()
-            if isinstance(event, Finish):
-                finish, rest = event, text.finish()
-                continue
-            delta = text.push(event)
-            if text.stop is not None:
-                # Stop the worker now, before the client has read this delta.
-                await relay.close()
-            yield delta
-            now = loop.time()
-            metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
-            self._generator.rolling_stats.tokens(len(event.ids), now)
-            last = now
-            # An answer that a client resumes has its first token already, so it has no TTFT.
-            if ttft_ns is None and not relay.client_resumed:
-                ttft_ns = _nanoseconds_since(relay.answer.received)
-                tracing.current().event("first token")
-                if relay.answer.timing.HasField("return_path_ns"):
-                    relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)
+    def _count(self, handed: TokenBatch) -> None:
+        generator, last, relay = self._generator, self._handed_at, self._relay
+        now = self._handed_at = asyncio.get_running_loop().time()
+        generator.metrics.tokens(len(handed.ids), None if last is None else now - last, self._key)
+        generator.rolling_stats.tokens(len(handed.ids), now)
+        # An answer that a client resumes has its first token already, so it has no TTFT.
+        if last is None and not relay.client_resumed:
+            self._ttft_ns = _nanoseconds_since(relay.answer.received)
+            tracing.current().event("first token")
+            if relay.answer.timing.HasField("return_path_ns"):
+                relay.answer.timing.return_path_ns += _nanoseconds_since(handed.received_at)
+
+    async def _finish(self, finish: Finish | None) -> None:
+        generator, relay, text = self._generator, self._relay, self._text
+        if finish is not None:
+            self._rest = text.finish()
         await relay.close()
-        self._finished = _finished(relay, text, rest, finish, ttft_ns)
+        self._finished = _finished(relay, text, self._rest, finish, self._ttft_ns)
         self._failure = None
-        metrics.answered(self._finished)
+        generator.metrics.answered(self._finished)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
-        self._generator.signals.finished(self._finished, loop.time())
-        self._generator.rolling_stats.answered(self._finished, loop.time())
-
-    async def all_deltas(self) -> AsyncIterator[inference_pb2.Delta]:
-        """Yields all of the answer's text as deltas, ``finished.rest`` included. Raises OverfillError."""
-        async for delta in self:
-            yield delta
-        if self.finished.HasField("rest"):
-            yield self.finished.rest
+        now = asyncio.get_running_loop().time()
+        generator.signals.finished(self._finished, now)
+        generator.rolling_stats.answered(self._finished, now)
 
     async def __aenter__(self) -> Self:
         return self
@@ -441,7 +451,7 @@ def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
 
 
 def _finished(
-    relay: Relay, text: AnswerText, rest: inference_pb2.Delta | None, finish: Finish | None, ttft_ns: int | None
+    relay: Relay, text: AnswerText, rest: TextDelta | None, finish: Finish | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
     if finish is None:  # a stop string ended the answer before the worker did
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
@@ -464,7 +474,7 @@ def _finished(
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
         stop=text.stop or "",
-        rest=rest,
+        rest=None if rest is None else rest.to_proto(),
         trace=finish.trace,
         codec=finish.codec,
     )

@@ -140,16 +140,12 @@ class HttpApi:
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
         answers = RunningChoices(self._generator, asked, envelope, key, span)
         await answers.start(received)
+        if asked.stream:
+            return EventStream(answers, id)
         try:
-            if asked.stream:
-                stream = EventStream(answers, id)
-                await stream.begin(request)
-                return stream
             whole = await while_connected(request.receive, answers.whole())
-        except BaseException:
+        finally:
             await answers.close()
-            raise
-        await answers.close()
         return _json(whole, headers={"x-request-id": id})
 
     async def _tokenize(self, request: Request) -> Response:
