@@ -175,7 +175,7 @@ class RouterMetrics(MetricSet):
             LATENCY_BUCKETS,
             {"part": TTFT_PARTS},
         )
-        self._itl = histogram(
+        self._itl = self._tally(
             "itl_seconds", "Time between two messages with tokens to a client (inter-token latency).", LATENCY_BUCKETS
         )
         self._tpot = histogram(
@@ -191,12 +191,16 @@ class RouterMetrics(MetricSet):
             "cached_prompt_tokens_total",
             "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
         )
-        self._completion = counter("completion_tokens_total", "Tokens handed to clients.")
+        self._key_tokens: dict[tuple[str, str], int] = {}  # by key and kind
+        self._completion = 0
+        self._read("completion_tokens_total", "counter", "Tokens handed to clients.", lambda: [((), self._completion)])
         self._migrations = counter("migrations_total", "Migrations of an answer to another decode worker.")
         self._key_requests = counter("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
-        self._key_tokens = counter(
+        self._read(
             "key_tokens_total",
+            "counter",
             "Tokens of accepted requests, by name of API key.",
+            lambda: list(self._key_tokens.items()),
             {"key": (), "kind": ("prompt", "completion")},
         )
         self._refusals = counter(
@@ -267,12 +271,12 @@ class RouterMetrics(MetricSet):
         self._prompt.inc(prompt_tokens)
         key = self._key(key)
         self._key_requests.labels(key).inc()
-        self._key_tokens.labels(key, "prompt").inc(prompt_tokens)
+        self._count_key(key, "prompt", prompt_tokens)
 
     def tokens(self, count: int, since_last: float | None, key: str) -> None:
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
-        self._completion.inc(count)
-        self._key_tokens.labels(self._key(key), "completion").inc(count)
+        self._completion += count
+        self._count_key(self._key(key), "completion", count)
         if since_last is not None:
             self._itl.observe(since_last)
 
@@ -340,6 +344,9 @@ class RouterMetrics(MetricSet):
     def worker_lost(self, stage: str) -> None:
         """Counts a worker that disconnected without a drain."""
         self._lost.labels(stage).inc()
+
+    def _count_key(self, key: str, kind: str, count: int) -> None:
+        self._key_tokens[key, kind] = self._key_tokens.get((key, kind), 0) + count
 
     def _key(self, key: str) -> str:
         if not key:
