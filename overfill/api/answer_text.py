@@ -29,6 +29,13 @@ class TextDelta:
     logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
 
+    def extend(self, later: TextDelta) -> None:
+        """Appends the delta that follows this one."""
+        self.token_ids = [*self.token_ids, *later.token_ids]
+        self.text += later.text
+        self.logprobs = [*self.logprobs, *later.logprobs]
+        self.tool_calls = [*self.tool_calls, *later.tool_calls]
+
     def to_proto(self) -> inference_pb2.Delta:
         """The delta as the wire's message."""
         return inference_pb2.Delta(

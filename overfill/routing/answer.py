@@ -69,6 +69,11 @@ class AnswerState:
         return len(self.emitted) >= self._max_tokens
 
     @property
+    def unread(self) -> bool:
+        """True if ``next`` has tokens, so that it returns them at once."""
+        return self._unread is not None
+
+    @property
     def progress(self) -> str:
         """The number of tokens produced, as a phrase for messages."""
         count = len(self.emitted)

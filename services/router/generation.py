@@ -25,7 +25,7 @@ from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter, KeyQuota
-from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.answer import Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay, RelayRequest
@@ -35,6 +35,7 @@ from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics, outcome_of
 from overfill.v1 import common_pb2, inference_pb2
+from services.router.pace import Pace
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
@@ -62,11 +63,13 @@ class Generator:
         max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: maximum size of a request in bytes.
         max_request_time: maximum duration of a request in seconds, even if its deadline is later.
+        stream_interval: minimum number of tokens in a delta, except in the first and the last one.
 
     Attributes:
         pair, tokenizer: the pair and its tokenizer.
         models: model names that requests may use.
         rolling_stats: statistics of the last minute.
+        pace: the turns in which streams write.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Generator:
         max_attempts: int,
         max_request_bytes: int,
         max_request_time: float = math.inf,
+        stream_interval: int = 1,
     ) -> None:
         self.models = tuple(models)
         self.pair = pair
@@ -90,12 +94,14 @@ class Generator:
         self.metrics = metrics
         self.signals = signals
         self.rolling_stats = RollingStats()
+        self.pace = Pace()
         self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
         self._max_request_time = max_request_time
+        self._stream_interval = stream_interval
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = KeyLimiter()
         self._idle = asyncio.Event()
@@ -234,7 +240,8 @@ class Generator:
         self._running[relay] = caller
         self._idle.clear()
         self.metrics.accepted(len(checked.prompt_token_ids), key)
-        return Generation(self, relay, text, self._accepted(checked), key)
+        interval = max(self._stream_interval, checked.stream_interval)
+        return Generation(self, relay, text, self._accepted(checked), key, interval)
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
@@ -321,15 +328,23 @@ class Generation:
     """
 
     def __init__(
-        self, generator: Generator, relay: Relay, text: AnswerText, accepted: inference_pb2.Accepted, key: str
+        self,
+        generator: Generator,
+        relay: Relay,
+        text: AnswerText,
+        accepted: inference_pb2.Accepted,
+        key: str,
+        interval: int,
     ) -> None:
         self.accepted = accepted
         self._key = key
+        self._interval = interval
         self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
         self._generator = generator
         self._relay = relay
         self._text = text
-        self._handed: TokenBatch | None = None  # tokens of the delta that the caller is handing to the client
+        self._handed: TextDelta | None = None  # the delta that the caller is handing to the client
+        self._arrived_at = 0.0  # time when the router received its first token
         self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
         self._ttft_ns: int | None = None
         self._rest: TextDelta | None = None
@@ -347,12 +362,12 @@ class Generation:
         return self._rest
 
     async def next(self) -> TextDelta | None:
-        """Waits for new tokens and returns all that have arrived; None when the answer is complete.
+        """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
 
-        A call tells that the client has been handed the previous delta.
+        The first token and the last tokens are returned at once. A call tells that the client has the previous delta.
 
         Raises:
-            OverfillError: the answer failed.
+            OverfillError: the answer failed; all its tokens have been returned.
         """
         if self._handed is not None:
             self._count(self._handed)
@@ -360,32 +375,51 @@ class Generation:
         if self._text.stop is not None:
             await self._finish(None)
             return None
-        try:
-            event = await self._relay.answer.next()
-        except OverfillError as error:
-            self._failure = error
-            raise
-        if isinstance(event, Finish):
-            await self._finish(event)
-            return None
-        delta = self._text.push(event)
-        if self._text.stop is not None:
-            # Stop the worker now, before the client has read this delta.
-            await self._relay.close()
-        self._handed = event
+        answer, pace = self._relay.answer, self._generator.pace
+        first = self._handed_at is None
+        delta: TextDelta | None = None
+        while True:
+            try:
+                event = await answer.next()
+            except OverfillError as error:
+                if delta is not None:
+                    break  # the next call raises the error
+                self._failure = error
+                raise
+            if isinstance(event, Finish):
+                if delta is not None:
+                    break  # the next call returns None
+                await self._finish(event)
+                return None
+            part = self._text.push(event)
+            if delta is None:
+                delta, self._arrived_at = part, event.received_at
+            else:
+                delta.extend(part)
+            if self._text.stop is not None:
+                # Stop the worker now, before the client has read this delta.
+                await self._relay.close()
+                break
+            if first:
+                break
+            await pace.turn()
+            if len(delta.token_ids) >= self._interval and not answer.unread:
+                break
+        pace.writing()
+        self._handed = delta
         return delta
 
-    def _count(self, handed: TokenBatch) -> None:
+    def _count(self, handed: TextDelta) -> None:
         generator, last, relay = self._generator, self._handed_at, self._relay
         now = self._handed_at = asyncio.get_running_loop().time()
-        generator.metrics.tokens(len(handed.ids), None if last is None else now - last, self._key)
-        generator.rolling_stats.tokens(len(handed.ids), now)
+        generator.metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key)
+        generator.rolling_stats.tokens(len(handed.token_ids), now)
         # An answer that a client resumes has its first token already, so it has no TTFT.
         if last is None and not relay.client_resumed:
             self._ttft_ns = _nanoseconds_since(relay.answer.received)
             tracing.current().event("first token")
             if relay.answer.timing.HasField("return_path_ns"):
-                relay.answer.timing.return_path_ns += _nanoseconds_since(handed.received_at)
+                relay.answer.timing.return_path_ns += _nanoseconds_since(self._arrived_at)
 
     async def _finish(self, finish: Finish | None) -> None:
         generator, relay, text = self._generator, self._relay, self._text

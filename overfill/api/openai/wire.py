@@ -64,6 +64,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
         request_id=request_id,
         priority=request.priority or 0,
         truncate_prompt_tokens=_truncate(request),
+        stream_interval=request.stream_interval,
     )
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
@@ -102,6 +103,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
             request_id=f"{request_id}.{index}" if index else request_id,
             priority=request.priority or 0,
             truncate_prompt_tokens=_truncate(request),
+            stream_interval=request.stream_interval,
         )
         if isinstance(prompt, str):
             generate.text = prompt

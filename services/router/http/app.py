@@ -203,6 +203,7 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = _CLIENT_GONE
+        scope["overfill.send"] = send
 
         async def noting(message: Message) -> None:
             nonlocal status

@@ -96,11 +96,6 @@ class RunningChoices:
     async def stream(self, write: Write) -> None:
         """Writes the response as server-sent events, each choice's as soon as it has them. Raises OverfillError."""
         await self._run_all(lambda choice, generation: self._send(choice, generation, write))
-        end = answers.DONE
-        if self._asked.include_usage:
-            total = answers.usage(self.choices, self._asked.n)
-            end = answers.event(self._envelope.wrap([], chunk=True, usage=total)) + end
-        await write(end, False)
 
     async def _run_all(self, run: Callable[[Choice, Generation], Coroutine[Any, Any, None]]) -> None:
         """Runs all choices at once. If one fails, cancels the others and raises its error."""
@@ -130,27 +125,34 @@ class RunningChoices:
         choice.finished = generation.finished
 
     async def _send(self, choice: Choice, generation: Generation, write: Write) -> None:
-        begun = choice.first()
-        first = b"" if begun is None else self._event(begun)
         frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
-        while (delta := await generation.next()) is not None:
-            event = first + self._delta(choice, delta, frame)
-            first = b""
-            if event:
-                await write(event, True)
-        event = first
+        delta = await generation.next()
+        events = self._event(choice.first())
+        while delta is not None:
+            events += self._delta(choice, delta, frame)
+            if events:
+                await write(events, True)
+            events = b""
+            delta = await generation.next()
         if generation.rest is not None:
-            event += self._delta(choice, generation.rest, frame)
+            events += self._delta(choice, generation.rest, frame)
         choice.finished = generation.finished
-        extension = self._envelope.extension(self._ends([choice]))
-        await write(event + self._event(choice.last(), overfill=extension), True)
+        events += self._event(choice.last(), overfill=self._envelope.extension(self._ends([choice])))
+        more = any(choice.finished is None for choice in self.choices)
+        await write(events if more else events + self._end(), more)
 
     def _delta(self, choice: Choice, delta: TextDelta, frame: EventFrame | None) -> bytes:
         """Returns the event for ``delta``; empty if the client would see nothing new, as inside a character."""
         if frame is not None and choice.only_text(delta):
             return frame.event(delta.text)
-        piece = choice.chunk(delta)
-        return b"" if piece is None else self._event(piece)
+        return self._event(choice.chunk(delta))
+
+    def _end(self) -> bytes:
+        """Returns the events after the last choice."""
+        if not self._asked.include_usage:
+            return answers.DONE
+        total = answers.usage(self.choices, self._asked.n)
+        return answers.event(self._envelope.wrap([], chunk=True, usage=total)) + answers.DONE
 
     async def close(self) -> None:
         """Ends the choices that still run."""
@@ -159,8 +161,8 @@ class RunningChoices:
         finally:
             self._span.end(self._failure)
 
-    def _event(self, choice: dict[str, Any], **more: Any) -> bytes:
-        return answers.event(self._chunk(choice, **more))
+    def _event(self, choice: dict[str, Any] | None, **more: Any) -> bytes:
+        return b"" if choice is None else answers.event(self._chunk(choice, **more))
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         if self._asked.continuous_usage:
@@ -192,11 +194,13 @@ class EventStream(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send_body = scope["overfill.send"]  # the layers between look at the start of a response only
+
         async def write(events: bytes, more: bool) -> None:
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": events, "more_body": more})
+            await send_body({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
             await while_connected(receive, self._stream(write))
