@@ -127,7 +127,7 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
     if kind is None:
         raise InvalidRequest("prompt", "is missing: give text, token_ids or chat")
     if kind == "token_ids":
-        ids: Sequence[int] = request.token_ids.ids
+        ids: Sequence[int] = tuple(request.token_ids.ids)
         check_token_ids("token_ids.ids", ids, vocab_size)
     elif kind == "text":
         # The tokenizer may add special tokens even to an empty text, so do not call it.

@@ -83,7 +83,7 @@ class MetricSet:
         self.registry.register(_Reader(self._declare(what, kind, help, labels), read))
 
     def _tally(self, what: str, help: str, buckets: Sequence[float]) -> Tally:
-        """Declares a histogram for values that come with every token."""
+        """Declares a histogram for values that come with every token or request."""
         spec = self._declare(what, "histogram", help, None, buckets)
         tally = Tally(buckets)
         self.registry.register(_TallyReader(spec, tally))

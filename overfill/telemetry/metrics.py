@@ -166,24 +166,25 @@ class RouterMetrics(MetricSet):
         self._requests = counter(
             "requests_total", "Generation requests that have ended, by outcome.", {"outcome": OUTCOMES}
         )
-        self._ttft = histogram(
+        self._ttft = self._tally(
             "ttft_seconds", "Time from receiving a request to handing its first token to the client.", LATENCY_BUCKETS
         )
-        self._parts = histogram(
+        parts = histogram(
             "ttft_part_seconds",
             "Parts of the time to first token, each measured on its own; unattributed is the rest.",
             LATENCY_BUCKETS,
             {"part": TTFT_PARTS},
         )
+        self._parts = {part: parts.labels(part) for part in TTFT_PARTS}
         self._itl = self._tally(
             "itl_seconds", "Time between two messages with tokens to a client (inter-token latency).", LATENCY_BUCKETS
         )
-        self._tpot = histogram(
+        self._tpot = self._tally(
             "tpot_seconds",
             "Mean time per token after the first, over a whole answer (time per output token).",
             LATENCY_BUCKETS,
         )
-        self._total = histogram(
+        self._total = self._tally(
             "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS
         )
         self._prompt = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
@@ -336,8 +337,8 @@ class RouterMetrics(MetricSet):
         for part in TTFT_PARTS[:-1]:
             seconds = getattr(timing, f"{part}_ns") / 1e9
             left -= seconds
-            self._parts.labels(part).observe(seconds)
-        self._parts.labels("unattributed").observe(max(0.0, left))
+            self._parts[part].observe(seconds)
+        self._parts["unattributed"].observe(max(0.0, left))
         if usage.completion_tokens > 1:
             self._tpot.observe((total - ttft) / (usage.completion_tokens - 1))
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from overfill.api.answer_text import AnswerText, TextDelta
 from overfill.api.chat import encode_chat
@@ -36,6 +36,8 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics, outcome_of
 from overfill.v1 import common_pb2, inference_pb2
 from services.router.pace import Pace
+
+T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
@@ -169,7 +171,7 @@ class Generator:
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
-        return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
+        return await _run(validate_generate, *arguments, in_thread=bool(slow))
 
     @contextmanager
     def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartGeneration]:
@@ -250,17 +252,18 @@ class Generator:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
+        long = request.ByteSize() >= LONG_REQUEST
         if kind == "chat":
-            return await asyncio.to_thread(encode_chat, request.chat, self.tokenizer)
+            return await _run(encode_chat, request.chat, self.tokenizer, in_thread=long)
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
-        return await asyncio.to_thread(encode, request.text)
+        return await _run(encode, request.text, in_thread=long)
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open(request.model)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.pair.full_config.vocab_size)
-        return await asyncio.to_thread(self.tokenizer.decode, request.ids)
+        return await _run(self.tokenizer.decode, request.ids, in_thread=request.ByteSize() >= LONG_REQUEST)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -463,6 +466,11 @@ class Generation:
         )
 
 
+async def _run(function: Callable[..., T], *args: Any, in_thread: bool) -> T:
+    """Calls ``function``, in a thread if it may take so long that other streams would notice."""
+    return await asyncio.to_thread(function, *args) if in_thread else function(*args)
+
+
 def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
 
@@ -478,10 +486,8 @@ def _priority(asked: int, caller: ApiKey | None) -> int:
 
 def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
     """Returns ``count`` requests for different answers to one prompt, with the same seed."""
-    return [
-        replace(checked, request_id=checked.request_id if not i else f"{checked.request_id}-{i}", sample_index=i)
-        for i in range(count)
-    ]
+    more = (replace(checked, request_id=f"{checked.request_id}-{i}", sample_index=i) for i in range(1, count))
+    return [checked, *more]
 
 
 def _finished(

@@ -375,9 +375,9 @@ def _token_id(text: str) -> int:
 
 
 def _set_ids(target: object, ids: Sequence[int], name: str) -> None:
-    for index, token in enumerate(ids):
-        if not 0 <= token < 1 << 32:
-            raise _invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
+    if ids and not (min(ids) >= 0 and max(ids) < 1 << 32):
+        index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < 1 << 32)
+        raise _invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
     target.extend(ids)  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from overfill.api.answer_text import TextDelta
@@ -181,16 +180,19 @@ class RunningChoices:
         return text if isinstance(text, str) else self._generator.tokenizer.decode(list(text))
 
 
-class EventStream(Response):
+_STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
+
+
+class EventStream:
     """Streams the choices. An error before the first event is raised, so that it becomes the response's status."""
 
-    media_type = "text/event-stream"
-
     def __init__(self, answers: RunningChoices, request_id: str) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": request_id}
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
         self._answers = answers
+        self._headers = [*_STREAM_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,7 +201,7 @@ class EventStream(Response):
         async def write(events: bytes, more: bool) -> None:
             if not self._started:
                 self._started = True
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             await send_body({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
