@@ -405,7 +405,8 @@ class Generation:
                 break
             if first:
                 break
-            await pace.turn()
+            if pace.paused:
+                await pace.resumed()
             if len(delta.token_ids) >= self._interval and not answer.unread:
                 break
         pace.writing()

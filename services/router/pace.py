@@ -20,16 +20,19 @@ class Pace:
     When a worker's message has tokens for many streams, all of them write in one turn of the event loop: a round. The
     loop takes one message of a worker per turn. So while the next message arrives before a round is over, messages
     would pile up unread. In a pause the loop only reads, and a stream's tokens merge into one event.
+
+    Attributes:
+        paused: True while streams should wait with ``resumed`` before they write.
     """
 
     def __init__(self) -> None:
+        self.paused = False
         self._began: float | None = None
-        self._open = asyncio.Event()
-        self._open.set()
+        self._resumed = asyncio.Event()
 
-    async def turn(self) -> None:
-        """Waits until the caller may write."""
-        await self._open.wait()
+    async def resumed(self) -> None:
+        """Waits for the end of the pause."""
+        await self._resumed.wait()
 
     def writing(self) -> None:
         """Marks that a stream writes now. The first call begins a round, which ends with this turn of the loop."""
@@ -42,6 +45,11 @@ class Pace:
         assert self._began is not None
         loop = asyncio.get_running_loop()
         length, self._began = loop.time() - self._began, None
-        if length > MIN_ROUND and self._open.is_set():
-            self._open.clear()
-            loop.call_later(min(length * PAUSE_SHARE, MAX_PAUSE), self._open.set)
+        if length > MIN_ROUND and not self.paused:
+            self.paused = True
+            self._resumed.clear()
+            loop.call_later(min(length * PAUSE_SHARE, MAX_PAUSE), self._resume)
+
+    def _resume(self) -> None:
+        self.paused = False
+        self._resumed.set()

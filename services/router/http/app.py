@@ -203,7 +203,6 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = _CLIENT_GONE
-        scope["overfill.send"] = send
 
         async def noting(message: Message) -> None:
             nonlocal status

@@ -196,13 +196,15 @@ class EventStream:
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send_body = scope["overfill.send"]  # the layers between look at the start of a response only
+        write_at_once = scope["overfill.write"]
 
         async def write(events: bytes, more: bool) -> None:
+            if more and write_at_once(events):
+                return
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-            await send_body({"type": "http.response.body", "body": events, "more_body": more})
+            await send({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
             await while_connected(receive, self._stream(write))
