@@ -18,8 +18,9 @@ _MAX_CONTEXT = 8
 class StreamDetokenizer:
     """Decodes one answer in time linear in its length.
 
-    Per token it decodes only a short window: *context*, tokens whose text has been returned, which decide about
-    leading spaces and continued bytes; and *held* tokens, which end inside a character.
+    A token whose text does not depend on its neighbours is looked up. For any other token a short window is decoded:
+    *context*, tokens whose text has been returned, which decide about leading spaces and continued bytes; and *held*
+    tokens, which end inside a character.
 
     Args:
         prompt_ids: Prompt that the answer continues, given for plain text prompts, so that the first word keeps its
@@ -34,7 +35,15 @@ class StreamDetokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that becomes final with ``ids``: whole characters only. Special tokens have no text."""
-        return "".join(self._push_one(token) for token in ids if self._tokenizer.has_text(token))
+        text = ""
+        for token in ids:
+            if not self._held and (piece := self._tokenizer.piece(token)) is not None:
+                if self._context:
+                    self._context, self._context_text = [], ""
+                text += piece
+            elif self._tokenizer.has_text(token):
+                text += self._push_one(token)
+        return text
 
     def finish(self) -> str:
         """The text of the held tokens, at the end of the answer. An incomplete character becomes U+FFFD."""

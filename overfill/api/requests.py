@@ -38,6 +38,7 @@ class GenerationRequest:
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
         calls_tools: Whether the answer may contain tool calls.
         priority: Class in the queue; smaller numbers go first.
+        stream_interval: Minimum number of tokens in a message to the client that the request asks for.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class GenerationRequest:
     continues_text: bool
     calls_tools: bool
     priority: int = 0
+    stream_interval: int = 0
 
 
 def validate_generate(
@@ -106,6 +108,7 @@ def validate_generate(
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         calls_tools=tools is not None,
         priority=request.priority,
+        stream_interval=request.stream_interval,
     )
 
 
@@ -124,7 +127,7 @@ def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokeniz
     if kind is None:
         raise InvalidRequest("prompt", "is missing: give text, token_ids or chat")
     if kind == "token_ids":
-        ids: Sequence[int] = request.token_ids.ids
+        ids: Sequence[int] = tuple(request.token_ids.ids)
         check_token_ids("token_ids.ids", ids, vocab_size)
     elif kind == "text":
         # The tokenizer may add special tokens even to an empty text, so do not call it.

@@ -68,6 +68,9 @@ class Tokenizer:
         self._added_ids = frozenset(added)
         self._skipped_ids = frozenset(i for i, t in added.items() if t.special)
         self._byte_level = "ByteLevel" in str(backend.decoder)
+        # Other decoders look at a token's neighbours, for example to drop the first space of a text.
+        self._joins_tokens = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        self._pieces: dict[int, str | None] = {}
         self.digest = digest
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
@@ -185,6 +188,17 @@ class Tokenizer:
     def has_text(self, token_id: int) -> bool:
         """Whether decoding uses this id; it skips special tokens and unknown ids."""
         return token_id not in self._skipped_ids and self._backend.id_to_token(token_id) is not None
+
+    def piece(self, token_id: int) -> str | None:
+        """Text that a token adds to any text of whole characters; None if it depends on the tokens around it."""
+        try:
+            return self._pieces[token_id]
+        except KeyError:
+            text = self.decode([token_id]) if self._joins_tokens else None
+            piece = None if text is None or "\ufffd" in text else text
+            if token_id < self.vocab_size:  # bounds the memory
+                self._pieces[token_id] = piece
+            return piece
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -88,6 +88,8 @@ class Options(TypedDict, total=False):
         continue_final_message: Whether the answer continues the last message's text; only with a chat.
         truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 means as many as fit the context
             together with ``max_tokens``.
+        stream_interval: Minimum number of tokens in a delta, except in the first and the last one. The router's own
+            minimum counts if it is larger.
     """
 
     model: str
@@ -106,6 +108,7 @@ class Options(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any]
     continue_final_message: bool
     truncate_prompt_tokens: int
+    stream_interval: int
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
@@ -126,6 +129,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         sample_index=_uint32("sample_index", options.get("sample_index", 0)),
         kv_codec=_codec(options.get("kv_codec", "")),
         priority=_int32("priority", options.get("priority", 0)),
+        stream_interval=_uint32("stream_interval", options.get("stream_interval", 0)),
     )
     if "truncate_prompt_tokens" in options:
         request.truncate_prompt_tokens = _int32("truncate_prompt_tokens", options["truncate_prompt_tokens"])

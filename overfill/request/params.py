@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -219,11 +219,12 @@ class SamplingParams:
         return cls(**given)
 
 
-def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+def check_token_ids(field: str, ids: Collection[int], vocab_size: int) -> None:
     """Raise InvalidRequest that names ``field`` and the first id outside ``[0, vocab_size)``."""
-    for index, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise InvalidRequest(field, f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
+    raise InvalidRequest(field, f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")
 
 
 def _check_schema(field: str, text: str) -> None:

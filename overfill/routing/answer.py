@@ -61,12 +61,17 @@ class AnswerState:
         self._max_tokens = max_tokens
         self._unread: TokenBatch | None = None
         self._end: Finish | OverfillError | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the reader, which waits for a change
 
     @property
     def full(self) -> bool:
         """True if the answer has ``max_tokens`` tokens."""
         return len(self.emitted) >= self._max_tokens
+
+    @property
+    def unread(self) -> bool:
+        """True if ``next`` has tokens, so that it returns them at once."""
+        return self._unread is not None
 
     @property
     def progress(self) -> str:
@@ -104,14 +109,14 @@ class AnswerState:
             self._unread = TokenBatch(known, now)
         self._unread.ids.extend(fresh)
         self._unread.logprobs.extend(tokens.logprobs[len(repeated) :])
-        self._changed.set()
+        self._wake()
         return True
 
     def end(self, end: Finish | OverfillError) -> None:
         """Ends the answer. Only the first call has an effect."""
         if self._end is None:
             self._end = end
-            self._changed.set()
+            self._wake()
 
     async def next(self) -> TokenBatch | Finish:
         """Waits for unread tokens and returns them; after the last, returns the Finish on every call.
@@ -120,8 +125,8 @@ class AnswerState:
             OverfillError: the answer failed; all earlier tokens have been returned.
         """
         while self._unread is None and self._end is None:
-            self._changed.clear()
-            await self._changed.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._unread is not None:
             batch, self._unread = self._unread, None
             return batch
@@ -129,3 +134,7 @@ class AnswerState:
             raise self._end
         assert self._end is not None
         return self._end
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

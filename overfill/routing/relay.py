@@ -21,7 +21,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.keys import PromptKeys
-from overfill.routing.answer import AnswerState, Finish, TokenBatch
+from overfill.routing.answer import AnswerState, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
@@ -97,7 +97,7 @@ class Relay:
 
         relay.start()
         try:
-            while not isinstance(event := await relay.next(), Finish): ...
+            while not isinstance(event := await relay.answer.next(), Finish): ...
         finally:
             await relay.close()
 
@@ -107,7 +107,8 @@ class Relay:
         observer: receives the failures of attempts.
 
     Attributes:
-        answer: the answer so far.
+        answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost, or a
+            worker's error that another worker would repeat.
         decode_worker: id of the latest decode worker; empty before the first.
     """
 
@@ -162,16 +163,6 @@ class Relay:
             return
         placement = self._dispatcher.submit(self._job)
         self._task = asyncio.create_task(self._run(placement), name=f"relay {self._request.id}")
-
-    async def next(self) -> TokenBatch | Finish:
-        """Waits for tokens and returns all that have arrived since the last call; at the end, returns the Finish.
-
-        Raises:
-            DeadlineExceeded: the deadline passed.
-            Unavailable: too many workers were lost. The message says how many tokens had been produced.
-            OverfillError: a worker's error that another worker would repeat.
-        """
-        return await self.answer.next()
 
     def abort(self, error: OverfillError) -> None:
         """Ends the request with ``error``."""

@@ -30,15 +30,16 @@ class RollingStats:
     """Rolling statistics of one router, fed by its answers on one thread. ``now`` is in seconds, monotonic."""
 
     def __init__(self) -> None:
-        self._tokens: deque[tuple[int, int]] = deque()  # second, tokens in it
+        self._tokens: deque[list[int]] = deque()  # second, tokens in it
         self._answers: deque[tuple[float, dict[str, int]]] = deque(maxlen=_MAX_ANSWERS)
 
     def tokens(self, count: int, now: float) -> None:
         """Counts ``count`` tokens that the router handed to a client."""
         second = int(now)
         if self._tokens and self._tokens[-1][0] == second:
-            count += self._tokens.pop()[1]
-        self._tokens.append((second, count))
+            self._tokens[-1][1] += count
+            return
+        self._tokens.append([second, count])
         while self._tokens[0][0] < second - RATE_SECONDS:
             self._tokens.popleft()
 

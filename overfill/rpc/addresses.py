@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -13,6 +14,7 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Returns True if only this machine can reach ``host``: ``localhost`` or a loopback IP address."""
     if host == "localhost":

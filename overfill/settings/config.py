@@ -350,6 +350,12 @@ class RouterConfig(ServiceConfig):
         description="seconds without any worker of a stage after which requests that need one fail; by default twice "
         "the longest start-up time of the stage's workers, but at least 10",
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        description="minimum number of tokens in a streamed event, except in the first and the last one; a request may "
+        "ask for a larger one; with 1, tokens are merged only when the router cannot keep up",
+    )
     http: Port | Literal["off"] = Field(
         "off", description="port of the OpenAI endpoint; 0 picks a free port; off disables the endpoint"
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from overfill.version import __version__
 
@@ -79,10 +82,53 @@ class MetricSet:
         """Declares a metric whose values are read at each scrape, on the thread that serves it."""
         self.registry.register(_Reader(self._declare(what, kind, help, labels), read))
 
+    def _tally(self, what: str, help: str, buckets: Sequence[float]) -> Tally:
+        """Declares a histogram for values that come with every token or request."""
+        spec = self._declare(what, "histogram", help, None, buckets)
+        tally = Tally(buckets)
+        self.registry.register(_TallyReader(spec, tally))
+        return tally
+
     def _declare(self, what: str, kind: Kind, help: str, labels: Labels | None, buckets: Sequence[float] = ()) -> Spec:
         spec = Spec(f"{self._prefix}_{what}", kind, help, labels or {}, buckets)
         self.specs.append(spec)
         return spec
+
+
+class Tally:
+    """Counts values by bucket. One thread adds values, at a tenth of the cost of ``Histogram``; any thread reads.
+
+    Args:
+        bounds: upper bounds of the buckets, ascending.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Adds ``value``."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
+        """The number of values up to each bound, as Prometheus wants it, and the sum of all values."""
+        bounds = map(floatToGoString, (*self._bounds, math.inf))
+        return list(zip(bounds, itertools.accumulate(self._counts), strict=True)), self._sum
+
+
+class _TallyReader(Collector):
+    def __init__(self, spec: Spec, tally: Tally) -> None:
+        self._spec = spec
+        self._tally = tally
+
+    def describe(self) -> Iterator[Metric]:
+        yield HistogramMetricFamily(self._spec.name, self._spec.help)
+
+    def collect(self) -> Iterator[Metric]:
+        buckets, total = self._tally.cumulative()
+        yield HistogramMetricFamily(self._spec.name, self._spec.help, buckets, total)
 
 
 class _Reader(Collector):

@@ -166,24 +166,25 @@ class RouterMetrics(MetricSet):
         self._requests = counter(
             "requests_total", "Generation requests that have ended, by outcome.", {"outcome": OUTCOMES}
         )
-        self._ttft = histogram(
+        self._ttft = self._tally(
             "ttft_seconds", "Time from receiving a request to handing its first token to the client.", LATENCY_BUCKETS
         )
-        self._parts = histogram(
+        parts = histogram(
             "ttft_part_seconds",
             "Parts of the time to first token, each measured on its own; unattributed is the rest.",
             LATENCY_BUCKETS,
             {"part": TTFT_PARTS},
         )
-        self._itl = histogram(
+        self._parts = {part: parts.labels(part) for part in TTFT_PARTS}
+        self._itl = self._tally(
             "itl_seconds", "Time between two messages with tokens to a client (inter-token latency).", LATENCY_BUCKETS
         )
-        self._tpot = histogram(
+        self._tpot = self._tally(
             "tpot_seconds",
             "Mean time per token after the first, over a whole answer (time per output token).",
             LATENCY_BUCKETS,
         )
-        self._total = histogram(
+        self._total = self._tally(
             "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS
         )
         self._prompt = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
@@ -191,12 +192,16 @@ class RouterMetrics(MetricSet):
             "cached_prompt_tokens_total",
             "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
         )
-        self._completion = counter("completion_tokens_total", "Tokens handed to clients.")
+        self._key_tokens: dict[tuple[str, str], int] = {}  # by key and kind
+        self._completion = 0
+        self._read("completion_tokens_total", "counter", "Tokens handed to clients.", lambda: [((), self._completion)])
         self._migrations = counter("migrations_total", "Migrations of an answer to another decode worker.")
         self._key_requests = counter("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
-        self._key_tokens = counter(
+        self._read(
             "key_tokens_total",
+            "counter",
             "Tokens of accepted requests, by name of API key.",
+            lambda: list(self._key_tokens.items()),
             {"key": (), "kind": ("prompt", "completion")},
         )
         self._refusals = counter(
@@ -267,12 +272,12 @@ class RouterMetrics(MetricSet):
         self._prompt.inc(prompt_tokens)
         key = self._key(key)
         self._key_requests.labels(key).inc()
-        self._key_tokens.labels(key, "prompt").inc(prompt_tokens)
+        self._count_key(key, "prompt", prompt_tokens)
 
     def tokens(self, count: int, since_last: float | None, key: str) -> None:
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
-        self._completion.inc(count)
-        self._key_tokens.labels(self._key(key), "completion").inc(count)
+        self._completion += count
+        self._count_key(self._key(key), "completion", count)
         if since_last is not None:
             self._itl.observe(since_last)
 
@@ -332,14 +337,17 @@ class RouterMetrics(MetricSet):
         for part in TTFT_PARTS[:-1]:
             seconds = getattr(timing, f"{part}_ns") / 1e9
             left -= seconds
-            self._parts.labels(part).observe(seconds)
-        self._parts.labels("unattributed").observe(max(0.0, left))
+            self._parts[part].observe(seconds)
+        self._parts["unattributed"].observe(max(0.0, left))
         if usage.completion_tokens > 1:
             self._tpot.observe((total - ttft) / (usage.completion_tokens - 1))
 
     def worker_lost(self, stage: str) -> None:
         """Counts a worker that disconnected without a drain."""
         self._lost.labels(stage).inc()
+
+    def _count_key(self, key: str, kind: str, count: int) -> None:
+        self._key_tokens[key, kind] = self._key_tokens.get((key, kind), 0) + count
 
     def _key(self, key: str) -> str:
         if not key:

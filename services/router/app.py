@@ -132,6 +132,7 @@ class Router:
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
             max_request_time=config.max_request_time,
+            stream_interval=config.stream_interval,
         )
         keys = config.key_ring()
         access = config.router_access(keys)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
+from overfill.api.answer_text import AnswerText, TextDelta
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
@@ -34,7 +35,9 @@ from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics, outcome_of
 from overfill.v1 import common_pb2, inference_pb2
-from services.router.text import AnswerText
+from services.router.pace import Pace
+
+T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
@@ -62,11 +65,13 @@ class Generator:
         max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: maximum size of a request in bytes.
         max_request_time: maximum duration of a request in seconds, even if its deadline is later.
+        stream_interval: minimum number of tokens in a delta, except in the first and the last one.
 
     Attributes:
         pair, tokenizer: the pair and its tokenizer.
         models: model names that requests may use.
         rolling_stats: statistics of the last minute.
+        pace: the turns in which streams write.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Generator:
         max_attempts: int,
         max_request_bytes: int,
         max_request_time: float = math.inf,
+        stream_interval: int = 1,
     ) -> None:
         self.models = tuple(models)
         self.pair = pair
@@ -91,12 +97,14 @@ class Generator:
         self.metrics = metrics
         self.signals = signals
         self.rolling_stats = RollingStats()
+        self.pace = Pace()
         self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._max_request_bytes = max_request_bytes
         self._max_request_time = max_request_time
+        self._stream_interval = stream_interval
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
         self._idle = asyncio.Event()
@@ -164,7 +172,7 @@ class Generator:
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
-        return await asyncio.to_thread(validate_generate, *arguments) if slow else validate_generate(*arguments)
+        return await _run(validate_generate, *arguments, in_thread=bool(slow))
 
     @contextmanager
     def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartGeneration]:
@@ -235,7 +243,8 @@ class Generator:
         self._running[relay] = caller
         self._idle.clear()
         self.metrics.accepted(len(checked.prompt_token_ids), key)
-        return Generation(self, relay, text, self._accepted(checked), key)
+        interval = max(self._stream_interval, checked.stream_interval)
+        return Generation(self, relay, text, self._accepted(checked), key, interval)
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
@@ -244,17 +253,18 @@ class Generator:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
+        long = request.ByteSize() >= LONG_REQUEST
         if kind == "chat":
-            return await asyncio.to_thread(encode_chat, request.chat, self.tokenizer)
+            return await _run(encode_chat, request.chat, self.tokenizer, in_thread=long)
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
-        return await asyncio.to_thread(encode, request.text)
+        return await _run(encode, request.text, in_thread=long)
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open(request.model)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.pair.full_config.vocab_size)
-        return await asyncio.to_thread(self.tokenizer.decode, request.ids)
+        return await _run(self.tokenizer.decode, request.ids, in_thread=request.ByteSize() >= LONG_REQUEST)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -315,24 +325,33 @@ class Generator:
 
 
 class Generation:
-    """One running answer. Iterate over its deltas once, within ``async with``; then read ``finished``.
-
-    ``finished.rest`` has the text that was held back until the end, because it might have been part of a stop string.
-    ``all_deltas`` yields it as the last delta.
+    """One running answer. Call ``next`` until it returns None, within ``async with``; then read ``finished``.
 
     Attributes:
         accepted: first message to the client.
     """
 
     def __init__(
-        self, generator: Generator, relay: Relay, text: AnswerText, accepted: inference_pb2.Accepted, key: str
+        self,
+        generator: Generator,
+        relay: Relay,
+        text: AnswerText,
+        accepted: inference_pb2.Accepted,
+        key: str,
+        interval: int,
     ) -> None:
         self.accepted = accepted
         self._key = key
+        self._interval = interval
         self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
         self._generator = generator
         self._relay = relay
         self._text = text
+        self._handed: TextDelta | None = None  # the delta that the caller is handing to the client
+        self._arrived_at = 0.0  # time when the router received its first token
+        self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
+        self._ttft_ns: int | None = None
+        self._rest: TextDelta | None = None
         self._finished: inference_pb2.Finished | None = None
 
     @property
@@ -341,55 +360,84 @@ class Generation:
         assert self._finished is not None
         return self._finished
 
-    async def __aiter__(self) -> AsyncIterator[inference_pb2.Delta]:
-        """Yields deltas until the answer is complete or a stop string ends it. Raises OverfillError."""
-        try:
-            async for delta in self._deltas():
-                yield delta
-        except OverfillError as error:
-            self._failure = error
-            raise
+    @property
+    def rest(self) -> TextDelta | None:
+        """Text held back until the end, because it might have been part of a stop string; ``finished`` has it too."""
+        return self._rest
 
-    async def _deltas(self) -> AsyncIterator[inference_pb2.Delta]:
-        relay, text, metrics = self._relay, self._text, self._generator.metrics
-        loop, last = asyncio.get_running_loop(), None
-        ttft_ns: int | None = None
-        finish: Finish | None = None
-        rest: inference_pb2.Delta | None = None
-        while finish is None and text.stop is None:
-            event = await relay.next()
+    async def next(self) -> TextDelta | None:
+        """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
+
+        The first token and the last tokens are returned at once. A call tells that the client has the previous delta.
+
+        Raises:
+            OverfillError: the answer failed; all its tokens have been returned.
+        """
+        if self._handed is not None:
+            self._count(self._handed)
+            self._handed = None
+        if self._text.stop is not None:
+            await self._finish(None)
+            return None
+        answer, pace = self._relay.answer, self._generator.pace
+        first = self._handed_at is None
+        delta: TextDelta | None = None
+        while True:
+            try:
+                event = await answer.next()
+            except OverfillError as error:
+                if delta is not None:
+                    break  # the next call raises the error
+                self._failure = error
+                raise
             if isinstance(event, Finish):
-                finish, rest = event, text.finish()
-                continue
-            delta = text.push(event)
-            if text.stop is not None:
+                if delta is not None:
+                    break  # the next call returns None
+                await self._finish(event)
+                return None
+            part = self._text.push(event)
+            if delta is None:
+                delta, self._arrived_at = part, event.received_at
+            else:
+                delta.extend(part)
+            if self._text.stop is not None:
                 # Stop the worker now, before the client has read this delta.
-                await relay.close()
-            yield delta
-            now = loop.time()
-            metrics.tokens(len(event.ids), None if last is None else now - last, self._key)
-            self._generator.rolling_stats.tokens(len(event.ids), now)
-            last = now
-            # An answer that a client resumes has its first token already, so it has no TTFT.
-            if ttft_ns is None and not relay.client_resumed:
-                ttft_ns = _nanoseconds_since(relay.answer.received)
-                tracing.current().event("first token")
-                if relay.answer.timing.HasField("return_path_ns"):
-                    relay.answer.timing.return_path_ns += _nanoseconds_since(event.received_at)
-        await relay.close()
-        self._finished = _finished(relay, text, rest, finish, ttft_ns)
-        self._failure = None
-        metrics.answered(self._finished)
-        tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
-        self._generator.signals.finished(self._finished, loop.time())
-        self._generator.rolling_stats.answered(self._finished, loop.time())
+                await self._relay.close()
+                break
+            if first:
+                break
+            if pace.paused:
+                await pace.resumed()
+            if len(delta.token_ids) >= self._interval and not answer.unread:
+                break
+        pace.writing()
+        self._handed = delta
+        return delta
 
-    async def all_deltas(self) -> AsyncIterator[inference_pb2.Delta]:
-        """Yields all of the answer's text as deltas, ``finished.rest`` included. Raises OverfillError."""
-        async for delta in self:
-            yield delta
-        if self.finished.HasField("rest"):
-            yield self.finished.rest
+    def _count(self, handed: TextDelta) -> None:
+        generator, last, relay = self._generator, self._handed_at, self._relay
+        now = self._handed_at = asyncio.get_running_loop().time()
+        generator.metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key)
+        generator.rolling_stats.tokens(len(handed.token_ids), now)
+        # An answer that a client resumes has its first token already, so it has no TTFT.
+        if last is None and not relay.client_resumed:
+            self._ttft_ns = _nanoseconds_since(relay.answer.received)
+            tracing.current().event("first token")
+            if relay.answer.timing.HasField("return_path_ns"):
+                relay.answer.timing.return_path_ns += _nanoseconds_since(self._arrived_at)
+
+    async def _finish(self, finish: Finish | None) -> None:
+        generator, relay, text = self._generator, self._relay, self._text
+        if finish is not None:
+            self._rest = text.finish()
+        await relay.close()
+        self._finished = _finished(relay, text, self._rest, finish, self._ttft_ns)
+        self._failure = None
+        generator.metrics.answered(self._finished)
+        tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
+        now = asyncio.get_running_loop().time()
+        generator.signals.finished(self._finished, now)
+        generator.rolling_stats.answered(self._finished, now)
 
     async def __aenter__(self) -> Self:
         return self
@@ -420,6 +468,11 @@ class Generation:
         )
 
 
+async def _run(function: Callable[..., T], *args: Any, in_thread: bool) -> T:
+    """Calls ``function``, in a thread if it may take so long that other streams would notice."""
+    return await asyncio.to_thread(function, *args) if in_thread else function(*args)
+
+
 def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
 
@@ -435,14 +488,12 @@ def _priority(asked: int, caller: ApiKey | None) -> int:
 
 def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
     """Returns ``count`` requests for different answers to one prompt, with the same seed."""
-    return [
-        replace(checked, request_id=checked.request_id if not i else f"{checked.request_id}-{i}", sample_index=i)
-        for i in range(count)
-    ]
+    more = (replace(checked, request_id=f"{checked.request_id}-{i}", sample_index=i) for i in range(1, count))
+    return [checked, *more]
 
 
 def _finished(
-    relay: Relay, text: AnswerText, rest: inference_pb2.Delta | None, finish: Finish | None, ttft_ns: int | None
+    relay: Relay, text: AnswerText, rest: TextDelta | None, finish: Finish | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
     if finish is None:  # a stop string ended the answer before the worker did
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
@@ -465,7 +516,7 @@ def _finished(
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
         stop=text.stop or "",
-        rest=rest,
+        rest=None if rest is None else rest.to_proto(),
         trace=finish.trace,
         codec=finish.codec,
     )

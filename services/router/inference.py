@@ -27,8 +27,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = start(checked, received, context.time_remaining())
         async with generation:
             await context.write(_Response(accepted=generation.accepted))
-            async for delta in generation:
-                await context.write(_Response(delta=delta))
+            while (delta := await generation.next()) is not None:
+                await context.write(_Response(delta=delta.to_proto()))
             await context.write(_Response(finished=generation.finished))
 
     async def ListModels(

@@ -168,6 +168,15 @@ def _truncate(ask: Ask) -> None:
     refuses(ask, "truncate_prompt_tokens", truncate_prompt_tokens=0)
 
 
+def _stream_interval(ask: Ask) -> None:
+    events = ask(stream=True, stream_interval=1000)
+    contents = [choice.get("text") or choice.get("delta", {}).get("content") for e in events for choice in e["choices"]]
+    contents = [content for content in contents if content]
+    assert len(contents) <= 2  # the first token at once, then all others with the end
+    assert "".join(contents) == text(ask())
+    refuses(ask, "stream_interval", stream_interval=0)
+
+
 def _request_id(ask: Ask) -> None:
     assert ask(request_id="mine-1")["id"] == "mine-1"
     refuses(ask, "request_id", request_id="a b")
@@ -436,7 +445,13 @@ EXTENSIONS = [
     Case("return_mm_kwargs", "ignored", "vLLM's `render` endpoints alone read it", value=False),
     Case("return_token_offsets", "ignored", "vLLM's `render` endpoints alone read it", value=True),
     Case("session_id", "ignored", "prompts that begin the same share their KV without it", value="s"),
-    Case("stream_interval", "ignored", "the router sends tokens as they come", value=8),
+    Case(
+        "stream_interval",
+        "supported",
+        "minimum number of tokens in an event, except in the first and the last; the router's `--stream-interval` "
+        "counts if it is larger",
+        check=_stream_interval,
+    ),
     Case("spaces_between_special_tokens", "ignored", "special tokens are never shown", value=False),
     Case(
         "truncate_prompt_tokens",

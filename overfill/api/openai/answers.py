@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any, Literal
 
+from overfill.api.answer_text import TextDelta
 from overfill.api.tokenizer import Tokenizer
 from overfill.request.names import CODEC_NAMES, FINISH_REASONS
 from overfill.v1 import inference_pb2
@@ -97,7 +99,7 @@ class Choice:
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, delta: inference_pb2.Delta) -> None:
+    def add(self, delta: TextDelta) -> None:
         """Add ``delta`` to the whole answer."""
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)
@@ -127,7 +129,18 @@ class Choice:
             return self._chunk({"role": "assistant", "content": "", "refusal": None}, None)
         return self._chunk(self.echo, None) if self.echo else None
 
-    def chunk(self, delta: inference_pb2.Delta) -> dict[str, Any] | None:
+    def only_text(self, delta: TextDelta) -> bool:
+        """Count the tokens of ``delta`` and return True if its chunk is ``text(delta.text)``; else do nothing."""
+        if self.logprobs or delta.tool_calls or not delta.text:
+            return False
+        self.completion_tokens += len(delta.token_ids)
+        return True
+
+    def text(self, text: str) -> dict[str, Any]:
+        """The choice for a chunk with ``text`` and nothing else."""
+        return self._chunk(text if self.envelope.kind == "completion" else {"content": text}, None)
+
+    def chunk(self, delta: TextDelta) -> dict[str, Any] | None:
         """The choice for a chunk with ``delta``; None if it would be empty, as inside a character."""
         self.completion_tokens += len(delta.token_ids)
         scores = self._score(delta) if self.logprobs else None
@@ -157,7 +170,7 @@ class Choice:
         key = "text" if self.envelope.kind == "completion" else "delta"
         return {"index": self.index, key: content, "logprobs": scores, "finish_reason": None}
 
-    def _score(self, delta: inference_pb2.Delta) -> list[dict[str, Any]]:
+    def _score(self, delta: TextDelta) -> list[dict[str, Any]]:
         scores = []
         for token, entry in zip(delta.token_ids, delta.logprobs, strict=False):
             scored = self._scored(token, entry.logprob)
@@ -178,6 +191,24 @@ class Choice:
         return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
 
 
+class EventFrame:
+    """The constant bytes around the text in the events of one choice.
+
+    Args:
+        chunk: a chunk whose text is ``MARK``.
+    """
+
+    MARK = "\0"
+
+    def __init__(self, chunk: dict[str, Any]) -> None:
+        # After the text, a chunk has no strings, so the last one that equals the mark is the text.
+        self._head, _, self._tail = event(chunk).rpartition(encode_text(self.MARK))
+
+    def event(self, text: str) -> bytes:
+        """The event for a chunk with ``text``."""
+        return self._head + encode_text(text) + self._tail
+
+
 def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     """Token counts of all choices together. A prompt with ``n`` choices counts once."""
     prompt = sum(choice.prompt_tokens for choice in choices[::n])
@@ -192,9 +223,17 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     }
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def encode(message: dict[str, Any]) -> bytes:
     """``message`` as JSON without white space."""
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(message).encode()
+
+
+def encode_text(text: str) -> bytes:
+    """``text`` as a JSON string, as ``encode`` writes it."""
+    return encode_basestring(text).encode()
 
 
 def event(message: dict[str, Any]) -> bytes:

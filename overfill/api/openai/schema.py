@@ -144,7 +144,7 @@ class Sampling(Strict):
     stop_token_ids: Ids | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
-    stream_interval: Ignored  # the size of chunks does not change the answer
+    stream_interval: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None  # the router's own counts if it is larger
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
 
     guided_decoding_backend: Ignored  # this server has only one

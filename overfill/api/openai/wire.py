@@ -64,6 +64,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
         request_id=request_id,
         priority=request.priority or 0,
         truncate_prompt_tokens=_truncate(request),
+        stream_interval=request.stream_interval,
     )
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
@@ -102,6 +103,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
             request_id=f"{request_id}.{index}" if index else request_id,
             priority=request.priority or 0,
             truncate_prompt_tokens=_truncate(request),
+            stream_interval=request.stream_interval,
         )
         if isinstance(prompt, str):
             generate.text = prompt
@@ -373,9 +375,9 @@ def _token_id(text: str) -> int:
 
 
 def _set_ids(target: object, ids: Sequence[int], name: str) -> None:
-    for index, token in enumerate(ids):
-        if not 0 <= token < 1 << 32:
-            raise _invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
+    if ids and not (min(ids) >= 0 and max(ids) < 1 << 32):
+        index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < 1 << 32)
+        raise _invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
     target.extend(ids)  # type: ignore[attr-defined]
 
 

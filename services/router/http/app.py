@@ -125,34 +125,30 @@ class HttpApi:
             raise from_error(ModelNotFound(f"model {name[:200]!r} does not exist; GET /v1/models lists the models"))
         return _json(self._model_json(name))
 
-    async def _chat(self, request: Request) -> Response:
+    async def _chat(self, request: Request) -> ASGIApp:
         received = asyncio.get_running_loop().time()
         body = await read(request, schema.ChatRequest, self._max_body)
         id = _request_id(request, body, "chatcmpl")
         return await self._generate(request, "chat", id, wire.chat(body, id), received)
 
-    async def _completions(self, request: Request) -> Response:
+    async def _completions(self, request: Request) -> ASGIApp:
         received = asyncio.get_running_loop().time()
         body = await read(request, schema.CompletionRequest, self._max_body)
         id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
-    async def _generate(self, request: Request, kind: Kind, id: str, asked: ApiRequest, received: float) -> Response:
+    async def _generate(self, request: Request, kind: Kind, id: str, asked: ApiRequest, received: float) -> ASGIApp:
         envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
         answers = RunningChoices(self._generator, asked, envelope, key, span)
         await answers.start(received)
+        if asked.stream:
+            return EventStream(answers, id)
         try:
-            if asked.stream:
-                stream = EventStream(answers, id)
-                await stream.begin(request)
-                return stream
             whole = await while_connected(request.receive, answers.whole())
-        except BaseException:
+        finally:
             await answers.close()
-            raise
-        await answers.close()
         return _json(whole, headers={"x-request-id": id})
 
     async def _tokenize(self, request: Request) -> Response:

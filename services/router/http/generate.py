@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from overfill.api.answer_text import TextDelta
 from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
-from overfill.api.openai.answers import Choice, Envelope
+from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
 from overfill.api.openai.wire import ApiRequest
 from overfill.errors import OverfillError
@@ -26,8 +24,8 @@ from services.router.generation import Generation, Generator, choices
 
 T = TypeVar("T")
 
-_Event = tuple[Choice, inference_pb2.Delta | None]
-"""A delta of a choice; None when the choice is complete."""
+Write = Callable[[bytes, bool], Awaitable[None]]
+"""Writes events to the client; the second argument tells whether more follow."""
 
 
 class RunningChoices:
@@ -86,9 +84,7 @@ class RunningChoices:
 
     async def whole(self) -> dict[str, Any]:
         """Waits until every choice is complete; returns the response. Raises OverfillError."""
-        async for choice, delta in self.events():
-            if delta is not None:
-                choice.add(delta)
+        await self._run_all(self._collect)
         return self._envelope.wrap(
             [choice.whole() for choice in self.choices],
             chunk=False,
@@ -96,58 +92,66 @@ class RunningChoices:
             overfill=self._envelope.extension(self._ends(self.choices)),
         )
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Yields the response as server-sent events. Raises OverfillError."""
-        begun: set[int] = set()
-        async for choice, delta in self.events():
-            if choice.index not in begun:
-                begun.add(choice.index)
-                if (first := choice.first()) is not None:
-                    yield self._chunk(first)
-            if delta is None:
-                extension = self._envelope.extension(self._ends([choice]))
-                yield self._chunk(choice.last(), overfill=extension)
-            elif (piece := choice.chunk(delta)) is not None:
-                yield self._chunk(piece)
-        if self._asked.include_usage:
-            total = answers.usage(self.choices, self._asked.n)
-            yield answers.event(self._envelope.wrap([], chunk=True, usage=total))
-        yield answers.DONE
+    async def stream(self, write: Write) -> None:
+        """Writes the response as server-sent events, each choice's as soon as it has them. Raises OverfillError."""
+        await self._run_all(lambda choice, generation: self._send(choice, generation, write))
 
-    async def events(self) -> AsyncIterator[_Event]:
-        """Yields the deltas of all choices as they arrive."""
+    async def _run_all(self, run: Callable[[Choice, Generation], Coroutine[Any, Any, None]]) -> None:
+        """Runs all choices at once. If one fails, cancels the others and raises its error."""
         try:
-            async for event in self._events():
-                yield event
+            if len(self._running) == 1:
+                await run(self.choices[0], self._running[0])
+                return
+            tasks = [
+                asyncio.ensure_future(run(choice, generation))
+                for choice, generation in zip(self.choices, self._running, strict=True)
+            ]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
         except OverfillError as error:
             self._failure = error
             self._raise_named(error)
             raise
 
-    async def _events(self) -> AsyncIterator[_Event]:
-        if len(self._running) == 1:
-            choice, generation = self.choices[0], self._running[0]
-            async for delta in generation.all_deltas():
-                yield choice, delta
-            choice.finished = generation.finished
-            yield choice, None
-            return
-        said: asyncio.Queue[_Event | Exception] = asyncio.Queue(maxsize=len(self._running))
-        pumps = [
-            asyncio.ensure_future(_pump(choice, generation, said))
-            for choice, generation in zip(self.choices, self._running, strict=True)
-        ]
-        try:
-            left = len(pumps)
-            while left:
-                event = await said.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                left -= event[1] is None
-        finally:
-            for pump in pumps:
-                pump.cancel()
+    async def _collect(self, choice: Choice, generation: Generation) -> None:
+        while (delta := await generation.next()) is not None:
+            choice.add(delta)
+        if generation.rest is not None:
+            choice.add(generation.rest)
+        choice.finished = generation.finished
+
+    async def _send(self, choice: Choice, generation: Generation, write: Write) -> None:
+        frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
+        delta = await generation.next()
+        events = self._event(choice.first())
+        while delta is not None:
+            events += self._delta(choice, delta, frame)
+            if events:
+                await write(events, True)
+            events = b""
+            delta = await generation.next()
+        if generation.rest is not None:
+            events += self._delta(choice, generation.rest, frame)
+        choice.finished = generation.finished
+        events += self._event(choice.last(), overfill=self._envelope.extension(self._ends([choice])))
+        more = any(choice.finished is None for choice in self.choices)
+        await write(events if more else events + self._end(), more)
+
+    def _delta(self, choice: Choice, delta: TextDelta, frame: EventFrame | None) -> bytes:
+        """Returns the event for ``delta``; empty if the client would see nothing new, as inside a character."""
+        if frame is not None and choice.only_text(delta):
+            return frame.event(delta.text)
+        return self._event(choice.chunk(delta))
+
+    def _end(self) -> bytes:
+        """Returns the events after the last choice."""
+        if not self._asked.include_usage:
+            return answers.DONE
+        total = answers.usage(self.choices, self._asked.n)
+        return answers.event(self._envelope.wrap([], chunk=True, usage=total)) + answers.DONE
 
     async def close(self) -> None:
         """Ends the choices that still run."""
@@ -156,12 +160,15 @@ class RunningChoices:
         finally:
             self._span.end(self._failure)
 
-    def _chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
+    def _event(self, choice: dict[str, Any] | None, **more: Any) -> bytes:
+        return b"" if choice is None else answers.event(self._chunk(choice, **more))
+
+    def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         if self._asked.continuous_usage:
             more["usage"] = answers.usage(self.choices, self._asked.n)
         elif self._asked.include_usage:
             more["usage"] = None
-        return answers.event(self._envelope.wrap([choice], chunk=True, **more))
+        return self._envelope.wrap([choice], chunk=True, **more)
 
     def _ends(self, ended: Sequence[Choice]) -> list[tuple[int, int, inference_pb2.Finished]]:
         return [(choice.index, choice.seed, choice.finished) for choice in ended if choice.finished is not None]
@@ -173,53 +180,47 @@ class RunningChoices:
         return text if isinstance(text, str) else self._generator.tokenizer.decode(list(text))
 
 
-async def _pump(choice: Choice, generation: Generation, said: asyncio.Queue[_Event | Exception]) -> None:
-    try:
-        async for delta in generation.all_deltas():
-            await said.put((choice, delta))
-        choice.finished = generation.finished
-        await said.put((choice, None))
-    except Exception as error:
-        await said.put(error)
+_STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
 
 
-class EventStream(Response):
-    """Streams the choices. ``begin`` raises errors that occur before the first event."""
-
-    media_type = "text/event-stream"
+class EventStream:
+    """Streams the choices. An error before the first event is raised, so that it becomes the response's status."""
 
     def __init__(self, answers: RunningChoices, request_id: str) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": request_id}
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
         self._answers = answers
-        self._events = answers.stream()
-        self._first = b""
-
-    async def begin(self, request: Request) -> None:
-        """Waits for the first event. Raises OverfillError or ClientGone."""
-        self._first = await while_connected(request.receive, self._next())
+        self._headers = [*_STREAM_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        write_at_once = scope["overfill.write"]
+
+        async def write(events: bytes, more: bool) -> None:
+            if more and write_at_once(events):
+                return
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            await send({"type": "http.response.body", "body": events, "more_body": more})
+
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            with contextlib.suppress(ClientGone):
-                await while_connected(receive, self._send_all(send))
+            await while_connected(receive, self._stream(write))
+        except ClientGone:
+            if not self._started:
+                raise
         finally:
             await self._answers.close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _stream(self, write: Write) -> None:
         try:
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await self._answers.stream(write)
         except Exception as error:
-            body = from_error(as_overfill_error(error)).body
-            await send({"type": "http.response.body", "body": answers.event(body), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _next(self) -> bytes:
-        return await anext(self._events)
+            if not self._started:
+                raise
+            await write(answers.event(from_error(as_overfill_error(error)).body), False)
 
 
 class ClientGone(Exception):

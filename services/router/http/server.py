@@ -8,11 +8,12 @@ import math
 import socket
 import ssl
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from overfill.api.openai.answers import encode
 from overfill.api.openai.errors import ApiError, too_many_connections
@@ -194,6 +195,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_body = True
         super().on_headers_complete()
+        assert self.cycle is not None
+        self.scope["overfill.write"] = partial(_write_at_once, self.cycle)  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -265,6 +268,17 @@ class _LimitedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def _write_at_once(cycle: RequestResponseCycle, part: bytes) -> bool:
+    """Writes a part of a body that has begun, past the layers of ASGI, which cost as much as the rest of the write.
+
+    Returns False if only ASGI's ``send`` may write it: before the head, or when the client reads slowly or is gone.
+    """
+    if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+    return True
 
 
 def _head_too_large() -> ApiError:

@@ -107,6 +107,7 @@ class CountingTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.has_text = tokenizer.has_text
+        self.piece = tokenizer.piece
         self.decoded = 0
 
     def decode(self, ids: Sequence[int]) -> str:

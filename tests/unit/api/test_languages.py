@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.routing.answer import TokenBatch
-from services.router.text import AnswerText
 
 TEXTS = {
     "Arabic": "السلام عليكم، كيف حالكم اليوم؟ لغةٌ جميلة.",

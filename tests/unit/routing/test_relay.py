@@ -135,7 +135,7 @@ async def stack(add_worker, make_report):
 async def read_all(relay):
     """Reads the answer to its end; returns batches of tokens with their first index, and the Finish."""
     batches = []
-    while isinstance(event := await relay.next(), TokenBatch):
+    while isinstance(event := await relay.answer.next(), TokenBatch):
         batches.append((event.first_index, event.ids))
     return batches, event
 
@@ -162,7 +162,7 @@ async def test_an_answer_comes_from_one_worker(stack):
         assert (start.sampling.seed, start.sampling.max_tokens) == (1, 4)
         assert list(start.eos_token_ids) == [0]
         stream.tokens(0, 7, prefill_queue_ns=1, prefill_compute_ns=2, return_ns=3)
-        assert (await relay.next()).ids == [7]
+        assert (await relay.answer.next()).ids == [7]
         stream.tokens(1, 8)
         stream.done(usage=common_pb2.Usage(cached_tokens=2), handoff_exposed_ns=4, decode_ns=6)
         batches, finish = await read_all(relay)
@@ -184,7 +184,7 @@ async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
         _, prefill = await stream.accept()
         assert stack.roster.prefill.get(prefill).in_flight == 1
         stream.tokens(0, 7)
-        await relay.next()
+        await relay.answer.next()
         assert stack.roster.prefill.get(prefill).in_flight == 0
         assert stack.roster.decode.get(stream.worker).in_flight == 1
 
@@ -318,7 +318,7 @@ async def test_the_requests_own_errors_are_not_retried(stack, error):
         await stream.start()
         stream.fail(error)
         with pytest.raises(type(error)):
-            await relay.next()
+            await relay.answer.next()
         assert stack.streams.empty()
 
 
@@ -360,7 +360,7 @@ async def test_time_lost_in_a_prefill_that_failed_counts_as_router_queue(stack, 
         await stream.assigned()
         pass_time(1000)  # the prefill that succeeds accounts for itself
         stream.tokens(0, 7)
-        await relay.next()
+        await relay.answer.next()
         assert 100 <= relay.answer.timing.router_queue_ns / 1e9 < 1000
 
 
@@ -374,7 +374,7 @@ async def test_time_lost_on_a_worker_that_failed_counts_as_router_queue(stack, p
         await second.accept()
         pass_time(1000)
         second.tokens(0, 7)
-        await relay.next()
+        await relay.answer.next()
         assert 100 <= relay.answer.timing.router_queue_ns / 1e9 < 1000
 
 
@@ -383,12 +383,12 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         stream = await stack.stream()
         await stream.accept()
         stream.tokens(0, 7)
-        assert (await relay.next()).ids == [7]
+        assert (await relay.answer.next()).ids == [7]
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
         await stream.assigned()
         assert sum(w.in_flight for w in stack.roster.prefill) == 1
         stream.tokens(1, 8)
-        assert (await relay.next()).ids == [8]
+        assert (await relay.answer.next()).ids == [8]
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
 
 
@@ -411,7 +411,7 @@ async def test_prefill_that_keeps_failing_ends_the_request(stack):
         with pytest.raises(
             Unavailable, match="2 failed prefills; 0 tokens had been produced; the last failure: too slow"
         ):
-            await relay.next()
+            await relay.answer.next()
 
 
 async def test_prefill_that_fits_no_worker_is_reported_as_incompatible(stack):
@@ -420,7 +420,7 @@ async def test_prefill_that_fits_no_worker_is_reported_as_incompatible(stack):
         await stream.accept()
         stream.say(need_prefill=NEED(reason=NEED.REASON_INCOMPATIBLE, detail="kv.dtype"))
         with pytest.raises(Incompatible, match=r"kv\.dtype"):
-            await relay.next()
+            await relay.answer.next()
 
 
 async def test_a_worker_lost_while_a_prefill_slot_is_awaited_is_noticed(stack):
@@ -445,7 +445,7 @@ async def test_the_deadline_ends_a_request_that_waits(stack):
     stack.report("d1", credits=0)
     async with stack.request(timeout=0.01) as relay:
         with pytest.raises(DeadlineExceeded, match="0 tokens"):
-            await relay.next()
+            await relay.answer.next()
 
 
 async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
@@ -454,9 +454,9 @@ async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
         start, _ = await stream.accept()
         assert 0 < start.time_left_ns <= 0.5e9
         stream.tokens(0, 7)
-        assert (await relay.next()).ids == [7]
+        assert (await relay.answer.next()).ids == [7]
         with pytest.raises(DeadlineExceeded, match="1 token had been produced"):
-            await relay.next()
+            await relay.answer.next()
         assert stream.closed
 
 
@@ -484,7 +484,7 @@ async def test_closing_frees_everything_in_every_phase(stack, phase):
             stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
         if phase == "running":
             stream.tokens(0, 7)
-            await relay.next()
+            await relay.answer.next()
     assert stream.closed
 
 
@@ -525,7 +525,7 @@ async def test_a_stage_without_workers_ends_the_wait(stack):
     stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
     async with stack.request() as relay:
         with pytest.raises(Unavailable, match="no prefill worker"):
-            await relay.next()
+            await relay.answer.next()
 
 
 async def test_the_deadline_ends_a_wait_for_a_stage_without_workers(stack):
@@ -534,7 +534,7 @@ async def test_the_deadline_ends_a_wait_for_a_stage_without_workers(stack):
     stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
     async with stack.request(timeout=0.01) as relay:
         with pytest.raises(DeadlineExceeded):
-            await relay.next()
+            await relay.answer.next()
 
 
 async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
@@ -557,4 +557,4 @@ async def test_an_aborted_request_ends_with_the_given_error(stack):
         await stream.accept()
         relay.abort(Unavailable("shutting down"))
         with pytest.raises(Unavailable, match="shutting down"):
-            await relay.next()
+            await relay.answer.next()

@@ -269,7 +269,7 @@ class Routing(RuleBasedStateMachine):
     @rule(data=st.data())
     def reader_asks(self, data):
         id = data.draw(st.sampled_from(self.unread()))
-        self.requests[id].reading = self.act(lambda: asyncio.ensure_future(self.relays[id].next()))
+        self.requests[id].reading = self.act(lambda: asyncio.ensure_future(self.relays[id].answer.next()))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), gives_up=st.sampled_from(["client", "router"]))
@@ -427,7 +427,7 @@ class Routing(RuleBasedStateMachine):
             if all(request.end is not None for request in self.requests.values()):
                 break
             for id in self.unread():
-                self.requests[id].reading = self.act(lambda id=id: asyncio.ensure_future(self.relays[id].next()))
+                self.requests[id].reading = self.act(lambda id=id: asyncio.ensure_future(self.relays[id].answer.next()))
             for stream in list(self.streams):
                 if stream.start is not None and not stream.ended and (not stream.reserved or stream.assigned):
                     self.advance(stream, 5)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from counting import CountingRunner
+from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from overfill import errors
@@ -121,6 +122,22 @@ def test_many_keys_share_a_series():
     tokens = values(metrics, "overfill_router_key_tokens_total")
     assert tokens["key-0", "completion"] == 4
     assert tokens["other", "prompt"] == 50
+
+
+def test_a_tally_exports_what_a_histogram_would():
+    itl, seconds = RouterMetrics(), (0.0, 0.001, 0.0012, 0.0301, 60.0, 61.0)
+    histogram = Histogram("overfill_router_itl_seconds", "x", registry=None, buckets=LATENCY_BUCKETS)
+    for value in seconds:
+        itl.tokens(1, value, "")
+        histogram.observe(value)
+    expected = {(s.name, *s.labels.values()): s.value for s in next(iter(histogram.collect())).samples}
+    exported = {
+        (s.name, *s.labels.values()): s.value
+        for family in itl.registry.collect()
+        if family.name == "overfill_router_itl_seconds"
+        for s in family.samples
+    }
+    assert exported == {key: value for key, value in expected.items() if not key[0].endswith("_created")}
 
 
 class Engine:

@@ -2,11 +2,11 @@
 
 import pytest
 
+from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.routing.answer import TokenBatch
 from overfill.v1 import common_pb2
-from services.router.text import AnswerText
 
 
 @pytest.fixture(scope="module")

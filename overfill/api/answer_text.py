@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.stop import StopStrings
 from overfill.api.tools import ToolCallPart, ToolCallReader
 from overfill.routing.answer import TokenBatch
-from overfill.v1 import inference_pb2
+from overfill.v1 import common_pb2, inference_pb2
+
+
+@dataclass(slots=True)
+class TextDelta:
+    """The next part of an answer, as text; see the fields of the wire's Delta.
+
+    Attributes:
+        first_index: index of ``token_ids[0]`` in the answer.
+        logprobs: one entry per token id, or empty.
+        tool_calls: new parts of tool calls; their text is not in ``text``.
+    """
+
+    first_index: int
+    token_ids: Sequence[int]
+    text: str
+    logprobs: Sequence[common_pb2.TokenLogprobs] = ()
+    tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
+
+    def extend(self, later: TextDelta) -> None:
+        """Appends the delta that follows this one."""
+        self.token_ids = [*self.token_ids, *later.token_ids]
+        self.text += later.text
+        self.logprobs = [*self.logprobs, *later.logprobs]
+        self.tool_calls = [*self.tool_calls, *later.tool_calls]
+
+    def to_proto(self) -> inference_pb2.Delta:
+        """The delta as the wire's message."""
+        return inference_pb2.Delta(
+            first_index=self.first_index,
+            token_ids=self.token_ids,
+            text=self.text,
+            logprobs=self.logprobs or None,
+            tool_calls=self.tool_calls or None,
+        )
 
 
 class AnswerText:
@@ -30,12 +65,12 @@ class AnswerText:
         self,
         detokenizer: StreamDetokenizer,
         stops: Sequence[str],
-        replayed: Iterable[int] = (),
+        replayed: Sequence[int] = (),
         tool_call_id_seed: str | None = None,
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops) if stops else None
         self._tool_call_id_seed = tool_call_id_seed
         self._min_tokens = min_tokens
         self._reader = None if tool_call_id_seed is None else ToolCallReader()
@@ -48,36 +83,37 @@ class AnswerText:
         """True if the answer has a complete tool call."""
         return self._reader is not None and self._reader.calls > 0
 
-    def push(self, batch: TokenBatch) -> inference_pb2.Delta:
+    def push(self, batch: TokenBatch) -> TextDelta:
         """Returns the delta for ``batch``. If it sets ``stop``, the delta omits the tokens after the stop string."""
         before = self.num_tokens
         text, calls = self._read(self._take(batch.ids))
-        taken = self.num_tokens - before
-        return inference_pb2.Delta(
-            first_index=batch.first_index,
-            token_ids=batch.ids[:taken],
-            text=text,
-            logprobs=batch.logprobs[:taken],
-            tool_calls=calls,
-        )
-
-    def finish(self) -> inference_pb2.Delta | None:
-        """Returns a delta with the text held back so far, or None. The text may still end at a stop string."""
-        text, self.stop = self._stops.push(self._detokenizer.finish(), may_end=self._may_end)
         if self.stop is None:
-            text += self._stops.finish()
+            return TextDelta(batch.first_index, batch.ids, text, batch.logprobs, calls)
+        taken = self.num_tokens - before
+        return TextDelta(batch.first_index, batch.ids[:taken], text, batch.logprobs[:taken], calls)
+
+    def finish(self) -> TextDelta | None:
+        """Returns a delta with the text held back so far, or None. The text may still end at a stop string."""
+        text = self._detokenizer.finish()
+        if self._stops is not None:
+            text, self.stop = self._stops.push(text, may_end=self._may_end)
+            if self.stop is None:
+                text += self._stops.finish()
         text, calls = self._read(text)
         if self._reader is not None:
             text += self._reader.finish()
         if not text and not calls:
             return None
-        return inference_pb2.Delta(first_index=self.num_tokens, text=text, tool_calls=calls)
+        return TextDelta(self.num_tokens, (), text, tool_calls=calls)
 
     @property
     def _may_end(self) -> bool:
         return self.num_tokens > self._min_tokens
 
-    def _take(self, ids: Iterable[int]) -> str:
+    def _take(self, ids: Sequence[int]) -> str:
+        if self._stops is None:
+            self.num_tokens += len(ids)
+            return self._detokenizer.push(ids)
         pieces = []
         for token in ids:
             if self.stop is not None:
@@ -87,9 +123,9 @@ class AnswerText:
             pieces.append(piece)
         return "".join(pieces)
 
-    def _read(self, text: str) -> tuple[str, list[inference_pb2.ToolCallDelta]]:
+    def _read(self, text: str) -> tuple[str, Sequence[inference_pb2.ToolCallDelta]]:
         if self._reader is None:
-            return text, []
+            return text, ()
         text, parts = self._reader.push(text)
         return text, [self._delta(part) for part in parts]
 
