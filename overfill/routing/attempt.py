@@ -75,7 +75,9 @@ class Attempt:
         """
         self._stream = connector.open(worker, self._receive)
         try:
-            if (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
+            # The worker compiles a grammar before it reserves blocks; no slot is held for that time.
+            compiles = start.sampling.HasField("grammar")
+            if not compiles and (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
                 start.assign_prefill.CopyFrom(self._assignment(prefill))
             self._stream.send(decode_pb2.RouterMessage(start=start))
             self._queued = _now() - self._answer.received
@@ -88,17 +90,18 @@ class Attempt:
         """Handles one update of the worker, or the error that ended the sequence."""
         if self._end.done():
             return
+        if isinstance(update, OverfillError):
+            if isinstance(update, Overloaded) and not self._reserved:
+                self._end.set_result(decode_pb2.Refused(reason=str(update)))
+            else:
+                self._end.set_exception(update)
+            return
         try:
             self._handle(update)
         except Exception as error:  # one sequence must not end the stream of all
             self._end.set_exception(error)
 
-    def _handle(self, update: decode_pb2.SequenceUpdate | OverfillError) -> None:
-        if isinstance(update, Overloaded) and not self._reserved:
-            self._end.set_result(decode_pb2.Refused(reason=str(update)))
-            return
-        if isinstance(update, OverfillError):
-            raise update
+    def _handle(self, update: decode_pb2.SequenceUpdate) -> None:
         kind = update.WhichOneof("message")
         if kind == "tokens" and self._reserved:
             self._on_tokens(update.tokens)
@@ -119,13 +122,16 @@ class Attempt:
         placement.add_done_callback(self._on_placement)
 
     def _on_placement(self, placement: PlacementFuture) -> None:
-        if placement.cancelled() or self._end.done() or placement is not self._placement:
+        if placement.cancelled():
+            return
+        error = placement.exception()
+        if self._end.done() or placement is not self._placement:
             return
         self._placement = None
-        try:
-            self._assign(placement.result())
-        except OverfillError as error:
+        if isinstance(error, OverfillError):
             self._end.set_exception(GaveUp(error))
+        else:
+            self._assign(placement.result())
 
     def _assign(self, worker: Worker) -> None:
         assert self._stream is not None

@@ -9,7 +9,8 @@ admissible combination of the two exists::
                           +-- prefill_with_start -+
 
 ``prefill_with_start`` takes a free prefill slot before the blocks are reserved, to save a round trip. The decode worker
-answers at once, so that the slot is held for one round trip, and never while blocks are awaited.
+reserves the blocks or refuses; it never waits for blocks. So the slot is held for one round trip, and callers take none
+for a request whose grammar the worker must compile first.
 
 ``routing.fair_queue`` gives the order. A small request may overtake a large one that does not fit, until the large one
 has waited ``reserve_after`` seconds. A placement does not look at every worker, nor at every waiting request: the

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any, Protocol
 
 import grpc.aio
@@ -23,6 +25,8 @@ from overfill.rpc.status import from_bytes
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2, decode_pb2_grpc
 
+logger = logging.getLogger(__name__)
+
 Receive = Callable[["decode_pb2.SequenceUpdate | OverfillError"], None]
 """Receives a sequence's updates in order, or the error that ended the sequence or its stream. It must not raise."""
 
@@ -31,6 +35,10 @@ _LAST = ("done", "refused")
 
 _MESSAGE_MARGIN = 1024
 """Bytes that a command must stay below the limit of messages, beyond which gRPC would end the whole stream."""
+
+
+_MAX_AGE = 60.0
+"""Seconds after which new sequences get a new stream, so that renewed certificates reach a busy worker too."""
 
 
 class DecodeStream(Protocol):
@@ -87,7 +95,7 @@ class GrpcConnector:
 
     async def close(self) -> None:
         """Closes all channels and ends their streams."""
-        for connection in self._connections.values():
+        for connection in list(self._connections.values()):
             await connection.close()
         self._connections.clear()
         await asyncio.gather(*self._closing)
@@ -119,7 +127,9 @@ class _Connection:
         self._stream: _ServeStream | None = None
 
     def open(self, receive: Receive) -> DecodeStream:
-        if self._stream is None or self._stream.ended:
+        if self._stream is None or self._stream.ended or self._stream.age > _MAX_AGE:
+            if self._stream is not None:
+                self._stream.retire()
             self._stream = _ServeStream(self._peer, self.channel)
         self.sequences += 1
         return _Sequence(self, self._stream, receive)
@@ -149,8 +159,21 @@ class _ServeStream:
         self._receivers: dict[int, Receive] = {}
         self._commands: deque[decode_pb2.RouterMessage] = deque()
         self._queued = asyncio.Event()
-        self._reading = asyncio.create_task(self._read(), name=f"read {peer}")
-        self._writing = asyncio.create_task(self._write(), name=f"write {peer}")
+        self._retired = False
+        self._began = asyncio.get_running_loop().time()
+        # An empty context: the tasks belong to all requests, not to the one that opened the stream.
+        self._reading = asyncio.create_task(self._read(), name=f"read {peer}", context=Context())
+        self._writing = asyncio.create_task(self._write(), name=f"write {peer}", context=Context())
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return asyncio.get_running_loop().time() - self._began
+
+    def retire(self) -> None:
+        """Ends the call once its last sequence has ended. It takes no more sequences."""
+        self._retired = True
+        self._end_retired()
 
     def add(self, receive: Receive) -> int:
         """Returns the number of a new sequence whose updates ``receive`` gets."""
@@ -159,8 +182,17 @@ class _ServeStream:
         return number
 
     def remove(self, number: int) -> bool:
-        """Forgets a sequence. Returns False if it had ended."""
-        return self._receivers.pop(number, None) is not None
+        """Forgets a sequence and its commands that are not sent yet. Returns True if the worker must be told.
+
+        The worker does not know a sequence whose start was not sent, nor needs it to be told of one that has ended.
+        """
+        if self._receivers.pop(number, None) is None:
+            return False
+        unsent = [command for command in self._commands if command.sequence == number]
+        if unsent:  # only while the worker reads slowly
+            self._commands = deque(command for command in self._commands if command.sequence != number)
+        self._end_retired()
+        return not any(command.HasField("start") for command in unsent)
 
     def send(self, command: decode_pb2.RouterMessage) -> None:
         self._commands.append(command)
@@ -168,6 +200,10 @@ class _ServeStream:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+    def _end_retired(self) -> None:
+        if self._retired and not self._receivers:
+            self._call.cancel()
 
     async def _write(self) -> None:
         try:
@@ -178,6 +214,9 @@ class _ServeStream:
                 await checked_write(self._call.write(self._commands.popleft()), self._peer)
         except OverfillError:
             pass  # the reader raises the reason
+        except Exception:
+            logger.exception("writing to %s failed", self._peer)
+            self._call.cancel()
 
     async def _read(self) -> None:
         error: OverfillError = Unavailable(f"{self._peer} ended the stream before the answer")
@@ -186,7 +225,8 @@ class _ServeStream:
                 for update in message.updates:
                     self._deliver(update)
         except OverfillError as failure:
-            # An error of the stream says nothing about a single request: each may continue on another worker.
+            # An error of the stream, a refused caller included, says nothing about a single request: each may continue
+            # on another worker.
             error = failure if isinstance(failure, Unavailable) else Unavailable(f"{self._peer}: {failure}")
         finally:
             self.ended = True
@@ -194,7 +234,7 @@ class _ServeStream:
             self._call.cancel()
             receivers, self._receivers = self._receivers, {}
             for receive in receivers.values():
-                receive(error)
+                _hand_over(receive, type(error)(str(error)))  # one error each, because raising changes it
 
     def _deliver(self, update: decode_pb2.SequenceUpdate) -> None:
         receive = self._receivers.get(update.sequence)
@@ -205,11 +245,19 @@ class _ServeStream:
             del self._receivers[update.sequence]
             error = from_bytes(update.failed.status, self._peer)
             error.trace_id = update.failed.trace_id
-            receive(error)
-            return
-        if kind in _LAST:
-            del self._receivers[update.sequence]
+            _hand_over(receive, error)
+        else:
+            if kind in _LAST:
+                del self._receivers[update.sequence]
+            _hand_over(receive, update)
+        self._end_retired()
+
+
+def _hand_over(receive: Receive, update: decode_pb2.SequenceUpdate | OverfillError) -> None:
+    try:
         receive(update)
+    except Exception:  # a defect of one receiver must not end the stream of all
+        logger.exception("a sequence could not take an update")
 
 
 class _Sequence:

@@ -8,9 +8,9 @@ reads slowly delays no engine step, and costs at most the memory of its sequence
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,11 @@ from overfill.rpc.status import to_bytes
 from overfill.telemetry import logs, tracing
 from overfill.v1 import decode_pb2
 
+logger = logging.getLogger(__name__)
+
+_MAX_TOKENS_PER_UPDATE = 1_024
 _MAX_TOKENS_PER_MESSAGE = 16_384
-"""Bounds a message's size after a router has read slowly; a token with log-probabilities counts for each of them."""
+"""Bound a message's size after a router has read slowly; a token with log-probabilities counts for each of them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -88,6 +91,10 @@ async def serve_sequences(
             sequence.fail(error, span.trace_id)
         except asyncio.CancelledError as error:
             span.end(error)
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():  # something that the sequence awaited was cancelled
+                sequence.fail(InternalError("the decode worker cancelled the sequence"), span.trace_id)
+                return
             outgoing.drop(sequence.number)
             raise
         else:
@@ -102,7 +109,17 @@ async def serve_sequences(
         task.add_done_callback(lambda _: sequences.pop(number, None))
         sequences[number] = sequence, task
 
+    handler = asyncio.current_task()
+    assert handler is not None
+
+    def end_with_writer(writing: asyncio.Task[None]) -> None:
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            # The router has gone, in most cases. A stream that is read and never written would hang its sequences.
+            logger.info("a router's stream ended: %s", error)
+            handler.cancel()
+
     writing = asyncio.create_task(outgoing.write_to(context))
+    writing.add_done_callback(end_with_writer)
     try:
         async for message in messages:
             kind = message.WhichOneof("message")
@@ -121,10 +138,12 @@ async def serve_sequences(
                 problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
                 found[0].commands.put_nowait(InvalidRequest(kind or "message", problem))
     finally:
-        for _, task in list(sequences.values()):
+        running = [task for _, task in sequences.values()]
+        for task in running:
             task.cancel()
         outgoing.close()
-        await writing  # gRPC sends no status while a write is in flight
+        # gRPC sends no status while a write is in flight, and the engine must know that the sequences have ended.
+        await asyncio.wait([writing, *running])
 
 
 class OutgoingUpdates:
@@ -141,9 +160,9 @@ class OutgoingUpdates:
         self._changed.set()
 
     def put(self, number: int, update: decode_pb2.SequenceUpdate) -> None:
-        """Queues an update. Tokens are appended to the sequence's last update if that has tokens too."""
+        """Queues an update. Tokens are appended to the sequence's last update if they continue it."""
         waiting = self._waiting.setdefault(number, deque())
-        if waiting and waiting[-1].HasField("tokens") and update.HasField("tokens"):
+        if waiting and _continues(waiting[-1], update):
             waiting[-1].tokens.ids.extend(update.tokens.ids)
             waiting[-1].tokens.logprobs.extend(update.tokens.logprobs)
         else:
@@ -156,7 +175,7 @@ class OutgoingUpdates:
         self._waiting.pop(number, None)
 
     def take(self) -> decode_pb2.WorkerMessage:
-        """Removes waiting updates, up to a bound, and returns them as one message."""
+        """Removes waiting updates, up to a bound and at most one update more, and returns them as one message."""
         message, size = decode_pb2.WorkerMessage(), 0
         while self._waiting and size < _MAX_TOKENS_PER_MESSAGE:
             number, waiting = next(iter(self._waiting.items()))
@@ -169,11 +188,22 @@ class OutgoingUpdates:
         return message
 
     async def write_to(self, context: Context) -> None:
-        """Writes messages until ``close``, or until the call ends, which ``serve_sequences`` notices by itself."""
-        with suppress(Exception):
-            while not self._closed:
-                if self._waiting:
-                    await context.write(self.take())
-                else:
-                    self._changed.clear()
-                    await self._changed.wait()
+        """Writes messages until ``close``. Raises what ``context.write`` raises when the call has ended."""
+        while not self._closed:
+            if self._waiting:
+                await context.write(self.take())
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+def _continues(last: decode_pb2.SequenceUpdate, update: decode_pb2.SequenceUpdate) -> bool:
+    """True if ``update`` has the tokens that follow those of ``last``, in the same form, and both fit one update."""
+    if not (last.HasField("tokens") and update.HasField("tokens")):
+        return False
+    count = len(last.tokens.ids)
+    return (
+        count < _MAX_TOKENS_PER_UPDATE
+        and update.tokens.first_index == last.tokens.first_index + count
+        and bool(update.tokens.logprobs) == bool(last.tokens.logprobs)
+    )

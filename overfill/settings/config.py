@@ -248,8 +248,8 @@ class WorkerConfig(ServiceConfig):
     def max_rpcs(self) -> int:
         """Limit on concurrent RPCs.
 
-        It allows every sequence one RPC and the maximum number of data streams, because the peer chooses how many to
-        open. ``SPARE_RPCS`` come on top, so that a full worker still answers health checks.
+        It allows every prompt one RPC and the maximum number of data streams, because the peer chooses how many to
+        open. ``SPARE_RPCS`` come on top, so that a full worker still answers health checks and routers' streams.
         """
         return self.max_num_seqs * (1 + MAX_DATA_STREAMS) + SPARE_RPCS
 

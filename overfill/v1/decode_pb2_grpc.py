@@ -59,8 +59,8 @@ class DecodeServicer(object):
     def Serve(self, request_iterator, context):
         """Runs all sequences that one router has on the worker. A router opens one stream per worker.
 
-        A sequence is one attempt at one answer. The router sends StartDecode; the worker answers at once, with Reserved, or with
-        Refused, which ends the sequence. The prefill worker comes in StartDecode, or in AssignPrefill after Reserved. Then the
+        A sequence is one attempt at one answer. The router sends StartDecode; the worker answers Reserved, or Refused, which ends
+        the sequence. It never waits for blocks. The prefill worker comes in StartDecode, or in AssignPrefill after Reserved. Then the
         worker sends Tokens until DecodeDone. NeedPrefill may
         come at any time after Reserved; the router answers it with another AssignPrefill. SequenceFailed ends one sequence. The
         end of the stream ends all of them, and the worker frees their blocks.

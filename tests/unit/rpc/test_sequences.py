@@ -14,6 +14,7 @@ from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest, Ove
 from overfill.kv.blocks import BlockPool
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing import stream
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, WorkerInfo
 from overfill.rpc.constants import MAX_MESSAGE_BYTES
@@ -227,10 +228,11 @@ async def test_an_error_ends_one_sequence_only(ends: Ends) -> None:
         (InvalidRequest("sampling.seed", "is required"), InvalidRequest),
         (RuntimeError("a bug"), InternalError),
         (None, InternalError),  # it ends without a last update
+        (asyncio.CancelledError(), InternalError),  # something that it awaited was cancelled, not the sequence
     ],
 )
 async def test_errors_keep_their_class_and_field(
-    ends: Ends, failure: Exception | None, expected: type[OverfillError]
+    ends: Ends, failure: BaseException | None, expected: type[OverfillError]
 ) -> None:
     async def run(served: ServedSequence) -> None:
         if failure is not None:
@@ -277,6 +279,50 @@ async def test_a_command_that_is_too_large_fails_its_own_request_before_it_is_se
     large.stream.close()
     other.assign()
     assert (await other.end()).HasField("done")
+
+
+async def test_an_old_stream_ends_with_its_last_sequence(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ends.open()
+    first.start(1)
+    await first.reserved()
+    old = ends.connector._connections["d", 1]._stream
+    assert old is not None
+    monkeypatch.setattr(stream, "_MAX_AGE", -1.0)
+    second = ends.open()
+    second.start(1)
+    await second.reserved()
+    assert ends.worker.streams == 2
+    assert not old.ended
+    first.assign()
+    assert (await first.end()).HasField("done")
+    await asyncio.wait_for(old._reading, 10)
+    assert ends.worker.running == 1
+
+
+async def test_a_receiver_that_raises_ends_no_other_sequence(ends: Ends) -> None:
+    def fails(update: object) -> None:
+        raise RuntimeError("a bug")
+
+    good, bad = ends.open(), ends.connector.open(ends.info, fails)
+    bad.send(decode_pb2.RouterMessage(start=decode_pb2.StartDecode(request_id="bad")))
+    good.start(1)
+    await good.reserved()
+    good.assign()
+    assert (await good.end()).HasField("done")
+    bad.close()
+
+
+async def test_commands_of_a_closed_sequence_are_not_kept(ends: Ends) -> None:
+    sequence = ends.open()
+    sequence.start(1)
+    await sequence.reserved()
+    current = ends.connector._connections["d", 1]._stream
+    assert current is not None
+    for _ in range(50):  # without a turn of the event loop, nothing is sent
+        other = ends.open()
+        other.start(1, 2, 3)
+        other.stream.close()
+    assert not current._commands
 
 
 async def test_a_stream_that_breaks_fails_its_sequences_and_another_follows(ends: Ends) -> None:
@@ -349,3 +395,26 @@ async def test_what_a_slow_router_has_not_read_leaves_in_messages_of_bounded_siz
         count += sum(len(update.tokens.ids) for update in message.updates)
     assert count == 8000
     assert max(sizes) < MAX_MESSAGE_BYTES / 4
+
+
+async def test_one_long_answer_that_was_not_read_leaves_in_messages_of_bounded_size() -> None:
+    outgoing = OutgoingUpdates()
+    entry = common_pb2.TokenLogprobs(top_ids=range(20), top_logprobs=[0.0] * 20)
+    for index in range(70_000):
+        outgoing.put(1, Update(tokens=decode_pb2.Tokens(first_index=index, ids=[1], logprobs=[entry])))
+    index = 0
+    while (message := outgoing.take()).updates:
+        assert message.ByteSize() < MAX_MESSAGE_BYTES / 4
+        for update in message.updates:
+            assert update.tokens.first_index == index
+            index += len(update.tokens.ids)
+    assert index == 70_000
+
+
+async def test_tokens_with_a_gap_or_of_another_form_do_not_merge() -> None:
+    outgoing = OutgoingUpdates()
+    entry = common_pb2.TokenLogprobs(logprob=-1.0)
+    outgoing.put(1, tokens(0, 5))
+    outgoing.put(1, tokens(2, 6))
+    outgoing.put(1, Update(tokens=decode_pb2.Tokens(first_index=3, ids=[7], logprobs=[entry])))
+    assert [list(update.tokens.ids) for update in outgoing.take().updates] == [[5], [6], [7]]
